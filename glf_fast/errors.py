@@ -1,0 +1,33 @@
+"""How a user's mistake reaches the user: one line that names the thing and the remedy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+__all__ = ["UserError", "run_command"]
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave (name, path, file, configuration).
+
+    The message is complete in one line: what is wrong, with the value that came, and what to do about it.
+    """
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a command's `main` and exit: 0 when it returns, 2 on the user's or the system's errors, 130 on Ctrl-C.
+
+    Only `UserError` and `OSError` (missing file, disk full) become a one-line message; anything else is a bug of ours and
+    keeps its traceback.
+    """
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,21 @@
+"""Normalizing flows as torch modules. `forward` is data → noise, `inverse` noise → data; both return (output, logdet)."""
+
+from glf_fast.flow.actnorm import ActNorm
+from glf_fast.flow.affine_coupling import AffineCoupling
+from glf_fast.flow.base import Flow
+from glf_fast.flow.coupling_flow import CouplingFlow
+from glf_fast.flow.linear import InvertibleLinear
+from glf_fast.flow.mlp import MLP
+from glf_fast.flow.rnvp import rnvp_flow
+from glf_fast.flow.sequential import SequentialFlow
+
+__all__ = [
+    "MLP",
+    "ActNorm",
+    "AffineCoupling",
+    "CouplingFlow",
+    "Flow",
+    "InvertibleLinear",
+    "SequentialFlow",
+    "rnvp_flow",
+]

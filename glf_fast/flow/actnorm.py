@@ -1,0 +1,80 @@
+"""ActNorm: a scale and a shift per channel that start where the first batch says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast.ops.checks import check_shape, check_state
+
+__all__ = ["ActNorm", "data_dependent_start"]
+
+
+def data_dependent_start(x: Tensor) -> tuple[Tensor, Tensor]:
+    """log-scale s and bias b (D,) with which (x + b)·e^s has mean 0 and variance 1 in every channel of x (B, D, …).
+
+    A channel that does not vary (σ ≤ 1e-6, a dead unit or an image border) keeps scale 1: dividing by its σ would amplify
+    the first sample that differs a million times.
+    """
+    rows = x.detach().movedim(1, -1).flatten(0, -2)
+    std = rows.std(0, correction=0)
+    return -torch.where(std > 1e-6, std, torch.ones_like(std)).log(), -rows.mean(0)
+
+
+class ActNorm(nn.Module):
+    """y = (x + b)·e^s per channel; log|det J| = pixels·Σ s.   Glow (arXiv:1807.03039), section 3.1.
+
+    b and s start at zero and are set by the first batch of two or more values that passes `forward` in training mode, so
+    that y has zero mean and unit variance. The buffer `initialized` records it: a loaded or copied module never starts again.
+
+    Vectors (B, D) or images (B, D, H, W); O(B·D) both ways.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.log_scale = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("initialized", torch.tensor(False))
+        # The same as a Python bool: reading the buffer would synchronise with the GPU at every step and break graph capture.
+        self._started = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._started = bool(self.initialized)
+
+    @torch.no_grad()
+    def _start(self, x: Tensor) -> None:
+        log_scale, bias = data_dependent_start(x)
+        self.log_scale.copy_(log_scale)
+        self.bias.copy_(bias)
+        self.initialized.fill_(True)
+        self._started = True
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x + b)·e^s and its logdet (B,); the context is not used."""
+        x = self._check(x)
+        if self.training and not self._started and x.numel() >= 2 * self.dim:
+            self._start(x)
+        shape = (1, self.dim, *(1,) * (x.ndim - 2))
+        y = (x + self.bias.view(shape)) * self.log_scale.exp().view(shape)
+        return y, (x.shape[2:].numel() * self.log_scale.sum()).expand(len(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z·e^−s − b and its logdet (B,)."""
+        z = self._check(z)
+        shape = (1, self.dim, *(1,) * (z.ndim - 2))
+        x = z * torch.exp(-self.log_scale).view(shape) - self.bias.view(shape)
+        return x, (-z.shape[2:].numel() * self.log_scale.sum()).expand(len(z))
+
+    def _check(self, x: Tensor) -> Tensor:
+        check_shape("x", x, (None, self.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
+        return check_state("x", x, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shown by repr."""
+        return f"{self.dim}, initialized={self._started}"

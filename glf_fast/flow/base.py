@@ -1,0 +1,86 @@
+"""What every flow is: an invertible map with a log-determinant, and the density that it makes of a normal distribution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Flow"]
+
+
+class Flow(nn.Module):
+    """A density p(x) = N(z; 0, I)·|det ∂z/∂x| with z = forward(x).
+
+    Subclasses implement `forward` (data → noise) and `inverse` (noise → data). Both take (B, *event_shape) and an optional
+    context, and return (output, logdet) with logdet (B,) = log|det J| of the direction just applied.
+
+    Args:
+        event_shape: shape of one sample, (D,) or (C, H, W).
+        context_dim: columns of the context, 0 for none.
+    """
+
+    def __init__(self, event_shape: tuple[int, ...], context_dim: int = 0) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.context_dim = context_dim
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → noise: x (B, *event_shape) → z like x, logdet (B,)."""
+        raise NotImplementedError
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise → data: z (B, *event_shape) → x like z, logdet (B,)."""
+        raise NotImplementedError
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) = log N(z; 0, I) + logdet in nats, (B,)."""
+        z, logdet = self(x, context)
+        dim = math.prod(self.event_shape)
+        return logdet - 0.5 * z.square().flatten(1).sum(1) - 0.5 * dim * math.log(2 * math.pi)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw n samples (n, *event_shape): the inverse of `temperature`·N(0, I).
+
+        Args:
+            n: how many; 0 is allowed.
+            context: (n, context_dim), one row a sample, or (context_dim,) for all of them.
+            temperature: standard deviation of the noise; below 1 trades variety for typicality.
+            generator: source of the noise, on the flow's device; the global one if None.
+        """
+        if n < 0:
+            raise ValueError(f"n must be ≥ 0; got {n}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be ≥ 0; got {temperature}")
+        like = next(self.parameters(), torch.empty(0))
+        noise = torch.randn((n, *self.event_shape), generator=generator, device=like.device, dtype=like.dtype)
+        return self.inverse(temperature * noise, context)[0]
+
+    def _expand_context(self, context: Tensor | None, batch: int) -> Tensor | None:
+        """The context as (batch, context_dim): checked, and one row repeated for all samples."""
+        if context is None:
+            if self.context_dim:
+                raise ValueError(
+                    f"this flow is conditional: give a context of shape ({batch}, {self.context_dim}) "
+                    f"or ({self.context_dim},)"
+                )
+            return None
+        if not self.context_dim:
+            raise ValueError(f"this flow has context_dim=0 but a context of shape {tuple(context.shape)} was given")
+        if context.shape == (self.context_dim,):
+            return context.expand(batch, -1)
+        if context.shape != (batch, self.context_dim):
+            raise ValueError(
+                f"context must have shape ({batch}, {self.context_dim}) or ({self.context_dim},); "
+                f"got {tuple(context.shape)}"
+            )
+        return context

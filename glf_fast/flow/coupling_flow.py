@@ -1,0 +1,254 @@
+"""The coupling flow: K steps of ActNorm → InvertibleLinear → AffineCoupling, with stacked parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast import ops
+from glf_fast.flow.actnorm import ActNorm, data_dependent_start
+from glf_fast.flow.affine_coupling import AffineCoupling
+from glf_fast.flow.base import Flow
+from glf_fast.flow.linear import LINEAR_TENSORS, InvertibleLinear, assemble
+from glf_fast.flow.mlp import MLP
+from glf_fast.flow.sequential import SequentialFlow
+from glf_fast.ops.checks import check_choice, check_state
+from glf_fast.reference import LOG_SCALES
+
+__all__ = ["CouplingFlow"]
+
+
+class CouplingFlow(Flow):
+    """K steps of ActNorm, invertible linear layer and affine coupling on vectors (B, D): Glow's step, arXiv:1807.03039.
+
+    Every parameter is stored stacked, (K, …), so that one kernel can walk all steps and the optimizer sees few tensors.
+    `to_layers` gives the same flow layer by layer, `from_layers` stacks one.
+
+    Args:
+        dim: D, at least 2; odd is fine (the passive half is the larger one).
+        steps: K.
+        hidden: widths of the one to four hidden layers of each step's MLP.
+        context_dim: columns of the context that conditions every coupling; 0 for none.
+        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh or elu.
+        log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`.
+        add_first: couplings add before they multiply, as Glow does.
+        linear: "plu", "dense" or "permutation", see `InvertibleLinear`.
+        actnorm: with an ActNorm in each step; its start is set by the first training batch.
+
+    Example:
+        >>> flow = CouplingFlow(dim=5, steps=4, hidden=(64, 64))
+        >>> z, logdet = flow(torch.randn(10, 5))
+        >>> flow.log_prob(torch.randn(10, 5)).shape, flow.sample(3).shape
+        (torch.Size([10]), torch.Size([3, 5]))
+    """
+
+    actnorm_initialized: Tensor
+    mlp_weights: nn.ParameterList
+    mlp_biases: nn.ParameterList
+
+    def __init__(
+        self,
+        dim: int,
+        steps: int = 8,
+        hidden: Sequence[int] = (256, 256),
+        context_dim: int = 0,
+        *,
+        activation: str = "relu",
+        log_scale: str = "tanh",
+        log_scale_constant: float | None = None,
+        add_first: bool = False,
+        linear: str = "plu",
+        actnorm: bool = True,
+    ) -> None:
+        super().__init__((dim,), context_dim)
+        if steps < 1:
+            raise ValueError(f"steps must be ≥ 1; got {steps}")
+        if context_dim < 0:
+            raise ValueError(f"context_dim must be ≥ 0; got {context_dim}")
+        check_choice("log_scale", log_scale, LOG_SCALES)
+        self.config: dict[str, Any] = {
+            "dim": dim,
+            "steps": steps,
+            "hidden": tuple(hidden),
+            "context_dim": context_dim,
+            "activation": activation,
+            "log_scale": log_scale,
+            "log_scale_constant": LOG_SCALES[log_scale] if log_scale_constant is None else log_scale_constant,
+            "add_first": add_first,
+            "linear": linear,
+            "actnorm": actnorm,
+        }
+        self._stack([layer for _ in range(steps) for layer in _new_step(self.config)])
+
+    # -- the flow as a function ----------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → noise: x (B, D) → z (B, D), logdet (B,)."""
+        context = self._expand_context(context, len(x))
+        if self.training and not self._started and x.ndim == 2 and len(x) >= 2:
+            self._start(x, context)
+        A, _, c, logabsdet = self._affine(need_inverse=False)
+        z, logdet = ops.coupling_flow(x, A, c, *self._mlp(), context, **self._options())
+        return z, logdet + logabsdet.sum()
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise → data: z (B, D) → x (B, D), logdet (B,)."""
+        context = self._expand_context(context, len(z))
+        _, A_inv, c, logabsdet = self._affine(need_inverse=True)
+        assert A_inv is not None
+        x, logdet = ops.coupling_flow_inverse(z, A_inv, c, *self._mlp(), context, **self._options())
+        return x, logdet - logabsdet.sum()
+
+    def _affine(self, *, need_inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """A, A⁻¹, c (K, …) and log|det A| (K,) of all steps."""
+        actnorm = (self.actnorm_log_scale, self.actnorm_bias) if self.config["actnorm"] else (None, None)
+        dtype = self.mlp_weights[0].dtype
+        return assemble(self.config["linear"], self._linear(), dtype, *actnorm, need_inverse=need_inverse)
+
+    def _linear(self) -> dict[str, Tensor]:
+        return {name: getattr(self, f"linear_{name}") for name in LINEAR_TENSORS[self.config["linear"]]}
+
+    def _mlp(self) -> tuple[list[Tensor], list[Tensor]]:
+        return list(self.mlp_weights), list(self.mlp_biases)
+
+    def _options(self) -> dict[str, Any]:
+        return {name: self.config[name] for name in ("activation", "log_scale", "log_scale_constant", "add_first")}
+
+    # -- data-dependent start ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _start(self, x: Tensor, context: Tensor | None) -> None:
+        """Give every ActNorm its start, step by step: each one sees what the steps before it make of x."""
+        x = check_state("x", x, self.mlp_weights[0])
+        weights, biases = self._mlp()
+        for k in range(self.config["steps"]):
+            log_scale, bias = data_dependent_start(x)
+            done = self.actnorm_initialized[k]
+            self.actnorm_log_scale[k] = torch.where(done, self.actnorm_log_scale[k], log_scale)
+            self.actnorm_bias[k] = torch.where(done, self.actnorm_bias[k], bias)
+            A, _, c, _ = self._affine(need_inverse=False)
+            step = slice(k, k + 1)
+            x, _ = ops.coupling_flow(
+                x, A[step], c[step], [w[step] for w in weights], [b[step] for b in biases], context, **self._options()
+            )
+        self.actnorm_initialized.fill_(True)
+        self._started = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._started = not self.config["actnorm"] or bool(self.actnorm_initialized.all())
+
+    # -- stacked parameters ⇄ layers -----------------------------------------------------------------------------------
+
+    def _stack(self, layers: Sequence[nn.Module]) -> None:
+        """Take over the layers' parameters and buffers, stacked over the steps."""
+        actnorms = [layer for layer in layers if isinstance(layer, ActNorm)]
+        linears = [layer for layer in layers if isinstance(layer, InvertibleLinear)]
+        mlps = [_mlp_of(layer).linears() for layer in layers if isinstance(layer, AffineCoupling)]
+        with torch.no_grad():
+            if actnorms:
+                self.actnorm_log_scale = nn.Parameter(torch.stack([a.log_scale for a in actnorms]))
+                self.actnorm_bias = nn.Parameter(torch.stack([a.bias for a in actnorms]))
+                self.register_buffer("actnorm_initialized", torch.stack([a.initialized for a in actnorms]))
+            # The same as a Python bool: reading the buffer would synchronise with the GPU at every step.
+            self._started = not actnorms or bool(self.actnorm_initialized.all())
+            for name in LINEAR_TENSORS[self.config["linear"]]:
+                tensors = [getattr(linear, name) for linear in linears]
+                stacked = torch.stack(list(tensors))
+                if isinstance(tensors[0], nn.Parameter):
+                    self.register_parameter(f"linear_{name}", nn.Parameter(stacked))
+                else:
+                    self.register_buffer(f"linear_{name}", stacked)
+            # nn.Linear keeps (out, in); stacked weights are (K, in, out), multiplied from the right like A.
+            self.mlp_weights = nn.ParameterList(
+                torch.stack([mlp[i].weight.T for mlp in mlps]).contiguous() for i in range(len(mlps[0]))
+            )
+            self.mlp_biases = nn.ParameterList(torch.stack([mlp[i].bias for mlp in mlps]) for i in range(len(mlps[0])))
+
+    @classmethod
+    def from_layers(cls, flow: SequentialFlow) -> CouplingFlow:
+        """Stack a flow of K equal steps ([ActNorm,] InvertibleLinear, AffineCoupling with an MLP); values are copied.
+
+        Raises ValueError that names the first layer that breaks the pattern.
+        """
+        layers = list(flow.layers)
+        step = 3 if isinstance(layers[0], ActNorm) else 2
+        if len(layers) % step:
+            raise ValueError(f"{len(layers)} layers cannot be split into equal steps of {step}")
+        configs = [_read_step(layers[i : i + step], i, flow.context_dim) for i in range(0, len(layers), step)]
+        for k, config in enumerate(configs):
+            for name, value in config.items():
+                if value != configs[0][name]:
+                    raise ValueError(
+                        f"step {k} has {name}={value!r} but step 0 has {configs[0][name]!r}: steps must be equal"
+                    )
+        stacked = cls(steps=len(configs), **configs[0])
+        stacked._stack(layers)
+        return stacked.train(flow.training)
+
+    def to_layers(self) -> SequentialFlow:
+        """The same flow layer by layer, with copies of the values: for surgery, reading, or mixing with other layers."""
+        layers: list[nn.Module] = []
+        for k in range(self.config["steps"]):
+            step = nn.ModuleList(_new_step(self.config)).to(self.mlp_weights[0])
+            *actnorm, linear, coupling = step
+            if actnorm:
+                names = ("log_scale", "bias", "initialized")
+                actnorm[0].load_state_dict({name: getattr(self, f"actnorm_{name}")[k] for name in names})
+            tensors = {name: tensor[k] for name, tensor in self._linear().items()}
+            linear.load_state_dict(tensors)
+            with torch.no_grad():
+                for i, layer in enumerate(_mlp_of(coupling).linears()):
+                    layer.weight.copy_(self.mlp_weights[i][k].T)
+                    layer.bias.copy_(self.mlp_biases[i][k])
+            layers += step
+        return SequentialFlow(layers, self.event_shape, self.context_dim).train(self.training)
+
+    def extra_repr(self) -> str:
+        """Shown by repr: the constructor's arguments."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+
+def _new_step(config: dict[str, Any]) -> list[nn.Module]:
+    """The layers of one fresh step: [ActNorm,] InvertibleLinear, AffineCoupling."""
+    dim = config["dim"]
+    mlp = MLP(dim - dim // 2 + config["context_dim"], config["hidden"], 2 * (dim // 2), activation=config["activation"])
+    options = {name: config[name] for name in ("log_scale", "log_scale_constant", "add_first")}
+    step: list[nn.Module] = [ActNorm(dim)] if config["actnorm"] else []
+    return [*step, InvertibleLinear(dim, linear=config["linear"]), AffineCoupling(dim, mlp, **options)]
+
+
+def _read_step(step: Sequence[nn.Module], position: int, context_dim: int) -> dict[str, Any]:
+    """The constructor's arguments of which this step could be made; raises ValueError at the first layer that cannot."""
+    kinds = (InvertibleLinear, AffineCoupling) if len(step) == 2 else (ActNorm, InvertibleLinear, AffineCoupling)
+    for i, (layer, kind) in enumerate(zip(step, kinds, strict=True)):
+        if not isinstance(layer, kind):
+            raise ValueError(
+                f"layer {position + i} is {type(layer).__name__}; a CouplingFlow has {kind.__name__} there"
+            )
+    linear, coupling = step[-2], step[-1]
+    assert isinstance(linear, InvertibleLinear) and isinstance(coupling, AffineCoupling)
+    if coupling.flip or not isinstance(coupling.conditioner, MLP):
+        what = "has flip=True" if coupling.flip else f"has a {type(coupling.conditioner).__name__} as conditioner"
+        raise ValueError(
+            f"layer {position + len(step) - 1} {what}; a CouplingFlow's couplings are unflipped, with an MLP"
+        )
+    return {
+        "dim": coupling.dim,
+        "hidden": tuple(layer.out_features for layer in coupling.conditioner.linears()[:-1]),
+        "context_dim": context_dim,
+        "activation": coupling.conditioner.activation,
+        "log_scale": coupling.log_scale,
+        "log_scale_constant": coupling.log_scale_constant,
+        "add_first": coupling.add_first,
+        "linear": linear.linear,
+        "actnorm": len(step) == 3,
+    }
+
+
+def _mlp_of(coupling: nn.Module) -> MLP:
+    assert isinstance(coupling, AffineCoupling) and isinstance(coupling.conditioner, MLP)
+    return coupling.conditioner

@@ -1,0 +1,116 @@
+"""Invertible linear layer: a learned mixing of all channels between couplings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast import ops
+from glf_fast.ops.checks import check_choice, check_shape
+from glf_fast.reference import permutation_matrix
+
+__all__ = ["LINEAR_TENSORS", "InvertibleLinear", "assemble"]
+
+# Parametrisation → the parameters and buffers that it stores.
+LINEAR_TENSORS: dict[str, tuple[str, ...]] = {
+    "plu": ("lower", "upper", "log_diag", "sign", "permutation"),
+    "dense": ("weight",),
+    "permutation": ("permutation",),
+}
+
+
+def assemble(
+    linear: str,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    log_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    need_inverse: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The affine maps x A + c of linear layers with the ActNorms (`log_scale`, `bias`) before them, if any.
+
+    `tensors` are those of `LINEAR_TENSORS[linear]`, with any leading dimensions (…).
+    Returns A (…, D, D), A⁻¹ (may be None unless `need_inverse`), c (…, D) and log|det A| (…).
+    """
+    if linear == "plu":
+        return ops.plu_assemble(
+            tensors["permutation"], tensors["lower"], tensors["upper"], tensors["log_diag"], tensors["sign"],
+            log_scale, bias, need_inverse=need_inverse,
+        )  # fmt: skip
+    if linear == "dense":
+        W = tensors["weight"]
+        _, logabsdet, W_inv, _ = ops.slogdet_inverse(W)
+    else:
+        W_inv = permutation_matrix(tensors["permutation"], dtype)
+        W, logabsdet = W_inv.mT, W_inv.new_zeros(W_inv.shape[:-2])
+    return ops.fold_actnorm(W, W_inv, logabsdet, log_scale, bias)
+
+
+def _random_rotation(dim: int) -> Tensor:
+    """An orthogonal matrix, uniformly distributed (QR of a Gaussian one, signs fixed)."""
+    Q, R = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))
+    return Q * R.diagonal().sign()
+
+
+class InvertibleLinear(nn.Module):
+    """y = x W over the channels of vectors (B, D) or images (B, D, H, W); log|det J| = pixels·log|det W|.
+
+    | `linear`      | W                      | log|det W|   | cost of a new W | starts as         |
+    |---------------|------------------------|--------------|-----------------|-------------------|
+    | `plu`         | P L (U + diag(±e^d))   | Σ d          | O(D³) product   | a random rotation |
+    | `dense`       | free                   | slogdet      | O(D³) LU        | a random rotation |
+    | `permutation` | fixed: yᵢ = x_perm(i)  | 0            | none            | random            |
+
+    `plu`, the default, can never become singular and needs no determinant: Glow (arXiv:1807.03039), eqs. 10, 11.
+    """
+
+    def __init__(self, dim: int, *, linear: str = "plu") -> None:
+        super().__init__()
+        check_choice("linear", linear, LINEAR_TENSORS)
+        self.dim = dim
+        self.linear = linear
+        if linear == "permutation":
+            self.register_buffer("permutation", torch.randperm(dim))
+            return
+        W = _random_rotation(dim)
+        dtype = torch.get_default_dtype()
+        if linear == "dense":
+            self.weight = nn.Parameter(W.to(dtype))
+            return
+        P, L, U = torch.linalg.lu(W)
+        diag = U.diagonal()
+        self.lower = nn.Parameter(L.tril(-1).to(dtype))
+        self.upper = nn.Parameter(U.triu(1).to(dtype))
+        self.log_diag = nn.Parameter(diag.abs().log().to(dtype))
+        self.register_buffer("sign", diag.sign().to(dtype))
+        self.register_buffer("permutation", P.argmax(1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x W and its logdet (B,); the context is not used."""
+        if self.linear == "permutation":
+            return self._permute(x, self.get_buffer("permutation"))
+        W, _, c, logabsdet = assemble(self.linear, self.tensors(), x.dtype, need_inverse=False)
+        return ops.invertible_linear(x, W, c, logabsdet)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z W⁻¹ and its logdet (B,)."""
+        if self.linear == "permutation":
+            return self._permute(z, self.get_buffer("permutation").argsort())
+        _, W_inv, c, logabsdet = assemble(self.linear, self.tensors(), z.dtype)
+        assert W_inv is not None
+        return ops.invertible_linear(z, W_inv, c, logabsdet, inverse=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers of this parametrisation, by name."""
+        return {name: getattr(self, name) for name in LINEAR_TENSORS[self.linear]}
+
+    def _permute(self, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        check_shape("x", x, (None, self.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
+        return x.index_select(1, order), x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def extra_repr(self) -> str:
+        """Shown by repr."""
+        return f"{self.dim}, linear={self.linear!r}"

@@ -1,0 +1,51 @@
+"""The default conditioner of a coupling: a multi-layer perceptron whose last layer starts at zero."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import nn
+
+from glf_fast.ops.checks import check_choice
+from glf_fast.reference import ACTIVATIONS
+
+__all__ = ["MLP"]
+
+_MODULES: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+}
+assert _MODULES.keys() == ACTIVATIONS.keys()
+
+
+class MLP(nn.Sequential):
+    """Linear → activation → … → Linear, (B, in_features) → (B, out_features).
+
+    The last layer starts at zero, so that a coupling starts as the identity (Glow, arXiv:1807.03039, section 3.3).
+
+    Args:
+        hidden: widths of one to four hidden layers.
+        activation: relu, leaky_relu, silu, gelu, tanh or elu, with PyTorch's default constants.
+    """
+
+    def __init__(self, in_features: int, hidden: Sequence[int], out_features: int, *, activation: str = "relu") -> None:
+        check_choice("activation", activation, _MODULES)
+        if not 1 <= len(hidden) <= 4 or min(hidden) < 1:
+            raise ValueError(f"hidden must be one to four widths ≥ 1; got {tuple(hidden)}")
+        widths = [in_features, *hidden, out_features]
+        layers: list[nn.Module] = []
+        for n_in, n_out in itertools.pairwise(widths):
+            layers += [nn.Linear(n_in, n_out), _MODULES[activation]()]
+        super().__init__(*layers[:-1])
+        nn.init.zeros_(layers[-2].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
+        self.activation = activation
+
+    def linears(self) -> list[nn.Linear]:
+        """The linear layers, first to last."""
+        return [layer for layer in self if isinstance(layer, nn.Linear)]

@@ -1,0 +1,50 @@
+"""A flow built layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast.flow.base import Flow
+
+__all__ = ["SequentialFlow"]
+
+
+class SequentialFlow(Flow):
+    """Layers applied one after the other: z = f_n(… f_1(x)), log-determinants added.
+
+    A layer is any module with `forward(x, context)` and `inverse(z, context)` that return (output, logdet): `ActNorm`,
+    `InvertibleLinear`, `AffineCoupling`, another `Flow`, or your own.
+
+    Args:
+        layers: first to last in the direction data → noise.
+        event_shape: shape of one sample, (D,) or (C, H, W).
+        context_dim: columns of the context, handed to every layer; 0 for none.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], event_shape: tuple[int, ...], context_dim: int = 0) -> None:
+        super().__init__(event_shape, context_dim)
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → noise: x (B, *event_shape) → z like x, logdet (B,)."""
+        return self._run(iter(self.layers), x, context, inverse=False)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise → data: z (B, *event_shape) → x like z, logdet (B,)."""
+        return self._run(reversed(self.layers), z, context, inverse=True)
+
+    def _run(
+        self, layers: Iterator[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        if x.shape[1:] != self.event_shape:
+            wanted = ", ".join(map(str, self.event_shape))
+            raise ValueError(f"{'z' if inverse else 'x'} must have shape (batch, {wanted}); got {tuple(x.shape)}")
+        context = self._expand_context(context, len(x))
+        logdet = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        for layer in layers:
+            x, ldj = layer.inverse(x, context) if inverse else layer(x, context)  # type: ignore[operator]
+            logdet = logdet + ldj
+        return x, logdet

@@ -1,0 +1,19 @@
+"""Functions on tensors: what a flow computes. Arguments are checked here, and here alone it is known which backend runs.
+
+Every function has the signature and the meaning of its namesake in `glf_fast.reference`, which also runs it today.
+"""
+
+from glf_fast.ops.backends import backends
+from glf_fast.ops.coupling import affine_coupling, coupling_flow, coupling_flow_inverse
+from glf_fast.ops.linear import fold_actnorm, invertible_linear, plu_assemble, slogdet_inverse
+
+__all__ = [
+    "affine_coupling",
+    "backends",
+    "coupling_flow",
+    "coupling_flow_inverse",
+    "fold_actnorm",
+    "invertible_linear",
+    "plu_assemble",
+    "slogdet_inverse",
+]

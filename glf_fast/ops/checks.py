@@ -1,0 +1,62 @@
+"""Argument checks shared by the operations: each error names the argument, what came and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_choice", "check_floating", "check_hidden_layers", "check_shape", "check_state"]
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], meaning: str) -> None:
+    """Raise ValueError unless the tensor has this shape; None stands for any size. `meaning` is the shape in symbols."""
+    if tensor.ndim != len(shape) or any(
+        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must have shape {meaning} = ({wanted}); got {tuple(tensor.shape)}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless the tensor is floating-point."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating-point; got {tensor.dtype} (convert it with .float())")
+
+
+def check_state(name: str, tensor: Tensor, parameters: Tensor) -> Tensor:
+    """The flow's state in the dtype of its parameters: half-precision input is widened, float32/float64 mixtures refused."""
+    check_floating(name, tensor)
+    if parameters.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"the flow's parameters are {parameters.dtype}, its state must be float32 or float64: keep the flow in float32 "
+            "and run it under torch.autocast, which uses low precision where it is safe"
+        )
+    if tensor.device != parameters.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but the flow is on {parameters.device}: move one of them with .to()"
+        )
+    if tensor.dtype != parameters.dtype and tensor.dtype.itemsize >= 4:
+        raise TypeError(f"{name} is {tensor.dtype} but the flow is {parameters.dtype}: convert one of them with .to()")
+    return tensor.to(parameters.dtype)
+
+
+def check_hidden_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], steps: int, n_in: int, n_out: int) -> None:
+    """Raise ValueError unless stacked MLP weights (K, nᵢ, nᵢ₊₁) and biases (K, nᵢ₊₁) chain from n_in to n_out."""
+    if len(weights) != len(biases) or not weights:
+        raise ValueError(
+            f"weights and biases must be two lists of one length ≥ 1; got {len(weights)} and {len(biases)}"
+        )
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        width = n_out if i == len(weights) - 1 else weight.shape[-1]
+        check_shape(f"weights[{i}]", weight, (steps, n_in, width), "(steps, in, out)")
+        check_shape(f"biases[{i}]", bias, (steps, width), "(steps, out)")
+        n_in = width

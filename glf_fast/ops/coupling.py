@@ -1,0 +1,137 @@
+"""Affine coupling: the elementwise operation, and the whole flow of K steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from glf_fast import reference
+from glf_fast.ops.checks import check_choice, check_floating, check_hidden_layers, check_shape, check_state
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES
+
+__all__ = ["affine_coupling", "coupling_flow", "coupling_flow_inverse"]
+
+
+def affine_coupling(
+    v: Tensor,
+    u: Tensor,
+    t: Tensor,
+    *,
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """w = v·e^f(u) + t (or `add_first`: (v + t)·e^f(u)), or its inverse, and the log-determinant.
+
+    Args:
+        v, u, t: transformed half, raw log-scale, shift; one shape (B, …), any strides.
+        log_scale: name of f, see `glf_fast.reference.log_scale`; `log_scale_constant` replaces its default constant.
+        inverse: undo it: v = (w − t)·e^−f(u), with `v` the given w.
+
+    Returns:
+        w like v, and logdet (B,) of the direction applied; both float32 or better.
+
+    Raises:
+        ValueError: shapes differ, or an unknown `log_scale`. TypeError: not floating-point.
+
+    Source: RealNVP (arXiv:1605.08803), eq. 4; Glow (arXiv:1807.03039), table 1.
+    """
+    check_choice("log_scale", log_scale, LOG_SCALES)
+    for name, tensor in (("v", v), ("u", u), ("t", t)):
+        check_floating(name, tensor)
+        if tensor.shape != v.shape or tensor.ndim < 2:
+            raise ValueError(
+                "v, u and t must have one shape (B, …) of two or more dimensions; "
+                f"got v {tuple(v.shape)}, u {tuple(u.shape)}, t {tuple(t.shape)}"
+            )
+    return reference.affine_coupling(
+        v, u, t, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first, inverse=inverse
+    )
+
+
+def _check_flow(
+    name: str,
+    x: Tensor,
+    A: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None,
+    activation: str,
+    log_scale: str,
+) -> Tensor:
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("log_scale", log_scale, LOG_SCALES)
+    steps, dim = A.shape[0], A.shape[-1]
+    check_shape("A", A, (steps, dim, dim), "(steps, dim, dim)")
+    check_shape("c", c, (steps, dim), "(steps, dim)")
+    check_shape(name, x, (None, dim), "(batch, dim)")
+    n_context = 0
+    if context is not None:
+        check_floating("context", context)
+        check_shape("context", context, (x.shape[0], None), "(batch, context_dim)")
+        n_context = context.shape[1]
+    check_hidden_layers(weights, biases, steps, dim - dim // 2 + n_context, 2 * (dim // 2))
+    return check_state(name, x, A)
+
+
+def coupling_flow(
+    x: Tensor,
+    A: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Data → noise through K steps of affine map and affine coupling.
+
+    Step k computes y = x A_k + c_k, splits it into P = D − D//2 passive and D//2 transformed columns (p, v), and returns
+    [p, v·e^f(u) + t] with (u, t) = MLP_k([p, context]).
+
+    Args:
+        x: (B, D). A: (K, D, D) and c: (K, D), from `plu_assemble` or any affine maps.
+        weights, biases: per layer of the MLPs (K, nᵢ, nᵢ₊₁) and (K, nᵢ₊₁), from P + C to 2·(D//2) columns.
+        context: (B, C) or None. The options are those of `affine_coupling`; `activation` of the hidden layers.
+
+    Returns:
+        z (B, D) and Σ ℓ (B,). The caller adds Σ_k log|det A_k|, one number for the whole batch.
+
+    Raises:
+        ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
+    """
+    x = _check_flow("x", x, A, c, weights, biases, context, activation, log_scale)
+    return reference.coupling_flow(
+        x, A, c, weights, biases, context,
+        activation=activation, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first,
+    )  # fmt: skip
+
+
+def coupling_flow_inverse(
+    z: Tensor,
+    A_inv: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Noise → data: undoes `coupling_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
+
+    Returns x (B, D) and −Σ ℓ (B,).
+    """
+    z = _check_flow("z", z, A_inv, c, weights, biases, context, activation, log_scale)
+    return reference.coupling_flow_inverse(
+        z, A_inv, c, weights, biases, context,
+        activation=activation, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first,
+    )  # fmt: skip

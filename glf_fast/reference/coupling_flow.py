@@ -1,0 +1,85 @@
+"""A whole flow: K steps of affine map (ActNorm and invertible linear, folded) and affine coupling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glf_fast.reference.affine_coupling import affine_coupling
+from glf_fast.reference.mlp import mlp
+
+__all__ = ["coupling_flow", "coupling_flow_inverse"]
+
+
+def coupling_flow(
+    x: Tensor,
+    A: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Data → noise. For k = 0 … K−1, with P = D − D//2 passive columns p and D//2 transformed columns v:
+
+        y = x A_k + c_k;   (p, v) = y[:, :P], y[:, P:];   (u, t) = MLP_k([p, context]);   x ← [p, v·e^f(u) + t]
+
+    `x` (B, D); `A` (K, D, D), `c` (K, D); `weights[i]` (K, nᵢ, nᵢ₊₁) and `biases[i]` (K, nᵢ₊₁) with n₀ = P + C and
+    n_last = 2·(D//2); `context` (B, C) or None; the rest as in `affine_coupling` and `mlp`.
+    Returns z (B, D) and Σ_k Σ ℓ (B,), both float32 or better: the caller adds Σ_k log|det A_k|, which no sample changes.
+    """
+    passive = x.shape[1] - x.shape[1] // 2
+    logdet = x.new_zeros(len(x))
+    for k in range(len(A)):
+        # Full precision under autocast: a bf16 A would not match the A⁻¹ of the inverse.
+        with torch.autocast(x.device.type, enabled=False):
+            y = x @ A[k] + c[k]
+        p, v = y[:, :passive], y[:, passive:]
+        h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
+        u, t = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation).chunk(2, 1)
+        v, ldj = affine_coupling(
+            v, u, t, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first
+        )
+        x = torch.cat([p, v], 1)
+        logdet = logdet + ldj
+    return x, logdet
+
+
+def coupling_flow_inverse(
+    z: Tensor,
+    A_inv: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Noise → data: the steps of `coupling_flow` undone in reverse order, with `A_inv` (K, D, D) = A⁻¹.
+
+        (p, v) = z[:, :P], z[:, P:];   (u, t) = MLP_k([p, context]);   z ← ([p, (v − t)·e^−f(u)] − c_k) A_k⁻¹
+
+    Returns x (B, D) and −Σ_k Σ ℓ (B,).
+    """
+    passive = z.shape[1] - z.shape[1] // 2
+    logdet = z.new_zeros(len(z))
+    for k in reversed(range(len(A_inv))):
+        p, v = z[:, :passive], z[:, passive:]
+        h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
+        u, t = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation).chunk(2, 1)
+        v, ldj = affine_coupling(
+            v, u, t, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first, inverse=True
+        )
+        with torch.autocast(z.device.type, enabled=False):
+            z = (torch.cat([p, v], 1) - c[k]) @ A_inv[k]
+        logdet = logdet + ldj
+    return z, logdet

@@ -1,0 +1,31 @@
+"""The coupling's conditioner: a multi-layer perceptron on row vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "mlp"]
+
+# PyTorch's defaults: leaky_relu has slope 0.01, gelu is the exact one (erf), elu has α = 1.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": F.tanh,
+    "elu": F.elu,
+}
+
+
+def mlp(h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str = "relu") -> Tensor:
+    """h ← a(h Wᵢ + bᵢ) for every layer but the last, which is linear.
+
+    `h` (B, n₀); `weights[i]` (nᵢ, nᵢ₊₁), multiplied from the right; `biases[i]` (nᵢ₊₁). Returns (B, n_last).
+    """
+    act = ACTIVATIONS[activation]
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        h = act(h @ weight + bias)
+    return h @ weights[-1] + biases[-1]
