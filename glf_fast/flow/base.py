@@ -65,6 +65,11 @@ class Flow(nn.Module):
         noise = torch.randn((n, *self.event_shape), generator=generator, device=like.device, dtype=like.dtype)
         return self.inverse(temperature * noise, context)[0]
 
+    def _check_event(self, name: str, x: Tensor) -> None:
+        if x.shape[1:] != self.event_shape:
+            wanted = ", ".join(map(str, self.event_shape))
+            raise ValueError(f"{name} must have shape (batch, {wanted}); got {tuple(x.shape)}")
+
     def _expand_context(self, context: Tensor | None, batch: int) -> Tensor | None:
         """The context as (batch, context_dim): checked, and one row repeated for all samples."""
         if context is None:

@@ -64,6 +64,8 @@ class CouplingFlow(Flow):
         actnorm: bool = True,
     ) -> None:
         super().__init__((dim,), context_dim)
+        if dim < 2:
+            raise ValueError(f"dim must be at least 2, to have a passive and a transformed half; got {dim}")
         if steps < 1:
             raise ValueError(f"steps must be ≥ 1; got {steps}")
         if context_dim < 0:
@@ -87,8 +89,9 @@ class CouplingFlow(Flow):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, D) → z (B, D), logdet (B,)."""
+        self._check_event("x", x)
         context = self._expand_context(context, len(x))
-        if self.training and not self._started and x.ndim == 2 and len(x) >= 2:
+        if self.training and not self._started and len(x) >= 2:
             self._start(x, context)
         A, _, c, logabsdet = self._affine(need_inverse=False)
         z, logdet = ops.coupling_flow(x, A, c, *self._mlp(), context, **self._options())
@@ -96,6 +99,7 @@ class CouplingFlow(Flow):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data: z (B, D) → x (B, D), logdet (B,)."""
+        self._check_event("z", z)
         context = self._expand_context(context, len(z))
         _, A_inv, c, logabsdet = self._affine(need_inverse=True)
         assert A_inv is not None

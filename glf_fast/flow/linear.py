@@ -78,12 +78,12 @@ class InvertibleLinear(nn.Module):
         W = _random_rotation(dim)
         dtype = torch.get_default_dtype()
         if linear == "dense":
-            self.weight = nn.Parameter(W.to(dtype))
+            self.weight = nn.Parameter(W.to(dtype).contiguous())  # QR returns columns first
             return
         P, L, U = torch.linalg.lu(W)
         diag = U.diagonal()
-        self.lower = nn.Parameter(L.tril(-1).to(dtype))
-        self.upper = nn.Parameter(U.triu(1).to(dtype))
+        self.lower = nn.Parameter(L.tril(-1).to(dtype).contiguous())
+        self.upper = nn.Parameter(U.triu(1).to(dtype).contiguous())
         self.log_diag = nn.Parameter(diag.abs().log().to(dtype))
         self.register_buffer("sign", diag.sign().to(dtype))
         self.register_buffer("permutation", P.argmax(1))

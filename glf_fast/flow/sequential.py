@@ -39,9 +39,7 @@ class SequentialFlow(Flow):
     def _run(
         self, layers: Iterator[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        if x.shape[1:] != self.event_shape:
-            wanted = ", ".join(map(str, self.event_shape))
-            raise ValueError(f"{'z' if inverse else 'x'} must have shape (batch, {wanted}); got {tuple(x.shape)}")
+        self._check_event("z" if inverse else "x", x)
         context = self._expand_context(context, len(x))
         logdet = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         for layer in layers:

@@ -1,0 +1,41 @@
+# Two commands on a fresh machine with Python ≥ 3.10, a C++ compiler and make:
+#   make train   train on Fashion-MNIST, end with pictures and scores
+#   make test    the whole test suite
+# Both create .venv and install what is needed into it.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+RUN := $(VENV)/bin/python
+
+.PHONY: train test lint clean
+
+train: $(VENV)/train.stamp
+	$(RUN) -m glf_fast.train $(ARGS)
+
+# One process per core, each with one thread: the tests are many and small.
+test: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/test.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# torch comes first and alone, at the pinned version, so that nothing later can pull a second copy.
+$(VENV)/torch.stamp: constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip 'setuptools>=77' wheel ninja
+	$(PIP) install --quiet --constraint constraints.txt torch numpy
+	touch $@
+
+$(VENV)/train.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

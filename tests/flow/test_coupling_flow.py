@@ -1,0 +1,245 @@
+"""CouplingFlow: stacked parameters, layers, the data-dependent start, its density, its errors."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from glf_fast import MLP, ActNorm, AffineCoupling, CouplingFlow, InvertibleLinear, SequentialFlow
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES
+
+
+def shaken(flow: CouplingFlow, scale: float = 0.3) -> CouplingFlow:
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return flow
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dim=st.integers(2, 9),
+    steps=st.integers(1, 4),
+    hidden=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    context_dim=st.integers(0, 3),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    log_scale=st.sampled_from(sorted(LOG_SCALES)),
+    add_first=st.booleans(),
+    linear=st.sampled_from(["plu", "dense", "permutation"]),
+    actnorm=st.booleans(),
+    batch=st.integers(0, 5),
+    seed=st.integers(0, 2**16),
+)
+def test_stacked_flow_and_its_layers_are_the_same_map(seed, batch, **arguments) -> None:
+    torch.manual_seed(seed)
+    flow = shaken(CouplingFlow(**arguments).double().eval())
+    x = torch.randn(batch, flow.config["dim"], dtype=torch.float64)
+    context = torch.randn(batch, flow.context_dim, dtype=torch.float64) if flow.context_dim else None
+    z, logdet = flow(x, context)
+    layers = flow.to_layers()
+    for other in (layers, CouplingFlow.from_layers(layers)):
+        z_other, logdet_other = other(x, context)
+        torch.testing.assert_close(z_other, z, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(logdet_other, logdet, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(other.inverse(z, context)[0], x, rtol=1e-6, atol=1e-6)
+    assert CouplingFlow.from_layers(layers).config == flow.config
+
+
+def test_configuration_rebuilds_the_flow() -> None:
+    flow = shaken(CouplingFlow(5, 2, (8, 9), 2, log_scale="softclip", add_first=True, linear="dense"))
+    again = CouplingFlow(**flow.config)
+    again.load_state_dict(flow.state_dict())
+    x, context = torch.randn(3, 5), torch.randn(3, 2)
+    assert torch.equal(again.eval()(x, context)[0], flow.eval()(x, context)[0])
+    assert flow.config["log_scale_constant"] == 1e-3, (
+        "the constant is spelled out, so that a new default cannot change it"
+    )
+
+
+def test_a_new_flow_is_its_linear_part() -> None:
+    flow = CouplingFlow(6, 3, (16,), actnorm=False).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    z, logdet = flow(x)
+    torch.testing.assert_close(z.norm(dim=1), x.norm(dim=1))  # three random rotations
+    torch.testing.assert_close(logdet, torch.zeros_like(logdet), atol=1e-7, rtol=0)  # stored in float32 at first
+
+
+def test_first_training_batch_sets_every_actnorm_once() -> None:
+    torch.manual_seed(1)
+    flow = shaken(CouplingFlow(4, 3, (8,)))
+    layers = flow.to_layers()
+    x = 5 * torch.randn(256, 4) + 3
+    assert not flow.actnorm_initialized.any()
+    flow.eval()(x)
+    assert not flow.actnorm_initialized.any(), "evaluation must not start it"
+    flow.train()(x[:1])
+    assert not flow.actnorm_initialized.any(), "one row has no variance"
+    z, _ = flow(x)
+    assert flow.actnorm_initialized.all()
+    torch.testing.assert_close(layers.train()(x)[0], z, rtol=1e-4, atol=1e-4)
+    h = (x + flow.actnorm_bias[0]) * flow.actnorm_log_scale[0].exp()
+    torch.testing.assert_close(h.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(h.std(0, correction=0), torch.ones(4), atol=1e-5, rtol=0)
+    before = flow.actnorm_bias.clone()
+    flow(x + 100)
+    assert torch.equal(flow.actnorm_bias, before)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: CouplingFlow(4, 2, (8,)), lambda: ActNorm(4)], ids=["CouplingFlow", "ActNorm"]
+)
+def test_a_loaded_start_is_never_repeated(make) -> None:
+    first = make()
+    first(3 * torch.randn(64, 4) + 1)
+    second = make()
+    second.load_state_dict(first.state_dict())
+    second.train()(torch.randn(64, 4) + 50)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    fresh = make()
+    fresh.load_state_dict(make().state_dict())
+    fresh.train()(3 * torch.randn(64, 4) + 1)
+    assert any((a != b).any() for a, b in zip(fresh.parameters(), make().parameters(), strict=True)), (
+        "not started: starts"
+    )
+
+
+def test_start_happens_inside_a_compiled_training_step() -> None:
+    torch.compiler.reset()
+    flow = CouplingFlow(4, 2, (8,))
+    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager")
+    x = 5 * torch.randn(64, 4) + 3
+    z, logdet = compiled(x)
+    (z.square().sum() - logdet.sum()).backward()
+    assert flow.actnorm_initialized.all()
+    torch.testing.assert_close(flow(x)[0], z, rtol=1e-5, atol=1e-5)
+    assert flow.actnorm_bias.grad is not None
+
+
+def test_constant_features_do_not_explode() -> None:
+    flow = CouplingFlow(4, 2, (8,))
+    x = torch.randn(64, 4)
+    x[:, 1] = 7.0
+    z, _ = flow(x)
+    x[:, 1] += 1e-3
+    assert (flow(x)[0] - z).abs().max() < 0.1
+
+
+def test_compiled_with_inductor() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    flow = shaken(CouplingFlow(5, 2, (8,), context_dim=2)).eval()
+    compiled = torch.compile(flow, fullgraph=True)
+    for batch in (8, 13, 7):  # the second size makes the graph dynamic, the third must fit it
+        x, context = torch.randn(batch, 5), torch.randn(batch, 2)
+        z, logdet = flow(x, context)
+        z_compiled, logdet_compiled = compiled(x, context)
+        torch.testing.assert_close(z_compiled, z, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logdet_compiled, logdet, rtol=1e-4, atol=1e-5)
+
+
+def test_density_integrates_to_one() -> None:
+    torch.manual_seed(0)
+    flow = shaken(CouplingFlow(2, 3, (8, 8)).double().eval(), 0.2)
+    side = torch.linspace(-12, 12, 801, dtype=torch.float64)
+    points = torch.cartesian_prod(side, side)
+    mass = flow.log_prob(points).exp().sum() * (side[1] - side[0]) ** 2
+    assert abs(mass.item() - 1) < 1e-3
+
+
+def test_learns_a_density_it_can_sample() -> None:
+    """A ring: far from normal, so that only working couplings, gradients and log-determinants reach its entropy."""
+    torch.manual_seed(0)
+
+    def ring(n: int) -> torch.Tensor:
+        angle, radius = 2 * math.pi * torch.rand(n), 2 + 0.1 * torch.randn(n)
+        return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+    flow = CouplingFlow(2, 8, (32, 32), activation="tanh")
+    optimizer = torch.optim.Adam(flow.parameters(), 5e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, 500)
+    for _ in range(500):
+        optimizer.zero_grad()
+        flow.log_prob(ring(256)).mean().neg().backward()
+        optimizer.step()
+        schedule.step()
+    flow.eval()
+    entropy = math.log(2 * math.pi * 2) + 0.5 * math.log(2 * math.pi * math.e * 0.1**2)  # of the ring: 1.65 nats
+    gaussian = math.log(2 * math.pi * math.e * 2)  # of the best normal distribution: 3.53 nats
+    cross_entropy = -flow.log_prob(ring(4000)).mean().item()
+    assert entropy - 0.05 < cross_entropy < entropy + 0.5 < gaussian
+    radius = flow.sample(4000).norm(dim=1)
+    assert abs(radius.mean().item() - 2) < 0.15
+    assert radius.std().item() < 0.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 1}, "dim must be at least 2"),
+        ({"steps": 0}, "steps must be ≥ 1; got 0"),
+        ({"hidden": ()}, "hidden must be one to four widths"),
+        ({"hidden": (8, 0)}, "hidden must be one to four widths"),
+        ({"hidden": (8,) * 5}, "hidden must be one to four widths"),
+        ({"context_dim": -1}, "context_dim must be ≥ 0"),
+        ({"activation": "rleu"}, "activation must be one of 'relu'"),
+        ({"log_scale": "tahn"}, "log_scale must be one of 'tanh'"),
+        ({"linear": "lu"}, "linear must be one of 'plu', 'dense', 'permutation'; got 'lu'"),
+    ],
+)
+def test_wrong_arguments_name_themselves(arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        CouplingFlow(**{"dim": 4, "steps": 2, "hidden": (8,), **arguments})
+
+
+def test_wrong_inputs_name_themselves() -> None:
+    flow, conditional = CouplingFlow(4, 2, (8,)), CouplingFlow(4, 2, (8,), context_dim=3)
+    x = torch.randn(5, 4)
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, 4\); got \(5, 3\)"):
+        flow(x[:, :3])
+    with pytest.raises(ValueError, match=r"z must have shape \(batch, 4\); got \(4,\)"):
+        flow.inverse(x[0])
+    with pytest.raises(TypeError, match=r"x must be floating-point; got torch\.int64"):
+        flow(x.long())
+    with pytest.raises(TypeError, match=r"x is torch\.float64 but the flow is torch\.float32"):
+        flow(x.double())
+    with pytest.raises(TypeError, match=r"keep the flow in float32 and run it under torch\.autocast"):
+        CouplingFlow(4, 2, (8,)).bfloat16()(x)
+    with pytest.raises(ValueError, match="this flow is conditional"):
+        conditional(x)
+    with pytest.raises(ValueError, match="context_dim=0 but a context"):
+        flow(x, x)
+    with pytest.raises(ValueError, match=r"context must have shape \(5, 3\) or \(3,\); got \(4, 3\)"):
+        conditional(x, torch.randn(4, 3))
+    with pytest.raises(ValueError, match="n must be ≥ 0"):
+        flow.sample(-1)
+    with pytest.raises(ValueError, match="temperature must be ≥ 0"):
+        flow.sample(1, temperature=-1.0)
+
+
+def test_half_precision_input_is_widened() -> None:
+    flow = CouplingFlow(4, 2, (8,)).eval()
+    x = torch.randn(5, 4).bfloat16()
+    assert torch.equal(flow(x)[0], flow(x.float())[0])
+
+
+def test_from_layers_names_the_layer_that_does_not_fit() -> None:
+    def step(**options) -> list[nn.Module]:
+        return [ActNorm(4), InvertibleLinear(4), AffineCoupling(4, MLP(2, [8], 4), **options)]
+
+    def stack(*layers: nn.Module) -> None:
+        CouplingFlow.from_layers(SequentialFlow(layers, (4,)))
+
+    with pytest.raises(ValueError, match="layer 2 has flip=True"):
+        stack(*step(flip=True))
+    with pytest.raises(ValueError, match="layer 1 is AffineCoupling; a CouplingFlow has InvertibleLinear there"):
+        stack(ActNorm(4), step()[2], step()[1])
+    with pytest.raises(ValueError, match="layer 2 has a Linear as conditioner"):
+        stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, nn.Linear(2, 4)))
+    with pytest.raises(ValueError, match="step 1 has log_scale='glow' but step 0 has 'tanh'"):
+        stack(*step(), *step(log_scale="glow"))
+    with pytest.raises(ValueError, match="4 layers cannot be split into equal steps of 3"):
+        stack(*step(), ActNorm(4))

@@ -1,0 +1,135 @@
+"""The operations: derivatives of first and second order, and errors that name what is wrong."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from glf_fast import backends, ops
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("add_first", [False, True])
+@pytest.mark.parametrize("log_scale", LOG_SCALES)
+def test_affine_coupling_derivatives(log_scale: str, add_first: bool, inverse: bool) -> None:
+    torch.manual_seed(0)
+    v, u, t = double(2, 3), double(2, 3), double(2, 3)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.affine_coupling(*tensors, log_scale=log_scale, add_first=add_first, inverse=inverse)
+
+    assert gradcheck(run, (v, u, t))
+    assert gradgradcheck(run, (v, u, t))
+
+
+def flow_tensors(K: int = 2, D: int = 3, C: int = 1, hidden: tuple[int, ...] = (4,)) -> list[Tensor]:
+    """x, A, c, context, W₀, b₀, W₁, b₁ …"""
+    widths = [D - D // 2 + C, *hidden, 2 * (D // 2)]
+    tensors = [double(2, D), double(K, D, D), double(K, D), double(2, C)]
+    for n_in, n_out in itertools.pairwise(widths):
+        tensors += [double(K, n_in, n_out), double(K, n_out)]
+    return tensors
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("op", [ops.coupling_flow, ops.coupling_flow_inverse])
+def test_coupling_flow_derivatives(op, activation: str) -> None:
+    torch.manual_seed(0)
+
+    def run(x: Tensor, A: Tensor, c: Tensor, context: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
+        return op(x, A, c, layers[0::2], layers[1::2], context, activation=activation)
+
+    tensors = flow_tensors()
+    assert gradcheck(run, tensors, fast_mode=True)
+    assert gradgradcheck(run, tensors, fast_mode=True)
+
+
+def test_plu_assemble_derivatives() -> None:
+    torch.manual_seed(0)
+    permutation = torch.stack([torch.randperm(3) for _ in range(2)])
+    sign = torch.tensor([[1.0, -1, 1], [-1, -1, 1]], dtype=torch.float64)
+
+    def run(lower: Tensor, upper: Tensor, log_diag: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return ops.plu_assemble(permutation, lower, upper, log_diag, sign, log_scale, bias)
+
+    tensors = (double(2, 3, 3), double(2, 3, 3), double(2, 3), double(2, 3), double(2, 3))
+    assert gradcheck(run, tensors)
+
+
+def test_slogdet_inverse_derivatives() -> None:
+    torch.manual_seed(0)
+    assert gradcheck(lambda W: ops.slogdet_inverse(W)[1:3], (double(2, 3, 3),))
+
+
+def test_strided_inputs_give_the_same_as_packed_ones() -> None:
+    torch.manual_seed(0)
+    raw = torch.randn(2, 6, 4, 4).to(memory_format=torch.channels_last)
+    u, t = raw.chunk(2, 1)
+    v = torch.randn(2, 4, 4, 3).permute(0, 3, 1, 2)
+    w, logdet = ops.affine_coupling(v, u, t)
+    w_packed, logdet_packed = ops.affine_coupling(v.contiguous(), u.contiguous(), t.contiguous())
+    torch.testing.assert_close(w, w_packed)
+    torch.testing.assert_close(logdet, logdet_packed)
+
+
+def test_affine_coupling_errors() -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"got v \(2, 3\), u \(2, 2\), t \(2, 3\)"):
+        ops.affine_coupling(x, x[:, :2], x)
+    with pytest.raises(ValueError, match="two or more dimensions"):
+        ops.affine_coupling(x[0], x[0], x[0])
+    with pytest.raises(TypeError, match=r"u must be floating-point; got torch\.int64"):
+        ops.affine_coupling(x, x.long(), x)
+    with pytest.raises(ValueError, match=r"log_scale must be one of 'tanh', 'exp'.*got 'sigmoid'"):
+        ops.affine_coupling(x, x, x, log_scale="sigmoid")
+
+
+@pytest.mark.parametrize(
+    ("index", "replacement", "message"),
+    [
+        (0, torch.zeros(2, 4, dtype=torch.float64), r"x must have shape \(batch, dim\) = \(any, 3\); got \(2, 4\)"),
+        (1, torch.zeros(2, 3, 4, dtype=torch.float64), r"A must have shape \(steps, dim, dim\) = \(2, 4, 4\)"),
+        (2, torch.zeros(3, 3, dtype=torch.float64), r"c must have shape \(steps, dim\) = \(2, 3\); got \(3, 3\)"),
+        (3, torch.zeros(1, 1, dtype=torch.float64), r"context must have shape .* = \(2, any\); got \(1, 1\)"),
+        (
+            4,
+            torch.zeros(2, 2, 4, dtype=torch.float64),
+            r"weights\[0\] must have shape \(steps, in, out\) = \(2, 3, 4\)",
+        ),
+        (
+            6,
+            torch.zeros(2, 4, 5, dtype=torch.float64),
+            r"weights\[1\] must have shape \(steps, in, out\) = \(2, 4, 2\)",
+        ),
+        (7, torch.zeros(2, 3, dtype=torch.float64), r"biases\[1\] must have shape \(steps, out\) = \(2, 2\)"),
+    ],
+)
+def test_coupling_flow_errors(index: int, replacement: Tensor, message: str) -> None:
+    tensors = flow_tensors()
+    tensors[index] = replacement
+    x, A, c, context, *layers = tensors
+    with pytest.raises(ValueError, match=message):
+        ops.coupling_flow(x, A, c, layers[0::2], layers[1::2], context)
+
+
+def test_linear_errors() -> None:
+    eye, zero = torch.eye(3), torch.zeros(3)
+    with pytest.raises(ValueError, match=r"W must be square matrices \(…, D, D\); got \(2, 3\)"):
+        ops.slogdet_inverse(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, D, …\) = \(any, 3\); got \(5, 4\)"):
+        ops.invertible_linear(torch.zeros(5, 4), eye, zero, zero[0])
+    with pytest.raises(ValueError, match=r"upper must have shape \(…, D, D\) = \(3, 3\)"):
+        ops.plu_assemble(torch.arange(3), eye, eye[:2], zero, zero)
+    with pytest.raises(ValueError, match="log_scale and bias belong together"):
+        ops.plu_assemble(torch.arange(3), eye, eye, zero, zero, zero)
+
+
+def test_the_reference_backend_is_always_there() -> None:
+    assert backends()["reference"].startswith("ready")
