@@ -74,7 +74,7 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     sign, logabsdet = torch.linalg.slogdet(W)
     inverse, info = torch.linalg.inv_ex(W)
-    return sign, logabsdet, inverse, info
+    return sign.detach(), logabsdet, inverse, info
 
 
 def invertible_linear(
