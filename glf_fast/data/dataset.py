@@ -23,16 +23,16 @@ class ImageDataset:
         name: the source's name or path. split: "train" or "test".
         images: uint8 (N, C, H, W), C = 1 or 3.
         labels: int64 (N,), or None.
-        policy: how files became these pixels (crop, resize, split), in words; part of the fingerprint.
         fingerprint: SHA-256 over shape, pixels and policy.
+        policy: how files became these pixels (crop, resize, split), in words.
     """
 
     name: str
     split: str
     images: Tensor
     labels: Tensor | None
-    policy: str
     fingerprint: str
+    policy: str = ""
 
     @classmethod
     def of(cls, name: str, split: str, images: Tensor, labels: Tensor | None = None, policy: str = "") -> ImageDataset:
@@ -43,7 +43,7 @@ class ImageDataset:
             )
         digest = hashlib.sha256(f"{tuple(images.shape)} {policy}".encode())
         digest.update(images.contiguous().numpy().data)
-        return cls(name, split, images, labels, policy, digest.hexdigest())
+        return cls(name, split, images, labels, digest.hexdigest(), policy)
 
 
 def check_split(split: str) -> None:
