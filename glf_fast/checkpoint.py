@@ -77,8 +77,10 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         temporary.rename(folder)
         _flush(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
-    except SafetensorError as error:
-        raise OSError(f"{folder} could not be written: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{folder} could not be written ({error}); what was there is unharmed: make room, and run the same command again"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -88,37 +90,31 @@ def exists(folder: Path) -> bool:
     return folder.is_dir() or _previous(folder).is_dir()
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint alone; raises UserError as `read`."""
+    return _index(_whole(folder))["state"]
+
+
 def read(folder: Path, *, training: bool = False) -> Checkpoint:
     """Read a checkpoint, with what resuming needs if `training`; every file is compared with its checksum first.
 
     Raises:
-        UserError: there is none, it is corrupt, or it was made for evaluation only.
+        UserError: there is none, it is corrupt, or it was made for use only.
     """
-    if not exists(folder):
-        raise UserError(f"there is no checkpoint {folder}; python -m glf_fast.train makes them")
-    if not folder.is_dir():
-        folder = _previous(folder)
-    remedy = f"restore it from a copy, or delete {folder} to train anew"
-    index = _read_json(folder / _INDEX, remedy)
-    if not isinstance(index, dict) or index.get("format") != _FORMAT or not {"model", "state", "files"} <= set(index):
-        raise UserError(f"{folder / _INDEX} is not of this version's format ({_FORMAT}); {remedy}")
+    folder = _whole(folder)
+    index = _index(folder)
     for name in [_MODEL, _CONFIG, *([_TRAINING] if training else [])]:
         file, recorded = folder / name, index["files"].get(name)
         if recorded is None or not file.is_file():
-            raise UserError(f"{file} is missing; {remedy}")
+            raise UserError(f"{file} is missing; {_remedy(folder)}")
         if file.stat().st_size != recorded["bytes"] or sha256(file) != recorded["sha256"]:
-            raise UserError(f"{file} is corrupt: its size or SHA-256 is not the one in {_INDEX}; {remedy}")
+            raise UserError(f"{file} is corrupt: its size or SHA-256 is not the one in {_INDEX}; {_remedy(folder)}")
     try:
         weights = load_file(folder / _MODEL)
         more = load_file(folder / _TRAINING) if training else {}
-    except SafetensorError as error:
-        raise UserError(f"{folder} holds something else than safetensors ({error}); {remedy}") from error
-    return Checkpoint(index["model"], _read_json(folder / _CONFIG, remedy), weights, more, index["state"])
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state alone."""
-    return read(folder).state
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{folder} does not hold readable safetensors ({error}); {_remedy(folder)}") from error
+    return Checkpoint(index["model"], read_json(folder / _CONFIG), weights, more, index["state"])
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[models.GenerativeModel, dict[str, Any]]:
@@ -170,6 +166,27 @@ def _previous(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}-previous")
 
 
+def _whole(folder: Path) -> Path:
+    """Where the checkpoint of `folder` is at this moment."""
+    if not exists(folder):
+        raise UserError(f"there is no checkpoint {folder}; python -m glf_fast.train makes them")
+    return folder if folder.is_dir() else _previous(folder)
+
+
+def _remedy(folder: Path) -> str:
+    return f"restore it from a copy, or delete {folder} to train anew"
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    try:
+        index = read_json(folder / _INDEX)
+    except FileNotFoundError:
+        raise UserError(f"{folder / _INDEX} is missing; {_remedy(folder)}") from None
+    if not isinstance(index, dict) or index.get("format") != _FORMAT or not {"model", "state", "files"} <= set(index):
+        raise UserError(f"{folder / _INDEX} is not of this version's format ({_FORMAT}); {_remedy(folder)}")
+    return index
+
+
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     # channels_last weights are not contiguous, and safetensors refuses those.
     with atomic_write(path) as temporary:
@@ -183,10 +200,3 @@ def _flush(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _read_json(path: Path, remedy: str) -> Any:
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {remedy}") from None

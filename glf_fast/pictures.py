@@ -26,12 +26,12 @@ def draw_pictures(model: GenerativeModel, test_images: Tensor, seed: int) -> dic
     half = len(real) // 2
     rebuilt = to_uint8(model.reconstruct(to_float(real)))
     pairs = torch.cat([real[:half], rebuilt[:half], real[half:], rebuilt[half:]])
-    ends = to_float(real[: half // 2 * 2])
-    ways = to_uint8(model.interpolate(ends[0::2], ends[1::2], 10).nan_to_num())
+    ends = to_float(real[:10])
+    ways = to_uint8(model.interpolate(ends[0::2], ends[1::2], 12).nan_to_num())
     pictures = {
         "samples": grid(draw(model, 64, seed=seed)),
         "reconstructions": grid(pairs, columns=half),
-        "interpolations": grid(ways.flatten(0, 1), columns=10),
+        "interpolations": grid(ways.flatten(0, 1), columns=12),
     }
     return {kind: picture.cpu() for kind, picture in pictures.items()}
 

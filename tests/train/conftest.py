@@ -1,10 +1,11 @@
 """A run of preset smoke, trained once, and helpers to run the commands."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -36,19 +37,20 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def command() -> Callable[..., subprocess.Popen[str]]:
+def command() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts `python -m glf_fast.{module} …` as a process of its own, one thread, warnings as errors."""
+    with contextlib.ExitStack() as stack:
 
-    def start(module: str, *arguments: str | Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", f"glf_fast.{module}", *map(str, arguments)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        def start(module: str, *arguments: str | Path, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+            program = [sys.executable, "-W", "error", "-m", f"glf_fast.{module}", *map(str, arguments)]
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            process = subprocess.Popen([*before, *program], env=one_thread, text=True, **pipes)
+            stack.enter_context(process)
+            stack.callback(process.kill)  # before the wait that leaving the process's own context means
+            return process
 
-    return start
+        yield start
 
 
 @pytest.fixture(scope="session")

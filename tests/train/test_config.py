@@ -108,7 +108,10 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
         ("--config nowhere.toml", "no config file nowhere.toml"),
         ("--flow.stps 3", "unknown option --flow.stps; did you mean --flow.steps?"),
         ("--dry-rum", "unknown option --dry-rum; did you mean --dry-run?"),
-        ("--flow.steps many", "--flow.steps: invalid literal for int() with base 10: 'many' (wanted: --flow.steps INT)"),
+        (
+            "--flow.steps many",
+            "--flow.steps: invalid literal for int() with base 10: 'many' (wanted: --flow.steps INT)",
+        ),
         ("--flow.kind nvp", "invalid choice 'nvp' for argument '--flow.kind'. Expected one of ('coupling', 'rnvp')"),
         ("--flow.steps", "Missing value for argument '--flow.steps'"),
         ("quick", "unexpected argument quick"),
@@ -129,7 +132,9 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        parse_train(["--preset", "fashion-mnist", *arguments.split()] if "--preset" not in arguments else arguments.split())
+        parse_train(
+            ["--preset", "fashion-mnist", *arguments.split()] if "--preset" not in arguments else arguments.split()
+        )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
