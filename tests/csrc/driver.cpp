@@ -143,8 +143,8 @@ struct Case {
 template <class T>
 void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
   const Shape shapes[] = {{2, 2, 0, {5}, 1},     {3, 3, 1, {4}, 2},      {2, 5, 2, {}, 7},       {2, 7, 3, {16, 9}, 13},
-                          {2, 20, 0, {64, 64}, 37}, {2, 33, 0, {17, 31, 8, 40}, 50}, {1, 64, 5, {70, 33}, 300}, {2, 6, 0, {8}, 0}};
-  for (int option = 0; option < 14; ++option)
+                          {2, 20, 0, {64, 64}, 37}, {2, 33, 0, {17, 31, 8, 40}, 50}, {1, 64, 5, {70, 33}, 140}, {2, 6, 0, {8}, 0}};
+  for (int option = 0; option < 7; ++option)
     for (const Shape& shape : shapes) {
       Case<T> c(shape, option);
       for (const bool inverse : {false, true}) {
