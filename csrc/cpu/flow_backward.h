@@ -1,4 +1,5 @@
-// The backward of a flow: a tile of rows through the steps in reverse order; KERNELS in docs give the formulas of a step.
+// The backward of a flow: a tile of rows through the steps in reverse order: step_backward
+// is one step, couple_rows_backward its elementwise part.
 #pragma once
 
 #include "flow_forward.h"

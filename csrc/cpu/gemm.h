@@ -121,8 +121,8 @@ struct Nothing {
 };
 
 // C (M, N) = bias + A B with row-major B (K, N), or B = wᵀ with w (N, K) when `transposed`.
-// Panels of B are copied to L1 as they stream in, once per tile: at 128 rows that costs 3 % and needs no shared packed
-// copy. Up to MR rows nothing would be reused, and B is read in place.
+// Panels of B are copied to L1 as they stream in, once per tile, which needs no shared packed copy; transposing
+// them takes 5 % of a training pass at 128 rows and D = 64, H = 256. Up to MR rows nothing would be reused, and B is read in place.
 // `after(c, row, column, rows, columns)` is called on finished blocks while they are in L1.
 template <class T, class After = Nothing>
 void multiply(idx M, idx N, idx K, const T* a, idx a_m, const T* b, bool transposed, T* c, idx c_m, const T* bias,

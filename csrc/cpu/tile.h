@@ -38,7 +38,7 @@ struct Tiling {
     idx work = flow.dim * flow.dim;  // multiply-adds of a row
     for (int i = 0; i < flow.layers; ++i) work += flow.width[i] * flow.width[i + 1];
     work *= flow.steps * batch;
-    // Waking a thread costs some 5 µs: half a million multiply-adds.
+    // A thread is woken for at least half a million multiply-adds: some 5 µs.
     threads = static_cast<int>(std::clamp<idx>(std::min<idx>(work >> 19, (batch + MR - 1) / MR), 1, parallel.threads));
     thread_rows = round_up((batch + threads - 1) / threads, MR);
     threads = static_cast<int>((batch + thread_rows - 1) / thread_rows);

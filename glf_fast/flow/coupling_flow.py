@@ -38,7 +38,8 @@ class CouplingFlow(Flow):
         add_first: couplings add before they multiply, as Glow does.
         linear: "plu", "dense" or "permutation", see `InvertibleLinear`.
         actnorm: with an ActNorm in each step; its start is set by the first training batch.
-        reversible: train with memory independent of K, by undoing the steps in the backward; a third slower.
+        reversible: train with memory independent of K, by undoing the steps in the backward: slower, and in
+            float32 gradients lose what the conditioning of the steps loses.
 
     Example:
         >>> flow = CouplingFlow(dim=5, steps=4, hidden=(64, 64))
@@ -114,7 +115,7 @@ class CouplingFlow(Flow):
     def _affine(self, *, need_inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """A, A⁻¹, c (K, …) of all steps and Σ log|det A|: assembled afresh, or as long as nothing changes once for all.
 
-        At B = 1 the assembly would take four times as long as the flow itself.
+        At D = 64, K = 8 the assembly takes some 200 µs, 600 with A⁻¹; at B = 1 all the rest takes 90.
         """
         actnorm = (self.actnorm_log_scale, self.actnorm_bias) if self.config["actnorm"] else (None, None)
         linear = self._linear()
@@ -139,7 +140,7 @@ class CouplingFlow(Flow):
         return {name: getattr(self, f"linear_{name}") for name in LINEAR_TENSORS[self.config["linear"]]}
 
     def _mlp(self) -> tuple[list[Tensor], list[Tensor]]:
-        # Iterating over a ParameterList builds every name anew: 8 µs, an eighth of a whole pass at B = 1.
+        # Iterating over a ParameterList builds every name anew, which shows at B = 1.
         return list(self.mlp_weights._parameters.values()), list(self.mlp_biases._parameters.values())  # type: ignore
 
     def _options(self) -> dict[str, Any]:

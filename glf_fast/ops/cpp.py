@@ -22,7 +22,7 @@ LOG_SCALE = {name: i for i, name in enumerate(LOG_SCALES)}
 
 # What the forward keeps (csrc/cpu/flow.h, Save).
 NOTHING, INPUTS, RECORDS = 0, 1, 2
-# Keeping every hidden layer saves the backward a quarter of its arithmetic, as long as it stays in the last-level cache.
+# Keeping every hidden layer saves the backward a third of its arithmetic, as long as it stays in the last-level cache.
 RECORDS_LIMIT = 32 << 20
 
 ops = torch.ops.glf_fast
