@@ -35,6 +35,8 @@ $(VENV)/train.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	# An independent Inception to compare ours with. Its dependencies (torchvision, and with it another torch) stay out.
+	$(PIP) install --quiet --no-deps torch-fidelity==0.4.0
 	touch $@
 
 clean:

@@ -1,0 +1,121 @@
+"""Command lines from dataclasses by tyro, with one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import tyro
+
+from glf_fast.config import Config, check
+from glf_fast.config_files import load, preset_path
+from glf_fast.errors import UserError
+
+__all__ = ["TrainCommand", "parse", "parse_train", "pick_device"]
+
+_DEFAULT_PRESET = "quick"
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a generative model of images. The same command again resumes the run.
+
+    Settings come from a preset, then from files, then from the command line; later ones win.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    preset: str = ""
+    """Settings by name: "quick", if no file is given either; a wrong name lists them."""
+    files: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(name="config", metavar="FILE")] = ()
+    """TOML file with settings."""
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the resulting settings as TOML and stop."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show shapes, parameters and memory, take one step, write nothing."""
+    out: Path | None = None
+    """The run's folder; by default runs/ and a name made from the settings."""
+    data_dir: Path | None = None
+    """Folder to look for the data set in first."""
+    device: str = ""
+    """cpu, cuda, cuda:1, …; by default cuda where there is one."""
+    base: tyro.conf.Suppress[Config] = Config()  # noqa: RUF009 - frozen
+    """What preset and files say alone."""
+
+
+def parse_train(arguments: Sequence[str]) -> TrainCommand:
+    """The train command, its settings resolved and checked.
+
+    Raises:
+        UserError: anything wrong with options, files or values.
+    """
+    # What the options default to is known only once the files are read, so those are looked for first.
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    files.add_argument("--preset", default="")
+    files.add_argument("--config", action="append", type=Path, default=[])
+    try:
+        first, _ = files.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}") from error
+    chosen = [preset_path(first.preset)] if first.preset else []
+    base = load(*(chosen + first.config or [preset_path(_DEFAULT_PRESET)]))
+    command = parse(TrainCommand, arguments, "glf_fast.train", default=TrainCommand(base, base=base))
+    check(command.config)
+    return command
+
+
+def parse(kind: type[C], arguments: Sequence[str], module: str, default: Any = tyro.MISSING_NONPROP) -> C:
+    """The arguments of `python -m {module}` as `kind`.
+
+    Raises:
+        UserError: an unknown option (the message has the nearest one), a missing or a wrong value.
+        SystemExit: after printing what --help prints.
+    """
+    program = f"python -m {module}"
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):  # tyro's errors come in a box of many lines
+            command, unknown = tyro.cli(kind, args=arguments, prog=program, default=default, return_unknown_args=True)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_one_line(errors.getvalue())}; {program} --help explains the options") from None
+    if unknown:
+        word = unknown[0].split("=")[0]
+        help_text = io.StringIO()
+        with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
+            tyro.cli(kind, args=["--help"], prog=program, default=default)
+        close = difflib.get_close_matches(word, set(re.findall(r"--[\w.-]+", help_text.getvalue())), 1)
+        hint = f"did you mean {close[0]}?" if close else f"{program} --help lists what there is"
+        raise UserError(f"{'unknown option' if word.startswith('-') else 'unexpected argument'} {word}; {hint}")
+    return command
+
+
+def _one_line(box: str) -> str:
+    """The first paragraph in one of tyro's boxes, and the form of the option that it is about."""
+    rows = [row.strip("│ ") for row in box.splitlines()[1:-1]]
+    text = " ".join(rows).split("───")[0]
+    form = re.search(r"Argument helptext: +(--\S+ \S+)", " ".join(rows))
+    return " ".join(text.split()).rstrip(".") + (f" (wanted: {form[1].replace('[', '')})" if form else "")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`, or the best there is for ""; raises UserError when it does not exist."""
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot use device {name!r} ({reason}); leave --device out to use what there is") from error
+    return device

@@ -1,0 +1,24 @@
+"""scikit-learn's digits: 1,797 real digits of 8 × 8 pixels that come with the library. For tests and first tries."""
+
+from __future__ import annotations
+
+import torch
+
+from glf_fast.data.dataset import ImageDataset, split_off_test
+from glf_fast.errors import UserError
+
+__all__ = ["load_digits"]
+
+POLICY = "scikit-learn's digits, 0 … 16 scaled to 0 … 255; test: a tenth of a fixed random order"
+
+
+def load_digits(split: str) -> ImageDataset:
+    """uint8 (1617 or 180, 1, 8, 8). Raises UserError when scikit-learn is not installed."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise UserError('the digits come with scikit-learn: pip install "glf_fast[digits]"') from error
+    bunch = datasets.load_digits()
+    images = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
+    images, labels = split_off_test(images, torch.from_numpy(bunch.target), split)
+    return ImageDataset.of("digits", split, images, labels, POLICY)

@@ -1,0 +1,168 @@
+"""Getting files from elsewhere: places tried in order, downloads, package registries, hashes, and the report of it all."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from glf_fast.errors import UserError
+from glf_fast.files import atomic_write
+
+__all__ = ["Attempt", "Unavailable", "check_hash", "debian_package", "download", "first", "gunzip", "python_sdist"]
+
+T = TypeVar("T")
+
+# A closed network must cost seconds, a slow one may be slow: the time-out is for silence, not for the whole transfer.
+TIMEOUT_S = 10.0
+
+
+class Unavailable(Exception):
+    """This place does not have it; the message says why. The next place is tried."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A place to look: how it is called in messages, and a function that returns the thing or raises `Unavailable`."""
+
+    place: str
+    get: Callable[[], Path]
+
+
+def first(what: str, attempts: Iterable[Attempt], remedy: str) -> Path:
+    """The first attempt that succeeds; raises UserError that lists every place with its reason, and the remedy.
+
+    `Unavailable` and OSError (no network, no permission) lead on to the next place; a UserError, such as a corrupt file in a
+    folder that the user named, ends the search.
+    """
+    tried = []
+    for attempt in attempts:
+        try:
+            return attempt.get()
+        except (Unavailable, OSError) as error:
+            tried.append(f"{attempt.place}: {error}")
+    raise UserError(f"{what} could not be found. Tried " + "; ".join(tried) + f". {remedy}")
+
+
+# -- files and hashes ---------------------------------------------------------------------------------------------------
+
+
+def check_hash(content: bytes, name: str, **expected: str) -> None:
+    """Raise Unavailable unless the content has this digest, given as e.g. `sha256="…"` or `md5="…"`."""
+    for algorithm, digest in expected.items():
+        found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
+        if found != digest:
+            raise Unavailable(
+                f"{name} is not the published file ({algorithm} {found[:12]}… instead of {digest[:12]}…): "
+                "truncated, corrupt or another version"
+            )
+
+
+def gunzip(content: bytes, name: str) -> bytes:
+    """The uncompressed content of a .gz file called `name`; raises Unavailable when the compression is broken."""
+    try:
+        return gzip.decompress(content)
+    except (EOFError, OSError, zlib.error) as error:
+        raise Unavailable(f"{name} is truncated or corrupt ({error})") from error
+
+
+def download(url: str, target: Path, check: Callable[[bytes], None]) -> Path:
+    """Fetch `url` (http, https or file), run `check` on the bytes, and only then put them at `target`, atomically.
+
+    Raises Unavailable with the server's answer, when the connection breaks off, or when `check` refuses the content.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "glf_fast"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+            blocks = []
+            with tqdm(
+                total=size or None,
+                unit="B",
+                unit_scale=True,
+                desc=target.name,
+                disable=not sys.stderr.isatty(),
+                leave=False,
+            ) as progress:
+                while block := response.read(1 << 18):
+                    blocks.append(block)
+                    progress.update(len(block))
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise Unavailable(str(getattr(error, "reason", None) or error)) from error
+    content = b"".join(blocks)
+    if size and len(content) != size:
+        raise Unavailable(f"the connection broke off after {len(content):,} of {size:,} bytes")
+    check(content)
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(content)
+    return target
+
+
+# -- package registries, through their own clients --------------------------------------------------------------------
+
+
+def _run(command: list[str], cwd: Path) -> None:
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}
+    )
+    if done.returncode:
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        raise Unavailable(f"{Path(command[0]).name} failed: {lines[-1].strip() if lines else done.returncode}")
+
+
+@contextmanager
+def debian_package(name: str) -> Iterator[Path]:
+    """The unpacked files of a Debian package in a temporary folder; works without root and with no lists on the machine.
+
+    apt-get keeps lists and cache in a folder of ours, so the system's own are neither needed nor touched.
+    """
+    apt, dpkg = shutil.which("apt-get"), shutil.which("dpkg-deb")
+    if not apt or not dpkg:
+        raise Unavailable("apt-get and dpkg-deb are not on this machine")
+    with tempfile.TemporaryDirectory(prefix="glf_fast-apt-") as folder:
+        root = Path(folder)
+        (root / "lists" / "partial").mkdir(parents=True)
+        (root / "cache" / "archives" / "partial").mkdir(parents=True)
+        options = [
+            *("-o", f"Dir::State::Lists={root}/lists"),
+            *("-o", f"Dir::Cache={root}/cache"),
+            *("-o", "APT::Sandbox::User="),  # as root, apt would hand the download to a user who may not write here
+            *("-o", "Debug::NoLocking=1"),  # the locks guard the system's folders, which are not used
+            *("-o", "Acquire::Languages=none"),
+            *("-o", f"Acquire::http::Timeout={TIMEOUT_S:.0f}"),
+        ]
+        _run([apt, *options, "--quiet", "update"], root)
+        _run([apt, *options, "--quiet", "download", name], root)
+        packages = list(root.glob("*.deb"))
+        if len(packages) != 1:
+            raise Unavailable(f"apt-get downloaded no package {name}")
+        _run([dpkg, "--extract", str(packages[0]), str(root / "files")], root)
+        yield root / "files"
+
+
+@contextmanager
+def python_sdist(requirement: str) -> Iterator[Path]:
+    """The source archive of a Python package, as pip saves it, in a temporary folder; nothing of it is installed."""
+    with tempfile.TemporaryDirectory(prefix="glf_fast-pip-") as folder:
+        root = Path(folder)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", f"{TIMEOUT_S:.0f}"]
+        source_only = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        _run([*pip, "download", "--quiet", *source_only, "--dest", str(root), requirement], root)
+        archives = list(root.glob("*.tar.gz"))
+        if len(archives) != 1:
+            raise Unavailable(f"pip downloaded no source archive of {requirement}")
+        yield archives[0]

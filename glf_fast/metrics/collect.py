@@ -1,0 +1,62 @@
+"""From a stream of images to the statistics of their features."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glf_fast.errors import UserError
+from glf_fast.metrics.extractors import Extractor, check_images
+from glf_fast.metrics.stats import FeatureStats
+
+__all__ = ["collect"]
+
+# Images a stream is cut into before anything is computed: one update of the moments each. A multiple of every chunk.
+BLOCK = 1024
+
+
+def collect(
+    images: Tensor | Iterable[Tensor],
+    extractor: Extractor,
+    *,
+    keep: int | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> FeatureStats:
+    """Statistics of the features of uint8 images, given at once or in batches of any size: the same bits for any batch size.
+
+    Args:
+        images: uint8 (N, C, H, W), or an iterable of such batches.
+        keep: how many features to keep; default all of them (4·dim bytes each: 82 MB for 10,000 of Inception's).
+        source: written into the statistics.
+    """
+    stats = FeatureStats(
+        extractor.dim,
+        keep=sys.maxsize if keep is None else keep,
+        extractor=extractor.identity,
+        source=source,
+        device=extractor.device if extractor.device.type == "cuda" else "cpu",
+    )
+    for block in _blocks([images] if isinstance(images, Tensor) else images):
+        stats.update(extractor(block))
+        stats.source["image_shape"] = list(block.shape[1:])
+    return stats
+
+
+def _blocks(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The images of a stream in pieces of exactly BLOCK, the last one shorter."""
+    waiting: list[Tensor] = []
+    for batch in batches:
+        check_images(batch)
+        if waiting and batch.shape[1:] != waiting[0].shape[1:]:
+            raise UserError(f"images change their shape from {tuple(waiting[0].shape[1:])} to {tuple(batch.shape[1:])}")
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= BLOCK:
+            *full, rest = torch.cat(waiting).split(BLOCK)
+            yield from full
+            waiting = [rest]
+    if waiting and (rest := torch.cat(waiting)).shape[0]:
+        yield rest

@@ -1,0 +1,122 @@
+"""What scores are measured against: statistics of real images, cached under a key of their content, and the floors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from glf_fast.errors import UserError
+from glf_fast.files import cache_dir
+from glf_fast.metrics.collect import collect
+from glf_fast.metrics.extractors import Extractor
+from glf_fast.metrics.frechet import frechet_distance
+from glf_fast.metrics.stats import FeatureStats
+
+if TYPE_CHECKING:
+    from glf_fast.data import ImageDataset
+
+__all__ = ["Reference", "dataset_stats", "reference", "subset"]
+
+# Features kept for KID and the exact path: with Inception's 2048 they make a file of 150 MB.
+KEEP = 10_000
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images as one extractor sees them.
+
+    Attributes:
+        test: statistics of the test split, which models are scored against (as GLF's authors do: training images would reward
+            copying them).
+        floors: distances between real images, which no model should be expected to beat: "train/train" of two disjoint sets
+            of training images, "train/test" of training images from the test split.
+        protocol: how many images of what; JSON-ready.
+    """
+
+    test: FeatureStats
+    floors: dict[str, float]
+    protocol: dict[str, Any]
+
+
+def reference(train: ImageDataset, test: ImageDataset, extractor: Extractor, *, n: int = 10_000) -> Reference:
+    """Statistics of `n` test images, and the floors from two disjoint sets of `n` training images.
+
+    Fewer where a split has fewer (of the training split: half for each set). To make the floors comparable with a model's
+    score, take as many samples as there are images here. Cached: see `dataset_stats`.
+
+    Raises:
+        ValueError: fewer than two test or four training images.
+    """
+    if len(test.images) < 2 or len(train.images) < 4 or n < 2:
+        raise UserError(
+            f"a reference needs n ≥ 2, at least two test and four training images, got n={n}, "
+            f"{len(test.images)} of {test.name}:{test.split} and {len(train.images)} of {train.name}:{train.split}"
+        )
+    half = min(n, len(train.images) // 2)
+    first, second = (dataset_stats(train, extractor, n=half, part=part) for part in (0, 1))
+    held_out = dataset_stats(test, extractor, n=n)
+    floors = {"train/train": frechet_distance(first, second), "train/test": frechet_distance(first, held_out)}
+    counts = {"train/train": [first.n, second.n], "train/test": [first.n, held_out.n]}
+    return Reference(held_out, floors, {"reference": held_out.source, "floors": counts})
+
+
+def dataset_stats(dataset: ImageDataset, extractor: Extractor, *, n: int | None = None, part: int = 0) -> FeatureStats:
+    """Statistics of `n` images of a data set (default all), 10,000 features kept, from the cache or computed and put there.
+
+    Part p holds the images p·n … (p+1)·n − 1 of a fixed random order; parts are disjoint. The cache is `cache_dir()/stats`; the
+    key is a hash over the data set's fingerprint, the selection, the extractor's identity and this package's code, so that
+    nothing stale is ever read. A damaged file is computed anew; an unwritable cache costs only the next caller's time.
+    """
+    total = len(dataset.images)
+    n = total if n is None else min(n, total)
+    source = {"name": dataset.name, "split": dataset.split, "fingerprint": dataset.fingerprint, "n": n, "part": part}
+    key = hashlib.sha256(json.dumps([source, extractor.identity, _code()], sort_keys=True).encode()).hexdigest()
+    name = f"{Path(dataset.name).name}-{dataset.split}-{n}-{part}-{extractor.name}-{key[:16]}.safetensors"
+    path = cache_dir() / "stats" / name
+    try:
+        stats = FeatureStats.load(path)
+        if stats.extractor == extractor.identity and stats.n == n:
+            return stats
+        _notice(f"{path} is not what its name says; computing it again")
+    except FileNotFoundError:
+        pass
+    except (UserError, OSError) as error:
+        _notice(f"{error}; computing it again")
+
+    _notice(
+        f"{extractor.label}: features of {n} images of {dataset.name}:{dataset.split} (kept for later in {path.parent})"
+    )
+    stats = collect(subset(dataset.images, n, part), extractor, keep=KEEP, source=source)
+    stats.root()
+    try:
+        stats.save(path)
+    except OSError as error:
+        _notice(f"the statistics could not be kept ({error}); the next run will compute them again")
+    return stats
+
+
+def subset(images: Tensor, n: int, part: int = 0) -> Tensor:
+    """Images part·n … (part+1)·n − 1 of a fixed random order (also when these are all: files come sorted by class)."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order[part * n : (part + 1) * n]]
+
+
+@cache
+def _code() -> str:
+    """Hash of the sources of this package: a change in how features are made makes every cached statistic a stranger."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _notice(message: str) -> None:
+    print(f"glf_fast.metrics: {message}", file=sys.stderr)

@@ -1,0 +1,90 @@
+"""A model's score: distance, interval, KID and floors, with the protocol that makes the number mean something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from glf_fast.metrics.collect import collect
+from glf_fast.metrics.extractors import Extractor, label
+from glf_fast.metrics.frechet import GROUPS, frechet_distance, jackknife_interval
+from glf_fast.metrics.kid import kid
+from glf_fast.metrics.reference import Reference
+from glf_fast.metrics.stats import FeatureStats
+
+__all__ = ["compare", "score", "summary"]
+
+
+def score(
+    samples: Tensor | Iterable[Tensor],
+    reference: Reference,
+    extractor: Extractor,
+    *,
+    seed: int | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Score generated (or reconstructed) images against real ones; the result is JSON-ready.
+
+    Args:
+        samples: uint8 (N, C, H, W), N ≥ 2, or an iterable of such batches; how they are cut into batches changes nothing.
+        reference: from `reference()`, made with the same extractor.
+        seed: what the samples were drawn with; only recorded.
+        sampling: anything else about how they were made (temperature, EMA, checkpoint …), JSON-ready; only recorded.
+
+    Raises:
+        ValueError: float images, fewer than two, another extractor than the reference's, NaN features.
+    """
+    result = compare(collect(samples, extractor), reference.test)
+    result["floors"] = dict(reference.floors)
+    n, samples_n = reference.protocol["floors"]["train/test"][0], result["protocol"]["n"]
+    if n != samples_n:
+        result["notes"].append(f"the floors are for {n} images, this is for {samples_n}: fewer give larger distances")
+    result["protocol"] |= {**reference.protocol, "seed": seed, "sampling": dict(sampling or {})}
+    return result
+
+
+def compare(samples: FeatureStats, reference: FeatureStats) -> dict[str, Any]:
+    """The same for two statistics: what their kept features allow (interval and KID are None where they are missing)."""
+    notes = []
+    value = frechet_distance(samples, reference)
+    if samples.n <= samples.dim:
+        path = "by the exact path" if samples.complete else "and its smallest digits are lost"
+        notes.append(
+            f"{samples.n} samples for {samples.dim} features: the distance is computed {path} but is biased upwards; "
+            "compare it only with distances from as many samples"
+        )
+    interval = kernel = None
+    if samples.complete and samples.n >= 2 * GROUPS:
+        interval = list(jackknife_interval(samples, reference))
+    if min(len(samples.kept), len(reference.kept)) >= 4:
+        kernel = kid(samples, reference)._asdict()
+    return {
+        "metric": label(samples.extractor if reference.extractor else None),
+        "value": value,
+        "interval": interval,
+        "kid": kernel,
+        "protocol": {
+            "extractor": samples.extractor,
+            "reference": reference.source,
+            "n": samples.source.get("n", samples.n),
+            "image_shape": samples.source.get("image_shape"),
+            "quantisation": "uint8",
+            "interval": f"95 %, delete-a-group jackknife over {GROUPS} groups of the samples",
+        },
+        "notes": notes,
+    }
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """One line for people: value, interval, KID, floors."""
+    text = f"{result['metric']} {result['value']:.2f}"
+    if result["interval"]:
+        low, high = result["interval"]
+        text += f" (95 %: {low:.2f} … {high:.2f})"
+    if result["kid"]:
+        text += f", KID {result['kid']['mean']:.4f} ± {result['kid']['std']:.4f}"
+    if floors := result.get("floors"):
+        text += "; floors: " + ", ".join(f"{name} {value:.2f}" for name, value in floors.items())
+    return text

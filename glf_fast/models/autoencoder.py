@@ -1,0 +1,105 @@
+"""The autoencoder of GLF and of the comparisons around it: InfoGAN's networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Decoder", "Encoder", "check_image_shape"]
+
+
+def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """(C, H, W) as integers; raises ValueError, with the sizes that work, unless H and W are multiples of 4."""
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(f"image_shape must be (channels, height, width); got {tuple(image_shape)}")
+    channels, height, width = map(int, image_shape)
+    if height % 4 or width % 4:
+        nearest = " × ".join(str(max(4, 4 * round(size / 4))) for size in (height, width))
+        raise ValueError(
+            f"the networks halve images twice, so height and width must be multiples of 4 (28, 32, 64, …); got "
+            f"{height} × {width}: resize the images, for instance to {nearest}"
+        )
+    return channels, height, width
+
+
+class Encoder(nn.Module):
+    """Images (B, C, H, W) in [0, 1] → codes (B, latent_dim).   Appendix of arXiv:1905.10485; InfoGAN, arXiv:1606.03657.
+
+    Conv(C, w, 4, stride 2)–ReLU–Conv(w, 2w, 4, stride 2)–BN–ReLU–Linear(2w·H/4·W/4, hidden)–BN–ReLU–Linear(hidden, latent).
+    Weights start as N(0, 0.02²), biases as 0.
+
+    Args:
+        image_shape: (C, H, W), H and W multiples of 4.
+        latent_dim: D of the codes.
+        width: w, channels after the first convolution; 64 in the paper.
+        hidden: units of the dense layer; 1024 in the paper.
+    """
+
+    def __init__(self, image_shape: Sequence[int], latent_dim: int, width: int = 64, hidden: int = 1024) -> None:
+        super().__init__()
+        channels, rows, columns = check_image_shape(image_shape)
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, width, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * (rows // 4) * (columns // 4), hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(hidden, latent_dim)
+        self.apply(_start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) → z (B, latent_dim), float32 or better also under autocast."""
+        h = self.features(x)
+        # A bf16 code has 8 bits: the flow would learn the rounding grid.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(h.to(self.head.weight.dtype))
+
+
+class Decoder(nn.Module):
+    """Codes (B, latent_dim) → images (B, C, H, W) in [0, 1]: the encoder mirrored, with 0.5·tanh + 0.5 at the end.
+
+    Linear(latent, hidden)–BN–ReLU–Linear(hidden, 2w·H/4·W/4)–BN–ReLU–ConvT(2w, w, 4, stride 2)–BN–ReLU–ConvT(w, C, 4,
+    stride 2).
+    Arguments and start as in `Encoder`.
+    """
+
+    def __init__(self, image_shape: Sequence[int], latent_dim: int, width: int = 64, hidden: int = 1024) -> None:
+        super().__init__()
+        channels, rows, columns = check_image_shape(image_shape)
+        smallest = (2 * width, rows // 4, columns // 4)
+        units = smallest[0] * smallest[1] * smallest[2]
+        self.layers = nn.Sequential(
+            nn.Linear(latent_dim, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, units),
+            nn.BatchNorm1d(units),
+            nn.ReLU(),
+            nn.Unflatten(1, smallest),
+            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1),
+        )
+        self.apply(_start)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (B, latent_dim) → x̂ (B, C, H, W) in [0, 1], float32 or better."""
+        h = self.layers(z)
+        # The released code emits [−1, 1] with the perceptual loss, against targets that reach beyond ±2 on colour images, and
+        # hides it by min-max scaling each sample. Here images are in [0, 1] everywhere; a loss normalises what it compares.
+        return 0.5 * torch.tanh(h.to(torch.promote_types(h.dtype, torch.float32))) + 0.5
+
+
+def _start(layer: nn.Module) -> None:
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        nn.init.normal_(layer.weight, std=0.02)
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)

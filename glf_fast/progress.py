@@ -1,0 +1,93 @@
+"""How far training is: a bar on a terminal, a line now and then elsewhere; and stopping in an orderly way."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from types import FrameType, TracebackType
+
+from tqdm import tqdm
+
+__all__ = ["Progress", "Stop", "stop_on_signals"]
+
+# Seconds between two lines where there is no terminal.
+_SECONDS = 10.0
+
+
+class Progress:
+    """Shows images seen of `total`, images per second of training (pauses excluded), losses, time to go; on stderr."""
+
+    def __init__(self, total: int, images: int, images_per_epoch: int) -> None:
+        self.total, self.images, self.images_per_epoch = total, images, images_per_epoch
+        self.speed = 0.0
+        self._clock = self._shown = time.monotonic()
+        form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} images, {elapsed} < {remaining}{postfix}"
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=images, unit_scale=True, bar_format=form) if terminal else None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, images: int, losses: Mapping[str, float]) -> None:
+        """So many images were seen by now, and these are the latest losses."""
+        now = time.monotonic()
+        new, self.images = images - self.images, images
+        rate = new / max(now - self._clock, 1e-9)
+        self.speed = rate if self.speed == 0 else 0.7 * self.speed + 0.3 * rate
+        self._clock = now
+        values = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self.speed:,.0f} images/s  {values}", refresh=False)
+            self._bar.update(new)
+        elif now - self._shown >= _SECONDS or images >= self.total:
+            self._shown = now
+            epoch = (images - 1) // self.images_per_epoch + 1
+            left = time.strftime("%H:%M:%S", time.gmtime((self.total - images) / self.speed))
+            self.say(
+                f"epoch {epoch}/{self.total // self.images_per_epoch}  {images:,}/{self.total:,} images  "
+                f"{self.speed:,.0f} images/s  {values}  {left} left"
+            )
+
+    def say(self, message: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def pause(self) -> None:
+        """Forget the time since the last update: it went into scores and pictures, not into training."""
+        self._clock = time.monotonic()
+
+
+class Stop:
+    """Which signal asked to stop, 0 if none did."""
+
+    signal = 0
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Inside, the first Ctrl-C or SIGTERM only sets the yielded `Stop`; a second one acts as always."""
+    stop = Stop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.signal = number
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,127 @@
+"""A run's folder: its name, its settings, its log, where its checkpoints are.
+
+config.toml  metrics.jsonl  scores.json  report.html  checkpoints/{last,best}/  samples/ reconstructions/ interpolations/
+tensorboard/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from glf_fast.config import Config, differences, shown
+from glf_fast.config_files import load, to_toml
+from glf_fast.errors import UserError
+from glf_fast.files import atomic_write, read_json, write_json
+
+__all__ = [
+    "append_metrics",
+    "checkpoint_folder",
+    "cut_metrics",
+    "default_folder",
+    "prepare",
+    "read_config",
+    "read_metrics",
+    "read_scores",
+    "write_scores",
+]
+
+
+def _free(config: Config) -> set[str]:
+    """Settings that may change when a run is resumed: they say how far it goes and what is written, not what is learnt."""
+    free = {"max_minutes", "checkpoint_minutes", "pictures_every"}
+    cosine = "cosine" in (config.autoencoder_optimizer.schedule, config.flow_optimizer.schedule)
+    return free if cosine else free | {"epochs"}
+
+
+def default_folder(config: Config, base: Config, label: str) -> Path:
+    """runs/{label}, and behind it what `config` has otherwise than `base`: the same command finds the same folder."""
+    changes = {key: new for key, (_, new) in differences(base, config).items() if key not in _free(config)}
+    parts = [label] + [
+        f"{key}={'x'.join(map(str, new)) if isinstance(new, tuple) else new}" for key, new in changes.items()
+    ]
+    name = re.sub(r"[^\w.=-]+", "-", ",".join(parts))
+    if len(name) > 100:
+        name = f"{label}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+    return Path("runs") / name
+
+
+def prepare(folder: Path, config: Config) -> None:
+    """Make the run's folder, or see that the one that is there has the same settings; write them to config.toml.
+
+    Raises:
+        UserError: the folder holds something else, or another run; the message names the settings that differ.
+    """
+    if (folder / "config.toml").is_file():
+        found = {k: v for k, v in differences(read_config(folder), config).items() if k not in _free(config)}
+        if found:
+            listed = "; ".join(f"{key} = {shown(old)} there, {shown(new)} here" for key, (old, new) in found.items())
+            raise UserError(f"{folder} holds a run with other settings ({listed}); take another --out, or delete it")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not a run's folder (no config.toml) and not empty; choose another --out")
+    with atomic_write(folder / "config.toml") as temporary:
+        temporary.write_text(to_toml(config), encoding="utf-8")
+
+
+def read_config(folder: Path) -> Config:
+    """The settings of a run; raises UserError when `folder` is not a run's."""
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder} is not a run's folder (no config.toml); python -m glf_fast.train makes one")
+    return load(folder / "config.toml")
+
+
+def checkpoint_folder(folder: Path, which: str) -> Path:
+    """Where a run keeps its checkpoint "best" or "last"."""
+    return folder / "checkpoints" / which
+
+
+# -- metrics.jsonl --------------------------------------------------------------------------------------------------------
+
+
+def append_metrics(folder: Path, record: dict[str, Any]) -> None:
+    """Add one line to the run's log; NaN is refused."""
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the run's log, oldest first, without a last one that was cut off by a kill."""
+    path = folder / "metrics.jsonl"
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def cut_metrics(folder: Path, images: int) -> None:
+    """Forget what the log says about the time after so many images: a resumed run will say it again."""
+    kept = [record for record in read_metrics(folder) if record["images"] <= images]
+    with atomic_write(folder / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+# -- scores.json ----------------------------------------------------------------------------------------------------------
+
+
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """What evaluations of this run's checkpoints said; see `evaluate.evaluate` for an entry."""
+    path = folder / "scores.json"
+    return read_json(path) if path.is_file() else []
+
+
+def write_scores(folder: Path, scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add scores to scores.json, each in the place of an older one of the same kind; returns all."""
+
+    def kind(score: dict[str, Any]) -> str:
+        return json.dumps([score["settings"], score["checkpoint"]["name"]], sort_keys=True)
+
+    new = {kind(score) for score in scores}
+    merged = [score for score in read_scores(folder) if kind(score) not in new] + scores
+    write_json(folder / "scores.json", merged)
+    return merged

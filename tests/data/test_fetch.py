@@ -1,0 +1,90 @@
+"""The generic fetcher: downloads over a real connection, the order of places, and the report."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from glf_fast.data.fetch import Attempt, Unavailable, check_hash, debian_package, download, first, gunzip
+from glf_fast.errors import UserError
+
+CONTENT = b"pixels" * 1000
+CLOSED = "http://127.0.0.1:9"  # the discard port: nobody listens
+
+
+def test_download_verifies_before_it_keeps(mirror, tmp_path: Path) -> None:
+    url, served = mirror
+    (served / "file").write_bytes(CONTENT)
+    target = tmp_path / "deep" / "file"
+
+    def check(content: bytes) -> None:
+        check_hash(content, "file", sha256=hashlib.sha256(CONTENT).hexdigest())
+
+    assert download(f"{url}/file", target, check).read_bytes() == CONTENT
+    (served / "file").write_bytes(CONTENT + b"!")
+    with pytest.raises(Unavailable, match="file is not the published file"):
+        download(f"{url}/file", target, check)
+    assert target.read_bytes() == CONTENT, "the good one stays"
+    assert list(target.parent.iterdir()) == [target], "nothing half-written"
+
+
+def test_download_follows_redirects(mirror, tmp_path: Path) -> None:
+    url, served = mirror
+    (served / "file").write_bytes(CONTENT)
+    assert download(f"{url}/moved/file", tmp_path / "file", lambda content: None).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("cut/file", "broke off after 3,000 of 6,000 bytes|IncompleteRead"), ("none", "File not found")],
+)
+def test_failed_downloads_leave_nothing(mirror, tmp_path: Path, path: str, message: str) -> None:
+    url, served = mirror
+    (served / "file").write_bytes(CONTENT)
+    with pytest.raises(Unavailable, match=message):
+        download(f"{url}/{path}", tmp_path / "target" / "file", lambda content: None)
+    assert not (tmp_path / "target").exists()
+
+
+def test_closed_network_is_a_reason_not_a_crash(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="refused"):
+        download(f"{CLOSED}/file", tmp_path / "file", lambda content: None)
+
+
+def test_first_success_ends_the_search_and_failures_are_all_told(tmp_path: Path) -> None:
+    def absent() -> Path:
+        raise Unavailable("not here")
+
+    def forbidden() -> Path:
+        raise PermissionError("permission denied")
+
+    def wrong() -> Path:
+        raise UserError("the file that you named is corrupt")
+
+    tried = [Attempt("the shelf", absent), Attempt("the safe", forbidden)]
+    assert first("the thing", [*tried, Attempt("the table", lambda: tmp_path)], "Buy one") == tmp_path
+    with pytest.raises(UserError) as error:
+        first("the thing", tried, "Buy one")
+    assert str(error.value) == (
+        "the thing could not be found. Tried the shelf: not here; the safe: permission denied. Buy one"
+    )
+    with pytest.raises(UserError, match="you named is corrupt"):
+        first("the thing", [Attempt("given", wrong), Attempt("the table", lambda: tmp_path)], "")
+
+
+def test_broken_compression_is_named() -> None:
+    with pytest.raises(Unavailable, match=r"a\.gz is truncated or corrupt"):
+        gunzip(b"\x1f\x8b\x08\x00 nonsense", "a.gz")
+
+
+def test_machines_without_apt_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(Unavailable, match="apt-get and dpkg-deb are not on this machine"), debian_package("hostname"):
+        pass
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="not a Debian machine")
+def test_unknown_packages_are_a_reason() -> None:
+    with pytest.raises(Unavailable, match="apt-get failed: E: "), debian_package("no-such-package-anywhere"):
+        pass

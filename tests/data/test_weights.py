@@ -1,0 +1,97 @@
+"""Weights: accepted only when they are the published ones, and never executed."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from glf_fast.data import weights
+from glf_fast.errors import UserError
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_vgg16_from_cache_and_by_path(vgg16_weights: Path) -> None:
+    assert weights.fetch("vgg16", download=False) == vgg16_weights
+    assert weights.fetch("vgg16", path=vgg16_weights) == vgg16_weights
+    state = load_file(vgg16_weights)
+    assert len(state) == 26
+    # The first numbers of torchvision's file, as its users know them.
+    assert state["features.0.weight"][0, 0, 0].tolist() == pytest.approx([-0.5537, 0.1427, 0.5290], abs=5e-5)
+    assert state["features.28.weight"].shape == (512, 512, 3, 3)
+
+
+def test_torchvisions_file_gives_the_same(vgg16_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = load_file(vgg16_weights)
+    torch.save({**state, "classifier.0.weight": torch.zeros(2)}, tmp_path / "vgg16-397923af.pth")
+    monkeypatch.setenv("GLF_FAST_CACHE", str(tmp_path / "cache"))
+    converted = weights.fetch("vgg16", path=tmp_path / "vgg16-397923af.pth", download=False)
+    assert converted.is_relative_to(tmp_path / "cache")
+    assert all(torch.equal(tensor, state[key]) for key, tensor in load_file(converted).items())
+
+
+def test_other_weights_are_refused(vgg16_weights: Path, tmp_path: Path) -> None:
+    state = load_file(vgg16_weights)
+    state["features.28.bias"][7] += 1e-3
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="is not the published VGG16"):
+        weights.fetch("vgg16", path=tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").write_bytes(vgg16_weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is damaged or not the published VGG16"):
+        weights.fetch("vgg16", path=tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda obj, path: Path(path).write_bytes(pickle.dumps(obj))])
+def test_pickles_are_never_executed(tmp_path: Path, save, capsys) -> None:
+    save({"features.0.weight": Evil()}, tmp_path / "vgg16.pth")
+    with pytest.raises(UserError, match="is not torchvision's VGG16"):
+        weights.fetch("vgg16", path=tmp_path / "vgg16.pth")
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print is no array"):
+        weights._ArraysOnly.loads(pickle.dumps({"bias": Evil()}))
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_inception_is_known_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / weights.INCEPTION_FILE
+    file.write_bytes(b"something else")
+    with pytest.raises(UserError, match=r"is not pt_inception-2015-12-05-6726825d.pth \(sha256"):
+        weights.fetch("inception", path=file)
+    monkeypatch.setenv("GLF_FAST_INCEPTION", str(file))
+    with pytest.raises(UserError, match=r"is not pt_inception"):
+        weights.fetch("inception")
+    monkeypatch.setattr(weights, "INCEPTION_SHA256", weights.sha256(file))
+    assert weights.fetch("inception") == file
+    monkeypatch.setenv("GLF_FAST_INCEPTION", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="there is no file"):
+        weights.fetch("inception")
+
+
+def test_offline_report_and_wrong_name() -> None:
+    with pytest.raises(UserError, match=r"the weights vgg16 could not be found\. Tried the cache .*set GLF_FAST_VGG16"):
+        weights.fetch("vgg16", download=False)
+    with pytest.raises(UserError, match="no weights are called 'vgg19'; there are vgg16, inception"):
+        weights.fetch("vgg19")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["info", "digits"], 0, "(1617, 1, 8, 8) uint8"),
+        (["fetch", "nothing"], 2, "error: nothing is called 'nothing'"),
+        (["info", "inception"], 2, "error: the weights inception could not be found"),
+    ],
+)
+def test_command(arguments: list[str], code: int, text: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "glf_fast.data", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert text in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

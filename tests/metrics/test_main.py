@@ -1,0 +1,123 @@
+"""The command line, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from glf_fast import metrics
+from glf_fast.data import load
+from glf_fast.errors import UserError
+from glf_fast.images import save_png
+from glf_fast.metrics import __main__ as command
+
+Make = Callable[..., torch.Tensor]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], private_cache: Path) -> Callable[..., str]:
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["metrics", *map(str, arguments)])
+        command.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def save_npy(path: Path, images: torch.Tensor) -> Path:
+    np.save(path, images.numpy())
+    return path
+
+
+def test_calc_on_arrays_folders_and_saved_statistics_agree(run, blobs: Make, tiny, tmp_path: Path) -> None:
+    samples, real = blobs(200, 0, level=150), blobs(300, 1)
+    a, b = save_npy(tmp_path / "a.npy", samples), save_npy(tmp_path / "b.npy", real)
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(samples):
+        save_png(tmp_path / "folder" / f"{i}.png", image)
+    result = json.loads(run("calc", a, b, "--extractor", "tiny", "--json"))
+    expected = metrics.frechet_distance(metrics.collect(samples, tiny), metrics.collect(real, tiny))
+    assert result["metric"] == "FD[tiny]" and result["value"] == pytest.approx(expected, rel=1e-9)
+    assert result["protocol"]["n"] == 200 and result["protocol"]["reference"]["n"] == 300
+
+    saved = tmp_path / "out" / "b.safetensors"
+    assert "300 images, 128 features of tiny" in run("ref", b, "--extractor", "tiny", "--out", saved)
+    for source in (a, tmp_path / "folder"):  # the extractor is the saved file's
+        again = json.loads(run("calc", source, saved, "--json"))
+        assert again["value"] == pytest.approx(expected, rel=1e-9)
+    assert run("calc", a, saved).startswith(f"FD[tiny] {expected:.2f} (95 %")
+    assert json.loads(run("calc", a, saved, "--n", 50, "--json"))["protocol"]["n"] == 50
+
+
+def test_ref_of_a_data_set_is_cached(
+    run, private_cache: Path, fashion_mnist_dir: Path, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "load", lambda name, split: load(name, split, data_dir=fashion_mnist_dir))
+    run("ref", "fashion-mnist:test", "--extractor", "tiny", "--n", 500, "--out", tmp_path / "ref.safetensors")
+    assert len(list((private_cache / "stats").glob("fashion-mnist-test-500-0-tiny-*.safetensors"))) == 1
+    saved = metrics.FeatureStats.load(tmp_path / "ref.safetensors")
+    assert saved.n == 500 and saved.source["split"] == "test"
+
+
+def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path) -> None:
+    real = metrics.collect(blobs(300, 1), tiny)
+    np.savez(tmp_path / "moments.npz", mu=real.mean.numpy(), sigma=real.cov.numpy())
+    a = save_npy(tmp_path / "a.npy", blobs(200, 0, level=150))
+    result = json.loads(run("calc", a, tmp_path / "moments.npz", "--extractor", "tiny", "--json"))
+    expected = metrics.frechet_distance(metrics.collect(blobs(200, 0, level=150), tiny), real)
+    assert result["value"] == pytest.approx(expected, rel=1e-6)
+    assert result["metric"] == "FD" and result["kid"] is None  # who made the moments is not known
+    assert result["protocol"]["reference"]["n"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["calc", "nothing", "a.npy", "--extractor", "tiny"],
+            "'nothing' is neither a file nor a folder nor a data set",
+        ),
+        (["calc", "a.npy", "a.npy", "--extractor", "tinny"], "no extractor 'tinny'; did you mean 'tiny'"),
+        (["calc", "a.npy", "a.npy", "--n", "1"], "--n 1: a distance needs at least two images"),
+        (["calc", "a.npy", "missing.safetensors"], "no statistics at missing.safetensors"),
+        (["calc", "a.npy", "vgg.safetensors", "--extractor", "tiny"], "different extractors"),
+        (["calc", "a.npy", "broken.npz", "--extractor", "tiny"], "broken.npz"),
+        (["calc", "a.npy", "lopsided.npz", "--extractor", "tiny"], "lopsided.npz"),
+        (["calc", "one.npy", "a.npy", "--extractor", "tiny"], "at least two"),
+        (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "let its name end in .safetensors"),
+        (["calc", "a.npy", "a.npy", "--extractor", "tiny", "--device", "nowhere"], "--device nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(
+    run, blobs: Make, tmp_path: Path, monkeypatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_npy(Path("a.npy"), blobs(50, 0))
+    save_npy(Path("one.npy"), blobs(1, 0))
+    other = metrics.FeatureStats(
+        4, extractor={"name": "vgg16", "weights_sha256": "", "dim": 4, "resize": "", "grey": ""}
+    )
+    other.update(torch.rand(9, 4))
+    other.save("vgg.safetensors")
+    Path("broken.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    np.savez("lopsided.npz", mu=np.zeros(128), sigma=np.zeros((128, 64)))
+    with pytest.raises((UserError, FileNotFoundError)) as caught:
+        run(*arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    """Exit code 2, one line on stderr, no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "glf_fast.metrics", "calc", "nothing", "here"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 'nothing' is neither") and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,224 @@
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from glf_fast.errors import UserError
+from glf_fast.models import GLF, build, names
+
+Build = Callable[..., GLF]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gradients(model: nn.Module, scalar: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    scalar.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("flow", [{"steps": 2, "hidden": [8]}, {"kind": "rnvp", "blocks": 2, "hidden": 8}])
+@pytest.mark.parametrize("reconstruction", ["mse", "bce", "l1"])
+def test_training_lowers_both_losses(small_glf: Build, images: Tensor, reconstruction: str, flow: dict) -> None:
+    model = small_glf(reconstruction=reconstruction, flow=flow, latent_noise=0.05)
+    settings = [{"params": group, "lr": 1e-2} for group in model.parameter_groups().values()]
+    optimizer = torch.optim.Adam(settings)
+    start = model.losses(images, seeded())
+    for step in range(60):
+        optimizer.zero_grad()
+        losses = model(images, seeded(step))
+        losses["loss"].backward()
+        optimizer.step()
+    entropy = 0.0
+    if reconstruction == "bce":  # the least that a cross-entropy can be
+        entropy = torch.nn.functional.binary_cross_entropy(images, images, reduction="sum").item() / len(images)
+    assert losses["reconstruction"].item() - entropy < 0.5 * (start["reconstruction"].item() - entropy)
+    assert losses["nll"] < start["nll"] or losses["nll"] < 6  # codes spread from 0, so the likelihood chases them
+
+
+def test_stopped_gradient_splits_the_model_in_two(small_glf: Build, images: Tensor) -> None:
+    model = small_glf(beta=3.0)
+    losses = model.losses(images)
+    torch.testing.assert_close(losses["loss"], 3 * losses["reconstruction"] + losses["nll"])
+    whole = gradients(model, losses["loss"])
+    reconstruction = gradients(model, model.losses(images)["reconstruction"])
+    nll = gradients(model, model.losses(images)["nll"])
+    assert {name.split(".")[0] for name in reconstruction} == {"encoder", "decoder"}
+    assert {name.split(".")[0] for name in nll} == {"flow"}
+    assert whole.keys() == {name for name, _ in model.named_parameters()}
+    for name, gradient in whole.items():
+        expected = 3 * reconstruction[name] if name in reconstruction else nll[name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_regularised_glf_trains_the_encoder_by_the_likelihood(small_glf: Build, images: Tensor) -> None:
+    nll = gradients(small_glf(stop_gradient=False), small_glf(stop_gradient=False).losses(images)["nll"])
+    assert nll == {}  # another model's loss: the check below is not vacuous
+    model = small_glf(stop_gradient=False)
+    nll = gradients(model, model.losses(images)["nll"])
+    assert {name.split(".")[0] for name in nll} == {"encoder", "flow"}
+    assert nll["encoder.head.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize(("stop_gradient", "scale"), [(True, 1.0), (True, 50.0), (False, 1.0), (False, 50.0)])
+def test_unit_of_the_latent_noise(small_glf: Build, images: Tensor, stop_gradient: bool, scale: float) -> None:
+    model = small_glf(stop_gradient=stop_gradient, latent_noise=0.1)
+    with torch.no_grad():
+        model.encoder.head.weight *= scale
+    decoded: list[Tensor] = []
+    model.decoder.register_forward_pre_hook(lambda _, args: decoded.append(args[0]))
+    x = images.repeat(100, 1, 1, 1)
+    model.losses(x, seeded())
+    z = model.encode(x)
+    noise = (decoded[0] - z).std(0)
+    unit = z.std(0) if stop_gradient else torch.ones(4)
+    torch.testing.assert_close(noise, 0.1 * unit, rtol=0.1, atol=0)
+
+
+def test_random_numbers_come_from_the_generator(small_glf: Build, images: Tensor) -> None:
+    model = small_glf(latent_noise=0.3)
+    model.losses(images)  # the flow's start
+    before = torch.get_rng_state()
+    losses = [model.losses(images, seeded(s))["reconstruction"].item() for s in (0, 0, 1)]
+    samples = [model.sample(3, generator=seeded(s)) for s in (0, 0, 1)]
+    model.reconstruct(images)
+    model.interpolate(images, images, 3)
+    small_glf(latent_noise=0.0).losses(images)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+
+@pytest.fixture
+def trained(small_glf: Build, images: Tensor) -> GLF:
+    """In training mode, with batch norms that are far from their running statistics."""
+    model = small_glf(flow={"kind": "rnvp", "blocks": 1, "hidden": 8})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=seeded())
+    model.losses(images)
+    return model
+
+
+def test_sampling_leaves_the_model_as_it_was(trained: GLF, images: Tensor) -> None:
+    trained.decoder.eval()
+    modes = [module.training for module in trained.modules()]
+    state = copy.deepcopy(trained.state_dict())
+    for authors_protocol in (False, True):
+        x = trained.sample(7, generator=seeded(), authors_protocol=authors_protocol)
+        assert x.shape == (7, 1, 8, 8) and x.min() >= 0 and x.max() <= 1 and not x.requires_grad
+    trained.reconstruct(images)
+    trained.interpolate(images, images, 2)
+    assert [module.training for module in trained.modules()] == modes
+    assert all(m.track_running_stats for m in trained.modules() if hasattr(m, "track_running_stats"))
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_samples_are_decoded_base_noise(trained: GLF) -> None:
+    noise = torch.randn(5, 4, generator=seeded())
+    samples = trained.sample(5, temperature=0.7, generator=seeded())
+    trained.eval()
+    expected = trained.decode(trained.flow.inverse(0.7 * noise)[0])
+    torch.testing.assert_close(samples, expected)
+    # In eval mode a sample does not depend on its neighbours.
+    torch.testing.assert_close(trained.decode(trained.flow.inverse(0.7 * noise[:2])[0]), samples[:2])
+
+
+def test_samples_in_any_number(trained: GLF) -> None:
+    assert trained.sample(0).shape == (0, 1, 8, 8)
+    assert trained.sample(1001, generator=seeded()).shape == (1001, 1, 8, 8)
+    still = trained.sample(3, temperature=0.0)
+    assert torch.equal(still[0], still[2])
+    with pytest.raises(ValueError, match="n must be ≥ 0"):
+        trained.sample(-1)
+
+
+def test_authors_protocol(trained: GLF) -> None:
+    """Batch statistics in flow and decoder, then every image stretched to [0, 1]."""
+    samples = trained.sample(6, generator=seeded(), authors_protocol=True)
+    reference = copy.deepcopy(trained).train()
+    x = reference.decode(reference.flow.inverse(torch.randn(6, 4, generator=seeded()))[0])
+    low, high = x.flatten(1).min(1).values.view(-1, 1, 1, 1), x.flatten(1).max(1).values.view(-1, 1, 1, 1)
+    torch.testing.assert_close(samples, (x - low) / (high - low))
+    assert (samples.flatten(1).min(1).values == 0).all() and (samples.flatten(1).max(1).values == 1).all()
+    assert (samples - trained.sample(6, generator=seeded())).abs().max() > 0.05
+
+
+def test_authors_protocol_does_not_start_the_flow(small_glf: Build) -> None:
+    model = small_glf()
+    model.sample(8, authors_protocol=True)
+    assert not model.flow.actnorm_initialized.any()
+
+
+def test_interpolation_goes_from_one_reconstruction_to_the_other(small_glf: Build, images: Tensor) -> None:
+    model = small_glf()
+    model.losses(images)
+    way = model.interpolate(images[:5], images[5:10], 7)
+    assert way.shape == (5, 7, 1, 8, 8)
+    torch.testing.assert_close(way[:, 0], model.reconstruct(images[:5]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(way[:, -1], model.reconstruct(images[5:10]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.interpolate(images[5:10], images[:5], 7), way.flip(1), atol=1e-5, rtol=0)
+    same = model.interpolate(images[:2], images[:2], 3)
+    torch.testing.assert_close(same[:, 1], model.reconstruct(images[:2]), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="steps counts both ends"):
+        model.interpolate(images, images, 1)
+
+
+def test_parameter_groups_hold_every_parameter_once(small_glf: Build) -> None:
+    model = small_glf()
+    grouped = [id(p) for group in model.parameter_groups().values() for p in group]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_perceptual_network_is_no_part_of_the_model(small_glf: Build) -> None:
+    model = small_glf(reconstruction="perceptual")
+    assert model.state_dict().keys() == small_glf().state_dict().keys()
+
+
+def test_autocast(small_glf: Build, images: Tensor) -> None:
+    model = small_glf(latent_noise=0.1)
+    full = model.losses(images, seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.losses(images, seeded())
+    for name, value in low.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, full[name], rtol=0.02, atol=0.05)
+
+
+def test_images_are_checked(small_glf: Build, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, 1, 8, 8\); got \(32, 1, 4, 8\)"):
+        small_glf().losses(images[:, :, :4])
+    with pytest.raises(TypeError, match="to_float"):
+        small_glf().reconstruct((255 * images).to(torch.uint8))
+
+
+def test_registry(small_glf: Build) -> None:
+    assert "glf" in names()
+    model = build("glf", {"image_shape": [1, 8, 8], "latent_dim": 4, "hidden": 16})
+    assert isinstance(model, GLF)
+    assert build("glf", model.config).config == model.config
+    assert model.config["flow"] == {"kind": "coupling"}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("glff", {}, "no model 'glff'; did you mean 'glf'"),
+        ("glf", {}, "image_shape"),
+        ("glf", {"image_shape": [1, 8, 8], "latent_din": 4}, "no setting 'latent_din'; did you mean 'latent_dim'"),
+        ("glf", {"image_shape": [1, 9, 8]}, "multiples of 4"),
+        ("glf", {"image_shape": [1, 8, 8], "latent_noise": -1.0}, "latent_noise .* got -1"),
+        ("glf", {"image_shape": [1, 8, 8], "reconstruction": "vgg"}, "reconstruction must be one of"),
+        ("glf", {"image_shape": [1, 8, 8], "flow": {"kind": "glow"}}, "kind must be one of 'coupling', 'rnvp'"),
+        ("glf", {"image_shape": [1, 8, 8], "flow": {"depth": 3}}, "'depth'"),
+        ("glf", {"image_shape": [1, 8, 8], "flow": {"kind": "rnvp", "steps": 3}}, "'steps'"),
+    ],
+)
+def test_wrong_settings_are_named(name: str, config: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(name, config)

@@ -1,0 +1,122 @@
+"""Atomic files, JSON, grids, PNG, one-line errors."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glf_fast.errors import UserError
+from glf_fast.files import atomic_write, cache_dir, read_json, sha256, write_json
+from glf_fast.images import grid, save_png, to_float, to_uint8
+from glf_fast.info import info
+
+
+def test_atomic_write_is_all_or_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file.txt"
+    with atomic_write(target) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(target) as temporary:
+        temporary.write_text("half of the n")
+        raise ZeroDivisionError
+    assert target.read_text() == "old"
+    assert list(target.parent.iterdir()) == [target]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file.bin"
+    target.write_bytes(b"old")
+    code = f"""
+import resource, signal
+from glf_fast.errors import run_command
+from glf_fast.files import atomic_write
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+def main():
+    with atomic_write({str(target)!r}) as temporary:
+        temporary.write_bytes(bytes(5000))
+run_command(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000, "the limit was the child's"
+
+
+def test_json_round_trip_and_damage(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"ä": [1, 2.5, None]})
+    assert read_json(tmp_path / "a.json") == {"ä": [1, 2.5, None]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", float("nan"))
+    assert read_json(tmp_path / "a.json") == {"ä": [1, 2.5, None]}
+    (tmp_path / "a.json").write_text('{"a": ')
+    with pytest.raises(UserError, match=r"a.json is not valid JSON"):
+        read_json(tmp_path / "a.json")
+
+
+def test_sha256_and_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    monkeypatch.delenv("GLF_FAST_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "glf_fast"
+    monkeypatch.setenv("GLF_FAST_CACHE", str(tmp_path / "mine"))
+    assert cache_dir() == tmp_path / "mine"
+
+
+def test_pixels_round_and_come_back() -> None:
+    assert to_uint8(torch.tensor([-0.1, 0.0, 0.999, 1.0, 1.2])).tolist() == [0, 0, 255, 255, 255]
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(pixels)), pixels)
+
+
+def test_grid_and_png(tmp_path: Path) -> None:
+    images = torch.zeros(5, 3, 4, 6, dtype=torch.uint8)
+    images[1] = 7
+    picture = grid(images, columns=3, padding=1)
+    assert picture.shape == (3, 2 * 5 + 1, 3 * 7 + 1)
+    assert (picture[:, 1:5, 8:14] == 7).all()
+    assert (picture[:, 6:, 15:] == 255).all(), "the empty place is ground"
+    save_png(tmp_path / "a.png", picture, scale=2)
+    with Image.open(tmp_path / "a.png") as png:
+        assert np.array_equal(np.asarray(png)[::2, ::2].transpose(2, 0, 1), picture.numpy())
+    save_png(tmp_path / "grey.png", images[0, :1])
+    with Image.open(tmp_path / "grey.png") as png:
+        assert png.mode == "L"
+    with pytest.raises(ValueError, match="grid wants non-empty uint8"):
+        grid(images.float())
+    with pytest.raises(ValueError, match="save_png wants a uint8"):
+        save_png(tmp_path / "a.png", images)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        ("UserError('no such thing')", 2, "error: no such thing\n"),
+        ("OSError(28, 'No space left on device')", 2, "error: [Errno 28] No space left on device\n"),
+        ("KeyboardInterrupt()", 130, "interrupted\n"),
+        ("ZeroDivisionError()", 1, "Traceback"),
+    ],
+)
+def test_commands_turn_mistakes_into_one_line(raised: str, code: int, text: str) -> None:
+    program = f"from glf_fast.errors import *\ndef main(): raise {raised}\nrun_command(main)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(text)
+
+
+def test_info_tells_what_runs() -> None:
+    known = info()
+    assert known["torch"] == torch.__version__
+    assert known["backend reference"].startswith("ready")

@@ -1,0 +1,68 @@
+"""A run of preset smoke, trained once, and helpers to run the commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from glf_fast import train
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where reference statistics go here; nothing here is downloaded."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def use_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLF_FAST_CACHE", str(cache))
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a command's main in this process: call(train, "--preset", "smoke")."""
+
+    def main(module: ModuleType, *arguments: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
+
+    return main
+
+
+@pytest.fixture
+def command() -> Callable[..., subprocess.Popen[str]]:
+    """Starts `python -m glf_fast.{module} …` as a process of its own, one thread, warnings as errors."""
+
+    def start(module: str, *arguments: str | Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", f"glf_fast.{module}", *map(str, arguments)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A finished run of preset smoke; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLF_FAST_CACHE", str(cache))
+        patch.setattr(sys, "argv", ["train", "--preset", "smoke", "--out", str(folder)])
+        train.main()
+    return folder
+
+
+@pytest.fixture
+def run(smoke: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(smoke, tmp_path / "run"))

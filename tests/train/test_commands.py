@@ -1,0 +1,396 @@
+"""train, sample and evaluate as their users see them."""
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - its import is slow: not in the first test's time
+
+import glf_fast
+from glf_fast import checkpoint, data, evaluate, runs, sample, train
+from glf_fast.config_files import load, preset_path
+from glf_fast.errors import UserError
+
+Call = Callable[..., None]
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def lines(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_all_that_was_promised(smoke: Path) -> None:
+    assert load(smoke / "config.toml") == load(preset_path("smoke"))
+    seen = [record["images"] for record in lines(smoke)]
+    assert seen == sorted(seen) and seen[-1] == 4 * 12 * 128
+    for kind in ("samples", "reconstructions", "interpolations"):
+        pictures = sorted((smoke / kind).iterdir())
+        assert [path.name for path in pictures] == ["000003072.png", "000006144.png"]
+        for path in pictures:
+            assert np.asarray(Image.open(path)).std() > 1
+    assert list((smoke / "tensorboard").iterdir())
+    assert {path.name for path in (smoke / "checkpoints").iterdir()} == {"best", "last"}
+
+
+def test_the_final_scores_carry_their_protocol(smoke: Path) -> None:
+    [score] = json.loads((smoke / "scores.json").read_text())
+    samples = score["samples"]
+    assert samples["metric"] == "FD[tiny]" and samples["interval"][0] < samples["value"] < samples["interval"][1]
+    assert samples["kid"] and set(samples["floors"]) == {"train/train", "train/test"}
+    assert samples["protocol"]["reference"]["name"] == "digits" and samples["protocol"]["n"] == 180
+    assert samples["protocol"]["sampling"]["checkpoint"]["name"] == "best"
+    assert score["reconstructions"]["protocol"]["sampling"]["images"] == "test"
+    assert score["samples"]["value"] > 2 * samples["floors"]["train/test"], "48 steps do not make a perfect model"
+
+
+def test_the_best_checkpoint_has_the_lowest_score(smoke: Path) -> None:
+    scored = [record for record in lines(smoke) if "score" in record]
+    assert len(scored) == 2
+    best = min(scored, key=lambda record: record["score"]["value"])  # type: ignore[index]
+    state = checkpoint.read_state(smoke / "checkpoints" / "best")
+    assert (state["images"], state["score"]) == (best["images"], best["score"])
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(smoke: Path) -> None:
+    page = (smoke / "report.html").read_text()
+    assert "$" not in re.sub(r"base64,[^\"]*", "", page)
+    assert not re.search(r"<(script|link|iframe)", page)
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', page))
+    assert page.count('src="data:') == 3
+    assert page.count("<svg") == 1 and "currentColor" in page
+    assert "FD[tiny]" in page and "finished" in page and "prefers-color-scheme: dark" in page
+
+
+def test_a_finished_run_says_so_and_tells_its_scores_again(
+    smoke: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (smoke / "checkpoints").rglob("*")}
+    call(train, "--preset", "smoke", "--out", smoke)
+    text = capsys.readouterr()
+    assert "is finished (6,144 images)" in text.err
+    assert "FD[tiny]" in text.out and "report.html" in text.out
+    assert before == {path: path.stat().st_mtime_ns for path in (smoke / "checkpoints").rglob("*")}
+
+
+def test_a_finished_run_goes_on_when_given_more_epochs(run: Path, call: Call) -> None:
+    call(train, "--preset", "smoke", "--out", run, "--epochs", "6")
+    assert lines(run)[-1]["epoch"] == 6.0
+    assert runs.read_config(run).epochs == 6
+    assert len([record for record in lines(run) if record.get("finished")]) == 2
+    assert "How the samples grew" in (run / "report.html").read_text()
+
+
+def test_a_folder_with_another_run_is_left_alone(run: Path, call: Call) -> None:
+    with pytest.raises(UserError) as error:
+        call(train, "--preset", "smoke", "--out", run, "--flow.steps", "3", "--seed", "1", "--epochs", "9")
+    assert "holds a run with other settings (seed = 0 there, 1 here; flow.steps = 2 there, 3 here)" in str(error.value)
+    assert runs.read_config(run) == load(preset_path("smoke"))
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="not a run's folder"):
+        call(train, "--preset", "smoke", "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_folder_is_named_by_what_was_chosen(tmp_path: Path) -> None:
+    base = load(preset_path("smoke"))
+    flow = dataclasses.replace(base.flow, hidden=(8, 8))
+    assert runs.default_folder(base, base, "smoke") == Path("runs/smoke")
+    assert runs.default_folder(dataclasses.replace(base, epochs=9), base, "smoke") == Path("runs/smoke")
+    changed = dataclasses.replace(base, seed=3, flow=flow)
+    assert runs.default_folder(changed, base, "smoke") == Path("runs/smoke-seed=3-flow.hidden=8x8")
+    own = dataclasses.replace(base, data=dataclasses.replace(base.data, source="/some/where/" + 30 * "deep/"))
+    name = runs.default_folder(own, base, "smoke").name
+    assert re.fullmatch(r"smoke-[0-9a-f]{10}", name)
+
+
+def test_a_model_without_periodic_scores_ends_with_the_last_as_the_best(tmp_path: Path, call: Call) -> None:
+    call(train, "--preset", "smoke", "--out", tmp_path / "r", "--score.every", "0", "--epochs", "1", "--ema", "0")
+    best, last = (load_file(tmp_path / "r" / "checkpoints" / name / "model.safetensors") for name in ("best", "last"))
+    assert all(torch.equal(best[name], last[name]) for name in last)
+    assert runs.read_scores(tmp_path / "r")
+
+
+def test_a_time_limit_ends_a_run_with_scores(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--preset", "smoke", "--out", tmp_path / "r", "--epochs", "100000"]
+    call(train, *arguments, "--max-minutes", "0.01")
+    images = lines(tmp_path / "r")[-1]["images"]
+    assert 0 < images < 100000 * 12 * 128  # type: ignore[operator]
+    assert "FD[tiny]" in capsys.readouterr().out
+    call(train, *arguments, "--max-minutes", "0.01")
+    assert "is finished" in capsys.readouterr().err
+    call(train, *arguments, "--max-minutes", "0.02")
+    assert lines(tmp_path / "r")[-1]["images"] > images  # type: ignore[operator]
+
+
+def test_print_config_prints_a_config_file(call: Call, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    call(train, "--preset", "smoke", "--flow.steps", "5", "--print-config")
+    (tmp_path / "my.toml").write_text(capsys.readouterr().out)
+    config = load(preset_path("smoke"))
+    assert load(tmp_path / "my.toml") == dataclasses.replace(config, flow=dataclasses.replace(config.flow, steps=5))
+
+
+def test_dry_run_tells_and_writes_nothing(
+    call: Call, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call(train, "--preset", "smoke", "--dry-run")
+    text = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    for part in ("1617 × 1 × 8 × 8", "12 steps an epoch", "encoder 7,040", "activations", "one step", "[flow]"):
+        assert part in text
+    total, parts = re.search(r"# parameters  ([\d,]+): (.*)", text).groups()  # type: ignore[union-attr]
+    counts = [int(count.replace(",", "")) for count in re.findall(r"[\d,]*\d", parts)]
+    assert int(total.replace(",", "")) == sum(counts)
+
+
+def test_missing_weights_of_an_extractor_cost_only_its_scores(
+    tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The FID Inception is fetched from a public mirror; behind a proxy that leads nowhere it cannot be.
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    extractors = ["--score.extractors", "inception", "tiny"]
+    call(train, "--preset", "smoke", "--out", tmp_path / "r", "--epochs", "1", *extractors)
+    text = capsys.readouterr()
+    assert text.err.count("no scores with inception: ") == 1
+    assert [score["settings"]["extractor"] for score in runs.read_scores(tmp_path / "r")] == ["tiny"]
+    with pytest.raises(UserError):
+        call(evaluate, tmp_path / "r", "--extractor", "inception")
+    with pytest.raises(UserError, match="no extractor 'tinny'; did you mean 'tiny'"):
+        call(train, "--preset", "smoke", "--out", tmp_path / "s", "--score.extractors", "tinny")
+
+
+# -- stopping and going on ------------------------------------------------------------------------------------------------
+
+LONG = ["--preset", "smoke", "--epochs", "30", "--score.every", "10", "--pictures-every", "10", "--checkpoint-minutes", "0"]
+
+
+def wait_for_images(folder: Path, images: int, process: subprocess.Popen[str]) -> None:
+    """Until the run's last checkpoint has seen so many images."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if checkpoint.read_state(folder / "checkpoints" / "last")["images"] >= images:
+                return
+        except UserError:  # not there yet, or replaced while being read
+            pass
+        time.sleep(0.01)
+    process.kill()
+    raise AssertionError(f"no checkpoint with {images} images: {process.communicate()}")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, command: Start) -> None:
+    """Killed twice, in the middle of epochs, with kill -9; against a run that nobody disturbed."""
+    whole = command("train", *LONG, "--out", tmp_path / "whole")
+    for images in (5_000, 25_000):
+        process = command("train", *LONG, "--out", tmp_path / "killed")
+        wait_for_images(tmp_path / "killed", images, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not any(record.get("finished") for record in runs.read_metrics(tmp_path / "killed"))
+    last = command("train", *LONG, "--out", tmp_path / "killed")
+    for process in (whole, last):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    for name in ("last/model", "last/training", "best/model"):
+        ours, theirs = (
+            load_file(tmp_path / run / "checkpoints" / f"{name}.safetensors") for run in ("whole", "killed")
+        )
+        assert ours.keys() == theirs.keys() and len(ours) > 10
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    scores = [[r for r in lines(tmp_path / run) if "score" in r] for run in ("whole", "killed")]
+    assert scores[0] == scores[1] and len(scores[0]) == 3
+    pictures = [sorted((tmp_path / run / "samples").iterdir()) for run in ("whole", "killed")]
+    assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
+    seen = [record["images"] for record in lines(tmp_path / "killed")]
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_with_a_checkpoint(number: signal.Signals, tmp_path: Path, command: Start) -> None:
+    arguments = [*LONG[:2], "--epochs", "100000", "--score.every", "0", "--pictures-every", "99999", "--out", tmp_path / "r"]
+    process = command("train", *arguments, "--checkpoint-minutes", "0.001")
+    wait_for_images(tmp_path / "r", 1, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "the same command goes on from here" in errors and "Traceback" not in errors
+    images = checkpoint.read_state(tmp_path / "r" / "checkpoints" / "last")["images"]
+    assert f"stopped after {images:,} images" in errors
+    assert lines(tmp_path / "r")[-1]["images"] == images
+
+
+def test_a_log_cut_off_in_a_line_does_not_stop_a_resume(run: Path, call: Call) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"images": 61')
+    call(train, "--preset", "smoke", "--out", run, "--epochs", "5")
+    assert lines(run)[-1]["images"] == 5 * 12 * 128
+
+
+def test_changed_images_are_noticed(tmp_path: Path, call: Call) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (200, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "own.npy", images)
+    arguments = ["--preset", "smoke", "--data.source", tmp_path / "own.npy", "--out", tmp_path / "r", "--score.samples", "20"]
+    call(train, *arguments, "--epochs", "1")
+    np.save(tmp_path / "own.npy", images[::-1])
+    with pytest.raises(UserError, match="was trained on other images"):
+        call(train, *arguments, "--epochs", "2")
+
+
+# -- when things go wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_explodes_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, command: Start) -> None:
+    folder = tmp_path / "r"
+    process = command("train", *LONG, "--out", folder, "--flow-optimizer.lr", "30", "--flow.log-scale", "exp")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    message = errors.splitlines()[-1]
+    assert re.search(r"not finite (at step \d+ \(\d+ images\)|after \d+ images)", message), errors
+    assert str(folder / "checkpoints" / "last") in message and "lower the learning rates" in message
+    saved = checkpoint.read(folder / "checkpoints" / "last", training=True)
+    assert saved.state["images"] >= 128
+    assert all(value.isfinite().all() for value in [*saved.weights.values(), *saved.training.values()])
+
+
+def test_a_full_disk_stops_in_one_line_and_the_same_command_goes_on(run: Path, tmp_path: Path, command: Start) -> None:
+    """A real failure: the shell limits every file of the process to 100 kB, less than training.safetensors."""
+    arguments = ["--preset", "smoke", "--out", str(run), "--epochs", "5"]
+    before = (run / "checkpoints" / "last" / "training.safetensors").read_bytes()
+    program = [command.__globals__["sys"].executable, "-m", "glf_fast.train", *arguments]
+    limited = subprocess.run(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *program], capture_output=True, text=True)
+    assert limited.returncode == 2
+    message = limited.stderr.splitlines()[-1]
+    assert message.startswith(f"error: {run}/checkpoints/last could not be written") and "File too large" in message
+    assert (run / "checkpoints" / "last" / "training.safetensors").read_bytes() == before
+    process = command("train", *arguments)
+    assert process.wait() == 0, process.communicate()
+    assert lines(run)[-1]["images"] == 5 * 12 * 128
+
+
+def test_a_corrupt_checkpoint_stops_every_command_in_one_line(run: Path, call: Call) -> None:
+    for which, arguments in (("last", ["--epochs", "5"]), ("best", [])):
+        file = run / "checkpoints" / which / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 64
+        file.write_bytes(content)
+        modules = [(train, ["--preset", "smoke", "--out", run, *arguments])] if which == "last" else []
+        modules += [(module, [run, "--checkpoint", which]) for module in (sample, evaluate)]
+        for module, options in modules:
+            with pytest.raises(UserError, match=r"model.safetensors is corrupt: its size or SHA-256"):
+                call(module, *options)
+
+
+def test_a_missing_data_set_and_a_run_that_is_none_are_named(tmp_path: Path, call: Call) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        call(train, "--preset", "smoke", "--data.source", tmp_path / "nowhere", "--out", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    for module in (sample, evaluate):
+        with pytest.raises(UserError, match="not a run's folder"):
+            call(module, tmp_path)
+
+
+def test_errors_reach_the_shell_as_one_line(command: Start) -> None:
+    process = command("train", "--preset", "quik")
+    output, errors = process.communicate()
+    assert process.returncode == 2 and output == ""
+    assert re.fullmatch(r"error: no preset 'quik'; did you mean 'quick'\? there are .*\n", errors)
+
+
+# -- sample, evaluate, from Python ----------------------------------------------------------------------------------------
+
+
+def test_samples_do_not_depend_on_how_many(smoke: Path, tmp_path: Path, call: Call) -> None:
+    for n in (5, 700):
+        call(sample, smoke, "--n", str(n), "--out", tmp_path / f"{n}.npy", "--temperature", "0.7")
+    few, many = np.load(tmp_path / "5.npy"), np.load(tmp_path / "700.npy")
+    assert many.shape == (700, 1, 8, 8) and many.dtype == np.uint8
+    assert (few == many[:5]).all()
+    assert (many[500:505] != few).any(), "the second chunk has noise of its own"
+    call(sample, smoke, "--n", "5", "--out", tmp_path / "other.npy", "--temperature", "0.7", "--seed", "1")
+    assert (np.load(tmp_path / "other.npy") != few).any()
+
+
+def test_samples_as_a_grid_and_as_a_folder(smoke: Path, tmp_path: Path, call: Call) -> None:
+    call(sample, smoke, "--n", "6", "--out", tmp_path / "grid.png", "--checkpoint", "last")
+    call(sample, smoke, "--n", "6", "--out", tmp_path / "folder")
+    assert Image.open(tmp_path / "grid.png").size[0] > 3 * 8
+    images = [Image.open(path) for path in sorted((tmp_path / "folder").iterdir())]
+    assert len(images) == 6 and images[0].size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n", "0"], "n = 0 images"),
+        (["--temperature", "-1"], "temperature = -1.0"),
+        (["--temperature", "nan"], "temperature = nan"),
+        (["--out", "grid.jpg"], "must end in .png or .npy"),
+        (["--checkpoint", "first"], "invalid choice 'first'"),
+        (["--temprature", "1"], "did you mean --temperature?"),
+    ],
+)
+def test_mistakes_in_sampling_are_named(arguments: list[str], message: str, smoke: Path, call: Call) -> None:
+    with pytest.raises(UserError) as error:
+        call(sample, smoke, *arguments)
+    assert message in str(error.value)
+
+
+def test_evaluate_adds_scores_and_replaces_its_own(run: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    [old] = runs.read_scores(run)
+    call(evaluate, run, "--n", "60", "--authors-protocol")
+    assert "FD[tiny] (authors' protocol)" in capsys.readouterr().out
+    call(evaluate, run, "--n", "60", "--authors-protocol")
+    first, second = runs.read_scores(run)
+    assert first == old
+    assert second["settings"]["authors_protocol"] and second["samples"]["protocol"]["n"] == 60
+    assert second["samples"]["value"] != old["samples"]["value"]
+    assert "authors&#x27; sampling protocol" in (run / "report.html").read_text()
+
+
+def test_evaluate_repeats_the_final_scores(run: Path, call: Call) -> None:
+    [old] = runs.read_scores(run)
+    call(evaluate, run)
+    [new] = runs.read_scores(run)
+    assert new["samples"]["value"] == old["samples"]["value"]
+    assert new["reconstructions"]["value"] == old["reconstructions"]["value"]
+
+
+def test_a_checkpoint_opens_from_python(smoke: Path, tmp_path: Path, call: Call) -> None:
+    model = glf_fast.GLF.from_pretrained(smoke / "checkpoints" / "best")
+    images = sample.draw(model, 5, seed=0)
+    call(sample, smoke, "--n", "5", "--out", tmp_path / "s.npy")
+    assert (np.load(tmp_path / "s.npy") == images.numpy()).all()
+
+
+def test_mistakes_in_evaluating_are_named(smoke: Path, call: Call) -> None:
+    with pytest.raises(UserError, match="n ≥ 2"):
+        call(evaluate, smoke, "--n", "1")
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu(tmp_path: Path, call: Call) -> None:
+    arguments = ["--preset", "smoke", "--out", tmp_path / "r", "--precision", "bf16", "--device", "cuda"]
+    call(train, *arguments, "--epochs", "2")
+    call(train, *arguments, "--epochs", "4")
+    assert lines(tmp_path / "r")[-1]["images"] == 4 * 12 * 128
+    assert data.load("digits", "train").images.device.type == "cpu"
