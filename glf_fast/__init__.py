@@ -9,7 +9,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 from glf_fast.flow import MLP, ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow, rnvp_flow
-from glf_fast.ops import backends
+from glf_fast.ops import backends, use_backend
 
 if TYPE_CHECKING:
     from glf_fast.models.glf import GLF
@@ -26,6 +26,7 @@ __all__ = [
     "SequentialFlow",
     "backends",
     "rnvp_flow",
+    "use_backend",
 ]
 
 

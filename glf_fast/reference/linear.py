@@ -27,10 +27,11 @@ def fold_actnorm(
     """
     if log_scale is None or bias is None:
         return W, W_inv, torch.zeros_like(W[..., 0]), logabsdet
-    scale = torch.exp(log_scale)
-    A = scale.unsqueeze(-1) * W
+    A = torch.exp(log_scale).unsqueeze(-1) * W
     A_inv = None if W_inv is None else W_inv * torch.exp(-log_scale).unsqueeze(-2)
-    c = (bias.unsqueeze(-2) @ A).squeeze(-2)
+    # Full precision under autocast too: the maps of the two directions must match.
+    with torch.autocast(W.device.type, enabled=False):
+        c = (bias.unsqueeze(-2) @ A).squeeze(-2)
     return A, A_inv, c, logabsdet + log_scale.sum(-1)
 
 
@@ -55,15 +56,15 @@ def plu_assemble(
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     L = lower.tril(-1) + eye
     U = upper.triu(1) + torch.diag_embed(sign * torch.exp(log_diag))
-    # The matrix product runs in full precision: under autocast a bf16 A would not match its A⁻¹.
+    P = permutation_matrix(permutation, lower.dtype)
+    W_inv = None
+    # Full precision under autocast too: a bf16 A would not match its A⁻¹.
     with torch.autocast(lower.device.type, enabled=False):
-        P = permutation_matrix(permutation, lower.dtype)
         W = P @ (L @ U)
-        W_inv = None
         if need_inverse:
             L_inv = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False, unitriangular=True)
             W_inv = torch.linalg.solve_triangular(U, L_inv, upper=True) @ P.mT
-        return fold_actnorm(W, W_inv, log_diag.sum(-1), log_scale, bias)
+    return fold_actnorm(W, W_inv, log_diag.sum(-1), log_scale, bias)
 
 
 def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -220,3 +220,14 @@ def test_coupling_flow_by_hand(add_first: bool) -> None:
     )
     np.testing.assert_allclose(back, x, rtol=1e-7, atol=1e-7)
     np.testing.assert_allclose(back_logdet, -logdet, rtol=1e-8, atol=1e-8)
+
+
+def test_affine_maps_keep_their_precision_under_autocast() -> None:
+    p = {name: t.float() if t.is_floating_point() else t for name, t in plu_parameters(2, 6).items()}
+    expected = reference.plu_assemble(**p)
+    W = torch.randn(2, 6, 6)
+    folded = reference.fold_actnorm(W, None, W[:, 0, 0], p["log_scale"], p["bias"])[2]
+    with torch.autocast("cpu", torch.bfloat16):
+        for got, want in zip(reference.plu_assemble(**p), expected, strict=True):
+            assert torch.equal(got, want)
+        assert torch.equal(reference.fold_actnorm(W, None, W[:, 0, 0], p["log_scale"], p["bias"])[2], folded)

@@ -1,0 +1,233 @@
+// The processor kernels as torch operations, through the LibTorch Stable ABI: one binary for every torch from 2.10 on.
+// Nothing here but unwrapping: the Python side (glf_fast/ops) checks what users pass in.
+#include "cpu/flow.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// torch's own threads: a second pool would fight with it for the cores.
+const glf::Parallel& parallel() {
+  thread_local glf::Parallel p{1, [](int tasks, void (*task)(void*, int), void* context) {
+                                 torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+                                   for (int64_t i = begin; i < end; ++i) task(context, static_cast<int>(i));
+                                 });
+                               }};
+  p.threads = static_cast<int>(torch::stable::get_num_threads());
+  return p;
+}
+
+template <class T>
+const T* read(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), "glf_fast: a kernel got a tensor that is not contiguous");
+  STD_TORCH_CHECK(t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
+                  "glf_fast: a kernel got tensors of several dtypes");
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* write(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) { return torch::stable::new_empty(like, shape); }
+
+Tensor alike(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return empty(t, std::vector<int64_t>(sizes.begin(), sizes.end()));
+}
+
+// What all calls share, as it comes from Python.
+struct Arguments {
+  const Tensor &matrix, &offset;
+  const std::optional<Tensor>& unmatrix;
+  const Tensors &weights, &biases;
+  const std::optional<Tensor>& context;
+  int64_t activation, log_scale;
+  double constant;
+  bool add_first, inverse;
+
+  template <class T>
+  glf::Flow<T> flow() const {
+    STD_TORCH_CHECK(!weights.empty() && weights.size() <= glf::max_layers && weights.size() == biases.size(),
+                    "glf_fast: an MLP of 1 to ", glf::max_layers, " layers is needed; got ", weights.size());
+    glf::Flow<T> f{};
+    f.steps = matrix.size(0);
+    f.dim = matrix.size(1);
+    f.context_dim = context ? context->size(1) : 0;
+    f.layers = static_cast<int>(weights.size());
+    f.width[0] = f.passive() + f.context_dim;
+    f.matrix = read<T>(matrix);
+    f.unmatrix = unmatrix ? read<T>(*unmatrix) : nullptr;
+    f.offset = read<T>(offset);
+    for (int i = 0; i < f.layers; ++i) {
+      STD_TORCH_CHECK(weights[i].size(0) == f.steps && weights[i].size(1) == f.width[i],
+                      "glf_fast: the widths of the MLP's layers do not chain");
+      f.width[i + 1] = weights[i].size(2);
+      f.weight[i] = read<T>(weights[i]);
+      f.bias[i] = read<T>(biases[i]);
+    }
+    f.activation = static_cast<glf::Activation>(activation);
+    f.log_scale = static_cast<glf::LogScale>(log_scale);
+    f.constant = static_cast<T>(constant);
+    f.add_first = add_first;
+    f.inverse = inverse;
+    return f;
+  }
+
+  template <class T>
+  const T* context_data() const {
+    return context ? read<T>(*context) : nullptr;
+  }
+};
+
+// Calls f(float{}) or f(double{}).
+template <class F>
+void for_dtype(const Tensor& t, F f) {
+  if (t.scalar_type() == ScalarType::Float) return f(float{});
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "glf_fast: the kernels take float32 and float64");
+  f(double{});
+}
+
+std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
+                                                 Tensors biases, std::optional<Tensor> context, int64_t activation,
+                                                 int64_t log_scale, double constant, bool add_first, bool inverse,
+                                                 int64_t save, int64_t record) {
+  const std::optional<Tensor> none;
+  const Arguments arguments{matrix,  offset,     none,      weights,  biases,    context,
+                            activation, log_scale, constant, add_first, inverse};
+  const int64_t batch = x.size(0), steps = matrix.size(0);
+  const auto mode = static_cast<glf::Save>(save);
+  Tensor out = alike(x), logdet = empty(x, {batch});
+  Tensor saved = mode == glf::Save::nothing ? empty(x, {0}) : empty(x, {steps, batch, record});
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const auto flow = arguments.flow<T>();
+    const int64_t width = mode == glf::Save::records ? glf::record_width(flow) : flow.dim;
+    STD_TORCH_CHECK(mode == glf::Save::nothing || record == width, "glf_fast: a record is ", width, " wide, not ",
+                    record);
+    glf::kernels<T>().forward(flow, batch, read<T>(x), arguments.context_data<T>(), write<T>(out), write<T>(logdet),
+                              mode, write<T>(saved), record, parallel());
+  });
+  return {out, logdet, saved};
+}
+
+// ∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
+Tensors coupling_flow_backward(Tensor grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
+                               std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
+                               std::optional<Tensor> context, int64_t activation, int64_t log_scale, double constant,
+                               bool add_first, bool inverse, int64_t save, bool parameters) {
+  const Arguments arguments{matrix,     offset,    unmatrix, weights,   biases, context,
+                            activation, log_scale, constant, add_first, inverse};
+  const auto mode = static_cast<glf::Save>(save);
+  STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
+  Tensors grads{alike(out), context ? alike(*context) : empty(out, {0})};
+  if (parameters) {
+    grads.push_back(alike(matrix));
+    grads.push_back(alike(offset));
+    for (const Tensor& w : weights) grads.push_back(alike(w));
+    for (const Tensor& b : biases) grads.push_back(alike(b));
+  }
+  for_dtype(out, [&](auto zero) {
+    using T = decltype(zero);
+    const auto flow = arguments.flow<T>();
+    glf::Gradients<T> target{};
+    if (parameters) {
+      target.matrix = write<T>(grads[2]);
+      target.offset = write<T>(grads[3]);
+      for (int i = 0; i < flow.layers; ++i) {
+        target.weight[i] = write<T>(grads[4 + i]);
+        target.bias[i] = write<T>(grads[4 + flow.layers + i]);
+      }
+    }
+    const int64_t record = mode == glf::Save::nothing ? 0 : saved.size(2);
+    glf::kernels<T>().backward(flow, out.size(0), read<T>(out), arguments.context_data<T>(), mode, read<T>(saved),
+                               record, read<T>(grad_out), read<T>(grad_logdet), write<T>(grads[0]), write<T>(grads[1]),
+                               parameters ? &target : nullptr, parallel());
+  });
+  return grads;
+}
+
+// Rows of n elements that may lie apart, such as the halves of a split.
+template <class T>
+std::pair<const T*, int64_t> rows(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1), "glf_fast: rows must be contiguous");
+  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
+}
+
+std::tuple<Tensor, Tensor> affine_coupling(Tensor v, Tensor u, Tensor t, int64_t log_scale, double constant,
+                                           bool add_first, bool inverse) {
+  Tensor w = alike(v), logdet = empty(v, {v.size(0)});
+  for_dtype(v, [&](auto zero) {
+    using T = decltype(zero);
+    const glf::Coupling<T> op{static_cast<glf::LogScale>(log_scale), static_cast<T>(constant), add_first, inverse};
+    const auto [v_data, v_ld] = rows<T>(v);
+    const auto [u_data, u_ld] = rows<T>(u);
+    const auto [t_data, t_ld] = rows<T>(t);
+    glf::kernels<T>().coupling(op, v.size(0), v.size(1), v_data, v_ld, u_data, u_ld, t_data, t_ld, write<T>(w),
+                               write<T>(logdet), parallel());
+  });
+  return {w, logdet};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_w, Tensor grad_logdet, Tensor v, Tensor u,
+                                                            Tensor t, int64_t log_scale, double constant,
+                                                            bool add_first, bool inverse) {
+  Tensor grad_v = alike(v), grad_u = alike(v), grad_t = alike(v);
+  for_dtype(v, [&](auto zero) {
+    using T = decltype(zero);
+    const glf::Coupling<T> op{static_cast<glf::LogScale>(log_scale), static_cast<T>(constant), add_first, inverse};
+    const auto [v_data, v_ld] = rows<T>(v);
+    const auto [u_data, u_ld] = rows<T>(u);
+    const auto [t_data, t_ld] = rows<T>(t);
+    glf::kernels<T>().coupling_backward(op, v.size(0), v.size(1), v_data, v_ld, u_data, u_ld, t_data, t_ld,
+                                        read<T>(grad_w), read<T>(grad_logdet), write<T>(grad_v), write<T>(grad_u),
+                                        write<T>(grad_t), parallel());
+  });
+  return {grad_v, grad_u, grad_t};
+}
+
+int64_t vector_bytes() { return glf::vector_bytes(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
+  m.def(
+      "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
+      "int activation, int log_scale, float constant, bool add_first, bool inverse, int save, int record)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_coupling_flow_backward(Tensor grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
+      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int activation, "
+      "int log_scale, float constant, bool add_first, bool inverse, int save, bool parameters) -> Tensor[]");
+  m.def(
+      "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "cpu_affine_coupling_backward(Tensor grad_w, Tensor grad_logdet, Tensor v, Tensor u, Tensor t, int log_scale, "
+      "float constant, bool add_first, bool inverse) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_vector_bytes() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
+  m.impl("cpu_coupling_flow", TORCH_BOX(&coupling_flow));
+  m.impl("cpu_coupling_flow_backward", TORCH_BOX(&coupling_flow_backward));
+  m.impl("cpu_affine_coupling", TORCH_BOX(&affine_coupling));
+  m.impl("cpu_affine_coupling_backward", TORCH_BOX(&affine_coupling_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(glf_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_vector_bytes", TORCH_BOX(&vector_bytes));
+}

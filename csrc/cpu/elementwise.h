@@ -1,0 +1,128 @@
+// Activations and log-scale functions, with their derivatives: the formulas of glf_fast.reference.
+#pragma once
+
+#include "flow.h"
+#include "math.h"
+
+#include <type_traits>
+
+namespace glf::GLF_ISA {
+
+// Calls f with the enumerator as a compile-time constant, so that a loop over elements has no branch in it.
+template <class F>
+inline void with_activation(Activation a, F f) {
+  using A = Activation;
+  switch (a) {
+    case A::relu: return f(std::integral_constant<A, A::relu>{});
+    case A::leaky_relu: return f(std::integral_constant<A, A::leaky_relu>{});
+    case A::silu: return f(std::integral_constant<A, A::silu>{});
+    case A::gelu: return f(std::integral_constant<A, A::gelu>{});
+    case A::tanh: return f(std::integral_constant<A, A::tanh>{});
+    case A::elu: return f(std::integral_constant<A, A::elu>{});
+  }
+}
+
+template <class F>
+inline void with_log_scale(LogScale s, F f) {
+  using S = LogScale;
+  switch (s) {
+    case S::tanh: return f(std::integral_constant<S, S::tanh>{});
+    case S::exp: return f(std::integral_constant<S, S::exp>{});
+    case S::glow: return f(std::integral_constant<S, S::glow>{});
+    case S::nflows: return f(std::integral_constant<S, S::nflows>{});
+    case S::atan: return f(std::integral_constant<S, S::atan>{});
+    case S::softclip: return f(std::integral_constant<S, S::softclip>{});
+    case S::jet: return f(std::integral_constant<S, S::jet>{});
+  }
+}
+
+// These two keep their argument for the backward; the others' derivatives follow from their value.
+inline bool needs_argument(Activation a) { return a == Activation::silu || a == Activation::gelu; }
+
+template <Activation a, class T>
+inline vec<T> activation(vec<T> x) {
+  using A = Activation;
+  if constexpr (a == A::relu) return x < T(0) ? vec<T>{} : x;  // NaN passes
+  if constexpr (a == A::leaky_relu) return x < T(0) ? x * T(0.01) : x;
+  if constexpr (a == A::silu) return x / (T(1) + exp(-x));
+  if constexpr (a == A::gelu) return x * normal_cdf(x);
+  if constexpr (a == A::tanh) return tanh(x);
+  if constexpr (a == A::elu) {
+    // e^x − 1 = tanh(x/2)·(e^x + 1) keeps its digits near 0.
+    const vec<T> y = x > T(0) ? vec<T>{} : x;
+    return x > T(0) ? x : tanh(y * T(0.5)) * (exp(y) + T(1));
+  }
+}
+
+// a'(x), from the value h = a(x), or from x itself for silu and gelu.
+template <Activation a, class T>
+inline vec<T> activation_slope(vec<T> h) {
+  using A = Activation;
+  const vec<T> one = broadcast(T(1));
+  if constexpr (a == A::relu) return h > T(0) ? one : vec<T>{};
+  if constexpr (a == A::leaky_relu) return h > T(0) ? one : broadcast(T(0.01));
+  if constexpr (a == A::silu) {
+    const vec<T> s = sigmoid<T>(h);
+    return s * (one + h * (one - s));
+  }
+  if constexpr (a == A::gelu) return normal_cdf(h) + h * exp(h * h * T(-0.5)) * T(0.3989422804014327);
+  if constexpr (a == A::tanh) return one - h * h;
+  if constexpr (a == A::elu) return h > T(0) ? one : h + T(1);
+}
+
+// ℓ = f(u) and, for a backward, f'(u).
+template <LogScale f, class T>
+inline vec<T> log_scale(vec<T> u, T s) {
+  using S = LogScale;
+  if constexpr (f == S::tanh) return s * tanh(u / s);
+  if constexpr (f == S::exp) return u;
+  if constexpr (f == S::glow) return log_sigmoid<T>(u + s);
+  if constexpr (f == S::nflows) return log(sigmoid<T>(u + T(2)) + s);
+  if constexpr (f == S::atan) return (s * T(0.636)) * atan(u);
+  if constexpr (f == S::softclip) return u / (T(1) + abs(u / s));
+  if constexpr (f == S::jet) return T(0.69314718055994531) + log_sigmoid<T>(u);
+}
+
+template <LogScale f, class T>
+inline vec<T> log_scale_slope(vec<T> u, vec<T> ell, T s) {
+  using S = LogScale;
+  if constexpr (f == S::tanh) {
+    const vec<T> y = ell / s;
+    return T(1) - y * y;
+  }
+  if constexpr (f == S::exp) return broadcast(T(1));
+  if constexpr (f == S::glow) return sigmoid<T>(-u - s);
+  if constexpr (f == S::nflows) {
+    const vec<T> y = sigmoid<T>(u + T(2));
+    return y * sigmoid<T>(-u - T(2)) / (y + s);
+  }
+  if constexpr (f == S::atan) return (s * T(0.636)) / (T(1) + u * u);
+  if constexpr (f == S::softclip) {
+    const vec<T> y = T(1) + abs(u / s);
+    return T(1) / (y * y);
+  }
+  if constexpr (f == S::jet) return sigmoid<T>(-u);
+}
+
+// h = a(x) over a block; `from` and `to` may be the same. Rows are padded to whole vectors.
+template <class T>
+inline void activate(Activation kind, idx rows, idx cols, const T* from, T* to, idx ld) {
+  with_activation(kind, [=](auto a) {
+    for (idx m = 0; m < rows; ++m)
+      for (idx j = 0; j < cols; j += lanes<T>)
+        store(to + m * ld + j, activation<decltype(a)::value, T>(load(from + m * ld + j)));
+  });
+}
+
+// g ← g·a'(x) over a block.
+template <class T>
+inline void activate_backward(Activation kind, idx rows, idx cols, const T* kept, idx kept_m, T* g, idx g_m) {
+  with_activation(kind, [=](auto a) {
+    for (idx m = 0; m < rows; ++m)
+      for (idx j = 0; j < cols; j += lanes<T>)
+        store(g + m * g_m + j,
+              load(g + m * g_m + j) * activation_slope<decltype(a)::value, T>(load(kept + m * kept_m + j)));
+  });
+}
+
+}  // namespace glf::GLF_ISA

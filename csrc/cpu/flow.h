@@ -1,0 +1,92 @@
+// The interface of the processor kernels: plain pointers, no torch, no instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace glf {
+
+using Int = std::ptrdiff_t;
+
+// In the order of the names in glf_fast.reference.
+enum class Activation : int { relu, leaky_relu, silu, gelu, tanh, elu };
+enum class LogScale : int { tanh, exp, glow, nflows, atan, softclip, jet };
+
+// What a pass over the flow keeps for its backward.
+enum class Save : int {
+  nothing,  // only the output: the backward rebuilds every step's input by undoing the step
+  inputs,   // each step's input, (K, B, D): the backward recomputes the MLPs
+  records,  // all intermediate values, (K, B, record): the backward recomputes nothing
+};
+
+inline constexpr int max_layers = 8;
+
+// K steps with stacked, contiguous parameters, see glf_fast.reference.coupling_flow. The direction in which the op runs
+// is `inverse`; `matrix` is A (forward) or A⁻¹ (inverse), `unmatrix` the other one, needed only to rebuild inputs.
+template <class T>
+struct Flow {
+  Int steps, dim, context_dim;
+  int layers;                  // linear layers of an MLP: hidden layers + 1
+  Int width[max_layers + 1];   // P + C, hidden widths, 2·(D//2)
+  const T* matrix;             // (K, D, D)
+  const T* unmatrix;           // (K, D, D)
+  const T* offset;             // c (K, D)
+  const T* weight[max_layers]; // (K, width[i], width[i+1])
+  const T* bias[max_layers];   // (K, width[i+1])
+  Activation activation;
+  LogScale log_scale;
+  T constant;                  // the log-scale's; ln m for softclip
+  bool add_first, inverse;
+
+  Int passive() const { return dim - dim / 2; }
+  Int transformed() const { return dim / 2; }
+};
+
+// Gradients of the parameters, shaped like them. All are written, none is read.
+template <class T>
+struct Gradients {
+  T *matrix, *offset, *weight[max_layers], *bias[max_layers];
+};
+
+// How work is spread over threads: run(tasks, task, context) calls task(context, i) once for every i < tasks.
+struct Parallel {
+  int threads;
+  void (*run)(int tasks, void (*task)(void*, int), void* context);
+};
+
+template <class T>
+struct Coupling {
+  LogScale log_scale;
+  T constant;  // as in Flow
+  bool add_first, inverse;
+};
+
+// One instruction set's kernels. Matrices are contiguous, (rows, columns).
+template <class T>
+struct Kernels {
+  // x (B, D), context (B, C) → out (B, D), logdet (B,), saved as `save` says with `record` elements a row.
+  void (*forward)(const Flow<T>&, Int batch, const T* x, const T* context, T* out, T* logdet, Save save, T* saved,
+                  Int record, const Parallel&);
+  // From the output, what was saved, ∂out and ∂logdet to ∂x, ∂context and, unless null, the parameters' gradients.
+  void (*backward)(const Flow<T>&, Int batch, const T* out, const T* context, Save save, const T* saved, Int record,
+                   const T* grad_out, const T* grad_logdet, T* grad_x, T* grad_context, const Gradients<T>*,
+                   const Parallel&);
+  // Rows (B, n): w and logdet from v, u, t, each with its own distance between rows.
+  void (*coupling)(const Coupling<T>&, Int batch, Int n, const T* v, Int v_m, const T* u, Int u_m, const T* t, Int t_m,
+                   T* w, T* logdet, const Parallel&);
+  void (*coupling_backward)(const Coupling<T>&, Int batch, Int n, const T* v, Int v_m, const T* u, Int u_m, const T* t,
+                            Int t_m, const T* grad_w, const T* grad_logdet, T* grad_v, T* grad_u, T* grad_t,
+                            const Parallel&);
+};
+
+// The kernels for this processor; $GLF_FAST_ISA (avx512, avx2, generic) may ask for lesser ones.
+template <class T>
+const Kernels<T>& kernels();
+// Bytes in a vector of theirs: 64 (AVX-512), 32 (AVX2) or 16 (SSE2, NEON).
+int vector_bytes();
+
+// Elements that Save::records keeps a row; the same for every instruction set.
+template <class T>
+Int record_width(const Flow<T>&);
+
+}  // namespace glf

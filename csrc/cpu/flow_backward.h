@@ -1,0 +1,254 @@
+// The backward of a flow: a tile of rows through the steps in reverse order: step_backward
+// is one step, couple_rows_backward its elementwise part.
+#pragma once
+
+#include "flow_forward.h"
+
+namespace glf::GLF_ISA {
+
+// The gradients that one row carries: offsets as in Record.
+struct GradientRecord {
+  Int out;        // ∂ of the step's output, then of its input
+  Int y;          // ∂y
+  Int raw;        // ∂[u, t]
+  Int hidden[2];  // ∂ of a hidden layer and of the one before it
+  Int input;      // ∂[p, context]
+  Int state;      // the flow's state itself, where inputs are rebuilt
+  Int width;
+
+  template <class T>
+  static GradientRecord of(const Flow<T>& flow) {
+    constexpr Int line = 64 / sizeof(T);
+    Int end = 0;
+    const auto field = [&end](Int n) {
+      const Int start = end;
+      end += round_up(n, line) + line;
+      return start;
+    };
+    GradientRecord r{};
+    r.out = field(flow.dim);
+    r.y = field(flow.dim);
+    r.raw = field(2 * flow.transformed());
+    Int widest = 0;
+    for (int i = 1; i < flow.layers; ++i) widest = std::max(widest, flow.width[i]);
+    r.hidden[0] = field(widest);
+    r.hidden[1] = field(widest);
+    r.input = field(flow.width[0]);
+    r.state = field(flow.dim);
+    r.width = end / line % 2 ? end : end + line;
+    return r;
+  }
+};
+
+template <class T>
+struct BackwardTile : Tile<T> {
+  const GradientRecord& grad;
+  T* gradient;                     // (rows, grad.width)
+  const Gradients<T>* parameters;  // null where only the inputs' gradients are wanted
+  bool accumulate;                 // onto what earlier tiles of this thread have left there
+
+  Rows<T> gradient_of(idx offset) const { return {gradient + offset, grad.width}; }
+};
+
+// From ∂[u, t] to ∂[p, context] and the gradients of step k's MLP.
+template <class T>
+void mlp_backward(const BackwardTile<T>& tile, idx k) {
+  const Flow<T>& flow = tile.flow;
+  const Record& at = tile.at;
+  const GradientRecord& grad = tile.grad;
+  idx g = grad.raw;
+  for (int i = flow.layers - 1; i >= 0; --i) {
+    const idx n_in = flow.width[i], n_out = flow.width[i + 1];
+    const idx input = i ? at.value[i - 1] : at.input;
+    if (tile.parameters) {
+      outer_sum(tile.rows, n_in, n_out, tile.record + input, at.width, tile.gradient + g, grad.width,
+                tile.parameters->weight[i] + k * n_in * n_out, tile.accumulate);
+      column_sum(tile.rows, n_out, T(1), tile.gradient + g, grad.width, tile.parameters->bias[i] + k * n_out,
+                 tile.accumulate);
+    }
+    const idx next = i ? grad.hidden[i % 2] : grad.input;
+    const auto finish = [&](T* block, idx row, idx col, idx rows, idx cols) {
+      if (i)
+        activate_backward(flow.activation, rows, cols, tile.read(at.argument[i - 1])[row] + col, at.width, block,
+                          grad.width);
+    };
+    multiply<T>(tile.rows, n_in, n_out, tile.gradient + g, grad.width, flow.weight[i] + k * n_in * n_out, true,
+                tile.gradient + next, grad.width, nullptr, tile.panel, finish);
+    g = next;
+  }
+}
+
+// From ∂ of the transformed output to ∂[u, t] and ∂ of the transformed input.
+template <class T>
+void coupling_backward(const BackwardTile<T>& tile, idx v, idx from, idx to, const T* grad_logdet) {
+  const idx n = tile.flow.transformed(), P = tile.flow.passive();
+  const Rows<T> g = tile.gradient_of(from + P);
+  couple_rows_backward<T>(tile.coupling(tile.flow.inverse), tile.rows, n, tile.read(v + P), tile.read(tile.at.raw),
+                          tile.read(tile.at.raw + n), {g.data, g.ld}, grad_logdet, tile.gradient_of(to + P),
+                          tile.gradient_of(tile.grad.raw), tile.gradient_of(tile.grad.raw + n));
+}
+
+// The passive columns pass through and enter the MLP: their gradient is the sum. The context's gathers over the steps.
+template <class T>
+void add_input_gradient(const BackwardTile<T>& tile, idx from, idx to, T* grad_context, bool first_step) {
+  const idx P = tile.flow.passive(), C = tile.flow.context_dim;
+  for (idx m = 0; m < tile.rows; ++m) {
+    const T* input = tile.gradient_of(tile.grad.input)[m];
+    const T* g = tile.gradient_of(from)[m];
+    T* sum = tile.gradient_of(to)[m];
+    for (idx j = 0; j < P; ++j) sum[j] = g[j] + input[j];
+    T* context = grad_context + m * C;
+    for (idx j = 0; j < C; ++j) context[j] = first_step ? input[P + j] : context[j] + input[P + j];
+  }
+}
+
+// Step k: grad.out goes from ∂ of the step's output to ∂ of its input. The record is full.
+template <class T>
+void step_backward(const BackwardTile<T>& tile, idx k, const T* grad_logdet, T* grad_context, bool first_step) {
+  const Flow<T>& flow = tile.flow;
+  const Record& at = tile.at;
+  const GradientRecord& grad = tile.grad;
+  const idx D = flow.dim;
+  const T* matrix = flow.matrix + k * D * D;
+  const auto affine_parameters = [&](idx left, idx right, T sign) {
+    if (!tile.parameters) return;
+    outer_sum(tile.rows, D, D, tile.record + left, at.width, tile.gradient + right, grad.width,
+              tile.parameters->matrix + k * D * D, tile.accumulate);
+    column_sum(tile.rows, D, sign, tile.gradient + grad.y, grad.width, tile.parameters->offset + k * D,
+               tile.accumulate);
+  };
+  if (!flow.inverse) {
+    coupling_backward(tile, at.y, grad.out, grad.y, grad_logdet);
+    mlp_backward(tile, k);
+    add_input_gradient(tile, grad.out, grad.y, grad_context, first_step);
+    affine_parameters(at.x, grad.y, T(1));
+    multiply<T>(tile.rows, D, D, tile.gradient + grad.y, grad.width, matrix, true, tile.gradient + grad.out, grad.width,
+                nullptr, tile.panel);
+  } else {
+    multiply<T>(tile.rows, D, D, tile.gradient + grad.out, grad.width, matrix, true, tile.gradient + grad.y, grad.width,
+                nullptr, tile.panel);
+    affine_parameters(at.y, grad.out, T(-1));
+    coupling_backward(tile, at.x, grad.y, grad.out, grad_logdet);
+    mlp_backward(tile, k);
+    add_input_gradient(tile, grad.y, grad.out, grad_context, first_step);
+  }
+}
+
+// Fills step k's record from the step's output, which grad.state holds and which becomes the step's input.
+template <class T>
+void rebuild_record(const BackwardTile<T>& tile, idx k) {
+  const Flow<T>& flow = tile.flow;
+  const Record& at = tile.at;
+  const idx D = flow.dim, P = flow.passive(), ld = tile.grad.width;
+  const Rows<T> state = tile.gradient_of(tile.grad.state);
+  const T* unmatrix = flow.unmatrix + k * D * D;
+  if (!flow.inverse) {
+    copy_rows<T>(tile.rows, P, state.data, ld, tile.record + at.y, at.width);
+    run_mlp(tile, k, at.y);
+    run_coupling<T>(tile, true, {state.data + P, ld}, tile.field(at.y + P), nullptr, false);
+    add_offset<T>(tile, k, T(-1), tile.read(at.y), state);
+    multiply<T>(tile.rows, D, D, state.data, ld, unmatrix, false, tile.record + at.x, at.width, nullptr, tile.panel);
+  } else {
+    multiply<T>(tile.rows, D, D, state.data, ld, unmatrix, false, tile.record + at.y, at.width, flow.offset + k * D,
+                tile.panel);
+    copy_rows<T>(tile.rows, P, tile.record + at.y, at.width, tile.record + at.x, at.width);
+    run_mlp(tile, k, at.x);
+    run_coupling<T>(tile, false, tile.read(at.y + P), tile.field(at.x + P), nullptr, false);
+    add_offset<T>(tile, k, T(-1), tile.read(at.y), tile.field(at.y));
+  }
+  copy_rows<T>(tile.rows, D, tile.record + at.x, at.width, state.data, ld);
+}
+
+// Calls f(tensor, its elements) for all gradients: `tensor` picks the member out of any Gradients.
+template <class T, class F>
+void each_gradient(const Flow<T>& flow, F f) {
+  f([](const Gradients<T>& g) { return g.matrix; }, flow.steps * flow.dim * flow.dim);
+  f([](const Gradients<T>& g) { return g.offset; }, flow.steps * flow.dim);
+  for (int i = 0; i < flow.layers; ++i) {
+    f([i](const Gradients<T>& g) { return g.weight[i]; }, flow.steps * flow.width[i] * flow.width[i + 1]);
+    f([i](const Gradients<T>& g) { return g.bias[i]; }, flow.steps * flow.width[i + 1]);
+  }
+}
+
+// total += parts, in the order of the threads, so that the sum is the same every time.
+template <class T>
+void reduce(const Flow<T>& flow, const Gradients<T>& total, const Gradients<T>* parts, int n, const Parallel& parallel) {
+  in_parallel(parallel, n + 1, [&](int thread) {
+    each_gradient(flow, [&](auto tensor, idx size) {
+      const idx chunk = round_up((size + n) / (n + 1), 16);
+      const idx begin = std::min(size, thread * chunk), end = std::min(size, begin + chunk);
+      T* sum = tensor(total);
+      for (int i = 0; i < n; ++i) {
+        const T* part = tensor(parts[i]);
+        for (idx j = begin; j < end; ++j) sum[j] += part[j];
+      }
+    });
+  });
+}
+
+template <class T>
+Gradients<T> carve(const Flow<T>& flow, T* memory) {
+  Gradients<T> g{};
+  const auto take = [&memory](Int n) { return std::exchange(memory, memory + n); };
+  g.matrix = take(flow.steps * flow.dim * flow.dim);
+  g.offset = take(flow.steps * flow.dim);
+  for (int i = 0; i < flow.layers; ++i) {
+    g.weight[i] = take(flow.steps * flow.width[i] * flow.width[i + 1]);
+    g.bias[i] = take(flow.steps * flow.width[i + 1]);
+  }
+  return g;
+}
+
+template <class T>
+void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Save save, const T* saved,
+              Int record_width, const T* grad_out, const T* grad_logdet, T* grad_x, T* grad_context,
+              const Gradients<T>* parameters, const Parallel& parallel) {
+  if (batch == 0) {
+    if (parameters) each_gradient(flow, [&](auto tensor, idx size) { std::fill_n(tensor(*parameters), size, T(0)); });
+    return;
+  }
+  const Record at = Record::of(flow);
+  const GradientRecord grad = GradientRecord::of(flow);
+  const Tiling tiling(flow, at, batch, parallel);
+  const idx D = flow.dim, K = flow.steps, C = flow.context_dim;
+
+  // The first thread adds into the result itself, the others into their own copies.
+  idx size = 0;
+  each_gradient(flow, [&](auto, idx n) { size += n; });
+  const int copies = parameters ? tiling.threads - 1 : 0;
+  const Scratch<T> memory(copies * size);
+  const std::unique_ptr<Gradients<T>[]> own(new Gradients<T>[copies + 1]);
+  for (int i = 0; i < copies; ++i) own[i] = carve(flow, memory.get() + i * size);
+
+  in_parallel(parallel, tiling.threads, [&](int thread) {
+    const Scratch<T> panel(panel_size(flow));
+    const Scratch<T> scratch(save == Save::records ? 0 : tiling.tile_rows * at.width);
+    const Scratch<T> gradient(tiling.tile_rows * grad.width);
+    const Gradients<T>* target = !parameters ? nullptr : thread == 0 ? parameters : &own[thread - 1];
+    tiling.each_tile(thread, batch, [&](idx first, idx rows, bool first_tile) {
+      copy_rows(rows, D, grad_out + first * D, D, gradient.get() + grad.out, grad.width);
+      if (save == Save::nothing) copy_rows(rows, D, out + first * D, D, gradient.get() + grad.state, grad.width);
+      for (idx i = 0; i < K; ++i) {
+        const idx k = flow.inverse ? i : K - 1 - i;
+        // Saved records are full, so nothing below writes to them.
+        T* record = save == Save::records ? const_cast<T*>(saved) + (k * batch + first) * record_width : scratch.get();
+        const BackwardTile<T> tile{{flow, at, rows, context + first * C, record, panel.get()},
+                                   grad,
+                                   gradient.get(),
+                                   target,
+                                   !first_tile};
+        if (save == Save::inputs) {
+          copy_rows(rows, D, saved + (k * batch + first) * D, D, record + at.x, at.width);
+          fill_record<T>(tile, k, nullptr, false);
+        } else if (save == Save::nothing) {
+          rebuild_record(tile, k);
+        }
+        step_backward(tile, k, grad_logdet + first, grad_context + first * C, i == 0);
+      }
+      copy_rows<T>(rows, D, gradient.get() + grad.out, grad.width, grad_x + first * D, D);
+    });
+  });
+  if (copies) reduce(flow, *parameters, own.get(), copies, parallel);
+}
+
+}  // namespace glf::GLF_ISA

@@ -1,0 +1,14 @@
+// All kernels of one instruction set: included once by each kernels_*.cpp.
+#pragma once
+
+#include "affine_coupling.h"
+#include "flow_backward.h"
+
+namespace glf::GLF_ISA {
+
+extern const Kernels<float> kernels_f32;
+extern const Kernels<double> kernels_f64;
+const Kernels<float> kernels_f32{forward<float>, backward<float>, coupling<float>, coupling_backward<float>};
+const Kernels<double> kernels_f64{forward<double>, backward<double>, coupling<double>, coupling_backward<double>};
+
+}  // namespace glf::GLF_ISA

@@ -1,0 +1,181 @@
+// Walks the kernels of every instruction set that this processor has over a table of flows, to be run under
+// AddressSanitizer and UndefinedBehaviorSanitizer with GLF_POISON (scratch memory full of NaN). Each buffer is exactly as
+// long as its tensor. What must agree: the round trip, the three memory modes, thread counts, instruction sets.
+#include "cpu/flow.h"
+#include "cpu/record.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+#include <vector>
+
+namespace glf {
+#define GLF_DECLARE(isa)                    \
+  namespace isa {                           \
+  extern const Kernels<float> kernels_f32;  \
+  extern const Kernels<double> kernels_f64; \
+  }
+GLF_DECLARE(generic)
+GLF_DECLARE(avx2)
+GLF_DECLARE(avx512)
+}  // namespace glf
+
+namespace {
+
+template <class T>
+using Buffer = std::vector<T>;
+
+glf::Parallel threads(int n) {
+  return {n, [](int tasks, void (*task)(void*, int), void* context) {
+            std::vector<std::thread> pool;
+            for (int i = 0; i < tasks; ++i) pool.emplace_back(task, context, i);
+            for (auto& t : pool) t.join();
+          }};
+}
+
+struct Shape {
+  int steps, dim, context_dim;
+  std::vector<int> hidden;
+  int batch;
+};
+
+template <class T>
+Buffer<T> random(std::size_t n, double scale, std::mt19937& rng) {
+  std::normal_distribution<double> normal;
+  Buffer<T> b(n);
+  for (T& x : b) x = static_cast<T>(scale * normal(rng));
+  return b;
+}
+
+template <class T>
+void check(const char* what, const Buffer<T>& a, const Buffer<T>& b, double tolerance) {
+  double error = 0, size = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    error += std::pow(double(a[i]) - double(b[i]), 2);
+    size += std::pow(double(b[i]), 2);
+  }
+  if (!(std::sqrt(error) <= tolerance * std::sqrt(size) + 1e-30)) {
+    std::printf("%s: relative error %g, allowed %g\n", what, std::sqrt(error / size), tolerance);
+    std::exit(1);
+  }
+}
+
+// One flow's tensors, and what the kernels make of them.
+template <class T>
+struct Case {
+  const Shape shape;
+  glf::Flow<T> flow{};
+  Buffer<T> matrix, inverse, offset, x, context;
+  std::vector<Buffer<T>> weights, biases;
+
+  Case(const Shape& s, int option) : shape(s) {
+    std::mt19937 rng(option);
+    const int K = s.steps, D = s.dim;
+    flow.steps = K;
+    flow.dim = D;
+    flow.context_dim = s.context_dim;
+    flow.layers = static_cast<int>(s.hidden.size()) + 1;
+    flow.activation = static_cast<glf::Activation>(option % 6);
+    flow.log_scale = static_cast<glf::LogScale>(option % 7);
+    flow.constant = flow.log_scale == glf::LogScale::softclip ? T(-6.9) : flow.log_scale == glf::LogScale::nflows ? T(1e-3) : T(2);
+    flow.add_first = option % 2;
+    // A cyclic shift with scales: its inverse is known.
+    matrix.assign(K * D * D, 0);
+    inverse.assign(K * D * D, 0);
+    for (int k = 0; k < K; ++k)
+      for (int i = 0; i < D; ++i) {
+        const int j = (i + 1 + k) % D;
+        const T scale = T(1) + T(i % 3) / 2;
+        matrix[(k * D + i) * D + j] = scale;
+        inverse[(k * D + j) * D + i] = 1 / scale;
+      }
+    offset = random<T>(K * D, 0.5, rng);
+    x = random<T>(s.batch * D, 1, rng);
+    context = random<T>(s.batch * s.context_dim, 1, rng);
+    flow.width[0] = flow.passive() + flow.context_dim;
+    for (int i = 0; i < flow.layers; ++i) {
+      flow.width[i + 1] = i + 1 < flow.layers ? s.hidden[i] : 2 * flow.transformed();
+      weights.push_back(random<T>(K * flow.width[i] * flow.width[i + 1], 0.5 / std::sqrt(double(flow.width[i])), rng));
+      biases.push_back(random<T>(K * flow.width[i + 1], 0.1, rng));
+    }
+    for (int i = 0; i < flow.layers; ++i) {
+      flow.weight[i] = weights[i].data();
+      flow.bias[i] = biases[i].data();
+    }
+    flow.offset = offset.data();
+  }
+
+  void direction(bool inverse_op) {
+    flow.inverse = inverse_op;
+    flow.matrix = inverse_op ? inverse.data() : matrix.data();
+    flow.unmatrix = inverse_op ? matrix.data() : inverse.data();
+  }
+
+  // Output, logdet and all gradients, one after the other.
+  Buffer<T> run(const glf::Kernels<T>& kernels, const Buffer<T>& input, glf::Save save, int n) {
+    const glf::Int B = shape.batch, D = shape.dim, K = shape.steps;
+    const glf::Int record = save == glf::Save::records ? glf::record_width(flow) : save == glf::Save::inputs ? D : 0;
+    Buffer<T> out(B * D, NAN), logdet(B, NAN), saved(K * B * record, NAN);
+    kernels.forward(flow, B, input.data(), context.data(), out.data(), logdet.data(), save, saved.data(), record,
+                    threads(n));
+    Buffer<T> grad_x(B * D, NAN), grad_context(context.size(), NAN);
+    Buffer<T> grad_matrix(K * D * D, NAN), grad_offset(K * D, NAN);
+    std::vector<Buffer<T>> rest;
+    glf::Gradients<T> target{grad_matrix.data(), grad_offset.data(), {}, {}};
+    for (int i = 0; i < flow.layers; ++i) {
+      rest.emplace_back(weights[i].size(), NAN);
+      target.weight[i] = rest.back().data();
+      rest.emplace_back(biases[i].size(), NAN);
+      target.bias[i] = rest.back().data();
+    }
+    const Buffer<T> ones(B, T(1));
+    kernels.backward(flow, B, out.data(), context.data(), save, saved.data(), record, out.data(), ones.data(),
+                     grad_x.data(), grad_context.data(), &target, threads(n));
+    Buffer<T> all = out;
+    for (const auto* b : {&logdet, &grad_x, &grad_context, &grad_matrix, &grad_offset}) all.insert(all.end(), b->begin(), b->end());
+    for (const auto& b : rest) all.insert(all.end(), b.begin(), b.end());
+    return all;
+  }
+};
+
+template <class T>
+void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
+  const Shape shapes[] = {{2, 2, 0, {5}, 1},     {3, 3, 1, {4}, 2},      {2, 5, 2, {}, 7},       {2, 7, 3, {16, 9}, 13},
+                          {2, 20, 0, {64, 64}, 37}, {2, 33, 0, {17, 31, 8, 40}, 50}, {1, 64, 5, {70, 33}, 140}, {2, 6, 0, {8}, 0}};
+  for (int option = 0; option < 7; ++option)
+    for (const Shape& shape : shapes) {
+      Case<T> c(shape, option);
+      for (const bool inverse : {false, true}) {
+        c.direction(inverse);
+        const Buffer<T> expected = c.run(generic, c.x, glf::Save::inputs, 1);
+        for (const glf::Save save : {glf::Save::nothing, glf::Save::inputs, glf::Save::records})
+          for (const int n : {1, 3}) check("memory mode, threads or instruction set", c.run(kernels, c.x, save, n), expected, tolerance);
+        check("repeated", c.run(kernels, c.x, glf::Save::inputs, 3), c.run(kernels, c.x, glf::Save::inputs, 3), 0);
+      }
+      c.direction(false);
+      Buffer<T> z = c.run(kernels, c.x, glf::Save::nothing, 1);
+      z.resize(c.x.size());
+      c.direction(true);
+      Buffer<T> x = c.run(kernels, z, glf::Save::nothing, 1);
+      x.resize(c.x.size());
+      check("round trip", x, c.x, tolerance);
+    }
+}
+
+}  // namespace
+
+int main() {
+  walk(glf::generic::kernels_f32, glf::generic::kernels_f32, 2e-4);
+  walk(glf::generic::kernels_f64, glf::generic::kernels_f64, 1e-12);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    walk(glf::avx2::kernels_f32, glf::generic::kernels_f32, 2e-4);
+    walk(glf::avx2::kernels_f64, glf::generic::kernels_f64, 1e-12);
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
+    walk(glf::avx512::kernels_f32, glf::generic::kernels_f32, 2e-4);
+    walk(glf::avx512::kernels_f64, glf::generic::kernels_f64, 1e-12);
+  }
+  std::puts("all agree");
+}

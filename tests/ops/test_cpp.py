@@ -1,0 +1,264 @@
+"""The C++ kernels against the float64 reference, over the whole table of options."""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from glf_fast import CouplingFlow, backends, ops, reference, use_backend
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES
+
+pytestmark = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=backends()["cpp"])
+
+
+@pytest.fixture(autouse=True)
+def cpp_with_poisoned_memory() -> Iterator[None]:
+    """Every test runs on the kernels, and what a kernel leaves unwritten in its results is NaN."""
+    threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    with use_backend("cpp"):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.set_num_threads(threads)
+
+
+def tensors(
+    batch: int, K: int, D: int, C: int, hidden: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[Tensor | None]:
+    """x, A, c, context, W₀ …, b₀ …"""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=g)
+
+    widths = [D - D // 2 + C, *hidden, 2 * (D // 2)]
+    A = (torch.linalg.qr(normal(K, D, D)).Q + 0.1 * normal(K, D, D) / D).contiguous()
+    weights = [normal(K, n, m) / n**0.5 for n, m in itertools.pairwise(widths)]
+    biases = [0.3 * normal(K, n) for n in widths[1:]]
+    made = [normal(batch, D), A, normal(K, D), normal(batch, C) if C else None, *weights, *biases]
+    return [None if t is None else t.to(dtype).requires_grad_() for t in made]
+
+
+def run(op, values: list[Tensor | None], **options) -> tuple[Tensor, ...]:
+    """Output, logdet, and the gradients of a fixed combination of them."""
+    x, A, c, context, *layers = values
+    out, logdet = op(x, A, c, layers[: len(layers) // 2], layers[len(layers) // 2 :], context, **options)
+    g = torch.Generator().manual_seed(1)
+    grads = [torch.randn(t.shape, dtype=torch.float64, generator=g).to(t.dtype) for t in (out, logdet)]
+    found = torch.autograd.grad((out, logdet), [t for t in values if t is not None], grads)
+    return out.detach(), logdet.detach(), *found
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    got, want = got.detach(), want.detach()
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-6))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_everything_matches_the_float64_reference(data) -> None:
+    draw = data.draw
+    K, D = draw(st.integers(1, 3)), draw(st.integers(2, 35))
+    C = draw(st.sampled_from([0, 0, 1, 3, 16]))
+    hidden = tuple(draw(st.lists(st.integers(1, 70), min_size=0, max_size=4)))
+    batch = draw(st.sampled_from([0, 1, 2, 5, 8, 9, 16, 33, 130, 300]))
+    options = {
+        "activation": draw(st.sampled_from(list(ACTIVATIONS))),
+        "log_scale": draw(st.sampled_from(list(LOG_SCALES))),
+        "add_first": draw(st.booleans()),
+    }
+    inverse, reversible = draw(st.booleans()), draw(st.booleans())
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    torch.set_num_threads(draw(st.sampled_from([1, 2])))
+    exact = tensors(batch, K, D, C, hidden)
+    if inverse:
+        exact[1] = torch.linalg.inv(exact[1].detach()).requires_grad_()
+    given_ = [None if t is None else t.detach().to(dtype).requires_grad_() for t in exact]
+    if draw(st.booleans()):  # strided input
+        given_[0] = given_[0].detach().repeat(1, 2)[:, ::2][:, :D].copy_(given_[0]).requires_grad_()
+    name = "coupling_flow_inverse" if inverse else "coupling_flow"
+    want = run(getattr(reference, name), exact, **options)
+    got = run(getattr(ops, name), given_, **options, reversible=reversible)
+    plain = run(getattr(reference, name), given_, **options)
+    for mine, theirs, truth in zip(got, plain, want, strict=True):
+        assert mine.dtype == dtype and mine.shape == truth.shape
+        # As good as plain PyTorch in this precision, up to what another order of summation may change. Rebuilding
+        # inputs from outputs loses what the condition of the steps loses.
+        floor = (1e-3 if reversible else 2e-5) if dtype == torch.float32 else 1e-10
+        assert error(mine, truth) <= max(4 * error(theirs, truth), floor)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("op", [ops.coupling_flow, ops.coupling_flow_inverse])
+def test_gradcheck(op, reversible: bool) -> None:
+    values = tensors(3, 2, 5, 2, (7, 4))
+
+    def flow(x, A, c, context, *layers):
+        half = len(layers) // 2
+        return op(x, A, c, layers[:half], layers[half:], context, activation="silu", reversible=reversible)
+
+    assert gradcheck(flow, values, fast_mode=True)
+
+
+def test_opcheck() -> None:
+    x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
+    weights, biases = layers[:2], layers[2:]
+    library = torch.ops.glf_fast
+    code = (0, 0, 2.0, False, False)
+    for save, record in ((0, 0), (1, 5)):
+        torch.library.opcheck(
+            library.cpu_coupling_flow.default, (x, A, c, weights, biases, context, *code, save, record)
+        )
+    out, logdet, saved = library.cpu_coupling_flow(x, A, c, weights, biases, context, *code, 1, 5)
+    torch.library.opcheck(
+        library.cpu_coupling_flow_backward.default,
+        (out, logdet, out, saved, A, None, c, weights, biases, context, *code, 1, True),
+    )
+    torch.library.opcheck(library.cpu_affine_coupling.default, (x, x, x, *code[1:]))
+    torch.library.opcheck(library.cpu_affine_coupling_backward.default, (x, logdet, x, x, x, *code[1:]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("log_scale", LOG_SCALES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_inf_pass_through_as_in_plain_pytorch(activation: str, log_scale: str, bad: float) -> None:
+    x, A, c, _, *layers = tensors(20, 1, 5, 0, (9,), torch.float32)
+    x = x.detach()
+    x[3, 1] = bad
+    results = [
+        op(x, A, c, layers[:2], layers[2:], activation=activation, log_scale=log_scale)
+        for op in (ops.coupling_flow, reference.coupling_flow)
+    ]
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine.isfinite().flatten(1).all(1) if mine.ndim > 1 else mine.isfinite(),
+                           theirs.isfinite().flatten(1).all(1) if theirs.ndim > 1 else theirs.isfinite())  # fmt: skip
+        assert mine.isfinite().sum() >= 19 * mine[0].numel()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_results_repeat_exactly(threads: int) -> None:
+    torch.set_num_threads(threads)
+    values = tensors(300, 3, 20, 0, (64, 64), torch.float32)
+    for a, b in zip(run(ops.coupling_flow, values), run(ops.coupling_flow, values), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_way_of_saving_gives_the_same_gradients(monkeypatch) -> None:
+    values = tensors(50, 3, 7, 2, (16, 16), torch.float32)
+    records = run(ops.coupling_flow, values, activation="gelu")
+    monkeypatch.setattr("glf_fast.ops.cpp.RECORDS_LIMIT", 0)
+    inputs = run(ops.coupling_flow, values, activation="gelu")
+    for a, b in zip(records, inputs, strict=True):
+        assert error(a, b) < 1e-6
+    for a, b in zip(run(ops.coupling_flow, values, activation="gelu", reversible=True), inputs, strict=True):
+        assert error(a, b) < 1e-4
+
+
+def test_reversible_memory_does_not_grow_with_the_steps(monkeypatch) -> None:
+    monkeypatch.setattr("glf_fast.ops.cpp.RECORDS_LIMIT", 0)
+
+    def saved(K: int, reversible: bool) -> int:
+        sizes: list[int] = []
+        values = tensors(64, K, 6, 0, (8,), torch.float32)
+        parameters = {t.data_ptr() for t in values if t is not None}
+        x, A, c, _, *layers = values
+        pack = lambda t: sizes.append(0 if t.data_ptr() in parameters else t.numel()) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            ops.coupling_flow(x, A, c, layers[:2], layers[2:], reversible=reversible)
+        return sum(sizes)
+
+    assert saved(16, True) == saved(2, True)
+    assert saved(16, False) == saved(16, True) + 16 * 64 * 6
+
+
+@pytest.mark.parametrize("isa", ["avx2", "generic"])
+def test_lesser_instruction_sets_give_the_same(isa: str) -> None:
+    code = """
+import torch, glf_fast
+torch.manual_seed(0)
+flow = glf_fast.CouplingFlow(20, 2, (40, 40))
+x = torch.randn(50, 20)
+flow(x)
+with torch.no_grad():
+    for p in flow.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+torch.save([flow(x), glf_fast.backends()], __import__("sys").stdout.buffer)
+"""
+    outputs = []
+    for name in ("", isa):
+        environment = {**os.environ, "GLF_FAST_ISA": name, "GLF_FAST_BACKEND": "cpp"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+        outputs.append(torch.load(__import__("io").BytesIO(done.stdout)))
+    for a, b in zip(outputs[0][0], outputs[1][0], strict=True):
+        assert error(a, b) < 1e-5
+    assert ("AVX2" if isa == "avx2" else "basic") in outputs[1][1]["cpp"] or os.uname().machine != "x86_64"
+
+
+def test_a_flow_learns_the_same_as_with_the_reference() -> None:
+    g = torch.Generator().manual_seed(0)
+    data = torch.randn(4, 128, 8, generator=g)
+    data[..., 1] = data[..., 0] ** 2 + 0.1 * data[..., 1]
+
+    def curve(backend: str, dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(0)
+        flow = CouplingFlow(8, 4, (32, 32)).to(dtype)
+        optimizer = torch.optim.Adam(flow.parameters(), 1e-3)
+        losses = []
+        with use_backend(backend):
+            for i in range(100):
+                loss = -flow.log_prob(data[i % 4].to(dtype)).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        return torch.tensor(losses)
+
+    exact, plain, cpp = (
+        curve("reference", torch.float64),
+        curve("reference", torch.float32),
+        curve("cpp", torch.float32),
+    )
+    assert exact[-1] < exact[0] - 1
+    # Adam divides by tiny second moments and so amplifies rounding: the measure is what float32 does to plain PyTorch.
+    noise = (plain - exact).abs().max()
+    assert noise < 0.01 and (cpp - exact).abs().max() <= 3 * noise
+
+
+def test_evaluation_sees_every_change_of_the_parameters() -> None:
+    torch.manual_seed(0)
+    flow = CouplingFlow(6, 2, (8,))
+    x = torch.randn(40, 6)
+    flow(x)
+    flow.eval()
+    with torch.no_grad():
+        before = flow(x)[0]
+        assert torch.equal(flow(x)[0], before)
+        flow.linear_upper.add_(0.5)  # in place
+        changed = flow(x)[0]
+        assert not torch.equal(changed, before)
+        flow.actnorm_bias = torch.nn.Parameter(flow.actnorm_bias + 1)  # replaced
+        assert not torch.equal(flow(x)[0], changed)
+        z, logdet = flow(x)
+        back, logdet_back = flow.inverse(z)
+    assert error(back, x) < 1e-5 and error(logdet_back, -logdet) < 1e-4
+
+
+def test_backend_choice() -> None:
+    x = torch.zeros(2, 3)
+    with (
+        pytest.raises(ValueError, match="backend must be one of 'auto', 'reference', 'cpp'; got 'fast'"),
+        use_backend("fast"),
+    ):
+        pass
+    half = x.bfloat16()
+    assert ops.affine_coupling(half, half, half)[0].dtype == torch.float32
