@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
@@ -29,11 +30,11 @@ $(VENV)/torch.stamp: constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt torch numpy
 	touch $@
 
-$(VENV)/train.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+$(VENV)/train.stamp: $(VENV)/torch.stamp $(SOURCES)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+$(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	# An independent Inception to compare ours with. Its dependencies (torchvision, and with it another torch) stay out.
 	$(PIP) install --quiet --no-deps torch-fidelity==0.4.0
