@@ -181,4 +181,7 @@ def _curves(records: Sequence[dict[str, Any]]) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    return f'<h2>Curves</h2><p>Losses of the training batches; scores against test images.</p><div class="card">{svg}</div>'
+    text = "Losses of the training batches; scores against test images."
+    if "nll" in terms:
+        text += " The encoder is free to rescale its codes, and nll counts that: it may rise while the samples improve."
+    return f'<h2>Curves</h2><p>{text}</p><div class="card">{svg}</div>'

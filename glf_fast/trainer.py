@@ -19,7 +19,7 @@ from glf_fast.images import to_float
 
 __all__ = ["LossLog", "Trainer"]
 
-# Steps between two moves of the average, each as far as that many small ones: reading all weights costs a tenth of a step.
+# Steps between two moves of the average, each as far as that many small ones: one reads and writes all weights.
 _AVERAGE_EVERY = 8
 
 

@@ -64,7 +64,9 @@ def main() -> None:
     seconds["the rest"] = total - seconds.total()
     steps = run.trainer.images // config.batch_size
     print(f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{steps} steps of {config.batch_size}, {total:.1f} s of processor time, {1000 * total / steps:.1f} ms a step")
+    print(
+        f"{steps} steps of {config.batch_size}, {total:.1f} s of processor time, {1000 * total / steps:.1f} ms a step"
+    )
     for part, spent in seconds.most_common():
         print(f"{part:12} {100 * spent / total:6.2f} %  {1000 * spent / steps:8.2f} ms a step")
 

@@ -424,7 +424,6 @@ def test_mistakes_in_evaluating_are_named(smoke: Path, call: Call) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_run_on_a_gpu(tmp_path: Path, call: Call) -> None:
     arguments = ["--preset", "smoke", "--out", tmp_path / "r", "--precision", "bf16", "--device", "cuda"]
     call(train, *arguments, "--epochs", "2")
