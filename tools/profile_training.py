@@ -10,7 +10,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def main() -> None:
         data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
         for split in data.SPLITS
     )
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
 
     def timed(owner: Any, method: str, part: str) -> None:
         inner: Callable[..., Any] = getattr(owner, method)
@@ -61,13 +61,13 @@ def main() -> None:
         with SummaryWriter(folder) as board:
             run.train(board)
         total = time.process_time() - started
-    seconds["the rest"] = total - seconds.total()
+    seconds["the rest"] = total - sum(seconds.values())
     steps = run.trainer.images // config.batch_size
     print(f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(
         f"{steps} steps of {config.batch_size}, {total:.1f} s of processor time, {1000 * total / steps:.1f} ms a step"
     )
-    for part, spent in seconds.most_common():
+    for part, spent in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{part:12} {100 * spent / total:6.2f} %  {1000 * spent / steps:8.2f} ms a step")
 
 
