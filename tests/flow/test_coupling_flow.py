@@ -243,3 +243,42 @@ def test_from_layers_names_the_layer_that_does_not_fit() -> None:
         stack(*step(), *step(log_scale="glow"))
     with pytest.raises(ValueError, match="4 layers cannot be split into equal steps of 3"):
         stack(*step(), ActNorm(4))
+
+
+def fused_step(flow: CouplingFlow) -> None:
+    optimizer = torch.optim.Adam(flow.parameters(), 0.1, fused=True)
+    flow.log_prob(torch.randn(16, 4)).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def through_data(flow: CouplingFlow) -> None:
+    for parameter in flow.parameters():
+        parameter.data.add_(0.1)
+
+
+def loaded(flow: CouplingFlow) -> None:
+    flow.load_state_dict(shaken(CouplingFlow(4, 2, (8,))).state_dict())
+
+
+@pytest.mark.parametrize("change", [fused_step, through_data, loaded, CouplingFlow.double])
+@torch.no_grad()
+def test_evaluation_follows_every_way_in_which_parameters_change(change) -> None:
+    """Fused optimizers and writes through .data leave version counters as they are."""
+    torch.manual_seed(0)
+    flow = shaken(CouplingFlow(4, 2, (8,))).eval()
+    x = torch.randn(5, 4)
+    before = flow(x)[0], flow.inverse(x)[0]
+    with torch.enable_grad():
+        change(flow)
+    dtype = next(flow.parameters()).dtype
+    layers = flow.to_layers()
+    for after, expected, old in zip(
+        (flow(x.to(dtype)), flow.inverse(x.to(dtype))),
+        (layers(x.to(dtype)), layers.inverse(x.to(dtype))),
+        before,
+        strict=True,
+    ):
+        torch.testing.assert_close(after[0], expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(after[1], expected[1], rtol=1e-4, atol=1e-5)
+        assert (after[0] != old).any()
