@@ -43,7 +43,7 @@ def picture_name(images: int) -> str:
 
 def save_picture(run: Path, kind: str, picture: Tensor, images: int) -> None:
     """Write run/{kind}/{images seen}.png, enlarged if it is small."""
-    save_png(run / kind / picture_name(images), picture, scale=max(1, 480 // picture.shape[-1]))
+    save_png(run / kind / picture_name(images), picture, scale=max(1, round(480 / picture.shape[-1])))
 
 
 def latest_picture(run: Path, kind: str) -> Path | None:
