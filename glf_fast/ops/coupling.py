@@ -8,7 +8,7 @@ from torch import Tensor
 
 from glf_fast import reference
 from glf_fast.ops import cpp
-from glf_fast.ops.backends import cpp_runs
+from glf_fast.ops.backends import backend_for
 from glf_fast.ops.checks import check_choice, check_floating, check_hidden_layers, check_shape, check_state
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
@@ -50,7 +50,7 @@ def affine_coupling(
                 "v, u and t must have one shape (B, …) of two or more dimensions; "
                 f"got v {tuple(v.shape)}, u {tuple(u.shape)}, t {tuple(t.shape)}"
             )
-    if cpp_runs(v):
+    if backend_for(v, "cpp") == "cpp":
         return cpp.affine_coupling(
             v, u.to(v.dtype), t.to(v.dtype), cpp.Options("relu", log_scale, log_scale_constant, add_first, inverse)
         )
@@ -118,7 +118,7 @@ def coupling_flow(
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
     x = _check_flow("x", x, A, c, weights, biases, context, activation, log_scale)
-    if cpp_runs(x) and len(weights) <= MAX_LAYERS:
+    if len(weights) <= MAX_LAYERS and backend_for(x, "cpp") == "cpp":
         options = cpp.Options(activation, log_scale, log_scale_constant, add_first, False)
         return cpp.coupling_flow(x, A, c, weights, biases, context, options, reversible)
     return reference.coupling_flow(
@@ -146,7 +146,7 @@ def coupling_flow_inverse(
     Returns x (B, D) and −Σ ℓ (B,).
     """
     z = _check_flow("z", z, A_inv, c, weights, biases, context, activation, log_scale)
-    if cpp_runs(z) and len(weights) <= MAX_LAYERS:
+    if len(weights) <= MAX_LAYERS and backend_for(z, "cpp") == "cpp":
         options = cpp.Options(activation, log_scale, log_scale_constant, add_first, True)
         return cpp.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
     return reference.coupling_flow_inverse(
