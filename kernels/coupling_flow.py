@@ -1,0 +1,108 @@
+"""The whole coupling flow in one launch: data → noise, or with INVERSE noise → data.
+
+For k = 0 … K−1 (INVERSE: K−1 … 0), every row for itself and never leaving the chip:
+
+    forward   (p, v) = x A_k + c_k;   (u, t) = MLP_k([p, context]);   x ← [p, v·e^f(u) + t]
+    INVERSE   (u, t) = MLP_k([p, context]);   v = (w − t)·e^−f(u);    x ← ([p, v] − c_k) A_k⁻¹
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glf_fast.kernels.flow_options import FlowOptions, operand_dtype, sizes
+from glf_fast.kernels.launch import launch
+from glf_fast.kernels.launch_table import forward_launch
+from glf_fast.kernels.math import log_scale
+from glf_fast.kernels.mlp import mlp
+from glf_fast.kernels.tiles import affine, keep_columns, load_halves, load_offset, store_halves
+
+__all__ = ["couple", "flow_forward", "flow_kernel"]
+
+
+@triton.jit
+def couple(v, t, scale, ADD_FIRST: tl.constexpr, UNDO: tl.constexpr):
+    """w = v·e^ℓ + t (ADD_FIRST: (v + t)·e^ℓ) with scale = e^ℓ; UNDO with scale = e^−ℓ: v from w."""
+    if UNDO:
+        return v * scale - t if ADD_FIRST else (v - t) * scale
+    else:
+        return (v + t) * scale if ADD_FIRST else v * scale + t
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def flow_kernel(
+    x, matrix, offset, weights, biases, context, out, logdet, saved, hidden, rows, steps,
+    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr, ADD_FIRST: tl.constexpr,
+    INVERSE: tl.constexpr, SAVE: tl.constexpr, STAGED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    one = tl.full([], 1, tl.int64)  # strides between steps and rows are 64-bit products
+    row = tl.program_id(0) * (one * BM) + tl.arange(0, BM)  # [BM]
+    live = row < rows
+    half = tl.arange(0, HALF)
+    p, v = load_halves(x, row, live, D, HALF)  # [BM, HALF]
+    total = tl.zeros((BM,), p.dtype)  # Σ ℓ
+
+    for i in range(steps):
+        k = one * (steps - 1 - i) if INVERSE else one * i
+        if SAVE:
+            store_halves(saved + k * rows * D, p, v, row, live, D, HALF)
+        c_p, c_v = load_offset(offset + k * D, D, HALF)  # [1, HALF]
+        if not INVERSE:
+            p, v = affine(p, v, matrix + k * (D * D), D, HALF, False, MAP)
+            p += c_p
+            v += c_v
+        u, t = mlp(
+            p, context, weights, biases, hidden, hidden, row, live, k, D, C, HIDDEN, COLUMNS, COLUMNS[len(HIDDEN) - 1],
+            ACTIVATION, STAGED, False, BN, BK, MLP,
+        )  # fmt: skip
+        ell = keep_columns(log_scale(u, LOG_SCALE, CONSTANT), half, D // 2)  # [BM, HALF]
+        if INVERSE:
+            v = couple(v, t, tl.exp(-ell), ADD_FIRST, True)
+            p, v = affine(p - c_p, v - c_v, matrix + k * (D * D), D, HALF, False, MAP)
+            total -= tl.sum(ell, 1)
+        else:
+            v = couple(v, t, tl.exp(ell), ADD_FIRST, False)
+            total += tl.sum(ell, 1)
+
+    store_halves(out, p, v, row, live, D, HALF)
+    tl.store(logdet + row, total, mask=live)
+
+
+def flow_forward(
+    x: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None,
+    options: FlowOptions,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, D), Σ ℓ (B,) of the direction applied, and with `save` each step's input (K, B, D), else (0,).
+
+    Contiguous tensors of one dtype on one device: `x` (B, D); `matrix` (K, D, D), A or with options.inverse A⁻¹;
+    `offset` (K, D); weights (K, nᵢ, nᵢ₊₁) and biases (K, nᵢ₊₁); `context` (B, C) or None.
+    One launch. Where hidden layers pass through memory, it holds them all but the last, of one step: B rows.
+    """
+    batch, steps = len(x), len(matrix)
+    out, logdet = torch.empty_like(x), x.new_empty(batch)
+    saved = x.new_empty((steps, batch, x.shape[1]) if save else 0)
+    widths = [w.shape[2] for w in weights[:-1]]
+    constants = sizes(x.shape[1], widths, 0 if context is None else context.shape[1])
+    how = forward_launch(x.shape[1], widths, options.mlp_precision, batch, x.device)
+    kept = constants["COLUMNS"][len(widths) - 1] if how.staged else 0
+    hidden = x.new_empty((batch, kept), dtype=operand_dtype(x, options))
+    launch(
+        flow_kernel, triton.cdiv(batch, how.rows), x,
+        x, matrix, offset, tuple(weights), tuple(biases), x if context is None else context, out, logdet,
+        saved, hidden, batch, steps,
+        **constants, **options.constants(), SAVE=save, STAGED=how.staged, **how.constants(),
+    )  # fmt: skip
+    return out, logdet, saved

@@ -1,0 +1,67 @@
+"""What the launchers of the flow kernels share: options, and the sizes that kernels know at compile time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+__all__ = ["MAX_DIM", "MAX_HIDDEN", "MAX_LAYERS", "FlowOptions", "fits", "operand_dtype", "sizes"]
+
+MAX_DIM, MAX_HIDDEN, MAX_LAYERS = 256, 512, 4
+
+
+class FlowOptions(NamedTuple):
+    """Options of a flow, by the names that `glf_fast.reference` uses.
+
+    `constant` of the log-scale (ln m for softclip). Precisions of the operands of products, of the affine maps ("ieee", "tf32x3",
+    "tf32") and of the MLPs (these and "bf16"); everything else is in the dtype of the state.
+    """
+
+    activation: str
+    log_scale: str
+    constant: float
+    add_first: bool
+    inverse: bool
+    map_precision: str
+    mlp_precision: str
+
+    def constants(self) -> dict[str, Any]:
+        """As compile-time constants of the kernels."""
+        return {
+            "ACTIVATION": self.activation,
+            "LOG_SCALE": self.log_scale,
+            "CONSTANT": self.constant,
+            "ADD_FIRST": self.add_first,
+            "INVERSE": self.inverse,
+            "MAP": self.map_precision,
+            "MLP": self.mlp_precision,
+        }
+
+
+def fits(dim: int, hidden: Sequence[int]) -> bool:
+    """Whether the flow kernels take D and these widths of hidden layers."""
+    return dim <= MAX_DIM and 1 <= len(hidden) <= MAX_LAYERS and max(hidden) <= MAX_HIDDEN
+
+
+def operand_dtype(x: Tensor, options: FlowOptions) -> torch.dtype:
+    """In what hidden layers and their gradients are kept: nothing is lost that a product would use."""
+    return torch.bfloat16 if options.mlp_precision == "bf16" else x.dtype
+
+
+def sizes(dim: int, hidden: Sequence[int], context_dim: int) -> dict[str, Any]:
+    """Compile-time sizes: COLUMNS are where each hidden layer starts in a row of kept ones, and where the last one ends.
+
+    Each layer starts at a multiple of 16 numbers, so that its rows are aligned for whatever reads them.
+    """
+    return {
+        "D": dim,
+        "HALF": max(16, triton.next_power_of_2(dim - dim // 2)),
+        "C": context_dim,
+        "HIDDEN": tuple(hidden),
+        "COLUMNS": (0, *accumulate(-(-n // 16) * 16 for n in hidden)),
+    }

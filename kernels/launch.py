@@ -1,0 +1,48 @@
+"""How kernels are started, counted and listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Specialization", "count_launches", "launch"]
+
+
+class Specialization(NamedTuple):
+    """A kernel as it is shipped, in the words of `triton.compile`: what the compile gate compiles without a GPU."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, Any]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_counters: list[list[str]] = []
+
+
+@contextmanager
+def count_launches() -> Iterator[list[str]]:
+    """The names of the kernels that are launched inside the `with` block."""
+    names: list[str] = []
+    _counters.append(names)
+    try:
+        yield names
+    finally:
+        _counters.remove(names)
+
+
+def launch(kernel: Any, programs: int, device: Tensor, *args: Any, **options: Any) -> None:
+    """Start `programs` programs of a kernel on the device of a tensor; none at all for an empty batch."""
+    if programs == 0:
+        return
+    for names in _counters:
+        names.append(kernel.__name__)
+    with torch.cuda.device_of(device):
+        # Fused multiply-adds in words, because Triton's default is about to change.
+        kernel[(programs,)](*args, **options, enable_fp_fusion=True)

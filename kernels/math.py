@@ -1,0 +1,144 @@
+"""Elementwise mathematics of the kernels: activations, log-scales and their derivatives.
+
+Written with `tl.exp`, `tl.log` and `tl.erf` alone: the interpreter has no libdevice. Every function takes float32 or float64
+and computes in it; names and constants are compile-time constants, so that each kernel holds the one formula it needs.
+NaN stays NaN throughout, as in PyTorch.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^−x)"""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """(1 − e^−2|x|) / (1 + e^−2|x|), with the sign of x: exponents never overflow."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def log_sigmoid(x):
+    """min(x, 0) − log(1 + e^−|x|), by Kahan's log1p: what 1 + e rounds away is put back by e / ((1 + e) − 1)."""
+    e = tl.exp(-tl.abs(x))
+    w = 1.0 + e
+    log1p = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - log1p
+
+
+@triton.jit
+def atan(x):
+    """arctan: |x| > 1 goes by its reciprocal, then two halvings of the angle leave |y| < 0.2 for the series.
+
+    Its terms end below an ulp: 0.2¹³/13 ≈ 6e-11 in float32, 0.2²³/23 ≈ 4e-18 in float64.
+    """
+    a = tl.abs(x)
+    y = tl.where(a > 1.0, 1.0 / tl.where(a > 1.0, a, 1.0), a)
+    y = y / (1.0 + tl.sqrt(1.0 + y * y))
+    y = y / (1.0 + tl.sqrt(1.0 + y * y))
+    TERMS: tl.constexpr = 11 if x.dtype == tl.float64 else 6
+    square = y * y
+    one = y * 0.0 + 1.0  # in y's precision: the interpreter would divide plain numbers in float32
+    series = y * 0.0
+    for i in tl.static_range(TERMS):
+        series = one / (2 * (TERMS - 1 - i) + 1) - square * series
+    angle = 4.0 * y * series
+    angle = tl.where(a > 1.0, 1.5707963267948966 - angle, angle)
+    return tl.where(x < 0, -angle, angle)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation of the hidden layers, as `glf_fast.reference.mlp.ACTIVATIONS`."""
+    if ACTIVATION == "relu":
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(x > 0, x, 0.01 * x)
+    elif ACTIVATION == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+    elif ACTIVATION == "tanh":
+        return tanh(x)
+    else:
+        tl.static_assert(ACTIVATION == "elu")
+        return tl.where(x > 0, x, tl.exp(x) - 1.0)
+
+
+# Their derivative is not a function of the output: the backward keeps it beside the output.
+SLOPE_FROM_INPUT: tl.constexpr = ("silu", "gelu")
+
+
+@triton.jit
+def slope_from_input(x, ACTIVATION: tl.constexpr):
+    """a'(x), for the activations whose derivative needs the input."""
+    if ACTIVATION == "silu":
+        s = sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+    else:
+        tl.static_assert(ACTIVATION == "gelu")
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)) + x * density
+
+
+@triton.jit
+def times_slope_from_output(grad, h, ACTIVATION: tl.constexpr):
+    """∂x = ∂h·a'(x), for the activations whose derivative follows from h = a(x)."""
+    if ACTIVATION == "relu":
+        return tl.where(h <= 0, 0.0, grad)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(h > 0, grad, 0.01 * grad)
+    elif ACTIVATION == "tanh":
+        return grad * (1.0 - h * h)
+    else:
+        tl.static_assert(ACTIVATION == "elu")
+        return tl.where(h > 0, grad, grad * (h + 1.0))
+
+
+@triton.jit
+def log_scale(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
+    """ℓ = f(u), as `glf_fast.reference.log_scale`; CONSTANT is s or ε there, and ln m for softclip."""
+    if LOG_SCALE == "tanh":
+        return CONSTANT * tanh(u / CONSTANT)
+    elif LOG_SCALE == "exp":
+        return u
+    elif LOG_SCALE == "glow":
+        return log_sigmoid(u + CONSTANT)
+    elif LOG_SCALE == "nflows":
+        return tl.log(sigmoid(u + 2.0) + CONSTANT)
+    elif LOG_SCALE == "atan":
+        return (CONSTANT * 0.636) * atan(u)
+    elif LOG_SCALE == "softclip":
+        return u / (1.0 + tl.abs(u / CONSTANT))
+    else:
+        tl.static_assert(LOG_SCALE == "jet")
+        return 0.6931471805599453 + log_sigmoid(u)
+
+
+@triton.jit
+def log_scale_slope(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
+    """f'(u)."""
+    if LOG_SCALE == "tanh":
+        ratio = tanh(u / CONSTANT)
+        return 1.0 - ratio * ratio
+    elif LOG_SCALE == "exp":
+        return u * 0.0 + 1.0
+    elif LOG_SCALE == "glow":
+        return sigmoid(-(u + CONSTANT))
+    elif LOG_SCALE == "nflows":
+        s = sigmoid(u + 2.0)
+        return s * (1.0 - s) / (s + CONSTANT)
+    elif LOG_SCALE == "atan":
+        return (CONSTANT * 0.636) / (1.0 + u * u)
+    elif LOG_SCALE == "softclip":
+        d = 1.0 + tl.abs(u / CONSTANT)
+        return 1.0 / (d * d)
+    else:
+        tl.static_assert(LOG_SCALE == "jet")
+        return sigmoid(-u)
