@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from glf_fast.kernels.math import SLOPE_FROM_INPUT, activate, slope_from_input, times_slope_from_output
-from glf_fast.kernels.tiles import dot, keep_columns, load_block, product
+from glf_fast.kernels.tiles import dot, keep_columns, load_block, product, store_tile
 
 
 @triton.jit
@@ -58,11 +58,9 @@ def keep_hidden(
 ):  # fmt: skip
     """a(pre) [BM, J], written to `hidden`; with SLOPES also a'(pre), where its gradient will be."""
     h = activate(pre, ACTIVATION)
-    at = row[:, None] * ROW_STRIDE + column[None, :]
-    mask = live[:, None] & (column < N)[None, :]
-    tl.store(hidden + at, h.to(hidden.dtype.element_ty), mask=mask)
+    store_tile(hidden, h, row, live, ROW_STRIDE, column, N)
     if SLOPES and ACTIVATION in SLOPE_FROM_INPUT:
-        tl.store(slopes + at, slope_from_input(pre, ACTIVATION).to(slopes.dtype.element_ty), mask=mask)
+        store_tile(slopes, slope_from_input(pre, ACTIVATION), row, live, ROW_STRIDE, column, N)
     return h
 
 
@@ -101,11 +99,11 @@ def mlp(
             tl.debug_barrier()  # layer i is complete
     elif LAST == 1:
         WIDTH: tl.constexpr = triton.next_power_of_2(HIDDEN[0]) if HIDDEN[0] > 16 else 16
-        column = tl.arange(0, WIDTH)
+        whole = tl.arange(0, WIDTH)
         w = weights[0] + step * ((P + C) * HIDDEN[0])
         b = biases[0] + step * HIDDEN[0]
-        h = activate(first_layer(p, context, row, live, w, b, column, P, C, HIDDEN[0], BK, PRECISION), ACTIVATION)
-        h = keep_columns(h, column, HIDDEN[0])  # [BM, WIDTH]
+        h = activate(first_layer(p, context, row, live, w, b, whole, P, C, HIDDEN[0], BK, PRECISION), ACTIVATION)
+        h = keep_columns(h, whole, HIDDEN[0])  # [BM, WIDTH]
         if PRECISION == "bf16":
             h = h.to(tl.bfloat16)  # all that its products use; half the registers
 
@@ -127,7 +125,7 @@ def mlp(
         else:
             w = weights[1] + step * (HIDDEN[0] * N)
             pre = load_bias(b, column, N, BM)
-            pre = dot(h, load_block(w, tl.arange(0, WIDTH), column, HIDDEN[0], N, N, 1), pre, PRECISION)  # [BM, BN]
+            pre = dot(h, load_block(w, whole, column, HIDDEN[0], N, N, 1), pre, PRECISION)  # [BM, BN]
         if KEEP:
             a = keep_hidden(
                 pre, hidden + COLUMNS[LAST], slopes + COLUMNS[LAST], row, live, ROW_STRIDE, column, N, ACTIVATION, True
@@ -150,7 +148,7 @@ def times_slope(grad, hidden, slopes, row, live, ROW_STRIDE: tl.constexpr, colum
         grad = grad * tl.load(slopes + at, mask=mask, other=0.0).to(grad.dtype)
     else:
         grad = times_slope_from_output(grad, tl.load(hidden + at, mask=mask, other=0.0).to(grad.dtype), ACTIVATION)
-    tl.store(slopes + at, grad.to(slopes.dtype.element_ty), mask=mask)
+    store_tile(slopes, grad, row, live, ROW_STRIDE, column, N)
 
 
 @triton.jit

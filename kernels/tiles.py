@@ -52,6 +52,13 @@ def store_halves(rows_of, p, v, row, live, D: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
+def store_tile(rows_of, tile, row, live, ROW_STRIDE: tl.constexpr, column, N: tl.constexpr):
+    """Columns < N of a tile [BM, J] into rows of ROW_STRIDE numbers, in their dtype."""
+    at = rows_of + row[:, None] * ROW_STRIDE + column[None, :]
+    tl.store(at, tile.to(rows_of.dtype.element_ty), mask=live[:, None] & (column < N)[None, :])
+
+
+@triton.jit
 def keep_columns(tile, column, N: tl.constexpr):
     """Zero in the columns ≥ N of a tile [BM, ·]."""
     return tl.where((column < N)[None, :], tile, 0.0)
