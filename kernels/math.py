@@ -71,13 +71,9 @@ def activate(x, ACTIVATION: tl.constexpr):
         return tl.where(x > 0, x, tl.exp(x) - 1.0)
 
 
-# Their derivative is not a function of the output: the backward keeps it beside the output.
-SLOPE_FROM_INPUT: tl.constexpr = ("silu", "gelu")
-
-
 @triton.jit
 def slope_from_input(x, ACTIVATION: tl.constexpr):
-    """a'(x), for the activations whose derivative needs the input."""
+    """a'(x) of silu and gelu, where it is no function of the output: the backward keeps it beside the output."""
     if ACTIVATION == "silu":
         s = sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
@@ -89,7 +85,7 @@ def slope_from_input(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def times_slope_from_output(grad, h, ACTIVATION: tl.constexpr):
-    """∂x = ∂h·a'(x), for the activations whose derivative follows from h = a(x)."""
+    """∂x = ∂h·a'(x) of the other activations, from h = a(x)."""
     if ACTIVATION == "relu":
         return tl.where(h <= 0, 0.0, grad)
     elif ACTIVATION == "leaky_relu":

@@ -15,7 +15,7 @@ Layer i occupies the columns COLUMNS[i] … of the rows of `hidden`, and its gra
 import triton
 import triton.language as tl
 
-from glf_fast.kernels.math import SLOPE_FROM_INPUT, activate, slope_from_input, times_slope_from_output
+from glf_fast.kernels.math import activate, slope_from_input, times_slope_from_output
 from glf_fast.kernels.tiles import dot, keep_columns, load_block, product, store_tile
 
 
@@ -59,7 +59,7 @@ def keep_hidden(
     """a(pre) [BM, J], written to `hidden`; with SLOPES also a'(pre), where its gradient will be."""
     h = activate(pre, ACTIVATION)
     store_tile(hidden, h, row, live, ROW_STRIDE, column, N)
-    if SLOPES and ACTIVATION in SLOPE_FROM_INPUT:
+    if SLOPES and (ACTIVATION == "silu" or ACTIVATION == "gelu"):
         store_tile(slopes, slope_from_input(pre, ACTIVATION), row, live, ROW_STRIDE, column, N)
     return h
 
@@ -144,7 +144,7 @@ def times_slope(grad, hidden, slopes, row, live, ROW_STRIDE: tl.constexpr, colum
     """∂pre = ∂h·a'(pre) [BM, J] of one chunk of a layer, written to `slopes`."""
     at = row[:, None] * ROW_STRIDE + column[None, :]
     mask = live[:, None] & (column < N)[None, :]
-    if ACTIVATION in SLOPE_FROM_INPUT:
+    if ACTIVATION == "silu" or ACTIVATION == "gelu":
         grad = grad * tl.load(slopes + at, mask=mask, other=0.0).to(grad.dtype)
     else:
         grad = times_slope_from_output(grad, tl.load(hidden + at, mask=mask, other=0.0).to(grad.dtype), ACTIVATION)
@@ -175,8 +175,7 @@ def mlp_backward(
         grad = dot(grad_t, load_block(w_out + T, half, column, T, N, 1, 2 * T), grad, PRECISION)
         at = COLUMNS[LAST]
         times_slope(grad, hidden + at, slopes + at, row, live, ROW_STRIDE, column, N, ACTIVATION)
-    for down in tl.static_range(LAST):
-        i = LAST - 1 - down
+    for i in tl.static_range(LAST - 1, -1, -1):
         tl.debug_barrier()  # the gradient of layer i + 1 is complete
         w = weights[i + 1] + step * (HIDDEN[i] * HIDDEN[i + 1])
         for start in range(0, HIDDEN[i], BN):
