@@ -42,24 +42,28 @@ def flow_kernel(
     INVERSE: tl.constexpr, SAVE: tl.constexpr, STAGED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    one = tl.full([], 1, tl.int64)  # strides between steps and rows are 64-bit products
-    row = tl.program_id(0) * (one * BM) + tl.arange(0, BM)  # [BM]
-    live = row < rows
+    ROW_STRIDE: tl.constexpr = COLUMNS[len(HIDDEN) - 1]
+    one = tl.full([], 1, tl.int64)  # distances between steps and programs are 64-bit products, those in a tile 32-bit
+    first = tl.program_id(0) * (one * BM)
+    row = tl.arange(0, BM)
+    live = row < rows - first  # [BM]
     half = tl.arange(0, HALF)
-    p, v = load_halves(x, row, live, D, HALF)  # [BM, HALF]
+    hidden += first * ROW_STRIDE
+    context += first * C
+    p, v = load_halves(x + first * D, row, live, D, HALF)  # [BM, HALF]
     total = tl.zeros((BM,), p.dtype)  # Σ ℓ
 
     for i in range(steps):
         k = one * (steps - 1 - i) if INVERSE else one * i
         if SAVE:
-            store_halves(saved + k * rows * D, p, v, row, live, D, HALF)
+            store_halves(saved + (k * rows + first) * D, p, v, row, live, D, HALF)
         c_p, c_v = load_offset(offset + k * D, D, HALF)  # [1, HALF]
         if not INVERSE:
             p, v = affine(p, v, matrix + k * (D * D), D, HALF, False, MAP)
             p += c_p
             v += c_v
         u, t = mlp(
-            p, context, weights, biases, hidden, hidden, row, live, k, D, C, HIDDEN, COLUMNS, COLUMNS[len(HIDDEN) - 1],
+            p, context, weights, biases, hidden, hidden, row, live, k, D, C, HIDDEN, COLUMNS, ROW_STRIDE,
             ACTIVATION, STAGED, False, BN, BK, MLP,
         )  # fmt: skip
         ell = keep_columns(log_scale(u, LOG_SCALE, CONSTANT), half, D // 2)  # [BM, HALF]
@@ -71,8 +75,8 @@ def flow_kernel(
             v = couple(v, t, tl.exp(ell), ADD_FIRST, False)
             total += tl.sum(ell, 1)
 
-    store_halves(out, p, v, row, live, D, HALF)
-    tl.store(logdet + row, total, mask=live)
+    store_halves(out + first * D, p, v, row, live, D, HALF)
+    tl.store(logdet + first + row, total, mask=live)
 
 
 def flow_forward(

@@ -51,18 +51,20 @@ def flow_backward_kernel(
     T: tl.constexpr = D // 2
     RAW: tl.constexpr = COLUMNS[len(HIDDEN)]  # where p is in a row of `hidden`, and (∂u, ∂t) in one of `slopes`
     one = tl.full([], 1, tl.int64)
-    row = tl.program_id(0) * (one * BM) + tl.arange(0, BM)  # [BM]
-    live = row < rows
+    first = tl.program_id(0) * (one * BM)
+    row = tl.arange(0, BM)
+    live = row < rows - first  # [BM]
     half = tl.arange(0, HALF)
-    g_p, g_v = load_halves(grad_out, row, live, D, HALF)  # [BM, HALF]
-    g_logdet = tl.load(grad_logdet + row, mask=live, other=0.0)[:, None]  # [BM, 1]
+    context += first * C
+    g_p, g_v = load_halves(grad_out + first * D, row, live, D, HALF)  # [BM, HALF]
+    g_logdet = tl.load(grad_logdet + first + row, mask=live, other=0.0)[:, None]  # [BM, 1]
     if not SAVED:
-        x_p, x_v = load_halves(state, row, live, D, HALF)  # what the step at hand returned
+        x_p, x_v = load_halves(state + first * D, row, live, D, HALF)  # what the step at hand returned
 
     for i in range(steps):
         k = one * i if INVERSE else one * (steps - 1 - i)
-        kept = k * rows * ROW_STRIDE
-        rows_of_maps = k * rows * D
+        kept = (k * rows + first) * ROW_STRIDE
+        rows_of_maps = (k * rows + first) * D
         A = matrix + k * (D * D)
         c_p, c_v = load_offset(offset + k * D, D, HALF)  # [1, HALF]
 
@@ -71,7 +73,7 @@ def flow_backward_kernel(
             store_halves(map_grad + rows_of_maps, g_p, g_v, row, live, D, HALF)
             g_p, g_v = affine(g_p, g_v, A, D, HALF, True, MAP)
         if SAVED:
-            p, v = load_halves(state + k * batch * D, row, live, D, HALF)
+            p, v = load_halves(state + (k * batch + first) * D, row, live, D, HALF)
         else:
             p, v = x_p, x_v
         if INVERSE != SAVED:
@@ -118,7 +120,7 @@ def flow_backward_kernel(
             store_halves(map_grad + rows_of_maps, g_p, g_v, row, live, D, HALF)
             g_p, g_v = affine(g_p, g_v, A, D, HALF, True, MAP)
 
-    store_halves(grad_x, g_p, g_v, row, live, D, HALF)
+    store_halves(grad_x + first * D, g_p, g_v, row, live, D, HALF)
 
 
 def flow_backward(

@@ -1,8 +1,8 @@
 """What the kernels of the whole flow are made of: row tiles in and out of memory, their products, the affine map.
 
 A program owns BM rows. Its state is two register tiles p and v [BM, HALF], HALF ≥ 16 the power of two that holds
-P = D − D//2 columns; columns beyond P (of v: beyond T = D//2) are zero. `row` [BM] are the rows' numbers in 64 bits, `live`
-[BM] says which of them exist.
+P = D − D//2 columns; columns beyond P (of v: beyond T = D//2) are zero. Pointers to rows start at the program's first
+one; `row` [BM] counts from there, `live` [BM] says which rows exist.
 
 Padded columns are set to zero after every product, although their weights are zero: a row with an infinity would have
 ∞·0 = NaN there and carry it into sums which are finite.
