@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 __all__ = ["Specialization", "count_launches", "launch"]
@@ -41,6 +42,11 @@ def launch(kernel: Any, programs: int, device: Tensor, *args: Any, **options: An
     """Start `programs` programs of a kernel on the device of a tensor; none at all for an empty batch."""
     if programs == 0:
         return
+    if options.get("MLP") == "bf16" and not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError(
+            "Triton's interpreter computes bfloat16 products wrongly and says nothing: interpret with float32 products "
+            '(no bfloat16 autocast, torch.set_float32_matmul_precision("highest" or "high")), or use a GPU'
+        )
     for names in _counters:
         names.append(kernel.__name__)
     with torch.cuda.device_of(device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,7 +49,31 @@ def _cpp_ready() -> str:
     return f"float32 and float64 on the processor, with {VECTORS[torch.ops.glf_fast.cpu_vector_bytes()]}"
 
 
+# Triton reads it when kernels are defined; what it says now is what they will be.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_missing() -> str:
+    """Why the GPU kernels cannot run, or "". Nothing is imported, and no GPU is touched."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.cuda is None and not INTERPRETED:
+        return f"torch {torch.__version__} has no CUDA; for tests on a processor set TRITON_INTERPRET=1 before Python starts"
+    return ""
+
+
+def _triton_ready() -> str:
+    return "interpreted on the processor, slowly, for tests" if INTERPRETED else "float32 on CUDA GPUs"
+
+
 BACKENDS = {
+    "triton": Backend(
+        device="cuda",
+        dtypes=(torch.float32,),
+        missing=_triton_missing(),
+        ready=_triton_ready,
+        remedy="install a torch with CUDA, which brings triton: https://pytorch.org/get-started",
+    ),
     "cpp": Backend(
         device="cpu",
         dtypes=(torch.float32, torch.float64),
@@ -72,7 +97,7 @@ def backends() -> dict[str, str]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the operations inside the `with` block on one backend: "auto" (the fastest there is), "reference" or "cpp".
+    """Run the operations inside the `with` block on one backend: "auto" (the fastest there is), "reference", "triton" or "cpp".
 
     $GLF_FAST_BACKEND sets the same for a whole process. What a backend cannot run falls back to the reference.
 
@@ -94,11 +119,21 @@ def backend_for(x: Tensor, *names: str) -> str:
     """The first of these backends that takes this tensor here and now, else "reference".
 
     Function transforms and forward-mode derivatives need the reference. Where a backend is missing, says so once.
+
+    Raises:
+        RuntimeError: "triton" was asked for, with a tensor on a processor, and its interpreter is off.
     """
     if _backend == "reference" or torch._C._are_functorch_transforms_active():
         return "reference"
     if torch.autograd.forward_ad._current_level >= 0:
         return "reference"
+    if _backend == "triton" and "triton" in names and x.device.type == "cpu":
+        if not INTERPRETED:
+            raise RuntimeError(
+                "backend 'triton' was asked for, and the tensors are on the processor: move them to a GPU, or set "
+                "TRITON_INTERPRET=1 before Python starts to interpret the kernels, slowly"
+            )
+        return "triton" if x.dtype in (torch.float32, torch.float64) else "reference"
     for name in names if _backend == "auto" else {_backend}.intersection(names):
         backend = BACKENDS[name]
         if x.device.type == backend.device and x.dtype in backend.dtypes:

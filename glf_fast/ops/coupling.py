@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops import cpp
+from glf_fast.ops import cpp, triton
 from glf_fast.ops.backends import backend_for
 from glf_fast.ops.checks import check_choice, check_floating, check_hidden_layers, check_shape, check_state
+from glf_fast.ops.options import Options
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 __all__ = ["affine_coupling", "coupling_flow", "coupling_flow_inverse"]
@@ -51,9 +52,8 @@ def affine_coupling(
                 f"got v {tuple(v.shape)}, u {tuple(u.shape)}, t {tuple(t.shape)}"
             )
     if backend_for(v, "cpp") == "cpp":
-        return cpp.affine_coupling(
-            v, u.to(v.dtype), t.to(v.dtype), cpp.Options("relu", log_scale, log_scale_constant, add_first, inverse)
-        )
+        options = Options("relu", log_scale, log_scale_constant, add_first, inverse)
+        return cpp.affine_coupling(v, u.to(v.dtype), t.to(v.dtype), options)
     return reference.affine_coupling(
         v, u, t, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first, inverse=inverse
     )
@@ -118,8 +118,11 @@ def coupling_flow(
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
     x = _check_flow("x", x, A, c, weights, biases, context, activation, log_scale)
-    if len(weights) <= MAX_LAYERS and backend_for(x, "cpp") == "cpp":
-        options = cpp.Options(activation, log_scale, log_scale_constant, add_first, False)
+    options = Options(activation, log_scale, log_scale_constant, add_first, False)
+    backend = backend_for(x, "triton", "cpp")
+    if backend == "triton" and triton.fits(x.shape[1], weights):
+        return triton.coupling_flow(x, A, c, weights, biases, context, options, reversible)
+    if backend == "cpp" and len(weights) <= MAX_LAYERS:
         return cpp.coupling_flow(x, A, c, weights, biases, context, options, reversible)
     return reference.coupling_flow(
         x, A, c, weights, biases, context,
@@ -146,8 +149,11 @@ def coupling_flow_inverse(
     Returns x (B, D) and −Σ ℓ (B,).
     """
     z = _check_flow("z", z, A_inv, c, weights, biases, context, activation, log_scale)
-    if len(weights) <= MAX_LAYERS and backend_for(z, "cpp") == "cpp":
-        options = cpp.Options(activation, log_scale, log_scale_constant, add_first, True)
+    options = Options(activation, log_scale, log_scale_constant, add_first, True)
+    backend = backend_for(z, "triton", "cpp")
+    if backend == "triton" and triton.fits(z.shape[1], weights):
+        return triton.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
+    if backend == "cpp" and len(weights) <= MAX_LAYERS:
         return cpp.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
     return reference.coupling_flow_inverse(
         z, A_inv, c, weights, biases, context,

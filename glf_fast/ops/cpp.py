@@ -5,14 +5,15 @@ First derivatives come from the kernels, second ones from the reference.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from glf_fast import reference
+from glf_fast.ops.differentiate import differentiate, differentiate_flow
+from glf_fast.ops.options import Options
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 __all__ = ["affine_coupling", "coupling_flow"]
@@ -28,26 +29,9 @@ RECORDS_LIMIT = 32 << 20
 ops = torch.ops.glf_fast
 
 
-class Options(NamedTuple):
-    """The options of a flow by name, and as the kernels take them."""
-
-    activation: str
-    log_scale: str
-    log_scale_constant: float | None
-    add_first: bool
-    inverse: bool
-
-    def named(self) -> dict[str, Any]:
-        """Keyword arguments of the reference, but for `inverse`."""
-        return {name: value for name, value in self._asdict().items() if name != "inverse"}
-
-    def coupling(self) -> tuple[int, float, bool, bool]:
-        """log_scale, constant, add_first, inverse."""
-        constant = LOG_SCALES[self.log_scale] if self.log_scale_constant is None else self.log_scale_constant
-        if self.log_scale == "softclip":
-            assert constant is not None
-            constant = math.log(constant)
-        return LOG_SCALE[self.log_scale], constant or 0.0, self.add_first, self.inverse
+def coupling_code(options: Options) -> tuple[int, float, bool, bool]:
+    """log_scale, constant, add_first, inverse, as the kernels take them."""
+    return LOG_SCALE[options.log_scale], options.constant, options.add_first, options.inverse
 
 
 def record_width(dim: int, widths: Sequence[int], context_dim: int, activation: str, itemsize: int) -> int:
@@ -81,7 +65,7 @@ def coupling_flow(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         out, logdet = _CouplingFlow.apply(options, reversible, *tensors)
         return out, logdet
-    code = (ACTIVATION[options.activation], *options.coupling())
+    code = (ACTIVATION[options.activation], *coupling_code(options))
     out, logdet, _ = ops.cpu_coupling_flow.default(x, matrix, offset, weights, biases, context, *code, NOTHING, 0)
     return out, logdet
 
@@ -100,7 +84,7 @@ class _CouplingFlow(torch.autograd.Function):
             save = RECORDS
             if len(matrix) * len(x) * record * x.itemsize > RECORDS_LIMIT:
                 save, record = INPUTS, x.shape[1]
-        code = (ACTIVATION[options.activation], *options.coupling())
+        code = (ACTIVATION[options.activation], *coupling_code(options))
         out, logdet, saved = ops.cpu_coupling_flow.default(
             x, matrix, offset, weights, biases, context, *code, save, record
         )
@@ -113,16 +97,8 @@ class _CouplingFlow(torch.autograd.Function):
         out, saved, x, matrix, offset, context, *layers = ctx.saved_tensors
         weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-
-            def run(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-                x, matrix, offset, context, *layers = tensors
-                assert x is not None and matrix is not None and offset is not None
-                weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-                op = reference.coupling_flow_inverse if ctx.options.inverse else reference.coupling_flow
-                return op(x, matrix, offset, weights, biases, context, **ctx.options.named())  # type: ignore[arg-type]
-
             inputs = (x, matrix, offset, context, *layers)
-            return None, None, *_differentiate(run, inputs, ctx.needs_input_grad[2:], grads)
+            return None, None, *differentiate_flow(ctx.options, inputs, ctx.needs_input_grad[2:], grads)
         needs = ctx.needs_input_grad
         parameters = any(needs[3:5]) or any(needs[6:])
         unmatrix = torch.linalg.inv(matrix).contiguous() if ctx.save == NOTHING else None
@@ -150,7 +126,7 @@ def affine_coupling(v: Tensor, u: Tensor, t: Tensor, options: Options) -> tuple[
     if torch.is_grad_enabled() and any(x.requires_grad for x in rows):
         w, logdet = _AffineCoupling.apply(options, *rows)
     else:
-        w, logdet = ops.cpu_affine_coupling.default(*rows, *options.coupling())
+        w, logdet = ops.cpu_affine_coupling.default(*rows, *coupling_code(options))
     return w.view(shape), logdet
 
 
@@ -165,7 +141,7 @@ class _AffineCoupling(torch.autograd.Function):
     def forward(ctx: Any, options: Options, v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         ctx.options = options
         ctx.save_for_backward(v, u, t)
-        w, logdet = ops.cpu_affine_coupling.default(v, u, t, *options.coupling())
+        w, logdet = ops.cpu_affine_coupling.default(v, u, t, *coupling_code(options))
         return w, logdet
 
     @staticmethod
@@ -177,20 +153,6 @@ class _AffineCoupling(torch.autograd.Function):
             def run(v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
                 return reference.affine_coupling(v, u, t, **options, inverse=ctx.options.inverse)
 
-            return None, *_differentiate(run, inputs, ctx.needs_input_grad[1:], grads)
+            return None, *differentiate(run, inputs, ctx.needs_input_grad[1:], grads)
         grad_w, grad_logdet = (g.contiguous() for g in grads)
-        return None, *ops.cpu_affine_coupling_backward.default(grad_w, grad_logdet, *inputs, *ctx.options.coupling())
-
-
-def _differentiate(
-    run: Callable[..., tuple[Tensor, ...]],
-    inputs: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: those of `run`, the same function in plain PyTorch."""
-    # Through aliases: where one input was computed from another, its gradient must not run into the other's.
-    aliases = [None if x is None else x.view_as(x) for x in inputs]
-    targets = [x for x, want in zip(aliases, wanted, strict=True) if want and x is not None]
-    found = iter(torch.autograd.grad(run(*aliases), targets, grads, create_graph=True))
-    return [next(found) if want and x is not None else None for x, want in zip(aliases, wanted, strict=True)]
+        return None, *ops.cpu_affine_coupling_backward.default(grad_w, grad_logdet, *inputs, *coupling_code(ctx.options))

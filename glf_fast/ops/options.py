@@ -1,0 +1,33 @@
+"""The options of affine couplings, as the backends hand them on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from glf_fast.reference import LOG_SCALES
+
+__all__ = ["Options"]
+
+
+class Options(NamedTuple):
+    """The options of a flow or of an elementwise coupling, by name; `activation` means nothing to the latter."""
+
+    activation: str
+    log_scale: str
+    log_scale_constant: float | None
+    add_first: bool
+    inverse: bool
+
+    @property
+    def constant(self) -> float:
+        """The log-scale's constant as kernels take it: ln m for softclip, 0 where there is none."""
+        constant = LOG_SCALES[self.log_scale] if self.log_scale_constant is None else self.log_scale_constant
+        if self.log_scale == "softclip":
+            assert constant is not None
+            constant = math.log(constant)
+        return constant or 0.0
+
+    def named(self) -> dict[str, Any]:
+        """Keyword arguments of the reference's flows, whose direction is in their name."""
+        return {name: value for name, value in self._asdict().items() if name != "inverse"}
