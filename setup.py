@@ -58,6 +58,9 @@ def kernels() -> dict[str, Any]:
 setup(
     packages=[*find_packages(include=["glf_fast", "glf_fast.*"]), "glf_fast.kernels"],
     package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels"},
-    package_data={"glf_fast": ["py.typed", "presets/*.toml", "metrics/*.safetensors", "*.html"]},
+    package_data={
+        "glf_fast": ["py.typed", "presets/*.toml", "metrics/*.safetensors", "*.html"],
+        "glf_fast.kernels": ["launch_table.json"],
+    },
     **kernels(),
 )

@@ -9,6 +9,7 @@ For k = 0 … K−1 (INVERSE: K−1 … 0), every row for itself and never leavi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from glf_fast.kernels.flow_options import FlowOptions, operand_dtype, sizes
-from glf_fast.kernels.launch import launch
-from glf_fast.kernels.launch_table import forward_launch
+from glf_fast.kernels.launch import Specialization, launch
+from glf_fast.kernels.launch_table import Launch, launch_for
 from glf_fast.kernels.math import log_scale
 from glf_fast.kernels.mlp import mlp
 from glf_fast.kernels.tiles import affine, keep_columns, load_halves, load_offset, store_halves
 
-__all__ = ["couple", "flow_forward", "flow_kernel"]
+__all__ = ["couple", "flow_forward", "flow_kernel", "specialization"]
 
 
 @triton.jit
@@ -42,6 +43,7 @@ def flow_kernel(
     INVERSE: tl.constexpr, SAVE: tl.constexpr, STAGED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """One program: BM rows through all steps. The arguments are those of `flow_forward`, the constants of `sizes`."""
     ROW_STRIDE: tl.constexpr = COLUMNS[len(HIDDEN) - 1]
     one = tl.full([], 1, tl.int64)  # distances between steps and programs are 64-bit products, those in a tile 32-bit
     first = tl.program_id(0) * (one * BM)
@@ -88,19 +90,21 @@ def flow_forward(
     context: Tensor | None,
     options: FlowOptions,
     save: bool,
+    how: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, D), Σ ℓ (B,) of the direction applied, and with `save` each step's input (K, B, D), else (0,).
 
     Contiguous tensors of one dtype on one device: `x` (B, D); `matrix` (K, D, D), A or with options.inverse A⁻¹;
     `offset` (K, D); weights (K, nᵢ, nᵢ₊₁) and biases (K, nᵢ₊₁); `context` (B, C) or None.
-    One launch. Where hidden layers pass through memory, it holds them all but the last, of one step: B rows.
+    `how` replaces the launch table. One launch. Where hidden layers pass through memory, it holds them all but the last, of
+    one step: B rows.
     """
     batch, steps = len(x), len(matrix)
     out, logdet = torch.empty_like(x), x.new_empty(batch)
     saved = x.new_empty((steps, batch, x.shape[1]) if save else 0)
     widths = [w.shape[2] for w in weights[:-1]]
     constants = sizes(x.shape[1], widths, 0 if context is None else context.shape[1])
-    how = forward_launch(x.shape[1], widths, options.mlp_precision, batch, x.device)
+    how = how or launch_for(False, x.shape[1], widths, options.mlp_precision, batch, x.device)
     kept = constants["COLUMNS"][len(widths) - 1] if how.staged else 0
     hidden = x.new_empty((batch, kept), dtype=operand_dtype(x, options))
     launch(
@@ -110,3 +114,18 @@ def flow_forward(
         **constants, **options.constants(), SAVE=save, STAGED=how.staged, **how.constants(),
     )  # fmt: skip
     return out, logdet, saved
+
+
+def specialization(
+    name: str, dim: int, hidden: Sequence[int], context_dim: int, options: FlowOptions, save: bool, how: Launch
+) -> Specialization:
+    """What `flow_forward` launches for float32 tensors."""
+    constants = {**sizes(dim, hidden, context_dim), **options.constants(), "SAVE": save, "STAGED": how.staged}
+    constants |= {"BM": how.rows, "BN": how.columns, "BK": how.depth}
+    layers = ("*fp32",) * (len(hidden) + 1)
+    signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
+    for argument in flow_kernel.arg_names:
+        signature.setdefault(argument, "*fp32")
+    kept = "*bf16" if options.mlp_precision == "bf16" else "*fp32"
+    signature |= {"weights": layers, "biases": layers, "hidden": kept, "rows": "i32", "steps": "i32"}
+    return Specialization(name, flow_kernel, signature, constants, how.num_warps, how.num_stages)

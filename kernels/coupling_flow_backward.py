@@ -1,8 +1,8 @@
 """The backward of the whole coupling flow: one launch that walks the steps from the last to the first, then matrix products.
 
-The kernel carries ∂x in registers, recomputes the MLP of every step and writes its hidden layers and their gradients into a workspace,
-all K steps beside one another; one batched matrix product per weight makes the weight gradients of all steps. So
-they are deterministic and run at the library's full speed, where atomics or per-program sums would do neither.
+The kernel carries ∂x in registers, recomputes the MLP of every step and writes its hidden layers and their gradients into
+a workspace, all K steps beside one another; one batched matrix product per weight makes the weight gradients of all steps.
+So they are deterministic and run at the library's full speed; atomics or per-program sums would do neither.
 
 One step forward is z = [p, v·e^ℓ + t] of [p, v] = x A + c with ℓ = f(u). Given ∂z and ∂logdet:
 
@@ -17,6 +17,7 @@ One step of the inverse is x = (y − c) A⁻¹ of y = [p, (w − t)·e^−ℓ].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -25,13 +26,13 @@ from torch import Tensor
 
 from glf_fast.kernels.coupling_flow import couple
 from glf_fast.kernels.flow_options import FlowOptions, operand_dtype, sizes
-from glf_fast.kernels.launch import launch
-from glf_fast.kernels.launch_table import backward_launch
+from glf_fast.kernels.launch import Specialization, launch
+from glf_fast.kernels.launch_table import Launch, launch_for
 from glf_fast.kernels.math import log_scale, log_scale_slope
 from glf_fast.kernels.mlp import mlp, mlp_backward
 from glf_fast.kernels.tiles import affine, keep_columns, load_halves, load_offset, store_halves, store_tile
 
-__all__ = ["WORKSPACE_BYTES", "flow_backward", "flow_backward_kernel"]
+__all__ = ["WORKSPACE_BYTES", "flow_backward", "flow_backward_kernel", "specialization"]
 
 # What one launch may use for hidden layers and gradients; larger batches are worked off in slabs of rows. At D 64, H 256,
 # K 8 in bf16 a row takes 20 KB, so this is a slab of 13,000 rows: enough programs of 32 rows for every multiprocessor.
@@ -47,6 +48,7 @@ def flow_backward_kernel(
     ADD_FIRST: tl.constexpr, INVERSE: tl.constexpr, SAVED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """One program: BM rows back through all steps. `rows` of a slab out of a `batch`; else as in `flow_backward`."""
     P: tl.constexpr = D - D // 2
     T: tl.constexpr = D // 2
     RAW: tl.constexpr = COLUMNS[len(HIDDEN)]  # where p is in a row of `hidden`, and (∂u, ∂t) in one of `slopes`
@@ -135,6 +137,7 @@ def flow_backward(
     context: Tensor | None,
     options: FlowOptions,
     parameters: bool,
+    how: Launch | None = None,
 ) -> list[Tensor]:
     """∂x (B, D), ∂context (B, C) or (0,), and with `parameters` those of matrix, offset, weights and biases, in this order.
 
@@ -148,8 +151,8 @@ def flow_backward(
     dtype = operand_dtype(grad_out, options)
     constants = sizes(dim, widths, context_dim)
     raw = constants["COLUMNS"][-1]
-    stride = raw + -(-2 * (dim // 2) // 16) * 16 + 16 * (dim % 2)
-    how = backward_launch(dim, widths, options.mlp_precision, batch, grad_out.device)
+    stride = row_stride(dim, raw)
+    how = how or launch_for(True, dim, widths, options.mlp_precision, batch, grad_out.device)
     row_bytes = steps * (2 * stride * dtype.itemsize + (2 * dim + context_dim) * grad_out.itemsize)
     slab = max(how.rows, WORKSPACE_BYTES // row_bytes // how.rows * how.rows)
 
@@ -196,12 +199,37 @@ def flow_backward(
             torch.bmm(map_in.mT, map_grad),
             offset_grad,
             *products,
-            *(sums[:, start : start + len(b[0])].clone() for start, b in zip(constants["COLUMNS"], biases, strict=True)),
+            *(
+                sums[:, start : start + len(b[0])].clone()
+                for start, b in zip(constants["COLUMNS"], biases, strict=True)
+            ),
         ]
         totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
     return [grad_x, grad_context, *totals]
 
 
+def row_stride(dim: int, raw: int) -> int:
+    """Numbers from one kept row to the next: after the hidden layers, at `raw`, come p, or (∂u, ∂t); 16 are a unit."""
+    return raw + -(-max(2 * (dim // 2), dim - dim // 2) // 16) * 16
+
+
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
     """Batched product with a float32 result, whatever the operands: float32 ones follow PyTorch's matmul precision."""
     return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else torch.bmm(a, b)
+
+
+def specialization(
+    name: str, dim: int, hidden: Sequence[int], context_dim: int, options: FlowOptions, saved: bool, how: Launch
+) -> Specialization:
+    """What `flow_backward` launches for float32 tensors."""
+    constants = {**sizes(dim, hidden, context_dim), **options.constants(), "SAVED": saved}
+    constants |= {"ROW_STRIDE": row_stride(dim, constants["COLUMNS"][-1])}
+    constants |= {"BM": how.rows, "BN": how.columns, "BK": how.depth}
+    layers = ("*fp32",) * (len(hidden) + 1)
+    kept = "*bf16" if options.mlp_precision == "bf16" else "*fp32"
+    signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
+    for argument in flow_backward_kernel.arg_names:
+        signature.setdefault(argument, "*fp32")
+    signature |= {"weights": layers, "biases": layers, "hidden": kept, "slopes": kept}
+    signature |= dict.fromkeys(("rows", "batch", "steps"), "i32")
+    return Specialization(name, flow_backward_kernel, signature, constants, how.num_warps, how.num_stages)

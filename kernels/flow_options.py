@@ -20,8 +20,8 @@ FULL_PRECISION = "tf32x3"
 class FlowOptions(NamedTuple):
     """Options of a flow, by the names that `glf_fast.reference` uses.
 
-    `constant` of the log-scale (ln m for softclip). Precisions of the operands of products, of the affine maps ("ieee", "tf32x3",
-    "tf32") and of the MLPs (these and "bf16"); everything else is in the dtype of the state.
+    `constant` of the log-scale (ln m for softclip). Precisions of the operands of products, of the affine maps ("ieee",
+    "tf32x3", "tf32") and of the MLPs (these and "bf16"); everything else is in the dtype of the state.
     """
 
     activation: str

@@ -1,15 +1,80 @@
-"""temporary"""
-from typing import NamedTuple
+"""How each flow kernel is launched: rows per program, chunks, warps. Made by `tools/tune_flow.py`, not at run time.
+
+launch_table.json says how it was made. Its keys are architecture, kernel, size class, operand precision and batch range.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["FEW", "KERNELS", "PRECISIONS", "SIZES", "Launch", "entries", "launch_for"]
+
+# Largest D and hidden width of a size class; a flow belongs to the first one that holds it.
+SIZES = {"small": (32, 64), "medium": (64, 256), "large": (128, 512), "huge": (256, 512)}
+# "deep" is the forward of three and four hidden layers; the backward stages its layers whatever their number.
+KERNELS = ("forward", "deep", "backward")
+PRECISIONS = ("bf16", "tf32", "tf32x3")
+# Rows up to which every multiprocessor has too few programs: short ones then, large tiles beyond.
+FEW = 4096
+
+
 class Launch(NamedTuple):
+    """Rows of a program, columns of a chunk of a hidden layer, depth of a chunk of a product's sum; see mlp.py on `staged`."""
+
     rows: int
     columns: int
     depth: int
     staged: bool
     num_warps: int
     num_stages: int
-    def constants(self):
-        return dict(BM=self.rows, BN=self.columns, BK=self.depth, num_warps=self.num_warps, num_stages=self.num_stages)
-def forward_launch(dim, hidden, precision, batch, device):
-    return Launch(16, 16, 16, len(hidden) > 2, 4, 2)
-def backward_launch(dim, hidden, precision, batch, device):
-    return Launch(16, 16, 16, True, 4, 2)
+
+    def constants(self) -> dict[str, Any]:
+        """As the kernels' compile-time constants and launch options, but for `staged`."""
+        return {
+            "BM": self.rows,
+            "BN": self.columns,
+            "BK": self.depth,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# Chunks so small that small tests have several.
+INTERPRETED = Launch(16, 16, 16, staged=False, num_warps=1, num_stages=1)
+
+
+@cache
+def _table() -> dict[str, dict[str, Launch]]:
+    table = json.loads(Path(__file__).with_name("launch_table.json").read_text())["launches"]
+    return {arch: {key: Launch(*how) for key, how in launches.items()} for arch, launches in table.items()}
+
+
+@cache
+def _architecture(index: int) -> str:
+    """Which part of the table a GPU uses: consumer Blackwell has Ampere's matrix instructions and shared memory."""
+    return {9: "90", 10: "100"}.get(torch.cuda.get_device_capability(index)[0], "80")
+
+
+def launch_for(
+    backward: bool, dim: int, hidden: Sequence[int], precision: str, batch: int, device: torch.device
+) -> Launch:
+    """The launch of a flow of D columns and these hidden widths, for operands of this precision and a batch."""
+    deep = len(hidden) > 2
+    if device.type == "cpu":
+        return INTERPRETED._replace(staged=deep or max(hidden) > 64)
+    size = next(name for name, (d, h) in SIZES.items() if dim <= d and max(hidden) <= h)
+    kernel = "backward" if backward else "deep" if deep else "forward"
+    return _table()[_architecture(device.index or 0)][
+        f"{kernel} {size} {precision} {'few' if batch <= FEW else 'many'}"
+    ]
+
+
+def entries(arch: int) -> Iterator[tuple[str, Launch]]:
+    """The table's keys and launches for sm_`arch`."""
+    yield from _table()[str(arch)].items()

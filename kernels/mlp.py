@@ -2,11 +2,11 @@
 
 HIDDEN are the widths of its 1 to 4 hidden layers; weight i is (K, nᵢ, nᵢ₊₁), of which `step` is the one in question.
 
-Two hidden layers chain like attention: h₁ stays in registers, and a loop over chunks of h₂ computes BN columns, activates them and
-multiplies them into the running (u, t): nothing touches memory. Triton cannot join tiles, so a hidden layer that is itself computed in
-chunks (the inner ones of three and four layers; the first one where it is too wide for registers, STAGED) passes through
-memory: each program writes its own BM rows of `hidden` and reads them back after a barrier. They are
-BM·H numbers, 16 KB in bf16 at BM 32, H 256: they stay in the L1 and L2 caches, like the weights that stream beside them.
+Two hidden layers chain like attention: h₁ stays in registers, and a loop over chunks of h₂ computes BN columns, activates
+them and multiplies them into the running (u, t): nothing touches memory. Triton cannot join tiles, so a hidden layer that is
+itself computed in chunks (the inner ones of three and four layers; the first one where it is too wide for registers, STAGED)
+passes through memory: each program writes its own BM rows of `hidden` and reads them back after a barrier. They are BM·H
+numbers, 16 KB in bf16 at BM 32, H 256: they stay in the L1 and L2 caches, like the weights that stream beside them.
 
 The backward needs every hidden layer in memory anyway (the weight gradients are made from it), so there all are staged.
 Layer i occupies the columns COLUMNS[i] … of the rows of `hidden`, and its gradient the same columns of `slopes`.

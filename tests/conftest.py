@@ -1,11 +1,18 @@
 """Fixtures for all tests: real data and weights, fetched once into the cache by the package's own fetchers."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton's kernels run in its interpreter where there is no GPU. It reads this once, when kernels are defined, so it is set
+# before anything imports glf_fast or triton: a test that compiles, in whichever worker, may do so at any time.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from glf_fast.data import weights
 from glf_fast.data.idx import FASHION_MNIST

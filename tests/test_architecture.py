@@ -19,7 +19,7 @@ PACKAGE = ROOT / "glf_fast"
 # Part → the parts of glf_fast that it may import (itself, and errors and files, always).
 ALLOWED = {
     "reference": set(),
-    "ops": {"reference"},
+    "ops": {"reference", "kernels"},
     "flow": {"ops", "reference"},
     "data": {"images"},
     "metrics": {"data", "images"},
@@ -54,6 +54,17 @@ def test_the_flow_core_needs_torch_alone(part: str) -> None:
         assert roots - set(sys.stdlib_module_names) <= {"torch", "glf_fast"}, path
 
 
+def test_kernels_need_triton_and_torch_alone() -> None:
+    files = list((ROOT / "kernels").rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported_parts(path) <= {"kernels"}, path
+        tree = ast.parse(path.read_text())
+        roots = {alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+        roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        assert roots - set(sys.stdlib_module_names) <= {"triton", "torch", "glf_fast"}, path
+
+
 def test_importing_glf_fast_loads_nothing_of_the_trainer() -> None:
     code = """
 import sys
@@ -86,5 +97,5 @@ def test_readme_examples_run() -> None:
 
 def test_files_stay_readable() -> None:
     """One subject a file, a few hundred lines at most."""
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 500, path

@@ -155,4 +155,6 @@ class _AffineCoupling(torch.autograd.Function):
 
             return None, *differentiate(run, inputs, ctx.needs_input_grad[1:], grads)
         grad_w, grad_logdet = (g.contiguous() for g in grads)
-        return None, *ops.cpu_affine_coupling_backward.default(grad_w, grad_logdet, *inputs, *coupling_code(ctx.options))
+        return None, *ops.cpu_affine_coupling_backward.default(
+            grad_w, grad_logdet, *inputs, *coupling_code(ctx.options)
+        )

@@ -1,0 +1,100 @@
+"""Compiles Triton kernels without a GPU, and says what they take: registers, spilled bytes, shared memory.
+
+As a program it is the worker of `Compiler`, so that one process can ask several Triton versions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["Compiler", "Resources", "resources"]
+
+
+class Resources(NamedTuple):
+    """Of one compiled kernel: registers a thread, bytes of its stack (spills), bytes of shared memory a program."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def resources(spec: Any, arch: int) -> Resources:
+    """Compile a `glf_fast.kernels.launch.Specialization` for sm_`arch` in this process. Not under TRITON_INTERPRET."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
+    source = ASTSource(spec.kernel, spec.signature, spec.constexprs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dump.stdout)
+    assert found, dump.stdout
+    return Resources(int(found[1]), int(found[2]), compiled.metadata.shared)
+
+
+class Compiler:
+    """A process that compiles; `folder` holds another Triton than the installed one (pip install --no-deps --target)."""
+
+    def __init__(self, folder: str | None = None) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        if folder:
+            environment["PYTHONPATH"] = folder
+        command = [sys.executable, "-W", "ignore", __file__]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        assert self.process.stdout
+        self.version = self.process.stdout.readline().strip()
+
+    def resources(self, spec: Any, arch: int) -> Resources | None:
+        """What the kernel takes; None where this Triton cannot compile it."""
+        assert self.process.stdin and self.process.stdout
+        request = [spec.kernel.__module__, spec.kernel.__name__, *spec[2:], arch]
+        self.process.stdin.write(json.dumps(request) + "\n")
+        answer = json.loads(self.process.stdout.readline())
+        return answer and Resources(*answer)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _work() -> None:
+    import triton
+
+    from glf_fast.kernels.launch import Specialization
+
+    print(triton.__version__, flush=True)
+    for line in sys.stdin:
+        module, name, signature, constexprs, num_warps, num_stages, arch = json.loads(line)
+        kernel = getattr(importlib.import_module(module), name)
+        maps = [{key: _tuples(value) for key, value in m.items()} for m in (signature, constexprs)]
+        try:
+            found = resources(Specialization("", kernel, *maps, num_warps, num_stages), arch)
+        except Exception as error:  # every pass of the compiler has its own kinds
+            print(error, file=sys.stderr)
+            found = None
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    _work()

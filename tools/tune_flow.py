@@ -1,0 +1,191 @@
+"""Makes kernels/launch_table.json: how each flow kernel is launched.
+
+    python tools/tune_flow.py                          # on a GPU: measures, and replaces that architecture's part
+    python tools/tune_flow.py --compile-only [--triton DIR]   # without one: all architectures, by registers and spills
+
+Candidates stand in order of preference: large chunks (less to re-read) before small ones, few warps before many, for the
+first two hidden layers registers before memory. Compile-only takes the first one that spills nothing and leaves room for two
+programs on a multiprocessor, else the one that spills least; with --triton, a folder with another version, in both.
+Measuring takes the fastest of those that spill at most SPILLS bytes: graph replays of 10 launches, median of 20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton_resources import Compiler, Resources
+
+from glf_fast.kernels import coupling_flow, coupling_flow_backward
+from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions
+from glf_fast.kernels.launch_table import KERNELS, PRECISIONS, SIZES, Launch
+from glf_fast.kernels.shipped import specialize
+
+TABLE = Path(coupling_flow.__file__).with_name("launch_table.json")
+ARCHITECTURES = ("90", "80", "100")
+SHARED = (
+    96 << 10
+)  # bytes a program: two on a multiprocessor from sm_80 on, one on the smaller ones of sm_86, 89 and 120
+SPILLS = 64
+
+# Rows, columns and depth of chunks, warps.
+FEW_ROWS = (
+    (16, 64, 64, 4), (16, 64, 32, 4), (16, 32, 64, 4), (16, 32, 32, 4), (16, 32, 16, 4), (16, 16, 32, 4), (16, 16, 16, 4),
+    (16, 64, 32, 8), (16, 32, 32, 8), (16, 32, 16, 8),
+)  # fmt: skip
+MANY_ROWS = (
+    (128, 64, 64, 8), (64, 64, 64, 4), (64, 64, 32, 4), (64, 32, 32, 4), (64, 64, 64, 8), (64, 64, 32, 8), (64, 32, 32, 8),
+    (32, 64, 64, 4), (32, 64, 32, 4), (32, 32, 32, 4), (32, 32, 16, 4), (32, 32, 32, 8), (32, 32, 16, 8),
+)  # fmt: skip
+
+
+def keys() -> Iterator[str]:
+    """All keys of an architecture's part."""
+    for parts in itertools.product(KERNELS, SIZES, PRECISIONS, ("few", "many")):
+        yield " ".join(parts)
+
+
+def candidates(key: str) -> Iterator[Launch]:
+    """The launches to choose from, in order of preference."""
+    kernel, _, _, batch = key.split()
+    for rows, columns, depth, warps in FEW_ROWS if batch == "few" else MANY_ROWS + FEW_ROWS:
+        for staged in (False, True) if kernel == "forward" else (True,):
+            yield Launch(rows, columns, depth, staged, warps, num_stages=2)
+
+
+def choose(key: str, arch: str, first: Launch | None, compilers: list[Compiler]) -> tuple[Launch, dict[str, Resources]]:
+    """By compiling alone: the launch, and what it takes by Triton version. `first` is another architecture's choice."""
+    best: tuple[int, Launch, dict[str, Resources]] | None = None
+    for how in itertools.chain([first] if first else [], candidates(key)):
+        found: dict[str, Resources] = {}
+        for compiler in compilers:
+            taken = compiler.resources(specialize(key, how), int(arch))
+            if taken is None or taken.shared > SHARED or (best and taken.spills >= best[0]):
+                break
+            found[compiler.version] = taken
+        else:
+            spills = max(taken.spills for taken in found.values())
+            if best is None or spills < best[0]:
+                best = (spills, how, found)
+            if spills == 0:
+                break
+    assert best, f"nothing compiles for {key} on sm_{arch}"
+    return best[1:]
+
+
+def microseconds(run: Callable[[], Any]) -> float:
+    """Of one call on the GPU: median of 20 replays of a graph of 10 calls."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            run()
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / 10)
+    return statistics.median(times)
+
+
+def measure(key: str, how: Launch) -> float:
+    """Microseconds of the key's largest flow, K = 8, at 256 or 65,536 rows."""
+    kernel, size, precision, batch = key.split()
+    dim, width = SIZES[size]
+    widths = [dim // 2, *[width] * (4 if kernel == "deep" else 2), dim]
+    rows, steps = 256 if batch == "few" else 65_536, 8
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    matrix = torch.linalg.qr(normal(steps, dim, dim)).Q.contiguous()
+    weights = [normal(steps, n, m) / n**0.5 for n, m in itertools.pairwise(widths)]
+    biases = [normal(steps, n) for n in widths[1:]]
+    maps = FULL_PRECISION if precision == "bf16" else precision
+    options = FlowOptions("relu", "tanh", 2.0, False, False, maps, precision)
+    x, offset = normal(rows, dim), normal(steps, dim)
+    if kernel != "backward":
+        return microseconds(
+            lambda: coupling_flow.flow_forward(x, matrix, offset, weights, biases, None, options, True, how)
+        )
+    _, logdet, saved = coupling_flow.flow_forward(x, matrix, offset, weights, biases, None, options, True)
+    return microseconds(
+        lambda: coupling_flow_backward.flow_backward(
+            x, logdet, saved, matrix, None, offset, weights, biases, None, options, False, how
+        )
+    )
+
+
+def fastest(key: str, arch: str, compiler: Compiler) -> tuple[Launch, dict[str, Resources], float]:
+    """By measuring: the launch, what it takes, microseconds."""
+    measured = []
+    for how in candidates(key):
+        taken = compiler.resources(specialize(key, how), int(arch))
+        if taken and taken.spills <= SPILLS and taken.shared <= 2 * SHARED:
+            measured.append((measure(key, how), how, {compiler.version: taken}))
+    time, how, found = min(measured)
+    return how, found, time
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--triton", action="append", default=[], help="folder with another Triton that must agree")
+    arguments = parser.parse_args()
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"made": {}, "launches": {}, "resources": {}}
+    compilers = [Compiler(folder) for folder in (None, *arguments.triton)]
+    versions = " and ".join(compiler.version for compiler in compilers)
+    if arguments.compile_only:
+        made, architectures = f"compiled only, Triton {versions}; not measured", list(ARCHITECTURES)
+    else:
+        major, minor = torch.cuda.get_device_capability()
+        architectures = [f"{major}{minor}"]
+        made = f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {versions}"
+    for arch in architectures:
+        launches, taken, times = {}, {}, {}
+        for key in keys():
+            if arguments.compile_only:
+                first = table["launches"].get(ARCHITECTURES[0], {}).get(key) if arch != ARCHITECTURES[0] else None
+                launches[key], found = choose(key, arch, first and Launch(*first), compilers)
+            else:
+                launches[key], found, times[key] = fastest(key, arch, compilers[0])
+            taken[key] = {version: list(r) for version, r in found.items()}
+            print(f"sm_{arch}", key, launches[key], taken[key], times.get(key, ""), flush=True)
+        table["made"][arch] = made
+        table["launches"][arch] = launches
+        table["resources"][arch] = taken  # registers, spilled bytes, shared bytes
+        if times:
+            table.setdefault("microseconds", {})[arch] = times
+        TABLE.write_text(_one_entry_a_line(table))
+    for compiler in compilers:
+        compiler.close()
+
+
+def _one_entry_a_line(table: dict[str, Any]) -> str:
+    sections = []
+    for name, section in table.items():
+        lines = []
+        for arch, content in section.items():
+            if isinstance(content, dict):
+                rows = ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+                lines.append(f"  {json.dumps(arch)}: {{\n{rows}\n  }}")
+            else:
+                lines.append(f"  {json.dumps(arch)}: {json.dumps(content)}")
+        sections.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(sections) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main()
