@@ -63,7 +63,9 @@ def _triton_missing() -> str:
 
 
 def _triton_ready() -> str:
-    return "interpreted on the processor, slowly, for tests" if INTERPRETED else "float32 on CUDA GPUs"
+    if INTERPRETED:
+        return "interpreted on the processor, slowly, for tests"
+    return "float32 on CUDA GPUs" if torch.cuda.is_available() else "float32 on CUDA GPUs, of which none is visible"
 
 
 BACKENDS = {
@@ -137,18 +139,25 @@ def backend_for(x: Tensor, *names: str) -> str:
     for name in names if _backend == "auto" else {_backend}.intersection(names):
         backend = BACKENDS[name]
         if x.device.type == backend.device and x.dtype in backend.dtypes:
-            if not (why := backend.missing):
+            why, remedy = backend.missing, backend.remedy
+            if not why and name == "triton" and _too_old(x):
+                why, remedy = "this GPU's compute capability is below 8.0", "use a newer one"
+            if not why:
                 return name
-            _warn_once(name, why)
+            _warn_once(name, why, remedy)
     return "reference"
 
 
-def _warn_once(name: str, why: str) -> None:
+def _too_old(x: Tensor) -> bool:
+    """Whether the GPU has neither tf32 nor bf16. torch.compile cannot trace the question, and learns it from the compiler."""
+    return not torch.compiler.is_compiling() and torch.cuda.get_device_capability(x.device) < (8, 0)
+
+
+def _warn_once(name: str, why: str, remedy: str) -> None:
     if name not in _warned and not torch.compiler.is_compiling():
         _warned.add(name)
         warnings.warn(
-            f"glf_fast runs its slow reference, because backend {name!r} is missing ({why}). To make it fast, "
-            f"{BACKENDS[name].remedy}",
+            f"glf_fast runs its slow reference, because backend {name!r} is missing ({why}). To make it fast, {remedy}",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -150,8 +150,9 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("log_scale", LOG_SCALES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "log_scale"), [(a, "tanh") for a in ACTIVATIONS] + [("relu", f) for f in LOG_SCALES if f != "tanh"]
+)
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, from the interpreter
 def test_nan_and_inf_pass_through_as_in_plain_pytorch(activation: str, log_scale: str, bad: float) -> None:
     x, A, c, _, *layers = [None if t is None else t.detach() for t in tensors(20, 1, 5, 0, (9,), torch.float32)]
@@ -384,6 +385,22 @@ def test_a_flow_uses_the_kernels_and_learns_the_same() -> None:
     exact = curve("reference")
     assert exact[-1] < exact[0] - 0.1
     torch.testing.assert_close(curve("triton"), exact, rtol=1e-9, atol=1e-9)
+
+
+def test_the_launch_table_answers_for_every_flow(monkeypatch) -> None:
+    from glf_fast.kernels import launch_table
+    from glf_fast.kernels.shipped import shipped
+
+    for arch in (80, 90, 100):
+        monkeypatch.setattr(launch_table, "_architecture", lambda index, arch=arch: str(arch))
+        for dim, width, layers, precision, batch in itertools.product(
+            (2, 33, 65, 129, 256), (1, 65, 257, 512), (1, 2, 3, 4), launch_table.PRECISIONS, (1, 4096, 4097, 10**6)
+        ):
+            for backward in (False, True):
+                how = launch_table.launch_for(backward, dim, (width,) * layers, precision, batch, torch.device("cuda"))
+                assert all(n >= 16 and n & (n - 1) == 0 for n in (how.rows, how.columns, how.depth))
+                assert how.staged or layers <= 2
+        assert len({spec.name.rsplit(" BM")[0] for spec in shipped(arch)}) == 3 * 4 * 3 * 2
 
 
 def test_nothing_imports_triton_before_a_kernel_runs() -> None:
