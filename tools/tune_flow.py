@@ -55,9 +55,9 @@ def keys() -> Iterator[str]:
 def candidates(key: str) -> Iterator[Launch]:
     """The launches to choose from, in order of preference."""
     kernel, size, _, batch = key.split()
-    chunks = FEW_ROWS
+    chunks: tuple[tuple[int, int, int, int], ...] = FEW_ROWS
     if batch == "many":
-        chunks = (MANY_ROWS if size in ("small", "medium") else MANY_ROWS[6:]) + FEW_ROWS
+        chunks = {"large": MANY_ROWS[6:], "huge": MANY_ROWS[9:]}.get(size, MANY_ROWS) + FEW_ROWS
     # A first hidden layer of 512 is never kept: as an operand of 16 rows it takes 256 registers of every thread.
     kept = (False, True) if kernel == "forward" and size in ("small", "medium") else (True,)
     launches = [
@@ -70,7 +70,7 @@ def candidates(key: str) -> Iterator[Launch]:
 
 
 def choose(key: str, arch: str, first: Launch | None, compilers: list[Compiler]) -> tuple[Launch, dict[str, Resources]]:
-    """By compiling alone: the launch, and what it takes by Triton version. `first` is another architecture's choice."""
+    """By compiling alone: the launch, and what it takes by Triton version. `first` is tried first."""
     best: tuple[int, Launch, dict[str, Resources]] | None = None
     enough = SPILLS if key.endswith("many") else 0
     for how in itertools.chain([first] if first else [], candidates(key)):
