@@ -33,7 +33,14 @@ def resources(spec: Any, arch: int) -> Resources:
     from triton.compiler import ASTSource
 
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
-    source = ASTSource(spec.kernel, spec.signature, spec.constexprs)
+    # Tensors start at multiples of 16 bytes, which the launcher finds out by itself: loads are as wide as that allows.
+    aligned = {}
+    for i, argument in enumerate(spec.kernel.arg_names):
+        kinds = spec.signature[argument]
+        for path, kind in [((i, j), k) for j, k in enumerate(kinds)] if isinstance(kinds, tuple) else [((i,), kinds)]:
+            if kind.startswith("*"):
+                aligned[path] = [["tt.divisibility", 16]]
+    source = ASTSource(spec.kernel, spec.signature, spec.constexprs, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
