@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops import cpp, triton
+from glf_fast.ops import cpp, triton, triton_coupling
 from glf_fast.ops.backends import backend_for
 from glf_fast.ops.checks import check_choice, check_floating, check_hidden_layers, check_shape, check_state
 from glf_fast.ops.options import Options
@@ -51,8 +51,12 @@ def affine_coupling(
                 "v, u and t must have one shape (B, …) of two or more dimensions; "
                 f"got v {tuple(v.shape)}, u {tuple(u.shape)}, t {tuple(t.shape)}"
             )
-    if backend_for(v, "cpp") == "cpp":
-        options = Options("relu", log_scale, log_scale_constant, add_first, inverse)
+    # The kernels read u and t in whatever precision they come, and compute in v's, float32 at least.
+    options = Options("relu", log_scale, log_scale_constant, add_first, inverse)
+    backend = backend_for(v, "triton", "cpp")
+    if backend == "triton":
+        return triton_coupling.affine_coupling(v, u, t, options)
+    if backend == "cpp":
         return cpp.affine_coupling(v, u.to(v.dtype), t.to(v.dtype), options)
     return reference.affine_coupling(
         v, u, t, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first, inverse=inverse

@@ -1,0 +1,153 @@
+"""The elementwise kernel, interpreted, against the float64 reference: every formula, order of memory and precision."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from glf_fast import ops, reference, use_backend
+from glf_fast.kernels.affine_coupling import coupling_backward, coupling_forward
+from glf_fast.kernels.launch import count_launches
+from glf_fast.ops.options import Options
+from glf_fast.reference import LOG_SCALES
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+FORMULAS = list(itertools.product(LOG_SCALES, (False, True), (False, True)))
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+def gradients(
+    v: Tensor, u: Tensor, t: Tensor, grads: tuple[Tensor, Tensor], **options: object
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    leaves = [x.detach().requires_grad_() for x in (v, u, t)]
+    out = ops.affine_coupling(*leaves, **options)  # type: ignore[arg-type]
+    return out, torch.autograd.grad(out, leaves, [g.to(o.dtype) for g, o in zip(grads, out, strict=True)])
+
+
+def check(v: Tensor, u: Tensor, t: Tensor, tolerance: float, **options: object) -> None:
+    """Outputs and gradients against the reference in float64, with gradients that are not in order either."""
+    g = torch.Generator().manual_seed(5)
+    grad_w = torch.randn((*v.shape[:-1], 2 * v.shape[-1]), generator=g)[..., ::2]
+    grads = (grad_w, torch.randn(len(v), generator=g))
+    with use_backend("reference"):
+        exact = gradients(v.double(), u.double(), t.double(), grads, **options)
+    with count_launches() as launches:
+        out, found = gradients(v, u, t, grads, **options)
+    assert launches == (["coupling_kernel", "coupling_backward_kernel"] if v.numel() else [])
+    for ours, theirs in zip((*out, *found), (*exact[0], *exact[1]), strict=True):
+        assert ours.shape == theirs.shape
+        assert error(ours, theirs) < (tolerance if ours.dtype == torch.float32 else 5e-3)
+    assert [x.dtype for x in found] == [v.dtype, u.dtype, t.dtype]
+    assert out[0].dtype == out[1].dtype == torch.float32
+    if v.ndim == 4 and v.is_contiguous(memory_format=torch.channels_last) and v.shape[1] > 1:
+        assert out[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("log_scale", "add_first", "inverse"), FORMULAS)
+def test_every_formula(log_scale: str, add_first: bool, inverse: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, u, t = (2 * torch.randn(5, 37, generator=g) for _ in range(3))
+    check(v, u, t, 2e-6, log_scale=log_scale, add_first=add_first, inverse=inverse)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_shape_order_and_precision(data: st.DataObject) -> None:
+    draw = data.draw
+    g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    batch = draw(st.sampled_from([0, 1, 2, 7]))
+    image = draw(st.booleans())
+    channels = draw(st.integers(1, 6) if image else st.sampled_from([1, 3, 16, 33, 1100]))
+    pixels = draw(st.tuples(st.integers(1, 6), st.integers(1, 6))) if image else ()
+    low = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+
+    def operand(dtype: torch.dtype) -> Tensor:
+        order = draw(st.sampled_from(["plain", "chunk", "channels-last", "chunk of channels-last", "reversed"]))
+        x = torch.randn((batch, 2 * channels, *pixels), generator=g).to(dtype)
+        if image and "channels-last" in order:
+            x = x.to(memory_format=torch.channels_last)
+        if order == "reversed":
+            x = x.transpose(0, -1).contiguous().transpose(0, -1)
+        return x[:, :channels].clone() if order in ("plain", "channels-last") else x[:, channels:]
+
+    options = dict(zip(("log_scale", "add_first", "inverse"), draw(st.sampled_from(FORMULAS)), strict=True))
+    check(operand(torch.float32), operand(low), operand(low), 3e-6, **options)
+
+
+@pytest.mark.parametrize(("log_scale", "add_first", "inverse"), FORMULAS)
+def test_derivatives_of_both_orders(log_scale: str, add_first: bool, inverse: bool) -> None:
+    torch.manual_seed(0)
+    leaves = tuple(torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def run(*x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.affine_coupling(*x, log_scale=log_scale, add_first=add_first, inverse=inverse)
+
+    assert gradcheck(run, leaves, fast_mode=True)
+    assert gradgradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_opcheck(last: bool) -> None:
+    x = torch.randn(2, 6, 4, 4)
+    v, u, t = x.to(memory_format=torch.channels_last if last else torch.contiguous_format).chunk(3, 1)
+    code = ("tanh", 2.0, False, False)
+    checks = ("test_schema", "test_faketensor")  # gradients are registered outside the op, in an autograd.Function
+    torch.library.opcheck(torch.ops.glf_fast.triton_affine_coupling.default, (v, u, t, *code), test_utils=checks)
+    w, logdet = torch.ops.glf_fast.triton_affine_coupling.default(v, u, t, *code)
+    backward = (w, logdet, v, u, t, *code)
+    torch.library.opcheck(torch.ops.glf_fast.triton_affine_coupling_backward.default, backward, test_utils=checks)
+
+
+def test_compiles_in_one_graph_with_sizes_that_change() -> None:
+    torch.compiler.reset()
+
+    def run(v: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        u, t = raw.chunk(2, 1)
+        return ops.affine_coupling(v, u, t, log_scale="glow")
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 5):
+        v, raw = torch.randn(batch, 3, 4, 4, requires_grad=True), torch.randn(batch, 6, 4, 4, requires_grad=True)
+        for ours, theirs in zip(compiled(v, raw), run(v, raw), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, which the interpreter computes with
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_bad_numbers_stay_in_their_row_and_do_not_vanish(bad: float) -> None:
+    torch.manual_seed(0)
+    for log_scale, add_first, inverse in FORMULAS:
+        for place in range(3):
+            operands = [torch.randn(3, 20) for _ in range(3)]
+            operands[place][1, 7] = bad
+            options = {"log_scale": log_scale, "add_first": add_first, "inverse": inverse}
+            ours = ops.affine_coupling(*operands, **options)
+            theirs = reference.affine_coupling(*operands, **options)
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.equal(a.isfinite(), b.isfinite()), (options, place)
+                assert torch.equal(a.isnan(), b.isnan()), (options, place)
+
+
+def test_far_apart_rows_are_reached_with_64_bit_offsets() -> None:
+    """Rows 2³⁰ numbers apart: the third starts beyond what 32 bits count. The memory between them is never touched."""
+    far = torch.empty(0).set_(torch.UntypedStorage(4 * ((2 << 30) + 64)), 0, (3, 16), (1 << 30, 1))
+    far.copy_(torch.randn(3, 16))
+    u, t = torch.randn(3, 16), torch.randn(3, 16)
+    options = Options("relu", "tanh", None, False, False)
+    arguments = (options.log_scale, options.constant, False, False)
+    w, logdet = coupling_forward(far, u, t, *arguments)
+    exact = reference.affine_coupling(far.double(), u.double(), t.double())
+    assert error(w, exact[0]) < 1e-6 and error(logdet, exact[1]) < 1e-6
+    for ours, near in zip(
+        coupling_backward(w, logdet, far, u, t, *arguments),
+        coupling_backward(w, logdet, far.contiguous(), u, t, *arguments),
+        strict=True,
+    ):
+        assert torch.equal(ours, near)
