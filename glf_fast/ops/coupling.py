@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops import cpp, triton, triton_coupling
+from glf_fast.ops import cpp, layered, triton, triton_coupling
 from glf_fast.ops.backends import backend_for
 from glf_fast.ops.checks import check_choice, check_floating, check_hidden_layers, check_shape, check_state
 from glf_fast.ops.options import Options
@@ -124,8 +124,10 @@ def coupling_flow(
     x = _check_flow("x", x, A, c, weights, biases, context, activation, log_scale)
     options = Options(activation, log_scale, log_scale_constant, add_first, False)
     backend = backend_for(x, "triton", "cpp")
-    if backend == "triton" and triton.fits(x.shape[1], weights):
-        return triton.coupling_flow(x, A, c, weights, biases, context, options, reversible)
+    if backend == "triton":
+        if triton.fits(x.shape[1], weights):
+            return triton.coupling_flow(x, A, c, weights, biases, context, options, reversible)
+        return layered.coupling_flow(x, A, c, weights, biases, context, options)
     if backend == "cpp" and len(weights) <= MAX_LAYERS:
         return cpp.coupling_flow(x, A, c, weights, biases, context, options, reversible)
     return reference.coupling_flow(
@@ -155,8 +157,10 @@ def coupling_flow_inverse(
     z = _check_flow("z", z, A_inv, c, weights, biases, context, activation, log_scale)
     options = Options(activation, log_scale, log_scale_constant, add_first, True)
     backend = backend_for(z, "triton", "cpp")
-    if backend == "triton" and triton.fits(z.shape[1], weights):
-        return triton.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
+    if backend == "triton":
+        if triton.fits(z.shape[1], weights):
+            return triton.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
+        return layered.coupling_flow(z, A_inv, c, weights, biases, context, options)
     if backend == "cpp" and len(weights) <= MAX_LAYERS:
         return cpp.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
     return reference.coupling_flow_inverse(
