@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -199,6 +200,17 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_w, Tenso
   return {grad_v, grad_u, grad_t};
 }
 
+// Whether two lists of contiguous tensors are the same: shapes, dtypes, bytes.
+bool identical(Tensors a, Tensors b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    STD_TORCH_CHECK(a[i].is_contiguous() && b[i].is_contiguous(), "glf_fast: contiguous tensors are needed");
+    if (a[i].scalar_type() != b[i].scalar_type() || !a[i].sizes().equals(b[i].sizes())) return false;
+    if (std::memcmp(a[i].const_data_ptr(), b[i].const_data_ptr(), a[i].numel() * a[i].element_size())) return false;
+  }
+  return true;
+}
+
 int64_t vector_bytes() { return glf::vector_bytes(); }
 
 }  // namespace
@@ -218,6 +230,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_affine_coupling_backward(Tensor grad_w, Tensor grad_logdet, Tensor v, Tensor u, Tensor t, int log_scale, "
       "float constant, bool add_first, bool inverse) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_identical(Tensor[] a, Tensor[] b) -> bool");
   m.def("cpu_vector_bytes() -> int");
 }
 
@@ -226,6 +239,7 @@ STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
   m.impl("cpu_coupling_flow_backward", TORCH_BOX(&coupling_flow_backward));
   m.impl("cpu_affine_coupling", TORCH_BOX(&affine_coupling));
   m.impl("cpu_affine_coupling_backward", TORCH_BOX(&affine_coupling_backward));
+  m.impl("cpu_identical", TORCH_BOX(&identical));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CompositeExplicitAutograd, m) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 __all__ = ["check_choice", "check_floating", "check_hidden_layers", "check_shape", "check_state"]
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
@@ -59,6 +58,7 @@ def check_hidden_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], ste
         )
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         width = n_out if i == len(weights) - 1 else weight.shape[-1]
-        check_shape(f"weights[{i}]", weight, (steps, n_in, width), "(steps, in, out)")
-        check_shape(f"biases[{i}]", bias, (steps, width), "(steps, out)")
+        if weight.shape != (steps, n_in, width) or bias.shape != (steps, width):  # names are made only for errors
+            check_shape(f"weights[{i}]", weight, (steps, n_in, width), "(steps, in, out)")
+            check_shape(f"biases[{i}]", bias, (steps, width), "(steps, out)")
         n_in = width
