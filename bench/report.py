@@ -1,0 +1,78 @@
+"""Tables of result files: `python -m bench.report [FILE …] [--keep]`.
+
+Files are those of `pytest bench --benchmark-json FILE`, or of bench/results; without any, all of bench/results.
+`--keep` trims fresh ones and commits them to bench/results/<machine>/, where they replace those of that machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.results import Result, machine_name, read, trim
+
+__all__ = ["main", "tables"]
+
+FOLDER = Path(__file__).parent / "results"
+OURS = "glf_fast"
+
+
+def tables(machine: dict[str, Any], results: Sequence[Result]) -> Iterator[str]:
+    """The lines of a Markdown page: the machine, and a table a case and mode, the fastest provider first."""
+    versions = f"torch {machine['torch']}, Python {machine['python_version']}, commit {machine['commit']}"
+    yield f"# {machine.get('gpu') or machine['cpu']['brand_raw']}, {machine['cores']} cores; {versions}; {machine['date'][:10]}"
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.case, result.mode), []).append(result)
+    for (case, mode), rows in groups.items():
+        ours = next(row for row in rows if row.provider == OURS)
+        yield ""
+        if "peak_bytes" in ours.info:
+            yield f"## {case}: peak extra memory of {mode} (batch {ours.info['batch']})"
+            yield ""
+            yield "| | MiB | × glf_fast | time |"
+            yield "|---|---|---|---|"
+            for row in sorted(rows, key=lambda row: row.info["peak_bytes"]):
+                peak = row.info["peak_bytes"]
+                yield f"| {row.provider} | {peak / 2**20:.0f} | {peak / ours.info['peak_bytes']:.2f} | {_time(row.median)} |"
+            continue
+        yield f"## {case}, {mode} (batch {ours.info['batch']}, {ours.info['threads']} threads)"
+        yield ""
+        yield f"Floor {_time(ours.info['floor_s'])}; matrix rate {ours.info['matrix_gflops']:.0f} GFLOP/s."
+        yield ""
+        yield "| | median | quartiles | × glf_fast | GFLOP/s | of matrix rate | floor / time |"
+        yield "|---|---|---|---|---|---|---|"
+        for row in sorted(rows, key=lambda row: row.median):
+            stats, info = row.stats, row.info
+            yield (
+                f"| {row.provider} | {_time(row.median)} | {_time(stats['q1'])} – {_time(stats['q3'])} "
+                f"| {row.median / ours.median:.2f} | {info['gflops']:.0f} | {info['share_of_matrix_rate']:.0%} "
+                f"| {info['floor_s'] / row.median:.0%} |"
+            )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--keep", action="store_true")
+    arguments = parser.parse_args()
+    for path in arguments.files or sorted(FOLDER.glob("*/flow*.json")):
+        if arguments.keep:
+            trimmed = trim(path)
+            kept = FOLDER / machine_name(trimmed["machine"]) / path.name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(trimmed, indent=1) + "\n")
+            path = kept
+        print("\n".join(tables(*read(path))))
+
+
+if __name__ == "__main__":
+    main()
