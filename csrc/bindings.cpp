@@ -1,54 +1,13 @@
 // The processor kernels as torch operations, through the LibTorch Stable ABI: one binary for every torch from 2.10 on.
 // Nothing here but unwrapping: the Python side (glf_fast/ops) checks what users pass in.
-#include "cpu/flow.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include "bindings.h"
 
 #include <cstring>
-#include <optional>
 #include <tuple>
-#include <vector>
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
-// torch's own threads: a second pool would fight with it for the cores.
-const glf::Parallel& parallel() {
-  thread_local glf::Parallel p{1, [](int tasks, void (*task)(void*, int), void* context) {
-                                 torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-                                   for (int64_t i = begin; i < end; ++i) task(context, static_cast<int>(i));
-                                 });
-                               }};
-  p.threads = static_cast<int>(torch::stable::get_num_threads());
-  return p;
-}
-
-template <class T>
-const T* read(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_contiguous(), "glf_fast: a kernel got a tensor that is not contiguous");
-  STD_TORCH_CHECK(t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
-                  "glf_fast: a kernel got tensors of several dtypes");
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* write(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) { return torch::stable::new_empty(like, shape); }
-
-Tensor alike(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return empty(t, std::vector<int64_t>(sizes.begin(), sizes.end()));
-}
+using namespace glf::bindings;
 
 // What all calls share, as it comes from Python.
 struct Arguments {
@@ -93,14 +52,6 @@ struct Arguments {
     return context ? read<T>(*context) : nullptr;
   }
 };
-
-// Calls f(float{}) or f(double{}).
-template <class F>
-void for_dtype(const Tensor& t, F f) {
-  if (t.scalar_type() == ScalarType::Float) return f(float{});
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "glf_fast: the kernels take float32 and float64");
-  f(double{});
-}
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
                                                  Tensors biases, std::optional<Tensor> context, int64_t activation,

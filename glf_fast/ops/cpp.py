@@ -6,13 +6,14 @@ First derivatives come from the kernels, second ones from the reference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glf_fast import reference
+from glf_fast.ops.differentiate import differentiate
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 __all__ = ["affine_coupling", "coupling_flow"]
@@ -125,7 +126,7 @@ class _CouplingFlow(torch.autograd.Function):
                 return op(x, matrix, offset, weights, biases, context, **ctx.options.named())  # type: ignore[arg-type]
 
             inputs = (x, matrix, offset, context, *layers)
-            return None, None, *_differentiate(run, inputs, ctx.needs_input_grad[2:], grads)
+            return None, None, *differentiate(run, inputs, ctx.needs_input_grad[2:], grads)
         needs = ctx.needs_input_grad
         parameters = any(needs[3:5]) or any(needs[6:])
         unmatrix = torch.linalg.inv(matrix).contiguous() if ctx.save == NOTHING else None
@@ -180,20 +181,6 @@ class _AffineCoupling(torch.autograd.Function):
             def run(v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
                 return reference.affine_coupling(v, u, t, **options, inverse=ctx.options.inverse)
 
-            return None, *_differentiate(run, inputs, ctx.needs_input_grad[1:], grads)
+            return None, *differentiate(run, inputs, ctx.needs_input_grad[1:], grads)
         grad_w, grad_logdet = (g.contiguous() for g in grads)
         return None, *ops.cpu_affine_coupling_backward.default(grad_w, grad_logdet, *inputs, *ctx.options.coupling())
-
-
-def _differentiate(
-    run: Callable[..., tuple[Tensor, ...]],
-    inputs: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: those of `run`, the same function in plain PyTorch."""
-    # Through aliases: where one input was computed from another, its gradient must not run into the other's.
-    aliases = [None if x is None else x.view_as(x) for x in inputs]
-    targets = [x for x, want in zip(aliases, wanted, strict=True) if want and x is not None]
-    found = iter(torch.autograd.grad(run(*aliases), targets, grads, create_graph=True))
-    return [next(found) if want and x is not None else None for x, want in zip(aliases, wanted, strict=True)]
