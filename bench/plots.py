@@ -45,7 +45,7 @@ def draw(machine: dict[str, Any], results: Sequence[Result], folder: Path) -> li
     with matplotlib.rc_context(STYLE):
         for name, figure in (("ratios", _ratios(results)), ("batch", _batch(results))):
             if figure is not None:
-                figure.text(0.995, 0.005, caption, ha="right", va="bottom", fontsize=7, color="#66717e")
+                figure.supxlabel(caption, x=0.99, ha="right", fontsize=7, color="#66717e")
                 path = folder / f"cpu-{name}.svg"
                 figure.savefig(path, metadata={"Date": None})
                 written.append(path)
