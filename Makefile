@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint clean
+.PHONY: train test lint bench clean
 
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
@@ -17,6 +17,10 @@ train: $(VENV)/train.stamp
 # One process per core, each with one thread: the tests are many and small.
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto $(ARGS)
+
+# Alone on the machine: a neighbour falsifies every time.
+bench: $(VENV)/bench.stamp
+	$(RUN) -m pytest bench --benchmark-only $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .
@@ -38,6 +42,11 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	# An independent Inception to compare ours with. Its dependencies (torchvision, and with it another torch) stay out.
 	$(PIP) install --quiet --no-deps torch-fidelity==0.4.0
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/test.stamp bench/libraries.txt
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	$(PIP) install --quiet --no-deps --requirement bench/libraries.txt
 	touch $@
 
 clean:

@@ -34,9 +34,9 @@ def kernels() -> dict[str, Any]:
 
     extension = CppExtension(
         "glf_fast._cpu",
-        ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+        sorted(map(str, [*Path("csrc").glob("bindings*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
         include_dirs=["csrc"],
-        depends=sorted(map(str, Path("csrc/cpu").glob("*.h"))),
+        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
         extra_compile_args=[
             "-O3",
             "-g0",
@@ -56,7 +56,7 @@ def kernels() -> dict[str, Any]:
 
 
 setup(
-    packages=[*find_packages(include=["glf_fast", "glf_fast.*"]), "glf_fast.kernels"],
+    packages=[*find_packages(include=["glf_fast", "glf_fast.*"]), "glf_fast.presets", "glf_fast.kernels"],
     package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels"},
     package_data={
         "glf_fast": ["py.typed", "presets/*.toml", "metrics/*.safetensors", "*.html"],

@@ -1,53 +1,13 @@
 // The processor kernels as torch operations, through the LibTorch Stable ABI: one binary for every torch from 2.10 on.
 // Nothing here but unwrapping: the Python side (glf_fast/ops) checks what users pass in.
-#include "cpu/flow.h"
+#include "bindings.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <optional>
+#include <cstring>
 #include <tuple>
-#include <vector>
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
-// torch's own threads: a second pool would fight with it for the cores.
-const glf::Parallel& parallel() {
-  thread_local glf::Parallel p{1, [](int tasks, void (*task)(void*, int), void* context) {
-                                 torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-                                   for (int64_t i = begin; i < end; ++i) task(context, static_cast<int>(i));
-                                 });
-                               }};
-  p.threads = static_cast<int>(torch::stable::get_num_threads());
-  return p;
-}
-
-template <class T>
-const T* read(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_contiguous(), "glf_fast: a kernel got a tensor that is not contiguous");
-  STD_TORCH_CHECK(t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
-                  "glf_fast: a kernel got tensors of several dtypes");
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* write(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) { return torch::stable::new_empty(like, shape); }
-
-Tensor alike(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return empty(t, std::vector<int64_t>(sizes.begin(), sizes.end()));
-}
+using namespace glf::bindings;
 
 // What all calls share, as it comes from Python.
 struct Arguments {
@@ -92,14 +52,6 @@ struct Arguments {
     return context ? read<T>(*context) : nullptr;
   }
 };
-
-// Calls f(float{}) or f(double{}).
-template <class F>
-void for_dtype(const Tensor& t, F f) {
-  if (t.scalar_type() == ScalarType::Float) return f(float{});
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "glf_fast: the kernels take float32 and float64");
-  f(double{});
-}
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
                                                  Tensors biases, std::optional<Tensor> context, int64_t activation,
@@ -199,6 +151,17 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_w, Tenso
   return {grad_v, grad_u, grad_t};
 }
 
+// Whether two lists of contiguous tensors are the same: shapes, dtypes, bytes.
+bool identical(Tensors a, Tensors b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    STD_TORCH_CHECK(a[i].is_contiguous() && b[i].is_contiguous(), "glf_fast: contiguous tensors are needed");
+    if (a[i].scalar_type() != b[i].scalar_type() || !a[i].sizes().equals(b[i].sizes())) return false;
+    if (std::memcmp(a[i].const_data_ptr(), b[i].const_data_ptr(), a[i].numel() * a[i].element_size())) return false;
+  }
+  return true;
+}
+
 int64_t vector_bytes() { return glf::vector_bytes(); }
 
 }  // namespace
@@ -218,6 +181,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_affine_coupling_backward(Tensor grad_w, Tensor grad_logdet, Tensor v, Tensor u, Tensor t, int log_scale, "
       "float constant, bool add_first, bool inverse) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_identical(Tensor[] a, Tensor[] b) -> bool");
   m.def("cpu_vector_bytes() -> int");
 }
 
@@ -226,6 +190,7 @@ STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
   m.impl("cpu_coupling_flow_backward", TORCH_BOX(&coupling_flow_backward));
   m.impl("cpu_affine_coupling", TORCH_BOX(&affine_coupling));
   m.impl("cpu_affine_coupling_backward", TORCH_BOX(&affine_coupling_backward));
+  m.impl("cpu_identical", TORCH_BOX(&identical));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CompositeExplicitAutograd, m) {

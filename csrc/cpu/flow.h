@@ -61,6 +61,21 @@ struct Coupling {
   bool add_first, inverse;
 };
 
+// Invertible linear layers, see glf_fast.reference.plu_assemble: vectors (K, D), matrices (K, D, D).
+template <class T>
+struct Plu {
+  Int count, dim;
+  const std::int64_t* permutation;
+  const T *lower, *upper, *log_diag, *sign;
+  const T *log_scale, *bias;  // of the ActNorm; null without one
+};
+
+// Shaped like the parameters; those of the ActNorm are null without one. All are written.
+template <class T>
+struct PluGradients {
+  T *lower, *upper, *log_diag, *log_scale, *bias;
+};
+
 // One instruction set's kernels. Matrices are contiguous, (rows, columns).
 template <class T>
 struct Kernels {
@@ -77,6 +92,10 @@ struct Kernels {
   void (*coupling_backward)(const Coupling<T>&, Int batch, Int n, const T* v, Int v_m, const T* u, Int u_m, const T* t,
                             Int t_m, const T* grad_w, const T* grad_logdet, T* grad_v, T* grad_u, T* grad_t,
                             const Parallel&);
+  // A, A⁻¹ (unless null), c and log|det A| (K,); and from their gradients (null where zero) to the parameters'.
+  void (*plu_assemble)(const Plu<T>&, T* A, T* A_inv, T* c, T* logabsdet, const Parallel&);
+  void (*plu_assemble_backward)(const Plu<T>&, const T* A, const T* A_inv, const T* grad_A, const T* grad_A_inv,
+                                const T* grad_c, const T* grad_logabsdet, const PluGradients<T>&, const Parallel&);
 };
 
 // The kernels for this processor; $GLF_FAST_ISA (avx512, avx2, generic) may ask for lesser ones.

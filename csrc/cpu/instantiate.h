@@ -3,12 +3,15 @@
 
 #include "affine_coupling.h"
 #include "flow_backward.h"
+#include "plu.h"
 
 namespace glf::GLF_ISA {
 
 extern const Kernels<float> kernels_f32;
 extern const Kernels<double> kernels_f64;
-const Kernels<float> kernels_f32{forward<float>, backward<float>, coupling<float>, coupling_backward<float>};
-const Kernels<double> kernels_f64{forward<double>, backward<double>, coupling<double>, coupling_backward<double>};
+const Kernels<float> kernels_f32{forward<float>,      backward<float>,     coupling<float>,
+                                         coupling_backward<float>, plu_assemble<float>, plu_assemble_backward<float>};
+const Kernels<double> kernels_f64{forward<double>,      backward<double>,     coupling<double>,
+                                          coupling_backward<double>, plu_assemble<double>, plu_assemble_backward<double>};
 
 }  // namespace glf::GLF_ISA

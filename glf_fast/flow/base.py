@@ -37,8 +37,8 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) = log N(z; 0, I) + logdet in nats, (B,)."""
         z, logdet = self(x, context)
-        dim = math.prod(self.event_shape)
-        return logdet - 0.5 * z.square().flatten(1).sum(1) - 0.5 * dim * math.log(2 * math.pi)
+        constant = 0.5 * math.prod(self.event_shape) * math.log(2 * math.pi)
+        return (logdet - constant).sub(z.square().flatten(1).sum(1), alpha=0.5)
 
     @torch.no_grad()
     def sample(

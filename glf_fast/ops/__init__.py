@@ -6,6 +6,7 @@ where no kernel does.
 
 from glf_fast.ops.backends import backends, use_backend
 from glf_fast.ops.coupling import affine_coupling, coupling_flow, coupling_flow_inverse
+from glf_fast.ops.identical import identical
 from glf_fast.ops.linear import fold_actnorm, invertible_linear, plu_assemble, slogdet_inverse
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "coupling_flow",
     "coupling_flow_inverse",
     "fold_actnorm",
+    "identical",
     "invertible_linear",
     "plu_assemble",
     "slogdet_inverse",

@@ -37,7 +37,8 @@ def coupling_flow(
         p, v = y[:, :passive], y[:, passive:]
         h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
         raw = reference.mlp(h, [w[k] for w in weights], [b[k] for b in biases], options.activation)
-        w, logdet = triton_coupling.affine_coupling(v, *raw.chunk(2, 1), options)
+        u, t = raw.chunk(2, 1)
+        w, logdet = triton_coupling.affine_coupling(v, u, t, options)
         logdets.append(logdet)
         x = torch.cat([p, w], 1)
         if options.inverse:

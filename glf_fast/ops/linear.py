@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from glf_fast import reference
+from glf_fast.ops import cpp_linear
+from glf_fast.ops.backends import backend_for
 from glf_fast.ops.checks import check_floating, check_shape, check_state
 from glf_fast.reference import fold_actnorm
 
@@ -45,6 +47,9 @@ def plu_assemble(
             check_shape(name, vector, (*batch, dim), "(…, D)")
     if (log_scale is None) != (bias is None):
         raise ValueError("log_scale and bias belong together: give both or neither")
+    floats = [t for t in (upper, log_diag, sign, log_scale, bias) if t is not None]
+    if backend_for(lower, "cpp") == "cpp" and all(t.dtype == lower.dtype for t in floats):
+        return cpp_linear.plu_assemble(permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse)
     return reference.plu_assemble(permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse=need_inverse)
 
 

@@ -169,6 +169,7 @@ void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double
 int main() {
   walk(glf::generic::kernels_f32, glf::generic::kernels_f32, 2e-4);
   walk(glf::generic::kernels_f64, glf::generic::kernels_f64, 1e-12);
+#if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     walk(glf::avx2::kernels_f32, glf::generic::kernels_f32, 2e-4);
     walk(glf::avx2::kernels_f64, glf::generic::kernels_f64, 1e-12);
@@ -177,5 +178,6 @@ int main() {
     walk(glf::avx512::kernels_f32, glf::generic::kernels_f32, 2e-4);
     walk(glf::avx512::kernels_f64, glf::generic::kernels_f64, 1e-12);
   }
+#endif
   std::puts("all agree");
 }

@@ -1,5 +1,7 @@
 """Flows beyond the whole-flow kernels: step by step, with the elementwise kernel, interpreted."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def test_layered_flows_match_the_float64_reference(op, dim: int, hidden: tuple[i
         return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).requires_grad_()
 
     widths = [dim - dim // 2 + context_dim, *hidden, 2 * (dim // 2)]
-    sizes = list(zip(widths, widths[1:], strict=False))
+    sizes = list(itertools.pairwise(widths))
     x, context, c = normal(batch, dim), normal(batch, context_dim), normal(steps, dim)
     A = torch.eye(dim, dtype=torch.float64).add(normal(steps, dim, dim, scale=0.3 / dim**0.5)).detach().requires_grad_()
     weights = [normal(steps, a, b, scale=a**-0.5) for a, b in sizes]

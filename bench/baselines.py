@@ -1,0 +1,226 @@
+"""Whoever is measured: our flow, the same in plain PyTorch, and flows of the same size in other libraries.
+
+A provider does the least that its library offers for such a flow; where that is less than we do, it is said beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import glf_fast
+from bench.cases import FlowCase
+
+__all__ = ["LIBRARIES", "PLAIN", "Provider", "provider", "why_missing"]
+
+LogProb = Callable[[Tensor, Tensor | None], Tensor]
+Sample = Callable[[int, Tensor | None], Tensor]
+LIBRARIES = ("normflows", "nflows", "zuko", "FrEIA")
+PLAIN = ("eager", "compile")
+
+
+@dataclass
+class Provider:
+    """One implementation of a case's flow."""
+
+    name: str
+    module: nn.Module
+    log_prob: LogProb
+    sample: Sample
+    backend: str | None = None  # of ours, while it runs
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-5, fused=True)
+
+    def run(self, mode: str, x: Tensor, context: Tensor | None) -> Tensor:
+        """One pass of `mode` over the rows x; returns what a user would look at."""
+        with glf_fast.use_backend(self.backend) if self.backend else nullcontext():
+            if mode == "log_prob":
+                with torch.no_grad():
+                    return self.log_prob(x, context)
+            if mode == "sample":
+                with torch.no_grad():
+                    return self.sample(len(x), context)
+            for p in self.module.parameters():
+                p.grad = None
+            loss = -self.log_prob(x, context).mean()
+            loss.backward()
+            if mode == "step":
+                self.optimizer.step()
+            return loss.detach()
+
+    def parameters(self) -> int:
+        """Numbers that are trained."""
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
+
+def why_missing(name: str, case: FlowCase) -> str:
+    """Why a library cannot be measured on a case, or ""."""
+    if name in LIBRARIES and importlib.util.find_spec(name) is None:
+        return f"{name} is not installed (make bench installs it)"
+    if name == "normflows" and case.context_dim:
+        return "normflows' AffineCouplingBlock takes no context"
+    return ""
+
+
+@cache
+def provider(name: str, case: FlowCase, training: bool) -> Provider:
+    """The implementation called `name`, data-dependent starts done; raises where it is not the flow that it should be.
+
+    Of the same size: as many parameters as ours within 10 %, the same shapes. Of the same values, where it is our flow
+    in plain PyTorch: within float32's rounding of the float64 reference.
+    """
+    torch.manual_seed(0)
+    made = MAKERS[name](case)
+    if name in LIBRARIES:  # their data-dependent starts, which a single row would spoil
+        made.run("log_prob", *replace(case, batch=256).inputs())
+    # As a user would have it: evaluation mode without gradients, so that what can be kept between calls is kept.
+    # Eager and compiled PyTorch assemble their matrices at each call, as every library does.
+    made.module.train(training or name in PLAIN)
+    x, context = case.inputs()
+    # Of the two square matrices that hold L and U only the strict triangles count.
+    ours = sum(p.numel() for p in case.flow().parameters()) - case.steps * case.dim * (case.dim + 1)
+    if name in LIBRARIES and abs(made.parameters() / ours - 1) > 0.1:
+        raise AssertionError(f"{name} has {made.parameters()} parameters where we have {ours}: not the same flow")
+    if made.backend:
+        with glf_fast.use_backend("reference"), torch.no_grad():
+            exact = case.flow().double().log_prob(x.double(), None if context is None else context.double())
+        torch.testing.assert_close(made.run("log_prob", x, context).double(), exact, rtol=1e-5, atol=1e-3)
+    for mode, shape in (("log_prob", x.shape[:1]), ("sample", x.shape)):
+        out = made.run(mode, x, context)
+        if out.shape != shape or not out.isfinite().all():
+            raise AssertionError(f"{name} returned {tuple(out.shape)} for {mode} of {case.name}, or not all finite")
+    return made
+
+
+def _mlp(widths: Sequence[int], *, zero_last: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    if zero_last:
+        nn.init.zeros_(layers[-2].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
+    return nn.Sequential(*layers[:-1])
+
+
+def _ours(case: FlowCase) -> Provider:
+    flow = case.flow()
+    return Provider("glf_fast", flow, flow.log_prob, lambda n, c: flow.sample(n, c), backend="auto")
+
+
+def _eager(case: FlowCase) -> Provider:
+    flow = case.flow()
+    return Provider("eager", flow, flow.log_prob, lambda n, c: flow.sample(n, c), backend="reference")
+
+
+def _compile(case: FlowCase) -> Provider:
+    flow = case.flow()
+    log_prob = torch.compile(flow.log_prob, dynamic=False)
+    inverse = torch.compile(flow.inverse, dynamic=False)
+
+    def sample(n: int, context: Tensor | None) -> Tensor:
+        return inverse(torch.randn(n, case.dim), context)[0]
+
+    return Provider("compile", flow, log_prob, sample, backend="reference")
+
+
+def _freia(case: FlowCase) -> Provider:
+    """AllInOneBlock: actnorm and coupling, with a fixed permutation where we have a learned matrix."""
+    import FrEIA.framework
+    import FrEIA.modules
+
+    C = case.context_dim
+    inn = FrEIA.framework.SequenceINN(case.dim)
+    for _ in range(case.steps):
+        inn.append(
+            FrEIA.modules.AllInOneBlock,
+            subnet_constructor=lambda n_in, n_out: _mlp((n_in, *case.hidden, n_out), zero_last=True),
+            cond=0 if C else None,
+            cond_shape=(C,) if C else None,
+        )
+
+    def conditions(context: Tensor | None) -> list[Tensor] | None:
+        return None if context is None else [context]
+
+    def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
+        z, logdet = inn(x, c=conditions(context))
+        return logdet - 0.5 * z.square().sum(1) - 0.5 * case.dim * 1.8378770664093453
+
+    def sample(n: int, context: Tensor | None) -> Tensor:
+        return inn(torch.randn(n, case.dim), c=conditions(context), rev=True)[0]
+
+    return Provider("FrEIA", inn, log_prob, sample)
+
+
+def _normflows(case: FlowCase) -> Provider:
+    """ActNorm, coupling, and a fixed shuffle where we have a learned matrix."""
+    import normflows as nf
+
+    passive, transformed = case.dim - case.dim // 2, case.dim // 2
+    flows: list[Any] = []
+    for _ in range(case.steps):
+        net = nf.nets.MLP([passive, *case.hidden, 2 * transformed], init_zeros=True)
+        flows += [nf.flows.AffineCouplingBlock(net), nf.flows.Permute(case.dim, mode="shuffle")]
+        flows += [nf.flows.ActNorm(case.dim)]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(case.dim, trainable=False), flows)
+    return Provider("normflows", model, lambda x, c: model.log_prob(x), lambda n, c: model.sample(n)[0])
+
+
+def _nflows(case: FlowCase) -> Provider:
+    """ActNorm, LULinear and coupling: all that we do."""
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import ActNorm, AffineCouplingTransform, CompositeTransform, LULinear
+
+    class Net(nn.Module):
+        def __init__(self, n_in: int, n_out: int) -> None:
+            super().__init__()
+            self.layers = _mlp((n_in + case.context_dim, *case.hidden, n_out), zero_last=True)
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return self.layers(x if context is None else torch.cat([x, context], 1))
+
+    mask = torch.zeros(case.dim)
+    mask[case.dim - case.dim // 2 :] = 1
+    transforms: list[nn.Module] = []
+    for _ in range(case.steps):
+        transforms += [ActNorm(case.dim), LULinear(case.dim, identity_init=True), AffineCouplingTransform(mask, Net)]
+    flow = Flow(CompositeTransform(transforms), StandardNormal([case.dim]))
+
+    def sample(n: int, context: Tensor | None) -> Tensor:
+        # With a context, one sample for each of its rows: (n, 1, D).
+        return flow.sample(n) if context is None else flow.sample(1, context)[:, 0]
+
+    return Provider("nflows", flow, lambda x, c: flow.log_prob(x, context=c), sample)
+
+
+def _zuko(case: FlowCase) -> Provider:
+    """RealNVP: couplings alone, with masks that alternate."""
+    import zuko
+
+    flow = zuko.flows.RealNVP(case.dim, case.context_dim, transforms=case.steps, hidden_features=case.hidden)
+
+    def sample(n: int, context: Tensor | None) -> Tensor:
+        return flow().sample((n,)) if context is None else flow(context).sample()
+
+    return Provider("zuko", flow, lambda x, c: flow(c).log_prob(x), sample)
+
+
+MAKERS: dict[str, Callable[[FlowCase], Provider]] = {
+    "glf_fast": _ours,
+    "eager": _eager,
+    "compile": _compile,
+    "normflows": _normflows,
+    "nflows": _nflows,
+    "zuko": _zuko,
+    "FrEIA": _freia,
+}

@@ -1,0 +1,60 @@
+// What all bindings share: from tensors to the kernels' pointers, with the checks that keep memory safe.
+#pragma once
+
+#include "cpu/flow.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+namespace glf::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// torch's own threads: a second pool would fight with it for the cores.
+inline const glf::Parallel& parallel() {
+  thread_local glf::Parallel p{1, [](int tasks, void (*task)(void*, int), void* context) {
+                                 torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+                                   for (int64_t i = begin; i < end; ++i) task(context, static_cast<int>(i));
+                                 });
+                               }};
+  p.threads = static_cast<int>(torch::stable::get_num_threads());
+  return p;
+}
+
+template <class T>
+const T* read(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), "glf_fast: a kernel got a tensor that is not contiguous");
+  STD_TORCH_CHECK(t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
+                  "glf_fast: a kernel got tensors of several dtypes");
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* write(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) { return torch::stable::new_empty(like, shape); }
+
+inline Tensor alike(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return empty(t, std::vector<int64_t>(sizes.begin(), sizes.end()));
+}
+
+// Calls f(float{}) or f(double{}).
+template <class F>
+void for_dtype(const Tensor& t, F f) {
+  if (t.scalar_type() == ScalarType::Float) return f(float{});
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "glf_fast: the kernels take float32 and float64");
+  f(double{});
+}
+
+}  // namespace glf::bindings

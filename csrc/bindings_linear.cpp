@@ -1,0 +1,80 @@
+// Invertible linear layers as torch operations.
+#include "bindings.h"
+
+#include <tuple>
+
+namespace {
+
+using namespace glf::bindings;
+using Maybe = std::optional<Tensor>;
+
+template <class T>
+const T* read(const Maybe& t) {
+  return t ? glf::bindings::read<T>(*t) : nullptr;
+}
+
+template <class T>
+glf::Plu<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor& upper, const Tensor& log_diag,
+                   const Tensor& sign, const Maybe& log_scale, const Maybe& bias) {
+  using glf::bindings::read;
+  const int64_t count = lower.size(0), dim = lower.size(1);
+  STD_TORCH_CHECK(permutation.is_contiguous() && permutation.scalar_type() == ScalarType::Long,
+                  "glf_fast: permutation must be contiguous int64");
+  const auto* indices = static_cast<const int64_t*>(permutation.const_data_ptr());
+  for (int64_t i = 0; i < count * dim; ++i)
+    STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < dim, "permutation must hold indices from 0 to ", dim - 1, "; got ",
+                    indices[i]);
+  return {count,         dim,           indices, read<T>(lower), read<T>(upper), read<T>(log_diag),
+          read<T>(sign), ::read<T>(log_scale), ::read<T>(bias)};
+}
+
+// A, A⁻¹ (empty unless asked for), c, log|det A|.
+std::tuple<Tensor, Tensor, Tensor, Tensor> plu_assemble(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag,
+                                                        Tensor sign, Maybe log_scale, Maybe bias, bool need_inverse) {
+  Tensor A = alike(lower), A_inv = need_inverse ? alike(lower) : empty(lower, {0});
+  Tensor c = alike(log_diag), logabsdet = empty(lower, {lower.size(0)});
+  for_dtype(lower, [&](auto zero) {
+    using T = decltype(zero);
+    glf::kernels<T>().plu_assemble(layers<T>(permutation, lower, upper, log_diag, sign, log_scale, bias), write<T>(A),
+                                   need_inverse ? write<T>(A_inv) : nullptr, write<T>(c), write<T>(logabsdet),
+                                   parallel());
+  });
+  return {A, A_inv, c, logabsdet};
+}
+
+// ∂lower, ∂upper, ∂log_diag and, with ActNorm, ∂log_scale, ∂bias.
+Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign,
+                              Maybe log_scale, Maybe bias, Tensor A, Maybe A_inv, Maybe grad_A, Maybe grad_A_inv,
+                              Maybe grad_c, Maybe grad_logabsdet) {
+  STD_TORCH_CHECK(!grad_A_inv || A_inv, "glf_fast: the gradient of A⁻¹ needs A⁻¹");
+  Tensors grads{alike(lower), alike(upper), alike(log_diag)};
+  if (log_scale) grads.insert(grads.end(), {alike(log_diag), alike(log_diag)});
+  for_dtype(lower, [&](auto zero) {
+    using T = decltype(zero);
+    const glf::PluGradients<T> target{write<T>(grads[0]), write<T>(grads[1]), write<T>(grads[2]),
+                                      log_scale ? write<T>(grads[3]) : nullptr,
+                                      log_scale ? write<T>(grads[4]) : nullptr};
+    glf::kernels<T>().plu_assemble_backward(layers<T>(permutation, lower, upper, log_diag, sign, log_scale, bias),
+                                            glf::bindings::read<T>(A), read<T>(A_inv), read<T>(grad_A),
+                                            read<T>(grad_A_inv), read<T>(grad_c), read<T>(grad_logabsdet), target,
+                                            parallel());
+  });
+  return grads;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
+  m.def(
+      "cpu_plu_assemble(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
+      "Tensor? log_scale, Tensor? bias, bool need_inverse) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
+      "Tensor? log_scale, Tensor? bias, Tensor A, Tensor? A_inv, Tensor? grad_A, Tensor? grad_A_inv, Tensor? grad_c, "
+      "Tensor? grad_logabsdet) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
+  m.impl("cpu_plu_assemble", TORCH_BOX(&plu_assemble));
+  m.impl("cpu_plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));
+}
