@@ -52,6 +52,7 @@ def flow_kernel(
     half = tl.arange(0, HALF)
     hidden += first * ROW_STRIDE
     context += first * C
+    scratch = out + first * D  # until the result is there
     p, v = load_halves(x + first * D, row, live, D, HALF)  # [BM, HALF]
     total = tl.zeros((BM,), p.dtype)  # Σ ℓ
 
@@ -61,7 +62,7 @@ def flow_kernel(
             store_halves(saved + (k * rows + first) * D, p, v, row, live, D, HALF)
         c_p, c_v = load_offset(offset + k * D, D, HALF)  # [1, HALF]
         if not INVERSE:
-            p, v = affine(p, v, matrix + k * (D * D), D, HALF, False, MAP)
+            p, v = affine(p, v, scratch, row, live, matrix + k * (D * D), D, HALF, False, BK, MAP)
             p += c_p
             v += c_v
         u, t = mlp(
@@ -71,7 +72,7 @@ def flow_kernel(
         ell = keep_columns(log_scale(u, LOG_SCALE, CONSTANT), half, D // 2)  # [BM, HALF]
         if INVERSE:
             v = couple(v, t, tl.exp(-ell), ADD_FIRST, True)
-            p, v = affine(p - c_p, v - c_v, matrix + k * (D * D), D, HALF, False, MAP)
+            p, v = affine(p - c_p, v - c_v, scratch, row, live, matrix + k * (D * D), D, HALF, False, BK, MAP)
             total -= tl.sum(ell, 1)
         else:
             v = couple(v, t, tl.exp(ell), ADD_FIRST, False)

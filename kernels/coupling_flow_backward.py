@@ -58,6 +58,7 @@ def flow_backward_kernel(
     live = row < rows - first  # [BM]
     half = tl.arange(0, HALF)
     context += first * C
+    scratch = grad_x + first * D  # until the result is there
     g_p, g_v = load_halves(grad_out + first * D, row, live, D, HALF)  # [BM, HALF]
     g_logdet = tl.load(grad_logdet + first + row, mask=live, other=0.0)[:, None]  # [BM, 1]
     if not SAVED:
@@ -68,18 +69,19 @@ def flow_backward_kernel(
         kept = (k * rows + first) * ROW_STRIDE
         rows_of_maps = (k * rows + first) * D
         A = matrix + k * (D * D)
+        U = unmatrix + k * (D * D)
         c_p, c_v = load_offset(offset + k * D, D, HALF)  # [1, HALF]
 
         # p, and the transformed half: v where it comes from the affine map, w where it is the coupling's other side.
         if INVERSE:
             store_halves(map_grad + rows_of_maps, g_p, g_v, row, live, D, HALF)
-            g_p, g_v = affine(g_p, g_v, A, D, HALF, True, MAP)
+            g_p, g_v = affine(g_p, g_v, scratch, row, live, A, D, HALF, True, BK, MAP)
         if SAVED:
             p, v = load_halves(state + (k * batch + first) * D, row, live, D, HALF)
         else:
             p, v = x_p, x_v
         if INVERSE != SAVED:
-            p, v = affine(p, v, unmatrix + k * (D * D) if INVERSE else A, D, HALF, False, MAP)
+            p, v = affine(p, v, scratch, row, live, U if INVERSE else A, D, HALF, False, BK, MAP)
             p += c_p
             v += c_v
         store_tile(hidden + kept + RAW, p, row, live, ROW_STRIDE, half, P)
@@ -98,7 +100,7 @@ def flow_backward_kernel(
                 x_p = p
                 x_v = couple(v, t, tl.exp(ell), ADD_FIRST, False)
         elif not SAVED:
-            x_p, x_v = affine(p - c_p, v - c_v, unmatrix + k * (D * D), D, HALF, False, MAP)
+            x_p, x_v = affine(p - c_p, v - c_v, scratch, row, live, U, D, HALF, False, BK, MAP)
             store_halves(map_in + rows_of_maps, x_p, x_v, row, live, D, HALF)
 
         # The coupling.
@@ -120,7 +122,7 @@ def flow_backward_kernel(
         g_v = g_scaled
         if not INVERSE:
             store_halves(map_grad + rows_of_maps, g_p, g_v, row, live, D, HALF)
-            g_p, g_v = affine(g_p, g_v, A, D, HALF, True, MAP)
+            g_p, g_v = affine(g_p, g_v, scratch, row, live, A, D, HALF, True, BK, MAP)
 
     store_halves(grad_x + first * D, g_p, g_v, row, live, D, HALF)
 

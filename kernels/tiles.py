@@ -65,22 +65,6 @@ def keep_columns(tile, column, N: tl.constexpr):
 
 
 @triton.jit
-def affine(p, v, matrix, D: tl.constexpr, HALF: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """[p, v] A, or [p, v] Aᵀ, as four blocks of the (D, D) matrix: no tile is ever split or joined."""
-    P: tl.constexpr = D - D // 2
-    T: tl.constexpr = D // 2
-    I: tl.constexpr = 1 if TRANSPOSED else D  # noqa: E741
-    J: tl.constexpr = D if TRANSPOSED else 1
-    half = tl.arange(0, HALF)
-    zero = tl.zeros_like(p)
-    y_p = dot(p, load_block(matrix, half, half, P, P, I, J), zero, PRECISION)  # [BM, HALF]
-    y_p = dot(v, load_block(matrix + P * I, half, half, T, P, I, J), y_p, PRECISION)
-    y_v = dot(p, load_block(matrix + P * J, half, half, P, T, I, J), zero, PRECISION)
-    y_v = dot(v, load_block(matrix + P * I + P * J, half, half, T, T, I, J), y_v, PRECISION)
-    return keep_columns(y_p, half, P), keep_columns(y_v, half, T)
-
-
-@triton.jit
 def load_offset(offset, D: tl.constexpr, HALF: tl.constexpr):
     """The offset c (D,) as two rows [1, HALF]."""
     P: tl.constexpr = D - D // 2
@@ -104,3 +88,33 @@ def product(
         w = load_block(weight, inner, column, N_IN, N_OUT, STRIDE_I, STRIDE_J)  # [BK, J]
         acc = dot(a, w, acc, PRECISION)
     return acc
+
+
+@triton.jit
+def affine(
+    p, v, scratch, row, live, matrix, D: tl.constexpr, HALF: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[p, v] A, or [p, v] Aᵀ, with the (D, D) matrix as four blocks: no tile is ever split or joined.
+
+    Blocks of more than 32 columns do not fit into registers: at D 256 in full precision 1,900 bytes were spilled. There
+    the rows [p, v] pass through `scratch` (·, D), as staged hidden layers do, and the matrix is read BK rows at a time.
+    """
+    P: tl.constexpr = D - D // 2
+    T: tl.constexpr = D // 2
+    I: tl.constexpr = 1 if TRANSPOSED else D  # noqa: E741
+    J: tl.constexpr = D if TRANSPOSED else 1
+    half = tl.arange(0, HALF)
+    zero = tl.zeros_like(p)
+    if HALF > 32:
+        store_halves(scratch, p, v, row, live, D, HALF)
+        tl.debug_barrier()
+        y_p = product(zero, scratch, row, live, D, matrix, half, D, P, I, J, BK, PRECISION)  # [BM, HALF]
+        y_v = product(zero, scratch, row, live, D, matrix + P * J, half, D, T, I, J, BK, PRECISION)
+        tl.debug_barrier()  # whoever writes there next waits until all is read
+    else:
+        y_p = dot(p, load_block(matrix, half, half, P, P, I, J), zero, PRECISION)  # [BM, HALF]
+        y_p = dot(v, load_block(matrix + P * I, half, half, T, P, I, J), y_p, PRECISION)
+        y_v = dot(p, load_block(matrix + P * J, half, half, P, T, I, J), zero, PRECISION)
+        y_v = dot(v, load_block(matrix + P * I + P * J, half, half, T, T, I, J), y_v, PRECISION)
+    return keep_columns(y_p, half, P), keep_columns(y_v, half, T)

@@ -57,7 +57,7 @@ def candidates(key: str) -> Iterator[Launch]:
     kernel, size, _, batch = key.split()
     chunks: tuple[tuple[int, int, int, int], ...] = FEW_ROWS
     if batch == "many":
-        chunks = {"large": MANY_ROWS[6:], "huge": MANY_ROWS[9:]}.get(size, MANY_ROWS) + FEW_ROWS
+        chunks = {"large": MANY_ROWS[4:], "huge": MANY_ROWS[6:]}.get(size, MANY_ROWS) + FEW_ROWS
     # A first hidden layer of 512 is never kept: as an operand of 16 rows it takes 256 registers of every thread.
     kept = (False, True) if kernel == "forward" and size in ("small", "medium") else (True,)
     launches = [

@@ -95,6 +95,12 @@ def test_every_depth(hidden: tuple[int, ...], context_dim: int, direction: str, 
     compare(tensors(19, 2, 7, context_dim, hidden), direction, 1e-12, reversible, activation="silu")
 
 
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_maps_too_wide_for_registers(direction: str, reversible: bool) -> None:
+    compare(tensors(19, 2, 71, 0, (8,)), direction, 1e-12, reversible)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_shapes_strides_and_dtypes(data) -> None:
