@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench gpu clean
 
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
@@ -21,6 +21,10 @@ test: $(VENV)/test.stamp
 # Alone on the machine: a neighbour falsifies every time.
 bench: $(VENV)/bench.stamp
 	$(RUN) -m pytest bench --benchmark-only $(ARGS)
+
+# On a machine with a GPU and no network: uses the Python that is there. Results go to $$OUT, or gpu-results.
+gpu:
+	$(PYTHON) tools/gpu.py $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .

@@ -1,10 +1,10 @@
-"""The flow kernels as they are shipped: one of each entry of the launch table, for the compile gate and the tuning script."""
+"""The kernels as they are shipped, one of each entry of the launch table: for the compile gate and the tuning script."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from glf_fast.kernels import coupling_flow, coupling_flow_backward
+from glf_fast.kernels import affine_coupling, coupling_flow, coupling_flow_backward
 from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions
 from glf_fast.kernels.launch import Specialization
 from glf_fast.kernels.launch_table import SIZES, Launch, entries
@@ -25,6 +25,7 @@ def specialize(key: str, how: Launch) -> Specialization:
 
 
 def shipped(arch: int) -> Iterator[Specialization]:
-    """All of them for sm_`arch`."""
+    """All of them for sm_`arch`, and the elementwise coupling, which is launched alike everywhere."""
     for key, how in entries(arch):
         yield specialize(key, how)
+    yield from affine_coupling.specializations()
