@@ -6,14 +6,15 @@ GLF_FAST_REHEARSE=1 runs the same bodies on a processor, with smaller batches, i
 import os
 from collections.abc import Iterator
 
-REHEARSE = os.environ.get("GLF_FAST_REHEARSE") == "1"
-if REHEARSE:  # before anything imports triton
+if os.environ.get("GLF_FAST_REHEARSE") == "1":  # before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
 
 from glf_fast import use_backend
+
+REHEARSE = os.environ.get("GLF_FAST_REHEARSE") == "1"
 
 
 @pytest.fixture

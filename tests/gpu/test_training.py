@@ -97,9 +97,7 @@ def test_distributed_data_parallel(device, tmp_path) -> None:
     x = torch.randn(16, 6, device=device)
     want = step(flow, flow, x)[2:]
     cuda = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
-    )
+    dist.init_process_group("nccl" if cuda else "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         wrapped = DistributedDataParallel(flow, device_ids=[0] if cuda else None)
         z, logdet = wrapped(x)

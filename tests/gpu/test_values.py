@@ -72,7 +72,9 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_at_most_twice_the_error_of_plain_pytorch(precision: str, direction: str, size: str, device) -> None:
     if rehearsed(device) and (precision != "highest" or size in ("medium", "large", "huge")):
-        pytest.skip("on a processor plain PyTorch has no tf32, the interpreter no bfloat16, and wide flows take minutes")
+        pytest.skip(
+            "on a processor plain PyTorch has no tf32, the interpreter no bfloat16, and wide flows take minutes"
+        )
     dim, hidden, context = SIZES[size]
     values = tensors(device, 17 if rehearsed(device) else 300, 3, dim, context, hidden)
     ours, plain = PRECISIONS[precision]
@@ -97,9 +99,7 @@ def test_every_batch_writes_all_of_its_results(batch: int, reversible: bool, dev
         pytest.skip("the interpreter takes minutes for this batch")
     values = tensors(device, batch, 2, 20, 0, (64, 64))
     exact = run(reference.coupling_flow, values, torch.float64)
-    for ours, theirs in zip(
-        run(ops.coupling_flow, values, torch.float32, reversible=reversible), exact, strict=True
-    ):
+    for ours, theirs in zip(run(ops.coupling_flow, values, torch.float32, reversible=reversible), exact, strict=True):
         assert error(ours, theirs) < (1e-4 if reversible else 2e-5)
 
 
@@ -107,9 +107,7 @@ def test_every_batch_writes_all_of_its_results(batch: int, reversible: bool, dev
 def test_every_activation(activation: str, device) -> None:
     values = tensors(device, 17, 2, 9, 2, (33, 18))
     exact = run(reference.coupling_flow, values, torch.float64, activation=activation)
-    for ours, theirs in zip(
-        run(ops.coupling_flow, values, torch.float32, activation=activation), exact, strict=True
-    ):
+    for ours, theirs in zip(run(ops.coupling_flow, values, torch.float32, activation=activation), exact, strict=True):
         assert error(ours, theirs) < 1e-5
 
 
