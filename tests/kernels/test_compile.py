@@ -1,0 +1,45 @@
+"""Kernels are compiled for real GPUs, without one: `tools/compile_gate.py` does all of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import compile_gate
+
+    return compile_gate
+
+
+def test_figures_beyond_a_bound_are_refused(gate) -> None:
+    from triton_resources import Resources
+
+    assert not gate.complaint(Resources(255, 64, 163 << 10), 80, 0)
+    assert "does not compile" in gate.complaint(None, 80, 0)
+    assert "256 registers" in gate.complaint(Resources(256, 0, 0), 90, 0)
+    assert "65 bytes spilled; the launch was chosen at 0" in gate.complaint(Resources(255, 65, 0), 90, 0)
+    assert "sm_80 has" in gate.complaint(Resources(128, 0, (163 << 10) + 1), 80, 0)
+
+
+def test_a_small_kernel_compiles_for_every_architecture() -> None:
+    # In a process of its own: where kernels are interpreted they cannot be compiled.
+    code = """
+import compile_gate
+from glf_fast.kernels.launch_table import Launch
+from glf_fast.kernels.shipped import specialize
+from triton_resources import resources
+spec = specialize("forward small bf16 few", Launch(16, 32, 32, False, 4, 2))
+for arch in compile_gate.ARCHITECTURES:
+    why = compile_gate.complaint(resources(spec, arch), arch, 0)
+    assert not why, why
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
