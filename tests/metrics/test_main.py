@@ -88,6 +88,7 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
         (["calc", "a.npy", "vgg.safetensors", "--extractor", "tiny"], "different extractors"),
         (["calc", "a.npy", "broken.npz", "--extractor", "tiny"], "broken.npz"),
         (["calc", "a.npy", "lopsided.npz", "--extractor", "tiny"], "lopsided.npz"),
+        (["calc", "a.npy", "nan.npz", "--extractor", "tiny"], "nan.npz holds no readable statistics or images (the mean"),
         (["calc", "one.npy", "a.npy", "--extractor", "tiny"], "at least two"),
         (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "let its name end in .safetensors"),
         (["calc", "a.npy", "a.npy", "--extractor", "tiny", "--device", "nowhere"], "--device nowhere"),
@@ -105,6 +106,7 @@ def test_mistakes_are_one_line(
     other.update(torch.rand(9, 4))
     other.save("vgg.safetensors")
     Path("broken.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    np.savez("nan.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
     np.savez("lopsided.npz", mu=np.zeros(128), sigma=np.zeros((128, 64)))
     with pytest.raises((UserError, FileNotFoundError)) as caught:
         run(*arguments)
