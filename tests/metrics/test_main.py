@@ -88,7 +88,10 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
         (["calc", "a.npy", "vgg.safetensors", "--extractor", "tiny"], "different extractors"),
         (["calc", "a.npy", "broken.npz", "--extractor", "tiny"], "broken.npz"),
         (["calc", "a.npy", "lopsided.npz", "--extractor", "tiny"], "lopsided.npz"),
-        (["calc", "a.npy", "nan.npz", "--extractor", "tiny"], "nan.npz holds no readable statistics or images (the mean"),
+        (
+            ["calc", "a.npy", "nan.npz", "--extractor", "tiny"],
+            "nan.npz holds no readable statistics or images (the mean",
+        ),
         (["calc", "one.npy", "a.npy", "--extractor", "tiny"], "at least two"),
         (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "let its name end in .safetensors"),
         (["calc", "a.npy", "a.npy", "--extractor", "tiny", "--device", "nowhere"], "--device nowhere"),
