@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from glf_fast.data.fetch import Attempt, Unavailable, check_hash, download, first, python_sdist
 from glf_fast.errors import UserError
-from glf_fast.files import atomic_write, cache_dir, sha256
+from glf_fast.files import cache_dir, save_tensors, sha256
 
 __all__ = ["NAMES", "fetch"]
 
@@ -179,8 +179,7 @@ def _write_vgg16(state: Mapping[str, Tensor], target: Path) -> Path:
     state = {key: state[key].float().contiguous() for key in _KEYS}
     if _digest(state) != VGG16_SHA256:
         raise Unavailable("its convolutions are not the published ones")
-    with atomic_write(target) as temporary:
-        save_file(state, temporary)
+    save_tensors(target, state)
     return target
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from glf_fast.errors import UserError
-from glf_fast.files import atomic_write
+from glf_fast.files import save_tensors
 from glf_fast.metrics.linalg import eigh
 
 __all__ = ["FeatureStats"]
@@ -236,9 +235,8 @@ class FeatureStats:
             "source": self.source,
             "sha256": _digest(tensors),
         }
-        with atomic_write(path) as temporary:
-            # One key, because safetensors writes several in random order and the same statistics should be the same file.
-            save_file(tensors, temporary, {_FORMAT: json.dumps(header)})
+        # One key, because safetensors writes several in random order and the same statistics should be the same file.
+        save_tensors(path, tensors, {_FORMAT: json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path | str) -> FeatureStats:

@@ -14,11 +14,11 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from glf_fast.errors import UserError
-from glf_fast.files import atomic_write, read_json, write_json
+from glf_fast.files import read_json, save_tensors, write_json
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "GenerativeModel"]
 
@@ -143,10 +143,7 @@ class GenerativeModel(
         return result
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # channels_last weights are not contiguous, and safetensors refuses those.
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_write(save_directory / WEIGHTS_FILE) as temporary:
-            save_file(state, temporary)
+        save_tensors(save_directory / WEIGHTS_FILE, self.state_dict())
         write_json(save_directory / CONFIG_FILE, self.config)
 
     @classmethod

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -114,6 +115,20 @@ def test_mistakes_are_one_line(
     with pytest.raises((UserError, FileNotFoundError)) as caught:
         run(*arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_full_disk_costs_the_cache_alone(tmp_path: Path) -> None:
+    """The shell limits every file of the process to 50 kB, less than statistics of 128 features."""
+    command = [sys.executable, "-m", "glf_fast.metrics", "calc", "digits:test", "digits:train", "--extractor", "tiny"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 50; exec "$@"', "-", *command],
+        env=os.environ | {"GLF_FAST_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("FD[tiny]"), done.stderr
+    assert "could not be kept" in done.stderr and "File too large" in done.stderr
+    assert not list((tmp_path / "stats").iterdir()), "nothing half-written"
 
 
 def test_as_a_process(tmp_path: Path) -> None:
