@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import html
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,13 +19,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urljoin
 
 from tqdm import tqdm
 
 from glf_fast.errors import UserError
 from glf_fast.files import atomic_write
 
-__all__ = ["Attempt", "Unavailable", "check_hash", "debian_package", "download", "first", "gunzip", "python_sdist"]
+__all__ = [
+    "Attempt",
+    "Unavailable",
+    "check_hash",
+    "debian_package",
+    "download",
+    "first",
+    "gunzip",
+    "python_file",
+    "python_sdist",
+]
 
 T = TypeVar("T")
 
@@ -115,13 +128,15 @@ def download(url: str, target: Path, check: Callable[[bytes], None]) -> Path:
 # -- package registries, through their own clients --------------------------------------------------------------------
 
 
-def _run(command: list[str], cwd: Path) -> None:
+def _run(command: list[str], cwd: Path) -> str:
+    """What the command prints; raises Unavailable with its last line when it fails."""
     done = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}
     )
     if done.returncode:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         raise Unavailable(f"{Path(command[0]).name} failed: {lines[-1].strip() if lines else done.returncode}")
+    return done.stdout
 
 
 @contextmanager
@@ -166,3 +181,33 @@ def python_sdist(requirement: str) -> Iterator[Path]:
         if len(archives) != 1:
             raise Unavailable(f"pip downloaded no source archive of {requirement}")
         yield archives[0]
+
+
+@contextmanager
+def python_file(project: str, name: str, sha256: str) -> Iterator[Path]:
+    """A file of a Python package as its index has it, in a temporary folder; for files that pip itself refuses to hand out.
+
+    Of the indexes that pip is set up with, the first that has the file gives it: which one does not matter, its hash is known.
+    """
+    with tempfile.TemporaryDirectory(prefix="glf_fast-index-") as folder:
+        root = Path(folder)
+        settings = _run([sys.executable, "-m", "pip", "config", "list"], root)
+        indexes = [url for urls in re.findall(r"\.(?:extra-)?index-url='(.*)'", settings) for url in urls.split()]
+        if not re.search(r"\.index-url=", settings):
+            indexes.insert(0, "https://pypi.org/simple")
+        tried = []
+        for index in indexes:
+            page = f"{index.rstrip('/')}/{project}/" + ("index.html" if index.startswith("file:") else "")
+            try:
+                listing = download(page, root / "index.html", lambda content: None).read_text()
+                link = re.search(rf'href="((?:[^"#]*/)?{re.escape(name)})["#]', listing)
+                if link is None:
+                    raise Unavailable(f"has no {name}")
+                url = urljoin(page, html.unescape(link[1]))
+                file = download(url, root / name, lambda content: check_hash(content, name, sha256=sha256))
+            except Unavailable as error:
+                tried.append(f"{page}: {error}")
+                continue
+            yield file
+            return
+        raise Unavailable(", ".join(tried))

