@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from glf_fast.command_line import parse
 from glf_fast.data import SPLITS, load, weights
 from glf_fast.data.idx import FASHION_MNIST, MNIST
 from glf_fast.errors import UserError, run_command
@@ -78,11 +80,8 @@ def _report(command: Fetch, online: bool) -> None:
 
 def main() -> None:
     """Parse the command line and do what it says."""
-    command = tyro.cli(
-        Annotated[Fetch, tyro.conf.subcommand("fetch")] | Annotated[Info, tyro.conf.subcommand("info")],
-        prog="python -m glf_fast.data",
-        description=__doc__,
-    )
+    commands: Any = Annotated[Fetch, tyro.conf.subcommand("fetch")] | Annotated[Info, tyro.conf.subcommand("info")]
+    command: Fetch = parse(commands, sys.argv[1:], "glf_fast.data", description=__doc__)
     if command.name not in ABOUT and not Path(command.name).exists():
         raise UserError(
             f"nothing is called {command.name!r}; there are {', '.join(ABOUT)}, and paths of your own images"

@@ -7,6 +7,7 @@ python -m glf_fast.metrics calc samples/ fashion-mnist:test
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import tyro
 
+from glf_fast.command_line import parse
 from glf_fast.data import load
 from glf_fast.errors import UserError, run_command
 from glf_fast.metrics.collect import collect
@@ -66,11 +68,8 @@ class Calc:
 
 def main() -> None:
     """Parse the command line and run."""
-    command: Ref | Calc = tyro.cli(
-        Annotated[Ref, tyro.conf.subcommand("ref")] | Annotated[Calc, tyro.conf.subcommand("calc")],
-        prog="python -m glf_fast.metrics",
-        description=__doc__,
-    )
+    commands: Any = Annotated[Ref, tyro.conf.subcommand("ref")] | Annotated[Calc, tyro.conf.subcommand("calc")]
+    command: Ref | Calc = parse(commands, sys.argv[1:], "glf_fast.metrics", description=__doc__)
     if command.n is not None and command.n < 2:
         raise UserError(f"--n {command.n}: a distance needs at least two images")
     if isinstance(command, Ref):
