@@ -47,9 +47,14 @@ def load(
     check_split(split)
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be ≥ 1; got {image_size}")
+    path = Path(source).expanduser()
+    if data_dir is not None:
+        if not data_dir.is_dir():
+            raise UserError(f"--data-dir {data_dir} is not a folder")
+        if source == "digits" or (source not in _NAMES and path.exists()):
+            raise UserError(f"{source} looks for no files in --data-dir {data_dir}; leave it out")
     if source == "celeba":
         return load_celeba(split, image_size, data_dir, download)
-    path = Path(source).expanduser()
     if source not in _NAMES and (path.is_dir() or (path.suffix.lower() == ".zip" and path.is_file())):
         return load_folder(path, split, image_size)
     if image_size is not None:

@@ -28,6 +28,7 @@ from glf_fast.files import atomic_write
 
 __all__ = [
     "Attempt",
+    "NotFound",
     "Unavailable",
     "check_hash",
     "debian_package",
@@ -44,6 +45,10 @@ T = TypeVar("T")
 TIMEOUT_S = 10.0
 
 
+class NotFound(UserError):
+    """No place has it."""
+
+
 class Unavailable(Exception):
     """This place does not have it; the message says why. The next place is tried."""
 
@@ -57,7 +62,7 @@ class Attempt:
 
 
 def first(what: str, attempts: Iterable[Attempt], remedy: str) -> Path:
-    """The first attempt that succeeds; raises UserError that lists every place with its reason, and the remedy.
+    """The first attempt that succeeds; raises NotFound that lists every place with its reason, and the remedy.
 
     `Unavailable` and OSError (no network, no permission) lead on to the next place; a UserError, such as a corrupt file in a
     folder that the user named, ends the search.
@@ -68,7 +73,7 @@ def first(what: str, attempts: Iterable[Attempt], remedy: str) -> Path:
             return attempt.get()
         except (Unavailable, OSError) as error:
             tried.append(f"{attempt.place}: {error}")
-    raise UserError(f"{what} could not be found. Tried " + "; ".join(tried) + f". {remedy}")
+    raise NotFound(f"{what} could not be found. Tried " + "; ".join(tried) + f". {remedy}")
 
 
 # -- files and hashes ---------------------------------------------------------------------------------------------------

@@ -81,8 +81,6 @@ class IdxSet:
     # -- places --------------------------------------------------------------------------------------------------------
 
     def _named_by_the_user(self, folder: Path) -> Path:
-        if not folder.is_dir():
-            raise UserError(f"--data-dir {folder} is not a folder")
         if not any(_locate(folder, name) for name in self.sha256):
             raise Unavailable("has none of the files")
         try:

@@ -57,7 +57,7 @@ class Calc:
     extractor: str | None = None
     """Feature network; by default that of saved statistics, else vgg16."""
     n: int | None = None
-    """Use n images of each set, drawn at random with a fixed seed, instead of all."""
+    """Use n images of each set that is not saved statistics, drawn at random with a fixed seed, instead of all."""
     weights: Path | None = None
     """Local weights file of the extractor."""
     device: str | None = None
@@ -92,7 +92,11 @@ def calc(command: Calc) -> None:
     """`calc`: distance of two sets."""
     given = [from_statistics(source) for source in (command.a, command.b)]  # first: errors before the long work
     network: Extractor | None = None
-    if None in given:
+    if None not in given:
+        for option in ("extractor", "n", "weights"):
+            if getattr(command, option) is not None:
+                raise UserError(f"--{option}: {command.a} and {command.b} are saved statistics already; leave it out")
+    else:
         known = [stats.extractor["name"] for stats in given if stats is not None and stats.extractor is not None]
         network = make_extractor(command.extractor or (known or ["vgg16"])[0], command)
         for stats in given:

@@ -307,8 +307,11 @@ def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no files"):
         load(str(tmp_path / "empty"))
     folder = write_images(tmp_path / "text")
-    (folder / "notes.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"notes.txt in .* is not a readable image"):
+    write_images(folder / "sub")
+    (folder / "sub" / "notes.txt").write_text("hello")
+    with pytest.raises(
+        UserError, match=r"sub/notes.txt in .* \(of no kind that Pillow knows\); .* hide it \(sub/\.notes.txt\)$"
+    ):
         load(str(folder))
     folder = write_images(tmp_path / "sizes")
     Image.new("L", (9, 9)).save(folder / "odd.png")
@@ -342,6 +345,16 @@ def test_wrong_names(arguments, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(*arguments)
     assert "fashion-mnist" in names()
+
+
+def test_data_dir_is_for_public_sets_and_must_be_there(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    for name in ("digits", str(tmp_path / "images")):
+        with pytest.raises(UserError, match=r"looks for no files in --data-dir .*; leave it out"):
+            load(name, data_dir=tmp_path)
+    for name in ("digits", "cifar10", "celeba", "mnist"):
+        with pytest.raises(UserError, match="--data-dir /nowhere is not a folder"):
+            load(name, data_dir=Path("/nowhere"))
 
 
 def test_image_size_is_for_folders() -> None:

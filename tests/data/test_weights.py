@@ -112,7 +112,9 @@ def test_offline_report_and_wrong_name() -> None:
         (["fetch"], 2, "error: Missing from python -m glf_fast.data fetch"),
         (["fetch", "digits", "--data-dr", "x"], 2, "error: unknown option --data-dr; did you mean --data-dir?"),
         (["info", "digits", "--foo"], 2, "error: unknown option --foo; python -m glf_fast.data --help lists"),
-        (["info", "inception"], 2, "error: the weights inception could not be found"),
+        (["info", "inception"], 0, "\nnot here yet; python -m glf_fast.data fetch inception\n"),
+        (["info", "cifar10"], 0, "\nnot here yet; python -m glf_fast.data fetch cifar10\n"),
+        (["info", "digits", "--data-dir", "/nope"], 2, "error: --data-dir /nope is not a folder"),
     ],
 )
 def test_command(arguments: list[str], code: int, text: str) -> None:
@@ -121,4 +123,5 @@ def test_command(arguments: list[str], code: int, text: str) -> None:
     )
     assert done.returncode == code, done.stderr
     assert text in done.stdout + done.stderr
+    assert "cache  " not in done.stdout, "nothing is in it"
     assert len(done.stderr.splitlines()) == bool(code), done.stderr

@@ -84,6 +84,14 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
             "'nothing' is neither a file nor a folder nor a data set",
         ),
         (["calc", "a.npy", "a.npy", "--extractor", "tinny"], "no extractor 'tinny'; did you mean 'tiny'"),
+        (
+            ["calc", "vgg.safetensors", "vgg.safetensors", "--n", "5"],
+            "--n: vgg.safetensors and vgg.safetensors are saved",
+        ),
+        (
+            ["calc", "vgg.safetensors", "vgg.safetensors", "--extractor", "tiny"],
+            "saved statistics already; leave it out",
+        ),
         (["calc"], "Missing from python -m glf_fast.metrics calc"),
         (["calc", "--wat", "a.npy", "a.npy"], "unknown option --wat"),
         (["calc", "a.npy", "a.npy", "--exractor", "tiny"], "unknown option --exractor; did you mean --extractor?"),
