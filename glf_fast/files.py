@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glf_fast.errors import UserError
 
-__all__ = ["atomic_write", "cache_dir", "read_json", "save_tensors", "sha256", "write_json"]
+__all__ = ["atomic_write", "cache_dir", "file_digest", "read_json", "save_tensors", "sha256", "write_json"]
 
 
 def cache_dir() -> Path:
@@ -58,7 +58,12 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 def sha256(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
+    return file_digest(path, "sha256")
+
+
+def file_digest(path: Path | str, algorithm: str) -> str:
+    """Hexadecimal digest of a file's bytes by one of hashlib's algorithms, without holding the file in memory."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

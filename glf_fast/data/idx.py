@@ -97,8 +97,8 @@ class IdxSet:
         for name, digest in self.sha256.items():
             target = self.cache / f"{name}.gz"
 
-            def check(content: bytes, name: str = name, digest: str = digest) -> None:
-                check_hash(gunzip(content, f"{name}.gz"), name, sha256=digest)
+            def check(file: Path, name: str = name, digest: str = digest) -> None:
+                check_hash(gunzip(file.read_bytes(), f"{name}.gz"), name, sha256=digest)
 
             download(f"{mirror}/{name}.gz", target, check)
         return self._verified(self.cache)

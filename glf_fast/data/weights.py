@@ -128,7 +128,7 @@ def _accept_vgg16(path: Path, target: Path, given_by_user: bool = False) -> Path
 def _vgg16_from_mirror(target: Path) -> Path:
     file = target.with_name("vgg16-397923af.pth")
     try:
-        download(TORCHVISION_VGG16, file, lambda content: None)  # what matters, the convolutions, is checked below
+        download(TORCHVISION_VGG16, file, lambda file: None)  # what matters, the convolutions, is checked below
         return _accept_vgg16(file, target)
     finally:
         file.unlink(missing_ok=True)
@@ -213,7 +213,7 @@ def _inception(path: Path | None, online: bool) -> Iterator[Attempt]:
         yield Attempt(
             INCEPTION_MIRROR,
             lambda: download(
-                INCEPTION_MIRROR, target, lambda content: check_hash(content, INCEPTION_FILE, sha256=INCEPTION_SHA256)
+                INCEPTION_MIRROR, target, lambda file: check_hash(file, INCEPTION_FILE, sha256=INCEPTION_SHA256)
             ),
         )
 
