@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import io
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import tyro
 
 from glf_fast.config import Config, check
 from glf_fast.config_files import load, preset_path
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, did_you_mean
 
 __all__ = ["TrainCommand", "parse", "parse_train", "pick_device"]
 
@@ -114,8 +113,7 @@ def parse(
     # An unknown option first: tyro also takes it for the value of an argument, and misses another.
     words = [word.split("=")[0] for word in arguments if word.startswith("--")] if known else []
     for word in [word for word in words if word.replace("_", "-") not in known] + unknown:
-        close = difflib.get_close_matches(word, known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"{program} --help lists what there is"
+        hint = did_you_mean(word, sorted(known)).rstrip() or f"{program} --help lists what there is"
         raise UserError(f"{'unknown option' if word.startswith('-') else 'unexpected argument'} {word}; {hint}")
     raise UserError(f"{_one_line(errors.getvalue())}; {program} --help explains the options")
 

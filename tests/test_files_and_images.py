@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, did_you_mean
 from glf_fast.files import atomic_write, cache_dir, read_json, save_tensors, sha256, write_json
 from glf_fast.images import grid, save_png, to_float, to_uint8
 from glf_fast.info import info
@@ -129,6 +129,11 @@ def test_commands_turn_mistakes_into_one_line(raised: str, code: int, text: str)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert done.stderr.startswith(text)
+
+
+def test_the_nearest_known_word() -> None:
+    assert did_you_mean("minst", ("mnist", "digits")) == "did you mean 'mnist'? "
+    assert did_you_mean("celeba", ("mnist", "digits")) == ""
 
 
 def test_info_tells_what_runs() -> None:

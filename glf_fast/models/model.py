@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, did_you_mean
 from glf_fast.files import read_json, save_tensors, write_json
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "GenerativeModel"]
@@ -116,8 +115,7 @@ class GenerativeModel(
         known = list(inspect.signature(cls).parameters)
         for key in config:
             if key not in known:
-                close = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
+                hint = did_you_mean(key, known)
                 raise UserError(f"{cls.__name__} has no setting {key!r}; {hint}it has {', '.join(known)}")
         try:
             return cls(**config)

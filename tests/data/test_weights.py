@@ -110,7 +110,7 @@ def test_offline_report_and_wrong_name() -> None:
         (["info", "digits"], 0, "(1617, 1, 8, 8) uint8"),
         (["fetch", "nothing"], 2, "error: nothing is called 'nothing'"),
         (["fetch"], 2, "error: Missing from python -m glf_fast.data fetch"),
-        (["fetch", "digits", "--data-dr", "x"], 2, "error: unknown option --data-dr; did you mean --data-dir?"),
+        (["fetch", "digits", "--data-dr", "x"], 2, "error: unknown option --data-dr; did you mean '--data-dir'?"),
         (["info", "digits", "--foo"], 2, "error: unknown option --foo; python -m glf_fast.data --help lists"),
         (["info", "inception"], 0, "\nnot here yet; python -m glf_fast.data fetch inception\n"),
         (["info", "cifar10"], 0, "\nnot here yet; python -m glf_fast.data fetch cifar10\n"),

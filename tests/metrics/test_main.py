@@ -94,7 +94,7 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
         ),
         (["calc"], "Missing from python -m glf_fast.metrics calc"),
         (["calc", "--wat", "a.npy", "a.npy"], "unknown option --wat"),
-        (["calc", "a.npy", "a.npy", "--exractor", "tiny"], "unknown option --exractor; did you mean --extractor?"),
+        (["calc", "a.npy", "a.npy", "--exractor", "tiny"], "unknown option --exractor; did you mean '--extractor'?"),
         (["calc", "a.npy", "a.npy", "a.npy"], "unexpected argument a.npy"),
         (["calculate"], "Expected one of {ref, calc}"),
         (["calc", "a.npy", "a.npy", "--n", "1"], "--n 1: a distance needs at least two images"),
