@@ -58,3 +58,13 @@ def _(
     grad_c: Tensor | None, grad_logabsdet: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     return [torch.empty_like(t) for t in (lower, upper, log_diag, log_scale, bias) if t is not None]
+
+
+@torch.library.register_fake("glf_fast::cpu_lu_factor")
+def _(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(A), A.new_empty(A.shape[:2], dtype=torch.int32), A.new_empty(len(A), dtype=torch.int32)
+
+
+@torch.library.register_fake("glf_fast::cpu_slogdet_inverse")
+def _(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return A.new_empty(len(A)), A.new_empty(len(A)), torch.empty_like(A), A.new_empty(len(A), dtype=torch.int32)
