@@ -56,7 +56,7 @@ def kernels() -> dict[str, Any]:
 
 
 setup(
-    packages=find_packages(include=["glf_fast", "glf_fast.*"]),
+    packages=[*find_packages(include=["glf_fast", "glf_fast.*"]), "glf_fast.presets"],
     package_data={"glf_fast": ["py.typed", "presets/*.toml", "metrics/*.safetensors", "*.html"]},
     **kernels(),
 )

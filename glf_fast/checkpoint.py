@@ -182,7 +182,13 @@ def _index(folder: Path) -> dict[str, Any]:
         index = read_json(folder / _INDEX)
     except FileNotFoundError:
         raise UserError(f"{folder / _INDEX} is missing; {_remedy(folder)}") from None
-    if not isinstance(index, dict) or index.get("format") != _FORMAT or not {"model", "state", "files"} <= set(index):
+    kinds = {"model": str, "state": dict, "files": dict}
+    if (
+        not isinstance(index, dict)
+        or index.get("format") != _FORMAT
+        or not all(isinstance(index.get(name), kind) for name, kind in kinds.items())
+        or not all(isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in index["files"].values())
+    ):
         raise UserError(f"{folder / _INDEX} is not of this version's format ({_FORMAT}); {_remedy(folder)}")
     return index
 

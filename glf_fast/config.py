@@ -199,10 +199,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.latent_dim": _POSITIVE,
     "model.width": _POSITIVE,
     "model.hidden": _POSITIVE,
+    "model.beta": _POSITIVE,
     "model.latent_noise": _NOT_NEGATIVE,
     "flow.hidden": (lambda value: len(value) > 0 and min(value) > 0, "one or more positive widths"),
     "flow.steps": _POSITIVE,
     "flow.blocks": _POSITIVE,
+    "flow.clamp": _POSITIVE,
     "score.extractors": (lambda value: len(value) > 0, "at least one name, for instance tiny"),
     "score.samples": _AT_LEAST_2,
     "score.every": _NOT_NEGATIVE,
@@ -224,7 +226,7 @@ def check(config: Config) -> Config:
                     choice = "kind" if isinstance(table, FlowConfig) else "schedule"
                     raise UserError(
                         f"{name}.{key} = {shown(value)} means nothing for {name}.{choice} = {shown(getattr(table, choice))}; "
-                        f"leave it {shown(default)}"
+                        f"set it to {shown(default)}, its default, where it is set (a preset, a file or the command line)"
                     )
     widths = config.flow.hidden
     if config.flow.kind == "rnvp" and (len(widths) != 2 or widths[0] != widths[1]):

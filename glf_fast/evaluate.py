@@ -147,7 +147,8 @@ def main() -> None:
     """The command."""
     command = parse(Command, sys.argv[1:], "glf_fast.evaluate")
     config, device = runs.read_config(command.run), pick_device(command.device)
-    model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, command.checkpoint), device)
+    which = runs.pick_checkpoint(command.run, command.checkpoint)
+    model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, which), device)
     train, test = (
         data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
         for split in data.SPLITS
@@ -161,7 +162,7 @@ def main() -> None:
         seed=command.seed,
         temperature=command.temperature,
         authors_protocol=command.authors_protocol,
-        about={"name": command.checkpoint, "images": state["images"], "epoch": state["epoch"], "ema": config.ema},
+        about={"name": which, "images": state["images"], "epoch": state["epoch"], "ema": config.ema},
     )
     runs.write_scores(command.run, scores)
     report.write(command.run)

@@ -6,12 +6,18 @@ tensorboard/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from glf_fast import checkpoint
 from glf_fast.config import Config, differences, shown
 from glf_fast.config_files import load, to_toml
 from glf_fast.errors import UserError
@@ -19,13 +25,16 @@ from glf_fast.files import atomic_write, read_json, write_json
 
 __all__ = [
     "append_metrics",
+    "check_folder",
     "checkpoint_folder",
     "cut_metrics",
     "default_folder",
-    "prepare",
+    "lock",
+    "pick_checkpoint",
     "read_config",
     "read_metrics",
     "read_scores",
+    "write_config",
     "write_scores",
 ]
 
@@ -49,8 +58,8 @@ def default_folder(config: Config, base: Config, label: str) -> Path:
     return Path("runs") / name
 
 
-def prepare(folder: Path, config: Config) -> None:
-    """Make the run's folder, or see that the one that is there has the same settings; write them to config.toml.
+def check_folder(folder: Path, config: Config) -> None:
+    """See that nothing is in the way in the run's folder: it is not there, empty, or a run with the same settings.
 
     Raises:
         UserError: the folder holds something else, or another run; the message names the settings that differ.
@@ -62,8 +71,22 @@ def prepare(folder: Path, config: Config) -> None:
             raise UserError(f"{folder} holds a run with other settings ({listed}); take another --out, or delete it")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not a run's folder (no config.toml) and not empty; choose another --out")
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Make the run's folder, and write the settings to its config.toml."""
     with atomic_write(folder / "config.toml") as temporary:
         temporary.write_text(to_toml(config), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder meanwhile; raises UserError when one does."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another process is training in {folder}; wait for it, or take another --out") from None
 
 
 def read_config(folder: Path) -> Config:
@@ -78,6 +101,18 @@ def checkpoint_folder(folder: Path, which: str) -> Path:
     return folder / "checkpoints" / which
 
 
+def pick_checkpoint(folder: Path, which: str) -> str:
+    """`which`; but "last", and a line on stderr, where a run was stopped before it had a best one."""
+    if (
+        which == "best"
+        and not checkpoint.exists(checkpoint_folder(folder, "best"))
+        and checkpoint.exists(checkpoint_folder(folder, "last"))
+    ):
+        print(f"{folder} has no best checkpoint yet; this is the last one", file=sys.stderr)
+        return "last"
+    return which
+
+
 # -- metrics.jsonl --------------------------------------------------------------------------------------------------------
 
 
@@ -90,12 +125,17 @@ def append_metrics(folder: Path, record: dict[str, Any]) -> None:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of the run's log, oldest first, without a last one that was cut off by a kill."""
     path = folder / "metrics.jsonl"
-    records = []
+    records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("images"), int):
+            raise UserError(
+                f"{path} is not a run's log (line {len(records) + 1}); restore it from a copy, or delete it"
+            )
+        records.append(record)
     return records
 
 
@@ -112,7 +152,13 @@ def cut_metrics(folder: Path, images: int) -> None:
 def read_scores(folder: Path) -> list[dict[str, Any]]:
     """What evaluations of this run's checkpoints said; see `evaluate.evaluate` for an entry."""
     path = folder / "scores.json"
-    return read_json(path) if path.is_file() else []
+    scores = read_json(path) if path.is_file() else []
+    parts = {"settings", "checkpoint", "samples", "reconstructions"}
+    if not isinstance(scores, list) or not all(isinstance(s, dict) and parts <= set(s) for s in scores):
+        raise UserError(
+            f"{path} does not hold scores; delete it, and python -m glf_fast.evaluate {folder} makes it anew"
+        )
+    return scores
 
 
 def write_scores(folder: Path, scores: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -68,6 +68,8 @@ class Command:
     """A .png (one grid), a .npy (uint8, n × C × H × W) or a folder (one PNG each)."""
     temperature: float = 1.0
     """Standard deviation of the noise; less gives cleaner, more alike images."""
+    authors_protocol: bool = False
+    """As the GLF authors' code samples: batch statistics, and every image stretched to the full range."""
     seed: int = 0
     """Image i is the same for the same seed, whatever n is."""
     checkpoint: Literal["best", "last"] = "best"
@@ -81,9 +83,16 @@ def main() -> None:
     command = parse(Command, sys.argv[1:], "glf_fast.sample")
     runs.read_config(command.run)  # says so if this is no run's folder
     model, _ = checkpoint.load_model(
-        runs.checkpoint_folder(command.run, command.checkpoint), pick_device(command.device)
+        runs.checkpoint_folder(command.run, runs.pick_checkpoint(command.run, command.checkpoint)),
+        pick_device(command.device),
     )
-    images = draw(model, command.n, seed=command.seed, temperature=command.temperature).cpu()
+    images = draw(
+        model,
+        command.n,
+        seed=command.seed,
+        temperature=command.temperature,
+        authors_protocol=command.authors_protocol,
+    ).cpu()
     if command.out.suffix == ".png":
         save_png(command.out, grid(images), scale=max(1, 64 // images.shape[-1]))
     elif command.out.suffix == ".npy":

@@ -44,24 +44,32 @@ def main() -> None:
         data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
         for split in data.SPLITS
     )
+    for images, least in ((train, 4), (test, 2)):  # halves of them are compared, and a covariance needs two
+        if len(images.images) < least:
+            raise UserError(
+                f"{config.data.source} has {len(images.images)} {images.split} images; {least} are the least"
+            )
     if command.dry_run:
         dry_run(config, train, test, device)
         return
     label = command.files[-1].stem if command.files else command.preset or "quick"
     folder = command.out or runs.default_folder(config, command.base, label)
-    runs.prepare(folder, config)
-    run = Run(folder, config, train, test, device)
-    if run.finished:
-        print(f"{folder} is finished ({run.trainer.images:,} images)", file=sys.stderr)
-    else:
-        with SummaryWriter(str(folder / "tensorboard"), purge_step=run.trainer.images) as board:
-            run.train(board)
-            run.finish(board)
+    runs.check_folder(folder, config)
+    run = Run(folder, config, train, test, device)  # before anything is written: this finds what cannot be run
+    runs.write_config(folder, config)
+    with runs.lock(folder):
+        run.resume()
+        if run.finished:
+            print(f"{folder} is finished ({run.trainer.images:,} images)", file=sys.stderr)
+        else:
+            with SummaryWriter(str(folder / "tensorboard"), purge_step=run.trainer.images) as board:
+                run.train(board)
+                run.finish(board)
     run.tell()
 
 
 class Run:
-    """A run in its folder, from its last checkpoint on if there is one."""
+    """A run in its folder; `resume` brings it to where it was left."""
 
     def __init__(
         self, folder: Path, config: Config, train: data.ImageDataset, test: data.ImageDataset, device: torch.device
@@ -71,15 +79,19 @@ class Run:
         self.trainer = Trainer(config, train, device)
         self.images_per_epoch = self.trainer.images_per_epoch
         self.last, self.best = (runs.checkpoint_folder(folder, which) for which in ("last", "best"))
-        self.minutes_before = 0.0
+        self.extractors = load_extractors(config.score.extractors, device)
+        self.minutes_before, self.started = 0.0, time.monotonic()
+
+    def resume(self) -> None:
+        """Go to the last checkpoint, if there is one; raises UserError where it is corrupt or of other images."""
         if checkpoint.exists(self.last):
             state = self.trainer.restore(self.last)
-            if state["data"] != train.fingerprint:
+            if state["data"] != self.train_set.fingerprint:
                 raise UserError(
-                    f"{folder} was trained on other images of {train.name} than are there now; choose another --out"
+                    f"{self.folder} was trained on other images of {self.train_set.name} than are there now; "
+                    "choose another --out"
                 )
             self.minutes_before = state["minutes"]
-        self.extractors = load_extractors(config.score.extractors, device)
         self.started = time.monotonic()
 
     # -- how far ----------------------------------------------------------------------------------------------------------
@@ -104,7 +116,8 @@ class Run:
     def finished(self) -> bool:
         """Whether this is trained to the end, and the final scores are there."""
         records = runs.read_metrics(self.folder)
-        return self.done and any(r.get("finished") and r["images"] == self.trainer.images for r in records)
+        scored = bool(runs.read_scores(self.folder))
+        return self.done and scored and any(r.get("finished") and r["images"] == self.trainer.images for r in records)
 
     # -- training ---------------------------------------------------------------------------------------------------------
 
@@ -145,6 +158,9 @@ class Run:
                 if epoch_ends or saving:
                     progress.pause()
         if stop.signal:
+            if latest_picture(self.folder, "samples") is None:
+                self._pictures(board)
+            report.write(self.folder)
             print(f"stopped after {trainer.images:,} images; the same command goes on from here", file=sys.stderr)
             sys.exit(128 + stop.signal)
 

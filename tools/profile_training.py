@@ -47,7 +47,7 @@ def main() -> None:
         setattr(owner, method, outer)
 
     with tempfile.TemporaryDirectory() as folder:
-        runs.prepare(Path(folder), config)
+        runs.write_config(Path(folder), config)
         run = Run(Path(folder), config, train, test, torch.device("cpu"))
         timed(run.trainer.model, "forward", "forward")
         timed(torch.Tensor, "backward", "backward")

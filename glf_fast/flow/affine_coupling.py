@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
-from glf_fast.ops.checks import check_choice, check_shape
+from glf_fast.ops.checks import check_log_scale, check_shape
 from glf_fast.reference import LOG_SCALES
 
 __all__ = ["AffineCoupling"]
@@ -42,7 +42,7 @@ class AffineCoupling(nn.Module):
         flip: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("log_scale", log_scale, LOG_SCALES)
+        check_log_scale(log_scale, log_scale_constant)
         if dim < 2:
             raise ValueError(
                 f"a coupling needs at least two channels, one to condition on and one to change; got dim={dim}"

@@ -15,7 +15,7 @@ from glf_fast.flow.base import Flow
 from glf_fast.flow.linear import LINEAR_TENSORS, InvertibleLinear, assemble
 from glf_fast.flow.mlp import MLP
 from glf_fast.flow.sequential import SequentialFlow
-from glf_fast.ops.checks import check_choice, check_state
+from glf_fast.ops.checks import check_log_scale, check_state
 from glf_fast.reference import LOG_SCALES
 
 __all__ = ["CouplingFlow"]
@@ -69,11 +69,13 @@ class CouplingFlow(Flow):
         super().__init__((dim,), context_dim)
         if dim < 2:
             raise ValueError(f"dim must be at least 2, to have a passive and a transformed half; got {dim}")
+        if not isinstance(hidden, Sequence):
+            raise TypeError(f"hidden must be a sequence of widths, such as (64, 64); got {hidden!r}")
         if steps < 1:
             raise ValueError(f"steps must be ≥ 1; got {steps}")
         if context_dim < 0:
             raise ValueError(f"context_dim must be ≥ 0; got {context_dim}")
-        check_choice("log_scale", log_scale, LOG_SCALES)
+        check_log_scale(log_scale, log_scale_constant)
         self._assembled: tuple[list[Tensor], tuple[Tensor, Tensor | None, Tensor, Tensor]] | None = None
         self.config: dict[str, Any] = {
             "dim": dim,
@@ -205,6 +207,8 @@ class CouplingFlow(Flow):
         Raises ValueError that names the first layer that breaks the pattern.
         """
         layers = list(flow.layers)
+        if not layers:
+            raise ValueError("the flow has no layers to stack")
         step = 3 if isinstance(layers[0], ActNorm) else 2
         if len(layers) % step:
             raise ValueError(f"{len(layers)} layers cannot be split into equal steps of {step}")

@@ -43,6 +43,8 @@ def rnvp_flow(dim: int, blocks: int = 4, hidden: int = 64, clamp: float = 2.0, s
     Args:
         dim: D ≥ 2. blocks: two-sided couplings. hidden: width of the networks, 64 for 20 latents, 256 for 64.
     """
+    if blocks < 1 or hidden < 1:
+        raise ValueError(f"blocks and hidden must be ≥ 1; got {blocks} and {hidden}")
     layers: list[nn.Module] = []
     for k in range(blocks):
         for flip in (True, False):

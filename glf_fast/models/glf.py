@@ -139,11 +139,13 @@ class GLF(GenerativeModel):
             authors_protocol: as the released code samples: batch norms take the statistics of 500 samples at a time, so that
                 a sample depends on its neighbours, and each image is stretched to [0, 1]. Both move the Fréchet distance.
         """
-        sizes = [min(_SAMPLE_BATCH, n - start) for start in range(0, n, _SAMPLE_BATCH)] or [n]
+        starts = range(0, n, _SAMPLE_BATCH) or [0]
+        # Whole batches where a batch's statistics matter; a single sample has none.
+        sizes = [_SAMPLE_BATCH if authors_protocol else min(_SAMPLE_BATCH, n - start) for start in starts]
         with self._evaluating(), _batch_statistics(self) if authors_protocol else contextlib.nullcontext():
             x = torch.cat(
                 [self.decode(self.flow.sample(k, temperature=temperature, generator=generator)) for k in sizes]
-            )
+            )[:n]
         if authors_protocol:
             low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
             x = (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)

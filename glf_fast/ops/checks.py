@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_floating", "check_hidden_layers", "check_shape", "check_state"]
+from glf_fast.reference import LOG_SCALES
+
+__all__ = [
+    "check_choice",
+    "check_floating",
+    "check_hidden_layers",
+    "check_log_scale",
+    "check_shape",
+    "check_state",
+]
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_log_scale(name: str, constant: float | None) -> None:
+    """Raise ValueError unless `name` is a log-scale function and `constant` one that it can have; None is its default."""
+    check_choice("log_scale", name, LOG_SCALES)
+    if constant is None:
+        return
+    if LOG_SCALES[name] is None:
+        raise ValueError(f"log_scale {name!r} has no constant; got log_scale_constant={constant}")
+    low, high = {"softclip": (0.0, 1.0), "glow": (-math.inf, math.inf)}.get(name, (0.0, math.inf))
+    if not low < constant < high:
+        raise ValueError(f"log_scale_constant of {name!r} must be between {low} and {high}; got {constant}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], meaning: str) -> None:

@@ -9,8 +9,15 @@ from torch import Tensor
 from glf_fast import reference
 from glf_fast.ops import cpp
 from glf_fast.ops.backends import backend_for
-from glf_fast.ops.checks import check_choice, check_floating, check_hidden_layers, check_shape, check_state
-from glf_fast.reference import ACTIVATIONS, LOG_SCALES
+from glf_fast.ops.checks import (
+    check_choice,
+    check_floating,
+    check_hidden_layers,
+    check_log_scale,
+    check_shape,
+    check_state,
+)
+from glf_fast.reference import ACTIVATIONS
 
 __all__ = ["affine_coupling", "coupling_flow", "coupling_flow_inverse"]
 
@@ -42,7 +49,7 @@ def affine_coupling(
 
     Source: RealNVP (arXiv:1605.08803), eq. 4; Glow (arXiv:1807.03039), table 1.
     """
-    check_choice("log_scale", log_scale, LOG_SCALES)
+    check_log_scale(log_scale, log_scale_constant)
     for name, tensor in (("v", v), ("u", u), ("t", t)):
         check_floating(name, tensor)
         if tensor.shape != v.shape or tensor.ndim < 2:
@@ -69,9 +76,10 @@ def _check_flow(
     context: Tensor | None,
     activation: str,
     log_scale: str,
+    log_scale_constant: float | None,
 ) -> Tensor:
     check_choice("activation", activation, ACTIVATIONS)
-    check_choice("log_scale", log_scale, LOG_SCALES)
+    check_log_scale(log_scale, log_scale_constant)
     steps, dim = A.shape[0], A.shape[-1]
     check_shape("A", A, (steps, dim, dim), "(steps, dim, dim)")
     check_shape("c", c, (steps, dim), "(steps, dim)")
@@ -117,7 +125,7 @@ def coupling_flow(
     Raises:
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
-    x = _check_flow("x", x, A, c, weights, biases, context, activation, log_scale)
+    x = _check_flow("x", x, A, c, weights, biases, context, activation, log_scale, log_scale_constant)
     if len(weights) <= MAX_LAYERS and backend_for(x, "cpp") == "cpp":
         options = cpp.Options(activation, log_scale, log_scale_constant, add_first, False)
         return cpp.coupling_flow(x, A, c, weights, biases, context, options, reversible)
@@ -145,7 +153,7 @@ def coupling_flow_inverse(
 
     Returns x (B, D) and −Σ ℓ (B,).
     """
-    z = _check_flow("z", z, A_inv, c, weights, biases, context, activation, log_scale)
+    z = _check_flow("z", z, A_inv, c, weights, biases, context, activation, log_scale, log_scale_constant)
     if len(weights) <= MAX_LAYERS and backend_for(z, "cpp") == "cpp":
         options = cpp.Options(activation, log_scale, log_scale_constant, add_first, True)
         return cpp.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)

@@ -61,6 +61,8 @@ class _PLUAssemble(torch.autograd.Function):
             permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse
         )
         ctx.need_inverse = need_inverse
+        if log_scale is None:
+            ctx.mark_non_differentiable(c)  # zero
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(A, A_inv, permutation, sign, *tensors)
         return A, A_inv, c, logabsdet

@@ -91,7 +91,7 @@ def invertible_linear(
     `x` (B, D) or (B, D, H, W); `matrix` (D, D): A, or A⁻¹ when `inverse`, which computes (x − c) A⁻¹; `offset` c (D,);
     `logabsdet` (): log|det A|. Returns y like x and logdet (B,) = ± pixels · log|det A|.
     """
-    pixels = x[0, 0].numel() if len(x) else x.shape[2:].numel()
+    pixels = x.shape[2:].numel()
     rows = x.movedim(1, -1)
     # Full precision under autocast too: the state of a flow is never rounded to bf16.
     with torch.autocast(x.device.type, enabled=False):

@@ -142,11 +142,18 @@ def test_authors_protocol(trained: GLF) -> None:
     """Batch statistics in flow and decoder, then every image stretched to [0, 1]."""
     samples = trained.sample(6, generator=seeded(), authors_protocol=True)
     reference = copy.deepcopy(trained).train()
-    x = reference.decode(reference.flow.inverse(torch.randn(6, 4, generator=seeded()))[0])
+    x = reference.decode(reference.flow.inverse(torch.randn(500, 4, generator=seeded()))[0])[:6]
     low, high = x.flatten(1).min(1).values.view(-1, 1, 1, 1), x.flatten(1).max(1).values.view(-1, 1, 1, 1)
     torch.testing.assert_close(samples, (x - low) / (high - low))
     assert (samples.flatten(1).min(1).values == 0).all() and (samples.flatten(1).max(1).values == 1).all()
     assert (samples - trained.sample(6, generator=seeded())).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("n", [0, 1, 501])
+def test_authors_protocol_takes_any_number(n: int, trained: GLF) -> None:
+    samples = trained.sample(n, generator=seeded(), authors_protocol=True)
+    assert samples.shape == (n, 1, 8, 8) and samples.isfinite().all()
+    torch.testing.assert_close(samples[:1], trained.sample(6, generator=seeded(), authors_protocol=True)[: min(n, 1)])
 
 
 def test_authors_protocol_does_not_start_the_flow(small_glf: Build) -> None:

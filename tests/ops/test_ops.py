@@ -95,6 +95,11 @@ def test_affine_coupling_errors() -> None:
         ops.affine_coupling(x, x.long(), x)
     with pytest.raises(ValueError, match=r"log_scale must be one of 'tanh', 'exp'.*got 'sigmoid'"):
         ops.affine_coupling(x, x, x, log_scale="sigmoid")
+    for name, constant in (("tanh", 0.0), ("atan", -1.0), ("softclip", 1.0), ("nflows", float("nan"))):
+        with pytest.raises(ValueError, match=f"log_scale_constant of '{name}' must be between 0.0 and"):
+            ops.affine_coupling(x, x, x, log_scale=name, log_scale_constant=constant)
+    with pytest.raises(ValueError, match="log_scale 'exp' has no constant; got log_scale_constant=2"):
+        glf_fast.CouplingFlow(4, log_scale="exp", log_scale_constant=2.0)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_a_time_limit_ends_a_run_with_scores(tmp_path: Path, call: Call, capsys:
     assert "FD[tiny]" in capsys.readouterr().out
     call(train, *arguments, "--max-minutes", "0.01")
     assert "is finished" in capsys.readouterr().err
-    call(train, *arguments, "--max-minutes", "0.02")
+    call(train, *arguments, "--max-minutes", "0.06")
     assert lines(tmp_path / "r")[-1]["images"] > images  # type: ignore[operator]
 
 

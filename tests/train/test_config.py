@@ -121,12 +121,15 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
         ("--flow-optimizer.lr nan", "flow_optimizer.lr = nan must be finite"),
         ("--flow-optimizer.betas 0.9 1.5", "flow_optimizer.betas = [0.9, 1.5] must be in [0, 1)"),
         ("--flow.hidden", "flow.hidden = [] must be one or more positive widths"),
-        ("--flow.clamp 3", 'flow.clamp = 3.0 means nothing for flow.kind = "coupling"; leave it 2.0'),
-        ("--flow.kind rnvp --flow.steps 3", 'flow.steps = 3 means nothing for flow.kind = "rnvp"; leave it 8'),
+        ("--flow.clamp 3", 'flow.clamp = 3.0 means nothing for flow.kind = "coupling"; set it to 2.0, its default'),
+        (
+            "--flow.kind rnvp --flow.steps 3",
+            'flow.steps = 3 means nothing for flow.kind = "rnvp"; set it to 8, its default',
+        ),
         ("--flow.kind rnvp --flow.hidden 8", "flow.hidden = [8] must be two equal widths"),
         (
             "--flow-optimizer.schedule cosine --flow-optimizer.decay-every 3",
-            'flow_optimizer.decay_every = 3 means nothing for flow_optimizer.schedule = "cosine"; leave it 50',
+            'flow_optimizer.decay_every = 3 means nothing for flow_optimizer.schedule = "cosine"; set it to 50, its default',
         ),
     ],
 )

@@ -84,7 +84,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, command: Start) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_with_a_checkpoint(number: signal.Signals, tmp_path: Path, command: Start) -> None:
+def test_a_signal_stops_with_a_checkpoint(
+    number: signal.Signals, tmp_path: Path, command: Start, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
         *LONG[:2],
         "--epochs",
@@ -105,6 +107,51 @@ def test_a_signal_stops_with_a_checkpoint(number: signal.Signals, tmp_path: Path
     images = checkpoint.read_state(tmp_path / "r" / "checkpoints" / "last")["images"]
     assert f"stopped after {images:,} images" in errors
     assert lines(tmp_path / "r")[-1]["images"] == images
+    assert (tmp_path / "r" / "report.html").is_file() and list((tmp_path / "r" / "samples").iterdir())
+    # It has no best checkpoint yet; the last one can be looked at.
+    call(sample, tmp_path / "r", "--n", "4", "--out", tmp_path / "four.png")
+    assert "no best checkpoint yet" in capsys.readouterr().err and (tmp_path / "four.png").is_file()
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, command: Start) -> None:
+    arguments = [*LONG[:2], "--epochs", "100000", "--checkpoint-minutes", "0.001", "--out", tmp_path / "r"]
+    first = command("train", *arguments)
+    wait_for_images(tmp_path / "r", 1, first)
+    second = command("train", *arguments)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 2 and f"another process is training in {tmp_path / 'r'}" in errors
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("setting", ["--flow.activation foo", "--batch-size 100000", "--flow.log-scale-constant 0"])
+def test_a_refused_command_leaves_nothing_behind(setting: str, tmp_path: Path, call: Call) -> None:
+    with pytest.raises(UserError):
+        call(train, "--preset", "smoke", "--out", tmp_path / "r", *setting.split())
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("n", [2, 10])
+def test_too_few_images_are_refused_before_training(n: int, tmp_path: Path, call: Call) -> None:
+    np.save(tmp_path / "few.npy", np.zeros((n, 8, 8), np.uint8))
+    with pytest.raises(UserError, match=r"few.npy has \d (test|train) images; \d are the least"):
+        call(train, "--preset", "smoke", "--data.source", tmp_path / "few.npy", "--out", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("scores.json", "[{}]"),
+        ("metrics.jsonl", "[1]\n"),
+        ("checkpoints/last/checkpoint.json", '{"format": 1, "model": "glf", "state": {}, "files": []}'),
+    ],
+)
+def test_json_of_another_shape_is_named(file: str, content: str, run: Path, call: Call) -> None:
+    (run / file).write_text(content)
+    with pytest.raises(UserError, match=file.split("/")[-1].replace(".", r"\.")):
+        call(train, "--preset", "smoke", "--out", run, "--epochs", "5")
 
 
 def test_a_log_cut_off_in_a_line_does_not_stop_a_resume(run: Path, call: Call) -> None:
