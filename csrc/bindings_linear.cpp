@@ -102,19 +102,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
-      "cpu_plu_assemble(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
+      "plu_assemble(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
       "Tensor? log_scale, Tensor? bias, bool need_inverse) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "cpu_plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
+      "plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
       "Tensor? log_scale, Tensor? bias, Tensor A, Tensor? A_inv, Tensor? grad_A, Tensor? grad_A_inv, Tensor? grad_c, "
       "Tensor? grad_logabsdet) -> Tensor[]");
-  m.def("cpu_lu_factor(Tensor A) -> (Tensor, Tensor, Tensor)");
-  m.def("cpu_slogdet_inverse(Tensor A) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("lu_factor(Tensor A) -> (Tensor, Tensor, Tensor)");
+  m.def("slogdet_inverse(Tensor A) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
-  m.impl("cpu_plu_assemble", TORCH_BOX(&plu_assemble));
-  m.impl("cpu_plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));
-  m.impl("cpu_lu_factor", TORCH_BOX(&lu_factor));
-  m.impl("cpu_slogdet_inverse", TORCH_BOX(&slogdet_inverse));
+  m.impl("plu_assemble", TORCH_BOX(&plu_assemble));
+  m.impl("plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));
+  m.impl("lu_factor", TORCH_BOX(&lu_factor));
+  m.impl("slogdet_inverse", TORCH_BOX(&slogdet_inverse));
 }

@@ -42,7 +42,7 @@ def plu_assemble(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         A, A_inv, c, logabsdet = _PLUAssemble.apply(need_inverse, permutation, sign, *tensors)
     else:
-        A, A_inv, c, logabsdet = ops.cpu_plu_assemble.default(
+        A, A_inv, c, logabsdet = ops.plu_assemble.default(
             permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse
         )
     if not flat:
@@ -57,7 +57,7 @@ class _PLUAssemble(torch.autograd.Function):
         ctx: Any, need_inverse: bool, permutation: Tensor, sign: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         lower, upper, log_diag, log_scale, bias = tensors
-        A, A_inv, c, logabsdet = ops.cpu_plu_assemble.default(
+        A, A_inv, c, logabsdet = ops.plu_assemble.default(
             permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse
         )
         ctx.need_inverse = need_inverse
@@ -83,7 +83,7 @@ class _PLUAssemble(torch.autograd.Function):
             given = [g for g in grads if g is not None]
             return None, None, None, *differentiate(run, tensors, ctx.needs_input_grad[3:], given)
         grad_A, grad_A_inv, grad_c, grad_logabsdet = (None if g is None else g.contiguous() for g in grads)
-        found = ops.cpu_plu_assemble_backward.default(
+        found = ops.plu_assemble_backward.default(
             permutation, lower, upper, log_diag, sign, log_scale, bias, A, A_inv if ctx.need_inverse else None,
             grad_A, grad_A_inv if ctx.need_inverse else None, grad_c, grad_logabsdet,
         )  # fmt: skip
@@ -97,14 +97,14 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and W.requires_grad:
         sign, logabsdet, inverse, info = _SlogdetInverse.apply(matrices)
     else:
-        sign, logabsdet, inverse, info = ops.cpu_slogdet_inverse.default(matrices)
+        sign, logabsdet, inverse, info = ops.slogdet_inverse.default(matrices)
     return sign.view(batch), logabsdet.view(batch), inverse.view(W.shape), info.view(batch)
 
 
 class _SlogdetInverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sign, logabsdet, inverse, info = ops.cpu_slogdet_inverse.default(W)
+        sign, logabsdet, inverse, info = ops.slogdet_inverse.default(W)
         ctx.mark_non_differentiable(sign, info)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(inverse)
@@ -130,14 +130,14 @@ def lu_factor(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and W.requires_grad:
         factors, pivots, info = _LUFactor.apply(matrices)
     else:
-        factors, pivots, info = ops.cpu_lu_factor.default(matrices)
+        factors, pivots, info = ops.lu_factor.default(matrices)
     return factors.view(W.shape), pivots.view(*batch, dim), info.view(batch)
 
 
 class _LUFactor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        factors, pivots, info = ops.cpu_lu_factor.default(W)
+        factors, pivots, info = ops.lu_factor.default(W)
         ctx.mark_non_differentiable(pivots, info)
         ctx.save_for_backward(factors, pivots)
         return factors, pivots, info
