@@ -1,4 +1,7 @@
-"""The processor kernels of invertible linear layers as differentiable functions; a pass crosses into C++ once."""
+"""The compiled kernels of invertible linear layers as differentiable functions; a pass crosses into C++ once.
+
+The operations have one name on all devices: torch runs what csrc/cpu or csrc/cuda holds for the tensors' own.
+"""
 
 from __future__ import annotations
 

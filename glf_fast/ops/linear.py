@@ -48,7 +48,7 @@ def plu_assemble(
     if (log_scale is None) != (bias is None):
         raise ValueError("log_scale and bias belong together: give both or neither")
     floats = [t for t in (upper, log_diag, sign, log_scale, bias) if t is not None]
-    if backend_for(lower, "cpp") == "cpp" and all(t.dtype == lower.dtype for t in floats):
+    if backend_for(lower, "cpp", "cuda") != "reference" and all(t.dtype == lower.dtype for t in floats):
         return cpp_linear.plu_assemble(permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse)
     return reference.plu_assemble(permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse=need_inverse)
 
@@ -62,7 +62,7 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ValueError: not square. TypeError: not floating-point.
     """
     _check_square(W)
-    if backend_for(W, "cpp") == "cpp":
+    if backend_for(W, "cpp", "cuda") != "reference":
         return cpp_linear.slogdet_inverse(W)
     return reference.slogdet_inverse(W)
 
@@ -77,7 +77,7 @@ def lu_factor(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: not square. TypeError: not floating-point.
     """
     _check_square(W)
-    if backend_for(W, "cpp") == "cpp":
+    if backend_for(W, "cpp", "cuda") != "reference":
         return cpp_linear.lu_factor(W)
     return reference.lu_factor(W)
 
