@@ -1,7 +1,8 @@
 """Tables of result files: `python -m bench.report [FILE …] [--keep]`.
 
-Files are those of `pytest bench --benchmark-json FILE`, or of bench/results; without any, all of bench/results.
-`--keep` trims fresh ones and commits them to bench/results/<machine>/, where they replace those of that machine.
+Files are those of bench/results, all of them by default, or with `--keep` fresh ones of `pytest bench --benchmark-json
+FILE`: these are trimmed and put into bench/results/<machine>/, in the place of that machine's older ones. `--docs` writes
+each machine's tables to docs/benchmarks/<machine>.md, and figures beside them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.plots import draw
 from bench.results import Result, machine_name, read, trim
 
 __all__ = ["main", "tables"]
 
 FOLDER = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
 OURS = "glf_fast"
 
 
@@ -63,15 +66,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     arguments = parser.parse_args()
-    for path in arguments.files or sorted(FOLDER.glob("*/flow*.json")):
+    for path in arguments.files or sorted(FOLDER.glob("*/flow.json")):
         if arguments.keep:
             trimmed = trim(path)
             kept = FOLDER / machine_name(trimmed["machine"]) / path.name
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(trimmed, indent=1) + "\n")
             path = kept
-        print("\n".join(tables(*read(path))))
+        machine, results = read(path)
+        text = "\n".join(tables(machine, results)) + "\n"
+        if arguments.docs:
+            page = DOCS / f"{machine_name(machine)}.md"
+            figures = draw(machine, results, DOCS / machine_name(machine))
+            page.write_text("\n".join([text, *(f"![]({figure.relative_to(DOCS)})\n" for figure in figures)]))
+            print(page)
+        else:
+            print(text)
 
 
 if __name__ == "__main__":

@@ -216,25 +216,24 @@ void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Sa
   idx size = 0;
   each_gradient(flow, [&](auto, idx n) { size += n; });
   const int copies = parameters ? tiling.threads - 1 : 0;
-  const Scratch<T> memory(copies * size);
+  const PerThread<T> scratch(tiling.threads, {panel_size(flow), save == Save::records ? 0 : tiling.tile_rows * at.width,
+                                              tiling.tile_rows * grad.width, copies ? size : 0});
   const std::unique_ptr<Gradients<T>[]> own(new Gradients<T>[copies + 1]);
-  for (int i = 0; i < copies; ++i) own[i] = carve(flow, memory.get() + i * size);
+  for (int i = 0; i < copies; ++i) own[i] = carve(flow, scratch.get(i + 1, 3));
 
   in_parallel(parallel, tiling.threads, [&](int thread) {
-    const Scratch<T> panel(panel_size(flow));
-    const Scratch<T> scratch(save == Save::records ? 0 : tiling.tile_rows * at.width);
-    const Scratch<T> gradient(tiling.tile_rows * grad.width);
+    T *panel = scratch.get(thread, 0), *room = scratch.get(thread, 1), *gradient = scratch.get(thread, 2);
     const Gradients<T>* target = !parameters ? nullptr : thread == 0 ? parameters : &own[thread - 1];
     tiling.each_tile(thread, batch, [&](idx first, idx rows, bool first_tile) {
-      copy_rows(rows, D, grad_out + first * D, D, gradient.get() + grad.out, grad.width);
-      if (save == Save::nothing) copy_rows(rows, D, out + first * D, D, gradient.get() + grad.state, grad.width);
+      copy_rows(rows, D, grad_out + first * D, D, gradient + grad.out, grad.width);
+      if (save == Save::nothing) copy_rows(rows, D, out + first * D, D, gradient + grad.state, grad.width);
       for (idx i = 0; i < K; ++i) {
         const idx k = flow.inverse ? i : K - 1 - i;
         // Saved records are full, so nothing below writes to them.
-        T* record = save == Save::records ? const_cast<T*>(saved) + (k * batch + first) * record_width : scratch.get();
-        const BackwardTile<T> tile{{flow, at, rows, context + first * C, record, panel.get()},
+        T* record = save == Save::records ? const_cast<T*>(saved) + (k * batch + first) * record_width : room;
+        const BackwardTile<T> tile{{flow, at, rows, context + first * C, record, panel},
                                    grad,
-                                   gradient.get(),
+                                   gradient,
                                    target,
                                    !first_tile};
         if (save == Save::inputs) {
@@ -245,7 +244,7 @@ void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Sa
         }
         step_backward(tile, k, grad_logdet + first, grad_context + first * C, i == 0);
       }
-      copy_rows<T>(rows, D, gradient.get() + grad.out, grad.width, grad_x + first * D, D);
+      copy_rows<T>(rows, D, gradient + grad.out, grad.width, grad_x + first * D, D);
     });
   });
   if (copies) reduce(flow, *parameters, own.get(), copies, parallel);

@@ -106,16 +106,16 @@ void forward(const Flow<T>& flow, Int batch, const T* x, const T* context, T* ou
   const Record at = Record::of(flow);
   const Tiling tiling(flow, at, batch, parallel);
   const idx D = flow.dim, K = flow.steps;
+  const PerThread<T> memory(tiling.threads, {panel_size(flow), save == Save::records ? 0 : tiling.tile_rows * at.width});
   in_parallel(parallel, tiling.threads, [&](int thread) {
-    const Scratch<T> panel(panel_size(flow));
-    const Scratch<T> scratch(save == Save::records ? 0 : tiling.tile_rows * at.width);
+    T *panel = memory.get(thread, 0), *scratch = memory.get(thread, 1);
     tiling.each_tile(thread, batch, [&](idx first, idx rows, bool) {
       for (idx i = 0; i < K; ++i) {
         const idx k = flow.inverse ? K - 1 - i : i;
         const auto record = [&](idx step) {
-          return save == Save::records ? saved + (step * batch + first) * record_width : scratch.get();
+          return save == Save::records ? saved + (step * batch + first) * record_width : scratch;
         };
-        const Tile<T> tile{flow, at, rows, context + first * flow.context_dim, record(k), panel.get()};
+        const Tile<T> tile{flow, at, rows, context + first * flow.context_dim, record(k), panel};
         if (i == 0) copy_rows(rows, D, x + first * D, D, tile.record + at.x, at.width);
         if (save == Save::inputs) copy_rows<T>(rows, D, tile.record + at.x, at.width, saved + (k * batch + first) * D, D);
         // A step's output is the next one's input.

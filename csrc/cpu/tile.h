@@ -10,23 +10,77 @@
 
 namespace glf::GLF_ISA {
 
+// The last block of memory that was given back on this thread: the next call will want one of the same size, and fresh
+// pages cost more than they seem: 800 page faults and 2 ms of a training pass at D = 64, H = 256.
+class Kept {
+ public:
+  ~Kept() { ::operator delete(block_, alignment); }
+  // A block of `size` bytes or more, which `size` then says.
+  void* take(std::size_t& size) {
+    if (size > size_) return ::operator new(size, alignment);
+    size = std::exchange(size_, 0);
+    return std::exchange(block_, nullptr);
+  }
+  void give(void* block, std::size_t size) {
+    if (size > size_ && size <= limit) {
+      std::swap(block, block_);
+      size_ = size;
+    }
+    ::operator delete(block, alignment);
+  }
+  static Kept& here() {
+    static thread_local Kept kept;
+    return kept;
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+  static constexpr std::size_t limit = 32 << 20;
+  void* block_ = nullptr;
+  std::size_t size_ = 0;
+};
+
 // Uninitialised memory on a cache line. With GLF_POISON it is full of NaN, so that a value used unwritten shows.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(idx n)
-      : data_(static_cast<T*>(::operator new(std::max<idx>(n, 1) * sizeof(T), std::align_val_t{64}))) {
+  explicit Scratch(idx n) : size_(std::max<idx>(n, 1) * sizeof(T)), data_(static_cast<T*>(Kept::here().take(size_))) {
 #ifdef GLF_POISON
     std::fill_n(data_, n, std::numeric_limits<T>::quiet_NaN());
 #endif
   }
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  ~Scratch() { Kept::here().give(data_, size_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
 
  private:
+  std::size_t size_;
   T* data_;
+};
+
+// The memory of all threads of a call, several fields for each.
+template <class T>
+class PerThread {
+ public:
+  PerThread(int threads, std::initializer_list<idx> sizes) : memory_(threads * total(sizes)), total_(total(sizes)) {
+    idx end = 0;
+    int field = 0;
+    for (const idx size : sizes) start_[field++] = std::exchange(end, end + padded(size));
+  }
+  // The i-th of the given sizes.
+  T* get(int thread, int i) const { return memory_.get() + thread * total_ + start_[i]; }
+
+ private:
+  // To two cache lines, which processors fetch in pairs.
+  static idx padded(idx size) { return round_up(size, 128 / sizeof(T)); }
+  static idx total(std::initializer_list<idx> sizes) {
+    idx sum = 0;
+    for (const idx size : sizes) sum += padded(size);
+    return sum;
+  }
+  Scratch<T> memory_;
+  idx total_, start_[4];
 };
 
 struct Tiling {
