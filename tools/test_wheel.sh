@@ -55,13 +55,15 @@ for version in "${versions[@]}"; do
     (cd "$folder" && "$environment/bin/python" check.py)
 done
 
-# No compiler: every name that setuptools could call fails.
+# No compiler: every name that setuptools could call fails. From sources without the build folder of the wheel.
+mkdir "$folder/bare/source"
+git -C "$root" archive HEAD | tar -x -C "$folder/bare/source"
 for name in cc c++ gcc g++ clang clang++ nvcc ninja; do
     printf '#!/bin/sh\nexit 1\n' > "$folder/bare/$name"
     chmod +x "$folder/bare/$name"
 done
 PATH="$folder/bare:$PATH" CC=cc CXX=c++ "$python" -m pip install -q --no-deps --no-build-isolation \
-    --target "$folder/bare/site" "$folder/source"
+    --target "$folder/bare/site" "$folder/bare/source"
 (cd "$folder" && PYTHONPATH="$folder/bare/site" "$python" -m glf_fast.info | tee bare/info.txt)
 grep -q "backend cpp *not built" "$folder/bare/info.txt"
 echo "an installation without a compiler succeeds and says what is missing"
