@@ -1,4 +1,4 @@
-// The kernels themselves: which matrix a block or warp takes, and where it works. Also compiled by NVRTC.
+// The kernels themselves: which matrix a block or warp takes, and where it works.
 #pragma once
 
 #include "lu_block.cuh"
