@@ -68,14 +68,15 @@ def kernels() -> dict[str, Any]:
     )
     extensions = [cpu]
     if CUDA_HOME and (nvcc := Path(CUDA_HOME) / "bin" / "nvcc").exists():
-        # cudart is linked statically: the library does not depend on where torch keeps its own.
+        # cudart is linked statically: the library does not depend on where torch keeps its own. The current stream comes
+        # from torch_cuda, which torch loads without making its symbols known to others.
         extensions.append(
             CppExtension(
                 "glf_fast._cuda",
                 sources("bindings_cuda.cpp", "cuda/*.cu"),
                 include_dirs=["csrc", str(nvcc.parents[1] / "include")],
                 library_dirs=[str(nvcc.parents[1] / "lib64")],
-                libraries=["cudart_static", "rt", "dl", "pthread"],
+                libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
                 depends=headers,
                 extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": nvcc_flags(nvcc)},
                 py_limited_api=True,
