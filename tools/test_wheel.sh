@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One wheel, several torch versions: builds the abi3 wheel with this environment's torch, installs it beside other
-# versions of torch (CPU builds) in environments of their own, and runs the kernels there against the reference. Then an
+# versions of torch in environments of their own, and runs the kernels there against the reference. Then an
 # installation without a compiler, which must succeed and say what is missing.
 # Usage: tools/test_wheel.sh FOLDER [TORCH_VERSION …]; PYTHON is the interpreter of an environment that can build.
 set -euo pipefail
