@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 

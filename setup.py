@@ -1,9 +1,11 @@
 """Builds the glf_fast distribution; metadata lives in pyproject.toml.
 
-The processor kernels (csrc/) are built when there are torch and a C++ compiler; without them the installation succeeds
-as pure Python, and `python -m glf_fast.info` says what is slower.
+The processor kernels (csrc/cpu) are built when there are torch and a C++ compiler, the CUDA kernels (csrc/cuda) when there
+are also nvcc and a torch with CUDA. Without them the installation succeeds as pure Python, and `python -m glf_fast.info`
+says what is slower.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,45 +13,77 @@ from typing import Any
 from setuptools import find_packages, setup
 
 # The LibTorch Stable ABI of torch 2.10: one binary serves that version and all later ones, on every Python.
-TORCH_TARGET = "0x020a000000000000"
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+CXX = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", TORCH_TARGET]
+# Ampere, Hopper, Blackwell; each serves later chips of its generation, and PTX of the last what comes after.
+ARCHITECTURES = ("80", "90", "100")
+
+
+def sources(*patterns: str) -> list[str]:
+    """Files under csrc, sorted."""
+    return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+
+
+def nvcc_flags(nvcc: Path) -> list[str]:
+    """Code for every architecture of ours that this nvcc knows."""
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = [arch for arch in ARCHITECTURES if f"compute_{arch}" in listing]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
+    return ["-O3", "-std=c++17", *targets, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
 
 def kernels() -> dict[str, Any]:
-    """Arguments of `setup` that build the extension; none where torch cannot be imported."""
+    """Arguments of `setup` that build the extensions; none where torch cannot be imported."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
     except ImportError as error:
         print(f"glf_fast: building without kernels ({error})", file=sys.stderr)
         return {}
 
     class Build(BuildExtension):
-        """Builds the extension, or says why it is missing."""
+        """Builds the extensions, or says which is missing."""
 
         def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:  # no compiler, or one that is too old: every kind of error has been seen here
-                print(f"glf_fast: the kernels were not built, the flows will be slow: {error}", file=sys.stderr)
-                self.extensions = []
+            wanted = list(self.extensions)
+            # An nvcc that does not fit torch stops everything before anything is built: then once more without it.
+            for extensions in [wanted, wanted[:1]][: len(wanted)]:
+                self.extensions = extensions
+                try:
+                    return super().run()
+                except (
+                    Exception
+                ) as error:  # no compiler, or one that is too old: every kind of error has been seen here
+                    names = " and ".join(extension.name for extension in extensions)
+                    print(f"glf_fast: {names} not built, the flows will be slow: {error}", file=sys.stderr)
+            self.extensions = []
 
-    extension = CppExtension(
+    headers = sources("**/*.h", "**/*.cuh")
+    cpu = CppExtension(
         "glf_fast._cpu",
-        sorted(map(str, [*Path("csrc").glob("bindings*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
+        sources("bindings.cpp", "bindings_linear.cpp", "cpu/*.cpp"),
         include_dirs=["csrc"],
-        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
-        extra_compile_args=[
-            "-O3",
-            "-g0",
-            "-std=c++17",
-            "-Wall",
-            "-Wextra",
-            "-Wno-unused-parameter",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        ],
+        depends=headers,
+        extra_compile_args=CXX,
         py_limited_api=True,
     )
+    extensions = [cpu]
+    if CUDA_HOME and (nvcc := Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        # cudart is linked statically: the library does not depend on where torch keeps its own. The current stream comes
+        # from torch_cuda, which torch loads without making its symbols known to others.
+        extensions.append(
+            CppExtension(
+                "glf_fast._cuda",
+                sources("bindings_cuda.cpp", "cuda/*.cu"),
+                include_dirs=["csrc", str(nvcc.parents[1] / "include")],
+                library_dirs=[str(nvcc.parents[1] / "lib64")],
+                libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+                depends=headers,
+                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": nvcc_flags(nvcc)},
+                py_limited_api=True,
+            )
+        )
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

@@ -62,19 +62,59 @@ Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Te
   return grads;
 }
 
+Tensor integers(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Int);
+}
+
+std::int32_t* indices(const Tensor& t) { return static_cast<std::int32_t*>(t.mutable_data_ptr()); }
+
+void check_square(const Tensor& A) {
+  STD_TORCH_CHECK(A.dim() == 3 && A.size(1) == A.size(2), "glf_fast: matrices (N, D, D) are needed");
+}
+
+// L and U in one matrix, pivots, info.
+std::tuple<Tensor, Tensor, Tensor> lu_factor(Tensor A) {
+  check_square(A);
+  const int64_t count = A.size(0), dim = A.size(1);
+  Tensor factors = alike(A), pivots = integers(A, {count, dim}), info = integers(A, {count});
+  for_dtype(A, [&](auto zero) {
+    using T = decltype(zero);
+    glf::kernels<T>().lu_factor(count, dim, glf::bindings::read<T>(A), write<T>(factors), indices(pivots),
+                                indices(info), parallel());
+  });
+  return {factors, pivots, info};
+}
+
+// Sign, log|det|, inverse, info.
+std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
+  check_square(A);
+  const int64_t count = A.size(0), dim = A.size(1);
+  Tensor sign = empty(A, {count}), logabsdet = empty(A, {count}), inverse = alike(A), info = integers(A, {count});
+  for_dtype(A, [&](auto zero) {
+    using T = decltype(zero);
+    glf::kernels<T>().slogdet_inverse(count, dim, glf::bindings::read<T>(A), write<T>(sign), write<T>(logabsdet),
+                                      write<T>(inverse), indices(info), parallel());
+  });
+  return {sign, logabsdet, inverse, info};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
-      "cpu_plu_assemble(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
+      "plu_assemble(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
       "Tensor? log_scale, Tensor? bias, bool need_inverse) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "cpu_plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
+      "plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
       "Tensor? log_scale, Tensor? bias, Tensor A, Tensor? A_inv, Tensor? grad_A, Tensor? grad_A_inv, Tensor? grad_c, "
       "Tensor? grad_logabsdet) -> Tensor[]");
+  m.def("lu_factor(Tensor A) -> (Tensor, Tensor, Tensor)");
+  m.def("slogdet_inverse(Tensor A) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
-  m.impl("cpu_plu_assemble", TORCH_BOX(&plu_assemble));
-  m.impl("cpu_plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));
+  m.impl("plu_assemble", TORCH_BOX(&plu_assemble));
+  m.impl("plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));
+  m.impl("lu_factor", TORCH_BOX(&lu_factor));
+  m.impl("slogdet_inverse", TORCH_BOX(&slogdet_inverse));
 }

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from glf_fast import models
 from glf_fast.errors import UserError
-from glf_fast.files import atomic_write, read_json, sha256, write_json
+from glf_fast.files import read_json, save_tensors, sha256, write_json
 
 __all__ = ["Checkpoint", "exists", "load_model", "optimizer_tensors", "read", "restore_optimizer", "write"]
 
@@ -60,10 +60,10 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
     try:
         temporary.mkdir()
-        _save(checkpoint.weights, temporary / _MODEL)
+        save_tensors(temporary / _MODEL, checkpoint.weights)
         write_json(temporary / _CONFIG, checkpoint.config)
         if checkpoint.training:
-            _save(checkpoint.training, temporary / _TRAINING)
+            save_tensors(temporary / _TRAINING, checkpoint.training)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())
         }
@@ -77,7 +77,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         temporary.rename(folder)
         _flush(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise OSError(
             f"{folder} could not be written ({error}); what was there is unharmed: make room, and run the same command again"
         ) from error
@@ -191,12 +191,6 @@ def _index(folder: Path) -> dict[str, Any]:
     ):
         raise UserError(f"{folder / _INDEX} is not of this version's format ({_FORMAT}); {_remedy(folder)}")
     return index
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # channels_last weights are not contiguous, and safetensors refuses those.
-    with atomic_write(path) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def _flush(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import io
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import tyro
 
 from glf_fast.config import Config, check
 from glf_fast.config_files import load, preset_path
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, did_you_mean
 
 __all__ = ["TrainCommand", "parse", "parse_train", "pick_device"]
 
@@ -73,31 +72,50 @@ def parse_train(arguments: Sequence[str]) -> TrainCommand:
     return command
 
 
-def parse(kind: type[C], arguments: Sequence[str], module: str, default: Any = tyro.MISSING_NONPROP) -> C:
-    """The arguments of `python -m {module}` as `kind`.
+def parse(
+    kind: type[C],
+    arguments: Sequence[str],
+    module: str,
+    default: Any = tyro.MISSING_NONPROP,
+    description: str | None = None,
+) -> C:
+    """The arguments of `python -m {module}` as `kind`: a dataclass, or a union of several, which are sub-commands.
+
+    `description` is what --help says above the options, the dataclass's docstring by default.
 
     Raises:
         UserError: an unknown option (the message has the nearest one), a missing or a wrong value.
         SystemExit: after printing what --help prints.
     """
     program = f"python -m {module}"
+    options: dict[str, Any] = {"prog": program, "default": default, "description": description}
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):  # tyro's errors come in a box of many lines
-            command, unknown = tyro.cli(kind, args=arguments, prog=program, default=default, return_unknown_args=True)
+            command, unknown = tyro.cli(kind, args=arguments, return_unknown_args=True, **options)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(f"{_one_line(errors.getvalue())}; {program} --help explains the options") from None
-    if unknown:
-        word = unknown[0].split("=")[0]
-        help_text = io.StringIO()
-        with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
-            tyro.cli(kind, args=["--help"], prog=program, default=default)
-        close = difflib.get_close_matches(word, set(re.findall(r"--[\w.-]+", help_text.getvalue())), 1)
-        hint = f"did you mean {close[0]}?" if close else f"{program} --help lists what there is"
+        unknown = []
+    else:
+        if not unknown:
+            return command
+
+    help_text = io.StringIO()
+    subcommand = [word for word in arguments[:1] if not word.startswith("-")]  # or a file's name, which does no harm
+    with (
+        contextlib.redirect_stdout(help_text),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.suppress(SystemExit),
+    ):
+        tyro.cli(kind, args=[*subcommand, "--help"], **options)
+    known = set(re.findall(r"--[\w.-]+", help_text.getvalue()))
+    # An unknown option first: tyro also takes it for the value of an argument, and misses another.
+    words = [word.split("=")[0] for word in arguments if word.startswith("--")] if known else []
+    for word in [word for word in words if word.replace("_", "-") not in known] + unknown:
+        hint = did_you_mean(word, sorted(known)).rstrip() or f"{program} --help lists what there is"
         raise UserError(f"{'unknown option' if word.startswith('-') else 'unexpected argument'} {word}; {hint}")
-    return command
+    raise UserError(f"{_one_line(errors.getvalue())}; {program} --help explains the options")
 
 
 def _one_line(box: str) -> str:

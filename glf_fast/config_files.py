@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from glf_fast.config import Config, FlowConfig, OptimizerConfig, shown
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,7 +32,7 @@ def presets() -> tuple[str, ...]:
 def preset_path(name: str) -> Path:
     """A preset's file; raises UserError, with the nearest name, when there is none."""
     if name not in presets():
-        raise UserError(f"no preset {name!r}; {_did_you_mean(name, presets())}there are {', '.join(presets())}")
+        raise UserError(f"no preset {name!r}; {did_you_mean(name, presets())}there are {', '.join(presets())}")
     return _FOLDER / f"{name}.toml"
 
 
@@ -83,7 +82,7 @@ def _updated(config: T, table: Mapping[str, Any], where: str, prefix: str = "") 
     for key, value in table.items():
         if key not in kinds:
             known = [prefix + name for name in kinds]
-            hint = _did_you_mean(prefix + key, known) or f"known here: {', '.join(known)}; "
+            hint = did_you_mean(prefix + key, known) or f"known here: {', '.join(known)}; "
             raise UserError(f"{where} has an unknown key {prefix + key!r}; {hint.rstrip('; ')}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
@@ -125,8 +124,3 @@ def _converted(value: Any, kind: Any) -> Any:
 
 
 _NAMES = {int: "integers", float: "numbers", str: "strings"}
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {close[0]!r}? " if close else ""

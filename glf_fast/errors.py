@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-__all__ = ["UserError", "run_command"]
+__all__ = ["UserError", "did_you_mean", "run_command"]
 
 
 class UserError(ValueError):
@@ -14,6 +15,12 @@ class UserError(ValueError):
 
     The message is complete in one line: what is wrong, with the value that came, and what to do about it.
     """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "did you mean 'x'? " for the known word x nearest to a wrong one, "" if none is near."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

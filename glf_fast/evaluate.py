@@ -19,7 +19,7 @@ from glf_fast.metrics import Extractor
 from glf_fast.models import GenerativeModel
 from glf_fast.sample import draw
 
-__all__ = ["evaluate", "load_extractors", "table"]
+__all__ = ["evaluate", "load_extractors", "reconstructions", "table"]
 
 
 def evaluate(
@@ -58,7 +58,7 @@ def evaluate(
                 **shared,
                 "samples": metrics.score(samples, reference, extractor, seed=seed, sampling=sampling | shared),
                 "reconstructions": metrics.score(
-                    _reconstructions(model, test.images[:n]),
+                    reconstructions(model, test.images, n),
                     reference,
                     extractor,
                     sampling={"images": "test", **shared},
@@ -68,9 +68,13 @@ def evaluate(
     return results
 
 
-def _reconstructions(model: GenerativeModel, images: Tensor) -> Iterator[Tensor]:
-    device = next(model.parameters()).device
-    for batch in images.split(500):
+def reconstructions(model: GenerativeModel, test_images: Tensor, n: int) -> Iterator[Tensor]:
+    """Batches of uint8 reconstructions of the n uint8 test images that `metrics.reference` takes, too.
+
+    In random order, but another than there: KID compares block with block, and unbiased only if they share no images.
+    """
+    device, images = next(model.parameters()).device, metrics.subset(test_images, n)
+    for batch in images.roll(len(images) // 2, 0).split(500):
         yield to_uint8(model.reconstruct(to_float(batch.to(device))))
 
 

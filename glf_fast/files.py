@@ -1,4 +1,4 @@
-"""Files on disk: where the cache is, atomic writes, hashes, JSON."""
+"""Files on disk: where the cache is, atomic writes, hashes, JSON, tensors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from glf_fast.errors import UserError
 
-__all__ = ["atomic_write", "cache_dir", "read_json", "sha256", "write_json"]
+__all__ = ["atomic_write", "cache_dir", "file_digest", "read_json", "save_tensors", "sha256", "write_json"]
 
 
 def cache_dir() -> Path:
@@ -54,7 +58,12 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 def sha256(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
+    return file_digest(path, "sha256")
+
+
+def file_digest(path: Path | str, algorithm: str) -> str:
+    """Hexadecimal digest of a file's bytes by one of hashlib's algorithms, without holding the file in memory."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -66,6 +75,16 @@ def write_json(path: Path | str, content: Any) -> None:
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     with atomic_write(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, atomically; raises OSError when it cannot be written (disk full …)."""
+    with atomic_write(path) as temporary:
+        try:
+            # channels_last weights are not contiguous, and safetensors refuses those.
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # how safetensors reports what the system said
+            raise OSError(f"{path}: {error}") from error
 
 
 def read_json(path: Path | str) -> Any:

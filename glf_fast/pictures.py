@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from glf_fast.images import grid, save_png, to_float, to_uint8
+from glf_fast.metrics import subset
 from glf_fast.models import GenerativeModel
 from glf_fast.sample import draw
 
@@ -17,12 +19,12 @@ KINDS = ("samples", "reconstructions", "interpolations")
 
 
 def draw_pictures(model: GenerativeModel, test_images: Tensor, seed: int) -> dict[str, Tensor]:
-    """A uint8 picture (C, H, W) of each kind; the same noise and the same test images (N, C, H, W) every time.
+    """A uint8 picture (C, H, W) of each kind; the same noise and the same few test images (N, C, H, W) every time.
 
-    Reconstructions come in pairs of rows: real images, below them what the model makes of them. Interpolations run from one
-    test image to another.
+    The few come in a fixed random order, as data sets may be sorted by class. Reconstructions are pairs of rows: real images,
+    below them what the model makes of them. Interpolations run from one test image to another.
     """
-    real = test_images[: min(32, len(test_images) // 2 * 2)]
+    real = subset(test_images, min(32, len(test_images) // 2 * 2))
     half = len(real) // 2
     rebuilt = to_uint8(model.reconstruct(to_float(real)))
     pairs = torch.cat([real[:half], rebuilt[:half], real[half:], rebuilt[half:]])
@@ -43,7 +45,7 @@ def picture_name(images: int) -> str:
 
 def save_picture(run: Path, kind: str, picture: Tensor, images: int) -> None:
     """Write run/{kind}/{images seen}.png, enlarged if it is small."""
-    save_png(run / kind / picture_name(images), picture, scale=max(1, round(480 / picture.shape[-1])))
+    save_png(run / kind / picture_name(images), picture, scale=math.ceil(480 / picture.shape[-1]))
 
 
 def latest_picture(run: Path, kind: str) -> Path | None:

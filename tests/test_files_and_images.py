@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from glf_fast.errors import UserError
-from glf_fast.files import atomic_write, cache_dir, read_json, sha256, write_json
+from glf_fast.errors import UserError, did_you_mean
+from glf_fast.files import atomic_write, cache_dir, read_json, save_tensors, sha256, write_json
 from glf_fast.images import grid, save_png, to_float, to_uint8
 from glf_fast.info import info
 
@@ -52,6 +53,20 @@ run_command(main)
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000, "the limit was the child's"
+
+
+def test_tensors_on_a_full_disk_raise_oserror(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.arange(12.0).view(3, 4).T}, {"key": "value"})
+    before = (tmp_path / "a.safetensors").read_bytes()
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], torch.arange(12.0).view(3, 4).T)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.safetensors: .*File too large"):
+            save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
 
 def test_json_round_trip_and_damage(tmp_path: Path) -> None:
@@ -114,6 +129,11 @@ def test_commands_turn_mistakes_into_one_line(raised: str, code: int, text: str)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert done.stderr.startswith(text)
+
+
+def test_the_nearest_known_word() -> None:
+    assert did_you_mean("minst", ("mnist", "digits")) == "did you mean 'mnist'? "
+    assert did_you_mean("celeba", ("mnist", "digits")) == ""
 
 
 def test_info_tells_what_runs() -> None:

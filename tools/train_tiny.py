@@ -13,11 +13,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from glf_fast.data import load
-from glf_fast.files import atomic_write, sha256
+from glf_fast.files import save_tensors, sha256
 from glf_fast.images import to_float
 from glf_fast.metrics.tiny import TINY_WEIGHTS, TinyNet
 
@@ -87,8 +86,7 @@ def main() -> None:
     # A channel that hardly ever fires must not be blown up into the loudest feature.
     model.std.copy_(std.clamp(min=0.1 * float(std.median())))
     print(f"std of the features: {std.min():.2e} … {std.median():.2e} … {std.max():.2e}")
-    with atomic_write(arguments.out) as temporary:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
+    save_tensors(arguments.out, model.state_dict())
     print(f"{arguments.out}  {arguments.out.stat().st_size} bytes  sha256 {sha256(arguments.out)}")
 
 

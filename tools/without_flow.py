@@ -20,6 +20,7 @@ from torch import Tensor
 from glf_fast import checkpoint, data, metrics, runs
 from glf_fast.command_line import parse
 from glf_fast.errors import UserError, run_command
+from glf_fast.evaluate import reconstructions
 from glf_fast.files import write_json
 from glf_fast.images import to_float, to_uint8
 from glf_fast.models import GLF
@@ -70,13 +71,12 @@ def main() -> None:
     codes = torch.cat([model.encode(to_float(part)) for part in train.images.split(500)])
     spread = torch.linalg.cholesky(torch.cov(codes.T))
     noise = torch.randn(command.n, model.latent_dim, generator=generator)
-    held_out = test.images[: command.n]
     images = {
         "pca-gaussian": pca_gaussian(train.images, model.latent_dim, command.n, generator),
         "standard-normal": decode(noise),
         "fitted-normal": decode(codes.mean(0) + noise @ spread.T),
         "flow": draw(model, command.n, seed=0),
-        "reconstructions": torch.cat([to_uint8(model.reconstruct(to_float(part))) for part in held_out.split(500)]),
+        "reconstructions": torch.cat(list(reconstructions(model, test.images, command.n))),
     }
     about = {"run": command.run.name, "epoch": state["epoch"]}
     scores = {

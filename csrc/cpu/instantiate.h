@@ -3,6 +3,7 @@
 
 #include "affine_coupling.h"
 #include "flow_backward.h"
+#include "lu.h"
 #include "plu.h"
 
 namespace glf::GLF_ISA {
@@ -10,8 +11,10 @@ namespace glf::GLF_ISA {
 extern const Kernels<float> kernels_f32;
 extern const Kernels<double> kernels_f64;
 const Kernels<float> kernels_f32{forward<float>,      backward<float>,     coupling<float>,
-                                         coupling_backward<float>, plu_assemble<float>, plu_assemble_backward<float>};
+                                 coupling_backward<float>, plu_assemble<float>, plu_assemble_backward<float>,
+                                 lu_factor<float>,    slogdet_inverse<float>};
 const Kernels<double> kernels_f64{forward<double>,      backward<double>,     coupling<double>,
-                                          coupling_backward<double>, plu_assemble<double>, plu_assemble_backward<double>};
+                                  coupling_backward<double>, plu_assemble<double>, plu_assemble_backward<double>,
+                                  lu_factor<double>,    slogdet_inverse<double>};
 
 }  // namespace glf::GLF_ISA

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "math.h"
-#include "tile.h"
+#include "triangular.h"
 
 namespace glf::GLF_ISA {
 
@@ -54,25 +54,13 @@ struct Factors {
       }
   }
 
-  // row (of width ld) -= Σ_i f[i]·rows[i].
-  void eliminate(idx n, T* factors, const T* rows, T* row) const {
-    constexpr idx W = NR * lanes<T>;
-    for (idx i = 0; i < n; ++i) factors[i] = -factors[i];
-    for (idx j = 0; j < ld; j += W) pick_block<T>(1, NR)(n, factors, 0, 1, rows + j, ld, row + j, ld, W, nullptr, true);
-  }
-
-  // to = (L U)⁻¹: forward, then backward substitution. L and U are used up.
+  // to = (L U)⁻¹. L and U are used up.
   void inverse(T* to) {
-    for (idx i = 0; i < dim; ++i) {
-      std::fill_n(to + i * ld, ld, T(0));
-      to[i * ld + i] = 1;
-      eliminate(i, lower + i * ld, to, to + i * ld);
+    for (idx i = 0; i < dim * ld; ++i) {
+      lower[i] = -lower[i];
+      upper[i] = -upper[i];
     }
-    for (idx i = dim - 1; i >= 0; --i) {
-      T* row = to + i * ld;
-      eliminate(dim - 1 - i, upper + i * ld + i + 1, row + ld, row);
-      for (idx j = 0; j < ld; j += lanes<T>) store(row + j, load(row + j) / diag[i]);
-    }
+    invert_factors(dim, lower, upper, diag, to, ld);
   }
 };
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from glf_fast.data.arrays import load_arrays
@@ -12,7 +11,7 @@ from glf_fast.data.dataset import SPLITS, ImageDataset, check_split
 from glf_fast.data.digits import load_digits
 from glf_fast.data.folder import load_folder
 from glf_fast.data.idx import FASHION_MNIST, MNIST
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, did_you_mean
 
 __all__ = ["SPLITS", "ImageDataset", "load", "names"]
 
@@ -47,9 +46,14 @@ def load(
     check_split(split)
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be ≥ 1; got {image_size}")
+    path = Path(source).expanduser()
+    if data_dir is not None:
+        if not data_dir.is_dir():
+            raise UserError(f"--data-dir {data_dir} is not a folder")
+        if source == "digits" or (source not in _NAMES and path.exists()):
+            raise UserError(f"{source} looks for no files in --data-dir {data_dir}; leave it out")
     if source == "celeba":
         return load_celeba(split, image_size, data_dir, download)
-    path = Path(source).expanduser()
     if source not in _NAMES and (path.is_dir() or (path.suffix.lower() == ".zip" and path.is_file())):
         return load_folder(path, split, image_size)
     if image_size is not None:
@@ -66,8 +70,7 @@ def load(
         return load_arrays(path, split)
     if path.is_file():
         raise UserError(f"{source} is no folder, .zip, .npy or .npz of images")
-    close = difflib.get_close_matches(source, _NAMES, 1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = did_you_mean(source, _NAMES)
     raise UserError(
         f"no data set or path {source!r}; {hint}there are {', '.join(_NAMES)}, and paths of your own images"
     )

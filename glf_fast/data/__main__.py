@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from glf_fast.command_line import parse
 from glf_fast.data import SPLITS, load, weights
+from glf_fast.data.fetch import NotFound
 from glf_fast.data.idx import FASHION_MNIST, MNIST
 from glf_fast.errors import UserError, run_command
 from glf_fast.files import cache_dir
@@ -64,6 +67,15 @@ def _report(command: Fetch, online: bool) -> None:
     about = ABOUT.get(command.name)
     for key, value in zip(("", "licence   ", "citation  "), about or (), strict=False):
         print(f"{key}{value}")
+    try:
+        _report_files(command, online)
+    except NotFound:
+        if online:
+            raise
+        print(f"not here yet; python -m glf_fast.data fetch {command.name}")
+
+
+def _report_files(command: Fetch, online: bool) -> None:
     if command.name in weights.NAMES:
         path = weights.fetch(command.name, path=command.data_dir, download=online)
         print(f"file      {path} ({path.stat().st_size / 1e6:.0f} MB, verified)")
@@ -73,16 +85,15 @@ def _report(command: Fetch, online: bool) -> None:
         print(f"{split:9} {tuple(data.images.shape)} uint8, fingerprint {data.fingerprint[:16]}")
         if data.policy and split == "test":
             print(f"policy    {data.policy}")
-    print(f"cache     {cache_dir() / 'data'}")
+    kept = cache_dir() / "data" / command.name
+    if command.data_dir is None and kept.is_dir():
+        print(f"cache     {kept}")
 
 
 def main() -> None:
     """Parse the command line and do what it says."""
-    command = tyro.cli(
-        Annotated[Fetch, tyro.conf.subcommand("fetch")] | Annotated[Info, tyro.conf.subcommand("info")],
-        prog="python -m glf_fast.data",
-        description=__doc__,
-    )
+    commands: Any = Annotated[Fetch, tyro.conf.subcommand("fetch")] | Annotated[Info, tyro.conf.subcommand("info")]
+    command: Fetch = parse(commands, sys.argv[1:], "glf_fast.data", description=__doc__)
     if command.name not in ABOUT and not Path(command.name).exists():
         raise UserError(
             f"nothing is called {command.name!r}; there are {', '.join(ABOUT)}, and paths of your own images"

@@ -14,8 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from glf_fast.data.dataset import ImageDataset
-from glf_fast.data.fetch import Attempt, Unavailable, check_hash, download, first
-from glf_fast.errors import UserError
+from glf_fast.data.fetch import Attempt, check_hash, download, first, published
 from glf_fast.files import atomic_write, cache_dir
 
 __all__ = ["load_celeba"]
@@ -40,12 +39,12 @@ def load_celeba(
     array is kept in the cache (2.0 GB for 64 pixels) and mapped into memory afterwards.
     """
     size = image_size or 64
-    files = {name: _find(name, data_dir, download) for name in (PARTITION, ARCHIVE)}
     policy = f"central {CROP} × {CROP}, antialiased bilinear to {size}"
     key = hashlib.sha256(f"{MD5} {policy}".encode()).hexdigest()[:16]
     decoded = _cache() / f"{split}-{size}-{key}.npy"
     if not decoded.is_file():
-        _decode(files[ARCHIVE], _members(files[PARTITION], split), size, decoded)
+        partition, archive = (_find(name, data_dir, download) for name in (PARTITION, ARCHIVE))
+        _decode(archive, _members(partition, split), size, decoded)
     images = torch.from_numpy(np.load(decoded, mmap_mode="c", allow_pickle=False))
     return ImageDataset.of("celeba", split, images, None, policy)
 
@@ -65,27 +64,14 @@ def _find(name: str, data_dir: Path | None, online: bool) -> Path:
 
 def _attempts(name: str, data_dir: Path | None, online: bool) -> Iterator[Attempt]:
     if data_dir is not None:
-        yield Attempt(f"--data-dir {data_dir}", lambda: _accept(Path(data_dir) / name, given=True))
+        yield Attempt(
+            f"--data-dir {data_dir}", lambda: published(Path(data_dir) / name, given_by_user=True, md5=MD5[name])
+        )
     target = _cache() / name
-    yield Attempt(f"the cache {target.parent}", lambda: _accept(target))
+    yield Attempt(f"the cache {target.parent}", lambda: published(target, md5=MD5[name]))
     if online:
         url = DRIVE + IDS[name]
-        yield Attempt(url, lambda: download(url, target, lambda content: check_hash(content, name, md5=MD5[name])))
-
-
-def _accept(path: Path, given: bool = False) -> Path:
-    if not path.is_file():
-        raise Unavailable(f"{path.name} is missing")
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != MD5[path.name]:
-        message = (
-            f"{path} is not the published file (md5 {digest.hexdigest()[:12]}…): truncated, corrupt or another version"
-        )
-        raise UserError(message) if given else Unavailable(message)
-    return path
+        yield Attempt(url, lambda: download(url, target, lambda file: check_hash(file, name, md5=MD5[name])))
 
 
 def _members(partition: Path, split: str) -> list[str]:

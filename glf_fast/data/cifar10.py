@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from glf_fast.data.dataset import ImageDataset
-from glf_fast.data.fetch import Attempt, Unavailable, check_hash, download, first
+from glf_fast.data.fetch import Attempt, check_hash, download, first, published
 from glf_fast.errors import UserError
 from glf_fast.files import cache_dir
 
@@ -41,23 +41,13 @@ def _cache() -> Path:
 
 def _attempts(data_dir: Path | None, online: bool) -> Iterator[Attempt]:
     if data_dir is not None:
-        yield Attempt(f"--data-dir {data_dir}", lambda: _accept(Path(data_dir) / ARCHIVE, given=True))
+        yield Attempt(
+            f"--data-dir {data_dir}", lambda: published(Path(data_dir) / ARCHIVE, given_by_user=True, md5=MD5)
+        )
     target = _cache() / ARCHIVE
-    yield Attempt(f"the cache {target.parent}", lambda: _accept(target))
+    yield Attempt(f"the cache {target.parent}", lambda: published(target, md5=MD5))
     for url in MIRRORS if online else ():
-        yield Attempt(url, lambda url=url: download(url, target, lambda content: check_hash(content, ARCHIVE, md5=MD5)))  # type: ignore[misc]
-
-
-def _accept(path: Path, given: bool = False) -> Path:
-    if not path.is_file():
-        raise Unavailable(f"{path.name} is missing")
-    try:
-        check_hash(path.read_bytes(), str(path), md5=MD5)
-    except Unavailable as error:
-        if given:
-            raise UserError(str(error)) from error
-        raise
-    return path
+        yield Attempt(url, lambda url=url: download(url, target, lambda file: check_hash(file, ARCHIVE, md5=MD5)))  # type: ignore[misc]
 
 
 def parse_cifar10(archive: bytes, split: str) -> ImageDataset:

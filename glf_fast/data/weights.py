@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from glf_fast.data.fetch import Attempt, Unavailable, check_hash, download, first, python_sdist
 from glf_fast.errors import UserError
-from glf_fast.files import atomic_write, cache_dir, sha256
+from glf_fast.files import cache_dir, save_tensors, sha256
 
 __all__ = ["NAMES", "fetch"]
 
@@ -74,6 +74,13 @@ def _given(name: str, path: Path | None) -> Path | None:
     return given
 
 
+def _refusal(name: str, message: str, given_by_user: bool) -> Exception:
+    """What to raise for a wrong file: where the user did not name it, the search goes on."""
+    if given_by_user:
+        return UserError(f"{message}; give another file, or no path and no {_variable(name)} to have it fetched")
+    return Unavailable(message)
+
+
 def _torch_hub(file: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / file
 
@@ -85,7 +92,7 @@ def _vgg16(path: Path | None, online: bool) -> Iterator[Attempt]:
     target = cache_dir() / "weights" / "vgg16-features.safetensors"
     given = _given("vgg16", path)
     if given is not None:
-        yield Attempt(str(given), lambda: _accept_vgg16(given, target))
+        yield Attempt(str(given), lambda: _accept_vgg16(given, target, given_by_user=True))
     yield Attempt(f"the cache {target}", lambda: _accept_vgg16(target, target))
     hub = _torch_hub("vgg16-397923af.pth")
     yield Attempt(f"torch.hub's cache {hub}", lambda: _accept_vgg16(hub, target))
@@ -94,7 +101,7 @@ def _vgg16(path: Path | None, online: bool) -> Iterator[Attempt]:
         yield Attempt(TORCHVISION_VGG16, lambda: _vgg16_from_mirror(target))
 
 
-def _accept_vgg16(path: Path, target: Path) -> Path:
+def _accept_vgg16(path: Path, target: Path, given_by_user: bool = False) -> Path:
     """`path` itself when it is our file, else torchvision's .pth converted to `target`."""
     if not path.is_file():
         raise Unavailable("there is no such file")
@@ -102,29 +109,27 @@ def _accept_vgg16(path: Path, target: Path) -> Path:
         try:
             if _digest(load_file(path)) == VGG16_SHA256:
                 return path
-            message = "is not the published VGG16"
+            message = f"{path} is not the published VGG16"
         except (SafetensorError, KeyError) as error:
-            message = f"is damaged or not the published VGG16 ({error})"
+            message = f"{path} is damaged or not the published VGG16 ({error})"
     else:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of odd pickles, which are then refused
                 state = torch.load(path, map_location="cpu", weights_only=True)
             return _write_vgg16({key: state[key] for key in state if key.startswith("features.")}, target)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-            message = f"is not torchvision's VGG16 ({str(error).splitlines()[0][:100]})"
-    if path == target:
-        raise Unavailable(f"{message}; fetched again")
-    raise UserError(f"{path} {message}")
+        except OSError:
+            raise
+        except Exception:  # of whatever kind torch's unpickler stumbles over in foreign bytes, and it helps nobody
+            message = f"{path} is damaged or not torchvision's VGG16"
+    raise _refusal("vgg16", message, given_by_user)
 
 
 def _vgg16_from_mirror(target: Path) -> Path:
     file = target.with_name("vgg16-397923af.pth")
     try:
-        download(TORCHVISION_VGG16, file, lambda content: None)  # what matters, the convolutions, is checked below
+        download(TORCHVISION_VGG16, file, lambda file: None)  # what matters, the convolutions, is checked below
         return _accept_vgg16(file, target)
-    except UserError as error:
-        raise Unavailable(str(error)) from error
     finally:
         file.unlink(missing_ok=True)
 
@@ -179,8 +184,7 @@ def _write_vgg16(state: Mapping[str, Tensor], target: Path) -> Path:
     state = {key: state[key].float().contiguous() for key in _KEYS}
     if _digest(state) != VGG16_SHA256:
         raise Unavailable("its convolutions are not the published ones")
-    with atomic_write(target) as temporary:
-        save_file(state, temporary)
+    save_tensors(target, state)
     return target
 
 
@@ -209,7 +213,7 @@ def _inception(path: Path | None, online: bool) -> Iterator[Attempt]:
         yield Attempt(
             INCEPTION_MIRROR,
             lambda: download(
-                INCEPTION_MIRROR, target, lambda content: check_hash(content, INCEPTION_FILE, sha256=INCEPTION_SHA256)
+                INCEPTION_MIRROR, target, lambda file: check_hash(file, INCEPTION_FILE, sha256=INCEPTION_SHA256)
             ),
         )
 
@@ -221,4 +225,4 @@ def _accept_inception(path: Path, given_by_user: bool = False) -> Path:
     if found == INCEPTION_SHA256:
         return path
     message = f"{path} is not {INCEPTION_FILE} (sha256 {found[:12]}… instead of {INCEPTION_SHA256[:12]}…)"
-    raise UserError(message) if given_by_user else Unavailable(message)
+    raise _refusal("inception", message, given_by_user)

@@ -14,7 +14,7 @@ from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, extractor, names
 from glf_fast.metrics.frechet import frechet_distance, jackknife_interval
 from glf_fast.metrics.kid import KID, kid
-from glf_fast.metrics.reference import Reference, dataset_stats, reference
+from glf_fast.metrics.reference import Reference, dataset_stats, reference, subset
 from glf_fast.metrics.score import compare, score, summary
 from glf_fast.metrics.stats import FeatureStats
 
@@ -33,5 +33,6 @@ __all__ = [
     "names",
     "reference",
     "score",
+    "subset",
     "summary",
 ]

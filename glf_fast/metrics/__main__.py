@@ -7,6 +7,7 @@ python -m glf_fast.metrics calc samples/ fashion-mnist:test
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import tyro
 
+from glf_fast.command_line import parse
 from glf_fast.data import load
 from glf_fast.errors import UserError, run_command
 from glf_fast.metrics.collect import collect
@@ -55,7 +57,7 @@ class Calc:
     extractor: str | None = None
     """Feature network; by default that of saved statistics, else vgg16."""
     n: int | None = None
-    """Use n images of each set, drawn at random with a fixed seed, instead of all."""
+    """Use n images of each set that is not saved statistics, drawn at random with a fixed seed, instead of all."""
     weights: Path | None = None
     """Local weights file of the extractor."""
     device: str | None = None
@@ -66,11 +68,8 @@ class Calc:
 
 def main() -> None:
     """Parse the command line and run."""
-    command: Ref | Calc = tyro.cli(
-        Annotated[Ref, tyro.conf.subcommand("ref")] | Annotated[Calc, tyro.conf.subcommand("calc")],
-        prog="python -m glf_fast.metrics",
-        description=__doc__,
-    )
+    commands: Any = Annotated[Ref, tyro.conf.subcommand("ref")] | Annotated[Calc, tyro.conf.subcommand("calc")]
+    command: Ref | Calc = parse(commands, sys.argv[1:], "glf_fast.metrics", description=__doc__)
     if command.n is not None and command.n < 2:
         raise UserError(f"--n {command.n}: a distance needs at least two images")
     if isinstance(command, Ref):
@@ -93,7 +92,11 @@ def calc(command: Calc) -> None:
     """`calc`: distance of two sets."""
     given = [from_statistics(source) for source in (command.a, command.b)]  # first: errors before the long work
     network: Extractor | None = None
-    if None in given:
+    if None not in given:
+        for option in ("extractor", "n", "weights"):
+            if getattr(command, option) is not None:
+                raise UserError(f"--{option}: {command.a} and {command.b} are saved statistics already; leave it out")
+    else:
         known = [stats.extractor["name"] for stats in given if stats is not None and stats.extractor is not None]
         network = make_extractor(command.extractor or (known or ["vgg16"])[0], command)
         for stats in given:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glf_fast.data.weights import INCEPTION_SHA256, fetch
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, did_you_mean
 from glf_fast.files import sha256
 from glf_fast.metrics.inception import load_inception
 from glf_fast.metrics.resize import antialiased, tf1_bilinear
@@ -215,7 +214,5 @@ def extractor(name: str, *, device: torch.device | str = "cpu", weights: Path | 
         UserError: no such extractor, or a weights file that does not fit.
     """
     if name not in _REGISTRY:
-        close = difflib.get_close_matches(name, _REGISTRY, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"no extractor {name!r}; {hint}there are {', '.join(names())}")
+        raise UserError(f"no extractor {name!r}; {did_you_mean(name, _REGISTRY)}there are {', '.join(names())}")
     return _REGISTRY[name](name, weights).to(device)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from glf_fast.errors import UserError
 from glf_fast.metrics.linalg import eigvalsh, svdvals
 from glf_fast.metrics.stats import FeatureStats
 
@@ -25,7 +28,7 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     would cost digits. O(dim³).
 
     Raises:
-        ValueError: fewer than two features, different extractors or dimensions.
+        ValueError: fewer than two features, different extractors or dimensions, moments so large that float64 overflows.
     """
     a.check_comparable(b)
     device = a.mean.device
@@ -35,8 +38,10 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     else:
         cross = eigvalsh(factor @ a.cov @ factor.T).clamp(min=0).sqrt().sum()
     traces = a.cov.trace() + b.cov.trace().to(device)
-    distance = (a.mean - b.mean.to(device)).square().sum() + traces - 2 * cross
-    return max(0.0, float(distance))
+    distance = float((a.mean - b.mean.to(device)).square().sum() + traces - 2 * cross)
+    if not math.isfinite(distance):  # before the clamp: max(0, NaN) is 0, a perfect score
+        raise UserError(f"the Fréchet distance is {distance}: the features' moments overflow; look at the features")
+    return max(0.0, distance)
 
 
 def jackknife_interval(samples: FeatureStats, reference: FeatureStats) -> tuple[float, float]:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from glf_fast.errors import UserError
-from glf_fast.files import atomic_write
+from glf_fast.files import save_tensors
 from glf_fast.metrics.linalg import eigh
 
 __all__ = ["FeatureStats"]
@@ -68,7 +67,11 @@ class FeatureStats:
 
     @classmethod
     def from_moments(cls, mean: Tensor, cov: Tensor, n: int, **options: Any) -> FeatureStats:
-        """Statistics from a known mean (dim,), covariance (dim, dim) with divisor n−1, and count n ≥ 2."""
+        """Statistics from a known mean (dim,), covariance (dim, dim) with divisor n−1, and count n ≥ 2.
+
+        Raises:
+            ValueError: other shapes or counts; NaN or infinite values.
+        """
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or n < 2:
             raise ValueError(
                 "from_moments wants a mean (d,), a covariance (d, d) and n ≥ 2, "
@@ -78,6 +81,7 @@ class FeatureStats:
         stats.n = n
         stats._mean = mean.double()
         stats._m2 = cov.double() * (n - 1)
+        stats._require_finite()
         return stats
 
     # -- what was seen --------------------------------------------------------------------------------------------------
@@ -198,6 +202,10 @@ class FeatureStats:
         if self.n < 2:
             raise UserError(f"a covariance needs at least two feature vectors, this has seen {self.n}")
 
+    def _require_finite(self) -> None:
+        if not bool(self._mean.isfinite().all() and self._m2.isfinite().all()):
+            raise UserError("the mean or the covariance contains NaN or infinity; compute them again from the images")
+
     def check_comparable(self, other: FeatureStats) -> None:
         """Raise ValueError unless both have the same dimension and, where both say it, the same extractor."""
         if self.extractor is not None and other.extractor is not None and self.extractor != other.extractor:
@@ -227,9 +235,8 @@ class FeatureStats:
             "source": self.source,
             "sha256": _digest(tensors),
         }
-        with atomic_write(path) as temporary:
-            # One key, because safetensors writes several in random order and the same statistics should be the same file.
-            save_file(tensors, temporary, {_FORMAT: json.dumps(header)})
+        # One key, because safetensors writes several in random order and the same statistics should be the same file.
+        save_tensors(path, tensors, {_FORMAT: json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path | str) -> FeatureStats:
@@ -255,6 +262,10 @@ class FeatureStats:
         stats.n = header["n"]
         stats._mean, stats._m2, stats._kept = tensors["mean"], tensors["m2"], [tensors["kept"]]
         stats._root = tensors.get("root")
+        try:
+            stats._require_finite()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         return stats
 
     def __repr__(self) -> str:

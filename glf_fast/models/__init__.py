@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, did_you_mean
 from glf_fast.models.glf import GLF
 from glf_fast.models.model import GenerativeModel
 
@@ -27,7 +26,5 @@ def build(name: str, config: Mapping[str, Any]) -> GenerativeModel:
         UserError: no such model, or a setting that it does not have or cannot take.
     """
     if name not in _REGISTRY:
-        close = difflib.get_close_matches(name, _REGISTRY, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"no model {name!r}; {hint}there are {', '.join(_REGISTRY)}")
+        raise UserError(f"no model {name!r}; {did_you_mean(name, _REGISTRY)}there are {', '.join(_REGISTRY)}")
     return _REGISTRY[name].from_config(config)

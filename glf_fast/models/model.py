@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,11 +13,11 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from glf_fast.errors import UserError
-from glf_fast.files import atomic_write, read_json, write_json
+from glf_fast.errors import UserError, did_you_mean
+from glf_fast.files import read_json, save_tensors, write_json
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "GenerativeModel"]
 
@@ -116,8 +115,7 @@ class GenerativeModel(
         known = list(inspect.signature(cls).parameters)
         for key in config:
             if key not in known:
-                close = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
+                hint = did_you_mean(key, known)
                 raise UserError(f"{cls.__name__} has no setting {key!r}; {hint}it has {', '.join(known)}")
         try:
             return cls(**config)
@@ -143,10 +141,7 @@ class GenerativeModel(
         return result
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # channels_last weights are not contiguous, and safetensors refuses those.
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_write(save_directory / WEIGHTS_FILE) as temporary:
-            save_file(state, temporary)
+        save_tensors(save_directory / WEIGHTS_FILE, self.state_dict())
         write_json(save_directory / CONFIG_FILE, self.config)
 
     @classmethod

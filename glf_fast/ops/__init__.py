@@ -7,7 +7,7 @@ where no kernel does.
 from glf_fast.ops.backends import backends, use_backend
 from glf_fast.ops.coupling import affine_coupling, coupling_flow, coupling_flow_inverse
 from glf_fast.ops.identical import identical
-from glf_fast.ops.linear import fold_actnorm, invertible_linear, plu_assemble, slogdet_inverse
+from glf_fast.ops.linear import fold_actnorm, invertible_linear, lu_factor, plu_assemble, slogdet_inverse
 
 __all__ = [
     "affine_coupling",
@@ -17,6 +17,7 @@ __all__ = [
     "fold_actnorm",
     "identical",
     "invertible_linear",
+    "lu_factor",
     "plu_assemble",
     "slogdet_inverse",
     "use_backend",

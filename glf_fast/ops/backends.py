@@ -45,6 +45,22 @@ def _load_cpp() -> str:
     return ""
 
 
+def _load_cuda() -> str:
+    """Load the compiled CUDA kernels; returns why they are missing, or ""."""
+    if not torch.version.cuda:
+        return "this torch is built without CUDA"
+    if why := BACKENDS["cpp"].missing:
+        return f"it needs the backend 'cpp', which is missing: {why}"
+    libraries = sorted(Path(__file__).parent.parent.glob("_cuda*.so"))
+    if not libraries:
+        return "not built: no nvcc was found when glf_fast was installed"
+    try:
+        torch.ops.load_library(libraries[0])
+    except (OSError, RuntimeError) as error:
+        return f"{libraries[0].name} does not load: {error}"
+    return ""
+
+
 def _cpp_ready() -> str:
     return f"float32 and float64 on the processor, with {VECTORS[torch.ops.glf_fast.cpu_vector_bytes()]}"
 
@@ -83,6 +99,13 @@ BACKENDS = {
         ready=_cpp_ready,
         remedy="install again with a C++ compiler: pip install --no-build-isolation --force-reinstall --no-deps glf_fast",
     ),
+    "cuda": Backend(
+        device="cuda",
+        dtypes=(torch.float32, torch.float64),
+        missing=_load_cuda(),
+        ready=lambda: "linear layers in float32 and float64 on NVIDIA GPUs",
+        remedy="install again with CUDA's compiler, nvcc: pip install --no-build-isolation --force-reinstall --no-deps glf_fast",
+    ),
 }
 CHOICES = ("auto", "reference", *BACKENDS)
 
@@ -99,7 +122,8 @@ def backends() -> dict[str, str]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the operations inside the `with` block on one backend: "auto" (the fastest there is), "reference", "triton" or "cpp".
+    """Run the operations inside the `with` block on one backend: "auto" (the fastest there is), "reference" or one of
+    `backends()`.
 
     $GLF_FAST_BACKEND sets the same for a whole process. What a backend cannot run falls back to the reference.
 

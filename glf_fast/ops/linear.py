@@ -10,7 +10,7 @@ from glf_fast.ops.backends import backend_for
 from glf_fast.ops.checks import check_floating, check_shape, check_state
 from glf_fast.reference import fold_actnorm
 
-__all__ = ["fold_actnorm", "invertible_linear", "plu_assemble", "slogdet_inverse"]
+__all__ = ["fold_actnorm", "invertible_linear", "lu_factor", "plu_assemble", "slogdet_inverse"]
 
 
 def plu_assemble(
@@ -48,7 +48,7 @@ def plu_assemble(
     if (log_scale is None) != (bias is None):
         raise ValueError("log_scale and bias belong together: give both or neither")
     floats = [t for t in (upper, log_diag, sign, log_scale, bias) if t is not None]
-    if backend_for(lower, "cpp") == "cpp" and all(t.dtype == lower.dtype for t in floats):
+    if backend_for(lower, "cpp", "cuda") != "reference" and all(t.dtype == lower.dtype for t in floats):
         return cpp_linear.plu_assemble(permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse)
     return reference.plu_assemble(permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse=need_inverse)
 
@@ -61,10 +61,31 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Raises:
         ValueError: not square. TypeError: not floating-point.
     """
+    _check_square(W)
+    if backend_for(W, "cpp", "cuda") != "reference":
+        return cpp_linear.slogdet_inverse(W)
+    return reference.slogdet_inverse(W)
+
+
+def lu_factor(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P W = L U with partial pivoting for dense matrices (…, D, D), LAPACK's getrf; differentiable.
+
+    Returns both factors in one matrix (…, D, D), L without its ones; pivots (…, D) int32: row k was exchanged with row
+    pivots[k], counted from 1; info (…) int32: 0, or the first zero pivot, counted from 1. Nothing is raised for it.
+
+    Raises:
+        ValueError: not square. TypeError: not floating-point.
+    """
+    _check_square(W)
+    if backend_for(W, "cpp", "cuda") != "reference":
+        return cpp_linear.lu_factor(W)
+    return reference.lu_factor(W)
+
+
+def _check_square(W: Tensor) -> None:
     check_floating("W", W)
     if W.ndim < 2 or W.shape[-1] != W.shape[-2]:
         raise ValueError(f"W must be square matrices (…, D, D); got {tuple(W.shape)}")
-    return reference.slogdet_inverse(W)
 
 
 def invertible_linear(

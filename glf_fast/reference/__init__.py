@@ -6,7 +6,14 @@ test: in float64 it is what all other implementations are compared with.
 
 from glf_fast.reference.affine_coupling import affine_coupling
 from glf_fast.reference.coupling_flow import coupling_flow, coupling_flow_inverse
-from glf_fast.reference.linear import fold_actnorm, invertible_linear, permutation_matrix, plu_assemble, slogdet_inverse
+from glf_fast.reference.linear import (
+    fold_actnorm,
+    invertible_linear,
+    lu_factor,
+    permutation_matrix,
+    plu_assemble,
+    slogdet_inverse,
+)
 from glf_fast.reference.log_scale import LOG_SCALES, log_scale
 from glf_fast.reference.mlp import ACTIVATIONS, mlp
 
@@ -19,6 +26,7 @@ __all__ = [
     "fold_actnorm",
     "invertible_linear",
     "log_scale",
+    "lu_factor",
     "mlp",
     "permutation_matrix",
     "plu_assemble",

@@ -140,6 +140,12 @@ struct Case {
   }
 };
 
+}  // namespace
+
+#include "linear.h"
+
+namespace {
+
 template <class T>
 void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
   const Shape shapes[] = {{2, 2, 0, {5}, 1},     {3, 3, 1, {4}, 2},      {2, 5, 2, {}, 7},       {2, 7, 3, {16, 9}, 13},
@@ -162,6 +168,7 @@ void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double
       x.resize(c.x.size());
       check("round trip", x, c.x, tolerance);
     }
+  walk_linear(kernels, generic, 10 * tolerance);  // inverses amplify rounding by their condition
 }
 
 }  // namespace

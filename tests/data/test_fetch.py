@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ def test_download_verifies_before_it_keeps(mirror, tmp_path: Path) -> None:
     (served / "file").write_bytes(CONTENT)
     target = tmp_path / "deep" / "file"
 
-    def check(content: bytes) -> None:
-        check_hash(content, "file", sha256=hashlib.sha256(CONTENT).hexdigest())
+    def check(file: Path) -> None:
+        check_hash(file, "file", sha256=hashlib.sha256(CONTENT).hexdigest())
 
     assert download(f"{url}/file", target, check).read_bytes() == CONTENT
     (served / "file").write_bytes(CONTENT + b"!")
@@ -32,7 +33,7 @@ def test_download_verifies_before_it_keeps(mirror, tmp_path: Path) -> None:
 def test_download_follows_redirects(mirror, tmp_path: Path) -> None:
     url, served = mirror
     (served / "file").write_bytes(CONTENT)
-    assert download(f"{url}/moved/file", tmp_path / "file", lambda content: None).read_bytes() == CONTENT
+    assert download(f"{url}/moved/file", tmp_path / "file", lambda file: None).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -43,13 +44,27 @@ def test_failed_downloads_leave_nothing(mirror, tmp_path: Path, path: str, messa
     url, served = mirror
     (served / "file").write_bytes(CONTENT)
     with pytest.raises(Unavailable, match=message):
-        download(f"{url}/{path}", tmp_path / "target" / "file", lambda content: None)
-    assert not (tmp_path / "target").exists()
+        download(f"{url}/{path}", tmp_path / "target" / "file", lambda file: None)
+    assert not list(tmp_path.glob("target/*"))
+
+
+def test_downloads_go_to_the_disk_as_they_come(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 25)  # 32 MiB
+    expected = {"md5": "58f06dd588d8ffb3beb46ada6309436b"}
+    tracemalloc.start()
+    try:
+        download((tmp_path / "large").as_uri(), tmp_path / "copy", lambda file: check_hash(file, "large", **expected))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "copy").stat().st_size == 1 << 25
+    assert peak < 1 << 23
 
 
 def test_closed_network_is_a_reason_not_a_crash(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="refused"):
-        download(f"{CLOSED}/file", tmp_path / "file", lambda content: None)
+        download(f"{CLOSED}/file", tmp_path / "file", lambda file: None)
 
 
 def test_first_success_ends_the_search_and_failures_are_all_told(tmp_path: Path) -> None:

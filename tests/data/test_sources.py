@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -87,6 +88,36 @@ def test_idx_from_a_mirror_is_kept_and_damage_in_the_cache_is_fetched_again(smal
     assert data.load("train").fingerprint == expected
 
 
+@pytest.mark.parametrize("served_by", ["http", "file"])
+def test_idx_from_a_python_package_that_pip_refuses(
+    small_set, mirror, monkeypatch: pytest.MonkeyPatch, served_by: str
+) -> None:
+    data, folder = small_set
+    url, served = mirror
+    index, file = served / "simple" / "small-set", "small_set-0.2-py3-none-any.whl"
+    index.mkdir(parents=True)
+    with zipfile.ZipFile(index / file, "w") as wheel:  # malformed as the real one: another top folder, none of metadata
+        for path in folder.iterdir():
+            name = path.name.removesuffix(".gz").replace("-idx", ".idx")
+            wheel.writestr(f"small_set-0.2-py3-none-any/small_set/{name}", gzip.decompress(path.read_bytes()))
+            wheel.writestr(f"__MACOSX/small_set/._{name}", b"not it")
+    link = f'<a href="{file}#sha256=0">{file}</a>'
+    (index / "index.html").write_text(f'<a href="{file}.metadata">no</a><a href="x-{file}">no</a>{link}')
+    empty = "http://127.0.0.1:9/simple"
+    here = f"{url}/simple/" if served_by == "http" else (served / "simple").as_uri()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", empty)
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"{empty} {here}")
+    digest = hashlib.sha256((index / file).read_bytes()).hexdigest()
+    packaged = dataclasses.replace(data, wheel=("small-set", file, digest))
+    assert packaged.load("train").fingerprint == data.load("train", folder).fingerprint
+    shutil.rmtree(data.cache)
+    other = dataclasses.replace(data, wheel=("small-set", file, digest[::-1]))
+    with pytest.raises(UserError, match=rf"the Python package small-set: {empty}.*{file} is not the published file"):
+        other.find()
+    assert not list(data.cache.glob("*")), "nothing is kept"
+
+
 def test_offline_report_lists_every_place_and_the_remedy(small_set) -> None:
     data, _ = small_set
     data = dataclasses.replace(data, package=("no-such-package-anywhere", "usr/share/none"))
@@ -162,8 +193,11 @@ def test_celeba_crop_resize_and_splits(tmp_path: Path, monkeypatch: pytest.Monke
     assert [image.unique().tolist() for image in train.images] == [[0], [0, 40], [0, 80]], "no red: only the centre"
     assert load("celeba", "test", data_dir=tmp_path, image_size=32).images.shape == (2, 3, 32, 32)
     (tmp_path / celeba.ARCHIVE).write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"is not the published file \(md5"):
-        load("celeba", "train", data_dir=tmp_path)
+    assert load("celeba", "train", download=False).fingerprint == train.fingerprint, (
+        "decoded already: no archive needed"
+    )
+    with pytest.raises(UserError, match=r"is not the published file \(md5.*leave --data-dir out"):
+        load("celeba", "train", data_dir=tmp_path, image_size=16)
 
 
 # -- digits, arrays, folders -------------------------------------------------------------------------------------------
@@ -276,8 +310,11 @@ def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no files"):
         load(str(tmp_path / "empty"))
     folder = write_images(tmp_path / "text")
-    (folder / "notes.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"notes.txt in .* is not a readable image"):
+    write_images(folder / "sub")
+    (folder / "sub" / "notes.txt").write_text("hello")
+    with pytest.raises(
+        UserError, match=r"sub/notes.txt in .* \(of no kind that Pillow knows\); .* hide it \(sub/\.notes.txt\)$"
+    ):
         load(str(folder))
     folder = write_images(tmp_path / "sizes")
     Image.new("L", (9, 9)).save(folder / "odd.png")
@@ -311,6 +348,16 @@ def test_wrong_names(arguments, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(*arguments)
     assert "fashion-mnist" in names()
+
+
+def test_data_dir_is_for_public_sets_and_must_be_there(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    for name in ("digits", str(tmp_path / "images")):
+        with pytest.raises(UserError, match=r"looks for no files in --data-dir .*; leave it out"):
+            load(name, data_dir=tmp_path)
+    for name in ("digits", "cifar10", "celeba", "mnist"):
+        with pytest.raises(UserError, match="--data-dir /nowhere is not a folder"):
+            load(name, data_dir=Path("/nowhere"))
 
 
 def test_image_size_is_for_folders() -> None:

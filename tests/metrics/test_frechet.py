@@ -11,7 +11,7 @@ from glf_fast.metrics.frechet import GROUPS, T_QUANTILE
 
 
 def gaussian(mean: list[float], cov: list[list[float]]) -> FeatureStats:
-    return FeatureStats.from_moments(torch.tensor(mean), torch.tensor(cov, dtype=torch.float64), n=1000)
+    return FeatureStats.from_moments(*(torch.tensor(part, dtype=torch.float64) for part in (mean, cov)), n=1000)
 
 
 def seen(x: torch.Tensor, **options: object) -> FeatureStats:
@@ -88,6 +88,15 @@ def test_only_comparable_statistics() -> None:
         frechet_distance(a, seen(draws(50, 4, 0), extractor={"name": "vgg16"}))
     with pytest.raises(UserError, match="at least two"):
         frechet_distance(a, seen(draws(1, 4, 0)))
+
+
+def test_a_distance_that_is_no_number_is_an_error_not_a_perfect_score() -> None:
+    far, near = gaussian([1e200], [[1.0]]), gaussian([0.0], [[1.0]])
+    with pytest.raises(UserError, match="the Fréchet distance is inf"):
+        frechet_distance(far, near)
+    near._mean[0] = float("nan")
+    with pytest.raises(UserError, match="the Fréchet distance is nan"):
+        frechet_distance(near, gaussian([0.0], [[1.0]]))
 
 
 @pytest.mark.parametrize(("n", "dim"), [(410, 6), (60, 100)])

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,11 +84,28 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
             "'nothing' is neither a file nor a folder nor a data set",
         ),
         (["calc", "a.npy", "a.npy", "--extractor", "tinny"], "no extractor 'tinny'; did you mean 'tiny'"),
+        (
+            ["calc", "vgg.safetensors", "vgg.safetensors", "--n", "5"],
+            "--n: vgg.safetensors and vgg.safetensors are saved",
+        ),
+        (
+            ["calc", "vgg.safetensors", "vgg.safetensors", "--extractor", "tiny"],
+            "saved statistics already; leave it out",
+        ),
+        (["calc"], "Missing from python -m glf_fast.metrics calc"),
+        (["calc", "--wat", "a.npy", "a.npy"], "unknown option --wat"),
+        (["calc", "a.npy", "a.npy", "--exractor", "tiny"], "unknown option --exractor; did you mean '--extractor'?"),
+        (["calc", "a.npy", "a.npy", "a.npy"], "unexpected argument a.npy"),
+        (["calculate"], "Expected one of {ref, calc}"),
         (["calc", "a.npy", "a.npy", "--n", "1"], "--n 1: a distance needs at least two images"),
         (["calc", "a.npy", "missing.safetensors"], "no statistics at missing.safetensors"),
         (["calc", "a.npy", "vgg.safetensors", "--extractor", "tiny"], "different extractors"),
         (["calc", "a.npy", "broken.npz", "--extractor", "tiny"], "broken.npz"),
         (["calc", "a.npy", "lopsided.npz", "--extractor", "tiny"], "lopsided.npz"),
+        (
+            ["calc", "a.npy", "nan.npz", "--extractor", "tiny"],
+            "nan.npz holds no readable statistics or images (the mean",
+        ),
         (["calc", "one.npy", "a.npy", "--extractor", "tiny"], "at least two"),
         (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "let its name end in .safetensors"),
         (["calc", "a.npy", "a.npy", "--extractor", "tiny", "--device", "nowhere"], "--device nowhere"),
@@ -105,10 +123,25 @@ def test_mistakes_are_one_line(
     other.update(torch.rand(9, 4))
     other.save("vgg.safetensors")
     Path("broken.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    np.savez("nan.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
     np.savez("lopsided.npz", mu=np.zeros(128), sigma=np.zeros((128, 64)))
     with pytest.raises((UserError, FileNotFoundError)) as caught:
         run(*arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_full_disk_costs_the_cache_alone(tmp_path: Path) -> None:
+    """The shell limits every file of the process to 50 kB, less than statistics of 128 features."""
+    command = [sys.executable, "-m", "glf_fast.metrics", "calc", "digits:test", "digits:train", "--extractor", "tiny"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 50; exec "$@"', "-", *command],
+        env=os.environ | {"GLF_FAST_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("FD[tiny]"), done.stderr
+    assert "could not be kept" in done.stderr and "File too large" in done.stderr
+    assert not list((tmp_path / "stats").iterdir()), "nothing half-written"
 
 
 def test_as_a_process(tmp_path: Path) -> None:

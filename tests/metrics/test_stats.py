@@ -110,6 +110,19 @@ def test_damaged_and_foreign_files_are_named(tmp_path) -> None:
         FeatureStats.load(path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_refused(tmp_path, value: float) -> None:
+    good, bad = torch.eye(3), torch.full((3,), value)
+    for mean, cov in ((bad, good), (good[0], good * value)):
+        with pytest.raises(UserError, match="mean or the covariance contains NaN or infinity"):
+            FeatureStats.from_moments(mean, cov, 5)
+    stats = seen(features(10))
+    stats._mean[0] = value
+    stats.save(tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match=r"bad\.safetensors: the mean or the covariance contains NaN"):
+        FeatureStats.load(tmp_path / "bad.safetensors")
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -256,7 +256,7 @@ def test_evaluation_sees_every_change_of_the_parameters() -> None:
 def test_backend_choice() -> None:
     x = torch.zeros(2, 3)
     with (
-        pytest.raises(ValueError, match="backend must be one of 'auto', 'reference', 'triton', 'cpp'; got 'fast'"),
+        pytest.raises(ValueError, match=r"backend must be one of 'auto', 'reference', .*'cpp'.*; got 'fast'"),
         use_backend("fast"),
     ):
         pass

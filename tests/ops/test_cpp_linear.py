@@ -97,10 +97,10 @@ def test_opcheck() -> None:
     factors = (permutation, lower, upper, log_diag, sign.float(), log_scale, bias)
     # Gradients are registered outside the op, in an autograd.Function.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.glf_fast.cpu_plu_assemble.default, (*factors, True), test_utils=checks)
-    A, A_inv, c, logabsdet = torch.ops.glf_fast.cpu_plu_assemble.default(*factors, True)
+    torch.library.opcheck(torch.ops.glf_fast.plu_assemble.default, (*factors, True), test_utils=checks)
+    A, A_inv, c, logabsdet = torch.ops.glf_fast.plu_assemble.default(*factors, True)
     backward = (*factors, A, A_inv, A, A_inv, c, logabsdet)
-    torch.library.opcheck(torch.ops.glf_fast.cpu_plu_assemble_backward.default, backward, test_utils=checks)
+    torch.library.opcheck(torch.ops.glf_fast.plu_assemble_backward.default, backward, test_utils=checks)
 
 
 def test_nan_reaches_its_own_layer_alone() -> None:

@@ -210,7 +210,7 @@ def test_samples_as_a_grid_and_as_a_folder(smoke: Path, tmp_path: Path, call: Ca
         (["--temperature", "nan"], "temperature = nan"),
         (["--out", "grid.jpg"], "must end in .png or .npy"),
         (["--checkpoint", "first"], "invalid choice 'first'"),
-        (["--temprature", "1"], "did you mean --temperature?"),
+        (["--temprature", "1"], "did you mean '--temperature'?"),
     ],
 )
 def test_mistakes_in_sampling_are_named(arguments: list[str], message: str, smoke: Path, call: Call) -> None:

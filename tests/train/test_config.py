@@ -106,8 +106,8 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
         ("--preset fashion-mnits", "no preset 'fashion-mnits'; did you mean 'fashion-mnist'?"),
         ("--preset", "--preset: expected one argument"),
         ("--config nowhere.toml", "no config file nowhere.toml"),
-        ("--flow.stps 3", "unknown option --flow.stps; did you mean --flow.steps?"),
-        ("--dry-rum", "unknown option --dry-rum; did you mean --dry-run?"),
+        ("--flow.stps 3", "unknown option --flow.stps; did you mean '--flow.steps'?"),
+        ("--dry-rum", "unknown option --dry-rum; did you mean '--dry-run'?"),
         (
             "--flow.steps many",
             "--flow.steps: invalid literal for int() with base 10: 'many' (wanted: --flow.steps INT)",

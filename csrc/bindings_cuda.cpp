@@ -1,0 +1,123 @@
+// The linear layers' operations on CUDA tensors. Their schemas are in bindings_linear.cpp; torch chooses by device.
+#include "bindings.h"
+
+#include "cuda/linear.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <tuple>
+
+namespace {
+
+using namespace glf::bindings;
+namespace device = glf::device;
+using Maybe = std::optional<Tensor>;
+
+// The current stream of a tensor's GPU, which is made the current one as long as this lives.
+class Launch {
+ public:
+  explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+  }
+  operator device::Stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+void check(const char* error) { STD_TORCH_CHECK(!error, "glf_fast: a CUDA kernel was not launched: ", error); }
+
+template <class T>
+const T* maybe(const Maybe& t) {
+  return t ? read<T>(*t) : nullptr;
+}
+
+Tensor integers(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Int);
+}
+
+int* indices(const Tensor& t) { return static_cast<int*>(t.mutable_data_ptr()); }
+
+int dim_of(const Tensor& A) {
+  STD_TORCH_CHECK(A.dim() == 3 && A.size(1) == A.size(2), "glf_fast: matrices (N, D, D) are needed");
+  STD_TORCH_CHECK(A.size(1) <= 32768, "glf_fast: matrices of up to 32768 rows");
+  STD_TORCH_CHECK(A.size(0) < (int64_t{1} << 31), "glf_fast: fewer than 2^31 matrices");
+  return static_cast<int>(A.size(1));
+}
+
+// Indices out of range cannot be refused here: reading them would make the host wait.
+template <class T>
+device::Layer<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor& upper, const Tensor& log_diag,
+                        const Tensor& sign, const Maybe& log_scale, const Maybe& bias) {
+  STD_TORCH_CHECK(permutation.is_contiguous() && permutation.scalar_type() == ScalarType::Long,
+                  "glf_fast: permutation must be contiguous int64");
+  return {dim_of(lower),  static_cast<const long long*>(permutation.const_data_ptr()),
+          read<T>(lower), read<T>(upper), read<T>(log_diag), read<T>(sign), maybe<T>(log_scale), maybe<T>(bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> plu_assemble(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag,
+                                                        Tensor sign, Maybe log_scale, Maybe bias, bool need_inverse) {
+  Tensor A = alike(lower), A_inv = need_inverse ? alike(lower) : empty(lower, {0});
+  Tensor c = alike(log_diag), logabsdet = empty(lower, {lower.size(0)});
+  for_dtype(lower, [&](auto zero) {
+    using T = decltype(zero);
+    check(device::plu_assemble<T>(Launch(lower), lower.size(0),
+                                  layers<T>(permutation, lower, upper, log_diag, sign, log_scale, bias), write<T>(A),
+                                  need_inverse ? write<T>(A_inv) : nullptr, write<T>(c), write<T>(logabsdet)));
+  });
+  return {A, A_inv, c, logabsdet};
+}
+
+Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign,
+                              Maybe log_scale, Maybe bias, Tensor A, Maybe A_inv, Maybe grad_A, Maybe grad_A_inv,
+                              Maybe grad_c, Maybe grad_logabsdet) {
+  STD_TORCH_CHECK(!grad_A_inv || A_inv, "glf_fast: the gradient of A⁻¹ needs A⁻¹");
+  Tensors grads{alike(lower), alike(upper), alike(log_diag)};
+  if (log_scale) grads.insert(grads.end(), {alike(log_diag), alike(log_diag)});
+  Tensor work = empty(lower, {2 * lower.numel()});
+  for_dtype(lower, [&](auto zero) {
+    using T = decltype(zero);
+    const device::LayerGradients<T> target{write<T>(grads[0]), write<T>(grads[1]), write<T>(grads[2]),
+                                           log_scale ? write<T>(grads[3]) : nullptr,
+                                           log_scale ? write<T>(grads[4]) : nullptr};
+    check(device::plu_assemble_backward<T>(
+        Launch(lower), lower.size(0), layers<T>(permutation, lower, upper, log_diag, sign, log_scale, bias), read<T>(A),
+        maybe<T>(A_inv), maybe<T>(grad_A), maybe<T>(grad_A_inv), maybe<T>(grad_c), maybe<T>(grad_logabsdet), target,
+        write<T>(work)));
+  });
+  return grads;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lu_factor(Tensor A) {
+  const int dim = dim_of(A);
+  const int64_t count = A.size(0);
+  Tensor factors = alike(A), pivots = integers(A, {count, dim}), info = integers(A, {count});
+  for_dtype(A, [&](auto zero) {
+    using T = decltype(zero);
+    check(device::lu_factor<T>(Launch(A), count, dim, read<T>(A), write<T>(factors), indices(pivots), indices(info)));
+  });
+  return {factors, pivots, info};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
+  const int dim = dim_of(A);
+  const int64_t count = A.size(0);
+  Tensor sign = empty(A, {count}), logabsdet = empty(A, {count}), inverse = alike(A), info = integers(A, {count});
+  for_dtype(A, [&](auto zero) {
+    using T = decltype(zero);
+    check(device::slogdet_inverse<T>(Launch(A), count, dim, read<T>(A), write<T>(sign), write<T>(logabsdet),
+                                     write<T>(inverse), indices(info)));
+  });
+  return {sign, logabsdet, inverse, info};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(glf_fast, CUDA, m) {
+  m.impl("plu_assemble", TORCH_BOX(&plu_assemble));
+  m.impl("plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));
+  m.impl("lu_factor", TORCH_BOX(&lu_factor));
+  m.impl("slogdet_inverse", TORCH_BOX(&slogdet_inverse));
+}

@@ -1,0 +1,97 @@
+// The kernels themselves: which matrix a block or warp takes, and where it works.
+#pragma once
+
+#include "lu_block.cuh"
+#include "lu_warp.cuh"
+#include "plu.cuh"
+
+namespace glf::device {
+
+inline constexpr int warp_threads = 128;   // of a block whose warps each take 32/N matrices
+inline constexpr int block_threads = 256;  // of a block that takes one matrix
+
+// Rows an odd number of entries apart: a column then meets every bank of shared memory.
+GLF_DEVICE int shared_stride(int D) { return D | 1; }
+
+// Where a block's matrix and workspace lie in its dynamic shared memory; without `room` the matrix stays in `result`.
+template <class T>
+GLF_DEVICE Workspace<T> carve(unsigned char* memory, int D, bool room, T* result, T*& a, int& ld) {
+  T* numbers = reinterpret_cast<T*>(memory);
+  ld = room ? shared_stride(D) : D;
+  a = room ? numbers : result;
+  if (room) numbers += D * ld;
+  int* integers = reinterpret_cast<int*>(numbers + D);
+  return {numbers, integers, integers + D, integers + 2 * D, integers + 2 * D + 1};
+}
+
+#ifdef __CUDACC__
+
+template <class T>
+__global__ void __launch_bounds__(block_threads)
+    lu_factor_kernel(int D, bool room, const T* A, T* factors, int* pivots, int* info) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const long long n = blockIdx.x;
+  T* a;
+  int ld;
+  const Workspace<T> w = carve(memory, D, room, factors + n * D * D, a, ld);
+  lu_factor_block(Block{}, D, A + n * D * D, a, ld, w, factors + n * D * D, pivots + n * D, info + n);
+}
+
+template <class T>
+__global__ void __launch_bounds__(block_threads)
+    slogdet_inverse_kernel(int D, bool room, const T* A, T* sign, T* logabsdet, T* inverse, int* info) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const long long n = blockIdx.x;
+  T* a;
+  int ld;
+  const Workspace<T> w = carve(memory, D, room, inverse + n * D * D, a, ld);
+  slogdet_inverse_block(Block{}, D, A + n * D * D, a, ld, w, sign + n, logabsdet + n, inverse + n * D * D, info + n);
+}
+
+template <int N, class T>
+__global__ void __launch_bounds__(warp_threads)
+    slogdet_inverse_warp_kernel(long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse, int* info) {
+  const long long warp = (static_cast<long long>(blockIdx.x) * warp_threads + threadIdx.x) / 32;
+  if (warp * (32 / N) < count) slogdet_inverse_warp<N>(warp * (32 / N), count, D, A, sign, logabsdet, inverse, info);
+}
+
+template <class T>
+__device__ Layer<T> layer(const Layer<T>& first, long long k) {
+  const long long vector = k * first.D, matrix = vector * first.D;
+  return {first.D,
+          first.permutation + vector,
+          first.lower + matrix,
+          first.upper + matrix,
+          first.log_diag + vector,
+          first.sign + vector,
+          first.log_scale ? first.log_scale + vector : nullptr,
+          first.bias ? first.bias + vector : nullptr};
+}
+
+template <class T>
+__global__ void __launch_bounds__(block_threads)
+    plu_assemble_kernel(Layer<T> first, T* A, T* A_inv, T* c, T* logabsdet) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const long long k = blockIdx.x, vector = k * first.D, matrix = vector * first.D;
+  plu_assemble_layer(Block{}, layer(first, k), A + matrix, A_inv ? A_inv + matrix : nullptr, c + vector, logabsdet + k,
+                     reinterpret_cast<T*>(memory));
+}
+
+template <class T>
+__global__ void __launch_bounds__(block_threads)
+    plu_assemble_backward_kernel(Layer<T> first, const T* A, const T* A_inv, const T* grad_A, const T* grad_A_inv,
+                                 const T* grad_c, const T* grad_logabsdet, LayerGradients<T> grad, T* work) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const long long k = blockIdx.x, vector = k * first.D, matrix = vector * first.D;
+  const LayerGradients<T> mine{grad.lower + matrix, grad.upper + matrix, grad.log_diag + vector,
+                               grad.log_scale ? grad.log_scale + vector : nullptr,
+                               grad.bias ? grad.bias + vector : nullptr};
+  plu_assemble_backward_layer(Block{}, layer(first, k), A + matrix, A_inv ? A_inv + matrix : nullptr,
+                              grad_A ? grad_A + matrix : nullptr, grad_A_inv ? grad_A_inv + matrix : nullptr,
+                              grad_c ? grad_c + vector : nullptr, grad_logabsdet ? grad_logabsdet + k : nullptr, mine,
+                              work + 2 * matrix, work + 2 * matrix + first.D * first.D, reinterpret_cast<T*>(memory));
+}
+
+#endif
+
+}  // namespace glf::device

@@ -1,0 +1,215 @@
+// What the device code is written in, so that the same templates run on a GPU and, for tests, on the host.
+//
+// Block: `each(n, f)` calls f(i) for all i < n on the block's threads and ends with a barrier; on the host it is a loop.
+// Lane<T>: a value in each lane of a warp, without branches between lanes; on the host an array of 32.
+// No header is included on the device: NVRTC has none.
+#pragma once
+
+#ifdef __CUDACC__
+#define GLF_DEVICE __device__ __forceinline__
+#else
+#include <cmath>
+#include <utility>
+#define GLF_DEVICE inline
+#endif
+
+namespace glf::device {
+
+template <class T>
+GLF_DEVICE T magnitude(T x) {
+  return x < 0 ? -x : x;
+}
+
+#ifdef __CUDACC__
+
+GLF_DEVICE float natural_log(float x) { return logf(x); }
+GLF_DEVICE double natural_log(double x) { return log(x); }
+GLF_DEVICE float exponential(float x) { return expf(x); }
+GLF_DEVICE double exponential(double x) { return exp(x); }
+
+struct Block {
+  // f(i) for i < n, then a barrier.
+  template <class F>
+  __device__ void each(int n, F f) const {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) f(i);
+    __syncthreads();
+  }
+  // f(i, j) for i < n, j < m, neighbouring lanes at neighbouring j, then a barrier. Blocks are whole warps.
+  template <class F>
+  __device__ void each(int n, int m, F f) const {
+    for (int i = threadIdx.x / 32; i < n; i += blockDim.x / 32)
+      for (int j = threadIdx.x % 32; j < m; j += 32) f(i, j);
+    __syncthreads();
+  }
+  // The first of [begin, end) at which size(i) is largest; NaN counts only at `begin`, where it wins. `answer` is shared.
+  template <class F>
+  __device__ int largest(int begin, int end, F size, int* answer) const {
+    if (threadIdx.x < 32) {
+      const auto first = size(begin);
+      auto best = first;
+      int at = begin;
+      for (int i = begin + threadIdx.x; i < end; i += 32) {
+        const auto here = size(i);
+        if (here > best) {
+          best = here;
+          at = i;
+        }
+      }
+      for (int step = 16; step; step /= 2) {
+        const auto other = __shfl_xor_sync(~0u, best, step);
+        const int other_at = __shfl_xor_sync(~0u, at, step);
+        if (other > best || (other == best && other_at < at)) {
+          best = other;
+          at = other_at;
+        }
+      }
+      if (threadIdx.x == 0) *answer = first == first ? at : begin;
+    }
+    __syncthreads();
+    return *answer;
+  }
+};
+
+template <class T>
+using Lane = T;
+
+GLF_DEVICE Lane<int> lane_index() { return threadIdx.x % 32; }
+template <class T>
+GLF_DEVICE T select(bool c, T a, T b) {
+  return c ? a : b;
+}
+template <class T>
+GLF_DEVICE T shuffle(T x, int lane) {
+  return __shfl_sync(~0u, x, lane);
+}
+template <class T>
+GLF_DEVICE T shuffle_xor(T x, int mask) {
+  return __shfl_xor_sync(~0u, x, mask);
+}
+// The lane at which `c` holds, among the N lanes that this one belongs to.
+template <int N>
+GLF_DEVICE int lane_where(bool c) {
+  const int base = threadIdx.x % 32 / N * N;
+  return base + __ffs(__ballot_sync(~0u, c) >> base) - 1;
+}
+template <class T>
+GLF_DEVICE T lane_log(T x) {
+  return natural_log(x);
+}
+// f(lane) on every lane, where lanes may do different things.
+template <class F>
+GLF_DEVICE void on_lanes(F f) {
+  f(int(threadIdx.x % 32));
+}
+template <class T>
+GLF_DEVICE T& of_lane(T& x, int) {
+  return x;
+}
+
+#else
+
+inline float natural_log(float x) { return std::log(x); }
+inline double natural_log(double x) { return std::log(x); }
+inline float exponential(float x) { return std::exp(x); }
+inline double exponential(double x) { return std::exp(x); }
+
+struct Block {
+  template <class F>
+  void each(int n, F f) const {
+    for (int i = 0; i < n; ++i) f(i);
+  }
+  template <class F>
+  void each(int n, int m, F f) const {
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < m; ++j) f(i, j);
+  }
+  template <class F>
+  int largest(int begin, int end, F size, int* answer) const {
+    *answer = begin;
+    for (int i = begin; i < end; ++i)
+      if (size(i) > size(*answer)) *answer = i;
+    return *answer;
+  }
+};
+
+template <class T>
+struct Lane {
+  T v[32];
+  Lane() = default;
+  Lane(T x) {
+    for (T& e : v) e = x;
+  }
+};
+
+template <class F>
+auto by_lane(F f) -> Lane<decltype(f(0))> {
+  Lane<decltype(f(0))> r;
+  for (int i = 0; i < 32; ++i) r.v[i] = f(i);
+  return r;
+}
+#define GLF_OPERATOR(op)                                                                 \
+  template <class T>                                                                     \
+  auto operator op(const Lane<T>& a, const Lane<T>& b) {                                 \
+    return by_lane([&](int i) { return a.v[i] op b.v[i]; });                             \
+  }                                                                                      \
+  template <class T>                                                                     \
+  auto operator op(const Lane<T>& a, T b) {                                              \
+    return by_lane([&](int i) { return a.v[i] op b; });                                  \
+  }
+GLF_OPERATOR(+)
+GLF_OPERATOR(-)
+GLF_OPERATOR(*)
+GLF_OPERATOR(/)
+GLF_OPERATOR(%)
+GLF_OPERATOR(<)
+GLF_OPERATOR(>)
+GLF_OPERATOR(>=)
+GLF_OPERATOR(==)
+GLF_OPERATOR(!=)
+GLF_OPERATOR(&&)
+GLF_OPERATOR(||)
+#undef GLF_OPERATOR
+
+inline Lane<int> lane_index() {
+  return by_lane([](int i) { return i; });
+}
+template <class T>
+Lane<T> select(const Lane<bool>& c, const Lane<T>& a, const Lane<T>& b) {
+  return by_lane([&](int i) { return c.v[i] ? a.v[i] : b.v[i]; });
+}
+template <class T>
+Lane<T> magnitude(const Lane<T>& x) {
+  return by_lane([&](int i) { return magnitude(x.v[i]); });
+}
+template <class T>
+Lane<T> shuffle(const Lane<T>& x, const Lane<int>& lane) {
+  return by_lane([&](int i) { return x.v[lane.v[i]]; });
+}
+template <class T>
+Lane<T> shuffle_xor(const Lane<T>& x, int mask) {
+  return by_lane([&](int i) { return x.v[i ^ mask]; });
+}
+template <int N>
+Lane<int> lane_where(const Lane<bool>& c) {
+  return by_lane([&](int i) {
+    int at = i / N * N;
+    while (!c.v[at]) ++at;
+    return at;
+  });
+}
+template <class T>
+Lane<T> lane_log(const Lane<T>& x) {
+  return by_lane([&](int i) { return natural_log(x.v[i]); });
+}
+template <class F>
+void on_lanes(F f) {
+  for (int i = 0; i < 32; ++i) f(i);
+}
+template <class T>
+T& of_lane(Lane<T>& x, int lane) {
+  return x.v[lane];
+}
+
+#endif
+
+}  // namespace glf::device

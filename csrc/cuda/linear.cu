@@ -1,0 +1,99 @@
+// Launches. The grid's first dimension is the batch, up to 2³¹ − 1; D decides the scheme.
+#include "kernels.cuh"
+#include "linear.h"
+
+#include <cuda_runtime.h>
+
+namespace glf::device {
+
+namespace {
+
+const char* outcome() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class T>
+size_t workspace_bytes(int D) {
+  return D * sizeof(T) + (2 * D + 2) * sizeof(int);
+}
+
+// Whether a matrix fits the shared memory that a block of this kernel may ask for, and how much to ask for.
+template <class T, class Kernel>
+bool fits(Kernel kernel, int D, size_t& bytes) {
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const size_t wish = static_cast<size_t>(D) * (D | 1) * sizeof(T) + workspace_bytes<T>(D);
+  const bool room = wish <= static_cast<size_t>(most);
+  bytes = room ? wish : workspace_bytes<T>(D);
+  if (bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  return room;
+}
+
+template <int N, class T>
+const char* launch_warps(cudaStream_t stream, long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse,
+                         int* info) {
+  constexpr int matrices = warp_threads / N;
+  slogdet_inverse_warp_kernel<N><<<static_cast<unsigned>((count + matrices - 1) / matrices), warp_threads, 0, stream>>>(
+      count, D, A, sign, logabsdet, inverse, info);
+  return outcome();
+}
+
+}  // namespace
+
+template <class T>
+const char* lu_factor(Stream stream, long long count, int D, const T* A, T* factors, int* pivots, int* info) {
+  if (!count) return nullptr;
+  size_t bytes;
+  const bool room = fits<T>(lu_factor_kernel<T>, D, bytes);
+  lu_factor_kernel<<<static_cast<unsigned>(count), block_threads, bytes, static_cast<cudaStream_t>(stream)>>>(
+      D, room, A, factors, pivots, info);
+  return outcome();
+}
+
+template <class T>
+const char* slogdet_inverse(Stream stream, long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse,
+                            int* info) {
+  if (!count) return nullptr;
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (D <= 4) return launch_warps<4>(s, count, D, A, sign, logabsdet, inverse, info);
+  if (D <= 8) return launch_warps<8>(s, count, D, A, sign, logabsdet, inverse, info);
+  if (D <= 16) return launch_warps<16>(s, count, D, A, sign, logabsdet, inverse, info);
+  if (D <= 32) return launch_warps<32>(s, count, D, A, sign, logabsdet, inverse, info);
+  size_t bytes;
+  const bool room = fits<T>(slogdet_inverse_kernel<T>, D, bytes);
+  slogdet_inverse_kernel<<<static_cast<unsigned>(count), block_threads, bytes, s>>>(D, room, A, sign, logabsdet, inverse,
+                                                                                  info);
+  return outcome();
+}
+
+template <class T>
+const char* plu_assemble(Stream stream, long long count, const Layer<T>& first, T* A, T* A_inv, T* c, T* logabsdet) {
+  if (!count) return nullptr;
+  plu_assemble_kernel<<<static_cast<unsigned>(count), block_threads, 2 * first.D * sizeof(T),
+                        static_cast<cudaStream_t>(stream)>>>(first, A, A_inv, c, logabsdet);
+  return outcome();
+}
+
+template <class T>
+const char* plu_assemble_backward(Stream stream, long long count, const Layer<T>& first, const T* A, const T* A_inv,
+                                  const T* grad_A, const T* grad_A_inv, const T* grad_c, const T* grad_logabsdet,
+                                  const LayerGradients<T>& grad, T* work) {
+  if (!count) return nullptr;
+  plu_assemble_backward_kernel<<<static_cast<unsigned>(count), block_threads, 2 * first.D * sizeof(T),
+                                 static_cast<cudaStream_t>(stream)>>>(first, A, A_inv, grad_A, grad_A_inv, grad_c,
+                                                                      grad_logabsdet, grad, work);
+  return outcome();
+}
+
+#define GLF_INSTANTIATE(T)                                                                                             \
+  template const char* lu_factor(Stream, long long, int, const T*, T*, int*, int*);                                    \
+  template const char* slogdet_inverse(Stream, long long, int, const T*, T*, T*, T*, int*);                            \
+  template const char* plu_assemble(Stream, long long, const Layer<T>&, T*, T*, T*, T*);                               \
+  template const char* plu_assemble_backward(Stream, long long, const Layer<T>&, const T*, const T*, const T*,         \
+                                             const T*, const T*, const T*, const LayerGradients<T>&, T*);
+GLF_INSTANTIATE(float)
+GLF_INSTANTIATE(double)
+
+}  // namespace glf::device

@@ -1,0 +1,188 @@
+// The device code of csrc/cuda on the host, where its blocks and warps are loops: under sanitizers, each buffer exactly as
+// long as its tensor. Oracles: P A = L U, X A = I, finite differences.
+#include "cuda/kernels.cuh"
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+namespace {
+
+using namespace glf::device;
+template <class T>
+using Buffer = std::vector<T>;
+
+std::mt19937 rng(1);
+
+template <class T>
+Buffer<T> random(std::size_t n, double scale) {
+  std::normal_distribution<double> normal;
+  Buffer<T> b(n);
+  for (T& x : b) x = static_cast<T>(scale * normal(rng));
+  return b;
+}
+
+void require(bool good, const char* what, int D, double value) {
+  if (good) return;
+  std::printf("%s at D = %d: %g\n", what, D, value);
+  std::exit(1);
+}
+
+template <class T>
+double norm(const T* a, int n) {
+  double sum = 0;
+  for (int i = 0; i < n; ++i) sum += double(a[i]) * double(a[i]);
+  return std::sqrt(sum);
+}
+
+// ‖A X − I‖ / (D ‖A‖ ‖X‖ ε).
+template <class T>
+double inverse_residual(int D, const T* A, const T* X) {
+  double sum = 0;
+  for (int i = 0; i < D; ++i)
+    for (int j = 0; j < D; ++j) {
+      double e = i == j ? -1 : 0;
+      for (int k = 0; k < D; ++k) e += double(A[i * D + k]) * double(X[k * D + j]);
+      sum += e * e;
+    }
+  return std::sqrt(sum) / (D * norm(A, D * D) * norm(X, D * D) * std::numeric_limits<T>::epsilon());
+}
+
+template <class T>
+struct Dense {
+  Buffer<T> sign, logabsdet, inverse;
+  Buffer<int> info;
+  Dense(int count, int D) : sign(count, NAN), logabsdet(count, NAN), inverse(count * D * D, NAN), info(count, -1) {}
+};
+
+template <int N, class T>
+void by_warps(int count, int D, const T* A, Dense<T>& out) {
+  for (long long n = 0; n < count; n += 32 / N)
+    slogdet_inverse_warp<N>(n, count, D, A, out.sign.data(), out.logabsdet.data(), out.inverse.data(), out.info.data());
+}
+
+template <class T>
+void by_block(int D, bool room, int n, const T* A, Dense<T>& out, Buffer<T>& factors, Buffer<int>& pivots) {
+  const std::size_t bytes = (D * (D | 1) + D) * sizeof(T) + (2 * D + 2) * sizeof(int);
+  T *a, *result = out.inverse.data() + n * D * D;
+  int ld, info;
+  {
+    Buffer<std::uint64_t> memory(bytes / 8 + 1);
+    const auto w = carve(reinterpret_cast<unsigned char*>(memory.data()), D, room, result, a, ld);
+    slogdet_inverse_block(Block{}, D, A + n * D * D, a, ld, w, &out.sign[n], &out.logabsdet[n], result, &out.info[n]);
+  }
+  Buffer<std::uint64_t> memory(bytes / 8 + 1);
+  const auto w = carve(reinterpret_cast<unsigned char*>(memory.data()), D, room, factors.data() + n * D * D, a, ld);
+  lu_factor_block(Block{}, D, A + n * D * D, a, ld, w, factors.data() + n * D * D, pivots.data() + n * D, &info);
+  require(info == out.info[n], "info of two ways", D, info);
+}
+
+template <class T>
+void dense(int D) {
+  const int count = 9;
+  Buffer<T> A = random<T>(count * D * D, 1);
+  // 0 random … 5: equal sizes, to be exchanged in LAPACK's order; 6 the identity; 7 singular; 8 with a NaN.
+  for (int e = 0; e < D * D; ++e) {
+    A[5 * D * D + e] = T(rng() % 2 ? 1 : -1) + (e % (D + 1) == 0 ? T(D + 1) : T(0));
+    A[6 * D * D + e] = A[7 * D * D + e] = A[8 * D * D + e] = e % (D + 1) == 0;
+  }
+  A[7 * D * D + D * D - 1] = 0;
+  A[8 * D * D + D / 2 * D] = NAN;
+  for (const int way : {0, 1, 2}) {
+    if (way == 2 && D > 32) continue;
+    Dense<T> out(count, D);
+    Buffer<T> factors(count * D * D, NAN);
+    Buffer<int> pivots(count * D, -1);
+    if (way < 2)
+      for (int n = 0; n < count; ++n) by_block(D, way, n, A.data(), out, factors, pivots);
+    else
+      (D <= 4 ? by_warps<4, T> : D <= 8 ? by_warps<8, T> : D <= 16 ? by_warps<16, T> : by_warps<32, T>)(count, D, A.data(), out);
+    for (int n = 0; n < 7; ++n) {
+      const T *a = &A[n * D * D], *f = &factors[n * D * D];
+      const double residual = inverse_residual(D, a, &out.inverse[n * D * D]);
+      require(residual < 30, "residual of the inverse", D, residual);
+      require(out.info[n] == 0 && std::fabs(out.sign[n]) == 1, "info and sign", D, out.info[n]);
+      if (way == 2) continue;
+      std::vector<int> order(D);
+      for (int i = 0; i < D; ++i) order[i] = i;
+      for (int i = 0; i < D; ++i) std::swap(order[i], order[pivots[n * D + i] - 1]);
+      double error = 0, logdet = 0, sign = 1;
+      for (int i = 0; i < D; ++i) {
+        logdet += std::log(std::fabs(double(f[i * D + i])));
+        sign *= (f[i * D + i] > 0 ? 1 : -1) * (pivots[n * D + i] == i + 1 ? 1 : -1);
+        for (int j = 0; j < D; ++j) {
+          double e = -double(a[order[i] * D + j]);
+          for (int k = 0; k <= std::min(i, j); ++k) e += (k == i ? 1 : double(f[i * D + k])) * double(f[k * D + j]);
+          error += e * e;
+          if (j < i) require(std::fabs(f[i * D + j]) <= 1, "partial pivoting", D, f[i * D + j]);
+        }
+      }
+      error = std::sqrt(error) / (D * norm(a, D * D) * std::numeric_limits<T>::epsilon());
+      require(error < 30, "residual of the factors", D, error);
+      require(sign == out.sign[n], "sign", D, sign);
+      require(std::fabs(logdet - double(out.logabsdet[n])) <= 1e-5 * (D + std::fabs(logdet)), "log|det|", D, logdet);
+    }
+    require(out.sign[7] == 0 && out.logabsdet[7] == -INFINITY && out.info[7] == D, "singular", D, out.logabsdet[7]);
+    require(std::isnan(out.logabsdet[8]), "NaN", D, out.logabsdet[8]);
+  }
+}
+
+// One layer of the PLU parametrisation: A A⁻¹ = I, and the backward against differences of a random linear form.
+void plu(int D, bool actnorm) {
+  std::vector<long long> permutation(D);
+  for (int i = 0; i < D; ++i) permutation[i] = (i + 1) % D;
+  if (D % 3 == 0)
+    for (int i = 0; i < D; ++i) permutation[i] = D - 1 - i;
+  const int sizes[] = {D * D, D * D, D, D, D};
+  Buffer<double> p[5], g[5], sign(D, -1), shared(2 * D), work(2 * D * D);
+  for (int i = 0; i < 5; ++i) {
+    p[i] = random<double>(sizes[i], i < 2 ? 0.5 / std::sqrt(D) : 0.3);
+    g[i].assign(sizes[i], NAN);
+  }
+  const Layer<double> layer{D, permutation.data(), p[0].data(), p[1].data(), p[2].data(), sign.data(),
+                            actnorm ? p[3].data() : nullptr, actnorm ? p[4].data() : nullptr};
+  const auto w_A = random<double>(D * D, 1), w_inv = random<double>(D * D, 1), w_c = random<double>(D, 1);
+  const double w_log = 0.7;
+  Buffer<double> A(D * D, NAN), A_inv(D * D, NAN), c(D, NAN);
+  double logabsdet;
+  const auto form = [&] {
+    plu_assemble_layer(Block{}, layer, A.data(), A_inv.data(), c.data(), &logabsdet, shared.data());
+    double sum = w_log * logabsdet;
+    for (int i = 0; i < D * D; ++i) sum += w_A[i] * A[i] + w_inv[i] * A_inv[i];
+    for (int i = 0; i < D; ++i) sum += w_c[i] * c[i];
+    return sum;
+  };
+  form();
+  const double residual = inverse_residual(D, A.data(), A_inv.data());
+  require(residual < 30, "A⁻¹ of plu_assemble", D, residual);
+  plu_assemble_backward_layer(Block{}, layer, A.data(), A_inv.data(), w_A.data(), w_inv.data(), w_c.data(), &w_log,
+                              {g[0].data(), g[1].data(), g[2].data(), actnorm ? g[3].data() : nullptr,
+                               actnorm ? g[4].data() : nullptr},
+                              work.data(), work.data() + D * D, shared.data());
+  for (int i = 0; i < (actnorm ? 5 : 3); ++i)
+    for (int e = 0; e < sizes[i]; e += 1 + sizes[i] / 40) {
+      const double before = p[i][e], h = 1e-6;
+      p[i][e] = before + h;
+      const double up = form();
+      p[i][e] = before - h;
+      const double difference = (up - form()) / (2 * h);
+      p[i][e] = before;
+      require(std::fabs(difference - g[i][e]) <= 1e-5 * (1 + std::fabs(difference)) * D, "gradient of plu_assemble", D,
+              g[i][e] - difference);
+    }
+}
+
+}  // namespace
+
+int main() {
+  for (const int D : {1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 97, 192}) {
+    dense<float>(D);
+    dense<double>(D);
+  }
+  for (const int D : {1, 2, 3, 8, 17, 40})
+    for (const bool actnorm : {false, true}) plu(D, actnorm);
+  std::puts("all agree");
+}
