@@ -104,7 +104,7 @@ BACKENDS = {
         dtypes=(torch.float32, torch.float64),
         missing=_load_cuda(),
         ready=lambda: "linear layers in float32 and float64 on NVIDIA GPUs",
-        remedy="install again with CUDA's compiler, nvcc: pip install --no-build-isolation --force-reinstall --no-deps glf_fast",
+        remedy="install again where nvcc is: pip install --no-build-isolation --force-reinstall --no-deps glf_fast",
     ),
 }
 CHOICES = ("auto", "reference", *BACKENDS)
