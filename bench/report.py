@@ -1,8 +1,8 @@
-"""Tables of result files: `python -m bench.report [FILE …] [--keep]`.
+"""Tables of result files: `python -m bench.report [FILE …] [--keep MACHINE] [--docs]`.
 
-Files are those of bench/results, all of them by default, or with `--keep` fresh ones of `pytest bench --benchmark-json
-FILE`: these are trimmed and put into bench/results/<machine>/, in the place of that machine's older ones. `--docs` writes
-each machine's tables to docs/benchmarks/<machine>.md, and figures beside them.
+Files are those of bench/results, all of them by default, or with `--keep MACHINE` fresh ones of `pytest bench
+--benchmark-json FILE`: these are trimmed and put into bench/results/MACHINE/, in the place of older ones. `--docs` writes
+each machine's tables to docs/benchmarks/MACHINE.md, and figures beside them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.plots import draw
-from bench.results import Result, machine_name, read, trim
+from bench.results import Result, read, trim
 
 __all__ = ["main", "tables"]
 
@@ -65,21 +65,21 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--keep", metavar="MACHINE", default="")
     parser.add_argument("--docs", action="store_true")
     arguments = parser.parse_args()
     for path in arguments.files or sorted(FOLDER.glob("*/flow.json")):
         if arguments.keep:
             trimmed = trim(path)
-            kept = FOLDER / machine_name(trimmed["machine"]) / path.name
+            kept = FOLDER / arguments.keep / path.name
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(trimmed, indent=1) + "\n")
             path = kept
         machine, results = read(path)
         text = "\n".join(tables(machine, results)) + "\n"
         if arguments.docs:
-            page = DOCS / f"{machine_name(machine)}.md"
-            figures = draw(machine, results, DOCS / machine_name(machine))
+            page = DOCS / f"{path.parent.name}.md"
+            figures = draw(machine, results, DOCS / path.parent.name)
             page.write_text("\n".join([text, *(f"![]({figure.relative_to(DOCS)})\n" for figure in figures)]))
             print(page)
         else:

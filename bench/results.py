@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Result", "machine_name", "read", "trim"]
+__all__ = ["Result", "read", "trim"]
 
 KEPT = ("min", "q1", "median", "q3", "max", "rounds")
 
@@ -27,13 +26,6 @@ class Result:
     def median(self) -> float:
         """Seconds."""
         return self.stats["median"]
-
-
-def machine_name(machine: dict[str, Any]) -> str:
-    """A folder's name for a machine: its processor or GPU, and its cores."""
-    name = machine.get("gpu") or machine.get("cpu", {}).get("brand_raw") or machine.get("machine", "unknown")
-    cores = "" if machine.get("gpu") else f"-{machine['cores']}-cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + cores
 
 
 def trim(path: Path) -> dict[str, Any]:
