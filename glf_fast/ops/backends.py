@@ -45,12 +45,15 @@ def _load_cpp() -> str:
     return ""
 
 
+_cpp_missing = _load_cpp()
+
+
 def _load_cuda() -> str:
     """Load the compiled CUDA kernels; returns why they are missing, or ""."""
     if not torch.version.cuda:
         return "this torch is built without CUDA"
-    if why := BACKENDS["cpp"].missing:
-        return f"it needs the backend 'cpp', which is missing: {why}"
+    if _cpp_missing:
+        return f"it needs the backend 'cpp', which is missing: {_cpp_missing}"
     libraries = sorted(Path(__file__).parent.parent.glob("_cuda*.so"))
     if not libraries:
         return "not built: no nvcc was found when glf_fast was installed"
@@ -95,7 +98,7 @@ BACKENDS = {
     "cpp": Backend(
         device="cpu",
         dtypes=(torch.float32, torch.float64),
-        missing=_load_cpp(),
+        missing=_cpp_missing,
         ready=_cpp_ready,
         remedy="install again with a C++ compiler: pip install --no-build-isolation --force-reinstall --no-deps glf_fast",
     ),
