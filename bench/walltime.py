@@ -68,5 +68,7 @@ def bandwidth(size: int, threads: int) -> float:
 
 
 def floor(operations: int, size: int, threads: int) -> float:
-    """Seconds that no implementation on these matrix products and these bytes can go much below."""
+    """Seconds of the matrix products alone at torch's own rate, or of reading the bytes: what an implementation built on
+    torch's products cannot go below. Kernels that use wider vectors than its library does can.
+    """
     return max(operations / matrix_rate(threads), size / bandwidth(size, threads))

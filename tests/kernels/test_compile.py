@@ -43,3 +43,10 @@ for arch in compile_gate.ARCHITECTURES:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_spread_of_the_shipped_kernels_stays_within_its_bounds() -> None:
+    gate = [sys.executable, TOOLS / "compile_gate.py", "--every", "43"]
+    done = subprocess.run(gate, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"sm_{arch}" in done.stdout for arch in (80, 90, 100))
