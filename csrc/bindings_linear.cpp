@@ -2,6 +2,7 @@
 #include "bindings.h"
 
 #include <tuple>
+#include <utility>
 
 namespace {
 
@@ -21,9 +22,13 @@ glf::Plu<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor&
   STD_TORCH_CHECK(permutation.is_contiguous() && permutation.scalar_type() == ScalarType::Long,
                   "glf_fast: permutation must be contiguous int64");
   const auto* indices = static_cast<const int64_t*>(permutation.const_data_ptr());
-  for (int64_t i = 0; i < count * dim; ++i)
+  std::vector<int64_t> layer_of(dim, -1);  // in which an index was seen last
+  for (int64_t i = 0; i < count * dim; ++i) {
     STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < dim, "permutation must hold indices from 0 to ", dim - 1, "; got ",
                     indices[i]);
+    STD_TORCH_CHECK(std::exchange(layer_of[indices[i]], i / dim) < i / dim,
+                    "permutation must hold each index once a layer; got ", indices[i], " twice");
+  }
   return {count,         dim,           indices, read<T>(lower), read<T>(upper), read<T>(log_diag),
           read<T>(sign), ::read<T>(log_scale), ::read<T>(bias)};
 }

@@ -125,6 +125,8 @@ def test_results_repeat_exactly_with_any_number_of_threads() -> None:
 
 def test_a_permutation_that_is_none_is_refused() -> None:
     permutation, sign, tensors = layers((2,), 4, False, torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match="permutation must hold each index once a layer; got"):
+        run(permutation.clone().index_fill_(1, torch.tensor([1]), int(permutation[0, 0])), sign, tensors, False)
     permutation[1, 2] = 4
     with pytest.raises(RuntimeError, match="permutation must hold indices from 0 to 3; got 4"):
         run(permutation, sign, tensors, False)
