@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
+# Processes of their own: where kernels are interpreted they cannot be compiled.
+COMPILED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 @pytest.fixture
@@ -29,7 +31,6 @@ def test_figures_beyond_a_bound_are_refused(gate) -> None:
 
 
 def test_a_small_kernel_compiles_for_every_architecture() -> None:
-    # In a process of its own: where kernels are interpreted they cannot be compiled.
     code = """
 import compile_gate
 from glf_fast.kernels.launch_table import Launch
@@ -40,13 +41,12 @@ for arch in compile_gate.ARCHITECTURES:
     why = compile_gate.complaint(resources(spec, arch), arch, 0)
     assert not why, why
 """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, env=COMPILED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_spread_of_the_shipped_kernels_stays_within_its_bounds() -> None:
     gate = [sys.executable, TOOLS / "compile_gate.py", "--every", "43"]
-    done = subprocess.run(gate, capture_output=True, text=True)
+    done = subprocess.run(gate, env=COMPILED, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"sm_{arch}" in done.stdout for arch in (80, 90, 100))
