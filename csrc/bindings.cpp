@@ -1,5 +1,5 @@
 // The processor kernels as torch operations, through the LibTorch Stable ABI: one binary for every torch from 2.10 on.
-// Nothing here but unwrapping: the Python side (glf_fast/ops) checks what users pass in.
+// Checks that keep memory safe, and unwrapping; the Python side (glf_fast/ops) explains to users what does not fit.
 #include "bindings.h"
 
 #include <cstring>
@@ -20,7 +20,13 @@ struct Arguments {
   bool add_first, inverse;
 
   template <class T>
-  glf::Flow<T> flow() const {
+  glf::Flow<T> flow(const Tensor& x) const {
+    STD_TORCH_CHECK(activation >= 0 && activation <= 5 && log_scale >= 0 && log_scale <= 6, "glf_fast: unknown functions");
+    STD_TORCH_CHECK(x.dim() == 2 && matrix.dim() == 3 && matrix.size(0) > 0 && matrix.size(1) == x.size(1) &&
+                        matrix.size(2) == x.size(1) && offset.numel() == matrix.size(0) * x.size(1) &&
+                        (!unmatrix || unmatrix->numel() == matrix.numel()) &&
+                        (!context || (context->dim() == 2 && context->size(0) == x.size(0))),
+                    "glf_fast: shapes of the rows, the maps and the context do not fit");
     STD_TORCH_CHECK(!weights.empty() && weights.size() <= glf::max_layers && weights.size() == biases.size(),
                     "glf_fast: an MLP of 1 to ", glf::max_layers, " layers is needed; got ", weights.size());
     glf::Flow<T> f{};
@@ -33,12 +39,14 @@ struct Arguments {
     f.unmatrix = unmatrix ? read<T>(*unmatrix) : nullptr;
     f.offset = read<T>(offset);
     for (int i = 0; i < f.layers; ++i) {
-      STD_TORCH_CHECK(weights[i].size(0) == f.steps && weights[i].size(1) == f.width[i],
+      STD_TORCH_CHECK(weights[i].dim() == 3 && weights[i].size(0) == f.steps && weights[i].size(1) == f.width[i] &&
+                          biases[i].numel() == f.steps * weights[i].size(2),
                       "glf_fast: the widths of the MLP's layers do not chain");
       f.width[i + 1] = weights[i].size(2);
       f.weight[i] = read<T>(weights[i]);
       f.bias[i] = read<T>(biases[i]);
     }
+    STD_TORCH_CHECK(f.width[f.layers] == 2 * f.transformed(), "glf_fast: the MLP must end in 2·(D//2) columns");
     f.activation = static_cast<glf::Activation>(activation);
     f.log_scale = static_cast<glf::LogScale>(log_scale);
     f.constant = static_cast<T>(constant);
@@ -66,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
   Tensor saved = mode == glf::Save::nothing ? empty(x, {0}) : empty(x, {steps, batch, record});
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const auto flow = arguments.flow<T>();
+    const auto flow = arguments.flow<T>(x);
     const int64_t width = mode == glf::Save::records ? glf::record_width(flow) : flow.dim;
     STD_TORCH_CHECK(mode == glf::Save::nothing || record == width, "glf_fast: a record is ", width, " wide, not ",
                     record);
@@ -94,7 +102,12 @@ Tensors coupling_flow_backward(Tensor grad_out, Tensor grad_logdet, Tensor out, 
   }
   for_dtype(out, [&](auto zero) {
     using T = decltype(zero);
-    const auto flow = arguments.flow<T>();
+    const auto flow = arguments.flow<T>(out);
+    STD_TORCH_CHECK(grad_out.numel() == out.numel() && grad_logdet.numel() == out.size(0) &&
+                        (mode == glf::Save::nothing ||
+                         (saved.dim() == 3 && saved.size(0) == flow.steps && saved.size(1) == out.size(0) &&
+                          saved.size(2) == (mode == glf::Save::records ? glf::record_width(flow) : flow.dim))),
+                    "glf_fast: gradients or saved values do not fit the output");
     glf::Gradients<T> target{};
     if (parameters) {
       target.matrix = write<T>(grads[2]);
@@ -112,15 +125,24 @@ Tensors coupling_flow_backward(Tensor grad_out, Tensor grad_logdet, Tensor out, 
   return grads;
 }
 
+void check_operands(const Tensor& v, const Tensor& u, const Tensor& t, int64_t log_scale) {
+  STD_TORCH_CHECK(log_scale >= 0 && log_scale <= 6, "glf_fast: unknown functions");
+  STD_TORCH_CHECK(v.dim() == 2 && u.sizes().equals(v.sizes()) && t.sizes().equals(v.sizes()),
+                  "glf_fast: operands must have one shape (B, n)");
+}
+
 // Rows of n elements that may lie apart, such as the halves of a split.
 template <class T>
 std::pair<const T*, int64_t> rows(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1), "glf_fast: rows must be contiguous");
+  STD_TORCH_CHECK(t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
+                  "glf_fast: a kernel got tensors of several dtypes");
   return {static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
 }
 
 std::tuple<Tensor, Tensor> affine_coupling(Tensor v, Tensor u, Tensor t, int64_t log_scale, double constant,
                                            bool add_first, bool inverse) {
+  check_operands(v, u, t, log_scale);
   Tensor w = alike(v), logdet = empty(v, {v.size(0)});
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
@@ -137,6 +159,8 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor v, Tensor u, Tensor t, int64_t
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_w, Tensor grad_logdet, Tensor v, Tensor u,
                                                             Tensor t, int64_t log_scale, double constant,
                                                             bool add_first, bool inverse) {
+  check_operands(v, u, t, log_scale);
+  STD_TORCH_CHECK(grad_w.numel() == v.numel() && grad_logdet.numel() == v.size(0), "glf_fast: gradients do not fit");
   Tensor grad_v = alike(v), grad_u = alike(v), grad_t = alike(v);
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);

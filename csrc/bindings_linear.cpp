@@ -18,7 +18,11 @@ template <class T>
 glf::Plu<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor& upper, const Tensor& log_diag,
                    const Tensor& sign, const Maybe& log_scale, const Maybe& bias) {
   using glf::bindings::read;
+  STD_TORCH_CHECK(lower.dim() == 3 && lower.size(2) == lower.size(1) && upper.sizes().equals(lower.sizes()),
+                  "glf_fast: lower and upper must be (K, D, D)");
   const int64_t count = lower.size(0), dim = lower.size(1);
+  for (const Tensor* vector : {&permutation, &log_diag, &sign, log_scale ? &*log_scale : &sign, bias ? &*bias : &sign})
+    STD_TORCH_CHECK(vector->numel() == count * dim, "glf_fast: vectors must be (K, D)");
   STD_TORCH_CHECK(permutation.is_contiguous() && permutation.scalar_type() == ScalarType::Long,
                   "glf_fast: permutation must be contiguous int64");
   const auto* indices = static_cast<const int64_t*>(permutation.const_data_ptr());

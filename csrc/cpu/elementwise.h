@@ -36,9 +36,6 @@ inline void with_log_scale(LogScale s, F f) {
   }
 }
 
-// These two keep their argument for the backward; the others' derivatives follow from their value.
-inline bool needs_argument(Activation a) { return a == Activation::silu || a == Activation::gelu; }
-
 template <Activation a, class T>
 inline vec<T> activation(vec<T> x) {
   using A = Activation;

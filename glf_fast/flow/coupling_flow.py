@@ -130,8 +130,9 @@ class CouplingFlow(Flow):
             and tensors[0].device.type == "cpu"
             and not torch._C._are_functorch_transforms_active()
         )
-        if remember and self._assembled is not None and ops.identical(tensors, self._assembled[0]):
-            A, A_inv, c, logabsdet = self._assembled[1]
+        kept = self._assembled  # once: another thread may replace it meanwhile
+        if remember and kept is not None and ops.identical(tensors, kept[0]):
+            A, A_inv, c, logabsdet = kept[1]
             if A.dtype == dtype and (A_inv is not None or not need_inverse):
                 return A, A_inv, c, logabsdet
         A, A_inv, c, logabsdets = assemble(self.config["linear"], linear, dtype, *actnorm, need_inverse=need_inverse)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from glf_fast.reference import LOG_SCALES
 
 __all__ = [
+    "check_alike",
     "check_choice",
     "check_floating",
     "check_hidden_layers",
@@ -70,6 +71,17 @@ def check_state(name: str, tensor: Tensor, parameters: Tensor) -> Tensor:
     if tensor.dtype != parameters.dtype and tensor.dtype.itemsize >= 4:
         raise TypeError(f"{name} is {tensor.dtype} but the flow is {parameters.dtype}: convert one of them with .to()")
     return tensor.to(parameters.dtype)
+
+
+def check_alike(named: Iterable[tuple[str, Tensor]], state: Tensor) -> None:
+    """Raise unless all tensors are on the state's device and of its dtype, or of half precision (autocast computes in it)."""
+    for name, tensor in named:
+        if tensor.device != state.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but the rest is on {state.device}: move one of them with .to()"
+            )
+        if tensor.dtype != state.dtype and (tensor.dtype.itemsize >= 4 or not tensor.is_floating_point()):
+            raise TypeError(f"{name} is {tensor.dtype} but the rest is {state.dtype}: convert one of them with .to()")
 
 
 def check_hidden_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], steps: int, n_in: int, n_out: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from glf_fast import reference
 from glf_fast.ops import cpp, layered, triton, triton_coupling
 from glf_fast.ops.backends import backend_for
 from glf_fast.ops.checks import (
+    check_alike,
     check_choice,
     check_floating,
     check_hidden_layers,
@@ -58,6 +60,7 @@ def affine_coupling(
                 "v, u and t must have one shape (B, …) of two or more dimensions; "
                 f"got v {tuple(v.shape)}, u {tuple(u.shape)}, t {tuple(t.shape)}"
             )
+    check_alike((("u", u), ("t", t)), v if v.dtype.itemsize >= 4 else v.new_empty(0, dtype=torch.float32))
     # The kernels read u and t in whatever precision they come, and compute in v's, float32 at least.
     options = Options("relu", log_scale, log_scale_constant, add_first, inverse)
     backend = backend_for(v, "triton", "cpp")
@@ -85,6 +88,8 @@ def _check_flow(
     check_choice("activation", activation, ACTIVATIONS)
     check_log_scale(log_scale, log_scale_constant)
     steps, dim = A.shape[0], A.shape[-1]
+    if not steps:
+        raise ValueError("A holds no step; a flow has one or more")
     check_shape("A", A, (steps, dim, dim), "(steps, dim, dim)")
     check_shape("c", c, (steps, dim), "(steps, dim)")
     check_shape(name, x, (None, dim), "(batch, dim)")
@@ -94,7 +99,11 @@ def _check_flow(
         check_shape("context", context, (x.shape[0], None), "(batch, context_dim)")
         n_context = context.shape[1]
     check_hidden_layers(weights, biases, steps, dim - dim // 2 + n_context, 2 * (dim // 2))
-    return check_state(name, x, A)
+    x = check_state(name, x, A)
+    check_alike((("c", c), *([("context", context)] if context is not None else [])), x)
+    check_alike((("a weight", w) for w in weights), x)
+    check_alike((("a bias", b) for b in biases), x)
+    return x
 
 
 def coupling_flow(

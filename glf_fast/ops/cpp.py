@@ -92,7 +92,8 @@ class _CouplingFlow(torch.autograd.Function):
             x, matrix, offset, weights, biases, context, *code, save, record
         )
         ctx.options, ctx.code, ctx.save = options, code, save
-        ctx.save_for_backward(out, saved, *tensors)
+        # Only rebuilding needs the output; else its shape is enough, and the caller may change it in place.
+        ctx.save_for_backward(out if save == NOTHING else x, saved, *tensors)
         return out, logdet
 
     @staticmethod
