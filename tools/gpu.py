@@ -100,7 +100,20 @@ def main() -> None:
         run.step("bench", [PYTHON, "-m", "bench.gpu", str(out), "--seconds", "170"], 180)
         train = [PYTHON, "-m", "glf_fast.train", "--preset", "smoke", "--epochs", "40", "--out", str(out / "smoke")]
         run.step("train", train, 60)
-        run.step("tune", [PYTHON, "tools/tune_flow.py", "--out", str(out / "launch_table.json")], 120)
+        run.step(
+            "tune",
+            [
+                PYTHON,
+                "tools/tune_flow.py",
+                "--only",
+                "medium",
+                "--minutes",
+                "2",
+                "--out",
+                str(out / "launch_table.json"),
+            ],
+            150,
+        )
     failed = [result["step"] for result in run.results if result["state"] != "ok"]
     print(f"results are in {out}" + (f"; not ok: {', '.join(map(str, failed))}" if failed else ""))
     sys.exit(bool(failed) and not arguments.rehearse)

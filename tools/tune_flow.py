@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ SHARED = (
     96 << 10
 )  # bytes a program: two on a multiprocessor from sm_80 on, one on the smaller ones of sm_86, 89 and 120
 SPILLS = 128
+SECTIONS = ("launches", "resources", "microseconds")  # of the table; resources: registers, spilled bytes, shared bytes
 
 # Rows, columns and depth of chunks, warps.
 FEW_ROWS = (
@@ -145,14 +147,17 @@ def fastest(key: str, arch: str, compiler: Compiler) -> tuple[Launch, dict[str, 
         taken = compiler.resources(specialize(key, how), int(arch))
         if taken and taken.spills <= 2 * SPILLS and taken.shared <= 2 * SHARED:
             measured.append((measure(key, how), how, {compiler.version: taken}))
-    time, how, found = min(measured)
-    return how, found, time
+    took, how, found = min(measured)
+    return how, found, took
 
 
 def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--out", type=Path, default=TABLE, help="where the table goes")
+    parser.add_argument("--only", default="", help="keys that contain this, such as 'medium bf16'")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many; what is measured is kept")
     parser.add_argument("--triton", action="append", default=[], help="folder with another Triton that must agree")
     arguments = parser.parse_args()
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"made": {}, "launches": {}, "resources": {}}
@@ -163,10 +168,14 @@ def main() -> None:
     else:
         major, minor = torch.cuda.get_device_capability()
         architectures = [f"{major}{minor}"]
-        made = f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {versions}"
+        where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {versions}"
+        made = f"the entries under microseconds: measured on {where}"
+    end = time.monotonic() + 60 * arguments.minutes
     for arch in architectures:
-        launches, taken, times = {}, {}, {}
+        launches, taken, times = (table.setdefault(name, {}).setdefault(arch, {}) for name in SECTIONS)
         for key in keys():
+            if arguments.only not in key or time.monotonic() > end:
+                continue
             if arguments.compile_only:
                 first = table["launches"].get(ARCHITECTURES[0], {}).get(key) if arch != ARCHITECTURES[0] else None
                 launches[key], found = choose(
@@ -176,12 +185,8 @@ def main() -> None:
                 launches[key], found, times[key] = fastest(key, arch, compilers[0])
             taken[key] = {version: list(r) for version, r in found.items()}
             print(f"sm_{arch}", key, launches[key], taken[key], times.get(key, ""), flush=True)
-        table["made"][arch] = made
-        table["launches"][arch] = launches
-        table["resources"][arch] = taken  # registers, spilled bytes, shared bytes
-        if times:
-            table.setdefault("microseconds", {})[arch] = times
-        TABLE.write_text(_one_entry_a_line(table))
+            table["made"][arch] = made
+            arguments.out.write_text(_one_entry_a_line(table))
     for compiler in compilers:
         compiler.close()
 
