@@ -23,7 +23,7 @@ from glf_fast.kernels import shipped
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 255  # of a thread
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program can have
-SLACK = 64  # bytes of spills by which versions of ptxas were seen to differ
+SLACK = 64  # bytes of spills by which versions of ptxas may differ: assumed, the whole table was compiled by one alone
 
 
 def complaint(found: Resources | None, arch: int, spills: int) -> str:
