@@ -73,39 +73,6 @@ def affine_coupling(
     )
 
 
-def _check_flow(
-    name: str,
-    x: Tensor,
-    A: Tensor,
-    c: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    context: Tensor | None,
-    activation: str,
-    log_scale: str,
-    log_scale_constant: float | None,
-) -> Tensor:
-    check_choice("activation", activation, ACTIVATIONS)
-    check_log_scale(log_scale, log_scale_constant)
-    steps, dim = A.shape[0], A.shape[-1]
-    if not steps:
-        raise ValueError("A holds no step; a flow has one or more")
-    check_shape("A", A, (steps, dim, dim), "(steps, dim, dim)")
-    check_shape("c", c, (steps, dim), "(steps, dim)")
-    check_shape(name, x, (None, dim), "(batch, dim)")
-    n_context = 0
-    if context is not None:
-        check_floating("context", context)
-        check_shape("context", context, (x.shape[0], None), "(batch, context_dim)")
-        n_context = context.shape[1]
-    check_hidden_layers(weights, biases, steps, dim - dim // 2 + n_context, 2 * (dim // 2))
-    x = check_state(name, x, A)
-    check_alike((("c", c), *([("context", context)] if context is not None else [])), x)
-    check_alike((("a weight", w) for w in weights), x)
-    check_alike((("a bias", b) for b in biases), x)
-    return x
-
-
 def coupling_flow(
     x: Tensor,
     A: Tensor,
@@ -138,19 +105,8 @@ def coupling_flow(
     Raises:
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
-    x = _check_flow("x", x, A, c, weights, biases, context, activation, log_scale, log_scale_constant)
     options = Options(activation, log_scale, log_scale_constant, add_first, False)
-    backend = backend_for(x, "triton", "cpp")
-    if backend == "triton":
-        if triton.fits(x.shape[1], weights):
-            return triton.coupling_flow(x, A, c, weights, biases, context, options, reversible)
-        return layered.coupling_flow(x, A, c, weights, biases, context, options)
-    if backend == "cpp" and len(weights) <= MAX_LAYERS:
-        return cpp.coupling_flow(x, A, c, weights, biases, context, options, reversible)
-    return reference.coupling_flow(
-        x, A, c, weights, biases, context,
-        activation=activation, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first,
-    )  # fmt: skip
+    return _coupling_flow("x", x, A, c, weights, biases, context, options, reversible)
 
 
 def coupling_flow_inverse(
@@ -171,16 +127,69 @@ def coupling_flow_inverse(
 
     Returns x (B, D) and −Σ ℓ (B,).
     """
-    z = _check_flow("z", z, A_inv, c, weights, biases, context, activation, log_scale, log_scale_constant)
     options = Options(activation, log_scale, log_scale_constant, add_first, True)
-    backend = backend_for(z, "triton", "cpp")
-    if backend == "triton":
-        if triton.fits(z.shape[1], weights):
-            return triton.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
-        return layered.coupling_flow(z, A_inv, c, weights, biases, context, options)
-    if backend == "cpp" and len(weights) <= MAX_LAYERS:
-        return cpp.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
-    return reference.coupling_flow_inverse(
-        z, A_inv, c, weights, biases, context,
-        activation=activation, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first,
-    )  # fmt: skip
+    return _coupling_flow("z", z, A_inv, c, weights, biases, context, options, reversible)
+
+
+def _coupling_flow(
+    name: str,
+    x: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None,
+    options: Options,
+    reversible: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both directions; the state x is called `name` in messages."""
+    x = _check_flow(name, x, matrix, offset, weights, biases, context, options)
+    backend = backend_for(x, "triton", "cpp")
+    if backend == "reference" or (backend == "cpp" and len(weights) > MAX_LAYERS):
+        run = reference.coupling_flow_inverse if options.inverse else reference.coupling_flow
+        return run(x, matrix, offset, weights, biases, context, **options.named())
+
+    # To the state's dtype, too: under autocast an offset that was itself computed arrives in bfloat16.
+    def ready(t: Tensor) -> Tensor:
+        return t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous()
+
+    dtype = x.dtype
+    x, matrix, offset = ready(x), ready(matrix), ready(offset)
+    weights, biases = [ready(w) for w in weights], [ready(b) for b in biases]
+    context = None if context is None else ready(context)
+    if backend == "cpp":
+        return cpp.coupling_flow(x, matrix, offset, weights, biases, context, options, reversible)
+    if triton.fits(x.shape[1], weights):
+        return triton.coupling_flow(x, matrix, offset, weights, biases, context, options, reversible)
+    return layered.coupling_flow(x, matrix, offset, weights, biases, context, options)
+
+
+def _check_flow(
+    name: str,
+    x: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None,
+    options: Options,
+) -> Tensor:
+    check_choice("activation", options.activation, ACTIVATIONS)
+    check_log_scale(options.log_scale, options.log_scale_constant)
+    steps, dim = matrix.shape[0], matrix.shape[-1]
+    if not steps:
+        raise ValueError("A holds no step; a flow has one or more")
+    check_shape("A_inv" if options.inverse else "A", matrix, (steps, dim, dim), "(steps, dim, dim)")
+    check_shape("c", offset, (steps, dim), "(steps, dim)")
+    check_shape(name, x, (None, dim), "(batch, dim)")
+    n_context = 0
+    if context is not None:
+        check_floating("context", context)
+        check_shape("context", context, (x.shape[0], None), "(batch, context_dim)")
+        n_context = context.shape[1]
+    check_hidden_layers(weights, biases, steps, dim - dim // 2 + n_context, 2 * (dim // 2))
+    x = check_state(name, x, matrix)
+    check_alike((("c", offset), *([("context", context)] if context is not None else [])), x)
+    check_alike((("a weight", w) for w in weights), x)
+    check_alike((("a bias", b) for b in biases), x)
+    return x

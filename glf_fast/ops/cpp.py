@@ -53,17 +53,10 @@ def coupling_flow(
     options: Options,
     reversible: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.coupling_flow`, or `coupling_flow_inverse` with options.inverse; arguments are checked already."""
+    """`reference.coupling_flow`, or `coupling_flow_inverse` with options.inverse.
 
-    # To the state's dtype, too: under autocast an offset that was itself computed arrives in bfloat16.
-    def ready(t: Tensor) -> Tensor:
-        return t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous()
-
-    dtype = x.dtype
-    x, matrix, offset = ready(x), ready(matrix), ready(offset)
-    weights, biases = [ready(w) for w in weights], [ready(b) for b in biases]
-    if context is not None:
-        context = ready(context)
+    The arguments are checked, of one dtype and contiguous.
+    """
     tensors = (x, matrix, offset, context, *weights, *biases)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         out, logdet = _CouplingFlow.apply(options, reversible, *tensors)

@@ -51,13 +51,10 @@ def coupling_flow(
     options: Options,
     reversible: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.coupling_flow`, or `coupling_flow_inverse` with options.inverse; arguments are checked already."""
-    x, dtype = x.contiguous(), x.dtype
-    matrix, offset = matrix.to(dtype).contiguous(), offset.to(dtype).contiguous()
-    weights = [w.to(dtype).contiguous() for w in weights]
-    biases = [b.to(dtype).contiguous() for b in biases]
-    if context is not None:
-        context = context.to(dtype).contiguous()
+    """`reference.coupling_flow`, or `coupling_flow_inverse` with options.inverse.
+
+    The arguments are checked, of one dtype and contiguous.
+    """
     autocast = ""
     if torch.is_autocast_enabled(x.device.type):
         autocast = "bf16" if torch.get_autocast_dtype(x.device.type) == torch.bfloat16 else "fp16"
