@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
+
+from glf_fast.reference import log_normal
 
 __all__ = ["Flow"]
 
@@ -37,8 +37,7 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) = log N(z; 0, I) + logdet in nats, (B,)."""
         z, logdet = self(x, context)
-        constant = 0.5 * math.prod(self.event_shape) * math.log(2 * math.pi)
-        return (logdet - constant).sub(z.square().flatten(1).sum(1), alpha=0.5)
+        return log_normal(z) + logdet
 
     @torch.no_grad()
     def sample(

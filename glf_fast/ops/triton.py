@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glf_fast.ops.options import Options
+from glf_fast.reference import log_normal
 
 if TYPE_CHECKING:
     from glf_fast.kernels.flow_options import FlowOptions
@@ -47,12 +48,15 @@ def forward(
     options: Options,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, logdet and, with `keep`, the steps' inputs (K, B, D)."""
-    return ops.triton_coupling_flow.default(x, matrix, offset, weights, biases, context, *_code(options), keep)
+    """Output, logdet (with options.density log N(out; 0, I) added) and, with `keep`, the steps' inputs (K, B, D)."""
+    out, logdet, saved = ops.triton_coupling_flow.default(
+        x, matrix, offset, weights, biases, context, *_code(options), keep
+    )
+    return out, log_normal(out) + logdet if options.density else logdet, saved
 
 
 def backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     grad_logdet: Tensor,
     state: Tensor,
     saved: Tensor,
@@ -67,8 +71,11 @@ def backward(
 ) -> list[Tensor]:
     """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
 
-    Without `unmatrix` from the inputs that the forward kept, with it (`matrix` inverted) from the output `state`.
+    Without `unmatrix` from the inputs that the forward kept, with it (`matrix` inverted) from the output `state`, which
+    the density needs in any case: `grad_out` is None then.
     """
+    if grad_out is None:
+        grad_out = state * grad_logdet.neg().unsqueeze(1)
     start = saved if unmatrix is None else state
     return ops.triton_coupling_flow_backward.default(
         grad_out, grad_logdet, start, matrix, unmatrix, offset, weights, biases, context, *_code(options), parameters
