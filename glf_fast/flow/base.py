@@ -62,7 +62,7 @@ class Flow(nn.Module):
             raise ValueError(f"temperature must be ≥ 0; got {temperature}")
         like = next(self.parameters(), torch.empty(0))
         noise = torch.randn((n, *self.event_shape), generator=generator, device=like.device, dtype=like.dtype)
-        return self.inverse(temperature * noise, context)[0]
+        return self.inverse(noise if temperature == 1 else temperature * noise, context)[0]
 
     def _check_event(self, name: str, x: Tensor) -> None:
         if x.shape[1:] != self.event_shape:
