@@ -69,7 +69,7 @@ def _cpp_ready() -> str:
 
 
 # Triton reads it when kernels are defined; what it says now is what they will be.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _triton_missing() -> str:
@@ -114,6 +114,8 @@ CHOICES = ("auto", "reference", *BACKENDS)
 
 _backend = os.environ.get("GLF_FAST_BACKEND", "auto")
 check_choice("$GLF_FAST_BACKEND", _backend, CHOICES)
+if _backend in BACKENDS and BACKENDS[_backend].missing:
+    raise RuntimeError(f"$GLF_FAST_BACKEND is {_backend!r}, which cannot run here: {BACKENDS[_backend].missing}")
 _warned: set[str] = set()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops.differentiate import differentiate
+from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 
 __all__ = ["lu_factor", "plu_assemble", "slogdet_inverse"]
 
@@ -74,7 +74,7 @@ class _PLUAssemble(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         A, A_inv, permutation, sign, *tensors = ctx.saved_tensors
         lower, upper, log_diag, log_scale, bias = tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if plain_gradients_wanted(grads):
 
             def run(*tensors: Tensor) -> tuple[Tensor, ...]:
                 lower, upper, log_diag, log_scale, bias = tensors
