@@ -38,7 +38,7 @@ class Coupling:
     def why_wrong(self, mode: str) -> str:
         """What is wrong with its results, or ""."""
         exact = [t.detach().double().requires_grad_() for t in self.inputs]
-        results = reference.affine_coupling(*exact, inverse=mode == "inverse")
+        results: tuple[Tensor, ...] = reference.affine_coupling(*exact, inverse=mode == "inverse")
         if mode == "train":
             results = torch.autograd.grad(results, exact, [g.double() for g in self.gradients])
         return why_wrong(self.run(mode), [t.detach() for t in results])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.check import why_wrong
 from glf_fast import use_backend
@@ -31,9 +31,11 @@ class Step:
         images = torch.randint(0, 256, (config.batch_size, *IMAGES[preset]), dtype=torch.uint8)
         self.images = images.to(device)
         self.trainer = Trainer(config, ImageDataset.of("noise", "train", images), torch.device(device))
+        # The flow's data-dependent start, which torch.compile need not trace; then a little away from it, because there some
+        # gradients are zero but for rounding.
         with torch.no_grad(), use_backend("reference"):
-            self.trainer.model(to_float(self.images))  # the flow's data-dependent start, which torch.compile need not trace
-            for p in self.trainer.model.flow.parameters():  # away from it: there some gradients are zero but for rounding
+            self.trainer.model(to_float(self.images))
+            for p in self._flow_parameters():
                 p.add_(0.05 * torch.randn_like(p))
         self.exact = self._exact()
         if name == "compile":
@@ -47,16 +49,20 @@ class Step:
     def why_wrong(self) -> str:
         """What is wrong with the first step's loss, or the flow's gradients in it, or ""."""
         losses = self.run()
-        gradients = [p.grad for p in self.trainer.model.flow.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._flow_parameters() if p.grad is not None]
         return why_wrong([losses["loss"], *gradients], self.exact)
 
+    def _flow_parameters(self) -> list[nn.Parameter]:
+        return self.trainer.model.parameter_groups()["flow"]
+
     def _exact(self) -> list[Tensor]:
+        """The loss and the flow's gradients in float64, before the first step."""
         model = self.trainer.model
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with use_backend("reference"):
             loss = model.double().train().losses(to_float(self.images).double())["loss"]
             loss.backward()
-        gradients = [p.grad for p in model.flow.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._flow_parameters() if p.grad is not None]
         model.zero_grad(set_to_none=True)
         model.float().load_state_dict(weights)
         return [loss.detach(), *gradients]
