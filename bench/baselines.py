@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import glf_fast
 from bench.cases import FlowCase
 from bench.check import SEED, exact_flow, why_wrong
+from bench.compiler import compiled
 
 __all__ = ["COMPILED", "LIBRARIES", "PLAIN", "Provider", "provider", "why_missing"]
 
@@ -132,8 +133,8 @@ def _eager(case: FlowCase, device: str) -> Provider:
 
 def _compile(case: FlowCase, device: str, mode: str | None = None) -> Provider:
     flow = case.flow(device)
-    log_prob = torch.compile(flow.log_prob, dynamic=False, mode=mode)
-    inverse = torch.compile(flow.inverse, dynamic=False, mode=mode)
+    log_prob = compiled(flow.log_prob, mode)
+    inverse = compiled(flow.inverse, mode)
 
     def sample(n: int, context: Tensor | None) -> Tensor:
         return inverse(torch.randn(n, case.dim, device=device), context)[0]

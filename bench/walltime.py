@@ -51,6 +51,7 @@ class Contestant:
 
 def compete(contestants: Mapping[str, Contestant], seconds: float) -> dict[str, list[float] | str]:
     """Check all, then time those that are right, interleaved: name → seconds of each call, or what is wrong."""
+    torch.compiler.reset()  # what earlier cases compiled would make this one's calls slower, see bench.compiler
     wrong = {name: contestant.why_wrong() for name, contestant in contestants.items()}
     right = {name: contestant.run for name, contestant in contestants.items() if not wrong[name]}
     return {**wrong, **interleave(right, seconds)}
