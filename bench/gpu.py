@@ -257,6 +257,7 @@ def main() -> None:
     about = machine.about() | {"gpu": clock.name(), "cuda": torch.version.cuda}
     found = Results(about, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()), [])
     earlier = [read(path)] if path.is_file() else []
+    merge([*copy.deepcopy(earlier), found])  # raises at once where they are of another commit
     for suite, case, mode, name, measure in PARTS[arguments.part]():
         if time.monotonic() > end:
             print("out of time; the rest was not measured", flush=True)
