@@ -46,6 +46,10 @@ Job = tuple[str, str, str, str, Measured]
 clock: Any = timing  # or rehearsal
 
 
+class Missing(Exception):
+    """What cannot be measured here, and why."""
+
+
 def flow_jobs(
     suite: str, cases: list[FlowCase], modes: tuple[str, ...], names: tuple[str, ...], precision: str = "high"
 ) -> Iterator[Job]:
@@ -54,13 +58,13 @@ def flow_jobs(
         for case in map(_small if clock is rehearsal else _same, cases):
             label = f"{mode}, {PRECISIONS[precision]}" if suite == "gpu_flow" else mode
             for name in names:
-                if why_missing("eager" if name == "graphed eager" else name, case):
-                    continue
                 yield suite, case.name, label, name, partial(flow, suite, label, case, mode, name, precision)
 
 
 def flow(suite: str, label: str, case: FlowCase, mode: str, name: str, precision: str) -> Result:
     """Calls with the host in them, and for ours and plain PyTorch the kernels alone, from a graph."""
+    if reason := why_missing(name, case):
+        raise Missing(reason)
     torch.set_float32_matmul_precision(precision)
     made = provider("eager" if name == "graphed eager" else name, case, mode == "train", clock.DEVICE)
     work = partial(made.run, mode, *case.inputs(clock.DEVICE))
@@ -146,8 +150,8 @@ def memory(steps: int, name: str, backend: str, reversible: bool) -> Result:
 
 def step_jobs() -> Iterator[Job]:
     """Whole training steps of the presets' models."""
-    for preset in IMAGES:
-        for name in STEP_PROVIDERS:
+    for name in STEP_PROVIDERS:  # the compiler last: it takes long
+        for preset in IMAGES:
             if not (name == "compile" and clock is rehearsal):
                 yield "train_step", preset, "step", name, partial(training, preset, name)
 
@@ -174,6 +178,8 @@ def launch_jobs() -> Iterator[Job]:
     """By the profiler, in a part of its own: some virtual machines do not let it in."""
 
     def count(case: FlowCase, mode: str, name: str) -> Result:
+        if reason := why_missing(name, case):
+            raise Missing(reason)
         made = provider(name, case, mode == "train", clock.DEVICE)
         number = clock.launches(partial(made.run, mode, *case.inputs(clock.DEVICE)))
         if not number:
@@ -183,8 +189,7 @@ def launch_jobs() -> Iterator[Job]:
     for mode in FLOW_MODES:
         for case in map(_small if clock is rehearsal else _same, _named(*NAMED)):
             for name in (*OURS_AND_EAGER, *LIBRARIES):
-                if not why_missing(name, case):
-                    yield "launches", case.name, mode, name, partial(count, case, mode, name)
+                yield "launches", case.name, mode, name, partial(count, case, mode, name)
 
 
 def warm_jobs() -> Iterator[Job]:
@@ -258,6 +263,7 @@ def main() -> None:
     found = Results(about, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()), [])
     earlier = [read(path)] if path.is_file() else []
     merge([*copy.deepcopy(earlier), found])  # raises at once where they are of another commit
+    failures = 0
     for suite, case, mode, name, measure in PARTS[arguments.part]():
         if time.monotonic() > end:
             print("out of time; the rest was not measured", flush=True)
@@ -267,17 +273,21 @@ def main() -> None:
             text = f"{result.median * 1e6:12.1f} µs"
             if suite:
                 found.results.append(result)
+        except Missing as reason:
+            text = f"not measured: {reason}"
+            found.wrong.append(f"{suite} {case}, {mode}, {name}: {text}")
         except Exception as error:  # whatever happens to one row must not cost the others
             text = f"{type(error).__name__}: {str(error)[:300]}"
             found.wrong.append(f"{suite} {case}, {mode}, {name}: {text}")
+            failures += 1
             traceback.print_exc()
         print(f"{suite:10} {case:28} {mode:16} {name:20} {text}", flush=True)
         if suite:
             write(merge([*copy.deepcopy(earlier), found]), path)
         if name in COMPILED:
             torch.compiler.reset()
-    if found.wrong:
-        sys.exit(f"{len(found.wrong)} of the rows have no time")
+    if failures:
+        sys.exit(f"{failures} of the rows have no time")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def page(found: Results) -> Iterator[str]:
         yield ""
         yield f"{runs} runs. Times are the first run's; ratios are the first run's, with the range of all runs where it shows."
     if found.wrong:
-        yield from ("", "Not right, so not timed:", "", *(f"* {what}" for what in found.wrong))
+        yield from ("", "Not timed:", "", *(f"* {what}" for what in found.wrong))
     for suite in dict.fromkeys(result.suite for result in found.results):
         groups = {key: rows for key, rows in found.groups().items() if key[0] == suite}
         yield from ("", f"## {HEADINGS.get(suite, suite)}", "")
