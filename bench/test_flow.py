@@ -44,9 +44,9 @@ def entries(races: Iterable[Race]) -> Any:
 # is the fastest of them nearly everywhere.
 ALL, FEW = ("glf_fast", "eager", "compile", *LIBRARIES), ("glf_fast", "eager", "FrEIA")
 NAMED = [
-    *(Race(FLOWS[name], mode, ALL, 7.0) for name in ("glf-cifar", "glf-mnist", "sbi") for mode in MODES),
-    *(Race(case, mode, ALL, 7.0) for case in SMALL_BATCH.values() for mode in ("log_prob", "sample")),
-    *(Race(FLOWS[name], mode, FEW, 7.0) for name in ("throughput", "wide") for mode in ("log_prob", "train")),
+    *(Race(FLOWS[name], mode, ALL, 5.0) for name in ("glf-cifar", "glf-mnist", "sbi") for mode in MODES),
+    *(Race(case, mode, ALL, 5.0) for case in SMALL_BATCH.values() for mode in ("log_prob", "sample")),
+    *(Race(FLOWS[name], mode, FEW, 5.0) for name in ("throughput", "wide") for mode in ("log_prob", "train")),
 ]
 DEEP = [Race(case, "train", FEW, 1.5) for case in DEPTH.values()]
 WIDE = [Race(case, mode, FEW, 1.0) for case in GRID.values() for mode in ("log_prob", "train")]

@@ -121,7 +121,7 @@ def _warm(f: Callable[[], object]) -> float:
 
 
 def _best(f: Callable[[], object]) -> float:
-    return min(interleave({"": f}, 0.3)[""])
+    return min(interleave({"": f}, 0.15)[""])
 
 
 @cache
