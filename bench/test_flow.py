@@ -60,8 +60,12 @@ def times(race: Race) -> dict[str, list[float] | str]:
     contestants = {}
     for name in race.names:
         if not why_missing(name, case):
-            made = provider(name, case, mode in ("train", "step"))
-            contestants[name] = Contestant(partial(made.run, mode, x, context), partial(made.why_wrong, mode, case))
+            try:
+                made = provider(name, case, mode in ("train", "step"))
+            except AssertionError as reason:
+                contestants[name] = Contestant(lambda: None, partial(str, reason))
+            else:
+                contestants[name] = Contestant(partial(made.run, mode, x, context), partial(made.why_wrong, mode, case))
     return compete(contestants, race.seconds)
 
 
@@ -82,7 +86,6 @@ def measure(benchmark: BenchmarkFixture, race: Race, name: str) -> None:
         dim=case.dim,
         hidden=case.hidden,
         steps=case.steps,
-        parameters=provider(name, case, mode in ("train", "step")).parameters(),
         operations=operations,
         bytes=size,
         floor_s=floor(operations, size),
