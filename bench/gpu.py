@@ -267,7 +267,11 @@ def main() -> None:
     about = machine.about() | {"gpu": clock.name(), "cuda": torch.version.cuda}
     found = Results(about, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()), [])
     earlier = [read(path)] if path.is_file() else []
-    merge([*copy.deepcopy(earlier), found])  # raises at once where they are of another commit
+    try:
+        merge([*copy.deepcopy(earlier), found])
+    except ValueError as reason:  # of another commit: kept, under another name
+        print(reason, flush=True)
+        path.rename(path.with_name(f"gpu-{earlier.pop().machine['commit']}.json"))
     failures = 0
     for suite, case, mode, name, measure in PARTS[arguments.part]():
         if time.monotonic() > end:

@@ -53,6 +53,16 @@ def test_a_row_that_fails_costs_itself_alone(tmp_path, monkeypatch, capsys) -> N
     assert "Not timed:" in "\n".join(page(found))
 
 
+def test_rows_of_another_commit_are_put_aside(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(gpu, "clock", timing)
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "memory", str(tmp_path), "--rehearse"])
+    for commit in ("abc", "def"):
+        monkeypatch.setenv("COMMIT", commit)
+        gpu.main()
+    assert read(tmp_path / "gpu-abc.json").machine["commit"] == "abc"
+    assert len(read(tmp_path / "gpu.json").results) == len(read(tmp_path / "gpu-abc.json").results) == 6
+
+
 @pytest.mark.parametrize("part", ["large", "large-bf16", "float32"])
 def test_what_is_wrong_has_no_time(part: str, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(gpu, "clock", timing)
