@@ -2,15 +2,18 @@
 //
 // Block: `each(n, f)` calls f(i) for all i < n on the block's threads and ends with a barrier; on the host it is a loop.
 // Lane<T>: a value in each lane of a warp, without branches between lanes; on the host an array of 32.
+// A kernel: on the host a function that does one block's work, called for each block (tests/csrc/host_kernels.cpp).
 // No header is included on the device: NVRTC has none.
 #pragma once
 
 #ifdef __CUDACC__
 #define GLF_DEVICE __device__ __forceinline__
+#define GLF_KERNEL(threads) __global__ void __launch_bounds__(threads)
 #else
 #include <cmath>
 #include <utility>
 #define GLF_DEVICE inline
+#define GLF_KERNEL(threads) void
 #endif
 
 namespace glf::device {
@@ -21,6 +24,18 @@ GLF_DEVICE T magnitude(T x) {
 }
 
 #ifdef __CUDACC__
+
+GLF_DEVICE long long block_index() { return blockIdx.x; }
+// What a block was given at its launch, of which it makes what it likes.
+GLF_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+// f(w) for the warps w of all blocks together, each of which has `threads` threads.
+template <int threads, class F>
+GLF_DEVICE void each_warp(F f) {
+  f(block_index() * (threads / 32) + threadIdx.x / 32);
+}
 
 GLF_DEVICE float natural_log(float x) { return logf(x); }
 GLF_DEVICE double natural_log(double x) { return log(x); }
@@ -107,6 +122,20 @@ GLF_DEVICE T& of_lane(T& x, int) {
 }
 
 #else
+
+// The block that is at work.
+struct HostBlock {
+  long long index;
+  unsigned char* shared;
+};
+inline thread_local HostBlock host_block;
+
+inline long long block_index() { return host_block.index; }
+inline unsigned char* shared_memory() { return host_block.shared; }
+template <int threads, class F>
+void each_warp(F f) {
+  for (int w = 0; w < threads / 32; ++w) f(block_index() * (threads / 32) + w);
+}
 
 inline float natural_log(float x) { return std::log(x); }
 inline double natural_log(double x) { return std::log(x); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from glf_fast import reference
@@ -35,10 +36,12 @@ def plu_assemble(
         A = diag(e^s) W, A⁻¹ (None unless `need_inverse`), c = (b·e^s) W, and log|det A| = Σ log d + Σ s of shape (…).
 
     Raises:
-        ValueError: shapes that do not fit, or only one of `log_scale` and `bias`.
+        ValueError: shapes that do not fit, or only one of `log_scale` and `bias`. TypeError: indices that are not int64.
 
     Source: Glow (arXiv:1807.03039), eqs. 10, 11. Cost O(D³) a layer; no determinant is ever computed.
     """
+    if permutation.dtype != torch.int64:
+        raise TypeError(f"permutation must be int64; got {permutation.dtype} (convert it with .long())")
     *batch, dim = permutation.shape
     for name, tensor in (("lower", lower), ("upper", upper)):
         check_shape(name, tensor, (*batch, dim, dim), "(…, D, D)")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import CouplingFlow, backends, ops, reference, use_backend
+from glf_fast.ops import cupy_linear
 
 spec = importlib.util.spec_from_file_location("linear_zoo", Path(__file__).parents[1] / "ops" / "linear_zoo.py")
 linear_zoo = importlib.util.module_from_spec(spec)
@@ -20,9 +21,16 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def on_cuda_kernels():
-    with use_backend("cuda"):
+@pytest.fixture(autouse=True, params=["nvcc", "cupy"])
+def on_cuda_kernels(request):
+    """Compiled by nvcc when glf_fast was installed, and by NVRTC through CuPy; the backend takes the first that there is."""
+    compiled = not backends()["cuda"].endswith("CuPy")
+    if request.param == "nvcc" and not compiled:
+        pytest.skip("installed without nvcc")
+    with use_backend("cuda"), torch.library._scoped_library("glf_fast", "IMPL") as library:
+        if request.param == "cupy" and compiled:
+            pytest.importorskip("cupy", reason="CuPy is not installed")
+            cupy_linear.register(library, override=True)
         yield
 
 
