@@ -5,7 +5,13 @@ where no kernel does.
 """
 
 from glf_fast.ops.backends import backends, use_backend
-from glf_fast.ops.coupling import affine_coupling, coupling_flow, coupling_flow_inverse
+from glf_fast.ops.coupling import (
+    affine_coupling,
+    coupling_flow,
+    coupling_flow_inverse,
+    coupling_flow_log_prob,
+    plu_flow_log_prob,
+)
 from glf_fast.ops.identical import identical
 from glf_fast.ops.linear import fold_actnorm, invertible_linear, lu_factor, plu_assemble, slogdet_inverse
 
@@ -14,11 +20,13 @@ __all__ = [
     "backends",
     "coupling_flow",
     "coupling_flow_inverse",
+    "coupling_flow_log_prob",
     "fold_actnorm",
     "identical",
     "invertible_linear",
     "lu_factor",
     "plu_assemble",
+    "plu_flow_log_prob",
     "slogdet_inverse",
     "use_backend",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops import cpp, layered, triton, triton_coupling
+from glf_fast.ops import cpp, layered, triton, triton_coupling, whole_flow
 from glf_fast.ops.backends import backend_for
 from glf_fast.ops.checks import (
     check_alike,
@@ -19,10 +20,11 @@ from glf_fast.ops.checks import (
     check_shape,
     check_state,
 )
+from glf_fast.ops.linear import check_plu, kernels_take, plu_assemble
 from glf_fast.ops.options import Options
-from glf_fast.reference import ACTIVATIONS
+from glf_fast.reference import ACTIVATIONS, Plu
 
-__all__ = ["affine_coupling", "coupling_flow", "coupling_flow_inverse"]
+__all__ = ["affine_coupling", "coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "plu_flow_log_prob"]
 
 MAX_LAYERS = 8  # of an MLP that the C++ kernels take
 
@@ -73,39 +75,6 @@ def affine_coupling(
     )
 
 
-def _check_flow(
-    name: str,
-    x: Tensor,
-    A: Tensor,
-    c: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    context: Tensor | None,
-    activation: str,
-    log_scale: str,
-    log_scale_constant: float | None,
-) -> Tensor:
-    check_choice("activation", activation, ACTIVATIONS)
-    check_log_scale(log_scale, log_scale_constant)
-    steps, dim = A.shape[0], A.shape[-1]
-    if not steps:
-        raise ValueError("A holds no step; a flow has one or more")
-    check_shape("A", A, (steps, dim, dim), "(steps, dim, dim)")
-    check_shape("c", c, (steps, dim), "(steps, dim)")
-    check_shape(name, x, (None, dim), "(batch, dim)")
-    n_context = 0
-    if context is not None:
-        check_floating("context", context)
-        check_shape("context", context, (x.shape[0], None), "(batch, context_dim)")
-        n_context = context.shape[1]
-    check_hidden_layers(weights, biases, steps, dim - dim // 2 + n_context, 2 * (dim // 2))
-    x = check_state(name, x, A)
-    check_alike((("c", c), *([("context", context)] if context is not None else [])), x)
-    check_alike((("a weight", w) for w in weights), x)
-    check_alike((("a bias", b) for b in biases), x)
-    return x
-
-
 def coupling_flow(
     x: Tensor,
     A: Tensor,
@@ -138,19 +107,8 @@ def coupling_flow(
     Raises:
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
-    x = _check_flow("x", x, A, c, weights, biases, context, activation, log_scale, log_scale_constant)
     options = Options(activation, log_scale, log_scale_constant, add_first, False)
-    backend = backend_for(x, "triton", "cpp")
-    if backend == "triton":
-        if triton.fits(x.shape[1], weights):
-            return triton.coupling_flow(x, A, c, weights, biases, context, options, reversible)
-        return layered.coupling_flow(x, A, c, weights, biases, context, options)
-    if backend == "cpp" and len(weights) <= MAX_LAYERS:
-        return cpp.coupling_flow(x, A, c, weights, biases, context, options, reversible)
-    return reference.coupling_flow(
-        x, A, c, weights, biases, context,
-        activation=activation, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first,
-    )  # fmt: skip
+    return _coupling_flow("x", x, A, c, weights, biases, context, options, reversible)
 
 
 def coupling_flow_inverse(
@@ -171,16 +129,148 @@ def coupling_flow_inverse(
 
     Returns x (B, D) and −Σ ℓ (B,).
     """
-    z = _check_flow("z", z, A_inv, c, weights, biases, context, activation, log_scale, log_scale_constant)
     options = Options(activation, log_scale, log_scale_constant, add_first, True)
-    backend = backend_for(z, "triton", "cpp")
-    if backend == "triton":
-        if triton.fits(z.shape[1], weights):
-            return triton.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
-        return layered.coupling_flow(z, A_inv, c, weights, biases, context, options)
-    if backend == "cpp" and len(weights) <= MAX_LAYERS:
-        return cpp.coupling_flow(z, A_inv, c, weights, biases, context, options, reversible)
-    return reference.coupling_flow_inverse(
-        z, A_inv, c, weights, biases, context,
-        activation=activation, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first,
-    )  # fmt: skip
+    return _coupling_flow("z", z, A_inv, c, weights, biases, context, options, reversible)
+
+
+def coupling_flow_log_prob(
+    x: Tensor,
+    A: Tensor,
+    c: Tensor,
+    logabsdet: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+    reversible: bool = False,
+) -> Tensor:
+    """log p(x) = log N(z; 0, I) + Σ ℓ + `logabsdet` in nats, (B,), with z and Σ ℓ of `coupling_flow`.
+
+    `logabsdet` is Σ_k log|det A_k|, a scalar tensor; all else as in `coupling_flow`.
+    """
+    options = Options(activation, log_scale, log_scale_constant, add_first, False)
+    x = _check_flow("x", x, A, c, weights, biases, context, options)
+    check_shape("logabsdet", logabsdet, (), "()")
+    kernels = _kernels(x, weights)
+    if kernels in whole_flow.KERNELS:
+        x, A, c, logabsdet, context, *layers = _ready(x, A, c, logabsdet, context, *weights, *biases)
+        options = _with_autocast(options, x)
+        return whole_flow.log_prob(kernels, x, A, c, logabsdet, layers, context, options, reversible)
+    z, logdet = _coupling_flow("x", x, A, c, weights, biases, context, options, reversible)
+    return whole_flow.density(z, logdet, logabsdet)
+
+
+def plu_flow_log_prob(
+    x: Tensor,
+    plu: Plu,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+    reversible: bool = False,
+) -> Tensor:
+    """`coupling_flow_log_prob` with the affine maps that `plu_assemble` makes of `plu`, its arguments for all K layers.
+
+    One differentiable operation, assembly included: what a training step of a small flow costs is the number of those.
+    """
+    check_plu(plu)
+    permutation, lower, upper, log_diag, sign, actnorm_log_scale, bias = plu
+    options = Options(activation, log_scale, log_scale_constant, add_first, False)
+    x = _check_flow("x", x, lower, log_diag, weights, biases, context, options)
+    kernels = _kernels(x, weights)
+    if kernels in whole_flow.KERNELS and torch.is_grad_enabled() and kernels_take(plu):
+        x, context, *layers = _ready(x, context, *weights, *biases)
+        factors = _ready(lower, upper, log_diag, actnorm_log_scale, bias)
+        options = _with_autocast(options, x)
+        return whole_flow.plu_log_prob(kernels, x, permutation, sign, factors, layers, context, options, reversible)
+    A, _, c, logabsdets = plu_assemble(*plu, need_inverse=False)
+    z, logdet = _coupling_flow("x", x, A, c, weights, biases, context, options, reversible)
+    return whole_flow.density(z, logdet, logabsdets.sum())
+
+
+def _coupling_flow(
+    name: str,
+    x: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None,
+    options: Options,
+    reversible: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both directions; the state x is called `name` in messages."""
+    x = _check_flow(name, x, matrix, offset, weights, biases, context, options)
+    kernels = _kernels(x, weights)
+    if kernels == "reference":
+        run = reference.coupling_flow_inverse if options.inverse else reference.coupling_flow
+        return run(x, matrix, offset, weights, biases, context, **options.of_flow())
+    x, matrix, offset, context, *layers = _ready(x, matrix, offset, context, *weights, *biases)
+    weights, biases = layers[: len(weights)], layers[len(weights) :]
+    if kernels == "layered":
+        return layered.coupling_flow(x, matrix, offset, weights, biases, context, options)
+    options = _with_autocast(options, x)
+    return whole_flow.coupling_flow(kernels, x, matrix, offset, layers, context, options, reversible)
+
+
+def _kernels(x: Tensor, weights: Sequence[Tensor]) -> str:
+    """What runs this flow: "cpp", "triton", "layered" where it is too wide for one launch, or "reference"."""
+    backend = backend_for(x, "triton", "cpp")
+    if backend == "triton" and not triton.fits(x.shape[1], weights):
+        return "layered"
+    return "reference" if backend == "cpp" and len(weights) > MAX_LAYERS else backend
+
+
+def _ready(state: Tensor, *others: Tensor | None) -> list[Any]:
+    """All contiguous and of the state's dtype: under autocast an offset that was itself computed arrives in bfloat16."""
+    dtype = state.dtype
+    return [
+        t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous()
+        for t in (state, *others)
+    ]
+
+
+def _with_autocast(options: Options, x: Tensor) -> Options:
+    if not torch.is_autocast_enabled(x.device.type):
+        return options
+    half = torch.get_autocast_dtype(x.device.type)
+    return options._replace(autocast="bf16" if half == torch.bfloat16 else "fp16")
+
+
+def _check_flow(
+    name: str,
+    x: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None,
+    options: Options,
+) -> Tensor:
+    check_choice("activation", options.activation, ACTIVATIONS)
+    check_log_scale(options.log_scale, options.log_scale_constant)
+    steps, dim = matrix.shape[0], matrix.shape[-1]
+    if not steps:
+        raise ValueError("A holds no step; a flow has one or more")
+    check_shape("A_inv" if options.inverse else "A", matrix, (steps, dim, dim), "(steps, dim, dim)")
+    check_shape("c", offset, (steps, dim), "(steps, dim)")
+    check_shape(name, x, (None, dim), "(batch, dim)")
+    n_context = 0
+    if context is not None:
+        check_floating("context", context)
+        check_shape("context", context, (x.shape[0], None), "(batch, context_dim)")
+        n_context = context.shape[1]
+    check_hidden_layers(weights, biases, steps, dim - dim // 2 + n_context, 2 * (dim // 2))
+    x = check_state(name, x, matrix)
+    check_alike((("c", offset), *([("context", context)] if context is not None else [])), x)
+    check_alike((("a weight", w) for w in weights), x)
+    check_alike((("a bias", b) for b in biases), x)
+    return x

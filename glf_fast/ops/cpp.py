@@ -1,22 +1,23 @@
-"""The processor kernels (csrc/) as differentiable functions; a pass crosses into C++ once.
+"""The processor kernels (csrc/cpu): both passes of a whole flow, and the elementwise coupling as a differentiable function.
 
-First derivatives come from the kernels, second ones from the reference.
+A pass crosses into C++ once. First derivatives come from the kernels, second ones from the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops.differentiate import differentiate, differentiate_flow
+from glf_fast.ops.differentiate import differentiate
 from glf_fast.ops.options import Options
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
-__all__ = ["affine_coupling", "coupling_flow"]
+__all__ = ["affine_coupling", "backward", "forward"]
 
 ACTIVATION = {name: i for i, name in enumerate(ACTIVATIONS)}
 LOG_SCALE = {name: i for i, name in enumerate(LOG_SCALES)}
@@ -43,7 +44,7 @@ def record_width(dim: int, widths: Sequence[int], context_dim: int, activation: 
     return line * (lines | 1)
 
 
-def coupling_flow(
+def forward(
     x: Tensor,
     matrix: Tensor,
     offset: Tensor,
@@ -51,76 +52,43 @@ def coupling_flow(
     biases: Sequence[Tensor],
     context: Tensor | None,
     options: Options,
-    reversible: bool,
-) -> tuple[Tensor, Tensor]:
-    """`reference.coupling_flow`, or `coupling_flow_inverse` with options.inverse; arguments are checked already."""
-
-    # To the state's dtype, too: under autocast an offset that was itself computed arrives in bfloat16.
-    def ready(t: Tensor) -> Tensor:
-        return t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous()
-
-    dtype = x.dtype
-    x, matrix, offset = ready(x), ready(matrix), ready(offset)
-    weights, biases = [ready(w) for w in weights], [ready(b) for b in biases]
-    if context is not None:
-        context = ready(context)
-    tensors = (x, matrix, offset, context, *weights, *biases)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out, logdet = _CouplingFlow.apply(options, reversible, *tensors)
-        return out, logdet
-    code = (ACTIVATION[options.activation], *coupling_code(options))
-    out, logdet, _ = ops.cpu_coupling_flow.default(x, matrix, offset, weights, biases, context, *code, NOTHING, 0)
-    return out, logdet
-
-
-class _CouplingFlow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, options: Options, reversible: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, matrix, offset, context, *layers = tensors
-        assert x is not None and matrix is not None
-        weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-        widths = [w.shape[1] for w in weights if w is not None] + [2 * (x.shape[1] // 2)]
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, logdet and, with `keep`, what the backward starts from."""
+    save, record = NOTHING, 0
+    if keep:
+        widths = [*(w.shape[1] for w in weights), 2 * (x.shape[1] // 2)]
         context_dim = 0 if context is None else context.shape[1]
-        save, record = NOTHING, 0
-        if not reversible:
-            record = record_width(x.shape[1], widths, context_dim, options.activation, x.itemsize)
-            save = RECORDS
-            if len(matrix) * len(x) * record * x.itemsize > RECORDS_LIMIT:
-                save, record = INPUTS, x.shape[1]
-        code = (ACTIVATION[options.activation], *coupling_code(options))
-        out, logdet, saved = ops.cpu_coupling_flow.default(
-            x, matrix, offset, weights, biases, context, *code, save, record
-        )
-        ctx.options, ctx.code, ctx.save = options, code, save
-        # Only rebuilding needs the output; else its shape is enough, and the caller may change it in place.
-        ctx.save_for_backward(out if save == NOTHING else x, saved, *tensors)
-        return out, logdet
+        save, record = RECORDS, record_width(x.shape[1], widths, context_dim, options.activation, x.itemsize)
+        if len(matrix) * len(x) * record * x.itemsize > RECORDS_LIMIT:
+            save, record = INPUTS, x.shape[1]
+    code = (ACTIVATION[options.activation], *coupling_code(options), save, record)
+    return ops.cpu_coupling_flow.default(x, matrix, offset, weights, biases, context, *code)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        out, saved, x, matrix, offset, context, *layers = ctx.saved_tensors
-        weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            inputs = (x, matrix, offset, context, *layers)
-            return None, None, *differentiate_flow(ctx.options, inputs, ctx.needs_input_grad[2:], grads)
-        needs = ctx.needs_input_grad
-        parameters = any(needs[3:5]) or any(needs[6:])
-        unmatrix = torch.linalg.inv(matrix).contiguous() if ctx.save == NOTHING else None
-        grad_out, grad_logdet = (g.contiguous() for g in grads)
-        grad_x, grad_context, *grad_parameters = ops.cpu_coupling_flow_backward.default(
-            grad_out, grad_logdet, out, saved, matrix, unmatrix, offset, weights, biases, context,
-            *ctx.code, ctx.save, parameters,
-        )  # fmt: skip
-        if not parameters:
-            grad_parameters = [None] * (2 + len(layers))
-        return (
-            None,
-            None,
-            grad_x,
-            *grad_parameters[:2],
-            None if context is None else grad_context,
-            *grad_parameters[2:],
-        )
+
+def backward(
+    grad_out: Tensor,
+    grad_logdet: Tensor,
+    state: Tensor,
+    saved: Tensor,
+    matrix: Tensor,
+    unmatrix: Tensor | None,
+    offset: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None,
+    options: Options,
+    parameters: bool,
+) -> list[Tensor]:
+    """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
+
+    Without `unmatrix` from what the forward kept, with it (`matrix` inverted) from the output `state`.
+    """
+    save = NOTHING if unmatrix is not None else INPUTS if saved.shape[-1] == state.shape[1] else RECORDS
+    code = (ACTIVATION[options.activation], *coupling_code(options), save, parameters)
+    return ops.cpu_coupling_flow_backward.default(
+        grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *code
+    )
 
 
 def affine_coupling(v: Tensor, u: Tensor, t: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -152,10 +120,7 @@ class _AffineCoupling(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            options = {name: getattr(ctx.options, name) for name in ("log_scale", "log_scale_constant", "add_first")}
-
-            def run(v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-                return reference.affine_coupling(v, u, t, **options, inverse=ctx.options.inverse)
+            run = partial(reference.affine_coupling, **ctx.options.of_coupling())
 
             return None, *differentiate(run, inputs, ctx.needs_input_grad[1:], grads)
         grad_w, grad_logdet = (g.contiguous() for g in grads)

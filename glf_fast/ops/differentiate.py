@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from glf_fast import reference
-from glf_fast.ops.options import Options
-
-__all__ = ["differentiate", "differentiate_flow"]
+__all__ = ["differentiate"]
 
 
 def differentiate(
@@ -25,16 +22,3 @@ def differentiate(
     targets = [x for x, want in zip(aliases, wanted, strict=True) if want and x is not None]
     found = iter(torch.autograd.grad(run(*aliases), targets, grads, create_graph=True))
     return [next(found) if want and x is not None else None for x, want in zip(aliases, wanted, strict=True)]
-
-
-def differentiate_flow(
-    options: Options, inputs: Sequence[Tensor | None], wanted: Sequence[bool], grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The same of a whole flow, whose inputs are x, matrix, offset, context, weights … and biases …"""
-    op = reference.coupling_flow_inverse if options.inverse else reference.coupling_flow
-
-    def run(x: Tensor, matrix: Tensor, offset: Tensor, context: Tensor | None, *layers: Tensor) -> tuple[Tensor, ...]:
-        weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-        return op(x, matrix, offset, weights, biases, context, **options.named())
-
-    return differentiate(run, inputs, wanted, grads)

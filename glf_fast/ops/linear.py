@@ -9,7 +9,7 @@ from glf_fast import reference
 from glf_fast.ops import cpp_linear
 from glf_fast.ops.backends import backend_for
 from glf_fast.ops.checks import check_floating, check_shape, check_state
-from glf_fast.reference import fold_actnorm
+from glf_fast.reference import Plu, fold_actnorm
 
 __all__ = ["fold_actnorm", "invertible_linear", "lu_factor", "plu_assemble", "slogdet_inverse"]
 
@@ -40,6 +40,22 @@ def plu_assemble(
 
     Source: Glow (arXiv:1807.03039), eqs. 10, 11. Cost O(D³) a layer; no determinant is ever computed.
     """
+    plu = (permutation, lower, upper, log_diag, sign, log_scale, bias)
+    check_plu(plu)
+    if kernels_take(plu):
+        return cpp_linear.plu_assemble(*plu, need_inverse)
+    return reference.plu_assemble(*plu, need_inverse=need_inverse)
+
+
+def kernels_take(plu: Plu) -> bool:
+    """Whether a kernel takes these arguments of `plu_assemble`: of one dtype."""
+    _, lower, *floats = plu
+    return backend_for(lower, "cpp", "cuda") != "reference" and all(t is None or t.dtype == lower.dtype for t in floats)
+
+
+def check_plu(plu: Plu) -> None:
+    """Raise ValueError or TypeError unless the shapes of these arguments of `plu_assemble`, and its indices, fit."""
+    permutation, lower, upper, log_diag, sign, log_scale, bias = plu
     if permutation.dtype != torch.int64:
         raise TypeError(f"permutation must be int64; got {permutation.dtype} (convert it with .long())")
     *batch, dim = permutation.shape
@@ -50,10 +66,6 @@ def plu_assemble(
             check_shape(name, vector, (*batch, dim), "(…, D)")
     if (log_scale is None) != (bias is None):
         raise ValueError("log_scale and bias belong together: give both or neither")
-    floats = [t for t in (upper, log_diag, sign, log_scale, bias) if t is not None]
-    if backend_for(lower, "cpp", "cuda") != "reference" and all(t.dtype == lower.dtype for t in floats):
-        return cpp_linear.plu_assemble(permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse)
-    return reference.plu_assemble(permutation, lower, upper, log_diag, sign, log_scale, bias, need_inverse=need_inverse)
 
 
 def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ class Options(NamedTuple):
     log_scale_constant: float | None
     add_first: bool
     inverse: bool
+    autocast: str = ""  # of the conditioner's products: "bf16" or "fp16" under torch.autocast
 
     @property
     def constant(self) -> float:
@@ -28,6 +29,12 @@ class Options(NamedTuple):
             constant = math.log(constant)
         return constant or 0.0
 
-    def named(self) -> dict[str, Any]:
+    def of_flow(self) -> dict[str, Any]:
         """Keyword arguments of the reference's flows, whose direction is in their name."""
-        return {name: value for name, value in self._asdict().items() if name != "inverse"}
+        names = ("activation", "log_scale", "log_scale_constant", "add_first")
+        return {name: getattr(self, name) for name in names}
+
+    def of_coupling(self) -> dict[str, Any]:
+        """Keyword arguments of the reference's elementwise coupling."""
+        names = ("log_scale", "log_scale_constant", "add_first", "inverse")
+        return {name: getattr(self, name) for name in names}

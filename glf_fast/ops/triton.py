@@ -1,23 +1,19 @@
-"""The whole coupling flow on a GPU (kernels/) as a differentiable function: one launch forward, one backward.
-
-First derivatives come from the kernels, second ones from the reference. Triton is imported when the first kernel runs.
-"""
+"""The whole coupling flow on a GPU (kernels/): one launch forward, one backward. Triton is imported when the first one runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from glf_fast.ops.differentiate import differentiate_flow
 from glf_fast.ops.options import Options
 
 if TYPE_CHECKING:
     from glf_fast.kernels.flow_options import FlowOptions
 
-__all__ = ["coupling_flow", "fits"]
+__all__ = ["backward", "fits", "forward"]
 
 MAX_DIM, MAX_HIDDEN, MAX_LAYERS = 256, 512, 4
 
@@ -41,7 +37,7 @@ def fits(dim: int, weights: Sequence[Tensor]) -> bool:
     return dim <= MAX_DIM and 1 <= len(hidden) <= MAX_LAYERS and max(hidden) <= MAX_HIDDEN
 
 
-def coupling_flow(
+def forward(
     x: Tensor,
     matrix: Tensor,
     offset: Tensor,
@@ -49,73 +45,40 @@ def coupling_flow(
     biases: Sequence[Tensor],
     context: Tensor | None,
     options: Options,
-    reversible: bool,
-) -> tuple[Tensor, Tensor]:
-    """`reference.coupling_flow`, or `coupling_flow_inverse` with options.inverse; arguments are checked already."""
-    x, dtype = x.contiguous(), x.dtype
-    matrix, offset = matrix.to(dtype).contiguous(), offset.to(dtype).contiguous()
-    weights = [w.to(dtype).contiguous() for w in weights]
-    biases = [b.to(dtype).contiguous() for b in biases]
-    if context is not None:
-        context = context.to(dtype).contiguous()
-    autocast = ""
-    if torch.is_autocast_enabled(x.device.type):
-        autocast = "bf16" if torch.get_autocast_dtype(x.device.type) == torch.bfloat16 else "fp16"
-    tensors = (x, matrix, offset, context, *weights, *biases)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out, logdet = _CouplingFlow.apply(options, autocast, reversible, *tensors)
-        return out, logdet
-    code = _code(options, autocast)
-    out, logdet, _ = ops.triton_coupling_flow.default(x, matrix, offset, weights, biases, context, *code, False)
-    return out, logdet
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, logdet and, with `keep`, the steps' inputs (K, B, D)."""
+    return ops.triton_coupling_flow.default(x, matrix, offset, weights, biases, context, *_code(options), keep)
 
 
-def _code(options: Options, autocast: str) -> tuple[str, str, float, bool, bool, str]:
+def backward(
+    grad_out: Tensor,
+    grad_logdet: Tensor,
+    state: Tensor,
+    saved: Tensor,
+    matrix: Tensor,
+    unmatrix: Tensor | None,
+    offset: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None,
+    options: Options,
+    parameters: bool,
+) -> list[Tensor]:
+    """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
+
+    Without `unmatrix` from the inputs that the forward kept, with it (`matrix` inverted) from the output `state`.
+    """
+    start = saved if unmatrix is None else state
+    return ops.triton_coupling_flow_backward.default(
+        grad_out, grad_logdet, start, matrix, unmatrix, offset, weights, biases, context, *_code(options), parameters
+    )
+
+
+def _code(options: Options) -> tuple[str, str, float, bool, bool, str]:
     """OPTIONS of the operations."""
-    return options.activation, options.log_scale, options.constant, options.add_first, options.inverse, autocast
-
-
-class _CouplingFlow(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, options: Options, autocast: str, reversible: bool, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        x, matrix, offset, context, *layers = tensors
-        weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-        code = _code(options, autocast)
-        out, logdet, saved = ops.triton_coupling_flow.default(
-            x, matrix, offset, weights, biases, context, *code, not reversible
-        )
-        ctx.options, ctx.code, ctx.reversible = options, code, reversible
-        # The backward starts from the steps' inputs, or rebuilds them from the output.
-        ctx.save_for_backward(out if reversible else saved, *tensors)
-        return out, logdet
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        state, *inputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return None, None, None, *differentiate_flow(ctx.options, inputs, needs, grads)
-        _, matrix, offset, context, *layers = inputs
-        weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-        parameters = any(needs[1:3]) or any(needs[4:])
-        unmatrix = torch.linalg.inv_ex(matrix).inverse.contiguous() if ctx.reversible else None
-        grad_out, grad_logdet = (g.contiguous() for g in grads)
-        grad_x, grad_context, *grad_parameters = ops.triton_coupling_flow_backward.default(
-            grad_out, grad_logdet, state, matrix, unmatrix, offset, weights, biases, context, *ctx.code, parameters
-        )
-        if not parameters:
-            grad_parameters = [None] * (2 + len(layers))
-        return (
-            None,
-            None,
-            None,
-            grad_x,
-            *grad_parameters[:2],
-            None if context is None else grad_context,
-            *grad_parameters[2:],
-        )
+    o = options
+    return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.autocast
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------

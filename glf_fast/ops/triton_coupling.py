@@ -5,6 +5,7 @@ First derivatives come from the kernels, second ones from the reference. Triton 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,11 +54,7 @@ class _AffineCoupling(torch.autograd.Function):
         inputs = ctx.saved_tensors
         options: Options = ctx.options
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-
-            def run(v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-                named = {name: value for name, value in options._asdict().items() if name != "activation"}
-                return reference.affine_coupling(v, u, t, **named)
-
+            run = partial(reference.affine_coupling, **options.of_coupling())
             return None, *differentiate(run, inputs, ctx.needs_input_grad[1:], grads)
         return None, *ops.triton_affine_coupling_backward.default(*grads, *inputs, *_code(options))
 

@@ -5,8 +5,14 @@ test: in float64 it is what all other implementations are compared with.
 """
 
 from glf_fast.reference.affine_coupling import affine_coupling
-from glf_fast.reference.coupling_flow import coupling_flow, coupling_flow_inverse
+from glf_fast.reference.coupling_flow import (
+    coupling_flow,
+    coupling_flow_inverse,
+    coupling_flow_log_prob,
+    plu_flow_log_prob,
+)
 from glf_fast.reference.linear import (
+    Plu,
     fold_actnorm,
     invertible_linear,
     lu_factor,
@@ -20,9 +26,11 @@ from glf_fast.reference.mlp import ACTIVATIONS, mlp
 __all__ = [
     "ACTIVATIONS",
     "LOG_SCALES",
+    "Plu",
     "affine_coupling",
     "coupling_flow",
     "coupling_flow_inverse",
+    "coupling_flow_log_prob",
     "fold_actnorm",
     "invertible_linear",
     "log_scale",
@@ -30,5 +38,6 @@ __all__ = [
     "mlp",
     "permutation_matrix",
     "plu_assemble",
+    "plu_flow_log_prob",
     "slogdet_inverse",
 ]

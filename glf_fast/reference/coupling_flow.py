@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from glf_fast.reference.affine_coupling import affine_coupling
+from glf_fast.reference.linear import Plu, plu_assemble
 from glf_fast.reference.mlp import mlp
 
-__all__ = ["coupling_flow", "coupling_flow_inverse"]
+__all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "plu_flow_log_prob"]
 
 
 def coupling_flow(
@@ -83,3 +86,35 @@ def coupling_flow_inverse(
             z = (torch.cat([p, v], 1) - c[k]) @ A_inv[k]
         logdet = logdet + ldj
     return z, logdet
+
+
+def coupling_flow_log_prob(
+    x: Tensor,
+    A: Tensor,
+    c: Tensor,
+    logabsdet: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """log p(x) = log N(z; 0, I) + Σ ℓ + `logabsdet` in nats, (B,), with z and Σ ℓ of `coupling_flow`.
+
+    `logabsdet` is Σ_k log|det A_k|, a scalar tensor; `options` as there.
+    """
+    z, logdet = coupling_flow(x, A, c, weights, biases, context, **options)
+    normal = -0.5 * z.square().sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
+    return normal + logdet + logabsdet
+
+
+def plu_flow_log_prob(
+    x: Tensor,
+    plu: Plu,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`coupling_flow_log_prob` with the affine maps that `plu_assemble` makes of `plu`, its arguments for all K layers."""
+    A, _, c, logabsdet = plu_assemble(*plu, need_inverse=False)
+    return coupling_flow_log_prob(x, A, c, logabsdet.sum(), weights, biases, context, **options)

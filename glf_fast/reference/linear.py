@@ -9,7 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["fold_actnorm", "invertible_linear", "lu_factor", "permutation_matrix", "plu_assemble", "slogdet_inverse"]
+__all__ = [
+    "Plu",
+    "fold_actnorm",
+    "invertible_linear",
+    "lu_factor",
+    "permutation_matrix",
+    "plu_assemble",
+    "slogdet_inverse",
+]
+
+
+# permutation, lower, upper, log_diag, sign, and log_scale and bias of the ActNorm before, or None: arguments of `plu_assemble`.
+Plu = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def permutation_matrix(permutation: Tensor, dtype: torch.dtype) -> Tensor:

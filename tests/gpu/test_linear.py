@@ -1,18 +1,12 @@
 """Linear layers in CUDA on the GPU: the reference in float64, LAPACK's scaled residuals, graphs, repetition."""
 
-import importlib.util
-from pathlib import Path
-
+import linear_zoo
 import pytest
 import torch
 from torch import Tensor
 
 from glf_fast import CouplingFlow, backends, ops, reference, use_backend
 from glf_fast.ops import cupy_linear
-
-spec = importlib.util.spec_from_file_location("linear_zoo", Path(__file__).parents[1] / "ops" / "linear_zoo.py")
-linear_zoo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(linear_zoo)
 
 pytestmark = [
     pytest.mark.gpu,

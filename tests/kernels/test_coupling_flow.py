@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from flow_values import error, run, tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,38 +23,6 @@ from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 DIRECTIONS = {"forward": "coupling_flow", "inverse": "coupling_flow_inverse"}
-
-
-def tensors(
-    batch: int, K: int, D: int, C: int, hidden: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0
-) -> list[Tensor | None]:
-    """x, A, c, context, W₀ …, b₀ …"""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=g)
-
-    widths = [D - D // 2 + C, *hidden, 2 * (D // 2)]
-    A = (torch.linalg.qr(normal(K, D, D)).Q + 0.1 * normal(K, D, D) / D).contiguous()
-    weights = [normal(K, n, m) / n**0.5 for n, m in itertools.pairwise(widths)]
-    biases = [0.3 * normal(K, n) for n in widths[1:]]
-    made = [normal(batch, D), A, normal(K, D), normal(batch, C) if C else None, *weights, *biases]
-    return [None if t is None else t.to(dtype).requires_grad_() for t in made]
-
-
-def run(op, values: list[Tensor | None], **options) -> tuple[Tensor, ...]:
-    """Output, logdet, and the gradients of a fixed combination of them."""
-    x, A, c, context, *layers = values
-    out, logdet = op(x, A, c, layers[: len(layers) // 2], layers[len(layers) // 2 :], context, **options)
-    g = torch.Generator().manual_seed(1)
-    grads = [torch.randn(t.shape, dtype=torch.float64, generator=g).to(t.dtype) for t in (out, logdet)]
-    found = torch.autograd.grad((out, logdet), [t for t in values if t is not None], grads)
-    return out.detach(), logdet.detach(), *found
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    got, want = got.detach(), want.detach()
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-6))
 
 
 def compare(values: list[Tensor | None], direction: str, limit: float, reversible: bool = False, **options) -> None:

@@ -1,6 +1,5 @@
 """The C++ kernels against the float64 reference, over the whole table of options."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from flow_values import error, run, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,38 +32,6 @@ def cpp_with_poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.set_num_threads(threads)
-
-
-def tensors(
-    batch: int, K: int, D: int, C: int, hidden: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0
-) -> list[Tensor | None]:
-    """x, A, c, context, W₀ …, b₀ …"""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=g)
-
-    widths = [D - D // 2 + C, *hidden, 2 * (D // 2)]
-    A = (torch.linalg.qr(normal(K, D, D)).Q + 0.1 * normal(K, D, D) / D).contiguous()
-    weights = [normal(K, n, m) / n**0.5 for n, m in itertools.pairwise(widths)]
-    biases = [0.3 * normal(K, n) for n in widths[1:]]
-    made = [normal(batch, D), A, normal(K, D), normal(batch, C) if C else None, *weights, *biases]
-    return [None if t is None else t.to(dtype).requires_grad_() for t in made]
-
-
-def run(op, values: list[Tensor | None], **options) -> tuple[Tensor, ...]:
-    """Output, logdet, and the gradients of a fixed combination of them."""
-    x, A, c, context, *layers = values
-    out, logdet = op(x, A, c, layers[: len(layers) // 2], layers[len(layers) // 2 :], context, **options)
-    g = torch.Generator().manual_seed(1)
-    grads = [torch.randn(t.shape, dtype=torch.float64, generator=g).to(t.dtype) for t in (out, logdet)]
-    found = torch.autograd.grad((out, logdet), [t for t in values if t is not None], grads)
-    return out.detach(), logdet.detach(), *found
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    got, want = got.detach(), want.detach()
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-6))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -1,19 +1,14 @@
 """LU, determinants and inverses in C++ by LAPACK's scaled residuals, and the layers and flows made of them."""
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
+import linear_zoo
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from glf_fast import CouplingFlow, InvertibleLinear, backends, ops, use_backend
-
-spec = importlib.util.spec_from_file_location("linear_zoo", Path(__file__).with_name("linear_zoo.py"))
-linear_zoo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(linear_zoo)
 
 pytestmark = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=backends()["cpp"])
 DTYPES = (torch.float32, torch.float64)

@@ -1,0 +1,49 @@
+"""Random flows, and an operation's values with the gradients of a fixed combination of them, to compare implementations by."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+__all__ = ["error", "run", "run_op", "tensors"]
+
+
+def tensors(
+    batch: int, K: int, D: int, C: int, hidden: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[Tensor | None]:
+    """x, A, c, context, W₀ …, b₀ …"""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=g)
+
+    widths = [D - D // 2 + C, *hidden, 2 * (D // 2)]
+    A = (torch.linalg.qr(normal(K, D, D)).Q + 0.1 * normal(K, D, D) / D).contiguous()
+    weights = [normal(K, n, m) / n**0.5 for n, m in itertools.pairwise(widths)]
+    biases = [0.3 * normal(K, n) for n in widths[1:]]
+    made = [normal(batch, D), A, normal(K, D), normal(batch, C) if C else None, *weights, *biases]
+    return [None if t is None else t.to(dtype).requires_grad_() for t in made]
+
+
+def run_op(op, values: list[Tensor | None]) -> tuple[Tensor, ...]:
+    """The outputs of op(*values), and the gradients of a fixed combination of them."""
+    outputs = op(*values)
+    g = torch.Generator().manual_seed(1)
+    grads = [torch.randn(t.shape, dtype=torch.float64, generator=g).to(t.dtype) for t in outputs]
+    found = torch.autograd.grad(outputs, [t for t in values if t is not None and t.requires_grad], grads)
+    return *(t.detach() for t in outputs), *found
+
+
+def run(op, values: list[Tensor | None], **options) -> tuple[Tensor, ...]:
+    """The same of a flow: output, logdet, gradients."""
+
+    def flow(x, A, c, context, *layers):
+        return op(x, A, c, layers[: len(layers) // 2], layers[len(layers) // 2 :], context, **options)
+
+    return run_op(flow, values)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative, in the Euclidean norm."""
+    got, want = got.detach(), want.detach()
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-6))

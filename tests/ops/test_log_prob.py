@@ -1,0 +1,169 @@
+"""log p(x) of a whole flow in one differentiable operation, against the float64 reference, on every kernel."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from flow_values import error, run_op, tensors
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from glf_fast import CouplingFlow, backends, ops, reference, use_backend
+from glf_fast.flow import InvertibleLinear
+
+
+@pytest.fixture(params=["cpp", "triton"], autouse=True)
+def backend(request) -> Iterator[str]:
+    """Every test runs on the kernels, and what a kernel leaves unwritten in its results is NaN."""
+    if not backends()[request.param].startswith("ready"):
+        pytest.skip(backends()[request.param])
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    with use_backend(request.param):
+        yield request.param
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def plu(K: int, D: int, actnorm: bool) -> list[Tensor | None]:
+    """The arguments of plu_assemble for K random layers."""
+    torch.manual_seed(2)
+    layers = [InvertibleLinear(D) for _ in range(K)]
+    names = ("permutation", "lower", "upper", "log_diag", "sign")
+    made = [torch.stack([layer.tensors()[name].detach() for layer in layers]) for name in names]
+    made += [0.1 * torch.randn(K, D), torch.randn(K, D)] if actnorm else []
+    floats = [t.double().requires_grad_(name != "sign") for name, t in zip([*names[1:], "s", "b"], made[1:])]  # noqa: B905
+    return [made[0], *floats, *([] if actnorm else [None, None])]
+
+
+def of_plu(op, **options):
+    """As a function of plu's seven, x, context and layers."""
+
+    def density(*values: Tensor | None) -> tuple[Tensor]:
+        seven, x, context, layers = values[:7], values[7], values[8], values[9:]
+        half = len(layers) // 2
+        return (op(x, seven, layers[:half], layers[half:], context, **options),)
+
+    return density
+
+
+def of_maps(op, **options):
+    """As a function of x, A, c, context, log|det A| and layers."""
+
+    def density(x: Tensor, A: Tensor, c: Tensor, context: Tensor | None, logabsdet: Tensor, *layers: Tensor):
+        half = len(layers) // 2
+        return (op(x, A, c, logabsdet, layers[:half], layers[half:], context, **options),)
+
+    return density
+
+
+def values_of_plu(batch: int, D: int, C: int, actnorm: bool = True) -> list[Tensor | None]:
+    x, _, _, context, *layers = tensors(batch, 3, D, C, (7, 4))
+    return [*plu(3, D, actnorm), x, context, *layers]
+
+
+def values_of_maps(batch: int, D: int, C: int) -> list[Tensor | None]:
+    x, A, c, context, *layers = tensors(batch, 3, D, C, (7, 4))
+    return [x, A, c, context, torch.tensor(0.7, dtype=torch.float64, requires_grad=True), *layers]
+
+
+def single(values: list[Tensor | None]) -> list[Tensor | None]:
+    """The same in float32."""
+    return [
+        t.detach().float().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
+        for t in values
+    ]
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("actnorm", [False, True])
+@pytest.mark.parametrize(("batch", "D", "C"), [(5, 5, 2), (1, 2, 0), (0, 4, 0), (33, 8, 0)])
+def test_plu_flows_match_the_reference(batch: int, D: int, C: int, actnorm: bool, reversible: bool) -> None:
+    values, options = values_of_plu(batch, D, C, actnorm), {"activation": "silu", "log_scale": "atan"}
+    want = run_op(of_plu(reference.plu_flow_log_prob, **options), values)
+    for given, limit in ((values, 1e-10), (single(values), 1e-3 if reversible else 1e-5)):
+        got = run_op(of_plu(ops.plu_flow_log_prob, **options, reversible=reversible), given)
+        for mine, truth in zip(got, want, strict=True):
+            assert mine.shape == truth.shape and error(mine, truth) <= limit
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize(("batch", "D", "C"), [(5, 5, 2), (1, 2, 0), (0, 4, 0), (33, 8, 0)])
+def test_flows_of_any_maps_match_the_reference(batch: int, D: int, C: int, reversible: bool) -> None:
+    values, options = values_of_maps(batch, D, C), {"add_first": True, "log_scale": "glow"}
+    want = run_op(of_maps(reference.coupling_flow_log_prob, **options), values)
+    for given, limit in ((values, 1e-10), (single(values), 1e-3 if reversible else 1e-5)):
+        got = run_op(of_maps(ops.coupling_flow_log_prob, **options, reversible=reversible), given)
+        for mine, truth in zip(got, want, strict=True):
+            assert mine.shape == truth.shape and error(mine, truth) <= limit
+    with torch.no_grad():
+        (got,) = of_maps(ops.coupling_flow_log_prob, **options)(*values)
+    assert error(got, want[0]) < 1e-10
+
+
+def test_first_and_second_derivatives() -> None:
+    torch.use_deterministic_algorithms(False)  # gradgradcheck scatters
+    for values, density in (
+        (values_of_plu(3, 4, 1), of_plu(ops.plu_flow_log_prob, activation="tanh")),
+        (values_of_maps(3, 4, 1), of_maps(ops.coupling_flow_log_prob, activation="tanh")),
+    ):
+        assert gradcheck(density, values, fast_mode=True)
+        assert gradgradcheck(density, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("linear", ["plu", "dense", "permutation"])
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_log_prob_is_that_of_forward(linear: str, context_dim: int) -> None:
+    torch.manual_seed(0)
+    flow = CouplingFlow(6, 3, (9,), context_dim, linear=linear)
+    x, context = torch.randn(20, 6), torch.randn(20, context_dim) if context_dim else None
+    flow(x, context)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+    def gradients(log_prob: Tensor) -> list[Tensor]:
+        return [log_prob, *torch.autograd.grad(log_prob.mean(), list(flow.parameters()))]
+
+    z, logdet = flow(x, context)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for a, b in zip(gradients(flow.log_prob(x, context)), gradients(normal.log_prob(z).sum(1) + logdet), strict=True):
+        assert error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("linear", ["plu", "permutation"])
+@pytest.mark.filterwarnings("ignore:.*_prims_common.check:FutureWarning")  # raised inside inductor
+def test_compiled_without_graph_breaks(linear: str) -> None:
+    torch.compiler.reset()
+    torch.use_deterministic_algorithms(False)  # inductor would refuse to fill memory
+    torch.manual_seed(0)
+    flow = CouplingFlow(5, 2, (9,), linear=linear)
+    flow(torch.randn(20, 5))
+    compiled = torch.compile(flow.log_prob, fullgraph=True, dynamic=True)
+    for batch in (4, 7):
+        x = torch.randn(batch, 5)
+        a, b = (torch.autograd.grad(f(x).mean(), list(flow.parameters())) for f in (compiled, flow.log_prob))
+        assert all(error(mine, theirs) < 1e-5 for mine, theirs in zip(a, b, strict=True))
+    torch.compiler.reset()
+
+
+def test_under_autocast_as_without_where_the_kernels_keep_full_precision(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("the interpreter cannot compute bfloat16 products, and says so")
+    torch.manual_seed(0)
+    flow, x = CouplingFlow(6, 3, (9,)), torch.randn(20, 6)
+    want = flow.log_prob(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flow.log_prob(x), want)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    values = values_of_plu(3, 4, 0)
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, dim\) = \(any, 4\)"):
+        of_plu(ops.plu_flow_log_prob)(*values[:7], values[7][:, :3], *values[8:])
+    with pytest.raises(ValueError, match="upper must have shape"):
+        of_plu(ops.plu_flow_log_prob)(values[0], values[1], values[2][:, :3], *values[3:])
+    x, A, c, context, logabsdet, *layers = values_of_maps(3, 4, 0)
+    with pytest.raises(ValueError, match="logabsdet must have shape"):
+        of_maps(ops.coupling_flow_log_prob)(x, A, c, context, logabsdet.expand(3), *layers)
