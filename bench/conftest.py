@@ -12,6 +12,17 @@ import pytest
 import torch
 
 import glf_fast
+from bench import walltime
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="time each pass once or so: only to see that everything runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(walltime.THREADS)
+    if config.getoption("--quick"):
+        walltime.quick()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
