@@ -24,6 +24,7 @@ from torch import Tensor
 import glf_fast
 from bench import timing
 from bench.cases import FLOWS, SMALL_BATCH, FlowCase
+from bench.linear import BACKENDS, Linear, LinearCase, why_missing
 from glf_fast import CouplingFlow, ops
 
 __all__ = ["main"]
@@ -167,6 +168,36 @@ def elementwise(seconds: float) -> Iterator[dict[str, Any]]:
                     yield {"info": info, "stats": stats(replays)}
 
 
+def linears(seconds: float) -> Iterator[dict[str, Any]]:
+    """log|det| and inverse of dense matrices: ours, each library under torch.linalg, CuPy; a graph where one can be made."""
+    for case in (
+        LinearCase(count, dim) for count in (8, 32, 1024, 16384) for dim in (4, 8, 16, 32, 48, 64, 96, 128, 192)
+    ):
+        size = case.bytes("forward")
+        floor = max(size / timing.bandwidth(), case.operations("forward") / timing.matrix_rate(torch.float32))
+        for name in ("glf_fast", *BACKENDS, "CuPy"):
+            info: dict[str, Any] = {
+                "case": case.name, "mode": "forward", "provider": name, "batch": case.count, "dim": case.dim,
+                "bytes": size, "floor_s": floor,
+            }  # fmt: skip
+            if reason := why_missing(name, "cuda", "forward"):
+                yield {"info": {**info, "wrong": reason}, "stats": {}}
+                continue
+            try:
+                linear = Linear(name, case, "cuda")
+                if reason := linear.why_wrong("forward"):
+                    yield {"info": {**info, "wrong": reason}, "stats": {}}
+                    continue
+                calls, host = timing.call_times(partial(linear.run, "forward"), seconds)
+                info |= {"host_s": host, "call_s": statistics.median(calls)}
+                if name == "glf_fast":  # the others wait for the GPU, or copy to it, which no graph can hold
+                    calls = timing.Graph(partial(linear.run, "forward")).times(seconds, cold=True)
+                yield {"info": info, "stats": stats(calls)}
+            except Exception as error:  # a library that this torch is built without
+                yield {"info": {**info, "wrong": f"{type(error).__name__}: {str(error)[:300]}"}, "stats": {}}
+    torch.backends.cuda.preferred_linalg_library("default")
+
+
 def couplings(shape: tuple[int, ...], order: torch.memory_format) -> dict[str, tuple[Work, int]]:
     """Mode → a pass, and how many numbers it must read and write: u and t are the halves of one network's output."""
     x = torch.randn(shape, device="cuda").to(memory_format=order)
@@ -216,6 +247,7 @@ def jobs(each: float) -> Iterator[Iterator[dict[str, Any]]]:
         if precision == "high":
             yield memory()
             yield elementwise(each)
+            yield linears(each / 2)
         yield measure(FLOWS["throughput"], "train", precision, each)
         yield measure(FLOWS["throughput"], "log_prob", precision, each)
         yield measure(FLOWS["wide"], "train", precision, each)
