@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -123,29 +121,15 @@ def invertible_linear(
     check_shape("offset", offset, (dim,), "(D,)")
     check_shape("x", x, (None, dim, *(None,) * (x.ndim - 2)), "(batch, D, …)")
     x = check_state("x", x, matrix)
-    if x.ndim < 2 or backend_for(x, "cpp", "cuda") == "reference":
-        return reference.invertible_linear(x, matrix, offset, logabsdet, inverse=inverse)
     pixels = x.shape[2:].numel()
-    # Full precision under autocast too: the state of a flow is never rounded to bf16.
-    with torch.autocast(x.device.type, enabled=False):
-        y = _apply(x - offset.view(-1, *[1] * (x.ndim - 2)), matrix, None) if inverse else _apply(x, matrix, offset)
-    return y, ((-pixels if inverse else pixels) * logabsdet).expand(len(x))
-
-
-def _apply(x: Tensor, matrix: Tensor, offset: Tensor | None) -> Tensor:
-    """x A + c over the channels of x, in x's own order of memory, by one product of the library.
-
-    bench/test_linear.py measures it (suite "apply"): no kernel of ours is needed where sgemm is near the floor; what costs
-    is to turn images around for it. One core, Zen 5, µs with the reference's way beside it: (256, 20) 8 and 17,
-    (4096, 64) 357 and 394 (floor 331); images (64, 12, 16, 16) 87 and 234, with the backward 366 and 572.
-    """
-    if x.ndim == 2:
-        return x @ matrix if offset is None else torch.addmm(offset, x, matrix)
-    batch, dim, *size = x.shape
-    # Many pixels: Aᵀ times each image. Its backward sums a matrix an image, so few pixels are turned into rows instead.
-    if x.is_contiguous() and math.prod(size) >= 2 * dim:
-        A = matrix.mT.expand(batch, dim, dim)
-        pixels = x.flatten(2)
-        return (A @ pixels if offset is None else torch.baddbmm(offset[:, None], A, pixels)).view(x.shape)
-    rows = x.movedim(1, -1).flatten(0, -2)
-    return _apply(rows, matrix, offset).view(batch, *size, dim).movedim(-1, 1)
+    # Vectors, channels-last images and images of few pixels go through the reference: one library product over rows, at
+    # 70 to 119 % of its floor from 64 columns or channels on (one core, Zen 5; bench/test_linear.py, suite "apply").
+    # Channels that lie apart cost it more to turn around than to multiply: (64, 12, 16, 16) forward 231 µs, against 95 for
+    # Aᵀ times each image, 686 against 395 with the backward. The latter's backward adds up a matrix an image, so that it
+    # gains nothing where an image has fewer pixels than twice its channels.
+    if x.ndim == 2 or not x.is_contiguous() or pixels < 2 * dim or backend_for(x, "cpp", "cuda") == "reference":
+        return reference.invertible_linear(x, matrix, offset, logabsdet, inverse=inverse)
+    A, c, flat = matrix.mT.expand(len(x), dim, dim), offset[:, None], x.flatten(2)
+    with torch.autocast(x.device.type, enabled=False):  # as in the reference
+        y = A @ (flat - c) if inverse else torch.baddbmm(c, A, flat)
+    return y.view(x.shape), ((-pixels if inverse else pixels) * logabsdet).expand(len(x))
