@@ -1,13 +1,14 @@
 // The kernels themselves: which matrix a block or warp takes, and where it works.
 #pragma once
 
+#include "gauss_tile.cuh"
+#include "gauss_warp.cuh"
 #include "lu_block.cuh"
-#include "lu_warp.cuh"
 #include "plu.cuh"
 
 namespace glf::device {
 
-inline constexpr int warp_threads = 128;   // of a block whose warps each take 32/N matrices
+inline constexpr int warp_threads = 128;   // of a block whose warps each take some matrices
 inline constexpr int block_threads = 256;  // of a block that takes one matrix
 
 // Rows an odd number of entries apart: a column then meets every bank of shared memory.
@@ -48,8 +49,17 @@ template <int N, class T>
 GLF_KERNEL(warp_threads)
     slogdet_inverse_warp_kernel(long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse, int* info) {
   each_warp<warp_threads>([&](long long warp) {
-    if (warp * (32 / N) < count) slogdet_inverse_warp<N>(warp * (32 / N), count, D, A, sign, logabsdet, inverse, info);
+    constexpr int matrices = 32 / lanes_of<N>;
+    if (warp * matrices < count) slogdet_inverse_warp<N>(warp * matrices, count, D, A, sign, logabsdet, inverse, info);
   });
+}
+
+template <int M, class T>
+GLF_KERNEL(block_threads)
+    slogdet_inverse_tile_kernel(int D, const T* A, T* sign, T* logabsdet, T* inverse, int* info) {
+  const long long n = block_index();
+  slogdet_inverse_tile<M>(Block{}, D, A + n * D * D, sign + n, logabsdet + n, inverse + n * D * D, info + n,
+                          shared_memory());
 }
 
 template <class T>

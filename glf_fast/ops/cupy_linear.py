@@ -23,17 +23,20 @@ OPTIONS = ("-std=c++17", *(f"-I{folder}" for folder in FOLDERS))
 
 # kernels.cuh has these sizes, too.
 WARP_THREADS, BLOCK_THREADS = 128, 256
-WARP_SIZES = (4, 8, 16, 32)
 TYPES = {torch.float32: "float", torch.float64: "double"}
+# Columns a lane can hold, and entries along each side of a thread's tile, by what fits in registers.
+WARP_SIZES = {torch.float32: (4, 8, 16, 24, 32, 48, 64), torch.float64: (4, 8, 16, 24, 32)}
+TILE_SIZES = {torch.float32: (6, 8, 12), torch.float64: (4, 6, 8)}
 KERNELS = tuple(
     f"glf::device::{name}>"
-    for T in TYPES.values()
+    for dtype, T in TYPES.items()
     for name in (
         *(
             f"{kernel}_kernel<{T}"
             for kernel in ("lu_factor", "slogdet_inverse", "plu_assemble", "plu_assemble_backward")
         ),
-        *(f"slogdet_inverse_warp_kernel<{N}, {T}" for N in WARP_SIZES),
+        *(f"slogdet_inverse_warp_kernel<{N}, {T}" for N in WARP_SIZES[dtype]),
+        *(f"slogdet_inverse_tile_kernel<{M}, {T}" for M in TILE_SIZES[dtype]),
     )
 )
 
@@ -130,10 +133,16 @@ def slogdet_inverse(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sign, logabsdet, inverse = A.new_empty(count), A.new_empty(count), torch.empty_like(A)
     info = A.new_empty(count, dtype=torch.int32)
     out = (sign, logabsdet, inverse, info)
-    if dim <= WARP_SIZES[-1]:
-        N = next(N for N in WARP_SIZES if dim <= N)
-        blocks = -(-count // (WARP_THREADS // N))
+    warp, tile = WARP_SIZES[A.dtype], TILE_SIZES[A.dtype]
+    if dim <= warp[-1]:
+        N = next(N for N in warp if dim <= N)
+        lanes = next(lanes for lanes in (4, 8, 16, 32) if min(N, 32) <= lanes)  # that share a matrix
+        blocks = -(-count // (WARP_THREADS // lanes))
         _run(f"slogdet_inverse_warp_kernel<{N}, ", A, blocks, WARP_THREADS, 0, np.int64(count), np.int32(dim), A, *out)
+    elif dim <= 16 * tile[-1]:
+        M = next(M for M in tile if dim <= 16 * M)
+        shared = 16 * M * (3 * A.element_size() + 2 * 4)
+        _run(f"slogdet_inverse_tile_kernel<{M}, ", A, count, BLOCK_THREADS, shared, np.int32(dim), A, *out)
     else:
         room, shared = _room(A)
         _run("slogdet_inverse_kernel<", A, count, BLOCK_THREADS, shared, np.int32(dim), room, A, *out)

@@ -71,7 +71,8 @@ def check_plu(plu: Plu) -> None:
 def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sign of det W, log|det W|, W⁻¹ and LAPACK's info for dense matrices (…, D, D); differentiable.
 
-    A singular matrix gives (0, −inf), info > 0 and a meaningless inverse; nothing is raised and nothing synchronises.
+    A singular matrix gives (0, −inf), info > 0 (a GPU factors the transpose, and may meet the zero at another place) and a
+    meaningless inverse; nothing is raised and nothing synchronises.
 
     Raises:
         ValueError: not square. TypeError: not floating-point.

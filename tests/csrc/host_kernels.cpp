@@ -30,6 +30,17 @@ Kernel make() {
   return make<kernel>(kernel);
 }
 
+template <class T, int... N, int... M>
+void add_sizes(std::map<std::string, Kernel>& all, const std::string& space, const std::string& type,
+               std::integer_sequence<int, N...>, std::integer_sequence<int, M...>) {
+  ((all[space + "slogdet_inverse_warp_kernel<" + std::to_string(N) + ", " + type] =
+        make<slogdet_inverse_warp_kernel<N, T>>()),
+   ...);
+  ((all[space + "slogdet_inverse_tile_kernel<" + std::to_string(M) + ", " + type] =
+        make<slogdet_inverse_tile_kernel<M, T>>()),
+   ...);
+}
+
 template <class T>
 void add(std::map<std::string, Kernel>& all, const std::string& type) {
   const std::string space = "glf::device::";
@@ -37,10 +48,8 @@ void add(std::map<std::string, Kernel>& all, const std::string& type) {
   all[space + "slogdet_inverse_kernel<" + type] = make<slogdet_inverse_kernel<T>>();
   all[space + "plu_assemble_kernel<" + type] = make<plu_assemble_kernel<T>>();
   all[space + "plu_assemble_backward_kernel<" + type] = make<plu_assemble_backward_kernel<T>>();
-  all[space + "slogdet_inverse_warp_kernel<4, " + type] = make<slogdet_inverse_warp_kernel<4, T>>();
-  all[space + "slogdet_inverse_warp_kernel<8, " + type] = make<slogdet_inverse_warp_kernel<8, T>>();
-  all[space + "slogdet_inverse_warp_kernel<16, " + type] = make<slogdet_inverse_warp_kernel<16, T>>();
-  all[space + "slogdet_inverse_warp_kernel<32, " + type] = make<slogdet_inverse_warp_kernel<32, T>>();
+  add_sizes<T>(all, space, type, std::integer_sequence<int, 4, 8, 16, 24, 32, 48, 64>{},
+               std::integer_sequence<int, 4, 6, 8, 12>{});
 }
 
 const std::map<std::string, Kernel>& kernels() {

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import linear_zoo
 import numpy as np
 import pytest
 import torch
@@ -143,6 +144,50 @@ def test_nvrtc_compiles_every_kernel() -> None:
         log = nvrtc.getProgramLog(program)
     assert not log.strip(), log
     names = {nvrtc.getLoweredName(program, name) for name in cupy_linear.KERNELS}
-    assert len(names) == len(cupy_linear.KERNELS) == 2 * (4 + len(cupy_linear.WARP_SIZES))
+    assert len(names) == len(cupy_linear.KERNELS) == 2 * 4 + 7 + 5 + 3 + 3
     cubin = nvrtc.getCUBIN(program)
     assert all(name.encode() in cubin for name in names)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dim", [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 25, 31, 32, 33, 48, 49, 63, 64, 65, 80, 96, 97, 128, 129, 192, 193]
+)
+def test_the_zoo_by_scaled_residuals(on_host, dim: int, dtype: torch.dtype) -> None:
+    named = linear_zoo.zoo(dim, dtype)
+    del named["growth"]
+    matrices = torch.stack([*named.values()])
+    sign, logabsdet, inverse, info = cupy_linear.slogdet_inverse(matrices)
+    factors, pivots, _ = cupy_linear.lu_factor(matrices)
+    exact = torch.linalg.slogdet(matrices.double())
+    assert not info.any()
+    for i, (name, matrix) in enumerate(named.items()):
+        assert linear_zoo.factor_residual(matrix, factors[i], pivots[i]) < linear_zoo.LIMIT, name
+        rounding = dim * torch.finfo(dtype).eps * float(torch.linalg.cond(matrix.double()))
+        if rounding < 1e-2:
+            assert linear_zoo.inverse_residual(matrix, inverse[i]) < linear_zoo.LIMIT, name
+            assert linear_zoo.inverse_residual(matrix.mT, inverse[i].mT) < linear_zoo.LIMIT, name
+            assert sign[i] == exact.sign[i], name
+            tolerance = 10 * rounding + abs(exact.logabsdet[i]) * 1e-6
+            assert abs(logabsdet[i].double() - exact.logabsdet[i]) <= tolerance, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 5, 20, 32, 33, 64, 70, 128, 130])
+def test_singular_matrices_nan_and_equal_sizes(on_host, dim: int, dtype: torch.dtype) -> None:
+    A = torch.eye(dim, dtype=dtype).repeat(6, 1, 1)
+    A[1, -1, -1] = 0
+    A[2] = 0
+    A[3, 0, dim // 2] = A[3, dim // 2, 0] = float("nan")
+    A[4] = A[4].flip(0)
+    A[5] *= 1e-30
+    sign, logabsdet, inverse, info = cupy_linear.slogdet_inverse(A)
+    swaps = dim // 2
+    assert sign[[0, 1, 2, 4, 5]].tolist() == [1, 0, 0, (-1) ** swaps, 1]
+    assert logabsdet[[0, 1, 2, 4]].tolist() == [0, -torch.inf, -torch.inf, 0] and logabsdet[3].isnan()
+    assert info[[0, 1, 2, 4, 5]].tolist() == [0, dim, 1, 0, 0]
+    assert torch.equal(inverse[0], A[0]) and torch.equal(inverse[4], A[4])
+    torch.testing.assert_close(inverse[5] * 1e-30, A[0])
+    assert inverse[3].isnan().any()
+    twice = cupy_linear.slogdet_inverse(A[[3, 0]])  # neighbours of a NaN
+    assert torch.equal(twice[2][1], A[0])
