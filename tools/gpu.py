@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,17 @@ def main() -> None:
         # bench.gpu compares every provider with the float64 reference itself.
         tests = [PYTHON, "-m", "pytest", "tests/gpu", "-m", "gpu", "--confcutdir=tests/gpu", "-q"]
         run.step("tests", [*tests, f"--junitxml={out / 'tests.xml'}"], 170)
+        if sanitizer := shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer"):
+            # Every kernel of the linear layers in one size each, in all four tools.
+            few = [
+                *tests[:3],
+                "tests/gpu/test_linear.py",
+                *tests[4:],
+                "-k",
+                "singular or (plu and 20) or (zoo and 48-dtype0)",
+            ]
+            for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+                run.step(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *few], 30)
         run.step("bench", [PYTHON, "-m", "bench.gpu", str(out), "--seconds", "170"], 180)
         train = [PYTHON, "-m", "glf_fast.train", "--preset", "smoke", "--epochs", "40", "--out", str(out / "smoke")]
         run.step("train", train, 60)

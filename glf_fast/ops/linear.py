@@ -13,6 +13,8 @@ from glf_fast.reference import Plu, fold_actnorm
 
 __all__ = ["fold_actnorm", "invertible_linear", "lu_factor", "plu_assemble", "slogdet_inverse"]
 
+MAX_CUDA_DIM = 192  # one block a matrix; larger ones are for torch.linalg, which gives a matrix to the whole GPU
+
 
 def plu_assemble(
     permutation: Tensor,
@@ -50,7 +52,13 @@ def plu_assemble(
 def kernels_take(plu: Plu) -> bool:
     """Whether a kernel takes these arguments of `plu_assemble`: of one dtype."""
     _, lower, *floats = plu
-    return backend_for(lower, "cpp", "cuda") != "reference" and all(t is None or t.dtype == lower.dtype for t in floats)
+    return _compiled(lower) and all(t is None or t.dtype == lower.dtype for t in floats)
+
+
+def _compiled(matrices: Tensor) -> bool:
+    """Whether a compiled kernel takes matrices (…, D, D) of this kind."""
+    backend = backend_for(matrices, "cpp", "cuda")
+    return backend == "cpp" or (backend == "cuda" and matrices.shape[-1] <= MAX_CUDA_DIM)
 
 
 def check_plu(plu: Plu) -> None:
@@ -78,7 +86,7 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ValueError: not square. TypeError: not floating-point.
     """
     _check_square(W)
-    if backend_for(W, "cpp", "cuda") != "reference":
+    if _compiled(W):
         return cpp_linear.slogdet_inverse(W)
     return reference.slogdet_inverse(W)
 
@@ -93,7 +101,7 @@ def lu_factor(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: not square. TypeError: not floating-point.
     """
     _check_square(W)
-    if backend_for(W, "cpp", "cuda") != "reference":
+    if _compiled(W):
         return cpp_linear.lu_factor(W)
     return reference.lu_factor(W)
 

@@ -126,6 +126,9 @@ assert "cupy" not in sys.modules
 assert torch._C._dispatch_has_kernel_for_dispatch_key("glf_fast::plu_assemble_backward", "CUDA")
 with FakeTensorMode(allow_non_fake_inputs=True):
     sign, _, inverse, _ = torch.ops.glf_fast.slogdet_inverse(torch.empty(5, 3, 3, device="cuda"))
+    from glf_fast.ops import linear
+    assert linear._compiled(torch.empty(2, 192, 192, device="cuda"))
+    assert not linear._compiled(torch.empty(2, 193, 193, device="cuda"))  # torch.linalg's
 assert inverse.shape == (5, 3, 3) and sign.device.type == "cuda"
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
