@@ -28,8 +28,8 @@ class LinearCase:
 
     @property
     def name(self) -> str:
-        """How many of which size."""
-        return f"{self.count} of {self.dim}x{self.dim}"
+        """linear-K-D."""
+        return f"linear-{self.count}-{self.dim}"
 
     def inputs(self, device: str = "cpu") -> Tensor:
         """(K, D, D), which ask for gradients."""

@@ -191,7 +191,7 @@ HEADINGS = {
     "depth": "Depth: D 64, two hidden layers of 256, batch 256",
     "grid": "Batch against width: 8 steps, two hidden layers (grid-D-H-batch)",
     "coupling": "Elementwise coupling of images (the floor is a copy of as many bytes)",
-    "linear": "log|det| and inverse of batches of dense matrices",
+    "linear": "log|det| and inverse of batches of dense matrices (linear-K-D)",
     "gpu_linear": "log|det| and inverse of batches of dense matrices: graphs replayed, cold L2",
     "apply": "Linear layers applied to vectors and images",
     "train_step": "Whole GLF steps: autoencoder, flow and optimizer of the presets",
