@@ -17,7 +17,7 @@ struct Arguments {
   const std::optional<Tensor>& context;
   int64_t activation, log_scale;
   double constant;
-  bool add_first, inverse;
+  bool add_first, inverse, density;
 
   template <class T>
   glf::Flow<T> flow(const Tensor& x) const {
@@ -52,6 +52,7 @@ struct Arguments {
     f.constant = static_cast<T>(constant);
     f.add_first = add_first;
     f.inverse = inverse;
+    f.density = density;
     return f;
   }
 
@@ -64,10 +65,10 @@ struct Arguments {
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
                                                  Tensors biases, std::optional<Tensor> context, int64_t activation,
                                                  int64_t log_scale, double constant, bool add_first, bool inverse,
-                                                 int64_t save, int64_t record) {
+                                                 bool density, int64_t save, int64_t record) {
   const std::optional<Tensor> none;
-  const Arguments arguments{matrix,  offset,     none,      weights,  biases,    context,
-                            activation, log_scale, constant, add_first, inverse};
+  const Arguments arguments{matrix,     offset,    none,     weights,   biases,  context,
+                            activation, log_scale, constant, add_first, inverse, density};
   const int64_t batch = x.size(0), steps = matrix.size(0);
   const auto mode = static_cast<glf::Save>(save);
   Tensor out = alike(x), logdet = empty(x, {batch});
@@ -85,12 +86,13 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
 }
 
 // ∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
-Tensors coupling_flow_backward(Tensor grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
+// Without ∂out it is that of the density: out is read.
+Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
                                std::optional<Tensor> context, int64_t activation, int64_t log_scale, double constant,
                                bool add_first, bool inverse, int64_t save, bool parameters) {
-  const Arguments arguments{matrix,     offset,    unmatrix, weights,   biases, context,
-                            activation, log_scale, constant, add_first, inverse};
+  const Arguments arguments{matrix,     offset,    unmatrix, weights,   biases,  context,
+                            activation, log_scale, constant, add_first, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
   STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
   Tensors grads{alike(out), context ? alike(*context) : empty(out, {0})};
@@ -103,7 +105,7 @@ Tensors coupling_flow_backward(Tensor grad_out, Tensor grad_logdet, Tensor out, 
   for_dtype(out, [&](auto zero) {
     using T = decltype(zero);
     const auto flow = arguments.flow<T>(out);
-    STD_TORCH_CHECK(grad_out.numel() == out.numel() && grad_logdet.numel() == out.size(0) &&
+    STD_TORCH_CHECK((!grad_out || grad_out->numel() == out.numel()) && grad_logdet.numel() == out.size(0) &&
                         (mode == glf::Save::nothing ||
                          (saved.dim() == 3 && saved.size(0) == flow.steps && saved.size(1) == out.size(0) &&
                           saved.size(2) == (mode == glf::Save::records ? glf::record_width(flow) : flow.dim))),
@@ -119,7 +121,7 @@ Tensors coupling_flow_backward(Tensor grad_out, Tensor grad_logdet, Tensor out, 
     }
     const int64_t record = mode == glf::Save::nothing ? 0 : saved.size(2);
     glf::kernels<T>().backward(flow, out.size(0), read<T>(out), arguments.context_data<T>(), mode, read<T>(saved),
-                               record, read<T>(grad_out), read<T>(grad_logdet), write<T>(grads[0]), write<T>(grads[1]),
+                               record, grad_out ? read<T>(*grad_out) : nullptr, read<T>(grad_logdet), write<T>(grads[0]), write<T>(grads[1]),
                                parameters ? &target : nullptr, parallel());
   });
   return grads;
@@ -193,10 +195,10 @@ int64_t vector_bytes() { return glf::vector_bytes(); }
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
-      "int activation, int log_scale, float constant, bool add_first, bool inverse, int save, int record)"
+      "int activation, int log_scale, float constant, bool add_first, bool inverse, bool density, int save, int record)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
-      "cpu_coupling_flow_backward(Tensor grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
+      "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
       "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int activation, "
       "int log_scale, float constant, bool add_first, bool inverse, int save, bool parameters) -> Tensor[]");
   m.def(

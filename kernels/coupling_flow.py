@@ -35,9 +35,9 @@ def couple(v, t, scale, ADD_FIRST: tl.constexpr, UNDO: tl.constexpr):
         return (v + t) * scale if ADD_FIRST else v * scale + t
 
 
-@triton.jit(do_not_specialize=["rows", "steps"])
+@triton.jit(do_not_specialize=["density", "rows", "steps"])
 def flow_kernel(
-    x, matrix, offset, weights, biases, context, out, logdet, saved, hidden, rows, steps,
+    x, matrix, offset, weights, biases, context, out, logdet, saved, hidden, density, rows, steps,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr, ADD_FIRST: tl.constexpr,
     INVERSE: tl.constexpr, SAVE: tl.constexpr, STAGED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr,
@@ -78,6 +78,8 @@ def flow_kernel(
             v = couple(v, t, tl.exp(ell), ADD_FIRST, False)
             total += tl.sum(ell, 1)
 
+    if density:
+        total -= 0.5 * (tl.sum(p * p, 1) + tl.sum(v * v, 1)) + D * 0.91893853320467274178  # D/2 log 2π
     store_halves(out + first * D, p, v, row, live, D, HALF)
     tl.store(logdet + first + row, total, mask=live)
 
@@ -90,11 +92,13 @@ def flow_forward(
     biases: Sequence[Tensor],
     context: Tensor | None,
     options: FlowOptions,
+    density: bool,
     save: bool,
     how: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, D), Σ ℓ (B,) of the direction applied, and with `save` each step's input (K, B, D), else (0,).
 
+    `density` adds log N(out; 0, I) to Σ ℓ.
     Contiguous tensors of one dtype on one device: `x` (B, D); `matrix` (K, D, D), A or with options.inverse A⁻¹;
     `offset` (K, D); weights (K, nᵢ, nᵢ₊₁) and biases (K, nᵢ₊₁); `context` (B, C) or None.
     `how` replaces the launch table. One launch. Where hidden layers pass through memory, it holds them all but the last, of
@@ -111,7 +115,7 @@ def flow_forward(
     launch(
         flow_kernel, triton.cdiv(batch, how.rows), x,
         x, matrix, offset, tuple(weights), tuple(biases), x if context is None else context, out, logdet,
-        saved, hidden, batch, steps,
+        saved, hidden, int(density), batch, steps,
         **constants, **options.constants(), SAVE=save, STAGED=how.staged, **how.constants(),
     )  # fmt: skip
     return out, logdet, saved
@@ -128,5 +132,5 @@ def specialization(
     for argument in flow_kernel.arg_names:
         signature.setdefault(argument, "*fp32")
     kept = "*bf16" if options.mlp_precision == "bf16" else "*fp32"
-    signature |= {"weights": layers, "biases": layers, "hidden": kept, "rows": "i32", "steps": "i32"}
+    signature |= {"weights": layers, "biases": layers, "hidden": kept, "density": "i32", "rows": "i32", "steps": "i32"}
     return Specialization(name, flow_kernel, signature, constants, how.num_warps, how.num_stages)

@@ -39,10 +39,10 @@ __all__ = ["WORKSPACE_BYTES", "flow_backward", "flow_backward_kernel", "speciali
 WORKSPACE_BYTES = 256 << 20
 
 
-@triton.jit(do_not_specialize=["rows", "batch", "steps"])
+@triton.jit(do_not_specialize=["density", "rows", "batch", "steps"])
 def flow_backward_kernel(
     grad_out, grad_logdet, grad_x, state, matrix, unmatrix, offset, weights, biases, context,
-    hidden, slopes, map_in, map_grad, rows, batch, steps,
+    hidden, slopes, map_in, map_grad, density, rows, batch, steps,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
     ROW_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr,
     ADD_FIRST: tl.constexpr, INVERSE: tl.constexpr, SAVED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr,
@@ -61,6 +61,9 @@ def flow_backward_kernel(
     scratch = grad_x + first * D  # until the result is there
     g_p, g_v = load_halves(grad_out + first * D, row, live, D, HALF)  # [BM, HALF]
     g_logdet = tl.load(grad_logdet + first + row, mask=live, other=0.0)[:, None]  # [BM, 1]
+    if density:  # log N(z; 0, I)'s own gradient
+        g_p = -g_p * g_logdet
+        g_v = -g_v * g_logdet
     if not SAVED:
         x_p, x_v = load_halves(state + first * D, row, live, D, HALF)  # what the step at hand returned
 
@@ -138,13 +141,15 @@ def flow_backward(
     biases: Sequence[Tensor],
     context: Tensor | None,
     options: FlowOptions,
+    density: bool,
     parameters: bool,
     how: Launch | None = None,
 ) -> list[Tensor]:
     """∂x (B, D), ∂context (B, C) or (0,), and with `parameters` those of matrix, offset, weights and biases, in this order.
 
     `state` is what `flow_forward` saved (K, B, D), or with `unmatrix` (K, D, D), the inverse of `matrix`, its output
-    (B, D): inputs are then rebuilt by undoing the steps. All else as in `flow_forward`.
+    (B, D): inputs are then rebuilt by undoing the steps. With `density`, `grad_out` holds the output z itself: the gradient
+    is −z·∂logdet. All else as in `flow_forward`.
     One launch and then a batched matrix product per weight and map for every WORKSPACE_BYTES of hidden layers.
     """
     (batch, dim), steps = grad_out.shape, len(matrix)
@@ -173,7 +178,8 @@ def flow_backward(
             flow_backward_kernel, triton.cdiv(rows, how.rows), grad_out,
             grad_out[here], grad_logdet[here], grad_x[here], state[:, here] if unmatrix is None else state[here],
             matrix, matrix if unmatrix is None else unmatrix, offset, tuple(weights), tuple(biases),
-            grad_out if context is None else context[here], hidden, slopes, map_in, map_grad, rows, batch, steps,
+            grad_out if context is None else context[here], hidden, slopes, map_in, map_grad, int(density),
+            rows, batch, steps,
             **constants, ROW_STRIDE=stride, **options.constants(), SAVED=unmatrix is None, **how.constants(),
         )  # fmt: skip
 
@@ -233,5 +239,5 @@ def specialization(
     for argument in flow_backward_kernel.arg_names:
         signature.setdefault(argument, "*fp32")
     signature |= {"weights": layers, "biases": layers, "hidden": kept, "slopes": kept}
-    signature |= dict.fromkeys(("rows", "batch", "steps"), "i32")
+    signature |= dict.fromkeys(("density", "rows", "batch", "steps"), "i32")
     return Specialization(name, flow_backward_kernel, signature, constants, how.num_warps, how.num_stages)

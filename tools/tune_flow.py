@@ -130,12 +130,12 @@ def measure(key: str, how: Launch) -> float:
     x, offset = normal(rows, dim), normal(steps, dim)
     if kernel != "backward":
         return microseconds(
-            lambda: coupling_flow.flow_forward(x, matrix, offset, weights, biases, None, options, True, how)
+            lambda: coupling_flow.flow_forward(x, matrix, offset, weights, biases, None, options, False, True, how)
         )
-    _, logdet, saved = coupling_flow.flow_forward(x, matrix, offset, weights, biases, None, options, True)
+    _, logdet, saved = coupling_flow.flow_forward(x, matrix, offset, weights, biases, None, options, False, True)
     return microseconds(
         lambda: coupling_flow_backward.flow_backward(
-            x, logdet, saved, matrix, None, offset, weights, biases, None, options, False, how
+            x, logdet, saved, matrix, None, offset, weights, biases, None, options, False, False, how
         )
     )
 

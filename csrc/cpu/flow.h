@@ -37,6 +37,7 @@ struct Flow {
   LogScale log_scale;
   T constant;                  // the log-scale's; ln m for softclip
   bool add_first, inverse;
+  bool density;                // log N(out; 0, I) is added to the log-determinants
 
   Int passive() const { return dim - dim / 2; }
   Int transformed() const { return dim / 2; }
@@ -82,7 +83,8 @@ struct Kernels {
   // x (B, D), context (B, C) → out (B, D), logdet (B,), saved as `save` says with `record` elements a row.
   void (*forward)(const Flow<T>&, Int batch, const T* x, const T* context, T* out, T* logdet, Save save, T* saved,
                   Int record, const Parallel&);
-  // From the output, what was saved, ∂out and ∂logdet to ∂x, ∂context and, unless null, the parameters' gradients.
+  // From the output, what was saved, ∂out (null with `density`, whose own it is: −out·∂logdet) and ∂logdet to ∂x, ∂context
+  // and, unless null, the parameters' gradients.
   void (*backward)(const Flow<T>&, Int batch, const T* out, const T* context, Save save, const T* saved, Int record,
                    const T* grad_out, const T* grad_logdet, T* grad_x, T* grad_context, const Gradients<T>*,
                    const Parallel&);

@@ -225,7 +225,13 @@ void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Sa
     T *panel = scratch.get(thread, 0), *room = scratch.get(thread, 1), *gradient = scratch.get(thread, 2);
     const Gradients<T>* target = !parameters ? nullptr : thread == 0 ? parameters : &own[thread - 1];
     tiling.each_tile(thread, batch, [&](idx first, idx rows, bool first_tile) {
-      copy_rows(rows, D, grad_out + first * D, D, gradient + grad.out, grad.width);
+      if (grad_out) {
+        copy_rows(rows, D, grad_out + first * D, D, gradient + grad.out, grad.width);
+      } else {
+        for (idx m = 0; m < rows; ++m)
+          for (idx j = 0; j < D; ++j)
+            gradient[grad.out + m * grad.width + j] = -grad_logdet[first + m] * out[(first + m) * D + j];
+      }
       if (save == Save::nothing) copy_rows(rows, D, out + first * D, D, gradient + grad.state, grad.width);
       for (idx i = 0; i < K; ++i) {
         const idx k = flow.inverse ? i : K - 1 - i;

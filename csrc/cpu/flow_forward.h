@@ -99,6 +99,16 @@ void run_step(const Tile<T>& tile, idx k, Rows<T> out, T* logdet, bool accumulat
   }
 }
 
+// logdet += log N(z; 0, I)
+template <class T>
+void add_density(idx rows, idx D, const T* z, T* logdet) {
+  for (idx m = 0; m < rows; ++m) {
+    T squares = 0;
+    for (idx j = 0; j < D; ++j) squares += z[m * D + j] * z[m * D + j];
+    logdet[m] -= T(0.5) * squares + T(D) * T(0.91893853320467274178);  // D/2 log 2π
+  }
+}
+
 template <class T>
 void forward(const Flow<T>& flow, Int batch, const T* x, const T* context, T* out, T* logdet, Save save, T* saved,
              Int record_width, const Parallel& parallel) {
@@ -123,6 +133,7 @@ void forward(const Flow<T>& flow, Int batch, const T* x, const T* context, T* ou
                                         : Rows<T>{record(flow.inverse ? k - 1 : k + 1) + at.x, at.width};
         run_step(tile, k, next, logdet + first, i > 0);
       }
+      if (flow.density) add_density<T>(rows, D, out + first * D, logdet + first);
     });
   });
 }

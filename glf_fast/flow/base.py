@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
+
+from glf_fast.reference import log_normal
 
 __all__ = ["Flow"]
 
@@ -37,8 +37,7 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) = log N(z; 0, I) + logdet in nats, (B,)."""
         z, logdet = self(x, context)
-        constant = 0.5 * math.prod(self.event_shape) * math.log(2 * math.pi)
-        return (logdet - constant).sub(z.square().flatten(1).sum(1), alpha=0.5)
+        return log_normal(z) + logdet
 
     @torch.no_grad()
     def sample(
@@ -63,7 +62,7 @@ class Flow(nn.Module):
             raise ValueError(f"temperature must be ≥ 0; got {temperature}")
         like = next(self.parameters(), torch.empty(0))
         noise = torch.randn((n, *self.event_shape), generator=generator, device=like.device, dtype=like.dtype)
-        return self.inverse(temperature * noise, context)[0]
+        return self.inverse(noise if temperature == 1 else temperature * noise, context)[0]
 
     def _check_event(self, name: str, x: Tensor) -> None:
         if x.shape[1:] != self.event_shape:

@@ -158,10 +158,10 @@ def coupling_flow_log_prob(
     kernels = _kernels(x, weights)
     if kernels in whole_flow.KERNELS:
         x, A, c, logabsdet, context, *layers = _ready(x, A, c, logabsdet, context, *weights, *biases)
-        options = _with_autocast(options, x)
+        options = _with_autocast(options, x)._replace(density=True)
         return whole_flow.log_prob(kernels, x, A, c, logabsdet, layers, context, options, reversible)
     z, logdet = _coupling_flow("x", x, A, c, weights, biases, context, options, reversible)
-    return whole_flow.density(z, logdet, logabsdet)
+    return reference.log_normal(z) + logdet + logabsdet
 
 
 def plu_flow_log_prob(
@@ -189,11 +189,11 @@ def plu_flow_log_prob(
     if kernels in whole_flow.KERNELS and torch.is_grad_enabled() and kernels_take(plu):
         x, context, *layers = _ready(x, context, *weights, *biases)
         factors = _ready(lower, upper, log_diag, actnorm_log_scale, bias)
-        options = _with_autocast(options, x)
+        options = _with_autocast(options, x)._replace(density=True)
         return whole_flow.plu_log_prob(kernels, x, permutation, sign, factors, layers, context, options, reversible)
     A, _, c, logabsdets = plu_assemble(*plu, need_inverse=False)
     z, logdet = _coupling_flow("x", x, A, c, weights, biases, context, options, reversible)
-    return whole_flow.density(z, logdet, logabsdets.sum())
+    return reference.log_normal(z) + logdet + logabsdets.sum()
 
 
 def _coupling_flow(

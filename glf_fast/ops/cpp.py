@@ -54,7 +54,7 @@ def forward(
     options: Options,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, logdet and, with `keep`, what the backward starts from."""
+    """Output, logdet (with options.density log N(out; 0, I) added) and, with `keep`, what the backward starts from."""
     save, record = NOTHING, 0
     if keep:
         widths = [*(w.shape[1] for w in weights), 2 * (x.shape[1] // 2)]
@@ -62,12 +62,12 @@ def forward(
         save, record = RECORDS, record_width(x.shape[1], widths, context_dim, options.activation, x.itemsize)
         if len(matrix) * len(x) * record * x.itemsize > RECORDS_LIMIT:
             save, record = INPUTS, x.shape[1]
-    code = (ACTIVATION[options.activation], *coupling_code(options), save, record)
+    code = (ACTIVATION[options.activation], *coupling_code(options), options.density, save, record)
     return ops.cpu_coupling_flow.default(x, matrix, offset, weights, biases, context, *code)
 
 
 def backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     grad_logdet: Tensor,
     state: Tensor,
     saved: Tensor,
@@ -82,7 +82,8 @@ def backward(
 ) -> list[Tensor]:
     """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
 
-    Without `unmatrix` from what the forward kept, with it (`matrix` inverted) from the output `state`.
+    Without `unmatrix` from what the forward kept, with it (`matrix` inverted) from the output `state`, which the density
+    needs in any case: `grad_out` is None then.
     """
     save = NOTHING if unmatrix is not None else INPUTS if saved.shape[-1] == state.shape[1] else RECORDS
     code = (ACTIVATION[options.activation], *coupling_code(options), save, parameters)

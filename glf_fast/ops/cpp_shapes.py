@@ -11,7 +11,8 @@ __all__: list[str] = []
 @torch.library.register_fake("glf_fast::cpu_coupling_flow")
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: int, log_scale: int, constant: float, add_first: bool, inverse: bool, save: int, record: int,
+    activation: int, log_scale: int, constant: float, add_first: bool, inverse: bool, density: bool,
+    save: int, record: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix), len(x), record)
     return torch.empty_like(x), x.new_empty(len(x)), saved
@@ -19,7 +20,7 @@ def _(
 
 @torch.library.register_fake("glf_fast::cpu_coupling_flow_backward")
 def _(
-    grad_out: Tensor, grad_logdet: Tensor, out: Tensor, saved: Tensor, matrix: Tensor, unmatrix: Tensor | None,
+    grad_out: Tensor | None, grad_logdet: Tensor, out: Tensor, saved: Tensor, matrix: Tensor, unmatrix: Tensor | None,
     offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
     activation: int, log_scale: int, constant: float, add_first: bool, inverse: bool, save: int, parameters: bool,
 ) -> list[Tensor]:  # fmt: skip

@@ -18,6 +18,7 @@ class Options(NamedTuple):
     log_scale_constant: float | None
     add_first: bool
     inverse: bool
+    density: bool = False  # log N(z; 0, I) is added to the logdet
     autocast: str = ""  # of the conditioner's products: "bf16" or "fp16" under torch.autocast
 
     @property

@@ -17,7 +17,7 @@ __all__ = ["backward", "fits", "forward"]
 
 MAX_DIM, MAX_HIDDEN, MAX_LAYERS = 256, 512, 4
 
-OPTIONS = "str activation, str log_scale, float constant, bool add_first, bool inverse, str autocast"
+OPTIONS = "str activation, str log_scale, float constant, bool add_first, bool inverse, bool density, str autocast"
 torch.library.define(
     "glf_fast::triton_coupling_flow",
     "(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
@@ -47,12 +47,12 @@ def forward(
     options: Options,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, logdet and, with `keep`, the steps' inputs (K, B, D)."""
+    """Output, logdet (with options.density log N(out; 0, I) added) and, with `keep`, the steps' inputs (K, B, D)."""
     return ops.triton_coupling_flow.default(x, matrix, offset, weights, biases, context, *_code(options), keep)
 
 
 def backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     grad_logdet: Tensor,
     state: Tensor,
     saved: Tensor,
@@ -67,18 +67,21 @@ def backward(
 ) -> list[Tensor]:
     """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
 
-    Without `unmatrix` from the inputs that the forward kept, with it (`matrix` inverted) from the output `state`.
+    Without `unmatrix` from the inputs that the forward kept, with it (`matrix` inverted) from the output `state`, which
+    the density needs in any case: `grad_out` is None then.
     """
+    if grad_out is None:
+        grad_out = state
     start = saved if unmatrix is None else state
     return ops.triton_coupling_flow_backward.default(
         grad_out, grad_logdet, start, matrix, unmatrix, offset, weights, biases, context, *_code(options), parameters
     )
 
 
-def _code(options: Options) -> tuple[str, str, float, bool, bool, str]:
+def _code(options: Options) -> tuple[str, str, float, bool, bool, bool, str]:
     """OPTIONS of the operations."""
     o = options
-    return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.autocast
+    return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.density, o.autocast
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------
@@ -87,7 +90,8 @@ def _code(options: Options) -> tuple[str, str, float, bool, bool, str]:
 @torch.library.register_fake("glf_fast::triton_coupling_flow")
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, autocast: str, save: bool,
+    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
+    autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     saved = x.new_empty((len(matrix), *x.shape) if save else 0)
     return torch.empty_like(x), x.new_empty(len(x)), saved
@@ -97,7 +101,8 @@ def _(
 def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, autocast: str, parameters: bool,
+    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
+    autocast: str, parameters: bool,
 ) -> list[Tensor]:  # fmt: skip
     grads = [torch.empty_like(grad_out), grad_out.new_empty(0) if context is None else torch.empty_like(context)]
     return grads + [torch.empty_like(t) for t in (matrix, offset, *weights, *biases) if parameters]
@@ -106,26 +111,39 @@ def _(
 @torch.library.impl("glf_fast::triton_coupling_flow", ("cpu", "cuda"))
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, autocast: str, save: bool,
+    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
+    autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow import flow_forward
 
     options = _flow_options(x, (activation, log_scale, constant, add_first, inverse), autocast)
-    return flow_forward(x, matrix, offset, weights, biases, context, options, save)
+    return flow_forward(x, matrix, offset, weights, biases, context, options, density, save)
 
 
 @torch.library.impl("glf_fast::triton_coupling_flow_backward", ("cpu", "cuda"))
 def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, autocast: str, parameters: bool,
+    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
+    autocast: str, parameters: bool,
 ) -> list[Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow_backward import flow_backward
 
     options = _flow_options(grad_out, (activation, log_scale, constant, add_first, inverse), autocast)
     with torch.autocast(grad_out.device.type, enabled=False):  # the precision of its products is decided here
         return flow_backward(
-            grad_out, grad_logdet, state, matrix, unmatrix, offset, weights, biases, context, options, parameters
+            grad_out,
+            grad_logdet,
+            state,
+            matrix,
+            unmatrix,
+            offset,
+            weights,
+            biases,
+            context,
+            options,
+            density,
+            parameters,
         )
 
 

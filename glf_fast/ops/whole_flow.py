@@ -5,7 +5,6 @@ First derivatives come from the kernels, second ones from the reference. Argumen
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from glf_fast.ops import cpp, triton
 from glf_fast.ops.differentiate import differentiate
 from glf_fast.ops.options import Options
 
-__all__ = ["KERNELS", "coupling_flow", "density", "log_prob", "plu_log_prob"]
+__all__ = ["KERNELS", "coupling_flow", "log_prob", "plu_log_prob"]
 
 KERNELS = {"cpp": cpp, "triton": triton}
 ops = torch.ops.glf_fast
@@ -53,12 +52,12 @@ def log_prob(
     options: Options,
     reversible: bool,
 ) -> Tensor:
-    """`reference.coupling_flow_log_prob`."""
+    """`reference.coupling_flow_log_prob`; options.density is True."""
     if _differentiable(x, context, matrix, offset, logabsdet, *layers):
         maps = (matrix, offset, logabsdet)
         return _LogProb.apply(kernels, options, reversible, None, None, x, context, *maps, *layers)
-    z, logdet, _ = KERNELS[kernels].forward(x, matrix, offset, *_halves(layers), context, options, False)
-    return density(z, logdet, logabsdet)
+    _, density, _ = KERNELS[kernels].forward(x, matrix, offset, *_halves(layers), context, options, False)
+    return density + logabsdet
 
 
 def plu_log_prob(
@@ -72,7 +71,7 @@ def plu_log_prob(
     options: Options,
     reversible: bool,
 ) -> Tensor:
-    """`reference.plu_flow_log_prob`; `plu` holds lower, upper, log_diag, log_scale and bias."""
+    """`reference.plu_flow_log_prob`; options.density is True, `plu` holds lower, upper, log_diag, log_scale and bias."""
     return _LogProb.apply(kernels, options, reversible, permutation, sign, x, context, *plu, *layers)
 
 
@@ -82,12 +81,6 @@ def _differentiable(*tensors: Tensor | None) -> bool:
 
 def _halves(layers: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     return layers[: len(layers) // 2], layers[len(layers) // 2 :]
-
-
-def density(z: Tensor, logdet: Tensor, logabsdet: Tensor) -> Tensor:
-    """log N(z; 0, I) + logdet + logabsdet (B,)."""
-    constant = logabsdet - 0.5 * z.shape[1] * math.log(2 * math.pi)
-    return (logdet + constant).sub(z.square().sum(1), alpha=0.5)  # vecdot would be bfloat16 under autocast
 
 
 class _CouplingFlow(torch.autograd.Function):
@@ -151,12 +144,12 @@ class _LogProb(torch.autograd.Function):
             matrix, unmatrix, offset, logabsdet = ops.plu_assemble.default(
                 permutation, lower, upper, log_diag, sign, log_scale, bias, reversible
             )
-        z, logdet, saved = KERNELS[kernels].forward(
+        z, density, saved = KERNELS[kernels].forward(
             x, matrix, offset, *_halves(layers), context, options, not reversible
         )
         ctx.kernels, ctx.options, ctx.reversible = kernels, options, reversible
         ctx.save_for_backward(z, saved, matrix, unmatrix, offset, permutation, sign, x, context, *tensors)
-        return density(z, logdet, logabsdet.sum())
+        return density + logabsdet.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -172,7 +165,7 @@ class _LogProb(torch.autograd.Function):
         grad = grad.contiguous()
         parameters = any(needs[2:])
         grad_x, grad_context, *found = KERNELS[ctx.kernels].backward(
-            z * grad.neg().unsqueeze(1), grad, z, saved, matrix, unmatrix if ctx.reversible else None, offset,
+            None, grad, z, saved, matrix, unmatrix if ctx.reversible else None, offset,
             *_halves(layers), context, ctx.options, parameters,
         )  # fmt: skip
         grad_maps: Sequence[Tensor | None] = [None] * (len(tensors) - len(layers))

@@ -9,6 +9,7 @@ from glf_fast.reference.coupling_flow import (
     coupling_flow,
     coupling_flow_inverse,
     coupling_flow_log_prob,
+    log_normal,
     plu_flow_log_prob,
 )
 from glf_fast.reference.linear import (
@@ -33,6 +34,7 @@ __all__ = [
     "coupling_flow_log_prob",
     "fold_actnorm",
     "invertible_linear",
+    "log_normal",
     "log_scale",
     "lu_factor",
     "mlp",

@@ -13,7 +13,7 @@ from glf_fast.reference.affine_coupling import affine_coupling
 from glf_fast.reference.linear import Plu, plu_assemble
 from glf_fast.reference.mlp import mlp
 
-__all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "plu_flow_log_prob"]
+__all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "log_normal", "plu_flow_log_prob"]
 
 
 def coupling_flow(
@@ -88,6 +88,12 @@ def coupling_flow_inverse(
     return z, logdet
 
 
+def log_normal(z: Tensor) -> Tensor:
+    """log N(z; 0, I) (B,) of z (B, …)."""
+    z = z.flatten(1)
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
 def coupling_flow_log_prob(
     x: Tensor,
     A: Tensor,
@@ -103,8 +109,7 @@ def coupling_flow_log_prob(
     `logabsdet` is Σ_k log|det A_k|, a scalar tensor; `options` as there.
     """
     z, logdet = coupling_flow(x, A, c, weights, biases, context, **options)
-    normal = -0.5 * z.square().sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
-    return normal + logdet + logabsdet
+    return log_normal(z) + logdet + logabsdet
 
 
 def plu_flow_log_prob(

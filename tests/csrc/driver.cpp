@@ -131,7 +131,8 @@ struct Case {
       target.bias[i] = rest.back().data();
     }
     const Buffer<T> ones(B, T(1));
-    kernels.backward(flow, B, out.data(), context.data(), save, saved.data(), record, out.data(), ones.data(),
+    kernels.backward(flow, B, out.data(), context.data(), save, saved.data(), record,
+                     flow.density ? nullptr : out.data(), ones.data(),
                      grad_x.data(), grad_context.data(), &target, threads(n));
     Buffer<T> all = out;
     for (const auto* b : {&logdet, &grad_x, &grad_context, &grad_matrix, &grad_offset}) all.insert(all.end(), b->begin(), b->end());
@@ -153,6 +154,7 @@ void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double
   for (int option = 0; option < 7; ++option)
     for (const Shape& shape : shapes) {
       Case<T> c(shape, option);
+      c.flow.density = option % 2;
       for (const bool inverse : {false, true}) {
         c.direction(inverse);
         const Buffer<T> expected = c.run(generic, c.x, glf::Save::inputs, 1);

@@ -114,7 +114,7 @@ def test_opcheck() -> None:
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
     weights, biases = layers[:2], layers[2:]
     library = torch.ops.glf_fast
-    code = ("relu", "tanh", 2.0, False, False, "")
+    code = ("relu", "tanh", 2.0, False, False, False, "")
     for save in (False, True):
         torch.library.opcheck(library.triton_coupling_flow.default, (x, A, c, weights, biases, context, *code, save))
     out, logdet, saved = library.triton_coupling_flow(x, A, c, weights, biases, context, *code, True)
@@ -197,7 +197,7 @@ def test_the_workspace_stays_within_its_bound(monkeypatch) -> None:
     launch = coupling_flow_backward.launch
 
     def spy(kernel, programs, device, *args, **options):
-        *_, hidden, slopes, _, map_grad, rows, _, steps = args
+        *_, hidden, slopes, _, map_grad, _, rows, _, steps = args
         sizes.append(sum(t.numel() * t.itemsize for t in (hidden, slopes, map_grad)) + rows * steps * 3 * 4)
         launch(kernel, programs, device, *args, **options)
 

@@ -95,9 +95,9 @@ def test_opcheck() -> None:
     code = (0, 0, 2.0, False, False)
     for save, record in ((0, 0), (1, 5)):
         torch.library.opcheck(
-            library.cpu_coupling_flow.default, (x, A, c, weights, biases, context, *code, save, record)
+            library.cpu_coupling_flow.default, (x, A, c, weights, biases, context, *code, False, save, record)
         )
-    out, logdet, saved = library.cpu_coupling_flow(x, A, c, weights, biases, context, *code, 1, 5)
+    out, logdet, saved = library.cpu_coupling_flow(x, A, c, weights, biases, context, *code, False, 1, 5)
     torch.library.opcheck(
         library.cpu_coupling_flow_backward.default,
         (out, logdet, out, saved, A, None, c, weights, biases, context, *code, 1, True),
@@ -264,7 +264,7 @@ def test_arguments_that_do_not_belong_together_are_refused() -> None:
 
 def test_the_operations_themselves_refuse_shapes_that_do_not_fit() -> None:
     x, A, c, _, *layers = (t if t is None else t.detach() for t in tensors(3, 2, 5, 0, (7,)))
-    code = (0, 0, 2.0, False, False, 0, 0)
+    code = (0, 0, 2.0, False, False, False, 0, 0)
 
     def call(**changes: Tensor) -> None:
         given = {"x": x, "A": A, "c": c, "w": layers[1], "b": layers[2], **changes}
