@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import glf_fast
 from bench.cases import FlowCase
 from bench.check import SEED, exact_flow, why_wrong
+from bench.compiler import compiled
 
 __all__ = ["COMPILED", "LIBRARIES", "PLAIN", "Provider", "provider", "why_missing"]
 
@@ -46,7 +47,8 @@ class Provider:
 
     def run(self, mode: str, x: Tensor, context: Tensor | None) -> Tensor:
         """One pass of `mode` over the rows x; returns what a user would look at."""
-        torch.compiler.cudagraph_mark_step_begin()  # for reduce-overhead: what the last pass returned may be overwritten
+        if self.name == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # what the last pass returned may be overwritten
         with glf_fast.use_backend(self.backend) if self.backend else nullcontext():
             if mode == "log_prob":
                 with torch.no_grad():
@@ -82,7 +84,7 @@ class Provider:
 def why_missing(name: str, case: FlowCase) -> str:
     """Why a library cannot be measured on a case, or ""."""
     if name in LIBRARIES and importlib.util.find_spec(name) is None:
-        return f"{name} is not installed (make bench installs it)"
+        return f"{name} is not installed (bench/libraries.txt)"
     if name == "normflows" and case.context_dim:
         return "normflows' AffineCouplingBlock takes no context"
     return ""
@@ -132,8 +134,8 @@ def _eager(case: FlowCase, device: str) -> Provider:
 
 def _compile(case: FlowCase, device: str, mode: str | None = None) -> Provider:
     flow = case.flow(device)
-    log_prob = torch.compile(flow.log_prob, dynamic=False, mode=mode)
-    inverse = torch.compile(flow.inverse, dynamic=False, mode=mode)
+    log_prob = compiled(flow.log_prob, mode)
+    inverse = compiled(flow.inverse, mode)
 
     def sample(n: int, context: Tensor | None) -> Tensor:
         return inverse(torch.randn(n, case.dim, device=device), context)[0]

@@ -21,6 +21,7 @@ from bench.results import Key, Result, Results, read
 __all__ = ["Change", "compare", "main"]
 
 OURS = "glf_fast"
+NOT_TIMES = ("memory", "launches")
 ERRORS = 3.0  # standard errors: of 100 cases that did not change, one comparison in seven names one
 
 
@@ -57,7 +58,7 @@ def compare(before: Results, after: Results) -> list[Change]:
     pairs: dict[Key, tuple[list[float], list[float]]] = {}
     for key in sides[0].keys() & sides[1].keys():
         a, b = (side[key] for side in sides)
-        if OURS in a and OURS in b and "peak_bytes" not in a[OURS].info:
+        if OURS in a and OURS in b and key[0] not in NOT_TIMES:
             runs = len(a[OURS].medians), len(b[OURS].medians)
             others = [n for n in a.keys() & b.keys() if n != OURS and (len(a[n].medians), len(b[n].medians)) == runs]
             pairs[key] = relative(a, sorted(others)), relative(b, sorted(others))

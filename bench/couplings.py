@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.cases import CouplingCase
 from bench.check import why_wrong
+from bench.compiler import compiled
 from glf_fast import ops, reference, use_backend
 
 __all__ = ["PROVIDERS", "Coupling"]
@@ -22,7 +23,7 @@ class Coupling:
 
     def __init__(self, name: str, case: CouplingCase, device: str = "cpu", seed: int = 0) -> None:
         function: Callable[..., Any] = ops.affine_coupling if name == "glf_fast" else reference.affine_coupling
-        self.function = torch.compile(function, dynamic=False) if name == "compile" else function
+        self.function = compiled(function) if name == "compile" else function
         self.inputs = case.inputs(device, seed)
         with torch.no_grad(), use_backend("reference"):
             results = reference.affine_coupling(*self.inputs)

@@ -53,6 +53,7 @@ class Results:
     machine: dict[str, Any]  # with versions and commit
     date: str
     results: list[Result]
+    wrong: list[str] = field(default_factory=list)  # what is not right, or could not be measured, and so has no time
 
     def suite(self, name: str) -> list[Result]:
         """Those of one suite."""
@@ -76,7 +77,7 @@ def read(path: Path) -> Results:
     """A file that `write` wrote, or one of pytest-benchmark's: that without raw data and private details of the computer."""
     whole = json.loads(path.read_text())
     if "benchmarks" not in whole:
-        return Results(whole["machine"], whole["date"], [Result(**row) for row in whole["results"]])
+        return Results(whole["machine"], whole["date"], [Result(**row) for row in whole["results"]], whole["wrong"])
     machine = whole["machine_info"]
     cpu = machine.get("cpu", {})
     known = ("brand_raw", "arch", "l2_cache_size", "l3_cache_size")
@@ -117,4 +118,5 @@ def merge(files: Iterable[Results]) -> Results:
                 known[result.key, result.provider].medians += result.medians
             else:
                 first.results.append(result)
+        first.wrong += other.wrong
     return first

@@ -22,6 +22,8 @@ def page(found: Results) -> Iterator[str]:
     if runs > 1:
         yield ""
         yield f"{runs} runs. Times are the first run's; ratios are the first run's, with the range of all runs where it shows."
+    if found.wrong:
+        yield from ("", "Not timed:", "", *(f"* {what}" for what in found.wrong))
     for suite in dict.fromkeys(result.suite for result in found.results):
         groups = {key: rows for key, rows in found.groups().items() if key[0] == suite}
         yield from ("", f"## {HEADINGS.get(suite, suite)}", "")
@@ -70,7 +72,7 @@ def on_gpu(groups: Groups) -> Iterator[str]:
         yield f"### {case}, {mode} (batch {info['batch']}); floor {time(info['floor_s'])}"
         yield ""
         yield from header(
-            ["", "a call", "× glf_fast", "host", "graph, cold L2", "graph, warm", "of the rate", "launches", "peak MiB"]
+            ["", "a call", "× glf_fast", "host", "graph, cold L2", "graph, warm", "of the rate", "peak MiB"]
         )
         for name, row in sorted(rows.items(), key=lambda item: item[1].median):
             i = row.info
@@ -83,7 +85,6 @@ def on_gpu(groups: Groups) -> Iterator[str]:
                     time(i["host_s"]) if "host_s" in i else "",
                     *graphs,
                     f"{i['share_of_matrix_rate']:.0%}",
-                    str(i.get("launches", "")),
                     f"{i['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in i else "",
                 ]
             )
@@ -101,6 +102,14 @@ def memory(groups: Groups) -> Iterator[str]:
             for row in (rows[name] for name in names)
         ]
         yield line([str(rows[OURS].info["steps"]), *cells])
+
+
+def launches(groups: Groups) -> Iterator[str]:
+    """A row a case and mode, a column a provider: how many kernels, copies and fills a pass is."""
+    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
+    yield from header(["", *names])
+    for (_, case, mode), rows in groups.items():
+        yield line([f"{case}, {mode}", *(str(rows[n].info["launches"]) if n in rows else "" for n in names)])
 
 
 def coupling(groups: Groups) -> Iterator[str]:
@@ -180,9 +189,10 @@ def _with_column(groups: Groups, title: str, cell: Callable[[Result], str]) -> I
     names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
     yield from header(["", *names, *(f"{name}: {title}" for name in names)])
     for (_, case, mode), rows in groups.items():
-        shown = [name for name in names if name in rows]
-        times = [time(rows[name].median) + (f" ({ratio(rows, name)} ×)" if name != OURS else "") for name in shown]
-        yield line([f"{case}, {mode}", *times, *(cell(rows[name]) for name in shown)])
+        times = [
+            time(rows[n].median) + (f" ({ratio(rows, n)} ×)" if n != OURS else "") if n in rows else "" for n in names
+        ]
+        yield line([f"{case}, {mode}", *times, *(cell(rows[n]) if n in rows else "" for n in names)])
 
 
 HEADINGS = {
@@ -192,9 +202,9 @@ HEADINGS = {
     "grid": "Batch against width: 8 steps, two hidden layers (grid-D-H-batch)",
     "coupling": "Elementwise coupling of images (the floor is a copy of as many bytes)",
     "linear": "log|det| and inverse of batches of dense matrices (linear-K-D)",
-    "gpu_linear": "log|det| and inverse of batches of dense matrices: graphs replayed, cold L2",
     "apply": "Linear layers applied to vectors and images",
     "train_step": "Whole GLF steps: autoencoder, flow and optimizer of the presets",
+    "launches": "Launches of a pass: kernels, copies and fills",
     "memory": "Peak extra memory of a training pass: D 64, two hidden layers of 256, batch 4,096",
 }
 TABLES: dict[str, Callable[[Groups], Iterator[str]]] = {
@@ -203,4 +213,5 @@ TABLES: dict[str, Callable[[Groups], Iterator[str]]] = {
     "coupling": coupling,
     "train_step": train_step,
     "memory": memory,
+    "launches": launches,
 }

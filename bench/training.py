@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.check import why_wrong
+from bench.compiler import compiled
 from glf_fast import use_backend
 from glf_fast.config_files import load, preset_path
 from glf_fast.data import ImageDataset
@@ -39,18 +40,18 @@ class Step:
                 p.add_(0.05 * torch.randn_like(p))
         self.exact = self._exact()
         if name == "compile":
-            self.trainer.model = torch.compile(self.trainer.model, dynamic=False)  # type: ignore[assignment]
+            self.trainer.model = compiled(self.trainer.model)
 
     def run(self) -> dict[str, Tensor]:
         """A step; returns the losses."""
         with use_backend(self.backend):
             return self.trainer.step(self.images)
 
-    def why_wrong(self) -> str:
+    def why_wrong(self, precision: str = "highest") -> str:
         """What is wrong with the first step's loss, or the flow's gradients in it, or ""."""
         losses = self.run()
         gradients = [p.grad for p in self._flow_parameters() if p.grad is not None]
-        return why_wrong([losses["loss"], *gradients], self.exact)
+        return why_wrong([losses["loss"], *gradients], self.exact, precision)
 
     def _flow_parameters(self) -> list[nn.Parameter]:
         return self.trainer.model.parameter_groups()["flow"]
