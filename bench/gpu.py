@@ -27,6 +27,8 @@ from bench.baselines import COMPILED, LIBRARIES, Provider, provider, why_missing
 from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, SMALL_BATCH, CouplingCase, FlowCase
 from bench.couplings import PROVIDERS as COUPLING_PROVIDERS
 from bench.couplings import Coupling
+from bench.linear import BACKENDS, Linear, LinearCase
+from bench.linear import why_missing as why_linear_missing
 from bench.results import Result, Results, merge, read, stats, write
 from bench.training import IMAGES, Step
 from bench.training import PROVIDERS as STEP_PROVIDERS
@@ -129,6 +131,36 @@ def coupling(case: CouplingCase, mode: str, name: str) -> Result:
     return Result("coupling", case.name, mode, name, stats(times), info)
 
 
+def linear_jobs() -> Iterator[Job]:
+    """log|det| and inverse of dense matrices: ours, each library under torch.linalg, CuPy; large batches first."""
+    counts, dims = ((3,), (5,)) if clock is rehearsal else ((16384, 1024, 32, 8), (32, 64, 8, 16, 4, 128, 192, 48, 96))
+    for case in (LinearCase(count, dim) for count in counts for dim in dims):
+        for name in ("glf_fast", *BACKENDS, "CuPy"):
+            yield "linear", case.name, "forward", name, partial(linear, case, name)
+
+
+def linear(case: LinearCase, name: str) -> Result:
+    """Calls; of ours the kernel alone, from one graph over copies that are together larger than three L2 caches."""
+    if reason := why_linear_missing(name, clock.DEVICE, "forward"):
+        raise Missing(reason)
+    first = Linear(name, case, clock.DEVICE)
+    if wrong := first.why_wrong("forward"):
+        raise AssertionError(wrong)
+    calls, host = clock.call_times(partial(first.run, "forward"), SECONDS)
+    operations, size = case.operations("forward"), case.bytes("forward")
+    floor_s = max(operations / clock.matrix_rate("highest"), size / clock.bandwidth())
+    info = {
+        "batch": case.count, "dim": case.dim, "operations": operations, "bytes": size, "floor_s": floor_s,
+        "calls": stats(calls), "host_s": host,
+    }  # fmt: skip
+    times = calls
+    if name == "glf_fast":  # the others wait for the GPU, or ask it for memory, which no graph can hold
+        copies = [first, *(Linear(name, case, clock.DEVICE) for _ in range(1, clock.rotations(size)))]
+        times = clock.Graph(*(partial(c.run, "forward") for c in copies)).times(SECONDS, cold=False)
+    info["gflops"] = operations / statistics.median(times) / 1e9
+    return Result("linear", case.name, "forward", name, stats(times), info)
+
+
 def memory_jobs() -> Iterator[Job]:
     """Peak memory of a training pass against depth."""
     ways = (("glf_fast", "auto", False), ("glf_fast reversible", "auto", True), ("eager", "reference", False))
@@ -225,6 +257,7 @@ PARTS: dict[str, Callable[[], Iterator[Job]]] = {
     "compile": compile_jobs,
     "memory": memory_jobs,
     "coupling": coupling_jobs,
+    "linear": linear_jobs,
     "large": lambda: flow_jobs("gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), OURS_AND_EAGER),
     "train_step": step_jobs,
     "grid": lambda: flow_jobs("grid", list(GRID.values()), ("train",), OURS_AND_EAGER),

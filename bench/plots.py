@@ -26,6 +26,10 @@ COLOURS = {
     "normflows": "#7768ae",
     "nflows": "#30638e",
     "zuko": "#5fad56",
+    "torch.linalg": "#30638e",
+    "torch.linalg, cusolver": "#00798c",
+    "torch.linalg, magma": "#7768ae",
+    "CuPy": "#5fad56",
 }
 LABELS = {"compile": "torch.compile", "eager": "plain PyTorch"}
 STYLE: Any = {
@@ -120,6 +124,30 @@ def memory(found: Results) -> Figure | None:
     return _against_steps(found.suite("memory"), label, lambda r: r.info["peak_bytes"] / 2**20)
 
 
+def linear(found: Results) -> Figure | None:
+    """Time of log|det| and inverse of a matrix against its size, a panel a batch (the suite "linear")."""
+    results = [r for r in found.suite("linear") if r.mode == "forward"]
+    counts = sorted({r.info["batch"] for r in results})
+    if len({r.info["dim"] for r in results}) < 2:
+        return None
+    figure = Figure((1.5 + 2 * len(counts), 2.9), layout="constrained")
+    panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+    for count, axes in zip(counts, panels, strict=True):
+        here = [r for r in results if r.info["batch"] == count]
+        floors = {r.info["dim"]: 1e6 * r.info["floor_s"] / count for r in here}
+        axes.plot(*zip(*sorted(floors.items()), strict=True), ":", color="#66717e", label="floor")
+        _lines(axes, here, lambda r: r.info["dim"], lambda r: 1e6 * r.median / r.info["batch"])
+        axes.set_title(f"{count:,} matrices", loc="left", fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = [t for t in (4, 16, 64, 192) if t <= max(floors)]
+        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.set_xlabel("D")
+    panels[0].set_ylabel("log|det| and inverse, µs a matrix")
+    _legend(figure, panels[0])
+    return figure
+
+
 def _against_steps(results: list[Result], label: str, value: Callable[[Result], float]) -> Figure | None:
     if len({r.info["steps"] for r in results}) < 2:
         return None
@@ -162,4 +190,5 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     "batch": batch,
     "depth": depth,
     "memory": memory,
+    "linear": linear,
 }

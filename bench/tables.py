@@ -201,6 +201,8 @@ HEADINGS = {
     "depth": "Depth: D 64, two hidden layers of 256, batch 256",
     "grid": "Batch against width: 8 steps, two hidden layers (grid-D-H-batch)",
     "coupling": "Elementwise coupling of images (the floor is a copy of as many bytes)",
+    "linear": "log|det| and inverse of batches of dense matrices (linear-K-D)",
+    "apply": "Linear layers applied to vectors and images",
     "train_step": "Whole GLF steps: autoencoder, flow and optimizer of the presets",
     "launches": "Launches of a pass: kernels, copies and fills",
     "memory": "Peak extra memory of a training pass: D 64, two hidden layers of 256, batch 4,096",

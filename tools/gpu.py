@@ -42,6 +42,7 @@ PARTS = {
     "compile": 90,
     "memory": 30,
     "coupling": 45,
+    "linear": 45,
     "large": 30,
     "train_step": 50,
     "grid": 45,
