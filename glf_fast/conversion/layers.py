@@ -1,7 +1,9 @@
 """What a flow of any library is read into: affine maps, couplings, and layers that stay as they are.
 
-Readers (one file per library) return a list of these, first to last in the direction data → noise; `fuse` makes modules of it.
-All are on vectors x (B, D), row vectors. Tensors keep the dtype and the device of the flow that was read, detached.
+Readers (one file per library) return a list of these, first to last in the direction data → noise; `fuse` makes
+modules of it. All are on vectors x (B, D), row vectors. Tensors keep the dtype and the device of the flow that was
+read, and are *not* detached: as functions of the library's parameters they let autograd take gradients of the
+converted flow back to the library's parameters, which is how a conversion is checked.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Dense:
-    """y = x W + shift with W (D, D) and shift (D,). `regular`: the library's own parametrisation cannot make W singular (LU, QR)."""
+    """y = x W + shift with W (D, D) and shift (D,). `regular`: the library's own parametrisation cannot make W
+    singular (LU, QR).
+    """
 
     W: Tensor
     shift: Tensor
@@ -48,12 +52,13 @@ class Dense:
 
 @dataclass(frozen=True)
 class Conditioner:
-    """An MLP: (u, t) of T columns each from P passive columns and C of context; `activation` after all layers but the last.
+    """An MLP: (u, t) of T columns each from P passive columns and C of context; `activation` after all layers but the
+    last.
 
-    weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]. Whatever the library
-    multiplies u or t by is in the last layer already. `trained[i]`, as weights[i], and `trained_bias[i]`, as biases[i], are True where an
-    entry is a parameter that the library trains; where it is False (the zero blocks of two networks side by side, frozen parameters) the entry
-    keeps its value.
+    weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]. Whatever
+    the library multiplies u or t by is in the last layer already. `trained[i]`, as weights[i], and `trained_bias[i]`,
+    as biases[i], are True where an entry is a parameter that the library trains; where it is False (the zero blocks
+    of two networks side by side, frozen parameters) the entry keeps its value.
     """
 
     weights: list[Tensor]
@@ -65,11 +70,13 @@ class Conditioner:
 
 @dataclass(frozen=True)
 class Coupling:
-    """v → v·e^ℓ + t, or (v + t)·e^ℓ if `add_first`, with ℓ = f(u), v = x[:, transformed] and p = x[:, passive]; p stays.
+    """v → v·e^ℓ + t, or (v + t)·e^ℓ if `add_first`, with ℓ = f(u), v = x[:, transformed] and p = x[:, passive]; p
+    stays.
 
-    `passive` (P,) and `transformed` (T,) hold each of 0 … D−1 once; the output's columns keep the places of the input's. `undo`: data → noise
-    is the inverse of that map, as in libraries whose forward is noise → data and whose formula cannot be turned around. An additive
-    coupling has u = 0 with `trained` False in its columns, and log_scale "exp".
+    `passive` (P,) and `transformed` (T,) hold each of 0 … D−1 once; the output's columns keep the places of the
+    input's. `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose
+    formula cannot be turned around. An additive coupling has u = 0 with `trained` False in its columns, and log_scale
+    "exp".
     """
 
     passive: Tensor
@@ -83,7 +90,8 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Kept:
-    """A layer that stays as it is: `module(x, context)` and `module.inverse(z, context)`, data → noise and back, return (output, logdet (B,)).
+    """A layer that stays as it is: `module(x, context)` and `module.inverse(z, context)`, data → noise and back,
+    return (output, logdet (B,)).
 
     `module` is an adapter to the library's own layer, in this project's direction; `reason` says why it is not fused.
     """
