@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from glf_fast.conversion.layers import Conditioner, Unfusable
+from glf_fast.conversion.reading import parameters_of
 
 __all__ = ["read_mlp", "select_inputs", "select_outputs", "side_by_side", "without_scale"]
 
@@ -93,6 +94,8 @@ def side_by_side(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
     """
     if len(net_u.weights) != len(net_t.weights) or net_u.activation != net_t.activation:
         raise Unfusable("its networks for scale and shift differ in depth or activation")
+    if parameters_of(*net_u.weights, *net_u.biases) & parameters_of(*net_t.weights, *net_t.biases):
+        raise Unfusable("its networks for scale and shift share parameters")
     n = len(net_u.weights)
     return Conditioner(
         weights=[_beside(net_u.weights[i], net_t.weights[i], shared_input=i == 0) for i in range(n)],
