@@ -50,13 +50,24 @@ def check(library: nn.Module, reading: Reading, flow: Flow, sources: Sources) ->
         _compare_gradients(x, wanted, got, parameters, sources)
         with torch.no_grad():
             z, _ = flow(x, context)
-            _compare("the inverse of the converted flow's forward", flow.inverse(z, context)[0], x)
+            _compare_inverse("the inverse of the converted flow's forward", flow, z, context, x)
             if reading.inverse is not None:
                 z = torch.randn(len(x), reading.dim, dtype=torch.float64, generator=generator)
-                _compare("the inverse", flow.inverse(z, context)[0], reading.inverse(z, context))
+                _compare_inverse("the inverse", flow, z, context, reading.inverse(z, context))
         compared += len(x)
     if not compared:
         raise ConversionError("the library's own flow is not finite on random inputs: there is nothing to compare with")
+
+
+def _compare_inverse(what: str, flow: Flow, z: Tensor, context: Tensor | None, wanted: Tensor) -> None:
+    """A trained flow may be so steep that float64 cannot invert it: what a change of z by 1e-12 does is allowed, too."""
+    usable = wanted.isfinite().all(1)
+    if not usable.any():
+        return
+    z, wanted, context = z[usable], wanted[usable], None if context is None else context[usable]
+    got, _ = flow.inverse(z, context)
+    steepness = max((flow.inverse(z * (1 + e), context)[0] - got).abs().max().item() for e in (1e-12, -1e-12))
+    _compare(what, got, wanted, slack=steepness)
 
 
 def _compare_gradients(
@@ -80,9 +91,9 @@ def _compare_gradients(
         _compare(f"the gradient of log_prob with respect to {name}", total, zero if w is None else w)
 
 
-def _compare(what: str, got: Tensor, wanted: Tensor) -> None:
+def _compare(what: str, got: Tensor, wanted: Tensor, slack: float = 0.0) -> None:
     difference = (got - wanted).abs().max().item()
-    allowed = TOLERANCE * max(1.0, wanted.abs().max().item())
+    allowed = TOLERANCE * max(1.0, wanted.abs().max().item()) + slack
     if not difference <= allowed:  # nan is not
         raise ConversionError(
             f"the converted flow is not the same: {what} differs by {difference:.3g} ({allowed:.3g} is allowed). "

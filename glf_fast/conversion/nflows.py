@@ -109,7 +109,7 @@ def _log_scale(transform: Any) -> tuple[str, float]:
     n = transform.num_transform_features
     u = torch.linspace(-40, 40, 161, dtype=torch.float64)
     scale = transform._scale_and_shift(u[:, None].expand(-1, 2 * n))[0][:, 0]
-    for name, constant in (("nflows", scale[0].item()), ("nflows", 1e-3), ("glow", 2.0)):
+    for name, constant in (("nflows", 1e-3), ("nflows", scale[0].item()), ("glow", 2.0)):
         if torch.allclose(scale, log_scale(u, name, constant).exp(), rtol=1e-12, atol=1e-16):
             return name, constant
     raise Unfusable("its scale is not σ(u + 2) + ε")
