@@ -122,8 +122,9 @@ def read_layer(module: nn.Module, seen: Seen) -> list[Layer]:
     reader = _READERS.get(type(module).__name__)
     if reader is None or not type(module).__module__.startswith("FrEIA."):
         raise Unfusable("no kernel covers this kind of layer")
-    if len(module.dims_in) != 1 or len(module.dims_in[0]) != 1:  # type: ignore
-        raise Unfusable(f"it works on {module.dims_in}, not on one vector")
+    shapes: Any = module.dims_in  # ActNorm keeps the one shape itself
+    if not (len(shapes) == 1 and (isinstance(shapes[0], int) or len(shapes[0]) == 1)):
+        raise Unfusable(f"it works on {shapes}, not on one vector")
     layers = reader(module)
     return [
         replace(layer, conditioner=_widened(layer.conditioner, len(layer.passive), seen))

@@ -189,7 +189,7 @@ def test_refusals_name_the_layer(layers, base, message):
 def test_refusals_of_whole_flows():
     flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [block(4)])
     flow.q0.temperature = 0.7
-    with pytest.raises(ConversionError, match="temperature is 0.7"):
+    with pytest.raises(ConversionError, match=r"temperature is 0\.7"):
         read(flow)
     with pytest.raises(ConversionError, match="ClassCondFlow is not"):
         read(nf.ClassCondFlow(nf.distributions.DiagGaussian(4), []))
