@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, Permutation
 from glf_fast.conversion.reading import Reading
+from glf_fast.flow import Flow
 from glf_fast.reference import log_scale, mlp
 
 
@@ -98,6 +100,45 @@ def _check_reading(flow: nn.Module, reading: Reading, *, tolerance: float = 1e-9
         back, ldj = oracle.forward(x, context)
         torch.testing.assert_close(back, z, rtol=1e-7, atol=1e-7)
         torch.testing.assert_close(ldj, -logdet, rtol=1e-7, atol=1e-7)
+    _check_fused(flow, reading, tolerance=10 * tolerance)
+
+
+def _check_fused(flow: nn.Module, reading: Reading, *, tolerance: float = 1e-8) -> Flow:
+    """The fused flow's log_prob, inverse, and its gradients taken back to the library's parameters, in float64."""
+    context_dim = sum(reading.context_shape)
+    fused, sources = fuse(reading.layers, reading.dim, context_dim)
+    context = torch.randn(16, context_dim).double() if context_dim else None
+    x, weight = torch.randn(16, reading.dim).double().requires_grad_(), torch.randn(16).double()
+    ours, theirs = fused.log_prob(x, context), reading.log_prob(x, context)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        z = torch.randn(16, reading.dim).double()
+        expected = Oracle(reading.layers).inverse(z, context)
+        for got, want in zip(fused.inverse(z, context), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(weight @ theirs, [x, *parameters], retain_graph=True, allow_unused=True)
+    sources = [(p, value) for p, value in sources if p.requires_grad]
+    kept = [p for p in parameters if any(p is q for q in fused.parameters())]
+    grad_x, *grads = torch.autograd.grad(
+        weight @ ours, [x, *(p for p, _ in sources), *kept], allow_unused=True, materialize_grads=True
+    )
+    torch.testing.assert_close(grad_x, wanted[0], rtol=tolerance, atol=tolerance * float(wanted[0].abs().max()))
+    found = {id(p): g for p, g in zip(kept, grads[len(sources) :], strict=True)}
+    rest = [p for p in parameters if id(p) not in found]
+    values = [(value, g) for (_, value), g in zip(sources, grads, strict=False) if value.requires_grad]
+    back = (
+        torch.autograd.grad([v for v, _ in values], rest, [g for _, g in values], retain_graph=True, allow_unused=True)
+        if rest
+        else ()
+    )
+    found |= {id(p): g for p, g in zip(rest, back, strict=True)}
+    for p, want in zip(parameters, wanted[1:], strict=True):
+        got = found[id(p)]
+        got, want = (torch.zeros_like(p) if g is None else g for g in (got, want))
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * max(1.0, float(want.abs().max())))
+    return fused
 
 
 def _randomize(module: nn.Module, scale: float = 0.3) -> nn.Module:
@@ -113,6 +154,11 @@ def _randomize(module: nn.Module, scale: float = 0.3) -> nn.Module:
 @pytest.fixture
 def check_reading():
     return _check_reading
+
+
+@pytest.fixture
+def check_fused():
+    return _check_fused
 
 
 @pytest.fixture
