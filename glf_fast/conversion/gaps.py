@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from glf_fast.conversion.layers import Dense, Diagonal, Permutation
+from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, Permutation, Unfusable
 
-__all__ = ["Affine", "fold", "identity", "inverted"]
+__all__ = ["Affine", "fold", "identity", "inverted", "inverted_layers"]
 
 
 @dataclass(frozen=True)
@@ -139,3 +139,13 @@ def _settled(affine: Affine) -> Affine:
         b_trained=b_trained,
         c_trained=False,
     )
+
+
+def inverted_layers(layers: Sequence[Layer]) -> list[Layer]:
+    """The inverse of all layers, last to first; raises Unfusable for a layer that is kept."""
+    turned: list[Layer] = []
+    for layer in reversed(layers):
+        if isinstance(layer, Kept):
+            raise Unfusable(layer.reason)
+        turned.append(replace(layer, undo=not layer.undo) if isinstance(layer, Coupling) else inverted(layer))
+    return turned

@@ -142,7 +142,7 @@ def _steps(module: nn.Module) -> Iterator[Step]:
     elif type(module).forward is nn.Sequential.forward:
         for child in module.children():
             yield from _steps(child)
-    elif name == "MLP" and type(module).__module__ == "nflows.nn.nets.mlp":
+    elif _is_nflows_mlp(module):
         yield from _nflows_mlp(module)
     elif next(module.children(), None) is None:
         raise Unfusable(f"{module} is neither a linear layer nor one of the activations that are covered")
@@ -152,6 +152,10 @@ def _steps(module: nn.Module) -> Iterator[Step]:
 
 def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (type(module).__module__, type(module).__name__) == ("zuko.nn", "Linear")
+
+
+def _is_nflows_mlp(module: nn.Module) -> bool:
+    return (type(module).__module__, type(module).__name__) == ("nflows.nn.nets.mlp", "MLP")
 
 
 def _activation(module: nn.Module) -> str | None:
@@ -197,9 +201,11 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
     output.
     """
     name = type(module).__name__
+    if "Residual" in name or "ResNet" in name:  # likely, and worth a reason of its own
+        raise Unfusable(f"{name} is residual; plain MLPs are fused")
     tracer = fx.Tracer()
     # Layers that are known are not traced into.
-    tracer.is_leaf_module = lambda m, _: m.__module__.startswith("torch.nn") or _is_linear(m)  # type: ignore
+    tracer.is_leaf_module = lambda m, _: m.__module__.startswith("torch.nn") or _is_linear(m) or _is_nflows_mlp(m)  # type: ignore
     try:
         graph = tracer.trace(module)
     except Exception as error:  # whatever a user's forward does with a proxy
