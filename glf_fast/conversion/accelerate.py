@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.check import check
@@ -125,7 +124,9 @@ def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place
             continue
         launches = sum(isinstance(module, CouplingFlow) for module in fused.modules())
         report.replaced.append(Replaced(where, type(flow).__name__, names[0], names[-1], couplings, launches))
-        replacements.append((start, stop, place.adapt(fused, modules)))
+        adapter = place.adapt(fused, modules)
+        adapter.training = modules[0].training
+        replacements.append((start, stop, adapter))
     for part in parts:
         for layer in part:
             if isinstance(layer, Kept):
@@ -155,7 +156,8 @@ def _read(place: Place) -> list[list[Layer]]:
 
 def _runs(parts: Sequence[Sequence[Layer]], conditions: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
     """Longest ranges of modules that are all read, and of which those with conditions have the same ones."""
-    start, given = 0, ()
+    start = 0
+    given: tuple[int, ...] = ()
     for i, part in enumerate(parts):
         kept = any(isinstance(layer, Kept) for layer in part)
         if kept or (conditions[i] and given and conditions[i] != given):
@@ -174,8 +176,12 @@ def _fused(place: Place, modules: Sequence[nn.Module]) -> Flow:
         copies = copy.deepcopy(nn.ModuleList(modules)).cpu().double().eval()
     except RuntimeError as error:  # modules that keep a tensor of their last call, with its graph
         raise Unfusable(f"cannot be copied to compare with ({error})") from error
+    for module in copies.modules():
+        if hasattr(module, "using_cache"):
+            module.using_cache = False  # type: ignore[assignment]  # what it holds is of the original, in another dtype
     layers = [layer for module in copies for layer in place.read(module)]
-    context_dim = max(len(layer.conditioner.weights[0]) - len(layer.passive) for layer in layers if _is(layer))
+    couplings = [layer for layer in layers if isinstance(layer, Coupling)]
+    context_dim = max(len(c.conditioner.weights[0]) - len(c.passive) for c in couplings)
     fused, sources = fuse(layers, place.dim, context_dim)
     chain = [place.keep(module) for module in copies]
 
@@ -190,10 +196,6 @@ def _fused(place: Place, modules: Sequence[nn.Module]) -> Flow:
     check(copies, reading, fused.eval(), sources)
     like = next(p for module in modules for p in module.parameters() if p.is_floating_point())
     return fused.to(like.device, like.dtype).train(modules[0].training)
-
-
-def _is(layer: Layer) -> bool:
-    return isinstance(layer, Coupling)
 
 
 def _used_elsewhere(model: nn.Module, flow: nn.Module, modules: Sequence[nn.Module]) -> bool:

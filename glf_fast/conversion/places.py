@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +55,11 @@ def place_of(module: nn.Module) -> Place | None:
 
 def _normflows(flow: Any) -> Place:
     named = list(normflows.named_layers(flow.flows))
-    dim = next((d for d in (normflows.columns(module) for _, module in named) if d is not None), None)
-    if dim is None:
-        raise ConversionError("none of its layers is one on vectors that is covered")
+    # 0 where no layer says so: then there is none that could be read.
+    dim = next((d for d in (normflows.columns(module) for _, module in named) if d is not None), 0)
 
     def put(replacements: Sequence[Replacement]) -> None:
-        flow.flows = nn.ModuleList(reversed(_replaced([m for _, m in named], replacements)))
+        flow.flows = _list(reversed(_replaced([m for _, m in named], replacements)), flow.flows)
 
     return Place(
         named=named,
@@ -84,7 +83,7 @@ def _nflows(flow: Any) -> Place:
         if len(named) == 1 and flow._transform is named[0][1]:
             (flow._transform,) = modules
         else:
-            flow._transform._transforms = nn.ModuleList(modules)
+            flow._transform._transforms = _list(modules, flow._transform._transforms)
 
     return Place(
         named=named,
@@ -111,7 +110,7 @@ def _zuko(flow: Any) -> Place:
         if len(named) == 1 and flow.transform is named[0][1]:
             (flow.transform,) = modules
         else:
-            flow.transform.transforms = nn.ModuleList(modules)
+            flow.transform.transforms = _list(modules, flow.transform.transforms)
 
     return Place(
         named=named,
@@ -160,7 +159,7 @@ def _put_in_sequence(inn: Any, blocks: Sequence[freia.Block], replacements: Sequ
         conditions.append(given[0] if given else None)
         shapes.append(inn.shapes[0])
         i = stop
-    inn.module_list = nn.ModuleList(_replaced([block.module for block in blocks], replacements))
+    inn.module_list = _list(_replaced([block.module for block in blocks], replacements), inn.module_list)
     inn.conditions, inn.shapes = conditions, shapes
 
 
@@ -171,10 +170,17 @@ def _put_in_graph(inn: Any, replacements: Sequence[Replacement]) -> None:
     for start, stop, adapter in replacements:
         holder = next((i for i in range(start, stop) if chain[i].conditions), start)
         for i in range(start, stop):
-            originals[i] = adapter if i == holder else adapters.PassedOn()
+            originals[i] = adapter if i == holder else adapters.PassedOn().train(adapter.training)
     for node, module in zip(chain, originals, strict=True):
         node.module = module
-    inn.module_list = nn.ModuleList(originals)
+    inn.module_list = _list(originals, inn.module_list)
+
+
+def _list(modules: Iterable[nn.Module], instead_of: nn.Module) -> nn.ModuleList:
+    """In the same mode; the modules keep theirs."""
+    new = nn.ModuleList(modules)
+    new.training = instead_of.training
+    return new
 
 
 def _replaced(modules: Sequence[nn.Module], replacements: Sequence[Replacement]) -> list[nn.Module]:
