@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.check import check
@@ -102,7 +103,9 @@ def accelerate(model: nn.Module) -> Report:
             report.left.append(Left(name, type(module).__name__, str(reason)))
             continue
         if place is not None:
-            _accelerate_flow(model, module, name, place, report)
+            # Gradients are compared and graphs followed, wherever this is called.
+            with torch.inference_mode(False), torch.enable_grad():
+                _accelerate_flow(model, module, name, place, report)
     return report
 
 
