@@ -1,6 +1,7 @@
 """glf_fast: fast affine-coupling normalizing flows, and Generative Latent Flow on top of them.
 
-Importing needs torch alone and touches no GPU, compiler or network. `GLF` and `convert` are loaded when first asked for.
+Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert` and `accelerate` are loaded when
+first asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from glf_fast.ops import backends, use_backend
 
 if TYPE_CHECKING:
     from glf_fast.conversion import convert
+    from glf_fast.conversion.accelerate import accelerate
     from glf_fast.models.glf import GLF
 
 __version__ = _version("glf_fast")
@@ -36,6 +38,7 @@ __all__ = [
     "Inverse",
     "InvertibleLinear",
     "SequentialFlow",
+    "accelerate",
     "backends",
     "convert",
     "rnvp_flow",
@@ -52,4 +55,8 @@ def __getattr__(name: str) -> Any:
         from glf_fast.conversion import convert
 
         return convert
+    if name == "accelerate":
+        from glf_fast.conversion.accelerate import accelerate
+
+        return accelerate
     raise AttributeError(f"module 'glf_fast' has no attribute {name!r}")
