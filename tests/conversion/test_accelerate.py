@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 
 import FrEIA.framework as ff
 import FrEIA.modules as fm
@@ -351,6 +353,15 @@ def test_nothing_to_replace():
     composite = nt.CompositeTransform([nt.LULinear(3), nt.LULinear(3)])
     (left,) = accelerate(nn.ModuleDict({"net": mlp(2, 2), "alone": composite})).left
     assert left.where == "alone" and "not in a flow" in left.reason
+
+
+def test_no_library_is_imported():
+    code = (
+        "import sys, torch, glf_fast; print(glf_fast.accelerate(torch.nn.Linear(1, 1)));"
+        "sys.exit(bool({'normflows', 'nflows', 'zuko', 'FrEIA'} & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("Nothing was replaced.")
 
 
 def branching_graph():
