@@ -8,7 +8,18 @@ from __future__ import annotations
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from glf_fast.flow import MLP, ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow, rnvp_flow
+from glf_fast.flow import (
+    MLP,
+    ActNorm,
+    AffineCoupling,
+    CouplingFlow,
+    Flow,
+    FlowDistribution,
+    FlowTransform,
+    InvertibleLinear,
+    SequentialFlow,
+    rnvp_flow,
+)
 from glf_fast.ops import backends, use_backend
 
 if TYPE_CHECKING:
@@ -22,6 +33,8 @@ __all__ = [
     "AffineCoupling",
     "CouplingFlow",
     "Flow",
+    "FlowDistribution",
+    "FlowTransform",
     "InvertibleLinear",
     "SequentialFlow",
     "backends",
