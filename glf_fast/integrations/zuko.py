@@ -11,7 +11,7 @@ __all__ = ["Flow"]
 
 
 class Flow(nn.Module):
-    """A flow of ours that is called as zuko's: `flow(c).log_prob(x)`, `flow(c).sample((n,))`, `flow().rsample_and_log_prob(())`.
+    """A flow of ours that is called as zuko's: `flow(c).log_prob(x)`, `flow().sample((n,))`, `flow(c).rsample_and_log_prob()`.
 
     Args:
         flow: the flow.
