@@ -1,35 +1,23 @@
-"""Two moons with sbi's NPE: its default estimator and ours, the same simulations, posterior quality and wall time.
+"""Two moons with sbi's NPE: the task, its exact posterior, training and quality of an estimator.
 
-    python -m bench.two_moons [--out FILE] [--seeds 5]        # some minutes, alone on the machine
-
-Quality is C2ST, the accuracy of a classifier that tells posterior samples from exact ones (0.5 is perfect), by sbi's own
-function, averaged over observations. Time is that of `NPE.train()`, with sbi's default settings, until its own stopping rule.
-The task is two moons of arXiv:2101.04653, appendix T.8, whose posterior can be sampled exactly.
+The task is that of "Benchmarking simulation-based inference" (arXiv:2101.04653), appendix T.8, whose posterior can be sampled
+exactly.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.machine import machine
+__all__ = ["OBSERVATIONS", "c2st", "exact_posterior", "simulate", "train"]
 
-__all__ = ["ESTIMATORS", "OBSERVATIONS", "exact_posterior", "main", "simulate", "train"]
-
-# Seven observations over the range of what the simulator makes.
+# Over the range of what the simulator makes.
 OBSERVATIONS = torch.tensor([[0.0, 0.0], [-0.4, 0.3], [-0.8, -0.2], [-0.2, -0.6], [-0.6, 0.6]])
-ESTIMATORS = ("sbi", "glf_fast")
 
 
 def _crescent(n: int) -> Tensor:
@@ -54,13 +42,6 @@ def exact_posterior(x: Tensor, n: int) -> Tensor:
     return torch.cat(found)[:n]
 
 
-def estimator(name: str) -> Any:
-    """What NPE takes as `density_estimator`: sbi's default, or ours."""
-    from glf_fast.integrations.sbi import coupling_flow
-
-    return "maf" if name == "sbi" else coupling_flow()
-
-
 def train(density_estimator: Any, seed: int, simulations: int, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """A posterior from that many simulations, and what it took."""
     from sbi.inference import NPE
@@ -83,81 +64,12 @@ def train(density_estimator: Any, seed: int, simulations: int, **settings: Any) 
     }
 
 
-def quality(posterior: Any, observations: Tensor, n: int) -> list[float]:
-    """C2ST at each observation, of n samples against n exact ones."""
-    from sbi.utils.metrics import c2st
+def c2st(posterior: Any, n: int) -> float:
+    """Accuracy of a classifier that tells n posterior samples from n exact ones (0.5 is perfect), mean of the observations."""
+    from sbi.utils import metrics
 
     scores = []
-    for x in observations:
+    for x in OBSERVATIONS:
         samples = posterior.sample((n,), x=x[None], show_progress_bars=False)
-        scores.append(float(c2st(exact_posterior(x, n), samples)))
-    return scores
-
-
-def measure(
-    make: Callable[[str], Any], names: Sequence[str], seeds: int, simulations: int, samples: int, observations: Tensor
-) -> dict[str, list[dict[str, Any]]]:
-    """Every estimator's runs, one a seed; in turn, so that a machine's noise meets all of them."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for seed in range(seeds):
-        for name in names if seed % 2 == 0 else reversed(names):
-            posterior, run = train(make(name), seed, simulations)
-            run["c2st"] = statistics.mean(quality(posterior, observations, samples))
-            runs[name].append(run)
-            print(
-                f"seed {seed}, {name}: C2ST {run['c2st']:.3f}, {run['seconds']:.1f} s, {run['epochs']} epochs, "
-                f"−log q {run['loss']:.3f}",
-                flush=True,
-            )
-    return runs
-
-
-def results(runs: dict[str, list[dict[str, Any]]], simulations: int) -> list[dict[str, Any]]:
-    """Rows in the scheme of `bench.results`: seconds of training as stats, the rest as info."""
-    rows = []
-    for name, found in runs.items():
-        seconds = [run["seconds"] for run in found]
-        quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-        scores = [run["c2st"] for run in found]
-        rows.append(
-            {
-                "name": f"two-moons-{name}",
-                "stats": {
-                    "min": min(seconds), "q1": quartiles[0], "median": quartiles[1], "q3": quartiles[2],
-                    "max": max(seconds), "rounds": len(seconds),
-                },
-                "info": {
-                    "case": "two-moons", "mode": "npe", "provider": name, "threads": torch.get_num_threads(),
-                    "simulations": simulations, "batch": 200, "parameters": found[0]["parameters"],
-                    "c2st": statistics.mean(scores), "c2st_runs": scores, "epochs": [run["epochs"] for run in found],
-                    "loss": [run["loss"] for run in found],
-                },
-            }
-        )  # fmt: skip
-    return rows
-
-
-def main() -> None:
-    """See the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m bench.two_moons", description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--simulations", type=int, default=10_000)
-    parser.add_argument("--samples", type=int, default=2_000)
-    arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
-    warnings.filterwarnings("ignore", module="sbi|sklearn")
-    runs = measure(estimator, ESTIMATORS, arguments.seeds, arguments.simulations, arguments.samples, OBSERVATIONS)
-    rows = results(runs, arguments.simulations)
-    for row in rows:
-        scores = row["info"]["c2st_runs"]
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        print(
-            f"{row['info']['provider']}: C2ST {row['info']['c2st']:.3f} ± {spread:.3f}, {row['stats']['median']:.1f} s of training"
-        )
-    if arguments.out:
-        arguments.out.write_text(json.dumps({**machine(), "results": rows}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        scores.append(float(metrics.c2st(exact_posterior(x, n), samples)))
+    return statistics.mean(scores)
