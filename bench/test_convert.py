@@ -50,7 +50,8 @@ def pair(library: str, case: FlowCase) -> Pair:
     original.run("log_prob", *replace(case, batch=256).inputs())
     with torch.no_grad():
         for p in original.module.parameters():
-            p.add_(0.01 * torch.randn_like(p))
+            if p.requires_grad:  # FrEIA's permutations are parameters that are not trained
+                p.add_(0.01 * torch.randn_like(p))
     flow = convert(original.module)
     return Pair(original, Provider("glf_fast", flow, flow.log_prob, lambda n, c: flow.sample(n, c), "cpu", "auto"))
 
