@@ -18,7 +18,7 @@ from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, L
 from glf_fast.conversion.mlp import read_mlp, select_outputs, side_by_side, without_scale
 from glf_fast.conversion.reading import ConversionError, Reading, read_each
 
-__all__ = ["Block", "KeptBlock", "blocks", "read", "read_layer", "seen_context"]
+__all__ = ["Block", "KeptBlock", "blocks", "keep_alone", "own_context", "read", "read_layer"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def read(inn: Any) -> Reading:
         for index, dims in zip(block.conditions, block.module.dims_c, strict=True):  # type: ignore[arg-type]
             if len(dims) != 1 or widths.setdefault(index, dims[0]) != dims[0]:
                 raise ConversionError(f"{block.name}: condition {index} is not one vector: {dims}")
-    seen = {id(block.module): seen_context(block.conditions, widths) for block in chain}
+    seen = {id(block.module): _seen_context(block.conditions, widths) for block in chain}
     names = {id(block.module): block.name for block in chain}
     layers = read_each(
         [(block.name, block.module) for block in chain],
@@ -107,7 +107,7 @@ class Seen:
     width: int
 
 
-def seen_context(conditions: Sequence[int], widths: dict[int, int]) -> Seen:
+def _seen_context(conditions: Sequence[int], widths: dict[int, int]) -> Seen:
     """The columns of those conditions, where the context has all conditions of `widths` (index → columns) in order."""
     start = 0
     columns: dict[int, range] = {}
@@ -115,6 +115,17 @@ def seen_context(conditions: Sequence[int], widths: dict[int, int]) -> Seen:
         columns[index] = range(start, start + widths[index])
         start += widths[index]
     return Seen(tuple(column for index in conditions for column in columns[index]), start)
+
+
+def own_context(module: Any) -> Seen:
+    """For a module on its own: the context is its own conditions, in its own order."""
+    width = sum(_part_widths(module))
+    return Seen(tuple(range(width)), width)
+
+
+def keep_alone(module: nn.Module) -> nn.Module:
+    """A module as a layer whose context is its own conditions."""
+    return KeptBlock(module, own_context(module), _part_widths(module), type(module).__name__)
 
 
 def read_layer(module: nn.Module, seen: Seen) -> list[Layer]:

@@ -140,7 +140,8 @@ def _steps(module: nn.Module) -> Iterator[Step]:
             raise Unfusable(f"{name} is a stack of linear layers")
         yield module.weight, module.bias
     elif type(module).forward is nn.Sequential.forward:
-        for child in module.children():
+        for child in module._modules.values():  # children() leaves out a module that comes again, as activations do
+            assert child is not None
             yield from _steps(child)
     elif _is_nflows_mlp(module):
         yield from _nflows_mlp(module)

@@ -34,7 +34,7 @@ class KeptTransform(nn.Module):
 
 
 def read(flow: Any) -> Reading:
-    """An `nflows.flows.Flow` on vectors whose base is a standard or a diagonal normal."""
+    """An `nflows.flows.Flow` on vectors whose base is a standard or a diagonal normal; its caches are switched off."""
     base = flow._distribution
     if type(base).__name__ not in ("StandardNormal", "DiagonalNormal"):
         raise ConversionError(f"base distribution {type(base).__name__}: StandardNormal and DiagonalNormal are covered")
@@ -43,7 +43,7 @@ def read(flow: Any) -> Reading:
     dim = base._shape[0]
     for module in flow.modules():
         if hasattr(module, "using_cache"):
-            module.cache.invalidate()  # of a copy in another dtype
+            module.use_cache(False)  # its cache is of the dtype that the flow had, and is made in float32
     layers = read_each(transforms(flow._transform), lambda t: read_transform(t, dim), KeptTransform)
     if type(base).__name__ == "DiagonalNormal":
         mean, log_std = base.mean_[0], base.log_std_[0]

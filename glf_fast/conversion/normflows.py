@@ -16,7 +16,7 @@ from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, L
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, side_by_side, without_scale
 from glf_fast.conversion.reading import ConversionError, Reading, read_each
 
-__all__ = ["KeptLayer", "named_layers", "read", "read_layer"]
+__all__ = ["KeptLayer", "columns", "named_layers", "read", "read_layer"]
 
 
 def read(flow: Any) -> Reading:
@@ -66,6 +66,27 @@ def read_layer(module: nn.Module, dim: int) -> list[Layer]:
     if reader is None or not type(module).__module__.startswith("normflows."):
         raise Unfusable("no kernel covers this kind of layer")
     return reader(module, dim)
+
+
+def columns(module: Any) -> int | None:
+    """How many columns a layer works on, where it says so: normflows' flows do not."""
+    kind = type(module).__name__
+    if kind in ("ActNorm", "AffineConstFlow"):
+        return module.s.shape[1] if module.s.ndim == 2 else None
+    if kind in ("InvertibleAffine", "Permute"):
+        return module.num_channels
+    if kind == "LULinearPermute":
+        return module.linear.features
+    if kind == "MaskedAffineFlow":
+        return module.b.numel() if module.b.ndim == 2 else None
+    if kind == "AffineCouplingBlock":
+        try:
+            net = read_mlp(module.flows[1].param_map)
+        except Unfusable:
+            return None
+        outputs = net.weights[-1].shape[1]
+        return net.weights[0].shape[0] + (outputs // 2 if module.flows[1].scale else outputs)
+    return None
 
 
 class KeptLayer(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.layers import Conditioner, Kept, Layer, Unfusable
 
-__all__ = ["ConversionError", "Reading", "parameters_of", "read_each"]
+__all__ = ["ConversionError", "Reading", "parameters_of", "read_each", "read_parts"]
 
 
 class ConversionError(ValueError):
@@ -42,7 +42,16 @@ def read_each(
     read: Callable[[nn.Module], list[Layer]],
     keep: Callable[[nn.Module], nn.Module],
 ) -> list[Layer]:
-    """The layers of the library's modules, in the order given (data → noise).
+    """The layers of the library's modules, in the order given (data → noise); as `read_parts`, in one list."""
+    return [layer for part in read_parts(named_modules, read, keep) for layer in part]
+
+
+def read_parts(
+    named_modules: Iterable[tuple[str, nn.Module]],
+    read: Callable[[nn.Module], list[Layer]],
+    keep: Callable[[nn.Module], nn.Module],
+) -> list[list[Layer]]:
+    """The layers of each of the library's modules, in the order given (data → noise).
 
     Args:
         named_modules: name, for messages, and module of each of the library's layers.
@@ -53,7 +62,7 @@ def read_each(
     """
     named = list(named_modules)
     owners = Counter(p for _, module in named for p in {id(p) for p in module.parameters() if p.requires_grad})
-    layers: list[Layer] = []
+    parts: list[list[Layer]] = []
     for name, module in named:
         try:
             if any(owners[id(p)] > 1 for p in module.parameters()):
@@ -64,8 +73,8 @@ def read_each(
                 raise Unfusable("uses a network more than once; stacking would untie the uses")
         except Unfusable as reason:
             part = [Kept(keep(module), f"{name} ({type(module).__name__}): {reason}")]
-        layers += part
-    return layers
+        parts.append(part)
+    return parts
 
 
 def parameters_of(*tensors: Tensor) -> set[int]:

@@ -50,14 +50,13 @@ def read(flow: Any) -> Reading:
         shapes = f"batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}"
         raise ConversionError(f"a base of {shapes}: flows on vectors are covered")
     dim = base.event_shape[0]
-    named = list(transforms(flow.transform))
-    layers = read_each(named, lambda transform: read_transform(transform, dim), KeptTransform)
+    layers = read_each(transforms(flow.transform), lambda transform: read_transform(transform, dim), KeptTransform)
     if normal.loc.any() or (normal.scale != 1).any() or normal.loc.requires_grad or normal.scale.requires_grad:
         trained = normal.loc.requires_grad or normal.scale.requires_grad
         layers.append(Diagonal(-normal.scale.log(), -normal.loc / normal.scale, trained))
     contexts = {
         module.hyper[0].weight.shape[1] - int(module.mask.sum())  # type: ignore[index, union-attr, operator]
-        for _, module in named
+        for module in flow.modules()
         if type(module).__name__ == "GeneralCouplingTransform"
     }
 
@@ -112,7 +111,7 @@ def _coupling(transform: Any) -> Coupling:
     # ℓ → |ln slope| as a → ∞: the slope of this object, whose default differs from release to release.
     probe = torch.tensor([1e300, -40.0, -3.0, -0.1, 0.0, 0.2, 5.0, 30.0], dtype=torch.float64)
     log_scales = transform.univariate(torch.zeros_like(probe), probe).log_scale
-    slope = math.exp(-log_scales[0].item())
+    slope = float(f"{math.exp(-log_scales[0].item()):.12g}")  # the exponential of a logarithm is off in the last digits
     if not torch.allclose(log_scales, log_scale(probe, "softclip", slope), rtol=1e-9, atol=1e-12):
         raise Unfusable("its log-scale is not a / (1 + |a / ln slope|)")
     order = torch.cat([torch.arange(1, 2 * T, 2), torch.arange(0, 2 * T, 2)])  # zuko has [t₀, a₀, t₁, a₁, …]
