@@ -63,7 +63,8 @@ def main() -> None:
     torch.save(model.state_dict(), arguments.out / "normflows.pt")
 
     flow = convert(model)
-    print(flow)
+    layers = [type(layer).__name__ for layer in getattr(flow, "layers", [flow])]
+    print(f"{len(model.flows)} layers of normflows became {' + '.join(layers)}")
     x = swiss_rolls(1000)
     with torch.no_grad():
         exact = real_nvp(6, layers=8, hidden=64).double()
@@ -76,7 +77,7 @@ def main() -> None:
     for name, theirs, ours in (
         ("log_prob", lambda: model.log_prob(x), lambda: flow.log_prob(x)),
         ("sample", lambda: model.sample(256), lambda: flow.sample(256)),
-        ("training", lambda: model.forward_kld(x).backward(), lambda: -flow.log_prob(x).mean().backward()),
+        ("training", lambda: model.forward_kld(x).backward(), lambda: (-flow.log_prob(x).mean()).backward()),
     ):
         with torch.set_grad_enabled(name == "training"):
             before, after = milliseconds(theirs, repeats), milliseconds(ours, repeats)

@@ -21,20 +21,6 @@ from tqdm import trange
 from glf_fast import ActNorm, AffineCoupling, InvertibleLinear, SequentialFlow
 
 
-class Squeeze(nn.Module):
-    """(B, 1, 8, 8) → (B, 4, 4, 4), or back: a layer is any module whose `forward` and `inverse` return (output, logdet)."""
-
-    def __init__(self, back: bool = False) -> None:
-        super().__init__()
-        self.there, self.back = (nn.PixelShuffle(2), nn.PixelUnshuffle(2))[:: 1 if back else -1]
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.there(x), x.new_zeros(len(x))
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.back(z), z.new_zeros(len(z))
-
-
 def conditioner(n_in: int, width: int, n_out: int) -> nn.Sequential:
     """3 × 3, 1 × 1, 3 × 3 convolutions, the last one starting at zero."""
     first, last = nn.Conv2d(n_in, width, 3, padding=1), nn.Conv2d(width, n_out, 3, padding=1)
@@ -44,11 +30,11 @@ def conditioner(n_in: int, width: int, n_out: int) -> nn.Sequential:
 
 
 def glow(steps: int, width: int) -> SequentialFlow:
-    """Steps of ActNorm, 1 × 1 convolution and coupling on the squeezed image."""
+    """Steps of ActNorm, 1 × 1 convolution and coupling on squeezed images (B, 4, 4, 4)."""
     layers: list[nn.Module] = []
     for _ in range(steps):
         layers += [ActNorm(4), InvertibleLinear(4), AffineCoupling(4, conditioner(2, width, 4))]
-    return SequentialFlow([Squeeze(), *layers, Squeeze(back=True)], (1, 8, 8))
+    return SequentialFlow(layers, (4, 4, 4))
 
 
 def main() -> None:
@@ -61,7 +47,7 @@ def main() -> None:
     torch.manual_seed(0)
     levels = torch.tensor(load_digits().images, dtype=torch.float32)[torch.randperm(1797)]
     train, test = levels.clamp(max=15)[:, None].split([1500, 297])
-    test = dequantise(test)
+    test = squeeze(test)
 
     flow = glow(*(2, 8) if arguments.quick else (12, 48))
     optimizer = torch.optim.AdamW(flow.parameters(), 2e-3, weight_decay=0.1, fused=True)
@@ -70,7 +56,7 @@ def main() -> None:
     progress = trange(epochs, desc="Glow")
     for _ in progress:
         for batch in train[torch.randperm(len(train))].split(125):
-            loss = -flow.log_prob(dequantise(batch)).mean()
+            loss = -flow.log_prob(squeeze(batch)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -79,7 +65,7 @@ def main() -> None:
     flow.eval()
     with torch.no_grad():
         ours = bits(-flow.log_prob(test).mean())
-        x = dequantise(train).flatten(1)
+        x = squeeze(train).flatten(1)
         normal = MultivariateNormal(x.mean(0), x.T.cov())
         baseline = bits(-normal.log_prob(test.flatten(1)).mean())
 
@@ -90,7 +76,8 @@ def main() -> None:
     }
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.6))
     for axis, (name, batch) in zip(axes, samples.items(), strict=True):
-        grid = nn.functional.pad(batch.reshape(8, 8, 8, 8).clamp(0, 1), (2, 2, 2, 2)).permute(0, 2, 1, 3)
+        images = nn.functional.pixel_shuffle(batch.reshape(64, 4, 4, 4), 2).clamp(0, 1)
+        grid = nn.functional.pad(images.reshape(8, 8, 8, 8), (2, 2, 2, 2)).permute(0, 2, 1, 3)
         axis.imshow(grid.reshape(96, 96).numpy(), cmap="gray_r")
         axis.set(title=name, xticks=[], yticks=[])
     figure.savefig(arguments.out / "glow.png", dpi=120, bbox_inches="tight")
@@ -98,9 +85,9 @@ def main() -> None:
     print(f"gained: {baseline - ours:.3f} bits a pixel; see {arguments.out / 'glow.png'}")
 
 
-def dequantise(levels: Tensor) -> Tensor:
-    """Grey levels 0 … 15 → [0, 1]: uniform noise makes a density of what is discrete."""
-    return (levels + torch.rand_like(levels)) / 16
+def squeeze(levels: Tensor) -> Tensor:
+    """Grey levels 0 … 15 (B, 1, 8, 8) → [0, 1] (B, 4, 4, 4); uniform noise makes a density of what is discrete."""
+    return nn.functional.pixel_unshuffle((levels + torch.rand_like(levels)) / 16, 2)
 
 
 def bits(nll: Tensor) -> float:
