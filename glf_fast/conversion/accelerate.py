@@ -13,23 +13,28 @@ from torch import Tensor, nn
 from glf_fast.conversion.check import check
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.layers import Coupling, Kept, Layer, Unfusable
-from glf_fast.conversion.places import Place, Replacement, place_of
+from glf_fast.conversion.places import Place, Replacement, is_layer, place_of
 from glf_fast.conversion.reading import ConversionError, Reading, read_parts
-from glf_fast.flow import CouplingFlow, Flow
+from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
 
 __all__ = ["Report", "accelerate"]
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """Layers `first` to `last` of the flow at `where` (their names, data → noise), and how many there were and are."""
+    """Layers `first` to `last` of the flow at `where` (their names, data → noise), and what they have become.
+
+    `couplings`: how many they held; `flows`: the CouplingFlows, one launch each, that compute them now; `affine`: linear
+    layers and ActNorms beside those, which fold into none of them.
+    """
 
     where: str
     what: str
     first: str
     last: str
     couplings: int
-    launches: int
+    flows: int
+    affine: int
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class Report:
             rows = [("flow", "kind", "layers", "couplings", "fused into")]
             for r in self.replaced:
                 layers = r.first if r.first == r.last else f"{r.first} … {r.last}"
-                launches = "1 launch" if r.launches == 1 else f"{r.launches} launches"
-                rows.append((r.where, r.what, layers, str(r.couplings), launches))
+                fused = f"{r.flows} CouplingFlow" + (f" + {r.affine} affine" if r.affine else "")
+                rows.append((r.where, r.what, layers, str(r.couplings), fused))
             lines += ["Replaced:", *_table(rows)]
         else:
             lines.append("Nothing was replaced.")
@@ -95,17 +100,24 @@ def accelerate(model: nn.Module) -> Report:
         There is no flow of normflows, nflows, zuko or FrEIA in this model.
     """
     report = Report()
+    seen: list[str] = []  # flows, and layers outside of flows, that are in the report
     for where, module in list(model.named_modules()):
-        name = where or "the model"
+        inside = any(not outer or where.startswith(f"{outer}.") for outer in seen)
+        name, kind = where or "the model", type(module).__name__
         try:
             place = place_of(module)
         except ConversionError as reason:
-            report.left.append(Left(name, type(module).__name__, str(reason)))
+            report.left.append(Left(name, kind, str(reason)))
+            seen.append(where)
             continue
         if place is not None:
+            seen.append(where)
             # Gradients are compared and graphs followed, wherever this is called.
             with torch.inference_mode(False), torch.enable_grad():
                 _accelerate_flow(model, module, name, place, report)
+        elif is_layer(module) and not inside:
+            seen.append(where)
+            report.left.append(Left(name, kind, "not in a flow whose layers can be replaced"))
     return report
 
 
@@ -125,8 +137,11 @@ def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place
         except (Unfusable, ConversionError) as reason:
             report.left.append(Left(f"{where}: {_span(names)}", type(flow).__name__, str(reason)))
             continue
-        launches = sum(isinstance(module, CouplingFlow) for module in fused.modules())
-        report.replaced.append(Replaced(where, type(flow).__name__, names[0], names[-1], couplings, launches))
+        flows, affine = (
+            sum(isinstance(module, kind) for module in fused.modules())
+            for kind in (CouplingFlow, (ActNorm, InvertibleLinear))
+        )
+        report.replaced.append(Replaced(where, type(flow).__name__, names[0], names[-1], couplings, flows, affine))
         adapter = place.adapt(fused, modules)
         adapter.training = modules[0].training
         replacements.append((start, stop, adapter))

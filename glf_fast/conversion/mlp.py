@@ -34,6 +34,8 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.tanh: "tanh",
     F.elu: "elu",
 }
+# The constants of the activations; other keywords (inplace) change nothing.
+_CONSTANTS = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none"}
 _METHODS = {"relu": "relu", "tanh": "tanh"}
 
 
@@ -222,7 +224,8 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
             if node.args != (last,):
                 raise Unfusable(f"{name} has more than one output")
             return
-        if node.args[:1] != (last,) or node.kwargs or len(node.args) > 1:
+        constants = {key: value for key, value in node.kwargs.items() if _CONSTANTS.get(key, value) != value}
+        if node.args != (last,) or constants:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
         if node.op == "call_module":
             yield from _steps(modules[str(node.target)])

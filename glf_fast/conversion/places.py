@@ -13,7 +13,7 @@ from glf_fast.conversion.layers import Layer
 from glf_fast.conversion.reading import ConversionError
 from glf_fast.flow import Flow
 
-__all__ = ["Place", "place_of"]
+__all__ = ["Place", "Replacement", "is_layer", "place_of"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,18 @@ def place_of(module: nn.Module) -> Place | None:
         if place is not None:
             return place(module)
     return None
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether `module` is a flow or a flow's layer of one of the libraries, not a network or a distribution."""
+    parts = type(module).__module__.split(".")
+    return ".".join(parts[:2]) in _LAYERS
+
+
+_LAYERS = (
+    "FrEIA.framework", "FrEIA.modules", "nflows.flows", "nflows.transforms", "normflows.core", "normflows.flows",
+    "zuko.flows", "zuko.lazy",
+)  # fmt: skip
 
 
 def _normflows(flow: Any) -> Place:

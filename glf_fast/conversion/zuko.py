@@ -55,7 +55,7 @@ def read(flow: Any) -> Reading:
         trained = normal.loc.requires_grad or normal.scale.requires_grad
         layers.append(Diagonal(-normal.scale.log(), -normal.loc / normal.scale, trained))
     contexts = {
-        module.hyper[0].weight.shape[1] - int(module.mask.sum())  # type: ignore[index, union-attr, operator]
+        module.hyper[0].weight.shape[1] - int(module.mask.sum())
         for module in flow.modules()
         if type(module).__name__ == "GeneralCouplingTransform"
     }

@@ -102,9 +102,9 @@ def test_vae_with_a_normflows_prior():
     model = VAE(normflows_flow())
     original = copy.deepcopy(model).double()
     report = accelerate(model)
-    assert "prior" in str(report) and "1 launch" in str(report)
+    assert "prior" in str(report) and "1 CouplingFlow\n" in str(report)
     (replaced,) = report.replaced
-    assert (replaced.couplings, replaced.launches) == (3, 1) and not report.left
+    assert (replaced.couplings, replaced.flows) == (3, 1) and not report.left
     assert type(model.prior) is nf.NormalizingFlow and len(model.prior.flows) == 1
     x, noise = torch.randn(20, 10), torch.randn(20, 6)
     torch.testing.assert_close(model(x, noise), original(x.double(), noise.double()).float(), rtol=1e-4, atol=1e-4)
@@ -124,7 +124,7 @@ def test_nflows_flow_in_a_larger_module():
     report = accelerate(model)
     (replaced,) = report.replaced
     assert replaced.where == "estimators.0" and replaced.first == "_transform._transforms.0"
-    assert (replaced.couplings, replaced.launches) == (3, 1)
+    assert (replaced.couplings, replaced.flows) == (3, 1)
     flow = model["estimators"][0]
     x, context = torch.randn(20, 5), torch.randn(20, 3)
     want = original.log_prob(x.double(), context.double())
@@ -323,6 +323,10 @@ def test_nothing_to_replace():
     flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [nf.flows.Permute(4)])
     assert "no coupling" in str(accelerate(flow))
     assert "does not follow" in str(accelerate(branching_graph()))
+    # A layer that no flow holds, once, and not what is in it.
+    composite = nt.CompositeTransform([nt.LULinear(3), nt.LULinear(3)])
+    (left,) = accelerate(nn.ModuleDict({"net": mlp(2, 2), "alone": composite})).left
+    assert left.where == "alone" and "not in a flow" in left.reason
 
 
 def branching_graph():
@@ -350,6 +354,11 @@ def test_twice_copied_and_saved(build):
     saved.seek(0)
     other.load_state_dict(torch.load(saved))
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    torch.save(model, saved := io.BytesIO())
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
     with torch.no_grad():
         for p in clone.parameters():

@@ -72,7 +72,7 @@ def test_a_wrong_conversion_is_not_returned(spoil, message: str) -> None:
 def test_a_wrong_inverse_is_not_returned() -> None:
     flow, reading, fused, sources = made()
     wrong = replace(reading, inverse=lambda z, context: reading.inverse(z, context) + 1e-4)
-    with pytest.raises(ConversionError, match="the inverse differs by 0.0001"):
+    with pytest.raises(ConversionError, match=r"the inverse differs by 0\.0001"):
         check(flow, wrong, fused, sources)
 
 
