@@ -34,7 +34,10 @@ def lines(found: Results) -> Iterator[str]:
             yield f"| {case} | " + " | ".join(cells) + " |"
     for (suite, _, _), rows in found.groups().items():
         if suite == "two_moons":
-            yield from ("", f"sbi's NPE on two moons, {rows['sbi'].info['simulations']} simulations, both until sbi's own ")
+            yield from (
+                "",
+                f"sbi's NPE on two moons, {rows['sbi'].info['simulations']} simulations, both until sbi's own ",
+            )
             yield f"stopping rule ({where}); C2ST is 0.5 where a classifier cannot tell the posterior from the exact one:"
             yield ""
             yield "| | training | C2ST, mean and spread of the runs | runs |"

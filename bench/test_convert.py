@@ -19,7 +19,7 @@ from bench.baselines import LIBRARIES, MAKERS, Provider, why_missing
 from bench.cases import FLOWS, MODES, FlowCase
 from bench.check import why_wrong
 from bench.walltime import Contestant, compete, report
-from glf_fast.conversion import convert
+from glf_fast import convert
 
 SECONDS = 5.0  # for both
 CASES = [FLOWS["glf-mnist"], FLOWS["sbi"]]

@@ -17,7 +17,7 @@ from sklearn.datasets import make_swiss_roll
 from torch import Tensor
 from tqdm import trange
 
-from glf_fast.conversion import convert
+from glf_fast import convert
 
 
 def real_nvp(dim: int, layers: int, hidden: int) -> nf.NormalizingFlow:

@@ -1,6 +1,7 @@
 """glf_fast: fast affine-coupling normalizing flows, and Generative Latent Flow on top of them.
 
-Importing needs torch alone and touches no GPU, compiler or network. `GLF` is loaded when first asked for.
+Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert` and `accelerate`
+are loaded when first asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from glf_fast.flow import (
     Flow,
     FlowDistribution,
     FlowTransform,
+    Inverse,
     InvertibleLinear,
     SequentialFlow,
     rnvp_flow,
@@ -23,6 +25,8 @@ from glf_fast.flow import (
 from glf_fast.ops import backends, use_backend
 
 if TYPE_CHECKING:
+    from glf_fast.conversion import convert
+    from glf_fast.conversion.accelerate import accelerate
     from glf_fast.models.glf import GLF
 
 __version__ = _version("glf_fast")
@@ -35,9 +39,12 @@ __all__ = [
     "Flow",
     "FlowDistribution",
     "FlowTransform",
+    "Inverse",
     "InvertibleLinear",
     "SequentialFlow",
+    "accelerate",
     "backends",
+    "convert",
     "rnvp_flow",
     "use_backend",
 ]
@@ -48,4 +55,12 @@ def __getattr__(name: str) -> Any:
         from glf_fast.models.glf import GLF
 
         return GLF
+    if name == "convert":
+        from glf_fast.conversion import convert
+
+        return convert
+    if name == "accelerate":
+        from glf_fast.conversion.accelerate import accelerate
+
+        return accelerate
     raise AttributeError(f"module 'glf_fast' has no attribute {name!r}")
