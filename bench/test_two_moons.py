@@ -33,7 +33,8 @@ def runs(folder: Path, seeds: int, simulations: int) -> dict[str, list[dict[str,
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
     for seed in range(seeds):
         for name in NAMES if seed % 2 == 0 else NAMES[::-1]:
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 posterior, run = train("maf" if name == "sbi" else coupling_flow(), seed, simulations)
                 found[name].append(run | {"c2st": c2st(posterior, SAMPLES)})
             print(f"\nseed {seed}, {name}: {found[name][-1]}", flush=True)

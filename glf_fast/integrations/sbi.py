@@ -93,13 +93,11 @@ class _Standardise(nn.Module):
         super().__init__()
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
-        # In one operation: z = shift + x·scale.
-        self.register_buffer("scale", 1 / std)
-        self.register_buffer("shift", -mean / std)
         self.register_buffer("logdet", -std.log().sum())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return torch.addcmul(self.get_buffer("shift"), x, self.get_buffer("scale")), self.get_buffer("logdet")
+        # Not as x·(1/std) − mean/std, where the digits of a large mean are lost.
+        return (x - self.get_buffer("mean")) / self.get_buffer("std"), self.get_buffer("logdet")
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return torch.addcmul(self.get_buffer("mean"), z, self.get_buffer("std")), -self.get_buffer("logdet")
@@ -134,7 +132,7 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
 
     def loss(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
         """−log q(θ | x), (batch,), of θ (batch, D) and x (batch, …)."""
-        return -self.net.log_prob(input, self._embedding_net(condition))  # type: ignore[operator]
+        return -self.net.log_prob(input, self._embedding_net(condition))
 
     def sample(self, sample_shape: Any, condition: Tensor, **kwargs: Any) -> Tensor:
         """θ (*sample_shape, batch, D) given x (batch, …)."""
