@@ -186,12 +186,13 @@ def _context_dim(coupling: Coupling) -> int:
 
 
 def _input_shape(embedding: nn.Module | None, context_dim: int) -> tuple[int, ...]:
-    """Of one sample's context, as the first linear layer of the embedding net, if there is one, says."""
-    if embedding is None:
+    """Of one sample's context: what the embedding net's first layer with parameters says; without one, unchanged."""
+    modules = () if embedding is None else embedding.modules()
+    first = next((m for m in modules if next(m.parameters(recurse=False), None) is not None), None)
+    if first is None:
         return (context_dim,)
-    first = next((m for m in embedding.modules() if next(m.parameters(recurse=False), None) is not None), None)
     if not isinstance(first, nn.Linear):
         raise ConversionError(
-            "embedding_net does not start with a linear layer, so that the context's shape is unknown"
+            f"embedding_net starts with {type(first).__name__}, not with a linear layer: the shape of the context is unknown"
         )
     return (first.in_features,)

@@ -174,6 +174,18 @@ def test_embedding_net_is_trained_with_the_flow(library, prove, shake) -> None:
     assert converted.sample(5, torch.randn(5, 7)).shape == (5, 4)
 
 
+class Standardize(nn.Module):
+    """As sbi puts it before its embedding nets: no parameters, so no shape."""
+
+    def forward(self, context: Tensor) -> Tensor:
+        return (context - 1) / 2
+
+
+def test_an_embedding_net_without_parameters(library, prove, shake) -> None:
+    embedding = nn.Sequential(Standardize(), nn.Identity())
+    prove(library, shake(Flow(T.CompositeTransform(alternating(4, 3)), StandardNormal([4]), embedding)), 4, 3)
+
+
 def test_a_trained_checkpoint_of_the_library(library, prove, tmp_path) -> None:
     make = lambda: flow(3, T.ActNorm(3), *alternating(3, 2, 2), T.LULinear(3), *alternating(3, 2, 2))  # noqa: E731
     trained = make()
@@ -259,7 +271,7 @@ def tied() -> Flow:
         (lambda: Flow(T.OneByOneConvolution(3), StandardNormal([3, 4, 4])), r"on samples of shape \(3, 4, 4\)"),
         (
             lambda: Flow(alternating(4, 2)[0], StandardNormal([4]), nn.Conv1d(1, 1, 3)),
-            "embedding_net does not start with a linear layer",
+            "embedding_net starts with Conv1d, not with a linear layer",
         ),
     ],
 )
