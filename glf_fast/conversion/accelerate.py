@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.adapters import FusedLayer, PassedOn
 from glf_fast.conversion.check import check
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.layers import Coupling, Kept, Layer, Unfusable
@@ -159,6 +160,8 @@ def _read(place: Place) -> list[list[Layer]]:
     """The layers of each module, with `Kept` for what stays."""
 
     def read(module: nn.Module) -> list[Layer]:
+        if isinstance(module, FusedLayer | PassedOn):
+            raise Unfusable("fused before")
         for part in module.modules():
             # FrEIA's own hook re-orthogonalises a matrix that is trained, and is read only where it is not.
             own = type(part).__name__ == "OrthogonalTransform"

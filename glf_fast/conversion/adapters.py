@@ -15,10 +15,12 @@ from torch.distributions import Transform, constraints
 
 from glf_fast.flow import Flow
 
-__all__ = ["FreiaLayer", "NflowsLayer", "NormflowsLayer", "PassedOn", "ZukoLayer"]
+__all__ = ["FreiaLayer", "FusedLayer", "NflowsLayer", "NormflowsLayer", "PassedOn", "ZukoLayer"]
 
 
-class _Layer(nn.Module):
+class FusedLayer(nn.Module):
+    """What the layers of all libraries have in common here."""
+
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
@@ -28,7 +30,7 @@ class _Layer(nn.Module):
         return context if self.flow.context_dim else None
 
 
-class NormflowsLayer(_Layer):
+class NormflowsLayer(FusedLayer):
     """normflows: `forward` is noise → data."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -40,7 +42,7 @@ class NormflowsLayer(_Layer):
         return self.flow(x, self._given(context))
 
 
-class NflowsLayer(_Layer):
+class NflowsLayer(FusedLayer):
     """nflows: a transform, `forward` is data → noise."""
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -52,7 +54,7 @@ class NflowsLayer(_Layer):
         return self.flow.inverse(inputs, self._given(context))
 
 
-class FreiaLayer(_Layer):
+class FreiaLayer(FusedLayer):
     """FrEIA: an invertible module, tuples in and out.
 
     Args:
@@ -87,7 +89,7 @@ class PassedOn(nn.Module):
         return (x[0],), 0.0
 
 
-class ZukoLayer(_Layer):
+class ZukoLayer(FusedLayer):
     """zuko: a lazy transform, which a context makes a transform data → noise."""
 
     def forward(self, c: Tensor | None = None) -> Transform:
