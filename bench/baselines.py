@@ -47,7 +47,8 @@ class Provider:
 
     def run(self, mode: str, x: Tensor, context: Tensor | None) -> Tensor:
         """One pass of `mode` over the rows x; returns what a user would look at."""
-        torch.compiler.cudagraph_mark_step_begin()  # for reduce-overhead: what the last pass returned may be overwritten
+        if self.name == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # what the last pass returned may be overwritten
         with glf_fast.use_backend(self.backend) if self.backend else nullcontext():
             if mode == "log_prob":
                 with torch.no_grad():
@@ -83,7 +84,7 @@ class Provider:
 def why_missing(name: str, case: FlowCase) -> str:
     """Why a library cannot be measured on a case, or ""."""
     if name in LIBRARIES and importlib.util.find_spec(name) is None:
-        return f"{name} is not installed (make bench installs it)"
+        return f"{name} is not installed (bench/libraries.txt)"
     if name == "normflows" and case.context_dim:
         return "normflows' AffineCouplingBlock takes no context"
     return ""

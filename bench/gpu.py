@@ -38,12 +38,17 @@ SECONDS = 0.25  # of each measurement
 PRECISIONS = {"highest": "float32", "high": "tf32", "medium": "bf16"}
 NAMED = ("glf-cifar", "glf-mnist", "sbi")
 FLOW_MODES = ("train", "log_prob", "sample")
+OURS_AND_EAGER = ("glf_fast", "eager")
 
 Measured = Callable[[], Result]
 # One row to be: suite, case, mode, provider, and what measures it. It raises AssertionError for what is wrong.
 Job = tuple[str, str, str, str, Measured]
 
 clock: Any = timing  # or rehearsal
+
+
+class Missing(Exception):
+    """What cannot be measured here, and why."""
 
 
 def flow_jobs(
@@ -54,13 +59,13 @@ def flow_jobs(
         for case in map(_small if clock is rehearsal else _same, cases):
             label = f"{mode}, {PRECISIONS[precision]}" if suite == "gpu_flow" else mode
             for name in names:
-                if why_missing("eager" if name == "graphed eager" else name, case):
-                    continue
                 yield suite, case.name, label, name, partial(flow, suite, label, case, mode, name, precision)
 
 
 def flow(suite: str, label: str, case: FlowCase, mode: str, name: str, precision: str) -> Result:
     """Calls with the host in them, and for ours and plain PyTorch the kernels alone, from a graph."""
+    if reason := why_missing(name, case):
+        raise Missing(reason)
     torch.set_float32_matmul_precision(precision)
     made = provider("eager" if name == "graphed eager" else name, case, mode == "train", clock.DEVICE)
     work = partial(made.run, mode, *case.inputs(clock.DEVICE))
@@ -80,10 +85,14 @@ def flow(suite: str, label: str, case: FlowCase, mode: str, name: str, precision
     elif name != "reduce-overhead":  # whose memory belongs to its graphs
         info["peak_bytes"] = clock.peak_memory(work)
     calls, info["host_s"] = clock.call_times(work, SECONDS)
-    if name in ("glf_fast", "eager"):
-        graph = clock.Graph(work)
-        info["graph_cold"] = stats(graph.times(SECONDS, cold=True))
-        info["graph_warm"] = stats(graph.times(SECONDS, cold=False))
+    if name in OURS_AND_EAGER:
+        try:
+            graph = clock.Graph(work)
+            info["graph_cold"] = stats(graph.times(SECONDS, cold=True))
+            info["graph_warm"] = stats(graph.times(SECONDS, cold=False))
+        except RuntimeError as error:  # what cannot be captured has still been called
+            traceback.print_exc()
+            info["graph_failed"] = str(error)[:300]
     info["gflops"] = operations / statistics.median(calls) / 1e9
     # Of the kernels alone, where they are known alone.
     kernels = info["graph_cold"]["median"] if "graph_cold" in info else statistics.median(calls)
@@ -92,11 +101,12 @@ def flow(suite: str, label: str, case: FlowCase, mode: str, name: str, precision
 
 
 def coupling_jobs() -> Iterator[Job]:
-    """The elementwise coupling of images; last a size that is large for this GPU."""
+    """The elementwise coupling of images, and of a size that fills a GPU; the compiler last: it takes long."""
     large = [CouplingCase((4096, 24, 16, 16), order) for order in ("contiguous", "channels-last")]
-    for case in [CouplingCase((2, 4, 4, 4), "contiguous")] if clock is rehearsal else [*large, *COUPLINGS]:
-        for mode in COUPLING_MODES:
-            for name in COUPLING_PROVIDERS:
+    cases = [CouplingCase((2, 4, 4, 4), "contiguous")] if clock is rehearsal else [*large, *COUPLINGS]
+    for name in COUPLING_PROVIDERS:
+        for case in cases:
+            for mode in COUPLING_MODES:
                 yield "coupling", case.name, mode, name, partial(coupling, case, mode, name)
 
 
@@ -146,8 +156,8 @@ def memory(steps: int, name: str, backend: str, reversible: bool) -> Result:
 
 def step_jobs() -> Iterator[Job]:
     """Whole training steps of the presets' models."""
-    for preset in IMAGES:
-        for name in STEP_PROVIDERS:
+    for name in STEP_PROVIDERS:  # the compiler last: it takes long
+        for preset in IMAGES:
             if not (name == "compile" and clock is rehearsal):
                 yield "train_step", preset, "step", name, partial(training, preset, name)
 
@@ -174,6 +184,8 @@ def launch_jobs() -> Iterator[Job]:
     """By the profiler, in a part of its own: some virtual machines do not let it in."""
 
     def count(case: FlowCase, mode: str, name: str) -> Result:
+        if reason := why_missing(name, case):
+            raise Missing(reason)
         made = provider(name, case, mode == "train", clock.DEVICE)
         number = clock.launches(partial(made.run, mode, *case.inputs(clock.DEVICE)))
         if not number:
@@ -183,12 +195,11 @@ def launch_jobs() -> Iterator[Job]:
     for mode in FLOW_MODES:
         for case in map(_small if clock is rehearsal else _same, _named(*NAMED)):
             for name in (*OURS_AND_EAGER, *LIBRARIES):
-                if not why_missing(name, case):
-                    yield "launches", case.name, mode, name, partial(count, case, mode, name)
+                yield "launches", case.name, mode, name, partial(count, case, mode, name)
 
 
 def warm_jobs() -> Iterator[Job]:
-    """The same, compiled and not measured: what it leaves in torch's cache on disk makes `compile` short."""
+    """Ours and those, compiled and not measured: what they leave in caches on disk makes the other parts short."""
 
     def only_compile(case: FlowCase, mode: str, name: str) -> Result:
         torch.set_float32_matmul_precision("high")
@@ -196,9 +207,9 @@ def warm_jobs() -> Iterator[Job]:
         made.run(mode, *case.inputs(clock.DEVICE))
         return Result("", "", "", "", {"median": 0.0}, {})
 
-    for mode in FLOW_MODES:
-        for case in map(_small if clock is rehearsal else _same, _named(*NAMED)):
-            for name in COMPILED:
+    for name in ("glf_fast", *COMPILED):
+        for mode in FLOW_MODES:
+            for case in map(_small if clock is rehearsal else _same, _named(*NAMED)):
                 yield "", case.name, mode, name, partial(only_compile, case, mode, name)
 
 
@@ -206,7 +217,6 @@ def _named(*names: str) -> list[FlowCase]:
     return [FLOWS[name] for name in names]
 
 
-OURS_AND_EAGER = ("glf_fast", "eager")
 # Part → its jobs. The order is that of their importance.
 PARTS: dict[str, Callable[[], Iterator[Job]]] = {
     "flow": lambda: flow_jobs(
@@ -257,7 +267,12 @@ def main() -> None:
     about = machine.about() | {"gpu": clock.name(), "cuda": torch.version.cuda}
     found = Results(about, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()), [])
     earlier = [read(path)] if path.is_file() else []
-    merge([*copy.deepcopy(earlier), found])  # raises at once where they are of another commit
+    try:
+        merge([*copy.deepcopy(earlier), found])
+    except ValueError as reason:  # of another commit: kept, under another name
+        print(reason, flush=True)
+        path.rename(path.with_name(f"gpu-{earlier.pop().machine['commit']}.json"))
+    failures = 0
     for suite, case, mode, name, measure in PARTS[arguments.part]():
         if time.monotonic() > end:
             print("out of time; the rest was not measured", flush=True)
@@ -267,17 +282,21 @@ def main() -> None:
             text = f"{result.median * 1e6:12.1f} µs"
             if suite:
                 found.results.append(result)
+        except Missing as reason:
+            text = f"not measured: {reason}"
+            found.wrong.append(f"{suite} {case}, {mode}, {name}: {text}")
         except Exception as error:  # whatever happens to one row must not cost the others
             text = f"{type(error).__name__}: {str(error)[:300]}"
             found.wrong.append(f"{suite} {case}, {mode}, {name}: {text}")
+            failures += 1
             traceback.print_exc()
         print(f"{suite:10} {case:28} {mode:16} {name:20} {text}", flush=True)
         if suite:
             write(merge([*copy.deepcopy(earlier), found]), path)
         if name in COMPILED:
             torch.compiler.reset()
-    if found.wrong:
-        sys.exit(f"{len(found.wrong)} of the rows have no time")
+    if failures:
+        sys.exit(f"{failures} of the rows have no time")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def batch(found: Results) -> Figure | None:
         here = [r for r in results if r.info["dim"] == dim]
         _lines(axes, here, lambda r: r.info["batch"], lambda r: 1e3 * r.median)
         axes.set_title(f"D {dim}, H {hidden}", loc="left", fontsize=9)
-        axes.set_xscale("log", base=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 16, 256, 4096], ["1", "16", "256", "4096"])
         axes.set_yscale("log")
         axes.set_xlabel("batch size")
     panels[0].set_ylabel("training pass, ms")

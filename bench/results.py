@@ -53,7 +53,7 @@ class Results:
     machine: dict[str, Any]  # with versions and commit
     date: str
     results: list[Result]
-    wrong: list[str] = field(default_factory=list)  # what had results that are not right, or none, and so has no time
+    wrong: list[str] = field(default_factory=list)  # what is not right, or could not be measured, and so has no time
 
     def suite(self, name: str) -> list[Result]:
         """Those of one suite."""

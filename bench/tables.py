@@ -23,7 +23,7 @@ def page(found: Results) -> Iterator[str]:
         yield ""
         yield f"{runs} runs. Times are the first run's; ratios are the first run's, with the range of all runs where it shows."
     if found.wrong:
-        yield from ("", "Not right, so not timed:", "", *(f"* {what}" for what in found.wrong))
+        yield from ("", "Not timed:", "", *(f"* {what}" for what in found.wrong))
     for suite in dict.fromkeys(result.suite for result in found.results):
         groups = {key: rows for key, rows in found.groups().items() if key[0] == suite}
         yield from ("", f"## {HEADINGS.get(suite, suite)}", "")
@@ -189,9 +189,10 @@ def _with_column(groups: Groups, title: str, cell: Callable[[Result], str]) -> I
     names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
     yield from header(["", *names, *(f"{name}: {title}" for name in names)])
     for (_, case, mode), rows in groups.items():
-        shown = [name for name in names if name in rows]
-        times = [time(rows[name].median) + (f" ({ratio(rows, name)} ×)" if name != OURS else "") for name in shown]
-        yield line([f"{case}, {mode}", *times, *(cell(rows[name]) for name in shown)])
+        times = [
+            time(rows[n].median) + (f" ({ratio(rows, n)} ×)" if n != OURS else "") if n in rows else "" for n in names
+        ]
+        yield line([f"{case}, {mode}", *times, *(cell(rows[n]) if n in rows else "" for n in names)])
 
 
 HEADINGS = {

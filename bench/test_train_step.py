@@ -16,7 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.training import IMAGES, PROVIDERS, Step
 from bench.walltime import Contestant, compete, report
 
-SECONDS = 8.0  # for all providers of a preset
+SECONDS = 6.0  # for all providers of a preset
 
 
 @cache

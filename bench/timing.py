@@ -18,7 +18,8 @@ __all__ = ["DEVICE", "Graph", "bandwidth", "call_times", "launches", "matrix_rat
 Work = Callable[[], object]
 DEVICE = "cuda"
 WARMUP = 3
-COLD = 8  # times the L2 cache are read between two replays
+COLD = 8  # times the L2 cache is what is read between two replays
+BUSY = 8  # times that is read: about a millisecond, in which the host enqueues a graph of a thousand launches
 REPLAYS = 10  # between two events, where the caches may be warm
 
 
@@ -58,7 +59,8 @@ class Graph:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(pairs) < 5:
             pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            waste.sum()
+            for _ in range(BUSY):
+                waste.sum()
             if not cold:
                 self.graph.replay()
             pair[0].record()

@@ -52,9 +52,17 @@ class Contestant:
 def compete(contestants: Mapping[str, Contestant], seconds: float) -> dict[str, list[float] | str]:
     """Check all, then time those that are right, interleaved: name → seconds of each call, or what is wrong."""
     torch.compiler.reset()  # what earlier cases compiled would make this one's calls slower, see bench.compiler
-    wrong = {name: contestant.why_wrong() for name, contestant in contestants.items()}
+    wrong: dict[str, list[float] | str] = {name: _why(contestant) for name, contestant in contestants.items()}
     right = {name: contestant.run for name, contestant in contestants.items() if not wrong[name]}
     return {**wrong, **interleave(right, seconds)}
+
+
+def _why(contestant: Contestant) -> str:
+    """What is wrong; an exception is wrong, too, and must not cost the others their times."""
+    try:
+        return contestant.why_wrong()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:500]}"
 
 
 def report(benchmark: BenchmarkFixture, found: list[float] | str, **info: Any) -> None:
@@ -121,7 +129,7 @@ def _warm(f: Callable[[], object]) -> float:
 
 
 def _best(f: Callable[[], object]) -> float:
-    return min(interleave({"": f}, 0.3)[""])
+    return min(interleave({"": f}, 0.15)[""])
 
 
 @cache

@@ -3,9 +3,11 @@
 import importlib.util
 
 import pytest
+import torch
 
 from bench.baselines import LIBRARIES, provider, why_missing
 from bench.cases import FLOWS, FlowCase
+from bench.check import CHUNK, exact_flow
 from bench.plots import draw
 from bench.results import read
 from bench.tables import page
@@ -63,6 +65,17 @@ def test_a_library_s_flow_is_of_our_size(name: str) -> None:
     assert abs(provider(name, case, True).parameters() / provider("glf_fast", case, True).parameters() - 1) < 0.3
     for mode in ("log_prob", "sample", "train"):
         assert provider(name, case, True).why_wrong(mode, case) == ""
+
+
+@pytest.mark.parametrize("context", [0, 3])
+def test_float64_in_chunks_is_float64_at_once(context: int) -> None:
+    case = FlowCase("chunks", 4, (8,), 2, 2 * CHUNK + 5, context)
+    flow = case.flow().double()
+    x, c = case.inputs()
+    loss = -flow.log_prob(x.double(), None if c is None else c.double()).mean()
+    expected = [loss.detach(), *torch.autograd.grad(loss, list(flow.parameters()))]
+    for found, truth in zip(exact_flow(case, "train"), expected, strict=True):
+        torch.testing.assert_close(found, truth)
 
 
 @pytest.mark.parametrize("mode", ["log_prob", "sample", "train"])
