@@ -41,6 +41,7 @@ def runs(folder: Path, seeds: int, simulations: int) -> dict[str, list[dict[str,
     return found
 
 
+@pytest.mark.timeout(3600)  # all runs are in the first test
 @pytest.mark.parametrize("name", NAMES)
 def test_two_moons(
     name: str, benchmark: BenchmarkFixture, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
