@@ -1,7 +1,7 @@
 """glf_fast: fast affine-coupling normalizing flows, and Generative Latent Flow on top of them.
 
-Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert` and `accelerate`
-are loaded when first asked for.
+Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert` and `accelerate` are loaded when
+first asked for.
 """
 
 from __future__ import annotations

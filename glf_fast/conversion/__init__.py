@@ -45,7 +45,8 @@ def convert(flow: nn.Module) -> Flow:
     reader = next((READERS[package] for package in packages if package in READERS), None)
     if reader is None:
         raise ConversionError(
-            f"{type(flow).__module__}.{name} is no flow of {', '.join(READERS)}: those libraries' flows are converted"
+            f"{type(flow).__module__}.{name} is no flow of {', '.join(READERS)}: those libraries' flows are converted; "
+            "for a flow inside another module there is glf_fast.accelerate"
         )
     like = next((p for p in flow.parameters()), torch.empty(0))
     try:

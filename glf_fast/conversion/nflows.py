@@ -1,4 +1,4 @@
-"""Reads nflows' flows (also glasflow's and sbi's, which are of its classes). Its forward is data → noise."""
+"""Reads nflows' flows, whose forward is data → noise."""
 
 from __future__ import annotations
 
