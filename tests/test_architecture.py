@@ -24,6 +24,7 @@ ALLOWED = {
     "data": {"images"},
     "metrics": {"data", "images"},
     "models": {"flow", "metrics"},
+    "integrations": {"flow"},
 }
 
 

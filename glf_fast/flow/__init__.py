@@ -4,6 +4,7 @@ from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.base import Flow
 from glf_fast.flow.coupling_flow import CouplingFlow
+from glf_fast.flow.distribution import FlowDistribution, FlowTransform
 from glf_fast.flow.inverse import Inverse
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.mlp import MLP
@@ -16,6 +17,8 @@ __all__ = [
     "AffineCoupling",
     "CouplingFlow",
     "Flow",
+    "FlowDistribution",
+    "FlowTransform",
     "Inverse",
     "InvertibleLinear",
     "SequentialFlow",

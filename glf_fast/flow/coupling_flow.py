@@ -161,9 +161,10 @@ class CouplingFlow(Flow):
     def _actnorm(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         if not self.config["actnorm"]:
             return None, None
-        log_scale, bias = self.actnorm_log_scale, self.actnorm_bias
-        if self.held:
-            log_scale, bias = self._effective("actnorm_log_scale", log_scale), self._effective("actnorm_bias", bias)
+        if not self.held:
+            return self.actnorm_log_scale, self.actnorm_bias
+        names = ("actnorm_log_scale", "actnorm_bias")
+        log_scale, bias = (self._effective(name, getattr(self, name)) for name in names)
         return log_scale, bias
 
     def _linear(self) -> dict[str, Tensor]:
