@@ -8,7 +8,7 @@ files: steps.json, log.txt (all that the steps printed), gpu.json and tables.md 
 
 Uses the Python that runs it (torch, Triton, pytest and pytest-benchmark are there). What is missing is handed over as wheels:
 
-    python -m pip wheel --no-deps --wheel-dir wheels -r bench/libraries.txt tyro docstring-parser typeguard
+    python -m pip wheel --no-deps --wheel-dir wheels -r libraries.txt tyro docstring-parser typeguard
 
 `--only` takes steps by name, for a second run that does what the first had no time for; their rows are added to gpu.json.
 `--rehearse` does the same on a processor as far as that goes: it builds, interprets the GPU tests' kernels, trains, and runs
