@@ -41,10 +41,11 @@ def bench(tmp_path) -> Callable[..., tuple[subprocess.CompletedProcess, dict]]:
     def run(choice: str, *options: str) -> tuple[subprocess.CompletedProcess, dict]:
         path = tmp_path / "bench.json"
         command = [sys.executable, "-m", "pytest", "bench", "--quick", "--benchmark-only", "-k", choice]
+        alone = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
         done = subprocess.run(
             [*command, "-p", "no:xdist", "-p", "no:cacheprovider", f"--benchmark-json={path}", *options],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)},
+            env=alone | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)},
             capture_output=True,
             text=True,
         )
