@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -102,3 +104,12 @@ def test_converting_keeps_generator_dtype_mode_and_flags() -> None:
     assert isinstance(convert(zuko.flows.RealNVP(4).train()), SequentialFlow)
     with torch.no_grad():
         assert any(p.requires_grad for p in convert(zuko.flows.RealNVP(4)).parameters())
+
+
+def test_importing_glf_fast_imports_no_library() -> None:
+    code = (
+        "import sys, glf_fast; assert 'glf_fast.conversion' not in sys.modules\n"
+        "glf_fast.convert, glf_fast.accelerate\n"
+        "assert not {'zuko', 'nflows', 'normflows', 'FrEIA'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
