@@ -126,9 +126,7 @@ class _Given(Transform):
     def _run(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         batch, context = x.shape[:-1], self.context
         if context is not None:
-            batch = torch.broadcast_shapes(batch, context.shape[:-1])
             context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
-        rows = x.expand(*batch, -1).reshape(-1, x.shape[-1])
         direction: Any = self.flow.inverse if inverse else self.flow
-        y, logdet = direction(rows, context)
+        y, logdet = direction(x.reshape(-1, x.shape[-1]), context)
         return y.reshape(*batch, -1), logdet.reshape(batch)

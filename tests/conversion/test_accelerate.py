@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 
 import FrEIA.framework as ff
 import FrEIA.modules as fm
@@ -106,6 +108,7 @@ def test_vae_with_a_normflows_prior():
     (replaced,) = report.replaced
     assert (replaced.couplings, replaced.flows) == (3, 1) and not report.left
     assert type(model.prior) is nf.NormalizingFlow and len(model.prior.flows) == 1
+    assert all(module.training for module in model.modules())
     x, noise = torch.randn(20, 10), torch.randn(20, 6)
     torch.testing.assert_close(model(x, noise), original(x.double(), noise.double()).float(), rtol=1e-4, atol=1e-4)
     z, expected = torch.randn(20, 6), original.prior
@@ -157,6 +160,29 @@ def test_zuko_flow():
     )  # fmt: skip
     x = torch.randn(3, 5)
     trains(lambda: -flow(context).log_prob(x).mean(), flow.parameters())
+
+
+class Ignorant(nn.Module):
+    """A network that is given a context, and makes nothing of it."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.net = mlp(n_in, n_out)
+
+    def forward(self, x, context):
+        return self.net(x)
+
+
+def test_nflows_caches_and_a_context_that_no_layer_uses():
+    mask = torch.tensor([1, -1, 1, -1, 1])
+    transform = nt.CompositeTransform([nt.AffineCouplingTransform(mask, Ignorant), nt.LULinear(5, using_cache=True)])
+    flow = randomized(nflows.flows.Flow(transform, nflows.distributions.StandardNormal([5]))).eval()
+    x, context = torch.randn(20, 5), torch.randn(20, 3)
+    with torch.no_grad():
+        want = flow.log_prob(x, context)  # fills the caches, with float32
+    assert accelerate(flow).replaced[0].flows == 1
+    torch.testing.assert_close(flow.log_prob(x, context), want, rtol=1e-4, atol=1e-4)
+    assert flow.sample(2, context).shape == (20, 2, 5)
 
 
 class AnomalyDetector(nn.Module):
@@ -327,6 +353,15 @@ def test_nothing_to_replace():
     composite = nt.CompositeTransform([nt.LULinear(3), nt.LULinear(3)])
     (left,) = accelerate(nn.ModuleDict({"net": mlp(2, 2), "alone": composite})).left
     assert left.where == "alone" and "not in a flow" in left.reason
+
+
+def test_no_library_is_imported():
+    code = (
+        "import sys, torch, glf_fast; print(glf_fast.accelerate(torch.nn.Linear(1, 1)));"
+        "sys.exit(bool({'normflows', 'nflows', 'zuko', 'FrEIA'} & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("Nothing was replaced.")
 
 
 def branching_graph():

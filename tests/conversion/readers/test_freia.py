@@ -207,6 +207,14 @@ def test_kept_blocks_get_their_own_conditions(check_reading, randomize):
     check_reading(inn, reading)
 
 
+def test_matrix_that_is_not_orthogonal_is_kept():
+    """The library takes its log-determinant for 0 all the same; a matrix of ours would give the true one."""
+    inn = sequence(4, (fm.OrthogonalTransform, {})).requires_grad_(False)
+    inn[0].weights.mul_(1.1)
+    (kept,) = read(inn).layers
+    assert isinstance(kept, Kept) and "not orthogonal" in kept.reason
+
+
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
