@@ -21,7 +21,7 @@ START = 4096  # pairs of (θ, x) that give the ActNorms their start
 
 def coupling_flow(
     *,
-    steps: int = 8,
+    steps: int = 12,
     hidden: Sequence[int] = (50, 50),
     z_score_theta: str | None = "independent",
     z_score_x: str | None = "independent",
