@@ -123,7 +123,7 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place, report: Report) -> None:
-    parts = _read(place)
+    parts = _read(model, flow, place)
     replacements: list[Replacement] = []
     for start, stop in _runs(parts, place.conditions):
         names = [name for name, _ in place.named[start:stop]]
@@ -132,8 +132,6 @@ def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place
         if not couplings:
             continue
         try:
-            if _used_elsewhere(model, flow, modules):
-                raise Unfusable("used elsewhere in the model, too: a copy would not stay equal")
             fused = _fused(place, modules)
         except (Unfusable, ConversionError) as reason:
             report.left.append(Left(f"{where}: {_span(names)}", type(flow).__name__, str(reason)))
@@ -156,7 +154,7 @@ def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place
         place.put(replacements)
 
 
-def _read(place: Place) -> list[list[Layer]]:
+def _read(model: nn.Module, flow: nn.Module, place: Place) -> list[list[Layer]]:
     """The layers of each module, with `Kept` for what stays."""
 
     def read(module: nn.Module) -> list[Layer]:
@@ -167,6 +165,8 @@ def _read(place: Place) -> list[list[Layer]]:
             own = type(part).__name__ == "OrthogonalTransform"
             if part._forward_hooks or part._forward_pre_hooks or (part._backward_hooks and not own):
                 raise Unfusable("has hooks, which would no longer run")
+        if _used_elsewhere(model, flow, module):
+            raise Unfusable("used elsewhere in the model, too: a copy would not stay equal")
         try:
             return place.read(module)
         except ConversionError as reason:  # a reason against the whole flow is one against this layer here
@@ -219,10 +219,9 @@ def _fused(place: Place, modules: Sequence[nn.Module]) -> Flow:
     return fused.to(like.device, like.dtype).train(modules[0].training)
 
 
-def _used_elsewhere(model: nn.Module, flow: nn.Module, modules: Sequence[nn.Module]) -> bool:
-    """Whether a parameter of the modules can be reached in another way than through the flow's list of layers."""
-    own = {id(p) for module in modules for p in module.parameters()}
-    replaced = {id(module) for module in modules}
+def _used_elsewhere(model: nn.Module, flow: nn.Module, layer: nn.Module) -> bool:
+    """Whether a parameter of the layer can be reached in another way than through the flow's list of layers."""
+    own = {id(p) for p in layer.parameters()}
     seen: set[tuple[int, bool]] = set()
     todo = [(model, model is flow)]
     while todo:
@@ -232,11 +231,11 @@ def _used_elsewhere(model: nn.Module, flow: nn.Module, modules: Sequence[nn.Modu
         seen.add((id(module), inside))
         if any(id(p) in own for p in module._parameters.values()):
             return True
-        lists = isinstance(module, nn.ModuleList)
+        in_list = inside and isinstance(module, nn.ModuleList)
         for name, child in module._modules.items():
-            if child is None or (inside and id(child) in replaced and (lists or name in ("_transform", "transform"))):
-                continue
-            todo.append((child, inside or child is flow))
+            in_place = in_list or (module is flow and name in ("_transform", "transform"))
+            if child is not None and not (child is layer and in_place):
+                todo.append((child, inside or child is flow))
     return False
 
 

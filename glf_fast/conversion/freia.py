@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.clamps import LogScale, recognised
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
 from glf_fast.conversion.mlp import read_mlp, select_outputs, side_by_side, without_scale
 from glf_fast.conversion.reading import ConversionError, Reading, read_each
@@ -205,7 +206,7 @@ def _rnvp(module: Any) -> list[Layer]:
 
 def _nice(module: Any) -> list[Layer]:
     first, second = _halves(module)
-    scale = _LogScale("exp", None, 1.0)
+    scale = LogScale("exp", None, 1.0)
     return [
         _coupling(second, first, without_scale(read_mlp(module.F)), module, scale),
         _coupling(first, second, without_scale(read_mlp(module.G)), module, scale),
@@ -314,20 +315,11 @@ _READERS: dict[str, Callable[[Any], list[Layer]]] = {
 # -- log-scales: what they are is asked of the live object, since they changed between releases ------------------------
 
 
-@dataclass(frozen=True)
-class _LogScale:
-    """ℓ = f(factor·u) with our f by name and constant."""
-
-    name: str
-    constant: float | None
-    factor: float
+def _log_scale(module: Any) -> LogScale:
+    return recognised(lambda u: module.clamp * module.f_clamp(u))
 
 
-def _log_scale(module: Any) -> _LogScale:
-    return _recognised(lambda u: module.clamp * module.f_clamp(u))
-
-
-def _probe_all_in_one(module: Any, n: int) -> tuple[_LogScale, float]:
+def _probe_all_in_one(module: Any, n: int) -> tuple[LogScale, float]:
     """Its log-scale, and what the shift is multiplied by: 0.2 and later releases differ in the former."""
     device = module.global_scale.device
 
@@ -342,37 +334,7 @@ def _probe_all_in_one(module: Any, n: int) -> tuple[_LogScale, float]:
     factor = round(float(shift[-1] / t[-1]), 12)
     if not torch.allclose(shift, factor * t, rtol=1e-9, atol=1e-12):
         raise Unfusable("its shift is not a multiple of the network's output")
-    return _recognised(lambda u: affine(u.to(device), torch.zeros_like(u, device=device))[1].cpu()), factor
-
-
-@torch.no_grad()
-def _recognised(f: Callable[[Tensor], Tensor]) -> _LogScale:
-    """ℓ = a·tanh(b·u), a·atan(b·u) or a·u, found by the value at infinity and at one, and checked between."""
-    u = torch.tensor([-1e12, -20.0, -2.0, -0.3, -1e-3, 0.0, 1e-3, 0.1, 0.5, 1.0, 3.0, 7.0, 1e12], dtype=torch.float64)
-    ell = f(u.clone())
-    if not isinstance(ell, Tensor) or ell.shape != u.shape or not bool(torch.isfinite(ell).all()):
-        raise Unfusable("its clamp_activation gives values that are not finite, or not one for each")
-    top, one = float(ell[-1]), float(ell[9])
-
-    def is_it(candidate: Tensor) -> bool:
-        return bool(torch.allclose(ell, candidate, rtol=1e-9, atol=1e-12))
-
-    if is_it(one * u):
-        return _LogScale("exp", None, _clean(one))
-    if top > 0 and 0 < one < top:
-        b = _clean(math.atanh(one / top))
-        if is_it(top * torch.tanh(b * u)):
-            return _LogScale("tanh", _clean(top), _clean(b * top))  # s·tanh(factor·u/s) with factor = b·s
-        amplitude = top / (math.pi / 2)
-        b = _clean(math.tan(one / amplitude))
-        if is_it(amplitude * torch.atan(b * u)):
-            return _LogScale("atan", _clean(amplitude / 0.636), b)
-    raise Unfusable("its clamp_activation is none of those that are covered (tanh, atan, sigmoid, the identity)")
-
-
-def _clean(value: float) -> float:
-    """Without the rounding of the last digits of the way it was found."""
-    return round(value, 10)
+    return recognised(lambda u: affine(u.to(device), torch.zeros_like(u, device=device))[1].cpu()), factor
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
@@ -389,7 +351,7 @@ def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def _coupling(passive: Tensor, transformed: Tensor, net: Conditioner, module: Any, scale: _LogScale) -> Coupling:
+def _coupling(passive: Tensor, transformed: Tensor, net: Conditioner, module: Any, scale: LogScale) -> Coupling:
     """A coupling with outputs [u | t]; u is multiplied by the log-scale's factor."""
     context = sum(dims[0] for dims in module.dims_c)
     wanted = len(passive) + context, 2 * len(transformed)

@@ -269,11 +269,15 @@ def test_splines_between_couplings_stay():
 
 def test_what_is_used_elsewhere_stays():
     flow = normflows_flow()
-    model = nn.ModuleDict({"flow": flow, "net": flow.flows[2].flows[1].param_map})
-    before = copy.deepcopy(model.state_dict())
+    net = flow.flows[2].flows[1].param_map
+    model = nn.ModuleDict({"flow": flow, "net": net})
     report = accelerate(model)
-    assert not report and "used elsewhere" in report.left[0].reason
-    assert before.keys() == model.state_dict().keys()
+    assert [r.couplings for r in report.replaced] == [1, 1] and "used elsewhere" in report.left[0].reason
+    assert flow.flows[1].flows[1].param_map is net
+    # A layer itself, under another name.
+    flow = normflows_flow()
+    model = nn.ModuleDict({"flow": flow, "last": flow.flows[0]})
+    assert accelerate(model).replaced[0].couplings == 2 and flow.flows[0] is model["last"]
     # The same flow in two places is one flow: it is replaced once, for both.
     flow = normflows_flow()
     model = nn.ModuleList([VAE(flow), VAE(flow)])
