@@ -92,7 +92,7 @@ class CouplingFlow(Flow):
         }
         names = ("activation", "log_scale", "log_scale_constant", "add_first", "reversible")
         self._options = {name: self.config[name] for name in names}
-        self.held: nn.ModuleDict | None = None  # filled by `hold`
+        self.held = nn.ModuleDict()  # filled by `hold`
         self._stack([layer for _ in range(steps) for layer in _new_step(self.config)])
 
     # -- the flow as a function ----------------------------------------------------------------------------------------
@@ -200,13 +200,11 @@ class CouplingFlow(Flow):
                 f"trained must be a bool tensor of {parameter}'s shape {tuple(tensor.shape)}; "
                 f"got {trained.dtype} {tuple(trained.shape)}"
             )
-        if self.held is None:
-            self.held = nn.ModuleDict()
         self.held[parameter.replace(".", "_")] = _Held(tensor.detach().clone(), trained.to(tensor.device))
 
     def _effective(self, name: str, parameter: Tensor) -> Tensor:
         """The parameter with its held entries at their values."""
-        return self.held[name](parameter) if self.held and name in self.held else parameter
+        return self.held[name](parameter) if name in self.held else parameter
 
     # -- data-dependent start ------------------------------------------------------------------------------------------
 
