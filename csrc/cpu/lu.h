@@ -6,6 +6,33 @@
 
 namespace glf::GLF_ISA {
 
+// The order in which exchanges of rows leave them: row i of P A is row order[i] of A.
+inline void row_order(idx dim, const std::int32_t* pivots, std::int32_t* order) {
+  for (idx i = 0; i < dim; ++i) order[i] = static_cast<std::int32_t>(i);
+  for (idx i = 0; i < dim; ++i) std::swap(order[i], order[pivots[i]]);
+}
+
+// Sign and logarithm of a determinant from U's diagonal and the exchanges. A zero gives (0, −∞), NaN (0, NaN).
+template <class T>
+inline void slogdet(idx dim, const T* diag, const std::int32_t* pivots, T* sign, T* logabsdet) {
+  // Six floats multiply within the range of a double: one logarithm for all of them.
+  constexpr idx group = sizeof(T) == 4 ? 6 : 1;
+  double total = 0;
+  int s = 1;
+  for (idx k = 0; k < dim; k += group) {
+    double product = 1;
+    for (idx i = k; i < std::min(k + group, dim); ++i) {
+      const T d = diag[i];
+      product *= std::fabs(d);
+      s *= d > 0 ? 1 : d < 0 ? -1 : 0;
+      if (pivots[i] != i) s = -s;
+    }
+    total += std::log(product);
+  }
+  *sign = T(s);
+  *logabsdet = static_cast<T>(total);
+}
+
 // One matrix's factorisation: right-looking, in panels of W columns. Padded: rows `ld` apart, W columns at a time.
 template <class T>
 struct LU {
@@ -77,7 +104,7 @@ struct LU {
     for (idx i = 0; i < dim; ++i)
       for (idx j = i + 1; j < dim; ++j) a[i * ld + j] = -a[i * ld + j];
     invert_factors(dim, a, a, diag, x, ld);
-    row_order(dim, pivots, 1, order);
+    row_order(dim, pivots, order);
     for (idx i = 0; i < dim; ++i)
       for (idx j = 0; j < dim; ++j) to[i * dim + order[j]] = x[i * ld + j];
   }
@@ -116,7 +143,7 @@ void slogdet_inverse(idx count, idx dim, const T* A, T* sign, T* logabsdet, T* i
   over_matrices<T>(count, dim, parallel, [=](idx n, LU<T>& lu) {
     lu.factor(A + n * dim * dim);
     info[n] = lu.info;
-    slogdet(dim, lu.diag, 1, lu.pivots, 1, sign + n, logabsdet + n);
+    slogdet(dim, lu.diag, lu.pivots, sign + n, logabsdet + n);
     lu.inverse(inverse + n * dim * dim, lu.pivots + dim);
   });
 }

@@ -5,6 +5,7 @@
 
 #include "math.h"
 #include "tile.h"
+#include "transpose.h"
 
 namespace glf::GLF_ISA {
 
@@ -16,47 +17,83 @@ inline int lu_threads(idx count, idx dim, const Parallel& parallel) {
   return static_cast<int>(std::clamp<idx>(std::min<idx>(work >> 19, count), 1, parallel.threads));
 }
 
-// The order in which exchanges of rows leave them: row i of P A is row order[i] of A.
-inline void row_order(idx dim, const std::int32_t* pivots, idx step, std::int32_t* order) {
-  for (idx i = 0; i < dim; ++i) order[i] = static_cast<std::int32_t>(i);
-  for (idx i = 0; i < dim; ++i) std::swap(order[i], order[pivots[i * step]]);
-}
-
-// Sign and logarithm of a determinant from U's diagonal and the exchanges. A zero gives (0, −∞), NaN (0, NaN).
-template <class T>
-inline void slogdet(idx dim, const T* diag, idx step, const std::int32_t* pivots, idx pivot_step, T* sign, T* logabsdet) {
-  // Six floats multiply within the range of a double: one logarithm for all of them.
-  constexpr idx group = sizeof(T) == 4 ? 6 : 1;
-  double total = 0;
-  int s = 1;
-  for (idx k = 0; k < dim; k += group) {
-    double product = 1;
-    for (idx i = k; i < std::min(k + group, dim); ++i) {
-      const T d = diag[i * step];
-      product *= std::fabs(d);
-      s *= d > 0 ? 1 : d < 0 ? -1 : 0;
-      if (pivots[i * pivot_step] != i) s = -s;
-    }
-    total += std::log(product);
-  }
-  *sign = T(s);
-  *logabsdet = static_cast<T>(total);
-}
-
 template <class T>
 inline mask<T> all(idx n) {
   return mask<T>{} + static_cast<std::remove_reference_t<decltype(mask<T>{}[0])>>(n);
 }
 
-// Matrices [first, first + n) with n ≤ lanes; a and x have room for D² vectors, `pivots` for D and `order` for D numbers.
+// Exchanges entry k of D, which stand `step` apart, with entry `best` > k or with itself.
+template <class T>
+inline void exchange_with(idx k, mask<T> best, idx D, idx step, vec<T>* entries) {
+  const vec<T> was = entries[k * step];
+  vec<T> found = was;
+  for (idx i = k + 1; i < D; ++i) {
+    const mask<T> chosen = best == all<T>(i);
+    const vec<T> here = entries[i * step];
+    found = chosen ? here : found;
+    entries[i * step] = chosen ? was : here;
+  }
+  entries[k * step] = found;
+}
+
+// Entries of matrices [0, n), n ≤ lanes, to vectors of one entry each and back. Rows of `a` behind entry D² − 1, up to a
+// whole square, are written and read, too. Lanes without a matrix repeat the first.
+template <class T>
+void to_lanes(idx n, idx entries, const T* A, vec<T>* a) {
+  constexpr idx L = lanes<T>;
+  for (idx e = 0; e < entries; e += L) {
+    vec<T> square[L];
+    for (idx lane = 0; lane < L; ++lane) square[lane] = load_part(A + (lane < n ? lane : 0) * entries + e, entries - e);
+    transpose<T>(square);
+    for (idx i = 0; i < L; ++i) a[e + i] = square[i];
+  }
+}
+
+template <class T>
+void from_lanes(idx n, idx entries, const vec<T>* a, T* A) {
+  constexpr idx L = lanes<T>;
+  for (idx e = 0; e < entries; e += L) {
+    vec<T> square[L];
+    for (idx i = 0; i < L; ++i) square[i] = a[e + i];
+    transpose<T>(square);
+    for (idx lane = 0; lane < n; ++lane) store_part(A + lane * entries + e, square[lane], entries - e);
+  }
+}
+
+// Signs and logarithms of determinants from U's diagonal: mantissas multiply and exponents add, one logarithm in all.
+template <class T>
+void slogdet_lanes(idx D, const vec<T>* a, const mask<T>* pivots, vec<T>& sign, vec<T>& logabsdet) {
+  using Limits = std::numeric_limits<T>;
+  constexpr int mantissa_bits = Limits::digits - 1, bias = Limits::max_exponent - 1;
+  const vec<T> one = broadcast(T(1)), infinite = broadcast(Limits::infinity());
+  const mask<T> mantissa_of = (mask<T>)broadcast(Limits::min()) - 1;  // the bits below the exponent
+  vec<T> product = one, special = one;  // of mantissas in [1, 2): below 2¹⁶; of zeros, infinities and NaN
+  mask<T> exponent{}, odd{};
+  for (idx k = 0; k < D; ++k) {
+    const vec<T> u = a[k * D + k], size = abs(u);
+    const mask<T> subnormal = size < Limits::min(), plain = (size > T(0)) & (size < infinite);
+    const mask<T> bits = (mask<T>)(subnormal ? size * (T(2) / Limits::epsilon()) : size);
+    const mask<T> shift = all<T>(bias) + (subnormal & all<T>(mantissa_bits + 1));
+    product *= plain ? (vec<T>)((bits & mantissa_of) | (mask<T>)one) : one;
+    exponent += plain & ((bits >> mantissa_bits) - shift);
+    special *= plain ? one : size;
+    odd ^= (u < T(0)) ^ (pivots[k] != all<T>(k));
+  }
+  const vec<T> turns = __builtin_convertvector(exponent, vec<T>);
+  // ln 2 in two parts, the first exact times the exponents.
+  const vec<T> total = turns * T(0.693359375) + (turns * T(-2.12194440054690583e-4) + log(product));
+  const vec<T> extreme = special == T(0) ? -infinite : special;  // NaN stays
+  logabsdet = special == one ? total : extreme;
+  sign = special > T(0) ? (odd ? -one : one) : vec<T>{};
+}
+
+// Matrices [0, n) with n ≤ lanes. `a` and `x` have room for max_lanes_dim² vectors.
 template <class T>
 void slogdet_inverse_pack(idx n, idx D, const T* A, T* sign, T* logabsdet, T* inverse, std::int32_t* info, vec<T>* a,
-                          vec<T>* x, mask<T>* pivots, std::int32_t* order) {
-  constexpr idx L = lanes<T>;
+                          vec<T>* x) {
   const vec<T> one = broadcast(T(1));
-  T* entries = reinterpret_cast<T*>(a);
-  for (idx lane = 0; lane < L; ++lane)  // lanes without a matrix repeat the first
-    for (idx e = 0; e < D * D; ++e) entries[e * L + lane] = A[(lane < n ? lane : 0) * D * D + e];
+  mask<T> pivots[max_lanes_dim];  // row that row k was exchanged with
+  to_lanes(n, D * D, A, a);
 
   // Factor: U on and above the diagonal, −L below, as in lu.h.
   mask<T> zero_at{};
@@ -70,14 +107,7 @@ void slogdet_inverse_pack(idx n, idx D, const T* A, T* sign, T* logabsdet, T* in
       best = larger ? all<T>(i) : best;
     }
     pivots[k] = best;
-    for (idx i = k + 1; i < D; ++i) {
-      const mask<T> chosen = best == all<T>(i);
-      for (idx j = 0; j < D; ++j) {
-        const vec<T> top = a[k * D + j], row = a[i * D + j];
-        a[k * D + j] = chosen ? row : top;
-        a[i * D + j] = chosen ? top : row;
-      }
-    }
+    for (idx j = 0; j < D; ++j) exchange_with<T>(k, best, D, D, a + j);
     const vec<T> pivot = a[k * D + k];
     const mask<T> zero = pivot == vec<T>{};
     zero_at = (zero & (zero_at == mask<T>{})) ? all<T>(k + 1) : zero_at;
@@ -88,8 +118,13 @@ void slogdet_inverse_pack(idx n, idx D, const T* A, T* sign, T* logabsdet, T* in
       for (idx j = k + 1; j < D; ++j) a[i * D + j] += f * a[k * D + j];
     }
   }
+  vec<T> signs, logarithms;
+  slogdet_lanes<T>(D, a, pivots, signs, logarithms);
+  store_part(sign, signs, n);
+  store_part(logabsdet, logarithms, n);
+  for (idx lane = 0; lane < n; ++lane) info[lane] = static_cast<std::int32_t>(zero_at[lane]);
 
-  // x = L⁻¹, of which row i ends at column i, then U⁻¹ x.
+  // x = L⁻¹, of which row i ends at column i, then U⁻¹ x, then its columns in A's order.
   for (idx i = 0; i < D; ++i) {
     for (idx j = 0; j < i; ++j) {
       vec<T> sum = a[i * D + j];
@@ -106,18 +141,9 @@ void slogdet_inverse_pack(idx n, idx D, const T* A, T* sign, T* logabsdet, T* in
       x[i * D + j] = sum * reciprocal;
     }
   }
-
-  const T* inverses = reinterpret_cast<const T*>(x);
-  for (idx lane = 0; lane < n; ++lane) {
-    std::int32_t exchanges[max_lanes_dim];
-    for (idx k = 0; k < D; ++k) exchanges[k] = static_cast<std::int32_t>(pivots[k][lane]);
-    slogdet(D, entries + lane, (D + 1) * L, exchanges, 1, sign + lane, logabsdet + lane);
-    info[lane] = static_cast<std::int32_t>(zero_at[lane]);
-    row_order(D, exchanges, 1, order);
-    T* to = inverse + lane * D * D;
-    for (idx i = 0; i < D; ++i)
-      for (idx j = 0; j < D; ++j) to[i * D + order[j]] = inverses[(i * D + j) * L + lane];
-  }
+  for (idx i = 0; i < D; ++i)
+    for (idx k = D - 1; k >= 0; --k) exchange_with<T>(k, pivots[k], D, 1, x + i * D);
+  from_lanes(n, D * D, x, inverse);
 }
 
 template <class T>
@@ -127,13 +153,11 @@ void slogdet_inverse_lanes(idx count, idx D, const T* A, T* sign, T* logabsdet, 
   const idx packs = (count + L - 1) / L;
   const int threads = static_cast<int>(std::min<idx>(lu_threads(count, D, parallel), std::max<idx>(packs, 1)));
   in_parallel(parallel, threads, [&](int thread) {
-    alignas(64) vec<T> a[max_lanes_dim * max_lanes_dim], x[max_lanes_dim * max_lanes_dim];
-    alignas(64) mask<T> pivots[max_lanes_dim];
-    std::int32_t order[max_lanes_dim];
+    vec<T> a[max_lanes_dim * max_lanes_dim], x[max_lanes_dim * max_lanes_dim];
     for (idx pack = packs * thread / threads; pack < packs * (thread + 1) / threads; ++pack) {
       const idx at = pack * L;
       slogdet_inverse_pack(std::min(L, count - at), D, A + at * D * D, sign + at, logabsdet + at, inverse + at * D * D,
-                           info + at, a, x, pivots, order);
+                           info + at, a, x);
     }
   });
 }
