@@ -66,13 +66,22 @@ class Compiler:
         assert self.process.stdout
         self.version = self.process.stdout.readline().strip()
 
-    def resources(self, spec: Any, arch: int) -> Resources | None:
-        """What the kernel takes; None where this Triton cannot compile it."""
-        assert self.process.stdin and self.process.stdout
+    def ask(self, spec: Any, arch: int) -> None:
+        """Start to compile a kernel; `answer` waits for the end."""
+        assert self.process.stdin
         request = [spec.kernel.__module__, spec.kernel.__name__, *spec[2:], arch]
         self.process.stdin.write(json.dumps(request) + "\n")
-        answer = json.loads(self.process.stdout.readline())
-        return answer and Resources(*answer)
+
+    def answer(self) -> Resources | None:
+        """What the kernel takes; None where this Triton cannot compile it."""
+        assert self.process.stdout
+        found = json.loads(self.process.stdout.readline())
+        return found and Resources(*found)
+
+    def resources(self, spec: Any, arch: int) -> Resources | None:
+        """`ask` and `answer`."""
+        self.ask(spec, arch)
+        return self.answer()
 
     def close(self) -> None:
         """End the process."""

@@ -1,4 +1,4 @@
-"""Kernels are compiled for real GPUs, without one: `tools/compile_gate.py` does all of them."""
+"""Kernels are compiled for real GPUs, without one: `make gate` does all of them, with two Triton versions."""
 
 import os
 import subprocess
@@ -34,9 +34,9 @@ def test_a_small_kernel_compiles_for_every_architecture() -> None:
     code = """
 import compile_gate
 from glf_fast.kernels.launch_table import Launch
-from glf_fast.kernels.shipped import specialize
+from glf_fast.kernels.shipped import of_entry
 from triton_resources import resources
-spec = specialize("forward small bf16 few", Launch(16, 32, 32, False, 4, 2))
+spec = of_entry("forward small bf16 few", Launch(16, 32, 32, False, 4, 2))
 for arch in compile_gate.ARCHITECTURES:
     why = compile_gate.complaint(resources(spec, arch), arch, 0)
     assert not why, why
