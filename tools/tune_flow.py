@@ -205,8 +205,8 @@ def main() -> None:
                 launches[key], found = choose(key, arch, present and Launch(*present), compilers)
             else:
                 launches[key], found, times[key] = fastest(key, arch, compilers[0])
-            for name, versions in found.items():
-                taken[name] = {version: list(r) for version, r in versions.items()}
+            for name, by_version in found.items():
+                taken[name] = {version: list(r) for version, r in by_version.items()}
                 print(f"sm_{arch}", name, launches[key], taken[name], times.get(key, ""), flush=True)
             table["made"][arch] = made
             arguments.out.write_text(_one_entry_a_line(table))
