@@ -1,7 +1,7 @@
 """The kernels as they are shipped: for the compile gate and the tuning script.
 
-Of every entry of the launch table the largest flow that it serves, whose padding masks all fall away, and of the flows that
-are benchmarked everything that their users run.
+Of every entry of the launch table the largest flow that it serves, whose padding masks all fall away; and for sm_90, on which
+they are benchmarked, everything that users of the named flows run.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ def of_flows(key: str, how: Launch) -> Iterator[Specialization]:
                     yield module.specialization(what, dim, hidden, context_dim, options, saved, how)
 
 
-def kernels(key: str, how: Launch) -> Iterator[Specialization]:
-    """What one entry of the launch table launches."""
-    yield from of_flows(key, how)
+def kernels(key: str, how: Launch, arch: int) -> Iterator[Specialization]:
+    """What one entry of sm_`arch`'s launch table launches."""
+    if arch == 90:
+        yield from of_flows(key, how)
     yield of_entry(key, how)
 
 
 def shipped(arch: int) -> Iterator[Specialization]:
     """All of them for sm_`arch`, and the elementwise coupling, which is launched alike everywhere."""
     for key, how in entries(arch):
-        yield from kernels(key, how)
+        yield from kernels(key, how, arch)
     yield from affine_coupling.specializations()

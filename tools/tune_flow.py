@@ -84,7 +84,7 @@ def take(
     """
     most = 0
     found: dict[str, dict[str, Resources]] = {}
-    for spec in kernels(key, how):
+    for spec in kernels(key, how, int(arch)):
         for compiler in compilers:
             compiler.ask(spec, int(arch))
         answers = [compiler.answer() for compiler in compilers]
