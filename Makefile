@@ -47,15 +47,15 @@ $(VENV)/train.stamp: $(VENV)/torch.stamp $(SOURCES)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
+$(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES) libraries.txt
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	# An independent Inception to compare ours with. Its dependencies (torchvision, and with it another torch) stay out.
 	$(PIP) install --quiet --no-deps torch-fidelity==0.4.0
+	$(PIP) install --quiet --no-deps --requirement libraries.txt
 	touch $@
 
-$(VENV)/bench.stamp: $(VENV)/test.stamp bench/libraries.txt
+$(VENV)/bench.stamp: $(VENV)/test.stamp
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
-	$(PIP) install --quiet --no-deps --requirement bench/libraries.txt
 	touch $@
 
 clean:

@@ -90,11 +90,17 @@ def kernels() -> dict[str, Any]:
 
 
 setup(
-    packages=[*find_packages(include=["glf_fast", "glf_fast.*"]), "glf_fast.presets", "glf_fast.kernels"],
-    package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels"},
+    packages=[
+        *find_packages(include=["glf_fast", "glf_fast.*"]),
+        "glf_fast.presets",
+        "glf_fast.kernels",
+        "glf_fast.cuda",
+    ],
+    package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels", "glf_fast.cuda": "csrc/cuda"},
     package_data={
         "glf_fast": ["py.typed", "presets/*.toml", "metrics/*.safetensors", "*.html"],
         "glf_fast.kernels": ["launch_table.json"],
+        "glf_fast.cuda": ["*.cuh"],  # what CuPy compiles where there was no nvcc
     },
     **kernels(),
 )

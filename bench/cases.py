@@ -1,4 +1,4 @@
-"""The flows that are measured, by name, and what the arithmetic and the memory traffic of a pass cost at least."""
+"""What is measured, by name, and what the arithmetic and the memory traffic of a pass cost at least."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from glf_fast import CouplingFlow
 
-__all__ = ["FLOWS", "MODES", "SMALL_BATCH", "FlowCase"]
+__all__ = ["COUPLINGS", "COUPLING_MODES", "DEPTH", "FLOWS", "GRID", "MODES", "SMALL_BATCH", "CouplingCase", "FlowCase"]
 
 # log_prob and sample without gradients; train: log_prob's mean, forward and backward; step: train, and Adam.
 MODES = ("log_prob", "sample", "train", "step")
+# forward and inverse without gradients; train: forward and backward.
+COUPLING_MODES = ("forward", "inverse", "train")
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,26 @@ class FlowCase:
     context_dim: int = 0
 
     def flow(self, device: str = "cpu") -> CouplingFlow:
-        """A flow of this size, as after its data-dependent start, with parameters a little off their initial values."""
+        """A flow of this size, as after its data-dependent start, with parameters a little off their initial values.
+
+        The deeper the flow, the less: as far off as at 8 steps, 64 amplify rounding until float32 has no digit left.
+        """
         torch.manual_seed(0)
         flow = CouplingFlow(self.dim, self.steps, self.hidden, self.context_dim)
         flow(torch.randn(256, self.dim), torch.randn(256, self.context_dim) if self.context_dim else None)
         with torch.no_grad():
             for p in flow.parameters():
-                p.add_(0.01 * torch.randn_like(p))
+                p.add_(0.01 * min(1.0, 8 / self.steps) * torch.randn_like(p))
         return flow.to(device)
 
     def inputs(self, device: str = "cpu") -> tuple[Tensor, Tensor | None]:
-        """x (B, D) and the context (B, C), or None."""
+        """x (B, D) and the context (B, C), or None.
+
+        Wider than what the flow started from and off its middle: at the minimum of the loss gradients are small
+        differences of large numbers, and one ReLU that rounding switches changes them by 10⁻³.
+        """
         torch.manual_seed(1)
-        x = torch.randn(self.batch, self.dim)
+        x = 0.5 + 1.5 * torch.randn(self.batch, self.dim)
         context = torch.randn(self.batch, self.context_dim).to(device) if self.context_dim else None
         return x.to(device), context
 
@@ -64,6 +73,33 @@ class FlowCase:
         return 4 * (traffic + (1 if mode in ("log_prob", "sample") else 2) * rows)
 
 
+@dataclass(frozen=True)
+class CouplingCase:
+    """The elementwise affine coupling of images (B, C, H, W): u and t are the halves of one network's output."""
+
+    shape: tuple[int, int, int, int]
+    order: str  # "contiguous" or "channels-last"
+
+    @property
+    def name(self) -> str:
+        """Shape and order."""
+        return f"{'x'.join(map(str, self.shape))} {self.order}"
+
+    def inputs(self, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """v, u, t (B, C, H, W), which ask for gradients."""
+        order = torch.channels_last if self.order == "channels-last" else torch.contiguous_format
+        torch.manual_seed(seed)
+        B, C, H, W = self.shape
+        v = torch.randn(B, C, H, W).to(device, memory_format=order)
+        u, t = torch.randn(B, 2 * C, H, W).to(device, memory_format=order).chunk(2, 1)
+        return v.requires_grad_(), u.detach().requires_grad_(), t.detach().requires_grad_()
+
+    def bytes(self, mode: str) -> int:
+        """Least traffic in float32: v, u, t read, w written; backward ∂w, v, u, t read and three gradients written."""
+        B, C, H, W = self.shape
+        return 4 * {"forward": 4, "inverse": 4, "train": 11}[mode] * B * C * H * W
+
+
 FLOWS = {
     case.name: case
     for case in (
@@ -75,3 +111,16 @@ FLOWS = {
     )
 }
 SMALL_BATCH = {f"small-batch-{b}": FlowCase(f"small-batch-{b}", 64, (256, 256), 8, b) for b in (1, 16, 64)}
+# glf-cifar with more and fewer steps.
+DEPTH = {f"depth-{k}": FlowCase(f"depth-{k}", 64, (256, 256), k, 256) for k in (2, 4, 8, 16, 32, 64)}
+# Batch against width: is a GPU worth it? K = 8, two hidden layers.
+GRID = {
+    f"grid-{d}-{h}-{b}": FlowCase(f"grid-{d}-{h}-{b}", d, (h, h), 8, b)
+    for d, h in ((4, 32), (16, 64), (64, 256), (128, 512))
+    for b in (1, 16, 64, 256, 1024, 4096)
+}
+COUPLINGS = [
+    CouplingCase(shape, order)
+    for shape in ((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4))
+    for order in ("contiguous", "channels-last")
+]

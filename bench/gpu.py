@@ -1,255 +1,335 @@
-"""The flows on a GPU: `python -m bench.gpu OUT [--seconds 200]`. Results go to OUT/gpu.json, the most important first.
+"""One part of the GPU benchmark: `python -m bench.gpu PART OUT [--seconds S] [--rehearse]`. Adds to OUT/gpu.json, row by row.
 
-Providers: ours; the reference in plain PyTorch; the same under torch.compile, in its reduce-overhead mode, and captured as a
-CUDA graph. A provider whose values are not those of the float64 reference is reported as wrong, and not timed.
+Every row is written at once, so that whatever stops a part costs what it had not measured yet. What is not right (against
+the reference in float64, in the same process) or fails is named in the file, and has no time. `python tools/gpu.py` runs the
+parts one after the other, each in a process with a time limit of its own. `--rehearse` runs a part with small cases on a
+processor: its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import copy
 import statistics
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import glf_fast
-from bench import timing
-from bench.cases import FLOWS, SMALL_BATCH, FlowCase
-from glf_fast import CouplingFlow, ops
+from bench import machine, rehearsal, timing
+from bench.baselines import COMPILED, LIBRARIES, Provider, provider, why_missing
+from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, SMALL_BATCH, CouplingCase, FlowCase
+from bench.couplings import PROVIDERS as COUPLING_PROVIDERS
+from bench.couplings import Coupling
+from bench.linear import BACKENDS, Linear, LinearCase
+from bench.linear import why_missing as why_linear_missing
+from bench.results import Result, Results, merge, read, stats, write
+from bench.training import IMAGES, Step
+from bench.training import PROVIDERS as STEP_PROVIDERS
+from glf_fast import CouplingFlow, use_backend
 
-__all__ = ["main"]
+__all__ = ["PARTS", "main"]
 
-PRECISIONS = {"highest": 2e-5, "high": 4e-3, "medium": 4e-2}  # torch's matmul precision → error that is rounding
-Work = Callable[[], Any]
+SECONDS = 0.25  # of each measurement
+PRECISIONS = {"highest": "float32", "high": "tf32", "medium": "bf16"}
+NAMED = ("glf-cifar", "glf-mnist", "sbi")
+FLOW_MODES = ("train", "log_prob", "sample")
+OURS_AND_EAGER = ("glf_fast", "eager")
 
+Measured = Callable[[], Result]
+# One row to be: suite, case, mode, provider, and what measures it. It raises AssertionError for what is wrong.
+Job = tuple[str, str, str, str, Measured]
 
-def machine() -> dict[str, Any]:
-    """What a number needs beside it."""
-    folder = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "cores": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "python_version": platform.python_version(),
-        "glf_fast": glf_fast.__version__,
-        "backends": glf_fast.backends(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
+clock: Any = timing  # or rehearsal
 
 
-def providers(case: FlowCase, mode: str) -> Iterator[tuple[str, Work]]:
-    """(name, a pass of `mode`); passes return what is compared."""
-    x, context = case.inputs("cuda")
-    compilers: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
-        ("glf_fast", "auto", None),
-        ("eager", "reference", None),
-        ("compile", "reference", {}),
-        ("reduce-overhead", "reference", {"mode": "reduce-overhead"}),
-    )
-    for name, backend, compiler in compilers:
-        # Data → noise in training mode, where nothing is kept between calls: as the other providers have it.
-        flow = case.flow("cuda")
-        function: Callable[..., Any] = flow.inverse if mode == "sample" else flow.log_prob
-        if compiler is not None:
-            function = torch.compile(function, dynamic=False, **compiler)
-        yield name, partial(a_pass, mode, function, backend, x, context, [*flow.parameters()])
+class Missing(Exception):
+    """What cannot be measured here, and why."""
 
 
-def a_pass(
-    mode: str, function: Callable[..., Any], backend: str, x: Tensor, context: Tensor | None, parameters: list[Tensor]
-) -> Any:
-    """What is timed: gradients of the mean log-density, log-densities, or the samples that the noise x becomes."""
-    torch.compiler.cudagraph_mark_step_begin()
-    with glf_fast.use_backend(backend):
-        if mode == "train":
-            return torch.autograd.grad(-function(x, context).mean(), parameters)
-        with torch.no_grad():
-            out = function(x, context)
-        return out[0] if mode == "sample" else out
+def flow_jobs(
+    suite: str, cases: list[FlowCase], modes: tuple[str, ...], names: tuple[str, ...], precision: str = "high"
+) -> Iterator[Job]:
+    """Providers of flows, in one of torch's matmul precisions."""
+    for mode in modes:
+        for case in map(_small if clock is rehearsal else _same, cases):
+            label = f"{mode}, {PRECISIONS[precision]}" if suite == "gpu_flow" else mode
+            for name in names:
+                yield suite, case.name, label, name, partial(flow, suite, label, case, mode, name, precision)
 
 
-def exact(case: FlowCase, mode: str, rows: int) -> Any:
-    """The same pass by the float64 reference, of the first rows."""
-    flow = case.flow("cuda").double()
-    x, context = case.inputs("cuda")
-    x, context = x[:rows].double(), None if context is None else context[:rows].double()
-    function = flow.inverse if mode == "sample" else flow.log_prob
-    return a_pass(mode, function, "reference", x, context, [*flow.parameters()])
-
-
-def wrong(found: Any, expected: Any, tolerance: float) -> str:
-    """Why a pass is not what it should be, or ""."""
-    if expected is None:
-        return "" if all(t.isfinite().all() for t in found) else "not finite"
-    pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found[: len(expected)], expected)]
-    for i, (a, b) in enumerate(pairs):
-        error = ((a.double() - b).norm() / b.norm().clamp(min=1e-12)).item()
-        if not error < tolerance:
-            return f"result {i} is off by {error:.1e}"
-    return ""
-
-
-def measure(case: FlowCase, mode: str, precision: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """A row a provider."""
+def flow(suite: str, label: str, case: FlowCase, mode: str, name: str, precision: str) -> Result:
+    """Calls with the host in them, and for ours and plain PyTorch the kernels alone, from a graph."""
+    if reason := why_missing(name, case):
+        raise Missing(reason)
     torch.set_float32_matmul_precision(precision)
-    rows = min(case.batch, 4096)
-    expected = exact(case, mode, rows) if mode != "train" or case.batch == rows else None
-    rate = timing.matrix_rate(torch.bfloat16 if precision == "medium" else torch.float32)
-    floor = max(case.operations(mode) / rate, case.bytes(mode) / timing.bandwidth())
-    for name, work in providers(case, mode):
-        info: dict[str, Any] = {
-            "case": case.name, "mode": mode, "provider": name, "batch": case.batch, "precision": precision,
-            "operations": case.operations(mode), "bytes": case.bytes(mode), "floor_s": floor,
-            "matrix_gflops": rate / 1e9, "threads": 1,
-        }  # fmt: skip
+    made = provider("eager" if name == "graphed eager" else name, case, mode == "train", clock.DEVICE)
+    work = partial(made.run, mode, *case.inputs(clock.DEVICE))
+    for _ in range(3):  # what is captured at the second call is checked at the fourth
+        work()
+    if wrong := made.why_wrong(mode, case, precision):
+        raise AssertionError(wrong)
+    operations, size, rate = case.operations(mode), case.bytes(mode), clock.matrix_rate(precision)
+    info: dict[str, Any] = {
+        "batch": case.batch, "dim": case.dim, "hidden": case.hidden, "steps": case.steps, "precision": precision,
+        "operations": operations, "bytes": size, "floor_s": max(operations / rate, size / clock.bandwidth()),
+        "matrix_gflops": rate / 1e9, "threads": 1, "parameters": made.parameters(),
+    }  # fmt: skip
+    if name == "graphed eager":
+        graph = clock.Graph(work)
+        work = graph.replay
+    elif name != "reduce-overhead":  # whose memory belongs to its graphs
+        info["peak_bytes"] = clock.peak_memory(work)
+    calls, info["host_s"] = clock.call_times(work, SECONDS)
+    if name in OURS_AND_EAGER:
         try:
-            found = work()
-            if reason := wrong(found, expected, PRECISIONS[precision]):
-                yield {"info": {**info, "wrong": reason}, "stats": {}}
-                continue
-            calls, host = timing.call_times(work, seconds)
-            info |= {"host_s": host, "peak_bytes_gpu": timing.peak_memory(work)}
-            if name in ("glf_fast", "eager"):
-                info["launches"] = timing.launches(work)
-                graph = timing.Graph(work)
-                for cold in (True, False):
-                    replays = graph.times(seconds, cold=cold)
-                    info[f"graph_{'cold' if cold else 'warm'}"] = stats(replays)
-            yield {"info": finish(info, calls), "stats": stats(calls)}
-            if name == "eager":
-                replays = graph.times(seconds, cold=False)
-                yield {"info": finish({**info, "provider": "graphed eager"}, replays), "stats": stats(replays)}
-        except Exception as error:  # one provider that fails must not cost the others' results
-            yield {"info": {**info, "wrong": f"{type(error).__name__}: {str(error)[:300]}"}, "stats": {}}
-        torch.compiler.reset()
+            graph = clock.Graph(work)
+            info["graph_cold"] = stats(graph.times(SECONDS, cold=True))
+            info["graph_warm"] = stats(graph.times(SECONDS, cold=False))
+        except RuntimeError as error:  # what cannot be captured has still been called
+            traceback.print_exc()
+            info["graph_failed"] = str(error)[:300]
+    info["gflops"] = operations / statistics.median(calls) / 1e9
+    # Of the kernels alone, where they are known alone.
+    kernels = info["graph_cold"]["median"] if "graph_cold" in info else statistics.median(calls)
+    info["share_of_matrix_rate"] = operations / kernels / rate
+    return Result(suite, case.name, label, name, stats(calls), info)
 
 
-def finish(info: dict[str, Any], times: list[float]) -> dict[str, Any]:
-    """With the rates that a time means."""
-    rate = info["operations"] / statistics.median(times) / 1e9
-    return {**info, "gflops": rate, "share_of_matrix_rate": rate / info["matrix_gflops"]}
+def coupling_jobs() -> Iterator[Job]:
+    """The elementwise coupling of images, and of a size that fills a GPU; the compiler last: it takes long."""
+    large = [CouplingCase((4096, 24, 16, 16), order) for order in ("contiguous", "channels-last")]
+    cases = [CouplingCase((2, 4, 4, 4), "contiguous")] if clock is rehearsal else [*large, *COUPLINGS]
+    for name in COUPLING_PROVIDERS:
+        for case in cases:
+            for mode in COUPLING_MODES:
+                yield "coupling", case.name, mode, name, partial(coupling, case, mode, name)
 
 
-def stats(times: list[float]) -> dict[str, float]:
-    """As in the other result files."""
-    q1, median, q3 = statistics.quantiles(times, n=4)
-    return {"min": min(times), "q1": q1, "median": median, "q3": q3, "max": max(times), "rounds": len(times)}
+def coupling(case: CouplingCase, mode: str, name: str) -> Result:
+    """Kernels alone, from one graph over copies of the tensors that are together larger than three L2 caches."""
+    first = Coupling(name, case, clock.DEVICE)
+    if wrong := first.why_wrong(mode):
+        raise AssertionError(wrong)
+    size = case.bytes(mode)
+    copies = [first, *(Coupling(name, case, clock.DEVICE, seed) for seed in range(1, clock.rotations(size)))]
+    for other in copies:
+        other.function = first.function  # one compilation for all
+    times = clock.Graph(*(partial(c.run, mode) for c in copies)).times(SECONDS, cold=False)
+    calls, host = clock.call_times(partial(first.run, mode), SECONDS)
+    info = {
+        "batch": case.shape[0], "bytes": size, "floor_s": size / clock.bandwidth(), "copies": len(copies),
+        "gbytes_per_s": size / statistics.median(times) / 1e9, "calls": stats(calls), "host_s": host,
+        "share_of_copy": size / statistics.median(times) / clock.bandwidth(),
+    }  # fmt: skip
+    return Result("coupling", case.name, mode, name, stats(times), info)
 
 
-def elementwise(seconds: float) -> Iterator[dict[str, Any]]:
-    """The elementwise coupling of images, in both orders of memory: share of a copy's bandwidth."""
-    for shape in ((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4), (4096, 24, 16, 16)):
-        for order, name in ((torch.contiguous_format, "NCHW"), (torch.channels_last, "NHWC")):
-            for mode, (work, numbers) in couplings(shape, order).items():
-                for backend, provider in (("auto", "glf_fast"), ("reference", "eager")):
-                    with glf_fast.use_backend(backend):
-                        replays = timing.Graph(work).times(seconds, cold=True)
-                    size = 4 * numbers
-                    info = {
-                        "case": f"coupling {'x'.join(map(str, shape))} {name}", "mode": mode, "provider": provider,
-                        "bytes": size, "floor_s": size / timing.bandwidth(),
-                        "share_of_bandwidth": size / statistics.median(replays) / timing.bandwidth(),
-                    }  # fmt: skip
-                    yield {"info": info, "stats": stats(replays)}
+def linear_jobs() -> Iterator[Job]:
+    """log|det| and inverse of dense matrices: ours, each library under torch.linalg, CuPy; large batches first."""
+    counts, dims = ((3,), (5,)) if clock is rehearsal else ((16384, 1024, 32, 8), (32, 64, 8, 16, 4, 128, 192, 48, 96))
+    for case in (LinearCase(count, dim) for count in counts for dim in dims):
+        for name in ("glf_fast", *BACKENDS, "CuPy"):
+            yield "linear", case.name, "forward", name, partial(linear, case, name)
 
 
-def couplings(shape: tuple[int, ...], order: torch.memory_format) -> dict[str, tuple[Work, int]]:
-    """Mode → a pass, and how many numbers it must read and write: u and t are the halves of one network's output."""
-    x = torch.randn(shape, device="cuda").to(memory_format=order)
-    raw = torch.randn((shape[0], 2 * shape[1], *shape[2:]), device="cuda").to(memory_format=order)
-    v, u, t = (y.detach().requires_grad_() for y in (x, *raw.chunk(2, 1)))
-    w, logdet = ops.affine_coupling(v, u, t)
-    grads = (torch.randn_like(w), torch.randn_like(logdet))
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return ops.affine_coupling(v, u, t)
-
-    def both() -> Any:
-        return torch.autograd.grad(ops.affine_coupling(v, u, t), (v, u, t), grads)
-
-    return {"forward": (forward, 4 * x.numel()), "forward and backward": (both, 11 * x.numel())}
-
-
-def memory() -> Iterator[dict[str, Any]]:
-    """Peak memory of a training pass against depth (D 64, H 256, B 4,096)."""
-    for steps in (8, 64):
-        for name, backend, reversible in (
-            ("glf_fast", "auto", False),
-            ("glf_fast reversible", "auto", True),
-            ("eager", "reference", False),
-        ):
-            flow = CouplingFlow(64, steps, (256, 256), reversible=reversible).cuda()
-            x = torch.randn(4096, 64, device="cuda")
-            flow(x)
-            parameters = list(flow.parameters())
-
-            def work(flow: CouplingFlow = flow, x: Tensor = x, parameters: list[Any] = parameters) -> Any:
-                return torch.autograd.grad(-flow.log_prob(x).mean(), parameters)
-
-            with glf_fast.use_backend(backend):
-                peak, (calls, _) = timing.peak_memory(work), timing.call_times(work, 0.3)
-            info = {"case": f"memory-{steps}", "mode": "train", "provider": name, "batch": 4096, "peak_bytes": peak}
-            yield {"info": info, "stats": stats(calls)}
+def linear(case: LinearCase, name: str) -> Result:
+    """Calls; of ours the kernel alone, from one graph over copies that are together larger than three L2 caches."""
+    if reason := why_linear_missing(name, clock.DEVICE, "forward"):
+        raise Missing(reason)
+    first = Linear(name, case, clock.DEVICE)
+    if wrong := first.why_wrong("forward"):
+        raise AssertionError(wrong)
+    calls, host = clock.call_times(partial(first.run, "forward"), SECONDS)
+    operations, size = case.operations("forward"), case.bytes("forward")
+    floor_s = max(operations / clock.matrix_rate("highest"), size / clock.bandwidth())
+    info = {
+        "batch": case.count, "dim": case.dim, "operations": operations, "bytes": size, "floor_s": floor_s,
+        "calls": stats(calls), "host_s": host,
+    }  # fmt: skip
+    times = calls
+    if name == "glf_fast":  # the others wait for the GPU, or ask it for memory, which no graph can hold
+        copies = [first, *(Linear(name, case, clock.DEVICE) for _ in range(1, clock.rotations(size)))]
+        times = clock.Graph(*(partial(c.run, "forward") for c in copies)).times(SECONDS, cold=False)
+    info["gflops"] = operations / statistics.median(times) / 1e9
+    return Result("linear", case.name, "forward", name, stats(times), info)
 
 
-def jobs(each: float) -> Iterator[Iterator[dict[str, Any]]]:
-    """All measurements, the most important first."""
-    for precision in ("high", "medium", "highest"):
-        for mode in ("train", "log_prob", "sample"):
-            for name in ("glf-cifar", "glf-mnist", "sbi"):
-                yield measure(FLOWS[name], mode, precision, each)
-        if precision == "high":
-            yield memory()
-            yield elementwise(each)
-        yield measure(FLOWS["throughput"], "train", precision, each)
-        yield measure(FLOWS["throughput"], "log_prob", precision, each)
-        yield measure(FLOWS["wide"], "train", precision, each)
-        for case in SMALL_BATCH.values():
-            for mode in ("log_prob", "sample"):
-                yield measure(case, mode, precision, each)
+def memory_jobs() -> Iterator[Job]:
+    """Peak memory of a training pass against depth."""
+    ways = (("glf_fast", "auto", False), ("glf_fast reversible", "auto", True), ("eager", "reference", False))
+    for steps in (1, 2) if clock is rehearsal else (64, 8, 32, 16):
+        for name, backend, reversible in ways:
+            yield "memory", f"memory-{steps}", "train", name, partial(memory, steps, name, backend, reversible)
+
+
+def memory(steps: int, name: str, backend: str, reversible: bool) -> Result:
+    """D 64, H 256, 256, B 4,096, with its gradients already there."""
+    batch = 4 if clock is rehearsal else 4096
+    torch.manual_seed(0)
+    model = CouplingFlow(64, steps, (256, 256), reversible=reversible).to(clock.DEVICE)
+    x = torch.randn(batch, 64, device=clock.DEVICE)
+
+    def work() -> None:
+        model.log_prob(x).mean().backward()
+
+    with use_backend(backend):
+        work()
+        peak, (calls, _) = clock.peak_memory(work), clock.call_times(work, SECONDS)
+    info = {"batch": batch, "dim": 64, "hidden": (256, 256), "steps": steps, "peak_bytes": peak}
+    return Result("memory", f"memory-{steps}", "train", name, stats(calls), info)
+
+
+def step_jobs() -> Iterator[Job]:
+    """Whole training steps of the presets' models."""
+    for name in STEP_PROVIDERS:  # the compiler last: it takes long
+        for preset in IMAGES:
+            if not (name == "compile" and clock is rehearsal):
+                yield "train_step", preset, "step", name, partial(training, preset, name)
+
+
+def training(preset: str, name: str) -> Result:
+    """The trainer's own steps, each after the other, and the most memory that they held."""
+    torch.set_float32_matmul_precision("high")
+    step = Step(name, preset, clock.DEVICE, batch=4 if clock is rehearsal else 0)
+    if wrong := step.why_wrong("high"):  # cuDNN's convolutions are tf32 by default
+        raise AssertionError(wrong)
+    peak = clock.peak_memory(step.run)
+    calls, host = clock.call_times(step.run, 8 * SECONDS)
+    batch = len(step.images)
+    info = {"batch": batch, "images_per_s": batch / statistics.median(calls), "host_s": host, "peak_extra_bytes": peak}
+    return Result("train_step", preset, "step", name, stats(calls), info)
+
+
+def compile_jobs() -> Iterator[Job]:
+    """torch.compile and its reduce-overhead mode, in the order of their importance."""
+    yield from flow_jobs("gpu_flow", [FLOWS[name] for name in NAMED], FLOW_MODES, COMPILED)
+
+
+def launch_jobs() -> Iterator[Job]:
+    """By the profiler, in a part of its own: some virtual machines do not let it in."""
+
+    def count(case: FlowCase, mode: str, name: str) -> Result:
+        if reason := why_missing(name, case):
+            raise Missing(reason)
+        made = provider(name, case, mode == "train", clock.DEVICE)
+        number = clock.launches(partial(made.run, mode, *case.inputs(clock.DEVICE)))
+        if not number:
+            raise AssertionError("the profiler saw no launches")
+        return Result("launches", case.name, mode, name, stats([0.0]), {"launches": number})
+
+    for mode in FLOW_MODES:
+        for case in map(_small if clock is rehearsal else _same, _named(*NAMED)):
+            for name in (*OURS_AND_EAGER, *LIBRARIES):
+                yield "launches", case.name, mode, name, partial(count, case, mode, name)
+
+
+def warm_jobs() -> Iterator[Job]:
+    """Ours and those, compiled and not measured: what they leave in caches on disk makes the other parts short."""
+
+    def only_compile(case: FlowCase, mode: str, name: str) -> Result:
+        torch.set_float32_matmul_precision("high")
+        made: Provider = provider(name, case, mode == "train", clock.DEVICE)
+        made.run(mode, *case.inputs(clock.DEVICE))
+        return Result("", "", "", "", {"median": 0.0}, {})
+
+    for name in ("glf_fast", *COMPILED):
+        for mode in FLOW_MODES:
+            for case in map(_small if clock is rehearsal else _same, _named(*NAMED)):
+                yield "", case.name, mode, name, partial(only_compile, case, mode, name)
+
+
+def _named(*names: str) -> list[FlowCase]:
+    return [FLOWS[name] for name in names]
+
+
+# Part → its jobs. The order is that of their importance.
+PARTS: dict[str, Callable[[], Iterator[Job]]] = {
+    "flow": lambda: flow_jobs(
+        "gpu_flow", _named(*NAMED), FLOW_MODES, ("glf_fast", "eager", "graphed eager", *LIBRARIES)
+    ),
+    "compile": compile_jobs,
+    "memory": memory_jobs,
+    "coupling": coupling_jobs,
+    "linear": linear_jobs,
+    "large": lambda: flow_jobs("gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), OURS_AND_EAGER),
+    "train_step": step_jobs,
+    "grid": lambda: flow_jobs("grid", list(GRID.values()), ("train",), OURS_AND_EAGER),
+    "large-bf16": lambda: flow_jobs(
+        "gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), OURS_AND_EAGER, "medium"
+    ),
+    "small": lambda: flow_jobs("gpu_flow", list(SMALL_BATCH.values()), ("log_prob", "sample"), OURS_AND_EAGER),
+    "depth": lambda: flow_jobs("depth", list(DEPTH.values()), ("train",), OURS_AND_EAGER),
+    "bf16": lambda: flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, OURS_AND_EAGER, "medium"),
+    "launches": launch_jobs,
+    "float32": lambda: flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, OURS_AND_EAGER, "highest"),
+    "warm": warm_jobs,
+}
+
+
+def _same(case: FlowCase) -> FlowCase:
+    return case
+
+
+def _small(case: FlowCase) -> FlowCase:
+    """For rehearsals."""
+    return replace(case, steps=2, batch=min(case.batch, 8))
 
 
 def main() -> None:
     """See the module's docstring."""
+    global clock
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=200.0, help="stop after so many; what is there is kept")
+    parser.add_argument("--seconds", type=float, default=60.0, help="begin no new row after so many")
+    parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench.gpu needs a CUDA GPU; on a processor: make bench")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.rehearse:
+        clock = rehearsal
+    elif not torch.cuda.is_available():
+        sys.exit("bench.gpu needs a CUDA GPU; on a processor: make bench, or --rehearse")
     end = time.monotonic() + arguments.seconds
-    date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
-    rows: list[dict[str, Any]] = []
-    for job in jobs(0.3):
-        for row in job:
-            rows.append(row)
-            info = row["info"]
-            took = f"{row['stats']['median'] * 1e6:10.1f} µs" if row["stats"] else info.get("wrong", "")
-            print(
-                f"{info['case']:32} {info['mode']:22} {info.get('precision', ''):8} {info['provider']:18} {took}",
-                flush=True,
-            )
-            content = {"machine": machine(), "date": date, "results": [{"name": "", **r} for r in rows]}
-            (arguments.out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
-            if time.monotonic() > end:
-                print("out of time; the rest was not measured", flush=True)
-                return
+    path = arguments.out / "gpu.json"
+    about = machine.about() | {"gpu": clock.name(), "cuda": torch.version.cuda}
+    found = Results(about, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()), [])
+    earlier = [read(path)] if path.is_file() else []
+    try:
+        merge([*copy.deepcopy(earlier), found])
+    except ValueError as reason:  # of another commit: kept, under another name
+        print(reason, flush=True)
+        path.rename(path.with_name(f"gpu-{earlier.pop().machine['commit']}.json"))
+    failures = 0
+    for suite, case, mode, name, measure in PARTS[arguments.part]():
+        if time.monotonic() > end:
+            print("out of time; the rest was not measured", flush=True)
+            break
+        try:
+            result = measure()
+            text = f"{result.median * 1e6:12.1f} µs"
+            if suite:
+                found.results.append(result)
+        except Missing as reason:
+            text = f"not measured: {reason}"
+            found.wrong.append(f"{suite} {case}, {mode}, {name}: {text}")
+        except Exception as error:  # whatever happens to one row must not cost the others
+            text = f"{type(error).__name__}: {str(error)[:300]}"
+            found.wrong.append(f"{suite} {case}, {mode}, {name}: {text}")
+            failures += 1
+            traceback.print_exc()
+        print(f"{suite:10} {case:28} {mode:16} {name:20} {text}", flush=True)
+        if suite:
+            write(merge([*copy.deepcopy(earlier), found]), path)
+        if name in COMPILED:
+            torch.compiler.reset()
+    if failures:
+        sys.exit(f"{failures} of the rows have no time")
 
 
 if __name__ == "__main__":

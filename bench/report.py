@@ -1,66 +1,37 @@
-"""Tables of result files: `python -m bench.report [FILE …] [--keep MACHINE] [--docs]`.
+"""Tables and figures of result files: `python -m bench.report [FILE …] [--keep MACHINE] [--docs]`.
 
-Files are those of bench/results, all of them by default, or with `--keep MACHINE` fresh ones of `pytest bench
---benchmark-json FILE`: these are trimmed and put into bench/results/MACHINE/, in the place of older ones. `--docs` writes
-each machine's tables to docs/benchmarks/MACHINE.md, and figures beside them.
+Files are those of bench/results, all of them by default. With `--keep MACHINE` they are fresh ones, of `pytest bench
+--benchmark-json FILE` or of `make gpu`: repeated runs, or different suites, of one machine at one commit. They are merged and
+put into bench/results/MACHINE/times.json, in the place of an older one. `--docs` writes each machine's page,
+docs/benchmarks/MACHINE.md, its figures, and the table in docs/benchmarks.md that sets processors beside GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.plots import draw
-from bench.results import Result, read, trim
+from bench.results import Results, merge, read, write
+from bench.tables import page, worth_a_gpu
 
-__all__ = ["main", "tables"]
+__all__ = ["main", "with_table"]
 
-FOLDER = Path(__file__).parent / "results"
-DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
-OURS = "glf_fast"
-
-
-def tables(machine: dict[str, Any], results: Sequence[Result]) -> Iterator[str]:
-    """The lines of a Markdown page: the machine, and a table a case and mode, the fastest provider first."""
-    versions = f"torch {machine['torch']}, Python {machine['python_version']}, commit {machine['commit']}"
-    yield f"# {machine.get('gpu') or machine['cpu']['brand_raw']}, {machine['cores']} cores; {versions}; {machine['date'][:10]}"
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.case, result.mode), []).append(result)
-    for (case, mode), rows in groups.items():
-        ours = next(row for row in rows if row.provider == OURS)
-        yield ""
-        if "peak_bytes" in ours.info:
-            yield f"## {case}: peak extra memory of {mode} (batch {ours.info['batch']})"
-            yield ""
-            yield "| | MiB | × glf_fast | time |"
-            yield "|---|---|---|---|"
-            for row in sorted(rows, key=lambda row: row.info["peak_bytes"]):
-                peak = row.info["peak_bytes"]
-                yield f"| {row.provider} | {peak / 2**20:.0f} | {peak / ours.info['peak_bytes']:.2f} | {_time(row.median)} |"
-            continue
-        yield f"## {case}, {mode} (batch {ours.info['batch']}, {ours.info['threads']} threads)"
-        yield ""
-        yield (
-            f"The matrix products alone at the rate of torch's own ({ours.info['matrix_gflops']:.0f} GFLOP/s), or reading the "
-            f"weights: {_time(ours.info['floor_s'])}."
-        )
-        yield ""
-        yield "| | median | quartiles | × glf_fast | GFLOP/s | of torch's matrix rate |"
-        yield "|---|---|---|---|---|---|"
-        for row in sorted(rows, key=lambda row: row.median):
-            stats, info = row.stats, row.info
-            yield (
-                f"| {row.provider} | {_time(row.median)} | {_time(stats['q1'])} – {_time(stats['q3'])} "
-                f"| {row.median / ours.median:.2f} | {info['gflops']:.0f} | {info['share_of_matrix_rate']:.0%} |"
-            )
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "bench" / "results"
+DOCS = ROOT / "docs" / "benchmarks"
+OVERVIEW = ROOT / "docs" / "benchmarks.md"
+MARKS = ("<!-- begin: python -m bench.report --docs -->", "<!-- end -->")
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+def with_table(text: str, machines: Sequence[Results]) -> str:
+    """docs/benchmarks.md with the table between its marks made anew."""
+    table = "\n".join(worth_a_gpu(machines))
+    pattern = re.compile(f"({re.escape(MARKS[0])}\n).*?({re.escape(MARKS[1])})", flags=re.S)
+    return pattern.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
 
 
 def main() -> None:
@@ -70,22 +41,31 @@ def main() -> None:
     parser.add_argument("--keep", metavar="MACHINE", default="")
     parser.add_argument("--docs", action="store_true")
     arguments = parser.parse_args()
-    for path in arguments.files or sorted(FOLDER.glob("*/flow.json")):
-        if arguments.keep:
-            trimmed = trim(path)
-            kept = FOLDER / arguments.keep / path.name
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(trimmed, indent=1) + "\n")
-            path = kept
-        machine, results = read(path)
-        text = "\n".join(tables(machine, results)) + "\n"
-        if arguments.docs:
-            page = DOCS / f"{path.parent.name}.md"
-            figures = draw(machine, results, DOCS / path.parent.name)
-            page.write_text("\n".join([text, *(f"![]({figure.relative_to(DOCS)})\n" for figure in figures)]))
-            print(page)
-        else:
+    if arguments.keep:
+        if not arguments.files:
+            parser.error("--keep needs the files to keep")
+        kept = FOLDER / arguments.keep / "times.json"
+        try:
+            write(merge([read(path) for path in arguments.files]), kept)
+        except ValueError as error:
+            sys.exit(str(error))
+        arguments.files = [kept]
+    for path in arguments.files or sorted(FOLDER.glob("*/times.json")):
+        found = read(path)
+        text = "\n".join(page(found)) + "\n"
+        if not arguments.docs:
             print(text)
+            continue
+        machine = path.parent.name
+        figures = draw(found, DOCS / machine)
+        images = "".join(f"\n![{figure.stem}]({figure.relative_to(DOCS)})\n" for figure in figures)
+        (DOCS / f"{machine}.md").write_text(text + images)
+        print(DOCS / f"{machine}.md")
+    if arguments.docs:
+        OVERVIEW.write_text(
+            with_table(OVERVIEW.read_text(), [read(path) for path in sorted(FOLDER.glob("*/times.json"))])
+        )
+        print(OVERVIEW)
 
 
 if __name__ == "__main__":

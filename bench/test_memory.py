@@ -1,4 +1,4 @@
-"""Peak memory of training a deep flow (D 64, H 256, 256, B 4,096): eager, ours, and ours with the reversible backward."""
+"""Peak memory of training against depth (D 64, H 256, 256, B 4,096): eager, ours, and ours with the reversible backward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.memory import BATCH, DIM, HIDDEN
+from bench.walltime import report
 
 WAYS = {
     "eager": ("reference",),
@@ -18,23 +19,22 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("steps", [8, 64])
+@pytest.mark.parametrize("steps", [8, 16, 32, 64])
 @pytest.mark.parametrize("way", WAYS)
 def test_memory(way: str, steps: int, benchmark: BenchmarkFixture) -> None:
     backend, *flags = WAYS[way]
     program = [sys.executable, "-m", "bench.memory", backend, str(steps), *flags]
     done = subprocess.run(program, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
     peak, seconds = done.stdout.split()
-    benchmark.group = f"memory K {steps}"
-    benchmark.extra_info |= {
-        "case": f"memory-{steps}",
-        "mode": "train",
-        "provider": way,
-        "batch": BATCH,
-        "dim": DIM,
-        "hidden": HIDDEN,
-        "peak_bytes": int(peak),
-    }
-    clock = iter([0.0, float(seconds)])
-    benchmark._timer = lambda: next(clock)
-    benchmark.pedantic(lambda: None, rounds=1, iterations=1)
+    report(
+        benchmark,
+        [float(seconds)],
+        case=f"memory-{steps}",
+        mode="train",
+        provider=way,
+        batch=BATCH,
+        dim=DIM,
+        hidden=HIDDEN,
+        steps=steps,
+        peak_bytes=int(peak),
+    )

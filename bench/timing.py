@@ -1,7 +1,11 @@
-"""Times on a GPU: what the kernels take, by replaying a captured graph, and what a call takes, host included."""
+"""Times on a GPU: what the kernels take, by replaying a captured graph, and what a call takes, host included.
+
+`bench.rehearsal` offers the same names on a processor.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import cache
@@ -9,66 +13,91 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["Graph", "bandwidth", "call_times", "launches", "matrix_rate", "peak_memory"]
+__all__ = ["DEVICE", "Graph", "bandwidth", "call_times", "launches", "matrix_rate", "name", "peak_memory", "rotations"]
 
 Work = Callable[[], object]
+DEVICE = "cuda"
 WARMUP = 3
+COLD = 8  # times the L2 cache is what is read between two replays
+BUSY = 8  # times that is read: about a millisecond, in which the host enqueues a graph of a thousand launches
+REPLAYS = 10  # between two events, where the caches may be warm
+
+
+def name() -> str:
+    """Of the GPU."""
+    return torch.cuda.get_device_name()
 
 
 class Graph:
-    """A pass captured as a CUDA graph: its replays have no host in them."""
+    """Passes captured as one CUDA graph: its replays have no host in them."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, *works: Work) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUP):
-                work()
+                works[0]()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.result = work()
+            self.results = [work() for work in works]  # kept, so that each has memory of its own
+
+    def replay(self) -> None:
+        """All passes once."""
+        self.graph.replay()
 
     def times(self, seconds: float, *, cold: bool) -> list[float]:
-        """Seconds of each replay. `cold`: three times the L2 cache is written between two, so that weights come from memory.
+        """Seconds of a pass, one number a measurement.
 
-        Writing also keeps the GPU busy while the host enqueues the replay: the time between the events is the graph's alone.
+        `cold`: several times the L2 cache is read before each, so that weights and inputs come from memory. Reading, not
+        writing: what was written would go back to memory while the pass runs. It also keeps the GPU busy while the host
+        enqueues the replay, so that the time between the events is the graph's alone.
         """
-        waste = torch.empty(3 * _l2() // 4, device="cuda")
+        waste = _waste()
+        replays = 1 if cold else REPLAYS
         pairs: list[list[torch.cuda.Event]] = []
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(pairs) < 10:
+        while time.perf_counter() < end or len(pairs) < 5:
             pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            if cold:
-                waste.zero_()
-            else:
-                waste[: 1 << 20].zero_()
-                self.graph.replay()  # warms the caches again
+            for _ in range(BUSY):
+                waste.sum()
+            if not cold:
+                self.graph.replay()
             pair[0].record()
-            self.graph.replay()
+            for _ in range(replays):
+                self.graph.replay()
             pair[1].record()
             pairs.append(pair)
-            if len(pairs) % 50 == 0:
+            if len(pairs) % 20 == 0:
                 torch.cuda.synchronize()
         torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+        return [a.elapsed_time(b) / 1e3 / replays / len(self.results) for a, b in pairs]
+
+
+def rotations(size: int) -> int:
+    """How many copies of `size` bytes are more than three times the L2 cache: passes over them in turn find it cold."""
+    return math.ceil(3 * _l2() / size)
 
 
 def call_times(work: Work, seconds: float) -> tuple[list[float], float]:
-    """Seconds of calls in a row, as a program makes them (each the mean of 20), and the host's share of one."""
+    """Seconds of calls in a row, as a program makes them (each the mean of some), and the host's share of one."""
     for _ in range(WARMUP):
         work()
     torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    calls = max(1, min(20, int(0.05 / (time.perf_counter() - start))))
     times: list[float] = []
     host: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 5:
         start = time.perf_counter()
-        for _ in range(20):
+        for _ in range(calls):
             work()
-        host.append((time.perf_counter() - start) / 20)
+        host.append((time.perf_counter() - start) / calls)
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / 20)
+        times.append((time.perf_counter() - start) / calls)
     return times, min(host)
 
 
@@ -84,7 +113,7 @@ def peak_memory(work: Work) -> int:
 
 
 def launches(work: Work) -> int:
-    """Kernels, copies and fills that a pass puts on the GPU."""
+    """Kernels, copies and fills that a pass puts on the GPU; 0 where the profiler cannot see them."""
     work()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -97,14 +126,23 @@ def _l2() -> int:
     return int(torch.cuda.get_device_properties(0).L2_cache_size)
 
 
+@cache
+def _waste() -> Tensor:
+    return torch.zeros(COLD * _l2() // 4, device=DEVICE)
+
+
 def _best(work: Work) -> float:
     return min(Graph(work).times(0.3, cold=False))
 
 
 @cache
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product of 8192³ at its best; float32 as the matmul precision says."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+def matrix_rate(precision: str) -> float:
+    """Operations per second of a matrix product of 8192³ at its best, in float32 as the matmul precision that is set says.
+
+    "medium" means bfloat16 operands to our kernels, while torch then still takes tf32: its rate is that of bfloat16.
+    """
+    dtype = torch.bfloat16 if precision == "medium" else torch.float32
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=dtype) for _ in range(2))
     out: Tensor = torch.empty_like(a)
     return 2 * 8192**3 / _best(lambda: torch.mm(a, b, out=out))
 
@@ -112,6 +150,6 @@ def matrix_rate(dtype: torch.dtype) -> float:
 @cache
 def bandwidth() -> float:
     """Bytes per second, read and written, of a copy of one gigabyte at its best."""
-    a = torch.randn(1 << 28, device="cuda")
+    a = torch.randn(1 << 28, device=DEVICE)
     b = torch.empty_like(a)
     return 2 * 4 * a.numel() / _best(lambda: b.copy_(a))

@@ -1,19 +1,88 @@
-"""Wall times on a processor: providers interleaved in one run, and the machine's own rates beside them."""
+"""Wall times on a processor: contestants interleaved in one run, and the machine's own rates beside them."""
 
 from __future__ import annotations
 
 import gc
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
-__all__ = ["bandwidth", "floor", "interleave", "matrix_rate"]
+__all__ = [
+    "THREADS",
+    "Contestant",
+    "bandwidth",
+    "compete",
+    "copy_bandwidth",
+    "floor",
+    "interleave",
+    "matrix_rate",
+    "quick",
+    "report",
+]
 
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
 WARMUP = 3
 BURST = 0.02  # seconds
 LEAST_BURSTS = 3
+
+_quick = False
+
+
+def quick() -> None:
+    """From now on, measure as little as possible: to see that everything runs (`pytest bench --quick`)."""
+    global _quick
+    _quick = True
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to time, and what says why its results are not the reference's, or ""."""
+
+    run: Callable[[], object]
+    why_wrong: Callable[[], str]
+
+
+def compete(contestants: Mapping[str, Contestant], seconds: float) -> dict[str, list[float] | str]:
+    """Check all, then time those that are right, interleaved: name → seconds of each call, or what is wrong."""
+    torch.compiler.reset()  # what earlier cases compiled would make this one's calls slower, see bench.compiler
+    wrong: dict[str, list[float] | str] = {name: _why(contestant) for name, contestant in contestants.items()}
+    right = {name: contestant.run for name, contestant in contestants.items() if not wrong[name]}
+    return {**wrong, **interleave(right, seconds)}
+
+
+def _why(contestant: Contestant) -> str:
+    """What is wrong; an exception is wrong, too, and must not cost the others their times."""
+    try:
+        return contestant.why_wrong()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:500]}"
+
+
+def report(benchmark: BenchmarkFixture, found: list[float] | str, **info: Any) -> None:
+    """Hand pytest-benchmark what was measured elsewhere, with case, mode and provider; a wrong result fails the test."""
+    if isinstance(found, str):
+        pytest.fail(f"{info['provider']} is wrong in {info['case']}, {info['mode']}: {found}")
+    benchmark.group = f"{info['case']} {info['mode']}"
+    benchmark.extra_info |= {"threads": THREADS, **info}
+    clock = _replay(found)
+    benchmark._timer = lambda: next(clock)
+    benchmark.pedantic(lambda: None, rounds=len(found), iterations=1)
+
+
+def _replay(seconds: list[float]) -> Iterator[float]:
+    """A clock that shows these durations one after the other."""
+    now = 0.0
+    for duration in seconds:
+        yield now
+        now += duration
+        yield now
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
@@ -21,22 +90,21 @@ def interleave(functions: Mapping[str, Callable[[], object]], seconds: float) ->
 
     A machine's noise comes in stretches: what is measured in turn is slowed down together, so ratios hold. In bursts of
     some 20 ms, the first call not counted, because each function would otherwise find its neighbours' data in the cache:
-    at B = 1, D = 64, H = 256 that takes 350 µs instead of 90.
+    at B = 1, D = 64, H = 256 that takes 350 µs instead of 90. Calls longer than a burst bring their own data, and all count.
     """
-    for f in functions.values():
-        for _ in range(WARMUP):
-            f()
+    long = {name: _warm(f) > BURST for name, f in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     gc.collect()
     gc.disable()
     try:
-        end, bursts = time.perf_counter() + seconds, 0
-        while time.perf_counter() < end or bursts < LEAST_BURSTS * len(names):
+        end, bursts = time.perf_counter() + (0 if _quick else seconds), 0
+        while names and (time.perf_counter() < end or bursts < LEAST_BURSTS * len(names)):
             f, found = functions[names[0]], times[names[0]]
-            f()
+            if not long[names[0]]:
+                f()
             last = start = time.perf_counter()
-            while last - start < BURST:
+            while last - start < (0 if _quick and found else BURST):
                 f()
                 now = time.perf_counter()
                 found.append(now - last)
@@ -48,12 +116,24 @@ def interleave(functions: Mapping[str, Callable[[], object]], seconds: float) ->
     return times
 
 
+def _warm(f: Callable[[], object]) -> float:
+    """Call f until it is warm; returns the seconds of the last call."""
+    took = 0.0
+    for _ in range(WARMUP):
+        start = time.perf_counter()
+        f()
+        took = time.perf_counter() - start
+        if took > 0.5:  # its own first half second has warmed everything
+            break
+    return took
+
+
 def _best(f: Callable[[], object]) -> float:
-    return min(interleave({"": f}, 0.3)[""])
+    return min(interleave({"": f}, 0.15)[""])
 
 
 @cache
-def matrix_rate(threads: int) -> float:
+def matrix_rate() -> float:
     """Operations per second of torch's float32 matrix product, 1024³, at its best."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     out = torch.empty(1024, 1024)
@@ -61,14 +141,22 @@ def matrix_rate(threads: int) -> float:
 
 
 @cache
-def bandwidth(size: int, threads: int) -> float:
+def bandwidth(size: int) -> float:
     """Bytes per second of summing `size` bytes again and again, at its best: of the cache that they fit in, or of memory."""
     a = torch.randn(max(size, 1 << 16) // 4)
     return 4 * a.numel() / _best(a.sum)
 
 
-def floor(operations: int, size: int, threads: int) -> float:
+@cache
+def copy_bandwidth(size: int) -> float:
+    """Bytes per second, read and written, of torch's copies of `size` / 2 bytes into as many others, at its best."""
+    a = torch.randn(size // 8)
+    b = torch.empty_like(a)
+    return 8 * a.numel() / _best(lambda: b.copy_(a))
+
+
+def floor(operations: int, size: int) -> float:
     """Seconds of the matrix products alone at torch's own rate, or of reading the bytes: what an implementation built on
     torch's products cannot go below. Kernels that use wider vectors than its library does can.
     """
-    return max(operations / matrix_rate(threads), size / bandwidth(size, threads))
+    return max(operations / matrix_rate(), size / bandwidth(size))

@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -37,6 +38,14 @@ const T* read(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
+using Maybe = std::optional<Tensor>;
+
+// Null where there is no tensor.
+template <class T>
+const T* read(const Maybe& t) {
+  return t ? read<T>(*t) : nullptr;
+}
+
 template <class T>
 T* write(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
@@ -47,6 +56,16 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) { ret
 inline Tensor alike(const Tensor& t) {
   const auto sizes = t.sizes();
   return empty(t, std::vector<int64_t>(sizes.begin(), sizes.end()));
+}
+
+inline Tensor integers(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Int);
+}
+
+inline std::int32_t* indices(const Tensor& t) { return static_cast<std::int32_t*>(t.mutable_data_ptr()); }
+
+inline void check_square(const Tensor& A) {
+  STD_TORCH_CHECK(A.dim() == 3 && A.size(1) == A.size(2), "glf_fast: matrices (N, D, D) are needed");
 }
 
 // Calls f(float{}) or f(double{}).

@@ -1,4 +1,4 @@
-// The linear layers' operations on CUDA tensors. Their schemas are in bindings_linear.cpp; torch chooses by device.
+// The linear layers' operations on CUDA tensors. Schemas are in glf_fast/ops/linear_shapes.py; torch chooses by device.
 #include "bindings.h"
 
 #include "cuda/linear.h"
@@ -12,7 +12,6 @@ namespace {
 
 using namespace glf::bindings;
 namespace device = glf::device;
-using Maybe = std::optional<Tensor>;
 
 // The current stream of a tensor's GPU, which is made the current one as long as this lives.
 class Launch {
@@ -29,19 +28,8 @@ class Launch {
 
 void check(const char* error) { STD_TORCH_CHECK(!error, "glf_fast: a CUDA kernel was not launched: ", error); }
 
-template <class T>
-const T* maybe(const Maybe& t) {
-  return t ? read<T>(*t) : nullptr;
-}
-
-Tensor integers(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Int);
-}
-
-int* indices(const Tensor& t) { return static_cast<int*>(t.mutable_data_ptr()); }
-
 int dim_of(const Tensor& A) {
-  STD_TORCH_CHECK(A.dim() == 3 && A.size(1) == A.size(2), "glf_fast: matrices (N, D, D) are needed");
+  check_square(A);
   STD_TORCH_CHECK(A.size(1) <= 32768, "glf_fast: matrices of up to 32768 rows");
   STD_TORCH_CHECK(A.size(0) < (int64_t{1} << 31), "glf_fast: fewer than 2^31 matrices");
   return static_cast<int>(A.size(1));
@@ -54,7 +42,7 @@ device::Layer<T> layers(const Tensor& permutation, const Tensor& lower, const Te
   STD_TORCH_CHECK(permutation.is_contiguous() && permutation.scalar_type() == ScalarType::Long,
                   "glf_fast: permutation must be contiguous int64");
   return {dim_of(lower),  static_cast<const long long*>(permutation.const_data_ptr()),
-          read<T>(lower), read<T>(upper), read<T>(log_diag), read<T>(sign), maybe<T>(log_scale), maybe<T>(bias)};
+          read<T>(lower), read<T>(upper), read<T>(log_diag), read<T>(sign), read<T>(log_scale), read<T>(bias)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> plu_assemble(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag,
@@ -84,7 +72,7 @@ Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Te
                                            log_scale ? write<T>(grads[4]) : nullptr};
     check(device::plu_assemble_backward<T>(
         Launch(lower), lower.size(0), layers<T>(permutation, lower, upper, log_diag, sign, log_scale, bias), read<T>(A),
-        maybe<T>(A_inv), maybe<T>(grad_A), maybe<T>(grad_A_inv), maybe<T>(grad_c), maybe<T>(grad_logabsdet), target,
+        read<T>(A_inv), read<T>(grad_A), read<T>(grad_A_inv), read<T>(grad_c), read<T>(grad_logabsdet), target,
         write<T>(work)));
   });
   return grads;

@@ -7,17 +7,10 @@
 namespace {
 
 using namespace glf::bindings;
-using Maybe = std::optional<Tensor>;
-
-template <class T>
-const T* read(const Maybe& t) {
-  return t ? glf::bindings::read<T>(*t) : nullptr;
-}
 
 template <class T>
 glf::Plu<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor& upper, const Tensor& log_diag,
                    const Tensor& sign, const Maybe& log_scale, const Maybe& bias) {
-  using glf::bindings::read;
   STD_TORCH_CHECK(lower.dim() == 3 && lower.size(2) == lower.size(1) && upper.sizes().equals(lower.sizes()),
                   "glf_fast: lower and upper must be (K, D, D)");
   const int64_t count = lower.size(0), dim = lower.size(1);
@@ -34,7 +27,7 @@ glf::Plu<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor&
                     "permutation must hold each index once a layer; got ", indices[i], " twice");
   }
   return {count,         dim,           indices, read<T>(lower), read<T>(upper), read<T>(log_diag),
-          read<T>(sign), ::read<T>(log_scale), ::read<T>(bias)};
+          read<T>(sign), read<T>(log_scale), read<T>(bias)};
 }
 
 // A, A⁻¹ (empty unless asked for), c, log|det A|.
@@ -64,21 +57,11 @@ Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Te
                                       log_scale ? write<T>(grads[3]) : nullptr,
                                       log_scale ? write<T>(grads[4]) : nullptr};
     glf::kernels<T>().plu_assemble_backward(layers<T>(permutation, lower, upper, log_diag, sign, log_scale, bias),
-                                            glf::bindings::read<T>(A), read<T>(A_inv), read<T>(grad_A),
+                                            read<T>(A), read<T>(A_inv), read<T>(grad_A),
                                             read<T>(grad_A_inv), read<T>(grad_c), read<T>(grad_logabsdet), target,
                                             parallel());
   });
   return grads;
-}
-
-Tensor integers(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Int);
-}
-
-std::int32_t* indices(const Tensor& t) { return static_cast<std::int32_t*>(t.mutable_data_ptr()); }
-
-void check_square(const Tensor& A) {
-  STD_TORCH_CHECK(A.dim() == 3 && A.size(1) == A.size(2), "glf_fast: matrices (N, D, D) are needed");
 }
 
 // L and U in one matrix, pivots, info.
@@ -88,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> lu_factor(Tensor A) {
   Tensor factors = alike(A), pivots = integers(A, {count, dim}), info = integers(A, {count});
   for_dtype(A, [&](auto zero) {
     using T = decltype(zero);
-    glf::kernels<T>().lu_factor(count, dim, glf::bindings::read<T>(A), write<T>(factors), indices(pivots),
+    glf::kernels<T>().lu_factor(count, dim, read<T>(A), write<T>(factors), indices(pivots),
                                 indices(info), parallel());
   });
   return {factors, pivots, info};
@@ -101,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
   Tensor sign = empty(A, {count}), logabsdet = empty(A, {count}), inverse = alike(A), info = integers(A, {count});
   for_dtype(A, [&](auto zero) {
     using T = decltype(zero);
-    glf::kernels<T>().slogdet_inverse(count, dim, glf::bindings::read<T>(A), write<T>(sign), write<T>(logabsdet),
+    glf::kernels<T>().slogdet_inverse(count, dim, read<T>(A), write<T>(sign), write<T>(logabsdet),
                                       write<T>(inverse), indices(info), parallel());
   });
   return {sign, logabsdet, inverse, info};
@@ -109,18 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
-  m.def(
-      "plu_assemble(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
-      "Tensor? log_scale, Tensor? bias, bool need_inverse) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
-      "Tensor? log_scale, Tensor? bias, Tensor A, Tensor? A_inv, Tensor? grad_A, Tensor? grad_A_inv, Tensor? grad_c, "
-      "Tensor? grad_logabsdet) -> Tensor[]");
-  m.def("lu_factor(Tensor A) -> (Tensor, Tensor, Tensor)");
-  m.def("slogdet_inverse(Tensor A) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
+// Schemas are in glf_fast/ops/linear_shapes.py: CUDA has these operations without this library, too.
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
   m.impl("plu_assemble", TORCH_BOX(&plu_assemble));
   m.impl("plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));

@@ -1,6 +1,7 @@
 """glf_fast: fast affine-coupling normalizing flows, and Generative Latent Flow on top of them.
 
-Importing needs torch alone and touches no GPU, compiler or network. `GLF` is loaded when first asked for.
+Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert` and `accelerate` are loaded when
+first asked for.
 """
 
 from __future__ import annotations
@@ -8,10 +9,24 @@ from __future__ import annotations
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from glf_fast.flow import MLP, ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow, rnvp_flow
+from glf_fast.flow import (
+    MLP,
+    ActNorm,
+    AffineCoupling,
+    CouplingFlow,
+    Flow,
+    FlowDistribution,
+    FlowTransform,
+    Inverse,
+    InvertibleLinear,
+    SequentialFlow,
+    rnvp_flow,
+)
 from glf_fast.ops import backends, use_backend
 
 if TYPE_CHECKING:
+    from glf_fast.conversion import convert
+    from glf_fast.conversion.accelerate import accelerate
     from glf_fast.models.glf import GLF
 
 __version__ = _version("glf_fast")
@@ -22,9 +37,14 @@ __all__ = [
     "AffineCoupling",
     "CouplingFlow",
     "Flow",
+    "FlowDistribution",
+    "FlowTransform",
+    "Inverse",
     "InvertibleLinear",
     "SequentialFlow",
+    "accelerate",
     "backends",
+    "convert",
     "rnvp_flow",
     "use_backend",
 ]
@@ -35,4 +55,12 @@ def __getattr__(name: str) -> Any:
         from glf_fast.models.glf import GLF
 
         return GLF
+    if name == "convert":
+        from glf_fast.conversion import convert
+
+        return convert
+    if name == "accelerate":
+        from glf_fast.conversion.accelerate import accelerate
+
+        return accelerate
     raise AttributeError(f"module 'glf_fast' has no attribute {name!r}")

@@ -8,8 +8,19 @@ import torch
 
 import glf_fast
 from glf_fast.files import cache_dir
+from glf_fast.ops.backends import BACKENDS
 
-__all__ = ["info"]
+__all__ = ["COSTS", "info"]
+
+# What a backend that is missing costs, measured: bench/results has the files.
+COSTS = {
+    "cpp": (
+        "training a flow takes 2.7 (D 64, H 256) to 4.7 (D 20, H 64) times as long: batch 256, two Zen 5 cores, "
+        "bench/results/epyc-zen5-2-cores/times.json"
+    ),
+    "triton": "the whole flow runs as some hundred small kernels instead of one; not yet measured on a GPU",
+    "cuda": "linear layers run in torch.linalg, in many launches each; not yet measured on a GPU",
+}
 
 
 def info() -> dict[str, str]:
@@ -22,8 +33,16 @@ def info() -> dict[str, str]:
         "processor": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "gpu": gpu,
         **{f"backend {name}": state for name, state in glf_fast.backends().items()},
+        **{f"without {name}": _cost(name) for name, backend in BACKENDS.items() if backend.missing},
         "cache": str(cache_dir()),
     }
+
+
+def _cost(name: str) -> str:
+    """What it costs on this machine that a backend is missing, and what to do about it."""
+    if BACKENDS[name].device == "cuda" and not torch.cuda.is_available():
+        return "costs nothing here, where no GPU is visible"
+    return f"{COSTS[name]}. To change it, {BACKENDS[name].remedy}"
 
 
 if __name__ == "__main__":

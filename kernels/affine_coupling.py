@@ -149,9 +149,15 @@ def _format(last: bool) -> torch.memory_format:
 
 
 def _readable(x: Tensor, last: bool) -> Tensor:
-    """x itself where each row (of channels-last images: each run of channels, at equal distances) is in one piece."""
-    fits = x.stride(1) == 1 and x.stride(2) == x.stride(3) * x.shape[3] if last else len(x) == 0 or x[0].is_contiguous()
-    return x if fits else x.contiguous(memory_format=_format(last))
+    """x itself where each row (of channels-last images: each run of channels, at equal distances) is in one piece.
+
+    Else a copy. `contiguous` would hand back x where it only seems to fit: torch ignores strides of dimensions of size 1.
+    """
+    if last:
+        fits = x.stride(1) == 1 and (min(x.shape[2:]) == 1 or x.stride(2) == x.stride(3) * x.shape[3])
+    else:
+        fits = len(x) == 0 or x[0].is_contiguous()
+    return x if fits else x.clone(memory_format=_format(last))
 
 
 def _shape(v: Tensor, last: bool) -> tuple[int, dict[str, Any]]:
@@ -169,7 +175,8 @@ def _shape(v: Tensor, last: bool) -> tuple[int, dict[str, Any]]:
 
 def _strides(operands: list[Tensor], last: bool) -> tuple[int, ...]:
     """Distances between rows, then between runs."""
-    return (*(x.stride(0) for x in operands), *(x.stride(3) if last else 0 for x in operands))
+    # An image of one column has its runs in the rows.
+    return (*(x.stride(0) for x in operands), *(x.stride(3 if x.shape[3] > 1 else 2) if last else 0 for x in operands))
 
 
 def specializations() -> list[Specialization]:

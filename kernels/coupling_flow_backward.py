@@ -34,8 +34,9 @@ from glf_fast.kernels.tiles import affine, keep_columns, load_halves, load_offse
 
 __all__ = ["WORKSPACE_BYTES", "flow_backward", "flow_backward_kernel", "specialization"]
 
-# What one launch may use for hidden layers and gradients; larger batches are worked off in slabs of rows. At D 64, H 256,
-# K 8 in bf16 a row takes 20 KB, so this is a slab of 13,000 rows: enough programs of 32 rows for every multiprocessor.
+# What a launch may use for hidden layers and gradients; larger batches are worked off in slabs of rows, one after the other.
+# A slab has a program for every multiprocessor at least, or most of the GPU would wait: at D 64, H 256, K 64 in bf16, where
+# a row takes 180 KB, that is 380 MB.
 WORKSPACE_BYTES = 256 << 20
 
 
@@ -151,7 +152,7 @@ def flow_backward(
     `state` is what `flow_forward` saved (K, B, D), or with `unmatrix` (K, D, D), the inverse of `matrix`, its output
     (B, D): inputs are then rebuilt by undoing the steps. With `density`, `grad_out` holds the output z itself: the gradient
     is −z·∂logdet. All else as in `flow_forward`.
-    One launch and then a batched matrix product per weight and map for every WORKSPACE_BYTES of hidden layers.
+    One launch and then a batched matrix product per weight and map for every slab of rows, see WORKSPACE_BYTES.
     """
     (batch, dim), steps = grad_out.shape, len(matrix)
     widths = [w.shape[2] for w in weights[:-1]]
@@ -162,19 +163,24 @@ def flow_backward(
     stride = row_stride(dim, raw)
     how = how or launch_for(True, dim, widths, options.mlp_precision, batch, grad_out.device)
     row_bytes = steps * (2 * stride * dtype.itemsize + (2 * dim + context_dim) * grad_out.itemsize)
-    slab = max(how.rows, WORKSPACE_BYTES // row_bytes // how.rows * how.rows)
+    slab = how.rows * max(_multiprocessors(grad_out.device), WORKSPACE_BYTES // row_bytes // how.rows)
 
     grad_x = torch.empty_like(grad_out)
     grad_context = grad_out.new_empty(0) if context is None else torch.empty_like(context)
+    # One workspace for all slabs: the next one's kernel runs after the products of the last.
+    most = min(slab, batch)
+    workspace = grad_out.new_empty(2 * steps * most * stride, dtype=dtype)
+    maps = grad_out.new_empty(steps * most * dim)
+    # The forward direction has its maps' inputs already where they were saved.
+    given = unmatrix is None and not options.inverse
+    undone = maps.new_empty(0 if given else len(maps))
     totals: list[Tensor] = []
     for first in range(0, max(batch, 1), slab):
         rows = min(slab, batch - first)
         here = slice(first, first + rows)
-        hidden, slopes = grad_out.new_empty((2, steps, rows, stride), dtype=dtype)
-        map_grad = grad_out.new_empty((steps, rows, dim))
-        # The forward direction has its maps' inputs already where they were saved.
-        given = unmatrix is None and not options.inverse
-        map_in = state[:, here] if given else torch.empty_like(map_grad)
+        hidden, slopes = workspace[: 2 * steps * rows * stride].view(2, steps, rows, stride)
+        map_grad = maps[: steps * rows * dim].view(steps, rows, dim)
+        map_in = state[:, here] if given else undone[: steps * rows * dim].view(steps, rows, dim)
         launch(
             flow_backward_kernel, triton.cdiv(rows, how.rows), grad_out,
             grad_out[here], grad_logdet[here], grad_x[here], state[:, here] if unmatrix is None else state[here],
@@ -215,6 +221,10 @@ def flow_backward(
         ]
         totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
     return [grad_x, grad_context, *totals]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def row_stride(dim: int, raw: int) -> int:

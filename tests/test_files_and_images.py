@@ -1,6 +1,8 @@
 """Atomic files, JSON, grids, PNG, one-line errors."""
 
+import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from glf_fast.errors import UserError, did_you_mean
 from glf_fast.files import atomic_write, cache_dir, read_json, save_tensors, sha256, write_json
 from glf_fast.images import grid, save_png, to_float, to_uint8
-from glf_fast.info import info
+from glf_fast.info import COSTS, info
 
 
 def test_atomic_write_is_all_or_nothing(tmp_path: Path) -> None:
@@ -134,6 +136,18 @@ def test_commands_turn_mistakes_into_one_line(raised: str, code: int, text: str)
 def test_the_nearest_known_word() -> None:
     assert did_you_mean("minst", ("mnist", "digits")) == "did you mean 'mnist'? "
     assert did_you_mean("celeba", ("mnist", "digits")) == ""
+
+
+def test_info_says_what_is_measured() -> None:
+    """The costs that `info` states are those of the committed results, as they are or were within 15 %."""
+    path = Path(__file__).parents[1] / "bench" / "results" / "epyc-zen5-2-cores" / "times.json"
+    assert path.name in COSTS["cpp"]
+    rows = json.loads(path.read_text())["results"]
+    times = {(r["case"], r["mode"], r["provider"]): r["stats"]["median"] for r in rows}
+    stated = [float(number) for number in re.findall(r"([\d.]+) \(D", COSTS["cpp"])]
+    for case, ratio in zip(("glf-cifar", "glf-mnist"), stated, strict=True):
+        measured = times[case, "train", "eager"] / times[case, "train", "glf_fast"]
+        assert ratio == pytest.approx(measured, rel=0.15)
 
 
 def test_info_tells_what_runs() -> None:

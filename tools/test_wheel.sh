@@ -11,7 +11,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
-rm -rf "$folder"/source "$folder"/wheel "$folder"/bare
+rm -rf "$folder"/source "$folder"/wheel "$folder"/bare "$folder"/own
 mkdir -p "$folder/source" "$folder/bare"
 git -C "$root" archive HEAD | tar -x -C "$folder/source"
 
@@ -20,11 +20,16 @@ wheel=("$folder"/wheel/glf_fast-*-abi3-*.whl)
 echo "built $(basename "${wheel[0]}") with torch $("$python" -c 'import torch; print(torch.__version__)')"
 
 cat > "$folder/check.py" <<'PYTHON'
+from pathlib import Path
+
 import torch
 import glf_fast
 from glf_fast import ops, reference, use_backend
 
 assert glf_fast.backends()["cpp"].startswith("ready"), glf_fast.backends()["cpp"]
+package = Path(glf_fast.__file__).parent
+assert package.is_relative_to(Path(__file__).parent), package
+assert (package / "cuda" / "kernels.cuh").exists(), "what CuPy compiles was not installed"
 torch.manual_seed(0)
 for linear in ("plu", "dense"):
     flow = glf_fast.CouplingFlow(9, 3, (16,), linear=linear).double()
@@ -44,6 +49,10 @@ for mine, theirs in zip(ops.slogdet_inverse(W), reference.slogdet_inverse(W), st
     torch.testing.assert_close(mine, theirs)
 print(f"torch {torch.__version__}: kernels agree with the reference ({glf_fast.backends()['cpp']})")
 PYTHON
+
+# Where it was built, beside the sources: what is imported must be the wheel's.
+"$python" -m pip install -q --no-deps --target "$folder/own" "${wheel[0]}"
+(cd "$folder" && PYTHONPATH="$folder/own" "$python" check.py)
 
 for version in "${versions[@]}"; do
     environment=$folder/torch-$version

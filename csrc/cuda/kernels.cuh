@@ -1,13 +1,14 @@
 // The kernels themselves: which matrix a block or warp takes, and where it works.
 #pragma once
 
+#include "gauss_tile.cuh"
+#include "gauss_warp.cuh"
 #include "lu_block.cuh"
-#include "lu_warp.cuh"
 #include "plu.cuh"
 
 namespace glf::device {
 
-inline constexpr int warp_threads = 128;   // of a block whose warps each take 32/N matrices
+inline constexpr int warp_threads = 128;   // of a block whose warps each take some matrices
 inline constexpr int block_threads = 256;  // of a block that takes one matrix
 
 // Rows an odd number of entries apart: a column then meets every bank of shared memory.
@@ -24,39 +25,45 @@ GLF_DEVICE Workspace<T> carve(unsigned char* memory, int D, bool room, T* result
   return {numbers, integers, integers + D, integers + 2 * D, integers + 2 * D + 1};
 }
 
-#ifdef __CUDACC__
-
 template <class T>
-__global__ void __launch_bounds__(block_threads)
+GLF_KERNEL(block_threads)
     lu_factor_kernel(int D, bool room, const T* A, T* factors, int* pivots, int* info) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  const long long n = blockIdx.x;
+  const long long n = block_index();
   T* a;
   int ld;
-  const Workspace<T> w = carve(memory, D, room, factors + n * D * D, a, ld);
+  const Workspace<T> w = carve(shared_memory(), D, room, factors + n * D * D, a, ld);
   lu_factor_block(Block{}, D, A + n * D * D, a, ld, w, factors + n * D * D, pivots + n * D, info + n);
 }
 
 template <class T>
-__global__ void __launch_bounds__(block_threads)
+GLF_KERNEL(block_threads)
     slogdet_inverse_kernel(int D, bool room, const T* A, T* sign, T* logabsdet, T* inverse, int* info) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  const long long n = blockIdx.x;
+  const long long n = block_index();
   T* a;
   int ld;
-  const Workspace<T> w = carve(memory, D, room, inverse + n * D * D, a, ld);
+  const Workspace<T> w = carve(shared_memory(), D, room, inverse + n * D * D, a, ld);
   slogdet_inverse_block(Block{}, D, A + n * D * D, a, ld, w, sign + n, logabsdet + n, inverse + n * D * D, info + n);
 }
 
 template <int N, class T>
-__global__ void __launch_bounds__(warp_threads)
+GLF_KERNEL(warp_threads)
     slogdet_inverse_warp_kernel(long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse, int* info) {
-  const long long warp = (static_cast<long long>(blockIdx.x) * warp_threads + threadIdx.x) / 32;
-  if (warp * (32 / N) < count) slogdet_inverse_warp<N>(warp * (32 / N), count, D, A, sign, logabsdet, inverse, info);
+  each_warp<warp_threads>([&](long long warp) {
+    constexpr int matrices = 32 / lanes_of<N>;
+    if (warp * matrices < count) slogdet_inverse_warp<N>(warp * matrices, count, D, A, sign, logabsdet, inverse, info);
+  });
+}
+
+template <int M, class T>
+GLF_KERNEL(block_threads)
+    slogdet_inverse_tile_kernel(int D, const T* A, T* sign, T* logabsdet, T* inverse, int* info) {
+  const long long n = block_index();
+  slogdet_inverse_tile<M>(Block{}, D, A + n * D * D, sign + n, logabsdet + n, inverse + n * D * D, info + n,
+                          shared_memory());
 }
 
 template <class T>
-__device__ Layer<T> layer(const Layer<T>& first, long long k) {
+GLF_DEVICE Layer<T> layer(const Layer<T>& first, long long k) {
   const long long vector = k * first.D, matrix = vector * first.D;
   return {first.D,
           first.permutation + vector,
@@ -69,29 +76,26 @@ __device__ Layer<T> layer(const Layer<T>& first, long long k) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(block_threads)
+GLF_KERNEL(block_threads)
     plu_assemble_kernel(Layer<T> first, T* A, T* A_inv, T* c, T* logabsdet) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  const long long k = blockIdx.x, vector = k * first.D, matrix = vector * first.D;
+  const long long k = block_index(), vector = k * first.D, matrix = vector * first.D;
   plu_assemble_layer(Block{}, layer(first, k), A + matrix, A_inv ? A_inv + matrix : nullptr, c + vector, logabsdet + k,
-                     reinterpret_cast<T*>(memory));
+                     reinterpret_cast<T*>(shared_memory()));
 }
 
 template <class T>
-__global__ void __launch_bounds__(block_threads)
+GLF_KERNEL(block_threads)
     plu_assemble_backward_kernel(Layer<T> first, const T* A, const T* A_inv, const T* grad_A, const T* grad_A_inv,
                                  const T* grad_c, const T* grad_logabsdet, LayerGradients<T> grad, T* work) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  const long long k = blockIdx.x, vector = k * first.D, matrix = vector * first.D;
+  const long long k = block_index(), vector = k * first.D, matrix = vector * first.D;
   const LayerGradients<T> mine{grad.lower + matrix, grad.upper + matrix, grad.log_diag + vector,
                                grad.log_scale ? grad.log_scale + vector : nullptr,
                                grad.bias ? grad.bias + vector : nullptr};
   plu_assemble_backward_layer(Block{}, layer(first, k), A + matrix, A_inv ? A_inv + matrix : nullptr,
                               grad_A ? grad_A + matrix : nullptr, grad_A_inv ? grad_A_inv + matrix : nullptr,
                               grad_c ? grad_c + vector : nullptr, grad_logabsdet ? grad_logabsdet + k : nullptr, mine,
-                              work + 2 * matrix, work + 2 * matrix + first.D * first.D, reinterpret_cast<T*>(memory));
+                              work + 2 * matrix, work + 2 * matrix + first.D * first.D,
+                              reinterpret_cast<T*>(shared_memory()));
 }
-
-#endif
 
 }  // namespace glf::device

@@ -2,15 +2,18 @@
 //
 // Block: `each(n, f)` calls f(i) for all i < n on the block's threads and ends with a barrier; on the host it is a loop.
 // Lane<T>: a value in each lane of a warp, without branches between lanes; on the host an array of 32.
+// A kernel: on the host a function that does one block's work, called for each block (tests/csrc/host_kernels.cpp).
 // No header is included on the device: NVRTC has none.
 #pragma once
 
 #ifdef __CUDACC__
 #define GLF_DEVICE __device__ __forceinline__
+#define GLF_KERNEL(threads) __global__ void __launch_bounds__(threads)
 #else
 #include <cmath>
 #include <utility>
 #define GLF_DEVICE inline
+#define GLF_KERNEL(threads) void
 #endif
 
 namespace glf::device {
@@ -20,19 +23,81 @@ GLF_DEVICE T magnitude(T x) {
   return x < 0 ? -x : x;
 }
 
+template <class T>
+GLF_DEVICE T infinity() {
+  return T(1) / T(0);
+}
+
 #ifdef __CUDACC__
+
+GLF_DEVICE long long block_index() { return blockIdx.x; }
+// What a block was given at its launch, of which it makes what it likes.
+GLF_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+// f(w) for the warps w of all blocks together, each of which has `threads` threads.
+template <int threads, class F>
+GLF_DEVICE void each_warp(F f) {
+  f(block_index() * (threads / 32) + threadIdx.x / 32);
+}
 
 GLF_DEVICE float natural_log(float x) { return logf(x); }
 GLF_DEVICE double natural_log(double x) { return log(x); }
 GLF_DEVICE float exponential(float x) { return expf(x); }
 GLF_DEVICE double exponential(double x) { return exp(x); }
 
+// What each thread of a block of 256 keeps for itself, in its registers.
+template <class X>
+struct PerThread {
+  X own;
+};
+
 struct Block {
   // f(i) for i < n, then a barrier.
   template <class F>
   __device__ void each(int n, F f) const {
-    for (int i = threadIdx.x; i < n; i += blockDim.x) f(i);
+    each_unguarded(n, f);
     __syncthreads();
+  }
+  template <class F>
+  __device__ void each_unguarded(int n, F f) const {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) f(i);
+  }
+  // f(thread, what it keeps), then a barrier.
+  template <class X, class F>
+  __device__ __forceinline__ void threads(PerThread<X>& all, F f) const {
+    f(int(threadIdx.x), all.own);
+    __syncthreads();
+  }
+  template <class X, class F>
+  __device__ __forceinline__ void threads_unguarded(PerThread<X>& all, F f) const {
+    f(int(threadIdx.x), all.own);
+  }
+  // The i < n at which size(i) is largest, of equals that with the smallest rank(i). Every warp finds it for itself.
+  template <class F, class G>
+  __device__ int first_largest(int n, F size, G rank) const {
+    int at = threadIdx.x % 32 < n ? threadIdx.x % 32 : 0, place = rank(at);
+    auto best = size(at);
+    for (int i = threadIdx.x % 32 + 32; i < n; i += 32) {
+      const auto here = size(i);
+      const int its = rank(i);
+      if (here > best || (here == best && its < place)) {
+        best = here;
+        place = its;
+        at = i;
+      }
+    }
+    for (int step = 16; step; step /= 2) {
+      const auto other = __shfl_xor_sync(~0u, best, step);
+      const int other_place = __shfl_xor_sync(~0u, place, step), other_at = __shfl_xor_sync(~0u, at, step);
+      if (other > best || (other == best && other_place < place)) {
+        best = other;
+        place = other_place;
+        at = other_at;
+      }
+    }
+    return at;
   }
   // f(i, j) for i < n, j < m, neighbouring lanes at neighbouring j, then a barrier. Blocks are whole warps.
   template <class F>
@@ -92,6 +157,12 @@ GLF_DEVICE int lane_where(bool c) {
   const int base = threadIdx.x % 32 / N * N;
   return base + __ffs(__ballot_sync(~0u, c) >> base) - 1;
 }
+// Whether `c` holds at one of these N lanes.
+template <int N>
+GLF_DEVICE bool any(bool c) {
+  const int base = threadIdx.x % 32 / N * N;
+  return (__ballot_sync(~0u, c) >> base & (N == 32 ? ~0u : (1u << N % 32) - 1)) != 0;
+}
 template <class T>
 GLF_DEVICE T lane_log(T x) {
   return natural_log(x);
@@ -108,15 +179,53 @@ GLF_DEVICE T& of_lane(T& x, int) {
 
 #else
 
+// The block that is at work.
+struct HostBlock {
+  long long index;
+  unsigned char* shared;
+};
+inline thread_local HostBlock host_block;
+
+inline long long block_index() { return host_block.index; }
+inline unsigned char* shared_memory() { return host_block.shared; }
+template <int threads, class F>
+void each_warp(F f) {
+  for (int w = 0; w < threads / 32; ++w) f(block_index() * (threads / 32) + w);
+}
+
 inline float natural_log(float x) { return std::log(x); }
 inline double natural_log(double x) { return std::log(x); }
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 
+template <class X>
+struct PerThread {
+  X all[256];
+};
+
 struct Block {
   template <class F>
   void each(int n, F f) const {
     for (int i = 0; i < n; ++i) f(i);
+  }
+  template <class F>
+  void each_unguarded(int n, F f) const {
+    each(n, f);
+  }
+  template <class X, class F>
+  void threads(PerThread<X>& own, F f) const {
+    for (int t = 0; t < 256; ++t) f(t, own.all[t]);
+  }
+  template <class X, class F>
+  void threads_unguarded(PerThread<X>& own, F f) const {
+    threads(own, f);
+  }
+  template <class F, class G>
+  int first_largest(int n, F size, G rank) const {
+    int at = 0;
+    for (int i = 1; i < n; ++i)
+      if (size(i) > size(at) || (size(i) == size(at) && rank(i) < rank(at))) at = i;
+    return at;
   }
   template <class F>
   void each(int n, int m, F f) const {
@@ -190,11 +299,20 @@ Lane<T> shuffle_xor(const Lane<T>& x, int mask) {
   return by_lane([&](int i) { return x.v[i ^ mask]; });
 }
 template <int N>
+Lane<bool> any(const Lane<bool>& c) {
+  return by_lane([&](int i) {
+    bool found = false;
+    for (int l = i / N * N; l < i / N * N + N; ++l) found = found || c.v[l];
+    return found;
+  });
+}
+// As on the device, some lane where there is none.
+template <int N>
 Lane<int> lane_where(const Lane<bool>& c) {
   return by_lane([&](int i) {
-    int at = i / N * N;
-    while (!c.v[at]) ++at;
-    return at;
+    for (int l = i / N * N; l < i / N * N + N; ++l)
+      if (c.v[l]) return l;
+    return i / N * N - 1;
   });
 }
 template <class T>

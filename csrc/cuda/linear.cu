@@ -34,9 +34,17 @@ bool fits(Kernel kernel, int D, size_t& bytes) {
 template <int N, class T>
 const char* launch_warps(cudaStream_t stream, long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse,
                          int* info) {
-  constexpr int matrices = warp_threads / N;
+  constexpr int matrices = warp_threads / lanes_of<N>;
   slogdet_inverse_warp_kernel<N><<<static_cast<unsigned>((count + matrices - 1) / matrices), warp_threads, 0, stream>>>(
       count, D, A, sign, logabsdet, inverse, info);
+  return outcome();
+}
+
+template <int M, class T>
+const char* launch_tiles(cudaStream_t stream, long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse,
+                         int* info) {
+  slogdet_inverse_tile_kernel<M><<<static_cast<unsigned>(count), block_threads, tile_bytes<M, T>, stream>>>(
+      D, A, sign, logabsdet, inverse, info);
   return outcome();
 }
 
@@ -60,7 +68,18 @@ const char* slogdet_inverse(Stream stream, long long count, int D, const T* A, T
   if (D <= 4) return launch_warps<4>(s, count, D, A, sign, logabsdet, inverse, info);
   if (D <= 8) return launch_warps<8>(s, count, D, A, sign, logabsdet, inverse, info);
   if (D <= 16) return launch_warps<16>(s, count, D, A, sign, logabsdet, inverse, info);
+  if (D <= 24) return launch_warps<24>(s, count, D, A, sign, logabsdet, inverse, info);
   if (D <= 32) return launch_warps<32>(s, count, D, A, sign, logabsdet, inverse, info);
+  if constexpr (sizeof(T) == 4) {  // two rows of doubles fill a lane's registers
+    if (D <= 48) return launch_warps<48>(s, count, D, A, sign, logabsdet, inverse, info);
+    if (D <= 64) return launch_warps<64>(s, count, D, A, sign, logabsdet, inverse, info);
+  } else {
+    if (D <= 64) return launch_tiles<4>(s, count, D, A, sign, logabsdet, inverse, info);
+  }
+  if (D <= 96) return launch_tiles<6>(s, count, D, A, sign, logabsdet, inverse, info);
+  if (D <= 128) return launch_tiles<8>(s, count, D, A, sign, logabsdet, inverse, info);
+  if constexpr (sizeof(T) == 4)
+    if (D <= 192) return launch_tiles<12>(s, count, D, A, sign, logabsdet, inverse, info);
   size_t bytes;
   const bool room = fits<T>(slogdet_inverse_kernel<T>, D, bytes);
   slogdet_inverse_kernel<<<static_cast<unsigned>(count), block_threads, bytes, s>>>(D, room, A, sign, logabsdet, inverse,

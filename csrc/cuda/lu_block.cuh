@@ -1,4 +1,4 @@
-// LU, determinant and inverse of one matrix by one block, in place: in shared memory where the matrix fits there, else in
+// LU of one matrix by one block, and determinant and inverse of those beyond the registers, in place: in shared memory where the matrix fits there, else in
 // the result itself. P A = L U with partial pivoting, LAPACK's conventions and its way to the inverse (getri).
 #pragma once
 

@@ -4,6 +4,8 @@ from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.base import Flow
 from glf_fast.flow.coupling_flow import CouplingFlow
+from glf_fast.flow.distribution import FlowDistribution, FlowTransform
+from glf_fast.flow.inverse import Inverse
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.mlp import MLP
 from glf_fast.flow.rnvp import rnvp_flow
@@ -15,6 +17,9 @@ __all__ = [
     "AffineCoupling",
     "CouplingFlow",
     "Flow",
+    "FlowDistribution",
+    "FlowTransform",
+    "Inverse",
     "InvertibleLinear",
     "SequentialFlow",
     "rnvp_flow",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from glf_fast.reference import log_normal
+
+if TYPE_CHECKING:
+    from glf_fast.flow.distribution import FlowDistribution
 
 __all__ = ["Flow"]
 
@@ -63,6 +68,17 @@ class Flow(nn.Module):
         like = next(self.parameters(), torch.empty(0))
         noise = torch.randn((n, *self.event_shape), generator=generator, device=like.device, dtype=like.dtype)
         return self.inverse(noise if temperature == 1 else temperature * noise, context)[0]
+
+    def distribution(self, context: Tensor | None = None, validate_args: bool | None = None) -> FlowDistribution:
+        """p(x | context) as a torch.distributions.Distribution: `log_prob`, `sample`, `rsample`, `expand`.
+
+        Args:
+            context: (*batch_shape, context_dim): one distribution for each row; None for a flow without context.
+            validate_args: check the arguments of its methods, as torch does it; torch's default if None.
+        """
+        from glf_fast.flow.distribution import FlowDistribution  # which is about flows: it imports this file
+
+        return FlowDistribution(self, context, validate_args)
 
     def _check_event(self, name: str, x: Tensor) -> None:
         if x.shape[1:] != self.event_shape:

@@ -92,6 +92,7 @@ class CouplingFlow(Flow):
         }
         names = ("activation", "log_scale", "log_scale_constant", "add_first", "reversible")
         self._options = {name: self.config[name] for name in names}
+        self.held = nn.ModuleDict()  # filled by `hold`
         self._stack([layer for _ in range(steps) for layer in _new_step(self.config)])
 
     # -- the flow as a function ----------------------------------------------------------------------------------------
@@ -158,14 +159,52 @@ class CouplingFlow(Flow):
         return {**self.__dict__, "_assembled": None}
 
     def _actnorm(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        return (self.actnorm_log_scale, self.actnorm_bias) if self.config["actnorm"] else (None, None)
+        if not self.config["actnorm"]:
+            return None, None
+        if not self.held:
+            return self.actnorm_log_scale, self.actnorm_bias
+        names = ("actnorm_log_scale", "actnorm_bias")
+        log_scale, bias = (self._effective(name, getattr(self, name)) for name in names)
+        return log_scale, bias
 
     def _linear(self) -> dict[str, Tensor]:
-        return {name: getattr(self, f"linear_{name}") for name in LINEAR_TENSORS[self.config["linear"]]}
+        tensors = {name: getattr(self, f"linear_{name}") for name in LINEAR_TENSORS[self.config["linear"]]}
+        if self.held:
+            tensors = {name: self._effective(f"linear_{name}", tensor) for name, tensor in tensors.items()}
+        return tensors
 
     def _mlp(self) -> tuple[list[Tensor], list[Tensor]]:
         # Iterating over a ParameterList builds every name anew, which shows at B = 1.
-        return list(self.mlp_weights._parameters.values()), list(self.mlp_biases._parameters.values())  # type: ignore
+        weights: list[Tensor] = list(self.mlp_weights._parameters.values())  # type: ignore[arg-type]
+        biases: list[Tensor] = list(self.mlp_biases._parameters.values())  # type: ignore[arg-type]
+        if self.held:
+            weights = [self._effective(f"mlp_weights_{i}", weight) for i, weight in enumerate(weights)]
+            biases = [self._effective(f"mlp_biases_{i}", bias) for i, bias in enumerate(biases)]
+        return weights, biases
+
+    # -- held entries --------------------------------------------------------------------------------------------------
+
+    def hold(self, parameter: str, trained: Tensor) -> None:
+        """Hold the entries of a stacked parameter where `trained` (its shape, bool) is False at their present values.
+
+        Held entries get no gradient, and whatever an optimizer does to them (weight decay) changes nothing. So steps
+        of different widths, with frozen parts or with two networks side by side are stacked into one flow. The values
+        held are buffers: they are saved, copied, and loaded into a flow that holds nothing yet.
+
+        Args:
+            parameter: its name in `named_parameters()`, such as "mlp_weights.0" or "linear_upper".
+        """
+        tensor = self.get_parameter(parameter)
+        if trained.shape != tensor.shape or trained.dtype != torch.bool:
+            raise ValueError(
+                f"trained must be a bool tensor of {parameter}'s shape {tuple(tensor.shape)}; "
+                f"got {trained.dtype} {tuple(trained.shape)}"
+            )
+        self.held[parameter.replace(".", "_")] = _Held(tensor.detach().clone(), trained.to(tensor.device))
+
+    def _effective(self, name: str, parameter: Tensor) -> Tensor:
+        """The parameter with its held entries at their values."""
+        return self.held[name](parameter) if name in self.held else parameter
 
     # -- data-dependent start ------------------------------------------------------------------------------------------
 
@@ -187,8 +226,13 @@ class CouplingFlow(Flow):
         self.actnorm_initialized.fill_(True)
         self._started = True
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # `held` is not in the config: a flow that is rebuilt from its config learns what is held from the values saved.
+        for name, parameter in self.named_parameters():
+            saved = f"{prefix}held.{name.replace('.', '_')}.trained"
+            if saved in state_dict:
+                self.hold(name, torch.ones_like(parameter, dtype=torch.bool))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._started = not self.config["actnorm"] or bool(self.actnorm_initialized.all())
 
     # -- stacked parameters ⇄ layers -----------------------------------------------------------------------------------
@@ -242,26 +286,46 @@ class CouplingFlow(Flow):
         return stacked.train(flow.training)
 
     def to_layers(self) -> SequentialFlow:
-        """The same flow layer by layer, with copies of the values: for surgery, reading, or mixing with other layers."""
+        """The same flow layer by layer, with copies of the values: for surgery, reading, or mixing with other layers.
+
+        Held entries come with their values, as ordinary parameters.
+        """
         layers: list[nn.Module] = []
         for k in range(self.config["steps"]):
             step = nn.ModuleList(_new_step(self.config)).to(self.mlp_weights[0])
             *actnorm, linear, coupling = step
             if actnorm:
                 names = ("log_scale", "bias", "initialized")
-                actnorm[0].load_state_dict({name: getattr(self, f"actnorm_{name}")[k] for name in names})
+                values = {name: self._effective(f"actnorm_{name}", getattr(self, f"actnorm_{name}")) for name in names}
+                actnorm[0].load_state_dict({name: value[k] for name, value in values.items()})
             tensors = {name: tensor[k] for name, tensor in self._linear().items()}
             linear.load_state_dict(tensors)
+            weights, biases = self._mlp()
             with torch.no_grad():
                 for i, layer in enumerate(_mlp_of(coupling).linears()):
-                    layer.weight.copy_(self.mlp_weights[i][k].T)
-                    layer.bias.copy_(self.mlp_biases[i][k])
+                    layer.weight.copy_(weights[i][k].T)
+                    layer.bias.copy_(biases[i][k])
             layers += step
         return SequentialFlow(layers, self.event_shape, self.context_dim).train(self.training)
 
     def extra_repr(self) -> str:
         """Shown by repr: the constructor's arguments."""
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+
+class _Held(nn.Module):
+    """Which entries of a parameter are trained, and the values of the others."""
+
+    value: Tensor
+    trained: Tensor
+
+    def __init__(self, value: Tensor, trained: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+        self.register_buffer("trained", trained)
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        return torch.where(self.trained, parameter, self.value)
 
 
 def _new_step(config: dict[str, Any]) -> list[nn.Module]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.flow.base import Flow
+from glf_fast.flow.linear import InvertibleLinear
 
 __all__ = ["SequentialFlow"]
 
@@ -35,6 +36,17 @@ class SequentialFlow(Flow):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data: z (B, *event_shape) → x like z, logdet (B,)."""
         return self._run(reversed(self.layers), z, context, inverse=True)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) = log N(z; 0, I) + logdet in nats, (B,); the last layer adds the first where it is a flow that can."""
+        layers = list(self.layers)
+        # A CouplingFlow's own log_prob is one operation. Permutations behind it change nothing about N(0, I).
+        while layers and isinstance(layers[-1], InvertibleLinear) and layers[-1].linear == "permutation":
+            layers.pop()
+        if not layers or not isinstance(layers[-1], Flow):
+            return super().log_prob(x, context)
+        x, logdet = self._run(iter(layers[:-1]), x, context, inverse=False)
+        return layers[-1].log_prob(x, context) + logdet
 
     def _run(
         self, layers: Iterator[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool

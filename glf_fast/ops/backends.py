@@ -18,6 +18,8 @@ from glf_fast.ops.checks import check_choice
 
 __all__ = ["backend_for", "backends", "use_backend"]
 
+importlib.import_module("glf_fast.ops.linear_shapes")
+check_choice("$GLF_FAST_ISA", os.environ.get("GLF_FAST_ISA", ""), ("", "avx512", "avx2", "generic"))
 VECTORS = {64: "AVX-512", 32: "AVX2", 16: "the processor's basic vectors (128 bits)"}
 
 
@@ -48,20 +50,31 @@ def _load_cpp() -> str:
 _cpp_missing = _load_cpp()
 
 
+_cupy: torch.library.Library | None = None  # the CUDA kernels through CuPy, where they are not compiled
+
+
 def _load_cuda() -> str:
-    """Load the compiled CUDA kernels; returns why they are missing, or ""."""
+    """Load the compiled CUDA kernels, or have CuPy compile them when they are needed; returns why neither can be, or ""."""
+    global _cupy
     if not torch.version.cuda:
         return "this torch is built without CUDA"
-    if _cpp_missing:
-        return f"it needs the backend 'cpp', which is missing: {_cpp_missing}"
-    libraries = sorted(Path(__file__).parent.parent.glob("_cuda*.so"))
-    if not libraries:
-        return "not built: no nvcc was found when glf_fast was installed"
-    try:
-        torch.ops.load_library(libraries[0])
-    except (OSError, RuntimeError) as error:
-        return f"{libraries[0].name} does not load: {error}"
+    why = "not built: no nvcc was found when glf_fast was installed"
+    for library in sorted(Path(__file__).parent.parent.glob("_cuda*.so")):
+        try:
+            torch.ops.load_library(library)
+            return ""
+        except (OSError, RuntimeError) as error:
+            why = f"{library.name} does not load: {error}"
+    if importlib.util.find_spec("cupy") is None:
+        return f"{why}; CuPy, which has a compiler of its own, is not installed"
+    _cupy = torch.library.Library("glf_fast", "IMPL")
+    importlib.import_module("glf_fast.ops.cupy_linear").register(_cupy)
     return ""
+
+
+def _cuda_ready() -> str:
+    how = ", compiled at their first use by CuPy" if _cupy else ""
+    return f"linear layers in float32 and float64 on NVIDIA GPUs{how}"
 
 
 def _cpp_ready() -> str:
@@ -69,7 +82,7 @@ def _cpp_ready() -> str:
 
 
 # Triton reads it when kernels are defined; what it says now is what they will be.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _triton_missing() -> str:
@@ -106,14 +119,19 @@ BACKENDS = {
         device="cuda",
         dtypes=(torch.float32, torch.float64),
         missing=_load_cuda(),
-        ready=lambda: "linear layers in float32 and float64 on NVIDIA GPUs",
-        remedy="install again where nvcc is: pip install --no-build-isolation --force-reinstall --no-deps glf_fast",
+        ready=_cuda_ready,
+        remedy=(
+            f"pip install cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x, or install again where nvcc is: "
+            "pip install --no-build-isolation --force-reinstall --no-deps glf_fast"
+        ),
     ),
 }
 CHOICES = ("auto", "reference", *BACKENDS)
 
 _backend = os.environ.get("GLF_FAST_BACKEND", "auto")
 check_choice("$GLF_FAST_BACKEND", _backend, CHOICES)
+if _backend in BACKENDS and BACKENDS[_backend].missing:
+    raise RuntimeError(f"$GLF_FAST_BACKEND is {_backend!r}, which cannot run here: {BACKENDS[_backend].missing}")
 _warned: set[str] = set()
 
 

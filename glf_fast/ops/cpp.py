@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops.differentiate import differentiate
+from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 from glf_fast.ops.options import Options
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
@@ -120,7 +120,7 @@ class _AffineCoupling(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if plain_gradients_wanted(grads):
             run = partial(reference.affine_coupling, **ctx.options.of_coupling())
 
             return None, *differentiate(run, inputs, ctx.needs_input_grad[1:], grads)

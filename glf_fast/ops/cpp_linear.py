@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops.differentiate import differentiate
+from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 
 __all__ = ["lu_factor", "plu_assemble", "slogdet_inverse"]
 
@@ -74,7 +74,7 @@ class _PLUAssemble(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         A, A_inv, permutation, sign, *tensors = ctx.saved_tensors
         lower, upper, log_diag, log_scale, bias = tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if plain_gradients_wanted(grads):
 
             def run(*tensors: Tensor) -> tuple[Tensor, ...]:
                 lower, upper, log_diag, log_scale, bias = tensors
@@ -96,11 +96,14 @@ class _PLUAssemble(torch.autograd.Function):
 def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.slogdet_inverse`; arguments are checked already."""
     *batch, dim, _ = W.shape
-    matrices = W.reshape(math.prod(batch), dim, dim).contiguous()
+    flat = len(batch) == 1  # views take 4 µs, a tenth of 1,024 matrices of 4 × 4
+    matrices = (W if flat else W.reshape(math.prod(batch), dim, dim)).contiguous()
     if torch.is_grad_enabled() and W.requires_grad:
         sign, logabsdet, inverse, info = _SlogdetInverse.apply(matrices)
     else:
         sign, logabsdet, inverse, info = ops.slogdet_inverse.default(matrices)
+    if flat:
+        return sign, logabsdet, inverse, info
     return sign.view(batch), logabsdet.view(batch), inverse.view(W.shape), info.view(batch)
 
 

@@ -41,31 +41,3 @@ def _(
     add_first: bool, inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return v.new_empty(v.shape), v.new_empty(v.shape), v.new_empty(v.shape)
-
-
-@torch.library.register_fake("glf_fast::plu_assemble")
-def _(
-    permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tensor, sign: Tensor, log_scale: Tensor | None,
-    bias: Tensor | None, need_inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    inverse = torch.empty_like(lower) if need_inverse else lower.new_empty(0)
-    return torch.empty_like(lower), inverse, torch.empty_like(log_diag), lower.new_empty(len(lower))
-
-
-@torch.library.register_fake("glf_fast::plu_assemble_backward")
-def _(
-    permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tensor, sign: Tensor, log_scale: Tensor | None,
-    bias: Tensor | None, A: Tensor, A_inv: Tensor | None, grad_A: Tensor | None, grad_A_inv: Tensor | None,
-    grad_c: Tensor | None, grad_logabsdet: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    return [torch.empty_like(t) for t in (lower, upper, log_diag, log_scale, bias) if t is not None]
-
-
-@torch.library.register_fake("glf_fast::lu_factor")
-def _(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(A), A.new_empty(A.shape[:2], dtype=torch.int32), A.new_empty(len(A), dtype=torch.int32)
-
-
-@torch.library.register_fake("glf_fast::slogdet_inverse")
-def _(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return A.new_empty(len(A)), A.new_empty(len(A)), torch.empty_like(A), A.new_empty(len(A), dtype=torch.int32)

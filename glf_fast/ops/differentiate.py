@@ -1,4 +1,4 @@
-"""Second derivatives: kernels give the first ones, plain PyTorch those of the same function again."""
+"""What kernels do not give: second derivatives, and batches of gradients, both of the same function in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["differentiate"]
+__all__ = ["differentiate", "plain_gradients_wanted"]
+
+
+def plain_gradients_wanted(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward must leave the kernels: for a second derivative, or for a batch of gradients (is_grads_batched)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or any(
+        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads
+    )
 
 
 def differentiate(
@@ -16,9 +25,11 @@ def differentiate(
     wanted: Sequence[bool],
     grads: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: those of `run`, the same function in plain PyTorch."""
-    # Through aliases: where one input was computed from another, its gradient must not run into the other's.
-    aliases = [None if x is None else x.view_as(x) for x in inputs]
-    targets = [x for x, want in zip(aliases, wanted, strict=True) if want and x is not None]
-    found = iter(torch.autograd.grad(run(*aliases), targets, grads, create_graph=True))
+    """Gradients that can be differentiated again, or batched: those of `run`, the same function in plain PyTorch."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Through aliases: where one input was computed from another, its gradient must not run into the other's.
+        aliases = [None if x is None else x.view_as(x) for x in inputs]
+        targets = [x for x, want in zip(aliases, wanted, strict=True) if want and x is not None]
+        found = iter(torch.autograd.grad(run(*aliases), targets, grads, create_graph=again))
     return [next(found) if want and x is not None else None for x, want in zip(aliases, wanted, strict=True)]

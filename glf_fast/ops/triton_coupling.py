@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops.differentiate import differentiate
+from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 from glf_fast.ops.options import Options
 
 __all__ = ["affine_coupling"]
@@ -53,7 +53,7 @@ class _AffineCoupling(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
         options: Options = ctx.options
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if plain_gradients_wanted(grads):
             run = partial(reference.affine_coupling, **options.of_coupling())
             return None, *differentiate(run, inputs, ctx.needs_input_grad[1:], grads)
         return None, *ops.triton_affine_coupling_backward.default(*grads, *inputs, *_code(options))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glf_fast import reference
 from glf_fast.ops import cpp, triton
-from glf_fast.ops.differentiate import differentiate
+from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 from glf_fast.ops.options import Options
 
 __all__ = ["KERNELS", "coupling_flow", "log_prob", "plu_log_prob"]
@@ -101,7 +101,7 @@ class _CouplingFlow(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         state, saved, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if plain_gradients_wanted(grads):
             run = partial(_reference_flow, ctx.options)
             return None, None, None, *differentiate(run, inputs, needs, grads)
         _, context, matrix, offset, *layers = inputs
@@ -155,7 +155,7 @@ class _LogProb(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         z, saved, matrix, unmatrix, offset, permutation, sign, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[5:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if plain_gradients_wanted([grad]):
             run = partial(_reference_log_prob, ctx.options, permutation, sign)
             return None, None, None, None, None, *differentiate(run, inputs, needs, [grad])
         _, context, *tensors = inputs

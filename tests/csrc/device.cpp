@@ -60,8 +60,17 @@ struct Dense {
 
 template <int N, class T>
 void by_warps(int count, int D, const T* A, Dense<T>& out) {
-  for (long long n = 0; n < count; n += 32 / N)
+  for (long long n = 0; n < count; n += 32 / lanes_of<N>)
     slogdet_inverse_warp<N>(n, count, D, A, out.sign.data(), out.logabsdet.data(), out.inverse.data(), out.info.data());
+}
+
+template <int M, class T>
+void by_tiles(int count, int D, const T* A, Dense<T>& out) {
+  for (int n = 0; n < count; ++n) {
+    Buffer<std::uint64_t> shared(tile_bytes<M, T> / 8);
+    slogdet_inverse_tile<M>(Block{}, D, A + n * D * D, &out.sign[n], &out.logabsdet[n], &out.inverse[n * D * D],
+                            &out.info[n], reinterpret_cast<unsigned char*>(shared.data()));
+  }
 }
 
 template <class T>
@@ -91,21 +100,33 @@ void dense(int D) {
   }
   A[7 * D * D + D * D - 1] = 0;
   A[8 * D * D + D / 2 * D] = NAN;
-  for (const int way : {0, 1, 2}) {
-    if (way == 2 && D > 32) continue;
+  // Ways: a block in shared memory, in the result itself, lanes, tiles.
+  for (const int way : {0, 1, 2, 3}) {
+    if ((way == 2 && D > 64) || (way == 3 && D > 192)) continue;
     Dense<T> out(count, D);
     Buffer<T> factors(count * D * D, NAN);
     Buffer<int> pivots(count * D, -1);
     if (way < 2)
       for (int n = 0; n < count; ++n) by_block(D, way, n, A.data(), out, factors, pivots);
+    else if (way == 2)
+      (D <= 4    ? by_warps<4, T>
+       : D <= 8  ? by_warps<8, T>
+       : D <= 16 ? by_warps<16, T>
+       : D <= 24 ? by_warps<24, T>
+       : D <= 32 ? by_warps<32, T>
+       : D <= 48 ? by_warps<48, T>
+                 : by_warps<64, T>)(count, D, A.data(), out);
     else
-      (D <= 4 ? by_warps<4, T> : D <= 8 ? by_warps<8, T> : D <= 16 ? by_warps<16, T> : by_warps<32, T>)(count, D, A.data(), out);
+      (D <= 64    ? by_tiles<4, T>
+       : D <= 96  ? by_tiles<6, T>
+       : D <= 128 ? by_tiles<8, T>
+                  : by_tiles<12, T>)(count, D, A.data(), out);
     for (int n = 0; n < 7; ++n) {
       const T *a = &A[n * D * D], *f = &factors[n * D * D];
       const double residual = inverse_residual(D, a, &out.inverse[n * D * D]);
       require(residual < 30, "residual of the inverse", D, residual);
       require(out.info[n] == 0 && std::fabs(out.sign[n]) == 1, "info and sign", D, out.info[n]);
-      if (way == 2) continue;
+      if (way >= 2) continue;
       std::vector<int> order(D);
       for (int i = 0; i < D; ++i) order[i] = i;
       for (int i = 0; i < D; ++i) std::swap(order[i], order[pivots[n * D + i] - 1]);

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from glf_fast import MLP, ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow, rnvp_flow
+from glf_fast import (
+    MLP,
+    ActNorm,
+    AffineCoupling,
+    CouplingFlow,
+    Flow,
+    Inverse,
+    InvertibleLinear,
+    SequentialFlow,
+    rnvp_flow,
+)
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 IMAGE = (5, 2, 3)
@@ -18,6 +28,14 @@ def conv(n_in: int, n_out: int) -> nn.Module:
 
 def alone(layer: nn.Module, shape: tuple[int, ...], context_dim: int = 0) -> SequentialFlow:
     return SequentialFlow([layer], shape, context_dim)
+
+
+def holding(flow: CouplingFlow, *parameters: str) -> CouplingFlow:
+    """The flow with half of the entries of these parameters held, at values that are not zero."""
+    for name in parameters:
+        nn.init.normal_(flow.get_parameter(name), std=0.2)
+        flow.hold(name, torch.rand_like(flow.get_parameter(name)) < 0.5)
+    return flow
 
 
 FLOWS: dict[str, Callable[[], Flow]] = {
@@ -38,6 +56,8 @@ FLOWS: dict[str, Callable[[], Flow]] = {
         for name in LOG_SCALES
         for add_first in (False, True)
     },
+    "coupling-held": lambda: holding(CouplingFlow(5, 2, (8,)), "actnorm_bias", "linear_upper", "mlp_weights.1"),
+    "inverse": lambda: Inverse(CouplingFlow(5, 2, (8,), context_dim=2)),
     "log-scale-constant": lambda: CouplingFlow(4, 2, (8,), log_scale_constant=0.7),
     **{f"activation-{name}": (lambda name=name: CouplingFlow(4, 2, (8, 8), activation=name)) for name in ACTIVATIONS},
     "layers": lambda: CouplingFlow(5, 2, (8,), context_dim=2).to_layers(),

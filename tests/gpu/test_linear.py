@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import CouplingFlow, backends, ops, reference, use_backend
+from glf_fast.ops import cupy_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,9 +15,16 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def on_cuda_kernels():
-    with use_backend("cuda"):
+@pytest.fixture(autouse=True, params=["nvcc", "cupy"])
+def on_cuda_kernels(request):
+    """Compiled by nvcc when glf_fast was installed, and by NVRTC through CuPy; the backend takes the first that there is."""
+    compiled = not backends()["cuda"].endswith("CuPy")
+    if request.param == "nvcc" and not compiled:
+        pytest.skip("installed without nvcc")
+    with use_backend("cuda"), torch.library._scoped_library("glf_fast", "IMPL") as library:
+        if request.param == "cupy" and compiled:
+            pytest.importorskip("cupy", reason="CuPy is not installed")
+            cupy_linear.register(library, override=True)
         yield
 
 
@@ -47,7 +55,9 @@ def test_plu_assemble_matches_the_reference(dim: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 96, 128, 160, 192, 250])
+@pytest.mark.parametrize(
+    "dim", [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65, 96, 97, 128, 129, 192, 193, 250]
+)
 def test_the_zoo_by_scaled_residuals(dim: int, dtype: torch.dtype) -> None:
     named = linear_zoo.zoo(dim, dtype)
     del named["growth"]
@@ -60,7 +70,7 @@ def test_the_zoo_by_scaled_residuals(dim: int, dtype: torch.dtype) -> None:
             assert linear_zoo.inverse_residual(matrix, inverse) < linear_zoo.LIMIT, name
 
 
-@pytest.mark.parametrize("dim", [1, 4, 7, 16, 32, 40])
+@pytest.mark.parametrize("dim", [1, 4, 7, 16, 20, 32, 40, 64, 80])
 @pytest.mark.parametrize("count", [0, 1, 7, 10_000])
 def test_batches_of_every_size(count: int, dim: int) -> None:
     A = torch.randn(count, dim, dim, generator=torch.Generator().manual_seed(0))
@@ -73,7 +83,7 @@ def test_batches_of_every_size(count: int, dim: int) -> None:
         assert torch.equal(ops.lu_factor(A.cuda())[1].cpu(), torch.linalg.lu_factor(A).pivots)
 
 
-@pytest.mark.parametrize("dim", [1, 5, 32, 33, 70])
+@pytest.mark.parametrize("dim", [1, 5, 32, 33, 64, 70, 130, 200])
 def test_singular_matrices_and_nan(dim: int) -> None:
     A = torch.eye(dim).repeat(3, 1, 1)
     A[1, -1, -1] = 0

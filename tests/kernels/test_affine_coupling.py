@@ -69,10 +69,14 @@ def test_any_shape_order_and_precision(data: st.DataObject) -> None:
     low = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 
     def operand(dtype: torch.dtype) -> Tensor:
-        order = draw(st.sampled_from(["plain", "chunk", "channels-last", "chunk of channels-last", "reversed"]))
+        orders = ["plain", "chunk", "channels-last", "chunk of channels-last", "reversed"]
+        order = draw(st.sampled_from([*orders, "columns"] if image and 1 in pixels else orders))
         x = torch.randn((batch, 2 * channels, *pixels), generator=g).to(dtype)
         if image and "channels-last" in order:
             x = x.to(memory_format=torch.channels_last)
+        if order == "columns":  # one column or one row, made of sequences: torch does not look at that stride
+            rows = torch.randn((batch, max(pixels), 2 * channels), generator=g).to(dtype).transpose(1, 2)
+            x = rows.unsqueeze(2 if pixels[0] == 1 else 3)
         if order == "reversed":
             x = x.transpose(0, -1).contiguous().transpose(0, -1)
         return x[:, :channels].clone() if order in ("plain", "channels-last") else x[:, channels:]
@@ -151,3 +155,15 @@ def test_far_apart_rows_are_reached_with_64_bit_offsets() -> None:
         strict=True,
     ):
         assert torch.equal(ours, near)
+
+
+@pytest.mark.parametrize("place", [2, 3])
+def test_images_of_one_row_or_column_made_of_sequences(place: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, u, t = (torch.randn(4, 9, 6, generator=g).transpose(1, 2).unsqueeze(place) for _ in range(3))
+    check(v, u, t, 3e-6)
+    check(
+        v[:, :, ::2] if place == 3 else v[..., ::2],
+        *(torch.randn(4, 6, *((5, 1) if place == 3 else (1, 5))),) * 2,
+        3e-6,
+    )

@@ -168,6 +168,11 @@ def test_one_launch_in_each_direction(reversible: bool) -> None:
             with count_launches() as launched:
                 (out.sum() + logdet.sum()).backward()
             assert launched == ["flow_backward_kernel"]
+    flow = CouplingFlow(6, 3, (8, 8), linear="permutation", reversible=reversible)
+    flow(torch.randn(20, 6))
+    with count_launches() as launched:
+        flow.log_prob(torch.randn(17, 6)).sum().backward()
+    assert launched == ["flow_kernel", "flow_backward_kernel"]
 
 
 def test_large_batches_go_in_slabs(monkeypatch) -> None:
@@ -194,16 +199,19 @@ def test_the_workspace_stays_within_its_bound(monkeypatch) -> None:
     x, A, c, context, *layers = values
     out, logdet = ops.coupling_flow(x, A, c, layers[:3], layers[3:], context)
     sizes: list[int] = []
+    places: set[tuple[int, int]] = set()
     launch = coupling_flow_backward.launch
 
     def spy(kernel, programs, device, *args, **options):
         *_, hidden, slopes, _, map_grad, _, rows, _, steps = args
         sizes.append(sum(t.numel() * t.itemsize for t in (hidden, slopes, map_grad)) + rows * steps * 3 * 4)
+        places.add((hidden.untyped_storage().data_ptr(), map_grad.untyped_storage().data_ptr()))
         launch(kernel, programs, device, *args, **options)
 
     monkeypatch.setattr(coupling_flow_backward, "launch", spy)
     (out.sum() + logdet.sum()).backward()
     assert len(sizes) > 2 and 30_000 < max(sizes) <= 60_000
+    assert len(places) == 1  # the same memory for every slab
 
 
 def test_reversible_memory_does_not_grow_with_the_steps() -> None:
@@ -321,7 +329,7 @@ def test_distances_beyond_32_bits(monkeypatch) -> None:
     )
     weights, biases = tuple(layers[:3]), tuple(layers[3:])
     flow_kernel[(1,)](
-        given_x, A, c, weights, biases, x, out, logdet, saved, x, rows, K, **constants, SAVE=True, STAGED=False
+        given_x, A, c, weights, biases, x, out, logdet, saved, x, 0, rows, K, **constants, SAVE=True, STAGED=False
     )
     values = [t.requires_grad_() if t is not None else None for t in (x, A, c, None, *layers)]
     want, want_logdet, want_grad_x, *_ = run(reference.coupling_flow, values)
@@ -333,7 +341,7 @@ def test_distances_beyond_32_bits(monkeypatch) -> None:
     g = torch.Generator().manual_seed(1)  # as in `run`
     grad_out[last], logdet[last] = (torch.randn(s, dtype=torch.float64, generator=g).float() for s in ((5, D), (5,)))
     flow_backward_kernel[(1,)](
-        grad_out, logdet, grad_x, saved, A, A, c, weights, biases, x, hidden, slopes, saved, map_grad, rows, rows, K,
+        grad_out, logdet, grad_x, saved, A, A, c, weights, biases, x, hidden, slopes, saved, map_grad, 0, rows, rows, K,
         **constants, ROW_STRIDE=stride, SAVED=True,
     )  # fmt: skip
     assert error(grad_x[last], want_grad_x) < 1e-5

@@ -182,6 +182,13 @@ torch.save([flow(x), glf_fast.backends()], __import__("sys").stdout.buffer)
     assert ("AVX2" if isa == "avx2" else "basic") in outputs[1][1]["cpp"] or os.uname().machine != "x86_64"
 
 
+def test_an_unknown_instruction_set_is_refused() -> None:
+    environment = {**os.environ, "GLF_FAST_ISA": "avx1024"}
+    done = subprocess.run([sys.executable, "-c", "import glf_fast"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "$GLF_FAST_ISA must be one of '', 'avx512', 'avx2', 'generic'; got 'avx1024'" in done.stderr
+
+
 def test_a_flow_learns_the_same_as_with_the_reference() -> None:
     g = torch.Generator().manual_seed(0)
     data = torch.randn(4, 128, 8, generator=g)

@@ -130,3 +130,9 @@ def test_a_permutation_that_is_none_is_refused() -> None:
     permutation[1, 2] = 4
     with pytest.raises(RuntimeError, match="permutation must hold indices from 0 to 3; got 4"):
         run(permutation, sign, tensors, False)
+
+
+def test_a_permutation_of_another_type_is_refused() -> None:
+    permutation, sign, tensors = layers((2,), 4, False, torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match=r"permutation must be int64; got torch.int32 \(convert it with .long\(\)\)"):
+        run(permutation.int(), sign, tensors, False)

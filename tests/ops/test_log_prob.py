@@ -132,6 +132,20 @@ def test_log_prob_is_that_of_forward(linear: str, context_dim: int) -> None:
         assert error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("linear", ["plu", "dense"])
+def test_many_gradients_at_once(linear: str) -> None:
+    torch.manual_seed(0)
+    flow, x = CouplingFlow(4, 2, (8,), linear=linear), torch.randn(5, 4, requires_grad=True)
+    for run in (flow.log_prob, lambda x: flow(x)[0]):
+        out = run(x)
+        many = torch.randn(3, *out.shape)
+        inputs = [x, *flow.parameters()]
+        together = torch.autograd.grad(out, inputs, many, is_grads_batched=True, allow_unused=True)
+        alone = torch.autograd.grad(run(x), inputs, many[1], allow_unused=True)
+        for a, b in zip(together, alone, strict=True):
+            assert (a is None) == (b is None) and (a is None or error(a[1], b) < 1e-5)
+
+
 @pytest.mark.parametrize("linear", ["plu", "permutation"])
 @pytest.mark.filterwarnings("ignore:.*_prims_common.check:FutureWarning")  # raised inside inductor
 def test_compiled_without_graph_breaks(linear: str) -> None:

@@ -163,3 +163,11 @@ with glf_fast.use_backend("cpp"):
     assert done.returncode == 1 and done.stdout.startswith("not built")
     assert done.stderr.count("slow reference") == 1 and "pip install --no-build-isolation" in done.stderr
     assert "RuntimeError: backend 'cpp' cannot run here: not built" in done.stderr
+
+
+def test_a_backend_in_the_environment_that_cannot_run_says_why() -> None:
+    if torch.version.cuda:
+        pytest.skip("this torch has CUDA")
+    environment = {**os.environ, "GLF_FAST_BACKEND": "cuda"}
+    done = subprocess.run([sys.executable, "-c", "import glf_fast"], env=environment, capture_output=True, text=True)
+    assert done.returncode and "GLF_FAST_BACKEND is 'cuda', which cannot run here: " in done.stderr

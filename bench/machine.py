@@ -1,0 +1,43 @@
+"""What a number needs beside it: versions and commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import glf_fast
+
+__all__ = ["about"]
+
+
+def about() -> dict[str, Any]:
+    """Versions, backends, cores and commit; $COMMIT says the commit where there is no repository."""
+    return {
+        "glf_fast": glf_fast.__version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python_version": platform.python_version(),
+        "cores": os.cpu_count(),
+        "backends": glf_fast.backends(),
+        "commit": os.environ.get("COMMIT") or _commit(),
+    }
+
+
+def _commit() -> str:
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _version(name: str) -> str:
+    return importlib.metadata.version(name) if importlib.util.find_spec(name) else ""

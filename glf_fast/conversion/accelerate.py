@@ -1,0 +1,248 @@
+"""Fused flows inside any model: the library's objects stay, what is in them is replaced."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast.conversion.adapters import FusedLayer, PassedOn
+from glf_fast.conversion.check import check
+from glf_fast.conversion.fuse import fuse
+from glf_fast.conversion.layers import Coupling, Kept, Layer, Unfusable
+from glf_fast.conversion.places import Place, Replacement, is_layer, place_of
+from glf_fast.conversion.reading import ConversionError, Reading, read_parts
+from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
+
+__all__ = ["Report", "accelerate"]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Layers `first` to `last` of the flow at `where` (their names, data → noise), and what they have become.
+
+    `couplings`: how many they held; `flows`: the CouplingFlows, one launch each, that compute them now; `affine`: linear
+    layers and ActNorms beside those, which fold into none of them.
+    """
+
+    where: str
+    what: str
+    first: str
+    last: str
+    couplings: int
+    flows: int
+    affine: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """A layer, or a whole flow, that stays as it is."""
+
+    where: str
+    what: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What `accelerate` did. `print(report)` shows it as a table; a report is true if anything was replaced."""
+
+    replaced: list[Replaced] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.replaced)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.replaced:
+            rows = [("flow", "kind", "layers", "couplings", "fused into")]
+            for r in self.replaced:
+                layers = r.first if r.first == r.last else f"{r.first} … {r.last}"
+                fused = f"{r.flows} CouplingFlow" + (f" + {r.affine} affine" if r.affine else "")
+                rows.append((r.where, r.what, layers, str(r.couplings), fused))
+            lines += ["Replaced:", *_table(rows)]
+        else:
+            lines.append("Nothing was replaced.")
+        if self.left:
+            lines += ["Left as they are:", *(f"  {x.where} ({x.what}): {x.reason}" for x in self.left)]
+        elif not self.replaced:
+            lines.append("There is no flow of normflows, nflows, zuko or FrEIA in this model.")
+        if self.replaced:
+            lines.append("An optimizer made before holds the old parameters: make it anew.")
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Replace what can be fused in the flows of normflows, nflows, zuko and FrEIA anywhere in `model`, in place.
+
+    The library's flow stays what it is, with its class, its base distribution and all its methods; every run of its
+    layers that the kernels cover becomes one layer that computes the same. Each run is compared with the original in
+    float64 before it is put in (forward, inverse, gradients of all parameters); one that differs is left alone.
+
+    Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: make
+    the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict are
+    others. A layer whose parameters, or which itself, is used elsewhere in the model, too, stays as it is.
+
+    Args:
+        model: any module: a flow, or a model with flows in it. Changed in place.
+
+    Returns:
+        Report: what was replaced, what not, and why; print it.
+
+    Example:
+        >>> report = accelerate(torch.nn.Linear(2, 2))
+        >>> print(report)
+        Nothing was replaced.
+        There is no flow of normflows, nflows, zuko or FrEIA in this model.
+    """
+    report = Report()
+    seen: list[str] = []  # flows, and layers outside of flows, that are in the report
+    for where, module in list(model.named_modules()):
+        inside = any(not outer or where.startswith(f"{outer}.") for outer in seen)
+        name, kind = where or "the model", type(module).__name__
+        try:
+            place = place_of(module)
+        except ConversionError as reason:
+            report.left.append(Left(name, kind, str(reason)))
+            seen.append(where)
+            continue
+        if place is not None:
+            seen.append(where)
+            # Gradients are compared and graphs followed, wherever this is called.
+            with torch.inference_mode(False), torch.enable_grad():
+                _accelerate_flow(model, module, name, place, report)
+        elif is_layer(module) and not inside:
+            seen.append(where)
+            report.left.append(Left(name, kind, "not in a flow whose layers can be replaced"))
+    return report
+
+
+def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place, report: Report) -> None:
+    parts = _read(model, flow, place)
+    replacements: list[Replacement] = []
+    for start, stop in _runs(parts, place.conditions):
+        names = [name for name, _ in place.named[start:stop]]
+        modules = [module for _, module in place.named[start:stop]]
+        couplings = sum(isinstance(layer, Coupling) for part in parts[start:stop] for layer in part)
+        if not couplings:
+            continue
+        try:
+            fused = _fused(place, modules)
+        except (Unfusable, ConversionError) as reason:
+            report.left.append(Left(f"{where}: {_span(names)}", type(flow).__name__, str(reason)))
+            continue
+        flows, affine = (
+            sum(isinstance(module, kind) for module in fused.modules())
+            for kind in (CouplingFlow, (ActNorm, InvertibleLinear))
+        )
+        report.replaced.append(Replaced(where, type(flow).__name__, names[0], names[-1], couplings, flows, affine))
+        adapter = place.adapt(fused, modules)
+        adapter.training = modules[0].training
+        replacements.append((start, stop, adapter))
+    for part in parts:
+        for layer in part:
+            if isinstance(layer, Kept):
+                report.left.append(Left(where, type(flow).__name__, layer.reason))
+    if not replacements and not any(isinstance(layer, Kept) for part in parts for layer in part):
+        report.left.append(Left(where, type(flow).__name__, "there is no coupling in it that could be fused"))
+    if replacements:
+        place.put(replacements)
+
+
+def _read(model: nn.Module, flow: nn.Module, place: Place) -> list[list[Layer]]:
+    """The layers of each module, with `Kept` for what stays."""
+
+    def read(module: nn.Module) -> list[Layer]:
+        if isinstance(module, FusedLayer | PassedOn):
+            raise Unfusable("fused before")
+        for part in module.modules():
+            # FrEIA's own hook re-orthogonalises a matrix that is trained, and is read only where it is not.
+            own = type(part).__name__ == "OrthogonalTransform"
+            if part._forward_hooks or part._forward_pre_hooks or (part._backward_hooks and not own):
+                raise Unfusable("has hooks, which would no longer run")
+        if _used_elsewhere(model, flow, module):
+            raise Unfusable("used elsewhere in the model, too: a copy would not stay equal")
+        try:
+            return place.read(module)
+        except ConversionError as reason:  # a reason against the whole flow is one against this layer here
+            raise Unfusable(str(reason)) from reason
+
+    return read_parts(place.named, read, lambda module: module)
+
+
+def _runs(parts: Sequence[Sequence[Layer]], conditions: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+    """Longest ranges of modules that are all read, and of which those with conditions have the same ones."""
+    start = 0
+    given: tuple[int, ...] = ()
+    for i, part in enumerate(parts):
+        kept = any(isinstance(layer, Kept) for layer in part)
+        if kept or (conditions[i] and given and conditions[i] != given):
+            if start < i:
+                yield start, i
+            start, given = (i + 1, ()) if kept else (i, ())
+        if not kept and conditions[i]:
+            given = conditions[i]
+    if start < len(parts):
+        yield start, len(parts)
+
+
+def _fused(place: Place, modules: Sequence[nn.Module]) -> Flow:
+    """The modules as one flow of ours, compared with copies of them in float64, with their dtype, device and mode."""
+    try:
+        copies = copy.deepcopy(nn.ModuleList(modules)).cpu().double().eval()
+    except RuntimeError as error:  # modules that keep a tensor of their last call, with its graph
+        raise Unfusable(f"cannot be copied to compare with ({error})") from error
+    for module in copies.modules():
+        if hasattr(module, "using_cache"):
+            module.using_cache = False  # type: ignore[assignment]  # what it holds is of the original, in another dtype
+    layers = [layer for module in copies for layer in place.read(module)]
+    couplings = [layer for layer in layers if isinstance(layer, Coupling)]
+    context_dim = max(len(c.conditioner.weights[0]) - len(c.passive) for c in couplings)
+    fused, sources = fuse(layers, place.dim, context_dim)
+    chain = [place.keep(module) for module in copies]
+
+    def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
+        logdet = x.new_zeros(len(x))
+        for module in chain:
+            x, ldj = module(x, context)
+            logdet = logdet + ldj
+        return logdet - 0.5 * x.square().sum(1) - 0.5 * place.dim * math.log(2 * math.pi)
+
+    reading = Reading(layers, place.dim, log_prob, context_shape=(context_dim,) if context_dim else ())
+    check(copies, reading, fused.eval(), sources)
+    like = next(p for module in modules for p in module.parameters() if p.is_floating_point())
+    return fused.to(like.device, like.dtype).train(modules[0].training)
+
+
+def _used_elsewhere(model: nn.Module, flow: nn.Module, layer: nn.Module) -> bool:
+    """Whether a parameter of the layer can be reached in another way than through the flow's list of layers."""
+    own = {id(p) for p in layer.parameters()}
+    seen: set[tuple[int, bool]] = set()
+    todo = [(model, model is flow)]
+    while todo:
+        module, inside = todo.pop()
+        if (id(module), inside) in seen:
+            continue
+        seen.add((id(module), inside))
+        if any(id(p) in own for p in module._parameters.values()):
+            return True
+        in_list = inside and isinstance(module, nn.ModuleList)
+        for name, child in module._modules.items():
+            in_place = in_list or (module is flow and name in ("_transform", "transform"))
+            if child is not None and not (child is layer and in_place):
+                todo.append((child, inside or child is flow))
+    return False
+
+
+def _span(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

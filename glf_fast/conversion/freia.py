@@ -1,0 +1,403 @@
+"""Reads FrEIA's networks on vectors: `SequenceINN`, and a `GraphINN` that is a chain from one input to one output.
+
+FrEIA's forward is data → noise. It knows no base distribution; N(0, I) is meant. Its conditions become one context:
+those that some block uses, concatenated in their order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast.conversion.clamps import LogScale, recognised
+from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
+from glf_fast.conversion.mlp import read_mlp, select_outputs, side_by_side, without_scale
+from glf_fast.conversion.reading import ConversionError, Reading, read_each
+
+__all__ = ["Block", "KeptBlock", "blocks", "keep_alone", "own_context", "read", "read_layer"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One module of a network: its name, the indices of the conditions that it is given, and itself."""
+
+    name: str
+    conditions: tuple[int, ...]
+    module: nn.Module
+
+
+def read(inn: Any) -> Reading:
+    """The layers of a `SequenceINN` or of a `GraphINN` that is a chain, data → N(0, I)."""
+    chain, shape = blocks(inn)
+    if len(shape) != 1:
+        raise ConversionError(f"{type(inn).__name__} works on {shape}: only networks on vectors can be converted")
+    dim = shape[0]
+    widths: dict[int, int] = {}
+    for block in chain:
+        for index, dims in zip(block.conditions, block.module.dims_c, strict=True):  # type: ignore[arg-type]
+            if len(dims) != 1 or widths.setdefault(index, dims[0]) != dims[0]:
+                raise ConversionError(f"{block.name}: condition {index} is not one vector: {dims}")
+    seen = {id(block.module): _seen_context(block.conditions, widths) for block in chain}
+    names = {id(block.module): block.name for block in chain}
+    layers = read_each(
+        [(block.name, block.module) for block in chain],
+        lambda module: read_layer(module, seen[id(module)]),
+        lambda module: KeptBlock(module, seen[id(module)], _part_widths(module), names[id(module)]),
+    )
+
+    def run(x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Tensor, Tensor]:
+        conditions = [x.new_zeros(len(x), 0)] * max(
+            1 + max(widths, default=-1), len(getattr(inn, "condition_nodes", ()))
+        )
+        if context is not None:
+            for index, part in zip(sorted(widths), context.split([widths[i] for i in sorted(widths)], 1), strict=True):
+                conditions[index] = part
+        out, jac = inn(x, c=conditions, rev=rev)
+        return (out if isinstance(out, Tensor) else out[0]), jac + x.new_zeros(len(x))
+
+    def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
+        z, jac = run(x, context, rev=False)
+        return jac - 0.5 * z.square().sum(1) - 0.5 * dim * math.log(2 * math.pi)
+
+    exact = not any(isinstance(layer, Dense) and not layer.trained for layer in layers)
+    return Reading(
+        layers=layers,
+        dim=dim,
+        log_prob=log_prob,
+        # A rotation's stored inverse is its transpose, to float32: no truth to compare a float64 inverse with.
+        inverse=(lambda z, context: run(z, context, rev=True)[0]) if exact else None,
+        context_shape=(sum(widths.values()),) if widths else (),
+    )
+
+
+def blocks(inn: Any) -> tuple[list[Block], tuple[int, ...]]:
+    """The network's modules, data → noise, and the shape of one sample; raises ConversionError if it is no chain."""
+    kind = type(inn).__name__
+    if kind == "SequenceINN":
+        return [
+            Block(f"module_list.{i}", () if index is None else (index,), module)
+            for i, (module, index) in enumerate(zip(inn.module_list, inn.conditions, strict=True))
+        ], tuple(inn.shapes[0])
+    if kind != "GraphINN":
+        raise ConversionError(f"FrEIA's {kind} is not a network from one vector to one vector")
+    chain = [node for node in inn.node_list if node not in inn.in_nodes + inn.out_nodes + inn.condition_nodes]
+    expected: Any = inn.in_nodes[0]
+    if len(inn.in_nodes) != 1 or len(inn.out_nodes) != 1:
+        raise ConversionError(f"a GraphINN with {len(inn.in_nodes)} inputs and {len(inn.out_nodes)} outputs")
+    for node in [*chain, inn.out_nodes[0]]:
+        if node.inputs != [(expected, 0)] or len(node.outputs) > 1:
+            raise ConversionError(f"GraphINN's node {node.name!r} does not follow on {expected.name!r} alone")
+        expected = node
+    found = [
+        Block(f"node {node.name!r}", tuple(inn.condition_nodes.index(c) for c in node.conditions), node.module)
+        for node in chain
+    ]
+    return found, tuple(inn.in_nodes[0].output_dims[0])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Which columns of the whole context (`width`) a block is given: `columns`, in its own order."""
+
+    columns: tuple[int, ...]
+    width: int
+
+
+def _seen_context(conditions: Sequence[int], widths: dict[int, int]) -> Seen:
+    """The columns of those conditions, where the context has all conditions of `widths` (index → columns) in order."""
+    start = 0
+    columns: dict[int, range] = {}
+    for index in sorted(widths):
+        columns[index] = range(start, start + widths[index])
+        start += widths[index]
+    return Seen(tuple(column for index in conditions for column in columns[index]), start)
+
+
+def own_context(module: Any) -> Seen:
+    """For a module on its own: the context is its own conditions, in its own order."""
+    width = sum(_part_widths(module))
+    return Seen(tuple(range(width)), width)
+
+
+def keep_alone(module: nn.Module) -> nn.Module:
+    """A module as a layer whose context is its own conditions."""
+    return KeptBlock(module, own_context(module), _part_widths(module), type(module).__name__)
+
+
+def read_layer(module: nn.Module, seen: Seen) -> list[Layer]:
+    """One module's layers, data → noise; raises Unfusable."""
+    reader = _READERS.get(type(module).__name__)
+    if reader is None or not type(module).__module__.startswith("FrEIA."):
+        raise Unfusable("no kernel covers this kind of layer")
+    shapes: Any = module.dims_in  # ActNorm keeps the one shape itself
+    if not (len(shapes) == 1 and (isinstance(shapes[0], int) or len(shapes[0]) == 1)):
+        raise Unfusable(f"it works on {shapes}, not on one vector")
+    layers = reader(module)
+    return [
+        replace(layer, conditioner=_widened(layer.conditioner, len(layer.passive), seen))
+        if isinstance(layer, Coupling)
+        else layer
+        for layer in layers
+    ]
+
+
+class KeptBlock(nn.Module):
+    """A FrEIA module as a layer: (x, context) → (z, logdet (B,)), with the context split into its conditions."""
+
+    def __init__(self, block: nn.Module, seen: Seen, widths: Sequence[int], name: str) -> None:
+        super().__init__()
+        if type(block).__name__ in ("Split", "Concat", "Flatten", "Reshape"):
+            raise ConversionError(f"{name} ({type(block).__name__}): only vectors of one width can be converted")
+        if type(block).__name__.startswith("InvAuto") and type(block).__name__ != "InvAutoAct":
+            raise ConversionError(f"{name} ({type(block).__name__}) has no tractable log-determinant")
+        if type(block).__name__ == "IResNetLayer":
+            raise ConversionError(f"{name} (IResNetLayer): its log-determinant is a random estimate")
+        if getattr(block, "init_on_next_batch", False):
+            raise ConversionError(_UNINITIALIZED.format(name))
+        self.block = block
+        self.columns = list(seen.columns)
+        self.widths = list(widths)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → noise."""
+        return self._run(x, context, rev=False)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise → data."""
+        return self._run(z, context, rev=True)
+
+    def _run(self, x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Tensor, Tensor]:
+        if self.widths:
+            assert context is not None
+            (y,), jac = self.block((x,), c=list(context[:, self.columns].split(self.widths, 1)), rev=rev)
+        else:
+            (y,), jac = self.block((x,), rev=rev)
+        return y, jac + x.new_zeros(len(x))  # some return one number for the whole batch
+
+
+_UNINITIALIZED = "{} (ActNorm) has not been initialised: send a batch of data through the network first"
+
+
+# -- one function per class --------------------------------------------------------------------------------------------
+
+
+def _glow(module: Any) -> list[Layer]:
+    first, second = _halves(module)
+    scale = _log_scale(module)
+    return [
+        _coupling(second, first, read_mlp(module.subnet2), module, scale),
+        _coupling(first, second, read_mlp(module.subnet1), module, scale),
+    ]
+
+
+def _rnvp(module: Any) -> list[Layer]:
+    first, second = _halves(module)
+    scale = _log_scale(module)
+    return [
+        _coupling(second, first, side_by_side(*map(read_mlp, (module.subnet_s2, module.subnet_t2))), module, scale),
+        _coupling(first, second, side_by_side(*map(read_mlp, (module.subnet_s1, module.subnet_t1))), module, scale),
+    ]
+
+
+def _nice(module: Any) -> list[Layer]:
+    first, second = _halves(module)
+    scale = LogScale("exp", None, 1.0)
+    return [
+        _coupling(second, first, without_scale(read_mlp(module.F)), module, scale),
+        _coupling(first, second, without_scale(read_mlp(module.G)), module, scale),
+    ]
+
+
+def _one_sided(module: Any) -> list[Layer]:
+    first, second = _halves(module)
+    return [_coupling(first, second, read_mlp(module.subnet), module, _log_scale(module))]
+
+
+def _all_in_one(module: Any) -> list[Layer]:
+    if module.GIN:
+        raise Unfusable("gin_block=True subtracts the mean of the log-scales")
+    if module.householder:
+        if module.vk_householder.requires_grad:
+            raise Unfusable("its Householder reflections are trained; freeze them to fuse the block")
+        rotation = module._construct_householder_permutation()
+    else:
+        rotation = module.w_perm
+    if rotation.requires_grad:
+        raise Unfusable("its rotation is trained, away from the transpose that it takes for its inverse")
+    n_passive, n_transformed = module.splits
+    if not n_transformed:
+        raise Unfusable("one column is too few for a coupling")
+    columns = torch.arange(module.in_channels, device=rotation.device)
+    u_shape, shift_factor = _probe_all_in_one(module, n_transformed)
+    net = select_outputs(
+        read_mlp(module.subnet),
+        torch.arange(2 * n_transformed, device=rotation.device),
+        torch.cat([rotation.new_ones(n_transformed), rotation.new_full((n_transformed,), shift_factor)]),
+    )
+    scale = module.global_scale_activation(module.global_scale)
+    trained = _trained_together(module.global_scale, module.global_offset)
+    return [
+        *([_rotation(rotation.T)] if module.reverse_pre_permute else []),
+        _coupling(columns[:n_passive], columns[n_passive:], net, module, u_shape),
+        Diagonal(scale.log().view(-1), module.global_offset.view(-1), trained),
+        _rotation(rotation),
+    ]
+
+
+def _actnorm(module: Any) -> list[Layer]:
+    if module.init_on_next_batch:
+        # Any call, a comparison's too, would initialise it with what happens to come first.
+        raise ConversionError(_UNINITIALIZED.format("a layer"))
+    if hasattr(module, "loc"):  # newer than 0.2: (x − loc)·e^−log_scale
+        log_scale, loc = module.log_scale.view(-1), module.loc.view(-1)
+        trained = _trained_together(module.log_scale, module.loc)
+        return [Diagonal(-log_scale, -loc * torch.exp(-log_scale), trained)]
+    return [Diagonal(module.scale.view(-1), module.bias.view(-1), _trained_together(module.scale, module.bias))]
+
+
+def _elementwise_scaling(module: Any) -> list[Layer]:
+    if module.s.requires_grad:
+        raise Unfusable("it trains a scale without a shift; freeze it to fuse it")
+    return [Diagonal(module.s.view(-1), torch.zeros_like(module.s).view(-1), trained=False)]
+
+
+def _permute_random(module: Any) -> list[Layer]:
+    return [Permutation(module.perm)]
+
+
+def _fixed_linear(module: Any) -> list[Layer]:
+    shift = module.b.view(-1) if isinstance(module.b, Tensor) else module.M.new_zeros(len(module.M))
+    if module.M.requires_grad or shift.requires_grad:
+        raise Unfusable("its matrix is trained, away from the inverse that it has stored")
+    return [Dense(module.M, shift, trained=False, regular=False)]
+
+
+def _orthogonal(module: Any) -> list[Layer]:
+    if any(p.requires_grad for p in module.parameters()):
+        raise Unfusable("its matrix is free and orthogonal only after each correction; freeze it to fuse it")
+    factor = torch.exp(module._log_e(module.scaling)).view(-1)
+    W = _checked_orthogonal(module.weights)
+    return [Dense(W * factor, module.bias.view(-1) * factor, trained=False, regular=True)]
+
+
+def _householder(module: Any) -> list[Layer]:
+    if module.conditional:
+        raise Unfusable("its reflections come from the condition")
+    if not module.fixed and module.Vs.requires_grad:
+        raise Unfusable("its reflections are trained; freeze them to fuse it")
+    with torch.no_grad():
+        # The library multiplies the reflections out in a function of its own: the matrix is what it does to I.
+        eye = torch.eye(module.width, dtype=module.Vs.dtype, device=module.Vs.device)
+        W = _checked_orthogonal(module((eye,))[0][0])
+    return [Dense(W, W.new_zeros(module.width), trained=False, regular=True)]
+
+
+_READERS: dict[str, Callable[[Any], list[Layer]]] = {
+    "ActNorm": _actnorm,
+    "AffineCouplingOneSided": _one_sided,
+    "AllInOneBlock": _all_in_one,
+    "FixedLinearTransform": _fixed_linear,
+    "GLOWCouplingBlock": _glow,
+    "HouseholderPerm": _householder,
+    "LearnedElementwiseScaling": _elementwise_scaling,
+    "NICECouplingBlock": _nice,
+    "OrthogonalTransform": _orthogonal,
+    "PermuteRandom": _permute_random,
+    "RNVPCouplingBlock": _rnvp,
+}
+
+
+# -- log-scales: what they are is asked of the live object, since they changed between releases ------------------------
+
+
+def _log_scale(module: Any) -> LogScale:
+    return recognised(lambda u: module.clamp * module.f_clamp(u))
+
+
+def _probe_all_in_one(module: Any, n: int) -> tuple[LogScale, float]:
+    """Its log-scale, and what the shift is multiplied by: 0.2 and later releases differ in the former."""
+    device = module.global_scale.device
+
+    def affine(u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        raw = u.new_zeros(len(u), 2 * n)
+        raw[:, 0], raw[:, n] = u, t
+        y, logdet = module._affine(u.new_zeros(len(u), n), raw)  # 0.2 scales `raw` in place
+        return y[:, 0], logdet
+
+    t = torch.linspace(-3, 3, 7, dtype=torch.float64, device=device)
+    shift = affine(torch.zeros_like(t), t)[0]
+    factor = round(float(shift[-1] / t[-1]), 12)
+    if not torch.allclose(shift, factor * t, rtol=1e-9, atol=1e-12):
+        raise Unfusable("its shift is not a multiple of the network's output")
+    return recognised(lambda u: affine(u.to(device), torch.zeros_like(u, device=device))[1].cpu()), factor
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _halves(module: Any) -> tuple[Tensor, Tensor]:
+    columns = torch.arange(module.channels, device=_device(module))
+    if not 0 < module.split_len1 < module.channels:
+        raise Unfusable(f"its split, {module.split_len1} of {module.channels} columns, leaves one half empty")
+    return columns[: module.split_len1], columns[module.split_len1 :]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _coupling(passive: Tensor, transformed: Tensor, net: Conditioner, module: Any, scale: LogScale) -> Coupling:
+    """A coupling with outputs [u | t]; u is multiplied by the log-scale's factor."""
+    context = sum(dims[0] for dims in module.dims_c)
+    wanted = len(passive) + context, 2 * len(transformed)
+    have = net.weights[0].shape[0], net.weights[-1].shape[1]
+    if have != wanted:
+        raise Unfusable(f"its network maps {have[0]} columns to {have[1]} where {wanted[0]} to {wanted[1]} are meant")
+    if scale.factor != 1:
+        factor = net.weights[-1].new_ones(have[1])
+        factor[: len(transformed)] = scale.factor
+        net = select_outputs(net, torch.arange(have[1], device=factor.device), factor)
+    return Coupling(passive, transformed, net, scale.name, scale.constant, add_first=False)
+
+
+def _widened(net: Conditioner, passive: int, seen: Seen) -> Conditioner:
+    """The network on [passive columns, whole context]: what it is not given has zero weights that are not trained."""
+    if seen.columns == tuple(range(seen.width)):
+        return net
+    rows = torch.tensor([*range(passive), *(passive + c for c in seen.columns)], device=net.weights[0].device)
+    weights, trained = list(net.weights), list(net.trained)
+    shape = (passive + seen.width, weights[0].shape[1])
+    weights[0] = weights[0].new_zeros(shape).index_copy(0, rows, weights[0])
+    trained[0] = trained[0].new_zeros(shape).index_copy(0, rows, trained[0])
+    return replace(net, weights=weights, trained=trained)
+
+
+def _rotation(W: Tensor) -> Permutation | Dense:
+    """x Wᵀ as a permutation if that is what it is."""
+    if bool(((W == 0) | (W == 1)).all()):
+        return Permutation(W.argmax(1))
+    return Dense(_checked_orthogonal(W.T), W.new_zeros(len(W)), trained=False, regular=True)
+
+
+def _checked_orthogonal(W: Tensor) -> Tensor:
+    """W, if the library is right to call it orthogonal: it takes the log-determinant for 0 and Wᵀ for the inverse."""
+    error = float((W.double() @ W.double().T - torch.eye(len(W), device=W.device)).abs().max())
+    if error > 1e-5:
+        raise Unfusable(f"its matrix is not orthogonal (by {error:.0e}), but its log-determinant is taken to be 0")
+    return W
+
+
+def _trained_together(*parameters: Tensor) -> bool:
+    trained = {p.requires_grad for p in parameters}
+    if len(trained) > 1:
+        raise Unfusable("only some of its parameters are trained")
+    return trained.pop()
+
+
+def _part_widths(module: Any) -> list[int]:
+    return [dims[0] for dims in module.dims_c]

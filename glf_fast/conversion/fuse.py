@@ -1,0 +1,165 @@
+"""Layers → a flow: every run of layers that the kernels cover becomes one CouplingFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast.conversion.gaps import fold, inverted
+from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation
+from glf_fast.conversion.mlp import select_outputs
+from glf_fast.conversion.stack import Sources, Step, stack, standalone
+from glf_fast.flow import Flow, Inverse, SequentialFlow
+
+__all__ = ["fuse"]
+
+# The log-scales with f(−u) = −f(u).
+_ODD = ("atan", "exp", "softclip", "tanh")
+
+Piece = Permutation | Diagonal | Dense
+
+
+@dataclass
+class _Segment:
+    """Couplings of one kind, each with the affine layers before it, and those after the last."""
+
+    couplings: list[Coupling] = field(default_factory=list)
+    gaps: list[list[Piece]] = field(default_factory=list)
+    after: list[Piece] = field(default_factory=list)
+
+
+def fuse(layers: Sequence[Layer], dim: int, context_dim: int = 0) -> tuple[Flow, Sources]:
+    """The flow, in float64, and where its parameters come from: (parameter, its value as a function of the
+    library's).
+
+    A bare CouplingFlow if that is all there is, else a SequentialFlow (or, where splits are uneven or directions
+    reversed, the wrapper of one). Which entries are trained is what the layers say. Layers that are kept stay as they
+    are.
+
+    Args:
+        layers: first to last, data → noise, on vectors of `dim` columns.
+        context_dim: columns of the context; conditioners with P rows instead of P + context_dim ignore it.
+    """
+    sources: Sources = []
+    modules: list[nn.Module] = []
+    for kept, run in groupby(layers, lambda layer: isinstance(layer, Kept)):
+        if kept:
+            modules += [layer.module for layer in run if isinstance(layer, Kept)]
+        else:
+            modules += _fuse_run(
+                [_righted(_double(layer)) for layer in run if not isinstance(layer, Kept)], dim, context_dim, sources
+            )
+    if len(modules) == 1 and isinstance(modules[0], Flow):
+        return modules[0], sources
+    return SequentialFlow(modules, (dim,), context_dim), sources
+
+
+def _fuse_run(run: Iterable[Coupling | Piece], dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:
+    segments, loose = _segments(run)
+    modules = [module for segment in segments for module in _build(segment, dim, context_dim, sources)]
+    if loose:
+        for affine in fold(loose, dim, _like(loose)):
+            modules += standalone(affine, sources)
+    return modules
+
+
+def _segments(run: Iterable[Coupling | Piece]) -> tuple[list[_Segment], list[Piece]]:
+    """Couplings grouped by kind; affine layers between two kinds go where they fold into a step.
+
+    That is before a coupling, or after one that is undone. Affine layers without any coupling come back as they are.
+    """
+    segments: list[_Segment] = []
+    gap: list[Piece] = []
+    for layer in run:
+        if not isinstance(layer, Coupling):
+            gap.append(layer)
+            continue
+        last = segments[-1] if segments else None
+        if last is None or _kind(last.couplings[-1]) != _kind(layer):
+            if last is not None and last.couplings[-1].undo:
+                last.after, gap = gap, []
+            last = _Segment()
+            segments.append(last)
+        last.couplings.append(layer)
+        last.gaps.append(gap)
+        gap = []
+    if not segments:
+        return [], gap
+    segments[-1].after = gap
+    return segments, []
+
+
+def _righted(layer: Any) -> Any:
+    """A coupling that is undone, with odd f, as one that is not: (v − t)·e^−f(u) has −u, −t and the other order."""
+    if not (isinstance(layer, Coupling) and layer.undo and layer.log_scale in _ODD):
+        return layer
+    mlp = layer.conditioner
+    columns = torch.arange(mlp.weights[-1].shape[1])
+    return replace(layer, conditioner=select_outputs(mlp, columns, -1.0), add_first=not layer.add_first, undo=False)
+
+
+def _kind(coupling: Coupling) -> tuple[object, ...]:
+    """What couplings of one CouplingFlow have in common."""
+    mlp = coupling.conditioner
+    return (
+        mlp.activation, len(mlp.weights), coupling.log_scale, coupling.log_scale_constant, coupling.add_first,
+        coupling.undo
+    )  # fmt: skip
+
+
+def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:
+    if segment.couplings[0].undo:
+        turned = _build(_turned(segment), dim, context_dim, sources)
+        flow = turned[0] if len(turned) == 1 else SequentialFlow(turned, (dim,), context_dim)
+        assert isinstance(flow, Flow)
+        return [Inverse(flow)]
+    modules: list[nn.Module] = []
+    steps: list[Step] = []
+    for pieces, coupling in zip(segment.gaps, segment.couplings, strict=True):
+        maps = fold(pieces, dim, _like([coupling]))
+        if len(maps) > 1:  # all but the last are layers of their own, which ends the flow so far
+            if steps:
+                flow, restore = stack(steps, context_dim, sources)
+                modules.append(flow)
+                maps = fold([Permutation(restore), *pieces], dim, _like([coupling]))
+                steps = []
+            for affine in maps[:-1]:
+                modules += standalone(affine, sources)
+        steps.append(Step(maps[-1], coupling))
+    flow, restore = stack(steps, context_dim, sources)
+    modules.append(flow)
+    for affine in fold([Permutation(restore), *segment.after], dim, _like(segment.couplings)):
+        modules += standalone(affine, sources)
+    return modules
+
+
+def _turned(segment: _Segment) -> _Segment:
+    """The inverse of a segment of undone couplings: the same couplings not undone, everything in reverse order."""
+    gaps = [[inverted(piece) for piece in reversed(gap)] for gap in reversed([*segment.gaps, segment.after])]
+    return _Segment([replace(c, undo=False) for c in reversed(segment.couplings)], gaps[:-1], gaps[-1])
+
+
+def _like(layers: Sequence[Layer]) -> Tensor:
+    """A float64 tensor on the layers' device."""
+    first = layers[0]
+    tensor = first.conditioner.weights[0] if isinstance(first, Coupling) else getattr(first, fields(first)[0].name)
+    return torch.empty(0, dtype=torch.float64, device=tensor.device)
+
+
+def _double(layer: Any) -> Any:
+    """The same layer with floating-point tensors as float64, still functions of what they were."""
+    changed = {f.name: _double_value(getattr(layer, f.name)) for f in fields(layer)}
+    return replace(layer, **changed)
+
+
+def _double_value(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, list):
+        return [_double_value(item) for item in value]
+    return _double(value) if isinstance(value, Conditioner) else value

@@ -1,0 +1,151 @@
+"""Affine layers between couplings, folded into as few maps y = ((x + b)·e^s) W as train what the library trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, Permutation, Unfusable
+
+__all__ = ["Affine", "fold", "identity", "inverted", "inverted_layers"]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = ((x + b)·e^s) W + c, with W either the permutation yᵢ = x_order(i) (W is None) or a matrix (D, D).
+
+    `*_trained`: whether the library trains that part. `regular`: no trained factor of W can become singular. Maps
+    that `fold` returns have c = 0.
+    """
+
+    s: Tensor
+    b: Tensor
+    c: Tensor
+    order: Tensor
+    W: Tensor | None = None
+    s_trained: bool = False
+    b_trained: bool = False
+    c_trained: bool = False
+    W_trained: bool = False
+    regular: bool = True
+
+    def matrix(self) -> Tensor:
+        """W (D, D), also of a permutation."""
+        if self.W is not None:
+            return self.W
+        return torch.eye(len(self.order), dtype=self.s.dtype, device=self.s.device)[:, self.order]
+
+    def is_permutation(self) -> bool:
+        """Nothing but a permutation."""
+        trained = self.s_trained or self.b_trained or self.c_trained
+        zero = not (self.s.any() or self.b.any() or self.c.any())
+        return self.W is None and zero and not trained
+
+
+def identity(dim: int, like: Tensor) -> Affine:
+    """y = x on (B, dim)."""
+    zero = like.new_zeros(dim)
+    return Affine(zero, zero, zero, torch.arange(dim, device=like.device))
+
+
+def fold(pieces: Iterable[Permutation | Diagonal | Dense], dim: int, like: Tensor) -> list[Affine]:
+    """The pieces, first to last, as maps whose product they are: nearly always one, at least one.
+
+    There is a second one where a trained scale or a fixed shift follows a matrix in a way that ((x + b)·e^s) W with
+    the same freedom cannot express.
+    """
+    maps = []
+    affine = identity(dim, like)
+    for piece in pieces:
+        if not _absorbs(affine, piece):
+            maps.append(_settled(affine))
+            affine = identity(dim, like)
+        affine = _append(affine, piece)
+    return [*maps, _settled(affine)]
+
+
+def inverted(piece: Permutation | Diagonal | Dense) -> Permutation | Diagonal | Dense:
+    """The inverse map."""
+    if isinstance(piece, Permutation):
+        return Permutation(piece.order.argsort())
+    if isinstance(piece, Diagonal):
+        return replace(piece, log_scale=-piece.log_scale, shift=-piece.shift * torch.exp(-piece.log_scale))
+    W_inv = torch.linalg.inv(piece.W)
+    # A shift that does not exist stays one that nothing trains, though W is trained.
+    shift = -piece.shift @ W_inv if _has_shift(piece) else piece.shift
+    return replace(piece, W=W_inv, shift=shift)
+
+
+def _has_shift(piece: Dense) -> bool:
+    return piece.shift.requires_grad or bool(piece.shift.any())
+
+
+def _absorbs(affine: Affine, piece: Permutation | Diagonal | Dense) -> bool:
+    """Whether the product of both, with what is trained in each, is an `Affine` that can settle its c."""
+    if isinstance(piece, Permutation):
+        return True
+    fixed_matrix = affine.W is not None and not affine.W_trained
+    if isinstance(piece, Diagonal) and piece.trained:
+        return not fixed_matrix
+    # A fixed shift after something trained cannot move before it, unless another shift is trained.
+    moves = affine.s_trained or affine.W_trained or piece.trained
+    free = affine.b_trained or affine.c_trained or piece.trained
+    return free or not moves or not piece.shift.any()
+
+
+def _append(affine: Affine, piece: Permutation | Diagonal | Dense) -> Affine:
+    s, c, order, W = affine.s, affine.c, affine.order, affine.W
+    if isinstance(piece, Permutation):
+        if W is None:
+            return replace(affine, order=order[piece.order], c=c[piece.order])
+        return replace(affine, W=W[:, piece.order], c=c[piece.order])
+    if isinstance(piece, Diagonal):
+        scale = piece.log_scale.exp()
+        c, c_trained = c * scale + piece.shift, affine.c_trained or piece.trained
+        if W is not None:
+            return replace(affine, W=W * scale, c=c, c_trained=c_trained)
+        s = s.index_add(0, order, piece.log_scale)  # s[order[i]] += log_scale[i]
+        return replace(affine, s=s, c=c, c_trained=c_trained, s_trained=affine.s_trained or piece.trained)
+    if W is None:  # its shift can move before it without a solve
+        affine = _settled(affine)
+    c = affine.c @ piece.W + piece.shift
+    shift_trained = piece.trained and _has_shift(piece)
+    return replace(
+        affine,
+        W=affine.matrix() @ piece.W,
+        c=c,
+        c_trained=affine.c_trained or shift_trained,
+        W_trained=affine.W_trained or piece.trained,
+        regular=affine.regular and (piece.regular or not piece.trained),
+    )
+
+
+def _settled(affine: Affine) -> Affine:
+    """With c moved before W: b + c W⁻¹ e^−s."""
+    if not (affine.c_trained or affine.c.any()):
+        return affine
+    if affine.W is None:
+        moved = torch.zeros_like(affine.c).index_copy(0, affine.order, affine.c)
+    else:
+        moved = torch.linalg.solve(affine.W.T, affine.c)
+    b_trained = affine.b_trained or affine.c_trained
+    return replace(
+        affine,
+        b=affine.b + moved * torch.exp(-affine.s),
+        c=torch.zeros_like(affine.c),
+        b_trained=b_trained,
+        c_trained=False,
+    )
+
+
+def inverted_layers(layers: Sequence[Layer]) -> list[Layer]:
+    """The inverse of all layers, last to first; raises Unfusable for a layer that is kept."""
+    turned: list[Layer] = []
+    for layer in reversed(layers):
+        if isinstance(layer, Kept):
+            raise Unfusable(layer.reason)
+        turned.append(replace(layer, undo=not layer.undo) if isinstance(layer, Coupling) else inverted(layer))
+    return turned

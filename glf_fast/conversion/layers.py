@@ -1,0 +1,103 @@
+"""What a flow of any library is read into: affine maps, couplings, and layers that stay as they are.
+
+Readers (one file per library) return a list of these, first to last in the direction data → noise; `fuse` makes
+modules of it. All are on vectors x (B, D), row vectors. Tensors keep the dtype and the device of the flow that was
+read, and are *not* detached: as functions of the library's parameters they let autograd take gradients of the
+converted flow back to the library's parameters, which is how a conversion is checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+__all__ = ["Conditioner", "Coupling", "Dense", "Diagonal", "Kept", "Layer", "Permutation", "Unfusable"]
+
+
+class Unfusable(ValueError):
+    """A layer that no kernel covers; the message is the reason, in words that a user understands."""
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """yᵢ = x_order(i), with `order` (D,) of integers: fixed."""
+
+    order: Tensor
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """y = x·e^log_scale + shift, both (D,): ActNorm, batch norm in evaluation mode, trained normal distributions.
+
+    `trained`: the library trains it (its requires_grad), so that the converted flow must train it, too.
+    """
+
+    log_scale: Tensor
+    shift: Tensor
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Dense:
+    """y = x W + shift with W (D, D) and shift (D,). `regular`: the library's own parametrisation cannot make W
+    singular (LU, QR).
+    """
+
+    W: Tensor
+    shift: Tensor
+    trained: bool
+    regular: bool
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """An MLP: (u, t) of T columns each from P passive columns and C of context; `activation` after all layers but the
+    last.
+
+    weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]. Whatever
+    the library multiplies u or t by is in the last layer already. `trained[i]`, as weights[i], and `trained_bias[i]`,
+    as biases[i], are True where an entry is a parameter that the library trains; where it is False (the zero blocks
+    of two networks side by side, frozen parameters) the entry keeps its value.
+    """
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    trained: list[Tensor]
+    trained_bias: list[Tensor]
+    activation: str
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """v → v·e^ℓ + t, or (v + t)·e^ℓ if `add_first`, with ℓ = f(u), v = x[:, transformed] and p = x[:, passive]; p
+    stays.
+
+    `passive` (P,) and `transformed` (T,) hold each of 0 … D−1 once; the output's columns keep the places of the
+    input's. `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose
+    formula cannot be turned around. An additive coupling has u = 0 with `trained` False in its columns, and log_scale
+    "exp".
+    """
+
+    passive: Tensor
+    transformed: Tensor
+    conditioner: Conditioner
+    log_scale: str
+    log_scale_constant: float | None
+    add_first: bool
+    undo: bool = False
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A layer that stays as it is: `module(x, context)` and `module.inverse(z, context)`, data → noise and back,
+    return (output, logdet (B,)).
+
+    `module` is an adapter to the library's own layer, in this project's direction; `reason` says why it is not fused.
+    """
+
+    module: nn.Module
+    reason: str
+
+
+Layer = Permutation | Diagonal | Dense | Coupling | Kept

@@ -1,0 +1,249 @@
+"""What networks of other libraries compute, as the weights and biases of one MLP.
+
+Nothing is detached: a weight of the result is a function of the library's parameters (a transpose, a choice of
+columns, two blocks side by side), which autograd can take back.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from glf_fast.conversion.layers import Conditioner, Unfusable
+from glf_fast.conversion.reading import parameters_of
+
+__all__ = ["read_mlp", "select_inputs", "select_outputs", "side_by_side", "without_scale"]
+
+# What a network applies, in order: a linear layer (weight (out, in), bias or None) or an activation by name.
+Linear = tuple[Tensor, Tensor | None]
+Step = Linear | str
+
+_FUNCTIONS: dict[Callable[..., Any], str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.leaky_relu: "leaky_relu",
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+    F.elu: "elu",
+}
+# The constants of the activations; other keywords (inplace) change nothing.
+_CONSTANTS = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none"}
+_METHODS = {"relu": "relu", "tanh": "tanh"}
+
+
+def read_mlp(network: nn.Module) -> Conditioner:
+    """The MLP that `network` is, on rows [passive columns, context], with its outputs in the network's own order.
+
+    Reads Sequentials of linear layers and activations, nested or not, the MLP classes of normflows, zuko and nflows,
+    and by torch.fx any module whose forward is such a chain, on one input or on the concatenation of several.
+
+    Raises Unfusable, with the reason, for anything else.
+    """
+    name = type(network).__name__
+    steps = list(_steps(network))
+    linears = [step for step in steps if isinstance(step, tuple)]
+    activations = [step for step in steps if isinstance(step, str)]
+    if [isinstance(step, tuple) for step in steps] != [i % 2 == 0 for i in range(2 * len(linears) - 1)]:
+        raise Unfusable(f"{name} is not linear → activation → … → linear")
+    if not 2 <= len(linears) <= 5:
+        raise Unfusable(f"{name} has {len(linears) - 1} hidden layers; one to four are covered")
+    if len(set(activations)) > 1:
+        raise Unfusable(f"{name} has different activations: {', '.join(sorted(set(activations)))}")
+    parameters = [id(t) for linear in linears for t in linear if t is not None]
+    if len(set(parameters)) < len(parameters):
+        raise Unfusable(f"{name} uses a linear layer more than once: its copies would not stay equal in training")
+    weights, biases = [W.T for W, _ in linears], [W.new_zeros(len(W)) if b is None else b for W, b in linears]
+    if any(a.shape[1] != b.shape[0] for a, b in itertools.pairwise(weights)):
+        raise Unfusable(f"{name} has linear layers that do not follow each other")
+    return Conditioner(
+        weights=weights,
+        biases=biases,
+        trained=[torch.full_like(W, W.requires_grad, dtype=torch.bool) for W in weights],
+        trained_bias=[torch.full_like(b, b.requires_grad, dtype=torch.bool) for b in biases],
+        activation=activations[0],
+    )
+
+
+def select_inputs(mlp: Conditioner, columns: Tensor) -> Conditioner:
+    """The MLP on x[:, columns] only; what it sees of the rest is taken to be zero."""
+    weights, trained = list(mlp.weights), list(mlp.trained)
+    weights[0], trained[0] = weights[0][columns], trained[0][columns]
+    return replace(mlp, weights=weights, trained=trained)
+
+
+def select_outputs(mlp: Conditioner, columns: Tensor, factor: float | Tensor = 1.0) -> Conditioner:
+    """The MLP with outputs out[:, columns]·factor, with `factor` a number or one per column."""
+    weights, biases = list(mlp.weights), list(mlp.biases)
+    trained, trained_bias = list(mlp.trained), list(mlp.trained_bias)
+    weights[-1], biases[-1] = weights[-1][:, columns] * factor, biases[-1][columns] * factor
+    trained[-1], trained_bias[-1] = trained[-1][:, columns], trained_bias[-1][columns]
+    return replace(mlp, weights=weights, biases=biases, trained=trained, trained_bias=trained_bias)
+
+
+def side_by_side(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
+    """Two MLPs on the same input as one of both widths, with outputs [u | t]; the blocks between the two are zero and
+    not trained.
+
+    Raises Unfusable if depth or activation differ, or if they share parameters.
+    """
+    if len(net_u.weights) != len(net_t.weights) or net_u.activation != net_t.activation:
+        raise Unfusable("its networks for scale and shift differ in depth or activation")
+    if parameters_of(*net_u.weights, *net_u.biases) & parameters_of(*net_t.weights, *net_t.biases):
+        raise Unfusable("its networks for scale and shift share parameters")
+    n = len(net_u.weights)
+    return Conditioner(
+        weights=[_beside(net_u.weights[i], net_t.weights[i], shared_input=i == 0) for i in range(n)],
+        biases=[torch.cat([net_u.biases[i], net_t.biases[i]]) for i in range(n)],
+        trained=[_beside(net_u.trained[i], net_t.trained[i], shared_input=i == 0) for i in range(n)],
+        trained_bias=[torch.cat([net_u.trained_bias[i], net_t.trained_bias[i]]) for i in range(n)],
+        activation=net_u.activation,
+    )
+
+
+def without_scale(net_t: Conditioner) -> Conditioner:
+    """An additive coupling's network, which makes t alone, with u = 0 before it that is not trained."""
+    weights, biases = list(net_t.weights), list(net_t.biases)
+    trained, trained_bias = list(net_t.trained), list(net_t.trained_bias)
+    for tensors in (weights, biases, trained, trained_bias):
+        tensors[-1] = torch.cat([torch.zeros_like(tensors[-1]), tensors[-1]], -1)
+    return replace(net_t, weights=weights, biases=biases, trained=trained, trained_bias=trained_bias)
+
+
+def _beside(a: Tensor, b: Tensor, *, shared_input: bool) -> Tensor:
+    """[a b] with one input for both, else the block-diagonal matrix of a and b."""
+    if shared_input:
+        return torch.cat([a, b], 1)
+    return torch.cat([F.pad(a, (0, b.shape[1])), F.pad(b, (a.shape[1], 0))])
+
+
+def _steps(module: nn.Module) -> Iterator[Step]:
+    """What `module` applies to its input, one after the other."""
+    name = type(module).__name__
+    if hooks := [h for h in ("_forward_hooks", "_forward_pre_hooks", "parametrizations") if getattr(module, h, None)]:
+        raise Unfusable(f"{name} has {hooks[0].strip('_').replace('_', ' ')}, which may change what it computes")
+    if type(module) is nn.Identity or (isinstance(module, nn.Dropout) and (module.p == 0 or not module.training)):
+        return
+    if isinstance(module, nn.Dropout):
+        raise Unfusable(f"dropout (p = {module.p:g}) is active; convert the flow in eval mode")
+    activation = _activation(module)
+    if activation is not None:
+        yield activation
+    elif _is_linear(module):
+        assert isinstance(module.weight, Tensor) and (module.bias is None or isinstance(module.bias, Tensor))
+        if module.weight.ndim != 2:
+            raise Unfusable(f"{name} is a stack of linear layers")
+        yield module.weight, module.bias
+    elif type(module).forward is nn.Sequential.forward:
+        for child in module._modules.values():  # children() leaves out a module that comes again, as activations do
+            assert child is not None
+            yield from _steps(child)
+    elif _is_nflows_mlp(module):
+        yield from _nflows_mlp(module)
+    elif next(module.children(), None) is None:
+        raise Unfusable(f"{module} is neither a linear layer nor one of the activations that are covered")
+    else:
+        yield from _traced_steps(module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or (type(module).__module__, type(module).__name__) == ("zuko.nn", "Linear")
+
+
+def _is_nflows_mlp(module: nn.Module) -> bool:
+    return (type(module).__module__, type(module).__name__) == ("nflows.nn.nets.mlp", "MLP")
+
+
+def _activation(module: nn.Module) -> str | None:
+    """The activation's name; None if the module is not one. Raises Unfusable for one with other constants than ours."""
+    kind = type(module)
+    if kind is nn.LeakyReLU:
+        if module.negative_slope not in (0.0, 0.01):
+            raise Unfusable(f"LeakyReLU with slope {module.negative_slope:g}; 0 and 0.01 are covered")
+        return "leaky_relu" if module.negative_slope else "relu"
+    if kind is nn.GELU and module.approximate != "none":
+        raise Unfusable("GELU by tanh; the exact one is covered")
+    if kind is nn.ELU and module.alpha != 1:
+        raise Unfusable(f"ELU with alpha {module.alpha:g}; 1 is covered")
+    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu", nn.Tanh: "tanh", nn.ELU: "elu"}
+    return names.get(kind)
+
+
+def _function(function: Callable[..., Any]) -> str:
+    name = _FUNCTIONS.get(function)
+    if name is None:
+        raise Unfusable(f"the activation {getattr(function, '__name__', function)!r} is not covered")
+    return name
+
+
+def _nflows_mlp(module: Any) -> Iterator[Step]:
+    """Its forward compares shapes, which torch.fx cannot follow."""
+    if len(module._in_shape) != 1 or len(module._out_shape) != 1:
+        raise Unfusable("an nflows MLP on something other than vectors")
+    activation = module._activation
+    act = _activation(activation) if isinstance(activation, nn.Module) else _function(activation)
+    if act is None:
+        raise Unfusable(f"the activation {activation} is not covered")
+    for linear in (module._input_layer, *module._hidden_layers):
+        yield from _steps(linear)
+        yield act
+    yield from _steps(module._output_layer)
+    if module._activate_output:
+        yield act
+
+
+def _traced_steps(module: nn.Module) -> Iterator[Step]:
+    """By torch.fx: from the inputs, one or concatenated, through a chain of linear layers and activations to the
+    output.
+    """
+    name = type(module).__name__
+    if "Residual" in name or "ResNet" in name:  # likely, and worth a reason of its own
+        raise Unfusable(f"{name} is residual; plain MLPs are fused")
+    tracer = fx.Tracer()
+    # Layers that are known are not traced into.
+    tracer.is_leaf_module = lambda m, _: m.__module__.startswith("torch.nn") or _is_linear(m) or _is_nflows_mlp(m)  # type: ignore
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:  # whatever a user's forward does with a proxy
+        raise Unfusable(f"{name}'s forward cannot be followed ({type(error).__name__})") from error
+    modules = dict(module.named_modules())
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
+    node = _concatenated(inputs)
+    while True:
+        if node is None or len(node.users) != 1:
+            raise Unfusable(f"{name} is not a chain of layers")
+        (last, node) = (node, next(iter(node.users)))
+        if node.op == "output":
+            if node.args != (last,):
+                raise Unfusable(f"{name} has more than one output")
+            return
+        constants = {key: value for key, value in node.kwargs.items() if _CONSTANTS.get(key, value) != value}
+        if node.args != (last,) or constants:
+            raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
+        if node.op == "call_module":
+            yield from _steps(modules[str(node.target)])
+        elif node.op == "call_function":
+            yield _function(node.target)  # type: ignore[arg-type]
+        elif node.op == "call_method" and node.target in _METHODS:
+            yield _METHODS[str(node.target)]
+        else:
+            raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
+
+
+def _concatenated(inputs: list[fx.Node]) -> fx.Node | None:
+    """The node that holds the whole input: the only input, or the inputs concatenated in their order."""
+    if len(inputs) == 1:
+        return inputs[0]
+    if not inputs or any(len(node.users) != 1 for node in inputs):
+        return None
+    node = next(iter(inputs[0].users))
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    joined = node.op == "call_function" and node.target in (torch.cat, torch.concat) and dim in (1, -1)
+    return node if joined and list(node.args[0]) == inputs else None  # type: ignore

@@ -1,0 +1,44 @@
+"""A flow on more columns than the data has."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glf_fast.flow import Flow
+
+__all__ = ["Padded"]
+
+
+class Padded(Flow):
+    """A flow on (B, D′) as one on (B, D): x gets D′ − D zero columns, which the flow must leave zero at no log-
+    determinant.
+
+    Args:
+        flow: on D′ columns.
+        dim: D.
+        order: (D′,), the column of [x, zeros] that each of the flow's outputs belongs to.
+    """
+
+    order: Tensor
+    restore: Tensor
+
+    def __init__(self, flow: Flow, dim: int, order: Tensor) -> None:
+        super().__init__((dim,), flow.context_dim)
+        self.flow = flow
+        self.register_buffer("order", order)
+        self.register_buffer("restore", order.argsort()[:dim])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → noise: x (B, D) → z (B, D), logdet (B,)."""
+        self._check_event("x", x)
+        z, logdet = self.flow(F.pad(x, (0, len(self.order) - x.shape[1])), context)
+        return z.index_select(1, self.restore), logdet
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise → data: z (B, D) → x (B, D), logdet (B,)."""
+        self._check_event("z", z)
+        padded = F.pad(z, (0, len(self.order) - z.shape[1]))
+        x, logdet = self.flow.inverse(padded.index_select(1, self.order), context)
+        return torch.narrow(x, 1, 0, z.shape[1]), logdet

@@ -1,0 +1,214 @@
+"""Where a library's flow keeps its layers: how to read each of them, and how to put others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from glf_fast.conversion import adapters, freia, nflows, normflows, zuko
+from glf_fast.conversion.layers import Layer
+from glf_fast.conversion.reading import ConversionError
+from glf_fast.flow import Flow
+
+__all__ = ["Place", "Replacement", "is_layer", "place_of"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The layers of one flow of a library.
+
+    named: name and module of each layer, data → noise.
+    conditions: of each layer, which conditions it is given, where that differs from layer to layer (FrEIA).
+    dim: D.
+    read: one module's layers; raises Unfusable.
+    keep: a module as (x, context) → (z, logdet), data → noise.
+    adapt: (flow, the modules that it replaces) → what takes their place.
+    put: a list of replacements (start, stop, adapter) takes the places named[start:stop].
+    """
+
+    named: list[tuple[str, nn.Module]]
+    conditions: list[tuple[int, ...]]
+    dim: int
+    read: Callable[[nn.Module], list[Layer]]
+    keep: Callable[[nn.Module], nn.Module]
+    adapt: Callable[[Flow, Sequence[nn.Module]], nn.Module]
+    put: Callable[[Sequence[Replacement]], None]
+
+
+Replacement = tuple[int, int, nn.Module]
+
+
+def place_of(module: nn.Module) -> Place | None:
+    """The place in which `module` keeps its layers; None if it is no flow of a library that is known.
+
+    Raises ConversionError, with the reason, for a flow none of whose layers can be replaced.
+    """
+    for kind in type(module).__mro__:
+        place = _PLACES.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}")
+        if place is not None:
+            return place(module)
+    return None
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether `module` is a flow or a flow's layer of one of the libraries, not a network or a distribution."""
+    parts = type(module).__module__.split(".")
+    return ".".join(parts[:2]) in _LAYERS
+
+
+_LAYERS = (
+    "FrEIA.framework", "FrEIA.modules", "nflows.flows", "nflows.transforms", "normflows.core", "normflows.flows",
+    "zuko.flows", "zuko.lazy",
+)  # fmt: skip
+
+
+def _normflows(flow: Any) -> Place:
+    named = list(normflows.named_layers(flow.flows))
+    # 0 where no layer says so: then there is none that could be read.
+    dim = next((d for d in (normflows.columns(module) for _, module in named) if d is not None), 0)
+
+    def put(replacements: Sequence[Replacement]) -> None:
+        flow.flows = _list(reversed(_replaced([m for _, m in named], replacements)), flow.flows)
+
+    return Place(
+        named=named,
+        conditions=[()] * len(named),
+        dim=dim,
+        read=lambda module: normflows.read_layer(module, dim),
+        keep=normflows.KeptLayer,
+        adapt=lambda fused, _: adapters.NormflowsLayer(fused),
+        put=put,
+    )
+
+
+def _nflows(flow: Any) -> Place:
+    named = list(nflows.transforms(flow._transform))
+    shape = tuple(getattr(flow._distribution, "_shape", ()))
+    if len(shape) != 1:
+        raise ConversionError(f"a flow on samples of shape {shape}: flows on vectors are covered")
+
+    def put(replacements: Sequence[Replacement]) -> None:
+        modules = _replaced([m for _, m in named], replacements)
+        if len(named) == 1 and flow._transform is named[0][1]:
+            (flow._transform,) = modules
+        else:
+            flow._transform._transforms = _list(modules, flow._transform._transforms)
+
+    return Place(
+        named=named,
+        conditions=[()] * len(named),
+        dim=shape[0],
+        read=lambda module: nflows.read_transform(module, shape[0]),
+        keep=nflows.KeptTransform,
+        adapt=lambda fused, _: adapters.NflowsLayer(fused),
+        put=put,
+    )
+
+
+def _zuko(flow: Any) -> Place:
+    named = list(zuko.transforms(flow.transform))
+    try:
+        shape = tuple(flow.base().event_shape)
+    except Exception as error:  # a base that only a context makes a distribution
+        raise ConversionError("its base depends on the context, and does not say how many columns it has") from error
+    if len(shape) != 1:
+        raise ConversionError(f"a flow on samples of shape {shape}: flows on vectors are covered")
+
+    def put(replacements: Sequence[Replacement]) -> None:
+        modules = _replaced([m for _, m in named], replacements)
+        if len(named) == 1 and flow.transform is named[0][1]:
+            (flow.transform,) = modules
+        else:
+            flow.transform.transforms = _list(modules, flow.transform.transforms)
+
+    return Place(
+        named=named,
+        conditions=[()] * len(named),
+        dim=shape[0],
+        read=lambda module: zuko.read_transform(module, shape[0]),
+        keep=zuko.KeptTransform,
+        adapt=lambda fused, _: adapters.ZukoLayer(fused),
+        put=put,
+    )
+
+
+def _freia(inn: Any) -> Place:
+    blocks, shape = freia.blocks(inn)
+    if len(shape) != 1:
+        raise ConversionError(f"works on samples of shape {shape}: networks on vectors are covered")
+
+    def put(replacements: Sequence[Replacement]) -> None:
+        if type(inn).__name__ == "SequenceINN":
+            _put_in_sequence(inn, blocks, replacements)
+        else:
+            _put_in_graph(inn, replacements)
+
+    return Place(
+        named=[(block.name, block.module) for block in blocks],
+        conditions=[block.conditions for block in blocks],
+        dim=shape[0],
+        read=lambda module: freia.read_layer(module, freia.own_context(module)),
+        keep=freia.keep_alone,
+        adapt=_freia_layer,
+        put=put,
+    )
+
+
+def _freia_layer(fused: Flow, modules: Sequence[Any]) -> nn.Module:
+    return adapters.FreiaLayer(fused, next((module.dims_c for module in modules if module.dims_c), ()))
+
+
+def _put_in_sequence(inn: Any, blocks: Sequence[freia.Block], replacements: Sequence[Replacement]) -> None:
+    conditions: list[int | None] = []
+    starts = {start: stop for start, stop, _ in replacements}
+    shapes, i = [inn.shapes[0]], 0
+    while i < len(blocks):
+        stop = starts.get(i, i + 1)
+        given = [index for block in blocks[i:stop] for index in block.conditions]
+        conditions.append(given[0] if given else None)
+        shapes.append(inn.shapes[0])
+        i = stop
+    inn.module_list = _list(_replaced([block.module for block in blocks], replacements), inn.module_list)
+    inn.conditions, inn.shapes = conditions, shapes
+
+
+def _put_in_graph(inn: Any, replacements: Sequence[Replacement]) -> None:
+    """The node that is given the conditions gets the fused module, the others hand on what they get."""
+    chain = [node for node in inn.node_list if node.module is not None]
+    originals = [node.module for node in chain]
+    for start, stop, adapter in replacements:
+        holder = next((i for i in range(start, stop) if chain[i].conditions), start)
+        for i in range(start, stop):
+            originals[i] = adapter if i == holder else adapters.PassedOn().train(adapter.training)
+    for node, module in zip(chain, originals, strict=True):
+        node.module = module
+    inn.module_list = _list(originals, inn.module_list)
+
+
+def _list(modules: Iterable[nn.Module], instead_of: nn.Module) -> nn.ModuleList:
+    """In the same mode; the modules keep theirs."""
+    new = nn.ModuleList(modules)
+    new.training = instead_of.training
+    return new
+
+
+def _replaced(modules: Sequence[nn.Module], replacements: Sequence[Replacement]) -> list[nn.Module]:
+    result, position = [], 0
+    for start, stop, adapter in replacements:
+        result += [*modules[position:start], adapter]
+        position = stop
+    return [*result, *modules[position:]]
+
+
+_PLACES: dict[str, Callable[[Any], Place]] = {
+    "FrEIA.GraphINN": _freia,
+    "FrEIA.SequenceINN": _freia,
+    "nflows.Flow": _nflows,
+    "normflows.ClassCondFlow": _normflows,
+    "normflows.NormalizingFlow": _normflows,
+    "normflows.NormalizingFlowVAE": _normflows,
+    "zuko.Flow": _zuko,
+}

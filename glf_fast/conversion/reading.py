@@ -1,0 +1,107 @@
+"""Reading a flow layer by layer: what can be fused becomes `Layer`s, what cannot is kept, with the reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+from torch import Tensor, nn
+
+from glf_fast.conversion.layers import Conditioner, Kept, Layer, Unfusable
+
+__all__ = ["ConversionError", "Reading", "parameters_of", "read_each", "read_parts"]
+
+
+class ConversionError(ValueError):
+    """A flow that cannot be converted; the message names the layer and the reason."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A flow of some library, as its reader `read(flow)` returns it.
+
+    layers: first to last, data → N(0, I); a diagonal normal base is a `Diagonal` at the end.
+    dim: D, columns of the data; every flow here is on vectors.
+    log_prob: (x (B, D), context or None) → log p (B,) by the library itself, to compare with.
+    inverse: (z (B, D) from N(0, I), context or None) → x (B, D) by the library itself; None where the library cannot.
+    embedding: the network that the library sends the context through first, if any.
+    context_shape: of one sample's context before the embedding; () without context.
+    """
+
+    layers: list[Layer]
+    dim: int
+    log_prob: Callable[[Tensor, Tensor | None], Tensor]
+    inverse: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    embedding: nn.Module | None = None
+    context_shape: tuple[int, ...] = ()
+
+
+def read_each(
+    named_modules: Iterable[tuple[str, nn.Module]],
+    read: Callable[[nn.Module], list[Layer]],
+    keep: Callable[[nn.Module], nn.Module],
+) -> list[Layer]:
+    """The layers of the library's modules, in the order given (data → noise); as `read_parts`, in one list."""
+    return [layer for part in read_parts(named_modules, read, keep) for layer in part]
+
+
+def read_parts(
+    named_modules: Iterable[tuple[str, nn.Module]],
+    read: Callable[[nn.Module], list[Layer]],
+    keep: Callable[[nn.Module], nn.Module],
+) -> list[list[Layer]]:
+    """The layers of each of the library's modules, in the order given (data → noise).
+
+    Args:
+        named_modules: name, for messages, and module of each of the library's layers.
+        read: one module's layers; raises Unfusable.
+        keep: the adapter that a `Kept` holds, for a module that `read` refuses.
+
+    A module whose trained parameters are another's, too, is kept: stacking copies, and copies would not stay equal.
+    """
+    named = list(named_modules)
+    owners = Counter(p for _, module in named for p in {id(p) for p in module.parameters() if p.requires_grad})
+    parts: list[list[Layer]] = []
+    for name, module in named:
+        try:
+            if any(owners[id(p)] > 1 for p in module.parameters()):
+                raise Unfusable("shares parameters with another layer; stacking would untie them")
+            part = read(module)
+            uses = Counter(p for layer in part for p in parameters_of(*_tensors(layer)))
+            if uses and max(uses.values()) > 1:
+                raise Unfusable("uses a network more than once; stacking would untie the uses")
+        except Unfusable as reason:
+            part = [Kept(keep(module), f"{name} ({type(module).__name__}): {reason}")]
+        parts.append(part)
+    return parts
+
+
+def parameters_of(*tensors: Tensor) -> set[int]:
+    """ids of the parameters (leaves that require gradients) that the tensors are functions of."""
+    found = {id(t) for t in tensors if t.is_leaf and t.requires_grad}
+    seen = set()
+    todo = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo += [following for following, _ in node.next_functions if following is not None]
+    return found
+
+
+def _tensors(layer: object) -> Iterable[Tensor]:
+    """All tensors of a layer, those of its conditioner too."""
+    if isinstance(layer, Kept):
+        return
+    for field in fields(layer):  # type: ignore[arg-type]
+        value = getattr(layer, field.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from value
+        elif isinstance(value, Conditioner):
+            yield from _tensors(value)

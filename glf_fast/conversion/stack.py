@@ -1,0 +1,228 @@
+"""Affine maps and couplings of one kind, stacked into the parameters of a CouplingFlow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glf_fast.conversion.gaps import Affine
+from glf_fast.conversion.layers import Coupling
+from glf_fast.conversion.padded import Padded
+from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
+
+__all__ = ["Sources", "Step", "stack", "standalone"]
+
+# A parameter of the new flow, and its value as a function of the library's parameters.
+Sources = list[tuple[nn.Parameter, Tensor]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """y = affine(x), then the coupling, both in the library's order of columns."""
+
+    affine: Affine
+    coupling: Coupling
+
+
+def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Flow, Tensor]:
+    """One flow of all steps, whose couplings differ in nothing but sizes, values and columns; float64.
+
+    Returns the flow and `restore` (D,): column i of the data is the flow's output restore[i].
+
+    The kernels change the last D // 2 columns given the first. Gathers and scatters of other splits are permutations,
+    which go into the affine maps on both sides. Where the split has other sizes, D′ − D zero columns fill the halves
+    up; they stay zero, because the weights towards them are zero and held.
+    """
+    dim = len(steps[0].affine.s)
+    width = _padded_dim(dim, [step.coupling for step in steps])
+    T = width // 2
+    P = width - T
+    slots = [torch.arange(width)]  # slots[k]: the column, of [x, zeros], in each place before step k
+    for step in steps:
+        coupling, zeros = step.coupling, torch.arange(dim, width)
+        free = P - len(coupling.passive)
+        slots.append(torch.cat([coupling.passive.cpu(), zeros[:free], coupling.transformed.cpu(), zeros[free:]]))
+
+    first = steps[0].coupling
+    depth = len(first.conditioner.weights)
+    hidden = [max(step.coupling.conditioner.weights[i].shape[1] for step in steps) for i in range(depth - 1)]
+    maps = [step.affine for step in steps]
+    linear = _parametrisation(maps, padded=width > dim)
+    actnorm = any(m.s_trained or m.b_trained or bool(m.s.any()) or bool(m.b.any()) for m in maps)
+    with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
+        flow = CouplingFlow(
+            width, len(steps), hidden, context_dim, activation=first.conditioner.activation, linear=linear,
+            log_scale=first.log_scale, log_scale_constant=first.log_scale_constant, add_first=first.add_first,
+            actnorm=actnorm,
+        ).double()  # fmt: skip
+    _install_affine(flow, maps, slots, sources)
+    _install_conditioners(flow, [step.coupling for step in steps], (P, T), sources)
+    if width > dim:
+        return Padded(flow, dim, slots[-1]), torch.arange(dim)
+    return flow, slots[-1].argsort()
+
+
+def standalone(affine: Affine, sources: Sources) -> list[nn.Module]:
+    """The map as layers of their own: [ActNorm,] [InvertibleLinear], float64; none for the identity."""
+    dim = len(affine.s)
+    layers: list[nn.Module] = []
+    if affine.s_trained or affine.b_trained or affine.s.any() or affine.b.any():
+        layers.append(_actnorm(affine, sources))
+    if affine.W is None and torch.equal(affine.order, torch.arange(dim, device=affine.order.device)):
+        return layers
+    with torch.random.fork_rng(devices=[]):
+        layer = InvertibleLinear(dim, linear=_parametrisation([affine], padded=False)).double()
+    layers.append(layer)
+    if affine.W is None:
+        layer.get_buffer("permutation").copy_(affine.order)
+        return layers
+    for name, value in _linear_tensors(layer.linear, affine.W[None]).items():
+        _install(layer, name, value[0], torch.full_like(value[0], affine.W_trained, dtype=torch.bool), sources)
+    return layers
+
+
+def _actnorm(affine: Affine, sources: Sources) -> ActNorm:
+    layer = ActNorm(len(affine.s)).double()
+    _install(layer, "log_scale", affine.s, torch.full_like(affine.s, affine.s_trained, dtype=torch.bool), sources)
+    _install(layer, "bias", affine.b, torch.full_like(affine.b, affine.b_trained, dtype=torch.bool), sources)
+    layer.load_state_dict({**layer.state_dict(), "initialized": torch.tensor(True)})
+    return layer
+
+
+def _padded_dim(dim: int, couplings: Sequence[Coupling]) -> int:
+    """The smallest D′ ≥ D with room for all passive columns in D′ − D′//2, and for all transformed ones in D′//2."""
+    if all(len(coupling.transformed) == dim // 2 for coupling in couplings) and dim > 1:
+        return dim
+    passive = max(len(coupling.passive) for coupling in couplings)
+    transformed = max(len(coupling.transformed) for coupling in couplings)
+    return max(2 * transformed, 2 * passive - 1, 2)
+
+
+def _parametrisation(maps: Sequence[Affine], *, padded: bool) -> str:
+    if all(m.W is None for m in maps):
+        return "permutation"
+    trained = [m for m in maps if m.W_trained]
+    return "plu" if trained and all(m.regular for m in trained) and not padded else "dense"
+
+
+def _install_affine(flow: CouplingFlow, maps: Sequence[Affine], slots: Sequence[Tensor], sources: Sources) -> None:
+    """ActNorms and linear layers of all steps, from the places before a step to those of its coupling."""
+    width, dim = flow.event_shape[0], len(maps[0].s)
+    extra = width - dim
+
+    def vectors(values: Sequence[Tensor]) -> Tensor:  # (K, D′), zero in the columns added
+        return torch.stack([F.pad(v, (0, extra))[place.to(v.device)] for v, place in zip(values, slots, strict=False)])
+
+    def flags(trained: Sequence[bool]) -> Tensor:
+        return vectors([torch.full((dim,), flag) for flag in trained])
+
+    if flow.config["actnorm"]:
+        s, b = vectors([m.s for m in maps]), vectors([m.b for m in maps])
+        _install(flow, "actnorm_log_scale", s, flags([m.s_trained for m in maps]), sources)
+        _install(flow, "actnorm_bias", b, flags([m.b_trained for m in maps]), sources)
+        state = flow.state_dict()
+        flow.load_state_dict({**state, "actnorm_initialized": torch.ones_like(state["actnorm_initialized"])})
+    if flow.config["linear"] == "permutation":
+        added = torch.arange(dim, width)
+        for k, affine in enumerate(maps):
+            order = torch.cat([affine.order.cpu(), added])
+            flow.get_buffer("linear_permutation")[k] = slots[k].argsort()[order[slots[k + 1]]]
+        return
+    matrices, trained = [], []
+    for k, affine in enumerate(maps):
+        W = torch.block_diag(affine.matrix(), torch.eye(extra, dtype=affine.s.dtype, device=affine.s.device))
+        matrices.append(W[slots[k]][:, slots[k + 1]])
+        mask = F.pad(torch.full((dim, dim), affine.W_trained), (0, extra, 0, extra))
+        trained.append(mask[slots[k]][:, slots[k + 1]])
+    for name, value in _linear_tensors(flow.config["linear"], torch.stack(matrices)).items():
+        mask = torch.stack(trained)
+        # One column of the mask stands for a vector: with "plu" nothing is padded, so that all of a step is alike.
+        _install(flow, f"linear_{name}", value, mask if value.ndim == 3 else mask[:, 0], sources)
+
+
+def _linear_tensors(linear: str, W: Tensor) -> dict[str, Tensor]:
+    """The stacked tensors of which InvertibleLinear's parametrisation makes W (K, D, D)."""
+    if linear == "dense":
+        return {"weight": W}
+    pivots, L, U = torch.linalg.lu(W)
+    diagonal = U.diagonal(dim1=-2, dim2=-1)
+    return {
+        "lower": L.tril(-1),
+        "upper": U.triu(1),
+        "log_diag": diagonal.abs().log(),
+        "sign": diagonal.sign().detach(),
+        "permutation": pivots.detach().argmax(-1),
+    }
+
+
+def _install_conditioners(
+    flow: CouplingFlow, couplings: Sequence[Coupling], halves: tuple[int, int], sources: Sources
+) -> None:
+    """All MLPs, zero-padded to the flow's widths; what is padded is not trained."""
+    P, T = halves
+    widths = [P + flow.context_dim, *flow.config["hidden"], 2 * T]
+    last = len(widths) - 2
+    still = _still(flow.config["log_scale"], flow.config["log_scale_constant"])
+    for i in range(len(widths) - 1):
+        weights, biases, trained, trained_bias = [], [], [], []
+        for coupling in couplings:
+            mlp, missing = coupling.conditioner, T - len(coupling.transformed)
+            W, b, W_mask, b_mask = mlp.weights[i], mlp.biases[i], mlp.trained[i], mlp.trained_bias[i]
+            if i == 0:
+                passive = len(coupling.passive)
+                W, W_mask = (_insert_rows(t, passive, P - passive) for t in (W, W_mask))
+            if i == last:
+                W, b, W_mask, b_mask = (_pad_halves(t, missing) for t in (W, b, W_mask, b_mask))
+                b = b + still * _pad_halves(
+                    torch.zeros(2 * (T - missing), dtype=b.dtype, device=b.device), missing, 1.0
+                )
+            grow = (0, widths[i + 1] - W.shape[1], 0, widths[i] - W.shape[0])
+            weights.append(F.pad(W, grow))
+            trained.append(F.pad(W_mask, grow))
+            biases.append(F.pad(b, grow[:2]))
+            trained_bias.append(F.pad(b_mask, grow[:2]))
+        _install(flow, f"mlp_weights.{i}", torch.stack(weights), torch.stack(trained), sources)
+        _install(flow, f"mlp_biases.{i}", torch.stack(biases), torch.stack(trained_bias), sources)
+
+
+def _insert_rows(W: Tensor, position: int, count: int) -> Tensor:
+    return torch.cat([W[:position], W.new_zeros(count, W.shape[1]), W[position:]])
+
+
+def _pad_halves(outputs: Tensor, missing: int, u: float = 0.0) -> Tensor:
+    """[u | t] in the last dimension with `missing` columns more in each: `u` in those of u, 0 in those of t."""
+    first, second = outputs.chunk(2, -1)
+    return torch.cat([F.pad(first, (0, missing), value=u), F.pad(second, (0, missing))], -1)
+
+
+def _still(log_scale: str, constant: float | None) -> float:
+    """The u with f(u) = 0, at which a column of zeros adds nothing to the log-determinant."""
+    if log_scale == "glow":
+        return 40.0  # log σ(42) = −6e-19
+    if log_scale == "nflows":
+        assert constant is not None
+        return math.log((1 - constant) / constant) - 2
+    return 0.0
+
+
+def _install(module: nn.Module, name: str, value: Tensor, trained: Tensor, sources: Sources) -> None:
+    """Give a parameter or buffer its value; entries that are not trained are held, or the whole parameter frozen."""
+    owner, _, leaf = name.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), leaf)
+    if not isinstance(tensor, nn.Parameter):
+        tensor.copy_(value)
+        return
+    assert tensor.shape == value.shape == trained.shape, (name, tensor.shape, value.shape, trained.shape)
+    with torch.no_grad():
+        tensor.copy_(value)
+    sources.append((tensor, value))
+    if not trained.any():
+        tensor.requires_grad_(False)
+    elif not trained.all():
+        assert isinstance(module, CouplingFlow)
+        module.hold(name, trained)

@@ -1,0 +1,192 @@
+"""Flows as torch.distributions: a `Distribution` of the data, and a `Transform` of a base distribution."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Transform, constraints
+
+from glf_fast.flow.base import Flow
+
+__all__ = ["FlowDistribution", "FlowTransform"]
+
+
+class FlowDistribution(Distribution):
+    """p(x | context) of a flow, with one distribution for each row of the context: what `Flow.distribution` returns.
+
+    Args:
+        flow: the flow; its parameters get gradients from `log_prob` and `rsample`.
+        context: (*batch_shape, context_dim), or None where the flow has no context; then batch_shape is ().
+
+    Everything has the shapes of torch.distributions: `log_prob` takes what broadcasts with (*batch_shape, *event_shape),
+    `sample(s)` and `rsample(s)` return (*s, *batch_shape, *event_shape).
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 — torch's own attribute; the context is any real vector
+    has_rsample = True
+
+    def __init__(self, flow: Flow, context: Tensor | None = None, validate_args: bool | None = None) -> None:
+        _check_context(flow, context)
+        self.flow = flow
+        self.context = context
+        batch_shape = torch.Size() if context is None else context.shape[:-1]
+        super().__init__(batch_shape, torch.Size(flow.event_shape), validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real vectors (or images)."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
+        """The same distribution(s) with a larger batch shape; the context is not copied."""
+        new: FlowDistribution = self._get_checked_instance(FlowDistribution, _instance)
+        new.flow = self.flow
+        batch_shape = torch.Size(batch_shape)
+        new.context = None if self.context is None else self.context.expand(*batch_shape, -1)
+        super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value) in nats, of the shape that `value` broadcasts to, without the event's."""
+        if self._validate_args:
+            self._validate_sample(value)
+        value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
+        z, logdet = _by_rows(self.flow, value, self.context, inverse=False)
+        return self._base(z) + logdet
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Samples through which gradients reach the flow and the context: the inverse of N(0, I)."""
+        return self._draw(sample_shape)[1]
+
+    def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
+        """`rsample` and its `log_prob`, in one pass."""
+        z, x, logdet = self._draw(sample_shape)
+        return x, self._base(z) - logdet
+
+    def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor, Tensor]:
+        like = next(self.flow.parameters(), torch.empty(0))
+        z = torch.randn(self._extended_shape(torch.Size(sample_shape)), device=like.device, dtype=like.dtype)
+        return z, *_by_rows(self.flow, z, self.context, inverse=True)
+
+    def _base(self, z: Tensor) -> Tensor:
+        dims = tuple(range(-len(self.event_shape), 0))
+        return -0.5 * (z.square().sum(dims) + math.prod(self.event_shape) * math.log(2 * math.pi))
+
+
+class FlowTransform(Transform):
+    """base noise → data, for torch's (and pyro's) `TransformedDistribution`: `t(z) = flow.inverse(z)`, `t.inv(x) = flow(x)`.
+
+    This is torch's direction, the opposite of a flow's `forward`. `log_abs_det_jacobian(z, x)` is log|det ∂x/∂z|.
+
+    With `cache_size=1`, the default, the last pair is kept with its log-determinant, so that `log_prob` costs one pass, and
+    none at all for the sample just drawn. A pair is used only for what belongs to it: the opposite direction, while the
+    flow's parameters are as they were (an optimizer's step or `load_state_dict` ends it; writing into `.data` does not).
+
+    Args:
+        flow: the flow.
+        context: (*batch_shape, context_dim), which broadcasts against the batch dimensions of the inputs, or None.
+        cache_size: 0 or 1.
+
+    Example:
+        >>> flow = CouplingFlow(dim=3, steps=2, hidden=(16,))
+        >>> noise = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(3), torch.ones(3)), 1)
+        >>> data = torch.distributions.TransformedDistribution(noise, [FlowTransform(flow)])
+        >>> data.log_prob(data.rsample((5,))).shape
+        torch.Size([5])
+    """
+
+    bijective = True
+
+    def __init__(self, flow: Flow, context: Tensor | None = None, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        _check_context(flow, context)
+        self.flow = flow
+        self.context = context
+        self.domain = self.codomain = constraints.independent(constraints.real, len(flow.event_shape))
+        self._forget()
+
+    def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        """This transform with that cache size."""
+        return self if cache_size == self._cache_size else FlowTransform(self.flow, self.context, cache_size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Noise → data."""
+        if self._made_by_inverse and self._holds(noise=x):
+            return self._pair[1]  # type: ignore[index]
+        y, logdet = _by_rows(self.flow, x, self.context, inverse=True)
+        self._keep(x, y, logdet, by_inverse=False)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        """Data → noise."""
+        if not self._made_by_inverse and self._holds(data=y):
+            return self._pair[0]  # type: ignore[index]
+        x, logdet = _by_rows(self.flow, y, self.context, inverse=False)
+        self._keep(x, y, -logdet, by_inverse=True)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log|det ∂y/∂x| of the noise x and the data y, of the shape of the batch."""
+        if self._holds(noise=x, data=y):
+            return self._pair[2]  # type: ignore[index]
+        return _by_rows(self.flow, x, self.context, inverse=True)[1]
+
+    # -- the last pair -------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._pair: tuple[Tensor, Tensor, Tensor] | None = None  # noise, data, log-determinant
+        self._made_by_inverse = False
+        self._state: tuple[object, ...] = ()
+
+    def _keep(self, noise: Tensor, data: Tensor, logdet: Tensor, *, by_inverse: bool) -> None:
+        if self._cache_size:
+            self._pair, self._made_by_inverse, self._state = (
+                (noise, data, logdet),
+                by_inverse,
+                self._version(noise, data),
+            )
+
+    def _holds(self, noise: Tensor | None = None, data: Tensor | None = None) -> bool:
+        pair = self._pair
+        return (
+            pair is not None
+            and (noise is None or noise is pair[0])
+            and (data is None or data is pair[1])
+            and self._state == self._version(pair[0], pair[1])
+        )
+
+    def _version(self, *tensors: Tensor) -> tuple[object, ...]:
+        """What must not have changed: parameters, tensors, and whether gradients are recorded."""
+        return torch.is_grad_enabled(), *(
+            t._version for t in (*self.flow.parameters(), *tensors) if not t.is_inference()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_pair": None}
+
+
+def _check_context(flow: Flow, context: Tensor | None) -> None:
+    if (context is None) != (flow.context_dim == 0) or (
+        context is not None and context.shape[-1:] != (flow.context_dim,)
+    ):
+        given = None if context is None else tuple(context.shape)
+        wanted = f"of shape (…, {flow.context_dim})" if flow.context_dim else "of None: this flow has context_dim=0"
+        raise ValueError(f"the flow needs a context {wanted}; got {given}")
+
+
+def _by_rows(flow: Flow, value: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    """The flow over any leading dimensions: value (…, *event_shape), context (…, C) broadcast → output, logdet (…)."""
+    event = flow.event_shape
+    if value.shape[value.ndim - len(event) :] != event:
+        raise ValueError(f"a value must have shape (…, {', '.join(map(str, event))}); got {tuple(value.shape)}")
+    batch = value.shape[: value.ndim - len(event)]
+    if context is not None:
+        batch = torch.broadcast_shapes(batch, context.shape[:-1])
+        context = context.expand(*batch, -1).reshape(-1, flow.context_dim)
+    rows = value.expand(*batch, *event).reshape(-1, *event)
+    out, logdet = flow.inverse(rows, context) if inverse else flow(rows, context)
+    return out.reshape(*batch, *event), logdet.reshape(batch)

@@ -1,0 +1,161 @@
+"""A density estimator for sbi: `NPE(density_estimator=coupling_flow())`. Needs sbi (https://sbi-dev.github.io/sbi)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
+from sbi.utils.sbiutils import standardizing_net, z_score_parser, z_standardization
+from torch import Tensor, nn
+
+from glf_fast.flow import CouplingFlow, FlowDistribution, SequentialFlow
+
+__all__ = ["CouplingFlowEstimator", "coupling_flow"]
+
+START = 4096  # pairs of (θ, x) that give the ActNorms their start
+
+
+def coupling_flow(
+    *,
+    steps: int = 12,
+    hidden: Sequence[int] = (50, 50),
+    z_score_theta: str | None = "independent",
+    z_score_x: str | None = "independent",
+    embedding_net: nn.Module | None = None,
+    **options: Any,
+) -> Callable[[Tensor, Tensor], CouplingFlowEstimator]:
+    """What sbi's NPE takes as `density_estimator`: makes the estimator of q(θ | x) once it has seen simulations.
+
+    Args:
+        steps, hidden, **options: of `glf_fast.CouplingFlow`.
+        z_score_theta, z_score_x: "independent", "structured", or "none", as in `sbi.neural_nets.posterior_nn`: how θ and x
+            are standardised by the training simulations. Fixed afterwards, and part of the estimator.
+        embedding_net: from x (B, …), standardised, to the context (B, C); x itself if None, which then is a vector.
+    """
+    return partial(
+        _build, steps=steps, hidden=tuple(hidden), z_score_theta=z_score_theta, z_score_x=z_score_x,
+        embedding_net=nn.Identity() if embedding_net is None else embedding_net, **options,
+    )  # fmt: skip
+
+
+def _build(
+    theta: Tensor,
+    x: Tensor,
+    *,
+    z_score_theta: str | None,
+    z_score_x: str | None,
+    embedding_net: nn.Module,
+    **options: Any,
+) -> CouplingFlowEstimator:
+    """The estimator for simulations theta (N, D) and x (N, …), on the CPU."""
+    if theta.ndim != 2 or theta.shape[1] < 2:
+        raise ValueError(
+            "a coupling flow is a density of vectors of two or more parameters; "
+            f"theta has shape {tuple(theta.shape)}: use sbi's 'nsf' or 'mdn' for one parameter"
+        )
+    network = deepcopy(embedding_net)  # retraining from scratch must not find it trained
+    standardise, structured = _z_score("z_score_x", z_score_x)
+    if standardise:
+        network = nn.Sequential(standardizing_net(x, structured), network)
+    with torch.no_grad():
+        context = network.eval()(x[:START])
+    network.train()
+    if context.ndim != 2:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and becomes a context of shape {tuple(context.shape)}, where (batch, columns) "
+            "is wanted: give an embedding_net that makes vectors of it"
+        )
+    layers: list[nn.Module] = [CouplingFlow(theta.shape[1], context_dim=context.shape[1], **options)]
+    standardise, structured = _z_score("z_score_theta", z_score_theta)
+    if standardise:
+        mean, std = z_standardization(theta, structured)
+        layers.insert(0, _Standardise(mean.expand(theta.shape[1]), std.expand(theta.shape[1])))
+    flow = SequentialFlow(layers, tuple(theta.shape[1:]), context.shape[1])
+    with torch.no_grad():  # the ActNorms' start: sbi's own first call has two rows
+        flow(theta[:START], context)
+    return CouplingFlowEstimator(flow, theta.shape[1:], x.shape[1:], network)
+
+
+def _z_score(name: str, kind: str | None) -> tuple[bool, bool]:
+    if kind not in ("independent", "structured", "none", None):
+        raise ValueError(f"{name} must be 'independent', 'structured' or 'none'; got {kind!r}")
+    return z_score_parser(kind)
+
+
+class _Standardise(nn.Module):
+    """z = (x − mean)/std, (B, D), fixed: its logdet is a number known beforehand."""
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+        self.register_buffer("logdet", -std.log().sum())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        # Not as x·(1/std) − mean/std, where the digits of a large mean are lost.
+        return (x - self.get_buffer("mean")) / self.get_buffer("std"), self.get_buffer("logdet")
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return torch.addcmul(self.get_buffer("mean"), z, self.get_buffer("std")), -self.get_buffer("logdet")
+
+
+class CouplingFlowEstimator(ConditionalDensityEstimator):
+    """q(θ | x) as sbi calls it: shapes (samples, batch, …), `input` for θ and `condition` for x.
+
+    Args:
+        flow: density of θ given the context.
+        input_shape, condition_shape: of one θ and one x.
+        embedding_net: from x (B, …) to the context (B, C), standardisation included. It runs once for each x, however many
+            samples there are.
+    """
+
+    def __init__(
+        self, flow: SequentialFlow, input_shape: torch.Size, condition_shape: torch.Size, embedding_net: nn.Module
+    ) -> None:
+        super().__init__(flow, input_shape, condition_shape)
+        self._embedding_net = embedding_net
+
+    @property
+    def embedding_net(self) -> nn.Module:
+        """From x to the context."""
+        return self._embedding_net
+
+    def log_prob(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
+        """log q(θ | x) in nats, (samples, batch); θ (samples, batch, D) or (batch, D), x (batch, …) or (samples, batch, …)."""
+        self._check_input_shape(input)
+        samples = input if input.ndim > 2 else input[None]
+        return self._posterior(condition).log_prob(samples)
+
+    def loss(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
+        """−log q(θ | x), (batch,), of θ (batch, D) and x (batch, …)."""
+        return -self.net.log_prob(input, self._embedding_net(condition))
+
+    def sample(self, sample_shape: Any, condition: Tensor, **kwargs: Any) -> Tensor:
+        """θ (*sample_shape, batch, D) given x (batch, …)."""
+        return self._posterior(condition).rsample(sample_shape)
+
+    def sample_and_log_prob(self, sample_shape: Any, condition: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`sample`, and log q of it, (*sample_shape, batch), in one pass."""
+        return self._posterior(condition).rsample_and_log_prob(sample_shape)
+
+    def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
+        """The noise of θ (*batch, D) given x (*batch, …): for sbi's diagnostics."""
+        context = self._context(condition)
+        batch = torch.broadcast_shapes(input.shape[:-1], context.shape[:-1])
+        rows = input.expand(*batch, -1).reshape(-1, input.shape[-1])
+        return self.net(rows, context.expand(*batch, -1).reshape(len(rows), -1))[0].reshape(*batch, -1)
+
+    def _posterior(self, condition: Tensor) -> FlowDistribution:
+        assert isinstance(self.net, SequentialFlow)
+        return self.net.distribution(self._context(condition), validate_args=False)
+
+    def _context(self, condition: Tensor) -> Tensor:
+        """x (…, *condition_shape) → (…, C)."""
+        self._check_condition_shape(condition)
+        batch = condition.shape[: condition.ndim - len(self.condition_shape)]
+        context = self._embedding_net(condition.reshape(-1, *self.condition_shape))
+        return context.reshape(*batch, -1)

@@ -1,0 +1,406 @@
+"""accelerate: the same model, the same numbers, fewer launches; training goes on; what stays is named."""
+
+import copy
+import io
+import subprocess
+import sys
+
+import FrEIA.framework as ff
+import FrEIA.modules as fm
+import nflows.distributions
+import nflows.flows
+import nflows.nn.nets
+import nflows.transforms as nt
+import normflows as nf
+import pytest
+import torch
+import zuko
+from torch import nn
+
+from glf_fast.conversion.accelerate import accelerate
+from glf_fast.flow import CouplingFlow
+
+
+def mlp(n_in, n_out):
+    return nn.Sequential(nn.Linear(n_in, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, n_out))
+
+
+def randomized(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p) / max(1, p.shape[-1]) ** 0.5)
+    return module
+
+
+def coupling_block(dim):
+    half = dim - dim // 2
+    return nf.flows.AffineCouplingBlock(mlp(half, 2 * (dim - half)))
+
+
+def normflows_flow(dim=6, steps=3):
+    layers = [layer for _ in range(steps) for layer in (coupling_block(dim), nf.flows.Permute(dim, "swap"))]
+    return randomized(nf.NormalizingFlow(nf.distributions.DiagGaussian(dim), layers))
+
+
+def nflows_flow(dim=5, context=2, steps=3):
+    class Net(nn.Module):
+        def __init__(self, n_in, n_out):
+            super().__init__()
+            self.layers = mlp(n_in + context, n_out)
+
+        def forward(self, x, context):
+            return self.layers(torch.cat([x, context], 1))
+
+    transforms = []
+    for k in range(steps):
+        mask = torch.tensor([(-1) ** (i + k) for i in range(dim)])
+        transforms += [nt.AffineCouplingTransform(mask, Net), nt.LULinear(dim)]
+    composite = nt.CompositeTransform([nt.PointwiseAffineTransform(0.5, 2.0), nt.CompositeTransform(transforms)])
+    return randomized(nflows.flows.Flow(composite, nflows.distributions.StandardNormal([dim]), nn.Linear(3, context)))
+
+
+def zuko_flow(dim=5, context=2):
+    return randomized(zuko.flows.RealNVP(dim, context, transforms=3, hidden_features=(12, 12)))
+
+
+def freia_net(dim=5, condition=3):
+    inn = ff.SequenceINN(dim)
+    for _ in range(2):
+        inn.append(fm.AllInOneBlock, cond=1, cond_shape=(condition,), subnet_constructor=mlp)
+        inn.append(fm.PermuteRandom)
+    return randomized(inn)
+
+
+def trains(loss, parameters):
+    """Five steps of Adam lower the loss and change every parameter that is trained."""
+    parameters = [p for p in parameters if p.requires_grad]
+    before, values = loss().item(), [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.Adam(parameters, 1e-3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < before
+    assert all(not torch.equal(p, v) for p, v in zip(parameters, values, strict=True))
+
+
+class VAE(nn.Module):
+    """With a flow as its prior."""
+
+    def __init__(self, prior):
+        super().__init__()
+        self.encoder, self.decoder, self.prior = nn.Linear(10, 12), nn.Linear(6, 10), prior
+
+    def forward(self, x, noise):
+        mean, log_std = self.encoder(x).chunk(2, 1)
+        z = mean + noise * log_std.exp()
+        return (self.decoder(z) - x).square().sum(1) - log_std.sum(1) - self.prior.log_prob(z)
+
+
+def test_vae_with_a_normflows_prior():
+    torch.manual_seed(0)
+    model = VAE(normflows_flow())
+    original = copy.deepcopy(model).double()
+    report = accelerate(model)
+    assert "prior" in str(report) and "1 CouplingFlow\n" in str(report)
+    (replaced,) = report.replaced
+    assert (replaced.couplings, replaced.flows) == (3, 1) and not report.left
+    assert type(model.prior) is nf.NormalizingFlow and len(model.prior.flows) == 1
+    assert all(module.training for module in model.modules())
+    x, noise = torch.randn(20, 10), torch.randn(20, 6)
+    torch.testing.assert_close(model(x, noise), original(x.double(), noise.double()).float(), rtol=1e-4, atol=1e-4)
+    z, expected = torch.randn(20, 6), original.prior
+    for name in ("forward_kld", "inverse", "forward"):
+        got, want = getattr(model.prior, name)(z), getattr(expected, name)(z.double())
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+    sample, log_q = model.prior.sample(50)
+    torch.testing.assert_close(log_q, model.prior.log_prob(sample), rtol=1e-3, atol=1e-3)
+    trains(lambda: model(x, noise).mean(), model.parameters())
+
+
+def test_nflows_flow_in_a_larger_module():
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"estimators": nn.ModuleList([nflows_flow()]), "other": nn.Linear(2, 2)})
+    original = copy.deepcopy(model["estimators"][0]).double()
+    report = accelerate(model)
+    (replaced,) = report.replaced
+    assert replaced.where == "estimators.0" and replaced.first == "_transform._transforms.0"
+    assert (replaced.couplings, replaced.flows) == (3, 1)
+    flow = model["estimators"][0]
+    x, context = torch.randn(20, 5), torch.randn(20, 3)
+    want = original.log_prob(x.double(), context.double())
+    torch.testing.assert_close(flow.log_prob(x, context).double(), want, rtol=1e-4, atol=1e-4)
+    assert flow.sample(4, context).shape == (20, 4, 5)
+    noise = flow.transform_to_noise(x, context)
+    want = original.transform_to_noise(x.double(), context.double())
+    torch.testing.assert_close(noise.double(), want, rtol=1e-4, atol=1e-4)
+    trains(lambda: -flow.log_prob(x, context).mean(), flow.parameters())
+
+
+def test_zuko_flow():
+    torch.manual_seed(2)
+    flow = zuko_flow()
+    original = copy.deepcopy(flow).double()
+    report = accelerate(flow)
+    assert report and report.replaced[0].where == "the model" and type(flow) is zuko.flows.RealNVP
+    context = torch.randn(3, 2)
+    x = torch.randn(4, 3, 5)
+    want = original(context.double()).log_prob(x.double())
+    torch.testing.assert_close(flow(context).log_prob(x).double(), want, rtol=1e-4, atol=1e-4)
+    x, log_prob = flow(context).rsample_and_log_prob((7,))
+    assert x.shape == (7, 3, 5)
+    want = original(context.double()).log_prob(x.double())
+    torch.testing.assert_close(log_prob.double(), want, rtol=1e-3, atol=1e-3)
+    # One context for many samples.
+    torch.testing.assert_close(
+        flow(context[0]).log_prob(x[:, 0]).double(), original(context[0].double()).log_prob(x[:, 0].double()),
+        rtol=1e-3, atol=1e-3,
+    )  # fmt: skip
+    x = torch.randn(3, 5)
+    trains(lambda: -flow(context).log_prob(x).mean(), flow.parameters())
+
+
+class Ignorant(nn.Module):
+    """A network that is given a context, and makes nothing of it."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.net = mlp(n_in, n_out)
+
+    def forward(self, x, context):
+        return self.net(x)
+
+
+def test_nflows_caches_and_a_context_that_no_layer_uses():
+    mask = torch.tensor([1, -1, 1, -1, 1])
+    transform = nt.CompositeTransform([nt.AffineCouplingTransform(mask, Ignorant), nt.LULinear(5, using_cache=True)])
+    flow = randomized(nflows.flows.Flow(transform, nflows.distributions.StandardNormal([5]))).eval()
+    x, context = torch.randn(20, 5), torch.randn(20, 3)
+    with torch.no_grad():
+        want = flow.log_prob(x, context)  # fills the caches, with float32
+    assert accelerate(flow).replaced[0].flows == 1
+    torch.testing.assert_close(flow.log_prob(x, context), want, rtol=1e-4, atol=1e-4)
+    assert flow.sample(2, context).shape == (20, 2, 5)
+
+
+class AnomalyDetector(nn.Module):
+    def __init__(self, inn):
+        super().__init__()
+        self.features, self.inn = nn.Linear(8, 5), inn
+
+    def forward(self, x, condition):
+        z, jac = self.inn(self.features(x), c=[None, condition])
+        return 0.5 * z.square().sum(1) - jac
+
+
+def test_freia_network_in_an_anomaly_detector():
+    torch.manual_seed(3)
+    model = AnomalyDetector(freia_net())
+    original = copy.deepcopy(model).double()
+    report = accelerate(model)
+    assert report.replaced[0].where == "inn" and report.replaced[0].couplings == 2
+    assert type(model.inn) is ff.SequenceINN and len(model.inn) == 1 and model.inn.conditions == [1]
+    x, condition = torch.randn(20, 8), torch.randn(20, 3)
+    want = original(x.double(), condition.double())
+    torch.testing.assert_close(model(x, condition).double(), want, rtol=1e-4, atol=1e-4)
+    z = torch.randn(20, 5)
+    for got, expected in zip(
+        model.inn(z, c=[None, condition], rev=True),
+        original.inn(z.double(), c=[None, condition.double()], rev=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    trains(lambda: model(x, condition).mean(), model.parameters())
+
+
+def test_freia_graph_keeps_its_nodes():
+    torch.manual_seed(4)
+    start, condition = ff.InputNode(6), ff.ConditionNode(2)
+    a = ff.Node(start, fm.PermuteRandom, {})
+    b = ff.Node(a, fm.GLOWCouplingBlock, {"subnet_constructor": mlp}, conditions=condition)
+    c = ff.Node(b, fm.GINCouplingBlock, {"subnet_constructor": mlp}, conditions=condition)
+    d = ff.Node(c, fm.NICECouplingBlock, {"subnet_constructor": mlp})
+    inn = randomized(ff.GraphINN([start, condition, a, b, c, d, ff.OutputNode(d)]))
+    original = copy.deepcopy(inn).double()
+    report = accelerate(inn)
+    assert [r.couplings for r in report.replaced] == [2, 2]
+    assert "GINCouplingBlock" in report.left[0].reason
+    x, context = torch.randn(20, 6), torch.randn(20, 2)
+    for rev in (False, True):
+        got, want = inn(x, c=[context], rev=rev), original(x.double(), c=[context.double()], rev=rev)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_freia_runs_end_where_the_condition_changes():
+    torch.manual_seed(5)
+    inn = ff.SequenceINN(4)
+    for index, width in ((0, 2), (None, 0), (0, 2), (1, 3)):
+        given = {} if index is None else {"cond": index, "cond_shape": (width,)}
+        inn.append(fm.GLOWCouplingBlock, subnet_constructor=mlp, **given)
+    randomized(inn)
+    original = copy.deepcopy(inn).double()
+    report = accelerate(inn)
+    assert [(r.first, r.last) for r in report.replaced] == [
+        ("module_list.0", "module_list.2"),
+        ("module_list.3", "module_list.3"),
+    ]
+    x, conditions = torch.randn(9, 4), [torch.randn(9, 2), torch.randn(9, 3)]
+    got, want = inn(x, c=conditions), original(x.double(), c=[c.double() for c in conditions])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_splines_between_couplings_stay():
+    torch.manual_seed(6)
+    spline = nf.flows.CoupledRationalQuadraticSpline(6, 1, 8)
+    layers = [coupling_block(6), coupling_block(6), spline, nf.flows.LULinearPermute(6), coupling_block(6)]
+    flow = randomized(nf.NormalizingFlow(nf.distributions.DiagGaussian(6), layers))
+    original = copy.deepcopy(flow).double()
+    report = accelerate(flow)
+    assert [r.couplings for r in report.replaced] == [1, 2] and len(flow.flows) == 3 and flow.flows[1] is spline
+    assert "flows.2 (CoupledRationalQuadraticSpline)" in str(report)
+    x = torch.randn(20, 6)
+    torch.testing.assert_close(flow.log_prob(x).double(), original.log_prob(x.double()), rtol=1e-4, atol=1e-4)
+    trains(lambda: flow.forward_kld(x), flow.parameters())
+
+
+def test_what_is_used_elsewhere_stays():
+    flow = normflows_flow()
+    net = flow.flows[2].flows[1].param_map
+    model = nn.ModuleDict({"flow": flow, "net": net})
+    report = accelerate(model)
+    assert [r.couplings for r in report.replaced] == [1, 1] and "used elsewhere" in report.left[0].reason
+    assert flow.flows[1].flows[1].param_map is net
+    # A layer itself, under another name.
+    flow = normflows_flow()
+    model = nn.ModuleDict({"flow": flow, "last": flow.flows[0]})
+    assert accelerate(model).replaced[0].couplings == 2 and flow.flows[0] is model["last"]
+    # The same flow in two places is one flow: it is replaced once, for both.
+    flow = normflows_flow()
+    model = nn.ModuleList([VAE(flow), VAE(flow)])
+    assert len(accelerate(model).replaced) == 1
+    assert model[0].prior is model[1].prior and isinstance(model[1].prior.flows[0].flow, nn.Module)
+
+
+def test_one_layer_used_twice_stays():
+    flow = normflows_flow()
+    flow.flows[4] = flow.flows[0]
+    report = accelerate(flow)
+    assert len(report.replaced) == 1 and report.replaced[0].couplings == 1
+    assert sum("shares parameters" in left.reason for left in report.left) == 2
+
+
+def test_hooks_are_not_lost():
+    flow = normflows_flow()
+    flow.flows[0].register_forward_hook(lambda *_: None)
+    report = accelerate(flow)
+    assert report.replaced[0].couplings == 2 and "has hooks" in report.left[0].reason
+
+
+def test_frozen_parameters_stay_frozen():
+    flow = normflows_flow()
+    flow.flows[0].requires_grad_(False)  # one of three
+    frozen = normflows_flow().requires_grad_(False)
+    accelerate(flow)
+    accelerate(frozen)
+    assert all(not p.requires_grad for p in frozen.parameters())
+    fused = next(m for m in flow.modules() if isinstance(m, CouplingFlow))
+    x = torch.randn(30, 6)
+    before = [t.clone() for t in fused._mlp()[0]]
+    optimizer = torch.optim.AdamW([p for p in flow.parameters() if p.requires_grad], 1e-2, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        flow.forward_kld(x).backward()
+        optimizer.step()
+    for old, new in zip(before, fused._mlp()[0], strict=True):
+        # The first coupling in the library's list is the last one data → noise.
+        assert torch.equal(old[-1], new[-1]) and not torch.equal(old[0], new[0])
+
+
+def test_dtype_mode_and_optimizer():
+    flow = normflows_flow().double().eval()
+    old = list(flow.parameters())
+    report = accelerate(flow)
+    assert "optimizer" in str(report)
+    assert all(p.dtype == torch.float64 for p in flow.parameters())
+    assert not any(module.training for module in flow.modules())
+    assert not any(p is q for p in flow.flows.parameters() for q in old)
+    assert any(p is flow.q0.loc for p in old)
+
+
+def test_uninitialised_actnorm_stays_until_it_has_seen_data():
+    flow = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian(6), [coupling_block(6), nf.flows.ActNorm(6), coupling_block(6)]
+    )
+    accelerated = copy.deepcopy(flow)
+    report = accelerate(accelerated)
+    assert [r.couplings for r in report.replaced] == [1, 1] and "has not been initialised" in str(report)
+    accelerated.log_prob(3 + torch.randn(50, 6))  # initialises what it kept
+    flow.log_prob(3 + torch.randn(50, 6))
+    (replaced,) = accelerate(flow).replaced
+    assert replaced.couplings == 2
+
+
+def test_nothing_to_replace():
+    report = accelerate(nn.Linear(2, 2))
+    assert not report and str(report).startswith("Nothing was replaced.")
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [nf.flows.CoupledRationalQuadraticSpline(4, 1, 8)])
+    report = accelerate(flow)
+    assert not report and "CoupledRationalQuadraticSpline" in str(report)
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [nf.flows.Permute(4)])
+    assert "no coupling" in str(accelerate(flow))
+    assert "does not follow" in str(accelerate(branching_graph()))
+    # A layer that no flow holds, once, and not what is in it.
+    composite = nt.CompositeTransform([nt.LULinear(3), nt.LULinear(3)])
+    (left,) = accelerate(nn.ModuleDict({"net": mlp(2, 2), "alone": composite})).left
+    assert left.where == "alone" and "not in a flow" in left.reason
+
+
+def test_no_library_is_imported():
+    code = (
+        "import sys, torch, glf_fast; print(glf_fast.accelerate(torch.nn.Linear(1, 1)));"
+        "sys.exit(bool({'normflows', 'nflows', 'zuko', 'FrEIA'} & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("Nothing was replaced.")
+
+
+def branching_graph():
+    start = ff.InputNode(6)
+    split = ff.Node(start, fm.Split, {})
+    left = ff.Node(split.out0, fm.PermuteRandom, {})
+    joined = ff.Node([left.out0, split.out1], fm.Concat, {})
+    return ff.GraphINN([start, split, left, joined, ff.OutputNode(joined)])
+
+
+@pytest.mark.parametrize("build", [normflows_flow, nflows_flow, zuko_flow, freia_net])
+def test_twice_copied_and_saved(build):
+    """Accelerating again changes nothing; copies are independent; a state_dict loads into another one's."""
+    torch.manual_seed(7)
+    model, other = build(), build()
+    accelerate(model)
+    again = accelerate(model)
+    assert not again.replaced and all("fused before" in left.reason for left in again.left)
+    clone = copy.deepcopy(model)
+    accelerate(other)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(torch.ones_like(p))
+    saved = io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    saved.seek(0)
+    other.load_state_dict(torch.load(saved))
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    torch.save(model, saved := io.BytesIO())
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        for p in clone.parameters():
+            p.zero_()
+    assert any(bool(p.any()) for p in model.parameters())

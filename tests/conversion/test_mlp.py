@@ -1,0 +1,129 @@
+"""Reading networks: what is an MLP, in whatever way it is written, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glf_fast.conversion.layers import Unfusable
+from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, side_by_side, without_scale
+from glf_fast.reference import mlp
+
+
+class Functional(nn.Module):
+    """Activations as functions and methods, the inputs concatenated, a branch on None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 5), nn.Linear(5, 4, bias=False), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None:
+            x = torch.cat([x, context], dim=-1)
+        return self.c(F.relu(self.b(self.a(x).relu())))
+
+
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))) + x)
+
+
+def sequential(*activations: nn.Module, widths: tuple[int, ...] = (3, 5, 4, 6)) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(len(widths) - 1):
+        layers += [nn.Linear(widths[i], widths[i + 1]), activations[i % len(activations)]]
+    return nn.Sequential(*layers[:-1])
+
+
+NETWORKS = {
+    **{kind.__name__: (lambda kind=kind: sequential(kind())) for kind in (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.ELU)},
+    "leaky": lambda: sequential(nn.LeakyReLU()),
+    "leaky-0": lambda: sequential(nn.LeakyReLU(0.0)),
+    "one-activation-twice": lambda: sequential(*[nn.ReLU()] * 2),
+    "nested": lambda: nn.Sequential(
+        nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Tanh()), nn.Dropout(0.0), nn.Linear(5, 6)
+    ),
+    "functional": Functional,
+    "four-hidden": lambda: sequential(nn.ReLU(), widths=(3, 5, 4, 3, 2, 6)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_that_are_mlps(name: str) -> None:
+    network = NETWORKS[name]().double()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    read = read_mlp(network)
+    torch.testing.assert_close(mlp(x, read.weights, read.biases, read.activation), network(x))
+    assert all(mask.all() for mask in read.trained)
+    bias_free = {i for i, mask in enumerate(read.trained_bias) if not mask.any()}
+    assert bias_free == ({1} if name == "functional" else set())
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (lambda: nn.Linear(3, 2), "0 hidden layers"),
+        (lambda: sequential(nn.ReLU(), widths=(3,) * 7), "5 hidden layers"),
+        (lambda: sequential(nn.ReLU(), nn.Tanh()), "different activations: relu, tanh"),
+        (lambda: sequential(nn.LeakyReLU(0.2)), "LeakyReLU with slope 0.2"),
+        (lambda: sequential(nn.GELU("tanh")), "GELU by tanh"),
+        (lambda: sequential(nn.Softplus()), "Softplus.* is neither"),
+        (lambda: nn.Sequential(*sequential(nn.ReLU()), nn.Tanh()), "is not linear → activation → … → linear"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), "is not linear →"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)), "BatchNorm1d"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 2)), "dropout"),
+        (Skip, "Skip is not a chain"),
+        (lambda: sequential(*[nn.ReLU()], widths=(3, 3, 3)).append(nn.ReLU()), "is not linear →"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "has parametrizations"),
+    ],
+)
+def test_networks_that_are_not(network, reason: str) -> None:
+    with pytest.raises(Unfusable, match=reason):
+        read_mlp(network())
+
+
+def test_a_layer_used_twice_and_hooks_are_refused() -> None:
+    layer = nn.Linear(3, 3)
+    with pytest.raises(Unfusable, match="more than once"):
+        read_mlp(nn.Sequential(layer, nn.ReLU(), layer))
+    network = sequential(nn.ReLU())
+    network[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(Unfusable, match="forward hooks"):
+        read_mlp(network)
+
+
+def test_selecting_and_joining() -> None:
+    torch.manual_seed(0)
+    u, t = sequential(nn.Tanh(), widths=(5, 4, 3)).double(), sequential(nn.Tanh(), widths=(5, 7, 3)).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    t[0].requires_grad_(False)
+    both = side_by_side(read_mlp(u), read_mlp(t))
+    out = mlp(x, both.weights, both.biases, both.activation)
+    torch.testing.assert_close(out, torch.cat([u(x), t(x)], 1))
+    assert both.trained[0].sum() == 5 * 4 and both.trained[1].sum() == 4 * 3 + 7 * 3
+    assert both.trained_bias[0].tolist() == [True] * 4 + [False] * 7
+
+    order, factor = torch.tensor([5, 0, 3]), torch.tensor([2.0, 1.0, -1.0]).double()
+    chosen = select_outputs(both, order, factor)
+    torch.testing.assert_close(mlp(x, chosen.weights, chosen.biases, "tanh"), out[:, order] * factor)
+    fewer = select_inputs(both, torch.tensor([4, 1]))
+    masked = torch.zeros_like(x).index_copy(1, torch.tensor([1, 4]), x[:, [1, 4]])
+    torch.testing.assert_close(
+        mlp(x[:, [4, 1]], fewer.weights, fewer.biases, "tanh"), mlp(masked, both.weights, both.biases, "tanh")
+    )
+    additive = without_scale(read_mlp(t))
+    torch.testing.assert_close(
+        mlp(x, additive.weights, additive.biases, "tanh"), torch.cat([torch.zeros(6, 3).double(), t(x)], 1)
+    )
+    assert not additive.trained[-1][:, :3].any() and additive.trained[-1][:, 3:].all()
+
+    with pytest.raises(Unfusable, match="share parameters"):
+        side_by_side(read_mlp(u), read_mlp(u))
+    with pytest.raises(Unfusable, match="differ in depth"):
+        side_by_side(read_mlp(u), read_mlp(sequential(nn.Tanh())))

@@ -1,0 +1,175 @@
+"""zuko's flows, converted: couplings of every mask, kind and slope, linear layers, hybrids, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import zuko
+from torch import nn
+from zuko.distributions import DiagNormal
+from zuko.flows import MAF, NICE, NSF, GeneralCouplingTransform, RealNVP
+from zuko.lazy import Flow, LazyInverse, UnconditionalDistribution, UnconditionalTransform
+from zuko.transforms import (
+    AdditiveTransform,
+    LULinearTransform,
+    MonotonicAffineTransform,
+    MonotonicRQSTransform,
+    PermutationTransform,
+    RotationTransform,
+)
+
+from glf_fast import CouplingFlow
+from glf_fast.conversion import ConversionError, convert
+from glf_fast.conversion.padded import Padded
+
+
+@pytest.fixture
+def library(Library):
+    def inverse(flow, z, context):
+        base = flow.base(None).base_dist
+        return flow.transform(context).inv(base.loc + z * base.scale)
+
+    return Library(lambda flow, x, context: flow(context).log_prob(x), inverse)
+
+
+def standard(dim: int, buffer: bool = True) -> UnconditionalDistribution:
+    return UnconditionalDistribution(DiagNormal, torch.zeros(dim), torch.ones(dim), buffer=buffer)
+
+
+def couplings(dim: int, context: int, n: int = 3, **options) -> list[GeneralCouplingTransform]:
+    return [
+        GeneralCouplingTransform(dim, context, torch.randperm(dim) < 1 + k % (dim - 1), **options) for k in range(n)
+    ]
+
+
+def linear_layers(dim: int) -> list[UnconditionalTransform]:
+    near_one = torch.eye(dim) + 0.1 * torch.randn(dim, dim)
+    return [
+        UnconditionalTransform(LULinearTransform, near_one),
+        UnconditionalTransform(RotationTransform, torch.randn(dim, dim), buffer=True),
+        UnconditionalTransform(PermutationTransform, torch.randperm(dim), buffer=True),
+        UnconditionalTransform(
+            torch.distributions.AffineTransform, loc=torch.randn(dim), scale=torch.rand(dim) + 0.5, buffer=True
+        ),
+    ]
+
+
+def mixed(dim: int, context: int) -> list:
+    return [t for pair in zip(couplings(dim, context, 4), linear_layers(dim), strict=True) for t in pair]
+
+
+# name → (D, C) → flow
+FLOWS: dict[str, Callable[[int, int], nn.Module]] = {
+    "RealNVP": lambda d, c: RealNVP(d, c, transforms=4),
+    "NICE-randmask": lambda d, c: NICE(d, c, transforms=4, randmask=True, hidden_features=(9, 17)),
+    "deep-elu": lambda d, c: RealNVP(d, c, transforms=2, activation=nn.ELU, hidden_features=(5, 6, 7, 8)),
+    "masks": lambda d, c: Flow(couplings(d, c, 5), standard(d)),
+    "slope": lambda d, c: Flow(couplings(d, c, univariate=partial(MonotonicAffineTransform, slope=1e-5)), standard(d)),
+    "additive": lambda d, c: Flow(couplings(d, c, univariate=AdditiveTransform, shapes=((),)), standard(d)),
+    "linear": lambda d, c: Flow(mixed(d, c), standard(d)),
+    "trained-base": lambda d, c: Flow(couplings(d, c), standard(d, buffer=False)),
+    "inverse": lambda d, c: Flow([LazyInverse(t) for t in couplings(d, c)] + linear_layers(d)[:1], standard(d)),
+    "hybrid": lambda d, c: Flow(
+        [*couplings(d, c, 2), NSF(d, c, transforms=1).transform, *couplings(d, c, 2)], standard(d)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize(("dim", "context"), [(2, 0), (5, 2), (6, 1)])
+def test_every_class(library, prove, shake, name: str, dim: int, context: int) -> None:
+    prove(library, shake(FLOWS[name](dim, context), 0.1), dim, context)
+
+
+def test_float32_is_at_least_as_close_to_the_truth(library, shake, float32_errors) -> None:
+    errors = [float32_errors(library, shake(make(5, 2), 0.1), 5, 2) for make in FLOWS.values()]
+    ratios = torch.tensor([ours / theirs for ours, theirs in errors])
+    assert ratios.log().mean().exp() <= 1, ratios
+
+
+def test_alternating_masks_become_one_launch() -> None:
+    flow = convert(RealNVP(6, 2, transforms=8))
+    stacked = [m for m in flow.modules() if isinstance(m, CouplingFlow)]
+    assert [m.config["steps"] for m in stacked] == [8]
+    assert stacked[0].config["linear"] == "permutation" and not stacked[0].config["actnorm"] and not stacked[0].held
+    odd = convert(RealNVP(5, 2, transforms=8))
+    assert isinstance(odd, Padded) and odd.flow.config["dim"] == 6
+
+
+def test_the_slope_comes_from_the_object() -> None:
+    """Its default was 1e-3, then 1e-4, then 1e-3 again; a state_dict knows nothing of it."""
+    for slope in (1e-3, 1e-4, 0.2):
+        transforms = couplings(4, 0, univariate=partial(MonotonicAffineTransform, slope=slope))
+        flow = convert(Flow(transforms, standard(4)))
+        (stacked,) = [m for m in flow.modules() if isinstance(m, CouplingFlow)]
+        assert stacked.config["log_scale_constant"] == slope
+
+
+def test_a_trained_checkpoint_of_the_library(library, prove, tmp_path) -> None:
+    flow = RealNVP(3, 2, transforms=3, hidden_features=(32, 32))
+    x, context = torch.randn(512, 3).cumsum(1), torch.randn(512, 2)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    for _ in range(40):
+        loss = -flow(context).log_prob(x).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save(flow.state_dict(), tmp_path / "flow.pt")
+    loaded = RealNVP(3, 2, transforms=3, hidden_features=(32, 32))
+    loaded.load_state_dict(torch.load(tmp_path / "flow.pt"))
+    prove(library, loaded, 3, 2)
+    torch.testing.assert_close(convert(loaded).log_prob(x, context).mean(), -loss, rtol=0.05, atol=0.05)
+
+
+def test_frozen_parts_stay_frozen(library, prove, shake) -> None:
+    flow = shake(Flow(mixed(5, 1), standard(5)), 0.1)
+    first, second = [t for t in flow.transform.transforms if isinstance(t, GeneralCouplingTransform)][:2]
+    first.requires_grad_(False)
+    second.hyper[0].requires_grad_(False)
+    converted = prove(library, flow, 5, 1)
+    frozen = convert(flow.requires_grad_(False))
+    assert any(p.requires_grad for p in converted.parameters())
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_what_stays_as_it_is_says_why(library, prove, shake) -> None:
+    """Splines, trained rotations, normalizing networks and tied networks are kept within a hybrid."""
+    spline = GeneralCouplingTransform(4, 0, univariate=MonotonicRQSTransform, shapes=((8,), (8,), (7,)))
+    rotation = UnconditionalTransform(RotationTransform, torch.randn(4, 4))
+    normalized = GeneralCouplingTransform(4, 0, normalize=True)
+    tied = couplings(4, 0, 2)
+    tied[1].hyper = tied[0].hyper
+    tied[1].mask = tied[0].mask.clone()
+    flow = shake(Flow([*couplings(4, 0), spline, rotation, normalized, *tied], standard(4)), 0.1)
+    converted = prove(library, flow, 4)
+    kinds = [type(layer).__name__ for layer in converted.layers]
+    assert kinds.count("KeptTransform") == 5
+    a, b = converted.layers[-2:]
+    assert a.transform.hyper is b.transform.hyper, "tied before, tied after"
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [
+        (
+            lambda: MAF(3, transforms=2),
+            "no coupling that can be fused.*MaskedAutoregressiveTransform is not a coupling",
+        ),
+        (lambda: RealNVP(3, hidden_features=(4,) * 5), "5 hidden layers; one to four"),
+        (lambda: RealNVP(3, activation=nn.Softplus), "Softplus.* is neither a linear layer nor one of the activations"),
+        (lambda: RealNVP(3, activation=partial(nn.ELU, alpha=0.5)), "ELU with alpha 0.5"),
+        (
+            lambda: Flow(
+                couplings(3, 0), UnconditionalDistribution(zuko.distributions.BoxUniform, -torch.ones(3), torch.ones(3))
+            ),
+            "base distribution BoxUniform",
+        ),
+        (lambda: nn.Linear(2, 2), "Linear is no flow of nflows, zuko, normflows, FrEIA"),
+    ],
+)
+def test_refusals_name_layer_and_reason(flow, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        convert(flow())

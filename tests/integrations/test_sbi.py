@@ -1,0 +1,199 @@
+"""sbi's NPE with our density estimator."""
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from sbi.inference import NPE
+from sbi.utils import BoxUniform
+from torch import nn
+
+from glf_fast.integrations.sbi import CouplingFlowEstimator, coupling_flow
+
+PRIOR = BoxUniform(-torch.ones(3), torch.ones(3))
+
+
+def simulate(theta: torch.Tensor) -> torch.Tensor:
+    """A linear Gaussian: x = (θ₁, θ₂ + θ₃) + 0.2·noise, in units of their own."""
+    return 100 * torch.stack([theta[:, 0], theta[:, 1] + theta[:, 2]], 1) + 20 * torch.randn(len(theta), 2) + 7
+
+
+def simulations(n: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    theta = PRIOR.sample((n,))
+    return theta, simulate(theta)
+
+
+def built(**options: Any) -> CouplingFlowEstimator:
+    theta, x = simulations()
+    made = coupling_flow(**{"steps": 3, "hidden": (16,), **options})(theta, x)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[NPE, CouplingFlowEstimator]:
+    theta, x = simulations(4000)
+    trainer = NPE(PRIOR, density_estimator=coupling_flow(steps=5, hidden=(32, 32)), show_progress_bars=False)
+    estimator = trainer.append_simulations(theta, x).train(learning_rate=2e-3, stop_after_epochs=8)
+    return trainer, estimator
+
+
+def test_posterior_is_the_true_one(trained: Any) -> None:
+    """Against the posterior on a grid: each marginal's mean and deviation, and that of θ₂ + θ₃, which alone is measured."""
+    posterior = trained[0].build_posterior()
+    x = torch.tensor([[37.0, -23.0]])
+    torch.manual_seed(1)
+    samples = posterior.sample((20_000,), x=x, show_progress_bars=False)
+    assert samples.shape == (20_000, 3) and PRIOR.log_prob(samples).isfinite().all()
+    ticks = torch.linspace(-1, 1, 101)
+    theta = torch.cartesian_prod(ticks, ticks, ticks)
+    mean = torch.stack([theta[:, 0], theta[:, 1] + theta[:, 2]], 1)
+    weights = torch.softmax(-0.5 * (((x - 7) / 100 - mean) / 0.2).square().sum(1), 0)
+    for name, f in {"θ₁": lambda t: t[:, 0], "θ₂": lambda t: t[:, 1], "θ₂ + θ₃": lambda t: t[:, 1] + t[:, 2]}.items():
+        mean, spread = (weights * f(theta)).sum(), f(samples).std()
+        wanted = (weights * (f(theta) - mean).square()).sum().sqrt()
+        assert abs(f(samples).mean() - mean) < 0.3 * wanted, name
+        assert 0.8 < spread / wanted < 1.25, name
+
+
+def test_posterior_does_all_that_it_should(trained: Any) -> None:
+    trainer, _ = trained
+    posterior = trainer.build_posterior()
+    x = simulate(PRIOR.sample((4,)))
+    batched = posterior.sample_batched((6,), x=x, show_progress_bars=False)
+    assert batched.shape == (6, 4, 3)
+    assert posterior.log_prob_batched(batched, x=x).shape == (6, 4)
+    assert posterior.log_prob(batched[:, 0], x=x[:1]).isfinite().all()
+    again = pickle.loads(pickle.dumps(posterior))
+    torch.testing.assert_close(*(
+        # Without the share of q outside the prior, which is estimated by sampling.
+        p.log_prob(batched[:, 0], x=x[:1], norm_posterior=False) for p in (again, posterior)
+    ))  # fmt: skip
+    posterior.set_default_x(x[:1])
+    assert posterior.map(num_iter=20, num_to_optimize=5, show_progress_bars=False).shape == (1, 3)
+
+
+def test_training_moved_all_parameters(trained: Any) -> None:
+    _, estimator = trained
+    fresh = coupling_flow(steps=5, hidden=(32, 32))(*simulations(4000))
+    for name, p in estimator.named_parameters():
+        assert not torch.equal(p, dict(fresh.named_parameters())[name]), name
+
+
+def test_second_round(recwarn: pytest.WarningsRecorder) -> None:
+    """The atomic loss, which compares each θ with many: batches of (samples, batch) in training."""
+    theta, x = simulations(300)
+    trainer = NPE(PRIOR, density_estimator=coupling_flow(steps=2, hidden=(8,)), show_progress_bars=False)
+    with pytest.warns(UserWarning, match="not yet fully converged"):
+        trainer.append_simulations(theta, x).train(max_num_epochs=2)
+    proposal = trainer.build_posterior().set_default_x(x[:1])
+    theta = proposal.sample((300,), show_progress_bars=False)
+    with pytest.warns(UserWarning, match="not yet fully converged"):
+        trainer.append_simulations(theta, simulate(theta), proposal=proposal).train(max_num_epochs=2)
+    assert math.isfinite(trainer.summary["best_validation_loss"][-1])
+
+
+def test_shapes_are_sbis() -> None:
+    """Every combination that sbi's own estimator takes, and the same answer's shape."""
+    from sbi.neural_nets import posterior_nn
+
+    theirs, ours = posterior_nn("maf")(*simulations()), built()
+    for theta, x in (
+        ((5, 4, 3), (4, 2)), ((4, 3), (4, 2)), ((5, 4, 3), (1, 2)), ((5, 1, 3), (4, 2)),
+        ((5, 4, 3), (5, 4, 2)), ((1, 4, 3), (4, 2)),
+    ):  # fmt: skip
+        a, b = torch.randn(theta), torch.randn(x)
+        assert ours.log_prob(a, b).shape == theirs.log_prob(a, b).shape, (theta, x)
+    x = torch.randn(4, 2)
+    assert ours.loss(torch.randn(4, 3), x).shape == (4,)
+    for sample_shape in ((5,), (5, 2), ()):
+        sample_shape = torch.Size(sample_shape)
+        assert ours.sample(sample_shape, x).shape == (*sample_shape, 4, 3)
+        assert ours.sample_and_log_prob(sample_shape, x)[1].shape == (*sample_shape, 4)
+
+
+def test_values_agree_with_one_another() -> None:
+    ours = built()
+    theta, x = simulations(4)
+    log_prob = ours.log_prob(theta[None], x)
+    torch.testing.assert_close(ours.loss(theta, x), -log_prob[0])
+    for i in range(4):  # each row alone
+        torch.testing.assert_close(ours.log_prob(theta[i, None], x[i, None]), log_prob[:, i, None])
+    samples, log_prob = ours.sample_and_log_prob(torch.Size((7,)), x)
+    torch.testing.assert_close(ours.log_prob(samples, x), log_prob, rtol=1e-4, atol=1e-4)
+    z = ours.inverse_transform(theta, x)
+    assert z.shape == (4, 3) and ours.inverse_transform(theta, x[:1]).shape == (4, 3)
+    context = ours.embedding_net(x)
+    torch.testing.assert_close(ours.net.inverse(z, context)[0], theta, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("z_score", ["independent", "structured", "none"])
+def test_standardisation_is_part_of_the_density(z_score: str) -> None:
+    """log q in the units of θ, whatever is done inside: the samples' density integrates to one."""
+    ours = built(z_score_theta=z_score, z_score_x=z_score).double()
+    x = simulations(1)[1].double()
+    samples, log_prob = ours.sample_and_log_prob(torch.Size((50_000,)), x)
+    samples, log_prob = samples[:, 0], log_prob[:, 0]
+    narrow = torch.distributions.MultivariateNormal(samples.mean(0), 0.2 * samples.T.cov())
+    assert (narrow.log_prob(samples) - log_prob).exp().mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_units_do_not_matter() -> None:
+    """Simulations in other units train to the same density: what makes standardisation worth its while."""
+    losses = []
+    for unit, origin in ((1.0, 0.0), (1e6, 0.0), (1e-6, 0.0), (1.0, 1e4)):
+        theta, x = simulations(500)
+        theta, x = theta * unit + origin, x * unit + origin
+        torch.manual_seed(1)
+        ours = coupling_flow(steps=2, hidden=(8,))(theta, x)
+        optimizer = torch.optim.Adam(ours.parameters(), 5e-3)
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss = ours.loss(theta, x).mean()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item() - 3 * math.log(unit))
+    assert losses[1:] == pytest.approx(3 * losses[:1], abs=0.02)
+
+
+def test_standardisation_keeps_the_digits_of_a_large_mean() -> None:
+    theta, x = simulations(300)
+    theta = theta + 1e4
+    standardise = coupling_flow(steps=2, hidden=(8,))(theta, x).net.layers[0]
+    z, _ = standardise(theta)
+    exact, _ = copy.deepcopy(standardise).double()(theta.double())
+    torch.testing.assert_close(z.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(standardise.inverse(z)[0], theta)
+
+
+def test_embedding_net() -> None:
+    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+    theta, _ = simulations(300)
+    x = torch.randn(300, 2, 8)
+    net(x)
+    before = copy.deepcopy(net.state_dict())
+    trainer = NPE(
+        PRIOR, density_estimator=coupling_flow(steps=2, hidden=(8,), embedding_net=net), show_progress_bars=False
+    )
+    with pytest.warns(UserWarning, match="not yet fully converged"):
+        estimator = trainer.append_simulations(theta, x).train(max_num_epochs=3)
+    trained = dict(estimator.embedding_net[1].named_parameters())
+    assert all(not torch.equal(p, before[name]) for name, p in trained.items())
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())  # a copy was trained
+    assert trainer.build_posterior().sample((5,), x=x[:1], show_progress_bars=False).shape == (5, 3)
+
+
+def test_refusals() -> None:
+    theta, x = simulations(10)
+    with pytest.raises(ValueError, match=r"one parameter"):
+        coupling_flow()(theta[:, :1], x)
+    with pytest.raises(ValueError, match=r"context of shape \(10, 2, 1\).*embedding_net"):
+        coupling_flow()(theta, x[..., None])
+    with pytest.raises(ValueError, match="z_score_theta must be"):
+        coupling_flow(z_score_theta="transform_to_unconstrained")(theta, x)

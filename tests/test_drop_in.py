@@ -1,0 +1,47 @@
+"""docs/drop-in.md: its programs run, and its table is made of results."""
+
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import drop_in
+from bench.results import Result, Results, stats
+
+PAGE = Path(__file__).parent.parent / "docs" / "drop-in.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+
+
+@pytest.mark.filterwarnings("ignore:Maximum number of epochs")
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n", 1)[0])
+def test_programs_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "drop-in.md", "exec"), {"__name__": "drop_in"})
+
+
+def test_table_is_made_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def result(suite: str, case: str, mode: str, provider: str, times: list[float], **info: Any) -> Result:
+        return Result(suite, case, mode, provider, stats(times), info)
+
+    scores = [0.6, 0.7]
+    found = Results(
+        {"cpu": {"brand_raw": "A processor"}, "cores": 2, "torch": "2.13"},
+        "2026-01-02T03:04",
+        [
+            result("convert", "small of zuko", "train", "original", [3.0]),
+            result("convert", "small of zuko", "train", "glf_fast", [2.0]),
+            result("two_moons", "two-moons", "npe", "sbi", [60.0], c2st=scores, simulations=10),
+            result("two_moons", "two-moons", "npe", "glf_fast", [20.0], c2st=scores, simulations=10),
+        ],
+    )
+    text = "\n".join(drop_in.lines(found))
+    assert "| small of zuko | 1.5 |" in text and "A processor, 2 cores, torch 2.13, 2026-01-02" in text
+    assert f"| sbi | 60 s | 0.650 ± {statistics.stdev(scores):.3f} | 2 |" in text and "| glf_fast | 20 s |" in text
+    assert not list(drop_in.lines(Results(found.machine, found.date, [])))
+
+
+def test_page_has_its_place_for_the_table() -> None:
+    begin, end = (PAGE.read_text().index(mark) for mark in drop_in.MARKS)
+    assert begin < end
