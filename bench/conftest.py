@@ -12,10 +12,12 @@ from bench import machine, walltime
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="time each pass once or so: only to see that everything runs")
+    parser.addoption("--long", action="store_true", help="also sbi's NPE on two moons: minutes for one comparison")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(walltime.THREADS)
+    if torch.get_num_threads() != walltime.THREADS:  # after the call itself torch.linalg is wrong: docs/traps.md
+        torch.set_num_threads(walltime.THREADS)
     if config.getoption("--quick"):
         walltime.quick()
 

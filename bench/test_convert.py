@@ -21,7 +21,7 @@ from bench.check import why_wrong
 from bench.walltime import Contestant, compete, report
 from glf_fast import convert
 
-SECONDS = 5.0  # for both
+SECONDS = 3.0  # for both
 CASES = [FLOWS["glf-mnist"], FLOWS["sbi"]]
 TASKS = [(library, case, mode) for case in CASES for library in LIBRARIES for mode in MODES]
 

@@ -1,6 +1,6 @@
 """sbi's NPE on two moons: its default estimator and ours, on the same simulations, by wall time and posterior quality.
 
-    pytest bench/test_two_moons.py --benchmark-only -s        # some minutes, alone on the machine
+    pytest bench/test_two_moons.py --long --benchmark-only -s        # some minutes, alone on the machine
 
 Time is that of `NPE.train()` with sbi's default settings, until its own stopping rule: one run a seed, both estimators in turn.
 Quality is C2ST by sbi's own function, which is not timed.
@@ -47,7 +47,10 @@ def test_two_moons(
     name: str, benchmark: BenchmarkFixture, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> None:
     pytest.importorskip("sbi", reason="sbi is not installed (make bench installs it)")
-    seeds, simulations = (2, 500) if pytestconfig.getoption("--quick") else (SEEDS, SIMULATIONS)
+    quick = pytestconfig.getoption("--quick")
+    if not (quick or pytestconfig.getoption("--long")):
+        pytest.skip("sbi on two moons takes minutes: --long")
+    seeds, simulations = (2, 500) if quick else (SEEDS, SIMULATIONS)
     before = Path.cwd()
     try:
         found = runs(tmp_path_factory.getbasetemp(), seeds, simulations)[name]
