@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint bench gpu clean
+.PHONY: train test lint bench gate gpu clean
 
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
@@ -21,6 +21,11 @@ test: $(VENV)/test.stamp
 # Alone on the machine: a neighbour falsifies every time.
 bench: $(VENV)/bench.stamp
 	$(RUN) -m pytest bench --benchmark-only $(ARGS)
+
+# Every Triton kernel that is shipped, for three architectures, with the installed Triton and the GPU machine's: an hour on one core.
+gate: $(VENV)/test.stamp
+	test -d build/triton-3.6.0 || $(PIP) install --quiet --no-deps --target build/triton-3.6.0 triton==3.6.0
+	$(RUN) tools/compile_gate.py --triton build/triton-3.6.0 $(ARGS)
 
 # On a machine with a GPU and no network: uses the Python that is there. Results go to $$OUT, or gpu-results.
 gpu:

@@ -1,6 +1,6 @@
 """The whole coupling flow in one launch: data → noise, or with INVERSE noise → data.
 
-For k = 0 … K−1 (INVERSE: K−1 … 0), every row for itself and never leaving the chip:
+For k = 0 … K−1 (INVERSE: K−1 … 0), every row for itself:
 
     forward   (p, v) = x A_k + c_k;   (u, t) = MLP_k([p, context]);   x ← [p, v·e^f(u) + t]
     INVERSE   (u, t) = MLP_k([p, context]);   v = (w − t)·e^−f(u);    x ← ([p, v] − c_k) A_k⁻¹
@@ -28,7 +28,7 @@ __all__ = ["couple", "flow_forward", "flow_kernel", "specialization"]
 
 @triton.jit
 def couple(v, t, scale, ADD_FIRST: tl.constexpr, UNDO: tl.constexpr):
-    """w = v·e^ℓ + t (ADD_FIRST: (v + t)·e^ℓ) with scale = e^ℓ; UNDO with scale = e^−ℓ: v from w."""
+    """w [BM, HALF] = v·e^ℓ + t (ADD_FIRST: (v + t)·e^ℓ) with scale = e^ℓ; UNDO with scale = e^−ℓ: v from w."""
     if UNDO:
         return v * scale - t if ADD_FIRST else (v - t) * scale
     else:
@@ -54,7 +54,7 @@ def flow_kernel(
     context += first * C
     scratch = out + first * D  # until the result is there
     p, v = load_halves(x + first * D, row, live, D, HALF)  # [BM, HALF]
-    total = tl.zeros((BM,), p.dtype)  # Σ ℓ
+    total = tl.zeros((BM,), p.dtype)  # [BM], Σ ℓ
 
     for i in range(steps):
         k = one * (steps - 1 - i) if INVERSE else one * i
@@ -65,6 +65,7 @@ def flow_kernel(
             p, v = affine(p, v, scratch, row, live, matrix + k * (D * D), D, HALF, False, BK, MAP)
             p += c_p
             v += c_v
+        # u, t: [BM, HALF]
         u, t = mlp(
             p, context, weights, biases, hidden, hidden, row, live, k, D, C, HIDDEN, COLUMNS, ROW_STRIDE,
             ACTIVATION, STAGED, False, BN, BK, MLP,

@@ -66,7 +66,7 @@ def flow_backward_kernel(
         g_p = -g_p * g_logdet
         g_v = -g_v * g_logdet
     if not SAVED:
-        x_p, x_v = load_halves(state + first * D, row, live, D, HALF)  # what the step at hand returned
+        x_p, x_v = load_halves(state + first * D, row, live, D, HALF)  # [BM, HALF], what the step at hand returned
 
     for i in range(steps):
         k = one * i if INVERSE else one * (steps - 1 - i)
@@ -76,7 +76,7 @@ def flow_backward_kernel(
         U = unmatrix + k * (D * D)
         c_p, c_v = load_offset(offset + k * D, D, HALF)  # [1, HALF]
 
-        # p, and the transformed half: v where it comes from the affine map, w where it is the coupling's other side.
+        # p, and the transformed half [BM, HALF]: v where it comes from the affine map, w where it is the coupling's other side.
         if INVERSE:
             store_halves(map_grad + rows_of_maps, g_p, g_v, row, live, D, HALF)
             g_p, g_v = affine(g_p, g_v, scratch, row, live, A, D, HALF, True, BK, MAP)
@@ -89,6 +89,7 @@ def flow_backward_kernel(
             p += c_p
             v += c_v
         store_tile(hidden + kept + RAW, p, row, live, ROW_STRIDE, half, P)
+        # u, t: [BM, HALF]
         u, t = mlp(
             p, context, weights, biases, hidden + kept, slopes + kept, row, live, k, D, C, HIDDEN, COLUMNS, ROW_STRIDE,
             ACTIVATION, True, True, BN, BK, MLP,
@@ -97,7 +98,7 @@ def flow_backward_kernel(
         if INVERSE == SAVED:
             v = couple(v, t, tl.exp(-ell), ADD_FIRST, True)
 
-        # The affine map's input; in reversible mode also what the step before this one returned.
+        # The affine map's input [BM, HALF]; in reversible mode also what the step before this one returned.
         if INVERSE:
             store_halves(map_in + rows_of_maps, p - c_p, v - c_v, row, live, D, HALF)
             if not SAVED:
@@ -107,7 +108,7 @@ def flow_backward_kernel(
             x_p, x_v = affine(p - c_p, v - c_v, scratch, row, live, U, D, HALF, False, BK, MAP)
             store_halves(map_in + rows_of_maps, x_p, x_v, row, live, D, HALF)
 
-        # The coupling.
+        # The coupling: g_scaled, g_t, g_ell, g_u [BM, HALF].
         if INVERSE:
             g_scaled = g_v * tl.exp(-ell)
             g_t = -g_v if ADD_FIRST else -g_scaled
@@ -119,11 +120,11 @@ def flow_backward_kernel(
         g_u = keep_columns(g_ell * log_scale_slope(u, LOG_SCALE, CONSTANT), half, T)
         store_tile(slopes + kept + RAW, g_u, row, live, ROW_STRIDE, half, T)
         store_tile(slopes + kept + RAW + T, g_t, row, live, ROW_STRIDE, half, T)
-        g_p += mlp_backward(
+        g_p += mlp_backward(  # [BM, HALF]
             g_u, g_t, weights, hidden + kept, slopes + kept, row, live, k, D, C, HIDDEN, COLUMNS, ROW_STRIDE,
             ACTIVATION, BN, BK, MLP,
         )  # fmt: skip
-        g_v = g_scaled
+        g_v = g_scaled  # [BM, HALF]
         if not INVERSE:
             store_halves(map_grad + rows_of_maps, g_p, g_v, row, live, D, HALF)
             g_p, g_v = affine(g_p, g_v, scratch, row, live, A, D, HALF, True, BK, MAP)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["FEW", "KERNELS", "PRECISIONS", "SIZES", "Launch", "entries", "launch_for"]
+__all__ = ["FEW", "KERNELS", "PRECISIONS", "SIZES", "Launch", "entries", "key_for", "launch_for"]
 
 # Largest D and hidden width of a size class; a flow belongs to the first one that holds it.
 SIZES = {"small": (32, 64), "medium": (64, 256), "large": (128, 512), "huge": (256, 512)}
@@ -61,18 +61,20 @@ def _architecture(index: int) -> str:
     return {9: "90", 10: "100"}.get(torch.cuda.get_device_capability(index)[0], "80")
 
 
+def key_for(backward: bool, dim: int, hidden: Sequence[int], precision: str, batch: int) -> str:
+    """The table's key of a flow of D columns and these hidden widths, for operands of this precision and a batch."""
+    size = next(name for name, (d, h) in SIZES.items() if dim <= d and max(hidden) <= h)
+    kernel = "backward" if backward else "deep" if len(hidden) > 2 else "forward"
+    return f"{kernel} {size} {precision} {'few' if batch <= FEW else 'many'}"
+
+
 def launch_for(
     backward: bool, dim: int, hidden: Sequence[int], precision: str, batch: int, device: torch.device
 ) -> Launch:
-    """The launch of a flow of D columns and these hidden widths, for operands of this precision and a batch."""
-    deep = len(hidden) > 2
+    """The launch of a flow, as in `key_for`, on a device."""
     if device.type == "cpu":
-        return INTERPRETED._replace(staged=deep or max(hidden) > 64)
-    size = next(name for name, (d, h) in SIZES.items() if dim <= d and max(hidden) <= h)
-    kernel = "backward" if backward else "deep" if deep else "forward"
-    return _table()[_architecture(device.index or 0)][
-        f"{kernel} {size} {precision} {'few' if batch <= FEW else 'many'}"
-    ]
+        return INTERPRETED._replace(staged=len(hidden) > 2 or max(hidden) > 64)
+    return _table()[_architecture(device.index or 0)][key_for(backward, dim, hidden, precision, batch)]
 
 
 def entries(arch: int) -> Iterator[tuple[str, Launch]]:

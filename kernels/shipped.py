@@ -1,4 +1,8 @@
-"""The kernels as they are shipped, one of each entry of the launch table: for the compile gate and the tuning script."""
+"""The kernels as they are shipped: for the compile gate and the tuning script.
+
+Of every entry of the launch table the largest flow that it serves, whose padding masks all fall away; and for sm_90, on which
+they are benchmarked, everything that users of the named flows run.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,24 @@ from collections.abc import Iterator
 from glf_fast.kernels import affine_coupling, coupling_flow, coupling_flow_backward
 from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions
 from glf_fast.kernels.launch import Specialization
-from glf_fast.kernels.launch_table import SIZES, Launch, entries
+from glf_fast.kernels.launch_table import SIZES, Launch, entries, key_for
 
-__all__ = ["shipped", "specialize"]
+__all__ = ["FLOWS", "kernels", "shipped"]
+
+# D, hidden widths, context, rows: those of bench/cases.py. K does not occur in a kernel, so the memory case (K = 64, 4,096
+# rows) runs those of glf-cifar.
+FLOWS = {
+    "sbi": (8, (50, 50), 16, 200),
+    "glf-mnist": (20, (64, 64), 0, 256),
+    "glf-cifar": (64, (256, 256), 0, 256),
+    "throughput": (64, (256, 256), 0, 65_536),
+    "wide": (128, (512, 512), 0, 4_096),
+}
+# torch's matmul precision → operands of the affine maps, of the MLPs. "high" is in the entries.
+OPERANDS = {"highest": (FULL_PRECISION, FULL_PRECISION), "medium": ("tf32", "bf16")}
 
 
-def specialize(key: str, how: Launch) -> Specialization:
+def of_entry(key: str, how: Launch) -> Specialization:
     """The default flow (relu, tanh) of an entry's largest size: two hidden layers, "deep" ones four."""
     kernel, size, precision, _ = key.split()
     dim, width = SIZES[size]
@@ -21,11 +37,35 @@ def specialize(key: str, how: Launch) -> Specialization:
     maps = FULL_PRECISION if precision == "bf16" else precision
     options = FlowOptions("relu", "tanh", 2.0, False, False, maps, precision)
     module = coupling_flow_backward if kernel == "backward" else coupling_flow
-    return module.specialization(f"{key} BM {how.rows}", dim, hidden, 0, options, True, how)
+    return module.specialization(key, dim, hidden, 0, options, True, how)
+
+
+def of_flows(key: str, how: Launch) -> Iterator[Specialization]:
+    """All kernels of the named flows that an entry launches: both directions, with what they save or without."""
+    backward = key.startswith("backward")
+    module = coupling_flow_backward if backward else coupling_flow
+    for name, (dim, hidden, context_dim, rows) in FLOWS.items():
+        for precision, (maps, mlp) in OPERANDS.items():
+            if key_for(backward, dim, hidden, mlp, rows) != key:
+                continue
+            for inverse in (True, False):
+                options = FlowOptions("relu", "tanh", 2.0, False, inverse, maps, mlp)
+                direction = ("backward of " if backward else "") + ("inverse" if inverse else "forward")
+                for saved in (True, False):
+                    memory = "saved" if saved else "reversible" if backward else "alone"
+                    what = f"{name} {precision} {direction}, {memory}"
+                    yield module.specialization(what, dim, hidden, context_dim, options, saved, how)
+
+
+def kernels(key: str, how: Launch, arch: int) -> Iterator[Specialization]:
+    """What one entry of sm_`arch`'s launch table launches."""
+    if arch == 90:
+        yield from of_flows(key, how)
+    yield of_entry(key, how)
 
 
 def shipped(arch: int) -> Iterator[Specialization]:
     """All of them for sm_`arch`, and the elementwise coupling, which is launched alike everywhere."""
     for key, how in entries(arch):
-        yield specialize(key, how)
+        yield from kernels(key, how, arch)
     yield from affine_coupling.specializations()

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Compiler", "Resources", "resources"]
+__all__ = ["Compiler", "Resources", "compiled", "resources"]
 
 
 class Resources(NamedTuple):
@@ -26,8 +26,8 @@ class Resources(NamedTuple):
     shared: int
 
 
-def resources(spec: Any, arch: int) -> Resources:
-    """Compile a `glf_fast.kernels.launch.Specialization` for sm_`arch` in this process. Not under TRITON_INTERPRET."""
+def compiled(spec: Any, arch: int) -> Any:
+    """A `glf_fast.kernels.launch.Specialization`, compiled for sm_`arch` in this process. Not under TRITON_INTERPRET."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -41,15 +41,22 @@ def resources(spec: Any, arch: int) -> Resources:
             if kind.startswith("*"):
                 aligned[path] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, spec.signature, spec.constexprs, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(spec: Any, arch: int) -> Resources:
+    """What a kernel takes, by compiling it."""
+    import triton
+
+    kernel = compiled(spec, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", dump.stdout)
     assert found, dump.stdout
-    return Resources(int(found[1]), int(found[2]), compiled.metadata.shared)
+    return Resources(int(found[1]), int(found[2]), kernel.metadata.shared)
 
 
 class Compiler:
@@ -66,13 +73,22 @@ class Compiler:
         assert self.process.stdout
         self.version = self.process.stdout.readline().strip()
 
-    def resources(self, spec: Any, arch: int) -> Resources | None:
-        """What the kernel takes; None where this Triton cannot compile it."""
-        assert self.process.stdin and self.process.stdout
+    def ask(self, spec: Any, arch: int) -> None:
+        """Start to compile a kernel; `answer` waits for the end."""
+        assert self.process.stdin
         request = [spec.kernel.__module__, spec.kernel.__name__, *spec[2:], arch]
         self.process.stdin.write(json.dumps(request) + "\n")
-        answer = json.loads(self.process.stdout.readline())
-        return answer and Resources(*answer)
+
+    def answer(self) -> Resources | None:
+        """What the kernel takes; None where this Triton cannot compile it."""
+        assert self.process.stdout
+        found = json.loads(self.process.stdout.readline())
+        return found and Resources(*found)
+
+    def resources(self, spec: Any, arch: int) -> Resources | None:
+        """`ask` and `answer`."""
+        self.ask(spec, arch)
+        return self.answer()
 
     def close(self) -> None:
         """End the process."""

@@ -1,12 +1,14 @@
 """Makes kernels/launch_table.json: how each flow kernel is launched.
 
     python tools/tune_flow.py                          # on a GPU: measures, and replaces that architecture's part
-    python tools/tune_flow.py --compile-only [--triton DIR]   # without one: all architectures, by registers and spills
+    python tools/tune_flow.py --compile-only --triton DIR     # without one: all architectures, by registers and spills
+    python tools/tune_flow.py --compile-only --triton DIR --keep    # the same, but launches that are good enough stay
 
+DIR holds another Triton than the installed one (pip install --no-deps --target DIR triton==…): launches are chosen over both.
 Candidates stand in order of preference: large chunks (less to re-read) before small ones, few warps before many, the first of
-two hidden layers in registers before memory. Compile-only takes the first one that spills nothing (in large batches at most
-SPILLS bytes) and leaves room for two programs on a multiprocessor, else the one that spills least. With --triton, a folder
-with another version, in both, on the first architecture.
+two hidden layers in registers before memory. Compile-only takes the first one of which no kernel, of the entry or of the
+named flows (kernels/shipped.py), spills more than KEEP bytes in any version, and which leaves room for two programs on a
+multiprocessor; else the one that spills least.
 Measuring takes the fastest of those that spill at most 2 SPILLS bytes: graph replays of 10 launches, median of 20.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +30,7 @@ from triton_resources import Compiler, Resources
 from glf_fast.kernels import coupling_flow, coupling_flow_backward
 from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions
 from glf_fast.kernels.launch_table import KERNELS, PRECISIONS, SIZES, Launch
-from glf_fast.kernels.shipped import specialize
+from glf_fast.kernels.shipped import kernels, of_entry
 
 TABLE = Path(coupling_flow.__file__).with_name("launch_table.json")
 ARCHITECTURES = ("90", "80", "100")
@@ -35,6 +38,7 @@ SHARED = (
     96 << 10
 )  # bytes a program: two on a multiprocessor from sm_80 on, one on the smaller ones of sm_86, 89 and 120
 SPILLS = 128
+KEEP = 64  # bytes spilled that are good enough: versions of ptxas differ by as much
 SECTIONS = ("launches", "resources", "microseconds")  # of the table; resources: registers, spilled bytes, shared bytes
 
 # Rows, columns and depth of chunks, warps.
@@ -71,24 +75,39 @@ def candidates(key: str) -> Iterator[Launch]:
     yield from sorted(launches, key=lambda how: how.staged) if batch == "few" else launches
 
 
-def choose(key: str, arch: str, first: Launch | None, compilers: list[Compiler]) -> tuple[Launch, dict[str, Resources]]:
-    """By compiling alone: the launch, and what it takes by Triton version. `first` is tried first."""
-    best: tuple[int, Launch, dict[str, Resources]] | None = None
-    enough = SPILLS if key.endswith("many") else 0
-    for how in itertools.chain([first] if first else [], candidates(key)):
-        found: dict[str, Resources] = {}
+def take(
+    key: str, how: Launch, arch: str, compilers: list[Compiler], below: float
+) -> tuple[int, dict[str, dict[str, Resources]]] | None:
+    """The most that a kernel of this launch spills, and what each takes, by name and Triton version.
+
+    None as soon as one does not compile, leaves no room for two programs, or spills no less than `below`.
+    """
+    most = 0
+    found: dict[str, dict[str, Resources]] = {}
+    for spec in kernels(key, how, int(arch)):
         for compiler in compilers:
-            taken = compiler.resources(specialize(key, how), int(arch))
-            if taken is None or taken.shared > SHARED or (best and taken.spills >= best[0]):
-                break
-            found[compiler.version] = taken
-        else:
-            spills = max(taken.spills for taken in found.values())
-            if best is None or spills < best[0]:
-                best = (spills, how, found)
-            if spills <= enough:
-                break
-    assert best, f"nothing compiles for {key} on sm_{arch}"
+            compiler.ask(spec, int(arch))
+        answers = [compiler.answer() for compiler in compilers]
+        found[spec.name] = {}
+        for compiler, taken in zip(compilers, answers, strict=True):
+            if taken is None or taken.shared > SHARED or taken.spills >= below:
+                return None
+            most = max(most, taken.spills)
+            found[spec.name][compiler.version] = taken
+    return most, found
+
+
+def choose(
+    key: str, arch: str, present: Launch | None, compilers: list[Compiler]
+) -> tuple[Launch, dict[str, dict[str, Resources]]]:
+    """By compiling alone: the launch, and what its kernels take. The `present` one stays if it spills at most KEEP bytes."""
+    best: tuple[float, Launch, dict[str, dict[str, Resources]]] = (math.inf, Launch(0, 0, 0, True, 0, 0), {})
+    for how in itertools.chain([present] if present else [], candidates(key)):
+        if taken := take(key, how, arch, compilers, best[0]):
+            best = (taken[0], how, taken[1])
+        if best[0] <= KEEP:
+            break
+    assert best[2], f"nothing compiles for {key} on sm_{arch}"
     return best[1:]
 
 
@@ -140,13 +159,13 @@ def measure(key: str, how: Launch) -> float:
     )
 
 
-def fastest(key: str, arch: str, compiler: Compiler) -> tuple[Launch, dict[str, Resources], float]:
-    """By measuring: the launch, what it takes, microseconds."""
+def fastest(key: str, arch: str, compiler: Compiler) -> tuple[Launch, dict[str, dict[str, Resources]], float]:
+    """By measuring: the launch, what its entry's kernel takes, microseconds."""
     measured = []
     for how in candidates(key):
-        taken = compiler.resources(specialize(key, how), int(arch))
+        taken = compiler.resources(of_entry(key, how), int(arch))
         if taken and taken.spills <= 2 * SPILLS and taken.shared <= 2 * SHARED:
-            measured.append((measure(key, how), how, {compiler.version: taken}))
+            measured.append((measure(key, how), how, {key: {compiler.version: taken}}))
     took, how, found = min(measured)
     return how, found, took
 
@@ -155,6 +174,8 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--arch", choices=ARCHITECTURES, help="this one alone; with --compile-only")
+    parser.add_argument("--keep", action="store_true", help=f"keep launches that spill at most {KEEP} bytes")
     parser.add_argument("--out", type=Path, default=TABLE, help="where the table goes")
     parser.add_argument("--only", default="", help="keys that contain this, such as 'medium bf16'")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many; what is measured is kept")
@@ -164,7 +185,10 @@ def main() -> None:
     compilers = [Compiler(folder) for folder in (None, *arguments.triton)]
     versions = " and ".join(compiler.version for compiler in compilers)
     if arguments.compile_only:
-        made, architectures = f"compiled only, Triton {versions}; not measured", list(ARCHITECTURES)
+        made, architectures = (
+            f"compiled only, Triton {versions}; not measured",
+            [arguments.arch] if arguments.arch else list(ARCHITECTURES),
+        )
     else:
         major, minor = torch.cuda.get_device_capability()
         architectures = [f"{major}{minor}"]
@@ -177,14 +201,13 @@ def main() -> None:
             if arguments.only not in key or time.monotonic() > end:
                 continue
             if arguments.compile_only:
-                first = table["launches"].get(ARCHITECTURES[0], {}).get(key) if arch != ARCHITECTURES[0] else None
-                launches[key], found = choose(
-                    key, arch, first and Launch(*first), compilers[: None if first is None else 1]
-                )
+                present = launches.get(key) if arguments.keep else None
+                launches[key], found = choose(key, arch, present and Launch(*present), compilers)
             else:
                 launches[key], found, times[key] = fastest(key, arch, compilers[0])
-            taken[key] = {version: list(r) for version, r in found.items()}
-            print(f"sm_{arch}", key, launches[key], taken[key], times.get(key, ""), flush=True)
+            for name, by_version in found.items():
+                taken[name] = {version: list(r) for version, r in by_version.items()}
+                print(f"sm_{arch}", name, launches[key], taken[name], times.get(key, ""), flush=True)
             table["made"][arch] = made
             arguments.out.write_text(_one_entry_a_line(table))
     for compiler in compilers:

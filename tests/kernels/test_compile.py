@@ -1,4 +1,4 @@
-"""Kernels are compiled for real GPUs, without one: `tools/compile_gate.py` does all of them."""
+"""Kernels are compiled for real GPUs, without one: `make gate` does all of them, with two Triton versions."""
 
 import os
 import subprocess
@@ -34,15 +34,38 @@ def test_a_small_kernel_compiles_for_every_architecture() -> None:
     code = """
 import compile_gate
 from glf_fast.kernels.launch_table import Launch
-from glf_fast.kernels.shipped import specialize
+from glf_fast.kernels.shipped import of_entry
 from triton_resources import resources
-spec = specialize("forward small bf16 few", Launch(16, 32, 32, False, 4, 2))
+spec = of_entry("forward small bf16 few", Launch(16, 32, 32, False, 4, 2))
 for arch in compile_gate.ARCHITECTURES:
     why = compile_gate.complaint(resources(spec, arch), arch, 0)
     assert not why, why
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, env=COMPILED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_operands_of_tf32_products_are_rounded() -> None:
+    # Each mma.sync takes two numbers a thread of the weights, and the rows come on top.
+    code = """
+from glf_fast.kernels.launch_table import Launch
+from glf_fast.kernels.shipped import of_entry
+from triton_resources import compiled
+for key in ("forward small tf32 few", "backward small tf32 few"):
+    ptx = compiled(of_entry(key, Launch(16, 32, 32, key.startswith("backward"), 4, 2)), 80).asm["ptx"]
+    products, roundings = ptx.count("mma.sync"), ptx.count("cvt.rna.tf32.f32")
+    assert products and roundings > 2 * products, (key, products, roundings)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, env=COMPILED, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_named_flows_are_those_of_the_benchmarks(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS.parent))
+    from bench.cases import FLOWS
+    from glf_fast.kernels import shipped
+
+    assert {name: (c.dim, c.hidden, c.context_dim, c.batch) for name, c in FLOWS.items()} == shipped.FLOWS
 
 
 def test_a_spread_of_the_shipped_kernels_stays_within_its_bounds() -> None:
