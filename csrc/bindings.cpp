@@ -129,31 +129,30 @@ Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logde
 
 void check_operands(const Tensor& v, const Tensor& u, const Tensor& t, int64_t log_scale) {
   STD_TORCH_CHECK(log_scale >= 0 && log_scale <= 6, "glf_fast: unknown functions");
-  STD_TORCH_CHECK(v.dim() == 2 && u.sizes().equals(v.sizes()) && t.sizes().equals(v.sizes()),
-                  "glf_fast: operands must have one shape (B, n)");
+  STD_TORCH_CHECK((v.dim() == 2 || v.dim() == 3) && u.sizes().equals(v.sizes()) && t.sizes().equals(v.sizes()),
+                  "glf_fast: operands must have one shape (B, n) or (B, pixels, n)");
 }
 
-// Rows of n elements that may lie apart, such as the halves of a split.
+// Samples, and their pixels, may lie apart, as halves of a split do.
 template <class T>
-std::pair<const T*, int64_t> rows(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1), "glf_fast: rows must be contiguous");
+glf::Channels<T> channels(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) == 1, "glf_fast: channels must be contiguous");
   STD_TORCH_CHECK(t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
                   "glf_fast: a kernel got tensors of several dtypes");
-  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
+  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), last == 2 ? t.stride(1) : t.size(1)};
 }
 
 std::tuple<Tensor, Tensor> affine_coupling(Tensor v, Tensor u, Tensor t, int64_t log_scale, double constant,
                                            bool add_first, bool inverse) {
   check_operands(v, u, t, log_scale);
   Tensor w = alike(v), logdet = empty(v, {v.size(0)});
+  const int64_t last = v.dim() - 1, pixels = last == 2 ? v.size(1) : 1;
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
     const glf::Coupling<T> op{static_cast<glf::LogScale>(log_scale), static_cast<T>(constant), add_first, inverse};
-    const auto [v_data, v_ld] = rows<T>(v);
-    const auto [u_data, u_ld] = rows<T>(u);
-    const auto [t_data, t_ld] = rows<T>(t);
-    glf::kernels<T>().coupling(op, v.size(0), v.size(1), v_data, v_ld, u_data, u_ld, t_data, t_ld, write<T>(w),
-                               write<T>(logdet), parallel());
+    glf::kernels<T>().coupling(op, v.size(0), pixels, v.size(last), channels<T>(v), channels<T>(u), channels<T>(t),
+                               write<T>(w), write<T>(logdet), parallel());
   });
   return {w, logdet};
 }
@@ -162,17 +161,16 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_w, Tenso
                                                             Tensor t, int64_t log_scale, double constant,
                                                             bool add_first, bool inverse) {
   check_operands(v, u, t, log_scale);
-  STD_TORCH_CHECK(grad_w.numel() == v.numel() && grad_logdet.numel() == v.size(0), "glf_fast: gradients do not fit");
+  STD_TORCH_CHECK(grad_w.sizes().equals(v.sizes()) && grad_logdet.numel() == v.size(0),
+                  "glf_fast: gradients do not fit");
   Tensor grad_v = alike(v), grad_u = alike(v), grad_t = alike(v);
+  const int64_t last = v.dim() - 1, pixels = last == 2 ? v.size(1) : 1;
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
     const glf::Coupling<T> op{static_cast<glf::LogScale>(log_scale), static_cast<T>(constant), add_first, inverse};
-    const auto [v_data, v_ld] = rows<T>(v);
-    const auto [u_data, u_ld] = rows<T>(u);
-    const auto [t_data, t_ld] = rows<T>(t);
-    glf::kernels<T>().coupling_backward(op, v.size(0), v.size(1), v_data, v_ld, u_data, u_ld, t_data, t_ld,
-                                        read<T>(grad_w), read<T>(grad_logdet), write<T>(grad_v), write<T>(grad_u),
-                                        write<T>(grad_t), parallel());
+    glf::kernels<T>().coupling_backward(op, v.size(0), pixels, v.size(last), channels<T>(v), channels<T>(u),
+                                        channels<T>(t), read<T>(grad_w), read<T>(grad_logdet), write<T>(grad_v),
+                                        write<T>(grad_u), write<T>(grad_t), parallel());
   });
   return {grad_v, grad_u, grad_t};
 }

@@ -62,6 +62,13 @@ struct Coupling {
   bool add_first, inverse;
 };
 
+// (B, pixels, n) in memory: channels side by side, pixels and samples as far apart as these say.
+template <class T>
+struct Channels {
+  const T* data;
+  Int sample, pixel;
+};
+
 // Invertible linear layers, see glf_fast.reference.plu_assemble: vectors (K, D), matrices (K, D, D).
 template <class T>
 struct Plu {
@@ -88,12 +95,11 @@ struct Kernels {
   void (*backward)(const Flow<T>&, Int batch, const T* out, const T* context, Save save, const T* saved, Int record,
                    const T* grad_out, const T* grad_logdet, T* grad_x, T* grad_context, const Gradients<T>*,
                    const Parallel&);
-  // Rows (B, n): w and logdet from v, u, t, each with its own distance between rows.
-  void (*coupling)(const Coupling<T>&, Int batch, Int n, const T* v, Int v_m, const T* u, Int u_m, const T* t, Int t_m,
-                   T* w, T* logdet, const Parallel&);
-  void (*coupling_backward)(const Coupling<T>&, Int batch, Int n, const T* v, Int v_m, const T* u, Int u_m, const T* t,
-                            Int t_m, const T* grad_w, const T* grad_logdet, T* grad_v, T* grad_u, T* grad_t,
-                            const Parallel&);
+  // w (B, pixels, n) and logdet (B,) from v, u, t; then from their gradients to those of v, u, t.
+  void (*coupling)(const Coupling<T>&, Int batch, Int pixels, Int n, Channels<T> v, Channels<T> u, Channels<T> t, T* w,
+                   T* logdet, const Parallel&);
+  void (*coupling_backward)(const Coupling<T>&, Int batch, Int pixels, Int n, Channels<T> v, Channels<T> u, Channels<T> t,
+                            const T* grad_w, const T* grad_logdet, T* grad_v, T* grad_u, T* grad_t, const Parallel&);
   // A, A⁻¹ (unless null), c and log|det A| (K,); and from their gradients (null where zero) to the parameters'.
   void (*plu_assemble)(const Plu<T>&, T* A, T* A_inv, T* c, T* logabsdet, const Parallel&);
   void (*plu_assemble_backward)(const Plu<T>&, const T* A, const T* A_inv, const T* grad_A, const T* grad_A_inv,

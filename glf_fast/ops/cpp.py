@@ -93,20 +93,22 @@ def backward(
 
 
 def affine_coupling(v: Tensor, u: Tensor, t: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """`reference.affine_coupling`; arguments are checked already, and of v's dtype."""
-    shape = v.shape
-    rows = [_rows(x) for x in (v, u, t)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in rows):
-        w, logdet = _AffineCoupling.apply(options, *rows)
+    """`reference.affine_coupling`, w in v's order of memory; arguments are checked already, and of v's dtype."""
+    channels_last = v.ndim > 2 and v.stride(1) == 1 and v.shape[1] > 1 and v.shape[2:].numel() > 1
+    samples = [_samples(x, channels_last) for x in (v, u, t)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in samples):
+        w, logdet = _AffineCoupling.apply(options, *samples)
     else:
-        w, logdet = ops.cpu_affine_coupling.default(*rows, *coupling_code(options))
-    return w.view(shape), logdet
+        w, logdet = ops.cpu_affine_coupling.default(*samples, *coupling_code(options))
+    if channels_last:
+        return w.view(len(v), *v.shape[2:], v.shape[1]).movedim(-1, 1), logdet
+    return w.view(v.shape), logdet
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, n) with every row in one piece; rows may lie apart, as the halves of a split do."""
-    x = x.flatten(1)
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+def _samples(x: Tensor, channels_last: bool) -> Tensor:
+    """(B, n), or (B, pixels, channels); only the last dimension is in one piece: halves of a split are not copied."""
+    x = x.movedim(1, -1).flatten(1, -2) if channels_last else x.flatten(1)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 class _AffineCoupling(torch.autograd.Function):

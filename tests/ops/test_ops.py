@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import glf_fast
-from glf_fast import backends, ops
+from glf_fast import backends, ops, reference
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 
@@ -74,15 +74,28 @@ def test_slogdet_inverse_derivatives() -> None:
     assert gradcheck(lambda W: ops.slogdet_inverse(W)[1:3], (double(2, 3, 3),))
 
 
-def test_strided_inputs_give_the_same_as_packed_ones() -> None:
+@pytest.mark.parametrize("pixels", [(9,), (4, 5), (33, 40), (2, 3, 2), (0, 3)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 17])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_strided_inputs_give_the_same_as_packed_ones(pixels: tuple[int, ...], channels: int, inverse: bool) -> None:
     torch.manual_seed(0)
-    raw = torch.randn(2, 6, 4, 4).to(memory_format=torch.channels_last)
-    u, t = raw.chunk(2, 1)
-    v = torch.randn(2, 4, 4, 3).permute(0, 3, 1, 2)
-    w, logdet = ops.affine_coupling(v, u, t)
-    w_packed, logdet_packed = ops.affine_coupling(v.contiguous(), u.contiguous(), t.contiguous())
-    torch.testing.assert_close(w, w_packed)
-    torch.testing.assert_close(logdet, logdet_packed)
+    both = torch.randn(3, *pixels, 2 * channels, dtype=torch.float64).movedim(-1, 1)  # channels last
+    flipped = torch.randn(3, *pixels[::-1], channels, dtype=torch.float64).permute(0, -1, *range(len(pixels), 0, -1))
+    packed = torch.randn(3, channels, *pixels, dtype=torch.float64)
+    u, t = both.chunk(2, 1)
+    for first, second, third in ((both[:, channels:], u, t), (packed, u, t), (u, packed, flipped), (flipped, t, u)):
+        leaves = [x.detach().requires_grad_() for x in (first, second, third)]
+        plain = [x.detach().contiguous().requires_grad_() for x in leaves]
+        w, logdet = ops.affine_coupling(*leaves, inverse=inverse)
+        want = reference.affine_coupling(*plain, inverse=inverse)
+        torch.testing.assert_close((w, logdet), want)
+        if not w.numel():
+            continue
+        # The next layer reads w as it reads v: an image whose channels lie side by side stays one.
+        assert channels == 1 or (w.stride(1) == 1) == (first.stride(1) == 1)
+        weights = torch.randn_like(want[0])
+        loss = [(a * weights).sum() + (b**2).sum() for a, b in ((w, logdet), want)]
+        torch.testing.assert_close(torch.autograd.grad(loss[0], leaves), torch.autograd.grad(loss[1], plain))
 
 
 def test_affine_coupling_errors() -> None:
