@@ -147,6 +147,38 @@ struct Case {
 
 namespace {
 
+// The elementwise coupling: values, log-determinants and gradients of samples whose pixels lie `gap` elements too far apart.
+template <class T>
+Buffer<T> couple(const glf::Kernels<T>& kernels, const glf::Coupling<T>& op, int B, int pixels, int n, int gap, int threads_) {
+  std::mt19937 rng(7);
+  const std::size_t size = std::size_t(B) * pixels * n;
+  std::vector<Buffer<T>> apart;
+  for (int i = 0; i < 3; ++i) {
+    const Buffer<T> dense = random<T>(size, 1, rng);
+    Buffer<T>& to = apart.emplace_back(size ? (B * pixels - 1) * (n + gap) + n : 0, T(NAN));
+    for (std::size_t e = 0; e < size; ++e) to[e / n * (n + gap) + e % n] = dense[e];
+  }
+  const auto channels = [&](int i) { return glf::Channels<T>{apart[i].data(), pixels * (n + gap), n + gap}; };
+  Buffer<T> w(size), logdet(B), g[3] = {w, w, w};
+  kernels.coupling(op, B, pixels, n, channels(0), channels(1), channels(2), w.data(), logdet.data(), threads(threads_));
+  kernels.coupling_backward(op, B, pixels, n, channels(0), channels(1), channels(2), w.data(), logdet.data(), g[0].data(),
+                            g[1].data(), g[2].data(), threads(threads_));
+  for (const auto& b : {logdet, g[0], g[1], g[2]}) w.insert(w.end(), b.begin(), b.end());
+  return w;
+}
+
+template <class T>
+void walk_couplings(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
+  const int shapes[][3] = {{1, 1, 1}, {3, 1, 40}, {2, 200, 6}, {5, 7, 17}, {2, 3, 1100}, {4, 1025, 1}, {0, 4, 3}, {2, 0, 3}};
+  for (const auto& [B, pixels, n] : shapes)
+    for (int option = 0; option < 7; ++option) {
+      const glf::Coupling<T> op{static_cast<glf::LogScale>(option), T(option == 3 ? 0.001 : 2), option % 2 == 0, option % 3 == 0};
+      const Buffer<T> expected = couple(generic, op, B, pixels, n, 0, 1);
+      for (const int gap : {0, 1, n, 19})
+        for (const int count : {1, 3}) check("coupling", couple(kernels, op, B, pixels, n, gap, count), expected, tolerance);
+    }
+}
+
 template <class T>
 void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
   const Shape shapes[] = {{2, 2, 0, {5}, 1},     {3, 3, 1, {4}, 2},      {2, 5, 2, {}, 7},       {2, 7, 3, {16, 9}, 13},
@@ -170,6 +202,7 @@ void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double
       x.resize(c.x.size());
       check("round trip", x, c.x, tolerance);
     }
+  walk_couplings(kernels, generic, tolerance);
   walk_linear(kernels, generic, 10 * tolerance);  // inverses amplify rounding by their condition
 }
 
