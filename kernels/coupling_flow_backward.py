@@ -163,7 +163,8 @@ def flow_backward(
     stride = row_stride(dim, raw)
     how = how or launch_for(True, dim, widths, options.mlp_precision, batch, grad_out.device)
     row_bytes = steps * (2 * stride * dtype.itemsize + (2 * dim + context_dim) * grad_out.itemsize)
-    slab = how.rows * max(_multiprocessors(grad_out.device), WORKSPACE_BYTES // row_bytes // how.rows)
+    processors = _multiprocessors(grad_out.device)
+    slab = how.rows * max(processors, WORKSPACE_BYTES // row_bytes // how.rows)
 
     grad_x = torch.empty_like(grad_out)
     grad_context = grad_out.new_empty(0) if context is None else torch.empty_like(context)
@@ -202,16 +203,16 @@ def flow_backward(
             continue
         p = hidden[..., raw : raw + dim - dim // 2]
         inputs = [p] + [hidden[..., start : start + n] for start, n in zip(constants["COLUMNS"], widths)]  # noqa: B905
-        products = [_bmm(a.mT, kept(i)) for i, a in enumerate(inputs)]
+        products = [_over_rows(a, kept(i), processors) for i, a in enumerate(inputs)]
         if context is not None:
-            of_context = _bmm(context[here].to(dtype).mT.expand(steps, -1, -1), kept(0))
+            of_context = _over_rows(context[here].to(dtype).expand(steps, -1, -1), kept(0), processors)
             products[0] = torch.cat([products[0], of_context], 1)
         sums = slopes.sum(1, dtype=grad_out.dtype)
         offset_grad = map_grad.sum(1)
         if options.inverse:
             offset_grad = -torch.bmm(offset_grad.unsqueeze(1), matrix.mT).squeeze(1)
         found = [
-            torch.bmm(map_in.mT, map_grad),
+            _over_rows(map_in, map_grad, processors),
             offset_grad,
             *products,
             *(
@@ -230,6 +231,23 @@ def _multiprocessors(device: torch.device) -> int:
 def row_stride(dim: int, raw: int) -> int:
     """Numbers from one kept row to the next: after the hidden layers, at `raw`, come p, or (∂u, ∂t); 16 are a unit."""
     return raw + -(-max(2 * (dim // 2), dim - dim // 2) // 16) * 16
+
+
+def _over_rows(a: Tensor, b: Tensor, processors: int) -> Tensor:
+    """aᵀ b (K, n, m) of a (K, rows, n) and b (K, rows, m).
+
+    A batched product works on tiles of its results, 128 × 128 of them a multiprocessor: 8 at D 64, K 8 and 32 at H 256, for
+    the 132 of an H200. Where that leaves most of them idle, and rows are thousands, parts of the rows are added up.
+    """
+    (steps, rows, n), m = a.shape, b.shape[2]
+    most = min(processors // (steps * -(-n // 128) * -(-m // 128)), rows // 1024)
+    parts = 1
+    while 2 * parts <= most and rows % (2 * parts) == 0:
+        parts *= 2
+    if parts == 1:
+        return _bmm(a.mT, b)
+    a, b = (t.unflatten(1, (parts, -1)).flatten(0, 1) for t in (a, b))  # (K·parts, rows/parts, …)
+    return _bmm(a.mT, b).unflatten(0, (steps, parts)).sum(1)
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:

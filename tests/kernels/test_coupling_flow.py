@@ -175,6 +175,20 @@ def test_one_launch_in_each_direction(reversible: bool) -> None:
     assert launched == ["flow_kernel", "flow_backward_kernel"]
 
 
+@pytest.mark.parametrize(("rows", "parts"), [(8192, 8), (8193, 1), (1024 * 6, 4), (1000, 1)])
+def test_sums_over_many_rows_go_in_parts(rows: int, parts: int, monkeypatch) -> None:
+    from glf_fast.kernels import coupling_flow_backward
+
+    # (K, rows, n) inside wider rows, as in the workspace; the right operand's steps lie further apart, as saved inputs do.
+    a = torch.randn(2, rows, 9, dtype=torch.float64)[..., 2:7]
+    b = torch.randn(2, rows + 5, 3, dtype=torch.float64)[:, 5:]
+    seen: list[int] = []
+    plain = coupling_flow_backward._bmm
+    monkeypatch.setattr(coupling_flow_backward, "_bmm", lambda x, y: (seen.append(len(x)), plain(x, y))[1])
+    torch.testing.assert_close(coupling_flow_backward._over_rows(a, b, 18), a.mT @ b)
+    assert seen == [2 * parts]
+
+
 def test_large_batches_go_in_slabs(monkeypatch) -> None:
     from glf_fast.kernels import coupling_flow_backward
     from glf_fast.kernels.launch import count_launches
