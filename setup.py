@@ -25,9 +25,15 @@ def sources(*patterns: str) -> list[str]:
 
 
 def nvcc_flags(nvcc: Path) -> list[str]:
-    """Code for every architecture of ours that this nvcc knows."""
-    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    """Code for every architecture of ours that this nvcc knows; nothing from one that does not run, or knows none."""
+    try:
+        listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"glf_fast: building without CUDA, {error}", file=sys.stderr)
+        return []
     known = [arch for arch in ARCHITECTURES if f"compute_{arch}" in listing]
+    if not known:
+        return []
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
     return ["-O3", "-std=c++17", *targets, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
@@ -44,15 +50,13 @@ def kernels() -> dict[str, Any]:
         """Builds the extensions, or says which is missing."""
 
         def run(self) -> None:
-            wanted = list(self.extensions)
+            wanted, before = list(self.extensions), dict(vars(self))
             # An nvcc that does not fit torch stops everything before anything is built: then once more without it.
             for extensions in [wanted, wanted[:1]][: len(wanted)]:
-                self.extensions = extensions
+                vars(self).update(before, extensions=extensions)  # a run that fails leaves its compiler and folder set
                 try:
                     return super().run()
-                except (
-                    Exception
-                ) as error:  # no compiler, or one that is too old: every kind of error has been seen here
+                except Exception as error:  # no compiler, or one that is too old: every kind of error has been seen here
                     names = " and ".join(extension.name for extension in extensions)
                     print(f"glf_fast: {names} not built, the flows will be slow: {error}", file=sys.stderr)
             self.extensions = []
@@ -67,7 +71,7 @@ def kernels() -> dict[str, Any]:
         py_limited_api=True,
     )
     extensions = [cpu]
-    if CUDA_HOME and (nvcc := Path(CUDA_HOME) / "bin" / "nvcc").exists():
+    if CUDA_HOME and (nvcc := Path(CUDA_HOME) / "bin" / "nvcc").exists() and (flags := nvcc_flags(nvcc)):
         # cudart is linked statically: the library does not depend on where torch keeps its own. The current stream comes
         # from torch_cuda, which torch loads without making its symbols known to others.
         extensions.append(
@@ -78,7 +82,7 @@ def kernels() -> dict[str, Any]:
                 library_dirs=[str(nvcc.parents[1] / "lib64")],
                 libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
                 depends=headers,
-                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": nvcc_flags(nvcc)},
+                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": flags},
                 py_limited_api=True,
             )
         )

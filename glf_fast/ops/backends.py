@@ -20,6 +20,8 @@ __all__ = ["backend_for", "backends", "use_backend"]
 
 importlib.import_module("glf_fast.ops.linear_shapes")
 check_choice("$GLF_FAST_ISA", os.environ.get("GLF_FAST_ISA", ""), ("", "avx512", "avx2", "generic"))
+# In the sources: glf_fast is on no index. -v shows what a compiler said.
+REINSTALL = "in a clone of glf_fast: pip install -v --no-build-isolation --force-reinstall --no-deps ."
 VECTORS = {64: "AVX-512", 32: "AVX2", 16: "the processor's basic vectors (128 bits)"}
 
 
@@ -38,7 +40,7 @@ def _load_cpp() -> str:
     """Load the compiled processor kernels; returns why they are missing, or "" when they are there."""
     libraries = sorted(Path(__file__).parent.parent.glob("_cpu*.so"))
     if not libraries:
-        return "not built: no C++ compiler was found when glf_fast was installed"
+        return "not built when glf_fast was installed: there was no C++ compiler, or it failed"
     try:
         torch.ops.load_library(libraries[0])
     except (OSError, RuntimeError) as error:
@@ -58,7 +60,7 @@ def _load_cuda() -> str:
     global _cupy
     if not torch.version.cuda:
         return "this torch is built without CUDA"
-    why = "not built: no nvcc was found when glf_fast was installed"
+    why = "not built when glf_fast was installed: there was no nvcc for this torch, or it failed"
     for library in sorted(Path(__file__).parent.parent.glob("_cuda*.so")):
         try:
             torch.ops.load_library(library)
@@ -113,7 +115,7 @@ BACKENDS = {
         dtypes=(torch.float32, torch.float64),
         missing=_cpp_missing,
         ready=_cpp_ready,
-        remedy="install again with a C++ compiler: pip install --no-build-isolation --force-reinstall --no-deps glf_fast",
+        remedy=f"install a C++ compiler (on Debian and Ubuntu: apt install g++) and again, {REINSTALL}",
     ),
     "cuda": Backend(
         device="cuda",
@@ -121,8 +123,8 @@ BACKENDS = {
         missing=_load_cuda(),
         ready=_cuda_ready,
         remedy=(
-            f"pip install cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x, or install again where nvcc is: "
-            "pip install --no-build-isolation --force-reinstall --no-deps glf_fast"
+            f"pip install cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x, or install nvcc "
+            f"{torch.version.cuda or ''} and again, {REINSTALL}"
         ),
     ),
 }

@@ -174,7 +174,7 @@ with glf_fast.use_backend("cpp"):
     environment = {**os.environ, "PYTHONWARNINGS": "always"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.startswith("not built")
-    assert done.stderr.count("slow reference") == 1 and "pip install --no-build-isolation" in done.stderr
+    assert done.stderr.count("slow reference") == 1 and "pip install -v --no-build-isolation" in done.stderr
     assert "RuntimeError: backend 'cpp' cannot run here: not built" in done.stderr
 
 
