@@ -56,9 +56,7 @@ def kernels() -> dict[str, Any]:
                 vars(self).update(before, extensions=extensions)  # a run that fails leaves its compiler and folder set
                 try:
                     return super().run()
-                except (
-                    Exception
-                ) as error:  # no compiler, or one that is too old: every kind of error has been seen here
+                except Exception as error:  # no compiler, or an old one: every kind of error has been seen here
                     names = " and ".join(extension.name for extension in extensions)
                     print(f"glf_fast: {names} not built, the flows will be slow: {error}", file=sys.stderr)
             self.extensions = []
