@@ -43,7 +43,8 @@ class Provider:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-5, fused=True)
+        on_gpu = self.device != "cpu"  # where a graph may capture it
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-5, fused=True, capturable=on_gpu)
 
     def run(self, mode: str, x: Tensor, context: Tensor | None) -> Tensor:
         """One pass of `mode` over the rows x; returns what a user would look at."""

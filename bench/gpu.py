@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import sys
 import time
@@ -27,8 +28,10 @@ from bench.baselines import COMPILED, LIBRARIES, Provider, provider, why_missing
 from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, SMALL_BATCH, CouplingCase, FlowCase
 from bench.couplings import PROVIDERS as COUPLING_PROVIDERS
 from bench.couplings import Coupling
-from bench.linear import BACKENDS, Linear, LinearCase
+from bench.factors import ASSEMBLED, Assembled, Factored, PluCase
+from bench.linear import APPLIED, BACKENDS, GRAPHED, Applied, AppliedCase, Linear, LinearCase, applied_names
 from bench.linear import why_missing as why_linear_missing
+from bench.memory import wrong_gradients
 from bench.results import Result, Results, merge, read, stats, write
 from bench.training import IMAGES, Step
 from bench.training import PROVIDERS as STEP_PROVIDERS
@@ -41,16 +44,28 @@ PRECISIONS = {"highest": "float32", "high": "tf32", "medium": "bf16"}
 NAMED = ("glf-cifar", "glf-mnist", "sbi")
 FLOW_MODES = ("train", "log_prob", "sample")
 OURS_AND_EAGER = ("glf_fast", "eager")
+DIMS = ((32, 64, 8, 16, 4), (128, 192, 48, 96, 12, 24))  # those of the goals first
 
 Measured = Callable[[], Result]
 # One row to be: suite, case, mode, provider, and what measures it. It raises AssertionError for what is wrong.
 Job = tuple[str, str, str, str, Measured]
 
 clock: Any = timing  # or rehearsal
+end = math.inf  # of the part's time
 
 
 class Missing(Exception):
     """What cannot be measured here, and why."""
+
+
+class OutOfTime(Exception):
+    """The part's time is over."""
+
+
+def check_time() -> None:
+    """Between a row's steps, each of which is short."""
+    if time.monotonic() > end:
+        raise OutOfTime
 
 
 def flow_jobs(
@@ -69,16 +84,17 @@ def flow(suite: str, label: str, case: FlowCase, mode: str, name: str, precision
     if reason := why_missing(name, case):
         raise Missing(reason)
     torch.set_float32_matmul_precision(precision)
-    made = provider("eager" if name == "graphed eager" else name, case, mode == "train", clock.DEVICE)
+    made = provider("eager" if name == "graphed eager" else name, case, mode in ("train", "step"), clock.DEVICE)
     work = partial(made.run, mode, *case.inputs(clock.DEVICE))
     for _ in range(3):  # what is captured at the second call is checked at the fourth
         work()
     if wrong := made.why_wrong(mode, case, precision):
         raise AssertionError(wrong)
     operations, size, rate = case.operations(mode), case.bytes(mode), clock.matrix_rate(precision)
+    check_time()
     info: dict[str, Any] = {
         "batch": case.batch, "dim": case.dim, "hidden": case.hidden, "steps": case.steps, "precision": precision,
-        "operations": operations, "bytes": size, "floor_s": max(operations / rate, size / clock.bandwidth()),
+        "operations": operations, "bytes": size, "yardstick_s": max(operations / rate, size / clock.bandwidth()),
         "matrix_gflops": rate / 1e9, "threads": 1, "parameters": made.parameters(),
     }  # fmt: skip
     if name == "graphed eager":
@@ -88,18 +104,50 @@ def flow(suite: str, label: str, case: FlowCase, mode: str, name: str, precision
         info["peak_bytes"] = clock.peak_memory(work)
     calls, info["host_s"] = clock.call_times(work, SECONDS)
     if name in OURS_AND_EAGER:
-        try:
-            graph = clock.Graph(work)
-            info["graph_cold"] = stats(graph.times(SECONDS, cold=True))
-            info["graph_warm"] = stats(graph.times(SECONDS, cold=False))
-        except RuntimeError as error:  # what cannot be captured has still been called
-            traceback.print_exc()
-            info["graph_failed"] = str(error)[:300]
+        info |= replays(work)
     info["gflops"] = operations / statistics.median(calls) / 1e9
     # Of the kernels alone, where they are known alone.
     kernels = info["graph_cold"]["median"] if "graph_cold" in info else statistics.median(calls)
     info["share_of_matrix_rate"] = operations / kernels / rate
     return Result(suite, case.name, label, name, stats(calls), info)
+
+
+def replays(*works: Callable[[], object]) -> dict[str, Any]:
+    """Times of the kernels alone, from one graph over `works`; of one work also where it finds the caches warm."""
+    if time.monotonic() > end:
+        return {"graph_failed": "out of time"}
+    try:
+        graph = clock.Graph(*works)
+        found = {"graph_cold": stats(graph.times(SECONDS, cold=True))}
+        return found if len(works) > 1 else found | {"graph_warm": stats(graph.times(SECONDS, cold=False))}
+    except RuntimeError as error:  # what cannot be captured has still been called
+        traceback.print_exc()
+        return {"graph_failed": str(error)[:300]}
+
+
+def operation(
+    suite: str, case: Any, mode: str, name: str, make: Callable[[], Any], operations: int = 0, graph: bool = True
+) -> Result:
+    """One provider's calls of an operation on layers; beside them the kernels alone, where a graph can hold them."""
+    first = make()
+    work = partial(first.run, mode)
+    if wrong := first.why_wrong(mode):
+        raise AssertionError(wrong)
+    if name.endswith(GRAPHED):
+        work = clock.Graph(work).replay
+    check_time()
+    calls, host = clock.call_times(work, SECONDS / 2)
+    size = case.bytes(mode)
+    yardstick = max(operations / clock.matrix_rate("highest") if operations else 0.0, size / clock.bandwidth())
+    info = {"bytes": size, "operations": operations, "yardstick_s": yardstick, "host_s": host}
+    kernels = statistics.median(calls)
+    if graph:
+        # Over copies that are together larger than three L2 caches, or many.
+        copies = [work, *(partial(make().run, mode) for _ in range(1, clock.rotations(size)))]
+        info |= replays(*copies)
+        kernels = info.get("graph_cold", {"median": kernels})["median"]
+    info |= {"share_of_copy": size / kernels / clock.bandwidth(), "gbytes_per_s": size / kernels / 1e9}
+    return Result(suite, case.name, mode, name, stats(calls), info)
 
 
 def coupling_jobs() -> Iterator[Job]:
@@ -109,56 +157,58 @@ def coupling_jobs() -> Iterator[Job]:
     for name in COUPLING_PROVIDERS:
         for case in cases:
             for mode in COUPLING_MODES:
-                yield "coupling", case.name, mode, name, partial(coupling, case, mode, name)
-
-
-def coupling(case: CouplingCase, mode: str, name: str) -> Result:
-    """Kernels alone, from one graph over copies of the tensors that are together larger than three L2 caches."""
-    first = Coupling(name, case, clock.DEVICE)
-    if wrong := first.why_wrong(mode):
-        raise AssertionError(wrong)
-    size = case.bytes(mode)
-    copies = [first, *(Coupling(name, case, clock.DEVICE, seed) for seed in range(1, clock.rotations(size)))]
-    for other in copies:
-        other.function = first.function  # one compilation for all
-    times = clock.Graph(*(partial(c.run, mode) for c in copies)).times(SECONDS, cold=False)
-    calls, host = clock.call_times(partial(first.run, mode), SECONDS)
-    info = {
-        "batch": case.shape[0], "bytes": size, "floor_s": size / clock.bandwidth(), "copies": len(copies),
-        "gbytes_per_s": size / statistics.median(times) / 1e9, "calls": stats(calls), "host_s": host,
-        "share_of_copy": size / statistics.median(times) / clock.bandwidth(),
-    }  # fmt: skip
-    return Result("coupling", case.name, mode, name, stats(times), info)
+                make = partial(Coupling, name, case, clock.DEVICE)
+                yield "coupling", case.name, mode, name, partial(operation, "coupling", case, mode, name, make)
 
 
 def linear_jobs() -> Iterator[Job]:
-    """log|det| and inverse of dense matrices: ours, each library under torch.linalg, CuPy; large batches first."""
-    counts, dims = ((3,), (5,)) if clock is rehearsal else ((16384, 1024, 32, 8), (32, 64, 8, 16, 4, 128, 192, 48, 96))
-    for case in (LinearCase(count, dim) for count in counts for dim in dims):
+    """log|det| and inverse of dense matrices: ours, each library under torch.linalg, CuPy; the goals' sizes first."""
+    sizes = [(3, 5)] if clock is rehearsal else [(n, d) for dims in DIMS for n in (16384, 1024, 32, 8) for d in dims]
+    for case in (LinearCase(count, dim) for count, dim in sizes):
         for name in ("glf_fast", *BACKENDS, "CuPy"):
-            yield "linear", case.name, "forward", name, partial(linear, case, name)
+            yield dense(case, "forward", name)
 
 
-def linear(case: LinearCase, name: str) -> Result:
-    """Calls; of ours the kernel alone, from one graph over copies that are together larger than three L2 caches."""
-    if reason := why_linear_missing(name, clock.DEVICE, "forward"):
-        raise Missing(reason)
-    first = Linear(name, case, clock.DEVICE)
-    if wrong := first.why_wrong("forward"):
-        raise AssertionError(wrong)
-    calls, host = clock.call_times(partial(first.run, "forward"), SECONDS)
-    operations, size = case.operations("forward"), case.bytes("forward")
-    floor_s = max(operations / clock.matrix_rate("highest"), size / clock.bandwidth())
-    info = {
-        "batch": case.count, "dim": case.dim, "operations": operations, "bytes": size, "floor_s": floor_s,
-        "calls": stats(calls), "host_s": host,
-    }  # fmt: skip
-    times = calls
-    if name == "glf_fast":  # the others wait for the GPU, or ask it for memory, which no graph can hold
-        copies = [first, *(Linear(name, case, clock.DEVICE) for _ in range(1, clock.rotations(size)))]
-        times = clock.Graph(*(partial(c.run, "forward") for c in copies)).times(SECONDS, cold=False)
-    info["gflops"] = operations / statistics.median(times) / 1e9
-    return Result("linear", case.name, "forward", name, stats(times), info)
+def dense(case: LinearCase, mode: str, name: str) -> Job:
+    """`torch.linalg, graphed` is its default library, captured: some sizes it may refuse, which is why it comes last."""
+
+    def measure() -> Result:
+        if reason := why_linear_missing(name, clock.DEVICE, mode):
+            raise Missing(reason)
+        make = partial(Linear, name.removesuffix(GRAPHED), case, clock.DEVICE)
+        return operation("linear", case, mode, name, make, case.operations(mode), name == "glf_fast")
+
+    return "linear", case.name, mode, name, measure
+
+
+def layer_jobs() -> Iterator[Job]:
+    """What flows do with their layers beside the whole-flow kernels, and backwards."""
+    small = clock is rehearsal
+    for factors in [PluCase(2, 4)] if small else ASSEMBLED:
+        for mode in ("forward", "train"):
+            for name in OURS_AND_EAGER:
+                make: Callable[[], Any] = partial(Assembled, name, factors, clock.DEVICE)
+                work = partial(operation, "assemble", factors, mode, name, make, factors.operations(mode))
+                yield "assemble", factors.name, mode, name, work
+    cases = [LinearCase(n, d) for n, d in ([(2, 4)] if small else [(1024, 32), (8, 64), (1024, 64), (1024, 16)])]
+    for case in cases:
+        for name in ("glf_fast", "torch.linalg"):
+            yield dense(case, "train", name)
+    for case in cases:
+        for name in ("glf_fast", "torch.linalg"):
+            make = partial(Factored, name, case, clock.DEVICE)
+            work = partial(
+                operation, "lu", case, "forward", name, make, case.operations("forward") // 3, name == "glf_fast"
+            )
+            yield "lu", case.name, "forward", name, work
+    for layer in [AppliedCase((2, 4))] if small else APPLIED:
+        for mode in COUPLING_MODES:
+            for name in applied_names(layer):
+                make = partial(Applied, name, layer, clock.DEVICE)
+                work = partial(operation, "apply", layer, mode, name, make, layer.operations(mode))
+                yield "apply", layer.name, mode, name, work
+    for case in cases:
+        yield dense(case, "forward", f"torch.linalg{GRAPHED}")
 
 
 def memory_jobs() -> Iterator[Job]:
@@ -181,8 +231,16 @@ def memory(steps: int, name: str, backend: str, reversible: bool) -> Result:
 
     with use_backend(backend):
         work()
+        if wrong := wrong_gradients(model, x):
+            raise AssertionError(wrong)
         peak, (calls, _) = clock.peak_memory(work), clock.call_times(work, SECONDS)
-    info = {"batch": batch, "dim": 64, "hidden": (256, 256), "steps": steps, "peak_bytes": peak}
+        model.requires_grad_(False)
+        x.requires_grad_()
+        activations = clock.peak_memory(work)
+    info = {
+        "batch": batch, "dim": 64, "hidden": (256, 256), "steps": steps, "peak_bytes": peak, "activation_bytes": activations,
+        "parameter_bytes": 4 * sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
     return Result("memory", f"memory-{steps}", "train", name, stats(calls), info)
 
 
@@ -209,7 +267,9 @@ def training(preset: str, name: str) -> Result:
 
 def compile_jobs() -> Iterator[Job]:
     """torch.compile and its reduce-overhead mode, in the order of their importance."""
-    yield from flow_jobs("gpu_flow", [FLOWS[name] for name in NAMED], FLOW_MODES, COMPILED)
+    yield from flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, COMPILED)
+    yield from flow_jobs("gpu_flow", _named("throughput"), ("train", "log_prob"), ("compile",))
+    yield from flow_jobs("gpu_flow", list(SMALL_BATCH.values()), ("log_prob", "sample"), COMPILED)
 
 
 def launch_jobs() -> Iterator[Job]:
@@ -219,6 +279,8 @@ def launch_jobs() -> Iterator[Job]:
         if reason := why_missing(name, case):
             raise Missing(reason)
         made = provider(name, case, mode == "train", clock.DEVICE)
+        if wrong := made.why_wrong(mode, case):
+            raise AssertionError(wrong)
         number = clock.launches(partial(made.run, mode, *case.inputs(clock.DEVICE)))
         if not number:
             raise AssertionError("the profiler saw no launches")
@@ -251,20 +313,26 @@ def _named(*names: str) -> list[FlowCase]:
 
 # Part → its jobs. The order is that of their importance.
 PARTS: dict[str, Callable[[], Iterator[Job]]] = {
-    "flow": lambda: flow_jobs(
-        "gpu_flow", _named(*NAMED), FLOW_MODES, ("glf_fast", "eager", "graphed eager", *LIBRARIES)
-    ),
+    "flow": lambda: flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, (*OURS_AND_EAGER, "graphed eager", *LIBRARIES)),
     "compile": compile_jobs,
     "memory": memory_jobs,
     "coupling": coupling_jobs,
     "linear": linear_jobs,
-    "large": lambda: flow_jobs("gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), OURS_AND_EAGER),
+    "large": lambda: flow_jobs(
+        "gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), (*OURS_AND_EAGER, "graphed eager")
+    ),
+    "layers": layer_jobs,
     "train_step": step_jobs,
     "grid": lambda: flow_jobs("grid", list(GRID.values()), ("train",), OURS_AND_EAGER),
     "large-bf16": lambda: flow_jobs(
         "gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), OURS_AND_EAGER, "medium"
     ),
-    "small": lambda: flow_jobs("gpu_flow", list(SMALL_BATCH.values()), ("log_prob", "sample"), OURS_AND_EAGER),
+    "small": lambda: flow_jobs(
+        "gpu_flow", list(SMALL_BATCH.values()), ("log_prob", "sample"), (*OURS_AND_EAGER, "graphed eager")
+    ),
+    "step": lambda: flow_jobs(
+        "gpu_flow", _named(*NAMED), ("step",), (*OURS_AND_EAGER, "graphed eager", *LIBRARIES, *COMPILED)
+    ),
     "depth": lambda: flow_jobs("depth", list(DEPTH.values()), ("train",), OURS_AND_EAGER),
     "bf16": lambda: flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, OURS_AND_EAGER, "medium"),
     "launches": launch_jobs,
@@ -284,7 +352,7 @@ def _small(case: FlowCase) -> FlowCase:
 
 def main() -> None:
     """See the module's docstring."""
-    global clock
+    global clock, end
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("out", type=Path)
@@ -307,14 +375,15 @@ def main() -> None:
         path.rename(path.with_name(f"gpu-{earlier.pop().machine['commit']}.json"))
     failures = 0
     for suite, case, mode, name, measure in PARTS[arguments.part]():
-        if time.monotonic() > end:
-            print("out of time; the rest was not measured", flush=True)
-            break
         try:
+            check_time()
             result = measure()
             text = f"{result.median * 1e6:12.1f} µs"
             if suite:
                 found.results.append(result)
+        except OutOfTime:
+            print("out of time; the rest was not measured", flush=True)
+            break
         except Missing as reason:
             text = f"not measured: {reason}"
             found.wrong.append(f"{suite} {case}, {mode}, {name}: {text}")

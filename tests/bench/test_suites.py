@@ -28,7 +28,7 @@ def test_the_suites_run_and_become_tables_and_figures(bench, tmp_path) -> None:
     found = read(tmp_path / "bench.json")
     assert {r.suite for r in found.results} == {"flow", "grid", "depth", "coupling", "memory", "linear", "apply"}
     assert all(r.median > 0 for r in found.results)
-    assert all(r.info["floor_s"] > 0 for r in found.results if r.suite != "memory")
+    assert all(r.info["yardstick_s"] > 0 for r in found.results if r.suite != "memory")
     text = "\n".join(page(found))
     for words in ("### sbi, sample", "| depth-2, train |", "64x48x4x4 channels-last, forward", "of copy bandwidth"):
         assert words in text
