@@ -16,7 +16,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ ERRORS = 3.0  # standard errors: of 100 cases that did not change, one compariso
 
 Rows = dict[str, Result]
 Runs = list[float]  # log-times, run by run, relative to the machine's
+Swings = dict[int, float]  # run → log-time
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,41 @@ def vanished(before: Results, after: Results) -> list[Key]:
     return sorted(a - b)
 
 
-def relative(name: str, before: Rows, after: Rows) -> tuple[Runs, Runs]:
-    """One provider's log-times in both files, less the machine's swing in each run."""
-    crowd = [other for other in before if other in after and other != name]
-    if len(crowd) % 2 == 0 and crowd:  # the median of an odd number is one of them, not the mean of two
-        crowd.append(name)
-    usual = {n: statistics.fmean(_logs(before[n]).values()) for n in {*crowd, name}}
+def relative(name: str, before: Rows, after: Rows, swings: tuple[Swings, Swings]) -> tuple[Runs, Runs]:
+    """One provider's log-times in both files, less the machine's swing in each run: the median of the others' shifts.
+
+    Of an even number, whose median would be the mean of two, it is that of the two which is nearer to the whole suite's swing.
+    """
+    shifts = shifts_of(before, after)
     runs: tuple[Runs, Runs] = [], []
-    for side, found in zip((before, after), runs, strict=True):
-        logs = {n: _logs(side[n]) for n in {*crowd, name}}
-        for i, own in logs[name].items():
-            shifts = [logs[n][i] - usual[n] for n in crowd if i in logs[n]]
-            found.append(own - usual[name] - (statistics.median(shifts) if shifts else 0.0))
+    for side, found in enumerate(runs):
+        for i, own in shifts[name][side].items():
+            others = sorted(shifts[n][side][i] for n in shifts if n != name and i in shifts[n][side])
+            middle = others[(len(others) - 1) // 2 : len(others) // 2 + 1]
+            found.append(own - min(middle, key=lambda shift: abs(shift - swings[side][i]), default=0.0))
     return runs
+
+
+def shifts_of(before: Rows, after: Rows) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
+    """Provider → run → how far its log-time is from its mean before; of both files."""
+    found = {}
+    for name in before.keys() & after.keys():
+        a, b = _logs(before[name]), _logs(after[name])
+        usual = statistics.fmean(a.values())
+        found[name] = {i: t - usual for i, t in a.items()}, {i: t - usual for i, t in b.items()}
+    return found
+
+
+def swings_of(pairs: Iterable[tuple[Rows, Rows]]) -> tuple[Swings, Swings]:
+    """Run → the median shift over all cases and providers of a suite, in both files."""
+    found: tuple[dict[int, list[float]], dict[int, list[float]]] = {}, {}
+    for before, after in pairs:
+        for sides in shifts_of(before, after).values():
+            for runs, side in zip(found, sides, strict=True):
+                for i, shift in side.items():
+                    runs.setdefault(i, []).append(shift)
+    a, b = ({i: statistics.median(shifts) for i, shifts in runs.items()} for runs in found)
+    return a, b
 
 
 def _logs(row: Result) -> dict[int, float]:
@@ -91,14 +114,19 @@ def compare(before: Results, after: Results) -> list[Change]:
     Raises:
         ValueError: neither has repeated runs of a suite, so its noise is not known.
     """
-    pairs: dict[tuple[Key, str], tuple[Runs, Runs]] = {}
+    suites: dict[str, dict[Key, tuple[Rows, Rows]]] = {}
     sides = (before.groups(), after.groups())
     for key in sorted(sides[0].keys() & sides[1].keys()):
         if key[0] not in NOT_TIMES:
             a, b = ({n: row for n, row in side[key].items() if _logs(row)} for side in sides)
+            suites.setdefault(key[0], {})[key] = a, b
+    pairs: dict[tuple[Key, str], tuple[Runs, Runs]] = {}
+    for cases in suites.values():
+        swings = swings_of(cases.values())
+        for key, (a, b) in cases.items():
             both = [name for name in a if name in b]
             for name in both if len(both) > 2 else [name for name in both if name == OURS]:
-                pairs[key, name] = relative(name, a, b)
+                pairs[key, name] = relative(name, a, b, swings)
     # (suite, provider) → variance and degrees of freedom of each side of each case
     spread: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for ((suite, *_), name), pair in pairs.items():

@@ -38,6 +38,19 @@ def with_tables(text: str, machines: Sequence[Results]) -> str:
     return text
 
 
+def kept_of(paths: Sequence[Path]) -> Results:
+    """What is kept of these runs.
+
+    Raises:
+        ValueError: they cannot be merged, or one was only to see that everything runs.
+    """
+    files = [read(path) for path in paths]
+    for path, found in zip(paths, files, strict=True):
+        if found.machine.get("quick"):
+            raise ValueError(f"{path} is of a run with --quick, whose times mean nothing")
+    return merge(files)
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
@@ -50,7 +63,7 @@ def main() -> None:
             parser.error("--keep needs the files to keep")
         kept = FOLDER / arguments.keep / "times.json"
         try:
-            write(merge([read(path) for path in arguments.files]), kept)
+            write(kept_of(arguments.files), kept)
         except ValueError as error:
             sys.exit(str(error))
         arguments.files = [kept]

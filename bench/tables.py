@@ -60,11 +60,11 @@ def by_case(groups: Groups) -> Iterator[str]:
         yield f"### {case}, {mode} (batch {info['batch']}, {info['threads']} threads)"
         yield ""
         yield (
-            f"The products at torch's matrix rate ({info['matrix_gflops']:.0f} GFLOP/s), or reading the weights: "
+            f"Yardstick: the products at torch's matrix rate ({info['matrix_gflops']:.0f} GFLOP/s), or reading the weights: "
             f"{time(info['yardstick_s'])}.{best(rows)}"
         )
         yield ""
-        yield from header(["", "median", "quartiles", "× glf_fast", "GFLOP/s", "of torch's rate"])
+        yield from header(["", "median", "quartiles", "× glf_fast", "GFLOP/s", "of the yardstick"])
         for name, row in sorted(rows.items(), key=lambda item: item[1].median):
             yield line(
                 [
@@ -86,7 +86,8 @@ def on_gpu(groups: Groups) -> Iterator[str]:
         info = next(iter(rows.values())).info
         yield f"### {case}, {mode} (batch {info['batch']})"
         yield ""
-        yield f"The products at torch's matrix rate, or the bytes at a copy's: {time(info['yardstick_s'])}.{best(rows)}"
+        yardstick = time(info["yardstick_s"])
+        yield f"Yardstick: the products at torch's matrix rate, or the bytes at a copy's: {yardstick}.{best(rows)}"
         yield ""
         yield from header(titles)
         for name, row in sorted(rows.items(), key=lambda item: item[1].median):
