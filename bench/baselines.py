@@ -86,7 +86,7 @@ class Provider:
 def why_missing(name: str, case: FlowCase) -> str:
     """Why a library cannot be measured on a case, or ""."""
     if name in LIBRARIES and importlib.util.find_spec(name) is None:
-        return f"{name} is not installed (libraries.txt)"
+        return f"{name} is not installed (glf_fast[bench] has it)"
     if name == "normflows" and case.context_dim:
         return "normflows' AffineCouplingBlock takes no context"
     return ""

@@ -73,7 +73,7 @@ def flow_jobs(
 ) -> Iterator[Job]:
     """Providers of flows, in one of torch's matmul precisions."""
     for mode in modes:
-        for case in map(_small if clock is rehearsal else _same, cases):
+        for case in _sized(cases):
             label = f"{mode}, {PRECISIONS[precision]}" if suite == "gpu_flow" else mode
             for name in names:
                 yield suite, case.name, label, name, partial(flow, suite, label, case, mode, name, precision)
@@ -126,7 +126,14 @@ def replays(*works: Callable[[], object]) -> dict[str, Any]:
 
 
 def operation(
-    suite: str, case: Any, mode: str, name: str, make: Callable[[], Any], operations: int = 0, graph: bool = True
+    suite: str,
+    case: Any,
+    mode: str,
+    name: str,
+    make: Callable[[], Any],
+    operations: int = 0,
+    graph: bool = True,
+    **about: int,
 ) -> Result:
     """One provider's calls of an operation on layers; beside them the kernels alone, where a graph can hold them."""
     first = make()
@@ -139,7 +146,7 @@ def operation(
     calls, host = clock.call_times(work, SECONDS / 2)
     size = case.bytes(mode)
     yardstick = max(operations / clock.matrix_rate("highest") if operations else 0.0, size / clock.bandwidth())
-    info = {"bytes": size, "operations": operations, "yardstick_s": yardstick, "host_s": host}
+    info: dict[str, Any] = {"bytes": size, "operations": operations, "yardstick_s": yardstick, "host_s": host, **about}
     kernels = statistics.median(calls)
     if graph:
         # Over copies that are together larger than three L2 caches, or many.
@@ -163,7 +170,11 @@ def coupling_jobs() -> Iterator[Job]:
 
 def linear_jobs() -> Iterator[Job]:
     """log|det| and inverse of dense matrices: ours, each library under torch.linalg, CuPy; the goals' sizes first."""
-    sizes = [(3, 5)] if clock is rehearsal else [(n, d) for dims in DIMS for n in (16384, 1024, 32, 8) for d in dims]
+    sizes = (
+        [(3, 5), (3, 6)]
+        if clock is rehearsal
+        else [(n, d) for dims in DIMS for n in (16384, 1024, 32, 8) for d in dims]
+    )
     for case in (LinearCase(count, dim) for count, dim in sizes):
         for name in ("glf_fast", *BACKENDS, "CuPy"):
             yield dense(case, "forward", name)
@@ -176,7 +187,8 @@ def dense(case: LinearCase, mode: str, name: str) -> Job:
         if reason := why_linear_missing(name, clock.DEVICE, mode):
             raise Missing(reason)
         make = partial(Linear, name.removesuffix(GRAPHED), case, clock.DEVICE)
-        return operation("linear", case, mode, name, make, case.operations(mode), name == "glf_fast")
+        ours, about = name == "glf_fast", {"batch": case.count, "dim": case.dim}
+        return operation("linear", case, mode, name, make, case.operations(mode), ours, **about)
 
     return "linear", case.name, mode, name, measure
 
@@ -287,7 +299,7 @@ def launch_jobs() -> Iterator[Job]:
         return Result("launches", case.name, mode, name, stats([0.0]), {"launches": number})
 
     for mode in FLOW_MODES:
-        for case in map(_small if clock is rehearsal else _same, _named(*NAMED)):
+        for case in _sized(_named(*NAMED)):
             for name in (*OURS_AND_EAGER, *LIBRARIES):
                 yield "launches", case.name, mode, name, partial(count, case, mode, name)
 
@@ -303,7 +315,7 @@ def warm_jobs() -> Iterator[Job]:
 
     for name in ("glf_fast", *COMPILED):
         for mode in FLOW_MODES:
-            for case in map(_small if clock is rehearsal else _same, _named(*NAMED)):
+            for case in _sized(_named(*NAMED)):
                 yield "", case.name, mode, name, partial(only_compile, case, mode, name)
 
 
@@ -341,13 +353,10 @@ PARTS: dict[str, Callable[[], Iterator[Job]]] = {
 }
 
 
-def _same(case: FlowCase) -> FlowCase:
-    return case
-
-
-def _small(case: FlowCase) -> FlowCase:
-    """For rehearsals."""
-    return replace(case, steps=2, batch=min(case.batch, 8))
+def _sized(cases: list[FlowCase]) -> list[FlowCase]:
+    """Small ones in a rehearsal."""
+    small = [replace(case, steps=2, batch=min(case.batch, 8)) for case in cases]
+    return small if clock is rehearsal else cases
 
 
 def main() -> None:
@@ -366,6 +375,8 @@ def main() -> None:
     end = time.monotonic() + arguments.seconds
     path = arguments.out / "gpu.json"
     about = machine.about() | {"gpu": clock.name(), "cuda": torch.version.cuda}
+    if arguments.rehearse:
+        about["quick"] = True  # bench.report keeps no such file
     found = Results(about, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()), [])
     earlier = [read(path)] if path.is_file() else []
     try:

@@ -42,12 +42,12 @@ def kept_of(paths: Sequence[Path]) -> Results:
     """What is kept of these runs.
 
     Raises:
-        ValueError: they cannot be merged, or one was only to see that everything runs.
+        ValueError: they cannot be merged, or one only saw that everything runs.
     """
     files = [read(path) for path in paths]
     for path, found in zip(paths, files, strict=True):
         if found.machine.get("quick"):
-            raise ValueError(f"{path} is of a run with --quick, whose times mean nothing")
+            raise ValueError(f"{path} is of a run with --quick or --rehearse, whose times mean nothing")
     return merge(files)
 
 

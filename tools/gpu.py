@@ -61,7 +61,8 @@ PARTS = {
     "float32": 30,
 }
 PREPARATION = ("wheels", "build")
-SANITIZED = "one_launch or (assemble and 33) or (batches and 7-)"  # tests that start every kind of kernel once
+# A test or two of every operation, with matrices for a warp, for a block, and too large for shared memory.
+SANITIZED = "one_launch or (assemble and 33) or (batches and 7-) or (singular and (130 or 200))"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from bench import gpu, rehearsal, timing
+from bench.plots import draw
+from bench.report import kept_of
 from bench.results import read
 from bench.tables import page
 
@@ -32,6 +34,8 @@ def test_rehearsed_parts_add_to_one_file(tmp_path, monkeypatch, capsys) -> None:
         ("memory", "train"),
         ("launches", "sample"),
     }
+    with pytest.raises(ValueError, match="mean nothing"):
+        kept_of([tmp_path / "gpu.json"])
     text = "\n".join(page(found))
     assert "### throughput, train, tf32" in text and "graph, cold L2" in text and "## Launches" in text
 
@@ -112,6 +116,8 @@ def test_a_part_s_rows_are_measured_alike(part: str, tmp_path, monkeypatch, caps
         "step": {("gpu_flow", "step, tf32", name) for name in ("glf_fast", "eager", "graphed eager", "FrEIA")},
     }
     assert expected[part] <= rows.keys()
+    figures = {path.stem for path in draw(found, tmp_path)}
+    assert figures == {"linear": {"linear"}, "step": {"ratios"}}.get(part, set())
     text = "\n".join(page(found))
     assert ("graph, cold L2" if part == "step" else "glf_fast: kernels alone, cold L2") in text
 

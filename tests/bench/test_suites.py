@@ -146,6 +146,13 @@ def test_a_library_s_flow_is_of_our_size(name: str) -> None:
         assert provider(name, case, True).why_wrong(mode, case) == ""
 
 
+def test_the_extra_installs_what_the_benchmarks_compare_with() -> None:
+    """In the versions that the tests have."""
+    extra = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("bench = "))
+    versions = {line for line in (ROOT / "libraries.txt").read_text().splitlines() if line.split("==")[0] in LIBRARIES}
+    assert len(versions) == len(LIBRARIES) and all(f'"{version}"' in extra for version in versions)
+
+
 @pytest.mark.parametrize("context", [0, 3])
 def test_float64_in_chunks_is_float64_at_once(context: int) -> None:
     case = FlowCase("chunks", 4, (8,), 2, 2 * CHUNK + 5, context)
