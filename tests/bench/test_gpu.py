@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, rehearsal, timing
+from bench import gpu, gpu_layers, gpu_part, rehearsal, timing
+from bench.cases import COUPLING_MODES
+from bench.linear import Linear, LinearCase
 from bench.plots import draw
 from bench.report import kept_of
 from bench.results import read
@@ -21,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.filterwarnings("ignore:.*triangular_solve:UserWarning")  # nflows'
 def test_rehearsed_parts_add_to_one_file(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu, "clock", timing)  # restored afterwards: main sets it
+    monkeypatch.setattr(gpu_part, "clock", timing)  # restored afterwards: main sets it
     parts = ("large", "memory", "launches")
     for part in parts:
         monkeypatch.setattr(sys, "argv", ["bench.gpu", part, str(tmp_path), "--rehearse"])
@@ -41,7 +43,7 @@ def test_rehearsed_parts_add_to_one_file(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_a_row_that_fails_costs_itself_alone(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu, "clock", timing)
+    monkeypatch.setattr(gpu_part, "clock", timing)
     right = gpu.memory
 
     def sometimes(steps: int, name: str, *options):
@@ -60,7 +62,7 @@ def test_a_row_that_fails_costs_itself_alone(tmp_path, monkeypatch, capsys) -> N
 
 
 def test_rows_of_another_commit_are_put_aside(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu, "clock", timing)
+    monkeypatch.setattr(gpu_part, "clock", timing)
     monkeypatch.setattr(sys, "argv", ["bench.gpu", "memory", str(tmp_path), "--rehearse"])
     for commit in ("abc", "def"):
         monkeypatch.setenv("COMMIT", commit)
@@ -71,7 +73,7 @@ def test_rows_of_another_commit_are_put_aside(tmp_path, monkeypatch, capsys) -> 
 
 @pytest.mark.parametrize("part", ["large", "large-bf16", "float32"])
 def test_what_is_wrong_has_no_time(part: str, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu, "clock", timing)
+    monkeypatch.setattr(gpu_part, "clock", timing)
     monkeypatch.setattr(gpu.Provider, "why_wrong", lambda self, *_: "off by 1" if self.name == "eager" else "")
     monkeypatch.setattr(sys, "argv", ["bench.gpu", part, str(tmp_path), "--rehearse"])
     with pytest.raises(SystemExit):
@@ -93,7 +95,7 @@ def test_every_part_has_a_time_and_every_row_a_name(tool) -> None:
 @pytest.mark.filterwarnings("ignore:.*triangular_solve:UserWarning")  # nflows'
 def test_a_part_s_rows_are_measured_alike(part: str, tmp_path, monkeypatch, capsys) -> None:
     """Ratios are of calls for everybody; the kernels alone, from a graph, are beside them."""
-    monkeypatch.setattr(gpu, "clock", timing)
+    monkeypatch.setattr(gpu_part, "clock", timing)
     monkeypatch.setattr(gpu, "COMPILED", ())  # minutes
     monkeypatch.setattr(sys, "argv", ["bench.gpu", part, str(tmp_path), "--rehearse"])
     monkeypatch.setattr(rehearsal, "call_times", lambda work, seconds: (work(), ([3.0], 1.0))[1])
@@ -112,7 +114,7 @@ def test_a_part_s_rows_are_measured_alike(part: str, tmp_path, monkeypatch, caps
             *(("lu", "forward", name) for name in ("glf_fast", "torch.linalg")),
             ("linear", "forward", "torch.linalg, graphed"),
         },
-        "coupling": {("coupling", mode, name) for mode in gpu.COUPLING_MODES for name in gpu.OURS_AND_EAGER},
+        "coupling": {("coupling", mode, name) for mode in COUPLING_MODES for name in gpu.OURS_AND_EAGER},
         "step": {("gpu_flow", "step, tf32", name) for name in ("glf_fast", "eager", "graphed eager", "FrEIA")},
     }
     assert expected[part] <= rows.keys()
@@ -124,26 +126,26 @@ def test_a_part_s_rows_are_measured_alike(part: str, tmp_path, monkeypatch, caps
 
 def test_the_clock_is_looked_at_inside_a_row(tmp_path, monkeypatch, capsys) -> None:
     """What was measured of a row is kept, what was not is not begun."""
-    monkeypatch.setattr(gpu, "clock", rehearsal)
-    make = functools.partial(gpu.Linear, "glf_fast", gpu.LinearCase(3, 5))
+    monkeypatch.setattr(gpu_part, "clock", rehearsal)
+    make = functools.partial(Linear, "glf_fast", LinearCase(3, 5))
 
     def late(work, seconds) -> tuple[list[float], float]:
-        monkeypatch.setattr(gpu, "end", 0.0)
+        monkeypatch.setattr(gpu_part, "end", 0.0)
         return [3.0], 1.0
 
     monkeypatch.setattr(rehearsal, "call_times", late)
-    row = gpu.operation("linear", gpu.LinearCase(3, 5), "forward", "glf_fast", make)
+    row = gpu_layers.operation("linear", LinearCase(3, 5), "forward", "glf_fast", make)
     assert row.median == 3.0 and row.info["graph_failed"] == "out of time"
     with pytest.raises(gpu.OutOfTime):
-        gpu.operation("linear", gpu.LinearCase(3, 5), "forward", "glf_fast", make)
-    monkeypatch.setattr(gpu, "end", math.inf)  # main sets it
+        gpu_layers.operation("linear", LinearCase(3, 5), "forward", "glf_fast", make)
+    monkeypatch.setattr(gpu_part, "end", math.inf)  # main sets it
     monkeypatch.setattr(sys, "argv", ["bench.gpu", "linear", str(tmp_path), "--seconds", "0", "--rehearse"])
     gpu.main()
     assert "out of time" in capsys.readouterr().out and not (tmp_path / "gpu.json").exists()
 
 
 def test_memory_and_launches_of_what_is_wrong_are_none(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu, "clock", timing)
+    monkeypatch.setattr(gpu_part, "clock", timing)
     monkeypatch.setattr(gpu, "wrong_gradients", lambda *_: "result 1 is off by 1.0e-01")
     monkeypatch.setattr(gpu.Provider, "why_wrong", lambda self, *_: "off by 1" if self.name == "eager" else "")
     for part in ("memory", "launches"):
@@ -155,7 +157,7 @@ def test_memory_and_launches_of_what_is_wrong_are_none(tmp_path, monkeypatch, ca
 
 
 def test_what_the_tests_said_stands_above_the_numbers(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu, "clock", timing)
+    monkeypatch.setattr(gpu_part, "clock", timing)
     monkeypatch.setenv("TESTS", "failed with 1")
     monkeypatch.setattr(sys, "argv", ["bench.gpu", "memory", str(tmp_path), "--rehearse"])
     gpu.main()
