@@ -140,12 +140,16 @@ def _join(known: dict[str, Result], rows: dict[str, Result]) -> list[Result]:
     It was run again if both have a provider; rows of other providers alone belong to the same run.
     """
     again = bool(known.keys() & rows.keys())
-    before, now = (max((len(row.medians) for row in side.values()), default=0) for side in (known, rows))
+    before = max((len(row.medians) for row in known.values()), default=0) if again else 0
     nothing: list[float | None] = [None]
     new = [row for name, row in rows.items() if name not in known]
-    if again:
-        for name, row in known.items():
-            row.medians += rows[name].medians if name in rows else nothing * now
-        for row in new:
-            row.medians = nothing * before + row.medians
+    for row in new:
+        row.medians = nothing * before + row.medians
+    for name, row in known.items():
+        if name in rows:
+            row.medians += rows[name].medians
+    whole = [*known.values(), *new]
+    runs = max(len(row.medians) for row in whole)
+    for row in whole:
+        row.medians += nothing * (runs - len(row.medians))
     return new

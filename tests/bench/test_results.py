@@ -50,6 +50,9 @@ def test_parts_of_one_run_are_one_run(made) -> None:
     key = "gpu_flow", "a", "train, tf32"
     whole = merge([made({key: {"glf_fast": [1.0], "eager": [2.0]}}), made({key: {"compile": [1.5]}})])
     assert [row.medians for row in whole.groups()[key].values()] == [[1.0], [2.0], [1.5]]
+    twice = merge([made({key: {"glf_fast": [1.0]}}), made({key: {"glf_fast": [1.1]}}), made({key: {"compile": [1.5]}})])
+    assert [row.medians for row in twice.groups()[key].values()] == [[1.0, 1.1], [1.5, None]]
+    assert ratio(twice.groups()[key], "compile") == "1.50"
 
 
 def test_runs_of_other_machines_are_not_merged_and_quick_ones_not_kept(made, tmp_path) -> None:
