@@ -161,7 +161,7 @@ def test_what_the_tests_said_stands_above_the_numbers(tmp_path, monkeypatch, cap
     monkeypatch.setenv("TESTS", "failed with 1")
     monkeypatch.setattr(sys, "argv", ["bench.gpu", "memory", str(tmp_path), "--rehearse"])
     gpu.main()
-    assert "The tests before it: failed with 1. **Speed on a red test is none.**" in list(
+    assert "The tests before it: failed with 1. **Not green: speed on a red test is none.**" in list(
         page(read(tmp_path / "gpu.json"))
     )
 
