@@ -1,8 +1,8 @@
 """Peak memory of a training pass in a process of its own: `python -m bench.memory BACKEND STEPS [--reversible]`.
 
 Prints JSON: bytes above what the process held before, with the parameters' gradients already there; how many of them a pass
-for ∂x alone takes, without gradients of the parameters: activations, and the two matrices of each layer; bytes of the parameters;
-and the seconds of the pass. Gradients that are being summed are as large as the parameters for each thread.
+for ∂x alone takes, without gradients of the parameters: activations, and the two matrices of each layer; bytes of the
+parameters; and the seconds of the pass. Gradients that are being summed are as large as the parameters for each thread.
 
 Linux only: the kernel's high-water mark of the resident set, which counts every allocation of every library. Blocks that
 were freed must be out of the set by then, or the pass would use them unseen: set MALLOC_MMAP_THRESHOLD_ (see `ENVIRONMENT`).

@@ -26,7 +26,10 @@ def page(found: Results) -> Iterator[str]:
         yield f"{runs} runs. Times are the first run's; ratios are the first run's, with the range of all runs where it shows."
     if tests := machine.get("tests"):
         red = tests not in ("ok", "not run")
-        yield from ("", f"The tests before it: {tests}." + (" **Not green: speed on a red test is none.**" if red else ""))
+        yield from (
+            "",
+            f"The tests before it: {tests}." + (" **Not green: speed on a red test is none.**" if red else ""),
+        )
     if found.wrong:
         yield from ("", "Not timed:", "", *(f"* {what}" for what in found.wrong))
     for suite in dict.fromkeys(result.suite for result in found.results):

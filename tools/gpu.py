@@ -84,6 +84,7 @@ class Run:
     deadline: float
     environment: dict[str, str]
     results: list[dict[str, object]] = field(default_factory=list)
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def step(self, step: Step) -> bool:
         """Run a command for at most its seconds, or what is left; True if it succeeded."""
@@ -93,18 +94,18 @@ class Run:
             return False
         started = time.monotonic()
         environment = self.environment | step.environment
-        running: list[subprocess.Popen[bytes]] = []
+        self.running.clear()
         state = "stopped: interrupted"
         try:
             if step.beside:
-                running.append(_start(step.beside, WORK / f"{step.name}-beside.log", environment))
-            running.append(_start(step.command, WORK / f"{step.name}.log", environment))
-            code = running[-1].wait(seconds)
+                self.running.append(_start(step.beside, WORK / f"{step.name}-beside.log", environment))
+            self.running.append(_start(step.command, WORK / f"{step.name}.log", environment))
+            code = self.running[-1].wait(seconds)
             state = "ok" if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
             state = "stopped: its time was over"
         finally:
-            _stop(running)
+            _stop(self.running)
             self.note(step.name, state, time.monotonic() - started)
         return state == "ok"
 
@@ -254,6 +255,7 @@ def main() -> None:
                     stack.enter_context(linked())
         except KeyboardInterrupt:
             interrupted = True
+            _stop(run.running)  # again: the signal may have come while they were being stopped
     if (out / "gpu.json").is_file() and (problem := tables(out, environment)):
         print(problem)
     failed = [result["step"] for result in run.results if result["state"] != "ok"]

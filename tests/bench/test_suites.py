@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import glf_fast
+from bench import test_convert, test_coupling, test_flow, test_linear, test_train_step
 from bench.baselines import LIBRARIES, provider, why_missing
 from bench.cases import FLOWS, FlowCase
 from bench.check import CHUNK, exact_flow
@@ -21,7 +22,7 @@ from bench.memory import BATCH, DIM, ENVIRONMENT, wrong_gradients
 from bench.plots import draw
 from bench.results import read
 from bench.tables import page
-from bench.training import Step
+from bench.training import IMAGES, Step
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -151,6 +152,16 @@ def test_the_extra_installs_what_the_benchmarks_compare_with() -> None:
     extra = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("bench = "))
     versions = {line for line in (ROOT / "libraries.txt").read_text().splitlines() if line.split("==")[0] in LIBRARIES}
     assert len(versions) == len(LIBRARIES) and all(f'"{version}"' in extra for version in versions)
+
+
+def test_the_suites_ask_for_less_than_half_of_their_twelve_minutes() -> None:
+    """Checks in float64, compilation and warm-up take as long again."""
+    races = (*test_flow.NAMED, *test_flow.DEEP, *test_flow.WIDE)
+    layers = (*test_linear.DENSE, *test_linear.LAYERS, *test_linear.FACTORS)
+    seconds = sum(race.seconds for race in races) + test_train_step.SECONDS * len(IMAGES)
+    for module, tasks in ((test_coupling, test_coupling.TASKS), (test_linear, layers)):
+        seconds += module.SECONDS * len({task[:2] for task in tasks})
+    assert seconds + test_convert.SECONDS * len(test_convert.TASKS) < 340
 
 
 @pytest.mark.parametrize("context", [0, 3])
