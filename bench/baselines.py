@@ -43,7 +43,9 @@ class Provider:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-5, fused=True)
+        # Steps so short that what is timed stays what was checked; capturable where a graph may hold it.
+        on_gpu = self.device != "cpu"
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-9, fused=True, capturable=on_gpu)
 
     def run(self, mode: str, x: Tensor, context: Tensor | None) -> Tensor:
         """One pass of `mode` over the rows x; returns what a user would look at."""
@@ -84,7 +86,7 @@ class Provider:
 def why_missing(name: str, case: FlowCase) -> str:
     """Why a library cannot be measured on a case, or ""."""
     if name in LIBRARIES and importlib.util.find_spec(name) is None:
-        return f"{name} is not installed (libraries.txt)"
+        return f"{name} is not installed (glf_fast[bench] has it)"
     if name == "normflows" and case.context_dim:
         return "normflows' AffineCouplingBlock takes no context"
     return ""

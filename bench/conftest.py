@@ -32,4 +32,16 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """pytest-benchmark's own, without the computer's name, and ours."""
     for private in ("node", "release"):
         machine_info.pop(private, None)
-    machine_info |= machine.about()
+    machine_info |= machine.about() | ({"quick": True} if config.getoption("--quick") else {})
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """What has no time, and why: failed and skipped tests, by their reasons."""
+    found: dict[str, list[str]] = {}
+    terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+    reports = terminal.stats
+    for report in (*reports.get("failed", ()), *reports.get("error", ()), *reports.get("skipped", ())):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = crash.message if crash else str(report.longrepr[2] if report.skipped else report.longrepr)
+        found.setdefault(reason.splitlines()[0].removeprefix("Skipped: "), []).append(report.nodeid.split("::")[-1])
+    output_json["wrong"] = [f"{', '.join(tests)}: {reason}" for reason, tests in found.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +23,7 @@ class Coupling:
     """One provider's passes over one case's tensors; `seed` makes other tensors of the same case."""
 
     def __init__(self, name: str, case: CouplingCase, device: str = "cpu", seed: int = 0) -> None:
-        function: Callable[..., Any] = ops.affine_coupling if name == "glf_fast" else reference.affine_coupling
-        self.function = compiled(function) if name == "compile" else function
+        self.function = _function(name)
         self.inputs = case.inputs(device, seed)
         with torch.no_grad(), use_backend("reference"):
             results = reference.affine_coupling(*self.inputs)
@@ -43,3 +43,11 @@ class Coupling:
         if mode == "train":
             results = torch.autograd.grad(results, exact, [g.double() for g in self.gradients])
         return why_wrong(self.run(mode), [t.detach() for t in results])
+
+
+@cache
+def _function(name: str) -> Callable[..., Any]:
+    """One compilation for all that have the same shape."""
+    if name == "glf_fast":
+        return ops.affine_coupling
+    return compiled(reference.affine_coupling) if name == "compile" else reference.affine_coupling

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from bench import machine, rehearsal, timing
+from bench import gpu_part as part
+from bench import machine, rehearsal
 from bench.baselines import COMPILED, LIBRARIES, Provider, provider, why_missing
-from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, SMALL_BATCH, CouplingCase, FlowCase
-from bench.couplings import PROVIDERS as COUPLING_PROVIDERS
-from bench.couplings import Coupling
-from bench.linear import BACKENDS, Linear, LinearCase
-from bench.linear import why_missing as why_linear_missing
+from bench.cases import DEPTH, FLOWS, GRID, SMALL_BATCH, FlowCase
+from bench.gpu_layers import coupling_jobs, layer_jobs, linear_jobs
+from bench.gpu_part import OURS_AND_EAGER, SECONDS, Job, Missing, OutOfTime, check_time, rehearsing, replays
+from bench.memory import wrong_gradients
 from bench.results import Result, Results, merge, read, stats, write
 from bench.training import IMAGES, Step
 from bench.training import PROVIDERS as STEP_PROVIDERS
@@ -36,21 +36,9 @@ from glf_fast import CouplingFlow, use_backend
 
 __all__ = ["PARTS", "main"]
 
-SECONDS = 0.25  # of each measurement
 PRECISIONS = {"highest": "float32", "high": "tf32", "medium": "bf16"}
 NAMED = ("glf-cifar", "glf-mnist", "sbi")
 FLOW_MODES = ("train", "log_prob", "sample")
-OURS_AND_EAGER = ("glf_fast", "eager")
-
-Measured = Callable[[], Result]
-# One row to be: suite, case, mode, provider, and what measures it. It raises AssertionError for what is wrong.
-Job = tuple[str, str, str, str, Measured]
-
-clock: Any = timing  # or rehearsal
-
-
-class Missing(Exception):
-    """What cannot be measured here, and why."""
 
 
 def flow_jobs(
@@ -58,7 +46,7 @@ def flow_jobs(
 ) -> Iterator[Job]:
     """Providers of flows, in one of torch's matmul precisions."""
     for mode in modes:
-        for case in map(_small if clock is rehearsal else _same, cases):
+        for case in _sized(cases):
             label = f"{mode}, {PRECISIONS[precision]}" if suite == "gpu_flow" else mode
             for name in names:
                 yield suite, case.name, label, name, partial(flow, suite, label, case, mode, name, precision)
@@ -69,32 +57,27 @@ def flow(suite: str, label: str, case: FlowCase, mode: str, name: str, precision
     if reason := why_missing(name, case):
         raise Missing(reason)
     torch.set_float32_matmul_precision(precision)
-    made = provider("eager" if name == "graphed eager" else name, case, mode == "train", clock.DEVICE)
-    work = partial(made.run, mode, *case.inputs(clock.DEVICE))
+    made = provider("eager" if name == "graphed eager" else name, case, mode in ("train", "step"), part.clock.DEVICE)
+    work = partial(made.run, mode, *case.inputs(part.clock.DEVICE))
     for _ in range(3):  # what is captured at the second call is checked at the fourth
         work()
     if wrong := made.why_wrong(mode, case, precision):
         raise AssertionError(wrong)
-    operations, size, rate = case.operations(mode), case.bytes(mode), clock.matrix_rate(precision)
+    operations, size, rate = case.operations(mode), case.bytes(mode), part.clock.matrix_rate(precision)
+    check_time()
     info: dict[str, Any] = {
         "batch": case.batch, "dim": case.dim, "hidden": case.hidden, "steps": case.steps, "precision": precision,
-        "operations": operations, "bytes": size, "floor_s": max(operations / rate, size / clock.bandwidth()),
+        "operations": operations, "bytes": size, "yardstick_s": max(operations / rate, size / part.clock.bandwidth()),
         "matrix_gflops": rate / 1e9, "threads": 1, "parameters": made.parameters(),
     }  # fmt: skip
     if name == "graphed eager":
-        graph = clock.Graph(work)
+        graph = part.clock.Graph(work)
         work = graph.replay
     elif name != "reduce-overhead":  # whose memory belongs to its graphs
-        info["peak_bytes"] = clock.peak_memory(work)
-    calls, info["host_s"] = clock.call_times(work, SECONDS)
+        info["peak_bytes"] = part.clock.peak_memory(work)
+    calls, info["host_s"] = part.clock.call_times(work, SECONDS)
     if name in OURS_AND_EAGER:
-        try:
-            graph = clock.Graph(work)
-            info["graph_cold"] = stats(graph.times(SECONDS, cold=True))
-            info["graph_warm"] = stats(graph.times(SECONDS, cold=False))
-        except RuntimeError as error:  # what cannot be captured has still been called
-            traceback.print_exc()
-            info["graph_failed"] = str(error)[:300]
+        info |= replays(work)
     info["gflops"] = operations / statistics.median(calls) / 1e9
     # Of the kernels alone, where they are known alone.
     kernels = info["graph_cold"]["median"] if "graph_cold" in info else statistics.median(calls)
@@ -102,87 +85,36 @@ def flow(suite: str, label: str, case: FlowCase, mode: str, name: str, precision
     return Result(suite, case.name, label, name, stats(calls), info)
 
 
-def coupling_jobs() -> Iterator[Job]:
-    """The elementwise coupling of images, and of a size that fills a GPU; the compiler last: it takes long."""
-    large = [CouplingCase((4096, 24, 16, 16), order) for order in ("contiguous", "channels-last")]
-    cases = [CouplingCase((2, 4, 4, 4), "contiguous")] if clock is rehearsal else [*large, *COUPLINGS]
-    for name in COUPLING_PROVIDERS:
-        for case in cases:
-            for mode in COUPLING_MODES:
-                yield "coupling", case.name, mode, name, partial(coupling, case, mode, name)
-
-
-def coupling(case: CouplingCase, mode: str, name: str) -> Result:
-    """Kernels alone, from one graph over copies of the tensors that are together larger than three L2 caches."""
-    first = Coupling(name, case, clock.DEVICE)
-    if wrong := first.why_wrong(mode):
-        raise AssertionError(wrong)
-    size = case.bytes(mode)
-    copies = [first, *(Coupling(name, case, clock.DEVICE, seed) for seed in range(1, clock.rotations(size)))]
-    for other in copies:
-        other.function = first.function  # one compilation for all
-    times = clock.Graph(*(partial(c.run, mode) for c in copies)).times(SECONDS, cold=False)
-    calls, host = clock.call_times(partial(first.run, mode), SECONDS)
-    info = {
-        "batch": case.shape[0], "bytes": size, "floor_s": size / clock.bandwidth(), "copies": len(copies),
-        "gbytes_per_s": size / statistics.median(times) / 1e9, "calls": stats(calls), "host_s": host,
-        "share_of_copy": size / statistics.median(times) / clock.bandwidth(),
-    }  # fmt: skip
-    return Result("coupling", case.name, mode, name, stats(times), info)
-
-
-def linear_jobs() -> Iterator[Job]:
-    """log|det| and inverse of dense matrices: ours, each library under torch.linalg, CuPy; large batches first."""
-    counts, dims = ((3,), (5,)) if clock is rehearsal else ((16384, 1024, 32, 8), (32, 64, 8, 16, 4, 128, 192, 48, 96))
-    for case in (LinearCase(count, dim) for count in counts for dim in dims):
-        for name in ("glf_fast", *BACKENDS, "CuPy"):
-            yield "linear", case.name, "forward", name, partial(linear, case, name)
-
-
-def linear(case: LinearCase, name: str) -> Result:
-    """Calls; of ours the kernel alone, from one graph over copies that are together larger than three L2 caches."""
-    if reason := why_linear_missing(name, clock.DEVICE, "forward"):
-        raise Missing(reason)
-    first = Linear(name, case, clock.DEVICE)
-    if wrong := first.why_wrong("forward"):
-        raise AssertionError(wrong)
-    calls, host = clock.call_times(partial(first.run, "forward"), SECONDS)
-    operations, size = case.operations("forward"), case.bytes("forward")
-    floor_s = max(operations / clock.matrix_rate("highest"), size / clock.bandwidth())
-    info = {
-        "batch": case.count, "dim": case.dim, "operations": operations, "bytes": size, "floor_s": floor_s,
-        "calls": stats(calls), "host_s": host,
-    }  # fmt: skip
-    times = calls
-    if name == "glf_fast":  # the others wait for the GPU, or ask it for memory, which no graph can hold
-        copies = [first, *(Linear(name, case, clock.DEVICE) for _ in range(1, clock.rotations(size)))]
-        times = clock.Graph(*(partial(c.run, "forward") for c in copies)).times(SECONDS, cold=False)
-    info["gflops"] = operations / statistics.median(times) / 1e9
-    return Result("linear", case.name, "forward", name, stats(times), info)
-
-
 def memory_jobs() -> Iterator[Job]:
     """Peak memory of a training pass against depth."""
     ways = (("glf_fast", "auto", False), ("glf_fast reversible", "auto", True), ("eager", "reference", False))
-    for steps in (1, 2) if clock is rehearsal else (64, 8, 32, 16):
+    for steps in (1, 2) if rehearsing() else (64, 8, 32, 16):
         for name, backend, reversible in ways:
             yield "memory", f"memory-{steps}", "train", name, partial(memory, steps, name, backend, reversible)
 
 
 def memory(steps: int, name: str, backend: str, reversible: bool) -> Result:
     """D 64, H 256, 256, B 4,096, with its gradients already there."""
-    batch = 4 if clock is rehearsal else 4096
+    batch = 4 if rehearsing() else 4096
     torch.manual_seed(0)
-    model = CouplingFlow(64, steps, (256, 256), reversible=reversible).to(clock.DEVICE)
-    x = torch.randn(batch, 64, device=clock.DEVICE)
+    model = CouplingFlow(64, steps, (256, 256), reversible=reversible).to(part.clock.DEVICE)
+    x = torch.randn(batch, 64, device=part.clock.DEVICE)
 
     def work() -> None:
         model.log_prob(x).mean().backward()
 
     with use_backend(backend):
         work()
-        peak, (calls, _) = clock.peak_memory(work), clock.call_times(work, SECONDS)
-    info = {"batch": batch, "dim": 64, "hidden": (256, 256), "steps": steps, "peak_bytes": peak}
+        if wrong := wrong_gradients(model, x):
+            raise AssertionError(wrong)
+        peak, (calls, _) = part.clock.peak_memory(work), part.clock.call_times(work, SECONDS)
+        model.requires_grad_(False)
+        x.requires_grad_()
+        activations = part.clock.peak_memory(work)
+    info = {
+        "batch": batch, "dim": 64, "hidden": (256, 256), "steps": steps, "peak_bytes": peak, "activation_bytes": activations,
+        "parameter_bytes": 4 * sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
     return Result("memory", f"memory-{steps}", "train", name, stats(calls), info)
 
 
@@ -190,18 +122,18 @@ def step_jobs() -> Iterator[Job]:
     """Whole training steps of the presets' models."""
     for name in STEP_PROVIDERS:  # the compiler last: it takes long
         for preset in IMAGES:
-            if not (name == "compile" and clock is rehearsal):
+            if not (name == "compile" and rehearsing()):
                 yield "train_step", preset, "step", name, partial(training, preset, name)
 
 
 def training(preset: str, name: str) -> Result:
     """The trainer's own steps, each after the other, and the most memory that they held."""
     torch.set_float32_matmul_precision("high")
-    step = Step(name, preset, clock.DEVICE, batch=4 if clock is rehearsal else 0)
+    step = Step(name, preset, part.clock.DEVICE, batch=4 if rehearsing() else 0)
     if wrong := step.why_wrong("high"):  # cuDNN's convolutions are tf32 by default
         raise AssertionError(wrong)
-    peak = clock.peak_memory(step.run)
-    calls, host = clock.call_times(step.run, 8 * SECONDS)
+    peak = part.clock.peak_memory(step.run)
+    calls, host = part.clock.call_times(step.run, 8 * SECONDS)
     batch = len(step.images)
     info = {"batch": batch, "images_per_s": batch / statistics.median(calls), "host_s": host, "peak_extra_bytes": peak}
     return Result("train_step", preset, "step", name, stats(calls), info)
@@ -209,7 +141,9 @@ def training(preset: str, name: str) -> Result:
 
 def compile_jobs() -> Iterator[Job]:
     """torch.compile and its reduce-overhead mode, in the order of their importance."""
-    yield from flow_jobs("gpu_flow", [FLOWS[name] for name in NAMED], FLOW_MODES, COMPILED)
+    yield from flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, COMPILED)
+    yield from flow_jobs("gpu_flow", _named("throughput"), ("train", "log_prob"), ("compile",))
+    yield from flow_jobs("gpu_flow", list(SMALL_BATCH.values()), ("log_prob", "sample"), COMPILED)
 
 
 def launch_jobs() -> Iterator[Job]:
@@ -218,14 +152,16 @@ def launch_jobs() -> Iterator[Job]:
     def count(case: FlowCase, mode: str, name: str) -> Result:
         if reason := why_missing(name, case):
             raise Missing(reason)
-        made = provider(name, case, mode == "train", clock.DEVICE)
-        number = clock.launches(partial(made.run, mode, *case.inputs(clock.DEVICE)))
+        made = provider(name, case, mode == "train", part.clock.DEVICE)
+        if wrong := made.why_wrong(mode, case):
+            raise AssertionError(wrong)
+        number = part.clock.launches(partial(made.run, mode, *case.inputs(part.clock.DEVICE)))
         if not number:
             raise AssertionError("the profiler saw no launches")
         return Result("launches", case.name, mode, name, stats([0.0]), {"launches": number})
 
     for mode in FLOW_MODES:
-        for case in map(_small if clock is rehearsal else _same, _named(*NAMED)):
+        for case in _sized(_named(*NAMED)):
             for name in (*OURS_AND_EAGER, *LIBRARIES):
                 yield "launches", case.name, mode, name, partial(count, case, mode, name)
 
@@ -235,13 +171,13 @@ def warm_jobs() -> Iterator[Job]:
 
     def only_compile(case: FlowCase, mode: str, name: str) -> Result:
         torch.set_float32_matmul_precision("high")
-        made: Provider = provider(name, case, mode == "train", clock.DEVICE)
-        made.run(mode, *case.inputs(clock.DEVICE))
+        made: Provider = provider(name, case, mode == "train", part.clock.DEVICE)
+        made.run(mode, *case.inputs(part.clock.DEVICE))
         return Result("", "", "", "", {"median": 0.0}, {})
 
     for name in ("glf_fast", *COMPILED):
         for mode in FLOW_MODES:
-            for case in map(_small if clock is rehearsal else _same, _named(*NAMED)):
+            for case in _sized(_named(*NAMED)):
                 yield "", case.name, mode, name, partial(only_compile, case, mode, name)
 
 
@@ -251,20 +187,26 @@ def _named(*names: str) -> list[FlowCase]:
 
 # Part → its jobs. The order is that of their importance.
 PARTS: dict[str, Callable[[], Iterator[Job]]] = {
-    "flow": lambda: flow_jobs(
-        "gpu_flow", _named(*NAMED), FLOW_MODES, ("glf_fast", "eager", "graphed eager", *LIBRARIES)
-    ),
+    "flow": lambda: flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, (*OURS_AND_EAGER, "graphed eager", *LIBRARIES)),
     "compile": compile_jobs,
     "memory": memory_jobs,
     "coupling": coupling_jobs,
     "linear": linear_jobs,
-    "large": lambda: flow_jobs("gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), OURS_AND_EAGER),
+    "large": lambda: flow_jobs(
+        "gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), (*OURS_AND_EAGER, "graphed eager")
+    ),
+    "layers": layer_jobs,
     "train_step": step_jobs,
     "grid": lambda: flow_jobs("grid", list(GRID.values()), ("train",), OURS_AND_EAGER),
     "large-bf16": lambda: flow_jobs(
         "gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), OURS_AND_EAGER, "medium"
     ),
-    "small": lambda: flow_jobs("gpu_flow", list(SMALL_BATCH.values()), ("log_prob", "sample"), OURS_AND_EAGER),
+    "small": lambda: flow_jobs(
+        "gpu_flow", list(SMALL_BATCH.values()), ("log_prob", "sample"), (*OURS_AND_EAGER, "graphed eager")
+    ),
+    "step": lambda: flow_jobs(
+        "gpu_flow", _named(*NAMED), ("step",), (*OURS_AND_EAGER, "graphed eager", *LIBRARIES, *COMPILED)
+    ),
     "depth": lambda: flow_jobs("depth", list(DEPTH.values()), ("train",), OURS_AND_EAGER),
     "bf16": lambda: flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, OURS_AND_EAGER, "medium"),
     "launches": launch_jobs,
@@ -273,18 +215,14 @@ PARTS: dict[str, Callable[[], Iterator[Job]]] = {
 }
 
 
-def _same(case: FlowCase) -> FlowCase:
-    return case
-
-
-def _small(case: FlowCase) -> FlowCase:
-    """For rehearsals."""
-    return replace(case, steps=2, batch=min(case.batch, 8))
+def _sized(cases: list[FlowCase]) -> list[FlowCase]:
+    """Small ones in a rehearsal."""
+    small = [replace(case, steps=2, batch=min(case.batch, 8)) for case in cases]
+    return small if rehearsing() else cases
 
 
 def main() -> None:
     """See the module's docstring."""
-    global clock
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("out", type=Path)
@@ -292,12 +230,14 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     if arguments.rehearse:
-        clock = rehearsal
+        part.clock = rehearsal
     elif not torch.cuda.is_available():
         sys.exit("bench.gpu needs a CUDA GPU; on a processor: make bench, or --rehearse")
-    end = time.monotonic() + arguments.seconds
+    part.end = time.monotonic() + arguments.seconds
     path = arguments.out / "gpu.json"
-    about = machine.about() | {"gpu": clock.name(), "cuda": torch.version.cuda}
+    about = machine.about() | {"gpu": part.clock.name(), "cuda": torch.version.cuda}
+    if arguments.rehearse:
+        about["quick"] = True  # bench.report keeps no such file
     found = Results(about, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()), [])
     earlier = [read(path)] if path.is_file() else []
     try:
@@ -307,14 +247,15 @@ def main() -> None:
         path.rename(path.with_name(f"gpu-{earlier.pop().machine['commit']}.json"))
     failures = 0
     for suite, case, mode, name, measure in PARTS[arguments.part]():
-        if time.monotonic() > end:
-            print("out of time; the rest was not measured", flush=True)
-            break
         try:
+            check_time()
             result = measure()
             text = f"{result.median * 1e6:12.1f} µs"
             if suite:
                 found.results.append(result)
+        except OutOfTime:
+            print("out of time; the rest was not measured", flush=True)
+            break
         except Missing as reason:
             text = f"not measured: {reason}"
             found.wrong.append(f"{suite} {case}, {mode}, {name}: {text}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,9 +14,20 @@ from torch import Tensor
 from bench.check import why_wrong
 from glf_fast import ops, reference
 
-__all__ = ["APPLIED", "LINEAR", "Applied", "AppliedCase", "Linear", "LinearCase", "applied_names", "why_missing"]
+__all__ = [
+    "APPLIED",
+    "GRAPHED",
+    "LINEAR",
+    "Applied",
+    "AppliedCase",
+    "Linear",
+    "LinearCase",
+    "applied_names",
+    "why_missing",
+]
 
 # torch.linalg by the library under it; on a processor there is one.
+GRAPHED = ", graphed"  # after its name: captured as a graph, and replayed
 BACKENDS = {"torch.linalg": "default", "torch.linalg, cusolver": "cusolver", "torch.linalg, magma": "magma"}
 
 
@@ -34,8 +46,8 @@ class LinearCase:
     def inputs(self, device: str = "cpu") -> Tensor:
         """(K, D, D), which ask for gradients."""
         torch.manual_seed(0)
-        W = torch.eye(self.dim) + 0.5 * torch.randn(self.count, self.dim, self.dim) / self.dim**0.5
-        return W.to(device).requires_grad_()
+        noise = torch.randn(self.count, self.dim, self.dim, device=device)
+        return (torch.eye(self.dim, device=device) + 0.5 * noise / self.dim**0.5).requires_grad_()
 
     def operations(self, mode: str) -> int:
         """LU 2/3 D³, inverse 4/3 D³ each; backward two products more."""
@@ -50,9 +62,8 @@ class Linear:
     """One provider's passes over one case's matrices: signs, log|det| and inverses, and their backward."""
 
     def __init__(self, name: str, case: LinearCase, device: str = "cpu") -> None:
-        self.name, self.W = name, case.inputs(device)
-        torch.manual_seed(1)
-        self.gradients = [torch.randn(case.count, device=device), torch.randn_like(self.W)]
+        self.name, self.case, self.W = name, case, case.inputs(device)
+        self.gradients = gradients(case, device)
 
     def run(self, mode: str) -> list[Tensor]:
         """[log|det| (K,), inverse (K, D, D)], or [∂W]."""
@@ -77,11 +88,23 @@ class Linear:
 
     def why_wrong(self, mode: str) -> str:
         """What is wrong with its results, or ""."""
-        exact = self.W.detach().double().requires_grad_()
-        truth = list(reference.slogdet_inverse(exact)[1:3])
-        if mode == "train":
-            truth = list(torch.autograd.grad(truth, exact, [g.double() for g in self.gradients]))
-        return why_wrong(self.run(mode), [t.detach() for t in truth])
+        return why_wrong(self.run(mode), exact_linear(self.case, mode, str(self.W.device)))
+
+
+@lru_cache(maxsize=1)
+def exact_linear(case: LinearCase, mode: str, device: str) -> list[Tensor]:
+    """What `Linear.run` should give, in float64: once for all providers of a case."""
+    exact = case.inputs(device).detach().double().requires_grad_()
+    truth = list(reference.slogdet_inverse(exact)[1:3])
+    if mode == "train":
+        truth = list(torch.autograd.grad(truth, exact, [g.double() for g in gradients(case, device)]))
+    return [t.detach() for t in truth]
+
+
+def gradients(case: LinearCase, device: str) -> list[Tensor]:
+    """Of log|det| (K,) and inverse (K, D, D)."""
+    torch.manual_seed(1)
+    return [torch.randn(case.count, device=device), torch.randn(case.count, case.dim, case.dim, device=device)]
 
 
 def why_missing(name: str, device: str, mode: str) -> str:
@@ -105,15 +128,15 @@ class AppliedCase:
         """Shape and order."""
         return "x".join(map(str, self.shape)) + (f" {self.order}" if len(self.shape) > 2 else "")
 
-    def inputs(self) -> list[Tensor]:
+    def inputs(self, device: str = "cpu") -> list[Tensor]:
         """x, A, c, log|det A|, which ask for gradients."""
         torch.manual_seed(0)
         dim = self.shape[1]
-        x = torch.randn(self.shape)
+        x = torch.randn(self.shape, device=device)
         if self.order == "channels-last":
             x = x.to(memory_format=torch.channels_last)
-        A = torch.eye(dim) + 0.5 * torch.randn(dim, dim) / dim**0.5
-        return [t.requires_grad_() for t in (x, A, torch.randn(dim), torch.randn(()))]
+        A = torch.eye(dim, device=device) + 0.5 * torch.randn(dim, dim, device=device) / dim**0.5
+        return [t.requires_grad_() for t in (x, A, torch.randn(dim, device=device), torch.randn((), device=device))]
 
     def operations(self, mode: str) -> int:
         """The product; backward two more."""
@@ -133,14 +156,14 @@ def applied_names(case: AppliedCase) -> tuple[str, ...]:
 class Applied:
     """One provider's passes: y and logdet, or the gradients of x, A, c and log|det A|."""
 
-    def __init__(self, name: str, case: AppliedCase) -> None:
+    def __init__(self, name: str, case: AppliedCase, device: str = "cpu") -> None:
         functions: dict[str, Callable[..., Any]] = {
             "glf_fast": ops.invertible_linear,
             "eager": reference.invertible_linear,
             "conv2d": _conv2d,
         }
-        self.function, self.inputs = functions[name], case.inputs()
-        self.gradients = [torch.randn_like(self.inputs[0]), torch.randn(case.shape[0])]
+        self.function, self.inputs = functions[name], case.inputs(device)
+        self.gradients = [torch.randn_like(self.inputs[0]), torch.randn(case.shape[0], device=device)]
 
     def run(self, mode: str) -> list[Tensor]:
         """One pass."""

@@ -1,4 +1,4 @@
-"""What a number needs beside it: versions and commit."""
+"""What a number needs beside it: versions, threads, commit, and whether the tests were green."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ __all__ = ["about"]
 
 
 def about() -> dict[str, Any]:
-    """Versions, backends, cores and commit; $COMMIT says the commit where there is no repository."""
+    """Versions, backends, cores, threads and commit; $COMMIT says the commit where there is no repository.
+
+    `tools/gpu.py` says in $TESTS how the tests before the benchmarks ended.
+    """
+    tests = os.environ.get("TESTS")
     return {
         "glf_fast": glf_fast.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python_version": platform.python_version(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "backends": glf_fast.backends(),
         "commit": os.environ.get("COMMIT") or _commit(),
+        **({"tests": tests} if tests else {}),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ COLOURS = {
     "torch.linalg, magma": "#7768ae",
     "CuPy": "#5fad56",
 }
+OTHER = "#b08968"
 LABELS = {"compile": "torch.compile", "eager": "plain PyTorch"}
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -46,7 +47,7 @@ def draw(found: Results, folder: Path) -> list[Path]:
     """Write every figure for which there are results, as {name}.svg, into `folder`; returns the files."""
     machine = found.machine
     caption = (
-        f"{machine.get('gpu') or machine['cpu']['brand_raw']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"{found.where}, torch {machine['torch']}, "
         f"Python {machine['python_version']}, glf_fast {machine['commit']}, {found.date[:10]}"
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ def ratios(found: Results) -> Figure | None:
         times = {name: seconds / row[OURS] for name, seconds in row.items()}
         axes.plot([min(times.values()), max(times.values())], [y, y], color="#d9dde2", zorder=1)
         for name, ratio in times.items():
-            axes.scatter(ratio, y, s=34, color=COLOURS[name], zorder=2 + (name == OURS))
+            axes.scatter(ratio, y, s=34, color=COLOURS.get(name, OTHER), zorder=2 + (name == OURS))
     axes.set_yticks(range(len(rows)), [label for label, _ in reversed(rows)])
     axes.set_xscale("log", base=2)
     last = max(max(row.values()) / row[OURS] for _, row in rows)
@@ -85,9 +86,8 @@ def ratios(found: Results) -> Figure | None:
     axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axes.set_xlabel("time, as a multiple of glf_fast's (right is slower)")
     axes.grid(axis="x", color="#eef0f3", zorder=0)
-    for name in COLOURS:
-        if any(name in row for _, row in rows):
-            axes.scatter([], [], color=COLOURS[name], label=LABELS.get(name, name))
+    for name in _in_order(name for _, row in rows for name in row):
+        axes.scatter([], [], color=COLOURS.get(name, OTHER), label=LABELS.get(name, name))
     figure.legend(loc="outside upper center", ncols=7, frameon=False, handletextpad=0.1, columnspacing=1.0)
     return figure
 
@@ -120,8 +120,13 @@ def depth(found: Results) -> Figure | None:
 
 def memory(found: Results) -> Figure | None:
     """Peak memory of a training pass against the number of steps (the suite "memory")."""
-    label = "peak extra memory of a training pass, MiB\n(D 64, H 256, batch 4,096)"
-    return _against_steps(found.suite("memory"), label, lambda r: r.info["peak_bytes"] / 2**20)
+    results = found.suite("memory")
+    label = "peak extra memory of a training pass, MiB\n(D 64, H 256, batch 4,096; dashed: activations)"
+    figure = _against_steps(results, label, lambda r: r.info["peak_bytes"] / 2**20)
+    kept = [r for r in results if "activation_bytes" in r.info]
+    if figure is not None and kept:
+        _lines(figure.axes[0], kept, lambda r: r.info["steps"], lambda r: r.info["activation_bytes"] / 2**20, "--")
+    return figure
 
 
 def linear(found: Results) -> Figure | None:
@@ -134,13 +139,13 @@ def linear(found: Results) -> Figure | None:
     panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for count, axes in zip(counts, panels, strict=True):
         here = [r for r in results if r.info["batch"] == count]
-        floors = {r.info["dim"]: 1e6 * r.info["floor_s"] / count for r in here}
-        axes.plot(*zip(*sorted(floors.items()), strict=True), ":", color="#66717e", label="floor")
+        yardsticks = {r.info["dim"]: 1e6 * r.info["yardstick_s"] / count for r in here}
+        axes.plot(*zip(*sorted(yardsticks.items()), strict=True), ":", color="#66717e", label="yardstick")
         _lines(axes, here, lambda r: r.info["dim"], lambda r: 1e6 * r.median / r.info["batch"])
         axes.set_title(f"{count:,} matrices", loc="left", fontsize=9)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        ticks = [t for t in (4, 16, 64, 192) if t <= max(floors)]
+        ticks = [t for t in (4, 16, 64, 192) if t <= max(yardsticks)]
         axes.set_xticks(ticks, [str(t) for t in ticks])
         axes.set_xlabel("D")
     panels[0].set_ylabel("log|det| and inverse, µs a matrix")
@@ -164,17 +169,24 @@ def _against_steps(results: list[Result], label: str, value: Callable[[Result], 
     return figure
 
 
-def _lines(axes: Axes, results: list[Result], x: Callable[[Result], float], y: Callable[[Result], float]) -> None:
+def _lines(
+    axes: Axes, results: list[Result], x: Callable[[Result], float], y: Callable[[Result], float], style: str = "o-"
+) -> None:
     """A line a provider."""
     points: dict[str, list[tuple[float, float]]] = {}
     for r in results:
         points.setdefault(r.provider, []).append((x(r), y(r)))
-    for name, colour in COLOURS.items():
-        if name in points:
-            axes.plot(
-                *zip(*sorted(points[name]), strict=True), "o-", markersize=4, color=colour, label=LABELS.get(name, name)
-            )
+    for name in _in_order(points):
+        x_y, colour = zip(*sorted(points[name]), strict=True), COLOURS.get(name, OTHER)
+        label = LABELS.get(name, name) if style == "o-" else None
+        axes.plot(*x_y, style, markersize=4, color=colour, label=label)
     axes.grid(color="#eef0f3", which="major")
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """As in the table of colours; who has none comes last."""
+    order = list(COLOURS)
+    return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in COLOURS else len(order))
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -3,35 +3,52 @@
 Files are those of bench/results, all of them by default. With `--keep MACHINE` they are fresh ones, of `pytest bench
 --benchmark-json FILE` or of `make gpu`: repeated runs, or different suites, of one machine at one commit. They are merged and
 put into bench/results/MACHINE/times.json, in the place of an older one. `--docs` writes each machine's page,
-docs/benchmarks/MACHINE.md, its figures, and the table in docs/benchmarks.md that sets processors beside GPUs.
+docs/benchmarks/MACHINE.md, its figures, and the tables in docs/benchmarks.md: the goals, and processors beside GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.goals import goals
 from bench.plots import draw
 from bench.results import Results, merge, read, write
 from bench.tables import page, worth_a_gpu
 
-__all__ = ["main", "with_table"]
+__all__ = ["main", "with_tables"]
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "bench" / "results"
 DOCS = ROOT / "docs" / "benchmarks"
 OVERVIEW = ROOT / "docs" / "benchmarks.md"
-MARKS = ("<!-- begin: python -m bench.report --docs -->", "<!-- end -->")
+# Marked parts of the overview, and what makes their lines.
+PARTS = {"goals": goals, "worth a GPU": worth_a_gpu}
 
 
-def with_table(text: str, machines: Sequence[Results]) -> str:
-    """docs/benchmarks.md with the table between its marks made anew."""
-    table = "\n".join(worth_a_gpu(machines))
-    pattern = re.compile(f"({re.escape(MARKS[0])}\n).*?({re.escape(MARKS[1])})", flags=re.S)
-    return pattern.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+def with_tables(text: str, machines: Sequence[Results]) -> str:
+    """docs/benchmarks.md with the tables between its marks made anew."""
+    for name, make in PARTS.items():
+        begin, end = f"<!-- begin: python -m bench.report --docs: {name} -->", "<!-- end -->"
+        before, rest = text.split(begin)
+        lines = "\n".join(make(machines)).strip()
+        text = f"{before}{begin}\n\n{lines}\n\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def kept_of(paths: Sequence[Path]) -> Results:
+    """What is kept of these runs.
+
+    Raises:
+        ValueError: they cannot be merged, or one only saw that everything runs.
+    """
+    files = [read(path) for path in paths]
+    for path, found in zip(paths, files, strict=True):
+        if found.machine.get("quick"):
+            raise ValueError(f"{path} is of a run with --quick or --rehearse, whose times mean nothing")
+    return merge(files)
 
 
 def main() -> None:
@@ -46,7 +63,7 @@ def main() -> None:
             parser.error("--keep needs the files to keep")
         kept = FOLDER / arguments.keep / "times.json"
         try:
-            write(merge([read(path) for path in arguments.files]), kept)
+            write(kept_of(arguments.files), kept)
         except ValueError as error:
             sys.exit(str(error))
         arguments.files = [kept]
@@ -63,7 +80,7 @@ def main() -> None:
         print(DOCS / f"{machine}.md")
     if arguments.docs:
         OVERVIEW.write_text(
-            with_table(OVERVIEW.read_text(), [read(path) for path in sorted(FOLDER.glob("*/times.json"))])
+            with_tables(OVERVIEW.read_text(), [read(path) for path in sorted(FOLDER.glob("*/times.json"))])
         )
         print(OVERVIEW)
 

@@ -28,16 +28,16 @@ class Result:
     case: str
     mode: str
     provider: str
-    stats: dict[str, float]  # of the first run
-    info: dict[str, Any]  # of the first run: operations, bytes, floor_s, …
-    medians: list[float] = field(default_factory=list)  # of all runs
+    stats: dict[str, float]  # of the first run that it has a time in
+    info: dict[str, Any]  # of that run: operations, bytes, yardstick_s, …
+    medians: list[float | None] = field(default_factory=list)  # of all runs; None where it has no time
 
     def __post_init__(self) -> None:
         self.medians = self.medians or [self.stats["median"]]
 
     @property
     def median(self) -> float:
-        """Seconds, in the first run."""
+        """Seconds, in the first run that it has a time in."""
         return self.stats["median"]
 
     @property
@@ -54,6 +54,20 @@ class Results:
     date: str
     results: list[Result]
     wrong: list[str] = field(default_factory=list)  # what is not right, or could not be measured, and so has no time
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What times depend on beside our code."""
+        machine = self.machine
+        names = ("cores", "threads", "gpu", "torch")
+        return {"processor": machine.get("cpu", {}).get("brand_raw"), **{name: machine.get(name) for name in names}}
+
+    @property
+    def where(self) -> str:
+        """The GPU, or the processor and its cores."""
+        machine = self.machine
+        processor = machine.get("cpu", {}).get("brand_raw", "a processor that does not say its name")
+        return machine.get("gpu") or f"{processor}, {machine['cores']} cores"
 
     def suite(self, name: str) -> list[Result]:
         """Those of one suite."""
@@ -88,7 +102,7 @@ def read(path: Path) -> Results:
         case, mode, provider = (info.pop(name) for name in ("case", "mode", "provider"))
         suite = row["name"].split("[")[0].removeprefix("test_")
         rows.append(Result(suite, case, mode, provider, {name: row["stats"][name] for name in KEPT}, info))
-    return Results(machine, whole["datetime"], rows)
+    return Results(machine, whole["datetime"], rows, whole.get("wrong", []))
 
 
 def write(results: Results, path: Path) -> None:
@@ -102,21 +116,40 @@ def write(results: Results, path: Path) -> None:
 def merge(files: Iterable[Results]) -> Results:
     """One machine's files as one: what only one has is taken over, what several have are repeated runs.
 
+    Run i of a case is run i of all its providers: who has no time in it (its result was wrong, say) has None there.
+
     Raises:
-        ValueError: they are of different machines or commits.
+        ValueError: they are of different machines, versions of torch or commits.
     """
     first, *others = files
     for other in others:
-        for name in ("commit", "torch", "cores", "gpu"):
-            if other.machine.get(name) != first.machine.get(name):
-                raise ValueError(
-                    f"runs of one {name} can be merged; got {first.machine.get(name)} and {other.machine.get(name)}"
-                )
-        known = {(r.key, r.provider): r for r in first.results}
-        for result in other.results:
-            if (result.key, result.provider) in known:
-                known[result.key, result.provider].medians += result.medians
-            else:
-                first.results.append(result)
-        first.wrong += other.wrong
+        ours, theirs = ({"commit": found.machine["commit"], **found.setting} for found in (first, other))
+        for name in ours:
+            if ours[name] != theirs[name]:
+                raise ValueError(f"runs of one {name} can be merged; got {ours[name]} and {theirs[name]}")
+        groups = first.groups()
+        for key, rows in other.groups().items():
+            first.results += _join(groups.get(key, {}), rows)
+        first.wrong = list(dict.fromkeys(first.wrong + other.wrong))
     return first
+
+
+def _join(known: dict[str, Result], rows: dict[str, Result]) -> list[Result]:
+    """Add one case's rows to those of earlier runs; returns those of providers that are new to it.
+
+    It was run again if both have a provider; rows of other providers alone belong to the same run.
+    """
+    again = bool(known.keys() & rows.keys())
+    before = max((len(row.medians) for row in known.values()), default=0) if again else 0
+    nothing: list[float | None] = [None]
+    new = [row for name, row in rows.items() if name not in known]
+    for row in new:
+        row.medians = nothing * before + row.medians
+    for name, row in known.items():
+        if name in rows:
+            row.medians += rows[name].medians
+    whole = [*known.values(), *new]
+    runs = max(len(row.medians) for row in whole)
+    for row in whole:
+        row.medians += nothing * (runs - len(row.medians))
+    return new

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from bench.results import Key, Result, Results
 
@@ -11,17 +12,24 @@ __all__ = ["NOT_MEASURED", "TABLES", "page", "plain", "worth_a_gpu"]
 OURS = "glf_fast"
 NOT_MEASURED = "not measured yet"
 Groups = dict[Key, dict[str, Result]]
+Column = tuple[str, Callable[[Result], str]]  # its title, and a provider's cell, or ""
 
 
 def page(found: Results) -> Iterator[str]:
     """The machine, and every suite that was measured on it."""
     machine = found.machine
     versions = f"torch {machine['torch']}, Python {machine['python_version']}, commit {machine['commit']}"
-    yield f"# {machine.get('gpu') or machine['cpu']['brand_raw']}, {machine['cores']} cores; {versions}; {found.date[:10]}"
+    yield f"# {found.where}; {versions}; {found.date[:10]}"
     runs = max((len(result.medians) for result in found.results), default=0)
     if runs > 1:
         yield ""
         yield f"{runs} runs. Times are the first run's; ratios are the first run's, with the range of all runs where it shows."
+    if tests := machine.get("tests"):
+        red = tests not in ("ok", "not run")
+        yield from (
+            "",
+            f"The tests before it: {tests}." + (" **Not green: speed on a red test is none.**" if red else ""),
+        )
     if found.wrong:
         yield from ("", "Not timed:", "", *(f"* {what}" for what in found.wrong))
     for suite in dict.fromkeys(result.suite for result in found.results):
@@ -30,27 +38,36 @@ def page(found: Results) -> Iterator[str]:
         yield from TABLES.get(suite, plain)(groups)
 
 
-def plain(groups: Groups) -> Iterator[str]:
-    """A row a case and mode, a column a provider: its time, how many times ours that is; ours with its share of the floor."""
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
-    yield from header(["", *names])
+def plain(groups: Groups, *columns: Column) -> Iterator[str]:
+    """A row a case and mode, a column a provider: its time, how many times ours that is; ours with its share of the yardstick.
+
+    Then a column more of each kind for every provider that has it; kernels alone, from a graph, wherever they were measured.
+    """
+    names = _names(groups)
+    rest = [
+        (name, title, cell)
+        for title, cell in (("kernels alone, cold L2", _kernels), *columns)
+        for name in names
+        if any(name in rows and cell(rows[name]) for rows in groups.values())
+    ]
+    yield from header(["", *names, *(f"{name}: {title}" for name, title, _ in rest)])
     for (_, case, mode), rows in groups.items():
-        yield line([f"{case}, {mode}", *(_cell(rows, name) for name in names)])
+        more = (cell(rows[name]) if name in rows else "" for name, _, cell in rest)
+        yield line([f"{case}, {mode}", *(_cell(rows, name) for name in names), *more])
 
 
 def by_case(groups: Groups) -> Iterator[str]:
     """A table a case and mode, the fastest provider first."""
     for (_, case, mode), rows in groups.items():
-        any_row = next(iter(rows.values()))
-        info = any_row.info
+        info = next(iter(rows.values())).info
         yield f"### {case}, {mode} (batch {info['batch']}, {info['threads']} threads)"
         yield ""
         yield (
-            f"The matrix products alone at the rate of torch's own ({info['matrix_gflops']:.0f} GFLOP/s), or reading the "
-            f"weights: {time(info['floor_s'])}."
+            f"Yardstick: the products at torch's matrix rate ({info['matrix_gflops']:.0f} GFLOP/s), or reading the weights: "
+            f"{time(info['yardstick_s'])}.{best(rows)}"
         )
         yield ""
-        yield from header(["", "median", "quartiles", "× glf_fast", "GFLOP/s", "of torch's matrix rate"])
+        yield from header(["", "median", "quartiles", "× glf_fast", "GFLOP/s", "of the yardstick"])
         for name, row in sorted(rows.items(), key=lambda item: item[1].median):
             yield line(
                 [
@@ -59,7 +76,7 @@ def by_case(groups: Groups) -> Iterator[str]:
                     f"{time(row.stats['q1'])} – {time(row.stats['q3'])}",
                     ratio(rows, name),
                     f"{row.info['gflops']:.0f}",
-                    f"{row.info['share_of_matrix_rate']:.0%}",
+                    f"{row.info['yardstick_s'] / row.median:.0%}",
                 ]
             )
         yield ""
@@ -67,59 +84,67 @@ def by_case(groups: Groups) -> Iterator[str]:
 
 def on_gpu(groups: Groups) -> Iterator[str]:
     """A table a case and mode: calls with the host in them, and graphs replayed without it."""
+    titles = ("", "a call", "quartiles", "× glf_fast", "host", "graph, cold L2", "graph, warm", "of the rate", "peak")
     for (_, case, mode), rows in groups.items():
         info = next(iter(rows.values())).info
-        yield f"### {case}, {mode} (batch {info['batch']}); floor {time(info['floor_s'])}"
+        yield f"### {case}, {mode} (batch {info['batch']})"
         yield ""
-        yield from header(
-            ["", "a call", "× glf_fast", "host", "graph, cold L2", "graph, warm", "of the rate", "peak MiB"]
-        )
+        yardstick = time(info["yardstick_s"])
+        yield f"Yardstick: the products at torch's matrix rate, or the bytes at a copy's: {yardstick}.{best(rows)}"
+        yield ""
+        yield from header(titles)
         for name, row in sorted(rows.items(), key=lambda item: item[1].median):
             i = row.info
-            graphs = [time(i[key]["median"]) if key in i else "" for key in ("graph_cold", "graph_warm")]
             yield line(
                 [
                     name,
                     time(row.median),
+                    f"{time(row.stats['q1'])} – {time(row.stats['q3'])}",
                     ratio(rows, name),
                     time(i["host_s"]) if "host_s" in i else "",
-                    *graphs,
+                    *(time(i[key]["median"]) if key in i else "" for key in ("graph_cold", "graph_warm")),
                     f"{i['share_of_matrix_rate']:.0%}",
-                    f"{i['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in i else "",
+                    mebibytes(i, "peak_bytes"),
                 ]
             )
         yield ""
 
 
 def memory(groups: Groups) -> Iterator[str]:
-    """A row a depth, a column a way: peak extra memory of a training pass, and its time."""
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
-    yield from header(["steps", *names])
+    """A row a depth, a column a way: peak extra memory of a training pass, and its time; then what of it is activations."""
+    names = _names(groups)
+    yield from header(["steps", "parameters", *names, *(f"{name}: activations" for name in names)])
     for rows in groups.values():
-        ours = rows[OURS].info["peak_bytes"]
-        cells = [
-            f"{row.info['peak_bytes'] / 2**20:.0f} MiB ({row.info['peak_bytes'] / ours:.2f} ×), {time(row.median)}"
-            for row in (rows[name] for name in names)
-        ]
-        yield line([str(rows[OURS].info["steps"]), *cells])
+        info = next(iter(rows.values())).info
+        cells = [mebibytes(rows[n].info, "activation_bytes") if n in rows else "" for n in names]
+        peaks = (_peak(rows, name) for name in names)
+        yield line([str(info["steps"]), mebibytes(info, "parameter_bytes"), *peaks, *cells])
+
+
+def _peak(rows: dict[str, Result], name: str) -> str:
+    if name not in rows:
+        return ""
+    peak = rows[name].info["peak_bytes"]
+    times = f" ({peak / rows[OURS].info['peak_bytes']:.2f} ×)" if OURS in rows else ""
+    return f"{mebibytes(rows[name].info, 'peak_bytes')}{times}, {time(rows[name].median)}"
 
 
 def launches(groups: Groups) -> Iterator[str]:
     """A row a case and mode, a column a provider: how many kernels, copies and fills a pass is."""
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
+    names = _names(groups)
     yield from header(["", *names])
     for (_, case, mode), rows in groups.items():
         yield line([f"{case}, {mode}", *(str(rows[n].info["launches"]) if n in rows else "" for n in names)])
 
 
 def coupling(groups: Groups) -> Iterator[str]:
-    """The plain table, and ours as a share of a copy's bandwidth."""
-    yield from _with_column(groups, "of copy bandwidth", lambda row: f"{row.info['share_of_copy']:.0%}")
+    """The plain table, and shares of a copy's bandwidth."""
+    yield from plain(groups, ("of copy bandwidth", lambda row: f"{row.info['share_of_copy']:.0%}"))
 
 
 def train_step(groups: Groups) -> Iterator[str]:
-    """The plain table, and our images per second."""
-    yield from _with_column(groups, "images/s", lambda row: f"{row.info['images_per_s']:,.0f}")
+    """The plain table, and images per second."""
+    yield from plain(groups, ("images/s", lambda row: f"{row.info['images_per_s']:,.0f}"))
 
 
 def worth_a_gpu(machines: Sequence[Results]) -> Iterator[str]:
@@ -129,8 +154,7 @@ def worth_a_gpu(machines: Sequence[Results]) -> Iterator[str]:
     for gpu, label in ((False, "CPU"), (True, "GPU")):
         for name in (OURS, "eager", "FrEIA"):
             for m in on[gpu]:
-                where = m.machine.get("gpu") or f"{m.machine['cpu']['brand_raw']}, {m.machine['cores']} cores"
-                columns.append((f"{label} ({where}): {name}", _lookup(m, name)))
+                columns.append((f"{label} ({m.where}): {name}", _lookup(m, name)))
             if not any(m.suite("grid") for m in on[gpu]) and name == OURS:
                 columns.append((f"{label}: {name}", lambda key: NOT_MEASURED))
     cases = {r.case: r for m in machines for r in m.suite("grid")}
@@ -163,14 +187,33 @@ def line(cells: Sequence[str]) -> str:
 
 def time(seconds: float) -> str:
     """For people."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
     return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def mebibytes(info: Mapping[str, Any], what: str) -> str:
+    """For people; "" where it was not measured."""
+    return f"{info[what] / 2**20:.1f} MiB" if what in info else ""
+
+
+def best(rows: dict[str, Result]) -> str:
+    """How many times ours the fastest other's time is, as a sentence."""
+    others = [name for name in rows if name != OURS]
+    if OURS not in rows or not others:
+        return ""
+    fastest = min(others, key=lambda name: rows[name].median)
+    return f" The fastest other, {fastest}, takes {ratio(rows, fastest)} times as long as {OURS}."
 
 
 def ratio(rows: dict[str, Result], name: str) -> str:
     """How many times our time: in the first run, and where runs differ the range."""
     if OURS not in rows:
         return ""
-    runs = [f"{a / b:.2f}" for a, b in zip(rows[name].medians, rows[OURS].medians, strict=False)]
+    pairs = zip(rows[name].medians, rows[OURS].medians, strict=True)
+    runs = [f"{a / b:.2f}" for a, b in pairs if a and b]
+    if not runs:  # never in the same run
+        return ""
     low, high = min(runs, key=float), max(runs, key=float)
     return runs[0] if low == high else f"{runs[0]} ({low} – {high})"
 
@@ -180,19 +223,18 @@ def _cell(rows: dict[str, Result], name: str) -> str:
         return ""
     row = rows[name]
     if name != OURS:
-        return f"{time(row.median)} ({ratio(rows, name)} ×)" if OURS in rows else time(row.median)
-    floor = row.info.get("floor_s")
-    return time(row.median) + (f", {floor / row.median:.0%} of the floor's speed" if floor else "")
+        times = ratio(rows, name)
+        return time(row.median) + (f" ({times} ×)" if times else "")
+    yardstick = row.info.get("yardstick_s")
+    return time(row.median) + (f", {yardstick / row.median:.0%} of the yardstick" if yardstick else "")
 
 
-def _with_column(groups: Groups, title: str, cell: Callable[[Result], str]) -> Iterator[str]:
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
-    yield from header(["", *names, *(f"{name}: {title}" for name in names)])
-    for (_, case, mode), rows in groups.items():
-        times = [
-            time(rows[n].median) + (f" ({ratio(rows, n)} ×)" if n != OURS else "") if n in rows else "" for n in names
-        ]
-        yield line([f"{case}, {mode}", *times, *(cell(rows[n]) if n in rows else "" for n in names)])
+def _kernels(row: Result) -> str:
+    return time(row.info["graph_cold"]["median"]) if "graph_cold" in row.info else ""
+
+
+def _names(groups: Groups) -> list[str]:
+    return list(dict.fromkeys(name for rows in groups.values() for name in rows))
 
 
 HEADINGS = {
@@ -200,8 +242,10 @@ HEADINGS = {
     "gpu_flow": "Flows",
     "depth": "Depth: D 64, two hidden layers of 256, batch 256",
     "grid": "Batch against width: 8 steps, two hidden layers (grid-D-H-batch)",
-    "coupling": "Elementwise coupling of images (the floor is a copy of as many bytes)",
+    "coupling": "Elementwise coupling of images (the yardstick is a copy of as many bytes)",
     "linear": "log|det| and inverse of batches of dense matrices (linear-K-D)",
+    "lu": "LU factorisation of batches of dense matrices (linear-K-D)",
+    "assemble": "PLU factors of a flow's layers as matrices, with inverses; train: forward and backward (plu-K-D)",
     "apply": "Linear layers applied to vectors and images",
     "train_step": "Whole GLF steps: autoencoder, flow and optimizer of the presets",
     "launches": "Launches of a pass: kernels, copies and fills",

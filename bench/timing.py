@@ -21,6 +21,9 @@ WARMUP = 3
 COLD = 8  # times the L2 cache is what is read between two replays
 BUSY = 8  # times that is read: about a millisecond, in which the host enqueues a graph of a thousand launches
 REPLAYS = 10  # between two events, where the caches may be warm
+AHEAD = 0.05  # seconds of work that the host enqueues before it waits and looks at the clock
+READ = 2e-4  # seconds of reading the waste once: 400 MB on an H200
+COPIES = 64
 
 
 def name() -> str:
@@ -54,7 +57,8 @@ class Graph:
         enqueues the replay, so that the time between the events is the graph's alone.
         """
         waste = _waste()
-        replays = 1 if cold else REPLAYS
+        once = self._once()
+        replays = 1 if cold else max(1, min(REPLAYS, int(AHEAD / once)))
         pairs: list[list[torch.cuda.Event]] = []
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(pairs) < 5:
@@ -68,15 +72,27 @@ class Graph:
                 self.graph.replay()
             pair[1].record()
             pairs.append(pair)
-            if len(pairs) % 20 == 0:
+            if len(pairs) % max(1, int(AHEAD / (replays * once + BUSY * READ))) == 0:
                 torch.cuda.synchronize()
         torch.cuda.synchronize()
         return [a.elapsed_time(b) / 1e3 / replays / len(self.results) for a, b in pairs]
 
+    def _once(self) -> float:
+        """Seconds of a replay, roughly."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.graph.replay()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
 
 def rotations(size: int) -> int:
-    """How many copies of `size` bytes are more than three times the L2 cache: passes over them in turn find it cold."""
-    return math.ceil(3 * _l2() / size)
+    """How many copies of `size` bytes are more than three times the L2 cache, so that passes over them in turn find it cold.
+
+    Of small ones no more than `COPIES`: thousands of launches take longer to capture than is left. A graph over so few is
+    replayed cold, behind reads of several times the cache.
+    """
+    return min(COPIES, math.ceil(3 * _l2() / size))
 
 
 def call_times(work: Work, seconds: float) -> tuple[list[float], float]:

@@ -1,16 +1,19 @@
 """`make gpu`: everything that needs a GPU, in one run on a bare machine without network. Stops itself before 9 minutes.
 
-    python tools/gpu.py [--out FOLDER] [--wheels FOLDER] [--only STEP,STEP …] [--minutes 8.6] [--rehearse]
+    python tools/gpu.py [--out FOLDER] [--wheels FOLDER] [--only STEP,STEP …] [--minutes 8.3] [--rehearse]
 
 Builds the extension in place, then runs the GPU tests, the benchmarks, a short training run, compute-sanitizer and the tuning
-script, the most important first; each is a process with a time limit of its own. FOLDER is $OUT, or gpu-results, and gets six
-files: steps.json, log.txt (all that the steps printed), gpu.json and tables.md (the benchmarks), tests.xml, launch_table.json.
+script, the most important first; each is a process with a time limit of its own. What cannot be installed or built costs what
+needs it: Triton's kernels need no build. Ctrl-C and SIGTERM stop the step that runs, and leave its results written. FOLDER is
+$OUT, or gpu-results, and gets six files: steps.json, log.txt (all that the steps printed), gpu.json and tables.md (the
+benchmarks), tests.xml, launch_table.json.
 
 Uses the Python that runs it (torch, Triton, pytest and pytest-benchmark are there). What is missing is handed over as wheels:
 
     python -m pip wheel --no-deps --wheel-dir wheels -r libraries.txt tyro docstring-parser typeguard
 
-`--only` takes steps by name, for a second run that does what the first had no time for; their rows are added to gpu.json.
+`--only` takes steps by name, for a second run that does what the first had no time for; wheels and build, which a fresh machine
+needs, come before them. Their rows are added to gpu.json.
 `--rehearse` does the same on a processor as far as that goes: it builds, interprets the GPU tests' kernels, trains, and runs
 every part of the benchmark with small cases. $COMMIT names the commit where the repository did not come along. Afterwards:
 
@@ -20,6 +23,7 @@ every part of the benchmark with small cases. $COMMIT names the commit where the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -43,18 +47,22 @@ PARTS = {
     "compile": 90,
     "memory": 30,
     "coupling": 45,
-    "linear": 45,
-    "large": 30,
+    "linear": 55,
+    "large": 40,
+    "layers": 35,
     "train_step": 50,
     "grid": 45,
     "large-bf16": 30,
     "bf16": 30,
-    "small": 20,
+    "small": 25,
     "depth": 25,
+    "step": 40,
     "launches": 25,
     "float32": 30,
 }
-SANITIZED = "one_launch or (assemble and 33) or (batches and 7-)"  # tests that start every kind of kernel once
+PREPARATION = ("wheels", "build")
+# A test or two of every operation, with matrices for a warp, for a block, and too large for shared memory.
+SANITIZED = "one_launch or (assemble and 33) or (batches and 7-) or (singular and (130 or 200))"
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Run:
     deadline: float
     environment: dict[str, str]
     results: list[dict[str, object]] = field(default_factory=list)
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def step(self, step: Step) -> bool:
         """Run a command for at most its seconds, or what is left; True if it succeeded."""
@@ -85,21 +94,25 @@ class Run:
             return False
         started = time.monotonic()
         environment = self.environment | step.environment
-        beside = _start(step.beside, WORK / f"{step.name}-beside.log", environment) if step.beside else None
-        process = _start(step.command, WORK / f"{step.name}.log", environment)
+        self.running.clear()
+        state = "stopped: interrupted"
         try:
-            code = process.wait(seconds)
+            if step.beside:
+                self.running.append(_start(step.beside, WORK / f"{step.name}-beside.log", environment))
+            self.running.append(_start(step.command, WORK / f"{step.name}.log", environment))
+            code = self.running[-1].wait(seconds)
             state = "ok" if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
             state = "stopped: its time was over"
-        _stop(process)
-        if beside:
-            _stop(beside)
-        self.note(step.name, state, time.monotonic() - started)
+        finally:
+            _stop(self.running)
+            self.note(step.name, state, time.monotonic() - started)
         return state == "ok"
 
     def note(self, name: str, state: str, seconds: float) -> None:
         """Write down how a step ended, and show the end of what it printed."""
+        if name == "tests":
+            self.environment["TESTS"] = state  # stands above the numbers
         self.results.append({"step": name, "state": state, "seconds": round(seconds, 1)})
         (self.out / "steps.json").write_text(json.dumps(self.results, indent=1) + "\n")
         print(f"{name:16} {state} ({seconds:.0f} s)", flush=True)
@@ -119,18 +132,52 @@ def _start(command: list[str], log: Path, environment: dict[str, str]) -> subpro
         )
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """With all that it has started: interrupted first, so that pytest says what failed."""
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """With all that they have started, in 8 seconds: interrupted first, so that pytest says what failed."""
     for how in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, how)
-            process.wait(8)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+        end = time.monotonic() + 8
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, how)
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+
+
+@contextlib.contextmanager
+def linked() -> Iterator[None]:
+    """Where nothing could be installed: the packages that lie elsewhere (setup.py, package_dir) where Python looks for them."""
+    links = {ROOT / "glf_fast" / "kernels": ROOT / "kernels", ROOT / "glf_fast" / "cuda": ROOT / "csrc" / "cuda"}
+    made = [link for link in links if not link.exists()]
+    for link in made:
+        link.symlink_to(links[link], target_is_directory=True)
+    try:
+        yield
+    finally:
+        for link in made:
+            link.unlink()
+
+
+def _interrupt(*_: object) -> None:
+    """For the first Ctrl-C or SIGTERM; while what runs is stopped and results are written, further ones are not heard."""
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def tables(out: Path, environment: dict[str, str]) -> str:
+    """Write tables.md; returns what went wrong, or ""."""
+    command = [PYTHON, "-m", "bench.report", str(out / "gpu.json")]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return "tables.md was not written in 20 seconds: python -m bench.report gpu.json writes it"
+    (out / "tables.md").write_text(done.stdout)
+    return f"tables.md is not whole: {done.stderr.strip()[-500:]}" if done.returncode else ""
 
 
 def steps(out: Path, wheels: Path, rehearse: bool) -> Iterator[Step]:
-    """All of them, the most important first. "build" must succeed for what comes after it."""
+    """All of them, the most important first."""
     pip = [PYTHON, "-m", "pip", "install", "--no-deps"]
     if wheels.is_dir():
         yield Step("wheels", [*pip, "--no-index", *map(str, sorted(wheels.glob("*.whl")))], 60)
@@ -141,8 +188,8 @@ def steps(out: Path, wheels: Path, rehearse: bool) -> Iterator[Step]:
         command = [PYTHON, "-m", "bench.gpu", part, str(out), "--seconds", str(seconds)]
         return [*command, "--rehearse"] if rehearse else command
 
-    # Speed is not reported on a red test, but a test that fails must not hide the others' numbers on a lent machine: bench.gpu
-    # compares every provider with the float64 reference itself. Compilers work beside the tests, which are not timed.
+    # A test that fails must not hide the others' numbers on a lent machine: bench.gpu compares every provider with the float64
+    # reference itself. But speed on a red test is none, and the page says so. Compilers work beside the tests: not timed.
     tests = [PYTHON, "-m", "pytest", "tests/gpu", "-m", "gpu", "--confcutdir=tests/gpu", "-q"]
     # Most of the tests' time is the compilers' of some six hundred kernels, on 16 cores.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not rehearse else []
@@ -173,7 +220,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels")
     parser.add_argument("--only", default="", metavar="STEP,STEP")
-    parser.add_argument("--minutes", type=float, default=8.6)
+    parser.add_argument("--minutes", type=float, default=8.3)
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     if not arguments.rehearse and not torch.cuda.is_available():
@@ -188,20 +235,32 @@ def main() -> None:
     for old in () if only else ("gpu.json", "log.txt"):
         (out / old).unlink(missing_ok=True)
     shutil.rmtree(WORK / "smoke", ignore_errors=True)
-    environment = {**os.environ, "GLF_FAST_CACHE": str(WORK / "cache"), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "GLF_FAST_CACHE": str(WORK / "cache"),
+        "PYTHONUNBUFFERED": "1",
+        "PIP_BREAK_SYSTEM_PACKAGES": "1",  # a lent machine's own Python may be used
+        "TESTS": "not run",
+    }
     if arguments.rehearse:
         environment["GLF_FAST_REHEARSE"] = "1"
     run = Run(out, time.monotonic() + 60 * arguments.minutes, environment)
-    for step in planned:
-        if (not only or step.name in only) and not run.step(step) and step.name == "build":
-            break
-    if (out / "gpu.json").is_file():
-        with (out / "tables.md").open("w") as tables:
-            command = [PYTHON, "-m", "bench.report", str(out / "gpu.json")]
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=tables, timeout=20)
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, _interrupt)
+    interrupted = False
+    with contextlib.ExitStack() as stack:
+        try:
+            for step in planned:
+                if (not only or step.name in {*only, *PREPARATION}) and not run.step(step) and step.name == "build":
+                    stack.enter_context(linked())
+        except KeyboardInterrupt:
+            interrupted = True
+            _stop(run.running)  # again: the signal may have come while they were being stopped
+    if (out / "gpu.json").is_file() and (problem := tables(out, environment)):
+        print(problem)
     failed = [result["step"] for result in run.results if result["state"] != "ok"]
     print(f"results are in {out}" + (f"; not ok: {', '.join(map(str, failed))}" if failed else ""))
-    sys.exit(bool(failed) and not arguments.rehearse)
+    sys.exit(130 if interrupted else bool(failed) and not arguments.rehearse)
 
 
 if __name__ == "__main__":

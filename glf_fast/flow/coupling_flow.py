@@ -37,7 +37,7 @@ class CouplingFlow(Flow):
         add_first: couplings add before they multiply, as Glow does.
         linear: "plu", "dense" or "permutation", see `InvertibleLinear`.
         actnorm: with an ActNorm in each step; its start is set by the first training batch.
-        reversible: train with memory independent of K, by undoing the steps in the backward: slower, and in
+        reversible: train with activations independent of K, by undoing the steps in the backward: slower, and in
             float32 gradients lose what the conditioning of the steps loses.
 
     Example:

@@ -1,5 +1,6 @@
 """Made-up results, and the suites run as a user runs them."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,15 +18,20 @@ FOLDER = Path(__file__).parent
 
 @pytest.fixture
 def made() -> Callable[..., Results]:
-    """A file with these runs: {(suite, case, mode): {provider: [seconds of each run]}}."""
+    """A file with these runs: {(suite, case, mode): {provider: [seconds of each run, or None]}}."""
 
-    def make(times: dict[tuple[str, str, str], dict[str, list[float]]], **machine: str) -> Results:
+    def make(times: dict[tuple[str, str, str], dict[str, list[float | None]]], **machine: object) -> Results:
         about = {"torch": "2.13.0", "python_version": "3.11", "cores": 2, "commit": "abc", "cpu": {"brand_raw": "X"}}
+        names = ("min", "q1", "median", "q3", "max")
+
+        def stats(runs: list[float | None]) -> dict[str, float]:
+            return dict.fromkeys(names, next(t for t in runs if t is not None))
+
         return Results(
             about | machine,
             "2026-11-21T10:00:00",
             [
-                Result(suite, case, mode, name, dict.fromkeys(("min", "q1", "median", "q3", "max"), runs[0]), {}, runs)
+                Result(suite, case, mode, name, stats(runs), {}, list(runs))
                 for (suite, case, mode), providers in times.items()
                 for name, runs in providers.items()
             ],
@@ -52,3 +58,13 @@ def bench(tmp_path) -> Callable[..., tuple[subprocess.CompletedProcess, dict]]:
         return done, json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {}
 
     return run
+
+
+@pytest.fixture
+def tool():
+    """tools/gpu.py as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_tool", ROOT / "tools" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    yield spec.loader.exec_module(module) or module
+    del sys.modules[spec.name]

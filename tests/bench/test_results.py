@@ -1,67 +1,19 @@
-"""Result files, their tables, and what is called slower."""
+"""Result files, their tables, and where the goals stand."""
 
-import math
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from bench.compare import compare
-from bench.report import DOCS, FOLDER, OVERVIEW, with_table
+from bench import test_convert, test_flow, test_linear, test_memory, test_two_moons
+from bench.goals import GOALS, goals
+from bench.plots import draw
+from bench.report import DOCS, FOLDER, OVERVIEW, kept_of, with_tables
 from bench.results import merge, read, stats, write
-from bench.tables import NOT_MEASURED, page, worth_a_gpu
+from bench.tables import NOT_MEASURED, page, ratio, worth_a_gpu
 
 ROOT = Path(__file__).parents[2]
+DIMS = (4, 8, 12, 16, 24, 32, 48, 64)
 KEPT = sorted(FOLDER.glob("*/times.json"))
-
-
-def measured(generator: random.Random, runs: int, slower: dict[int, float]) -> dict:
-    """50 cases with 4 % noise a run and machine-wide swings of 30 %, which all providers share."""
-    swings = [math.exp(generator.gauss(0, 0.3)) for _ in range(runs)]
-    times = {}
-    for case in range(50):
-        ours = 1e-3 * slower.get(case, 1.0)
-        times["flow", f"case{case}", "train"] = {
-            name: [seconds * swing * math.exp(generator.gauss(0, 0.04)) for swing in swings]
-            for name, seconds in (("glf_fast", ours), ("eager", 3e-3), ("FrEIA", 2e-3))
-        }
-    return times
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_what_became_slower_is_named_and_nothing_else(seed: int, made) -> None:
-    generator = random.Random(seed)
-    before = made(measured(generator, 3, {}))
-    after = made(measured(generator, 2, {7: 1.4, 31: 1.6, 40: 0.5}))
-    named = {change.key[1] for change in compare(before, after) if change.slower}
-    assert {"case7", "case31"} <= named <= {"case7", "case31", *(f"case{i}" for i in range(50) if i != 40)}
-    assert len(named) <= 3  # one of 50 unchanged ones may exceed three standard errors by chance
-
-
-def test_noise_must_have_been_measured(made) -> None:
-    once = made(measured(random.Random(0), 1, {}))
-    with pytest.raises(ValueError, match="run once on each side"):
-        compare(once, once)
-
-
-def test_the_command_exits_with_1_when_something_is_slower(made, tmp_path) -> None:
-    for name, runs, slower in (("a", 3, {}), ("b", 3, {}), ("c", 1, {3: 2.0})):
-        write(made(measured(random.Random(runs), runs, slower)), tmp_path / f"{name}.json")
-
-    def command(before: str, after: str) -> subprocess.CompletedProcess:
-        files = [str(tmp_path / f"{name}.json") for name in (before, after)]
-        return subprocess.run([sys.executable, "-m", "bench.compare", *files], cwd=ROOT, capture_output=True, text=True)
-
-    assert command("a", "b").returncode == 0
-    slower = command("a", "c")
-    assert slower.returncode == 1
-    assert next(line for line in slower.stdout.splitlines() if line.endswith("slower |")).startswith(
-        "| flow case3 train"
-    )
-    once = command("c", "c")
-    assert once.returncode == 1 and "noise is not known" in once.stderr
 
 
 def test_runs_are_merged_and_suites_joined(made, tmp_path) -> None:
@@ -75,6 +27,109 @@ def test_runs_are_merged_and_suites_joined(made, tmp_path) -> None:
     assert read(tmp_path / "whole.json") == whole
     with pytest.raises(ValueError, match="commit"):
         merge([first, made({}, commit="def")])
+
+
+def test_a_provider_that_failed_in_one_run_is_compared_in_the_others(made) -> None:
+    key = "flow", "a", "train"
+    runs = [
+        made({key: {"glf_fast": [1.0], "eager": [3.0]}}),
+        made({key: {"glf_fast": [2.0], "eager": [6.0], "FrEIA": [4.0]}}),
+        made({key: {"glf_fast": [2.0], "FrEIA": [4.0]}}),
+    ]
+    rows = merge(runs).groups()[key]
+    assert {name: row.medians for name, row in rows.items()} == {
+        "glf_fast": [1.0, 2.0, 2.0],
+        "eager": [3.0, 6.0, None],
+        "FrEIA": [None, 4.0, 4.0],
+    }
+    assert (ratio(rows, "FrEIA"), ratio(rows, "eager")) == ("2.00", "3.00")
+
+
+def test_parts_of_one_run_are_one_run(made) -> None:
+    """`bench.gpu` measures torch.compile in a part of its own."""
+    key = "gpu_flow", "a", "train, tf32"
+    whole = merge([made({key: {"glf_fast": [1.0], "eager": [2.0]}}), made({key: {"compile": [1.5]}})])
+    assert [row.medians for row in whole.groups()[key].values()] == [[1.0], [2.0], [1.5]]
+    twice = merge([made({key: {"glf_fast": [1.0]}}), made({key: {"glf_fast": [1.1]}}), made({key: {"compile": [1.5]}})])
+    assert [row.medians for row in twice.groups()[key].values()] == [[1.0, 1.1], [1.5, None]]
+    assert ratio(twice.groups()[key], "compile") == "1.50"
+
+
+def test_runs_of_other_machines_are_not_merged_and_quick_ones_not_kept(made, tmp_path) -> None:
+    for other in ({"cpu": {"brand_raw": "Y"}}, {"threads": 1}, {"gpu": "H200"}, {"torch": "2.12.0"}):
+        with pytest.raises(ValueError, match="can be merged"):
+            merge([made({}), made({}, **other)])
+    write(made({}, quick=True), tmp_path / "quick.json")
+    with pytest.raises(ValueError, match="mean nothing"):
+        kept_of([tmp_path / "quick.json"])
+
+
+def test_a_page_survives_what_was_not_measured(made, tmp_path) -> None:
+    """A processor that does not say its name, a way of a depth without memory, a provider without a colour."""
+    found = made(
+        {
+            ("memory", "memory-8", "train"): {"glf_fast": [1.0], "glf_fast reversible": [1.0]},
+            ("memory", "memory-64", "train"): {"eager": [1.0], "glf_fast reversible": [1.0]},
+            ("flow", "a", "train"): {"glf_fast": [1.0], "newest": [2.0]},
+        },
+        cpu={},
+    )
+    for r in found.results:
+        r.info |= {"peak_bytes": 3 << 20, "steps": int(r.case[7:] or 0) if r.suite == "memory" else 8, "batch": 1}
+        r.info |= {"threads": 2, "matrix_gflops": 1.0, "yardstick_s": 1.0, "gflops": 1.0}
+    found.results[1].info |= {"parameter_bytes": 1 << 20, "activation_bytes": 1 << 19}
+    text = "\n".join(page(found))
+    assert "| 64 |  |  | 3.0 MiB, 1.00 s | 3.0 MiB, 1.00 s |" in text
+    assert "The fastest other, newest, takes 2.00 times as long as glf_fast." in text
+    assert [path.stem for path in draw(found, tmp_path)] == ["ratios", "memory"]
+
+
+def test_where_the_goals_stand(made) -> None:
+    """Of the best baseline in each run, by the median of the runs; several cases by the worst."""
+    linear = {("linear", f"linear-1024-{d}", "forward"): {"glf_fast": [1.0], "torch.linalg": [4.0]} for d in DIMS}
+    found = made(
+        {
+            ("flow", "glf-cifar", "train"): {
+                "glf_fast": [1.0, 1.0, 1.0],
+                "compile": [1.6, 1.8, 1.5],
+                "zuko": [2.0, 1.7, 2.0],
+                "FrEIA": [1.9, 1.9, 1.9],
+            },
+            ("memory", "memory-64", "train"): {"glf_fast": [1.0], "eager": [9.0]},
+            **linear,
+            ("linear", "linear-1024-16", "forward"): {"glf_fast": [1.0], "torch.linalg": [2.5]},
+            ("convert", "glf-mnist of zuko", "train"): {"glf_fast": [1.0], "original": [5.0]},
+        }
+    )
+    for r in found.suite("memory"):
+        r.info["peak_bytes"] = 100 if r.provider == "glf_fast" else 400
+    rows = {line.split(" | ")[0][2:]: line for line in goals([found]) if line.startswith("| ")}
+    assert len(rows) == len(GOALS) + 1
+    library = rows["glf-cifar, train: the best library"]
+    assert library.endswith("| 1.7 × | 1.90 (1.70 – 1.90); without nflows, normflows | reached |")
+    assert rows["glf-cifar, train: torch.compile"].endswith("| 1.60 (1.50 – 1.80) | **missed** |")
+    memory = rows["peak memory of train at K = 64, B 4,096: eager"]
+    assert memory.endswith("| 4 × | 4.00 | reached |")
+    inverse = rows["slogdet and inverse of 1,024 matrices, D 4 … 64: torch.linalg"]
+    assert inverse.endswith("| 2.50, the least: linear-1024-16 | **missed** |")
+    converted = rows["converted flows of glf-mnist's size, train: the original"]
+    assert "5.00, the least: glf-mnist of zuko; not measured: " in converted and converted.endswith("|  |")
+    assert rows["sbi, train: torch.compile"].endswith(f"| 2.5 × | {NOT_MEASURED} |  |")
+    assert any(line.startswith("Suites that were not measured there yet: depth, grid") for line in goals([found]))
+    assert not list(goals([made({}, gpu="H200")]))
+
+
+def test_every_goal_is_of_a_case_that_is_measured() -> None:
+    known = {("flow", race.case.name, race.mode): race.names for race in test_flow.NAMED}
+    known |= {("linear", c.name, m): test_linear.NAMES for c, m in test_linear.DENSE}
+    known |= {
+        ("convert", f"{c.name} of {library}", m): ("original", "glf_fast") for library, c, m in test_convert.TASKS
+    }
+    known |= {("memory", "memory-64", "train"): tuple(test_memory.WAYS)}
+    known |= {("two_moons", "two-moons", "npe"): test_two_moons.NAMES}
+    for goal in GOALS:
+        for key in goal.keys:
+            assert {goal.ours, *goal.against} <= {*known[key]}, key
 
 
 def test_a_suite_without_a_table_of_its_own_gets_the_plain_one(made) -> None:
@@ -112,4 +167,4 @@ def test_pages_say_what_the_committed_results_say(path: Path) -> None:
 
 def test_the_overview_says_what_the_committed_results_say() -> None:
     text = OVERVIEW.read_text()
-    assert with_table(text, [read(path) for path in KEPT]) == text
+    assert with_tables(text, [read(path) for path in KEPT]) == text

@@ -1,22 +1,35 @@
 """The suites themselves, on small cases: they run, their JSON becomes pages and figures, and nothing wrong is timed."""
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import glf_fast
+from bench import test_coupling, test_flow, test_linear, test_train_step
 from bench.baselines import LIBRARIES, provider, why_missing
 from bench.cases import FLOWS, FlowCase
 from bench.check import CHUNK, exact_flow
+from bench.factors import Assembled, Factored, PluCase
+from bench.goals import SUITES
+from bench.linear import LinearCase
+from bench.memory import BATCH, DIM, ENVIRONMENT, wrong_gradients
 from bench.plots import draw
 from bench.results import read
 from bench.tables import page
-from bench.training import Step
+from bench.training import IMAGES, Step
 
+ROOT = Path(__file__).parents[2]
 SMALL = (
     "sbi-sample-glf_fast or sbi-sample-eager or sbi-sample-normflows or grid-4-32-1-train or depth-2-train or "
     "depth-4-train-glf_fast or (64x48x4x4 and forward and not compile) or (memory and 8) or "
-    "linear-8-4-forward or linear-8-8-forward or (256x20 and inverse) or (64x12x16x16 and channels and train)"
+    "linear-8-4-forward or linear-8-8-forward or (256x20 and inverse) or (64x12x16x16 and channels and train) or "
+    "plu-5-8"
 )
 
 
@@ -26,9 +39,14 @@ def test_the_suites_run_and_become_tables_and_figures(bench, tmp_path) -> None:
     assert "SKIPPED [1] bench/test_flow.py" in done.stdout and ": normflows" in done.stdout  # not in silence
     assert "CuPy needs a GPU" in done.stdout
     found = read(tmp_path / "bench.json")
-    assert {r.suite for r in found.results} == {"flow", "grid", "depth", "coupling", "memory", "linear", "apply"}
+    assert {r.suite for r in found.results} == {*SUITES} - {"train_step", "convert"}
+    assert {(r.mode, r.provider) for r in found.suite("assemble")} == {
+        (mode, name) for mode in ("forward", "train") for name in ("glf_fast", "eager")
+    }
+    assert found.machine["quick"] and found.machine["threads"] == 1
+    assert any("test_flow[sbi-sample-normflows]: normflows' " in line for line in found.wrong)
     assert all(r.median > 0 for r in found.results)
-    assert all(r.info["floor_s"] > 0 for r in found.results if r.suite != "memory")
+    assert all(r.info["yardstick_s"] > 0 for r in found.results if r.suite != "memory")
     text = "\n".join(page(found))
     for words in ("### sbi, sample", "| depth-2, train |", "64x48x4x4 channels-last, forward", "of copy bandwidth"):
         assert words in text
@@ -53,8 +71,68 @@ def test_what_is_wrong_fails_and_has_no_time(bench) -> None:
     done, written = bench("grid-4-32-1-train", "-p", "wrong_eager")
     assert done.returncode == 1
     assert "eager is wrong in grid-4-32-1, train" in done.stdout and "is off by" in done.stdout
+    (line,) = written["wrong"]  # which pages and comparisons show
+    assert line.startswith("test_grid[grid-4-32-1-train-eager]: ") and "is off by" in line
     providers = {row["extra_info"]["provider"] for row in written["benchmarks"]}
     assert "glf_fast" in providers and "eager" not in providers
+
+
+def test_what_grows_with_depth_is_gradients_where_activations_are_rebuilt() -> None:
+    """README's claim: of 24 more steps the reversible backward keeps nothing, but their gradients as they are summed."""
+    if not glf_fast.backends()["cpp"].startswith("ready"):
+        pytest.skip("the processor kernels are not built here")
+    shallow, deep, kept = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-m", "bench.memory", "cpp", *options],
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for options in (("8", "--reversible"), ("32", "--reversible"), ("32",))
+    )
+    assert abs(deep["activation_bytes"] - shallow["activation_bytes"]) < 1 << 20
+    more = deep["parameter_bytes"] - shallow["parameter_bytes"]
+    assert deep["peak_bytes"] - shallow["peak_bytes"] == pytest.approx(more, rel=0.15)
+    assert kept["activation_bytes"] > 24 * 4 * DIM * BATCH  # every step's input
+    assert kept["activation_bytes"] > 5 * deep["activation_bytes"]
+
+
+class Wrong(glf_fast.CouplingFlow):
+    """In float32."""
+
+    def log_prob(self, x, context=None):
+        return super().log_prob(x, context) * (1.1 if x.dtype == torch.float32 else 1.0)
+
+
+@pytest.mark.parametrize("kind", [glf_fast.CouplingFlow, Wrong])
+def test_wrong_gradients_are_named(kind: type[glf_fast.CouplingFlow]) -> None:
+    torch.manual_seed(0)
+    flow, x = kind(4, 2, (8, 8)), torch.randn(64, 4)
+    flow(x)
+    assert wrong_gradients(flow, x) == ("result 0 is off by 1.0e-01" if kind is Wrong else "")
+
+
+@pytest.mark.parametrize("case", [PluCase(3, 5), PluCase(2, 20)])
+@pytest.mark.parametrize("name", ["glf_fast", "eager"])
+def test_assembled_layers_are_checked(name: str, case: PluCase) -> None:
+    made = Assembled(name, case)
+    for mode, number in (("forward", 4), ("train", 5)):
+        assert len(made.run(mode)) == number and made.why_wrong(mode) == ""
+    right = made.function
+    made.function = lambda *plu, **options: right(*(1.01 * t if t.is_floating_point() else t for t in plu), **options)
+    assert "off by" in made.why_wrong("forward") and "off by" in made.why_wrong("train")
+
+
+def test_lu_is_checked_by_its_product() -> None:
+    made = Factored("glf_fast", LinearCase(3, 5))
+    assert made.why_wrong("forward") == ""
+    right = made.function
+    made.function = lambda W: (1.01 * right(W)[0], *right(W)[1:])
+    assert "off by" in made.why_wrong("forward")
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -67,6 +145,23 @@ def test_a_library_s_flow_is_of_our_size(name: str) -> None:
     assert abs(provider(name, case, True).parameters() / provider("glf_fast", case, True).parameters() - 1) < 0.3
     for mode in ("log_prob", "sample", "train"):
         assert provider(name, case, True).why_wrong(mode, case) == ""
+
+
+def test_the_extra_installs_what_the_benchmarks_compare_with() -> None:
+    """In the versions that the tests have."""
+    extra = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("bench = "))
+    versions = {line for line in (ROOT / "libraries.txt").read_text().splitlines() if line.split("==")[0] in LIBRARIES}
+    assert len(versions) == len(LIBRARIES) and all(f'"{version}"' in extra for version in versions)
+
+
+def test_the_suites_beside_conversion_ask_for_three_minutes_at_most() -> None:
+    """Checks in float64, compilation, warm-up and long calls take more than as long again, and all of them twelve minutes."""
+    races = (*test_flow.NAMED, *test_flow.DEEP, *test_flow.WIDE)
+    layers = (*test_linear.DENSE, *test_linear.LAYERS, *test_linear.FACTORS)
+    seconds = sum(race.seconds for race in races) + test_train_step.SECONDS * len(IMAGES)
+    for module, tasks in ((test_coupling, test_coupling.TASKS), (test_linear, layers)):
+        seconds += module.SECONDS * len({task[:2] for task in tasks})
+    assert seconds <= 180
 
 
 @pytest.mark.parametrize("context", [0, 3])

@@ -1,9 +1,11 @@
 """Who is timed, and how: in turn, after a check, long calls as well as short ones."""
 
 import itertools
+import math
 import time
 
 import pytest
+import torch
 
 from bench import walltime
 from bench.walltime import Contestant, compete, interleave
@@ -47,3 +49,24 @@ def test_the_clock_shows_what_was_measured() -> None:
     shown = walltime._replay([0.5, 0.25])
     ticks = list(shown)
     assert [ticks[1] - ticks[0], ticks[3] - ticks[2]] == pytest.approx([0.5, 0.25])
+
+
+def test_the_matrix_rate_is_the_best_call_of_several_shapes(monkeypatch) -> None:
+    """A shape that is slow in this moment, or always, is no ruler; every row gets the same one."""
+    seconds = []
+
+    def measured(functions, budget: float) -> dict:
+        seconds.append(budget)
+        for f in functions.values():
+            assert f().dtype == torch.float32  # the products themselves
+        # 1 GFLOP/s, but for one call of glf-cifar's shape: 5.
+        return {s: [2e-9 * math.prod(s)] * 3 + [4e-10 * math.prod(s)] * (s == (256, 256, 256)) for s in functions}
+
+    monkeypatch.setattr(walltime, "interleave", measured)
+    walltime.matrix_rate.cache_clear()
+    try:
+        assert walltime.matrix_rate() == pytest.approx(5e9)
+        assert walltime.matrix_rate() == pytest.approx(5e9) and seconds == [3.0]
+    finally:
+        walltime.matrix_rate.cache_clear()
+    assert {(256, 256, 256), (4096, 512, 512)} <= {*walltime.PRODUCTS}  # glf-cifar's and wide's
