@@ -64,7 +64,7 @@ Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Te
   STD_TORCH_CHECK(!grad_A_inv || A_inv, "glf_fast: the gradient of A⁻¹ needs A⁻¹");
   Tensors grads{alike(lower), alike(upper), alike(log_diag)};
   if (log_scale) grads.insert(grads.end(), {alike(log_diag), alike(log_diag)});
-  Tensor work = empty(lower, {2 * lower.numel()});
+  Tensor work = alike(lower);
   for_dtype(lower, [&](auto zero) {
     using T = decltype(zero);
     const device::LayerGradients<T> target{write<T>(grads[0]), write<T>(grads[1]), write<T>(grads[2]),

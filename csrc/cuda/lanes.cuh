@@ -8,11 +8,13 @@
 
 #ifdef __CUDACC__
 #define GLF_DEVICE __device__ __forceinline__
+#define GLF_DEVICE_AND_HOST __host__ __device__ inline
 #define GLF_KERNEL(threads) __global__ void __launch_bounds__(threads)
 #else
 #include <cmath>
 #include <utility>
 #define GLF_DEVICE inline
+#define GLF_DEVICE_AND_HOST inline
 #define GLF_KERNEL(threads) void
 #endif
 
@@ -106,6 +108,17 @@ struct Block {
       for (int j = threadIdx.x % 32; j < m; j += 32) f(i, j);
     __syncthreads();
   }
+  // done(i, Σ f(i, j) over j < m) for i < n, a warp a sum, then a barrier.
+  template <class F, class G>
+  __device__ void sums(int n, int m, F f, G done) const {
+    for (int i = threadIdx.x / 32; i < n; i += blockDim.x / 32) {
+      auto sum = decltype(f(0, 0))(0);
+      for (int j = threadIdx.x % 32; j < m; j += 32) sum += f(i, j);
+      for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      if (threadIdx.x % 32 == 0) done(i, sum);
+    }
+    __syncthreads();
+  }
   // The first of [begin, end) at which size(i) is largest; NaN counts only at `begin`, where it wins. `answer` is shared.
   template <class F>
   __device__ int largest(int begin, int end, F size, int* answer) const {
@@ -137,6 +150,9 @@ struct Block {
 
 template <class T>
 using Lane = T;
+
+// After it, lanes of a warp see what others wrote into shared memory before it.
+GLF_DEVICE void warp_barrier() { __syncwarp(); }
 
 GLF_DEVICE Lane<int> lane_index() { return threadIdx.x % 32; }
 template <class T>
@@ -232,6 +248,14 @@ struct Block {
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < m; ++j) f(i, j);
   }
+  template <class F, class G>
+  void sums(int n, int m, F f, G done) const {
+    for (int i = 0; i < n; ++i) {
+      auto sum = decltype(f(0, 0))(0);
+      for (int j = 0; j < m; ++j) sum += f(i, j);
+      done(i, sum);
+    }
+  }
   template <class F>
   int largest(int begin, int end, F size, int* answer) const {
     *answer = begin;
@@ -279,6 +303,7 @@ GLF_OPERATOR(&&)
 GLF_OPERATOR(||)
 #undef GLF_OPERATOR
 
+inline void warp_barrier() {}
 inline Lane<int> lane_index() {
   return by_lane([](int i) { return i; });
 }

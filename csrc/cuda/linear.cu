@@ -40,6 +40,14 @@ const char* launch_warps(cudaStream_t stream, long long count, int D, const T* A
   return outcome();
 }
 
+template <int N, class T>
+const char* launch_lu_warps(cudaStream_t stream, long long count, int D, const T* A, T* factors, int* pivots, int* info) {
+  constexpr int matrices = warp_threads / lanes_of<N>, bytes = warp_threads / 32 * warp_lines<N> * sizeof(T);
+  lu_factor_warp_kernel<N><<<static_cast<unsigned>((count + matrices - 1) / matrices), warp_threads, bytes, stream>>>(
+      count, D, A, factors, pivots, info);
+  return outcome();
+}
+
 template <int M, class T>
 const char* launch_tiles(cudaStream_t stream, long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse,
                          int* info) {
@@ -53,10 +61,19 @@ const char* launch_tiles(cudaStream_t stream, long long count, int D, const T* A
 template <class T>
 const char* lu_factor(Stream stream, long long count, int D, const T* A, T* factors, int* pivots, int* info) {
   if (!count) return nullptr;
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (D <= 4) return launch_lu_warps<4>(s, count, D, A, factors, pivots, info);
+  if (D <= 8) return launch_lu_warps<8>(s, count, D, A, factors, pivots, info);
+  if (D <= 16) return launch_lu_warps<16>(s, count, D, A, factors, pivots, info);
+  if (D <= 24) return launch_lu_warps<24>(s, count, D, A, factors, pivots, info);
+  if (D <= 32) return launch_lu_warps<32>(s, count, D, A, factors, pivots, info);
+  if constexpr (sizeof(T) == 4) {
+    if (D <= 48) return launch_lu_warps<48>(s, count, D, A, factors, pivots, info);
+    if (D <= 64) return launch_lu_warps<64>(s, count, D, A, factors, pivots, info);
+  }
   size_t bytes;
   const bool room = fits<T>(lu_factor_kernel<T>, D, bytes);
-  lu_factor_kernel<<<static_cast<unsigned>(count), block_threads, bytes, static_cast<cudaStream_t>(stream)>>>(
-      D, room, A, factors, pivots, info);
+  lu_factor_kernel<<<static_cast<unsigned>(count), block_threads, bytes, s>>>(D, room, A, factors, pivots, info);
   return outcome();
 }
 
@@ -90,7 +107,7 @@ const char* slogdet_inverse(Stream stream, long long count, int D, const T* A, T
 template <class T>
 const char* plu_assemble(Stream stream, long long count, const Layer<T>& first, T* A, T* A_inv, T* c, T* logabsdet) {
   if (!count) return nullptr;
-  plu_assemble_kernel<<<static_cast<unsigned>(count), block_threads, 2 * first.D * sizeof(T),
+  plu_assemble_kernel<<<static_cast<unsigned>(count * slices_of(first.D)), block_threads, plu_assemble_bytes<T>(first.D),
                         static_cast<cudaStream_t>(stream)>>>(first, A, A_inv, c, logabsdet);
   return outcome();
 }
@@ -100,7 +117,7 @@ const char* plu_assemble_backward(Stream stream, long long count, const Layer<T>
                                   const T* grad_A, const T* grad_A_inv, const T* grad_c, const T* grad_logabsdet,
                                   const LayerGradients<T>& grad, T* work) {
   if (!count) return nullptr;
-  plu_assemble_backward_kernel<<<static_cast<unsigned>(count), block_threads, 2 * first.D * sizeof(T),
+  plu_assemble_backward_kernel<<<static_cast<unsigned>(count), block_threads, plu_backward_bytes<T>(first.D),
                                  static_cast<cudaStream_t>(stream)>>>(first, A, A_inv, grad_A, grad_A_inv, grad_c,
                                                                       grad_logabsdet, grad, work);
   return outcome();

@@ -23,6 +23,7 @@ OPTIONS = ("-std=c++17", *(f"-I{folder}" for folder in FOLDERS))
 
 # kernels.cuh has these sizes, too.
 WARP_THREADS, BLOCK_THREADS = 128, 256
+SLICE_COLUMNS, STRIP_ROWS, PATCH_SIDE = 32, 16, 32
 TYPES = {torch.float32: "float", torch.float64: "double"}
 # Columns a lane can hold, and entries along each side of a thread's tile, by what fits in registers.
 WARP_SIZES = {torch.float32: (4, 8, 16, 24, 32, 48, 64), torch.float64: (4, 8, 16, 24, 32)}
@@ -35,7 +36,7 @@ KERNELS = tuple(
             f"{kernel}_kernel<{T}"
             for kernel in ("lu_factor", "slogdet_inverse", "plu_assemble", "plu_assemble_backward")
         ),
-        *(f"slogdet_inverse_warp_kernel<{N}, {T}" for N in WARP_SIZES[dtype]),
+        *(f"{kernel}_warp_kernel<{N}, {T}" for kernel in ("lu_factor", "slogdet_inverse") for N in WARP_SIZES[dtype]),
         *(f"slogdet_inverse_tile_kernel<{M}, {T}" for M in TILE_SIZES[dtype]),
     )
 )
@@ -117,14 +118,27 @@ def _room(A: Tensor) -> tuple[np.bool_, int]:
     return np.bool_(room), whole if room else workspace
 
 
+def _warps(A: Tensor) -> tuple[int, int, int]:
+    """Columns that a lane holds, lanes that share a matrix, and blocks, where warps take the matrices."""
+    N = next(N for N in WARP_SIZES[A.dtype] if A.shape[-1] <= N)
+    lanes = next(lanes for lanes in (4, 8, 16, 32) if min(N, 32) <= lanes)
+    return N, lanes, -(-len(A) // (WARP_THREADS // lanes))
+
+
 def lu_factor(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`glf_fast::lu_factor`."""
     count, dim = len(A), _dim(A)
     factors, pivots = torch.empty_like(A), A.new_empty(count, dim, dtype=torch.int32)
     info = A.new_empty(count, dtype=torch.int32)
-    room, shared = _room(A)
-    _run("lu_factor_kernel<", A, count, BLOCK_THREADS, shared, np.int32(dim), room, A, factors, pivots, info)
-    return factors, pivots, info
+    out = (factors, pivots, info)
+    if dim <= WARP_SIZES[A.dtype][-1]:
+        N, lanes, blocks = _warps(A)
+        shared = WARP_THREADS * (lanes + 1) * A.element_size()
+        _run(f"lu_factor_warp_kernel<{N}, ", A, blocks, WARP_THREADS, shared, np.int64(count), np.int32(dim), A, *out)
+    else:
+        room, shared = _room(A)
+        _run("lu_factor_kernel<", A, count, BLOCK_THREADS, shared, np.int32(dim), room, A, *out)
+    return out
 
 
 def slogdet_inverse(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,11 +147,9 @@ def slogdet_inverse(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sign, logabsdet, inverse = A.new_empty(count), A.new_empty(count), torch.empty_like(A)
     info = A.new_empty(count, dtype=torch.int32)
     out = (sign, logabsdet, inverse, info)
-    warp, tile = WARP_SIZES[A.dtype], TILE_SIZES[A.dtype]
-    if dim <= warp[-1]:
-        N = next(N for N in warp if dim <= N)
-        lanes = next(lanes for lanes in (4, 8, 16, 32) if min(N, 32) <= lanes)  # that share a matrix
-        blocks = -(-count // (WARP_THREADS // lanes))
+    tile = TILE_SIZES[A.dtype]
+    if dim <= WARP_SIZES[A.dtype][-1]:
+        N, _, blocks = _warps(A)
         _run(f"slogdet_inverse_warp_kernel<{N}, ", A, blocks, WARP_THREADS, 0, np.int64(count), np.int32(dim), A, *out)
     elif dim <= 16 * tile[-1]:
         M = next(M for M in tile if dim <= 16 * M)
@@ -157,9 +169,11 @@ def plu_assemble(
     A, c, logabsdet = torch.empty_like(lower), torch.empty_like(log_diag), lower.new_empty(len(lower))
     A_inv = torch.empty_like(lower) if need_inverse else lower.new_empty(0)
     layer = _layer(permutation, lower, upper, log_diag, sign, log_scale, bias)
-    shared = 2 * _dim(lower) * lower.element_size()
+    dim = _dim(lower)
+    shared = (2 * dim + STRIP_ROWS * SLICE_COLUMNS) * lower.element_size() + 4 * dim
+    blocks = len(lower) * -(-dim // SLICE_COLUMNS)
     out = (A, A_inv if need_inverse else None, c, logabsdet)
-    _run("plu_assemble_kernel<", lower, len(lower), BLOCK_THREADS, shared, layer, *out)
+    _run("plu_assemble_kernel<", lower, blocks, BLOCK_THREADS, shared, layer, *out)
     return A, A_inv, c, logabsdet
 
 
@@ -172,11 +186,11 @@ def plu_assemble_backward(
     if grad_A_inv is not None and A_inv is None:
         raise RuntimeError("glf_fast: the gradient of A⁻¹ needs A⁻¹")
     grads = [torch.empty_like(t) for t in (lower, upper, log_diag, log_scale, bias) if t is not None]
-    work = lower.new_empty(2 * lower.numel())
+    work = torch.empty_like(lower)
     layer = _layer(permutation, lower, upper, log_diag, sign, log_scale, bias)
     pointers = [t.data_ptr() for t in grads] + [0] * (5 - len(grads))
     target = np.array([tuple(pointers)], GRADIENTS)
-    shared = 2 * _dim(lower) * lower.element_size()
+    shared = (2 * _dim(lower) + PATCH_SIDE * (PATCH_SIDE + 1)) * lower.element_size()
     _run(
         "plu_assemble_backward_kernel<", lower, len(lower), BLOCK_THREADS, shared,
         layer, A, A_inv, grad_A, grad_A_inv, grad_c, grad_logabsdet, target, work,
