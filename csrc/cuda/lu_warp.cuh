@@ -16,7 +16,7 @@ template <int N, class F>
 GLF_DEVICE void each_line(long long first, long long count, int D, int strip, int chunk, F f) {
   constexpr int L = lanes_of<N>;
   on_lanes([&](int l) {
-#pragma unroll
+#pragma unroll 8
     for (int i = 0; i < L; ++i) {
       const int line = i * (32 / L) + l / L, row = line % L + 32 * strip, column = l % L + L * chunk;
       const long long n = first + line / L;
