@@ -15,8 +15,8 @@ from setuptools import find_packages, setup
 # The LibTorch Stable ABI of torch 2.10: one binary serves that version and all later ones, on every Python.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXX = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", TORCH_TARGET]
-# Ampere, Hopper, Blackwell; each serves later chips of its generation, and PTX of the last what comes after.
-ARCHITECTURES = ("80", "90", "100")
+# Turing, Ampere, Hopper, Blackwell; each serves later chips of its generation, and PTX of the first all that come after.
+ARCHITECTURES = ("75", "80", "90", "100")
 
 
 def sources(*patterns: str) -> list[str]:
@@ -25,11 +25,20 @@ def sources(*patterns: str) -> list[str]:
 
 
 def nvcc_flags(nvcc: Path) -> list[str]:
-    """Code for every architecture of ours that this nvcc knows."""
-    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    """Code for every architecture of ours that this nvcc knows; nothing where there is none, or one that does not run."""
+    if not nvcc.exists():
+        return []
+    try:
+        listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"glf_fast: building without CUDA kernels: {error}", file=sys.stderr)
+        return []
     known = [arch for arch in ARCHITECTURES if f"compute_{arch}" in listing]
+    if not known:
+        print(f"glf_fast: building without CUDA kernels: {nvcc} knows none of {ARCHITECTURES}", file=sys.stderr)
+        return []
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
-    return ["-O3", "-std=c++17", *targets, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+    return ["-O3", "-std=c++17", *targets, f"-gencode=arch=compute_{known[0]},code=compute_{known[0]}"]
 
 
 def kernels() -> dict[str, Any]:
@@ -44,10 +53,11 @@ def kernels() -> dict[str, Any]:
         """Builds the extensions, or says which is missing."""
 
         def run(self) -> None:
-            wanted = list(self.extensions)
+            wanted, compiler = list(self.extensions), self.compiler
             # An nvcc that does not fit torch stops everything before anything is built: then once more without it.
             for extensions in [wanted, wanted[:1]][: len(wanted)]:
                 self.extensions = extensions
+                self.compiler = compiler  # its name: run() puts the compiler itself in its place, and takes no second time
                 try:
                     return super().run()
                 except (
@@ -67,7 +77,8 @@ def kernels() -> dict[str, Any]:
         py_limited_api=True,
     )
     extensions = [cpu]
-    if CUDA_HOME and (nvcc := Path(CUDA_HOME) / "bin" / "nvcc").exists():
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME and (flags := nvcc_flags(nvcc)):
         # cudart is linked statically: the library does not depend on where torch keeps its own. The current stream comes
         # from torch_cuda, which torch loads without making its symbols known to others.
         extensions.append(
@@ -78,7 +89,7 @@ def kernels() -> dict[str, Any]:
                 library_dirs=[str(nvcc.parents[1] / "lib64")],
                 libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
                 depends=headers,
-                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": nvcc_flags(nvcc)},
+                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": flags},
                 py_limited_api=True,
             )
         )

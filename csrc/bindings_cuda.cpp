@@ -35,13 +35,13 @@ int dim_of(const Tensor& A) {
   return static_cast<int>(A.size(1));
 }
 
-// Indices out of range cannot be refused here: reading them would make the host wait.
+// Indices out of range cannot be refused here, reading them would make the host wait: kernels keep them in range.
 template <class T>
 device::Layer<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor& upper, const Tensor& log_diag,
                         const Tensor& sign, const Maybe& log_scale, const Maybe& bias) {
-  STD_TORCH_CHECK(permutation.is_contiguous() && permutation.scalar_type() == ScalarType::Long,
-                  "glf_fast: permutation must be contiguous int64");
-  return {dim_of(lower),  static_cast<const long long*>(permutation.const_data_ptr()),
+  for (const Tensor* t : {&permutation, &upper, &log_diag, &sign, log_scale ? &*log_scale : &lower, bias ? &*bias : &lower})
+    STD_TORCH_CHECK(t->get_device_index() == lower.get_device_index(), "glf_fast: a kernel got tensors of several GPUs");
+  return {dim_of(lower),  reinterpret_cast<const long long*>(read_permutation(permutation)),
           read<T>(lower), read<T>(upper), read<T>(log_diag), read<T>(sign), read<T>(log_scale), read<T>(bias)};
 }
 

@@ -27,7 +27,8 @@ bool fits(Kernel kernel, int D, size_t& bytes) {
   const size_t wish = static_cast<size_t>(D) * (D | 1) * sizeof(T) + workspace_bytes<T>(D);
   const bool room = wish <= static_cast<size_t>(most);
   bytes = room ? wish : workspace_bytes<T>(D);
-  if (bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  // As much as there is, whatever this matrix needs: another thread may be between its own attribute and its launch.
+  if (bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   return room;
 }
 

@@ -67,6 +67,19 @@ def _kernel(name: str, device: int) -> Any:
 
 
 @cache
+def trouble(device: torch.device) -> str:
+    """Why CuPy cannot compile the kernels for this GPU, or "": compiles one that every flow needs."""
+    try:
+        import cupy
+
+        with cupy.cuda.Device(device.index):
+            _kernel("glf::device::plu_assemble_kernel<float>", device.index)
+    except Exception as error:  # CuPy, its compiler, the driver: each has its own errors
+        return f"CuPy does not compile it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
+
+
+@cache
 def most_shared(device: torch.device) -> int:
     """Bytes of shared memory that a block may ask for."""
     from cupy.cuda import runtime
@@ -81,7 +94,7 @@ def launch(name: str, device: torch.device, grid: int, block: int, shared: int, 
     with cupy.cuda.Device(device.index), cupy.cuda.Stream.from_external(_Stream(device)):
         kernel = _kernel(name, device.index)
         if shared > 48 << 10:
-            kernel.max_dynamic_shared_size_bytes = shared
+            kernel.max_dynamic_shared_size_bytes = most_shared(device)  # whatever other threads ask for meanwhile
         kernel((grid,), (block,), arguments, shared_mem=shared)
 
 
@@ -89,14 +102,16 @@ def _run(name: str, like: Tensor, grid: int, block: int, shared: int, *arguments
     """Launch `name`<…, type of `like`>. Tensors and None become pointers; numbers have the kernel's types already."""
     if not grid:
         return
-    numbers = tuple(_pointer(a, like.dtype) if a is None or isinstance(a, Tensor) else a for a in arguments)
+    numbers = tuple(_pointer(a, like) if a is None or isinstance(a, Tensor) else a for a in arguments)
     launch(f"glf::device::{name}{TYPES[like.dtype]}>", like.device, grid, block, shared, numbers)
 
 
-def _pointer(tensor: Tensor | None, dtype: torch.dtype) -> int:
+def _pointer(tensor: Tensor | None, like: Tensor) -> int:
     if tensor is None:
         return 0
-    if not tensor.is_contiguous() or tensor.dtype not in (dtype, torch.int32, torch.int64):
+    if tensor.device != like.device:
+        raise RuntimeError(f"glf_fast: a kernel on {like.device} got a tensor on {tensor.device}")
+    if not tensor.is_contiguous() or tensor.dtype not in (like.dtype, torch.int32, torch.int64):
         raise RuntimeError("glf_fast: a kernel got a tensor that is not contiguous, or tensors of several dtypes")
     return tensor.data_ptr()
 
@@ -202,7 +217,7 @@ def _layer(permutation: Tensor, lower: Tensor, *others: Tensor | None) -> np.nda
     """Layer<T> of the first layer, as kernels take it: by value."""
     if permutation.dtype != torch.int64:
         raise RuntimeError(f"glf_fast: permutation must be int64; got {permutation.dtype}")
-    return np.array([(_dim(lower), *(_pointer(t, lower.dtype) for t in (permutation, lower, *others)))], LAYER)
+    return np.array([(_dim(lower), *(_pointer(t, lower) for t in (permutation, lower, *others)))], LAYER)
 
 
 def register(library: torch.library.Library, *, override: bool = False) -> None:
