@@ -57,7 +57,9 @@ def kernels() -> dict[str, Any]:
             # An nvcc that does not fit torch stops everything before anything is built: then once more without it.
             for extensions in [wanted, wanted[:1]][: len(wanted)]:
                 self.extensions = extensions
-                self.compiler = compiler  # its name: run() puts the compiler itself in its place, and takes no second time
+                self.compiler = (
+                    compiler  # its name: run() puts the compiler itself in its place, and takes no second time
+                )
                 try:
                     return super().run()
                 except (

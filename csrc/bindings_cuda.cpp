@@ -40,7 +40,7 @@ template <class T>
 device::Layer<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor& upper, const Tensor& log_diag,
                         const Tensor& sign, const Maybe& log_scale, const Maybe& bias) {
   for (const Tensor* t : {&permutation, &upper, &log_diag, &sign, log_scale ? &*log_scale : &lower, bias ? &*bias : &lower})
-    STD_TORCH_CHECK(t->get_device_index() == lower.get_device_index(), "glf_fast: a kernel got tensors of several GPUs");
+    STD_TORCH_CHECK(t->get_device_index() == lower.get_device_index(), "glf_fast: a kernel got tensors of several devices");
   return {dim_of(lower),  reinterpret_cast<const long long*>(read_permutation(permutation)),
           read<T>(lower), read<T>(upper), read<T>(log_diag), read<T>(sign), read<T>(log_scale), read<T>(bias)};
 }

@@ -48,7 +48,18 @@ def test_the_processors_kernels_are_built_whatever_nvcc_does(tmp_path: Path, nvc
     compiler.chmod(0o755)
     folder = tmp_path / "sources"
     folder.mkdir()
-    command = [sys.executable, "-W", "ignore", "-c", SETUP, str(compiler.parents[1]), "-q", "build_ext", "--build-lib", "out"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        SETUP,
+        str(compiler.parents[1]),
+        "-q",
+        "build_ext",
+        "--build-lib",
+        "out",
+    ]
     environment = {**os.environ, "MAX_JOBS": "1"}
     done = subprocess.run(command, cwd=sources(folder), env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and said in done.stderr, done.stdout + done.stderr

@@ -102,6 +102,27 @@ def test_singular_matrices_and_nan(dim: int) -> None:
     assert logabsdet[2].isnan()
 
 
+def test_tensors_on_the_processor_are_refused() -> None:
+    order, sign, tensors = layers(2, 5, torch.float32)
+    lower, upper, log_diag, log_scale, bias = (t.detach() for t in tensors)
+    with pytest.raises(ValueError, match="permutation is on cpu but the rest is on cuda"):
+        ops.plu_assemble(order.cpu(), lower, upper, log_diag, sign, log_scale, bias)
+    for index, factor in ((order.cpu(), upper), (order, upper.cpu())):  # by the operation, whose kernel would read them
+        with pytest.raises(RuntimeError, match="a kernel on cuda:0 got a tensor on cpu|tensors of several devices"):
+            torch.ops.glf_fast.plu_assemble.default(index, lower, factor, log_diag, sign, log_scale, bias, True)
+
+
+def test_indices_out_of_range_stay_within_their_layer() -> None:
+    order, sign, tensors = layers(3, 40, torch.float32)
+    lower, upper, log_diag, log_scale, bias = tensors
+    wrong = order.clone()
+    wrong[1, [0, 3, 4]] = torch.tensor([1 << 40, -5, 40], device="cuda")
+    got, want = (ops.plu_assemble(o, lower, upper, log_diag, sign, log_scale, bias) for o in (wrong, order))
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine[[0, 2]], theirs[[0, 2]])
+    torch.autograd.grad(sum(t.sum() for t in got), tensors)
+
+
 def test_a_graph_replays_the_same() -> None:
     order, sign, tensors = layers(8, 64, torch.float32)
     lower, upper, log_diag, log_scale, bias = (t.detach() for t in tensors)

@@ -143,12 +143,10 @@ def test_tensors_of_several_devices_are_refused() -> None:
     arguments = [permutation, lower, upper, log_diag, sign]
     for i, name in enumerate(("permutation", "lower", "upper", "log_diag", "sign")):
         elsewhere = [t.to("meta") if i == j else t for j, t in enumerate(arguments)]
-        with pytest.raises(ValueError, match=f"{'permutation' if name == 'lower' else name} is on .* but the rest is on"):
+        with pytest.raises(
+            ValueError, match=f"{'permutation' if name == 'lower' else name} is on .* but the rest is on"
+        ):
             ops.plu_assemble(*elsewhere)
-        # What comes after the checks reads memory: it is never another device's.
-        with pytest.raises((RuntimeError, NotImplementedError), match="not on the processor|meta"):
-            result = torch.ops.glf_fast.plu_assemble.default(*elsewhere, None, None, True)
-            raise RuntimeError(f"meta: {result[0].device}") if result[0].is_meta else AssertionError(result)
 
 
 def test_a_gradient_of_the_signs_is_the_references() -> None:
