@@ -2,7 +2,7 @@
 // returns null, or CUDA's words for what went wrong.
 #pragma once
 
-#include "plu.cuh"
+#include "layer.cuh"
 
 namespace glf::device {
 

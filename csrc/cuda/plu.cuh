@@ -4,26 +4,13 @@
 // reads five numbers instead of eight.
 #pragma once
 
-#include "lanes.cuh"
+#include "layer.cuh"
 
 namespace glf::device {
 
 inline constexpr int slice_columns = 32;  // of A, A⁻¹ and c that one block computes: a layer is ⌈D / 32⌉ blocks' work
 inline constexpr int strip_rows = 16;     // that a substitution solves for at once, in one thread's registers a column
 inline constexpr int patch_side = 32;     // of the piece of a matrix that is transposed at once
-
-// One layer's parameters: permutation (D), lower, upper (D, D), the others (D); those of the ActNorm null without one.
-template <class T>
-struct Layer {
-  int D;
-  const long long* permutation;
-  const T *lower, *upper, *log_diag, *sign, *log_scale, *bias;
-
-  // Row of L U that row i of A is. An index out of range costs the result, never memory that is not the layer's.
-  GLF_DEVICE int row(int i) const { return permutation[i] >= 0 && permutation[i] < D ? static_cast<int>(permutation[i]) : 0; }
-  GLF_DEVICE T diag(int k) const { return sign[k] * exponential(log_diag[k]); }
-  GLF_DEVICE T scale(int i) const { return log_scale ? exponential(log_scale[i]) : T(1); }
-};
 
 GLF_DEVICE_AND_HOST int slices_of(int D) { return (D + slice_columns - 1) / slice_columns; }
 
@@ -144,11 +131,6 @@ GLF_DEVICE void plu_assemble_slice(const Block& block, const Layer<T>& p, int fi
     });
   }
 }
-
-template <class T>
-struct LayerGradients {
-  T *lower, *upper, *log_diag, *log_scale, *bias;
-};
 
 // to = fromᵀ, patch by patch through shared memory.
 template <class T>

@@ -108,7 +108,7 @@ def test_tensors_on_the_processor_are_refused() -> None:
     with pytest.raises(ValueError, match="permutation is on cpu but the rest is on cuda"):
         ops.plu_assemble(order.cpu(), lower, upper, log_diag, sign, log_scale, bias)
     for index, factor in ((order.cpu(), upper), (order, upper.cpu())):  # by the operation, whose kernel would read them
-        with pytest.raises(RuntimeError, match="a kernel on cuda:0 got a tensor on cpu|tensors of several devices"):
+        with pytest.raises(RuntimeError, match=r"a kernel on cuda:0 got a tensor on cpu|tensors of several devices"):
             torch.ops.glf_fast.plu_assemble.default(index, lower, factor, log_diag, sign, log_scale, bias, True)
 
 
