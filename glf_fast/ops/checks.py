@@ -84,7 +84,8 @@ def check_device(named: Iterable[tuple[str, Tensor | None]], device: torch.devic
 def check_alike(named: Iterable[tuple[str, Tensor]], state: Tensor) -> None:
     """Raise unless all tensors are on the state's device and of its dtype, or of half precision (autocast computes in it)."""
     for name, tensor in named:
-        check_device([(name, tensor)], state.device)
+        if tensor.device != state.device:
+            check_device([(name, tensor)], state.device)
         if tensor.dtype != state.dtype and (tensor.dtype.itemsize >= 4 or not tensor.is_floating_point()):
             raise TypeError(f"{name} is {tensor.dtype} but the rest is {state.dtype}: convert one of them with .to()")
 

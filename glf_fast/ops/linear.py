@@ -136,7 +136,8 @@ def invertible_linear(
     dim = matrix.shape[-1]
     check_shape("matrix", matrix, (dim, dim), "(D, D)")
     check_shape("offset", offset, (dim,), "(D,)")
-    check_shape("x", x, (None, dim, *(None,) * (x.ndim - 2)), "(batch, D, …)")
+    if x.ndim < 2 or x.shape[1] != dim:  # what is wanted is made only for the error
+        check_shape("x", x, (None, dim, *(None,) * (x.ndim - 2)), "(batch, D, …)")
     x = check_state("x", x, matrix)
     pixels = x.shape[2:].numel()
     # Vectors, channels-last images and images of few pixels go through the reference: one library product over rows, at
