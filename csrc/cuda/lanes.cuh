@@ -151,6 +151,9 @@ struct Block {
 template <class T>
 using Lane = T;
 
+// Reads that come after it in the code are not made before it: a compiler that unrolls would make them all at once.
+GLF_DEVICE void no_reads_ahead() { asm volatile("" ::: "memory"); }
+
 // After it, lanes of a warp see what others wrote into shared memory before it.
 GLF_DEVICE void warp_barrier() { __syncwarp(); }
 
@@ -303,6 +306,7 @@ GLF_OPERATOR(&&)
 GLF_OPERATOR(||)
 #undef GLF_OPERATOR
 
+inline void no_reads_ahead() {}
 inline void warp_barrier() {}
 inline Lane<int> lane_index() {
   return by_lane([](int i) { return i; });

@@ -1,7 +1,8 @@
 // Invertible linear layers in the PLU parametrisation with the ActNorm before them (csrc/cpu/plu.h has the mathematics).
 // Matrices are read where they lie; a layer of D = 64 is 16 KB and stays in the first cache. Of what a warp reads in an inner
 // loop, neighbouring lanes read neighbours, or all the same; a thread computes four rows of a product at once, for which it
-// reads five numbers instead of eight.
+// reads five numbers instead of eight. A column of A⁻¹ is D²/2 multiply-adds that each wait for another, were one thread to
+// solve it row by row: here D/8 strips wait for each other, each of up to D/2 steps of four sums and a triangle of 16 rows.
 #pragma once
 
 #include "layer.cuh"
@@ -17,7 +18,8 @@ GLF_DEVICE_AND_HOST int slices_of(int D) { return (D + slice_columns - 1) / slic
 // Shared memory that a block needs.
 template <class T>
 GLF_DEVICE_AND_HOST int plu_assemble_bytes(int D) {
-  return (2 * D + strip_rows * slice_columns) * static_cast<int>(sizeof(T)) + D * static_cast<int>(sizeof(int));
+  return (strip_rows * (strip_rows + 2 * slice_columns) + 2 * D) * static_cast<int>(sizeof(T)) +
+         D * static_cast<int>(sizeof(int));
 }
 template <class T>
 GLF_DEVICE_AND_HOST int plu_backward_bytes(int D) {
@@ -43,8 +45,10 @@ template <class T>
 GLF_DEVICE void plu_assemble_slice(const Block& block, const Layer<T>& p, int first, T* A, T* A_inv, T* c, T* logabsdet,
                                    unsigned char* shared) {
   const int D = p.D, n = D - first < slice_columns ? D - first : slice_columns;
-  T *diag = reinterpret_cast<T*>(shared), *scale = diag + D, *strip = scale + D;  // strip: [strip_rows, slice_columns]
-  int* place = reinterpret_cast<int*>(strip + strip_rows * slice_columns);        // row m of L U is row place[m] of A
+  T* triangle = reinterpret_cast<T*>(shared);     // [strip_rows, strip_rows]
+  T* strip = triangle + strip_rows * strip_rows;  // [2, strip_rows, slice_columns]
+  T *diag = strip + 2 * strip_rows * slice_columns, *scale = diag + D;
+  int* place = reinterpret_cast<int*>(scale + D);  // row m of L U is row place[m] of A
   block.each(D, [&](int i) {
     diag[i] = p.diag(i);
     scale[i] = p.scale(i);
@@ -88,45 +92,57 @@ GLF_DEVICE void plu_assemble_slice(const Block& block, const Layer<T>& p, int fi
     scale[i] = 1 / scale[i];
   });
   T* X = A_inv + first;
-  const auto solved = [&](int begin, int end, const T* triangle, int top, auto right_side) {
-    block.each(strip_rows / 4, n, [&](int quad, int j) {
+  // strip[0] + strip[1] = the right side of rows top …, less what rows begin … end contribute, a half of them each. The
+  // triangle has 1/d on its diagonal, and zeros beyond D.
+  const auto subtract = [&](int begin, int end, const T* matrix, int top, auto right_side) {
+    block.each_unguarded(strip_rows * strip_rows, [&](int e) {
+      const int r = top + e / strip_rows, k = top + e % strip_rows;
+      triangle[e] = r >= D || k >= D ? T(0) : r == k ? diag[r] : matrix[r * D + k];
+    });
+    block.each(2 * strip_rows / 4, n, [&](int task, int j) {
+      const int middle = (begin + end) / 2, half = task / (strip_rows / 4), r0 = 4 * task - half * strip_rows;
       T sum[4] = {};
-      add_products(sum, D, top + 4 * quad, begin, end, [&](int row, int k) { return triangle[row * D + k]; },
-                   [&](int k) { return X[k * D + j]; });
+      add_products(sum, D, top + r0, half ? middle : begin, half ? end : middle,
+                   [&](int row, int k) { return matrix[row * D + k]; }, [&](int k) { return X[k * D + j]; });
       for (int r = 0; r < 4; ++r) {
-        const int row = top + 4 * quad + r;
-        strip[(4 * quad + r) * slice_columns + j] = row < D ? right_side(row, j) - sum[r] : T(0);
+        const int row = top + r0 + r;
+        strip[(half * strip_rows + r0 + r) * slice_columns + j] =
+            row >= D ? T(0) : (half ? T(0) : right_side(row, j)) - sum[r];
       }
     });
   };
-  for (int top = 0; top < D; top += strip_rows) {  // L
-    solved(0, top, p.lower, top, [&](int row, int j) { return place[row] == first + j ? scale[first + j] : T(0); });
+  const auto each_column = [&](int top, auto solve) {
     block.each(n, [&](int j) {
       T x[strip_rows];
 #pragma unroll
-      for (int r = 0; r < strip_rows; ++r) x[r] = strip[r * slice_columns + j];
+      for (int r = 0; r < strip_rows; ++r)
+        x[r] = strip[r * slice_columns + j] + strip[(strip_rows + r) * slice_columns + j];
+      solve(x);
 #pragma unroll
-      for (int r = 0; r < strip_rows; ++r) {
-        if (top + r >= D) break;
+      for (int r = 0; r < strip_rows; ++r)
+        if (top + r < D) X[(top + r) * D + j] = x[r];
+    });
+  };
+  for (int top = 0; top < D; top += strip_rows) {
+    subtract(0, top, p.lower, top, [&](int row, int j) { return place[row] == first + j ? scale[first + j] : T(0); });
+    each_column(top, [&](T(&x)[strip_rows]) {
 #pragma unroll
-        for (int k = 0; k < r; ++k) x[r] -= p.lower[(top + r) * D + top + k] * x[k];
-        X[(top + r) * D + j] = x[r];
+      for (int r = 1; r < strip_rows; ++r) {
+        no_reads_ahead();
+#pragma unroll
+        for (int k = 0; k < r; ++k) x[r] -= triangle[r * strip_rows + k] * x[k];
       }
     });
   }
-  for (int top = (D - 1) / strip_rows * strip_rows; top >= 0; top -= strip_rows) {  // U
-    solved(top + strip_rows, D, p.upper, top, [&](int row, int j) { return X[row * D + j]; });
-    block.each(n, [&](int j) {
-      T x[strip_rows];
+  for (int top = (D - 1) / strip_rows * strip_rows; top >= 0; top -= strip_rows) {
+    subtract(top + strip_rows, D, p.upper, top, [&](int row, int j) { return X[row * D + j]; });
+    each_column(top, [&](T(&x)[strip_rows]) {
 #pragma unroll
-      for (int r = 0; r < strip_rows; ++r) x[r] = strip[r * slice_columns + j];
+      for (int r = strip_rows - 1; r >= 0; --r) {
+        no_reads_ahead();
 #pragma unroll
-      for (int k = strip_rows - 1; k >= 0; --k) {
-        if (top + k >= D) continue;
-        x[k] *= diag[top + k];
-#pragma unroll
-        for (int r = 0; r < k; ++r) x[r] -= p.upper[(top + r) * D + top + k] * x[k];
-        X[(top + k) * D + j] = x[k];
+        for (int k = strip_rows - 1; k > r; --k) x[r] -= triangle[r * strip_rows + k] * x[k];
+        x[r] *= triangle[r * strip_rows + r];
       }
     });
   }

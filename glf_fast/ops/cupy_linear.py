@@ -185,7 +185,7 @@ def plu_assemble(
     A_inv = torch.empty_like(lower) if need_inverse else lower.new_empty(0)
     layer = _layer(permutation, lower, upper, log_diag, sign, log_scale, bias)
     dim = _dim(lower)
-    shared = (2 * dim + STRIP_ROWS * SLICE_COLUMNS) * lower.element_size() + 4 * dim
+    shared = (STRIP_ROWS * (STRIP_ROWS + 2 * SLICE_COLUMNS) + 2 * dim) * lower.element_size() + 4 * dim
     blocks = len(lower) * -(-dim // SLICE_COLUMNS)
     out = (A, A_inv if need_inverse else None, c, logabsdet)
     _run("plu_assemble_kernel<", lower, blocks, BLOCK_THREADS, shared, layer, *out)
