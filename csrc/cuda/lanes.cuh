@@ -217,6 +217,16 @@ inline double natural_log(double x) { return std::log(x); }
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 
+// f(i) for i < n, which on a GPU run at once: none may need what another does. Tests go through them backwards, too.
+template <class F>
+void all_of(int n, F f) {
+#ifdef GLF_BACKWARDS
+  for (int i = n - 1; i >= 0; --i) f(i);
+#else
+  for (int i = 0; i < n; ++i) f(i);
+#endif
+}
+
 template <class X>
 struct PerThread {
   X all[256];
@@ -225,7 +235,7 @@ struct PerThread {
 struct Block {
   template <class F>
   void each(int n, F f) const {
-    for (int i = 0; i < n; ++i) f(i);
+    all_of(n, f);
   }
   template <class F>
   void each_unguarded(int n, F f) const {
@@ -233,7 +243,7 @@ struct Block {
   }
   template <class X, class F>
   void threads(PerThread<X>& own, F f) const {
-    for (int t = 0; t < 256; ++t) f(t, own.all[t]);
+    all_of(256, [&](int t) { f(t, own.all[t]); });
   }
   template <class X, class F>
   void threads_unguarded(PerThread<X>& own, F f) const {
@@ -248,8 +258,7 @@ struct Block {
   }
   template <class F>
   void each(int n, int m, F f) const {
-    for (int i = 0; i < n; ++i)
-      for (int j = 0; j < m; ++j) f(i, j);
+    all_of(n, [&](int i) { all_of(m, [&](int j) { f(i, j); }); });
   }
   template <class F, class G>
   void sums(int n, int m, F f, G done) const {
@@ -350,7 +359,7 @@ Lane<T> lane_log(const Lane<T>& x) {
 }
 template <class F>
 void on_lanes(F f) {
-  for (int i = 0; i < 32; ++i) f(i);
+  all_of(32, f);
 }
 template <class T>
 T& of_lane(Lane<T>& x, int lane) {
