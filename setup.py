@@ -15,8 +15,8 @@ from setuptools import find_packages, setup
 # The LibTorch Stable ABI of torch 2.10: one binary serves that version and all later ones, on every Python.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXX = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", TORCH_TARGET]
-# Ampere, Hopper, Blackwell; each serves later chips of its generation, and PTX of the last what comes after.
-ARCHITECTURES = ("80", "90", "100")
+# Turing, Ampere, Hopper, Blackwell; each serves later chips of its generation, and PTX of the first all that come after.
+ARCHITECTURES = ("75", "80", "90", "100")
 
 
 def sources(*patterns: str) -> list[str]:
@@ -25,17 +25,20 @@ def sources(*patterns: str) -> list[str]:
 
 
 def nvcc_flags(nvcc: Path) -> list[str]:
-    """Code for every architecture of ours that this nvcc knows; nothing from one that does not run, or knows none."""
+    """Code for every architecture of ours that this nvcc knows; nothing where there is none, or one that does not run."""
+    if not nvcc.exists():
+        return []
     try:
         listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"glf_fast: building without CUDA, {error}", file=sys.stderr)
+        print(f"glf_fast: building without CUDA kernels: {error}", file=sys.stderr)
         return []
     known = [arch for arch in ARCHITECTURES if f"compute_{arch}" in listing]
     if not known:
+        print(f"glf_fast: building without CUDA kernels: {nvcc} knows none of {ARCHITECTURES}", file=sys.stderr)
         return []
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
-    return ["-O3", "-std=c++17", *targets, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+    return ["-O3", "-std=c++17", *targets, f"-gencode=arch=compute_{known[0]},code=compute_{known[0]}"]
 
 
 def kernels() -> dict[str, Any]:
@@ -71,7 +74,8 @@ def kernels() -> dict[str, Any]:
         py_limited_api=True,
     )
     extensions = [cpu]
-    if CUDA_HOME and (nvcc := Path(CUDA_HOME) / "bin" / "nvcc").exists() and (flags := nvcc_flags(nvcc)):
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME and (flags := nvcc_flags(nvcc)):
         # cudart is linked statically: the library does not depend on where torch keeps its own. The current stream comes
         # from torch_cuda, which torch loads without making its symbols known to others.
         extensions.append(

@@ -30,8 +30,18 @@ inline const glf::Parallel& parallel() {
   return p;
 }
 
+// A pointer into another device's memory would be read all the same: as garbage, or as the end of the GPU's context.
+inline void check_place(const Tensor& t) {
+#ifdef USE_CUDA
+  STD_TORCH_CHECK(t.is_cuda(), "glf_fast: a GPU's kernel got a tensor that is not on a GPU");
+#else
+  STD_TORCH_CHECK(t.is_cpu(), "glf_fast: a processor's kernel got a tensor that is not on the processor");
+#endif
+}
+
 template <class T>
 const T* read(const Tensor& t) {
+  check_place(t);
   STD_TORCH_CHECK(t.is_contiguous(), "glf_fast: a kernel got a tensor that is not contiguous");
   STD_TORCH_CHECK(t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
                   "glf_fast: a kernel got tensors of several dtypes");
@@ -60,6 +70,13 @@ inline Tensor alike(const Tensor& t) {
 
 inline Tensor integers(const Tensor& like, const std::vector<int64_t>& shape) {
   return torch::stable::new_empty(like, shape, ScalarType::Int);
+}
+
+inline const int64_t* read_permutation(const Tensor& t) {
+  check_place(t);
+  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Long,
+                  "glf_fast: permutation must be contiguous int64");
+  return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
 inline std::int32_t* indices(const Tensor& t) { return static_cast<std::int32_t*>(t.mutable_data_ptr()); }

@@ -35,13 +35,13 @@ int dim_of(const Tensor& A) {
   return static_cast<int>(A.size(1));
 }
 
-// Indices out of range cannot be refused here: reading them would make the host wait.
+// Indices out of range cannot be refused here, reading them would make the host wait: kernels keep them in range.
 template <class T>
 device::Layer<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor& upper, const Tensor& log_diag,
                         const Tensor& sign, const Maybe& log_scale, const Maybe& bias) {
-  STD_TORCH_CHECK(permutation.is_contiguous() && permutation.scalar_type() == ScalarType::Long,
-                  "glf_fast: permutation must be contiguous int64");
-  return {dim_of(lower),  static_cast<const long long*>(permutation.const_data_ptr()),
+  for (const Tensor* t : {&permutation, &upper, &log_diag, &sign, log_scale ? &*log_scale : &lower, bias ? &*bias : &lower})
+    STD_TORCH_CHECK(t->get_device_index() == lower.get_device_index(), "glf_fast: a kernel got tensors of several devices");
+  return {dim_of(lower),  reinterpret_cast<const long long*>(read_permutation(permutation)),
           read<T>(lower), read<T>(upper), read<T>(log_diag), read<T>(sign), read<T>(log_scale), read<T>(bias)};
 }
 
@@ -64,7 +64,7 @@ Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Te
   STD_TORCH_CHECK(!grad_A_inv || A_inv, "glf_fast: the gradient of A⁻¹ needs A⁻¹");
   Tensors grads{alike(lower), alike(upper), alike(log_diag)};
   if (log_scale) grads.insert(grads.end(), {alike(log_diag), alike(log_diag)});
-  Tensor work = empty(lower, {2 * lower.numel()});
+  Tensor work = alike(lower);
   for_dtype(lower, [&](auto zero) {
     using T = decltype(zero);
     const device::LayerGradients<T> target{write<T>(grads[0]), write<T>(grads[1]), write<T>(grads[2]),

@@ -16,9 +16,7 @@ glf::Plu<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor&
   const int64_t count = lower.size(0), dim = lower.size(1);
   for (const Tensor* vector : {&permutation, &log_diag, &sign, log_scale ? &*log_scale : &sign, bias ? &*bias : &sign})
     STD_TORCH_CHECK(vector->numel() == count * dim, "glf_fast: vectors must be (K, D)");
-  STD_TORCH_CHECK(permutation.is_contiguous() && permutation.scalar_type() == ScalarType::Long,
-                  "glf_fast: permutation must be contiguous int64");
-  const auto* indices = static_cast<const int64_t*>(permutation.const_data_ptr());
+  const int64_t* indices = read_permutation(permutation);
   std::vector<int64_t> layer_of(dim, -1);  // in which an index was seen last
   for (int64_t i = 0; i < count * dim; ++i) {
     STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < dim, "permutation must hold indices from 0 to ", dim - 1, "; got ",

@@ -4,6 +4,7 @@
 #include "gauss_tile.cuh"
 #include "gauss_warp.cuh"
 #include "lu_block.cuh"
+#include "lu_warp.cuh"
 #include "plu.cuh"
 
 namespace glf::device {
@@ -54,6 +55,16 @@ GLF_KERNEL(warp_threads)
   });
 }
 
+template <int N, class T>
+GLF_KERNEL(warp_threads)
+    lu_factor_warp_kernel(long long count, int D, const T* A, T* factors, int* pivots, int* info) {
+  each_warp<warp_threads>([&](long long warp) {
+    constexpr int matrices = 32 / lanes_of<N>;
+    T* lines = reinterpret_cast<T*>(shared_memory()) + warp % (warp_threads / 32) * warp_lines<N>;
+    if (warp * matrices < count) lu_factor_warp<N>(warp * matrices, count, D, A, factors, pivots, info, lines);
+  });
+}
+
 template <int M, class T>
 GLF_KERNEL(block_threads)
     slogdet_inverse_tile_kernel(int D, const T* A, T* sign, T* logabsdet, T* inverse, int* info) {
@@ -78,9 +89,10 @@ GLF_DEVICE Layer<T> layer(const Layer<T>& first, long long k) {
 template <class T>
 GLF_KERNEL(block_threads)
     plu_assemble_kernel(Layer<T> first, T* A, T* A_inv, T* c, T* logabsdet) {
-  const long long k = block_index(), vector = k * first.D, matrix = vector * first.D;
-  plu_assemble_layer(Block{}, layer(first, k), A + matrix, A_inv ? A_inv + matrix : nullptr, c + vector, logabsdet + k,
-                     reinterpret_cast<T*>(shared_memory()));
+  const int slices = slices_of(first.D);
+  const long long k = block_index() / slices, vector = k * first.D, matrix = vector * first.D;
+  plu_assemble_slice(Block{}, layer(first, k), static_cast<int>(block_index() % slices) * slice_columns, A + matrix,
+                     A_inv ? A_inv + matrix : nullptr, c + vector, logabsdet + k, shared_memory());
 }
 
 template <class T>
@@ -94,8 +106,7 @@ GLF_KERNEL(block_threads)
   plu_assemble_backward_layer(Block{}, layer(first, k), A + matrix, A_inv ? A_inv + matrix : nullptr,
                               grad_A ? grad_A + matrix : nullptr, grad_A_inv ? grad_A_inv + matrix : nullptr,
                               grad_c ? grad_c + vector : nullptr, grad_logabsdet ? grad_logabsdet + k : nullptr, mine,
-                              work + 2 * matrix, work + 2 * matrix + first.D * first.D,
-                              reinterpret_cast<T*>(shared_memory()));
+                              work + matrix, shared_memory());
 }
 
 }  // namespace glf::device

@@ -8,11 +8,13 @@
 
 #ifdef __CUDACC__
 #define GLF_DEVICE __device__ __forceinline__
+#define GLF_DEVICE_AND_HOST __host__ __device__ inline
 #define GLF_KERNEL(threads) __global__ void __launch_bounds__(threads)
 #else
 #include <cmath>
 #include <utility>
 #define GLF_DEVICE inline
+#define GLF_DEVICE_AND_HOST inline
 #define GLF_KERNEL(threads) void
 #endif
 
@@ -106,6 +108,17 @@ struct Block {
       for (int j = threadIdx.x % 32; j < m; j += 32) f(i, j);
     __syncthreads();
   }
+  // done(i, Σ f(i, j) over j < m) for i < n, a warp a sum, then a barrier.
+  template <class F, class G>
+  __device__ void sums(int n, int m, F f, G done) const {
+    for (int i = threadIdx.x / 32; i < n; i += blockDim.x / 32) {
+      auto sum = decltype(f(0, 0))(0);
+      for (int j = threadIdx.x % 32; j < m; j += 32) sum += f(i, j);
+      for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      if (threadIdx.x % 32 == 0) done(i, sum);
+    }
+    __syncthreads();
+  }
   // The first of [begin, end) at which size(i) is largest; NaN counts only at `begin`, where it wins. `answer` is shared.
   template <class F>
   __device__ int largest(int begin, int end, F size, int* answer) const {
@@ -137,6 +150,12 @@ struct Block {
 
 template <class T>
 using Lane = T;
+
+// Reads that come after it in the code are not made before it: a compiler that unrolls would make them all at once.
+GLF_DEVICE void no_reads_ahead() { asm volatile("" ::: "memory"); }
+
+// After it, lanes of a warp see what others wrote into shared memory before it.
+GLF_DEVICE void warp_barrier() { __syncwarp(); }
 
 GLF_DEVICE Lane<int> lane_index() { return threadIdx.x % 32; }
 template <class T>
@@ -198,6 +217,16 @@ inline double natural_log(double x) { return std::log(x); }
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 
+// f(i) for i < n, which on a GPU run at once: none may need what another does. Tests go through them backwards, too.
+template <class F>
+void all_of(int n, F f) {
+#ifdef GLF_BACKWARDS
+  for (int i = n - 1; i >= 0; --i) f(i);
+#else
+  for (int i = 0; i < n; ++i) f(i);
+#endif
+}
+
 template <class X>
 struct PerThread {
   X all[256];
@@ -206,7 +235,7 @@ struct PerThread {
 struct Block {
   template <class F>
   void each(int n, F f) const {
-    for (int i = 0; i < n; ++i) f(i);
+    all_of(n, f);
   }
   template <class F>
   void each_unguarded(int n, F f) const {
@@ -214,7 +243,7 @@ struct Block {
   }
   template <class X, class F>
   void threads(PerThread<X>& own, F f) const {
-    for (int t = 0; t < 256; ++t) f(t, own.all[t]);
+    all_of(256, [&](int t) { f(t, own.all[t]); });
   }
   template <class X, class F>
   void threads_unguarded(PerThread<X>& own, F f) const {
@@ -229,8 +258,15 @@ struct Block {
   }
   template <class F>
   void each(int n, int m, F f) const {
-    for (int i = 0; i < n; ++i)
-      for (int j = 0; j < m; ++j) f(i, j);
+    all_of(n, [&](int i) { all_of(m, [&](int j) { f(i, j); }); });
+  }
+  template <class F, class G>
+  void sums(int n, int m, F f, G done) const {
+    for (int i = 0; i < n; ++i) {
+      auto sum = decltype(f(0, 0))(0);
+      for (int j = 0; j < m; ++j) sum += f(i, j);
+      done(i, sum);
+    }
   }
   template <class F>
   int largest(int begin, int end, F size, int* answer) const {
@@ -279,6 +315,8 @@ GLF_OPERATOR(&&)
 GLF_OPERATOR(||)
 #undef GLF_OPERATOR
 
+inline void no_reads_ahead() {}
+inline void warp_barrier() {}
 inline Lane<int> lane_index() {
   return by_lane([](int i) { return i; });
 }
@@ -321,7 +359,7 @@ Lane<T> lane_log(const Lane<T>& x) {
 }
 template <class F>
 void on_lanes(F f) {
-  for (int i = 0; i < 32; ++i) f(i);
+  all_of(32, f);
 }
 template <class T>
 T& of_lane(Lane<T>& x, int lane) {

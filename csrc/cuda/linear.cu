@@ -27,7 +27,8 @@ bool fits(Kernel kernel, int D, size_t& bytes) {
   const size_t wish = static_cast<size_t>(D) * (D | 1) * sizeof(T) + workspace_bytes<T>(D);
   const bool room = wish <= static_cast<size_t>(most);
   bytes = room ? wish : workspace_bytes<T>(D);
-  if (bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  // As much as there is, whatever this matrix needs: another thread may be between its own attribute and its launch.
+  if (bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   return room;
 }
 
@@ -37,6 +38,14 @@ const char* launch_warps(cudaStream_t stream, long long count, int D, const T* A
   constexpr int matrices = warp_threads / lanes_of<N>;
   slogdet_inverse_warp_kernel<N><<<static_cast<unsigned>((count + matrices - 1) / matrices), warp_threads, 0, stream>>>(
       count, D, A, sign, logabsdet, inverse, info);
+  return outcome();
+}
+
+template <int N, class T>
+const char* launch_lu_warps(cudaStream_t stream, long long count, int D, const T* A, T* factors, int* pivots, int* info) {
+  constexpr int matrices = warp_threads / lanes_of<N>, bytes = warp_threads / 32 * warp_lines<N> * sizeof(T);
+  lu_factor_warp_kernel<N><<<static_cast<unsigned>((count + matrices - 1) / matrices), warp_threads, bytes, stream>>>(
+      count, D, A, factors, pivots, info);
   return outcome();
 }
 
@@ -53,10 +62,19 @@ const char* launch_tiles(cudaStream_t stream, long long count, int D, const T* A
 template <class T>
 const char* lu_factor(Stream stream, long long count, int D, const T* A, T* factors, int* pivots, int* info) {
   if (!count) return nullptr;
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (D <= 4) return launch_lu_warps<4>(s, count, D, A, factors, pivots, info);
+  if (D <= 8) return launch_lu_warps<8>(s, count, D, A, factors, pivots, info);
+  if (D <= 16) return launch_lu_warps<16>(s, count, D, A, factors, pivots, info);
+  if (D <= 24) return launch_lu_warps<24>(s, count, D, A, factors, pivots, info);
+  if (D <= 32) return launch_lu_warps<32>(s, count, D, A, factors, pivots, info);
+  if constexpr (sizeof(T) == 4) {
+    if (D <= 48) return launch_lu_warps<48>(s, count, D, A, factors, pivots, info);
+    if (D <= 64) return launch_lu_warps<64>(s, count, D, A, factors, pivots, info);
+  }
   size_t bytes;
   const bool room = fits<T>(lu_factor_kernel<T>, D, bytes);
-  lu_factor_kernel<<<static_cast<unsigned>(count), block_threads, bytes, static_cast<cudaStream_t>(stream)>>>(
-      D, room, A, factors, pivots, info);
+  lu_factor_kernel<<<static_cast<unsigned>(count), block_threads, bytes, s>>>(D, room, A, factors, pivots, info);
   return outcome();
 }
 
@@ -90,7 +108,7 @@ const char* slogdet_inverse(Stream stream, long long count, int D, const T* A, T
 template <class T>
 const char* plu_assemble(Stream stream, long long count, const Layer<T>& first, T* A, T* A_inv, T* c, T* logabsdet) {
   if (!count) return nullptr;
-  plu_assemble_kernel<<<static_cast<unsigned>(count), block_threads, 2 * first.D * sizeof(T),
+  plu_assemble_kernel<<<static_cast<unsigned>(count * slices_of(first.D)), block_threads, plu_assemble_bytes<T>(first.D),
                         static_cast<cudaStream_t>(stream)>>>(first, A, A_inv, c, logabsdet);
   return outcome();
 }
@@ -100,7 +118,7 @@ const char* plu_assemble_backward(Stream stream, long long count, const Layer<T>
                                   const T* grad_A, const T* grad_A_inv, const T* grad_c, const T* grad_logabsdet,
                                   const LayerGradients<T>& grad, T* work) {
   if (!count) return nullptr;
-  plu_assemble_backward_kernel<<<static_cast<unsigned>(count), block_threads, 2 * first.D * sizeof(T),
+  plu_assemble_backward_kernel<<<static_cast<unsigned>(count), block_threads, plu_backward_bytes<T>(first.D),
                                  static_cast<cudaStream_t>(stream)>>>(first, A, A_inv, grad_A, grad_A_inv, grad_c,
                                                                       grad_logabsdet, grad, work);
   return outcome();

@@ -2,7 +2,7 @@
 // returns null, or CUDA's words for what went wrong.
 #pragma once
 
-#include "plu.cuh"
+#include "layer.cuh"
 
 namespace glf::device {
 
@@ -16,7 +16,7 @@ const char* slogdet_inverse(Stream, long long count, int D, const T* A, T* sign,
 // `first` is the first of `count` layers.
 template <class T>
 const char* plu_assemble(Stream, long long count, const Layer<T>& first, T* A, T* A_inv, T* c, T* logabsdet);
-// `work`: 2 count D² numbers.
+// `work`: count D² numbers.
 template <class T>
 const char* plu_assemble_backward(Stream, long long count, const Layer<T>& first, const T* A, const T* A_inv,
                                   const T* grad_A, const T* grad_A_inv, const T* grad_c, const T* grad_logabsdet,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,8 +23,6 @@ __all__ = ["backend_for", "backends", "use_backend"]
 
 importlib.import_module("glf_fast.ops.linear_shapes")
 check_choice("$GLF_FAST_ISA", os.environ.get("GLF_FAST_ISA", ""), ("", "avx512", "avx2", "generic"))
-# In the sources: glf_fast is on no index. -v shows what a compiler said.
-REINSTALL = "in a clone of glf_fast: pip install -v --no-build-isolation --force-reinstall --no-deps ."
 VECTORS = {64: "AVX-512", 32: "AVX2", 16: "the processor's basic vectors (128 bits)"}
 
 
@@ -34,13 +35,14 @@ class Backend:
     missing: str  # why it cannot run, or "". Known at import: torch.compile must not meet the finding out.
     ready: Callable[[], str]  # one line on what it is, where it can
     remedy: str  # what a user whose tensors it would take should do where it is missing
+    capability: tuple[int, int] = (0, 0)  # the least compute capability of a GPU that it runs on
 
 
 def _load_cpp() -> str:
     """Load the compiled processor kernels; returns why they are missing, or "" when they are there."""
     libraries = sorted(Path(__file__).parent.parent.glob("_cpu*.so"))
     if not libraries:
-        return "not built when glf_fast was installed: there was no C++ compiler, or it failed"
+        return "not built: the installation, whose log says why, found no C++ compiler that it could use"
     try:
         torch.ops.load_library(libraries[0])
     except (OSError, RuntimeError) as error:
@@ -60,18 +62,32 @@ def _load_cuda() -> str:
     global _cupy
     if not torch.version.cuda:
         return "this torch is built without CUDA"
-    why = "not built when glf_fast was installed: there was no nvcc for this torch, or it failed"
+    why = "not built: the installation, whose log says why, found no nvcc that fits this torch"
     for library in sorted(Path(__file__).parent.parent.glob("_cuda*.so")):
         try:
             torch.ops.load_library(library)
             return ""
         except (OSError, RuntimeError) as error:
             why = f"{library.name} does not load: {error}"
-    if importlib.util.find_spec("cupy") is None:
-        return f"{why}; CuPy, which has a compiler of its own, is not installed"
+    if without := _cupy_missing(torch.version.cuda.partition(".")[0]):
+        return f"{why}; {without}"
     _cupy = torch.library.Library("glf_fast", "IMPL")
     importlib.import_module("glf_fast.ops.cupy_linear").register(_cupy)
     return ""
+
+
+def _cupy_missing(cuda: str) -> str:
+    """Why CuPy cannot serve a torch of this CUDA, or "". Its metadata say it: importing it takes half a second."""
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy, which has a compiler of its own, is not installed"
+    for name in (f"cupy-cuda{cuda}x", "cupy"):  # wheels by CUDA; conda's, and what was built from source
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        old = int(version.partition(".")[0]) < 14  # no Stream.from_external, which takes torch's streams
+        return f"{name} {version} is too old: 14 is the first that works" if old else ""
+    return f"the CuPy that is installed is not for CUDA {cuda}, as torch is"
 
 
 def _cuda_ready() -> str:
@@ -102,6 +118,7 @@ def _triton_ready() -> str:
     return "float32 on CUDA GPUs" if torch.cuda.is_available() else "float32 on CUDA GPUs, of which none is visible"
 
 
+AGAIN = "in glf_fast's folder: pip install -v --no-build-isolation --no-deps -e ."
 BACKENDS = {
     "triton": Backend(
         device="cuda",
@@ -109,13 +126,14 @@ BACKENDS = {
         missing=_triton_missing(),
         ready=_triton_ready,
         remedy="install a torch with CUDA, which brings triton: https://pytorch.org/get-started",
+        capability=(8, 0),  # tf32 and bf16
     ),
     "cpp": Backend(
         device="cpu",
         dtypes=(torch.float32, torch.float64),
         missing=_cpp_missing,
         ready=_cpp_ready,
-        remedy=f"install a C++ compiler (on Debian and Ubuntu: apt install g++) and again, {REINSTALL}",
+        remedy=f"install a C++ compiler (apt install g++), then {AGAIN}",
     ),
     "cuda": Backend(
         device="cuda",
@@ -123,9 +141,10 @@ BACKENDS = {
         missing=_load_cuda(),
         ready=_cuda_ready,
         remedy=(
-            f"pip install cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x, or install nvcc "
-            f"{torch.version.cuda or ''} and again, {REINSTALL}"
+            f"pip install 'cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x>=14', or, where nvcc of that CUDA is, "
+            f"{AGAIN}"
         ),
+        capability=(7, 5),  # the first architecture of setup.py
     ),
 }
 CHOICES = ("auto", "reference", *BACKENDS)
@@ -187,17 +206,24 @@ def backend_for(x: Tensor, *names: str) -> str:
         backend = BACKENDS[name]
         if x.device.type == backend.device and x.dtype in backend.dtypes:
             why, remedy = backend.missing, backend.remedy
-            if not why and name == "triton" and _too_old(x):
-                why, remedy = "this GPU's compute capability is below 8.0", "use a newer one"
+            # torch.compile cannot trace the question, and learns it from the compiler.
+            if not why and backend.device == "cuda" and not torch.compiler.is_compiling():
+                why, remedy = _misfit(name, x.device)
             if not why:
                 return name
             _warn_once(name, why, remedy)
     return "reference"
 
 
-def _too_old(x: Tensor) -> bool:
-    """Whether the GPU has neither tf32 nor bf16. torch.compile cannot trace the question, and learns it from the compiler."""
-    return not torch.compiler.is_compiling() and torch.cuda.get_device_capability(x.device) < (8, 0)
+@cache
+def _misfit(name: str, device: torch.device) -> tuple[str, str]:
+    """Why a backend that is there cannot run on this GPU, or "", and what helps."""
+    least = BACKENDS[name].capability
+    if torch.cuda.get_device_capability(device) < least:
+        return f"this GPU's compute capability is below {least[0]}.{least[1]}", "use a newer one"
+    if name == "cuda" and _cupy:
+        return importlib.import_module("glf_fast.ops.cupy_linear").trouble(device), BACKENDS[name].remedy
+    return "", ""
 
 
 def _warn_once(name: str, why: str, remedy: str) -> None:
@@ -206,5 +232,13 @@ def _warn_once(name: str, why: str, remedy: str) -> None:
         warnings.warn(
             f"glf_fast runs its slow reference, because backend {name!r} is missing ({why}). To make it fast, {remedy}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=_users_level(),
         )
+
+
+def _users_level() -> int:
+    """How far up, for a warning, the first line is that is neither ours nor torch's, which calls our modules."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("glf_fast", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

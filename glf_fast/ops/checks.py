@@ -13,6 +13,7 @@ from glf_fast.reference import LOG_SCALES
 __all__ = [
     "check_alike",
     "check_choice",
+    "check_device",
     "check_floating",
     "check_hidden_layers",
     "check_log_scale",
@@ -73,13 +74,18 @@ def check_state(name: str, tensor: Tensor, parameters: Tensor) -> Tensor:
     return tensor.to(parameters.dtype)
 
 
+def check_device(named: Iterable[tuple[str, Tensor | None]], device: torch.device) -> None:
+    """Raise ValueError unless all tensors are on this device; None is nowhere."""
+    for name, tensor in named:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} but the rest is on {device}: move one of them with .to()")
+
+
 def check_alike(named: Iterable[tuple[str, Tensor]], state: Tensor) -> None:
     """Raise unless all tensors are on the state's device and of its dtype, or of half precision (autocast computes in it)."""
     for name, tensor in named:
         if tensor.device != state.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but the rest is on {state.device}: move one of them with .to()"
-            )
+            check_device([(name, tensor)], state.device)
         if tensor.dtype != state.dtype and (tensor.dtype.itemsize >= 4 or not tensor.is_floating_point()):
             raise TypeError(f"{name} is {tensor.dtype} but the rest is {state.dtype}: convert one of them with .to()")
 

@@ -23,6 +23,7 @@ OPTIONS = ("-std=c++17", *(f"-I{folder}" for folder in FOLDERS))
 
 # kernels.cuh has these sizes, too.
 WARP_THREADS, BLOCK_THREADS = 128, 256
+SLICE_COLUMNS, STRIP_ROWS, PATCH_SIDE = 32, 16, 32
 TYPES = {torch.float32: "float", torch.float64: "double"}
 # Columns a lane can hold, and entries along each side of a thread's tile, by what fits in registers.
 WARP_SIZES = {torch.float32: (4, 8, 16, 24, 32, 48, 64), torch.float64: (4, 8, 16, 24, 32)}
@@ -35,7 +36,7 @@ KERNELS = tuple(
             f"{kernel}_kernel<{T}"
             for kernel in ("lu_factor", "slogdet_inverse", "plu_assemble", "plu_assemble_backward")
         ),
-        *(f"slogdet_inverse_warp_kernel<{N}, {T}" for N in WARP_SIZES[dtype]),
+        *(f"{kernel}_warp_kernel<{N}, {T}" for kernel in ("lu_factor", "slogdet_inverse") for N in WARP_SIZES[dtype]),
         *(f"slogdet_inverse_tile_kernel<{M}, {T}" for M in TILE_SIZES[dtype]),
     )
 )
@@ -66,6 +67,19 @@ def _kernel(name: str, device: int) -> Any:
 
 
 @cache
+def trouble(device: torch.device) -> str:
+    """Why CuPy cannot compile the kernels for this GPU, or "": compiles one that every flow needs."""
+    try:
+        import cupy
+
+        with cupy.cuda.Device(device.index):
+            _kernel("glf::device::plu_assemble_kernel<float>", device.index)
+    except Exception as error:  # CuPy, its compiler, the driver: each has its own errors
+        return f"CuPy does not compile it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
+
+
+@cache
 def most_shared(device: torch.device) -> int:
     """Bytes of shared memory that a block may ask for."""
     from cupy.cuda import runtime
@@ -80,7 +94,7 @@ def launch(name: str, device: torch.device, grid: int, block: int, shared: int, 
     with cupy.cuda.Device(device.index), cupy.cuda.Stream.from_external(_Stream(device)):
         kernel = _kernel(name, device.index)
         if shared > 48 << 10:
-            kernel.max_dynamic_shared_size_bytes = shared
+            kernel.max_dynamic_shared_size_bytes = most_shared(device)  # whatever other threads ask for meanwhile
         kernel((grid,), (block,), arguments, shared_mem=shared)
 
 
@@ -88,14 +102,16 @@ def _run(name: str, like: Tensor, grid: int, block: int, shared: int, *arguments
     """Launch `name`<…, type of `like`>. Tensors and None become pointers; numbers have the kernel's types already."""
     if not grid:
         return
-    numbers = tuple(_pointer(a, like.dtype) if a is None or isinstance(a, Tensor) else a for a in arguments)
+    numbers = tuple(_pointer(a, like) if a is None or isinstance(a, Tensor) else a for a in arguments)
     launch(f"glf::device::{name}{TYPES[like.dtype]}>", like.device, grid, block, shared, numbers)
 
 
-def _pointer(tensor: Tensor | None, dtype: torch.dtype) -> int:
+def _pointer(tensor: Tensor | None, like: Tensor) -> int:
     if tensor is None:
         return 0
-    if not tensor.is_contiguous() or tensor.dtype not in (dtype, torch.int32, torch.int64):
+    if tensor.device != like.device:
+        raise RuntimeError(f"glf_fast: a kernel on {like.device} got a tensor on {tensor.device}")
+    if not tensor.is_contiguous() or tensor.dtype not in (like.dtype, torch.int32, torch.int64):
         raise RuntimeError("glf_fast: a kernel got a tensor that is not contiguous, or tensors of several dtypes")
     return tensor.data_ptr()
 
@@ -117,14 +133,27 @@ def _room(A: Tensor) -> tuple[np.bool_, int]:
     return np.bool_(room), whole if room else workspace
 
 
+def _warps(A: Tensor) -> tuple[int, int, int]:
+    """Columns that a lane holds, lanes that share a matrix, and blocks, where warps take the matrices."""
+    N = next(N for N in WARP_SIZES[A.dtype] if A.shape[-1] <= N)
+    lanes = next(lanes for lanes in (4, 8, 16, 32) if min(N, 32) <= lanes)
+    return N, lanes, -(-len(A) // (WARP_THREADS // lanes))
+
+
 def lu_factor(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`glf_fast::lu_factor`."""
     count, dim = len(A), _dim(A)
     factors, pivots = torch.empty_like(A), A.new_empty(count, dim, dtype=torch.int32)
     info = A.new_empty(count, dtype=torch.int32)
-    room, shared = _room(A)
-    _run("lu_factor_kernel<", A, count, BLOCK_THREADS, shared, np.int32(dim), room, A, factors, pivots, info)
-    return factors, pivots, info
+    out = (factors, pivots, info)
+    if dim <= WARP_SIZES[A.dtype][-1]:
+        N, lanes, blocks = _warps(A)
+        shared = WARP_THREADS * (lanes + 1) * A.element_size()
+        _run(f"lu_factor_warp_kernel<{N}, ", A, blocks, WARP_THREADS, shared, np.int64(count), np.int32(dim), A, *out)
+    else:
+        room, shared = _room(A)
+        _run("lu_factor_kernel<", A, count, BLOCK_THREADS, shared, np.int32(dim), room, A, *out)
+    return out
 
 
 def slogdet_inverse(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,11 +162,9 @@ def slogdet_inverse(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sign, logabsdet, inverse = A.new_empty(count), A.new_empty(count), torch.empty_like(A)
     info = A.new_empty(count, dtype=torch.int32)
     out = (sign, logabsdet, inverse, info)
-    warp, tile = WARP_SIZES[A.dtype], TILE_SIZES[A.dtype]
-    if dim <= warp[-1]:
-        N = next(N for N in warp if dim <= N)
-        lanes = next(lanes for lanes in (4, 8, 16, 32) if min(N, 32) <= lanes)  # that share a matrix
-        blocks = -(-count // (WARP_THREADS // lanes))
+    tile = TILE_SIZES[A.dtype]
+    if dim <= WARP_SIZES[A.dtype][-1]:
+        N, _, blocks = _warps(A)
         _run(f"slogdet_inverse_warp_kernel<{N}, ", A, blocks, WARP_THREADS, 0, np.int64(count), np.int32(dim), A, *out)
     elif dim <= 16 * tile[-1]:
         M = next(M for M in tile if dim <= 16 * M)
@@ -157,9 +184,11 @@ def plu_assemble(
     A, c, logabsdet = torch.empty_like(lower), torch.empty_like(log_diag), lower.new_empty(len(lower))
     A_inv = torch.empty_like(lower) if need_inverse else lower.new_empty(0)
     layer = _layer(permutation, lower, upper, log_diag, sign, log_scale, bias)
-    shared = 2 * _dim(lower) * lower.element_size()
+    dim = _dim(lower)
+    shared = (STRIP_ROWS * (STRIP_ROWS + 2 * SLICE_COLUMNS) + 2 * dim) * lower.element_size() + 4 * dim
+    blocks = len(lower) * -(-dim // SLICE_COLUMNS)
     out = (A, A_inv if need_inverse else None, c, logabsdet)
-    _run("plu_assemble_kernel<", lower, len(lower), BLOCK_THREADS, shared, layer, *out)
+    _run("plu_assemble_kernel<", lower, blocks, BLOCK_THREADS, shared, layer, *out)
     return A, A_inv, c, logabsdet
 
 
@@ -172,11 +201,11 @@ def plu_assemble_backward(
     if grad_A_inv is not None and A_inv is None:
         raise RuntimeError("glf_fast: the gradient of A⁻¹ needs A⁻¹")
     grads = [torch.empty_like(t) for t in (lower, upper, log_diag, log_scale, bias) if t is not None]
-    work = lower.new_empty(2 * lower.numel())
+    work = torch.empty_like(lower)
     layer = _layer(permutation, lower, upper, log_diag, sign, log_scale, bias)
     pointers = [t.data_ptr() for t in grads] + [0] * (5 - len(grads))
     target = np.array([tuple(pointers)], GRADIENTS)
-    shared = 2 * _dim(lower) * lower.element_size()
+    shared = (2 * _dim(lower) + PATCH_SIDE * (PATCH_SIDE + 1)) * lower.element_size()
     _run(
         "plu_assemble_backward_kernel<", lower, len(lower), BLOCK_THREADS, shared,
         layer, A, A_inv, grad_A, grad_A_inv, grad_c, grad_logabsdet, target, work,
@@ -188,7 +217,7 @@ def _layer(permutation: Tensor, lower: Tensor, *others: Tensor | None) -> np.nda
     """Layer<T> of the first layer, as kernels take it: by value."""
     if permutation.dtype != torch.int64:
         raise RuntimeError(f"glf_fast: permutation must be int64; got {permutation.dtype}")
-    return np.array([(_dim(lower), *(_pointer(t, lower.dtype) for t in (permutation, lower, *others)))], LAYER)
+    return np.array([(_dim(lower), *(_pointer(t, lower) for t in (permutation, lower, *others)))], LAYER)
 
 
 def register(library: torch.library.Library, *, override: bool = False) -> None:

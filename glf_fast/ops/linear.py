@@ -8,11 +8,12 @@ from torch import Tensor
 from glf_fast import reference
 from glf_fast.ops import cpp_linear
 from glf_fast.ops.backends import backend_for
-from glf_fast.ops.checks import check_floating, check_shape, check_state
+from glf_fast.ops.checks import check_device, check_floating, check_shape, check_state
 from glf_fast.reference import Plu, fold_actnorm
 
 __all__ = ["fold_actnorm", "invertible_linear", "lu_factor", "plu_assemble", "slogdet_inverse"]
 
+PLU_NAMES = ("permutation", "lower", "upper", "log_diag", "sign", "log_scale", "bias")
 MAX_CUDA_DIM = 192  # one block a matrix; larger ones are for torch.linalg, which gives a matrix to the whole GPU
 
 
@@ -38,7 +39,8 @@ def plu_assemble(
         A = diag(e^s) W, A⁻¹ (None unless `need_inverse`), c = (b·e^s) W, and log|det A| = Σ log d + Σ s of shape (…).
 
     Raises:
-        ValueError: shapes that do not fit, or only one of `log_scale` and `bias`. TypeError: indices that are not int64.
+        ValueError: shapes or devices that do not fit, or only one of `log_scale` and `bias`. TypeError: indices that are
+            not int64.
 
     Source: Glow (arXiv:1807.03039), eqs. 10, 11. Cost O(D³) a layer; no determinant is ever computed.
     """
@@ -50,9 +52,11 @@ def plu_assemble(
 
 
 def kernels_take(plu: Plu) -> bool:
-    """Whether a kernel takes these arguments of `plu_assemble`: of one dtype."""
-    _, lower, *floats = plu
-    return _compiled(lower) and all(t is None or t.dtype == lower.dtype for t in floats)
+    """Whether a kernel takes these arguments of `plu_assemble`: of one dtype, and no gradient of `sign` is wanted."""
+    _, lower, _, _, sign, *_ = plu
+    if sign.requires_grad and torch.is_grad_enabled():
+        return False
+    return _compiled(lower) and all(t is None or t.dtype == lower.dtype for t in plu[2:])
 
 
 def _compiled(matrices: Tensor) -> bool:
@@ -62,8 +66,9 @@ def _compiled(matrices: Tensor) -> bool:
 
 
 def check_plu(plu: Plu) -> None:
-    """Raise ValueError or TypeError unless the shapes of these arguments of `plu_assemble`, and its indices, fit."""
+    """Raise ValueError or TypeError unless shapes, devices and indices of these arguments of `plu_assemble` fit."""
     permutation, lower, upper, log_diag, sign, log_scale, bias = plu
+    check_device(zip(PLU_NAMES, plu, strict=True), lower.device)
     if permutation.dtype != torch.int64:
         raise TypeError(f"permutation must be int64; got {permutation.dtype} (convert it with .long())")
     *batch, dim = permutation.shape
@@ -81,6 +86,9 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     A singular matrix gives (0, −inf), info > 0 (a GPU factors the transpose, and may meet the zero at another place) and a
     meaningless inverse; nothing is raised and nothing synchronises.
+
+    A GPU inverts by Gauss-Jordan elimination, whose error stays within cond(W) ε. LAPACK's, and the processor's, is often far
+    below that where W is triangular or graded: 5e-7 against 3e-3 for float32 triangles of 64 columns and condition 2.4e6.
 
     Raises:
         ValueError: not square. TypeError: not floating-point.
@@ -128,7 +136,8 @@ def invertible_linear(
     dim = matrix.shape[-1]
     check_shape("matrix", matrix, (dim, dim), "(D, D)")
     check_shape("offset", offset, (dim,), "(D,)")
-    check_shape("x", x, (None, dim, *(None,) * (x.ndim - 2)), "(batch, D, …)")
+    if x.ndim < 2 or x.shape[1] != dim:  # what is wanted is made only for the error
+        check_shape("x", x, (None, dim, *(None,) * (x.ndim - 2)), "(batch, D, …)")
     x = check_state("x", x, matrix)
     if backend_for(x, "cpp", "cuda") == "reference":
         return reference.invertible_linear(x, matrix, offset, logabsdet, inverse=inverse)

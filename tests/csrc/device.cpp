@@ -59,9 +59,14 @@ struct Dense {
 };
 
 template <int N, class T>
-void by_warps(int count, int D, const T* A, Dense<T>& out) {
-  for (long long n = 0; n < count; n += 32 / lanes_of<N>)
+void by_warps(int count, int D, const T* A, Dense<T>& out, Buffer<T>& factors, Buffer<int>& pivots) {
+  Buffer<int> info(count, -1);
+  for (long long n = 0; n < count; n += 32 / lanes_of<N>) {
     slogdet_inverse_warp<N>(n, count, D, A, out.sign.data(), out.logabsdet.data(), out.inverse.data(), out.info.data());
+    Buffer<T> lines(warp_lines<N>, NAN);
+    lu_factor_warp<N>(n, count, D, A, factors.data(), pivots.data(), info.data(), lines.data());
+  }
+  for (int n = 0; n < 8; ++n) require(info[n] == out.info[n], "info of two ways", D, info[n]);
 }
 
 template <int M, class T>
@@ -115,7 +120,7 @@ void dense(int D) {
        : D <= 24 ? by_warps<24, T>
        : D <= 32 ? by_warps<32, T>
        : D <= 48 ? by_warps<48, T>
-                 : by_warps<64, T>)(count, D, A.data(), out);
+                 : by_warps<64, T>)(count, D, A.data(), out, factors, pivots);
     else
       (D <= 64    ? by_tiles<4, T>
        : D <= 96  ? by_tiles<6, T>
@@ -126,7 +131,7 @@ void dense(int D) {
       const double residual = inverse_residual(D, a, &out.inverse[n * D * D]);
       require(residual < 30, "residual of the inverse", D, residual);
       require(out.info[n] == 0 && std::fabs(out.sign[n]) == 1, "info and sign", D, out.info[n]);
-      if (way >= 2) continue;
+      if (way == 3) continue;
       std::vector<int> order(D);
       for (int i = 0; i < D; ++i) order[i] = i;
       for (int i = 0; i < D; ++i) std::swap(order[i], order[pivots[n * D + i] - 1]);
@@ -158,7 +163,7 @@ void plu(int D, bool actnorm) {
   if (D % 3 == 0)
     for (int i = 0; i < D; ++i) permutation[i] = D - 1 - i;
   const int sizes[] = {D * D, D * D, D, D, D};
-  Buffer<double> p[5], g[5], sign(D, -1), shared(2 * D), work(2 * D * D);
+  Buffer<double> p[5], g[5], sign(D, -1), work(D * D);
   for (int i = 0; i < 5; ++i) {
     p[i] = random<double>(sizes[i], i < 2 ? 0.5 / std::sqrt(D) : 0.3);
     g[i].assign(sizes[i], NAN);
@@ -170,7 +175,11 @@ void plu(int D, bool actnorm) {
   Buffer<double> A(D * D, NAN), A_inv(D * D, NAN), c(D, NAN);
   double logabsdet;
   const auto form = [&] {
-    plu_assemble_layer(Block{}, layer, A.data(), A_inv.data(), c.data(), &logabsdet, shared.data());
+    for (int first = 0; first < D; first += slice_columns) {
+      Buffer<std::uint64_t> shared((plu_assemble_bytes<double>(D) + 7) / 8, ~0ull);
+      plu_assemble_slice(Block{}, layer, first, A.data(), A_inv.data(), c.data(), &logabsdet,
+                         reinterpret_cast<unsigned char*>(shared.data()));
+    }
     double sum = w_log * logabsdet;
     for (int i = 0; i < D * D; ++i) sum += w_A[i] * A[i] + w_inv[i] * A_inv[i];
     for (int i = 0; i < D; ++i) sum += w_c[i] * c[i];
@@ -179,10 +188,11 @@ void plu(int D, bool actnorm) {
   form();
   const double residual = inverse_residual(D, A.data(), A_inv.data());
   require(residual < 30, "A⁻¹ of plu_assemble", D, residual);
+  Buffer<std::uint64_t> shared((plu_backward_bytes<double>(D) + 7) / 8, ~0ull);
   plu_assemble_backward_layer(Block{}, layer, A.data(), A_inv.data(), w_A.data(), w_inv.data(), w_c.data(), &w_log,
                               {g[0].data(), g[1].data(), g[2].data(), actnorm ? g[3].data() : nullptr,
                                actnorm ? g[4].data() : nullptr},
-                              work.data(), work.data() + D * D, shared.data());
+                              work.data(), reinterpret_cast<unsigned char*>(shared.data()));
   for (int i = 0; i < (actnorm ? 5 : 3); ++i)
     for (int e = 0; e < sizes[i]; e += 1 + sizes[i] / 40) {
       const double before = p[i][e], h = 1e-6;
@@ -203,7 +213,7 @@ int main() {
     dense<float>(D);
     dense<double>(D);
   }
-  for (const int D : {1, 2, 3, 8, 17, 40})
+  for (const int D : {1, 2, 3, 8, 16, 17, 32, 33, 40, 67})
     for (const bool actnorm : {false, true}) plu(D, actnorm);
   std::puts("all agree");
 }

@@ -36,6 +36,7 @@ void add_sizes(std::map<std::string, Kernel>& all, const std::string& space, con
   ((all[space + "slogdet_inverse_warp_kernel<" + std::to_string(N) + ", " + type] =
         make<slogdet_inverse_warp_kernel<N, T>>()),
    ...);
+  ((all[space + "lu_factor_warp_kernel<" + std::to_string(N) + ", " + type] = make<lu_factor_warp_kernel<N, T>>()), ...);
   ((all[space + "slogdet_inverse_tile_kernel<" + std::to_string(M) + ", " + type] =
         make<slogdet_inverse_tile_kernel<M, T>>()),
    ...);

@@ -65,6 +65,7 @@ def test_the_zoo_by_scaled_residuals(dim: int, dtype: torch.dtype) -> None:
         factors, pivots, info = (t.cpu() for t in ops.lu_factor(matrix.cuda()))
         _, _, inverse, info_too = (t.cpu() for t in ops.slogdet_inverse(matrix.cuda()))
         assert linear_zoo.factor_residual(matrix, factors, pivots) < linear_zoo.LIMIT, name
+        assert linear_zoo.largest_multiplier(factors) <= 1, name
         assert info == info_too == 0
         if torch.linalg.cond(matrix.double()) * dim * torch.finfo(dtype).eps < 1e-2:
             assert linear_zoo.inverse_residual(matrix, inverse) < linear_zoo.LIMIT, name
@@ -80,7 +81,15 @@ def test_batches_of_every_size(count: int, dim: int) -> None:
     if count:
         assert linear_zoo.inverse_residual(A, inverse.cpu()) < linear_zoo.LIMIT
         assert torch.equal(sign.cpu().double(), torch.linalg.slogdet(A.double()).sign)
-        assert torch.equal(ops.lu_factor(A.cuda())[1].cpu(), torch.linalg.lu_factor(A).pivots)
+        factors, pivots, _ = (t.cpu() for t in ops.lu_factor(A.cuda()))
+        assert linear_zoo.factor_residual(A, factors, pivots) < linear_zoo.LIMIT
+        assert linear_zoo.largest_multiplier(factors) <= 1
+
+
+@pytest.mark.parametrize("dim", [1, 2, 8, 20, 32, 33, 64, 65, 128])
+def test_pivots_are_lapacks_in_float64(dim: int) -> None:
+    A = torch.randn(100, dim, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(ops.lu_factor(A.cuda())[1].cpu(), torch.linalg.lu_factor(A).pivots)
 
 
 @pytest.mark.parametrize("dim", [1, 5, 32, 33, 64, 70, 130, 200])
@@ -91,6 +100,27 @@ def test_singular_matrices_and_nan(dim: int) -> None:
     sign, logabsdet, _, info = (t.cpu() for t in ops.slogdet_inverse(A.cuda()))
     assert sign[:2].tolist() == [1, 0] and logabsdet[:2].tolist() == [0, -torch.inf] and info[:2].tolist() == [0, dim]
     assert logabsdet[2].isnan()
+
+
+def test_tensors_on_the_processor_are_refused() -> None:
+    order, sign, tensors = layers(2, 5, torch.float32)
+    lower, upper, log_diag, log_scale, bias = (t.detach() for t in tensors)
+    with pytest.raises(ValueError, match="permutation is on cpu but the rest is on cuda"):
+        ops.plu_assemble(order.cpu(), lower, upper, log_diag, sign, log_scale, bias)
+    for index, factor in ((order.cpu(), upper), (order, upper.cpu())):  # by the operation, whose kernel would read them
+        with pytest.raises(RuntimeError, match=r"a kernel on cuda:0 got a tensor on cpu|tensors of several devices"):
+            torch.ops.glf_fast.plu_assemble.default(index, lower, factor, log_diag, sign, log_scale, bias, True)
+
+
+def test_indices_out_of_range_stay_within_their_layer() -> None:
+    order, sign, tensors = layers(3, 40, torch.float32)
+    lower, upper, log_diag, log_scale, bias = tensors
+    wrong = order.clone()
+    wrong[1, [0, 3, 4]] = torch.tensor([1 << 40, -5, 40], device="cuda")
+    got, want = (ops.plu_assemble(o, lower, upper, log_diag, sign, log_scale, bias) for o in (wrong, order))
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine[[0, 2]], theirs[[0, 2]])
+    torch.autograd.grad(sum(t.sum() for t in got), tensors)
 
 
 def test_a_graph_replays_the_same() -> None:

@@ -136,3 +136,27 @@ def test_a_permutation_of_another_type_is_refused() -> None:
     permutation, sign, tensors = layers((2,), 4, False, torch.Generator().manual_seed(0))
     with pytest.raises(TypeError, match=r"permutation must be int64; got torch.int32 \(convert it with .long\(\)\)"):
         run(permutation.int(), sign, tensors, False)
+
+
+def test_tensors_of_several_devices_are_refused() -> None:
+    permutation, sign, (lower, upper, log_diag, *_) = layers((2,), 4, False, torch.Generator().manual_seed(0))
+    arguments = [permutation, lower, upper, log_diag, sign]
+    for i, name in enumerate(("permutation", "lower", "upper", "log_diag", "sign")):
+        elsewhere = [t.to("meta") if i == j else t for j, t in enumerate(arguments)]
+        with pytest.raises(
+            ValueError, match=f"{'permutation' if name == 'lower' else name} is on .* but the rest is on"
+        ):
+            ops.plu_assemble(*elsewhere)
+
+
+def test_a_gradient_of_the_signs_is_the_references() -> None:
+    permutation, sign, tensors = layers((2,), 4, True, torch.Generator().manual_seed(0))
+    sign.requires_grad_()
+
+    def gradient(backend: str) -> Tensor:
+        with use_backend(backend):
+            return torch.autograd.grad(sum(t.sum() for t in run(permutation, sign, tensors, True)), sign)[0]
+
+    torch.testing.assert_close(gradient("cpp"), gradient("reference"))
+    with torch.no_grad():
+        assert not run(permutation, sign, tensors, True)[0].requires_grad

@@ -81,7 +81,7 @@ def test_the_zoo_by_scaled_residuals(dim: int, dtype: torch.dtype) -> None:
     factors, pivots, info = ops.lu_factor(batch)
     sign, logabsdet, inverse, info_too = ops.slogdet_inverse(batch)
     assert torch.equal(info, info_too) and factors.dtype == dtype
-    assert factors.tril(-1).abs().max() <= 1 if dim > 1 else True  # partial pivoting
+    assert linear_zoo.largest_multiplier(factors) <= 1
     for i, (name, matrix) in enumerate(named.items()):
         limit = linear_zoo.LIMIT
         if (
@@ -110,7 +110,9 @@ def test_batches_of_every_size(count: int, dim: int, dtype: torch.dtype) -> None
     factors, pivots, _ = ops.lu_factor(A)
     if count:
         assert linear_zoo.inverse_residual(A, inverse) < 30 and linear_zoo.factor_residual(A, factors, pivots) < 30
-        assert torch.equal(pivots, torch.linalg.lu_factor(A).pivots)
+        assert linear_zoo.largest_multiplier(factors) <= 1
+        if dtype == torch.float64:
+            assert torch.equal(pivots, torch.linalg.lu_factor(A).pivots)
         assert torch.equal(sign.double(), torch.linalg.slogdet(A.double()).sign)
     # One matrix gives the same alone as among others, and at any number of threads.
     torch.set_num_threads(1)

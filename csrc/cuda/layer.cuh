@@ -1,0 +1,26 @@
+// What plu_assemble is given, and its backward gives: also to those who launch it.
+#pragma once
+
+#include "lanes.cuh"
+
+namespace glf::device {
+
+// One layer's parameters: permutation (D), lower, upper (D, D), the others (D); those of the ActNorm null without one.
+template <class T>
+struct Layer {
+  int D;
+  const long long* permutation;
+  const T *lower, *upper, *log_diag, *sign, *log_scale, *bias;
+
+  // Row of L U that row i of A is. An index out of range costs the result, never memory that is not the layer's.
+  GLF_DEVICE int row(int i) const { return permutation[i] >= 0 && permutation[i] < D ? static_cast<int>(permutation[i]) : 0; }
+  GLF_DEVICE T diag(int k) const { return sign[k] * exponential(log_diag[k]); }
+  GLF_DEVICE T scale(int i) const { return log_scale ? exponential(log_scale[i]) : T(1); }
+};
+
+template <class T>
+struct LayerGradients {
+  T *lower, *upper, *log_diag, *log_scale, *bias;
+};
+
+}  // namespace glf::device
