@@ -5,15 +5,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.results import Result, Results
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def matmul_precision() -> Iterator[None]:
+    """Parts of the GPU benchmark set it, each in a process of its own."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture
