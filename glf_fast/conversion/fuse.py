@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.gaps import fold, inverted
+from glf_fast.conversion.gaps import apart, fold, inverted
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation
 from glf_fast.conversion.mlp import select_outputs
 from glf_fast.conversion.stack import Sources, Step, stack, standalone
@@ -20,6 +20,12 @@ __all__ = ["fuse"]
 
 # The log-scales with f(−u) = −f(u).
 _ODD = ("atan", "exp", "softclip", "tanh")
+
+# An ActNorm that moves the data by more than this many of their standard deviations is a layer of its own: folded into the
+# first step, a mean of 2 σ makes float32 errors of log_prob 1.1 times as large (of samples 1.4 times), 100 σ ten times.
+_REACH = 2.0
+# Between two couplings, where it costs a launch.
+_REACH_BETWEEN = 32.0
 
 Piece = Permutation | Diagonal | Dense
 
@@ -113,20 +119,25 @@ def _kind(coupling: Coupling) -> tuple[object, ...]:
 
 
 def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:
+    modules: list[nn.Module] = []
     if segment.couplings[0].undo:
+        first = fold(segment.gaps[0], dim, _like(segment.couplings))
+        if any(affine.reach() > _REACH for affine in first):
+            modules = [module for affine in first for module in standalone(affine, sources)]
+            segment = replace(segment, gaps=[[], *segment.gaps[1:]])
         turned = _build(_turned(segment), dim, context_dim, sources)
         flow = turned[0] if len(turned) == 1 else SequentialFlow(turned, (dim,), context_dim)
         assert isinstance(flow, Flow)
-        return [Inverse(flow)]
-    modules: list[nn.Module] = []
+        return [*modules, Inverse(flow)]
     steps: list[Step] = []
     for pieces, coupling in zip(segment.gaps, segment.couplings, strict=True):
-        maps = fold(pieces, dim, _like([coupling]))
+        like = _like([coupling])
+        maps = apart(fold(pieces, dim, like), _REACH_BETWEEN if steps else _REACH)
         if len(maps) > 1:  # all but the last are layers of their own, which ends the flow so far
             if steps:
                 flow, restore = stack(steps, context_dim, sources)
                 modules.append(flow)
-                maps = fold([Permutation(restore), *pieces], dim, _like([coupling]))
+                maps = apart(fold([Permutation(restore), *pieces], dim, like), _REACH)
                 steps = []
             for affine in maps[:-1]:
                 modules += standalone(affine, sources)
