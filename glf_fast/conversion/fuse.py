@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glf_fast.conversion.gaps import apart, fold, inverted
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation
 from glf_fast.conversion.mlp import select_outputs
+from glf_fast.conversion.padding import divided
 from glf_fast.conversion.stack import Sources, Step, stack, standalone
 from glf_fast.flow import Flow, Inverse, SequentialFlow
 
@@ -32,10 +33,10 @@ Piece = Permutation | Diagonal | Dense
 
 @dataclass
 class _Segment:
-    """Couplings of one kind, each with the affine layers before it, and those after the last."""
+    """Couplings of one kind and of like sizes, each with the affine layers before it, and those after the last."""
 
-    couplings: list[Coupling] = field(default_factory=list)
-    gaps: list[list[Piece]] = field(default_factory=list)
+    couplings: list[Coupling]
+    gaps: list[list[Piece]]
     after: list[Piece] = field(default_factory=list)
 
 
@@ -75,28 +76,28 @@ def _fuse_run(run: Iterable[Coupling | Piece], dim: int, context_dim: int, sourc
 
 
 def _segments(run: Iterable[Coupling | Piece]) -> tuple[list[_Segment], list[Piece]]:
-    """Couplings grouped by kind; affine layers between two kinds go where they fold into a step.
+    """Couplings grouped by kind and size; affine layers between two groups go where they fold into a step.
 
     That is before a coupling, or after one that is undone. Affine layers without any coupling come back as they are.
     """
-    segments: list[_Segment] = []
-    gap: list[Piece] = []
+    couplings: list[Coupling] = []
+    gaps: list[list[Piece]] = [[]]  # before each coupling, and after the last
     for layer in run:
-        if not isinstance(layer, Coupling):
-            gap.append(layer)
-            continue
-        last = segments[-1] if segments else None
-        if last is None or _kind(last.couplings[-1]) != _kind(layer):
-            if last is not None and last.couplings[-1].undo:
-                last.after, gap = gap, []
-            last = _Segment()
-            segments.append(last)
-        last.couplings.append(layer)
-        last.gaps.append(gap)
-        gap = []
+        if isinstance(layer, Coupling):
+            couplings.append(layer)
+            gaps.append([])
+        else:
+            gaps[-1].append(layer)
+    segments: list[_Segment] = []
+    for _, alike in groupby(couplings, _kind):
+        for part in divided(list(alike)):
+            before, gaps = gaps[: len(part)], gaps[len(part) :]
+            if segments and segments[-1].couplings[-1].undo:
+                segments[-1].after, before[0] = before[0], []
+            segments.append(_Segment(part, before))
     if not segments:
-        return [], gap
-    segments[-1].after = gap
+        return [], gaps[0]
+    segments[-1].after = gaps[0]
     return segments, []
 
 

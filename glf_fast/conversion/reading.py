@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 
-from glf_fast.conversion.layers import Conditioner, Kept, Layer, Unfusable
+from glf_fast.conversion.layers import Conditioner, Coupling, Kept, Layer, Unfusable
+from glf_fast.conversion.padding import check_padding
 
 __all__ = ["ConversionError", "Reading", "parameters_of", "read_each", "read_parts"]
 
@@ -68,6 +69,9 @@ def read_parts(
             if any(owners[id(p)] > 1 for p in module.parameters()):
                 raise Unfusable("shares parameters with another layer; stacking would untie them")
             part = read(module)
+            for layer in part:
+                if isinstance(layer, Coupling):
+                    check_padding(layer)
             uses = Counter(p for layer in part for p in parameters_of(*_tensors(layer)))
             if uses and max(uses.values()) > 1:
                 raise Unfusable("uses a network more than once; stacking would untie the uses")
