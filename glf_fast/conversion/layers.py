@@ -87,6 +87,10 @@ class Coupling:
     add_first: bool
     undo: bool = False
 
+    def context_dim(self) -> int:
+        """C, columns of the context that the conditioner takes."""
+        return len(self.conditioner.weights[0]) - len(self.passive)
+
 
 @dataclass(frozen=True)
 class Kept:
