@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.reading import ConversionError, Reading
+from glf_fast.conversion.layers import Kept
+from glf_fast.conversion.reading import ConversionError, Reading, parameters_of
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Flow
 
-__all__ = ["check"]
+__all__ = ["check", "proven"]
 
-# Relative to the larger of 1 and the largest entry: float64 misses it by 1e-9, a wrong formula by far.
+# Relative to the larger of 1 and the row's largest entry: float64 misses it by 1e-9, a wrong formula by far.
 TOLERANCE = 1e-6
+# What this relative change of the input changes is what float64 leaves open, with some digits to spare.
+NUDGE = 1 + 1e-12
 _BATCH = 16
+_MISREAD = "Please report this flow: it is of a kind that was misread"
+
+Build = Callable[[nn.Module], tuple[Reading, Flow, Sources]]
+
+
+class Incomparable(ConversionError):
+    """The library's flow gives nothing certain to compare with."""
+
+
+def proven(library: nn.Module, build: Build) -> tuple[Reading, Flow]:
+    """What `build` makes of the library's flow (float64), in eval mode, once it has stood two comparisons.
+
+    The second is of copies whose fused parameters are a little off: fresh flows have last layers of zeros, which would
+    hide what is made of their outputs. It shows besides which entries are functions of what the library trains: no
+    others may be trained here.
+
+    Raises ConversionError.
+    """
+    other = copy.deepcopy(library)  # before anything is called: some modules keep what cannot be copied
+    reading, flow, sources = build(library)
+    check(library.eval(), reading, flow.eval(), sources)
+    fused = parameters_of(*(value for _, value, _ in sources))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in library.named_parameters():
+            if id(parameter) in fused:
+                noise = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
+                fan_in = parameter.shape[-1] if parameter.ndim > 1 else 1
+                other.get_parameter(name).add_(noise, alpha=0.1 / fan_in**0.5)
+    other_reading, other_flow, other_sources = build(other)
+    try:
+        check(other.eval(), other_reading, other_flow.eval(), other_sources)
+    except Incomparable:  # nobody's flow
+        pass
+    if len(sources) == len(other_sources):
+        _compare_trained(flow, sources, other_sources)
+    return reading, flow
 
 
 def check(library: nn.Module, reading: Reading, flow: Flow, sources: Sources) -> None:
@@ -21,7 +65,8 @@ def check(library: nn.Module, reading: Reading, flow: Flow, sources: Sources) ->
 
     Compared in float64: log_prob; its gradient with respect to inputs and to every parameter that the library trains,
     taken back from our parameters to theirs by autograd; the inverse; our inverse of our forward. The inputs are normal
-    at three scales, and samples: what is far from the data of a trained flow says little about it.
+    at several scales, and samples: what is far from the data of a trained flow says little about it. Inputs are left out
+    where the library does not agree with itself: where 1e-12 more or less changes its result by more than the tolerance.
 
     Args:
         library: the flow that was read, in float64 and eval mode.
@@ -29,75 +74,128 @@ def check(library: nn.Module, reading: Reading, flow: Flow, sources: Sources) ->
         flow, sources: what `fuse` made of it, in eval mode.
     """
     generator = torch.Generator().manual_seed(0)
-    compared = 0
-    parameters = [(name, p) for name, p in library.named_parameters() if p.requires_grad]
-    for scale in (0.3, 1.0, 3.0, None):
-        x = torch.randn(_BATCH, reading.dim, dtype=torch.float64, generator=generator)
+    parameters = {name: p for name, p in library.named_parameters() if p.requires_grad and p.numel()}
+    unused, uncertain = set(parameters), set(parameters)
+    finite = compared = inverted = 0
+    for scale in (0.05, 0.3, 1.0, 3.0, None):
+        x, z = (scale or 1.0) * torch.randn(2, _BATCH, reading.dim, dtype=torch.float64, generator=generator)
         context = None
         if reading.context_shape:
             context = torch.randn(_BATCH, *reading.context_shape, dtype=torch.float64, generator=generator)
-        with torch.no_grad():
-            x = flow.inverse(x, context)[0] if scale is None else scale * x
+        if scale is None:
+            with torch.no_grad():
+                x = flow.inverse(x, context)[0]
         try:
-            log_prob = reading.log_prob(x, context)
+            wanted = _evaluate(reading.log_prob, x, context, parameters)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            raise ConversionError(f"the library's own flow fails on random inputs: {error}") from error
-        usable = log_prob.isfinite()  # unbounded scales overflow far from the data, in the library too
-        x, context = x[usable].requires_grad_(), None if context is None else context[usable]
-        if not len(x):
+            hint = "" if reading.context_shape else "; if it needs a context, give an example: convert(flow, context=…)"
+            raise ConversionError(f"the library's own flow fails on random inputs: {error}{hint}") from error
+        nudged = _evaluate(reading.log_prob, x * NUDGE, context, parameters)
+        finite += int(wanted.log_prob.isfinite().sum())
+        usable = _agree(wanted.log_prob, nudged.log_prob) & _agree(wanted.of_x, nudged.of_x)
+        if not usable.any():
             continue
-        wanted = reading.log_prob(x, context)
-        got = flow.log_prob(x, context)
-        _compare("log_prob", got, wanted)
-        _compare_gradients(x, wanted, got, parameters, sources)
-        with torch.no_grad():
-            z, _ = flow(x, context)
-            _compare_inverse("the inverse of the converted flow's forward", flow, z, context, x)
-            if reading.inverse is not None:
-                z = torch.randn(len(x), reading.dim, dtype=torch.float64, generator=generator)
-                _compare_inverse("the inverse", flow, z, context, reading.inverse(z, context))
+        if not usable.all():
+            x, z, context = x[usable], z[usable], None if context is None else context[usable]
+            wanted, nudged = (_evaluate(reading.log_prob, a, context, parameters) for a in (x, x * NUDGE))
+        got = _evaluate(flow.log_prob, x, context, parameters, sources)
+        _compare("log_prob", got.log_prob, wanted.log_prob)
+        _compare("the gradient of log_prob with respect to x", got.of_x, wanted.of_x)
+        for name in parameters:
+            if _agree(wanted.of[name], nudged.of[name]).all():
+                _compare(f"the gradient of log_prob with respect to {name}", got.of[name], wanted.of[name])
+                uncertain.discard(name)
+        unused -= wanted.used
         compared += len(x)
-    if not compared:
-        raise ConversionError("the library's own flow is not finite on random inputs: there is nothing to compare with")
+        with torch.no_grad():
+            _compare_inverse("the inverse of the converted flow's forward", flow, flow(x, context)[0], context, (x, x))
+            if reading.inverse is not None:
+                truth = reading.inverse(z, context), reading.inverse(z * NUDGE, context)
+                inverted += _compare_inverse("the inverse", flow, z, context, truth)
+    if not compared or uncertain or (reading.inverse is not None and not inverted):
+        why = "not finite" if not finite else "too steep for float64"
+        raise Incomparable(f"the library's own flow is {why} on random inputs: there is nothing to compare with")
+    if not reading.context_shape:
+        kept = {id(p) for layer in reading.layers if isinstance(layer, Kept) for p in layer.module.parameters()}
+        silent = [name for name in sorted(unused) if id(parameters[name]) in kept]
+        if silent:
+            raise ConversionError(
+                f"{silent[0]} takes no part in log_prob(x): if the flow has a context, give an example of it: "
+                "convert(flow, context=…)"
+            )
 
 
-def _compare_inverse(what: str, flow: Flow, z: Tensor, context: Tensor | None, wanted: Tensor) -> None:
-    """A trained flow may be so steep that float64 cannot invert it: what a change of z by 1e-12 does is allowed, too."""
-    usable = wanted.isfinite().all(1)
-    if not usable.any():
-        return
-    z, wanted, context = z[usable], wanted[usable], None if context is None else context[usable]
-    got, _ = flow.inverse(z, context)
-    steepness = max((flow.inverse(z * (1 + e), context)[0] - got).abs().max().item() for e in (1e-12, -1e-12))
-    _compare(what, got, wanted, slack=steepness)
+@dataclass(frozen=True)
+class _Evaluation:
+    """log_prob (B, 1), its gradients with respect to x (B, D) and, summed over the rows, to each of the library's
+    parameters, (1, n); the names of those that it is a function of.
+    """
+
+    log_prob: Tensor
+    of_x: Tensor
+    of: dict[str, Tensor]
+    used: set[str]
 
 
-def _compare_gradients(
-    x: Tensor, wanted: Tensor, got: Tensor, parameters: list[tuple[str, nn.Parameter]], sources: Sources
-) -> None:
-    originals = [p for _, p in parameters]
-    wanted_x, *wanted_p = torch.autograd.grad(wanted.sum(), [x, *originals], allow_unused=True)
-    ours = [(p, value) for p, value in sources if p.requires_grad]
-    # Layers that are kept still own the library's parameters: their gradients come directly.
-    got_x, *gradients = torch.autograd.grad(got.sum(), [x, *originals, *(p for p, _ in ours)], allow_unused=True)
-    _compare("the gradient of log_prob with respect to x", got_x, wanted_x)
-    direct, stacked = gradients[: len(originals)], gradients[len(originals) :]
-    pairs = [(value, g) for (_, value), g in zip(ours, stacked, strict=True) if value.requires_grad and g is not None]
-    through: tuple[Tensor | None, ...] = (None,) * len(originals)
-    if pairs and originals:
+def _evaluate(
+    log_prob: Callable[[Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    context: Tensor | None,
+    parameters: Mapping[str, nn.Parameter],
+    sources: Sources | tuple[()] = (),
+) -> _Evaluation:
+    """With `sources`, gradients reach the library's parameters through ours; directly in the layers that are kept."""
+    x = x.detach().requires_grad_()
+    value = log_prob(x, context)
+    theirs = list(parameters.values())
+    ours = [(p, v) for p, v, _ in sources if p.requires_grad]
+    of_x, *found = torch.autograd.grad(value.sum(), [x, *theirs, *(p for p, _ in ours)], allow_unused=True)
+    direct, stacked = found[: len(theirs)], found[len(theirs) :]
+    pairs = [(v, g) for (_, v), g in zip(ours, stacked, strict=True) if v.requires_grad and g is not None]
+    through: tuple[Tensor | None, ...] = (None,) * len(theirs)
+    if pairs and theirs:
         values, cotangents = zip(*pairs, strict=True)
-        through = torch.autograd.grad(values, originals, cotangents, allow_unused=True, retain_graph=True)
-    for (name, parameter), a, b, w in zip(parameters, direct, through, wanted_p, strict=True):
-        zero = torch.zeros_like(parameter)
-        total = (zero if a is None else a) + (zero if b is None else b)
-        _compare(f"the gradient of log_prob with respect to {name}", total, zero if w is None else w)
+        through = torch.autograd.grad(values, theirs, cotangents, allow_unused=True, retain_graph=True)
+    of, used = {}, set()
+    for (name, p), a, b in zip(parameters.items(), direct, through, strict=True):
+        parts = [g for g in (a, b) if g is not None]
+        of[name] = sum(parts, torch.zeros_like(p)).reshape(1, -1)
+        used |= {name} if parts else set()
+    return _Evaluation(value.detach()[:, None], of_x, of, used)
 
 
-def _compare(what: str, got: Tensor, wanted: Tensor, slack: float = 0.0) -> None:
-    difference = (got - wanted).abs().max().item()
-    allowed = TOLERANCE * max(1.0, wanted.abs().max().item()) + slack
-    if not difference <= allowed:  # nan is not
-        raise ConversionError(
-            f"the converted flow is not the same: {what} differs by {difference:.3g} ({allowed:.3g} is allowed). "
-            "Please report this flow: it is of a kind that was misread"
-        )
+def _compare_inverse(
+    what: str, flow: Flow, z: Tensor, context: Tensor | None, truth: tuple[Tensor, Tensor]
+) -> int:
+    """Compares with truth[0] and returns the number of rows compared.
+
+    A trained flow may be so steep that float64 cannot invert it: what a nudge of z changes in ours, or in the library's
+    inverse, truth[1], is allowed, too.
+    """
+    got, nudged = flow.inverse(z, context)[0], flow.inverse(z * NUDGE, context)[0]
+    slack = (got - nudged).abs().amax(1) + (truth[0] - truth[1]).abs().amax(1)
+    usable = slack.isfinite() & truth[0].isfinite().all(1)
+    _compare(what, got[usable], truth[0][usable], slack[usable])
+    return int(usable.sum())
+
+
+def _compare_trained(flow: Flow, sources: Sources, others: Sources) -> None:
+    """Whether each entry that is trained here is a function of what the library trains: whether it followed that."""
+    names = {id(p): name for name, p in flow.named_parameters()}
+    for (parameter, value, trained), (_, other, _) in zip(sources, others, strict=True):
+        name = names[id(parameter)]
+        # Of these only a triangle is read.
+        if not name.endswith(("lower", "upper")) and bool((trained & (value == other)).any()):
+            raise ConversionError(f"the converted flow would train what the original holds ({name}). {_MISREAD}")
+
+
+def _agree(a: Tensor, b: Tensor, slack: Tensor | float = 0.0) -> Tensor:
+    """Which rows of a (B, n) and b are equal, to the tolerance and `slack` (B,); where there are NaNs, they are not."""
+    return (a - b).abs().amax(1) <= TOLERANCE * b.abs().amax(1).clamp(min=1) + slack
+
+
+def _compare(what: str, got: Tensor, wanted: Tensor, slack: Tensor | float = 0.0) -> None:
+    wrong = ~_agree(got, wanted, slack)
+    if wrong.any():
+        difference = (got - wanted)[wrong].abs().max().item()
+        raise ConversionError(f"the converted flow is not the same: {what} differs by {difference:.3g}. {_MISREAD}")

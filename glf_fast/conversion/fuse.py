@@ -41,8 +41,7 @@ class _Segment:
 
 
 def fuse(layers: Sequence[Layer], dim: int, context_dim: int = 0) -> tuple[Flow, Sources]:
-    """The flow, in float64, and where its parameters come from: (parameter, its value as a function of the
-    library's).
+    """The flow, in float64, and where its parameters come from.
 
     A bare CouplingFlow if that is all there is, else a SequentialFlow (or, where splits are uneven or directions
     reversed, the wrapper of one). Which entries are trained is what the layers say. Layers that are kept stay as they

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from glf_fast.conversion.layers import Conditioner, Coupling, Kept, Layer, Unfusable
 from glf_fast.conversion.padding import check_padding
 
-__all__ = ["ConversionError", "Reading", "parameters_of", "read_each", "read_parts"]
+__all__ = [
+    "ConversionError",
+    "Reading",
+    "context_features",
+    "lost_in_training",
+    "parameters_of",
+    "read_each",
+    "read_parts",
+    "trained_together",
+]
 
 
 class ConversionError(ValueError):
@@ -27,7 +36,7 @@ class Reading:
     log_prob: (x (B, D), context or None) → log p (B,) by the library itself, to compare with.
     inverse: (z (B, D) from N(0, I), context or None) → x (B, D) by the library itself; None where the library cannot.
     embedding: the network that the library sends the context through first, if any.
-    context_shape: of one sample's context before the embedding; () without context.
+    context_shape: of one sample's context before the embedding; () without context, None where nothing says what it is.
     """
 
     layers: list[Layer]
@@ -35,22 +44,24 @@ class Reading:
     log_prob: Callable[[Tensor, Tensor | None], Tensor]
     inverse: Callable[[Tensor, Tensor | None], Tensor] | None = None
     embedding: nn.Module | None = None
-    context_shape: tuple[int, ...] = ()
+    context_shape: tuple[int, ...] | None = ()
 
 
 def read_each(
     named_modules: Iterable[tuple[str, nn.Module]],
     read: Callable[[nn.Module], list[Layer]],
     keep: Callable[[nn.Module], nn.Module],
+    others: Iterable[nn.Module] = (),
 ) -> list[Layer]:
     """The layers of the library's modules, in the order given (data → noise); as `read_parts`, in one list."""
-    return [layer for part in read_parts(named_modules, read, keep) for layer in part]
+    return [layer for part in read_parts(named_modules, read, keep, others) for layer in part]
 
 
 def read_parts(
     named_modules: Iterable[tuple[str, nn.Module]],
     read: Callable[[nn.Module], list[Layer]],
     keep: Callable[[nn.Module], nn.Module],
+    others: Iterable[nn.Module] = (),
 ) -> list[list[Layer]]:
     """The layers of each of the library's modules, in the order given (data → noise).
 
@@ -58,16 +69,18 @@ def read_parts(
         named_modules: name, for messages, and module of each of the library's layers.
         read: one module's layers; raises Unfusable.
         keep: the adapter that a `Kept` holds, for a module that `read` refuses.
+        others: what else there is in the flow: its base, its embedding net.
 
     A module whose trained parameters are another's, too, is kept: stacking copies, and copies would not stay equal.
     """
     named = list(named_modules)
-    owners = Counter(p for _, module in named for p in {id(p) for p in module.parameters() if p.requires_grad})
+    modules = [*(module for _, module in named), *others]
+    owners = Counter(p for module in modules for p in {id(p) for p in module.parameters() if p.requires_grad})
     parts: list[list[Layer]] = []
     for name, module in named:
         try:
             if any(owners[id(p)] > 1 for p in module.parameters()):
-                raise Unfusable("shares parameters with another layer; stacking would untie them")
+                raise Unfusable("shares parameters with another layer, the base or the embedding net; stacking would untie them")
             part = read(module)
             for layer in part:
                 if isinstance(layer, Coupling):
@@ -79,6 +92,40 @@ def read_parts(
             part = [Kept(keep(module), f"{name} ({type(module).__name__}): {reason}")]
         parts.append(part)
     return parts
+
+
+def trained_together(*parameters: Tensor) -> bool:
+    """Whether the library trains them; raises Unfusable if it trains some alone."""
+    trained = {p.requires_grad for p in parameters}
+    if len(trained) > 1:
+        raise Unfusable("only some of its parameters are trained")
+    return trained == {True}
+
+
+def context_features(modules: Iterable[nn.Module]) -> int:
+    """The columns of the context that networks of nflows and normflows were made for; 0 if none says so."""
+    for module in modules:
+        features = getattr(module, "context_features", None)
+        if isinstance(features, int):
+            return features
+        layer = getattr(module, "context_layer", None)  # of a MADE
+        if isinstance(layer, nn.Linear):
+            return layer.in_features
+    return 0
+
+
+def lost_in_training(modules: Iterable[nn.Module], kept: Iterable[nn.Module] = ()) -> str:
+    """Which of the modules that are fused, all but `kept`, do something else in training mode, which a fused layer does
+    not: "" if none.
+    """
+    stay = {id(part) for module in kept for part in module.modules()}
+    names = {
+        f"{type(module).__name__} (p = {module.p:g})" if isinstance(module, nn.Dropout) else type(module).__name__
+        for module in modules
+        if id(module) not in stay
+        and ((isinstance(module, nn.Dropout) and module.p) or "BatchNorm" in type(module).__name__)
+    }
+    return ", ".join(sorted(names))
 
 
 def parameters_of(*tensors: Tensor) -> set[int]:

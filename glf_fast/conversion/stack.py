@@ -18,8 +18,8 @@ from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
 
 __all__ = ["Sources", "Step", "stack", "standalone"]
 
-# A parameter of the new flow, and its value as a function of the library's parameters.
-Sources = list[tuple[nn.Parameter, Tensor]]
+# A parameter of the new flow, its value as a function of the library's parameters, and which entries are trained.
+Sources = list[tuple[nn.Parameter, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _install(module: nn.Module, name: str, value: Tensor, trained: Tensor, sourc
     assert tensor.shape == value.shape == trained.shape, (name, tensor.shape, value.shape, trained.shape)
     with torch.no_grad():
         tensor.copy_(value)
-    sources.append((tensor, value))
+    sources.append((tensor, value, trained.to(value.device)))
     if not trained.any():
         tensor.requires_grad_(False)
     elif not trained.all():

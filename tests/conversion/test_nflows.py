@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from glf_fast import CouplingFlow
 from glf_fast.conversion import ConversionError, convert
-from glf_fast.conversion.embedded import Embedded
+from glf_fast.flow import Embedded
 
 # nflows 0.14 calls what PyTorch deprecates: torch.triangular_solve in LU's inverse, torch.qr at the start of NaiveLinear.
 pytestmark = [
