@@ -122,7 +122,7 @@ def accelerate(model: nn.Module) -> Report:
         if place is not None:
             seen.append(where)
             # Gradients are compared and graphs followed, wherever this is called.
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
                 _accelerate_flow(model, module, name, place, report)
         elif is_layer(module) and not inside:
             seen.append(where)

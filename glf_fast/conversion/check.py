@@ -55,7 +55,7 @@ def proven(library: nn.Module, build: Build) -> tuple[Reading, Flow]:
         check(other.eval(), other_reading, other_flow.eval(), other_sources)
     except Incomparable:  # nobody's flow
         pass
-    if len(sources) == len(other_sources):
+    if [value.shape for _, value, _ in sources] == [value.shape for _, value, _ in other_sources]:
         _compare_trained(flow, sources, other_sources)
     return reading, flow
 
@@ -164,9 +164,7 @@ def _evaluate(
     return _Evaluation(value.detach()[:, None], of_x, of, used)
 
 
-def _compare_inverse(
-    what: str, flow: Flow, z: Tensor, context: Tensor | None, truth: tuple[Tensor, Tensor]
-) -> int:
+def _compare_inverse(what: str, flow: Flow, z: Tensor, context: Tensor | None, truth: tuple[Tensor, Tensor]) -> int:
     """Compares with truth[0] and returns the number of rows compared.
 
     A trained flow may be so steep that float64 cannot invert it: what a nudge of z changes in ours, or in the library's

@@ -132,10 +132,12 @@ def _steps(module: nn.Module) -> Iterator[Step]:
     if type(module) is nn.Identity or (isinstance(module, nn.Dropout) and (module.p == 0 or not module.training)):
         return
     if isinstance(module, nn.Dropout):
-        raise Unfusable(f"dropout (p = {module.p:g}) is active; convert the flow in eval mode")
+        raise _active_dropout(module.p)
     activation = _activation(module)
     if activation is not None:
         yield activation
+    elif _is_compiled(module):
+        yield from _steps(module._orig_mod)  # type: ignore[arg-type]
     elif _is_linear(module):
         assert isinstance(module.weight, Tensor) and (module.bias is None or isinstance(module.bias, Tensor))
         if module.weight.ndim != 2:
@@ -155,6 +157,10 @@ def _steps(module: nn.Module) -> Iterator[Step]:
 
 def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (type(module).__module__, type(module).__name__) == ("zuko.nn", "Linear")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule"  # torch.compile's; its module takes seconds to import
 
 
 def _is_nflows_mlp(module: nn.Module) -> bool:
@@ -224,6 +230,9 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
             if node.args != (last,):
                 raise Unfusable(f"{name} has more than one output")
             return
+        if node.op == "call_function" and node.target is F.dropout:
+            _check_dropout(*node.args, **node.kwargs)
+            continue
         constants = {key: value for key, value in node.kwargs.items() if _CONSTANTS.get(key, value) != value}
         if node.args != (last,) or constants:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
@@ -235,6 +244,15 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
             yield _METHODS[str(node.target)]
         else:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
+
+
+def _check_dropout(x: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+    if training and p:
+        raise _active_dropout(p)
+
+
+def _active_dropout(p: float) -> Unfusable:
+    return Unfusable(f"dropout (p = {p:g}) is active; convert the flow in eval mode")
 
 
 def _concatenated(inputs: list[fx.Node]) -> fx.Node | None:

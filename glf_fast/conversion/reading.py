@@ -80,7 +80,9 @@ def read_parts(
     for name, module in named:
         try:
             if any(owners[id(p)] > 1 for p in module.parameters()):
-                raise Unfusable("shares parameters with another layer, the base or the embedding net; stacking would untie them")
+                raise Unfusable(
+                    "shares parameters with another layer, the base or the embedding net; stacking would untie them"
+                )
             part = read(module)
             for layer in part:
                 if isinstance(layer, Coupling):

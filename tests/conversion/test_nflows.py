@@ -213,6 +213,24 @@ def test_caches_of_the_original_do_not_matter() -> None:
         torch.testing.assert_close(convert(cached).log_prob(x), cached.log_prob(x))
 
 
+def test_what_is_frozen_in_eval_mode_stays_so() -> None:
+    """A pretrained embedding net and a kept layer in eval mode, in a flow that trains: batch statistics, dropout."""
+    embedding = nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    mask = torch.tensor([1, 0, 1, 0])
+    residual = T.AffineCouplingTransform(
+        mask, lambda a, b: ResidualNet(a, b, 8, context_features=3, dropout_probability=0.3, use_batch_norm=True)
+    )
+    original = Flow(T.CompositeTransform([*alternating(4, 3), residual]), StandardNormal([4]), embedding).train()
+    embedding.eval()
+    residual.eval()
+    converted = convert(original)
+    assert converted.training and not any(m.training for m in converted.embedding.modules())
+    x, context = torch.randn(5, 4), torch.randn(5, 7)
+    torch.testing.assert_close(converted.log_prob(x, context), original.log_prob(x, context), rtol=1e-4, atol=1e-4)
+    embedding.train()
+    assert all(m.training for m in convert(original).embedding.modules())
+
+
 def test_batch_norm_is_kept_in_training_mode(library) -> None:
     training = between(4, 0, batch_norm(4)).train()
     converted = convert(training)
