@@ -231,7 +231,7 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
                 raise Unfusable(f"{name} has more than one output")
             return
         if node.op == "call_function" and node.target is F.dropout:
-            _check_dropout(*node.args, **node.kwargs)
+            _check_dropout(*node.args, **node.kwargs)  # type: ignore[arg-type]
             continue
         constants = {key: value for key, value in node.kwargs.items() if _CONSTANTS.get(key, value) != value}
         if node.args != (last,) or constants:
