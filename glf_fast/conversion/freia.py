@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from glf_fast.conversion.clamps import LogScale, recognised
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
 from glf_fast.conversion.mlp import read_mlp, select_outputs, side_by_side, without_scale
-from glf_fast.conversion.reading import ConversionError, Reading, read_each, trained_together
+from glf_fast.conversion.reading import ConversionError, Reading, check_vectors, read_each, trained_together
 
 __all__ = ["Block", "KeptBlock", "blocks", "has_exact_inverse", "keep_alone", "own_context", "read", "read_layer"]
 
@@ -34,8 +34,7 @@ class Block:
 def read(inn: Any) -> Reading:
     """The layers of a `SequenceINN` or of a `GraphINN` that is a chain, data → N(0, I)."""
     chain, shape = blocks(inn)
-    if len(shape) != 1:
-        raise ConversionError(f"{type(inn).__name__} works on {shape}: only networks on vectors can be converted")
+    check_vectors(type(inn).__name__, shape)
     dim = shape[0]
     widths: dict[int, int] = {}
     for block in chain:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
 from glf_fast.conversion.mlp import read_mlp, select_outputs, without_scale
-from glf_fast.conversion.reading import ConversionError, Reading, context_features, read_each, trained_together
+from glf_fast.conversion.reading import (
+    ConversionError,
+    Reading,
+    check_vectors,
+    context_features,
+    read_each,
+    trained_together,
+)
 from glf_fast.reference import log_scale
 
 __all__ = ["KeptTransform", "has_inverse", "read", "read_transform", "transforms"]
@@ -39,8 +46,7 @@ def read(flow: Any) -> Reading:
     base = flow._distribution
     if type(base).__name__ not in ("StandardNormal", "DiagonalNormal"):
         raise ConversionError(f"base distribution {type(base).__name__}: StandardNormal and DiagonalNormal are covered")
-    if len(base._shape) != 1:
-        raise ConversionError(f"a flow on samples of shape {tuple(base._shape)}: flows on vectors are covered")
+    check_vectors("the flow", tuple(base._shape))
     dim = base._shape[0]
     for module in flow.modules():
         if hasattr(module, "using_cache"):

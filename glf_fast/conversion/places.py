@@ -10,7 +10,7 @@ from torch import nn
 
 from glf_fast.conversion import adapters, freia, nflows, normflows, zuko
 from glf_fast.conversion.layers import Layer
-from glf_fast.conversion.reading import ConversionError
+from glf_fast.conversion.reading import ConversionError, check_vectors
 from glf_fast.flow import Flow
 
 __all__ = ["Place", "Replacement", "is_layer", "place_of"]
@@ -107,8 +107,7 @@ def _normflows(flow: Any) -> Place:
 def _nflows(flow: Any) -> Place:
     named = list(nflows.transforms(flow._transform))
     shape = tuple(getattr(flow._distribution, "_shape", ()))
-    if len(shape) != 1:
-        raise ConversionError(f"a flow on samples of shape {shape}: flows on vectors are covered")
+    check_vectors("it", shape)
 
     def put(replacements: Sequence[Replacement]) -> None:
         modules = _replaced([m for _, m in named], replacements)
@@ -135,8 +134,7 @@ def _zuko(flow: Any) -> Place:
         shape = tuple(flow.base().event_shape)
     except Exception as error:  # a base that only a context makes a distribution
         raise ConversionError("its base depends on the context, and does not say how many columns it has") from error
-    if len(shape) != 1:
-        raise ConversionError(f"a flow on samples of shape {shape}: flows on vectors are covered")
+    check_vectors("it", shape)
 
     def put(replacements: Sequence[Replacement]) -> None:
         modules = _replaced([m for _, m in named], replacements)
@@ -158,8 +156,7 @@ def _zuko(flow: Any) -> Place:
 
 def _freia(inn: Any) -> Place:
     blocks, shape = freia.blocks(inn)
-    if len(shape) != 1:
-        raise ConversionError(f"works on samples of shape {shape}: networks on vectors are covered")
+    check_vectors("it", shape)
 
     def put(replacements: Sequence[Replacement]) -> None:
         if type(inn).__name__ == "SequenceINN":

@@ -14,6 +14,7 @@ from glf_fast.conversion.padding import check_padding
 __all__ = [
     "ConversionError",
     "Reading",
+    "check_vectors",
     "context_features",
     "lost_in_training",
     "parameters_of",
@@ -102,6 +103,15 @@ def trained_together(*parameters: Tensor) -> bool:
     if len(trained) > 1:
         raise Unfusable("only some of its parameters are trained")
     return trained == {True}
+
+
+def check_vectors(what: str, shape: tuple[int, ...]) -> None:
+    """Raise ConversionError unless one sample of that shape is a vector."""
+    if len(shape) != 1:
+        raise ConversionError(
+            f"{what} works on samples of shape {shape}: flows on vectors are covered; for images there are glf_fast's "
+            "AffineCoupling, InvertibleLinear (a 1 x 1 convolution) and ActNorm"
+        )
 
 
 def context_features(modules: Iterable[nn.Module]) -> int:
