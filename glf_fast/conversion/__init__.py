@@ -73,8 +73,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
             raise ConversionError(f"this {type(flow).__name__} cannot be copied: {error}") from error
         modes = [(module, module.training) for module in original.modules()]
         reading, converted = proven(original, build)
-        kept = [layer.module for layer in reading.layers if isinstance(layer, Kept)]
-        lost = lost_in_training(original.modules(), [*kept, *([reading.embedding] if reading.embedding else [])])
+        lost = lost_in_training(reading.layers)
         if lost:
             warnings.warn(
                 f"the converted flow has no {lost} in training mode either: it stays what it is in eval mode",

@@ -148,7 +148,7 @@ def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place
             sum(isinstance(module, kind) for module in fused.modules())
             for kind in (CouplingFlow, (ActNorm, InvertibleLinear))
         )
-        lost = lost_in_training(part for module in modules for part in module.modules())
+        lost = lost_in_training(layer for part in parts[start:stop] for layer in part)
         report.replaced.append(
             Replaced(where, type(flow).__name__, names[0], names[-1], couplings, flows, affine, lost)
         )

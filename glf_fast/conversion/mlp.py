@@ -20,9 +20,10 @@ from glf_fast.conversion.reading import parameters_of
 
 __all__ = ["read_mlp", "select_inputs", "select_outputs", "side_by_side", "without_scale"]
 
-# What a network applies, in order: a linear layer (weight (out, in), bias or None) or an activation by name.
+# What a network applies, in order: a linear layer (weight (out, in), bias or None), an activation by name, or a dropout, p,
+# that is not active.
 Linear = tuple[Tensor, Tensor | None]
-Step = Linear | str
+Step = Linear | str | float
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     F.relu: "relu",
@@ -49,6 +50,8 @@ def read_mlp(network: nn.Module) -> Conditioner:
     """
     name = type(network).__name__
     steps = list(_steps(network))
+    dropouts = [step for step in steps if isinstance(step, float)]
+    steps = [step for step in steps if not isinstance(step, float)]
     linears = [step for step in steps if isinstance(step, tuple)]
     activations = [step for step in steps if isinstance(step, str)]
     if [isinstance(step, tuple) for step in steps] != [i % 2 == 0 for i in range(2 * len(linears) - 1)]:
@@ -69,6 +72,7 @@ def read_mlp(network: nn.Module) -> Conditioner:
         trained=[torch.full_like(W, W.requires_grad, dtype=torch.bool) for W in weights],
         trained_bias=[torch.full_like(b, b.requires_grad, dtype=torch.bool) for b in biases],
         activation=activations[0],
+        dropout=max(dropouts, default=0.0),
     )
 
 
@@ -105,6 +109,7 @@ def side_by_side(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
         trained=[_beside(net_u.trained[i], net_t.trained[i], shared_input=i == 0) for i in range(n)],
         trained_bias=[torch.cat([net_u.trained_bias[i], net_t.trained_bias[i]]) for i in range(n)],
         activation=net_u.activation,
+        dropout=max(net_u.dropout, net_t.dropout),
     )
 
 
@@ -129,10 +134,11 @@ def _steps(module: nn.Module) -> Iterator[Step]:
     name = type(module).__name__
     if hooks := [h for h in ("_forward_hooks", "_forward_pre_hooks", "parametrizations") if getattr(module, h, None)]:
         raise Unfusable(f"{name} has {hooks[0].strip('_').replace('_', ' ')}, which may change what it computes")
-    if type(module) is nn.Identity or (isinstance(module, nn.Dropout) and (module.p == 0 or not module.training)):
+    if type(module) is nn.Identity:
         return
     if isinstance(module, nn.Dropout):
-        raise _active_dropout(module.p)
+        yield _dropout(module.p, module.training)
+        return
     activation = _activation(module)
     if activation is not None:
         yield activation
@@ -231,7 +237,7 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
                 raise Unfusable(f"{name} has more than one output")
             return
         if node.op == "call_function" and node.target is F.dropout:
-            _check_dropout(*node.args, **node.kwargs)  # type: ignore[arg-type]
+            yield _functional_dropout(*node.args, **node.kwargs)  # type: ignore[arg-type]
             continue
         constants = {key: value for key, value in node.kwargs.items() if _CONSTANTS.get(key, value) != value}
         if node.args != (last,) or constants:
@@ -246,13 +252,14 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
 
 
-def _check_dropout(x: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+def _functional_dropout(x: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> float:
+    return _dropout(p, training)
+
+
+def _dropout(p: float, training: bool) -> float:
     if training and p:
-        raise _active_dropout(p)
-
-
-def _active_dropout(p: float) -> Unfusable:
-    return Unfusable(f"dropout (p = {p:g}) is active; convert the flow in eval mode")
+        raise Unfusable(f"dropout (p = {p:g}) is active; convert the flow in eval mode")
+    return float(p)
 
 
 def _concatenated(inputs: list[fx.Node]) -> fx.Node | None:

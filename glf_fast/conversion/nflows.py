@@ -158,7 +158,7 @@ def _batch_norm(transform: Any, dim: int) -> list[Layer]:
         raise Unfusable("batch norm in training mode; in eval mode it is fused")
     log_scale = torch.log(transform.weight) - 0.5 * torch.log(transform.running_var + transform.eps)
     shift = transform.bias - transform.running_mean * torch.exp(log_scale)
-    return [Diagonal(log_scale, shift, trained_together(*transform.parameters()))]
+    return [Diagonal(log_scale, shift, trained_together(*transform.parameters()), statistics=True)]
 
 
 def _permutation(transform: Any, dim: int) -> list[Layer]:

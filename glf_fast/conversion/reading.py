@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 
-from glf_fast.conversion.layers import Conditioner, Coupling, Kept, Layer, Unfusable
+from glf_fast.conversion.layers import Conditioner, Coupling, Diagonal, Kept, Layer, Unfusable
 from glf_fast.conversion.padding import check_padding
 
 __all__ = [
@@ -126,17 +126,14 @@ def context_features(modules: Iterable[nn.Module]) -> int:
     return 0
 
 
-def lost_in_training(modules: Iterable[nn.Module], kept: Iterable[nn.Module] = ()) -> str:
-    """Which of the modules that are fused, all but `kept`, do something else in training mode, which a fused layer does
-    not: "" if none.
-    """
-    stay = {id(part) for module in kept for part in module.modules()}
-    names = {
-        f"{type(module).__name__} (p = {module.p:g})" if isinstance(module, nn.Dropout) else type(module).__name__
-        for module in modules
-        if id(module) not in stay
-        and ((isinstance(module, nn.Dropout) and module.p) or "BatchNorm" in type(module).__name__)
-    }
+def lost_in_training(layers: Iterable[Layer]) -> str:
+    """What the library's layers do in training mode alone, and fused ones do not: "" if nothing."""
+    names = set()
+    for layer in layers:
+        if isinstance(layer, Coupling) and layer.conditioner.dropout:
+            names.add(f"Dropout (p = {layer.conditioner.dropout:g})")
+        if isinstance(layer, Diagonal) and layer.statistics:
+            names.add("BatchNorm")
     return ", ".join(sorted(names))
 
 

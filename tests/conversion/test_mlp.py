@@ -79,6 +79,7 @@ def test_networks_that_are_mlps(name: str) -> None:
     torch.testing.assert_close(mlp(x, read.weights, read.biases, read.activation), network(x))
     assert all(mask.all() for mask in read.trained)
     bias_free = {i for i, mask in enumerate(read.trained_bias) if not mask.any()}
+    assert read.dropout == (0.3 if name == "functional-dropout" else 0.0)
     assert bias_free == ({1} if name in ("functional", "compiled") else set())
 
 
