@@ -58,15 +58,15 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
         torch.Size([7])
     """
     reader = import_module(f"glf_fast.conversion.{_reader(flow)}")
+    like = next((p for p in flow.parameters()), torch.empty(0, device="cpu"))
 
     def build(original: nn.Module) -> tuple[Reading, Flow, Sources]:
-        reading = reader.read(original)
+        reading = reader.read(original, like.device.type)
         if context is not None:
             reading = replace(reading, context_shape=tuple(context.shape[1:]))
         return reading, *_converted(type(flow).__name__, original, reading)
 
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-        like = next((p for p in flow.parameters()), torch.empty(0))
         try:
             original = copy.deepcopy(flow).to("cpu", torch.float64)
         except RuntimeError as error:  # a cache of tensors that are not leaves

@@ -183,7 +183,8 @@ def _read(model: nn.Module, flow: nn.Module, place: Place) -> list[list[Layer]]:
         except ConversionError as reason:  # a reason against the whole flow is one against this layer here
             raise Unfusable(str(reason)) from reason
 
-    return read_parts(place.named, read, lambda module: module)
+    device = next((p.device.type for p in flow.parameters()), "cpu")
+    return read_parts(place.named, read, lambda module: module, device)
 
 
 def _runs(parts: Sequence[Sequence[Layer]], conditions: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:

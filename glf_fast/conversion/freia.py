@@ -31,7 +31,7 @@ class Block:
     module: nn.Module
 
 
-def read(inn: Any) -> Reading:
+def read(inn: Any, device: str = "cpu") -> Reading:
     """The layers of a `SequenceINN` or of a `GraphINN` that is a chain, data → N(0, I)."""
     chain, shape = blocks(inn)
     check_vectors(type(inn).__name__, shape)
@@ -47,6 +47,7 @@ def read(inn: Any) -> Reading:
         [(block.name, block.module) for block in chain],
         lambda module: read_layer(module, seen[id(module)]),
         lambda module: KeptBlock(module, seen[id(module)], _part_widths(module), names[id(module)]),
+        device,
     )
 
     def run(x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class KeptTransform(nn.Module):
         return self.transform.inverse(z, context)  # type: ignore[operator]
 
 
-def read(flow: Any) -> Reading:
+def read(flow: Any, device: str = "cpu") -> Reading:
     """An `nflows.flows.Flow` on vectors whose base is a standard or a diagonal normal; its caches are switched off."""
     base = flow._distribution
     if type(base).__name__ not in ("StandardNormal", "DiagonalNormal"):
@@ -54,7 +54,7 @@ def read(flow: Any) -> Reading:
     # ½ D ln 2π, rounded where the flow was in half precision: a density must not lose it.
     base._log_z.fill_(0.5 * dim * math.log(2 * math.pi))
     others = [base, flow._embedding_net]
-    layers = read_each(transforms(flow._transform), lambda t: read_transform(t, dim), KeptTransform, others)
+    layers = read_each(transforms(flow._transform), lambda t: read_transform(t, dim), KeptTransform, device, others)
     if type(base).__name__ == "DiagonalNormal":
         mean, log_std = base.mean_[0], base.log_std_[0]
         try:

@@ -19,7 +19,7 @@ from glf_fast.conversion.reading import ConversionError, Reading, context_featur
 __all__ = ["KeptLayer", "columns", "named_layers", "read", "read_layer"]
 
 
-def read(flow: Any) -> Reading:
+def read(flow: Any, device: str = "cpu") -> Reading:
     """The layers of a `NormalizingFlow` or `ConditionalNormalizingFlow`, data → noise."""
     base = flow.q0
     if type(base).__name__ != "DiagGaussian" or len(base.shape) != 1:
@@ -29,7 +29,7 @@ def read(flow: Any) -> Reading:
         raise ConversionError(f"q0 (DiagGaussian): temperature is {base.temperature}; set it to None")
     dim = int(base.shape[0])
     conditional = any(kind.__name__ == "ConditionalNormalizingFlow" for kind in type(flow).__mro__)
-    layers = read_each(named_layers(flow.flows), lambda module: read_layer(module, dim), KeptLayer, [base])
+    layers = read_each(named_layers(flow.flows), lambda module: read_layer(module, dim), KeptLayer, device, [base])
     features = context_features(flow.modules()) if conditional else 0
 
     def log_prob(x: Tensor, context: Tensor | None) -> Tensor:

@@ -54,7 +54,10 @@ def divided(couplings: Sequence[Coupling]) -> list[list[Coupling]]:
 
 
 def check_padding(coupling: Coupling) -> None:
-    """Raise Unfusable for a coupling that is slower with its padding than the library's own layer is."""
+    """Raise Unfusable for a coupling that is slower with its padding than the library's own layer is, on a processor.
+
+    On a GPU the library's dozens of launches for each layer cost more than multiply-adds do: nobody asks there.
+    """
     mlp = coupling.conditioner
     own = sum(int(((W != 0) | mask).sum()) for W, mask in zip(mlp.weights, mlp.trained, strict=True))
     dim = len(coupling.passive) + len(coupling.transformed)

@@ -52,16 +52,18 @@ def read_each(
     named_modules: Iterable[tuple[str, nn.Module]],
     read: Callable[[nn.Module], list[Layer]],
     keep: Callable[[nn.Module], nn.Module],
+    device: str,
     others: Iterable[nn.Module] = (),
 ) -> list[Layer]:
     """The layers of the library's modules, in the order given (data → noise); as `read_parts`, in one list."""
-    return [layer for part in read_parts(named_modules, read, keep, others) for layer in part]
+    return [layer for part in read_parts(named_modules, read, keep, device, others) for layer in part]
 
 
 def read_parts(
     named_modules: Iterable[tuple[str, nn.Module]],
     read: Callable[[nn.Module], list[Layer]],
     keep: Callable[[nn.Module], nn.Module],
+    device: str,
     others: Iterable[nn.Module] = (),
 ) -> list[list[Layer]]:
     """The layers of each of the library's modules, in the order given (data → noise).
@@ -70,6 +72,7 @@ def read_parts(
         named_modules: name, for messages, and module of each of the library's layers.
         read: one module's layers; raises Unfusable.
         keep: the adapter that a `Kept` holds, for a module that `read` refuses.
+        device: the type of device on which the flow will run: padding is not worth its time on a "cpu" alone.
         others: what else there is in the flow: its base, its embedding net.
 
     A module whose trained parameters are another's, too, is kept: stacking copies, and copies would not stay equal.
@@ -86,7 +89,7 @@ def read_parts(
                 )
             part = read(module)
             for layer in part:
-                if isinstance(layer, Coupling):
+                if isinstance(layer, Coupling) and device == "cpu":
                     check_padding(layer)
             uses = Counter(p for layer in part for p in parameters_of(*_tensors(layer)))
             if uses and max(uses.values()) > 1:

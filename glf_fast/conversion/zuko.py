@@ -40,7 +40,7 @@ class KeptTransform(nn.Module):
         return y, ladj.sum(1) if ladj.ndim == 2 else ladj  # per column for elementwise transforms
 
 
-def read(flow: Any) -> Reading:
+def read(flow: Any, device: str = "cpu") -> Reading:
     """A `zuko.lazy.Flow` whose base is a diagonal normal."""
     base = flow.base(None)
     normal = getattr(base, "base_dist", None)
@@ -50,7 +50,7 @@ def read(flow: Any) -> Reading:
         shapes = f"batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}"
         raise ConversionError(f"a base of {shapes}: flows on vectors are covered")
     dim = base.event_shape[0]
-    layers = read_each(transforms(flow.transform), lambda transform: read_transform(transform, dim), KeptTransform)
+    layers = read_each(transforms(flow.transform), lambda t: read_transform(t, dim), KeptTransform, device)
     if normal.loc.any() or (normal.scale != 1).any() or normal.loc.requires_grad or normal.scale.requires_grad:
         try:
             trained = trained_together(normal.loc, normal.scale)

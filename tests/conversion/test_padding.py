@@ -11,8 +11,9 @@ from nflows.flows import Flow
 from torch import nn
 
 from glf_fast import CouplingFlow
-from glf_fast.conversion import ConversionError, convert
+from glf_fast.conversion import ConversionError, convert, nflows
 from glf_fast.conversion.accelerate import accelerate
+from glf_fast.conversion.layers import Kept
 
 
 def blocks(widths: list[int], dim: int = 20, scale_map: str = "exp") -> nf.NormalizingFlow:
@@ -71,6 +72,12 @@ def test_a_coupling_of_few_columns_of_many_stays_as_it_is() -> None:
     report = accelerate(flow)
     assert len(report.replaced) == 2 and "transforms 1 of 512 columns" in str(report)
     assert flow._transform._transforms[1] is few
+
+
+def test_a_gpu_minds_launches_more_than_padding() -> None:
+    flow = Flow(lopsided(512, 1), StandardNormal([512])).double()
+    assert [isinstance(layer, Kept) for layer in nflows.read(flow, "cuda").layers] == [False]
+    assert [isinstance(layer, Kept) for layer in nflows.read(flow, "cpu").layers] == [True]
 
 
 def test_couplings_of_a_usual_size_are_fused_whatever_their_mask() -> None:
