@@ -1,7 +1,7 @@
 """glf_fast: fast affine-coupling normalizing flows, and Generative Latent Flow on top of them.
 
-Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert` and `accelerate` are loaded when
-first asked for.
+Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert`, `ConversionError` and `accelerate`
+are loaded when first asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from glf_fast.flow import (
 from glf_fast.ops import backends, use_backend
 
 if TYPE_CHECKING:
-    from glf_fast.conversion import convert
+    from glf_fast.conversion import ConversionError, convert
     from glf_fast.conversion.accelerate import accelerate
     from glf_fast.models.glf import GLF
 
@@ -35,6 +35,7 @@ __all__ = [
     "MLP",
     "ActNorm",
     "AffineCoupling",
+    "ConversionError",
     "CouplingFlow",
     "Flow",
     "FlowDistribution",
@@ -55,12 +56,16 @@ def __getattr__(name: str) -> Any:
         from glf_fast.models.glf import GLF
 
         return GLF
-    if name == "convert":
-        from glf_fast.conversion import convert
+    if name in ("ConversionError", "convert"):
+        from glf_fast import conversion
 
-        return convert
+        return getattr(conversion, name)
     if name == "accelerate":
         from glf_fast.conversion.accelerate import accelerate
 
         return accelerate
     raise AttributeError(f"module 'glf_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

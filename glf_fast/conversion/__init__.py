@@ -63,20 +63,25 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
             reading = replace(reading, context_shape=tuple(context.shape[1:]))
         return reading, *_converted(type(flow).__name__, original, reading)
 
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         like = next((p for p in flow.parameters()), torch.empty(0))
         try:
             original = copy.deepcopy(flow).to("cpu", torch.float64)
         except RuntimeError as error:  # a cache of tensors that are not leaves
             raise ConversionError(f"this {type(flow).__name__} cannot be copied: {error}") from error
+        modes = {id(module): module.training for module in original.modules()}
         reading, converted = proven(original, build)
         kept = [layer.module for layer in reading.layers if isinstance(layer, Kept)]
         lost = lost_in_training(original.modules(), [*kept, *([reading.embedding] if reading.embedding else [])])
         if lost:
             warnings.warn(
-                f"the converted flow has no {lost} in training mode either: it stays what it is in eval mode", stacklevel=2
+                f"the converted flow has no {lost} in training mode either: it stays what it is in eval mode",
+                stacklevel=2,
             )
-        return converted.to(like.device, like.dtype).train(flow.training)
+        converted.to(like.device, like.dtype).train(flow.training)
+        for module in converted.modules():  # the library's own have each its mode
+            module.training = modes.get(id(module), module.training)
+        return converted
 
 
 def _reader(flow: nn.Module) -> str:
@@ -95,7 +100,7 @@ def _reader(flow: nn.Module) -> str:
         )
     wanted = " or ".join(name for name in READERS if name.startswith(library))
     raise ConversionError(
-        f"{library}'s {name} is not a flow from one vector to one vector, with a density: convert takes a {wanted}"
+        f"{name} of {library} is not a flow from one vector to one vector, with a density: convert takes a {wanted}"
     )
 
 

@@ -79,7 +79,7 @@ def _segments(run: Iterable[Coupling | Piece]) -> tuple[list[_Segment], list[Pie
             gap.append(layer)
             continue
         last = segments[-1] if segments else None
-        if last is None or _kind(last.couplings[-1]) != _kind(layer):
+        if last is None or _kind(last.couplings[-1]) != _kind(layer) or _wasteful([*last.couplings, layer]):
             if last is not None and last.couplings[-1].undo:
                 last.after, gap = gap, []
             last = _Segment()
@@ -109,6 +109,18 @@ def _kind(coupling: Coupling) -> tuple[object, ...]:
         mlp.activation, len(mlp.weights), coupling.log_scale, coupling.log_scale_constant, coupling.add_first,
         coupling.undo
     )  # fmt: skip
+
+
+def _wasteful(couplings: Sequence[Coupling]) -> bool:
+    """Whether it costs more to widen all their networks to the widest than to launch twice.
+
+    4,000 products a sample are what a launch takes at a batch of 256.
+    """
+    shapes = [[W.shape for W in coupling.conditioner.weights] for coupling in couplings]
+    own = sum(n_in * n_out for layers in shapes for n_in, n_out in layers)
+    widest = [(max(n_in for n_in, _ in layer), max(n_out for _, n_out in layer)) for layer in zip(*shapes, strict=True)]
+    padded = len(couplings) * sum(n_in * n_out for n_in, n_out in widest)
+    return padded - own > max(own // 2, 4000)
 
 
 def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:

@@ -55,7 +55,8 @@ def fold(pieces: Iterable[Permutation | Diagonal | Dense], dim: int, like: Tenso
     """The pieces, first to last, as maps whose product they are: nearly always one, at least one.
 
     There is a second one where a trained scale or a fixed shift follows a matrix in a way that ((x + b)·e^s) W with
-    the same freedom cannot express.
+    the same freedom cannot express, and where b takes away so much that x A + c would lose its digits: a flow whose first
+    layer standardises data far from 0.
     """
     maps = []
     affine = identity(dim, like)
@@ -64,7 +65,17 @@ def fold(pieces: Iterable[Permutation | Diagonal | Dense], dim: int, like: Tenso
             maps.append(_settled(affine))
             affine = identity(dim, like)
         affine = _append(affine, piece)
-    return [*maps, _settled(affine)]
+    return [part for whole in (*maps, _settled(affine)) for part in _precise(whole)]
+
+
+def _precise(affine: Affine) -> list[Affine]:
+    """In two, the shift and scale first, where x·e^s and b·e^s would cancel more than a digit."""
+    if not bool((affine.b.abs() * affine.s.exp() > 10).any()):
+        return [affine]
+    zero = torch.zeros_like(affine.s)
+    first = replace(affine, order=torch.arange(len(zero), device=zero.device), W=None, W_trained=False)
+    rest = replace(affine, s=zero, b=zero, s_trained=False, b_trained=False)
+    return [first, rest]
 
 
 def inverted(piece: Permutation | Diagonal | Dense) -> Permutation | Diagonal | Dense:

@@ -126,6 +126,7 @@ def _beside(a: Tensor, b: Tensor, *, shared_input: bool) -> Tensor:
 
 def _steps(module: nn.Module) -> Iterator[Step]:
     """What `module` applies to its input, one after the other."""
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
     name = type(module).__name__
     if hooks := [h for h in ("_forward_hooks", "_forward_pre_hooks", "parametrizations") if getattr(module, h, None)]:
         raise Unfusable(f"{name} has {hooks[0].strip('_').replace('_', ' ')}, which may change what it computes")
@@ -220,6 +221,8 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
         if node is None or len(node.users) != 1:
             raise Unfusable(f"{name} is not a chain of layers")
         (last, node) = (node, next(iter(node.users)))
+        if node.target is F.dropout:
+            raise Unfusable(f"{name} calls F.dropout; written as nn.Dropout it is fused in eval mode")
         if node.op == "output":
             if node.args != (last,):
                 raise Unfusable(f"{name} has more than one output")

@@ -65,7 +65,11 @@ def place_of(module: nn.Module) -> Place | None:
 def _overridden(kind: type, base: type, library: str) -> list[str]:
     """Methods of the library's class `base` that a class from elsewhere, `kind`, has replaced."""
     names = {name for name in dir(base) if name == "forward" or not hasattr(nn.Module, name)}
-    elsewhere = [vars(k) for k in kind.__mro__ if k is not base and issubclass(k, base) and not k.__module__.startswith(f"{library}.")]
+    elsewhere = [
+        vars(k)
+        for k in kind.__mro__
+        if k is not base and issubclass(k, base) and not k.__module__.startswith(f"{library}.")
+    ]
     return sorted(names & {name for own in elsewhere for name in own if callable(own[name])})
 
 

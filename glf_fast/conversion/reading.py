@@ -79,7 +79,9 @@ def read_parts(
     for name, module in named:
         try:
             if any(owners[id(p)] > 1 for p in module.parameters()):
-                raise Unfusable("shares parameters with another layer, the base or the embedding net; stacking would untie them")
+                raise Unfusable(
+                    "shares parameters with another layer, the base or the embedding net; stacking would untie them"
+                )
             part = read(module)
             uses = Counter(p for layer in part for p in parameters_of(*_tensors(layer)))
             if uses and max(uses.values()) > 1:

@@ -25,6 +25,11 @@ class Functional(nn.Module):
         return self.c(F.relu(self.b(self.a(x).relu())))
 
 
+class FunctionalDropout(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.dropout(self.b(self.a(x).relu()).relu(), 0.1, self.training))
+
+
 class Skip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +55,7 @@ NETWORKS = {
         nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Tanh()), nn.Dropout(0.0), nn.Linear(5, 6)
     ),
     "functional": Functional,
+    "compiled": lambda: torch.compile(sequential(nn.ReLU()), backend="eager"),
     "four-hidden": lambda: sequential(nn.ReLU(), widths=(3, 5, 4, 3, 2, 6)),
 }
 
@@ -79,6 +85,7 @@ def test_networks_that_are_mlps(name: str) -> None:
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)), "BatchNorm1d"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 2)), "dropout"),
         (Skip, "Skip is not a chain"),
+        (FunctionalDropout, "calls F.dropout; written as nn.Dropout"),
         (lambda: sequential(*[nn.ReLU()], widths=(3, 3, 3)).append(nn.ReLU()), "is not linear →"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "has parametrizations"),
     ],
