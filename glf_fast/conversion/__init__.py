@@ -101,7 +101,7 @@ def _reader(flow: nn.Module) -> str:
         )
     wanted = " or ".join(name for name in READERS if name.startswith(library))
     raise ConversionError(
-        f"{library}'s {name} is not a flow from one vector to one vector, with a density: convert takes a {wanted}"
+        f"{name} of {library} is not a flow from one vector to one vector, with a density: convert takes a {wanted}"
     )
 
 

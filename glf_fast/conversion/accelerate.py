@@ -90,7 +90,8 @@ def accelerate(model: nn.Module) -> Report:
 
     Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: make
     the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict are
-    others. A layer whose parameters, or which itself, is used elsewhere in the model, too, stays as it is.
+    others. A layer whose parameters, or which itself, is used elsewhere in the model, too, stays as it is. Code that has the
+    layers in a plain list of its own, though, goes on with the old ones: walk the flow's.
 
     Args:
         model: any module: a flow, or a model with flows in it. Changed in place. Of an sbi posterior give its
@@ -105,9 +106,7 @@ def accelerate(model: nn.Module) -> Report:
         Nothing was replaced.
         There is no flow of normflows, nflows, zuko or FrEIA in this model.
     """
-    if not isinstance(model, nn.Module):
-        hint = ": give its posterior_estimator" if hasattr(model, "posterior_estimator") else ""
-        raise TypeError(f"accelerate takes a torch.nn.Module; got {type(model).__name__}{hint}")
+    _check_module(model)
     report = Report()
     seen: list[str] = []  # flows, and layers outside of flows, that are in the report
     for where, module in list(model.named_modules()):
@@ -130,9 +129,16 @@ def accelerate(model: nn.Module) -> Report:
     return report
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        hint = ": give its posterior_estimator" if hasattr(model, "posterior_estimator") else ""
+        raise TypeError(f"accelerate takes a torch.nn.Module; got {type(model).__name__}{hint}")
+
+
 def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place, report: Report) -> None:
     parts = _read(model, flow, place)
     replacements: list[Replacement] = []
+    before = len(report.left)
     for start, stop in _runs(parts, place.conditions):
         names = [name for name, _ in place.named[start:stop]]
         modules = [module for _, module in place.named[start:stop]]
@@ -142,7 +148,7 @@ def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place
         try:
             fused = _fused(place, modules)
         except (Unfusable, ConversionError) as reason:
-            report.left.append(Left(f"{where}: {_span(names)}", type(flow).__name__, str(reason)))
+            report.left.append(Left(where, type(flow).__name__, f"{_span(names)}: {reason}"))
             continue
         flows, affine = (
             sum(isinstance(module, kind) for module in fused.modules())
@@ -159,7 +165,7 @@ def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place
         for layer in part:
             if isinstance(layer, Kept):
                 report.left.append(Left(where, type(flow).__name__, layer.reason))
-    if not replacements and not any(isinstance(layer, Kept) for part in parts for layer in part):
+    if not replacements and len(report.left) == before:
         report.left.append(Left(where, type(flow).__name__, "there is no coupling in it that could be fused"))
     if replacements:
         place.put(replacements)
@@ -174,7 +180,10 @@ def _read(model: nn.Module, flow: nn.Module, place: Place) -> list[list[Layer]]:
         for part in module.modules():
             # FrEIA's own hook re-orthogonalises a matrix that is trained, and is read only where it is not.
             own = type(part).__name__ == "OrthogonalTransform"
-            if part._forward_hooks or part._forward_pre_hooks or (part._backward_hooks and not own):
+            on_parameters = any(
+                p._backward_hooks or p._post_accumulate_grad_hooks for p in part.parameters(recurse=False)
+            )
+            if part._forward_hooks or part._forward_pre_hooks or (part._backward_hooks and not own) or on_parameters:
                 raise Unfusable("has hooks, which would no longer run")
         if _used_elsewhere(model, flow, module):
             raise Unfusable("used elsewhere in the model, too: a copy would not stay equal")

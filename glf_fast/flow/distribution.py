@@ -57,8 +57,8 @@ class FlowDistribution(Distribution):
         if self._validate_args:
             self._validate_sample(value)
         value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
-        z, logdet = _by_rows(self.flow, value, self.context, inverse=False)
-        return self._base(z) + logdet
+        flow, rows, context, batch = _rows(self.flow, value, self.context)
+        return flow.log_prob(rows, context).reshape(batch)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Samples through which gradients reach the flow and the context: the inverse of N(0, I)."""
@@ -212,12 +212,12 @@ def _shapes(flow: Flow) -> str:
     return f"{type(flow).__name__}, event_shape={flow.event_shape}"
 
 
-def _by_rows(flow: Flow, value: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-    """The flow over any leading dimensions: value (…, *event_shape), context (…, *context_shape) broadcast → output,
-    logdet (…).
+def _rows(flow: Flow, value: Tensor, context: Tensor | None) -> tuple[Flow, Tensor, Tensor | None, torch.Size]:
+    """What to call with value (…, *event_shape) and context (…, *context_shape), broadcast: a flow, its rows (B,
+    *event_shape) and contexts (B, C) or None; and the batch shape of the result.
     """
     if isinstance(flow, Embedded) and context is not None:  # once for each context, not for each sample
-        return _by_rows(flow.flow, value, flow.embed(context), inverse=inverse)
+        return _rows(flow.flow, value, flow.embed(context))
     event = flow.event_shape
     if value.shape[value.ndim - len(event) :] != event:
         raise ValueError(f"a value must have shape (…, {', '.join(map(str, event))}); got {tuple(value.shape)}")
@@ -225,6 +225,11 @@ def _by_rows(flow: Flow, value: Tensor, context: Tensor | None, *, inverse: bool
     if context is not None:
         batch = torch.broadcast_shapes(batch, context.shape[:-1])
         context = context.expand(*batch, -1).reshape(-1, flow.context_dim)
-    rows = value.expand(*batch, *event).reshape(-1, *event)
+    return flow, value.expand(*batch, *event).reshape(-1, *event), context, batch
+
+
+def _by_rows(flow: Flow, value: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    """The flow over any leading dimensions: output (…, *event_shape), logdet (…)."""
+    flow, rows, context, batch = _rows(flow, value, context)
     out, logdet = flow.inverse(rows, context) if inverse else flow(rows, context)
-    return out.reshape(*batch, *event), logdet.reshape(batch)
+    return out.reshape(*batch, *flow.event_shape), logdet.reshape(batch)
