@@ -63,19 +63,19 @@ def lopsided(dim: int, transformed: int, hidden: int = 64) -> T.AffineCouplingTr
 
 
 def test_a_coupling_of_few_columns_of_many_stays_as_it_is() -> None:
-    """1 of 512 columns: the kernels' halves would make 1,023 columns of them, and the flow ten times slower."""
-    few, half = lopsided(512, 1), lopsided(512, 256, hidden=512)
-    with pytest.raises(ConversionError, match=r"transforms 1 of 512 columns, which takes 32,832 multiply-adds"):
-        convert(Flow(few, StandardNormal([512])))
-    flow = Flow(T.CompositeTransform([half, few, lopsided(512, 256, hidden=512)]), StandardNormal([512]))
+    """1 of 128 columns: the kernels' halves would make 253 columns of them."""
+    few, half = lopsided(128, 1), lopsided(128, 64, hidden=128)
+    with pytest.raises(ConversionError, match=r"transforms 1 of 128 columns with 8,256 multiply-adds"):
+        convert(Flow(few, StandardNormal([128])))
+    flow = Flow(T.CompositeTransform([half, few, lopsided(128, 64, hidden=128)]), StandardNormal([128]))
     assert [type(layer).__name__ for layer in convert(flow).layers].count("KeptTransform") == 1
     report = accelerate(flow)
-    assert len(report.replaced) == 2 and "transforms 1 of 512 columns" in str(report)
+    assert len(report.replaced) == 2 and "transforms 1 of 128 columns" in str(report)
     assert flow._transform._transforms[1] is few
 
 
 def test_a_gpu_minds_launches_more_than_padding() -> None:
-    flow = Flow(lopsided(512, 1), StandardNormal([512])).double()
+    flow = Flow(lopsided(128, 1), StandardNormal([128])).double()
     assert [isinstance(layer, Kept) for layer in nflows.read(flow, "cuda").layers] == [False]
     assert [isinstance(layer, Kept) for layer in nflows.read(flow, "cpu").layers] == [True]
 
