@@ -45,8 +45,9 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
 
     Args:
         flow: of one of the four libraries, on vectors.
-        context: an example (B, …) of its context, whose shape alone counts: needed only where no layer of the flow says
-            what shape that is, as with an embedding net that starts with a convolution.
+        context: an example (B, …) of its context, one row or more, with which the two flows are compared. Needed only
+            where no layer of the flow says what a context is: an embedding net that starts with a convolution, or that
+            takes classes.
 
     Raises ConversionError, with the layer and the reason: for flows of other libraries, on images, with another base
     than a (diagonal) normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet. Warns
@@ -58,12 +59,15 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
         torch.Size([7])
     """
     reader = import_module(f"glf_fast.conversion.{_reader(flow)}")
+    if context is not None and (context.ndim < 2 or not len(context)):
+        raise ValueError(f"context must be an example of shape (batch, …); got {tuple(context.shape)}")
     like = next((p for p in flow.parameters()), torch.empty(0, device="cpu"))
 
     def build(original: nn.Module) -> tuple[Reading, Flow, Sources]:
         reading = reader.read(original, like.device.type)
         if context is not None:
-            reading = replace(reading, context_shape=tuple(context.shape[1:]))
+            example = context.detach().to("cpu", torch.float64 if context.is_floating_point() else context.dtype)
+            reading = replace(reading, context_shape=tuple(context.shape[1:]), example=example)
         return reading, *_converted(type(flow).__name__, original, reading)
 
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
@@ -123,11 +127,10 @@ def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, 
         return fuse(reading.layers, reading.dim, sum(shape))
     try:
         with torch.no_grad():  # in eval mode: running statistics must not see zeros
-            columns = copy.deepcopy(embedding).eval()(torch.zeros(2, *shape, dtype=torch.float64)).shape[1]
-    except RuntimeError as error:
+            columns = copy.deepcopy(embedding).eval()(reading.contexts(2, torch.Generator())).shape[1]
+    except (RuntimeError, IndexError) as error:
         raise ConversionError(
-            f"the embedding_net fails on contexts of shape {shape}, which its first linear layer names ({error}): give "
-            "an example, convert(flow, context=…)"
+            f"the embedding_net fails on contexts of shape {shape} ({error}): give an example, convert(flow, context=…)"
         ) from error
     flow, sources = fuse(reading.layers, reading.dim, columns)
     return Embedded(flow, embedding, shape), sources

@@ -86,9 +86,7 @@ def check(library: nn.Module, reading: Reading, flow: Flow, sources: Sources) ->
     finite = compared = inverted = 0
     for scale in (0.05, 0.3, 1.0, 3.0, None):
         x, z = (scale or 1.0) * torch.randn(2, _BATCH, reading.dim, dtype=torch.float64, generator=generator)
-        context = None
-        if reading.context_shape:
-            context = torch.randn(_BATCH, *reading.context_shape, dtype=torch.float64, generator=generator)
+        context = reading.contexts(_BATCH, generator)
         if scale is None:
             with torch.no_grad():
                 x = flow.inverse(x, context)[0]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.layers import Conditioner, Coupling, Diagonal, Kept, Layer, Unfusable
@@ -38,6 +39,7 @@ class Reading:
     inverse: (z (B, D) from N(0, I), context or None) → x (B, D) by the library itself; None where the library cannot.
     embedding: the network that the library sends the context through first, if any.
     context_shape: of one sample's context before the embedding; () without context, None where nothing says what it is.
+    example: contexts (N, *context_shape) to compare with; random ones if None.
     """
 
     layers: list[Layer]
@@ -46,6 +48,15 @@ class Reading:
     inverse: Callable[[Tensor, Tensor | None], Tensor] | None = None
     embedding: nn.Module | None = None
     context_shape: tuple[int, ...] | None = ()
+    example: Tensor | None = None
+
+    def contexts(self, n: int, generator: torch.Generator) -> Tensor | None:
+        """n contexts to compare with; None if there is none."""
+        if self.example is not None:
+            return self.example[torch.randint(len(self.example), (n,), generator=generator)]
+        if self.context_shape:
+            return torch.randn(n, *self.context_shape, dtype=torch.float64, generator=generator)
+        return None
 
 
 def read_each(

@@ -104,6 +104,19 @@ def test_an_example_says_what_shape_a_context_has(embedding: nn.Module, shape: t
     assert converted.distribution(context).rsample((7,)).shape == (7, 6, 4)
 
 
+def test_an_example_of_classes() -> None:
+    """Contexts that random numbers cannot stand for."""
+    torch.manual_seed(0)
+    flow = nflows_flow(context=6, embedding=nn.Sequential(nn.Embedding(5, 3), nn.Flatten())).eval()
+    with pytest.raises(ConversionError, match="give an example"):
+        convert(flow)
+    context = torch.randint(5, (6, 2))
+    same(flow, convert(flow, context), context)
+    for wrong in (context[0], context[:0]):
+        with pytest.raises(ValueError, match=r"context must be an example of shape \(batch, …\)"):
+            convert(flow, wrong)
+
+
 def test_an_example_for_flows_without_embedding() -> None:
     flow = nf.ConditionalNormalizingFlow(
         nf.distributions.DiagGaussian(4),

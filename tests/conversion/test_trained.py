@@ -14,6 +14,7 @@ from nflows import transforms as T
 from nflows.distributions.normal import DiagonalNormal
 from nflows.flows import Flow
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from glf_fast.conversion import ConversionError, convert
 from glf_fast.conversion.accelerate import accelerate
@@ -168,8 +169,19 @@ def test_a_network_shared_with_the_embedding_stays_one() -> None:
 # -- modes -------------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_that_training_loses_is_said() -> None:
-    make = lambda a, b: Net(a, b, dropout=0.3)  # noqa: E731
+class FunctionalDropout(nn.Module):
+    """Dropout that is no module."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(n_in, 8), nn.Linear(8, n_out)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.b(F.dropout(self.a(x).relu(), 0.3, self.training))
+
+
+@pytest.mark.parametrize("make", [lambda a, b: Net(a, b, dropout=0.3), FunctionalDropout], ids=["module", "function"])
+def test_dropout_that_training_loses_is_said(make: Callable[..., nn.Module]) -> None:
     original = Flow(T.CompositeTransform(couplings(2, make)), nflows.distributions.StandardNormal([4])).eval()
     with pytest.warns(UserWarning, match=r"no Dropout \(p = 0.3\) in training mode"):
         converted = convert(original)
