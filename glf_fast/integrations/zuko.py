@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal, Transform
 
 import glf_fast.flow
-from glf_fast.flow.distribution import FlowDistribution
+from glf_fast.flow import FlowDistribution, FlowTransform
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "Given"]
 
 
 class Flow(nn.Module):
@@ -21,6 +23,22 @@ class Flow(nn.Module):
         super().__init__()
         self.flow = flow
 
-    def forward(self, c: Tensor | None = None) -> FlowDistribution:
+    def forward(self, c: Tensor | None = None) -> Given:
         """p(x | c), with one distribution for each row of c (*batch_shape, C)."""
-        return self.flow.distribution(c)
+        return Given(self.flow, c)
+
+
+class Given(FlowDistribution):
+    """p(x | c) with the two attributes of zuko's: `transform`, data → noise, and `base`."""
+
+    @property
+    def transform(self) -> Transform:
+        """Data (*batch_shape, *event_shape) → noise."""
+        return FlowTransform(self.flow, self.context).inv
+
+    @property
+    def base(self) -> Independent:
+        """N(0, I) of the noise."""
+        like = next(self.flow.parameters())
+        zero = torch.zeros(self.event_shape, dtype=like.dtype, device=like.device)
+        return Independent(Normal(zero, torch.ones_like(zero)), len(self.event_shape))

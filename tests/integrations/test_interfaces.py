@@ -65,6 +65,19 @@ def test_nflows_values(pair: tuple[CouplingFlow, torch.Tensor | None]) -> None:
         torch.testing.assert_close(values, made.log_prob(rows, None if context is None else context[m]))
 
 
+def test_zukos_attributes(pair: tuple[CouplingFlow, torch.Tensor | None]) -> None:
+    made, c = pair
+    ours, x = ours_as_zuko.Flow(made)(c), torch.randn(4, 3)
+    z = ours.transform(x)
+    torch.testing.assert_close(z, made(x, c)[0])
+    torch.testing.assert_close(ours.base.log_prob(z) + ours.transform.log_abs_det_jacobian(x, z), ours.log_prob(x))
+
+
+def test_nflows_batches_of_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size must be ≥ 1"):
+        ours_as_nflows.Flow(flow(0)).sample(5, batch_size=0)
+
+
 def test_zuko(pair: tuple[CouplingFlow, torch.Tensor | None]) -> None:
     made, c = pair
     import zuko
