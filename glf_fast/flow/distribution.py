@@ -70,7 +70,7 @@ class FlowDistribution(Distribution):
         return x, self._base(z) - logdet
 
     def __repr__(self) -> str:
-        return f"FlowDistribution({_shapes(self.flow)}, batch_shape={tuple(self.batch_shape)})"
+        return f"{type(self).__name__}({_shapes(self.flow)}, batch_shape={tuple(self.batch_shape)})"
 
     def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor, Tensor]:
         like = next(self.flow.parameters(), torch.empty(0))
