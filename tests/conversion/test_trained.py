@@ -16,7 +16,8 @@ from nflows.flows import Flow
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glf_fast.conversion import ConversionError, convert
+from glf_fast.conversion import ConversionError, convert, mlp
+from glf_fast.conversion import normflows as reader
 from glf_fast.conversion.accelerate import accelerate
 
 
@@ -90,56 +91,32 @@ def test_partly_frozen_bases_are_refused() -> None:
 
 
 def test_what_would_train_too_much_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zero blocks between two networks, and frozen networks, that are read as trained."""
+    """Zero blocks between two networks that are read as trained."""
     masked = lambda k: nf.flows.MaskedAffineFlow(  # noqa: E731
         (torch.arange(4) % 2 == k).float(), nf.nets.MLP([4, 8, 4]), nf.nets.MLP([4, 8, 4])
     )
     original = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [masked(0), masked(1)])
     convert(original)
-    with monkeypatch.context() as patch:
-        beside = lambda a, b, shared_input: torch.ones(  # noqa: E731
-            len(a) + (0 if shared_input else len(b)), a.shape[1] + b.shape[1], dtype=torch.bool
-        )
-        import glf_fast.conversion.mlp as mlp
+    true = mlp._beside
 
-        true = mlp._beside
-        patch.setattr(mlp, "_beside", lambda a, b, **k: (beside if a.dtype == torch.bool else true)(a, b, **k))
-        with pytest.raises(
-            ConversionError, match=r"would train what the original holds \(mlp_weights|layers.*mlp_weights"
-        ):
-            convert(original)
+    def all_trained(a: Tensor, b: Tensor, *, shared_input: bool) -> Tensor:
+        joined = true(a, b, shared_input=shared_input)
+        return torch.ones_like(joined) if joined.dtype == torch.bool else joined
+
+    monkeypatch.setattr(mlp, "_beside", all_trained)
+    with pytest.raises(ConversionError, match=r"would train what the original holds \(.*mlp_weights"):
+        convert(original)
 
 
-@pytest.mark.parametrize("library", ["normflows", "zuko"])
-def test_fresh_flows_with_last_layers_of_zero_are_read_by_their_scale(
-    library: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fresh_flows_with_last_layers_of_zero_are_read_by_their_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where u = 0, every log-scale is 0: the comparison must look elsewhere, too."""
-    if library == "normflows":
-        blocks = [nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4], init_zeros=True)) for _ in range(2)]
-        original = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), blocks)
-        wrong = ("tanh", 1.0, -1.0, False)
-        patch = lambda: monkeypatch.setitem(_scale_maps(), "exp", wrong)  # noqa: E731
-    else:
-        original = zuko.flows.RealNVP(4)
-        for module in original.modules():
-            if hasattr(module, "hyper"):
-                nn.init.zeros_(module.hyper[-1].weight), nn.init.zeros_(module.hyper[-1].bias)
-        patch = lambda: monkeypatch.setattr(  # noqa: E731
-            "glf_fast.conversion.zuko.log_scale", lambda u, *_: u / (1 + torch.abs(u / 6.9))
-        )
+    blocks = [nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4], init_zeros=True)) for _ in range(2)]
+    original = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), blocks)
     convert(original)
-    patch()
-    assert library == "zuko" or not accelerate(copy.deepcopy(original))
-    if library == "normflows":
-        with pytest.raises(ConversionError, match="log_prob differs"):
-            convert(original)
-
-
-def _scale_maps() -> dict:
-    from glf_fast.conversion import normflows
-
-    return normflows._SCALE_MAPS
+    monkeypatch.setitem(reader._SCALE_MAPS, "exp", ("tanh", 1.0, -1.0, False))
+    assert not accelerate(copy.deepcopy(original))
+    with pytest.raises(ConversionError, match="log_prob differs"):
+        convert(original)
 
 
 def test_a_network_shared_with_the_embedding_stays_one() -> None:
