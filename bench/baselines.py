@@ -21,7 +21,7 @@ from bench.cases import FlowCase
 from bench.check import SEED, exact_flow, why_wrong
 from bench.compiler import compiled
 
-__all__ = ["COMPILED", "LIBRARIES", "PLAIN", "Provider", "provider", "why_missing"]
+__all__ = ["COMPILED", "LIBRARIES", "MAKERS", "PLAIN", "Provider", "mlp", "provider", "why_missing"]
 
 LogProb = Callable[[Tensor, Tensor | None], Tensor]
 Sample = Callable[[int, Tensor | None], Tensor]
@@ -114,7 +114,8 @@ def provider(name: str, case: FlowCase, training: bool, device: str = "cpu") -> 
     return made
 
 
-def _mlp(widths: Sequence[int], *, zero_last: bool = False) -> nn.Sequential:
+def mlp(widths: Sequence[int], *, zero_last: bool = False) -> nn.Sequential:
+    """Linear layers of these widths with ReLU between them."""
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
@@ -155,7 +156,7 @@ def _freia(case: FlowCase, device: str) -> Provider:
     for _ in range(case.steps):
         inn.append(
             FrEIA.modules.AllInOneBlock,
-            subnet_constructor=lambda n_in, n_out: _mlp((n_in, *case.hidden, n_out), zero_last=True),
+            subnet_constructor=lambda n_in, n_out: mlp((n_in, *case.hidden, n_out), zero_last=True),
             cond=0 if C else None,
             cond_shape=(C,) if C else None,
         )
@@ -196,7 +197,7 @@ def _nflows(case: FlowCase, device: str) -> Provider:
     class Net(nn.Module):
         def __init__(self, n_in: int, n_out: int) -> None:
             super().__init__()
-            self.layers = _mlp((n_in + case.context_dim, *case.hidden, n_out), zero_last=True)
+            self.layers = mlp((n_in + case.context_dim, *case.hidden, n_out), zero_last=True)
 
         def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
             return self.layers(x if context is None else torch.cat([x, context], 1))

@@ -2,8 +2,9 @@
 
     pytest bench/test_convert.py --benchmark-only
 
-The flows are those of `bench.baselines`: what each library offers at the size of the case. The converted flow has the same
-parameters and the same density, which is checked before anything is timed.
+The flows are those of `bench.baselines`, what each library offers at the size of the case, and, for a shorter time, one of
+each kind in `bench.kinds`. The converted flow has the same parameters and the same density, which is checked before anything is
+timed.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.baselines import LIBRARIES, MAKERS, Provider, why_missing
 from bench.cases import FLOWS, MODES, FlowCase
 from bench.check import why_wrong
+from bench.kinds import KINDS
 from bench.walltime import Contestant, compete, report
 from glf_fast import convert
 
-SECONDS = 3.0  # for both
+SECONDS, KIND_SECONDS = 3.0, 1.5  # for both
 CASES = [FLOWS["glf-mnist"], FLOWS["sbi"]]
-TASKS = [(library, case, mode) for case in CASES for library in LIBRARIES for mode in MODES]
+TASKS = [
+    *((library, case, mode) for case in CASES for library in LIBRARIES for mode in MODES),
+    *((kind, CASES[0], mode) for kind in KINDS for mode in ("log_prob", "train")),
+]
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Pair:
 def pair(library: str, case: FlowCase) -> Pair:
     """Both, data-dependent starts done, parameters a little off their initial values."""
     torch.manual_seed(0)
-    original = MAKERS[library](case, "cpu")
+    original = KINDS[library](case) if library in KINDS else MAKERS[library](case, "cpu")
     original.run("log_prob", *replace(case, batch=256).inputs())
     with torch.no_grad():
         for p in original.module.parameters():
@@ -67,13 +72,13 @@ def times(library: str, case: FlowCase, mode: str) -> dict[str, list[float] | st
         library: Contestant(partial(made.original.run, mode, x, context), lambda: ""),
         "glf_fast": Contestant(partial(made.converted.run, mode, x, context), partial(made.why_wrong, mode, case)),
     }
-    return compete(contestants, SECONDS)
+    return compete(contestants, KIND_SECONDS if library in KINDS else SECONDS)
 
 
 @pytest.mark.parametrize("name", ["original", "glf_fast"])
 @pytest.mark.parametrize(("library", "case", "mode"), TASKS, ids=[f"{c.name}-{name}-{m}" for name, c, m in TASKS])
 def test_convert(library: str, case: FlowCase, mode: str, name: str, benchmark: BenchmarkFixture) -> None:
-    if reason := why_missing(library, case):
+    if reason := why_missing(library.partition(" ")[0], case):
         pytest.skip(reason)
     made = pair(library, case)
     provider, key = (made.original, library) if name == "original" else (made.converted, "glf_fast")

@@ -42,9 +42,10 @@ class NormalPosterior(nn.Module):
 
 
 def elbo(q: Distribution, n: int) -> Tensor:
-    """E_q[log p − log q], (), from n samples that gradients go through."""
-    x = q.rsample((n,))
-    return (log_funnel(x) - q.log_prob(x)).mean()
+    """E_q[log p − log q], (), from n samples that gradients go through; a flow's come with their density, in one pass."""
+    both = getattr(q, "rsample_and_log_prob", lambda shape: (x := q.rsample(shape), q.log_prob(x)))
+    x, log_q = both((n,))
+    return (log_funnel(x) - log_q).mean()
 
 
 def fit(make: Callable[[], nn.Module], steps: int, name: str) -> tuple[Distribution, float]:

@@ -1,11 +1,12 @@
 """glf_fast: fast affine-coupling normalizing flows, and Generative Latent Flow on top of them.
 
-Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert` and `accelerate` are loaded when
-first asked for.
+Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert`, `accelerate` and `integrations`
+are loaded when first asked for.
 """
 
 from __future__ import annotations
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ from glf_fast.flow import (
 from glf_fast.ops import backends, use_backend
 
 if TYPE_CHECKING:
-    from glf_fast.conversion import convert
+    from glf_fast import integrations
+    from glf_fast.conversion import ConversionError, convert
     from glf_fast.conversion.accelerate import accelerate
     from glf_fast.models.glf import GLF
 
@@ -35,6 +37,7 @@ __all__ = [
     "MLP",
     "ActNorm",
     "AffineCoupling",
+    "ConversionError",
     "CouplingFlow",
     "Flow",
     "FlowDistribution",
@@ -45,22 +48,28 @@ __all__ = [
     "accelerate",
     "backends",
     "convert",
+    "integrations",
     "rnvp_flow",
     "use_backend",
 ]
 
 
+# Loaded when first asked for, and where from: most programs need none of them.
+_LAZY = {
+    "ConversionError": "glf_fast.conversion",
+    "GLF": "glf_fast.models.glf",
+    "accelerate": "glf_fast.conversion.accelerate",
+    "convert": "glf_fast.conversion",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "GLF":
-        from glf_fast.models.glf import GLF
-
-        return GLF
-    if name == "convert":
-        from glf_fast.conversion import convert
-
-        return convert
-    if name == "accelerate":
-        from glf_fast.conversion.accelerate import accelerate
-
-        return accelerate
+    if name in _LAZY:
+        return getattr(_import_module(_LAZY[name]), name)
+    if name == "integrations":
+        return _import_module("glf_fast.integrations")
     raise AttributeError(f"module 'glf_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -82,6 +82,22 @@ assert glf_fast.GLF.__name__ == "GLF"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_public_names_are_listed_before_they_are_loaded() -> None:
+    code = """
+import sys
+import glf_fast
+assert set(glf_fast.__all__) <= set(dir(glf_fast))
+assert {"ConversionError", "accelerate", "convert", "integrations"} <= set(dir(glf_fast))
+assert not [name for name in sys.modules if name.startswith(("glf_fast.conversion", "glf_fast.integrations"))]
+assert glf_fast.integrations.zuko.Flow and "zuko" not in sys.modules
+try:
+    glf_fast.convert(__import__("torch").nn.Linear(2, 2))
+except glf_fast.ConversionError:
+    pass
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules([str(PACKAGE / "flow")])])
 def test_docstring_examples_run(name: str) -> None:
     import torch

@@ -3,67 +3,134 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from dataclasses import replace
 from importlib import import_module
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from glf_fast.conversion.check import check
-from glf_fast.conversion.embedded import Embedded
+from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.layers import Coupling, Kept
-from glf_fast.conversion.reading import ConversionError
-from glf_fast.flow import Flow
+from glf_fast.conversion.reading import ConversionError, Reading, lost_in_training
+from glf_fast.conversion.stack import Sources
+from glf_fast.flow import Embedded, Flow
 
 __all__ = ["ConversionError", "convert"]
 
-# Top package of a flow's class → the module here that reads it. A library is imported by its own flows, never by us.
-READERS = {"nflows": "nflows", "zuko": "zuko", "normflows": "normflows", "FrEIA": "freia"}
+# Class of a flow → the module here that reads it. A library is imported by its own flows, never by us.
+READERS = {
+    "FrEIA.GraphINN": "freia",
+    "FrEIA.SequenceINN": "freia",
+    "nflows.Flow": "nflows",
+    "normflows.ConditionalNormalizingFlow": "normflows",
+    "normflows.NormalizingFlow": "normflows",
+    "zuko.Flow": "zuko",
+}
 
 
-def convert(flow: nn.Module) -> Flow:
+def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     """A flow of normflows, nflows, zuko or FrEIA as a `glf_fast.Flow`: the same density, several times faster.
 
     The flow may be trained or fresh, with context or without; it is not changed. The result is a `CouplingFlow`, or a
     `SequentialFlow` of those and of the library's own layers where a layer cannot be fused (splines, autoregressive
-    layers, residual conditioners). It trains what the library's flow trains, and keeps dtype, device, `requires_grad`
-    and train or eval mode. Constants are read from the object itself.
+    layers, residual conditioners). It trains what the library's flow trains (a matrix made of fewer numbers than it has
+    entries, as nflows' QR and SVD, becomes free), and keeps dtype, device, `requires_grad` and train or eval mode.
+    Constants are read from the object itself. FrEIA's conditions become one context: those that some block uses, by
+    their index, side by side.
 
     Before it is returned it is compared with the original, in float64, on random inputs: log_prob, inverse, and the
     gradients of inputs and of all parameters, to 1e-6. The work is done in float64 on the processor.
 
+    Args:
+        flow: of one of the four libraries, on vectors.
+        context: an example (B, …) of its context, one row or more, with which the two flows are compared. Needed only
+            where no layer of the flow says what a context is: an embedding net that starts with a convolution, or that
+            takes classes.
+
     Raises ConversionError, with the layer and the reason: for flows of other libraries, on images, with another base
-    than a (diagonal) normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet.
+    than a (diagonal) normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet. Warns
+    where the original does something in training mode, such as dropout, that the result does not.
 
     Example:
         >>> fast = glf_fast.convert(zuko.flows.RealNVP(features=3, context=5, transforms=4))
         >>> fast.log_prob(torch.randn(7, 3), torch.randn(7, 5)).shape
         torch.Size([7])
     """
+    reader = import_module(f"glf_fast.conversion.{_reader(flow)}")
+    if context is not None and (context.ndim < 2 or not len(context)):
+        raise ValueError(f"context must be an example of shape (batch, …); got {tuple(context.shape)}")
+    like = next((p for p in flow.parameters()), torch.empty(0, device="cpu"))
+
+    def build(original: nn.Module) -> tuple[Reading, Flow, Sources]:
+        reading = reader.read(original, like.device.type)
+        if context is not None:
+            example = context.detach().to("cpu", torch.float64 if context.is_floating_point() else context.dtype)
+            reading = replace(reading, context_shape=tuple(context.shape[1:]), example=example)
+        return reading, *_converted(type(flow).__name__, original, reading)
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        try:
+            original = copy.deepcopy(flow).to("cpu", torch.float64)
+        except RuntimeError as error:  # a cache of tensors that are not leaves
+            raise ConversionError(f"this {type(flow).__name__} cannot be copied: {error}") from error
+        modes = [(module, module.training) for module in original.modules()]
+        reading, converted = proven(original, build)
+        lost = lost_in_training(reading.layers)
+        if lost:
+            warnings.warn(
+                f"the converted flow has no {lost} in training mode either: it stays what it is in eval mode",
+                stacklevel=2,
+            )
+        converted.to(like.device, like.dtype).train(flow.training)
+        for module, training in modes:  # layers that are kept, and an embedding net: they may be frozen in eval mode
+            module.training = training
+        return converted
+
+
+def _reader(flow: nn.Module) -> str:
+    """The name of the module that reads this flow."""
+    names = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(flow).__mro__]
+    found = next((READERS[name] for name in names if name in READERS), None)
+    if found is not None:
+        return found
+    libraries = {name.partition(".")[0] for name in READERS}
+    library = next((package for package in (name.partition(".")[0] for name in names) if package in libraries), None)
     name = type(flow).__name__
-    packages = [kind.__module__.partition(".")[0] for kind in type(flow).__mro__]
-    reader = next((READERS[package] for package in packages if package in READERS), None)
-    if reader is None:
+    if library is None:
         raise ConversionError(
-            f"{type(flow).__module__}.{name} is no flow of {', '.join(READERS)}: those libraries' flows are converted; "
-            "for a flow inside another module there is glf_fast.accelerate"
+            f"{type(flow).__module__}.{name} is no flow of nflows, zuko, normflows or FrEIA: those libraries' flows are "
+            "converted; for a flow inside another module there is glf_fast.accelerate"
         )
-    like = next((p for p in flow.parameters()), torch.empty(0))
+    wanted = " or ".join(name for name in READERS if name.startswith(library))
+    raise ConversionError(
+        f"{name} of {library} is not a flow from one vector to one vector, with a density: convert takes a {wanted}"
+    )
+
+
+def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, Sources]:
+    """The flow that was read, in float64."""
+    couplings = [layer for layer in reading.layers if isinstance(layer, Coupling)]
+    if not couplings:
+        reasons = [layer.reason for layer in reading.layers if isinstance(layer, Kept)]
+        raise ConversionError(f"{name} has no coupling that can be fused. " + "; ".join(reasons))
+    shape, embedding = reading.context_shape, reading.embedding
+    if shape is None:
+        raise ConversionError(
+            "the shape of the context is unknown, since its embedding_net does not start with a linear layer: give an "
+            "example, convert(flow, context=…)"
+        )
+    if embedding is None:
+        if len(shape) > 1:
+            raise ConversionError(f"without an embedding_net a context is one vector for each sample, not {shape}")
+        return fuse(reading.layers, reading.dim, sum(shape))
     try:
-        original = copy.deepcopy(flow).to("cpu", torch.float64)
-    except RuntimeError as error:  # a cache of tensors that are not leaves
-        raise ConversionError(f"this {name} cannot be copied: {error}") from error
-    with torch.enable_grad():
-        reading = import_module(f"glf_fast.conversion.{reader}").read(original)
-        couplings = [layer for layer in reading.layers if isinstance(layer, Coupling)]
-        if not couplings:
-            reasons = [layer.reason for layer in reading.layers if isinstance(layer, Kept)]
-            raise ConversionError(f"{name} has no coupling that can be fused. " + "; ".join(reasons))
-        context_dim = max(len(c.conditioner.weights[0]) - len(c.passive) for c in couplings)
-        if reading.context_shape and reading.embedding is None:
-            context_dim = reading.context_shape[0]
-        converted, sources = fuse(reading.layers, reading.dim, context_dim)
-        if reading.embedding is not None:
-            converted = Embedded(converted, reading.embedding)
-        check(original.eval(), reading, converted.eval(), sources)
-    return converted.to(like.device, like.dtype).train(flow.training)
+        with torch.no_grad():  # in eval mode: running statistics must not see zeros
+            columns = copy.deepcopy(embedding).eval()(reading.contexts(2, torch.Generator())).shape[1]
+    except (RuntimeError, IndexError) as error:
+        raise ConversionError(
+            f"the embedding_net fails on contexts of shape {shape} ({error}): give an example, convert(flow, context=…)"
+        ) from error
+    flow, sources = fuse(reading.layers, reading.dim, columns)
+    return Embedded(flow, embedding, shape), sources

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.adapters import FusedLayer, PassedOn
-from glf_fast.conversion.check import check
+from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.layers import Coupling, Kept, Layer, Unfusable
 from glf_fast.conversion.places import Place, Replacement, is_layer, place_of
-from glf_fast.conversion.reading import ConversionError, Reading, read_parts
+from glf_fast.conversion.reading import ConversionError, Reading, lost_in_training, read_parts
+from glf_fast.conversion.stack import Sources
 from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
 
 __all__ = ["Report", "accelerate"]
@@ -26,7 +27,8 @@ class Replaced:
     """Layers `first` to `last` of the flow at `where` (their names, data → noise), and what they have become.
 
     `couplings`: how many they held; `flows`: the CouplingFlows, one launch each, that compute them now; `affine`: linear
-    layers and ActNorms beside those, which fold into none of them.
+    layers and ActNorms beside those, which fold into none of them; `lost`: what they did in training mode alone, dropout
+    say, and no longer do.
     """
 
     where: str
@@ -36,6 +38,7 @@ class Replaced:
     couplings: int
     flows: int
     affine: int
+    lost: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Report:
             lines += ["Replaced:", *_table(rows)]
         else:
             lines.append("Nothing was replaced.")
+        lines += [f"{r.where} has no {r.lost} in training mode any more." for r in self.replaced if r.lost]
         if self.left:
             lines += ["Left as they are:", *(f"  {x.where} ({x.what}): {x.reason}" for x in self.left)]
         elif not self.replaced:
@@ -86,10 +90,12 @@ def accelerate(model: nn.Module) -> Report:
 
     Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: make
     the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict are
-    others. A layer whose parameters, or which itself, is used elsewhere in the model, too, stays as it is.
+    others. A layer whose parameters, or which itself, is used elsewhere in the model, too, stays as it is. Code that has the
+    layers in a plain list of its own, though, goes on with the old ones: walk the flow's.
 
     Args:
-        model: any module: a flow, or a model with flows in it. Changed in place.
+        model: any module: a flow, or a model with flows in it. Changed in place. Of an sbi posterior give its
+            `posterior_estimator`.
 
     Returns:
         Report: what was replaced, what not, and why; print it.
@@ -100,6 +106,7 @@ def accelerate(model: nn.Module) -> Report:
         Nothing was replaced.
         There is no flow of normflows, nflows, zuko or FrEIA in this model.
     """
+    _check_module(model)
     report = Report()
     seen: list[str] = []  # flows, and layers outside of flows, that are in the report
     for where, module in list(model.named_modules()):
@@ -114,7 +121,7 @@ def accelerate(model: nn.Module) -> Report:
         if place is not None:
             seen.append(where)
             # Gradients are compared and graphs followed, wherever this is called.
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
                 _accelerate_flow(model, module, name, place, report)
         elif is_layer(module) and not inside:
             seen.append(where)
@@ -122,9 +129,16 @@ def accelerate(model: nn.Module) -> Report:
     return report
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        hint = ": give its posterior_estimator" if hasattr(model, "posterior_estimator") else ""
+        raise TypeError(f"accelerate takes a torch.nn.Module; got {type(model).__name__}{hint}")
+
+
 def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place, report: Report) -> None:
     parts = _read(model, flow, place)
     replacements: list[Replacement] = []
+    before = len(report.left)
     for start, stop in _runs(parts, place.conditions):
         names = [name for name, _ in place.named[start:stop]]
         modules = [module for _, module in place.named[start:stop]]
@@ -134,13 +148,16 @@ def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place
         try:
             fused = _fused(place, modules)
         except (Unfusable, ConversionError) as reason:
-            report.left.append(Left(f"{where}: {_span(names)}", type(flow).__name__, str(reason)))
+            report.left.append(Left(where, type(flow).__name__, f"{_span(names)}: {reason}"))
             continue
         flows, affine = (
             sum(isinstance(module, kind) for module in fused.modules())
             for kind in (CouplingFlow, (ActNorm, InvertibleLinear))
         )
-        report.replaced.append(Replaced(where, type(flow).__name__, names[0], names[-1], couplings, flows, affine))
+        lost = lost_in_training(layer for part in parts[start:stop] for layer in part)
+        report.replaced.append(
+            Replaced(where, type(flow).__name__, names[0], names[-1], couplings, flows, affine, lost)
+        )
         adapter = place.adapt(fused, modules)
         adapter.training = modules[0].training
         replacements.append((start, stop, adapter))
@@ -148,7 +165,7 @@ def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place
         for layer in part:
             if isinstance(layer, Kept):
                 report.left.append(Left(where, type(flow).__name__, layer.reason))
-    if not replacements and not any(isinstance(layer, Kept) for part in parts for layer in part):
+    if not replacements and len(report.left) == before:
         report.left.append(Left(where, type(flow).__name__, "there is no coupling in it that could be fused"))
     if replacements:
         place.put(replacements)
@@ -163,7 +180,10 @@ def _read(model: nn.Module, flow: nn.Module, place: Place) -> list[list[Layer]]:
         for part in module.modules():
             # FrEIA's own hook re-orthogonalises a matrix that is trained, and is read only where it is not.
             own = type(part).__name__ == "OrthogonalTransform"
-            if part._forward_hooks or part._forward_pre_hooks or (part._backward_hooks and not own):
+            on_parameters = any(
+                p._backward_hooks or p._post_accumulate_grad_hooks for p in part.parameters(recurse=False)
+            )
+            if part._forward_hooks or part._forward_pre_hooks or (part._backward_hooks and not own) or on_parameters:
                 raise Unfusable("has hooks, which would no longer run")
         if _used_elsewhere(model, flow, module):
             raise Unfusable("used elsewhere in the model, too: a copy would not stay equal")
@@ -172,7 +192,8 @@ def _read(model: nn.Module, flow: nn.Module, place: Place) -> list[list[Layer]]:
         except ConversionError as reason:  # a reason against the whole flow is one against this layer here
             raise Unfusable(str(reason)) from reason
 
-    return read_parts(place.named, read, lambda module: module)
+    device = next((p.device.type for p in flow.parameters()), "cpu")
+    return read_parts(place.named, read, lambda module: module, device)
 
 
 def _runs(parts: Sequence[Sequence[Layer]], conditions: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
@@ -200,21 +221,32 @@ def _fused(place: Place, modules: Sequence[nn.Module]) -> Flow:
     for module in copies.modules():
         if hasattr(module, "using_cache"):
             module.using_cache = False  # type: ignore[assignment]  # what it holds is of the original, in another dtype
-    layers = [layer for module in copies for layer in place.read(module)]
-    couplings = [layer for layer in layers if isinstance(layer, Coupling)]
-    context_dim = max(len(c.conditioner.weights[0]) - len(c.passive) for c in couplings)
-    fused, sources = fuse(layers, place.dim, context_dim)
-    chain = [place.keep(module) for module in copies]
 
-    def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
-        logdet = x.new_zeros(len(x))
-        for module in chain:
-            x, ldj = module(x, context)
-            logdet = logdet + ldj
-        return logdet - 0.5 * x.square().sum(1) - 0.5 * place.dim * math.log(2 * math.pi)
+    def build(copied: nn.Module) -> tuple[Reading, Flow, Sources]:
+        modules: list[nn.Module] = list(copied.children())
+        layers = [layer for module in modules for layer in place.read(module)]
+        context_dim = max(layer.context_dim() for layer in layers if isinstance(layer, Coupling))
+        chain = [place.keep(module) for module in modules]
 
-    reading = Reading(layers, place.dim, log_prob, context_shape=(context_dim,) if context_dim else ())
-    check(copies, reading, fused.eval(), sources)
+        def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
+            logdet = x.new_zeros(len(x))
+            for module in chain:
+                x, ldj = module(x, context)
+                logdet = logdet + ldj
+            return logdet - 0.5 * x.square().sum(1) - 0.5 * place.dim * math.log(2 * math.pi)
+
+        def inverse(z: Tensor, context: Tensor | None) -> Tensor:
+            for module in reversed(chain):
+                z, _ = module.inverse(z, context)  # type: ignore[operator]
+            return z
+
+        reading = Reading(
+            layers, place.dim, log_prob, inverse if place.has_inverse(modules, layers) else None,
+            context_shape=(context_dim,) if context_dim else (),
+        )  # fmt: skip
+        return reading, *fuse(layers, place.dim, context_dim)
+
+    _, fused = proven(copies, build)
     like = next(p for module in modules for p in module.parameters() if p.is_floating_point())
     return fused.to(like.device, like.dtype).train(modules[0].training)
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from glf_fast.conversion.clamps import LogScale, recognised
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
 from glf_fast.conversion.mlp import read_mlp, select_outputs, side_by_side, without_scale
-from glf_fast.conversion.reading import ConversionError, Reading, read_each
+from glf_fast.conversion.reading import ConversionError, Reading, check_vectors, read_each, trained_together
 
-__all__ = ["Block", "KeptBlock", "blocks", "keep_alone", "own_context", "read", "read_layer"]
+__all__ = ["Block", "KeptBlock", "blocks", "has_exact_inverse", "keep_alone", "own_context", "read", "read_layer"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,10 @@ class Block:
     module: nn.Module
 
 
-def read(inn: Any) -> Reading:
+def read(inn: Any, device: str = "cpu") -> Reading:
     """The layers of a `SequenceINN` or of a `GraphINN` that is a chain, data → N(0, I)."""
     chain, shape = blocks(inn)
-    if len(shape) != 1:
-        raise ConversionError(f"{type(inn).__name__} works on {shape}: only networks on vectors can be converted")
+    check_vectors(type(inn).__name__, shape)
     dim = shape[0]
     widths: dict[int, int] = {}
     for block in chain:
@@ -48,6 +47,7 @@ def read(inn: Any) -> Reading:
         [(block.name, block.module) for block in chain],
         lambda module: read_layer(module, seen[id(module)]),
         lambda module: KeptBlock(module, seen[id(module)], _part_widths(module), names[id(module)]),
+        device,
     )
 
     def run(x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Tensor, Tensor]:
@@ -64,15 +64,18 @@ def read(inn: Any) -> Reading:
         z, jac = run(x, context, rev=False)
         return jac - 0.5 * z.square().sum(1) - 0.5 * dim * math.log(2 * math.pi)
 
-    exact = not any(isinstance(layer, Dense) and not layer.trained for layer in layers)
     return Reading(
         layers=layers,
         dim=dim,
         log_prob=log_prob,
-        # A rotation's stored inverse is its transpose, to float32: no truth to compare a float64 inverse with.
-        inverse=(lambda z, context: run(z, context, rev=True)[0]) if exact else None,
+        inverse=(lambda z, context: run(z, context, rev=True)[0]) if has_exact_inverse(layers) else None,
         context_shape=(sum(widths.values()),) if widths else (),
     )
+
+
+def has_exact_inverse(layers: Sequence[Layer]) -> bool:
+    """Whether the library's inverse is one to compare with: that of a rotation is its transpose, to float32."""
+    return not any(isinstance(layer, Dense) and not layer.trained for layer in layers)
 
 
 def blocks(inn: Any) -> tuple[list[Block], tuple[int, ...]]:
@@ -240,7 +243,7 @@ def _all_in_one(module: Any) -> list[Layer]:
         torch.cat([rotation.new_ones(n_transformed), rotation.new_full((n_transformed,), shift_factor)]),
     )
     scale = module.global_scale_activation(module.global_scale)
-    trained = _trained_together(module.global_scale, module.global_offset)
+    trained = trained_together(module.global_scale, module.global_offset)
     return [
         *([_rotation(rotation.T)] if module.reverse_pre_permute else []),
         _coupling(columns[:n_passive], columns[n_passive:], net, module, u_shape),
@@ -255,9 +258,9 @@ def _actnorm(module: Any) -> list[Layer]:
         raise ConversionError(_UNINITIALIZED.format("a layer"))
     if hasattr(module, "loc"):  # newer than 0.2: (x − loc)·e^−log_scale
         log_scale, loc = module.log_scale.view(-1), module.loc.view(-1)
-        trained = _trained_together(module.log_scale, module.loc)
+        trained = trained_together(module.log_scale, module.loc)
         return [Diagonal(-log_scale, -loc * torch.exp(-log_scale), trained)]
-    return [Diagonal(module.scale.view(-1), module.bias.view(-1), _trained_together(module.scale, module.bias))]
+    return [Diagonal(module.scale.view(-1), module.bias.view(-1), trained_together(module.scale, module.bias))]
 
 
 def _elementwise_scaling(module: Any) -> list[Layer]:
@@ -390,13 +393,6 @@ def _checked_orthogonal(W: Tensor) -> Tensor:
     if error > 1e-5:
         raise Unfusable(f"its matrix is not orthogonal (by {error:.0e}), but its log-determinant is taken to be 0")
     return W
-
-
-def _trained_together(*parameters: Tensor) -> bool:
-    trained = {p.requires_grad for p in parameters}
-    if len(trained) > 1:
-        raise Unfusable("only some of its parameters are trained")
-    return trained.pop()
 
 
 def _part_widths(module: Any) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, Permutation, Unfusable
 
-__all__ = ["Affine", "fold", "identity", "inverted", "inverted_layers"]
+__all__ = ["Affine", "apart", "fold", "identity", "inverted", "inverted_layers"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class Affine:
         zero = not (self.s.any() or self.b.any() or self.c.any())
         return self.W is None and zero and not trained
 
+    def reach(self) -> float:
+        """max |b·e^s|: how many times its own size x + b may be when it is computed as x·e^s + b·e^s."""
+        return float((self.b * self.s.exp()).detach().abs().max())
+
 
 def identity(dim: int, like: Tensor) -> Affine:
     """y = x on (B, dim)."""
@@ -65,6 +69,22 @@ def fold(pieces: Iterable[Permutation | Diagonal | Dense], dim: int, like: Tenso
             affine = identity(dim, like)
         affine = _append(affine, piece)
     return [*maps, _settled(affine)]
+
+
+def apart(maps: Iterable[Affine], reach: float) -> list[Affine]:
+    """The same maps, those of more than that reach as two: (x + b)·e^s, and W.
+
+    Folded into x A + c, such a map subtracts large numbers that a matrix has rounded; x + b by itself is as good as exact.
+    """
+    parted = []
+    for affine in maps:
+        if affine.reach() > reach:
+            still = identity(len(affine.s), affine.s)
+            scale = replace(affine, order=still.order, W=None, W_trained=False, regular=True)
+            parted += [scale, replace(affine, s=still.s, b=still.b, s_trained=False, b_trained=False)]
+        else:
+            parted.append(affine)
+    return parted
 
 
 def inverted(piece: Permutation | Diagonal | Dense) -> Permutation | Diagonal | Dense:

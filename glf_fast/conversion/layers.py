@@ -30,12 +30,14 @@ class Permutation:
 class Diagonal:
     """y = x·e^log_scale + shift, both (D,): ActNorm, batch norm in evaluation mode, trained normal distributions.
 
-    `trained`: the library trains it (its requires_grad), so that the converted flow must train it, too.
+    `trained`: the library trains it (its requires_grad), so that the converted flow must train it, too. `statistics`: in
+    training mode the library takes those of each batch instead.
     """
 
     log_scale: Tensor
     shift: Tensor
     trained: bool
+    statistics: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Conditioner:
     weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]. Whatever
     the library multiplies u or t by is in the last layer already. `trained[i]`, as weights[i], and `trained_bias[i]`,
     as biases[i], are True where an entry is a parameter that the library trains; where it is False (the zero blocks
-    of two networks side by side, frozen parameters) the entry keeps its value.
+    of two networks side by side, frozen parameters) the entry keeps its value. `dropout`: the largest p of those that
+    the network has in training mode, and the fused one has not.
     """
 
     weights: list[Tensor]
@@ -66,6 +69,7 @@ class Conditioner:
     trained: list[Tensor]
     trained_bias: list[Tensor]
     activation: str
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ class Coupling:
     log_scale_constant: float | None
     add_first: bool
     undo: bool = False
+
+    def context_dim(self) -> int:
+        """C, columns of the context that the conditioner takes."""
+        return len(self.conditioner.weights[0]) - len(self.passive)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from glf_fast.conversion.reading import parameters_of
 
 __all__ = ["read_mlp", "select_inputs", "select_outputs", "side_by_side", "without_scale"]
 
-# What a network applies, in order: a linear layer (weight (out, in), bias or None) or an activation by name.
+# What a network applies, in order: a linear layer (weight (out, in), bias or None), an activation by name, or a dropout, p,
+# that is not active.
 Linear = tuple[Tensor, Tensor | None]
-Step = Linear | str
+Step = Linear | str | float
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     F.relu: "relu",
@@ -49,6 +50,8 @@ def read_mlp(network: nn.Module) -> Conditioner:
     """
     name = type(network).__name__
     steps = list(_steps(network))
+    dropouts = [step for step in steps if isinstance(step, float)]
+    steps = [step for step in steps if not isinstance(step, float)]
     linears = [step for step in steps if isinstance(step, tuple)]
     activations = [step for step in steps if isinstance(step, str)]
     if [isinstance(step, tuple) for step in steps] != [i % 2 == 0 for i in range(2 * len(linears) - 1)]:
@@ -69,6 +72,7 @@ def read_mlp(network: nn.Module) -> Conditioner:
         trained=[torch.full_like(W, W.requires_grad, dtype=torch.bool) for W in weights],
         trained_bias=[torch.full_like(b, b.requires_grad, dtype=torch.bool) for b in biases],
         activation=activations[0],
+        dropout=max(dropouts, default=0.0),
     )
 
 
@@ -105,6 +109,7 @@ def side_by_side(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
         trained=[_beside(net_u.trained[i], net_t.trained[i], shared_input=i == 0) for i in range(n)],
         trained_bias=[torch.cat([net_u.trained_bias[i], net_t.trained_bias[i]]) for i in range(n)],
         activation=net_u.activation,
+        dropout=max(net_u.dropout, net_t.dropout),
     )
 
 
@@ -129,13 +134,16 @@ def _steps(module: nn.Module) -> Iterator[Step]:
     name = type(module).__name__
     if hooks := [h for h in ("_forward_hooks", "_forward_pre_hooks", "parametrizations") if getattr(module, h, None)]:
         raise Unfusable(f"{name} has {hooks[0].strip('_').replace('_', ' ')}, which may change what it computes")
-    if type(module) is nn.Identity or (isinstance(module, nn.Dropout) and (module.p == 0 or not module.training)):
+    if type(module) is nn.Identity:
         return
     if isinstance(module, nn.Dropout):
-        raise Unfusable(f"dropout (p = {module.p:g}) is active; convert the flow in eval mode")
+        yield _dropout(module.p, module.training)
+        return
     activation = _activation(module)
     if activation is not None:
         yield activation
+    elif _is_compiled(module):
+        yield from _steps(module._orig_mod)  # type: ignore[arg-type]
     elif _is_linear(module):
         assert isinstance(module.weight, Tensor) and (module.bias is None or isinstance(module.bias, Tensor))
         if module.weight.ndim != 2:
@@ -155,6 +163,10 @@ def _steps(module: nn.Module) -> Iterator[Step]:
 
 def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (type(module).__module__, type(module).__name__) == ("zuko.nn", "Linear")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule"  # torch.compile's; its module takes seconds to import
 
 
 def _is_nflows_mlp(module: nn.Module) -> bool:
@@ -224,6 +236,9 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
             if node.args != (last,):
                 raise Unfusable(f"{name} has more than one output")
             return
+        if node.op == "call_function" and node.target is F.dropout:
+            yield _functional_dropout(*node.args, **node.kwargs)  # type: ignore[arg-type]
+            continue
         constants = {key: value for key, value in node.kwargs.items() if _CONSTANTS.get(key, value) != value}
         if node.args != (last,) or constants:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
@@ -235,6 +250,16 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
             yield _METHODS[str(node.target)]
         else:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
+
+
+def _functional_dropout(x: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> float:
+    return _dropout(p, training)
+
+
+def _dropout(p: float, training: bool) -> float:
+    if training and p:
+        raise Unfusable(f"dropout (p = {p:g}) is active; convert the flow in eval mode")
+    return float(p)
 
 
 def _concatenated(inputs: list[fx.Node]) -> fx.Node | None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import inverted_layers
-from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
+from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
 from glf_fast.conversion.mlp import read_mlp, select_outputs, without_scale
-from glf_fast.conversion.reading import ConversionError, Reading, read_each
+from glf_fast.conversion.reading import (
+    ConversionError,
+    Reading,
+    check_vectors,
+    context_features,
+    read_each,
+    trained_together,
+)
 from glf_fast.reference import log_scale
 
-__all__ = ["KeptTransform", "read", "read_transform", "transforms"]
+__all__ = ["KeptTransform", "has_inverse", "read", "read_transform", "transforms"]
 
 
 class KeptTransform(nn.Module):
@@ -33,21 +41,26 @@ class KeptTransform(nn.Module):
         return self.transform.inverse(z, context)  # type: ignore[operator]
 
 
-def read(flow: Any) -> Reading:
+def read(flow: Any, device: str = "cpu") -> Reading:
     """An `nflows.flows.Flow` on vectors whose base is a standard or a diagonal normal; its caches are switched off."""
     base = flow._distribution
     if type(base).__name__ not in ("StandardNormal", "DiagonalNormal"):
         raise ConversionError(f"base distribution {type(base).__name__}: StandardNormal and DiagonalNormal are covered")
-    if len(base._shape) != 1:
-        raise ConversionError(f"a flow on samples of shape {tuple(base._shape)}: flows on vectors are covered")
+    check_vectors("the flow", tuple(base._shape))
     dim = base._shape[0]
     for module in flow.modules():
         if hasattr(module, "using_cache"):
             module.use_cache(False)  # its cache is of the dtype that the flow had, and is made in float32
-    layers = read_each(transforms(flow._transform), lambda t: read_transform(t, dim), KeptTransform)
+    # ½ D ln 2π, rounded where the flow was in half precision: a density must not lose it.
+    base._log_z.fill_(0.5 * dim * math.log(2 * math.pi))
+    others = [base, flow._embedding_net]
+    layers = read_each(transforms(flow._transform), lambda t: read_transform(t, dim), KeptTransform, device, others)
     if type(base).__name__ == "DiagonalNormal":
         mean, log_std = base.mean_[0], base.log_std_[0]
-        trained = base.mean_.requires_grad or base.log_std_.requires_grad
+        try:
+            trained = trained_together(base.mean_, base.log_std_)
+        except Unfusable as reason:
+            raise ConversionError(f"base distribution DiagonalNormal: {reason}") from None
         layers.append(Diagonal(-log_std, -mean * torch.exp(-log_std), trained))
 
     def inverse(z: Tensor, context: Tensor | None) -> Tensor:
@@ -56,18 +69,22 @@ def read(flow: Any) -> Reading:
         embedded = None if context is None else flow._embedding_net(context)
         return flow._transform.inverse(z, context=embedded)[0]
 
-    context_dim = max([_context_dim(layer) for layer in layers if isinstance(layer, Coupling)], default=0)
-    embedding = None if type(flow._embedding_net) is nn.Identity or not context_dim else flow._embedding_net
-    # NaiveLinear's inverse calls torch.solve, which PyTorch has removed.
-    invertible = not any(type(module).__name__ == "NaiveLinear" for module in flow.modules())
+    embedding = None if type(flow._embedding_net) is nn.Identity else flow._embedding_net
+    fused = max([c.context_dim() for c in layers if isinstance(c, Coupling)], default=0)
+    columns = fused or context_features(flow._transform.modules())
     return Reading(
         layers=layers,
         dim=dim,
         log_prob=lambda x, context: flow.log_prob(x, context=context),
-        inverse=inverse if invertible else None,
+        inverse=inverse if has_inverse([flow]) else None,
         embedding=embedding,
-        context_shape=_input_shape(embedding, context_dim) if context_dim else (),
+        context_shape=_input_shape(embedding, columns) if embedding or columns else (),
     )
+
+
+def has_inverse(modules: Iterable[nn.Module]) -> bool:
+    """Whether they can be inverted: NaiveLinear calls torch.solve, which PyTorch has removed."""
+    return not any(type(part).__name__ == "NaiveLinear" for module in modules for part in module.modules())
 
 
 def transforms(transform: nn.Module, name: str = "_transform") -> Iterator[tuple[str, nn.Module]]:
@@ -119,7 +136,7 @@ def _linear(transform: Any, dim: int) -> list[Layer]:
     """y = x Wᵀ + b, whatever makes W: from what it does to the unit vectors."""
     eye = torch.eye(dim, dtype=transform.bias.dtype)
     W = transform.forward_no_cache(eye)[0] - transform.bias
-    trained = any(p.requires_grad for p in transform.parameters())
+    trained = trained_together(*transform.parameters())
     return [Dense(W, transform.bias, trained, regular=type(transform).__name__ != "NaiveLinear")]
 
 
@@ -133,7 +150,7 @@ def _householder(transform: Any, dim: int) -> list[Layer]:
 def _actnorm(transform: Any, dim: int) -> list[Layer]:
     if not transform.initialized:
         raise ConversionError("ActNorm has not seen data yet: run one training batch through the flow first")
-    return [Diagonal(transform.log_scale, transform.shift, transform.log_scale.requires_grad)]
+    return [Diagonal(transform.log_scale, transform.shift, trained_together(*transform.parameters()))]
 
 
 def _batch_norm(transform: Any, dim: int) -> list[Layer]:
@@ -141,7 +158,7 @@ def _batch_norm(transform: Any, dim: int) -> list[Layer]:
         raise Unfusable("batch norm in training mode; in eval mode it is fused")
     log_scale = torch.log(transform.weight) - 0.5 * torch.log(transform.running_var + transform.eps)
     shift = transform.bias - transform.running_mean * torch.exp(log_scale)
-    return [Diagonal(log_scale, shift, transform.bias.requires_grad)]
+    return [Diagonal(log_scale, shift, trained_together(*transform.parameters()), statistics=True)]
 
 
 def _permutation(transform: Any, dim: int) -> list[Layer]:
@@ -180,19 +197,10 @@ _READERS: dict[str, Callable[[Any, int], list[Layer]]] = {
 }
 
 
-def _context_dim(coupling: Coupling) -> int:
-    mlp: Conditioner = coupling.conditioner
-    return len(mlp.weights[0]) - len(coupling.passive)
-
-
-def _input_shape(embedding: nn.Module | None, context_dim: int) -> tuple[int, ...]:
+def _input_shape(embedding: nn.Module | None, columns: int) -> tuple[int, ...] | None:
     """Of one sample's context: what the embedding net's first layer with parameters says; without one, unchanged."""
     modules = () if embedding is None else embedding.modules()
     first = next((m for m in modules if next(m.parameters(recurse=False), None) is not None), None)
     if first is None:
-        return (context_dim,)
-    if not isinstance(first, nn.Linear):
-        raise ConversionError(
-            f"embedding_net starts with {type(first).__name__}, not with a linear layer: the shape of the context is unknown"
-        )
-    return (first.in_features,)
+        return (columns,) if columns else None
+    return (first.in_features,) if isinstance(first, nn.Linear) else None

@@ -14,16 +14,13 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, side_by_side, without_scale
-from glf_fast.conversion.reading import ConversionError, Reading, read_each
+from glf_fast.conversion.reading import ConversionError, Reading, context_features, read_each, trained_together
 
 __all__ = ["KeptLayer", "columns", "named_layers", "read", "read_layer"]
 
 
-def read(flow: Any) -> Reading:
+def read(flow: Any, device: str = "cpu") -> Reading:
     """The layers of a `NormalizingFlow` or `ConditionalNormalizingFlow`, data → noise."""
-    kind = type(flow).__name__
-    if kind not in ("NormalizingFlow", "ConditionalNormalizingFlow"):
-        raise ConversionError(f"normflows' {kind} is not a flow from one vector to one vector")
     base = flow.q0
     if type(base).__name__ != "DiagGaussian" or len(base.shape) != 1:
         shape = f" of shape {tuple(base.shape)}" if hasattr(base, "shape") else ""
@@ -31,8 +28,9 @@ def read(flow: Any) -> Reading:
     if base.temperature is not None:
         raise ConversionError(f"q0 (DiagGaussian): temperature is {base.temperature}; set it to None")
     dim = int(base.shape[0])
-    conditional = kind == "ConditionalNormalizingFlow"
-    layers = read_each(named_layers(flow.flows), lambda module: read_layer(module, dim), KeptLayer)
+    conditional = any(kind.__name__ == "ConditionalNormalizingFlow" for kind in type(flow).__mro__)
+    layers = read_each(named_layers(flow.flows), lambda module: read_layer(module, dim), KeptLayer, device, [base])
+    features = context_features(flow.modules()) if conditional else 0
 
     def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
         return flow.log_prob(x, context) if conditional else flow.log_prob(x)
@@ -46,7 +44,7 @@ def read(flow: Any) -> Reading:
         dim=dim,
         log_prob=log_prob,
         inverse=inverse,
-        context_shape=_context_shape(flow) if conditional else (),
+        context_shape=(features,) if features else (),
     )
 
 
@@ -198,7 +196,7 @@ def _affine_const_flow(module: Any, dim: int) -> list[Layer]:
         # Any call, a comparison's too, would initialise it with what happens to come first.
         raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
     s, t = module.s[0], module.t[0]
-    return [Diagonal(-s, -t * torch.exp(-s), _trained_together(module.s, module.t))]
+    return [Diagonal(-s, -t * torch.exp(-s), trained_together(module.s, module.t))]
 
 
 def _permute(module: Any, dim: int) -> list[Layer]:
@@ -211,14 +209,14 @@ def _permute(module: Any, dim: int) -> list[Layer]:
 
 def _lu_linear_permute(module: Any, dim: int) -> list[Layer]:
     linear = module.linear
-    trained = _trained_together(*linear.parameters())
+    trained = trained_together(*linear.parameters())
     dense = Dense(linear.weight().T, linear.bias.view(-1), trained, regular=True)  # x Wᵀ + bias
     return [Permutation(module.permutation._permutation), dense]
 
 
 def _invertible_affine(module: Any, dim: int) -> list[Layer]:
     W = module._assemble_W() if module.use_lu else module.W
-    return [Dense(W, W.new_zeros(dim), _trained_together(*module.parameters()), regular=module.use_lu)]
+    return [Dense(W, W.new_zeros(dim), trained_together(*module.parameters()), regular=module.use_lu)]
 
 
 _READERS: dict[str, Callable[[Any, int], list[Layer]]] = {
@@ -239,19 +237,12 @@ def _base(base: Any) -> list[Layer]:
     """N(loc, e^(2·log_scale)) as the map to N(0, I)."""
     loc, log_scale = base.loc[0], base.log_scale[0]
     try:
-        trained = _trained_together(base.loc, base.log_scale)
+        trained = trained_together(base.loc, base.log_scale)
     except Unfusable as reason:
         raise ConversionError(f"q0 (DiagGaussian): {reason}") from None
     if not trained and not loc.any() and not log_scale.any():
         return []
     return [Diagonal(-log_scale, -loc * torch.exp(-log_scale), trained)]
-
-
-def _trained_together(*parameters: Tensor) -> bool:
-    trained = {p.requires_grad for p in parameters}
-    if len(trained) > 1:
-        raise Unfusable("only some of its parameters are trained")
-    return trained.pop()
 
 
 def _without_shift(net_u: Conditioner) -> Conditioner:
@@ -266,12 +257,3 @@ def _check_widths(net: Conditioner, inputs: int, outputs: int) -> None:
     have = net.weights[0].shape[0], net.weights[-1].shape[1]
     if have != (inputs, outputs):
         raise Unfusable(f"its network maps {have[0]} columns to {have[1]} where {inputs} to {outputs} are meant")
-
-
-def _context_shape(flow: nn.Module) -> tuple[int, ...]:
-    """(C,), found where a layer's network says so; () if no layer asks for a context."""
-    for module in flow.modules():
-        features = getattr(module, "context_features", None)
-        if isinstance(features, int):
-            return (features,)
-    return ()

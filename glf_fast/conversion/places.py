@@ -10,7 +10,7 @@ from torch import nn
 
 from glf_fast.conversion import adapters, freia, nflows, normflows, zuko
 from glf_fast.conversion.layers import Layer
-from glf_fast.conversion.reading import ConversionError
+from glf_fast.conversion.reading import ConversionError, check_vectors
 from glf_fast.flow import Flow
 
 __all__ = ["Place", "Replacement", "is_layer", "place_of"]
@@ -24,9 +24,10 @@ class Place:
     conditions: of each layer, which conditions it is given, where that differs from layer to layer (FrEIA).
     dim: D.
     read: one module's layers; raises Unfusable.
-    keep: a module as (x, context) → (z, logdet), data → noise.
+    keep: a module as (x, context) → (z, logdet), data → noise, and `inverse` back.
     adapt: (flow, the modules that it replaces) → what takes their place.
     put: a list of replacements (start, stop, adapter) takes the places named[start:stop].
+    has_inverse: (modules, the layers that they were read into) → whether `keep`'s inverse is one to compare with.
     """
 
     named: list[tuple[str, nn.Module]]
@@ -36,6 +37,7 @@ class Place:
     keep: Callable[[nn.Module], nn.Module]
     adapt: Callable[[Flow, Sequence[nn.Module]], nn.Module]
     put: Callable[[Sequence[Replacement]], None]
+    has_inverse: Callable[[Sequence[nn.Module], Sequence[Layer]], bool] = lambda modules, layers: True
 
 
 Replacement = tuple[int, int, nn.Module]
@@ -47,10 +49,28 @@ def place_of(module: nn.Module) -> Place | None:
     Raises ConversionError, with the reason, for a flow none of whose layers can be replaced.
     """
     for kind in type(module).__mro__:
-        place = _PLACES.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}")
+        library = kind.__module__.partition(".")[0]
+        place = _PLACES.get(f"{library}.{kind.__name__}")
         if place is not None:
+            changed = _overridden(type(module), kind, library)
+            if changed:
+                raise ConversionError(
+                    f"{type(module).__name__} has its own {', '.join(changed)}, which may read the layers: give convert the "
+                    "flow, or move them to a module around it"
+                )
             return place(module)
     return None
+
+
+def _overridden(kind: type, base: type, library: str) -> list[str]:
+    """Methods of the library's class `base` that a class from elsewhere, `kind`, has replaced."""
+    names = {name for name in dir(base) if name == "forward" or not hasattr(nn.Module, name)}
+    elsewhere = [
+        vars(k)
+        for k in kind.__mro__
+        if k is not base and issubclass(k, base) and not k.__module__.startswith(f"{library}.")
+    ]
+    return sorted(names & {name for own in elsewhere for name in own if callable(own[name])})
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -87,8 +107,7 @@ def _normflows(flow: Any) -> Place:
 def _nflows(flow: Any) -> Place:
     named = list(nflows.transforms(flow._transform))
     shape = tuple(getattr(flow._distribution, "_shape", ()))
-    if len(shape) != 1:
-        raise ConversionError(f"a flow on samples of shape {shape}: flows on vectors are covered")
+    check_vectors("it", shape)
 
     def put(replacements: Sequence[Replacement]) -> None:
         modules = _replaced([m for _, m in named], replacements)
@@ -105,6 +124,7 @@ def _nflows(flow: Any) -> Place:
         keep=nflows.KeptTransform,
         adapt=lambda fused, _: adapters.NflowsLayer(fused),
         put=put,
+        has_inverse=lambda modules, _: nflows.has_inverse(modules),
     )
 
 
@@ -114,8 +134,7 @@ def _zuko(flow: Any) -> Place:
         shape = tuple(flow.base().event_shape)
     except Exception as error:  # a base that only a context makes a distribution
         raise ConversionError("its base depends on the context, and does not say how many columns it has") from error
-    if len(shape) != 1:
-        raise ConversionError(f"a flow on samples of shape {shape}: flows on vectors are covered")
+    check_vectors("it", shape)
 
     def put(replacements: Sequence[Replacement]) -> None:
         modules = _replaced([m for _, m in named], replacements)
@@ -137,8 +156,7 @@ def _zuko(flow: Any) -> Place:
 
 def _freia(inn: Any) -> Place:
     blocks, shape = freia.blocks(inn)
-    if len(shape) != 1:
-        raise ConversionError(f"works on samples of shape {shape}: networks on vectors are covered")
+    check_vectors("it", shape)
 
     def put(replacements: Sequence[Replacement]) -> None:
         if type(inn).__name__ == "SequenceINN":
@@ -154,6 +172,7 @@ def _freia(inn: Any) -> Place:
         keep=freia.keep_alone,
         adapt=_freia_layer,
         put=put,
+        has_inverse=lambda _, layers: freia.has_exact_inverse(layers),
     )
 
 

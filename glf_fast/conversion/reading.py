@@ -6,11 +6,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.layers import Conditioner, Kept, Layer, Unfusable
+from glf_fast.conversion.layers import Conditioner, Coupling, Diagonal, Kept, Layer, Unfusable
+from glf_fast.conversion.padding import check_padding
 
-__all__ = ["ConversionError", "Reading", "parameters_of", "read_each", "read_parts"]
+__all__ = [
+    "ConversionError",
+    "Reading",
+    "check_vectors",
+    "context_features",
+    "lost_in_training",
+    "parameters_of",
+    "read_each",
+    "read_parts",
+    "trained_together",
+]
 
 
 class ConversionError(ValueError):
@@ -26,7 +38,8 @@ class Reading:
     log_prob: (x (B, D), context or None) → log p (B,) by the library itself, to compare with.
     inverse: (z (B, D) from N(0, I), context or None) → x (B, D) by the library itself; None where the library cannot.
     embedding: the network that the library sends the context through first, if any.
-    context_shape: of one sample's context before the embedding; () without context.
+    context_shape: of one sample's context before the embedding; () without context, None where nothing says what it is.
+    example: contexts (N, *context_shape) to compare with; random ones if None.
     """
 
     layers: list[Layer]
@@ -34,22 +47,35 @@ class Reading:
     log_prob: Callable[[Tensor, Tensor | None], Tensor]
     inverse: Callable[[Tensor, Tensor | None], Tensor] | None = None
     embedding: nn.Module | None = None
-    context_shape: tuple[int, ...] = ()
+    context_shape: tuple[int, ...] | None = ()
+    example: Tensor | None = None
+
+    def contexts(self, n: int, generator: torch.Generator) -> Tensor | None:
+        """n contexts to compare with; None if there is none."""
+        if self.example is not None:
+            return self.example[torch.randint(len(self.example), (n,), generator=generator)]
+        if self.context_shape:
+            return torch.randn(n, *self.context_shape, dtype=torch.float64, generator=generator)
+        return None
 
 
 def read_each(
     named_modules: Iterable[tuple[str, nn.Module]],
     read: Callable[[nn.Module], list[Layer]],
     keep: Callable[[nn.Module], nn.Module],
+    device: str,
+    others: Iterable[nn.Module] = (),
 ) -> list[Layer]:
     """The layers of the library's modules, in the order given (data → noise); as `read_parts`, in one list."""
-    return [layer for part in read_parts(named_modules, read, keep) for layer in part]
+    return [layer for part in read_parts(named_modules, read, keep, device, others) for layer in part]
 
 
 def read_parts(
     named_modules: Iterable[tuple[str, nn.Module]],
     read: Callable[[nn.Module], list[Layer]],
     keep: Callable[[nn.Module], nn.Module],
+    device: str,
+    others: Iterable[nn.Module] = (),
 ) -> list[list[Layer]]:
     """The layers of each of the library's modules, in the order given (data → noise).
 
@@ -57,17 +83,25 @@ def read_parts(
         named_modules: name, for messages, and module of each of the library's layers.
         read: one module's layers; raises Unfusable.
         keep: the adapter that a `Kept` holds, for a module that `read` refuses.
+        device: the type of device on which the flow will run: padding is not worth its time on a "cpu" alone.
+        others: what else there is in the flow: its base, its embedding net.
 
     A module whose trained parameters are another's, too, is kept: stacking copies, and copies would not stay equal.
     """
     named = list(named_modules)
-    owners = Counter(p for _, module in named for p in {id(p) for p in module.parameters() if p.requires_grad})
+    modules = [*(module for _, module in named), *others]
+    owners = Counter(p for module in modules for p in {id(p) for p in module.parameters() if p.requires_grad})
     parts: list[list[Layer]] = []
     for name, module in named:
         try:
             if any(owners[id(p)] > 1 for p in module.parameters()):
-                raise Unfusable("shares parameters with another layer; stacking would untie them")
+                raise Unfusable(
+                    "shares parameters with another layer, the base or the embedding net; stacking would untie them"
+                )
             part = read(module)
+            for layer in part:
+                if isinstance(layer, Coupling) and device == "cpu":
+                    check_padding(layer)
             uses = Counter(p for layer in part for p in parameters_of(*_tensors(layer)))
             if uses and max(uses.values()) > 1:
                 raise Unfusable("uses a network more than once; stacking would untie the uses")
@@ -75,6 +109,46 @@ def read_parts(
             part = [Kept(keep(module), f"{name} ({type(module).__name__}): {reason}")]
         parts.append(part)
     return parts
+
+
+def trained_together(*parameters: Tensor) -> bool:
+    """Whether the library trains them; raises Unfusable if it trains some alone."""
+    trained = {p.requires_grad for p in parameters}
+    if len(trained) > 1:
+        raise Unfusable("only some of its parameters are trained")
+    return trained == {True}
+
+
+def check_vectors(what: str, shape: tuple[int, ...]) -> None:
+    """Raise ConversionError unless one sample of that shape is a vector."""
+    if len(shape) != 1:
+        raise ConversionError(
+            f"{what} works on samples of shape {shape}: flows on vectors are covered; for images there are glf_fast's "
+            "AffineCoupling, InvertibleLinear (a 1 x 1 convolution) and ActNorm"
+        )
+
+
+def context_features(modules: Iterable[nn.Module]) -> int:
+    """The columns of the context that networks of nflows and normflows were made for; 0 if none says so."""
+    for module in modules:
+        features = getattr(module, "context_features", None)
+        if isinstance(features, int):
+            return features
+        layer = getattr(module, "context_layer", None)  # of a MADE
+        if isinstance(layer, nn.Linear):
+            return layer.in_features
+    return 0
+
+
+def lost_in_training(layers: Iterable[Layer]) -> str:
+    """What the library's layers do in training mode alone, and fused ones do not: "" if nothing."""
+    names = set()
+    for layer in layers:
+        if isinstance(layer, Coupling) and layer.conditioner.dropout:
+            names.add(f"Dropout (p = {layer.conditioner.dropout:g})")
+        if isinstance(layer, Diagonal) and layer.statistics:
+            names.add("BatchNorm")
+    return ", ".join(sorted(names))
 
 
 def parameters_of(*tensors: Tensor) -> set[int]:

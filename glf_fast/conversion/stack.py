@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from glf_fast.conversion.gaps import Affine
 from glf_fast.conversion.layers import Coupling
 from glf_fast.conversion.padded import Padded
+from glf_fast.conversion.padding import hidden_widths, padded_dim
 from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
 
 __all__ = ["Sources", "Step", "stack", "standalone"]
 
-# A parameter of the new flow, and its value as a function of the library's parameters.
-Sources = list[tuple[nn.Parameter, Tensor]]
+# A parameter of the new flow, its value as a function of the library's parameters, and which entries are trained.
+Sources = list[tuple[nn.Parameter, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -39,29 +40,28 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
     up; they stay zero, because the weights towards them are zero and held.
     """
     dim = len(steps[0].affine.s)
-    width = _padded_dim(dim, [step.coupling for step in steps])
+    couplings = [step.coupling for step in steps]
+    width = padded_dim(dim, couplings)
     T = width // 2
     P = width - T
     slots = [torch.arange(width)]  # slots[k]: the column, of [x, zeros], in each place before step k
-    for step in steps:
-        coupling, zeros = step.coupling, torch.arange(dim, width)
+    for coupling in couplings:
+        zeros = torch.arange(dim, width)
         free = P - len(coupling.passive)
         slots.append(torch.cat([coupling.passive.cpu(), zeros[:free], coupling.transformed.cpu(), zeros[free:]]))
 
-    first = steps[0].coupling
-    depth = len(first.conditioner.weights)
-    hidden = [max(step.coupling.conditioner.weights[i].shape[1] for step in steps) for i in range(depth - 1)]
+    first = couplings[0]
     maps = [step.affine for step in steps]
     linear = _parametrisation(maps, padded=width > dim)
     actnorm = any(m.s_trained or m.b_trained or bool(m.s.any()) or bool(m.b.any()) for m in maps)
     with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
         flow = CouplingFlow(
-            width, len(steps), hidden, context_dim, activation=first.conditioner.activation, linear=linear,
+            width, len(steps), hidden_widths(couplings), context_dim, activation=first.conditioner.activation, linear=linear,
             log_scale=first.log_scale, log_scale_constant=first.log_scale_constant, add_first=first.add_first,
             actnorm=actnorm,
         ).double()  # fmt: skip
     _install_affine(flow, maps, slots, sources)
-    _install_conditioners(flow, [step.coupling for step in steps], (P, T), sources)
+    _install_conditioners(flow, couplings, (P, T), sources)
     if width > dim:
         return Padded(flow, dim, slots[-1]), torch.arange(dim)
     return flow, slots[-1].argsort()
@@ -92,15 +92,6 @@ def _actnorm(affine: Affine, sources: Sources) -> ActNorm:
     _install(layer, "bias", affine.b, torch.full_like(affine.b, affine.b_trained, dtype=torch.bool), sources)
     layer.load_state_dict({**layer.state_dict(), "initialized": torch.tensor(True)})
     return layer
-
-
-def _padded_dim(dim: int, couplings: Sequence[Coupling]) -> int:
-    """The smallest D′ ≥ D with room for all passive columns in D′ − D′//2, and for all transformed ones in D′//2."""
-    if all(len(coupling.transformed) == dim // 2 for coupling in couplings) and dim > 1:
-        return dim
-    passive = max(len(coupling.passive) for coupling in couplings)
-    transformed = max(len(coupling.transformed) for coupling in couplings)
-    return max(2 * transformed, 2 * passive - 1, 2)
 
 
 def _parametrisation(maps: Sequence[Affine], *, padded: bool) -> str:
@@ -220,7 +211,7 @@ def _install(module: nn.Module, name: str, value: Tensor, trained: Tensor, sourc
     assert tensor.shape == value.shape == trained.shape, (name, tensor.shape, value.shape, trained.shape)
     with torch.no_grad():
         tensor.copy_(value)
-    sources.append((tensor, value))
+    sources.append((tensor, value, trained.to(value.device)))
     if not trained.any():
         tensor.requires_grad_(False)
     elif not trained.all():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
 from glf_fast.conversion.mlp import read_mlp, select_outputs, without_scale
-from glf_fast.conversion.reading import ConversionError, Reading, read_each
+from glf_fast.conversion.reading import ConversionError, Reading, read_each, trained_together
 from glf_fast.reference import log_scale
 
 __all__ = ["KeptTransform", "read", "read_transform", "transforms"]
@@ -40,7 +40,7 @@ class KeptTransform(nn.Module):
         return y, ladj.sum(1) if ladj.ndim == 2 else ladj  # per column for elementwise transforms
 
 
-def read(flow: Any) -> Reading:
+def read(flow: Any, device: str = "cpu") -> Reading:
     """A `zuko.lazy.Flow` whose base is a diagonal normal."""
     base = flow.base(None)
     normal = getattr(base, "base_dist", None)
@@ -50,15 +50,14 @@ def read(flow: Any) -> Reading:
         shapes = f"batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}"
         raise ConversionError(f"a base of {shapes}: flows on vectors are covered")
     dim = base.event_shape[0]
-    layers = read_each(transforms(flow.transform), lambda transform: read_transform(transform, dim), KeptTransform)
+    layers = read_each(transforms(flow.transform), lambda t: read_transform(t, dim), KeptTransform, device)
     if normal.loc.any() or (normal.scale != 1).any() or normal.loc.requires_grad or normal.scale.requires_grad:
-        trained = normal.loc.requires_grad or normal.scale.requires_grad
+        try:
+            trained = trained_together(normal.loc, normal.scale)
+        except Unfusable as reason:
+            raise ConversionError(f"base distribution: {reason}") from None
         layers.append(Diagonal(-normal.scale.log(), -normal.loc / normal.scale, trained))
-    contexts = {
-        module.hyper[0].weight.shape[1] - int(module.mask.sum())
-        for module in flow.modules()
-        if type(module).__name__ == "GeneralCouplingTransform"
-    }
+    columns = max(_context_columns(module, dim) for module in flow.modules())
 
     def inverse(z: Tensor, context: Tensor | None) -> Tensor:
         return flow.transform(context).inv(normal.loc + z * normal.scale)
@@ -68,8 +67,22 @@ def read(flow: Any) -> Reading:
         dim=dim,
         log_prob=lambda x, context: flow(context).log_prob(x),
         inverse=inverse,
-        context_shape=(max(contexts),) if contexts and max(contexts) else (),
+        context_shape=(columns,) if columns else (),
     )
+
+
+def _context_columns(module: Any, dim: int) -> int:
+    """How many columns of context a lazy transform takes, fused or not, by its network's inputs; 0 for other modules."""
+    for kind in type(module).__mro__:
+        if kind.__name__ == "GeneralCouplingTransform":
+            return module.hyper[0].weight.shape[1] - int(module.mask.sum())
+        if kind.__name__ == "MaskedAutoregressiveTransform":
+            return module.hyper[0].weight.shape[1] - dim
+        if kind.__name__ == "ElementWiseTransform":
+            return module.hyper[0].weight.shape[1] if hasattr(module, "hyper") else 0
+        if kind.__name__ == "FFJTransform":
+            return module.ode[0].weight.shape[1] - dim - 2 * len(module.freqs)
+    return 0
 
 
 def transforms(transform: nn.Module, name: str = "transform") -> Iterator[tuple[str, nn.Module]]:
@@ -94,7 +107,7 @@ def read_transform(transform: nn.Module, dim: int) -> list[Layer]:
         reader = _UNCONDITIONAL.get(type(eager).__name__)
         if reader is None:
             raise Unfusable(f"{type(eager).__name__} is neither linear nor a permutation")
-        return [reader(eager, dim, any(p.requires_grad for p in transform.parameters()))]
+        return [reader(eager, dim, trained_together(*transform.parameters()))]
     raise Unfusable(f"{kind} is not a coupling with an affine transformation, a linear layer or a permutation")
 
 

@@ -5,6 +5,7 @@ from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.base import Flow
 from glf_fast.flow.coupling_flow import CouplingFlow
 from glf_fast.flow.distribution import FlowDistribution, FlowTransform
+from glf_fast.flow.embedded import Embedded
 from glf_fast.flow.inverse import Inverse
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.mlp import MLP
@@ -16,6 +17,7 @@ __all__ = [
     "ActNorm",
     "AffineCoupling",
     "CouplingFlow",
+    "Embedded",
     "Flow",
     "FlowDistribution",
     "FlowTransform",

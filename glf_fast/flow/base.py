@@ -30,6 +30,7 @@ class Flow(nn.Module):
         super().__init__()
         self.event_shape = tuple(event_shape)
         self.context_dim = context_dim
+        self.context_shape: tuple[int, ...] = (context_dim,) if context_dim else ()  # of one context
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, *event_shape) → z like x, logdet (B,)."""

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
+from glf_fast import ops
 from glf_fast.flow.base import Flow
+from glf_fast.flow.embedded import Embedded
 
 __all__ = ["FlowDistribution", "FlowTransform"]
 
@@ -19,7 +21,7 @@ class FlowDistribution(Distribution):
 
     Args:
         flow: the flow; its parameters get gradients from `log_prob` and `rsample`.
-        context: (*batch_shape, context_dim), or None where the flow has no context; then batch_shape is ().
+        context: (*batch_shape, *flow.context_shape), or None where the flow has no context; then batch_shape is ().
 
     Everything has the shapes of torch.distributions: `log_prob` takes what broadcasts with (*batch_shape, *event_shape),
     `sample(s)` and `rsample(s)` return (*s, *batch_shape, *event_shape).
@@ -32,7 +34,7 @@ class FlowDistribution(Distribution):
         _check_context(flow, context)
         self.flow = flow
         self.context = context
-        batch_shape = torch.Size() if context is None else context.shape[:-1]
+        batch_shape = torch.Size() if context is None else _batch(flow, context)
         super().__init__(batch_shape, torch.Size(flow.event_shape), validate_args=validate_args)
 
     @property
@@ -45,7 +47,7 @@ class FlowDistribution(Distribution):
         new: FlowDistribution = self._get_checked_instance(FlowDistribution, _instance)
         new.flow = self.flow
         batch_shape = torch.Size(batch_shape)
-        new.context = None if self.context is None else self.context.expand(*batch_shape, -1)
+        new.context = None if self.context is None else self.context.expand(*batch_shape, *self.flow.context_shape)
         super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -55,8 +57,8 @@ class FlowDistribution(Distribution):
         if self._validate_args:
             self._validate_sample(value)
         value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
-        z, logdet = _by_rows(self.flow, value, self.context, inverse=False)
-        return self._base(z) + logdet
+        flow, rows, context, batch = _rows(self.flow, value, self.context)
+        return flow.log_prob(rows, context).reshape(batch)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Samples through which gradients reach the flow and the context: the inverse of N(0, I)."""
@@ -66,6 +68,9 @@ class FlowDistribution(Distribution):
         """`rsample` and its `log_prob`, in one pass."""
         z, x, logdet = self._draw(sample_shape)
         return x, self._base(z) - logdet
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_shapes(self.flow)}, batch_shape={tuple(self.batch_shape)})"
 
     def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor, Tensor]:
         like = next(self.flow.parameters(), torch.empty(0))
@@ -84,11 +89,13 @@ class FlowTransform(Transform):
 
     With `cache_size=1`, the default, the last pair is kept with its log-determinant, so that `log_prob` costs one pass, and
     none at all for the sample just drawn. A pair is used only for what belongs to it: the opposite direction, while the
-    flow's parameters are as they were (an optimizer's step or `load_state_dict` ends it; writing into `.data` does not).
+    values of the flow, the context and the pair are what they were, whatever may have changed them. So a copy of these
+    is kept, too; on a GPU the comparison waits for it.
 
     Args:
         flow: the flow.
-        context: (*batch_shape, context_dim), which broadcasts against the batch dimensions of the inputs, or None.
+        context: (*batch_shape, *flow.context_shape), or None. A base of a smaller batch is expanded to it, as torch's
+            own transforms do it with their parameters: every row gets noise of its own.
         cache_size: 0 or 1.
 
     Example:
@@ -135,51 +142,82 @@ class FlowTransform(Transform):
             return self._pair[2]  # type: ignore[index]
         return _by_rows(self.flow, x, self.context, inverse=True)[1]
 
+    def forward_shape(self, shape: Any) -> torch.Size:
+        """Of the data, for noise of that shape: its batch dimensions broadcast with the context's."""
+        shape, event = torch.Size(shape), torch.Size(self.flow.event_shape)
+        batch = shape[: len(shape) - len(event)]
+        if shape[len(batch) :] != event:
+            raise ValueError(f"a shape must end in the flow's event shape {tuple(event)}; got {tuple(shape)}")
+        given = torch.Size() if self.context is None else _batch(self.flow, self.context)
+        return torch.broadcast_shapes(batch, given) + event
+
+    def inverse_shape(self, shape: Any) -> torch.Size:
+        """Of the noise, for data of that shape: the same."""
+        return self.forward_shape(shape)
+
+    def __repr__(self) -> str:
+        given = "" if self.context is None else f", batch_shape={tuple(_batch(self.flow, self.context))}"
+        return f"FlowTransform({_shapes(self.flow)}{given})"
+
     # -- the last pair -------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
         self._pair: tuple[Tensor, Tensor, Tensor] | None = None  # noise, data, log-determinant
         self._made_by_inverse = False
-        self._state: tuple[object, ...] = ()
+        self._recorded: list[bool] = []  # of which tensors gradients were recorded
+        self._values: list[Tensor] = []  # copies of the pair and of all that it is a function of
 
     def _keep(self, noise: Tensor, data: Tensor, logdet: Tensor, *, by_inverse: bool) -> None:
-        if self._cache_size:
-            self._pair, self._made_by_inverse, self._state = (
-                (noise, data, logdet),
-                by_inverse,
-                self._version(noise, data),
-            )
+        # Tensors of torch.func and torch.compile have no values to compare.
+        if self._cache_size and not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()):
+            tensors = self._tensors(noise, data)
+            self._pair, self._made_by_inverse, self._recorded = (noise, data, logdet), by_inverse, _recorded(tensors)
+            self._values = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
 
     def _holds(self, noise: Tensor | None = None, data: Tensor | None = None) -> bool:
         pair = self._pair
-        return (
-            pair is not None
-            and (noise is None or noise is pair[0])
-            and (data is None or data is pair[1])
-            and self._state == self._version(pair[0], pair[1])
-        )
+        if pair is None or not (noise is None or noise is pair[0]) or not (data is None or data is pair[1]):
+            return False
+        tensors = self._tensors(pair[0], pair[1])
+        same_places = [t.device for t in tensors] == [v.device for v in self._values]
+        return same_places and _recorded(tensors) == self._recorded and ops.identical(tensors, self._values)
 
-    def _version(self, *tensors: Tensor) -> tuple[object, ...]:
-        """What must not have changed: parameters, tensors, and whether gradients are recorded."""
-        return torch.is_grad_enabled(), *(
-            t._version for t in (*self.flow.parameters(), *tensors) if not t.is_inference()
-        )
+    def _tensors(self, noise: Tensor, data: Tensor) -> list[Tensor]:
+        context = [] if self.context is None else [self.context]
+        return [noise, data, *context, *self.flow.parameters(), *self.flow.buffers()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_pair": None}
+        return super().__getstate__() | {"_pair": None, "_values": []}
+
+
+def _recorded(tensors: list[Tensor]) -> list[bool]:
+    return [torch.is_grad_enabled() and t.requires_grad for t in tensors]
 
 
 def _check_context(flow: Flow, context: Tensor | None) -> None:
-    if (context is None) != (flow.context_dim == 0) or (
-        context is not None and context.shape[-1:] != (flow.context_dim,)
-    ):
+    shape = flow.context_shape
+    if (context is None) != (not shape) or (context is not None and context.shape[-len(shape) :] != shape):
         given = None if context is None else tuple(context.shape)
-        wanted = f"of shape (…, {flow.context_dim})" if flow.context_dim else "of None: this flow has context_dim=0"
+        wanted = f"of shape (…, {', '.join(map(str, shape))})" if shape else "of None: this flow has context_dim=0"
         raise ValueError(f"the flow needs a context {wanted}; got {given}")
 
 
-def _by_rows(flow: Flow, value: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-    """The flow over any leading dimensions: value (…, *event_shape), context (…, C) broadcast → output, logdet (…)."""
+def _batch(flow: Flow, context: Tensor) -> torch.Size:
+    """The context's shape without that of one context."""
+    return context.shape[: context.ndim - len(flow.context_shape)]
+
+
+def _shapes(flow: Flow) -> str:
+    """What a repr says of the flow."""
+    return f"{type(flow).__name__}, event_shape={flow.event_shape}"
+
+
+def _rows(flow: Flow, value: Tensor, context: Tensor | None) -> tuple[Flow, Tensor, Tensor | None, torch.Size]:
+    """What to call with value (…, *event_shape) and context (…, *context_shape), broadcast: a flow, its rows (B,
+    *event_shape) and contexts (B, C) or None; and the batch shape of the result.
+    """
+    if isinstance(flow, Embedded) and context is not None:  # once for each context, not for each sample
+        return _rows(flow.flow, value, flow.embed(context))
     event = flow.event_shape
     if value.shape[value.ndim - len(event) :] != event:
         raise ValueError(f"a value must have shape (…, {', '.join(map(str, event))}); got {tuple(value.shape)}")
@@ -187,6 +225,11 @@ def _by_rows(flow: Flow, value: Tensor, context: Tensor | None, *, inverse: bool
     if context is not None:
         batch = torch.broadcast_shapes(batch, context.shape[:-1])
         context = context.expand(*batch, -1).reshape(-1, flow.context_dim)
-    rows = value.expand(*batch, *event).reshape(-1, *event)
+    return flow, value.expand(*batch, *event).reshape(-1, *event), context, batch
+
+
+def _by_rows(flow: Flow, value: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    """The flow over any leading dimensions: output (…, *event_shape), logdet (…)."""
+    flow, rows, context, batch = _rows(flow, value, context)
     out, logdet = flow.inverse(rows, context) if inverse else flow(rows, context)
-    return out.reshape(*batch, *event), logdet.reshape(batch)
+    return out.reshape(*batch, *flow.event_shape), logdet.reshape(batch)

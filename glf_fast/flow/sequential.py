@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glf_fast.flow.base import Flow
 from glf_fast.flow.linear import InvertibleLinear
+from glf_fast.reference import log_normal
 
 __all__ = ["SequentialFlow"]
 
@@ -39,14 +40,16 @@ class SequentialFlow(Flow):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) = log N(z; 0, I) + logdet in nats, (B,); the last layer adds the first where it is a flow that can."""
-        layers = list(self.layers)
+        layers: list[nn.Module] = list(self.layers)
         # A CouplingFlow's own log_prob is one operation. Permutations behind it change nothing about N(0, I).
         while layers and isinstance(layers[-1], InvertibleLinear) and layers[-1].linear == "permutation":
             layers.pop()
-        if not layers or not isinstance(layers[-1], Flow):
-            return super().log_prob(x, context)
+        last = layers[-1] if layers else None
+        if not isinstance(last, Flow):
+            z, logdet = self._run(iter(layers), x, context, inverse=False)
+            return log_normal(z) + logdet
         x, logdet = self._run(iter(layers[:-1]), x, context, inverse=False)
-        return layers[-1].log_prob(x, context) + logdet
+        return last.log_prob(x, context) + logdet
 
     def _run(
         self, layers: Iterator[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool

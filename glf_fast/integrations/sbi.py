@@ -32,9 +32,11 @@ def coupling_flow(
 
     Args:
         steps, hidden, **options: of `glf_fast.CouplingFlow`.
-        z_score_theta, z_score_x: "independent", "structured", or "none", as in `sbi.neural_nets.posterior_nn`: how θ and x
-            are standardised by the training simulations. Fixed afterwards, and part of the estimator.
-        embedding_net: from x (B, …), standardised, to the context (B, C); x itself if None, which then is a vector.
+        z_score_theta, z_score_x: "independent", "structured", or "none": how θ and x are standardised by the training
+            simulations. Fixed afterwards, and part of the estimator. The fourth choice of `sbi.neural_nets.posterior_nn`,
+            "transform_to_unconstrained", which needs the prior too, is not covered.
+        embedding_net: from x (B, …), standardised, to the context (B, C); x itself if None, which then is a vector. It is
+            copied: the trained one is `estimator.embedding_net`, and retraining from scratch starts from yours.
     """
     return partial(
         _build, steps=steps, hidden=tuple(hidden), z_score_theta=z_score_theta, z_score_x=z_score_x,
@@ -131,8 +133,10 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
         return self._posterior(condition).log_prob(samples)
 
     def loss(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
-        """−log q(θ | x), (batch,), of θ (batch, D) and x (batch, …)."""
-        return -self.net.log_prob(input, self._embedding_net(condition))
+        """−log q(θ | x), (batch,), of θ (batch, D) and x (batch, …), or one x for all."""
+        self._check_input_shape(input)
+        context = self._context(condition)
+        return -self.net.log_prob(input, context if len(context) == len(input) else context.expand(len(input), -1))
 
     def sample(self, sample_shape: Any, condition: Tensor, **kwargs: Any) -> Tensor:
         """θ (*sample_shape, batch, D) given x (batch, …)."""

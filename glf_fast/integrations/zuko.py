@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal, Transform
 
 import glf_fast.flow
-from glf_fast.flow.distribution import FlowDistribution
+from glf_fast.flow.distribution import FlowDistribution, FlowTransform
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "NormalizingFlow"]
+
+
+class NormalizingFlow(FlowDistribution):
+    """p(x | c) as zuko's `flow(c)`: a distribution that has a `transform` and a `base`."""
+
+    @property
+    def transform(self) -> Transform:
+        """Data → noise: `flow(c).transform(x)`, and `.inv`."""
+        return FlowTransform(self.flow, self.context).inv
+
+    @property
+    def base(self) -> Independent:
+        """N(0, I), of this distribution's shapes."""
+        like = next(self.flow.parameters(), torch.empty(0))
+        zeros = torch.zeros(self.batch_shape + self.event_shape, device=like.device, dtype=like.dtype)
+        return Independent(Normal(zeros, torch.ones_like(zeros)), len(self.event_shape))
 
 
 class Flow(nn.Module):
-    """A flow of ours that is called as zuko's: `flow(c).log_prob(x)`, `flow().sample((n,))`, `flow(c).rsample_and_log_prob()`.
+    """A flow of ours that is called as zuko's: `flow(c).log_prob(x)`, `flow().sample((n,))`, `flow(c).transform(x)`.
 
     Args:
         flow: the flow.
@@ -21,6 +39,6 @@ class Flow(nn.Module):
         super().__init__()
         self.flow = flow
 
-    def forward(self, c: Tensor | None = None) -> FlowDistribution:
+    def forward(self, c: Tensor | None = None) -> NormalizingFlow:
         """p(x | c), with one distribution for each row of c (*batch_shape, C)."""
-        return self.flow.distribution(c)
+        return NormalizingFlow(self.flow, c)

@@ -17,6 +17,7 @@ import torch
 import zuko
 from torch import nn
 
+from glf_fast.conversion import convert
 from glf_fast.conversion.accelerate import accelerate
 from glf_fast.flow import CouplingFlow
 
@@ -357,6 +358,20 @@ def test_nothing_to_replace():
     composite = nt.CompositeTransform([nt.LULinear(3), nt.LULinear(3)])
     (left,) = accelerate(nn.ModuleDict({"net": mlp(2, 2), "alone": composite})).left
     assert left.where == "alone" and "not in a flow" in left.reason
+
+
+@pytest.mark.parametrize("build", [normflows_flow, nflows_flow, zuko_flow, freia_net])
+def test_another_default_device(build):
+    """As `torch.set_default_device("cuda")`, which a machine without a GPU cannot have."""
+    flow = randomized(build())
+    torch.set_default_device("meta")
+    try:
+        converted, report = convert(flow), accelerate(flow)
+    finally:
+        torch.set_default_device(None)
+    assert report
+    for tensor in (*converted.state_dict().values(), *flow.state_dict().values()):
+        assert tensor.device.type == "cpu"
 
 
 def test_no_library_is_imported():

@@ -131,7 +131,7 @@ def check(maker: Maker, layers: list[Layer], batch: int = 6) -> Flow:
     weigh = torch.randn_like(z)
     leaves = maker.parameters
     wanted = torch.autograd.grad((z * weigh).sum() + logdet.sum(), leaves, allow_unused=True, retain_graph=True)
-    trained = [(p, value) for p, value in sources if p.requires_grad]
+    trained = [(p, value) for p, value, _ in sources if p.requires_grad]
     gradients = torch.autograd.grad((fused_z * weigh).sum() + fused_logdet.sum(), [p for p, _ in trained])
     pairs = [(value, g) for (_, value), g in zip(trained, gradients, strict=True) if value.requires_grad]
     got = torch.autograd.grad(
@@ -146,7 +146,7 @@ def check(maker: Maker, layers: list[Layer], batch: int = 6) -> Flow:
 def check_that_nothing_else_is_trained(flow: Flow, sources: list, leaves: list[Tensor]) -> None:
     """Every entry that an optimizer may change is one that moves when the library's parameters move."""
     names = {id(p): name for name, p in flow.named_parameters()}
-    for parameter, value in sources:
+    for parameter, value, _ in sources:
         if not parameter.requires_grad:
             continue
         name = names[id(parameter)]

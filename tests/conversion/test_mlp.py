@@ -25,6 +25,17 @@ class Functional(nn.Module):
         return self.c(F.relu(self.b(self.a(x).relu())))
 
 
+class Dropped(nn.Module):
+    """Dropout as a function."""
+
+    def __init__(self, p: float = 0.3) -> None:
+        super().__init__()
+        self.a, self.b, self.p = nn.Linear(3, 5), nn.Linear(5, 6), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout(torch.tanh(self.a(x)), self.p, self.training))
+
+
 class Skip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +61,12 @@ NETWORKS = {
         nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Tanh()), nn.Dropout(0.0), nn.Linear(5, 6)
     ),
     "functional": Functional,
+    "functional-dropout": lambda: Dropped().eval(),
+    "functional-dropout-of-nothing": lambda: Dropped(0.0),
+    "compiled": lambda: torch.compile(Functional(), backend="eager"),
+    "compiled-inside": lambda: nn.Sequential(
+        torch.compile(nn.Linear(3, 5), backend="eager"), nn.ReLU(), nn.Linear(5, 6)
+    ),
     "four-hidden": lambda: sequential(nn.ReLU(), widths=(3, 5, 4, 3, 2, 6)),
 }
 
@@ -62,7 +79,8 @@ def test_networks_that_are_mlps(name: str) -> None:
     torch.testing.assert_close(mlp(x, read.weights, read.biases, read.activation), network(x))
     assert all(mask.all() for mask in read.trained)
     bias_free = {i for i, mask in enumerate(read.trained_bias) if not mask.any()}
-    assert bias_free == ({1} if name == "functional" else set())
+    assert read.dropout == (0.3 if name == "functional-dropout" else 0.0)
+    assert bias_free == ({1} if name in ("functional", "compiled") else set())
 
 
 @pytest.mark.parametrize(
@@ -78,6 +96,7 @@ def test_networks_that_are_mlps(name: str) -> None:
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), "is not linear →"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)), "BatchNorm1d"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 2)), "dropout"),
+        (Dropped, r"dropout \(p = 0.3\) is active; convert the flow in eval mode"),
         (Skip, "Skip is not a chain"),
         (lambda: sequential(*[nn.ReLU()], widths=(3, 3, 3)).append(nn.ReLU()), "is not linear →"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "has parametrizations"),

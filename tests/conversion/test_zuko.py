@@ -167,7 +167,7 @@ def test_what_stays_as_it_is_says_why(library, prove, shake) -> None:
             ),
             "base distribution BoxUniform",
         ),
-        (lambda: nn.Linear(2, 2), "Linear is no flow of nflows, zuko, normflows, FrEIA"),
+        (lambda: nn.Linear(2, 2), "Linear is no flow of nflows, zuko, normflows or FrEIA"),
     ],
 )
 def test_refusals_name_layer_and_reason(flow, message: str) -> None:

@@ -1,6 +1,7 @@
 """Flows as torch.distributions: shapes, values, gradients, caches."""
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.distributions import Independent, Normal, TransformedDistribution
 
 from glf_fast import CouplingFlow, Flow, FlowTransform
+from glf_fast.flow import Embedded
 
 from .conftest import Case
 
@@ -203,3 +205,91 @@ def test_with_cache() -> None:
     assert transform.with_cache().with_cache(0)._cache_size == 0
     with pytest.raises(ValueError, match="cache_size"):
         FlowTransform(flow(), cache_size=2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizers_step_ends_the_pair(fused: bool) -> None:
+    """Fused optimizers leave version counters as they are."""
+    made = flow()
+    transform = FlowTransform(made)
+    z = torch.randn(4, 3, dtype=torch.float64)
+    x = transform(z)
+    data = TransformedDistribution(noise((3,)), [transform])
+    data.log_prob(x.detach()).sum().backward()
+    x = transform(z)
+    torch.optim.Adam(made.parameters(), lr=0.1, fused=fused).step()
+    torch.testing.assert_close(transform.inv(x), made(x)[0])
+    assert not torch.allclose(transform.inv(x), z)
+
+
+@pytest.mark.parametrize("change", ["parameter", "context", "data", "frozen"])
+def test_whatever_changes_ends_the_pair(change: str) -> None:
+    made, context = flow(2), torch.randn(2, dtype=torch.float64)
+    transform = FlowTransform(made, context)
+    made.requires_grad_(change != "frozen")
+    x = transform(torch.randn(4, 3, dtype=torch.float64))
+    if change == "frozen":
+        made.requires_grad_(True)
+    else:
+        {"parameter": made.mlp_biases[0], "context": context, "data": x}[change].data.add_(0.5)
+    z, logdet = transform.inv(x), transform.log_abs_det_jacobian(transform.inv(x), x)
+    torch.testing.assert_close(z, made(x, context)[0])
+    torch.testing.assert_close(logdet, -made(x, context)[1])
+    assert z.requires_grad
+
+
+def test_torch_func_goes_through_the_transform() -> None:
+    made = flow()
+    data = TransformedDistribution(noise((3,)), [FlowTransform(made)])
+    x = torch.randn(4, 3, dtype=torch.float64)
+    scores = torch.func.vmap(torch.func.grad(data.log_prob))(x)
+    leaf = x.clone().requires_grad_()
+    made.log_prob(leaf).sum().backward()
+    torch.testing.assert_close(scores, leaf.grad)
+
+
+def test_a_context_gives_the_transformed_distribution_its_batch_shape() -> None:
+    """Every row has noise of its own, as with torch's own transforms of many parameters."""
+    made, context = flow(2), torch.randn(5, 2, dtype=torch.float64)
+    transform = FlowTransform(made, context)
+    data = TransformedDistribution(noise((3,)), [transform, torch.distributions.SigmoidTransform()])
+    assert (data.batch_shape, data.event_shape) == ((5,), (3,))
+    x = data.rsample()
+    z = transform.inv(torch.logit(x))
+    assert x.shape == (5, 3) and len(z.unique(dim=0)) == 5
+    assert data.rsample((7,)).shape == (7, 5, 3) and data.log_prob(x).shape == (5,)
+    assert TransformedDistribution(noise((3,)).expand((2, 1)), [transform]).batch_shape == (2, 5)
+    with pytest.raises(ValueError, match=r"end in the flow's event shape \(3,\); got \(5, 4\)"):
+        transform.forward_shape((5, 4))
+
+
+def test_repr_says_what_it_is() -> None:
+    made, context = flow(2), torch.randn(5, 2, dtype=torch.float64)
+    assert repr(made.distribution(context)) == "FlowDistribution(CouplingFlow, event_shape=(3,), batch_shape=(5,))"
+    assert repr(FlowTransform(flow())) == "FlowTransform(CouplingFlow, event_shape=(3,))"
+
+
+@pytest.mark.parametrize("context_shape", [(4,), (2, 3)])
+def test_embedded_contexts(context_shape: tuple[int, ...]) -> None:
+    """Everything takes the context as it is before the embedding, which runs once for each of them."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(math.prod(context_shape), 2)).double()
+    rows: list[int] = []
+    network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    made = Embedded(flow(2), network, context_shape)
+    context = torch.randn(5, *context_shape, dtype=torch.float64)
+    for distribution in (
+        made.distribution(context),
+        made.distribution(context[0]).expand((5,)),
+        TransformedDistribution(noise((3,)), [FlowTransform(made, context)]),
+    ):
+        rows.clear()
+        x = distribution.rsample((7,))
+        assert x.shape == (7, 5, 3) and rows == [5]
+    data = made.distribution(context)
+    torch.testing.assert_close(data.log_prob(x)[2], made.log_prob(x[2], context))
+    torch.testing.assert_close(made.log_prob(x[2], context[0]), made.distribution(context[0]).log_prob(x[2]))
+    assert made.sample(6, context[0]).shape == (6, 3)
+    with pytest.raises(ValueError, match="context must have shape"):
+        made.log_prob(x[2], torch.zeros(5, 7, dtype=torch.float64))
+    with pytest.raises(ValueError, match="is conditional"):
+        made.log_prob(x[2])

@@ -65,6 +65,11 @@ def test_nflows_values(pair: tuple[CouplingFlow, torch.Tensor | None]) -> None:
         torch.testing.assert_close(values, made.log_prob(rows, None if context is None else context[m]))
 
 
+def test_nflows_batches_of_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size must be ≥ 1"):
+        ours_as_nflows.Flow(flow(0)).sample(5, batch_size=0)
+
+
 def test_zuko(pair: tuple[CouplingFlow, torch.Tensor | None]) -> None:
     made, c = pair
     import zuko
@@ -80,6 +85,23 @@ def test_zuko(pair: tuple[CouplingFlow, torch.Tensor | None]) -> None:
     ):
         assert draw(ours).shape == draw(theirs).shape
     assert set(ours.state_dict()) == {f"flow.{name}" for name in made.state_dict()}
+
+
+def test_zuko_latents(pair: tuple[CouplingFlow, torch.Tensor | None]) -> None:
+    """`flow(c).transform(x)` and `flow(c).base`, which are how zuko's users get at them."""
+    made, c = pair
+    import zuko
+
+    ours, theirs = ours_as_zuko.Flow(made)(c), zuko.flows.RealNVP(3, made.context_dim)(c)
+    x = torch.randn(4, 3)
+    z, logdet = made(x, c)
+    torch.testing.assert_close(ours.transform(x), z)
+    torch.testing.assert_close(ours.transform.log_abs_det_jacobian(x, z), logdet)
+    torch.testing.assert_close(ours.transform.inv(z), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.base.log_prob(z) + logdet, ours.log_prob(x))
+    assert ours.expand((2, 4)).base.batch_shape == (2, 4)
+    assert (ours.base.batch_shape, ours.base.event_shape) == (theirs.base.batch_shape, theirs.base.event_shape)
+    assert ours.transform(x).shape == theirs.transform(x).shape
 
 
 def test_pyro_guide_learns_a_posterior() -> None:

@@ -197,3 +197,13 @@ def test_refusals() -> None:
         coupling_flow()(theta, x[..., None])
     with pytest.raises(ValueError, match="z_score_theta must be"):
         coupling_flow(z_score_theta="transform_to_unconstrained")(theta, x)
+
+
+def test_loss_broadcasts_one_condition_and_checks_shapes() -> None:
+    theta, x = simulations(300)
+    ours = coupling_flow(steps=2, hidden=(8,))(theta, x)
+    torch.testing.assert_close(ours.loss(theta[:5], x[:1]), -ours.log_prob(theta[None, :5], x[:1].expand(5, -1))[0])
+    with pytest.raises(ValueError, match="does not match the expected input"):
+        ours.loss(theta[:5, :1], x[:5])
+    with pytest.raises(ValueError, match="does not match the"):
+        ours.loss(theta[:5], x[:5, :1])

@@ -119,7 +119,7 @@ def _check_fused(flow: nn.Module, reading: Reading, *, tolerance: float = 1e-8) 
 
     parameters = [p for p in flow.parameters() if p.requires_grad]
     wanted = torch.autograd.grad(weight @ theirs, [x, *parameters], retain_graph=True, allow_unused=True)
-    sources = [(p, value) for p, value in sources if p.requires_grad]
+    sources = [(p, value) for p, value, _ in sources if p.requires_grad]
     kept = [p for p in parameters if any(p is q for q in fused.parameters())]
     grad_x, *grads = torch.autograd.grad(
         weight @ ours, [x, *(p for p, _ in sources), *kept], allow_unused=True, materialize_grads=True

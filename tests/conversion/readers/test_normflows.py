@@ -191,8 +191,6 @@ def test_refusals_of_whole_flows():
     flow.q0.temperature = 0.7
     with pytest.raises(ConversionError, match=r"temperature is 0\.7"):
         read(flow)
-    with pytest.raises(ConversionError, match="ClassCondFlow is not"):
-        read(nf.ClassCondFlow(nf.distributions.DiagGaussian(4), []))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""Padding never makes a converted flow slower: narrow couplings are not stacked with wide ones, hopeless ones stay."""
+
+from __future__ import annotations
+
+import normflows as nf
+import pytest
+import torch
+from nflows import transforms as T
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
+from torch import nn
+
+from glf_fast import CouplingFlow
+from glf_fast.conversion import ConversionError, convert, nflows
+from glf_fast.conversion.accelerate import accelerate
+from glf_fast.conversion.layers import Kept
+
+
+def blocks(widths: list[int], dim: int = 20, scale_map: str = "exp") -> nf.NormalizingFlow:
+    layers: list[nn.Module] = []
+    for width in reversed(widths):  # normflows starts at the noise
+        net = nf.nets.MLP([dim // 2, width, width, dim])
+        layers += [nf.flows.AffineCouplingBlock(net, scale_map=scale_map), nf.flows.Permute(dim)]
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), layers)
+
+
+def steps(flow: nn.Module) -> list[int]:
+    """Of each CouplingFlow, data → noise."""
+    return [m.config["steps"] for m in flow.modules() if isinstance(m, CouplingFlow)]
+
+
+def size(flow: nn.Module) -> int:
+    return sum(p.numel() for p in flow.parameters())
+
+
+@pytest.mark.parametrize("scale_map", ["exp", "sigmoid_inv"])
+@pytest.mark.parametrize(
+    ("widths", "runs"),
+    [
+        ([16] * 7 + [512], [7, 1]),
+        ([512, 16, 16, 512], [1, 2, 1]),
+        ([16, 24, 8, 16], [4]),
+        ([16] * 3 + [512] * 3, [3, 3]),
+    ],
+)
+def test_a_wide_network_does_not_widen_the_narrow_ones(widths: list[int], runs: list[int], scale_map: str) -> None:
+    flow = blocks(widths, scale_map=scale_map)
+    converted = convert(flow)  # which compares it, in float64
+    assert steps(converted) == runs
+    if len(runs) > 1:
+        assert size(converted) == size(flow)
+    assert accelerate(flow)
+    assert sorted(steps(flow)) == sorted(runs)
+
+
+def lopsided(dim: int, transformed: int, hidden: int = 64) -> T.AffineCouplingTransform:
+    class Net(nn.Sequential):
+        def forward(self, x, context=None):
+            return super().forward(x)
+
+    mask = (torch.arange(dim) < transformed).int()
+    return T.AffineCouplingTransform(mask, lambda a, b: Net(nn.Linear(a, hidden), nn.ReLU(), nn.Linear(hidden, b)))
+
+
+def test_a_coupling_of_few_columns_of_many_stays_as_it_is() -> None:
+    """1 of 128 columns: the kernels' halves would make 253 columns of them."""
+    few, half = lopsided(128, 1), lopsided(128, 64, hidden=128)
+    with pytest.raises(ConversionError, match=r"transforms 1 of 128 columns with 8,256 multiply-adds"):
+        convert(Flow(few, StandardNormal([128])))
+    flow = Flow(T.CompositeTransform([half, few, lopsided(128, 64, hidden=128)]), StandardNormal([128]))
+    assert [type(layer).__name__ for layer in convert(flow).layers].count("KeptTransform") == 1
+    report = accelerate(flow)
+    assert len(report.replaced) == 2 and "transforms 1 of 128 columns" in str(report)
+    assert flow._transform._transforms[1] is few
+
+
+def test_a_gpu_minds_launches_more_than_padding() -> None:
+    flow = Flow(lopsided(128, 1), StandardNormal([128])).double()
+    assert [isinstance(layer, Kept) for layer in nflows.read(flow, "cuda").layers] == [False]
+    assert [isinstance(layer, Kept) for layer in nflows.read(flow, "cpu").layers] == [True]
+
+
+def test_couplings_of_a_usual_size_are_fused_whatever_their_mask() -> None:
+    masks = [1, 20, 39, 7]
+    flow = Flow(T.CompositeTransform([lopsided(40, n) for n in masks]), StandardNormal([40]))
+    assert sum(steps(convert(flow))) == len(masks)
