@@ -36,9 +36,9 @@ def lines(found: Results) -> Iterator[str]:
         if suite == "two_moons":
             yield from (
                 "",
-                f"sbi's NPE on two moons, {rows['sbi'].info['simulations']} simulations, both until sbi's own ",
+                f"sbi's NPE on two moons, {rows['sbi'].info['simulations']:,} simulations, both until sbi's own stopping rule",
             )
-            yield f"stopping rule ({where}); C2ST is 0.5 where a classifier cannot tell the posterior from the exact one:"
+            yield f"({where}); C2ST is 0.5 where a classifier cannot tell the posterior from the exact one:"
             yield ""
             yield "| | training | C2ST, mean and spread of the runs | runs |"
             yield "|---|---|---|---|"
