@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -109,13 +110,6 @@ def _nflows(flow: Any) -> Place:
     shape = tuple(getattr(flow._distribution, "_shape", ()))
     check_vectors("it", shape)
 
-    def put(replacements: Sequence[Replacement]) -> None:
-        modules = _replaced([m for _, m in named], replacements)
-        if len(named) == 1 and flow._transform is named[0][1]:
-            (flow._transform,) = modules
-        else:
-            flow._transform._transforms = _list(modules, flow._transform._transforms)
-
     return Place(
         named=named,
         conditions=[()] * len(named),
@@ -123,7 +117,7 @@ def _nflows(flow: Any) -> Place:
         read=lambda module: nflows.read_transform(module, shape[0]),
         keep=nflows.KeptTransform,
         adapt=lambda fused, _: adapters.NflowsLayer(fused),
-        put=put,
+        put=partial(_put_transform, flow, "_transform", "_transforms", named),
         has_inverse=lambda modules, _: nflows.has_inverse(modules),
     )
 
@@ -136,13 +130,6 @@ def _zuko(flow: Any) -> Place:
         raise ConversionError("its base depends on the context, and does not say how many columns it has") from error
     check_vectors("it", shape)
 
-    def put(replacements: Sequence[Replacement]) -> None:
-        modules = _replaced([m for _, m in named], replacements)
-        if len(named) == 1 and flow.transform is named[0][1]:
-            (flow.transform,) = modules
-        else:
-            flow.transform.transforms = _list(modules, flow.transform.transforms)
-
     return Place(
         named=named,
         conditions=[()] * len(named),
@@ -150,7 +137,7 @@ def _zuko(flow: Any) -> Place:
         read=lambda module: zuko.read_transform(module, shape[0]),
         keep=zuko.KeptTransform,
         adapt=lambda fused, _: adapters.ZukoLayer(fused),
-        put=put,
+        put=partial(_put_transform, flow, "transform", "transforms", named),
     )
 
 
@@ -205,6 +192,18 @@ def _put_in_graph(inn: Any, replacements: Sequence[Replacement]) -> None:
     for node, module in zip(chain, originals, strict=True):
         node.module = module
     inn.module_list = _list(originals, inn.module_list)
+
+
+def _put_transform(
+    flow: nn.Module, name: str, chain: str, named: list[tuple[str, nn.Module]], replacements: Sequence[Replacement]
+) -> None:
+    """Put them where flow.`name` is one transform, or has its transforms in a list called `chain`."""
+    modules, transform = _replaced([m for _, m in named], replacements), getattr(flow, name)
+    if len(named) == 1 and transform is named[0][1]:
+        (module,) = modules
+        setattr(flow, name, module)
+    else:
+        setattr(transform, chain, _list(modules, getattr(transform, chain)))
 
 
 def _list(modules: Iterable[nn.Module], instead_of: nn.Module) -> nn.ModuleList:
