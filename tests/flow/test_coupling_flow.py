@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from glf_fast import MLP, ActNorm, AffineCoupling, CouplingFlow, InvertibleLinear, SequentialFlow
+from glf_fast.flow.coupling_flow import COUPLINGS
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 
@@ -25,6 +26,7 @@ def shaken(flow: CouplingFlow, scale: float = 0.3) -> CouplingFlow:
     steps=st.integers(1, 4),
     hidden=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     context_dim=st.integers(0, 3),
+    coupling=st.sampled_from(COUPLINGS),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     log_scale=st.sampled_from(sorted(LOG_SCALES)),
     add_first=st.booleans(),
@@ -187,6 +189,7 @@ def test_learns_a_density_it_can_sample() -> None:
         ({"context_dim": -1}, "context_dim must be ≥ 0"),
         ({"activation": "rleu"}, "activation must be one of 'relu'"),
         ({"log_scale": "tahn"}, "log_scale must be one of 'tanh'"),
+        ({"coupling": "nice"}, "coupling must be one of 'affine', 'separate', 'additive'; got 'nice'"),
         ({"linear": "lu"}, "linear must be one of 'plu', 'dense', 'permutation'; got 'lu'"),
     ],
 )
