@@ -353,9 +353,7 @@ def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def _coupling(
-    passive: Tensor, transformed: Tensor, net: Conditioner, module: Any, scale: LogScale | None
-) -> Coupling:
+def _coupling(passive: Tensor, transformed: Tensor, net: Conditioner, module: Any, scale: LogScale | None) -> Coupling:
     """A coupling with outputs [u | t], u multiplied by the log-scale's factor; an additive one without log-scale."""
     context = sum(dims[0] for dims in module.dims_c)
     wanted = len(passive) + context, len(transformed) * (2 if scale else 1)

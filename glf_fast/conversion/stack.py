@@ -57,8 +57,8 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
     with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
         flow = CouplingFlow(
             width, len(steps), hidden_widths(couplings), context_dim, coupling=first.kind(),
-            activation=first.conditioner.activation, linear=linear, log_scale=first.log_scale, log_scale_constant=first.log_scale_constant, add_first=first.add_first,
-            actnorm=actnorm,
+            activation=first.conditioner.activation, log_scale=first.log_scale,
+            log_scale_constant=first.log_scale_constant, add_first=first.add_first, linear=linear, actnorm=actnorm,
         ).double()  # fmt: skip
     _install_affine(flow, maps, slots, sources)
     _install_conditioners(flow, couplings, (P, T), sources)

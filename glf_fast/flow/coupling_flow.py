@@ -396,6 +396,7 @@ def _networks(coupling: AffineCoupling) -> list[MLP]:
     return [u, t]
 
 
-def _linears(coupling: AffineCoupling) -> list[tuple[nn.Linear, ...]]:
+def _linears(coupling: nn.Module) -> list[tuple[nn.Linear, ...]]:
     """The linear layers of its networks side by side, first to last."""
+    assert isinstance(coupling, AffineCoupling)
     return list(zip(*(network.linears() for network in _networks(coupling)), strict=True))

@@ -141,9 +141,7 @@ def test_selecting_and_joining() -> None:
         torch.testing.assert_close(raw, torch.cat([3 * wanted[:, :T], wanted[:, T:]], 1))
     fewer = select_inputs(read_mlp(t), torch.tensor([4, 1]))
     masked = torch.zeros_like(x).index_copy(1, torch.tensor([1, 4]), x[:, [1, 4]])
-    torch.testing.assert_close(
-        mlp(x[:, [4, 1]], fewer.weights, fewer.biases, "tanh"), t(masked)
-    )
+    torch.testing.assert_close(mlp(x[:, [4, 1]], fewer.weights, fewer.biases, "tanh"), t(masked))
     fixed = without_shift(read_mlp(t))
     torch.testing.assert_close(
         mlp(x, fixed.weights, fixed.biases, "tanh"), torch.cat([t(x), torch.zeros(6, 3).double()], 1)
