@@ -243,7 +243,7 @@ def test_from_layers_names_the_layer_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="layer 2 has a Linear as conditioner"):
         stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, nn.Linear(2, 4)))
     unequal = SeparateNetworks(MLP(2, [8], 2), MLP(2, [9], 2))
-    with pytest.raises(ValueError, match="layer 2 has a SeparateNetworks as conditioner; .* an MLP or two equal ones"):
+    with pytest.raises(ValueError, match=r"layer 2 has a SeparateNetworks as conditioner; .* an MLP or two equal ones"):
         stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, unequal))
     with pytest.raises(ValueError, match="step 1 has log_scale='glow' but step 0 has 'tanh'"):
         stack(*step(), *step(log_scale="glow"))
