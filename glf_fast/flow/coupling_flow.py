@@ -121,9 +121,10 @@ class CouplingFlow(Flow):
         context = self._begin(x, context)
         weights, biases = self._mlp()
         if self.config["linear"] == "plu" and torch.is_grad_enabled():
-            linear = self._linear()
+            linear, actnorm = self._linear(), self._actnorm()
             plu = (linear["permutation"], linear["lower"], linear["upper"], linear["log_diag"], linear["sign"])
-            return ops.plu_flow_log_prob(x, (*plu, *self._actnorm()), weights, biases, context, **self._options)
+            if any(t is not None and t.requires_grad for t in (*plu, *actnorm)):
+                return ops.plu_flow_log_prob(x, (*plu, *actnorm), weights, biases, context, **self._options)
         A, _, c, logabsdet = self._affine(weights[0].dtype, need_inverse=False)
         return ops.coupling_flow_log_prob(x, A, c, logabsdet, weights, biases, context, **self._options)
 
