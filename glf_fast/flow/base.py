@@ -66,8 +66,9 @@ class Flow(nn.Module):
             raise ValueError(f"n must be ≥ 0; got {n}")
         if temperature < 0:
             raise ValueError(f"temperature must be ≥ 0; got {temperature}")
-        like = next(self.parameters(), torch.empty(0))
-        noise = torch.randn((n, *self.event_shape), generator=generator, device=like.device, dtype=like.dtype)
+        like = next(self.parameters(), None)
+        device, dtype = (None, None) if like is None else (like.device, like.dtype)
+        noise = torch.randn((n, *self.event_shape), generator=generator, device=device, dtype=dtype)
         return self.inverse(noise if temperature == 1 else temperature * noise, context)[0]
 
     def distribution(self, context: Tensor | None = None, validate_args: bool | None = None) -> FlowDistribution:
