@@ -52,7 +52,7 @@ def _permuted(
     """Those of yᵢ = ((x + b)·e^s)_perm(i): column i of A has one entry, in row perm(i). No product is needed."""
     zeros = permutation.new_zeros(*permutation.shape, permutation.shape[-1], dtype=dtype)  # (…, D, D)
     if log_scale is None or bias is None:
-        s = c = zeros[..., 0]
+        s = c = torch.zeros_like(permutation, dtype=dtype)
         scale = s.exp()
     else:
         s = log_scale.gather(-1, permutation)

@@ -357,3 +357,12 @@ def test_maps_of_permutations_have_the_reference_s_derivatives(actnorm: bool) ->
     assert assemble("permutation", {"permutation": permutation}, torch.float64, need_inverse=False)[1] is None
     if actnorm:
         assert torch.autograd.gradcheck(run, vectors) and torch.autograd.gradgradcheck(run, vectors)
+
+
+@pytest.mark.parametrize("actnorm", [False, True])
+@pytest.mark.parametrize("linear", ["plu", "dense", "permutation"])
+@torch.no_grad()
+def test_affine_maps_come_as_the_kernels_want_them(linear: str, actnorm: bool) -> None:
+    """Contiguous: anything else would be refused, explained and copied at every call."""
+    flow = CouplingFlow(5, 3, (8,), linear=linear, actnorm=actnorm).eval()
+    assert all(t.is_contiguous() for t in flow._affine(torch.float32, need_inverse=True))
