@@ -77,7 +77,7 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, int32
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype, device, index, &made));
-  const Tensor t(made);
+  Tensor t(made);
 #ifndef USE_CUDA
   static const bool poison = std::getenv("GLF_FAST_POISON") != nullptr;
   if (poison) std::memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());

@@ -156,6 +156,7 @@ class CouplingFlow(Flow):
             tensors[0].device.type == "cpu"
             and not ((self.training or graded) and any(t.requires_grad for t in tensors))
             and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+            and torch.autograd.forward_ad._current_level < 0
         )
         kept = self._assembled  # once: another thread may replace it meanwhile
         if remember and kept is not None and ops.identical(tensors, kept[0]):

@@ -241,11 +241,13 @@ def _attempt(
 
     They refuse whatever `_check_flow` refuses, which says why, but takes 7 µs: a tenth of what a flow of a single row takes.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _kernels(x, weights) != "cpp":
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if recorded or x.dtype != matrix.dtype or _kernels(x, weights) != "cpp":
         return None
     _check_options(options)
+    context = None if context is None else context.contiguous()  # an expanded one is common, a refusal takes 40 µs
     try:
-        out, logdet, _ = cpp.forward(x, matrix, offset, weights, biases, context, options, False)
+        out, logdet, _ = cpp.forward(x.contiguous(), matrix, offset, weights, biases, context, options, False)
     except RuntimeError:
         return None
     return out, logdet

@@ -341,6 +341,21 @@ def test_training_follows_a_frozen_linear_part_that_changes(linear: str) -> None
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in frozen)
 
 
+def test_tangents_of_a_frozen_linear_part_are_not_lost() -> None:
+    torch.manual_seed(0)
+    flow = shaken(CouplingFlow(4, 2, (8,), linear="dense", actnorm=False).double()).requires_grad_(False)
+    x, W, tangent = torch.randn(5, 4).double(), flow.linear_weight, torch.randn(2, 4, 4).double()
+    plain = flow.log_prob(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(W.detach(), tangent)
+        out = torch.func.functional_call(flow, {"linear_weight": dual}, (x,))[1]
+        found = torch.autograd.forward_ad.unpack_dual(out).tangent
+    step = 1e-6
+    ends = [torch.func.functional_call(flow, {"linear_weight": W + h * tangent}, (x,))[1] for h in (step, -step)]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flow.log_prob(x), plain)
+
+
 @pytest.mark.parametrize("actnorm", [True, False])
 def test_maps_of_permutations_have_the_reference_s_derivatives(actnorm: bool) -> None:
     torch.manual_seed(0)
