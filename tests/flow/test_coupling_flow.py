@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -42,6 +42,7 @@ def test_stacked_flow_and_its_layers_are_the_same_map(seed, batch, **arguments) 
     x = torch.randn(batch, flow.config["dim"], dtype=torch.float64)
     context = torch.randn(batch, flow.context_dim, dtype=torch.float64) if flow.context_dim else None
     z, logdet = flow(x, context)
+    assume(z.numel() == 0 or z.abs().max() < 1e4)  # an unbounded scale may make 10¹⁴⁴ of 1
     layers = flow.to_layers()
     for other in (layers, CouplingFlow.from_layers(layers)):
         z_other, logdet_other = other(x, context)
