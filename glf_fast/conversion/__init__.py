@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.layers import Coupling, Kept
+from glf_fast.conversion.images import on_images
+from glf_fast.conversion.layers import Coupling, Kept, NetworkCoupling
 from glf_fast.conversion.reading import ConversionError, Reading, lost_in_training
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Embedded, Flow
@@ -58,7 +59,8 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
         >>> fast.log_prob(torch.randn(7, 3), torch.randn(7, 5)).shape
         torch.Size([7])
     """
-    reader = import_module(f"glf_fast.conversion.{_reader(flow)}")
+    library = _reader(flow)
+    reader = import_module(f"glf_fast.conversion.{'images.' if on_images(flow) else ''}{library}")
     if context is not None and (context.ndim < 2 or not len(context)):
         raise ValueError(f"context must be an example of shape (batch, …); got {tuple(context.shape)}")
     like = next((p for p in flow.parameters()), torch.empty(0, device="cpu"))
@@ -111,7 +113,7 @@ def _reader(flow: nn.Module) -> str:
 
 def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, Sources]:
     """The flow that was read, in float64."""
-    couplings = [layer for layer in reading.layers if isinstance(layer, Coupling)]
+    couplings = [layer for layer in reading.layers if isinstance(layer, Coupling | NetworkCoupling)]
     if not couplings:
         reasons = [layer.reason for layer in reading.layers if isinstance(layer, Kept)]
         raise ConversionError(f"{name} has no coupling that can be fused. " + "; ".join(reasons))
@@ -122,15 +124,15 @@ def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, 
             "example, convert(flow, context=…)"
         )
     if embedding is None:
-        if len(shape) > 1:
+        if len(shape) > 1 and any(isinstance(layer, Coupling) for layer in couplings):
             raise ConversionError(f"without an embedding_net a context is one vector for each sample, not {shape}")
-        return fuse(reading.layers, reading.dim, sum(shape))
+        return fuse(reading.layers, reading.event_shape, shape)
     try:
         with torch.no_grad():  # in eval mode: running statistics must not see zeros
-            columns = copy.deepcopy(embedding).eval()(reading.contexts(2, torch.Generator())).shape[1]
+            embedded = copy.deepcopy(embedding).eval()(reading.contexts(2, torch.Generator())).shape[1:]
     except (RuntimeError, IndexError) as error:
         raise ConversionError(
             f"the embedding_net fails on contexts of shape {shape} ({error}): give an example, convert(flow, context=…)"
         ) from error
-    flow, sources = fuse(reading.layers, reading.dim, columns)
+    flow, sources = fuse(reading.layers, reading.event_shape, tuple(embedded))
     return Embedded(flow, embedding, shape), sources

@@ -66,7 +66,7 @@ def read(inn: Any, device: str = "cpu") -> Reading:
 
     return Reading(
         layers=layers,
-        dim=dim,
+        event_shape=(dim,),
         log_prob=log_prob,
         inverse=(lambda z, context: run(z, context, rev=True)[0]) if has_exact_inverse(layers) else None,
         context_shape=(sum(widths.values()),) if widths else (),

@@ -74,7 +74,7 @@ def read(flow: Any, device: str = "cpu") -> Reading:
     columns = fused or context_features(flow._transform.modules())
     return Reading(
         layers=layers,
-        dim=dim,
+        event_shape=(dim,),
         log_prob=lambda x, context: flow.log_prob(x, context=context),
         inverse=inverse if has_inverse([flow]) else None,
         embedding=embedding,
