@@ -15,11 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.clamps import LogScale, recognised
-from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
+from glf_fast.conversion.images.reshaped import Reshaped
+from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation, Unfusable
 from glf_fast.conversion.mlp import read_mlp, select_outputs, side_by_side, without_scale
-from glf_fast.conversion.reading import ConversionError, Reading, check_vectors, read_each, trained_together
+from glf_fast.conversion.reading import ConversionError, Reading, read_each, trained_together
 
-__all__ = ["Block", "KeptBlock", "blocks", "has_exact_inverse", "keep_alone", "own_context", "read", "read_layer"]
+__all__ = [
+    "AllInOne",
+    "Block",
+    "KeptBlock",
+    "Seen",
+    "all_in_one",
+    "block_shape",
+    "blocks",
+    "halves",
+    "has_exact_inverse",
+    "keep_alone",
+    "log_scale",
+    "own_context",
+    "read",
+    "read_actnorm",
+    "read_layer",
+    "read_permutation",
+]
 
 
 @dataclass(frozen=True)
@@ -31,21 +49,30 @@ class Block:
     module: nn.Module
 
 
-def read(inn: Any, device: str = "cpu") -> Reading:
-    """The layers of a `SequenceINN` or of a `GraphINN` that is a chain, data → N(0, I)."""
+def read(inn: Any, device: str = "cpu", read_block: Callable[[nn.Module, Seen], list[Layer]] | None = None) -> Reading:
+    """The layers of a `SequenceINN` or of a `GraphINN` that is a chain, data → N(0, I).
+
+    `read_block`: reads one module, `read_layer` if None.
+    """
+    read_block = read_block or read_layer
     chain, shape = blocks(inn)
-    check_vectors(type(inn).__name__, shape)
-    dim = shape[0]
+    noise = shape
     widths: dict[int, int] = {}
+    pixels: tuple[int, ...] = ()  # of the conditions
     for block in chain:
+        (noise,) = block.module.output_dims([noise])  # type: ignore[operator]
         for index, dims in zip(block.conditions, block.module.dims_c, strict=True):  # type: ignore[arg-type]
-            if len(dims) != 1 or widths.setdefault(index, dims[0]) != dims[0]:
-                raise ConversionError(f"{block.name}: condition {index} is not one vector: {dims}")
+            pixels = pixels if widths else tuple(dims[1:])
+            if widths.setdefault(index, dims[0]) != dims[0] or tuple(dims[1:]) != pixels:
+                raise ConversionError(
+                    f"{block.name}: condition {index} of shape {tuple(dims)} does not fit beside the others in one context; "
+                    "accelerate leaves the conditions as they are"
+                )
     seen = {id(block.module): _seen_context(block.conditions, widths) for block in chain}
     names = {id(block.module): block.name for block in chain}
     layers = read_each(
         [(block.name, block.module) for block in chain],
-        lambda module: read_layer(module, seen[id(module)]),
+        lambda module: read_block(module, seen[id(module)]),
         lambda module: KeptBlock(module, seen[id(module)], _part_widths(module), names[id(module)]),
         device,
     )
@@ -62,14 +89,16 @@ def read(inn: Any, device: str = "cpu") -> Reading:
 
     def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
         z, jac = run(x, context, rev=False)
-        return jac - 0.5 * z.square().sum(1) - 0.5 * dim * math.log(2 * math.pi)
+        return jac - 0.5 * (z.square().flatten(1).sum(1) + math.prod(shape) * math.log(2 * math.pi))
 
+    if noise != shape:
+        layers.append(Kept(Reshaped(noise, shape), "noise has the data's shape"))
     return Reading(
         layers=layers,
-        event_shape=(dim,),
+        event_shape=shape,
         log_prob=log_prob,
-        inverse=(lambda z, context: run(z, context, rev=True)[0]) if has_exact_inverse(layers) else None,
-        context_shape=(sum(widths.values()),) if widths else (),
+        inverse=(lambda z, context: run(z.reshape(-1, *noise), context, rev=True)[0]) if has_exact_inverse(layers) else None,
+        context_shape=(sum(widths.values()), *pixels) if widths else (),
     )
 
 
@@ -137,9 +166,8 @@ def read_layer(module: nn.Module, seen: Seen) -> list[Layer]:
     reader = _READERS.get(type(module).__name__)
     if reader is None or not type(module).__module__.startswith("FrEIA."):
         raise Unfusable("no kernel covers this kind of layer")
-    shapes: Any = module.dims_in  # ActNorm keeps the one shape itself
-    if not (len(shapes) == 1 and (isinstance(shapes[0], int) or len(shapes[0]) == 1)):
-        raise Unfusable(f"it works on {shapes}, not on one vector")
+    if len(block_shape(module)) != 1:
+        raise Unfusable(f"it works on {module.dims_in}, not on one vector")
     layers = reader(module)
     return [
         replace(layer, conditioner=_widened(layer.conditioner, len(layer.passive), seen))
@@ -149,13 +177,21 @@ def read_layer(module: nn.Module, seen: Seen) -> list[Layer]:
     ]
 
 
+def block_shape(module: Any) -> tuple[int, ...]:
+    """Of one sample that a module is given; () for a module of several inputs."""
+    shapes = module.dims_in
+    if isinstance(shapes[0], int):  # ActNorm keeps the one shape itself
+        return tuple(shapes)
+    return tuple(shapes[0]) if len(shapes) == 1 else ()
+
+
 class KeptBlock(nn.Module):
     """A FrEIA module as a layer: (x, context) → (z, logdet (B,)), with the context split into its conditions."""
 
     def __init__(self, block: nn.Module, seen: Seen, widths: Sequence[int], name: str) -> None:
         super().__init__()
-        if type(block).__name__ in ("Split", "Concat", "Flatten", "Reshape"):
-            raise ConversionError(f"{name} ({type(block).__name__}): only vectors of one width can be converted")
+        if type(block).__name__ in ("Split", "Concat"):
+            raise ConversionError(f"{name} ({type(block).__name__}): only one sample after the other can be converted")
         if type(block).__name__.startswith("InvAuto") and type(block).__name__ != "InvAutoAct":
             raise ConversionError(f"{name} ({type(block).__name__}) has no tractable log-determinant")
         if type(block).__name__ == "IResNetLayer":
@@ -190,8 +226,8 @@ _UNINITIALIZED = "{} (ActNorm) has not been initialised: send a batch of data th
 
 
 def _glow(module: Any) -> list[Layer]:
-    first, second = _halves(module)
-    scale = _log_scale(module)
+    first, second = halves(module)
+    scale = log_scale(module)
     return [
         _coupling(second, first, read_mlp(module.subnet2), module, scale),
         _coupling(first, second, read_mlp(module.subnet1), module, scale),
@@ -199,8 +235,8 @@ def _glow(module: Any) -> list[Layer]:
 
 
 def _rnvp(module: Any) -> list[Layer]:
-    first, second = _halves(module)
-    scale = _log_scale(module)
+    first, second = halves(module)
+    scale = log_scale(module)
     return [
         _coupling(second, first, side_by_side(*map(read_mlp, (module.subnet_s2, module.subnet_t2))), module, scale),
         _coupling(first, second, side_by_side(*map(read_mlp, (module.subnet_s1, module.subnet_t1))), module, scale),
@@ -208,7 +244,7 @@ def _rnvp(module: Any) -> list[Layer]:
 
 
 def _nice(module: Any) -> list[Layer]:
-    first, second = _halves(module)
+    first, second = halves(module)
     scale = LogScale("exp", None, 1.0)
     return [
         _coupling(second, first, without_scale(read_mlp(module.F)), module, scale),
@@ -217,11 +253,24 @@ def _nice(module: Any) -> list[Layer]:
 
 
 def _one_sided(module: Any) -> list[Layer]:
-    first, second = _halves(module)
-    return [_coupling(first, second, read_mlp(module.subnet), module, _log_scale(module))]
+    first, second = halves(module)
+    return [_coupling(first, second, read_mlp(module.subnet), module, log_scale(module))]
 
 
-def _all_in_one(module: Any) -> list[Layer]:
+@dataclass(frozen=True)
+class AllInOne:
+    """What an `AllInOneBlock` is made of, data → noise: `before`, a coupling, `after`."""
+
+    before: list[Layer]
+    passive: Tensor
+    transformed: Tensor
+    scale: LogScale
+    shift_factor: float
+    after: list[Layer]
+
+
+def all_in_one(module: Any) -> AllInOne:
+    """The parts of an `AllInOneBlock` on vectors or images; raises Unfusable."""
     if module.GIN:
         raise Unfusable("gin_block=True subtracts the mean of the log-scales")
     if module.householder:
@@ -232,27 +281,34 @@ def _all_in_one(module: Any) -> list[Layer]:
         rotation = module.w_perm
     if rotation.requires_grad:
         raise Unfusable("its rotation is trained, away from the transpose that it takes for its inverse")
+    rotation = rotation.view(module.in_channels, module.in_channels)
     n_passive, n_transformed = module.splits
     if not n_transformed:
         raise Unfusable("one column is too few for a coupling")
     columns = torch.arange(module.in_channels, device=rotation.device)
-    u_shape, shift_factor = _probe_all_in_one(module, n_transformed)
-    net = select_outputs(
-        read_mlp(module.subnet),
-        torch.arange(2 * n_transformed, device=rotation.device),
-        torch.cat([rotation.new_ones(n_transformed), rotation.new_full((n_transformed,), shift_factor)]),
-    )
-    scale = module.global_scale_activation(module.global_scale)
+    scale, shift_factor = _probe_all_in_one(module, n_transformed)
+    factors = module.global_scale_activation(module.global_scale).view(-1)
     trained = trained_together(module.global_scale, module.global_offset)
-    return [
-        *([_rotation(rotation.T)] if module.reverse_pre_permute else []),
-        _coupling(columns[:n_passive], columns[n_passive:], net, module, u_shape),
-        Diagonal(scale.log().view(-1), module.global_offset.view(-1), trained),
-        _rotation(rotation),
-    ]
+    return AllInOne(
+        before=[rotation_layer(rotation.T)] if module.reverse_pre_permute else [],
+        passive=columns[:n_passive],
+        transformed=columns[n_passive:],
+        scale=scale,
+        shift_factor=shift_factor,
+        after=[Diagonal(factors.log(), module.global_offset.view(-1), trained), rotation_layer(rotation)],
+    )
 
 
-def _actnorm(module: Any) -> list[Layer]:
+def _all_in_one(module: Any) -> list[Layer]:
+    parts = all_in_one(module)
+    net = read_mlp(module.subnet)
+    factor = torch.ones_like(net.biases[-1])
+    factor[len(parts.transformed) :] = parts.shift_factor
+    net = select_outputs(net, torch.arange(len(factor), device=factor.device), factor)
+    return [*parts.before, _coupling(parts.passive, parts.transformed, net, module, parts.scale), *parts.after]
+
+
+def read_actnorm(module: Any) -> list[Layer]:
     if module.init_on_next_batch:
         # Any call, a comparison's too, would initialise it with what happens to come first.
         raise ConversionError(_UNINITIALIZED.format("a layer"))
@@ -269,7 +325,7 @@ def _elementwise_scaling(module: Any) -> list[Layer]:
     return [Diagonal(module.s.view(-1), torch.zeros_like(module.s).view(-1), trained=False)]
 
 
-def _permute_random(module: Any) -> list[Layer]:
+def read_permutation(module: Any) -> list[Layer]:
     return [Permutation(module.perm)]
 
 
@@ -301,7 +357,7 @@ def _householder(module: Any) -> list[Layer]:
 
 
 _READERS: dict[str, Callable[[Any], list[Layer]]] = {
-    "ActNorm": _actnorm,
+    "ActNorm": read_actnorm,
     "AffineCouplingOneSided": _one_sided,
     "AllInOneBlock": _all_in_one,
     "FixedLinearTransform": _fixed_linear,
@@ -310,7 +366,7 @@ _READERS: dict[str, Callable[[Any], list[Layer]]] = {
     "LearnedElementwiseScaling": _elementwise_scaling,
     "NICECouplingBlock": _nice,
     "OrthogonalTransform": _orthogonal,
-    "PermuteRandom": _permute_random,
+    "PermuteRandom": read_permutation,
     "RNVPCouplingBlock": _rnvp,
 }
 
@@ -318,7 +374,8 @@ _READERS: dict[str, Callable[[Any], list[Layer]]] = {
 # -- log-scales: what they are is asked of the live object, since they changed between releases ------------------------
 
 
-def _log_scale(module: Any) -> LogScale:
+def log_scale(module: Any) -> LogScale:
+    """What the block makes of u."""
     return recognised(lambda u: module.clamp * module.f_clamp(u))
 
 
@@ -327,10 +384,11 @@ def _probe_all_in_one(module: Any, n: int) -> tuple[LogScale, float]:
     device = module.global_scale.device
 
     def affine(u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        raw = u.new_zeros(len(u), 2 * n)
-        raw[:, 0], raw[:, n] = u, t
-        y, logdet = module._affine(u.new_zeros(len(u), n), raw)  # 0.2 scales `raw` in place
-        return y[:, 0], logdet
+        pixel = (1,) * module.input_rank
+        raw = u.new_zeros(len(u), 2 * n, *pixel)
+        raw[:, 0], raw[:, n] = (a.view(-1, *pixel) for a in (u, t))
+        y, logdet = module._affine(u.new_zeros(len(u), n, *pixel), raw)  # 0.2 scales `raw` in place
+        return y[:, 0].flatten(), logdet
 
     t = torch.linspace(-3, 3, 7, dtype=torch.float64, device=device)
     shift = affine(torch.zeros_like(t), t)[0]
@@ -343,7 +401,7 @@ def _probe_all_in_one(module: Any, n: int) -> tuple[LogScale, float]:
 # -- helpers -----------------------------------------------------------------------------------------------------------
 
 
-def _halves(module: Any) -> tuple[Tensor, Tensor]:
+def halves(module: Any) -> tuple[Tensor, Tensor]:
     columns = torch.arange(module.channels, device=_device(module))
     if not 0 < module.split_len1 < module.channels:
         raise Unfusable(f"its split, {module.split_len1} of {module.channels} columns, leaves one half empty")
@@ -380,7 +438,7 @@ def _widened(net: Conditioner, passive: int, seen: Seen) -> Conditioner:
     return replace(net, weights=weights, trained=trained)
 
 
-def _rotation(W: Tensor) -> Permutation | Dense:
+def rotation_layer(W: Tensor) -> Permutation | Dense:
     """x Wᵀ as a permutation if that is what it is."""
     if bool(((W == 0) | (W == 1)).all()):
         return Permutation(W.argmax(1))

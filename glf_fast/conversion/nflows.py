@@ -22,7 +22,7 @@ from glf_fast.conversion.reading import (
 )
 from glf_fast.reference import log_scale
 
-__all__ = ["KeptTransform", "has_inverse", "read", "read_transform", "transforms"]
+__all__ = ["KeptTransform", "has_inverse", "read", "read_log_scale", "read_transform", "transforms"]
 
 
 class KeptTransform(nn.Module):
@@ -117,11 +117,11 @@ def _coupling(transform: Any, dim: int) -> list[Layer]:
     if additive:
         return [Coupling(passive, transformed, without_scale(mlp), "exp", None, False)]
     order = torch.arange(2 * T).roll(T)  # nflows has [t | u]
-    name, constant = _log_scale(transform)
+    name, constant = read_log_scale(transform)
     return [Coupling(passive, transformed, select_outputs(mlp, order), name, constant, False)]
 
 
-def _log_scale(transform: Any) -> tuple[str, float]:
+def read_log_scale(transform: Any) -> tuple[str, float]:
     """Name and constant of what the object makes of u: log(σ(u + 2) + ε), or log σ(u + 2)."""
     n = transform.num_transform_features
     u = torch.linspace(-40, 40, 161, dtype=torch.float64)

@@ -16,7 +16,7 @@ from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, L
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, side_by_side, without_scale
 from glf_fast.conversion.reading import ConversionError, Reading, context_features, read_each, trained_together
 
-__all__ = ["KeptLayer", "check_initialised", "columns", "named_layers", "permute", "read", "read_layer"]
+__all__ = ["KeptLayer", "check_initialised", "columns", "named_layers", "read", "read_layer"]
 
 
 def read(flow: Any, device: str = "cpu") -> Reading:
@@ -201,8 +201,7 @@ def _affine_const_flow(module: Any, dim: int) -> list[Layer]:
     return [Diagonal(-s, -t * torch.exp(-s), trained_together(module.s, module.t))]
 
 
-def permute(module: Any, dim: int) -> list[Layer]:
-    """A `Permute` of `dim` columns or channels."""
+def _permute(module: Any, dim: int) -> list[Layer]:
     if module.num_channels != dim:
         raise Unfusable(f"it permutes {module.num_channels} columns of {dim}")
     if module.mode == "shuffle":
@@ -229,7 +228,7 @@ _READERS: dict[str, Callable[[Any, int], list[Layer]]] = {
     "InvertibleAffine": _invertible_affine,
     "LULinearPermute": _lu_linear_permute,
     "MaskedAffineFlow": _masked_affine_flow,
-    "Permute": permute,
+    "Permute": _permute,
 }
 
 

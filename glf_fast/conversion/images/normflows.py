@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.images.networks import Outputs, WithoutContext
+from glf_fast.conversion.images.reshaped import Reshaped
 from glf_fast.conversion.layers import Dense, Diagonal, Kept, Layer, NetworkCoupling, Unfusable
-from glf_fast.conversion.normflows import KeptLayer, check_initialised, named_layers, permute
+from glf_fast.conversion.normflows import KeptLayer, check_initialised, named_layers
+from glf_fast.conversion.normflows import read_layer as read_layer_on_vectors
 from glf_fast.conversion.reading import ConversionError, Reading, read_each, trained_together
 
 __all__ = ["level_shapes", "read", "read_layer"]
@@ -27,12 +29,14 @@ def read(flow: Any, device: str = "cpu") -> Reading:
     event_shape = shapes[0] if shapes else noise
     of = {id(module): shape for (_, module), shape in zip(named, shapes, strict=True)}
     layers = read_each(named, lambda module: read_layer(module, of[id(module)]), KeptLayer, device, [base])
-    standard = StandardBase(base, event_shape)
+    standard = StandardBase(base)
     if not standard.is_identity():
         layers.append(Kept(standard, "q0 stays"))
+    if event_shape != noise:
+        layers.append(Kept(Reshaped(noise, event_shape), "noise has the data's shape"))
 
     def inverse(z: Tensor, context: Tensor | None) -> Tensor:
-        return flow.forward(standard.inverse(z)[0])
+        return flow.forward(standard.inverse(z.reshape(-1, *noise))[0])
 
     return Reading(
         layers=layers,
@@ -54,9 +58,9 @@ def level_shapes(modules: Iterable[nn.Module], noise: Shape) -> list[Shape]:
 
 
 class StandardBase(nn.Module):
-    """A normal base distribution with a mean and a scale, as the map to N(0, I) of the data's shape."""
+    """A normal base distribution with a mean and a scale, as the map to N(0, I)."""
 
-    def __init__(self, base: Any, event_shape: Shape) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
         kind = type(base).__name__
         if kind not in ("DiagGaussian", "GlowBase") or getattr(base, "class_cond", False):
@@ -64,25 +68,22 @@ class StandardBase(nn.Module):
         if base.temperature is not None:
             raise ConversionError(f"q0 ({kind}): temperature is {base.temperature}; set it to None")
         self.base = base
-        self.event_shape = event_shape
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(x − μ)/σ as images of the data's shape, and its logdet (B,)."""
+        """(x − μ)/σ and its logdet (B,)."""
         mean, log_scale = self._moments()
-        z = (x - mean) * torch.exp(-log_scale)
-        return z.reshape(-1, *self.event_shape), self._logdet(x, -log_scale)
+        return (x - mean) * torch.exp(-log_scale), self._logdet(x, -log_scale)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """μ + σ·z, of the base's shape, and its logdet (B,)."""
+        """μ + σ·z and its logdet (B,)."""
         mean, log_scale = self._moments()
-        x = mean + log_scale.exp() * z.reshape(-1, *self.base.shape)
-        return x, self._logdet(x, log_scale)
+        return mean + log_scale.exp() * z, self._logdet(z, log_scale)
 
     def is_identity(self) -> bool:
-        """Whether it is N(0, I) of the data's shape, and stays that."""
+        """Whether it is N(0, I), and stays that."""
         trained = any(p.requires_grad for p in self.base.parameters())
         moved = any(bool(moment.any()) for moment in self._moments())
-        return not (trained or moved) and tuple(self.base.shape) == self.event_shape
+        return not (trained or moved)
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         base = self.base
@@ -153,5 +154,5 @@ _READERS: dict[str, Callable[[Any, int], list[Layer]]] = {
     "AffineConstFlow": _affine_const_flow,
     "AffineCouplingBlock": _affine_coupling_block,
     "Invertible1x1Conv": _invertible_1x1_conv,
-    "Permute": permute,
+    "Permute": read_layer_on_vectors,
 }
