@@ -17,7 +17,7 @@ from glf_fast.conversion.nflows import KeptTransform, read_log_scale, transforms
 from glf_fast.conversion.nflows import read_transform as read_transform_on_vectors
 from glf_fast.conversion.reading import ConversionError, Reading, read_each, trained_together
 
-__all__ = ["input_shapes", "network_context", "read", "read_transform"]
+__all__ = ["input_shapes", "network_context", "read", "read_transform", "scale_shapes"]
 
 Shape = tuple[int, ...]
 
@@ -59,11 +59,30 @@ def read(flow: Any, device: str = "cpu") -> Reading:
 def input_shapes(modules: Iterable[nn.Module], noise: Shape) -> list[Shape]:
     """Shape of what each transform is given, by that of what the last one returns."""
     shapes: list[Shape] = []
-    C, H, W = noise
+    shape = noise
     for module in reversed(list(modules)):
         if type(module).__name__ == "SqueezeTransform":
-            C, H, W = C // module.factor**2, H * module.factor, W * module.factor  # type: ignore[operator]
-        shapes.insert(0, (C, H, W))
+            C, H, W = shape
+            shape = (C // module.factor**2, H * module.factor, W * module.factor)  # type: ignore[operator]
+        elif type(module).__name__ == "MultiscaleCompositeTransform":
+            first = [m for _, m in transforms(module._transforms[0])]  # type: ignore[index]
+            shape = input_shapes(first, scale_shapes(module)[0])[0]
+        shapes.insert(0, shape)
+    return shapes
+
+
+def scale_shapes(multiscale: Any) -> list[Shape]:
+    """Shape of what each transform of a `MultiscaleCompositeTransform` returns: what it outputs, and what goes on."""
+    shapes: list[Shape] = []
+    split = multiscale._split_dim - 1
+    going_on = 0
+    for transform, output in zip(reversed(multiscale._transforms), reversed(multiscale._output_shapes), strict=True):
+        if len(output) != 3:
+            raise ConversionError(f"MultiscaleCompositeTransform on samples of shape {tuple(output)}: images are covered")
+        shape = tuple(n + going_on * (i == split) for i, n in enumerate(output))
+        shapes.insert(0, shape)
+        modules = [module for _, module in transforms(transform)]
+        going_on = (input_shapes(modules, shape)[0] if modules else shape)[split]
     return shapes
 
 
