@@ -60,7 +60,8 @@ def read(inn: Any, device: str = "cpu", read_block: Callable[[nn.Module, Seen], 
     widths: dict[int, int] = {}
     pixels: tuple[int, ...] = ()  # of the conditions
     for block in chain:
-        (noise,) = block.module.output_dims([noise])  # type: ignore[operator]
+        if len(noise) > 1:  # vectors stay vectors
+            (noise,) = block.module.output_dims([noise])  # type: ignore[operator]
         for index, dims in zip(block.conditions, block.module.dims_c, strict=True):  # type: ignore[arg-type]
             pixels = pixels if widths else tuple(dims[1:])
             if widths.setdefault(index, dims[0]) != dims[0] or tuple(dims[1:]) != pixels:
