@@ -236,9 +236,7 @@ def _fused(place: Place, start: int, stop: int) -> Flow | OnChannels:
     def build(event_shape: Shape, copied: nn.Module) -> tuple[Reading, Flow, Sources]:
         modules: list[nn.Module] = list(copied.children())
         shapes = place.shapes[start:stop]
-        layers = [
-            layer for module, shape in zip(modules, shapes, strict=True) for layer in place.read(module, shape)
-        ]
+        layers = [layer for module, shape in zip(modules, shapes, strict=True) for layer in place.read(module, shape)]
         context_shape = place.context_shape(modules, event_shape)
         columns = max((layer.context_dim() for layer in layers if isinstance(layer, Coupling)), default=0)
         if columns:
@@ -281,7 +279,7 @@ def _restore(fused: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None
     """Put originals in the places of their copies."""
     for module in list(fused.modules()):
         for name, child in module._modules.items():
-            if child in originals:
+            if child is not None and child in originals:
                 module._modules[name] = originals[child]
 
 

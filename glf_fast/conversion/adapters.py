@@ -102,7 +102,9 @@ class PassedOn(nn.Module):
 
 
 class ZukoLayer(FusedLayer):
-    """zuko: a lazy transform, which a context makes a transform data → noise."""
+    """zuko: a lazy transform, which a context makes a transform data → noise; on vectors."""
+
+    flow: Flow
 
     def forward(self, c: Tensor | None = None) -> Transform:
         """The transform given c (…, C)."""

@@ -15,6 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.clamps import LogScale, recognised
+from glf_fast.conversion.freia_blocks import (
+    UNINITIALIZED,
+    KeptBlock,
+    Seen,
+    block_shape,
+    blocks,
+    part_widths,
+    seen_context,
+)
 from glf_fast.conversion.images.reshaped import Reshaped
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation, Unfusable
 from glf_fast.conversion.mlp import read_mlp, select_outputs, side_by_side, without_scale
@@ -22,31 +31,15 @@ from glf_fast.conversion.reading import ConversionError, Reading, read_each, tra
 
 __all__ = [
     "AllInOne",
-    "Block",
-    "KeptBlock",
-    "Seen",
     "all_in_one",
-    "block_shape",
-    "blocks",
     "halves",
     "has_exact_inverse",
-    "keep_alone",
     "log_scale",
-    "own_context",
     "read",
     "read_actnorm",
     "read_layer",
     "read_permutation",
 ]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One module of a network: its name, the indices of the conditions that it is given, and itself."""
-
-    name: str
-    conditions: tuple[int, ...]
-    module: nn.Module
 
 
 def read(inn: Any, device: str = "cpu", read_block: Callable[[nn.Module, Seen], list[Layer]] | None = None) -> Reading:
@@ -69,12 +62,12 @@ def read(inn: Any, device: str = "cpu", read_block: Callable[[nn.Module, Seen], 
                     f"{block.name}: condition {index} of shape {tuple(dims)} does not fit beside the others in one context; "
                     "accelerate leaves the conditions as they are"
                 )
-    seen = {id(block.module): _seen_context(block.conditions, widths) for block in chain}
+    seen = {id(block.module): seen_context(block.conditions, widths) for block in chain}
     names = {id(block.module): block.name for block in chain}
     layers = read_each(
         [(block.name, block.module) for block in chain],
         lambda module: read_block(module, seen[id(module)]),
-        lambda module: KeptBlock(module, seen[id(module)], _part_widths(module), names[id(module)]),
+        lambda module: KeptBlock(module, seen[id(module)], part_widths(module), names[id(module)]),
         device,
     )
 
@@ -98,7 +91,9 @@ def read(inn: Any, device: str = "cpu", read_block: Callable[[nn.Module, Seen], 
         layers=layers,
         event_shape=shape,
         log_prob=log_prob,
-        inverse=(lambda z, context: run(z.reshape(-1, *noise), context, rev=True)[0]) if has_exact_inverse(layers) else None,
+        inverse=(lambda z, context: run(z.reshape(-1, *noise), context, rev=True)[0])
+        if has_exact_inverse(layers)
+        else None,
         context_shape=(sum(widths.values()), *pixels) if widths else (),
     )
 
@@ -106,60 +101,6 @@ def read(inn: Any, device: str = "cpu", read_block: Callable[[nn.Module, Seen], 
 def has_exact_inverse(layers: Sequence[Layer]) -> bool:
     """Whether the library's inverse is one to compare with: that of a rotation is its transpose, to float32."""
     return not any(isinstance(layer, Dense) and not layer.trained for layer in layers)
-
-
-def blocks(inn: Any) -> tuple[list[Block], tuple[int, ...]]:
-    """The network's modules, data → noise, and the shape of one sample; raises ConversionError if it is no chain."""
-    kind = type(inn).__name__
-    if kind == "SequenceINN":
-        return [
-            Block(f"module_list.{i}", () if index is None else (index,), module)
-            for i, (module, index) in enumerate(zip(inn.module_list, inn.conditions, strict=True))
-        ], tuple(inn.shapes[0])
-    if kind != "GraphINN":
-        raise ConversionError(f"FrEIA's {kind} is not a network from one vector to one vector")
-    chain = [node for node in inn.node_list if node not in inn.in_nodes + inn.out_nodes + inn.condition_nodes]
-    expected: Any = inn.in_nodes[0]
-    if len(inn.in_nodes) != 1 or len(inn.out_nodes) != 1:
-        raise ConversionError(f"a GraphINN with {len(inn.in_nodes)} inputs and {len(inn.out_nodes)} outputs")
-    for node in [*chain, inn.out_nodes[0]]:
-        if node.inputs != [(expected, 0)] or len(node.outputs) > 1:
-            raise ConversionError(f"GraphINN's node {node.name!r} does not follow on {expected.name!r} alone")
-        expected = node
-    found = [
-        Block(f"node {node.name!r}", tuple(inn.condition_nodes.index(c) for c in node.conditions), node.module)
-        for node in chain
-    ]
-    return found, tuple(inn.in_nodes[0].output_dims[0])
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Which columns of the whole context (`width`) a block is given: `columns`, in its own order."""
-
-    columns: tuple[int, ...]
-    width: int
-
-
-def _seen_context(conditions: Sequence[int], widths: dict[int, int]) -> Seen:
-    """The columns of those conditions, where the context has all conditions of `widths` (index → columns) in order."""
-    start = 0
-    columns: dict[int, range] = {}
-    for index in sorted(widths):
-        columns[index] = range(start, start + widths[index])
-        start += widths[index]
-    return Seen(tuple(column for index in conditions for column in columns[index]), start)
-
-
-def own_context(module: Any) -> Seen:
-    """For a module on its own: the context is its own conditions, in its own order."""
-    width = sum(_part_widths(module))
-    return Seen(tuple(range(width)), width)
-
-
-def keep_alone(module: nn.Module) -> nn.Module:
-    """A module as a layer whose context is its own conditions."""
-    return KeptBlock(module, own_context(module), _part_widths(module), type(module).__name__)
 
 
 def read_layer(module: nn.Module, seen: Seen) -> list[Layer]:
@@ -176,51 +117,6 @@ def read_layer(module: nn.Module, seen: Seen) -> list[Layer]:
         else layer
         for layer in layers
     ]
-
-
-def block_shape(module: Any) -> tuple[int, ...]:
-    """Of one sample that a module is given; () for a module of several inputs."""
-    shapes = module.dims_in
-    if isinstance(shapes[0], int):  # ActNorm keeps the one shape itself
-        return tuple(shapes)
-    return tuple(shapes[0]) if len(shapes) == 1 else ()
-
-
-class KeptBlock(nn.Module):
-    """A FrEIA module as a layer: (x, context) → (z, logdet (B,)), with the context split into its conditions."""
-
-    def __init__(self, block: nn.Module, seen: Seen, widths: Sequence[int], name: str) -> None:
-        super().__init__()
-        if type(block).__name__ in ("Split", "Concat"):
-            raise ConversionError(f"{name} ({type(block).__name__}): only one sample after the other can be converted")
-        if type(block).__name__.startswith("InvAuto") and type(block).__name__ != "InvAutoAct":
-            raise ConversionError(f"{name} ({type(block).__name__}) has no tractable log-determinant")
-        if type(block).__name__ == "IResNetLayer":
-            raise ConversionError(f"{name} (IResNetLayer): its log-determinant is a random estimate")
-        if getattr(block, "init_on_next_batch", False):
-            raise ConversionError(_UNINITIALIZED.format(name))
-        self.block = block
-        self.columns = list(seen.columns)
-        self.widths = list(widths)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise."""
-        return self._run(x, context, rev=False)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data."""
-        return self._run(z, context, rev=True)
-
-    def _run(self, x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Tensor, Tensor]:
-        if self.widths:
-            assert context is not None
-            (y,), jac = self.block((x,), c=list(context[:, self.columns].split(self.widths, 1)), rev=rev)
-        else:
-            (y,), jac = self.block((x,), rev=rev)
-        return y, jac + x.new_zeros(len(x))  # some return one number for the whole batch
-
-
-_UNINITIALIZED = "{} (ActNorm) has not been initialised: send a batch of data through the network first"
 
 
 # -- one function per class --------------------------------------------------------------------------------------------
@@ -310,9 +206,10 @@ def _all_in_one(module: Any) -> list[Layer]:
 
 
 def read_actnorm(module: Any) -> list[Layer]:
+    """Of vectors or images."""
     if module.init_on_next_batch:
         # Any call, a comparison's too, would initialise it with what happens to come first.
-        raise ConversionError(_UNINITIALIZED.format("a layer"))
+        raise ConversionError(UNINITIALIZED.format("a layer"))
     if hasattr(module, "loc"):  # newer than 0.2: (x − loc)·e^−log_scale
         log_scale, loc = module.log_scale.view(-1), module.loc.view(-1)
         trained = trained_together(module.log_scale, module.loc)
@@ -327,6 +224,7 @@ def _elementwise_scaling(module: Any) -> list[Layer]:
 
 
 def read_permutation(module: Any) -> list[Layer]:
+    """Of columns or channels."""
     return [Permutation(module.perm)]
 
 
@@ -403,6 +301,7 @@ def _probe_all_in_one(module: Any, n: int) -> tuple[LogScale, float]:
 
 
 def halves(module: Any) -> tuple[Tensor, Tensor]:
+    """The columns, or channels, of a block's two halves."""
     columns = torch.arange(module.channels, device=_device(module))
     if not 0 < module.split_len1 < module.channels:
         raise Unfusable(f"its split, {module.split_len1} of {module.channels} columns, leaves one half empty")
@@ -452,7 +351,3 @@ def _checked_orthogonal(W: Tensor) -> Tensor:
     if error > 1e-5:
         raise Unfusable(f"its matrix is not orthogonal (by {error:.0e}), but its log-determinant is taken to be 0")
     return W
-
-
-def _part_widths(module: Any) -> list[int]:
-    return [dims[0] for dims in module.dims_c]

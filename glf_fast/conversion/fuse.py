@@ -48,8 +48,8 @@ def fuse(
     """The flow, in float64, and where its parameters come from.
 
     A bare CouplingFlow if that is all there is, else a SequentialFlow (or, where splits are uneven or directions
-    reversed, the wrapper of one). Layers on images become `OnChannels`. Which entries are trained is what the layers say. Layers that are kept stay as they
-    are.
+    reversed, the wrapper of one). Layers on images become `OnChannels`, in a SequentialFlow. Which entries are trained is
+    what the layers say. Layers that are kept stay as they are.
 
     Args:
         layers: first to last, data → noise.

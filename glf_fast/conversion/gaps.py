@@ -167,6 +167,8 @@ def inverted_layers(layers: Sequence[Layer]) -> list[Layer]:
     for layer in reversed(layers):
         if isinstance(layer, Kept):
             raise Unfusable(layer.reason)
-        coupling = isinstance(layer, Coupling | NetworkCoupling)
-        turned.append(replace(layer, undo=not layer.undo) if coupling else inverted(layer))
+        if isinstance(layer, Coupling | NetworkCoupling):
+            turned.append(replace(layer, undo=not layer.undo))
+        else:
+            turned.append(inverted(layer))
     return turned

@@ -1,9 +1,9 @@
 """What a flow of any library is read into: affine maps, couplings, and layers that stay as they are.
 
 Readers (one file per library) return a list of these, first to last in the direction data → noise; `fuse` makes
-modules of it. All are on vectors x (B, D), row vectors, or on the D channels of images x (B, D, H, W). Tensors keep the dtype and the device of the flow that was
-read, and are *not* detached: as functions of the library's parameters they let autograd take gradients of the
-converted flow back to the library's parameters, which is how a conversion is checked.
+modules of it. All are on vectors x (B, D), row vectors, or on the D channels of images x (B, D, H, W). Tensors keep the
+dtype and the device of the flow that was read, and are *not* detached: as functions of the library's parameters they let
+autograd take gradients of the converted flow back to the library's parameters, which is how a conversion is checked.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-import glf_fast.conversion.images.freia
-import glf_fast.conversion.images.nflows
-import glf_fast.conversion.images.normflows
-from glf_fast.conversion import adapters, freia, images, nflows, normflows, zuko
+from glf_fast.conversion import adapters, freia, freia_blocks, nflows, normflows, zuko
+from glf_fast.conversion.images import freia as freia_images
+from glf_fast.conversion.images import nflows as nflows_images
+from glf_fast.conversion.images import normflows as normflows_images
 from glf_fast.conversion.images import on_images
 from glf_fast.conversion.images.modules import OnChannels
 from glf_fast.conversion.layers import Layer
@@ -136,9 +136,9 @@ def _normflows_images(
 ) -> Place:
     return Place(
         named=named,
-        shapes=images.normflows.level_shapes([module for _, module in named], noise),
+        shapes=normflows_images.level_shapes([module for _, module in named], noise),
         conditions=[()] * len(named),
-        read=images.normflows.read_layer,
+        read=normflows_images.read_layer,
         keep=normflows.KeptLayer,
         adapt=lambda fused, _: adapters.NormflowsLayer(fused),
         put=partial(_put_normflows, named, set_list, layers),
@@ -188,21 +188,21 @@ def _nflows_images(holder: nn.Module, name: str, path: str, noise: Shape) -> lis
         place
         for path, module in named
         if type(module).__name__ == "MultiscaleCompositeTransform"
-        for i, shape in enumerate(images.nflows.scale_shapes(module))
+        for i, shape in enumerate(nflows_images.scale_shapes(module))
         for place in _nflows_images(module._transforms, str(i), f"{path}._transforms.{i}", shape)  # type: ignore[arg-type]
     ]
     if places and len(named) == 1:
         return places
     outer = Place(
         named=named,
-        shapes=images.nflows.input_shapes([module for _, module in named], noise),
+        shapes=nflows_images.input_shapes([module for _, module in named], noise),
         conditions=[()] * len(named),
-        read=images.nflows.read_transform,
+        read=nflows_images.read_transform,
         keep=nflows.KeptTransform,
         adapt=lambda fused, _: adapters.NflowsLayer(fused),
         put=partial(put_transform, holder, name, "_transforms", named),
         check_shapes=_small_first,
-        context_shape=lambda modules, shape: images.nflows.network_context(
+        context_shape=lambda modules, shape: nflows_images.network_context(
             (part for module in modules for part in module.modules()), shape
         ),
     )
@@ -230,15 +230,15 @@ def _zuko(flow: Any) -> list[Place]:
 
 
 def _freia(inn: Any) -> list[Place]:
-    blocks, _ = freia.blocks(inn)
+    blocks, _ = freia_blocks.blocks(inn)
     put = partial(put_in_sequence, inn, blocks) if type(inn).__name__ == "SequenceINN" else partial(put_in_graph, inn)
     return [
         Place(
             named=[(block.name, block.module) for block in blocks],
-            shapes=[freia.block_shape(block.module) for block in blocks],
+            shapes=[freia_blocks.block_shape(block.module) for block in blocks],
             conditions=[block.conditions for block in blocks],
-            read=lambda module, shape: images.freia.read_layer(module, freia.own_context(module)),
-            keep=freia.keep_alone,
+            read=lambda module, shape: freia_images.read_layer(module, freia_blocks.own_context(module)),
+            keep=freia_blocks.keep_alone,
             adapt=_freia_layer,
             put=put,
             has_inverse=lambda _, layers: freia.has_exact_inverse(layers),
@@ -248,7 +248,7 @@ def _freia(inn: Any) -> list[Place]:
 
 
 def _freia_layer(fused: Flow | OnChannels, modules: Sequence[Any]) -> nn.Module:
-    return adapters.FreiaLayer(fused, [freia.block_shape(modules[0])], _conditions(modules))
+    return adapters.FreiaLayer(fused, [freia_blocks.block_shape(modules[0])], _conditions(modules))
 
 
 def _conditions(modules: Sequence[Any]) -> Sequence[Sequence[int]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from glf_fast.conversion import adapters, freia
+from glf_fast.conversion import adapters
+from glf_fast.conversion.freia_blocks import Block
 
 __all__ = ["Replacement", "module_list", "put_in_graph", "put_in_sequence", "put_transform", "replaced"]
 
@@ -15,7 +16,7 @@ __all__ = ["Replacement", "module_list", "put_in_graph", "put_in_sequence", "put
 Replacement = tuple[int, int, nn.Module]
 
 
-def put_in_sequence(inn: Any, blocks: Sequence[freia.Block], replacements: Sequence[Replacement]) -> None:
+def put_in_sequence(inn: Any, blocks: Sequence[Block], replacements: Sequence[Replacement]) -> None:
     """In a FrEIA `SequenceINN`, which keeps conditions and shapes beside its modules."""
     conditions: list[int | None] = []
     starts = {start: stop for start, stop, _ in replacements}

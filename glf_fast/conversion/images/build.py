@@ -38,16 +38,18 @@ def on_channels(layers: Iterable[NetworkCoupling | Piece], sources: Sources) -> 
         ways = [fold([*gap, Permutation(order)], width(layer), _LIKE) for order in orders]
         flip = _stays(ways[1][-1]) and not _stays(ways[0][-1])
         modules += _modules(ways[flip], sources)
-        modules.append(
-            ChannelCoupling(
-                layer.network, len(layer.passive), len(layer.transformed), log_scale=layer.log_scale,
-                log_scale_constant=layer.log_scale_constant, add_first=layer.add_first, undo=layer.undo, flip=flip,
-            )  # fmt: skip
-        )
+        modules.append(_coupling(layer, flip))
         gap = [Permutation(orders[flip].argsort())]
     if gap:
         modules += _modules(fold(gap, width(gap[0]), _LIKE), sources)
     return OnChannels(modules)
+
+
+def _coupling(layer: NetworkCoupling, flip: bool) -> ChannelCoupling:
+    return ChannelCoupling(
+        layer.network, len(layer.passive), len(layer.transformed), log_scale=layer.log_scale,
+        log_scale_constant=layer.log_scale_constant, add_first=layer.add_first, undo=layer.undo, flip=flip,
+    )  # fmt: skip
 
 
 def _stays(affine: Affine) -> bool:

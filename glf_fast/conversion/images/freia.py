@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from glf_fast.conversion import freia
 from glf_fast.conversion.clamps import LogScale
-from glf_fast.conversion.freia import Seen, all_in_one, block_shape, halves, log_scale, read_actnorm, read_permutation
+from glf_fast.conversion.freia import all_in_one, halves, log_scale, read_actnorm, read_permutation
+from glf_fast.conversion.freia_blocks import Seen, block_shape
 from glf_fast.conversion.images.networks import Beside, Joined, Outputs, WithoutContext
 from glf_fast.conversion.layers import Dense, Layer, NetworkCoupling, Unfusable
 from glf_fast.conversion.reading import Reading
@@ -47,7 +48,9 @@ def _glow(module: Any, seen: Seen) -> list[Layer]:
 def _rnvp(module: Any, seen: Seen) -> list[Layer]:
     first, second = halves(module)
     scale = log_scale(module)
-    nets = [_given(net, module, seen) for net in (module.subnet_s2, module.subnet_t2, module.subnet_s1, module.subnet_t1)]
+    nets = [
+        _given(net, module, seen) for net in (module.subnet_s2, module.subnet_t2, module.subnet_s1, module.subnet_t1)
+    ]
     return [_coupling(second, first, Beside(*nets[:2]), scale), _coupling(first, second, Beside(*nets[2:]), scale)]
 
 

@@ -60,12 +60,13 @@ def input_shapes(modules: Iterable[nn.Module], noise: Shape) -> list[Shape]:
     """Shape of what each transform is given, by that of what the last one returns."""
     shapes: list[Shape] = []
     shape = noise
+    module: Any
     for module in reversed(list(modules)):
         if type(module).__name__ == "SqueezeTransform":
             C, H, W = shape
-            shape = (C // module.factor**2, H * module.factor, W * module.factor)  # type: ignore[operator]
+            shape = (C // module.factor**2, H * module.factor, W * module.factor)
         elif type(module).__name__ == "MultiscaleCompositeTransform":
-            first = [m for _, m in transforms(module._transforms[0])]  # type: ignore[index]
+            first = [m for _, m in transforms(module._transforms[0])]
             shape = input_shapes(first, scale_shapes(module)[0])[0]
         shapes.insert(0, shape)
     return shapes
@@ -78,7 +79,7 @@ def scale_shapes(multiscale: Any) -> list[Shape]:
     going_on = 0
     for transform, output in zip(reversed(multiscale._transforms), reversed(multiscale._output_shapes), strict=True):
         if len(output) != 3:
-            raise ConversionError(f"MultiscaleCompositeTransform on samples of shape {tuple(output)}: images are covered")
+            raise ConversionError(f"MultiscaleCompositeTransform on samples of {tuple(output)}: images are covered")
         shape = tuple(n + going_on * (i == split) for i, n in enumerate(output))
         shapes.insert(0, shape)
         modules = [module for _, module in transforms(transform)]
@@ -93,7 +94,7 @@ def network_context(modules: Iterable[nn.Module], shape: Shape) -> Shape:
     return () if found is None else (found, *shape[1:])
 
 
-def read_transform(transform: nn.Module, shape: Shape) -> list[Layer]:
+def read_transform(transform: Any, shape: Shape) -> list[Layer]:
     """The layers of one transform on images (C, H, W); raises Unfusable."""
     kind = type(transform).__name__ if type(transform).__module__.startswith("nflows.") else ""
     C = shape[0]
@@ -102,9 +103,9 @@ def read_transform(transform: nn.Module, shape: Shape) -> list[Layer]:
     if kind == "OneByOneConvolution":
         return _one_by_one(transform, C)
     if kind == "InverseTransform":
-        return inverted_layers([x for _, t in transforms(transform._transform) for x in read_transform(t, shape)])  # type: ignore[arg-type]
+        return inverted_layers([x for _, t in transforms(transform._transform) for x in read_transform(t, shape)])
     if kind in ("PointwiseAffineTransform", "AffineTransform"):
-        if max(torch.as_tensor(t).numel() for t in (transform._scale, transform._shift)) > 1:  # type: ignore[arg-type]
+        if max(torch.as_tensor(t).numel() for t in (transform._scale, transform._shift)) > 1:
             raise Unfusable("its scale and shift are not one number each")
     elif kind not in ("ActNorm", "IdentityTransform", "Permutation", "RandomPermutation", "ReversePermutation"):
         raise Unfusable(f"{type(transform).__name__} is no coupling, normalization or 1 x 1 convolution of images")
