@@ -105,9 +105,14 @@ def _reader(flow: nn.Module) -> str:
             f"{type(flow).__module__}.{name} is no flow of nflows, zuko, normflows or FrEIA: those libraries' flows are "
             "converted; for a flow inside another module there is glf_fast.accelerate"
         )
+    if name == "MultiscaleFlow":
+        raise ConversionError(
+            "MultiscaleFlow has noise of several shapes and may have classes: it stays, and glf_fast.accelerate replaces the "
+            "layers of its levels in place"
+        )
     wanted = " or ".join(name for name in READERS if name.startswith(library))
     raise ConversionError(
-        f"{name} of {library} is not a flow from one vector to one vector, with a density: convert takes a {wanted}"
+        f"{name} of {library} is not a flow from data to noise, with a density: convert takes a {wanted}"
     )
 
 

@@ -99,6 +99,11 @@ def transforms(transform: nn.Module, name: str = "_transform") -> Iterator[tuple
 def read_transform(transform: nn.Module, dim: int) -> list[Layer]:
     """The layers of one transform on vectors of `dim` columns; raises Unfusable."""
     kind = type(transform)
+    if kind.__name__ == "MultiscaleCompositeTransform":
+        raise ConversionError(
+            "MultiscaleCompositeTransform has noise of several shapes: it stays, and glf_fast.accelerate replaces the layers "
+            "of its scales in place"
+        )
     reader = _READERS.get(kind.__name__) if kind.__module__.startswith("nflows.") else None
     if reader is None:
         raise Unfusable(f"{kind.__name__} is not an affine coupling, a linear layer or a normalization")

@@ -123,10 +123,7 @@ def trained_together(*parameters: Tensor) -> bool:
 def check_vectors(what: str, shape: tuple[int, ...]) -> None:
     """Raise ConversionError unless one sample of that shape is a vector."""
     if len(shape) != 1:
-        raise ConversionError(
-            f"{what} works on samples of shape {shape}: flows on vectors are covered; for images there are glf_fast's "
-            "AffineCoupling, InvertibleLinear (a 1 x 1 convolution) and ActNorm"
-        )
+        raise ConversionError(f"{what} works on samples of shape {shape}: vectors and images (C, H, W) are covered")
 
 
 def context_features(modules: Iterable[nn.Module]) -> int:

@@ -107,6 +107,8 @@ def read_transform(transform: Any, shape: Shape) -> list[Layer]:
     if kind in ("PointwiseAffineTransform", "AffineTransform"):
         if max(torch.as_tensor(t).numel() for t in (transform._scale, transform._shift)) > 1:
             raise Unfusable("its scale and shift are not one number each")
+    elif kind == "MultiscaleCompositeTransform":
+        raise Unfusable("it stays; the layers of its scales are replaced")
     elif kind not in ("ActNorm", "IdentityTransform", "Permutation", "RandomPermutation", "ReversePermutation"):
         raise Unfusable(f"{type(transform).__name__} is no coupling, normalization or 1 x 1 convolution of images")
     return read_transform_on_vectors(transform, C)
