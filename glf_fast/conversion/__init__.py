@@ -36,7 +36,8 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
 
     The flow may be trained or fresh, with context or without; it is not changed. The result is a `CouplingFlow`, or a
     `SequentialFlow` of those and of the library's own layers where a layer cannot be fused (splines, autoregressive
-    layers, residual conditioners). It trains what the library's flow trains (a matrix made of fewer numbers than it has
+    layers, residual conditioners). On images the networks stay the library's (copies), and everything else becomes one
+    operation a coupling and one product between two; noise of another shape, squeezed or flat, gets the data's. It trains what the library's flow trains (a matrix made of fewer numbers than it has
     entries, as nflows' QR and SVD, becomes free), and keeps dtype, device, `requires_grad` and train or eval mode.
     Constants are read from the object itself. FrEIA's conditions become one context: those that some block uses, by
     their index, side by side.
@@ -45,13 +46,13 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     gradients of inputs and of all parameters, to 1e-6. The work is done in float64 on the processor.
 
     Args:
-        flow: of one of the four libraries, on vectors.
+        flow: of one of the four libraries, on vectors or images (C, H, W).
         context: an example (B, …) of its context, one row or more, with which the two flows are compared. Needed only
             where no layer of the flow says what a context is: an embedding net that starts with a convolution, or that
-            takes classes.
+            takes classes, or a network of one's own on images.
 
-    Raises ConversionError, with the layer and the reason: for flows of other libraries, on images, with another base
-    than a (diagonal) normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet. Warns
+    Raises ConversionError, with the layer and the reason: for flows of other libraries, multi-scale ones, with another
+    base than a (diagonal) normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet. Warns
     where the original does something in training mode, such as dropout, that the result does not.
 
     Example:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from glf_fast.conversion.adapters import FusedLayer, PassedOn
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, OnChannels
+from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, FixedLinear, OnChannels
 from glf_fast.conversion.layers import Coupling, Kept, Layer, NetworkCoupling, Unfusable
 from glf_fast.conversion.places import Place, Replacement, Shape, is_layer, places_of
 from glf_fast.conversion.reading import ConversionError, Reading, lost_in_training, read_parts
@@ -90,7 +90,8 @@ def accelerate(model: nn.Module) -> Report:
 
     The library's flow stays what it is, with its class, its base distribution and all its methods; every run of its
     layers that the kernels cover becomes one layer that computes the same. Each run is compared with the original in
-    float64 before it is put in (forward, inverse, gradients of all parameters); one that differs is left alone.
+    float64 before it is put in (forward, inverse, gradients of all parameters); one that differs is left alone. On images
+    the networks stay the originals, and the layers around them are replaced, level by level in multi-scale flows.
 
     Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: make
     the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict are
@@ -159,7 +160,7 @@ def _accelerate_place(model: nn.Module, flow: nn.Module, where: str, place: Plac
             continue
         flows, maps, folded = (
             sum(isinstance(module, kind) for module in fused.modules())
-            for kind in (CouplingFlow | ChannelCoupling, ActNorm | InvertibleLinear, ChannelMap)
+            for kind in (CouplingFlow | ChannelCoupling, ActNorm | InvertibleLinear | FixedLinear, ChannelMap)
         )
         lost = lost_in_training(layer for part in parts[start:stop] for layer in part)
         kind = "ChannelCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"

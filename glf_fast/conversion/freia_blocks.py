@@ -104,6 +104,8 @@ class KeptBlock(nn.Module):
         super().__init__()
         if type(block).__name__ in ("Split", "Concat"):
             raise ConversionError(f"{name} ({type(block).__name__}): only one sample after the other can be converted")
+        if type(block).__name__ in ("Flatten", "Reshape") and len(block_shape(block)) == 1:
+            raise ConversionError(f"{name} ({type(block).__name__}): only images become another shape")
         if type(block).__name__.startswith("InvAuto") and type(block).__name__ != "InvAutoAct":
             raise ConversionError(f"{name} ({type(block).__name__}) has no tractable log-determinant")
         if type(block).__name__ == "IResNetLayer":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from glf_fast.conversion.gaps import Affine, fold
-from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, OnChannels
+from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, FixedLinear, OnChannels
 from glf_fast.conversion.layers import Dense, Diagonal, NetworkCoupling, Permutation, width
 from glf_fast.conversion.stack import Sources, standalone
 from glf_fast.flow import ActNorm, InvertibleLinear
@@ -60,11 +61,19 @@ def _stays(affine: Affine) -> bool:
 def _modules(maps: Sequence[Affine], sources: Sources) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for affine in maps:
-        match standalone(affine, sources):
-            case [ActNorm() as actnorm, InvertibleLinear() as linear] if (
-                linear.linear != "permutation" and affine.reach() <= _REACH
+        parts = standalone(affine, sources) if affine.W is None or affine.W_trained else _with_fixed(affine, sources)
+        match parts:
+            case [ActNorm() as actnorm, InvertibleLinear() | FixedLinear() as linear] if (
+                affine.W is not None and affine.reach() <= _REACH
             ):
                 modules.append(ChannelMap(actnorm, linear))
-            case alone:
-                modules += alone
+            case _:
+                modules += parts
     return modules
+
+
+def _with_fixed(affine: Affine, sources: Sources) -> list[nn.Module]:
+    """[ActNorm,] and a matrix that is not trained."""
+    assert affine.W is not None
+    still = torch.arange(len(affine.W), device=affine.W.device)
+    return [*standalone(replace(affine, W=None, order=still), sources), FixedLinear(affine.W.detach())]

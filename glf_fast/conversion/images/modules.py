@@ -11,7 +11,7 @@ from glf_fast import ops
 from glf_fast.flow import ActNorm, InvertibleLinear
 from glf_fast.flow.linear import assemble
 
-__all__ = ["ChannelCoupling", "ChannelMap", "OnChannels"]
+__all__ = ["ChannelCoupling", "ChannelMap", "FixedLinear", "OnChannels"]
 
 
 class ChannelCoupling(nn.Module):
@@ -71,10 +71,33 @@ class ChannelCoupling(nn.Module):
         return f"{self.passive}, {self.transformed}, log_scale={self.log_scale}{options}"
 
 
+class FixedLinear(nn.Module):
+    """y = x W over the channels, with a W (C, C) that nobody trains: its inverse and determinant are made once."""
+
+    weight: Tensor
+    weight_inverse: Tensor
+    logabsdet: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_inverse", torch.linalg.inv(weight))
+        self.register_buffer("logabsdet", torch.linalg.slogdet(weight)[1])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → noise: x W and its logdet (B,); the context is not used."""
+        return ops.invertible_linear(x, self.weight, self.weight.new_zeros(len(self.weight)), self.logabsdet)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise → data: z W⁻¹ and its logdet (B,)."""
+        offset = self.weight.new_zeros(len(self.weight))
+        return ops.invertible_linear(z, self.weight_inverse, offset, self.logabsdet, inverse=True)
+
+
 class ChannelMap(nn.Module):
     """An ActNorm and the 1 × 1 convolution behind it, as the one product that they are."""
 
-    def __init__(self, actnorm: ActNorm, linear: InvertibleLinear) -> None:
+    def __init__(self, actnorm: ActNorm, linear: InvertibleLinear | FixedLinear) -> None:
         super().__init__()
         self.actnorm = actnorm
         self.linear = linear
@@ -92,6 +115,9 @@ class ChannelMap(nn.Module):
 
     def _assemble(self, x: Tensor, *, need_inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         linear, log_scale, bias = self.linear, self.actnorm.log_scale, self.actnorm.bias
+        if isinstance(linear, FixedLinear):
+            W_inv = linear.weight_inverse if need_inverse else None
+            return ops.fold_actnorm(linear.weight, W_inv, linear.logabsdet, log_scale, bias)
         return assemble(linear.linear, linear.tensors(), x.dtype, log_scale, bias, need_inverse=need_inverse)
 
 
