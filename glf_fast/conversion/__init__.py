@@ -37,10 +37,11 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     The flow may be trained or fresh, with context or without; it is not changed. The result is a `CouplingFlow`, or a
     `SequentialFlow` of those and of the library's own layers where a layer cannot be fused (splines, autoregressive
     layers, residual conditioners). On images the networks stay the library's (copies), and everything else becomes one
-    operation a coupling and one product between two; noise of another shape, squeezed or flat, gets the data's. It trains what the library's flow trains (a matrix made of fewer numbers than it has
-    entries, as nflows' QR and SVD, becomes free), and keeps dtype, device, `requires_grad` and train or eval mode.
-    Constants are read from the object itself. FrEIA's conditions become one context: those that some block uses, by
-    their index, side by side.
+    operation a coupling and one product between two; noise of another shape, squeezed or flat, gets the data's.
+
+    The result trains what the library's flow trains (a matrix made of fewer numbers than it has entries, as nflows' QR
+    and SVD, becomes free), and keeps dtype, device, `requires_grad` and train or eval mode. Constants are read from the
+    object itself. FrEIA's conditions become one context: those that some block uses, by their index, side by side.
 
     Before it is returned it is compared with the original, in float64, on random inputs: log_prob, inverse, and the
     gradients of inputs and of all parameters, to 1e-6. The work is done in float64 on the processor.

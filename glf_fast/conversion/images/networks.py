@@ -31,15 +31,18 @@ class Outputs(nn.Module):
     def forward(self, p: Tensor, context: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         """(B, P, …) → u, t (B, T, …)."""
         raw = self.network(p, context)
+        factor_u, factor_t = self.factor_u, self.factor_t
+        if factor_u == factor_t or self.layout == "t":  # in one pass
+            raw, factor_u, factor_t = _times(raw, factor_t), 1.0, 1.0
         if self.layout == "t":
-            return None, _times(raw, self.factor_t)
+            return None, raw
         if self.layout == "tutu":
             t, u = raw.unflatten(1, (-1, 2)).unbind(2)
         elif self.layout == "tu":
             t, u = raw.chunk(2, 1)
         else:
             u, t = raw.chunk(2, 1)
-        return _times(u, self.factor_u), _times(t, self.factor_t)
+        return _times(u, factor_u), _times(t, factor_t)
 
     def extra_repr(self) -> str:
         """Shown by repr."""
