@@ -14,6 +14,9 @@ from glf_fast.flow.linear import assemble
 __all__ = ["ChannelCoupling", "ChannelMap", "FixedLinear", "OnChannels"]
 
 
+_TURNED = 64  # pixels
+
+
 class ChannelCoupling(nn.Module):
     """[p, w] or [w, p] of [p, v] or [v, p]: w is v·e^f(u) + t, with (u, t) = network(p, context); log|det J| = Σ f(u).
 
@@ -124,8 +127,9 @@ class ChannelMap(nn.Module):
 class OnChannels(nn.Module):
     """Layers on images, one after the other; a context of any kind is handed to all of them.
 
-    On a processor they work on images whose channels lie together, and give them back as they came: convolutions take
-    a quarter less time so, and with their backward a third (64 hidden channels, 16 × 16 pixels, one core).
+    On a processor they work on images whose channels lie together, and give them back as they came: convolutions of 64
+    channels on 16 × 16 pixels, and with them the whole flow, take a tenth less time so, with and without the backward.
+    On 4 × 4 pixels they gain nothing.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
@@ -143,7 +147,7 @@ class OnChannels(nn.Module):
     def _run(
         self, layers: Iterator[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        turned = x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous()
+        turned = x.device.type == "cpu" and x.ndim == 4 and x.shape[2:].numel() >= _TURNED and x.is_contiguous()
         if turned:
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         logdet = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
