@@ -70,8 +70,8 @@ class Report:
             rows = [("flow", "kind", "layers", "couplings", "fused into")]
             for r in self.replaced:
                 layers = r.first if r.first == r.last else f"{r.first} … {r.last}"
-                fused = f"{r.flows} {r.kind}" + (f" + {r.affine} affine" if r.affine else "")
-                rows.append((r.where, r.what, layers, str(r.couplings), fused))
+                parts = [f"{r.flows} {r.kind}"] * bool(r.flows) + [f"{r.affine} affine"] * bool(r.affine)
+                rows.append((r.where, r.what, layers, str(r.couplings), " + ".join(parts)))
             lines += ["Replaced:", *_table(rows)]
         else:
             lines.append("Nothing was replaced.")
@@ -151,7 +151,7 @@ def _accelerate_place(model: nn.Module, flow: nn.Module, where: str, place: Plac
         names = [name for name, _ in place.named[start:stop]]
         modules = [module for _, module in place.named[start:stop]]
         couplings = sum(isinstance(layer, Coupling | NetworkCoupling) for part in parts[start:stop] for layer in part)
-        if not couplings:
+        if not couplings and not any(type(module).__name__ in place.alone for module in modules):
             continue
         try:
             fused = _fused(place, start, stop)

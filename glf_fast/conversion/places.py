@@ -39,6 +39,7 @@ class Place:
     has_inverse: (modules, the layers that they were read into) → whether `keep`'s inverse is one to compare with.
     check_shapes: those that a comparison may use instead of a layer's own, the cheapest first.
     context_shape: (the modules, that shape) → of one sample's context that networks on images say they take, or ().
+    alone: classes of layers that are worth replacing where there is no coupling beside them.
     """
 
     named: list[tuple[str, nn.Module]]
@@ -51,6 +52,7 @@ class Place:
     has_inverse: Callable[[Sequence[nn.Module], Sequence[Layer]], bool] = lambda modules, layers: True
     check_shapes: Callable[[Shape], Sequence[Shape]] = lambda shape: [shape]
     context_shape: Callable[[Sequence[nn.Module], Shape], Shape] = lambda modules, shape: ()
+    alone: frozenset[str] = frozenset()
 
 
 def places_of(module: nn.Module) -> list[Place]:
@@ -202,6 +204,8 @@ def _nflows_images(holder: nn.Module, name: str, path: str, noise: Shape) -> lis
         adapt=lambda fused, _: adapters.NflowsLayer(fused),
         put=partial(put_transform, holder, name, "_transforms", named),
         check_shapes=_small_first,
+        # 1.1 to 2.8 times as fast (12 and 48 channels, 64 to 8,192 pixels, one core); normflows' own is not slower than ours.
+        alone=frozenset({"OneByOneConvolution"}),
         context_shape=lambda modules, shape: nflows_images.network_context(
             (part for module in modules for part in module.modules()), shape
         ),

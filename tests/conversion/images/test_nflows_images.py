@@ -129,6 +129,18 @@ def test_contexts_reach_networks_that_nobody_knows_to_take_them(accelerated):
         torch.testing.assert_close(flow.log_prob(x, given), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_convolutions_without_a_coupling(accelerated, shake):
+    """Replaced, because nflows' own take longer."""
+    spline = nt.PiecewiseRationalQuadraticCDF((4, 3, 3), num_bins=3, tails="linear", tail_bound=9.0)
+    layers = [nt.OneByOneConvolution(4), nt.RandomPermutation(4), spline, nt.ReversePermutation(4)]
+    flow, original, report = accelerated(shake(flow_of((4, 3, 3), *layers)))
+    assert [(r.couplings, r.flows, r.affine) for r in report.replaced] == [(0, 0, 1)]
+    assert "  0          1 affine\n" in str(report)
+    x = torch.randn(5, 4, 3, 3)
+    torch.testing.assert_close(flow.log_prob(x), original.log_prob(x.double()).float(), rtol=1e-4, atol=1e-4)
+    assert len(flow._transform._transforms) == 3
+
+
 def multiscale():
     scales = nt.MultiscaleCompositeTransform(2)
     net = lambda n_in, n_out: residual(n_in, n_out, use_batch_norm=True)  # noqa: E731
