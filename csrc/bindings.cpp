@@ -34,21 +34,28 @@ struct Arguments {
     f.dim = matrix.size(1);
     f.context_dim = context ? context->size(1) : 0;
     f.layers = static_cast<int>(weights.size());
+    const bool apart = weights[0].dim() == 4;  // one network for u and one for t
+    f.networks = apart ? 2 : 1;
     f.width[0] = f.passive() + f.context_dim;
     f.matrix = read<T>(matrix);
     f.unmatrix = unmatrix ? read<T>(*unmatrix) : nullptr;
     f.offset = read<T>(offset);
     for (int i = 0; i < f.layers; ++i) {
-      STD_TORCH_CHECK(weights[i].dim() == 3 && weights[i].size(0) == f.steps && weights[i].size(1) == f.width[i] &&
-                          biases[i].numel() == f.steps * weights[i].size(2),
+      const int64_t dims = weights[i].dim();
+      STD_TORCH_CHECK(dims == (apart ? 4 : 3) && (!apart || weights[i].size(1) == 2) && weights[i].size(0) == f.steps &&
+                          weights[i].size(dims - 2) == f.width[i] &&
+                          biases[i].numel() == f.steps * f.networks * weights[i].size(dims - 1),
                       "glf_fast: the widths of the MLP's layers do not chain");
-      f.width[i + 1] = weights[i].size(2);
+      f.width[i + 1] = weights[i].size(dims - 1);
       f.weight[i] = read<T>(weights[i]);
       f.bias[i] = read<T>(biases[i]);
     }
-    STD_TORCH_CHECK(f.width[f.layers] == 2 * f.transformed(), "glf_fast: the MLP must end in 2·(D//2) columns");
+    const int64_t last = f.networks * f.width[f.layers];
+    const bool additive = !apart && last == f.transformed();
+    STD_TORCH_CHECK(additive || last == 2 * f.transformed(),
+                    "glf_fast: the MLP must end in 2·(D//2) columns, or in D//2 of an additive coupling");
     f.activation = static_cast<glf::Activation>(activation);
-    f.log_scale = static_cast<glf::LogScale>(log_scale);
+    f.log_scale = additive ? glf::LogScale::none : static_cast<glf::LogScale>(log_scale);
     f.constant = static_cast<T>(constant);
     f.add_first = add_first;
     f.inverse = inverse;

@@ -20,6 +20,7 @@ from glf_fast.flow import (
     FlowTransform,
     Inverse,
     InvertibleLinear,
+    SeparateNetworks,
     SequentialFlow,
     rnvp_flow,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "FlowTransform",
     "Inverse",
     "InvertibleLinear",
+    "SeparateNetworks",
     "SequentialFlow",
     "accelerate",
     "backends",

@@ -18,9 +18,11 @@ struct Coupled {
   vec<T> out, ell;
 };
 
-// One vector of `v` through the coupling. With `inverse`, v is the transformed value that is undone.
+// One vector of `v` through the coupling. With `inverse`, v is the transformed value that is undone. Additive couplings have
+// no u: what is given for it means nothing.
 template <LogScale f, class T>
 inline Coupled<T> couple(const Coupling<T>& op, vec<T> v, vec<T> u, vec<T> t) {
+  if constexpr (f == LogScale::none) return {op.inverse ? v - t : v + t, vec<T>{}};
   const vec<T> ell = log_scale<f, T>(u, op.constant);
   if (op.inverse) {
     const vec<T> e = exp(-ell);
@@ -60,6 +62,11 @@ void couple_rows_backward(const Coupling<T>& op, idx rows, idx n, Rows<const T> 
         const idx left = n - j;
         const vec<T> vj = load_part(v[m] + j, left), uj = load_part(u[m] + j, left), tj = load_part(t[m] + j, left);
         const vec<T> g = load_part(grad_out[m] + j, left);
+        if constexpr (decltype(f)::value == LogScale::none) {
+          store_part(grad_v[m] + j, g, left);
+          store_part(grad_t[m] + j, op.inverse ? -g : g, left);
+          continue;
+        }
         const vec<T> ell = log_scale<decltype(f)::value, T>(uj, op.constant);
         const vec<T> slope = log_scale_slope<decltype(f)::value, T>(uj, ell, op.constant);
         const vec<T> ge = g * exp(op.inverse ? -ell : ell);  // ∂v

@@ -33,6 +33,7 @@ inline void with_log_scale(LogScale s, F f) {
     case S::atan: return f(std::integral_constant<S, S::atan>{});
     case S::softclip: return f(std::integral_constant<S, S::softclip>{});
     case S::jet: return f(std::integral_constant<S, S::jet>{});
+    case S::none: return f(std::integral_constant<S, S::none>{});
   }
 }
 
@@ -78,6 +79,7 @@ inline vec<T> log_scale(vec<T> u, T s) {
   if constexpr (f == S::atan) return (s * T(0.636)) * atan(u);
   if constexpr (f == S::softclip) return u / (T(1) + abs(u / s));
   if constexpr (f == S::jet) return T(0.69314718055994531) + log_sigmoid<T>(u);
+  if constexpr (f == S::none) return broadcast(T(0));
 }
 
 template <LogScale f, class T>
@@ -99,6 +101,7 @@ inline vec<T> log_scale_slope(vec<T> u, vec<T> ell, T s) {
     return T(1) / (y * y);
   }
   if constexpr (f == S::jet) return sigmoid<T>(-u);
+  if constexpr (f == S::none) return broadcast(T(0));
 }
 
 // h = a(x) over a block; `from` and `to` may be the same. Rows are padded to whole vectors.

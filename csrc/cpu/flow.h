@@ -10,7 +10,7 @@ using Int = std::ptrdiff_t;
 
 // In the order of the names in glf_fast.reference.
 enum class Activation : int { relu, leaky_relu, silu, gelu, tanh, elu };
-enum class LogScale : int { tanh, exp, glow, nflows, atan, softclip, jet };
+enum class LogScale : int { tanh, exp, glow, nflows, atan, softclip, jet, none };  // none: ℓ = 0, without u
 
 // What a pass over the flow keeps for its backward.
 enum class Save : int {
@@ -26,13 +26,14 @@ inline constexpr int max_layers = 8;
 template <class T>
 struct Flow {
   Int steps, dim, context_dim;
+  int networks;                // MLPs of a step: one that makes [u, t], or one for u and one for t
   int layers;                  // linear layers of an MLP: hidden layers + 1
-  Int width[max_layers + 1];   // P + C, hidden widths, 2·(D//2)
+  Int width[max_layers + 1];   // P + C, hidden widths, 2·(D//2); D//2 where an MLP makes only u or only t
   const T* matrix;             // (K, D, D)
   const T* unmatrix;           // (K, D, D)
   const T* offset;             // c (K, D)
-  const T* weight[max_layers]; // (K, width[i], width[i+1])
-  const T* bias[max_layers];   // (K, width[i+1])
+  const T* weight[max_layers]; // (K, networks, width[i], width[i+1])
+  const T* bias[max_layers];   // (K, networks, width[i+1])
   Activation activation;
   LogScale log_scale;
   T constant;                  // the log-scale's; ln m for softclip
@@ -41,6 +42,10 @@ struct Flow {
 
   Int passive() const { return dim - dim / 2; }
   Int transformed() const { return dim / 2; }
+  bool additive() const { return log_scale == LogScale::none; }  // the network makes t alone
+  // Elements of weight[i] and of bias[i] up to those of network n in step k.
+  Int weights_before(int i, Int k, int n) const { return (k * networks + n) * width[i] * width[i + 1]; }
+  Int biases_before(int i, Int k, int n) const { return (k * networks + n) * width[i + 1]; }
 };
 
 // Gradients of the parameters, shaped like them. All are written, none is read.

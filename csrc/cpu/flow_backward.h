@@ -10,7 +10,7 @@ namespace glf::GLF_ISA {
 struct GradientRecord {
   Int out;        // ∂ of the step's output, then of its input
   Int y;          // ∂y
-  Int raw;        // ∂[u, t]
+  Int raw;        // ∂[u, t], or ∂t alone
   Int hidden[2];  // ∂ of a hidden layer and of the one before it
   Int input;      // ∂[p, context]
   Int state;      // the flow's state itself, where inputs are rebuilt
@@ -28,7 +28,7 @@ struct GradientRecord {
     GradientRecord r{};
     r.out = field(flow.dim);
     r.y = field(flow.dim);
-    r.raw = field(2 * flow.transformed());
+    r.raw = field(flow.networks * flow.width[flow.layers]);
     Int widest = 0;
     for (int i = 1; i < flow.layers; ++i) widest = std::max(widest, flow.width[i]);
     r.hidden[0] = field(widest);
@@ -50,31 +50,34 @@ struct BackwardTile : Tile<T> {
   Rows<T> gradient_of(idx offset) const { return {gradient + offset, grad.width}; }
 };
 
-// From ∂[u, t] to ∂[p, context] and the gradients of step k's MLP.
+// From ∂[u, t] to ∂[p, context], which both networks share, and the gradients of step k's MLPs.
 template <class T>
 void mlp_backward(const BackwardTile<T>& tile, idx k) {
   const Flow<T>& flow = tile.flow;
   const Record& at = tile.at;
   const GradientRecord& grad = tile.grad;
-  idx g = grad.raw;
-  for (int i = flow.layers - 1; i >= 0; --i) {
-    const idx n_in = flow.width[i], n_out = flow.width[i + 1];
-    const idx input = i ? at.value[i - 1] : at.input;
-    if (tile.parameters) {
-      outer_sum(tile.rows, n_in, n_out, tile.record + input, at.width, tile.gradient + g, grad.width,
-                tile.parameters->weight[i] + k * n_in * n_out, tile.accumulate);
-      column_sum(tile.rows, n_out, T(1), tile.gradient + g, grad.width, tile.parameters->bias[i] + k * n_out,
-                 tile.accumulate);
+  for (int n = 0; n < flow.networks; ++n) {
+    idx g = grad.raw + n * flow.width[flow.layers];
+    for (int i = flow.layers - 1; i >= 0; --i) {
+      const idx n_in = flow.width[i], n_out = flow.width[i + 1];
+      const idx before = i ? n * at.hidden[i - 1] : 0;  // of this network, in a hidden layer's field
+      if (tile.parameters) {
+        const idx input = i ? at.value[i - 1] + before : at.input;
+        outer_sum(tile.rows, n_in, n_out, tile.record + input, at.width, tile.gradient + g, grad.width,
+                  tile.parameters->weight[i] + flow.weights_before(i, k, n), tile.accumulate);
+        column_sum(tile.rows, n_out, T(1), tile.gradient + g, grad.width,
+                   tile.parameters->bias[i] + flow.biases_before(i, k, n), tile.accumulate);
+      }
+      const idx next = i ? grad.hidden[i % 2] : grad.input;
+      const auto finish = [&](T* block, idx row, idx col, idx rows, idx cols) {
+        if (i)
+          activate_backward(flow.activation, rows, cols, tile.read(at.argument[i - 1] + before)[row] + col, at.width,
+                            block, grad.width);
+      };
+      multiply<T>(tile.rows, n_in, n_out, tile.gradient + g, grad.width, flow.weight[i] + flow.weights_before(i, k, n),
+                  true, tile.gradient + next, grad.width, nullptr, tile.panel, finish, i == 0 && n > 0);
+      g = next;
     }
-    const idx next = i ? grad.hidden[i % 2] : grad.input;
-    const auto finish = [&](T* block, idx row, idx col, idx rows, idx cols) {
-      if (i)
-        activate_backward(flow.activation, rows, cols, tile.read(at.argument[i - 1])[row] + col, at.width, block,
-                          grad.width);
-    };
-    multiply<T>(tile.rows, n_in, n_out, tile.gradient + g, grad.width, flow.weight[i] + k * n_in * n_out, true,
-                tile.gradient + next, grad.width, nullptr, tile.panel, finish);
-    g = next;
   }
 }
 
@@ -83,9 +86,10 @@ template <class T>
 void coupling_backward(const BackwardTile<T>& tile, idx v, idx from, idx to, const T* grad_logdet) {
   const idx n = tile.flow.transformed(), P = tile.flow.passive();
   const Rows<T> g = tile.gradient_of(from + P);
+  const idx shift = tile.shift() - tile.at.raw;
   couple_rows_backward<T>(tile.coupling(tile.flow.inverse), tile.rows, n, tile.read(v + P), tile.read(tile.at.raw),
-                          tile.read(tile.at.raw + n), {g.data, g.ld}, grad_logdet, tile.gradient_of(to + P),
-                          tile.gradient_of(tile.grad.raw), tile.gradient_of(tile.grad.raw + n));
+                          tile.read(tile.shift()), {g.data, g.ld}, grad_logdet, tile.gradient_of(to + P),
+                          tile.gradient_of(tile.grad.raw), tile.gradient_of(tile.grad.raw + shift));
 }
 
 // The passive columns pass through and enter the MLP: their gradient is the sum. The context's gathers over the steps.
@@ -165,8 +169,8 @@ void each_gradient(const Flow<T>& flow, F f) {
   f([](const Gradients<T>& g) { return g.matrix; }, flow.steps * flow.dim * flow.dim);
   f([](const Gradients<T>& g) { return g.offset; }, flow.steps * flow.dim);
   for (int i = 0; i < flow.layers; ++i) {
-    f([i](const Gradients<T>& g) { return g.weight[i]; }, flow.steps * flow.width[i] * flow.width[i + 1]);
-    f([i](const Gradients<T>& g) { return g.bias[i]; }, flow.steps * flow.width[i + 1]);
+    f([i](const Gradients<T>& g) { return g.weight[i]; }, flow.weights_before(i, flow.steps, 0));
+    f([i](const Gradients<T>& g) { return g.bias[i]; }, flow.biases_before(i, flow.steps, 0));
   }
 }
 
@@ -193,8 +197,8 @@ Gradients<T> carve(const Flow<T>& flow, T* memory) {
   g.matrix = take(flow.steps * flow.dim * flow.dim);
   g.offset = take(flow.steps * flow.dim);
   for (int i = 0; i < flow.layers; ++i) {
-    g.weight[i] = take(flow.steps * flow.width[i] * flow.width[i + 1]);
-    g.bias[i] = take(flow.steps * flow.width[i + 1]);
+    g.weight[i] = take(flow.weights_before(i, flow.steps, 0));
+    g.bias[i] = take(flow.biases_before(i, flow.steps, 0));
   }
   return g;
 }

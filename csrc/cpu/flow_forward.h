@@ -19,9 +19,10 @@ struct Tile {
   Rows<T> field(idx offset) const { return {record + offset, at.width}; }
   Rows<const T> read(idx offset) const { return {record + offset, at.width}; }
   Coupling<T> coupling(bool inverse) const { return {flow.log_scale, flow.constant, flow.add_first, inverse}; }
+  idx shift() const { return at.raw + (flow.additive() ? 0 : flow.transformed()); }  // t; u, where there is one, is at raw
 };
 
-// [u, t] = MLP_k([p, context]), with p (rows, P) in a field of the record.
+// [u, t], or t, = MLP_k([p, context]), with p (rows, P) in a field of the record.
 template <class T>
 void run_mlp(const Tile<T>& tile, idx k, idx p) {
   const Flow<T>& flow = tile.flow;
@@ -35,24 +36,27 @@ void run_mlp(const Tile<T>& tile, idx k, idx p) {
       std::copy_n(tile.context + m * flow.context_dim, flow.context_dim, row + flow.passive());
     }
   }
-  for (int i = 0; i < flow.layers; ++i) {
-    const bool last = i + 1 == flow.layers;
-    const idx n_in = flow.width[i], n_out = flow.width[i + 1];
-    const idx out = last ? at.raw : at.argument[i];
-    const auto finish = [&](T* block, idx row, idx col, idx rows, idx cols) {
-      if (!last) activate(flow.activation, rows, cols, block, tile.field(at.value[i])[row] + col, at.width);
-    };
-    multiply(tile.rows, n_out, n_in, tile.record + input, at.width, flow.weight[i] + k * n_in * n_out, false,
-             tile.record + out, at.width, flow.bias[i] + k * n_out, tile.panel, finish);
-    if (!last) input = at.value[i];
-  }
+  for (int n = 0; n < flow.networks; ++n)
+    for (int i = 0; i < flow.layers; ++i) {
+      const bool last = i + 1 == flow.layers;
+      const idx n_in = flow.width[i], n_out = flow.width[i + 1];
+      const idx from = i ? at.value[i - 1] + n * at.hidden[i - 1] : input;
+      const idx out = last ? at.raw + n * n_out : at.argument[i] + n * at.hidden[i];
+      const auto finish = [&](T* block, idx row, idx col, idx rows, idx cols) {
+        if (last) return;
+        T* value = tile.field(at.value[i] + n * at.hidden[i])[row] + col;
+        activate(flow.activation, rows, cols, block, value, at.width);
+      };
+      multiply(tile.rows, n_out, n_in, tile.record + from, at.width, flow.weight[i] + flow.weights_before(i, k, n),
+               false, tile.record + out, at.width, flow.bias[i] + flow.biases_before(i, k, n), tile.panel, finish);
+    }
 }
 
 // Couple v (field) into out, leaving the passive columns: logdet may be null.
 template <class T>
 void run_coupling(const Tile<T>& tile, bool inverse, Rows<const T> v, Rows<T> out, T* logdet, bool accumulate) {
   const idx n = tile.flow.transformed();
-  couple_rows(tile.coupling(inverse), tile.rows, n, v, tile.read(tile.at.raw), tile.read(tile.at.raw + n), out, logdet,
+  couple_rows(tile.coupling(inverse), tile.rows, n, v, tile.read(tile.at.raw), tile.read(tile.shift()), out, logdet,
               accumulate);
 }
 

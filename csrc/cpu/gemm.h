@@ -105,12 +105,12 @@ struct Nothing {
 // C (M, N) = bias + A B with row-major B (K, N), or B = wᵀ with w (N, K) when `transposed`.
 // Panels of B are copied to L1 as they stream in, once per tile, which needs no shared packed copy; transposing
 // them takes 5 % of a training pass at 128 rows and D = 64, H = 256. Up to MR rows nothing would be reused, and B is read in place.
-// `after(c, row, column, rows, columns)` is called on finished blocks while they are in L1.
+// `after(c, row, column, rows, columns)` is called on finished blocks while they are in L1. With `accumulate`, C += A B.
 template <class T, class After = Nothing>
 void multiply(idx M, idx N, idx K, const T* a, idx a_m, const T* b, bool transposed, T* c, idx c_m, const T* bias,
-              T* panel, const After& after = {}) {
+              T* panel, const After& after = {}, bool accumulate = false) {
   constexpr idx L = lanes<T>, W = NR * L;
-  if (M <= MR && !transposed && N >= L) {
+  if (M <= MR && !transposed && !accumulate && N >= L) {
     for (idx j = 0; j < N;) {
       idx vectors = widest(M);
       while (vectors > 1 && N - j < vectors * L) vectors /= 2;
@@ -131,7 +131,7 @@ void multiply(idx M, idx N, idx K, const T* a, idx a_m, const T* b, bool transpo
     for (idx m = 0; m < M; m += MR) {
       const idx rows = M - m < MR ? M - m : MR;
       pick_block<T>(rows, cols > L ? NR : 1)(K, a + m * a_m, a_m, 1, panel, W, c + m * c_m + j, c_m, cols,
-                                             bias ? bias + j : nullptr, false);
+                                             bias ? bias + j : nullptr, accumulate);
       after(c + m * c_m + j, m, j, rows, cols);
     }
   }

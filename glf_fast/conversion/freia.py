@@ -26,7 +26,7 @@ from glf_fast.conversion.freia_blocks import (
 )
 from glf_fast.conversion.images.reshaped import Reshaped
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation, Unfusable
-from glf_fast.conversion.mlp import read_mlp, select_outputs, side_by_side, without_scale
+from glf_fast.conversion.mlp import read_mlp, scale_u, select_outputs, separate
 from glf_fast.conversion.reading import ConversionError, Reading, read_each, trained_together
 
 __all__ = [
@@ -135,17 +135,16 @@ def _rnvp(module: Any) -> list[Layer]:
     first, second = halves(module)
     scale = log_scale(module)
     return [
-        _coupling(second, first, side_by_side(*map(read_mlp, (module.subnet_s2, module.subnet_t2))), module, scale),
-        _coupling(first, second, side_by_side(*map(read_mlp, (module.subnet_s1, module.subnet_t1))), module, scale),
+        _coupling(second, first, separate(*map(read_mlp, (module.subnet_s2, module.subnet_t2))), module, scale),
+        _coupling(first, second, separate(*map(read_mlp, (module.subnet_s1, module.subnet_t1))), module, scale),
     ]
 
 
 def _nice(module: Any) -> list[Layer]:
     first, second = halves(module)
-    scale = LogScale("exp", None, 1.0)
     return [
-        _coupling(second, first, without_scale(read_mlp(module.F)), module, scale),
-        _coupling(first, second, without_scale(read_mlp(module.G)), module, scale),
+        _coupling(second, first, read_mlp(module.F), module, None),
+        _coupling(first, second, read_mlp(module.G), module, None),
     ]
 
 
@@ -312,17 +311,17 @@ def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def _coupling(passive: Tensor, transformed: Tensor, net: Conditioner, module: Any, scale: LogScale) -> Coupling:
-    """A coupling with outputs [u | t]; u is multiplied by the log-scale's factor."""
+def _coupling(passive: Tensor, transformed: Tensor, net: Conditioner, module: Any, scale: LogScale | None) -> Coupling:
+    """A coupling with outputs [u | t], u multiplied by the log-scale's factor; an additive one without log-scale."""
     context = sum(dims[0] for dims in module.dims_c)
-    wanted = len(passive) + context, 2 * len(transformed)
-    have = net.weights[0].shape[0], net.weights[-1].shape[1]
+    wanted = len(passive) + context, len(transformed) * (2 if scale else 1)
+    have = net.n_in, net.n_out
     if have != wanted:
         raise Unfusable(f"its network maps {have[0]} columns to {have[1]} where {wanted[0]} to {wanted[1]} are meant")
+    if scale is None:
+        return Coupling(passive, transformed, net, "exp", None, add_first=False)
     if scale.factor != 1:
-        factor = net.weights[-1].new_ones(have[1])
-        factor[: len(transformed)] = scale.factor
-        net = select_outputs(net, torch.arange(have[1], device=factor.device), factor)
+        net = scale_u(net, scale.factor)
     return Coupling(passive, transformed, net, scale.name, scale.constant, add_first=False)
 
 
@@ -332,9 +331,9 @@ def _widened(net: Conditioner, passive: int, seen: Seen) -> Conditioner:
         return net
     rows = torch.tensor([*range(passive), *(passive + c for c in seen.columns)], device=net.weights[0].device)
     weights, trained = list(net.weights), list(net.trained)
-    shape = (passive + seen.width, weights[0].shape[1])
-    weights[0] = weights[0].new_zeros(shape).index_copy(0, rows, weights[0])
-    trained[0] = trained[0].new_zeros(shape).index_copy(0, rows, trained[0])
+    shape = (*weights[0].shape[:-2], passive + seen.width, weights[0].shape[-1])
+    weights[0] = weights[0].new_zeros(shape).index_copy(-2, rows, weights[0])
+    trained[0] = trained[0].new_zeros(shape).index_copy(-2, rows, trained[0])
     return replace(net, weights=weights, trained=trained)
 
 

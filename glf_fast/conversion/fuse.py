@@ -112,7 +112,7 @@ def _righted(layer: Any) -> Any:
     if not (isinstance(layer, Coupling) and layer.undo and layer.log_scale in _ODD):
         return layer
     mlp = layer.conditioner
-    columns = torch.arange(mlp.weights[-1].shape[1])
+    columns = torch.arange(mlp.weights[-1].shape[-1])
     return replace(layer, conditioner=select_outputs(mlp, columns, -1.0), add_first=not layer.add_first, undo=False)
 
 
@@ -120,8 +120,8 @@ def _kind(coupling: Coupling) -> tuple[object, ...]:
     """What couplings of one CouplingFlow have in common."""
     mlp = coupling.conditioner
     return (
-        mlp.activation, len(mlp.weights), coupling.log_scale, coupling.log_scale_constant, coupling.add_first,
-        coupling.undo
+        coupling.kind(), mlp.activation, len(mlp.weights), coupling.log_scale, coupling.log_scale_constant,
+        coupling.add_first, coupling.undo,
     )  # fmt: skip
 
 

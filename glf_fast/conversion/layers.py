@@ -68,11 +68,12 @@ class Conditioner:
     """An MLP: (u, t) of T columns each from P passive columns and C of context; `activation` after all layers but the
     last.
 
-    weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]. Whatever
-    the library multiplies u or t by is in the last layer already. `trained[i]`, as weights[i], and `trained_bias[i]`,
-    as biases[i], are True where an entry is a parameter that the library trains; where it is False (the zero blocks
-    of two networks side by side, frozen parameters) the entry keeps its value. `dropout`: the largest p of those that
-    the network has in training mode, and the fused one has not.
+    weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]; or n_last = T:
+    t alone, of an additive coupling; or weights[i] (2, nᵢ, nᵢ₊₁), biases[i] (2, nᵢ₊₁) with n_last = T: a network for u and
+    one for t. Whatever the library multiplies u or t by is in the last layer already. `trained[i]`, as weights[i], and
+    `trained_bias[i]`, as biases[i], are True where an entry is a parameter that the library trains; where it is False
+    (padding, frozen parameters) the entry keeps its value. `dropout`: the largest p of those that the network has in
+    training mode, and the fused one has not.
     """
 
     weights: list[Tensor]
@@ -82,6 +83,21 @@ class Conditioner:
     activation: str
     dropout: float = 0.0
 
+    @property
+    def separate(self) -> bool:
+        """Two networks."""
+        return self.weights[0].ndim == 3
+
+    @property
+    def n_in(self) -> int:
+        """n₀."""
+        return self.weights[0].shape[-2]
+
+    @property
+    def n_out(self) -> int:
+        """The columns that come out, of both networks if there are two."""
+        return self.weights[-1].shape[-1] * (2 if self.separate else 1)
+
 
 @dataclass(frozen=True)
 class Coupling:
@@ -90,8 +106,7 @@ class Coupling:
 
     `passive` (P,) and `transformed` (T,) hold each of 0 … D−1 once; the output's columns keep the places of the
     input's. `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose
-    formula cannot be turned around. An additive coupling has u = 0 with `trained` False in its columns, and log_scale
-    "exp".
+    formula cannot be turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0.
     """
 
     passive: Tensor
@@ -104,7 +119,13 @@ class Coupling:
 
     def context_dim(self) -> int:
         """C, columns of the context that the conditioner takes."""
-        return len(self.conditioner.weights[0]) - len(self.passive)
+        return self.conditioner.n_in - len(self.passive)
+
+    def kind(self) -> str:
+        """As in CouplingFlow: "affine", "separate" or "additive"."""
+        if self.conditioner.separate:
+            return "separate"
+        return "additive" if self.conditioner.n_out == len(self.transformed) else "affine"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ columns, two blocks side by side), which autograd can take back.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from glf_fast.conversion.layers import Conditioner, Unfusable
 from glf_fast.conversion.reading import parameters_of
 
-__all__ = ["read_mlp", "select_inputs", "select_outputs", "side_by_side", "without_scale"]
+__all__ = ["read_mlp", "scale_u", "select_inputs", "select_outputs", "separate", "without_shift"]
 
 # What a network applies, in order: a linear layer (weight (out, in), bias or None), an activation by name, or a dropout, p,
 # that is not active.
@@ -84,49 +84,63 @@ def select_inputs(mlp: Conditioner, columns: Tensor) -> Conditioner:
 
 
 def select_outputs(mlp: Conditioner, columns: Tensor, factor: float | Tensor = 1.0) -> Conditioner:
-    """The MLP with outputs out[:, columns]·factor, with `factor` a number or one per column."""
+    """The MLP with outputs out[:, columns]·factor, with `factor` a number or one per column; of each, if they are two."""
     weights, biases = list(mlp.weights), list(mlp.biases)
     trained, trained_bias = list(mlp.trained), list(mlp.trained_bias)
-    weights[-1], biases[-1] = weights[-1][:, columns] * factor, biases[-1][columns] * factor
-    trained[-1], trained_bias[-1] = trained[-1][:, columns], trained_bias[-1][columns]
+    weights[-1], biases[-1] = weights[-1][..., columns] * factor, biases[-1][..., columns] * factor
+    trained[-1], trained_bias[-1] = trained[-1][..., columns], trained_bias[-1][..., columns]
     return replace(mlp, weights=weights, biases=biases, trained=trained, trained_bias=trained_bias)
 
 
-def side_by_side(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
-    """Two MLPs on the same input as one of both widths, with outputs [u | t]; the blocks between the two are zero and
-    not trained.
+def scale_u(mlp: Conditioner, factor: float) -> Conditioner:
+    """The MLP of an affine coupling with u·factor in place of u."""
+    weights, biases = list(mlp.weights), list(mlp.biases)
+    factors = torch.ones_like(biases[-1])  # (2T), or (2, T)
+    factors.view(2, -1)[0] = factor
+    weights[-1], biases[-1] = weights[-1] * factors.unsqueeze(-2), biases[-1] * factors
+    return replace(mlp, weights=weights, biases=biases)
 
-    Raises Unfusable if depth or activation differ, or if they share parameters.
+
+def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
+    """The networks of u and of t as one conditioner; hidden layers are filled up to equal widths with zeros that are not
+    trained.
+
+    Raises Unfusable if depth, activation or numbers of columns differ, or if they share parameters.
     """
     if len(net_u.weights) != len(net_t.weights) or net_u.activation != net_t.activation:
         raise Unfusable("its networks for scale and shift differ in depth or activation")
+    if (net_u.n_in, net_u.n_out) != (net_t.n_in, net_t.n_out):
+        raise Unfusable("its networks for scale and shift differ in their numbers of columns")
     if parameters_of(*net_u.weights, *net_u.biases) & parameters_of(*net_t.weights, *net_t.biases):
         raise Unfusable("its networks for scale and shift share parameters")
-    n = len(net_u.weights)
     return Conditioner(
-        weights=[_beside(net_u.weights[i], net_t.weights[i], shared_input=i == 0) for i in range(n)],
-        biases=[torch.cat([net_u.biases[i], net_t.biases[i]]) for i in range(n)],
-        trained=[_beside(net_u.trained[i], net_t.trained[i], shared_input=i == 0) for i in range(n)],
-        trained_bias=[torch.cat([net_u.trained_bias[i], net_t.trained_bias[i]]) for i in range(n)],
+        weights=list(map(_pair, net_u.weights, net_t.weights)),
+        biases=list(map(_pair, net_u.biases, net_t.biases)),
+        trained=list(map(_pair, net_u.trained, net_t.trained)),
+        trained_bias=list(map(_pair, net_u.trained_bias, net_t.trained_bias)),
         activation=net_u.activation,
         dropout=max(net_u.dropout, net_t.dropout),
     )
 
 
-def without_scale(net_t: Conditioner) -> Conditioner:
-    """An additive coupling's network, which makes t alone, with u = 0 before it that is not trained."""
-    weights, biases = list(net_t.weights), list(net_t.biases)
-    trained, trained_bias = list(net_t.trained), list(net_t.trained_bias)
+def without_shift(net_u: Conditioner) -> Conditioner:
+    """A network that makes u alone, with t = 0 after it that is not trained."""
+    weights, biases = list(net_u.weights), list(net_u.biases)
+    trained, trained_bias = list(net_u.trained), list(net_u.trained_bias)
     for tensors in (weights, biases, trained, trained_bias):
-        tensors[-1] = torch.cat([torch.zeros_like(tensors[-1]), tensors[-1]], -1)
-    return replace(net_t, weights=weights, biases=biases, trained=trained, trained_bias=trained_bias)
+        tensors[-1] = torch.cat([tensors[-1], torch.zeros_like(tensors[-1])], -1)
+    return replace(net_u, weights=weights, biases=biases, trained=trained, trained_bias=trained_bias)
 
 
-def _beside(a: Tensor, b: Tensor, *, shared_input: bool) -> Tensor:
-    """[a b] with one input for both, else the block-diagonal matrix of a and b."""
-    if shared_input:
-        return torch.cat([a, b], 1)
-    return torch.cat([F.pad(a, (0, b.shape[1])), F.pad(b, (a.shape[1], 0))])
+def _pair(a: Tensor, b: Tensor) -> Tensor:
+    """Both in one tensor, each filled up with zeros (or False) to the larger of their sizes."""
+    sizes = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
+    return torch.stack([_filled(a, sizes), _filled(b, sizes)])
+
+
+def _filled(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    grow = [sizes[i] - tensor.shape[i] for i in reversed(range(tensor.ndim))]
+    return F.pad(tensor, [n for more in grow for n in (0, more)])
 
 
 def _steps(module: nn.Module) -> Iterator[Step]:

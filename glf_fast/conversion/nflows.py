@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
-from glf_fast.conversion.mlp import read_mlp, select_outputs, without_scale
+from glf_fast.conversion.mlp import read_mlp, select_outputs
 from glf_fast.conversion.reading import (
     ConversionError,
     Reading,
@@ -120,7 +120,7 @@ def _coupling(transform: Any, dim: int) -> list[Layer]:
     if mlp.weights[-1].shape[1] != T * (1 if additive else 2) or len(mlp.weights[0]) < P:
         raise Unfusable("its network's sizes do not fit its mask")
     if additive:
-        return [Coupling(passive, transformed, without_scale(mlp), "exp", None, False)]
+        return [Coupling(passive, transformed, mlp, "exp", None, False)]
     order = torch.arange(2 * T).roll(T)  # nflows has [t | u]
     name, constant = read_log_scale(transform)
     return [Coupling(passive, transformed, select_outputs(mlp, order), name, constant, False)]

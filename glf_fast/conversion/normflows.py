@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
-from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, side_by_side, without_scale
+from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
 from glf_fast.conversion.reading import ConversionError, Reading, context_features, read_each, trained_together
 
 __all__ = ["KeptLayer", "check_initialised", "columns", "named_layers", "read", "read_layer"]
@@ -86,8 +86,7 @@ def columns(module: Any) -> int | None:
             net = read_mlp(module.flows[1].param_map)
         except Unfusable:
             return None
-        outputs = net.weights[-1].shape[1]
-        return net.weights[0].shape[0] + (outputs // 2 if module.flows[1].scale else outputs)
+        return net.n_in + (net.n_out // 2 if module.flows[1].scale else net.n_out)
     return None
 
 
@@ -141,7 +140,7 @@ def _affine_coupling_block(module: Any, dim: int) -> list[Layer]:
     _check_widths(net, len(passive), 2 * t if coupling.scale else t)
     # Data → noise is (v − shift)·scale: add first, with the shift's columns negated.
     if not coupling.scale:
-        conditioner = without_scale(select_outputs(net, torch.arange(t, device=device), -1.0))
+        conditioner = select_outputs(net, torch.arange(t, device=device), -1.0)
         return [Coupling(passive, transformed, conditioner, "exp", None, add_first=True)]
     shift_first = torch.arange(2 * t, device=device)
     raw_scale_then_shift = torch.cat([shift_first[1::2], shift_first[0::2]])
@@ -184,12 +183,12 @@ def _masked_affine_flow(module: Any, dim: int) -> list[Layer]:
     if not len(passive):
         raise Unfusable("its mask leaves no column to condition on")
     if net_s is not None and net_t is not None:
-        conditioner = side_by_side(net_s, net_t)
+        conditioner = separate(net_s, net_t)
     elif net_t is not None:
-        conditioner = without_scale(net_t)
+        conditioner = net_t
     else:
         assert net_s is not None
-        conditioner = _without_shift(net_s)
+        conditioner = without_shift(net_s)
     return [Coupling(passive, transformed, conditioner, "exp", None, add_first=True)]
 
 
@@ -256,15 +255,7 @@ def _base(base: Any) -> list[Layer]:
     return [Diagonal(-log_scale, -loc * torch.exp(-log_scale), trained)]
 
 
-def _without_shift(net_u: Conditioner) -> Conditioner:
-    """A coupling's network that makes u alone, with t = 0 after it that is not trained."""
-    flipped = without_scale(net_u)  # [0 | u]
-    n = net_u.weights[-1].shape[1]
-    order = torch.arange(2 * n, device=net_u.weights[-1].device).roll(n)
-    return select_outputs(flipped, order)
-
-
 def _check_widths(net: Conditioner, inputs: int, outputs: int) -> None:
-    have = net.weights[0].shape[0], net.weights[-1].shape[1]
+    have = net.n_in, net.n_out
     if have != (inputs, outputs):
         raise Unfusable(f"its network maps {have[0]} columns to {have[1]} where {inputs} to {outputs} are meant")

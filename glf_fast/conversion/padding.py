@@ -32,7 +32,7 @@ def padded_dim(dim: int, couplings: Sequence[Coupling]) -> int:
 
 def hidden_widths(couplings: Sequence[Coupling]) -> list[int]:
     """The widest of each hidden layer."""
-    shapes = [[W.shape[1] for W in coupling.conditioner.weights[:-1]] for coupling in couplings]
+    shapes = [[W.shape[-1] for W in coupling.conditioner.weights[:-1]] for coupling in couplings]
     return [max(widths) for widths in zip(*shapes, strict=True)]
 
 
@@ -60,7 +60,8 @@ def check_padding(coupling: Coupling) -> None:
     own = sum(int(((W != 0) | mask).sum()) for W, mask in zip(mlp.weights, mlp.trained, strict=True))
     dim = len(coupling.passive) + len(coupling.transformed)
     fused = _cost([coupling])
-    if fused > own + _UNIT * sum(hidden_widths([coupling])) + _COLUMN * dim + _LAYER:
+    networks = 2 if mlp.separate else 1
+    if fused > own + _UNIT * networks * sum(hidden_widths([coupling])) + _COLUMN * dim + _LAYER:
         raise Unfusable(
             f"transforms {len(coupling.transformed)} of {dim} columns with {own:,} multiply-adds for each sample; fused it "
             f"would take {fused:,}, which on a processor is slower"
@@ -72,5 +73,7 @@ def _cost(couplings: Sequence[Coupling]) -> int:
     first = couplings[0]
     width = padded_dim(len(first.passive) + len(first.transformed), couplings)
     context = max(coupling.context_dim() for coupling in couplings)
-    widths = [width - width // 2 + context, *hidden_widths(couplings), 2 * (width // 2)]
-    return len(couplings) * (width**2 + sum(a * b for a, b in itertools.pairwise(widths)))
+    outputs = (2 if first.kind() == "affine" else 1) * (width // 2)
+    widths = [width - width // 2 + context, *hidden_widths(couplings), outputs]
+    networks = 2 if first.kind() == "separate" else 1
+    return len(couplings) * (width**2 + networks * sum(a * b for a, b in itertools.pairwise(widths)))

@@ -56,9 +56,9 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
     actnorm = any(m.s_trained or m.b_trained or bool(m.s.any()) or bool(m.b.any()) for m in maps)
     with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
         flow = CouplingFlow(
-            width, len(steps), hidden_widths(couplings), context_dim, activation=first.conditioner.activation, linear=linear,
-            log_scale=first.log_scale, log_scale_constant=first.log_scale_constant, add_first=first.add_first,
-            actnorm=actnorm,
+            width, len(steps), hidden_widths(couplings), context_dim, coupling=first.kind(),
+            activation=first.conditioner.activation, log_scale=first.log_scale,
+            log_scale_constant=first.log_scale_constant, add_first=first.add_first, linear=linear, actnorm=actnorm,
         ).double()  # fmt: skip
     _install_affine(flow, maps, slots, sources)
     _install_conditioners(flow, couplings, (P, T), sources)
@@ -156,7 +156,8 @@ def _install_conditioners(
 ) -> None:
     """All MLPs, zero-padded to the flow's widths; what is padded is not trained."""
     P, T = halves
-    widths = [P + flow.context_dim, *flow.config["hidden"], 2 * T]
+    kind = flow.config["coupling"]
+    widths = [P + flow.context_dim, *flow.config["hidden"], (2 if kind == "affine" else 1) * T]
     last = len(widths) - 2
     still = _still(flow.config["log_scale"], flow.config["log_scale_constant"])
     for i in range(len(widths) - 1):
@@ -168,11 +169,11 @@ def _install_conditioners(
                 passive = len(coupling.passive)
                 W, W_mask = (_insert_rows(t, passive, P - passive) for t in (W, W_mask))
             if i == last:
-                W, b, W_mask, b_mask = (_pad_halves(t, missing) for t in (W, b, W_mask, b_mask))
-                b = b + still * _pad_halves(
-                    torch.zeros(2 * (T - missing), dtype=b.dtype, device=b.device), missing, 1.0
-                )
-            grow = (0, widths[i + 1] - W.shape[1], 0, widths[i] - W.shape[0])
+                W, b, W_mask, b_mask = (_pad_outputs(t, missing, kind) for t in (W, b, W_mask, b_mask))
+                if missing and kind != "additive":
+                    b = b.clone()
+                    b.view(2, T)[0, T - missing :] = still
+            grow = (0, widths[i + 1] - W.shape[-1], 0, widths[i] - W.shape[-2])
             weights.append(F.pad(W, grow))
             trained.append(F.pad(W_mask, grow))
             biases.append(F.pad(b, grow[:2]))
@@ -182,13 +183,14 @@ def _install_conditioners(
 
 
 def _insert_rows(W: Tensor, position: int, count: int) -> Tensor:
-    return torch.cat([W[:position], W.new_zeros(count, W.shape[1]), W[position:]])
+    zeros = W.new_zeros(*W.shape[:-2], count, W.shape[-1])
+    return torch.cat([W[..., :position, :], zeros, W[..., position:, :]], -2)
 
 
-def _pad_halves(outputs: Tensor, missing: int, u: float = 0.0) -> Tensor:
-    """[u | t] in the last dimension with `missing` columns more in each: `u` in those of u, 0 in those of t."""
-    first, second = outputs.chunk(2, -1)
-    return torch.cat([F.pad(first, (0, missing), value=u), F.pad(second, (0, missing))], -1)
+def _pad_outputs(outputs: Tensor, missing: int, kind: str) -> Tensor:
+    """The last dimension with `missing` columns more in t and, where it holds both as [u | t], in u."""
+    parts = outputs.chunk(2, -1) if kind == "affine" else [outputs]
+    return torch.cat([F.pad(part, (0, missing)) for part in parts], -1)
 
 
 def _still(log_scale: str, constant: float | None) -> float:

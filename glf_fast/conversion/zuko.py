@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
-from glf_fast.conversion.mlp import read_mlp, select_outputs, without_scale
+from glf_fast.conversion.mlp import read_mlp, select_outputs
 from glf_fast.conversion.reading import ConversionError, Reading, read_each, trained_together
 from glf_fast.reference import log_scale
 
@@ -118,7 +118,7 @@ def _coupling(transform: Any) -> Coupling:
     kind = transform.univariate.func if isinstance(transform.univariate, partial) else transform.univariate
     name = getattr(kind, "__name__", repr(kind)) if getattr(kind, "__module__", "") == "zuko.transforms" else repr(kind)
     if name == "AdditiveTransform" and shapes == [()]:
-        return Coupling(passive, transformed, without_scale(read_mlp(transform.hyper)), "exp", None, False)
+        return Coupling(passive, transformed, read_mlp(transform.hyper), "exp", None, False)
     if name != "MonotonicAffineTransform" or shapes != [(), ()]:
         raise Unfusable(f"its transformation {name} is not affine")
     # ℓ → |ln slope| as a → ∞: the slope of this object, whose default differs from release to release.

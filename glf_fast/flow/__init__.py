@@ -8,7 +8,7 @@ from glf_fast.flow.distribution import FlowDistribution, FlowTransform
 from glf_fast.flow.embedded import Embedded
 from glf_fast.flow.inverse import Inverse
 from glf_fast.flow.linear import InvertibleLinear
-from glf_fast.flow.mlp import MLP
+from glf_fast.flow.mlp import MLP, SeparateNetworks
 from glf_fast.flow.rnvp import rnvp_flow
 from glf_fast.flow.sequential import SequentialFlow
 
@@ -23,6 +23,7 @@ __all__ = [
     "FlowTransform",
     "Inverse",
     "InvertibleLinear",
+    "SeparateNetworks",
     "SequentialFlow",
     "rnvp_flow",
 ]

@@ -19,7 +19,8 @@ class AffineCoupling(nn.Module):
 
     Args:
         dim: channels D of the input (B, D) or (B, D, H, W); at least 2. p has P = D − D//2 channels, v has T = D//2.
-        conditioner: any network from (B, P + C, …) to (B, 2·T, …), u first, then t.
+        conditioner: any network from (B, P + C, …) to (B, 2·T, …), u first, then t; to (B, T, …), t alone, if `additive`.
+        additive: z_v = v + t, NICE (arXiv:1410.8516): no scale, logdet 0. The options below mean nothing then.
         log_scale, log_scale_constant: name and constant of f, see `glf_fast.reference.log_scale`.
         add_first: z_v = (v + t)·e^f(u), as in Glow (arXiv:1807.03039).
         flip: the first T channels are transformed, given the last P.
@@ -36,6 +37,7 @@ class AffineCoupling(nn.Module):
         dim: int,
         conditioner: nn.Module,
         *,
+        additive: bool = False,
         log_scale: str = "tanh",
         log_scale_constant: float | None = None,
         add_first: bool = False,
@@ -49,6 +51,7 @@ class AffineCoupling(nn.Module):
             )
         self.dim = dim
         self.conditioner = conditioner
+        self.additive = additive
         self.log_scale = log_scale
         self.log_scale_constant = LOG_SCALES[log_scale] if log_scale_constant is None else log_scale_constant
         self.add_first = add_first
@@ -74,23 +77,31 @@ class AffineCoupling(nn.Module):
             pixels = context.view(*context.shape, *(1,) * (x.ndim - context.ndim)).expand(-1, -1, *x.shape[2:])
             h = torch.cat([p, pixels.to(p.dtype)], 1)
         raw = self.conditioner(h)
-        check_shape("the conditioner's output", raw, (len(x), 2 * transformed, *x.shape[2:]), "(batch, 2·(dim//2), …)")
-        u, t = raw.chunk(2, 1)
-        w, logdet = ops.affine_coupling(
-            v,
-            u,
-            t,
-            log_scale=self.log_scale,
-            log_scale_constant=self.log_scale_constant,
-            add_first=self.add_first,
-            inverse=inverse,
-        )
+        columns, meaning = (1, "dim//2") if self.additive else (2, "2·(dim//2)")
+        wanted = (len(x), columns * transformed, *x.shape[2:])
+        check_shape("the conditioner's output", raw, wanted, f"(batch, {meaning}, …)")
+        if self.additive:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            t, v = raw.to(dtype), v.to(dtype)
+            w, logdet = v - t if inverse else v + t, v.new_zeros(len(v))
+        else:
+            u, t = raw.chunk(2, 1)
+            w, logdet = ops.affine_coupling(
+                v,
+                u,
+                t,
+                log_scale=self.log_scale,
+                log_scale_constant=self.log_scale_constant,
+                add_first=self.add_first,
+                inverse=inverse,
+            )
         p = p.to(w.dtype)
         return torch.cat([w, p] if self.flip else [p, w], 1), logdet
 
     def extra_repr(self) -> str:
         """Shown by repr."""
+        flip = ", flip=True" * self.flip
+        if self.additive:
+            return f"{self.dim}, additive=True{flip}"
         constant = "" if self.log_scale_constant is None else f"({self.log_scale_constant:g})"
-        return f"{self.dim}, log_scale={self.log_scale}{constant}" + (
-            ", add_first=True" * self.add_first + ", flip=True" * self.flip
-        )
+        return f"{self.dim}, log_scale={self.log_scale}{constant}{', add_first=True' * self.add_first}{flip}"

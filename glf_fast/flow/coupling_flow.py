@@ -13,12 +13,14 @@ from glf_fast.flow.actnorm import ActNorm, data_dependent_start
 from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.base import Flow
 from glf_fast.flow.linear import LINEAR_TENSORS, InvertibleLinear, assemble
-from glf_fast.flow.mlp import MLP
+from glf_fast.flow.mlp import MLP, SeparateNetworks
 from glf_fast.flow.sequential import SequentialFlow
-from glf_fast.ops.checks import check_log_scale, check_state
+from glf_fast.ops.checks import check_choice, check_log_scale, check_state
 from glf_fast.reference import LOG_SCALES
 
 __all__ = ["CouplingFlow"]
+
+COUPLINGS = ("affine", "separate", "additive")
 
 
 class CouplingFlow(Flow):
@@ -32,6 +34,8 @@ class CouplingFlow(Flow):
         steps: K.
         hidden: widths of the one to four hidden layers of each step's MLP.
         context_dim: columns of the context that conditions every coupling; 0 for none.
+        coupling: "affine", v·e^f(u) + t with u and t from one MLP; "separate", the same with an MLP for each, as in RealNVP
+            (arXiv:1605.08803); "additive", v + t, as in NICE (arXiv:1410.8516), to which the log-scale means nothing.
         activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh or elu.
         log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`.
         add_first: couplings add before they multiply, as Glow does.
@@ -58,6 +62,7 @@ class CouplingFlow(Flow):
         hidden: Sequence[int] = (256, 256),
         context_dim: int = 0,
         *,
+        coupling: str = "affine",
         activation: str = "relu",
         log_scale: str = "tanh",
         log_scale_constant: float | None = None,
@@ -75,6 +80,7 @@ class CouplingFlow(Flow):
             raise ValueError(f"steps must be ≥ 1; got {steps}")
         if context_dim < 0:
             raise ValueError(f"context_dim must be ≥ 0; got {context_dim}")
+        check_choice("coupling", coupling, COUPLINGS)
         check_log_scale(log_scale, log_scale_constant)
         self._assembled: tuple[list[Tensor], tuple[Tensor, Tensor | None, Tensor, Tensor]] | None = None
         self.config: dict[str, Any] = {
@@ -82,6 +88,7 @@ class CouplingFlow(Flow):
             "steps": steps,
             "hidden": tuple(hidden),
             "context_dim": context_dim,
+            "coupling": coupling,
             "activation": activation,
             "log_scale": log_scale,
             "log_scale_constant": LOG_SCALES[log_scale] if log_scale_constant is None else log_scale_constant,
@@ -241,7 +248,7 @@ class CouplingFlow(Flow):
         """Take over the layers' parameters and buffers, stacked over the steps."""
         actnorms = [layer for layer in layers if isinstance(layer, ActNorm)]
         linears = [layer for layer in layers if isinstance(layer, InvertibleLinear)]
-        mlps = [_mlp_of(layer).linears() for layer in layers if isinstance(layer, AffineCoupling)]
+        networks = [_linears(layer) for layer in layers if isinstance(layer, AffineCoupling)]
         with torch.no_grad():
             if actnorms:
                 self.actnorm_log_scale = nn.Parameter(torch.stack([a.log_scale for a in actnorms]))
@@ -256,11 +263,14 @@ class CouplingFlow(Flow):
                     self.register_parameter(f"linear_{name}", nn.Parameter(stacked))
                 else:
                     self.register_buffer(f"linear_{name}", stacked)
-            # nn.Linear keeps (out, in); stacked weights are (K, in, out), multiplied from the right like A.
-            self.mlp_weights = nn.ParameterList(
-                torch.stack([mlp[i].weight.T for mlp in mlps]).contiguous() for i in range(len(mlps[0]))
-            )
-            self.mlp_biases = nn.ParameterList(torch.stack([mlp[i].bias for mlp in mlps]) for i in range(len(mlps[0])))
+            # nn.Linear keeps (out, in); stacked weights are (K, in, out), multiplied from the right like A, or (K, 2, in, out).
+            self.mlp_weights, self.mlp_biases = nn.ParameterList(), nn.ParameterList()
+            for linears_of_steps in zip(*networks, strict=True):
+                weight = torch.stack([torch.stack([linear.weight.T for linear in step]) for step in linears_of_steps])
+                bias = torch.stack([torch.stack([linear.bias for linear in step]) for step in linears_of_steps])
+                separate = self.config["coupling"] == "separate"
+                self.mlp_weights.append(weight if separate else weight[:, 0].contiguous())
+                self.mlp_biases.append(bias if separate else bias[:, 0].contiguous())
 
     @classmethod
     def from_layers(cls, flow: SequentialFlow) -> CouplingFlow:
@@ -302,9 +312,11 @@ class CouplingFlow(Flow):
             linear.load_state_dict(tensors)
             weights, biases = self._mlp()
             with torch.no_grad():
-                for i, layer in enumerate(_mlp_of(coupling).linears()):
-                    layer.weight.copy_(weights[i][k].T)
-                    layer.bias.copy_(biases[i][k])
+                for i, linears in enumerate(_linears(coupling)):
+                    for j, layer in enumerate(linears):
+                        network = (k, j) if self.config["coupling"] == "separate" else k
+                        layer.weight.copy_(weights[i][network].T)
+                        layer.bias.copy_(biases[i][network])
             layers += step
         return SequentialFlow(layers, self.event_shape, self.context_dim).train(self.training)
 
@@ -330,11 +342,17 @@ class _Held(nn.Module):
 
 def _new_step(config: dict[str, Any]) -> list[nn.Module]:
     """The layers of one fresh step: [ActNorm,] InvertibleLinear, AffineCoupling."""
-    dim = config["dim"]
-    mlp = MLP(dim - dim // 2 + config["context_dim"], config["hidden"], 2 * (dim // 2), activation=config["activation"])
+    dim, kind = config["dim"], config["coupling"]
+
+    def mlp() -> MLP:
+        n_in, n_out = dim - dim // 2 + config["context_dim"], (2 if kind == "affine" else 1) * (dim // 2)
+        return MLP(n_in, config["hidden"], n_out, activation=config["activation"])
+
+    conditioner = SeparateNetworks(mlp(), mlp()) if kind == "separate" else mlp()
     options = {name: config[name] for name in ("log_scale", "log_scale_constant", "add_first")}
-    step: list[nn.Module] = [ActNorm(dim)] if config["actnorm"] else []
-    return [*step, InvertibleLinear(dim, linear=config["linear"]), AffineCoupling(dim, mlp, **options)]
+    coupling = AffineCoupling(dim, conditioner, additive=kind == "additive", **options)
+    actnorm = [ActNorm(dim)] if config["actnorm"] else []
+    return [*actnorm, InvertibleLinear(dim, linear=config["linear"]), coupling]
 
 
 def _read_step(step: Sequence[nn.Module], position: int, context_dim: int) -> dict[str, Any]:
@@ -347,16 +365,18 @@ def _read_step(step: Sequence[nn.Module], position: int, context_dim: int) -> di
             )
     linear, coupling = step[-2], step[-1]
     assert isinstance(linear, InvertibleLinear) and isinstance(coupling, AffineCoupling)
-    if coupling.flip or not isinstance(coupling.conditioner, MLP):
+    networks = _networks(coupling)
+    if coupling.flip or not networks:
         what = "has flip=True" if coupling.flip else f"has a {type(coupling.conditioner).__name__} as conditioner"
         raise ValueError(
-            f"layer {position + len(step) - 1} {what}; a CouplingFlow's couplings are unflipped, with an MLP"
+            f"layer {position + len(step) - 1} {what}; a CouplingFlow's couplings are unflipped, with an MLP or two equal ones"
         )
     return {
         "dim": coupling.dim,
-        "hidden": tuple(layer.out_features for layer in coupling.conditioner.linears()[:-1]),
+        "hidden": tuple(layer.out_features for layer in networks[0].linears()[:-1]),
         "context_dim": context_dim,
-        "activation": coupling.conditioner.activation,
+        "coupling": "additive" if coupling.additive else "separate" if len(networks) == 2 else "affine",
+        "activation": networks[0].activation,
         "log_scale": coupling.log_scale,
         "log_scale_constant": coupling.log_scale_constant,
         "add_first": coupling.add_first,
@@ -365,6 +385,18 @@ def _read_step(step: Sequence[nn.Module], position: int, context_dim: int) -> di
     }
 
 
-def _mlp_of(coupling: nn.Module) -> MLP:
-    assert isinstance(coupling, AffineCoupling) and isinstance(coupling.conditioner, MLP)
-    return coupling.conditioner
+def _networks(coupling: AffineCoupling) -> list[MLP]:
+    """The MLPs of its conditioner, one or two equal ones; none if it is something else."""
+    conditioner = coupling.conditioner
+    if not isinstance(conditioner, SeparateNetworks):
+        return [conditioner] if isinstance(conditioner, MLP) else []
+    u, t = conditioner.u, conditioner.t
+    if coupling.additive or not (isinstance(u, MLP) and isinstance(t, MLP)) or str(u) != str(t):
+        return []
+    return [u, t]
+
+
+def _linears(coupling: nn.Module) -> list[tuple[nn.Linear, ...]]:
+    """The linear layers of its networks side by side, first to last."""
+    assert isinstance(coupling, AffineCoupling)
+    return list(zip(*(network.linears() for network in _networks(coupling)), strict=True))

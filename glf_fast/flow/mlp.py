@@ -1,16 +1,17 @@
-"""The default conditioner of a coupling: a multi-layer perceptron whose last layer starts at zero."""
+"""The conditioners of a coupling flow: a multi-layer perceptron whose last layer starts at zero, or two of them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from glf_fast.ops.checks import check_choice
 from glf_fast.reference import ACTIVATIONS
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "SeparateNetworks"]
 
 _MODULES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -49,3 +50,20 @@ class MLP(nn.Sequential):
     def linears(self) -> list[nn.Linear]:
         """The linear layers, first to last."""
         return [layer for layer in self if isinstance(layer, nn.Linear)]
+
+
+class SeparateNetworks(nn.Module):
+    """h → [u(h), t(h)]: one network for the raw log-scale, one for the shift, as in RealNVP (arXiv:1605.08803).
+
+    Args:
+        u, t: from (B, P + C, …) to (B, T, …).
+    """
+
+    def __init__(self, u: nn.Module, t: nn.Module) -> None:
+        super().__init__()
+        self.u = u
+        self.t = t
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[u, t] (B, 2·T, …)."""
+        return torch.cat([self.u(h), self.t(h)], 1)

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.linear import InvertibleLinear
+from glf_fast.flow.mlp import SeparateNetworks
 from glf_fast.flow.sequential import SequentialFlow
 
 __all__ = ["rnvp_flow"]
 
 
-class _TwoNetworks(nn.Module):
-    """Separate networks for the log-scale and the shift, as one conditioner: h → [s(h), t(h)]."""
-
-    def __init__(self, n_in: int, hidden: int, n_out: int) -> None:
-        super().__init__()
-        self.s, self.t = (
-            nn.Sequential(
-                nn.Linear(n_in, hidden), nn.ReLU(), nn.BatchNorm1d(hidden),
-                nn.Linear(hidden, hidden), nn.ReLU(), nn.BatchNorm1d(hidden),
-                nn.Linear(hidden, n_out),
-            )
-            for _ in range(2)
-        )  # fmt: skip
-
-    def forward(self, h: Tensor) -> Tensor:
-        return torch.cat([self.s(h), self.t(h)], 1)
+def _network(n_in: int, hidden: int, n_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(n_in, hidden), nn.ReLU(), nn.BatchNorm1d(hidden),
+        nn.Linear(hidden, hidden), nn.ReLU(), nn.BatchNorm1d(hidden),
+        nn.Linear(hidden, n_out),
+    )  # fmt: skip
 
 
 def rnvp_flow(dim: int, blocks: int = 4, hidden: int = 64, clamp: float = 2.0, seed: int = 0) -> SequentialFlow:
@@ -49,7 +40,7 @@ def rnvp_flow(dim: int, blocks: int = 4, hidden: int = 64, clamp: float = 2.0, s
     for k in range(blocks):
         for flip in (True, False):
             transformed = dim // 2
-            networks = _TwoNetworks(dim - transformed, hidden, transformed)
+            networks = SeparateNetworks(*(_network(dim - transformed, hidden, transformed) for _ in range(2)))
             layers.append(AffineCoupling(dim, networks, log_scale="atan", log_scale_constant=clamp, flip=flip))
         permutation = InvertibleLinear(dim, linear="permutation")
         order = torch.randperm(dim, generator=torch.Generator().manual_seed(seed + k))

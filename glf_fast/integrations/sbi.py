@@ -11,8 +11,10 @@ import torch
 from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
 from sbi.utils.sbiutils import standardizing_net, z_score_parser, z_standardization
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from glf_fast.flow import CouplingFlow, FlowDistribution, SequentialFlow
+from glf_fast.integrations.unconstrained import Unconstrained
 
 __all__ = ["CouplingFlowEstimator", "coupling_flow"]
 
@@ -25,6 +27,7 @@ def coupling_flow(
     hidden: Sequence[int] = (50, 50),
     z_score_theta: str | None = "independent",
     z_score_x: str | None = "independent",
+    prior: Distribution | None = None,
     embedding_net: nn.Module | None = None,
     **options: Any,
 ) -> Callable[[Tensor, Tensor], CouplingFlowEstimator]:
@@ -33,13 +36,14 @@ def coupling_flow(
     Args:
         steps, hidden, **options: of `glf_fast.CouplingFlow`.
         z_score_theta, z_score_x: "independent", "structured", or "none": how θ and x are standardised by the training
-            simulations. Fixed afterwards, and part of the estimator. The fourth choice of `sbi.neural_nets.posterior_nn`,
-            "transform_to_unconstrained", which needs the prior too, is not covered.
+            simulations. Fixed afterwards, and part of the estimator. For θ also "transform_to_unconstrained": mapped from the
+            support of `prior` to all of ℝᴰ first, so that the posterior is 0 outside and sbi rejects no sample.
+        prior: of θ, for that; `sbi.neural_nets.posterior_nn` calls it x_dist.
         embedding_net: from x (B, …), standardised, to the context (B, C); x itself if None, which then is a vector. It is
             copied: the trained one is `estimator.embedding_net`, and retraining from scratch starts from yours.
     """
     return partial(
-        _build, steps=steps, hidden=tuple(hidden), z_score_theta=z_score_theta, z_score_x=z_score_x,
+        _build, steps=steps, hidden=tuple(hidden), z_score_theta=z_score_theta, z_score_x=z_score_x, prior=prior,
         embedding_net=nn.Identity() if embedding_net is None else embedding_net, **options,
     )  # fmt: skip
 
@@ -50,6 +54,7 @@ def _build(
     *,
     z_score_theta: str | None,
     z_score_x: str | None,
+    prior: Distribution | None,
     embedding_net: nn.Module,
     **options: Any,
 ) -> CouplingFlowEstimator:
@@ -71,12 +76,25 @@ def _build(
             f"x has shape {tuple(x.shape)} and becomes a context of shape {tuple(context.shape)}, where (batch, columns) "
             "is wanted: give an embedding_net that makes vectors of it"
         )
-    layers: list[nn.Module] = [CouplingFlow(theta.shape[1], context_dim=context.shape[1], **options)]
+    dim = theta.shape[1]
+    layers: list[nn.Module] = []
+    free = theta
+    if z_score_theta == "transform_to_unconstrained":
+        if prior is None:
+            raise ValueError("z_score_theta='transform_to_unconstrained' needs the prior: coupling_flow(prior=…)")
+        layers.append(Unconstrained.of(prior, dim).to(theta))
+        free, logdet = layers[0](theta)
+        if not logdet.isfinite().all():
+            raise ValueError(
+                f"{int((~logdet.isfinite()).sum())} of {len(theta)} simulated θ are outside the prior's support"
+            )
+        z_score_theta = "independent"
     standardise, structured = _z_score("z_score_theta", z_score_theta)
     if standardise:
-        mean, std = z_standardization(theta, structured)
-        layers.insert(0, _Standardise(mean.expand(theta.shape[1]), std.expand(theta.shape[1])))
-    flow = SequentialFlow(layers, tuple(theta.shape[1:]), context.shape[1])
+        mean, std = z_standardization(free, structured)
+        layers.append(_Standardise(mean.expand(dim), std.expand(dim)))
+    layers.append(CouplingFlow(dim, context_dim=context.shape[1], **options))
+    flow = SequentialFlow(layers, (dim,), context.shape[1])
     with torch.no_grad():  # the ActNorms' start: sbi's own first call has two rows
         flow(theta[:START], context)
     return CouplingFlowEstimator(flow, theta.shape[1:], x.shape[1:], network)

@@ -90,15 +90,21 @@ def check_alike(named: Iterable[tuple[str, Tensor]], state: Tensor) -> None:
             raise TypeError(f"{name} is {tensor.dtype} but the rest is {state.dtype}: convert one of them with .to()")
 
 
-def check_hidden_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], steps: int, n_in: int, n_out: int) -> None:
-    """Raise ValueError unless stacked MLP weights (K, nᵢ, nᵢ₊₁) and biases (K, nᵢ₊₁) chain from n_in to n_out."""
+def check_hidden_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], steps: int, n_in: int, n_v: int) -> None:
+    """Raise ValueError unless stacked MLP weights (K, nᵢ, nᵢ₊₁) and biases (K, nᵢ₊₁) chain from n_in to 2·n_v, or n_v.
+
+    Those of two networks, (K, 2, nᵢ, nᵢ₊₁) and (K, 2, nᵢ₊₁), from n_in to n_v.
+    """
     if len(weights) != len(biases) or not weights:
         raise ValueError(
             f"weights and biases must be two lists of one length ≥ 1; got {len(weights)} and {len(biases)}"
         )
+    stack = (steps, 2) if weights[0].ndim == 4 else (steps,)
+    n_out = n_v if len(stack) == 2 or weights[-1].shape[-1] == n_v else 2 * n_v
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         width = n_out if i == len(weights) - 1 else weight.shape[-1]
-        if weight.shape != (steps, n_in, width) or bias.shape != (steps, width):  # names are made only for errors
-            check_shape(f"weights[{i}]", weight, (steps, n_in, width), "(steps, in, out)")
-            check_shape(f"biases[{i}]", bias, (steps, width), "(steps, out)")
+        if weight.shape != (*stack, n_in, width) or bias.shape != (*stack, width):  # names are made only for errors
+            names = "steps, networks" if len(stack) == 2 else "steps"
+            check_shape(f"weights[{i}]", weight, (*stack, n_in, width), f"({names}, in, out)")
+            check_shape(f"biases[{i}]", bias, (*stack, width), f"({names}, out)")
         n_in = width

@@ -21,6 +21,7 @@ from glf_fast.ops.checks import (
     check_state,
 )
 from glf_fast.ops.linear import check_plu, kernels_take, plu_assemble
+from glf_fast.ops.networks import as_one_network
 from glf_fast.ops.options import Options
 from glf_fast.reference import ACTIVATIONS, Plu
 
@@ -96,7 +97,9 @@ def coupling_flow(
 
     Args:
         x: (B, D). A: (K, D, D) and c: (K, D), from `plu_assemble` or any affine maps.
-        weights, biases: per layer of the MLPs (K, nᵢ, nᵢ₊₁) and (K, nᵢ₊₁), from P + C to 2·(D//2) columns.
+        weights, biases: per layer of the MLPs (K, nᵢ, nᵢ₊₁) and (K, nᵢ₊₁), from P + C to 2·(D//2) columns; to D//2 for
+            additive couplings, v + t, to which the log-scale means nothing; or (K, 2, nᵢ, nᵢ₊₁) and (K, 2, nᵢ₊₁), from P + C
+            to D//2 columns, for two networks, that of u and that of t.
         context: (B, C) or None. The options are those of `affine_coupling`; `activation` of the hidden layers.
         reversible: keep nothing for the backward but the output, which rebuilds the steps' inputs by undoing the steps:
             memory independent of K. For the kernels; the reference keeps what autograd keeps.
@@ -155,7 +158,7 @@ def coupling_flow_log_prob(
     options = Options(activation, log_scale, log_scale_constant, add_first, False)
     x = _check_flow("x", x, A, c, weights, biases, context, options)
     check_shape("logabsdet", logabsdet, (), "()")
-    kernels = _kernels(x, weights)
+    kernels, weights, biases, options = _for_kernels(x, weights, biases, options)
     if kernels in whole_flow.KERNELS:
         x, A, c, logabsdet, context, *layers = _ready(x, A, c, logabsdet, context, *weights, *biases)
         options = _with_autocast(options, x)._replace(density=True)
@@ -185,7 +188,7 @@ def plu_flow_log_prob(
     permutation, lower, upper, log_diag, sign, actnorm_log_scale, bias = plu
     options = Options(activation, log_scale, log_scale_constant, add_first, False)
     x = _check_flow("x", x, lower, log_diag, weights, biases, context, options)
-    kernels = _kernels(x, weights)
+    kernels, weights, biases, options = _for_kernels(x, weights, biases, options)
     if kernels in whole_flow.KERNELS and torch.is_grad_enabled() and kernels_take(plu):
         x, context, *layers = _ready(x, context, *weights, *biases)
         factors = _ready(lower, upper, log_diag, actnorm_log_scale, bias)
@@ -209,7 +212,7 @@ def _coupling_flow(
 ) -> tuple[Tensor, Tensor]:
     """Both directions; the state x is called `name` in messages."""
     x = _check_flow(name, x, matrix, offset, weights, biases, context, options)
-    kernels = _kernels(x, weights)
+    kernels, weights, biases, options = _for_kernels(x, weights, biases, options)
     if kernels == "reference":
         run = reference.coupling_flow_inverse if options.inverse else reference.coupling_flow
         return run(x, matrix, offset, weights, biases, context, **options.of_flow())
@@ -221,12 +224,18 @@ def _coupling_flow(
     return whole_flow.coupling_flow(kernels, x, matrix, offset, layers, context, options, reversible)
 
 
-def _kernels(x: Tensor, weights: Sequence[Tensor]) -> str:
-    """What runs this flow: "cpp", "triton", "layered" where it is too wide for one launch, or "reference"."""
+def _for_kernels(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], options: Options
+) -> tuple[str, Sequence[Tensor], Sequence[Tensor], Options]:
+    """What runs this flow, "cpp", "triton", "layered" where it is too wide for one launch, or "reference", and the networks
+    as that takes them.
+    """
     backend = backend_for(x, "triton", "cpp")
-    if backend == "triton" and not triton.fits(x.shape[1], weights):
-        return "layered"
-    return "reference" if backend == "cpp" and len(weights) > MAX_LAYERS else backend
+    if backend == "triton":
+        kernels = backend if triton.fits(x.shape[1], weights) else "layered"
+        return kernels, *as_one_network(weights, biases, x.shape[1] // 2, options)
+    kernels = "reference" if backend == "cpp" and len(weights) > MAX_LAYERS else backend
+    return kernels, weights, biases, options
 
 
 def _ready(state: Tensor, *others: Tensor | None) -> list[Any]:
@@ -268,7 +277,7 @@ def _check_flow(
         check_floating("context", context)
         check_shape("context", context, (x.shape[0], None), "(batch, context_dim)")
         n_context = context.shape[1]
-    check_hidden_layers(weights, biases, steps, dim - dim // 2 + n_context, 2 * (dim // 2))
+    check_hidden_layers(weights, biases, steps, dim - dim // 2 + n_context, dim // 2)
     x = check_state(name, x, matrix)
     check_alike((("c", offset), *([("context", context)] if context is not None else [])), x)
     check_alike((("a weight", w) for w in weights), x)

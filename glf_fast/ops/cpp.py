@@ -35,12 +35,14 @@ def coupling_code(options: Options) -> tuple[int, float, bool, bool]:
     return LOG_SCALE[options.log_scale], options.constant, options.add_first, options.inverse
 
 
-def record_width(dim: int, widths: Sequence[int], context_dim: int, activation: str, itemsize: int) -> int:
+def record_width(dim: int, weights: Sequence[Tensor], context_dim: int, activation: str) -> int:
     """Numbers that RECORDS keeps of a row and step: as csrc/cpu/record.h lays them out, which checks it."""
-    line = 64 // itemsize
+    line = 64 // weights[0].itemsize
+    networks = 2 if weights[0].ndim == 4 else 1
     layers = 2 if activation in ("silu", "gelu") else 1
-    padded = [dim, dim, *([widths[0]] if context_dim else []), 2 * (dim // 2)]
-    lines = sum(-(-n // line) + 1 for n in padded) + layers * sum(-(-n // line) for n in widths[1:-1])
+    padded = [dim, dim, *([weights[0].shape[-2]] if context_dim else []), networks * weights[-1].shape[-1]]
+    hidden = sum(-(-w.shape[-1] // line) for w in weights[:-1])
+    lines = sum(-(-n // line) + 1 for n in padded) + layers * networks * hidden
     return line * (lines | 1)
 
 
@@ -57,9 +59,8 @@ def forward(
     """Output, logdet (with options.density log N(out; 0, I) added) and, with `keep`, what the backward starts from."""
     save, record = NOTHING, 0
     if keep:
-        widths = [*(w.shape[1] for w in weights), 2 * (x.shape[1] // 2)]
         context_dim = 0 if context is None else context.shape[1]
-        save, record = RECORDS, record_width(x.shape[1], widths, context_dim, options.activation, x.itemsize)
+        save, record = RECORDS, record_width(x.shape[1], weights, context_dim, options.activation)
         if len(matrix) * len(x) * record * x.itemsize > RECORDS_LIMIT:
             save, record = INPUTS, x.shape[1]
     code = (ACTIVATION[options.activation], *coupling_code(options), options.density, save, record)

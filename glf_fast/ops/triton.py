@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from glf_fast.ops.networks import hidden_widths
 from glf_fast.ops.options import Options
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ ops = torch.ops.glf_fast
 
 def fits(dim: int, weights: Sequence[Tensor]) -> bool:
     """Whether the kernels take D and these stacked weights: wider flows go layer by layer."""
-    hidden = [weight.shape[2] for weight in weights[:-1]]
+    hidden = hidden_widths(weights)
     return dim <= MAX_DIM and 1 <= len(hidden) <= MAX_LAYERS and max(hidden) <= MAX_HIDDEN
 
 

@@ -34,7 +34,11 @@ def coupling_flow(
         y = x A_k + c_k;   (p, v) = y[:, :P], y[:, P:];   (u, t) = MLP_k([p, context]);   x ← [p, v·e^f(u) + t]
 
     `x` (B, D); `A` (K, D, D), `c` (K, D); `weights[i]` (K, nᵢ, nᵢ₊₁) and `biases[i]` (K, nᵢ₊₁) with n₀ = P + C and
-    n_last = 2·(D//2); `context` (B, C) or None; the rest as in `affine_coupling` and `mlp`.
+    n_last = 2·(D//2); `context` (B, C) or None; the rest as in `affine_coupling` and `mlp`. Two other shapes are flows, too:
+
+    * n_last = D//2: additive couplings, v + t with t = MLP_k([p, context]); NICE (arXiv:1410.8516).
+    * `weights[i]` (K, 2, nᵢ, nᵢ₊₁) and `biases[i]` (K, 2, nᵢ₊₁) with n_last = D//2: two networks, one for u and one for t.
+
     Returns z (B, D) and Σ_k Σ ℓ (B,), both float32 or better: the caller adds Σ_k log|det A_k|, which no sample changes.
     """
     passive = x.shape[1] - x.shape[1] // 2
@@ -45,10 +49,8 @@ def coupling_flow(
             y = x @ A[k] + c[k]
         p, v = y[:, :passive], y[:, passive:]
         h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
-        u, t = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation).chunk(2, 1)
-        v, ldj = affine_coupling(
-            v, u, t, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first
-        )
+        raw = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation)
+        v, ldj = _couple(v, raw, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first)
         x = torch.cat([p, v], 1)
         logdet = logdet + ldj
     return x, logdet
@@ -78,14 +80,22 @@ def coupling_flow_inverse(
     for k in reversed(range(len(A_inv))):
         p, v = z[:, :passive], z[:, passive:]
         h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
-        u, t = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation).chunk(2, 1)
-        v, ldj = affine_coupling(
-            v, u, t, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first, inverse=True
+        raw = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation)
+        v, ldj = _couple(
+            v, raw, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first, inverse=True
         )
         with torch.autocast(z.device.type, enabled=False):
             z = (torch.cat([p, v], 1) - c[k]) @ A_inv[k]
         logdet = logdet + ldj
     return z, logdet
+
+
+def _couple(v: Tensor, raw: Tensor, *, inverse: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
+    """v (B, T) coupled with raw = [u, t] (B, 2·T), or with raw = t (B, T): additive."""
+    if raw.shape == v.shape:
+        return v - raw if inverse else v + raw, v.new_zeros(len(v))
+    u, t = raw.chunk(2, 1)
+    return affine_coupling(v, u, t, inverse=inverse, **options)
 
 
 def log_normal(z: Tensor) -> Tensor:

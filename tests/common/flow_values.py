@@ -9,28 +9,34 @@ __all__ = ["error", "run", "run_op", "tensors"]
 
 
 def tensors(
-    batch: int, K: int, D: int, C: int, hidden: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0
-) -> list[Tensor | None]:
-    """x, A, c, context, W₀ …, b₀ …"""
+    batch: int, K: int, D: int, C: int, hidden: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0,
+    coupling: str = "affine",
+) -> list[Tensor | None]:  # fmt: skip
+    """x, A, c, context, W₀ …, b₀ …; `coupling` as in CouplingFlow."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=g)
 
-    widths = [D - D // 2 + C, *hidden, 2 * (D // 2)]
+    widths = [D - D // 2 + C, *hidden, (2 if coupling == "affine" else 1) * (D // 2)]
+    stack = (K, 2) if coupling == "separate" else (K,)
     A = (torch.linalg.qr(normal(K, D, D)).Q + 0.1 * normal(K, D, D) / D).contiguous()
-    weights = [normal(K, n, m) / n**0.5 for n, m in itertools.pairwise(widths)]
-    biases = [0.3 * normal(K, n) for n in widths[1:]]
+    weights = [normal(*stack, n, m) / n**0.5 for n, m in itertools.pairwise(widths)]
+    biases = [0.3 * normal(*stack, n) for n in widths[1:]]
     made = [normal(batch, D), A, normal(K, D), normal(batch, C) if C else None, *weights, *biases]
     return [None if t is None else t.to(dtype).requires_grad_() for t in made]
 
 
 def run_op(op, values: list[Tensor | None]) -> tuple[Tensor, ...]:
-    """The outputs of op(*values), and the gradients of a fixed combination of them."""
+    """The outputs of op(*values), and the gradients of a fixed combination of them.
+
+    The reference's logdet of additive couplings is a constant, 0, which has none.
+    """
     outputs = op(*values)
     g = torch.Generator().manual_seed(1)
     grads = [torch.randn(t.shape, dtype=torch.float64, generator=g).to(t.dtype) for t in outputs]
-    found = torch.autograd.grad(outputs, [t for t in values if t is not None and t.requires_grad], grads)
+    varying, grads = zip(*((t, g) for t, g in zip(outputs, grads, strict=True) if t.requires_grad), strict=True)
+    found = torch.autograd.grad(varying, [t for t in values if t is not None and t.requires_grad], grads)
     return *(t.detach() for t in outputs), *found
 
 

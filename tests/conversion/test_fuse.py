@@ -15,6 +15,7 @@ from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation
 from glf_fast.conversion.padded import Padded
 from glf_fast.flow import CouplingFlow, Flow, Inverse, SequentialFlow
+from glf_fast.flow.coupling_flow import COUPLINGS
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES, affine_coupling, mlp
 
 
@@ -51,22 +52,18 @@ class Maker:
         passive: int | None = None,
         hidden: tuple[int, ...] = (7, 5),
         trained: bool = True,
-        additive: bool = False,
+        kind: str = "affine",
         **options,
     ) -> Coupling:
         P = self.dim - self.dim // 2 if passive is None else passive
         order = torch.randperm(self.dim)
         T = self.dim - P
-        widths = [P + self.context_dim, *hidden, 2 * T]
-        weights = [self.leaf(a, b, trained=trained) for a, b in itertools.pairwise(widths)]
-        biases = [self.leaf(b, trained=trained) for b in widths[1:]]
+        widths = [P + self.context_dim, *hidden, (2 if kind == "affine" else 1) * T]
+        stack = (2,) if kind == "separate" else ()
+        weights = [self.leaf(*stack, a, b, trained=trained) for a, b in itertools.pairwise(widths)]
+        biases = [self.leaf(*stack, b, trained=trained) for b in widths[1:]]
         masks = [torch.full_like(w, trained, dtype=torch.bool) for w in weights]
         bias_masks = [torch.full_like(b, trained, dtype=torch.bool) for b in biases]
-        if additive:
-            for tensors in (weights, biases):
-                tensors[-1] = torch.cat([torch.zeros_like(tensors[-1][..., :T]), tensors[-1][..., T:]], -1)
-            for mask in (masks[-1], bias_masks[-1]):
-                mask[..., :T] = False
         defaults = {"log_scale": "tanh", "log_scale_constant": None, "add_first": False, "activation": "tanh"}
         options = {**defaults, **options}
         conditioner = Conditioner(weights, biases, masks, bias_masks, options.pop("activation"))
@@ -88,9 +85,13 @@ def apply(layers: list[Layer], x: Tensor, context: Tensor | None = None) -> tupl
         else:
             c, p, v = layer.conditioner, x[:, layer.passive], x[:, layer.transformed]
             h = p if context is None else torch.cat([p, context], 1)
-            u, t = mlp(h, c.weights, c.biases, c.activation).chunk(2, 1)
-            options = {"log_scale": layer.log_scale, "log_scale_constant": layer.log_scale_constant}
-            v, ldj = affine_coupling(v, u, t, add_first=layer.add_first, inverse=layer.undo, **options)
+            raw = mlp(h, c.weights, c.biases, c.activation)
+            if raw.shape == v.shape:  # additive
+                v, ldj = v - raw if layer.undo else v + raw, 0.0
+            else:
+                u, t = raw.chunk(2, 1)
+                options = {"log_scale": layer.log_scale, "log_scale_constant": layer.log_scale_constant}
+                v, ldj = affine_coupling(v, u, t, add_first=layer.add_first, inverse=layer.undo, **options)
             x = x.index_copy(1, layer.transformed, v)
         logdet = logdet + ldj
     return x, logdet
@@ -179,6 +180,7 @@ def test_random_lists_of_layers(seed: int) -> None:
             "activation": sorted(ACTIVATIONS)[draw(len(ACTIVATIONS))],
             "add_first": bool(draw(2)),
             "undo": bool(draw(2)),
+            "kind": COUPLINGS[draw(len(COUPLINGS))],
         }
         for _ in range(2)
     ]
@@ -202,12 +204,13 @@ def test_random_lists_of_layers(seed: int) -> None:
     check(maker, layers)
 
 
+@pytest.mark.parametrize("kind", COUPLINGS)
 @pytest.mark.parametrize("log_scale", sorted(LOG_SCALES))
 @pytest.mark.parametrize("dim", [4, 5])
-def test_one_segment_of_uneven_splits_is_one_padded_flow(log_scale: str, dim: int) -> None:
+def test_one_segment_of_uneven_splits_is_one_padded_flow(log_scale: str, dim: int, kind: str) -> None:
     """The columns added are passive in some steps and transformed in others, and add nothing to the log-determinant."""
     maker = Maker(dim, 2)
-    options = {"log_scale": log_scale, "log_scale_constant": LOG_SCALES[log_scale]}
+    options = {"log_scale": log_scale, "log_scale_constant": LOG_SCALES[log_scale], "kind": kind}
     layers = [maker.coupling(P, **options) for P in (1, dim - 1, 2, 1)]
     flow = check(maker, layers)
     assert isinstance(flow, (SequentialFlow, Padded))
@@ -249,20 +252,23 @@ def test_undone_couplings_become_the_inverse_of_a_flow() -> None:
     assert isinstance(flow, Inverse)
 
 
-def mixed() -> tuple[Maker, list[Layer]]:
-    """One segment with everything that is held: widths, splits, an additive coupling, a frozen one, steps without ActNorm."""
+def mixed(kind: str = "affine") -> tuple[Maker, list[Layer]]:
+    """One segment with everything that is held: widths, splits, a frozen coupling, steps without ActNorm."""
     maker = Maker(5, 1)
+    options = {"log_scale": "exp", "kind": kind}
     return maker, [
         maker.diagonal(),
-        maker.coupling(2, (3, 8), log_scale="exp"),
+        maker.coupling(2, (3, 8), **options),
         maker.dense(),
-        maker.coupling(3, (9, 2), log_scale="exp", additive=True),
-        maker.coupling(1, (4, 4), log_scale="exp", trained=False),
+        maker.coupling(3, (9, 2), **options),
+        maker.coupling(1, (4, 4), trained=False, **options),
     ]
 
 
-def test_held_entries_stay_whatever_the_optimizer_does() -> None:
-    maker, layers = mixed()
+@pytest.mark.parametrize("kind", COUPLINGS)
+def test_held_entries_stay_whatever_the_optimizer_does(kind: str) -> None:
+    torch.manual_seed(0)
+    maker, layers = mixed(kind)
     flow = check(maker, layers).float()
     before = {name: buffer.clone() for name, buffer in flow.named_buffers() if name.endswith(".value")}
     assert before

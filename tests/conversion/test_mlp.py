@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glf_fast.conversion.layers import Unfusable
-from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, side_by_side, without_scale
+from glf_fast.conversion.mlp import read_mlp, scale_u, select_inputs, select_outputs, separate, without_shift
 from glf_fast.reference import mlp
 
 
@@ -122,27 +122,35 @@ def test_selecting_and_joining() -> None:
     u, t = sequential(nn.Tanh(), widths=(5, 4, 3)).double(), sequential(nn.Tanh(), widths=(5, 7, 3)).double()
     x = torch.randn(6, 5, dtype=torch.float64)
     t[0].requires_grad_(False)
-    both = side_by_side(read_mlp(u), read_mlp(t))
+    both = separate(read_mlp(u), read_mlp(t))
     out = mlp(x, both.weights, both.biases, both.activation)
     torch.testing.assert_close(out, torch.cat([u(x), t(x)], 1))
     assert both.trained[0].sum() == 5 * 4 and both.trained[1].sum() == 4 * 3 + 7 * 3
-    assert both.trained_bias[0].tolist() == [True] * 4 + [False] * 7
+    assert both.trained_bias[0].tolist() == [[True] * 4 + [False] * 3, [False] * 7]
+    assert (both.separate, both.n_in, both.n_out) == (True, 5, 6)
 
-    order, factor = torch.tensor([5, 0, 3]), torch.tensor([2.0, 1.0, -1.0]).double()
+    order, factor = torch.tensor([2, 0, 1]), torch.tensor([2.0, 1.0, -1.0]).double()
     chosen = select_outputs(both, order, factor)
-    torch.testing.assert_close(mlp(x, chosen.weights, chosen.biases, "tanh"), out[:, order] * factor)
-    fewer = select_inputs(both, torch.tensor([4, 1]))
+    wanted = torch.cat([u(x)[:, order] * factor, t(x)[:, order] * factor], 1)
+    torch.testing.assert_close(mlp(x, chosen.weights, chosen.biases, "tanh"), wanted)
+    alone = select_outputs(read_mlp(u), order, factor)
+    torch.testing.assert_close(mlp(x, alone.weights, alone.biases, "tanh"), u(x)[:, order] * factor)
+    for scaled, T in ((scale_u(both, 3.0), 3), (scale_u(select_outputs(read_mlp(u), order[:2]), 3.0), 1)):
+        raw = mlp(x, scaled.weights, scaled.biases, "tanh")
+        wanted = out if T == 3 else u(x)[:, order[:2]]
+        torch.testing.assert_close(raw, torch.cat([3 * wanted[:, :T], wanted[:, T:]], 1))
+    fewer = select_inputs(read_mlp(t), torch.tensor([4, 1]))
     masked = torch.zeros_like(x).index_copy(1, torch.tensor([1, 4]), x[:, [1, 4]])
+    torch.testing.assert_close(mlp(x[:, [4, 1]], fewer.weights, fewer.biases, "tanh"), t(masked))
+    fixed = without_shift(read_mlp(t))
     torch.testing.assert_close(
-        mlp(x[:, [4, 1]], fewer.weights, fewer.biases, "tanh"), mlp(masked, both.weights, both.biases, "tanh")
+        mlp(x, fixed.weights, fixed.biases, "tanh"), torch.cat([t(x), torch.zeros(6, 3).double()], 1)
     )
-    additive = without_scale(read_mlp(t))
-    torch.testing.assert_close(
-        mlp(x, additive.weights, additive.biases, "tanh"), torch.cat([torch.zeros(6, 3).double(), t(x)], 1)
-    )
-    assert not additive.trained[-1][:, :3].any() and additive.trained[-1][:, 3:].all()
+    assert fixed.trained[-1][:, :3].all() and not fixed.trained[-1][:, 3:].any()
 
     with pytest.raises(Unfusable, match="share parameters"):
-        side_by_side(read_mlp(u), read_mlp(u))
+        separate(read_mlp(u), read_mlp(u))
     with pytest.raises(Unfusable, match="differ in depth"):
-        side_by_side(read_mlp(u), read_mlp(sequential(nn.Tanh())))
+        separate(read_mlp(u), read_mlp(sequential(nn.Tanh())))
+    with pytest.raises(Unfusable, match="numbers of columns"):
+        separate(read_mlp(u), read_mlp(sequential(nn.Tanh(), widths=(5, 4, 2))))

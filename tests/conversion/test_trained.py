@@ -91,19 +91,19 @@ def test_partly_frozen_bases_are_refused() -> None:
 
 
 def test_what_would_train_too_much_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zero blocks between two networks that are read as trained."""
+    """Zeros that fill up the narrower one of two networks, read as trained."""
     masked = lambda k: nf.flows.MaskedAffineFlow(  # noqa: E731
-        (torch.arange(4) % 2 == k).float(), nf.nets.MLP([4, 8, 4]), nf.nets.MLP([4, 8, 4])
+        (torch.arange(4) % 2 == k).float(), nf.nets.MLP([4, 8, 4]), nf.nets.MLP([4, 6, 4])
     )
     original = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [masked(0), masked(1)])
     convert(original)
-    true = mlp._beside
+    true = mlp._pair
 
-    def all_trained(a: Tensor, b: Tensor, *, shared_input: bool) -> Tensor:
-        joined = true(a, b, shared_input=shared_input)
+    def all_trained(a: Tensor, b: Tensor) -> Tensor:
+        joined = true(a, b)
         return torch.ones_like(joined) if joined.dtype == torch.bool else joined
 
-    monkeypatch.setattr(mlp, "_beside", all_trained)
+    monkeypatch.setattr(mlp, "_pair", all_trained)
     with pytest.raises(ConversionError, match=r"would train what the original holds \(.*mlp_weights"):
         convert(original)
 

@@ -79,6 +79,8 @@ struct Case {
     flow.layers = static_cast<int>(s.hidden.size()) + 1;
     flow.activation = static_cast<glf::Activation>(option % 6);
     flow.log_scale = static_cast<glf::LogScale>(option % 7);
+    if (option == 7) flow.log_scale = glf::LogScale::none;  // additive: the network ends in D//2 columns
+    flow.networks = option == 8 ? 2 : 1;
     flow.constant = flow.log_scale == glf::LogScale::softclip ? T(-6.9) : flow.log_scale == glf::LogScale::nflows ? T(1e-3) : T(2);
     flow.add_first = option % 2;
     // A cyclic shift with scales: its inverse is known.
@@ -96,9 +98,10 @@ struct Case {
     context = random<T>(s.batch * s.context_dim, 1, rng);
     flow.width[0] = flow.passive() + flow.context_dim;
     for (int i = 0; i < flow.layers; ++i) {
-      flow.width[i + 1] = i + 1 < flow.layers ? s.hidden[i] : 2 * flow.transformed();
-      weights.push_back(random<T>(K * flow.width[i] * flow.width[i + 1], 0.5 / std::sqrt(double(flow.width[i])), rng));
-      biases.push_back(random<T>(K * flow.width[i + 1], 0.1, rng));
+      const bool half = flow.networks == 2 || flow.additive();
+      flow.width[i + 1] = i + 1 < flow.layers ? s.hidden[i] : (half ? 1 : 2) * flow.transformed();
+      weights.push_back(random<T>(flow.weights_before(i, K, 0), 0.5 / std::sqrt(double(flow.width[i])), rng));
+      biases.push_back(random<T>(flow.biases_before(i, K, 0), 0.1, rng));
     }
     for (int i = 0; i < flow.layers; ++i) {
       flow.weight[i] = weights[i].data();
@@ -183,7 +186,7 @@ template <class T>
 void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
   const Shape shapes[] = {{2, 2, 0, {5}, 1},     {3, 3, 1, {4}, 2},      {2, 5, 2, {}, 7},       {2, 7, 3, {16, 9}, 13},
                           {2, 20, 0, {64, 64}, 37}, {2, 33, 0, {17, 31, 8, 40}, 50}, {1, 64, 5, {70, 33}, 140}, {2, 6, 0, {8}, 0}};
-  for (int option = 0; option < 7; ++option)
+  for (int option = 0; option < 9; ++option)
     for (const Shape& shape : shapes) {
       Case<T> c(shape, option);
       c.flow.density = option % 2;

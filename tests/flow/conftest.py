@@ -56,6 +56,8 @@ FLOWS: dict[str, Callable[[], Flow]] = {
         for name in LOG_SCALES
         for add_first in (False, True)
     },
+    "coupling-separate": lambda: CouplingFlow(5, 2, (8, 9), context_dim=2, coupling="separate"),
+    "coupling-additive": lambda: CouplingFlow(5, 2, (8, 9), context_dim=2, coupling="additive"),
     "coupling-held": lambda: holding(CouplingFlow(5, 2, (8,)), "actnorm_bias", "linear_upper", "mlp_weights.1"),
     "inverse": lambda: Inverse(CouplingFlow(5, 2, (8,), context_dim=2)),
     "log-scale-constant": lambda: CouplingFlow(4, 2, (8,), log_scale_constant=0.7),
@@ -74,8 +76,10 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "linear-dim1": lambda: alone(InvertibleLinear(1), (1,)),
     "affine-coupling": lambda: alone(AffineCoupling(5, MLP(3, [8], 4)), (5,)),
     "affine-coupling-flip": lambda: alone(AffineCoupling(5, MLP(3, [8], 4), flip=True), (5,)),
+    "affine-coupling-additive": lambda: alone(AffineCoupling(5, MLP(3, [8], 2), additive=True), (5,)),
     "affine-coupling-context": lambda: alone(AffineCoupling(5, MLP(5, [8], 4)), (5,), 2),
     "affine-coupling-image": lambda: alone(AffineCoupling(5, conv(3, 4), add_first=True, log_scale="glow"), IMAGE),
+    "affine-coupling-image-additive": lambda: alone(AffineCoupling(5, conv(3, 2), additive=True, flip=True), IMAGE),
     "affine-coupling-image-context": lambda: alone(AffineCoupling(5, conv(5, 4)), IMAGE, 2),
     "glow-step": lambda: SequentialFlow([ActNorm(5), InvertibleLinear(5), AffineCoupling(5, conv(3, 4))], IMAGE),
     "rnvp": lambda: rnvp_flow(6, blocks=2, hidden=8),

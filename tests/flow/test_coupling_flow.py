@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from glf_fast import MLP, ActNorm, AffineCoupling, CouplingFlow, InvertibleLinear, SequentialFlow
+from glf_fast import MLP, ActNorm, AffineCoupling, CouplingFlow, InvertibleLinear, SeparateNetworks, SequentialFlow
+from glf_fast.flow.coupling_flow import COUPLINGS
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 
@@ -25,6 +26,7 @@ def shaken(flow: CouplingFlow, scale: float = 0.3) -> CouplingFlow:
     steps=st.integers(1, 4),
     hidden=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     context_dim=st.integers(0, 3),
+    coupling=st.sampled_from(COUPLINGS),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     log_scale=st.sampled_from(sorted(LOG_SCALES)),
     add_first=st.booleans(),
@@ -187,6 +189,7 @@ def test_learns_a_density_it_can_sample() -> None:
         ({"context_dim": -1}, "context_dim must be ≥ 0"),
         ({"activation": "rleu"}, "activation must be one of 'relu'"),
         ({"log_scale": "tahn"}, "log_scale must be one of 'tanh'"),
+        ({"coupling": "nice"}, "coupling must be one of 'affine', 'separate', 'additive'; got 'nice'"),
         ({"linear": "lu"}, "linear must be one of 'plu', 'dense', 'permutation'; got 'lu'"),
     ],
 )
@@ -239,6 +242,9 @@ def test_from_layers_names_the_layer_that_does_not_fit() -> None:
         stack(ActNorm(4), step()[2], step()[1])
     with pytest.raises(ValueError, match="layer 2 has a Linear as conditioner"):
         stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, nn.Linear(2, 4)))
+    unequal = SeparateNetworks(MLP(2, [8], 2), MLP(2, [9], 2))
+    with pytest.raises(ValueError, match=r"layer 2 has a SeparateNetworks as conditioner; .* an MLP or two equal ones"):
+        stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, unequal))
     with pytest.raises(ValueError, match="step 1 has log_scale='glow' but step 0 has 'tanh'"):
         stack(*step(), *step(log_scale="glow"))
     with pytest.raises(ValueError, match="4 layers cannot be split into equal steps of 3"):

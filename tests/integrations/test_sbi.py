@@ -3,15 +3,18 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from sbi.inference import NPE
-from sbi.utils import BoxUniform
+from sbi.utils import BoxUniform, MultipleIndependent
 from torch import nn
+from torch.distributions import Dirichlet, Distribution, Gamma, Normal, Uniform
 
 from glf_fast.integrations.sbi import CouplingFlowEstimator, coupling_flow
+from glf_fast.integrations.unconstrained import Unconstrained
 
 PRIOR = BoxUniform(-torch.ones(3), torch.ones(3))
 
@@ -196,7 +199,64 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"context of shape \(10, 2, 1\).*embedding_net"):
         coupling_flow()(theta, x[..., None])
     with pytest.raises(ValueError, match="z_score_theta must be"):
-        coupling_flow(z_score_theta="transform_to_unconstrained")(theta, x)
+        coupling_flow(z_score_theta="whitened")(theta, x)
+    unconstrained = {"z_score_theta": "transform_to_unconstrained"}
+    with pytest.raises(ValueError, match="needs the prior"):
+        coupling_flow(**unconstrained)(theta, x)
+    with pytest.raises(ValueError, match="of 10 simulated θ are outside the prior's support"):
+        coupling_flow(**unconstrained, prior=BoxUniform(torch.zeros(3), torch.ones(3)))(theta, x)
+    with pytest.raises(ValueError, match=r"must be an interval in each dimension; got Simplex\(\)"):
+        coupling_flow(**unconstrained, prior=Dirichlet(torch.ones(3)))(theta, x)
+    with pytest.raises(ValueError, match="Distribution, does not say what its support is"):
+        coupling_flow(**unconstrained, prior=Distribution(validate_args=False))(theta, x)
+
+
+def independent_priors() -> MultipleIndependent:
+    one = torch.ones(1)
+    return MultipleIndependent([Uniform(-3 * one, one), Gamma(2 * one, one), Normal(5 * one, 2 * one)])
+
+
+def box() -> BoxUniform:
+    return BoxUniform(torch.tensor([-1.0, 0, 5]), torch.tensor([1.0, 1e-3, 9]))
+
+
+@pytest.mark.parametrize("make", [box, independent_priors])
+def test_unconstrained_is_a_bijection_of_the_support(make: Callable[[], Distribution]) -> None:
+    torch.manual_seed(0)
+    prior = make()
+    layer = Unconstrained.of(prior, 3).double()
+    theta = prior.sample((50,)).double()
+    z, logdet = layer(theta)
+    back, logdet_back = layer.inverse(z)
+    torch.testing.assert_close(back, theta)
+    torch.testing.assert_close(logdet_back, -logdet)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda t: layer(t[None])[0][0]))(theta)
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], logdet)
+    assert prior.support.check(layer.inverse(5 * torch.randn(1000, 3).double())[0]).all()
+    theta[:, 0] = -3.5
+    assert (layer(theta)[1] == -torch.inf).all()
+
+
+def test_a_bound_itself_is_inside() -> None:
+    layer = Unconstrained.of(PRIOR, 3)
+    z, logdet = layer(torch.tensor([[-1.0, 1.0, 0.0]]))
+    assert z.isfinite().all() and logdet.isfinite().all()
+
+
+def test_unconstrained_posteriors_stay_inside_the_prior() -> None:
+    theta, x = simulations(2000)
+    estimator = coupling_flow(steps=4, hidden=(32,), z_score_theta="transform_to_unconstrained", prior=PRIOR)
+    trainer = NPE(PRIOR, density_estimator=estimator, show_progress_bars=False)
+    trained = trainer.append_simulations(theta, x).train(learning_rate=5e-3, stop_after_epochs=3)
+    samples = trained.sample((2000,), x[:3])
+    assert PRIOR.log_prob(samples).isfinite().all()
+    posterior = trainer.build_posterior()
+    drawn = posterior.sample((100,), x=x[:1], show_progress_bars=False)
+    # Nothing is outside, so that sbi's correction for it is 0.
+    torch.testing.assert_close(
+        posterior.log_prob(drawn, x=x[:1]), posterior.log_prob(drawn, x=x[:1], norm_posterior=False)
+    )
+    assert (trained.log_prob(torch.full((1, 3), 1.5), x[:1]) == -torch.inf).all()
 
 
 def test_loss_broadcasts_one_condition_and_checks_shapes() -> None:

@@ -66,6 +66,16 @@ def test_every_depth(hidden: tuple[int, ...], context_dim: int, direction: str, 
 
 @pytest.mark.parametrize("reversible", [False, True])
 @pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("log_scale", ["tanh", "glow"])
+@pytest.mark.parametrize("coupling", ["separate", "additive"])
+def test_other_couplings(coupling: str, log_scale: str, direction: str, reversible: bool) -> None:
+    for hidden in ((9,), (17, 5, 20)):
+        values = tensors(5, 2, 5, 2, hidden, coupling=coupling)
+        compare(values, direction, 1e-12, reversible, log_scale=log_scale)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_maps_too_wide_for_registers(direction: str, reversible: bool) -> None:
     compare(tensors(19, 2, 71, 0, (8,)), direction, 1e-12, reversible)
 

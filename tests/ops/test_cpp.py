@@ -9,12 +9,13 @@ from unittest import mock
 import pytest
 import torch
 from flow_values import error, run, tensors
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from glf_fast import CouplingFlow, backends, ops, reference, use_backend
+from glf_fast.flow.coupling_flow import COUPLINGS
 from glf_fast.ops import cpp
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
@@ -52,7 +53,7 @@ def test_everything_matches_the_float64_reference(data) -> None:
     inverse, reversible = draw(st.booleans()), draw(st.booleans())
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     torch.set_num_threads(draw(st.sampled_from([1, 2])))
-    exact = tensors(batch, K, D, C, hidden)
+    exact = tensors(batch, K, D, C, hidden, coupling=draw(st.sampled_from(COUPLINGS)))
     if inverse:
         exact[1] = torch.linalg.inv(exact[1].detach()).requires_grad_()
     given_ = [None if t is None else t.detach().to(dtype).requires_grad_() for t in exact]
@@ -65,6 +66,8 @@ def test_everything_matches_the_float64_reference(data) -> None:
     # Small flows save all they compute; with a limit of 0 only the steps' inputs, as large ones do.
     limit = draw(st.sampled_from([0, cpp.RECORDS_LIMIT]))
     want = run(getattr(reference, name), exact, **options)
+    # An unbounded scale makes 10¹¹ of 1: rebuilt from that in float32, no digit of the 1 is left.
+    assume(not reversible or want[0].numel() == 0 or want[0].abs().max() < 1e4)
     with mock.patch.object(cpp, "RECORDS_LIMIT", limit):
         got = run(getattr(ops, name), given_, **options, reversible=reversible)
     plain = run(getattr(reference, name), given_, **options)
@@ -76,10 +79,11 @@ def test_everything_matches_the_float64_reference(data) -> None:
         assert error(mine, truth) <= max(4 * error(theirs, truth), floor)
 
 
+@pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("reversible", [False, True])
 @pytest.mark.parametrize("op", [ops.coupling_flow, ops.coupling_flow_inverse])
-def test_gradcheck(op, reversible: bool) -> None:
-    values = tensors(3, 2, 5, 2, (7, 4))
+def test_gradcheck(op, reversible: bool, coupling: str) -> None:
+    values = tensors(3, 2, 5, 2, (7, 4), coupling=coupling)
 
     def flow(x, A, c, context, *layers):
         half = len(layers) // 2
@@ -131,8 +135,9 @@ def test_results_repeat_exactly(threads: int) -> None:
         assert torch.equal(a, b)
 
 
-def test_every_way_of_saving_gives_the_same_gradients(monkeypatch) -> None:
-    values = tensors(50, 3, 7, 2, (16, 16), torch.float32)
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_every_way_of_saving_gives_the_same_gradients(monkeypatch, coupling: str) -> None:
+    values = tensors(50, 3, 7, 2, (16, 16), torch.float32, coupling=coupling)
     records = run(ops.coupling_flow, values, activation="gelu")
     monkeypatch.setattr("glf_fast.ops.cpp.RECORDS_LIMIT", 0)
     inputs = run(ops.coupling_flow, values, activation="gelu")

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from glf_fast import CouplingFlow, backends, ops, reference, use_backend
 from glf_fast.flow import InvertibleLinear
+from glf_fast.flow.coupling_flow import COUPLINGS
 
 
 @pytest.fixture(params=["cpp", "triton"], autouse=True)
@@ -58,13 +59,13 @@ def of_maps(op, **options):
     return density
 
 
-def values_of_plu(batch: int, D: int, C: int, actnorm: bool = True) -> list[Tensor | None]:
-    x, _, _, context, *layers = tensors(batch, 3, D, C, (7, 4))
+def values_of_plu(batch: int, D: int, C: int, actnorm: bool = True, coupling: str = "affine") -> list[Tensor | None]:
+    x, _, _, context, *layers = tensors(batch, 3, D, C, (7, 4), coupling=coupling)
     return [*plu(3, D, actnorm), x, context, *layers]
 
 
-def values_of_maps(batch: int, D: int, C: int) -> list[Tensor | None]:
-    x, A, c, context, *layers = tensors(batch, 3, D, C, (7, 4))
+def values_of_maps(batch: int, D: int, C: int, coupling: str = "affine") -> list[Tensor | None]:
+    x, A, c, context, *layers = tensors(batch, 3, D, C, (7, 4), coupling=coupling)
     return [x, A, c, context, torch.tensor(0.7, dtype=torch.float64, requires_grad=True), *layers]
 
 
@@ -89,9 +90,10 @@ def test_plu_flows_match_the_reference(batch: int, D: int, C: int, actnorm: bool
 
 
 @pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize(("batch", "D", "C"), [(5, 5, 2), (1, 2, 0), (0, 4, 0), (33, 8, 0)])
-def test_flows_of_any_maps_match_the_reference(batch: int, D: int, C: int, reversible: bool) -> None:
-    values, options = values_of_maps(batch, D, C), {"add_first": True, "log_scale": "glow"}
+def test_flows_of_any_maps_match_the_reference(batch: int, D: int, C: int, coupling: str, reversible: bool) -> None:
+    values, options = values_of_maps(batch, D, C, coupling), {"add_first": True, "log_scale": "glow"}
     want = run_op(of_maps(reference.coupling_flow_log_prob, **options), values)
     for given, limit in ((values, 1e-10), (single(values), 1e-3 if reversible else 1e-5)):
         got = run_op(of_maps(ops.coupling_flow_log_prob, **options, reversible=reversible), given)
@@ -102,11 +104,12 @@ def test_flows_of_any_maps_match_the_reference(batch: int, D: int, C: int, rever
     assert error(got, want[0]) < 1e-10
 
 
-def test_first_and_second_derivatives() -> None:
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_first_and_second_derivatives(coupling: str) -> None:
     torch.use_deterministic_algorithms(False)  # gradgradcheck scatters
     for values, density in (
-        (values_of_plu(3, 4, 1), of_plu(ops.plu_flow_log_prob, activation="tanh")),
-        (values_of_maps(3, 4, 1), of_maps(ops.coupling_flow_log_prob, activation="tanh")),
+        (values_of_plu(3, 4, 1, coupling=coupling), of_plu(ops.plu_flow_log_prob, activation="tanh")),
+        (values_of_maps(3, 4, 1, coupling), of_maps(ops.coupling_flow_log_prob, activation="tanh")),
     ):
         assert gradcheck(density, values, fast_mode=True)
         assert gradgradcheck(density, values, fast_mode=True)

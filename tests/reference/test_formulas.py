@@ -222,6 +222,26 @@ def test_coupling_flow_by_hand(add_first: bool) -> None:
     np.testing.assert_allclose(back_logdet, -logdet, rtol=1e-8, atol=1e-8)
 
 
+def test_two_networks_and_additive_couplings_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    D, H, B = 5, 4, 3
+    A, c, x = np.eye(D)[None], np.zeros((1, D)), rng.normal(size=(B, D))
+    W1, b1 = rng.normal(size=(1, 2, 3, H)), rng.normal(size=(1, 2, H))
+    W2, b2 = rng.normal(size=(1, 2, H, 2)), rng.normal(size=(1, 2, 2))
+    u, t = (np.maximum(x[:, :3] @ W1[0, i] + b1[0, i], 0) @ W2[0, i] + b2[0, i] for i in range(2))
+    x_, A_, c_, *layers = (torch.from_numpy(a) for a in (x, A, c, W1, W2, b1, b2))
+    for layers_, z, logdet in (
+        (layers, np.concatenate([x[:, :3], x[:, 3:] * np.exp(u) + t], 1), u.sum(1)),
+        ([layer[:, 1] for layer in layers], np.concatenate([x[:, :3], x[:, 3:] + t], 1), np.zeros(B)),
+    ):
+        got, got_logdet = reference.coupling_flow(x_, A_, c_, layers_[:2], layers_[2:], log_scale="exp")
+        np.testing.assert_allclose(got, z, rtol=1e-12)
+        np.testing.assert_allclose(got_logdet, logdet, rtol=1e-12)
+        back, back_logdet = reference.coupling_flow_inverse(got, A_, c_, layers_[:2], layers_[2:], log_scale="exp")
+        np.testing.assert_allclose(back, x, rtol=1e-12)
+        np.testing.assert_allclose(back_logdet, -logdet, rtol=1e-12)
+
+
 def test_affine_maps_keep_their_precision_under_autocast() -> None:
     p = {name: t.float() if t.is_floating_point() else t for name, t in plu_parameters(2, 6).items()}
     expected = reference.plu_assemble(**p)

@@ -17,11 +17,15 @@ from glf_fast.reference import log_scale, mlp
 def _coupling(layer: Coupling, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
     net = layer.conditioner
     h = x[:, layer.passive]
-    if context is not None and net.weights[0].shape[0] > h.shape[1]:
+    if context is not None and net.weights[0].shape[-2] > h.shape[1]:
         h = torch.cat([h, context], 1)
-    u, t = mlp(h, net.weights, net.biases, net.activation).chunk(2, 1)
-    ell = log_scale(u, layer.log_scale, layer.log_scale_constant)
+    raw = mlp(h, net.weights, net.biases, net.activation)
     v = x[:, layer.transformed]
+    if raw.shape == v.shape:  # additive
+        ell, t = torch.zeros_like(raw), raw
+    else:
+        u, t = raw.chunk(2, 1)
+        ell = log_scale(u, layer.log_scale, layer.log_scale_constant)
     if inverse != layer.undo:
         w = v * torch.exp(-ell) - t if layer.add_first else (v - t) * torch.exp(-ell)
         ell = -ell

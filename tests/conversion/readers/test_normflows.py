@@ -132,8 +132,7 @@ def test_what_is_trained_is_known():
     coupling, permutation, dense, last = read(flow).layers
     assert isinstance(permutation, Permutation) and isinstance(dense, Dense) and not dense.trained
     assert last.conditioner.trained[0].logical_not().all() and last.conditioner.trained[1].all()
-    # Two networks side by side: the blocks between them stay zero.
-    assert coupling.conditioner.trained[0].all() and not coupling.conditioner.trained[1].all()
+    assert coupling.conditioner.separate and all(mask.all() for mask in coupling.conditioner.trained)
 
 
 def test_splines_residuals_and_shared_networks_are_kept(check_reading, randomize):

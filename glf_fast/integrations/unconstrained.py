@@ -1,0 +1,88 @@
+"""Parameters inside the support of their prior ⇄ all of ℝᴰ, so that no density is lost outside of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+
+__all__ = ["Unconstrained"]
+
+
+class Unconstrained(nn.Module):
+    """z = log(θ − low) − log(high − θ) in each dimension; a term whose bound is infinite is left out, z = θ where both are.
+
+    A flow's layer, θ (B, D) → z (B, D), fixed. Outside of the bounds the density is 0.
+
+    Args:
+        low, high: (D,), infinite where there is no bound.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("low", low.clone())
+        self.register_buffer("high", high.clone())
+
+    @classmethod
+    def of(cls, prior: Distribution, dim: int) -> Unconstrained:
+        """For the support of this distribution of vectors (D,).
+
+        Raises ValueError where that is not an interval, bounded or not, in each dimension.
+        """
+        try:
+            low, high = _bounds(prior.support, dim)
+        except (AttributeError, NotImplementedError) as error:
+            raise ValueError(f"the prior, {type(prior).__name__}, does not say what its support is") from error
+        return cls(low, high)
+
+    def forward(self, theta: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Into ℝᴰ: z (B, D), logdet (B,), −∞ outside of the bounds."""
+        below, above, width, least = self._places(theta)
+        # A sample of a uniform distribution may lie on its bound.
+        a, b = (torch.where(gap.isfinite(), gap, 1.0).clamp_min(least).log() for gap in (below, above))
+        z = torch.where(below.isinf() & above.isinf(), theta, a - b)
+        logdet = (width.log() - a - b).sum(1)
+        return z, torch.where(((below >= 0) & (above >= 0)).all(1), logdet, -torch.inf)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Back between the bounds: θ (B, D), logdet (B,)."""
+        _, _, width, _ = self._places(z)
+        has_low, has_high = self.low.isfinite(), self.high.isfinite()
+        sigmoid, log_sigmoid = torch.sigmoid, torch.nn.functional.logsigmoid
+        theta = torch.where(has_low, self.low + z.exp(), torch.where(has_high, self.high - (-z).exp(), z))
+        theta = torch.where(has_low & has_high, self.low + width * sigmoid(z), theta)
+        logdet = torch.where(has_low, z, torch.where(has_high, -z, 0.0))
+        logdet = torch.where(has_low & has_high, width.log() + log_sigmoid(z) + log_sigmoid(-z), logdet)
+        return theta, logdet.sum(1)
+
+    def _places(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """θ − low, high − θ, high − low (1 without both bounds), and what is too near to a bound to tell from it."""
+        info = torch.finfo(theta.dtype)
+        width = self.high - self.low
+        bounded = width.isfinite()
+        width = torch.where(bounded, width, 1.0)
+        return theta - self.low, self.high - theta, width, torch.where(bounded, info.eps * width, info.tiny)
+
+
+def _bounds(support: constraints.Constraint | None, dim: int) -> tuple[Tensor, Tensor]:
+    """The lowest and highest value (dim,) in each dimension."""
+    base = getattr(support, "base_constraint", None)
+    if base is not None:  # independent
+        return _bounds(base, dim)
+    if isinstance(support, constraints.cat):
+        sizes = support.lengths
+        parts = [_bounds(part, n) for part, n in zip(support.cseq, sizes, strict=True)]
+        low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
+        return low, high
+    intervals = (
+        constraints.interval, constraints.half_open_interval, constraints.greater_than, constraints.greater_than_eq,
+        constraints.less_than, type(constraints.real),
+    )  # fmt: skip
+    if not isinstance(support, intervals):
+        raise ValueError(f"the prior's support must be an interval in each dimension; got {support}")
+    ends = (getattr(support, "lower_bound", -torch.inf), getattr(support, "upper_bound", torch.inf))
+    low, high = (torch.as_tensor(end, dtype=torch.get_default_dtype()).flatten().expand(dim) for end in ends)
+    return low, high
