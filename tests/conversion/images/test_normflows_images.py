@@ -8,7 +8,7 @@ import torch
 
 from glf_fast import accelerate, convert
 from glf_fast.conversion import ConversionError
-from glf_fast.conversion.images import build
+from glf_fast.conversion.images import normflows as reader
 from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # called by normflows
@@ -220,17 +220,15 @@ def test_constants_for_each_pixel_stay(conv_net, shake):
     assert "its shape (4, 3, 3) is not one number for each of 4 channels" in str(report)
 
 
-def test_a_wrong_formula_is_not_returned(monkeypatch, conv_net):
-    """Fresh networks end in zeros: the comparison must look elsewhere, too."""
-    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 3)), [nf.flows.GlowBlock(4, 6)])
+@pytest.mark.parametrize("scale_map", ["sigmoid", "exp"])
+def test_a_wrong_formula_is_not_returned(scale_map, monkeypatch):
+    """Fresh networks end in zeros, where tanh(u) is u: the comparison must look elsewhere, too."""
+    blocks = [nf.flows.GlowBlock(4, 6, scale_map=scale_map) for _ in range(2)]
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 3)), blocks)
     flow.log_prob(torch.randn(9, 4, 3, 3))
     convert(flow)
-    true = ChannelCoupling
-
-    def wrong(*args, **options):
-        return true(*args, **{**options, "log_scale_constant": 1.9})
-
-    monkeypatch.setattr(build, "ChannelCoupling", wrong)
+    misread = {"sigmoid": ("glow", 1.9, False), "exp": ("tanh", 1.0, True)}[scale_map]
+    monkeypatch.setitem(reader._SCALE_MAPS, scale_map, misread)
     assert not accelerate(copy.deepcopy(flow))
     with pytest.raises(ConversionError, match="differs"):
         convert(flow)
