@@ -13,7 +13,8 @@ from glf_fast.conversion.images.modules import ChannelCoupling
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed_numpy():
+    """FrEIA's permutations and rotations are numpy's and scipy's."""
     np.random.seed(0)
 
 
