@@ -25,10 +25,18 @@ class SequentialFlow(Flow):
         layers: first to last in the direction data → noise.
         event_shape: shape of one sample, (D,) or (C, H, W).
         context_dim: columns of the context, handed to every layer; 0 for none.
+        context_shape: of one context, in place of `context_dim`, where it is not a vector.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], event_shape: tuple[int, ...], context_dim: int = 0) -> None:
-        super().__init__(event_shape, context_dim)
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        event_shape: tuple[int, ...],
+        context_dim: int = 0,
+        *,
+        context_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(event_shape, context_dim, context_shape=context_shape)
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
