@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import glf_fast
-from bench.cases import FlowCase
+from bench.cases import FlowCase, ImageCase
 from bench.check import SEED, exact_flow, why_wrong
 from bench.compiler import compiled
 
@@ -83,11 +83,11 @@ class Provider:
         return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
 
-def why_missing(name: str, case: FlowCase) -> str:
+def why_missing(name: str, case: FlowCase | ImageCase) -> str:
     """Why a library cannot be measured on a case, or ""."""
     if name in LIBRARIES and importlib.util.find_spec(name) is None:
         return f"{name} is not installed (glf_fast[bench] has it)"
-    if name == "normflows" and case.context_dim:
+    if name == "normflows" and isinstance(case, FlowCase) and case.context_dim:
         return "normflows' AffineCouplingBlock takes no context"
     return ""
 

@@ -10,7 +10,19 @@ from torch import Tensor
 
 from glf_fast import CouplingFlow
 
-__all__ = ["COUPLINGS", "COUPLING_MODES", "DEPTH", "FLOWS", "GRID", "MODES", "SMALL_BATCH", "CouplingCase", "FlowCase"]
+__all__ = [
+    "COUPLINGS",
+    "COUPLING_MODES",
+    "DEPTH",
+    "FLOWS",
+    "GLOW",
+    "GRID",
+    "MODES",
+    "SMALL_BATCH",
+    "CouplingCase",
+    "FlowCase",
+    "ImageCase",
+]
 
 # log_prob and sample without gradients; train: log_prob's mean, forward and backward; step: train, and Adam.
 MODES = ("log_prob", "sample", "train", "step")
@@ -100,6 +112,23 @@ class CouplingCase:
         return 4 * {"forward": 4, "inverse": 4, "train": 11}[mode] * B * C * H * W
 
 
+@dataclass(frozen=True)
+class ImageCase:
+    """K = `steps` steps of Glow on images (C, H, W), with convolutional networks of that width, at batch size B."""
+
+    name: str
+    shape: tuple[int, int, int]
+    width: int
+    steps: int
+    batch: int
+
+    def inputs(self, device: str = "cpu") -> tuple[Tensor, None]:
+        """x (B, C, H, W), and no context."""
+        torch.manual_seed(1)
+        return (0.5 + 1.5 * torch.randn(self.batch, *self.shape)).to(device), None
+
+
+GLOW = ImageCase("glow-12x16x16", (12, 16, 16), 64, 8, 32)
 FLOWS = {
     case.name: case
     for case in (

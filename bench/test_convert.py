@@ -3,8 +3,8 @@
     pytest bench/test_convert.py --benchmark-only
 
 The flows are those of `bench.baselines`, what each library offers at the size of the case, and, for a shorter time, one of
-each kind in `bench.kinds`. The converted flow has the same parameters and the same density, which is checked before anything is
-timed.
+each kind in `bench.kinds` and `bench.image_kinds`. The converted flow has the same parameters and the same density, which is
+checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.baselines import LIBRARIES, MAKERS, Provider, why_missing
-from bench.cases import FLOWS, MODES, FlowCase
+from bench.cases import FLOWS, GLOW, MODES, FlowCase, ImageCase
 from bench.check import why_wrong
+from bench.image_kinds import IMAGE_KINDS
 from bench.kinds import KINDS
 from bench.walltime import Contestant, compete, report
 from glf_fast import convert
 
+Case = FlowCase | ImageCase
 SECONDS, KIND_SECONDS = 3.0, 1.5  # for both
 CASES = [FLOWS["glf-mnist"], FLOWS["sbi"]]
-TASKS = [
+TASKS: list[tuple[str, Case, str]] = [
     *((library, case, mode) for case in CASES for library in LIBRARIES for mode in MODES),
     *((kind, CASES[0], mode) for kind in KINDS for mode in ("log_prob", "train")),
+    *((kind, GLOW, mode) for kind in IMAGE_KINDS for mode in ("log_prob", "sample", "train")),
 ]
 
 
@@ -38,7 +41,7 @@ class Pair:
     original: Provider
     converted: Provider
 
-    def why_wrong(self, mode: str, case: FlowCase) -> str:
+    def why_wrong(self, mode: str, case: Case) -> str:
         """What the converted flow's results have that the original's have not, or ""."""
         x, context = case.inputs()
         found, wanted = (made.run(mode, x, context) for made in (self.converted, self.original))
@@ -48,10 +51,13 @@ class Pair:
 
 
 @cache
-def pair(library: str, case: FlowCase) -> Pair:
+def pair(library: str, case: Case) -> Pair:
     """Both, data-dependent starts done, parameters a little off their initial values."""
     torch.manual_seed(0)
-    original = KINDS[library](case) if library in KINDS else MAKERS[library](case, "cpu")
+    if isinstance(case, ImageCase):
+        original = IMAGE_KINDS[library](case)
+    else:
+        original = KINDS[library](case) if library in KINDS else MAKERS[library](case, "cpu")
     original.run("log_prob", *replace(case, batch=256).inputs())
     with torch.no_grad():
         for p in original.module.parameters():
@@ -62,7 +68,7 @@ def pair(library: str, case: FlowCase) -> Pair:
 
 
 @cache
-def times(library: str, case: FlowCase, mode: str) -> dict[str, list[float] | str]:
+def times(library: str, case: Case, mode: str) -> dict[str, list[float] | str]:
     """Seconds of both flows' passes, measured in turn."""
     made = pair(library, case)
     x, context = case.inputs()
@@ -72,12 +78,12 @@ def times(library: str, case: FlowCase, mode: str) -> dict[str, list[float] | st
         library: Contestant(partial(made.original.run, mode, x, context), lambda: ""),
         "glf_fast": Contestant(partial(made.converted.run, mode, x, context), partial(made.why_wrong, mode, case)),
     }
-    return compete(contestants, KIND_SECONDS if library in KINDS else SECONDS)
+    return compete(contestants, SECONDS if library in MAKERS else KIND_SECONDS)
 
 
 @pytest.mark.parametrize("name", ["original", "glf_fast"])
 @pytest.mark.parametrize(("library", "case", "mode"), TASKS, ids=[f"{c.name}-{name}-{m}" for name, c, m in TASKS])
-def test_convert(library: str, case: FlowCase, mode: str, name: str, benchmark: BenchmarkFixture) -> None:
+def test_convert(library: str, case: Case, mode: str, name: str, benchmark: BenchmarkFixture) -> None:
     if reason := why_missing(library.partition(" ")[0], case):
         pytest.skip(reason)
     made = pair(library, case)

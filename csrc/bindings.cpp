@@ -23,7 +23,8 @@ struct Arguments {
   glf::Flow<T> flow(const Tensor& x) const {
     STD_TORCH_CHECK(activation >= 0 && activation <= 5 && log_scale >= 0 && log_scale <= 6, "glf_fast: unknown functions");
     STD_TORCH_CHECK(x.dim() == 2 && matrix.dim() == 3 && matrix.size(0) > 0 && matrix.size(1) == x.size(1) &&
-                        matrix.size(2) == x.size(1) && offset.numel() == matrix.size(0) * x.size(1) &&
+                        matrix.size(2) == x.size(1) && offset.dim() == 2 && offset.size(0) == matrix.size(0) &&
+                        offset.size(1) == x.size(1) &&
                         (!unmatrix || unmatrix->numel() == matrix.numel()) &&
                         (!context || (context->dim() == 2 && context->size(0) == x.size(0))),
                     "glf_fast: shapes of the rows, the maps and the context do not fit");
@@ -41,10 +42,11 @@ struct Arguments {
     f.unmatrix = unmatrix ? read<T>(*unmatrix) : nullptr;
     f.offset = read<T>(offset);
     for (int i = 0; i < f.layers; ++i) {
-      const int64_t dims = weights[i].dim();
-      STD_TORCH_CHECK(dims == (apart ? 4 : 3) && (!apart || weights[i].size(1) == 2) && weights[i].size(0) == f.steps &&
+      const int64_t dims = apart ? 4 : 3;  // (K, 2, …) or (K, …)
+      STD_TORCH_CHECK(weights[i].dim() == dims && biases[i].dim() == dims - 1 && weights[i].size(0) == f.steps &&
+                          biases[i].size(0) == f.steps && (!apart || (weights[i].size(1) == 2 && biases[i].size(1) == 2)) &&
                           weights[i].size(dims - 2) == f.width[i] &&
-                          biases[i].numel() == f.steps * f.networks * weights[i].size(dims - 1),
+                          biases[i].size(dims - 2) == weights[i].size(dims - 1),
                       "glf_fast: the widths of the MLP's layers do not chain");
       f.width[i + 1] = weights[i].size(dims - 1);
       f.weight[i] = read<T>(weights[i]);
@@ -182,11 +184,11 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_w, Tenso
   return {grad_v, grad_u, grad_t};
 }
 
-// Whether two lists of contiguous tensors are the same: shapes, dtypes, bytes.
+// Whether two lists of tensors are contiguous and the same: shapes, dtypes, bytes.
 bool identical(Tensors a, Tensors b) {
   if (a.size() != b.size()) return false;
   for (size_t i = 0; i < a.size(); ++i) {
-    STD_TORCH_CHECK(a[i].is_contiguous() && b[i].is_contiguous(), "glf_fast: contiguous tensors are needed");
+    if (!a[i].is_contiguous() || !b[i].is_contiguous()) return false;
     if (a[i].scalar_type() != b[i].scalar_type() || !a[i].sizes().equals(b[i].sizes())) return false;
     if (std::memcmp(a[i].const_data_ptr(), b[i].const_data_ptr(), a[i].numel() * a[i].element_size())) return false;
   }

@@ -13,6 +13,7 @@ import torch
 # before anything imports glf_fast or triton: a test that compiles, in whichever worker, may do so at any time.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["GLF_FAST_POISON"] = "1"  # what the processor's kernels leave unwritten is NaN; read at their first call
 
 from glf_fast.data import weights
 from glf_fast.data.idx import FASHION_MNIST

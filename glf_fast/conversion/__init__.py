@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.layers import Coupling, Kept
+from glf_fast.conversion.images import on_images
+from glf_fast.conversion.layers import Coupling, Kept, NetworkCoupling
 from glf_fast.conversion.reading import ConversionError, Reading, lost_in_training
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Embedded, Flow
@@ -35,22 +36,24 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
 
     The flow may be trained or fresh, with context or without; it is not changed. The result is a `CouplingFlow`, or a
     `SequentialFlow` of those and of the library's own layers where a layer cannot be fused (splines, autoregressive
-    layers, residual conditioners). It trains what the library's flow trains (a matrix made of fewer numbers than it has
-    entries, as nflows' QR and SVD, becomes free), and keeps dtype, device, `requires_grad` and train or eval mode.
-    Constants are read from the object itself. FrEIA's conditions become one context: those that some block uses, by
-    their index, side by side.
+    layers, residual conditioners). On images the networks stay the library's (copies), and everything else becomes one
+    operation a coupling and one product between two; noise of another shape, squeezed or flat, gets the data's.
+
+    The result trains what the library's flow trains (a matrix made of fewer numbers than it has entries, as nflows' QR
+    and SVD, becomes free), and keeps dtype, device, `requires_grad` and train or eval mode. Constants are read from the
+    object itself. FrEIA's conditions become one context: those that some block uses, by their index, side by side.
 
     Before it is returned it is compared with the original, in float64, on random inputs: log_prob, inverse, and the
     gradients of inputs and of all parameters, to 1e-6. The work is done in float64 on the processor.
 
     Args:
-        flow: of one of the four libraries, on vectors.
+        flow: of one of the four libraries, on vectors or images (C, H, W).
         context: an example (B, …) of its context, one row or more, with which the two flows are compared. Needed only
             where no layer of the flow says what a context is: an embedding net that starts with a convolution, or that
-            takes classes.
+            takes classes, or a network of one's own on images.
 
-    Raises ConversionError, with the layer and the reason: for flows of other libraries, on images, with another base
-    than a (diagonal) normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet. Warns
+    Raises ConversionError, with the layer and the reason: for flows of other libraries, multi-scale ones, with another
+    base than a (diagonal) normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet. Warns
     where the original does something in training mode, such as dropout, that the result does not.
 
     Example:
@@ -58,7 +61,8 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
         >>> fast.log_prob(torch.randn(7, 3), torch.randn(7, 5)).shape
         torch.Size([7])
     """
-    reader = import_module(f"glf_fast.conversion.{_reader(flow)}")
+    library = _reader(flow)
+    reader = import_module(f"glf_fast.conversion.{'images.' if on_images(flow) else ''}{library}")
     if context is not None and (context.ndim < 2 or not len(context)):
         raise ValueError(f"context must be an example of shape (batch, …); got {tuple(context.shape)}")
     like = next((p for p in flow.parameters()), torch.empty(0, device="cpu"))
@@ -103,15 +107,20 @@ def _reader(flow: nn.Module) -> str:
             f"{type(flow).__module__}.{name} is no flow of nflows, zuko, normflows or FrEIA: those libraries' flows are "
             "converted; for a flow inside another module there is glf_fast.accelerate"
         )
+    if name == "MultiscaleFlow":
+        raise ConversionError(
+            "MultiscaleFlow has noise of several shapes and may have classes: it stays, and glf_fast.accelerate replaces the "
+            "layers of its levels in place"
+        )
     wanted = " or ".join(name for name in READERS if name.startswith(library))
     raise ConversionError(
-        f"{name} of {library} is not a flow from one vector to one vector, with a density: convert takes a {wanted}"
+        f"{name} of {library} is not a flow from data to noise, with a density: convert takes a {wanted}"
     )
 
 
 def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, Sources]:
     """The flow that was read, in float64."""
-    couplings = [layer for layer in reading.layers if isinstance(layer, Coupling)]
+    couplings = [layer for layer in reading.layers if isinstance(layer, Coupling | NetworkCoupling)]
     if not couplings:
         reasons = [layer.reason for layer in reading.layers if isinstance(layer, Kept)]
         raise ConversionError(f"{name} has no coupling that can be fused. " + "; ".join(reasons))
@@ -122,15 +131,15 @@ def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, 
             "example, convert(flow, context=…)"
         )
     if embedding is None:
-        if len(shape) > 1:
+        if len(shape) > 1 and any(isinstance(layer, Coupling) for layer in couplings):
             raise ConversionError(f"without an embedding_net a context is one vector for each sample, not {shape}")
-        return fuse(reading.layers, reading.dim, sum(shape))
+        return fuse(reading.layers, reading.event_shape, shape)
     try:
         with torch.no_grad():  # in eval mode: running statistics must not see zeros
-            columns = copy.deepcopy(embedding).eval()(reading.contexts(2, torch.Generator())).shape[1]
+            embedded = copy.deepcopy(embedding).eval()(reading.contexts(2, torch.Generator())).shape[1:]
     except (RuntimeError, IndexError) as error:
         raise ConversionError(
             f"the embedding_net fails on contexts of shape {shape} ({error}): give an example, convert(flow, context=…)"
         ) from error
-    flow, sources = fuse(reading.layers, reading.dim, columns)
+    flow, sources = fuse(reading.layers, reading.event_shape, tuple(embedded))
     return Embedded(flow, embedding, shape), sources

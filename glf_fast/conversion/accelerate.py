@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from glf_fast.conversion.adapters import FusedLayer, PassedOn
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.layers import Coupling, Kept, Layer, Unfusable
-from glf_fast.conversion.places import Place, Replacement, is_layer, place_of
+from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, FixedLinear, OnChannels
+from glf_fast.conversion.layers import Coupling, Kept, Layer, NetworkCoupling, Unfusable
+from glf_fast.conversion.places import Place, Replacement, Shape, is_layer, places_of
 from glf_fast.conversion.reading import ConversionError, Reading, lost_in_training, read_parts
 from glf_fast.conversion.stack import Sources
-from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
+from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
+from glf_fast.reference import log_normal
 
 __all__ = ["Report", "accelerate"]
 
@@ -26,9 +29,9 @@ __all__ = ["Report", "accelerate"]
 class Replaced:
     """Layers `first` to `last` of the flow at `where` (their names, data → noise), and what they have become.
 
-    `couplings`: how many they held; `flows`: the CouplingFlows, one launch each, that compute them now; `affine`: linear
-    layers and ActNorms beside those, which fold into none of them; `lost`: what they did in training mode alone, dropout
-    say, and no longer do.
+    `couplings`: how many they held; `flows`: how many CouplingFlows, one launch each, compute them now, or on images
+    ChannelCouplings, which is `kind`; `affine`: linear layers and ActNorms beside those, which fold into none of them;
+    `lost`: what they did in training mode alone, dropout say, and no longer do.
     """
 
     where: str
@@ -39,6 +42,7 @@ class Replaced:
     flows: int
     affine: int
     lost: str
+    kind: str = "CouplingFlow"
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Report:
             rows = [("flow", "kind", "layers", "couplings", "fused into")]
             for r in self.replaced:
                 layers = r.first if r.first == r.last else f"{r.first} … {r.last}"
-                fused = f"{r.flows} CouplingFlow" + (f" + {r.affine} affine" if r.affine else "")
-                rows.append((r.where, r.what, layers, str(r.couplings), fused))
+                parts = [f"{r.flows} {r.kind}"] * bool(r.flows) + [f"{r.affine} affine"] * bool(r.affine)
+                rows.append((r.where, r.what, layers, str(r.couplings), " + ".join(parts)))
             lines += ["Replaced:", *_table(rows)]
         else:
             lines.append("Nothing was replaced.")
@@ -86,7 +90,8 @@ def accelerate(model: nn.Module) -> Report:
 
     The library's flow stays what it is, with its class, its base distribution and all its methods; every run of its
     layers that the kernels cover becomes one layer that computes the same. Each run is compared with the original in
-    float64 before it is put in (forward, inverse, gradients of all parameters); one that differs is left alone.
+    float64 before it is put in (forward, inverse, gradients of all parameters); one that differs is left alone. On images
+    the networks stay the originals, and the layers around them are replaced, level by level in multi-scale flows.
 
     Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: make
     the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict are
@@ -113,16 +118,20 @@ def accelerate(model: nn.Module) -> Report:
         inside = any(not outer or where.startswith(f"{outer}.") for outer in seen)
         name, kind = where or "the model", type(module).__name__
         try:
-            place = place_of(module)
+            places = places_of(module)
         except ConversionError as reason:
             report.left.append(Left(name, kind, str(reason)))
             seen.append(where)
             continue
-        if place is not None:
+        if places:
             seen.append(where)
+            before = len(report.replaced) + len(report.left)
             # Gradients are compared and graphs followed, wherever this is called.
             with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-                _accelerate_flow(model, module, name, place, report)
+                for place in places:
+                    _accelerate_place(model, module, name, place, report)
+            if len(report.replaced) + len(report.left) == before:
+                report.left.append(Left(name, kind, "there is no coupling in it that could be fused"))
         elif is_layer(module) and not inside:
             seen.append(where)
             report.left.append(Left(name, kind, "not in a flow whose layers can be replaced"))
@@ -135,28 +144,28 @@ def _check_module(model: object) -> None:
         raise TypeError(f"accelerate takes a torch.nn.Module; got {type(model).__name__}{hint}")
 
 
-def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place, report: Report) -> None:
+def _accelerate_place(model: nn.Module, flow: nn.Module, where: str, place: Place, report: Report) -> None:
     parts = _read(model, flow, place)
     replacements: list[Replacement] = []
-    before = len(report.left)
     for start, stop in _runs(parts, place.conditions):
         names = [name for name, _ in place.named[start:stop]]
         modules = [module for _, module in place.named[start:stop]]
-        couplings = sum(isinstance(layer, Coupling) for part in parts[start:stop] for layer in part)
-        if not couplings:
+        couplings = sum(isinstance(layer, Coupling | NetworkCoupling) for part in parts[start:stop] for layer in part)
+        if not couplings and not any(type(module).__name__ in place.alone for module in modules):
             continue
         try:
-            fused = _fused(place, modules)
+            fused = _fused(place, start, stop)
         except (Unfusable, ConversionError) as reason:
             report.left.append(Left(where, type(flow).__name__, f"{_span(names)}: {reason}"))
             continue
-        flows, affine = (
+        flows, maps, folded = (
             sum(isinstance(module, kind) for module in fused.modules())
-            for kind in (CouplingFlow, (ActNorm, InvertibleLinear))
+            for kind in (CouplingFlow | ChannelCoupling, ActNorm | InvertibleLinear | FixedLinear, ChannelMap)
         )
         lost = lost_in_training(layer for part in parts[start:stop] for layer in part)
+        kind = "ChannelCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
         report.replaced.append(
-            Replaced(where, type(flow).__name__, names[0], names[-1], couplings, flows, affine, lost)
+            Replaced(where, type(flow).__name__, names[0], names[-1], couplings, flows, maps - folded, lost, kind)
         )
         adapter = place.adapt(fused, modules)
         adapter.training = modules[0].training
@@ -165,8 +174,6 @@ def _accelerate_flow(model: nn.Module, flow: nn.Module, where: str, place: Place
         for layer in part:
             if isinstance(layer, Kept):
                 report.left.append(Left(where, type(flow).__name__, layer.reason))
-    if not replacements and len(report.left) == before:
-        report.left.append(Left(where, type(flow).__name__, "there is no coupling in it that could be fused"))
     if replacements:
         place.put(replacements)
 
@@ -188,10 +195,11 @@ def _read(model: nn.Module, flow: nn.Module, place: Place) -> list[list[Layer]]:
         if _used_elsewhere(model, flow, module):
             raise Unfusable("used elsewhere in the model, too: a copy would not stay equal")
         try:
-            return place.read(module)
+            return place.read(module, of[id(module)])
         except ConversionError as reason:  # a reason against the whole flow is one against this layer here
             raise Unfusable(str(reason)) from reason
 
+    of = {id(module): shape for (_, module), shape in zip(place.named, place.shapes, strict=True)}
     device = next((p.device.type for p in flow.parameters()), "cpu")
     return read_parts(place.named, read, lambda module: module, device)
 
@@ -212,8 +220,12 @@ def _runs(parts: Sequence[Sequence[Layer]], conditions: Sequence[tuple[int, ...]
         yield start, len(parts)
 
 
-def _fused(place: Place, modules: Sequence[nn.Module]) -> Flow:
-    """The modules as one flow of ours, compared with copies of them in float64, with their dtype, device and mode."""
+def _fused(place: Place, start: int, stop: int) -> Flow | OnChannels:
+    """Those modules as one flow of ours, compared with copies of them in float64, with their dtype, device and mode.
+
+    A network that stays is the original itself, with its parameters, buffers, hooks and modes.
+    """
+    modules = [module for _, module in place.named[start:stop]]
     try:
         copies = copy.deepcopy(nn.ModuleList(modules)).cpu().double().eval()
     except RuntimeError as error:  # modules that keep a tensor of their last call, with its graph
@@ -222,10 +234,14 @@ def _fused(place: Place, modules: Sequence[nn.Module]) -> Flow:
         if hasattr(module, "using_cache"):
             module.using_cache = False  # type: ignore[assignment]  # what it holds is of the original, in another dtype
 
-    def build(copied: nn.Module) -> tuple[Reading, Flow, Sources]:
+    def build(event_shape: Shape, copied: nn.Module) -> tuple[Reading, Flow, Sources]:
         modules: list[nn.Module] = list(copied.children())
-        layers = [layer for module in modules for layer in place.read(module)]
-        context_dim = max(layer.context_dim() for layer in layers if isinstance(layer, Coupling))
+        shapes = place.shapes[start:stop]
+        layers = [layer for module, shape in zip(modules, shapes, strict=True) for layer in place.read(module, shape)]
+        context_shape = place.context_shape(modules, event_shape)
+        columns = max((layer.context_dim() for layer in layers if isinstance(layer, Coupling)), default=0)
+        if columns:
+            context_shape = (columns,)
         chain = [place.keep(module) for module in modules]
 
         def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
@@ -233,7 +249,7 @@ def _fused(place: Place, modules: Sequence[nn.Module]) -> Flow:
             for module in chain:
                 x, ldj = module(x, context)
                 logdet = logdet + ldj
-            return logdet - 0.5 * x.square().sum(1) - 0.5 * place.dim * math.log(2 * math.pi)
+            return logdet + log_normal(x)
 
         def inverse(z: Tensor, context: Tensor | None) -> Tensor:
             for module in reversed(chain):
@@ -241,14 +257,31 @@ def _fused(place: Place, modules: Sequence[nn.Module]) -> Flow:
             return z
 
         reading = Reading(
-            layers, place.dim, log_prob, inverse if place.has_inverse(modules, layers) else None,
-            context_shape=(context_dim,) if context_dim else (),
+            layers, event_shape, log_prob, inverse if place.has_inverse(modules, layers) else None,
+            context_shape=context_shape,
         )  # fmt: skip
-        return reading, *fuse(layers, place.dim, context_dim)
+        return reading, *fuse(layers, event_shape, context_shape)
 
-    _, fused = proven(copies, build)
+    *cheaper, own = place.check_shapes(place.shapes[start])
+    for event_shape in cheaper:
+        with suppress(Unfusable, ConversionError):
+            _, fused = proven(copies, partial(build, event_shape))
+            break
+    else:
+        _, fused = proven(copies, partial(build, own))
     like = next(p for module in modules for p in module.parameters() if p.is_floating_point())
-    return fused.to(like.device, like.dtype).train(modules[0].training)
+    fused = fused.to(like.device, like.dtype).train(modules[0].training)
+    _restore(fused, dict(zip(copies.modules(), nn.ModuleList(modules).modules(), strict=True)))
+    # What says no shape takes any number of pixels.
+    return fused.layers[0] if isinstance(fused, SequentialFlow) and isinstance(fused.layers[0], OnChannels) else fused
+
+
+def _restore(fused: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
+    """Put originals in the places of their copies."""
+    for module in list(fused.modules()):
+        for name, child in module._modules.items():
+            if child is not None and child in originals:
+                module._modules[name] = originals[child]
 
 
 def _used_elsewhere(model: nn.Module, flow: nn.Module, layer: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from glf_fast.conversion.images.modules import OnChannels
 from glf_fast.flow import Flow
 
 __all__ = ["FreiaLayer", "FusedLayer", "NflowsLayer", "NormflowsLayer", "PassedOn", "ZukoLayer"]
@@ -21,24 +22,27 @@ __all__ = ["FreiaLayer", "FusedLayer", "NflowsLayer", "NormflowsLayer", "PassedO
 class FusedLayer(nn.Module):
     """What the layers of all libraries have in common here."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow | OnChannels) -> None:
         super().__init__()
         self.flow = flow
 
     def _given(self, context: Tensor | None) -> Tensor | None:
-        """The context, for a flow that takes one: a library hands it to all its layers."""
-        return context if self.flow.context_dim else None
+        """The context, for a flow that takes one: a library hands it to all its layers.
+
+        On images it is for the library's own networks, which know what to do with it.
+        """
+        return context if isinstance(self.flow, OnChannels) or self.flow.context_dim else None
 
 
 class NormflowsLayer(FusedLayer):
     """normflows: `forward` is noise → data."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: z (B, D) → x (B, D), logdet (B,)."""
+        """Noise → data: z (B, *shape) → x like z, logdet (B,)."""
         return self.flow.inverse(z, self._given(context))
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise: x (B, D) → z (B, D), logdet (B,)."""
+        """Data → noise: x (B, *shape) → z like x, logdet (B,)."""
         return self.flow(x, self._given(context))
 
 
@@ -46,11 +50,11 @@ class NflowsLayer(FusedLayer):
     """nflows: a transform, `forward` is data → noise."""
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise: (B, D) → (B, D), logdet (B,)."""
+        """Data → noise: (B, *shape) → the same, logdet (B,)."""
         return self.flow(inputs, self._given(context))
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: (B, D) → (B, D), logdet (B,)."""
+        """Noise → data: (B, *shape) → the same, logdet (B,)."""
         return self.flow.inverse(inputs, self._given(context))
 
 
@@ -58,19 +62,21 @@ class FreiaLayer(FusedLayer):
     """FrEIA: an invertible module, tuples in and out.
 
     Args:
-        dims_c: shapes of the conditions, as FrEIA gives them to its modules.
+        dims_in, dims_c: shapes of a sample and of its conditions, as FrEIA gives them to its modules.
     """
 
-    def __init__(self, flow: Flow, dims_c: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self, flow: Flow | OnChannels, dims_in: Sequence[Sequence[int]], dims_c: Sequence[Sequence[int]] = ()
+    ) -> None:
         super().__init__(flow)
-        self.dims_in = [flow.event_shape]
+        self.dims_in = list(dims_in)
         self.dims_c = list(dims_c)
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """((B, D),) → ((B, D),), logdet (B,); noise → data if `rev`."""
-        context = torch.cat(list(c), 1) if self.flow.context_dim else None
+        """((B, *shape),) → the same, logdet (B,); noise → data if `rev`."""
+        context = self._given(torch.cat(list(c), 1)) if c else None
         y, logdet = self.flow.inverse(x[0], context) if rev else self.flow(x[0], context)
         return (y,), logdet
 
@@ -82,15 +88,23 @@ class FreiaLayer(FusedLayer):
 class PassedOn(nn.Module):
     """The place in a FrEIA graph of a module that was fused into another one: hands its input on."""
 
+    dims_c: Sequence[Sequence[int]] = ()
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The shapes stay."""
+        return input_dims
+
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], float]:
-        """((B, D),) → the same, 0."""
+        """((B, *shape),) → the same, 0."""
         return (x[0],), 0.0
 
 
 class ZukoLayer(FusedLayer):
-    """zuko: a lazy transform, which a context makes a transform data → noise."""
+    """zuko: a lazy transform, which a context makes a transform data → noise; on vectors."""
+
+    flow: Flow
 
     def forward(self, c: Tensor | None = None) -> Transform:
         """The transform given c (…, C)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,8 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.layers import Kept
-from glf_fast.conversion.reading import ConversionError, Reading, parameters_of
+from glf_fast.conversion.reading import ConversionError, Reading, networks, parameters_of
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Flow
 
@@ -24,6 +24,7 @@ TOLERANCE = 1e-6
 # What this relative change of the input changes is what float64 leaves open, with some digits to spare.
 NUDGE = 1e-12
 _BATCH = 16
+_IMAGES = 4  # of which every pixel says as much
 _SCALES = (1.0, 0.3, 3.0, None, 0.05)
 _MISREAD = "Please report this flow: it is of a kind that was misread"
 
@@ -48,7 +49,9 @@ def proven(library: nn.Module, build: Build) -> tuple[Reading, Flow]:
         other = copy.deepcopy(library)  # before anything is called: some modules keep what cannot be copied
         reading, flow, sources = build(library)
         check(library.eval(), reading, flow.eval(), sources)
-        _shake(other, library, parameters_of(*(value for _, value, _ in sources)))
+        changed = parameters_of(*(value for _, value, _ in sources))
+        changed |= {id(p) for network in networks(reading.layers, kept=False) for p in network.parameters()}
+        _shake(other, library, changed)
         other_reading, other_flow, other_sources = build(other)
         with suppress(Incomparable):  # nobody's flow
             check(other.eval(), other_reading, other_flow.eval(), other_sources, (1.0, 0.1))
@@ -58,13 +61,13 @@ def proven(library: nn.Module, build: Build) -> tuple[Reading, Flow]:
 
 
 def _shake(other: nn.Module, library: nn.Module, fused: set[int]) -> None:
-    """Move the parameters of a copy that are fused, of which the originals' ids are given."""
+    """Move the parameters of a copy that are fused or networks of couplings, of which the originals' ids are given."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in library.named_parameters():
             if id(parameter) in fused:
                 noise = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
-                fan_in = parameter.shape[-1] if parameter.ndim > 1 else 1
+                fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
                 other.get_parameter(name).add_(noise, alpha=0.1 / fan_in**0.5)
 
 
@@ -90,20 +93,25 @@ def check(
     """
     generator = torch.Generator().manual_seed(0)
     parameters = {name: p for name, p in library.named_parameters() if p.requires_grad and p.numel()}
-    theirs = partial(_evaluate, reading.log_prob, parameters=parameters)
-    ours = partial(_evaluate, flow.log_prob, parameters=parameters, sources=sources)
+    shape = reading.event_shape
+    n = _BATCH if len(shape) == 1 else _IMAGES
+    theirs = partial(_evaluate, _on_rows(reading.log_prob, shape), parameters=parameters)
+    ours = partial(_evaluate, _on_rows(flow.log_prob, shape), parameters=parameters, sources=sources)
+    encode = _on_rows(lambda x, context: flow(x, context)[0], shape)
+    decode = _on_rows(lambda z, context: flow.inverse(z, context)[0], shape)
+    invert = None if reading.inverse is None else _on_rows(reading.inverse, shape)
     unused, uncertain = set(parameters), set(parameters)
     finite = compared = inverted = 0
     for scale in scales:
-        x, z = (scale or 1.0) * torch.randn(2, _BATCH, reading.dim, dtype=torch.float64, generator=generator)
-        context = reading.contexts(_BATCH, generator)
+        x, z = (scale or 1.0) * torch.randn(2, n, math.prod(shape), dtype=torch.float64, generator=generator)
+        context = reading.contexts(n, generator)
         if scale is None:
             with torch.no_grad():
-                x = flow.inverse(x, context)[0]
+                x = decode(x, context)
         try:
             wanted = theirs(x, context)
         except Exception as error:  # whatever a library raises outside of a bounded domain: its own samples are inside
-            x, wanted = _evaluate_samples(reading, theirs, x, context, error)
+            x, wanted = _evaluate_samples(invert, theirs, x, context, error, known=bool(reading.context_shape))
         rows = wanted.log_prob.isfinite().all(1) & wanted.of_x.isfinite().all(1)
         finite += int(rows.sum())
         if not rows.any():
@@ -131,16 +139,16 @@ def check(
         uncertain &= doubtful
         compared += len(x)
         with torch.no_grad():
-            if reading.inverse is None:
-                z = flow(x, context)[0]
-                _compare_inverse("the inverse of the converted flow's forward", flow, partial(_constant, x), z, context)
+            if invert is None:
+                z, truth = encode(x, context), partial(_constant, x)
+                _compare_inverse("the inverse of the converted flow's forward", decode, truth, z, context)
             else:
-                inverted += _compare_inverse("the inverse", flow, reading.inverse, z, context)
-    if not compared or uncertain or (reading.inverse is not None and not inverted):
+                inverted += _compare_inverse("the inverse", decode, invert, z, context)
+    if not compared or uncertain or (invert is not None and not inverted):
         why = "does not repeat itself to 1e-6" if finite else "is not finite"
         raise Incomparable(f"the library's own flow {why} on random inputs: there is nothing to compare with")
     if not reading.context_shape:
-        kept = {id(p) for layer in reading.layers if isinstance(layer, Kept) for p in layer.module.parameters()}
+        kept = {id(p) for network in networks(reading.layers) for p in network.parameters()}
         silent = [name for name in sorted(unused) if id(parameters[name]) in kept]
         if silent:
             raise ConversionError(
@@ -195,38 +203,44 @@ def _evaluate(
 
 
 def _evaluate_samples(
-    reading: Reading,
+    inverse: Callable[[Tensor, Tensor | None], Tensor] | None,
     evaluate: Callable[[Tensor, Tensor | None], _Evaluation],
     noise: Tensor,
     context: Tensor | None,
     error: Exception,
+    *,
+    known: bool,
 ) -> tuple[Tensor, _Evaluation]:
     """Samples by the library itself, and their evaluation; raises ConversionError, with the first error, if that fails."""
     try:
-        if reading.inverse is None:
+        if inverse is None:
             raise error
         with torch.no_grad():
-            x = reading.inverse(noise, context)
+            x = inverse(noise, context)
         return x, evaluate(x, context)
     except Exception:
-        hint = "" if reading.context_shape else "; if it needs a context, give an example: convert(flow, context=…)"
+        hint = "" if known else "; if it needs a context, give an example: convert(flow, context=…)"
         reason = f"{type(error).__name__} {error}".strip()
         raise ConversionError(f"the library's own flow fails on random inputs: {reason}{hint}") from error
 
 
 def _compare_inverse(
-    what: str, flow: Flow, inverse: Callable[[Tensor, Tensor | None], Tensor], z: Tensor, context: Tensor | None
+    what: str,
+    decode: Callable[[Tensor, Tensor | None], Tensor],
+    inverse: Callable[[Tensor, Tensor | None], Tensor],
+    z: Tensor,
+    context: Tensor | None,
 ) -> int:
     """Compares with the inverse that is true; returns the number of rows compared.
 
     A trained flow may be so steep that float64 cannot invert it: what a nudge of z changes, here or there, is allowed, too.
     """
-    got, truth = flow.inverse(z, context)[0], inverse(z, context)
+    got, truth = decode(z, context), inverse(z, context)
     usable = got.isfinite().all(1) & truth.isfinite().all(1)
     slack = torch.zeros(len(z), dtype=torch.float64)
     if not _agree(truth, got).all():
         for a in _nudged(z):
-            slack += (flow.inverse(a, context)[0] - got).abs().amax(1) + (inverse(a, context) - truth).abs().amax(1)
+            slack += (decode(a, context) - got).abs().amax(1) + (inverse(a, context) - truth).abs().amax(1)
         usable = truth.isfinite().all(1) & slack.isfinite()
     _compare(what, got[usable], truth[usable], slack[usable])
     return int(usable.sum())
@@ -240,6 +254,16 @@ def _compare_trained(flow: Flow, sources: Sources, others: Sources) -> None:
         # Of these only a triangle is read.
         if not name.endswith(("lower", "upper")) and bool((trained & (value == other)).any()):
             raise ConversionError(f"the converted flow would train what the original holds ({name}). {_MISREAD}")
+
+
+def _on_rows(function: Callable[[Tensor, Tensor | None], Tensor], shape: tuple[int, ...]) -> Callable[..., Tensor]:
+    """A function of (B, *shape) as one of rows (B, n); what it returns becomes rows, too, or numbers (B,)."""
+
+    def on_rows(x: Tensor, context: Tensor | None) -> Tensor:
+        out = function(x.clone().reshape(-1, *shape), context)  # some libraries write to what they are given
+        return out.flatten(1) if out.ndim > 1 else out
+
+    return on_rows
 
 
 def _constant(x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:

@@ -15,38 +15,59 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.clamps import LogScale, recognised
-from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
+from glf_fast.conversion.freia_blocks import (
+    UNINITIALIZED,
+    KeptBlock,
+    Seen,
+    block_shape,
+    blocks,
+    part_widths,
+    seen_context,
+)
+from glf_fast.conversion.images.reshaped import Reshaped
+from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation, Unfusable
 from glf_fast.conversion.mlp import read_mlp, scale_u, select_outputs, separate
-from glf_fast.conversion.reading import ConversionError, Reading, check_vectors, read_each, trained_together
+from glf_fast.conversion.reading import ConversionError, Reading, read_each, trained_together
 
-__all__ = ["Block", "KeptBlock", "blocks", "has_exact_inverse", "keep_alone", "own_context", "read", "read_layer"]
+__all__ = [
+    "AllInOne",
+    "all_in_one",
+    "halves",
+    "has_exact_inverse",
+    "log_scale",
+    "read",
+    "read_actnorm",
+    "read_layer",
+    "read_permutation",
+]
 
 
-@dataclass(frozen=True)
-class Block:
-    """One module of a network: its name, the indices of the conditions that it is given, and itself."""
+def read(inn: Any, device: str = "cpu", read_block: Callable[[nn.Module, Seen], list[Layer]] | None = None) -> Reading:
+    """The layers of a `SequenceINN` or of a `GraphINN` that is a chain, data → N(0, I).
 
-    name: str
-    conditions: tuple[int, ...]
-    module: nn.Module
-
-
-def read(inn: Any, device: str = "cpu") -> Reading:
-    """The layers of a `SequenceINN` or of a `GraphINN` that is a chain, data → N(0, I)."""
+    `read_block`: reads one module, `read_layer` if None.
+    """
+    read_block = read_block or read_layer
     chain, shape = blocks(inn)
-    check_vectors(type(inn).__name__, shape)
-    dim = shape[0]
+    noise = shape
     widths: dict[int, int] = {}
+    pixels: tuple[int, ...] = ()  # of the conditions
     for block in chain:
+        if len(noise) > 1:  # vectors stay vectors
+            (noise,) = block.module.output_dims([noise])  # type: ignore[operator]
         for index, dims in zip(block.conditions, block.module.dims_c, strict=True):  # type: ignore[arg-type]
-            if len(dims) != 1 or widths.setdefault(index, dims[0]) != dims[0]:
-                raise ConversionError(f"{block.name}: condition {index} is not one vector: {dims}")
-    seen = {id(block.module): _seen_context(block.conditions, widths) for block in chain}
+            pixels = pixels if widths else tuple(dims[1:])
+            if widths.setdefault(index, dims[0]) != dims[0] or tuple(dims[1:]) != pixels:
+                raise ConversionError(
+                    f"{block.name}: condition {index} of shape {tuple(dims)} does not fit beside the others in one context; "
+                    "accelerate leaves the conditions as they are"
+                )
+    seen = {id(block.module): seen_context(block.conditions, widths) for block in chain}
     names = {id(block.module): block.name for block in chain}
     layers = read_each(
         [(block.name, block.module) for block in chain],
-        lambda module: read_layer(module, seen[id(module)]),
-        lambda module: KeptBlock(module, seen[id(module)], _part_widths(module), names[id(module)]),
+        lambda module: read_block(module, seen[id(module)]),
+        lambda module: KeptBlock(module, seen[id(module)], part_widths(module), names[id(module)]),
         device,
     )
 
@@ -62,14 +83,18 @@ def read(inn: Any, device: str = "cpu") -> Reading:
 
     def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
         z, jac = run(x, context, rev=False)
-        return jac - 0.5 * z.square().sum(1) - 0.5 * dim * math.log(2 * math.pi)
+        return jac - 0.5 * (z.square().flatten(1).sum(1) + math.prod(shape) * math.log(2 * math.pi))
 
+    if noise != shape:
+        layers.append(Kept(Reshaped(noise, shape), "noise has the data's shape"))
     return Reading(
         layers=layers,
-        dim=dim,
+        event_shape=shape,
         log_prob=log_prob,
-        inverse=(lambda z, context: run(z, context, rev=True)[0]) if has_exact_inverse(layers) else None,
-        context_shape=(sum(widths.values()),) if widths else (),
+        inverse=(lambda z, context: run(z.reshape(-1, *noise), context, rev=True)[0])
+        if has_exact_inverse(layers)
+        else None,
+        context_shape=(sum(widths.values()), *pixels) if widths else (),
     )
 
 
@@ -78,68 +103,13 @@ def has_exact_inverse(layers: Sequence[Layer]) -> bool:
     return not any(isinstance(layer, Dense) and not layer.trained for layer in layers)
 
 
-def blocks(inn: Any) -> tuple[list[Block], tuple[int, ...]]:
-    """The network's modules, data → noise, and the shape of one sample; raises ConversionError if it is no chain."""
-    kind = type(inn).__name__
-    if kind == "SequenceINN":
-        return [
-            Block(f"module_list.{i}", () if index is None else (index,), module)
-            for i, (module, index) in enumerate(zip(inn.module_list, inn.conditions, strict=True))
-        ], tuple(inn.shapes[0])
-    if kind != "GraphINN":
-        raise ConversionError(f"FrEIA's {kind} is not a network from one vector to one vector")
-    chain = [node for node in inn.node_list if node not in inn.in_nodes + inn.out_nodes + inn.condition_nodes]
-    expected: Any = inn.in_nodes[0]
-    if len(inn.in_nodes) != 1 or len(inn.out_nodes) != 1:
-        raise ConversionError(f"a GraphINN with {len(inn.in_nodes)} inputs and {len(inn.out_nodes)} outputs")
-    for node in [*chain, inn.out_nodes[0]]:
-        if node.inputs != [(expected, 0)] or len(node.outputs) > 1:
-            raise ConversionError(f"GraphINN's node {node.name!r} does not follow on {expected.name!r} alone")
-        expected = node
-    found = [
-        Block(f"node {node.name!r}", tuple(inn.condition_nodes.index(c) for c in node.conditions), node.module)
-        for node in chain
-    ]
-    return found, tuple(inn.in_nodes[0].output_dims[0])
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Which columns of the whole context (`width`) a block is given: `columns`, in its own order."""
-
-    columns: tuple[int, ...]
-    width: int
-
-
-def _seen_context(conditions: Sequence[int], widths: dict[int, int]) -> Seen:
-    """The columns of those conditions, where the context has all conditions of `widths` (index → columns) in order."""
-    start = 0
-    columns: dict[int, range] = {}
-    for index in sorted(widths):
-        columns[index] = range(start, start + widths[index])
-        start += widths[index]
-    return Seen(tuple(column for index in conditions for column in columns[index]), start)
-
-
-def own_context(module: Any) -> Seen:
-    """For a module on its own: the context is its own conditions, in its own order."""
-    width = sum(_part_widths(module))
-    return Seen(tuple(range(width)), width)
-
-
-def keep_alone(module: nn.Module) -> nn.Module:
-    """A module as a layer whose context is its own conditions."""
-    return KeptBlock(module, own_context(module), _part_widths(module), type(module).__name__)
-
-
 def read_layer(module: nn.Module, seen: Seen) -> list[Layer]:
     """One module's layers, data → noise; raises Unfusable."""
     reader = _READERS.get(type(module).__name__)
     if reader is None or not type(module).__module__.startswith("FrEIA."):
         raise Unfusable("no kernel covers this kind of layer")
-    shapes: Any = module.dims_in  # ActNorm keeps the one shape itself
-    if not (len(shapes) == 1 and (isinstance(shapes[0], int) or len(shapes[0]) == 1)):
-        raise Unfusable(f"it works on {shapes}, not on one vector")
+    if len(block_shape(module)) != 1:
+        raise Unfusable(f"it works on {module.dims_in}, not on one vector")
     layers = reader(module)
     return [
         replace(layer, conditioner=_widened(layer.conditioner, len(layer.passive), seen))
@@ -149,49 +119,12 @@ def read_layer(module: nn.Module, seen: Seen) -> list[Layer]:
     ]
 
 
-class KeptBlock(nn.Module):
-    """A FrEIA module as a layer: (x, context) → (z, logdet (B,)), with the context split into its conditions."""
-
-    def __init__(self, block: nn.Module, seen: Seen, widths: Sequence[int], name: str) -> None:
-        super().__init__()
-        if type(block).__name__ in ("Split", "Concat", "Flatten", "Reshape"):
-            raise ConversionError(f"{name} ({type(block).__name__}): only vectors of one width can be converted")
-        if type(block).__name__.startswith("InvAuto") and type(block).__name__ != "InvAutoAct":
-            raise ConversionError(f"{name} ({type(block).__name__}) has no tractable log-determinant")
-        if type(block).__name__ == "IResNetLayer":
-            raise ConversionError(f"{name} (IResNetLayer): its log-determinant is a random estimate")
-        if getattr(block, "init_on_next_batch", False):
-            raise ConversionError(_UNINITIALIZED.format(name))
-        self.block = block
-        self.columns = list(seen.columns)
-        self.widths = list(widths)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise."""
-        return self._run(x, context, rev=False)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data."""
-        return self._run(z, context, rev=True)
-
-    def _run(self, x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Tensor, Tensor]:
-        if self.widths:
-            assert context is not None
-            (y,), jac = self.block((x,), c=list(context[:, self.columns].split(self.widths, 1)), rev=rev)
-        else:
-            (y,), jac = self.block((x,), rev=rev)
-        return y, jac + x.new_zeros(len(x))  # some return one number for the whole batch
-
-
-_UNINITIALIZED = "{} (ActNorm) has not been initialised: send a batch of data through the network first"
-
-
 # -- one function per class --------------------------------------------------------------------------------------------
 
 
 def _glow(module: Any) -> list[Layer]:
-    first, second = _halves(module)
-    scale = _log_scale(module)
+    first, second = halves(module)
+    scale = log_scale(module)
     return [
         _coupling(second, first, read_mlp(module.subnet2), module, scale),
         _coupling(first, second, read_mlp(module.subnet1), module, scale),
@@ -199,8 +132,8 @@ def _glow(module: Any) -> list[Layer]:
 
 
 def _rnvp(module: Any) -> list[Layer]:
-    first, second = _halves(module)
-    scale = _log_scale(module)
+    first, second = halves(module)
+    scale = log_scale(module)
     return [
         _coupling(second, first, separate(*map(read_mlp, (module.subnet_s2, module.subnet_t2))), module, scale),
         _coupling(first, second, separate(*map(read_mlp, (module.subnet_s1, module.subnet_t1))), module, scale),
@@ -208,7 +141,7 @@ def _rnvp(module: Any) -> list[Layer]:
 
 
 def _nice(module: Any) -> list[Layer]:
-    first, second = _halves(module)
+    first, second = halves(module)
     return [
         _coupling(second, first, read_mlp(module.F), module, None),
         _coupling(first, second, read_mlp(module.G), module, None),
@@ -216,11 +149,24 @@ def _nice(module: Any) -> list[Layer]:
 
 
 def _one_sided(module: Any) -> list[Layer]:
-    first, second = _halves(module)
-    return [_coupling(first, second, read_mlp(module.subnet), module, _log_scale(module))]
+    first, second = halves(module)
+    return [_coupling(first, second, read_mlp(module.subnet), module, log_scale(module))]
 
 
-def _all_in_one(module: Any) -> list[Layer]:
+@dataclass(frozen=True)
+class AllInOne:
+    """What an `AllInOneBlock` is made of, data → noise: `before`, a coupling, `after`."""
+
+    before: list[Layer]
+    passive: Tensor
+    transformed: Tensor
+    scale: LogScale
+    shift_factor: float
+    after: list[Layer]
+
+
+def all_in_one(module: Any) -> AllInOne:
+    """The parts of an `AllInOneBlock` on vectors or images; raises Unfusable."""
     if module.GIN:
         raise Unfusable("gin_block=True subtracts the mean of the log-scales")
     if module.householder:
@@ -231,30 +177,38 @@ def _all_in_one(module: Any) -> list[Layer]:
         rotation = module.w_perm
     if rotation.requires_grad:
         raise Unfusable("its rotation is trained, away from the transpose that it takes for its inverse")
+    rotation = rotation.view(module.in_channels, module.in_channels)
     n_passive, n_transformed = module.splits
     if not n_transformed:
         raise Unfusable("one column is too few for a coupling")
     columns = torch.arange(module.in_channels, device=rotation.device)
-    u_shape, shift_factor = _probe_all_in_one(module, n_transformed)
-    net = select_outputs(
-        read_mlp(module.subnet),
-        torch.arange(2 * n_transformed, device=rotation.device),
-        torch.cat([rotation.new_ones(n_transformed), rotation.new_full((n_transformed,), shift_factor)]),
-    )
-    scale = module.global_scale_activation(module.global_scale)
+    scale, shift_factor = _probe_all_in_one(module, n_transformed)
+    factors = module.global_scale_activation(module.global_scale).view(-1)
     trained = trained_together(module.global_scale, module.global_offset)
-    return [
-        *([_rotation(rotation.T)] if module.reverse_pre_permute else []),
-        _coupling(columns[:n_passive], columns[n_passive:], net, module, u_shape),
-        Diagonal(scale.log().view(-1), module.global_offset.view(-1), trained),
-        _rotation(rotation),
-    ]
+    return AllInOne(
+        before=[rotation_layer(rotation.T)] if module.reverse_pre_permute else [],
+        passive=columns[:n_passive],
+        transformed=columns[n_passive:],
+        scale=scale,
+        shift_factor=shift_factor,
+        after=[Diagonal(factors.log(), module.global_offset.view(-1), trained), rotation_layer(rotation)],
+    )
 
 
-def _actnorm(module: Any) -> list[Layer]:
+def _all_in_one(module: Any) -> list[Layer]:
+    parts = all_in_one(module)
+    net = read_mlp(module.subnet)
+    factor = torch.ones_like(net.biases[-1])
+    factor[len(parts.transformed) :] = parts.shift_factor
+    net = select_outputs(net, torch.arange(len(factor), device=factor.device), factor)
+    return [*parts.before, _coupling(parts.passive, parts.transformed, net, module, parts.scale), *parts.after]
+
+
+def read_actnorm(module: Any) -> list[Layer]:
+    """Of vectors or images."""
     if module.init_on_next_batch:
         # Any call, a comparison's too, would initialise it with what happens to come first.
-        raise ConversionError(_UNINITIALIZED.format("a layer"))
+        raise ConversionError(UNINITIALIZED.format("a layer"))
     if hasattr(module, "loc"):  # newer than 0.2: (x − loc)·e^−log_scale
         log_scale, loc = module.log_scale.view(-1), module.loc.view(-1)
         trained = trained_together(module.log_scale, module.loc)
@@ -268,7 +222,8 @@ def _elementwise_scaling(module: Any) -> list[Layer]:
     return [Diagonal(module.s.view(-1), torch.zeros_like(module.s).view(-1), trained=False)]
 
 
-def _permute_random(module: Any) -> list[Layer]:
+def read_permutation(module: Any) -> list[Layer]:
+    """Of columns or channels."""
     return [Permutation(module.perm)]
 
 
@@ -300,7 +255,7 @@ def _householder(module: Any) -> list[Layer]:
 
 
 _READERS: dict[str, Callable[[Any], list[Layer]]] = {
-    "ActNorm": _actnorm,
+    "ActNorm": read_actnorm,
     "AffineCouplingOneSided": _one_sided,
     "AllInOneBlock": _all_in_one,
     "FixedLinearTransform": _fixed_linear,
@@ -309,7 +264,7 @@ _READERS: dict[str, Callable[[Any], list[Layer]]] = {
     "LearnedElementwiseScaling": _elementwise_scaling,
     "NICECouplingBlock": _nice,
     "OrthogonalTransform": _orthogonal,
-    "PermuteRandom": _permute_random,
+    "PermuteRandom": read_permutation,
     "RNVPCouplingBlock": _rnvp,
 }
 
@@ -317,7 +272,8 @@ _READERS: dict[str, Callable[[Any], list[Layer]]] = {
 # -- log-scales: what they are is asked of the live object, since they changed between releases ------------------------
 
 
-def _log_scale(module: Any) -> LogScale:
+def log_scale(module: Any) -> LogScale:
+    """What the block makes of u."""
     return recognised(lambda u: module.clamp * module.f_clamp(u))
 
 
@@ -326,10 +282,11 @@ def _probe_all_in_one(module: Any, n: int) -> tuple[LogScale, float]:
     device = module.global_scale.device
 
     def affine(u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        raw = u.new_zeros(len(u), 2 * n)
-        raw[:, 0], raw[:, n] = u, t
-        y, logdet = module._affine(u.new_zeros(len(u), n), raw)  # 0.2 scales `raw` in place
-        return y[:, 0], logdet
+        pixel = (1,) * module.input_rank
+        raw = u.new_zeros(len(u), 2 * n, *pixel)
+        raw[:, 0], raw[:, n] = (a.view(-1, *pixel) for a in (u, t))
+        y, logdet = module._affine(u.new_zeros(len(u), n, *pixel), raw)  # 0.2 scales `raw` in place
+        return y[:, 0].flatten(), logdet
 
     t = torch.linspace(-3, 3, 7, dtype=torch.float64, device=device)
     shift = affine(torch.zeros_like(t), t)[0]
@@ -342,7 +299,8 @@ def _probe_all_in_one(module: Any, n: int) -> tuple[LogScale, float]:
 # -- helpers -----------------------------------------------------------------------------------------------------------
 
 
-def _halves(module: Any) -> tuple[Tensor, Tensor]:
+def halves(module: Any) -> tuple[Tensor, Tensor]:
+    """The columns, or channels, of a block's two halves."""
     columns = torch.arange(module.channels, device=_device(module))
     if not 0 < module.split_len1 < module.channels:
         raise Unfusable(f"its split, {module.split_len1} of {module.channels} columns, leaves one half empty")
@@ -379,7 +337,7 @@ def _widened(net: Conditioner, passive: int, seen: Seen) -> Conditioner:
     return replace(net, weights=weights, trained=trained)
 
 
-def _rotation(W: Tensor) -> Permutation | Dense:
+def rotation_layer(W: Tensor) -> Permutation | Dense:
     """x Wᵀ as a permutation if that is what it is."""
     if bool(((W == 0) | (W == 1)).all()):
         return Permutation(W.argmax(1))
@@ -392,7 +350,3 @@ def _checked_orthogonal(W: Tensor) -> Tensor:
     if error > 1e-5:
         raise Unfusable(f"its matrix is not orthogonal (by {error:.0e}), but its log-determinant is taken to be 0")
     return W
-
-
-def _part_widths(module: Any) -> list[int]:
-    return [dims[0] for dims in module.dims_c]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import apart, fold, inverted
-from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation
+from glf_fast.conversion.images.build import on_channels
+from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation, width
 from glf_fast.conversion.mlp import select_outputs
 from glf_fast.conversion.padding import divided
 from glf_fast.conversion.stack import Sources, Step, stack, standalone
@@ -41,16 +42,19 @@ class _Segment:
     after: list[Piece] = field(default_factory=list)
 
 
-def fuse(layers: Sequence[Layer], dim: int, context_dim: int = 0) -> tuple[Flow, Sources]:
+def fuse(
+    layers: Sequence[Layer], event_shape: tuple[int, ...], context_shape: tuple[int, ...] = ()
+) -> tuple[Flow, Sources]:
     """The flow, in float64, and where its parameters come from.
 
     A bare CouplingFlow if that is all there is, else a SequentialFlow (or, where splits are uneven or directions
-    reversed, the wrapper of one). Which entries are trained is what the layers say. Layers that are kept stay as they
-    are.
+    reversed, the wrapper of one). Layers on images become `OnChannels`, in a SequentialFlow. Which entries are trained is
+    what the layers say. Layers that are kept stay as they are.
 
     Args:
-        layers: first to last, data → noise, on vectors of `dim` columns.
-        context_dim: columns of the context; conditioners with P rows instead of P + context_dim ignore it.
+        layers: first to last, data → noise.
+        event_shape: of the data, (D,) or (C, H, W); layers that are kept may change it on the way.
+        context_shape: of one context. An MLP takes one of C columns; with P rows instead of P + C it ignores it.
     """
     sources: Sources = []
     modules: list[nn.Module] = []
@@ -58,12 +62,14 @@ def fuse(layers: Sequence[Layer], dim: int, context_dim: int = 0) -> tuple[Flow,
         if kept:
             modules += [layer.module for layer in run if isinstance(layer, Kept)]
         else:
-            modules += _fuse_run(
-                [_righted(_double(layer)) for layer in run if not isinstance(layer, Kept)], dim, context_dim, sources
-            )
+            read = [_righted(_double(layer)) for layer in run if not isinstance(layer, Kept)]
+            if len(event_shape) == 3 and not any(isinstance(layer, Coupling) for layer in read):
+                modules.append(on_channels(read, sources))
+            else:
+                modules += _fuse_run(read, width(read[0]), sum(context_shape), sources)
     if len(modules) == 1 and isinstance(modules[0], Flow):
         return modules[0], sources
-    return SequentialFlow(modules, (dim,), context_dim), sources
+    return SequentialFlow(modules, event_shape, context_shape=context_shape), sources
 
 
 def _fuse_run(run: Iterable[Coupling | Piece], dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, Permutation, Unfusable
+from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, NetworkCoupling, Permutation, Unfusable
 
 __all__ = ["Affine", "apart", "fold", "identity", "inverted", "inverted_layers"]
 
@@ -167,5 +167,8 @@ def inverted_layers(layers: Sequence[Layer]) -> list[Layer]:
     for layer in reversed(layers):
         if isinstance(layer, Kept):
             raise Unfusable(layer.reason)
-        turned.append(replace(layer, undo=not layer.undo) if isinstance(layer, Coupling) else inverted(layer))
+        if isinstance(layer, Coupling | NetworkCoupling):
+            turned.append(replace(layer, undo=not layer.undo))
+        else:
+            turned.append(inverted(layer))
     return turned

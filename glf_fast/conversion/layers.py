@@ -1,9 +1,9 @@
 """What a flow of any library is read into: affine maps, couplings, and layers that stay as they are.
 
 Readers (one file per library) return a list of these, first to last in the direction data → noise; `fuse` makes
-modules of it. All are on vectors x (B, D), row vectors. Tensors keep the dtype and the device of the flow that was
-read, and are *not* detached: as functions of the library's parameters they let autograd take gradients of the
-converted flow back to the library's parameters, which is how a conversion is checked.
+modules of it. All are on vectors x (B, D), row vectors, or on the D channels of images x (B, D, H, W). Tensors keep the
+dtype and the device of the flow that was read, and are *not* detached: as functions of the library's parameters they let
+autograd take gradients of the converted flow back to the library's parameters, which is how a conversion is checked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-__all__ = ["Conditioner", "Coupling", "Dense", "Diagonal", "Kept", "Layer", "Permutation", "Unfusable"]
+__all__ = [
+    "Conditioner",
+    "Coupling",
+    "Dense",
+    "Diagonal",
+    "Kept",
+    "Layer",
+    "NetworkCoupling",
+    "Permutation",
+    "Unfusable",
+    "width",
+]
 
 
 class Unfusable(ValueError):
@@ -118,6 +129,22 @@ class Coupling:
 
 
 @dataclass(frozen=True)
+class NetworkCoupling:
+    """The same on the channels of images, with any network as its conditioner, which stays the library's own.
+
+    `network(p, context)` returns u and t with T channels each; u = None is an additive coupling.
+    """
+
+    passive: Tensor
+    transformed: Tensor
+    network: nn.Module
+    log_scale: str
+    log_scale_constant: float | None
+    add_first: bool
+    undo: bool = False
+
+
+@dataclass(frozen=True)
 class Kept:
     """A layer that stays as it is: `module(x, context)` and `module.inverse(z, context)`, data → noise and back,
     return (output, logdet (B,)).
@@ -129,4 +156,16 @@ class Kept:
     reason: str
 
 
-Layer = Permutation | Diagonal | Dense | Coupling | Kept
+Layer = Permutation | Diagonal | Dense | Coupling | NetworkCoupling | Kept
+
+
+def width(layer: Permutation | Diagonal | Dense | Coupling | NetworkCoupling) -> int:
+    """D, the columns or channels that a layer works on."""
+    match layer:
+        case Permutation():
+            return len(layer.order)
+        case Diagonal():
+            return len(layer.log_scale)
+        case Dense():
+            return len(layer.W)
+    return len(layer.passive) + len(layer.transformed)

@@ -22,7 +22,7 @@ from glf_fast.conversion.reading import (
 )
 from glf_fast.reference import log_scale
 
-__all__ = ["KeptTransform", "has_inverse", "read", "read_transform", "transforms"]
+__all__ = ["KeptTransform", "has_inverse", "read", "read_log_scale", "read_transform", "transforms"]
 
 
 class KeptTransform(nn.Module):
@@ -74,7 +74,7 @@ def read(flow: Any, device: str = "cpu") -> Reading:
     columns = fused or context_features(flow._transform.modules())
     return Reading(
         layers=layers,
-        dim=dim,
+        event_shape=(dim,),
         log_prob=lambda x, context: flow.log_prob(x, context=context),
         inverse=inverse if has_inverse([flow]) else None,
         embedding=embedding,
@@ -99,6 +99,11 @@ def transforms(transform: nn.Module, name: str = "_transform") -> Iterator[tuple
 def read_transform(transform: nn.Module, dim: int) -> list[Layer]:
     """The layers of one transform on vectors of `dim` columns; raises Unfusable."""
     kind = type(transform)
+    if kind.__name__ == "MultiscaleCompositeTransform":
+        raise ConversionError(
+            "MultiscaleCompositeTransform has noise of several shapes: it stays, and glf_fast.accelerate replaces the layers "
+            "of its scales in place"
+        )
     reader = _READERS.get(kind.__name__) if kind.__module__.startswith("nflows.") else None
     if reader is None:
         raise Unfusable(f"{kind.__name__} is not an affine coupling, a linear layer or a normalization")
@@ -117,11 +122,11 @@ def _coupling(transform: Any, dim: int) -> list[Layer]:
     if additive:
         return [Coupling(passive, transformed, mlp, "exp", None, False)]
     order = torch.arange(2 * T).roll(T)  # nflows has [t | u]
-    name, constant = _log_scale(transform)
+    name, constant = read_log_scale(transform)
     return [Coupling(passive, transformed, select_outputs(mlp, order), name, constant, False)]
 
 
-def _log_scale(transform: Any) -> tuple[str, float]:
+def read_log_scale(transform: Any) -> tuple[str, float]:
     """Name and constant of what the object makes of u: log(σ(u + 2) + ε), or log σ(u + 2)."""
     n = transform.num_transform_features
     u = torch.linspace(-40, 40, 161, dtype=torch.float64)

@@ -16,7 +16,7 @@ from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, L
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
 from glf_fast.conversion.reading import ConversionError, Reading, context_features, read_each, trained_together
 
-__all__ = ["KeptLayer", "columns", "named_layers", "read", "read_layer"]
+__all__ = ["KeptLayer", "check_initialised", "columns", "named_layers", "read", "read_layer"]
 
 
 def read(flow: Any, device: str = "cpu") -> Reading:
@@ -41,7 +41,7 @@ def read(flow: Any, device: str = "cpu") -> Reading:
 
     return Reading(
         layers=[*layers, *_base(base)],
-        dim=dim,
+        event_shape=(dim,),
         log_prob=log_prob,
         inverse=inverse,
         context_shape=(features,) if features else (),
@@ -49,13 +49,17 @@ def read(flow: Any, device: str = "cpu") -> Reading:
 
 
 def named_layers(flows: nn.ModuleList, prefix: str = "flows") -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every layer, data → noise, those inside a `Composite` too."""
+    """Name and module of every layer, data → noise, those inside a `Composite` or a `GlowBlock` too."""
     for i in reversed(range(len(flows))):
         name = f"{prefix}.{i}"
-        if type(flows[i]).__name__ == "Composite":
-            yield from named_layers(flows[i]._flows, f"{name}._flows")  # type: ignore[arg-type]
+        inner = _COMPOSITES.get(type(flows[i]).__name__)
+        if inner is not None and type(flows[i]).__module__.startswith("normflows."):
+            yield from named_layers(getattr(flows[i], inner), f"{name}.{inner}")
         else:
             yield name, flows[i]
+
+
+_COMPOSITES = {"Composite": "_flows", "GlowBlock": "flows"}
 
 
 def read_layer(module: nn.Module, dim: int) -> list[Layer]:
@@ -91,8 +95,8 @@ class KeptLayer(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        if type(layer).__name__ in ("Split", "Merge", "AffineCoupling", "Squeeze"):
-            raise ConversionError(f"{type(layer).__name__} works on lists or images; use an AffineCouplingBlock")
+        if type(layer).__name__ in ("Split", "Merge", "AffineCoupling"):
+            raise ConversionError(f"{type(layer).__name__} works on lists; use an AffineCouplingBlock")
         if type(layer).__name__ == "BatchNorm":
             raise ConversionError("BatchNorm normalises with each batch's own statistics and has no inverse")
         if type(layer).__name__ in ("Residual", "MetropolisHastings", "HamiltonianMonteCarlo"):
@@ -191,9 +195,7 @@ def _masked_affine_flow(module: Any, dim: int) -> list[Layer]:
 def _affine_const_flow(module: Any, dim: int) -> list[Layer]:
     if tuple(module.s.shape) != (1, dim):
         raise Unfusable(f"its shape {tuple(module.s.shape[1:])} is not that of a vector of {dim}")
-    if type(module).__name__ == "ActNorm" and not bool(module.data_dep_init_done):
-        # Any call, a comparison's too, would initialise it with what happens to come first.
-        raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
+    check_initialised(module)
     s, t = module.s[0], module.t[0]
     return [Diagonal(-s, -t * torch.exp(-s), trained_together(module.s, module.t))]
 
@@ -230,6 +232,15 @@ _READERS: dict[str, Callable[[Any, int], list[Layer]]] = {
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def check_initialised(module: nn.Module) -> None:
+    """Raise ConversionError for an ActNorm, `module` or in it, that has not seen a batch.
+
+    Any call, a comparison's too, would initialise it with what happens to come first.
+    """
+    if any(not bool(getattr(part, "data_dep_init_done", True)) for part in module.modules()):
+        raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
 
 
 def _base(base: Any) -> list[Layer]:

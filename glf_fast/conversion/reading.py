@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.layers import Conditioner, Coupling, Diagonal, Kept, Layer, Unfusable
+from glf_fast.conversion.layers import Conditioner, Coupling, Diagonal, Kept, Layer, NetworkCoupling, Unfusable
 from glf_fast.conversion.padding import check_padding
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "check_vectors",
     "context_features",
     "lost_in_training",
+    "networks",
     "parameters_of",
     "read_each",
     "read_parts",
@@ -34,16 +35,16 @@ class Reading:
     """A flow of some library, as its reader `read(flow)` returns it.
 
     layers: first to last, data → N(0, I); a diagonal normal base is a `Diagonal` at the end.
-    dim: D, columns of the data; every flow here is on vectors.
-    log_prob: (x (B, D), context or None) → log p (B,) by the library itself, to compare with.
-    inverse: (z (B, D) from N(0, I), context or None) → x (B, D) by the library itself; None where the library cannot.
+    event_shape: of the data, (D,) or (C, H, W).
+    log_prob: (x (B, *event_shape), context or None) → log p (B,) by the library itself, to compare with.
+    inverse: (z like x from N(0, I), context or None) → x by the library itself; None where the library cannot.
     embedding: the network that the library sends the context through first, if any.
     context_shape: of one sample's context before the embedding; () without context, None where nothing says what it is.
     example: contexts (N, *context_shape) to compare with; random ones if None.
     """
 
     layers: list[Layer]
-    dim: int
+    event_shape: tuple[int, ...]
     log_prob: Callable[[Tensor, Tensor | None], Tensor]
     inverse: Callable[[Tensor, Tensor | None], Tensor] | None = None
     embedding: nn.Module | None = None
@@ -122,10 +123,7 @@ def trained_together(*parameters: Tensor) -> bool:
 def check_vectors(what: str, shape: tuple[int, ...]) -> None:
     """Raise ConversionError unless one sample of that shape is a vector."""
     if len(shape) != 1:
-        raise ConversionError(
-            f"{what} works on samples of shape {shape}: flows on vectors are covered; for images there are glf_fast's "
-            "AffineCoupling, InvertibleLinear (a 1 x 1 convolution) and ActNorm"
-        )
+        raise ConversionError(f"{what} works on samples of shape {shape}: vectors and images (C, H, W) are covered")
 
 
 def context_features(modules: Iterable[nn.Module]) -> int:
@@ -138,6 +136,15 @@ def context_features(modules: Iterable[nn.Module]) -> int:
         if isinstance(layer, nn.Linear):
             return layer.in_features
     return 0
+
+
+def networks(layers: Iterable[Layer], *, kept: bool = True) -> Iterable[nn.Module]:
+    """The networks of the library that stay in a flow of these layers: of couplings and, with `kept`, whole layers."""
+    for layer in layers:
+        if isinstance(layer, NetworkCoupling):
+            yield layer.network
+        elif kept and isinstance(layer, Kept):
+            yield layer.module
 
 
 def lost_in_training(layers: Iterable[Layer]) -> str:

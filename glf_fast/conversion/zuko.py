@@ -64,7 +64,7 @@ def read(flow: Any, device: str = "cpu") -> Reading:
 
     return Reading(
         layers=layers,
-        dim=dim,
+        event_shape=(dim,),
         log_prob=lambda x, context: flow(context).log_prob(x),
         inverse=inverse,
         context_shape=(columns,) if columns else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,13 +25,16 @@ class Flow(nn.Module):
     Args:
         event_shape: shape of one sample, (D,) or (C, H, W).
         context_dim: columns of the context, 0 for none.
+        context_shape: of one context, in place of `context_dim`, where it is not a vector.
     """
 
-    def __init__(self, event_shape: tuple[int, ...], context_dim: int = 0) -> None:
+    def __init__(
+        self, event_shape: tuple[int, ...], context_dim: int = 0, *, context_shape: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
         self.event_shape = tuple(event_shape)
-        self.context_dim = context_dim
-        self.context_shape: tuple[int, ...] = (context_dim,) if context_dim else ()  # of one context
+        self.context_shape = ((context_dim,) if context_dim else ()) if context_shape is None else tuple(context_shape)
+        self.context_dim = math.prod(self.context_shape) if self.context_shape else 0
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, *event_shape) → z like x, logdet (B,)."""
@@ -66,8 +70,9 @@ class Flow(nn.Module):
             raise ValueError(f"n must be ≥ 0; got {n}")
         if temperature < 0:
             raise ValueError(f"temperature must be ≥ 0; got {temperature}")
-        like = next(self.parameters(), torch.empty(0))
-        noise = torch.randn((n, *self.event_shape), generator=generator, device=like.device, dtype=like.dtype)
+        like = next(self.parameters(), None)
+        device, dtype = (None, None) if like is None else (like.device, like.dtype)
+        noise = torch.randn((n, *self.event_shape), generator=generator, device=device, dtype=dtype)
         return self.inverse(noise if temperature == 1 else temperature * noise, context)[0]
 
     def distribution(self, context: Tensor | None = None, validate_args: bool | None = None) -> FlowDistribution:
@@ -87,21 +92,16 @@ class Flow(nn.Module):
             raise ValueError(f"{name} must have shape (batch, {wanted}); got {tuple(x.shape)}")
 
     def _expand_context(self, context: Tensor | None, batch: int) -> Tensor | None:
-        """The context as (batch, context_dim): checked, and one row repeated for all samples."""
+        """The context as (batch, *context_shape): checked, and one row repeated for all samples."""
+        one = self.context_shape
         if context is None:
-            if self.context_dim:
-                raise ValueError(
-                    f"this flow is conditional: give a context of shape ({batch}, {self.context_dim}) "
-                    f"or ({self.context_dim},)"
-                )
+            if one:
+                raise ValueError(f"this flow is conditional: give a context of shape {(batch, *one)} or {one}")
             return None
-        if not self.context_dim:
+        if not one:
             raise ValueError(f"this flow has context_dim=0 but a context of shape {tuple(context.shape)} was given")
-        if context.shape == (self.context_dim,):
-            return context.expand(batch, -1)
-        if context.shape != (batch, self.context_dim):
-            raise ValueError(
-                f"context must have shape ({batch}, {self.context_dim}) or ({self.context_dim},); "
-                f"got {tuple(context.shape)}"
-            )
+        if context.shape == one:
+            return context.expand(batch, *one)
+        if context.shape != (batch, *one):
+            raise ValueError(f"context must have shape {(batch, *one)} or {one}; got {tuple(context.shape)}")
         return context

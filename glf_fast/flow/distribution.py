@@ -214,7 +214,7 @@ def _shapes(flow: Flow) -> str:
 
 def _rows(flow: Flow, value: Tensor, context: Tensor | None) -> tuple[Flow, Tensor, Tensor | None, torch.Size]:
     """What to call with value (…, *event_shape) and context (…, *context_shape), broadcast: a flow, its rows (B,
-    *event_shape) and contexts (B, C) or None; and the batch shape of the result.
+    *event_shape) and contexts (B, *context_shape) or None; and the batch shape of the result.
     """
     if isinstance(flow, Embedded) and context is not None:  # once for each context, not for each sample
         return _rows(flow.flow, value, flow.embed(context))
@@ -223,8 +223,8 @@ def _rows(flow: Flow, value: Tensor, context: Tensor | None) -> tuple[Flow, Tens
         raise ValueError(f"a value must have shape (…, {', '.join(map(str, event))}); got {tuple(value.shape)}")
     batch = value.shape[: value.ndim - len(event)]
     if context is not None:
-        batch = torch.broadcast_shapes(batch, context.shape[:-1])
-        context = context.expand(*batch, -1).reshape(-1, flow.context_dim)
+        batch = torch.broadcast_shapes(batch, _batch(flow, context))
+        context = context.expand(*batch, *flow.context_shape).reshape(-1, *flow.context_shape)
     return flow, value.expand(*batch, *event).reshape(-1, *event), context, batch
 
 

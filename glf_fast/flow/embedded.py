@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from glf_fast.flow.base import Flow
@@ -15,31 +13,30 @@ class Embedded(Flow):
     """flow(x, embedding(context)), trained together: what nflows calls an `embedding_net`.
 
     Args:
-        flow: with context_dim columns of embedded context.
-        embedding: from a batch of contexts (B, *context_shape) to (B, flow.context_dim); any network.
+        flow: with a context that is embedded.
+        embedding: from a batch of contexts (B, *context_shape) to (B, *flow.context_shape); any network.
         context_shape: of one context, before the embedding; not necessarily a vector's.
     """
 
     def __init__(self, flow: Flow, embedding: nn.Module, context_shape: tuple[int, ...]) -> None:
-        super().__init__(flow.event_shape, math.prod(context_shape))
-        self.context_shape = tuple(context_shape)
+        super().__init__(flow.event_shape, context_shape=context_shape)
         self.flow = flow
         self.embedding = embedding
 
     def embed(self, context: Tensor) -> Tensor:
-        """Contexts (…, *context_shape) → (…, C), C columns as the flow wants them."""
+        """Contexts (…, *context_shape) → (…, *flow.context_shape), as the flow wants them."""
         batch = context.shape[: context.ndim - len(self.context_shape)]
         if context.shape[len(batch) :] != self.context_shape:
             wanted = ", ".join(map(str, self.context_shape))
             raise ValueError(f"context must have shape (…, {wanted}); got {tuple(context.shape)}")
-        return self.embedding(context.reshape(-1, *self.context_shape)).reshape(*batch, self.flow.context_dim)
+        return self.embedding(context.reshape(-1, *self.context_shape)).reshape(*batch, *self.flow.context_shape)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise: x (B, D), context (B, *context_shape), or one for all → z (B, D), logdet (B,)."""
+        """Data → noise: x (B, *event_shape), context (B, *context_shape), or one for all → z like x, logdet (B,)."""
         return self.flow(x, self._embedded(context))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: z (B, D), context (B, *context_shape), or one for all → x (B, D), logdet (B,)."""
+        """Noise → data: z (B, *event_shape), context (B, *context_shape), or one for all → x like z, logdet (B,)."""
         return self.flow.inverse(z, self._embedded(context))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:

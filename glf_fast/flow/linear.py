@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from glf_fast import ops
 from glf_fast.ops.checks import check_choice, check_shape
-from glf_fast.reference import permutation_matrix
 
 __all__ = ["LINEAR_TENSORS", "InvertibleLinear", "assemble"]
 
@@ -40,13 +39,28 @@ def assemble(
             tensors["permutation"], tensors["lower"], tensors["upper"], tensors["log_diag"], tensors["sign"],
             log_scale, bias, need_inverse=need_inverse,
         )  # fmt: skip
-    if linear == "dense":
-        W = tensors["weight"]
-        _, logabsdet, W_inv, _ = ops.slogdet_inverse(W)
+    if linear == "permutation":
+        return _permuted(tensors["permutation"], dtype, log_scale, bias, need_inverse)
+    W = tensors["weight"]
+    _, logabsdet, W_inv, _ = ops.slogdet_inverse(W)
+    return ops.fold_actnorm(W, W_inv if need_inverse else None, logabsdet, log_scale, bias)
+
+
+def _permuted(
+    permutation: Tensor, dtype: torch.dtype, log_scale: Tensor | None, bias: Tensor | None, need_inverse: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Those of yᵢ = ((x + b)·e^s)_perm(i): column i of A has one entry, in row perm(i). No product is needed."""
+    zeros = permutation.new_zeros(*permutation.shape, permutation.shape[-1], dtype=dtype)  # (…, D, D)
+    if log_scale is None or bias is None:
+        s = c = torch.zeros_like(permutation, dtype=dtype)
+        scale = s.exp()
     else:
-        W_inv = permutation_matrix(tensors["permutation"], dtype)
-        W, logabsdet = W_inv.mT, W_inv.new_zeros(W_inv.shape[:-2])
-    return ops.fold_actnorm(W, W_inv, logabsdet, log_scale, bias)
+        s = log_scale.gather(-1, permutation)
+        scale = s.exp()
+        c = bias.gather(-1, permutation) * scale
+    A = zeros.scatter(-2, permutation.unsqueeze(-2), scale.unsqueeze(-2))
+    A_inv = zeros.scatter(-1, permutation.unsqueeze(-1), torch.exp(-s).unsqueeze(-1)) if need_inverse else None
+    return A, A_inv, c, s.sum(-1)
 
 
 def _random_rotation(dim: int) -> Tensor:

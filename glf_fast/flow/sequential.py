@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.base import Flow
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.reference import log_normal
@@ -24,10 +25,18 @@ class SequentialFlow(Flow):
         layers: first to last in the direction data → noise.
         event_shape: shape of one sample, (D,) or (C, H, W).
         context_dim: columns of the context, handed to every layer; 0 for none.
+        context_shape: of one context, in place of `context_dim`, where it is not a vector.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], event_shape: tuple[int, ...], context_dim: int = 0) -> None:
-        super().__init__(event_shape, context_dim)
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        event_shape: tuple[int, ...],
+        context_dim: int = 0,
+        *,
+        context_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(event_shape, context_dim, context_shape=context_shape)
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -39,13 +48,13 @@ class SequentialFlow(Flow):
         return self._run(reversed(self.layers), z, context, inverse=True)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x) = log N(z; 0, I) + logdet in nats, (B,); the last layer adds the first where it is a flow that can."""
+        """log p(x) = log N(z; 0, I) + logdet in nats, (B,); the last layer adds the first where it can."""
         layers: list[nn.Module] = list(self.layers)
         # A CouplingFlow's own log_prob is one operation. Permutations behind it change nothing about N(0, I).
         while layers and isinstance(layers[-1], InvertibleLinear) and layers[-1].linear == "permutation":
             layers.pop()
         last = layers[-1] if layers else None
-        if not isinstance(last, Flow):
+        if not isinstance(last, Flow | ActNorm):
             z, logdet = self._run(iter(layers), x, context, inverse=False)
             return log_normal(z) + logdet
         x, logdet = self._run(iter(layers[:-1]), x, context, inverse=False)
@@ -56,8 +65,10 @@ class SequentialFlow(Flow):
     ) -> tuple[Tensor, Tensor]:
         self._check_event("z" if inverse else "x", x)
         context = self._expand_context(context, len(x))
-        logdet = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        logdet: Tensor | None = None
         for layer in layers:
             x, ldj = layer.inverse(x, context) if inverse else layer(x, context)  # type: ignore[operator]
-            logdet = logdet + ldj
+            logdet = ldj if logdet is None else logdet + ldj
+        if logdet is None:
+            logdet = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         return x, logdet

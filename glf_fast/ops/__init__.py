@@ -4,6 +4,7 @@ Every function has the signature and the meaning of its namesake in `glf_fast.re
 where no kernel does.
 """
 
+from glf_fast.ops.actnorm import actnorm_log_prob
 from glf_fast.ops.backends import backends, use_backend
 from glf_fast.ops.coupling import (
     affine_coupling,
@@ -16,6 +17,7 @@ from glf_fast.ops.identical import identical
 from glf_fast.ops.linear import fold_actnorm, invertible_linear, lu_factor, plu_assemble, slogdet_inverse
 
 __all__ = [
+    "actnorm_log_prob",
     "affine_coupling",
     "backends",
     "coupling_flow",

@@ -195,16 +195,17 @@ def backend_for(x: Tensor, *names: str) -> str:
         return "reference"
     if torch.autograd.forward_ad._current_level >= 0:
         return "reference"
-    if _backend == "triton" and "triton" in names and x.device.type == "cpu":
+    device, dtype = x.device.type, x.dtype
+    if _backend == "triton" and "triton" in names and device == "cpu":
         if not INTERPRETED:
             raise RuntimeError(
                 "backend 'triton' was asked for, and the tensors are on the processor: move them to a GPU, or set "
                 "TRITON_INTERPRET=1 before Python starts to interpret the kernels, slowly"
             )
-        return "triton" if x.dtype in (torch.float32, torch.float64) else "reference"
+        return "triton" if dtype in (torch.float32, torch.float64) else "reference"
     for name in names if _backend == "auto" else {_backend}.intersection(names):
         backend = BACKENDS[name]
-        if x.device.type == backend.device and x.dtype in backend.dtypes:
+        if device == backend.device and dtype in backend.dtypes:
             why, remedy = backend.missing, backend.remedy
             # torch.compile cannot trace the question, and learns it from the compiler.
             if not why and backend.device == "cuda" and not torch.compiler.is_compiling():

@@ -71,7 +71,7 @@ def check_state(name: str, tensor: Tensor, parameters: Tensor) -> Tensor:
         )
     if tensor.dtype != parameters.dtype and tensor.dtype.itemsize >= 4:
         raise TypeError(f"{name} is {tensor.dtype} but the flow is {parameters.dtype}: convert one of them with .to()")
-    return tensor.to(parameters.dtype)
+    return tensor if tensor.dtype == parameters.dtype else tensor.to(parameters.dtype)
 
 
 def check_device(named: Iterable[tuple[str, Tensor | None]], device: torch.device) -> None:

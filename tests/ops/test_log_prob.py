@@ -8,7 +8,7 @@ from flow_values import error, run_op, tensors
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from glf_fast import CouplingFlow, backends, ops, reference, use_backend
+from glf_fast import ActNorm, CouplingFlow, SequentialFlow, backends, ops, reference, use_backend
 from glf_fast.flow import InvertibleLinear
 from glf_fast.flow.coupling_flow import COUPLINGS
 
@@ -133,6 +133,38 @@ def test_log_prob_is_that_of_forward(linear: str, context_dim: int) -> None:
     normal = torch.distributions.Normal(0.0, 1.0)
     for a, b in zip(gradients(flow.log_prob(x, context)), gradients(normal.log_prob(z).sum(1) + logdet), strict=True):
         assert error(a, b) < 1e-5
+
+
+def test_density_behind_an_actnorm(backend: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    x, s, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 3), (3,), (3,)))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    want = normal.log_prob((x + b) * s.exp()).sum(1) + s.sum()
+    assert error(ops.actnorm_log_prob(x, s, b), want) < 1e-12
+    for wanted in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        inputs = tuple(t.detach().requires_grad_(want) for t, want in zip((x, s, b), wanted, strict=True))
+        assert gradcheck(ops.actnorm_log_prob, inputs) and gradgradcheck(ops.actnorm_log_prob, inputs)
+    jacobian = torch.func.jacrev(ops.actnorm_log_prob)(x, s, b)
+    assert error(jacobian.sum(0), torch.autograd.grad(want.sum(), x)[0]) < 1e-12
+    assert ops.actnorm_log_prob(x[:0], s, b).shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 2, 4)], ids=["vectors", "images"])
+def test_log_prob_of_a_flow_that_ends_in_an_actnorm(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    flow = SequentialFlow([InvertibleLinear(shape[0]), ActNorm(shape[0])], shape)
+    x = torch.randn(8, *shape)
+    flow.log_prob(x)  # starts the ActNorm
+    assert flow.layers[1].initialized and flow(x)[0].mean().abs() < 1e-5
+    z, logdet = flow(x + 0.5)
+    want = torch.distributions.Normal(0.0, 1.0).log_prob(z).flatten(1).sum(1) + logdet
+    found = flow.log_prob(x + 0.5)
+    assert error(found, want) < 1e-5
+    parameters = list(flow.parameters())
+    grads = (torch.autograd.grad(y.square().sum(), parameters, allow_unused=True) for y in (found, want))
+    for a, b in zip(*grads, strict=True):
+        assert a is b is None or error(a, b) < 1e-4
 
 
 @pytest.mark.parametrize("linear", ["plu", "dense"])

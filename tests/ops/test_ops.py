@@ -115,12 +115,15 @@ def test_affine_coupling_errors() -> None:
         glf_fast.CouplingFlow(4, log_scale="exp", log_scale_constant=2.0)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["differentiable", "not"])
 @pytest.mark.parametrize(
     ("index", "replacement", "message"),
     [
+        (0, torch.tensor(0.0).double(), r"x must have shape \(batch, dim\) = \(any, 3\); got \(\)"),
         (0, torch.zeros(2, 4, dtype=torch.float64), r"x must have shape \(batch, dim\) = \(any, 3\); got \(2, 4\)"),
         (1, torch.zeros(2, 3, 4, dtype=torch.float64), r"A must have shape \(steps, dim, dim\) = \(2, 4, 4\)"),
         (2, torch.zeros(3, 3, dtype=torch.float64), r"c must have shape \(steps, dim\) = \(2, 3\); got \(3, 3\)"),
+        (2, torch.zeros(1, 6, dtype=torch.float64), r"c must have shape \(steps, dim\) = \(2, 3\); got \(1, 6\)"),
         (3, torch.zeros(1, 1, dtype=torch.float64), r"context must have shape .* = \(2, any\); got \(1, 1\)"),
         (
             4,
@@ -133,13 +136,14 @@ def test_affine_coupling_errors() -> None:
             r"weights\[1\] must have shape \(steps, in, out\) = \(2, 4, 2\)",
         ),
         (7, torch.zeros(2, 3, dtype=torch.float64), r"biases\[1\] must have shape \(steps, out\) = \(2, 2\)"),
+        (7, torch.zeros(1, 4, dtype=torch.float64), r"biases\[1\] must have shape \(steps, out\) = \(2, 2\)"),
     ],
 )
-def test_coupling_flow_errors(index: int, replacement: Tensor, message: str) -> None:
+def test_coupling_flow_errors(index: int, replacement: Tensor, message: str, grad: bool) -> None:
     tensors = flow_tensors()
     tensors[index] = replacement
     x, A, c, context, *layers = tensors
-    with pytest.raises(ValueError, match=message):
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
         ops.coupling_flow(x, A, c, layers[0::2], layers[1::2], context)
 
 
@@ -156,6 +160,29 @@ def test_errors_of_two_networks_and_additive_couplings() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ops.coupling_flow(x, A, c, weights, biases)
+
+
+@torch.no_grad()
+def test_without_gradients_whatever_fits_is_taken_and_nothing_else() -> None:
+    x, A, c, context, *layers = (t.detach().float() for t in flow_tensors())
+    weights, biases = layers[0::2], layers[1::2]
+    expected = ops.coupling_flow(x, A, c, weights, biases, context)[0]
+    for index in range(len(weights)):
+        strided = [*weights]
+        strided[index] = weights[index].mT.contiguous().mT
+        assert torch.equal(ops.coupling_flow(x, A, c, strided, biases, context)[0], expected)
+    assert torch.equal(ops.coupling_flow(x.T.contiguous().T, A, c, weights, biases, context)[0], expected)
+    half = ops.coupling_flow(x.bfloat16(), A, c, weights, biases, context)[0]
+    assert half.dtype == torch.float32 and torch.equal(
+        half, ops.coupling_flow(x.bfloat16().float(), A, c, weights, biases, context)[0]
+    )
+    for wrong in (
+        (x.double(), context, weights),
+        (x, context.double(), weights),
+        (x, context, [w.double() for w in weights]),
+    ):
+        with pytest.raises(TypeError, match=r"torch\.float64.*convert one of them"):
+            ops.coupling_flow(wrong[0], A, c, wrong[2], biases, wrong[1])
 
 
 def test_linear_errors() -> None:

@@ -83,7 +83,7 @@ def _check_reading(flow: nn.Module, reading: Reading, *, tolerance: float = 1e-9
     parameters = [p for p in flow.parameters() if p.requires_grad]
     context = None if not reading.context_shape else torch.randn(16, *reading.context_shape).double()
     for scale in (0.3, 1.0, 3.0):
-        x = (scale * torch.randn(16, reading.dim).double()).requires_grad_()
+        x = (scale * torch.randn(16, *reading.event_shape).double()).requires_grad_()
         ours, theirs = oracle.log_prob(x, context), reading.log_prob(x, context)
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
         weight = torch.randn(16).double()
@@ -97,7 +97,7 @@ def _check_reading(flow: nn.Module, reading: Reading, *, tolerance: float = 1e-9
             else:
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.abs().max())))
     with torch.no_grad():
-        z = torch.randn(16, reading.dim).double()
+        z = torch.randn(16, *reading.event_shape).double()
         x, logdet = oracle.inverse(z, context)
         if reading.inverse is not None:
             torch.testing.assert_close(x, reading.inverse(z, context), rtol=tolerance, atol=tolerance)
@@ -110,13 +110,13 @@ def _check_reading(flow: nn.Module, reading: Reading, *, tolerance: float = 1e-9
 def _check_fused(flow: nn.Module, reading: Reading, *, tolerance: float = 1e-8) -> Flow:
     """The fused flow's log_prob, inverse, and its gradients taken back to the library's parameters, in float64."""
     context_dim = sum(reading.context_shape)
-    fused, sources = fuse(reading.layers, reading.dim, context_dim)
+    fused, sources = fuse(reading.layers, reading.event_shape, (context_dim,) if context_dim else ())
     context = torch.randn(16, context_dim).double() if context_dim else None
-    x, weight = torch.randn(16, reading.dim).double().requires_grad_(), torch.randn(16).double()
+    x, weight = torch.randn(16, *reading.event_shape).double().requires_grad_(), torch.randn(16).double()
     ours, theirs = fused.log_prob(x, context), reading.log_prob(x, context)
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     with torch.no_grad():
-        z = torch.randn(16, reading.dim).double()
+        z = torch.randn(16, *reading.event_shape).double()
         expected = Oracle(reading.layers).inverse(z, context)
         for got, want in zip(fused.inverse(z, context), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)

@@ -77,7 +77,7 @@ def test_reading_is_the_flow(name, dim, check_reading, randomize):
         reading = read(flow)
         # Composite's own log-determinant is float32: compare with the same layers in a flat list.
         flow = nf.NormalizingFlow(flow.q0, [layers[0], *layers[1]._flows])
-        check_reading(flow, type(reading)(reading.layers, dim, read(flow).log_prob, read(flow).inverse))
+        check_reading(flow, type(reading)(reading.layers, (dim,), read(flow).log_prob, read(flow).inverse))
         return
     flow = randomize(nf.NormalizingFlow(diag(dim), layers))
     reading = read(flow)

@@ -1,0 +1,234 @@
+"""normflows on images, converted: every coupling, 1 × 1 convolution and base; multi-scale flows accelerated in place."""
+
+import copy
+
+import normflows as nf
+import pytest
+import torch
+
+from glf_fast import accelerate, convert
+from glf_fast.conversion import ConversionError
+from glf_fast.conversion.images import normflows as reader
+from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # called by normflows
+
+
+@pytest.fixture
+def library(ImageLibrary):
+    def inverse(flow, z, context):
+        base = flow.q0
+        z = z.reshape(-1, *base.shape)
+        if isinstance(base, nf.distributions.GlowBase):
+            mean, log_scale = (
+                base.loc * torch.exp(3 * base.loc_logs),
+                base.log_scale * torch.exp(3 * base.log_scale_logs),
+            )
+        else:
+            mean, log_scale = base.loc, base.log_scale
+        return flow(mean + log_scale.exp() * z)
+
+    return ImageLibrary(lambda flow, x, context: flow.log_prob(x), inverse)
+
+
+def block(C, net, scale=True, scale_map="exp", split_mode="channel"):
+    passive = C - C // 2 if split_mode == "channel" else C // 2
+    outputs = (C - passive) * (2 if scale else 1)
+    return nf.flows.AffineCouplingBlock(net(passive, outputs), scale, scale_map, split_mode)
+
+
+STEPS = {
+    "exp": lambda C, net: [block(C, net), nf.flows.Permute(C, "swap")],
+    "sigmoid": lambda C, net: [block(C, net, scale_map="sigmoid"), nf.flows.Permute(C, "shuffle")],
+    "sigmoid_inv": lambda C, net: [block(C, net, scale_map="sigmoid_inv"), nf.flows.Permute(C, "shuffle")],
+    "both halves": lambda C, net: [block(C, net), block(C, net, split_mode="channel_inv")],
+    "additive": lambda C, net: [block(C, net, scale=False), block(C, net, False, split_mode="channel_inv")],
+    "Glow": lambda C, net: [nf.flows.GlowBlock(C, 6)],
+    "Glow, free matrix": lambda C, net: [nf.flows.GlowBlock(C, 6, split_mode="channel_inv", use_lu=False, leaky=0.1)],
+    "convolution": lambda C, net: [block(C, net), nf.flows.Invertible1x1Conv(C, True)],
+    "constants": lambda C, net: [block(C, net, scale_map="sigmoid"), nf.flows.AffineConstFlow((C, 1, 1))],
+}
+
+
+def flow_of(step, shape, net, base=nf.distributions.DiagGaussian):
+    layers = [layer for _ in range(3) for layer in STEPS[step](shape[0], net)]
+    flow = nf.NormalizingFlow(base(shape), layers)
+    flow.log_prob(1 + 2 * torch.randn(20, *shape))  # ActNorms start
+    return flow
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (6, 4, 2), (5, 3, 5)])
+@pytest.mark.parametrize("step", STEPS)
+def test_every_layer(step, shape, prove_images, library, shake, conv_net):
+    flow = shake(flow_of(step, shape, conv_net))
+    converted = prove_images(library, flow, shape)
+    couplings = sum(isinstance(module, ChannelCoupling) for module in converted.modules())
+    assert couplings == (6 if step in ("both halves", "additive") else 3)
+    if step.startswith("Glow"):  # ActNorm and convolution are one product
+        assert sum(isinstance(module, ChannelMap) for module in converted.modules()) == 3
+
+
+@pytest.mark.parametrize("base", ["glow", "fixed", "trained"])
+def test_bases_and_squeezes(base, prove_images, library, shake, conv_net):
+    """The noise is a squeezed image; ours has the data's shape."""
+    kinds = {
+        "glow": nf.distributions.GlowBase,
+        "fixed": lambda shape: nf.distributions.DiagGaussian(shape, trainable=False),
+        "trained": nf.distributions.DiagGaussian,
+    }
+    layers = [block(8, conv_net), nf.flows.Squeeze(), nf.flows.GlowBlock(2, 6), nf.flows.Invertible1x1Conv(2)]
+    flow = nf.NormalizingFlow(kinds[base]((8, 2, 3)), layers)
+    flow.log_prob(torch.randn(20, 2, 4, 6))
+    converted = prove_images(library, shake(flow), (2, 4, 6))
+    assert converted.sample(3).shape == (3, 2, 4, 6)
+
+
+def test_trained_checkpoint(tmp_path, prove_images, library, conv_net):
+    """Trained and saved by the library, loaded into a fresh flow, then converted."""
+    flow = flow_of("Glow", (4, 4, 4), conv_net)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    x = torch.randn(64, 4, 4, 4).cumsum(1)
+    for _ in range(15):
+        optimizer.zero_grad()
+        flow.forward_kld(x).backward()
+        optimizer.step()
+    flow.save(tmp_path / "flow.pt")
+    loaded = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 4, 4)), [nf.flows.GlowBlock(4, 6) for _ in range(3)])
+    loaded.load(tmp_path / "flow.pt")
+    converted = prove_images(library, loaded, (4, 4, 4))
+    torch.testing.assert_close(-converted.log_prob(x).mean(), flow.forward_kld(x))
+
+
+def test_training_takes_the_same_path(conv_net, shake):
+    """Without 1 × 1 convolutions the parameters are the library's: SGD makes the same steps."""
+    layers = [layer for _ in range(2) for layer in (block(4, conv_net), nf.flows.Permute(4, "shuffle"))]
+    flow = shake(nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 5)), layers)).double()
+    converted = convert(flow)
+    x = torch.randn(40, 4, 3, 5).double()
+    for model in (flow, converted):
+        optimizer = torch.optim.SGD(model.parameters(), 0.003, momentum=0.9)
+        for _ in range(10):
+            optimizer.zero_grad()
+            (-model.log_prob(x).mean()).backward()
+            optimizer.step()
+    torch.testing.assert_close(converted.log_prob(x), flow.log_prob(x), rtol=1e-9, atol=1e-9)
+
+
+def multiscale(class_cond):
+    """Two levels of two blocks on images (3, 16, 8)."""
+    base = (
+        (lambda shape: nf.distributions.ClassCondDiagGaussian(shape, 4))
+        if class_cond
+        else nf.distributions.GlowBase
+    )  # fmt: skip
+    flows = [
+        [nf.flows.GlowBlock(C, 6, net_actnorm=class_cond) for _ in range(2)] + [nf.flows.Squeeze()] for C in (24, 12)
+    ]
+    flow = nf.MultiscaleFlow([base((24, 4, 2)), base((6, 8, 4))], flows, [nf.flows.Merge()], class_cond=class_cond)
+    return flow
+
+
+@pytest.mark.parametrize("class_cond", [False, True])
+def test_multiscale_in_place(class_cond, accelerated, shake):
+    flow = multiscale(class_cond)
+    x, y = torch.randn(8, 3, 16, 8), torch.randint(4, (8,)) if class_cond else None
+    flow.log_prob(x, y)
+    flow, original, report = accelerated(shake(flow, 0.05))
+    assert [(r.couplings, r.flows, r.affine) for r in report.replaced] == [(2, 2, 2), (2, 2, 2)]
+    assert "2 ChannelCoupling + 2 affine" in str(report) and "Squeeze" in str(report)
+    assert type(flow) is nf.MultiscaleFlow and [len(level) for level in flow.flows] == [2, 2]
+    wanted = original.log_prob(x.double(), y).float()
+    torch.testing.assert_close(flow.log_prob(x, y), wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(flow.forward_kld(x, y), -wanted.mean(), rtol=1e-4, atol=1e-3)
+    latents, logdet = flow.inverse_and_log_det(x)
+    for got, want in zip(latents, original.inverse_and_log_det(x.double())[0], strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+    image, back = flow.forward_and_log_det(latents)
+    torch.testing.assert_close(image, x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(back, -logdet, rtol=1e-4, atol=1e-3)
+    assert flow.sample(3, y=None if y is None else y[:3])[0].shape == (3, 3, 16, 8)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-3)
+    before = [p.clone() for p in flow.parameters()]
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = flow.forward_kld(x, y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(p, q) for p, q in zip(flow.parameters(), before, strict=True))
+    assert not accelerate(flow)  # fused before
+
+
+class Fixed(torch.nn.Module):
+    """A network that only takes images of one size."""
+
+    def __init__(self, n_in, n_out, pixels):
+        super().__init__()
+        self.layer, self.n_out = torch.nn.Linear(n_in * pixels, n_out * pixels), n_out
+
+    def forward(self, x):
+        return self.layer(x.flatten(1)).view(len(x), self.n_out, *x.shape[2:]).tanh()
+
+
+def test_networks_of_one_size_are_compared_on_that(accelerated):
+    flow = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian((2, 12, 10)), [block(2, lambda a, b: Fixed(a, b, 120)) for _ in range(2)]
+    )
+    x = torch.randn(5, 2, 12, 10)
+    flow, original, report = accelerated(flow)
+    assert report.replaced[0].couplings == 2
+    torch.testing.assert_close(flow.log_prob(x), original.log_prob(x.double()).float(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda net: multiscale(False), "MultiscaleFlow.*accelerate"),
+        (
+            lambda net: nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 2, 2)), [nf.flows.GlowBlock(4, 3)]),
+            "initialised",
+        ),
+        (
+            lambda net: nf.NormalizingFlow(nf.distributions.ClassCondDiagGaussian((4, 2, 2), 3), [block(4, net)]),
+            r"q0 \(ClassCondDiagGaussian\)",
+        ),
+        (
+            lambda net: nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 2, 2)), [nf.flows.Permute(4)]),
+            "no coupling that can be fused",
+        ),
+        (
+            lambda net: nf.NormalizingFlow(
+                nf.distributions.DiagGaussian((4, 2, 2)),
+                [nf.flows.AffineCouplingBlock(net(4, 8), split_mode="checkerboard")],
+            ),
+            r"flows\.0 \(AffineCouplingBlock\): split_mode 'checkerboard' does not split channels",
+        ),
+    ],
+)
+def test_refusals(make, message, conv_net):
+    with pytest.raises(ConversionError, match=message):
+        convert(make(conv_net))
+
+
+def test_constants_for_each_pixel_stay(conv_net, shake):
+    layers = [block(4, conv_net), nf.flows.AffineConstFlow((4, 3, 3)), block(4, conv_net)]
+    flow = shake(nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 3)), layers))
+    report = accelerate(copy.deepcopy(flow))
+    assert [r.couplings for r in report.replaced] == [1, 1]
+    assert "its shape (4, 3, 3) is not one number for each of 4 channels" in str(report)
+
+
+@pytest.mark.parametrize("scale_map", ["sigmoid", "exp"])
+def test_a_wrong_formula_is_not_returned(scale_map, monkeypatch):
+    """Fresh networks end in zeros, where tanh(u) is u: the comparison must look elsewhere, too."""
+    blocks = [nf.flows.GlowBlock(4, 6, scale_map=scale_map) for _ in range(2)]
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 3)), blocks)
+    flow.log_prob(torch.randn(9, 4, 3, 3))
+    convert(flow)
+    misread = {"sigmoid": ("glow", 1.9, False), "exp": ("tanh", 1.0, True)}[scale_map]
+    monkeypatch.setitem(reader._SCALE_MAPS, scale_map, misread)
+    assert not accelerate(copy.deepcopy(flow))
+    with pytest.raises(ConversionError, match="differs"):
+        convert(flow)
