@@ -14,7 +14,7 @@ from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images import on_images
 from glf_fast.conversion.layers import Coupling, Kept, NetworkCoupling
-from glf_fast.conversion.reading import ConversionError, Reading, lost_in_training
+from glf_fast.conversion.reading import ConversionError, Reading, check_precision, lost_in_training
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Embedded, Flow
 
@@ -66,6 +66,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     if context is not None and (context.ndim < 2 or not len(context)):
         raise ValueError(f"context must be an example of shape (batch, …); got {tuple(context.shape)}")
     like = next((p for p in flow.parameters()), torch.empty(0, device="cpu"))
+    check_precision(like.dtype)
 
     def build(original: nn.Module) -> tuple[Reading, Flow, Sources]:
         reading = reader.read(original, like.device.type)

@@ -15,6 +15,7 @@ from glf_fast.conversion.padding import check_padding
 __all__ = [
     "ConversionError",
     "Reading",
+    "check_precision",
     "check_vectors",
     "context_features",
     "lost_in_training",
@@ -124,6 +125,15 @@ def check_vectors(what: str, shape: tuple[int, ...]) -> None:
     """Raise ConversionError unless one sample of that shape is a vector."""
     if len(shape) != 1:
         raise ConversionError(f"{what} works on samples of shape {shape}: vectors and images (C, H, W) are covered")
+
+
+def check_precision(dtype: torch.dtype) -> None:
+    """Raise ConversionError unless a flow may have that dtype."""
+    if dtype not in (torch.float32, torch.float64):
+        raise ConversionError(
+            f"its parameters are {dtype}: keep the flow in float32 and run it under torch.autocast, which uses low precision "
+            "where it is safe"
+        )
 
 
 def context_features(modules: Iterable[nn.Module]) -> int:

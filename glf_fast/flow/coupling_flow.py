@@ -157,6 +157,7 @@ class CouplingFlow(Flow):
             and not ((self.training or graded) and any(t.requires_grad for t in tensors))
             and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
             and torch.autograd.forward_ad._current_level < 0
+            and not (torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing())  # fake tensors, symbols
         )
         kept = self._assembled  # once: another thread may replace it meanwhile
         if remember and kept is not None and ops.identical(tensors, kept[0]):
@@ -182,12 +183,18 @@ class CouplingFlow(Flow):
     def _mlp(self) -> tuple[list[Tensor], list[Tensor]]:
         # Iterating over a ParameterList builds every name anew, which shows at B = 1, as does nn.Module's way to the list.
         modules: dict[str, Any] = self._modules
-        weights: list[Tensor] = list(modules["mlp_weights"]._parameters.values())
-        biases: list[Tensor] = list(modules["mlp_biases"]._parameters.values())
+        weights = self._each(modules["mlp_weights"])
+        biases = self._each(modules["mlp_biases"])
         if self._holds:
             weights = [self._effective(f"mlp_weights_{i}", weight) for i, weight in enumerate(weights)]
             biases = [self._effective(f"mlp_biases_{i}", bias) for i, bias in enumerate(biases)]
         return weights, biases
+
+    def _each(self, parameters: nn.ParameterList) -> list[Tensor]:
+        own: dict[str, Tensor] = parameters._parameters  # type: ignore[assignment]
+        if tuple(own) == self._layer_names:
+            return list(own.values())
+        return [parameters[i] for i in range(len(self._layer_names))]  # pruned or parametrized
 
     def _own(self, name: str) -> Tensor:
         """A parameter or buffer, held entries at their values. nn.Module's own way to it takes 0.6 µs, seven times a call."""
@@ -276,6 +283,7 @@ class CouplingFlow(Flow):
                     self.register_buffer(f"linear_{name}", stacked)
             # nn.Linear keeps (out, in); stacked weights are (K, in, out), multiplied from the right like A, or (K, 2, in, out).
             self.mlp_weights, self.mlp_biases = nn.ParameterList(), nn.ParameterList()
+            self._layer_names = tuple(str(i) for i in range(len(networks[0])))
             for linears_of_steps in zip(*networks, strict=True):
                 weight = torch.stack([torch.stack([linear.weight.T for linear in step]) for step in linears_of_steps])
                 bias = torch.stack([torch.stack([linear.bias for linear in step]) for step in linears_of_steps])
