@@ -65,7 +65,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     reader = import_module(f"glf_fast.conversion.{'images.' if on_images(flow) else ''}{library}")
     if context is not None and (context.ndim < 2 or not len(context)):
         raise ValueError(f"context must be an example of shape (batch, …); got {tuple(context.shape)}")
-    like = next((p for p in flow.parameters()), torch.empty(0, device="cpu"))
+    like = next((p for p in flow.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     check_precision(like.dtype)
 
     def build(original: nn.Module) -> tuple[Reading, Flow, Sources]:

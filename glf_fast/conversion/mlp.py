@@ -245,6 +245,8 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
         graph = tracer.trace(module)
     except Exception as error:  # whatever a user's forward does with a proxy
         raise Unfusable(f"{name}'s forward cannot be followed ({type(error).__name__})") from error
+    if _operations(graph) != _operations(_in_other_mode(module, tracer)):
+        raise Unfusable(f"{name} does something else in {'eval' if module.training else 'training'} mode")
     modules = dict(module.named_modules())
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     node = _concatenated(inputs)
@@ -270,6 +272,22 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
             yield _METHODS[str(node.target)]
         else:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
+
+
+def _in_other_mode(module: nn.Module, tracer: fx.Tracer) -> fx.Graph | None:
+    """What it does in training mode, if it is in eval mode, and the other way round; None where that cannot be followed."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        return tracer.trace(module.train(not module.training))
+    except Exception:
+        return None
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _operations(graph: fx.Graph | None) -> list[str] | None:
+    return None if graph is None else [f"{node.op} {node.target}" for node in graph.nodes]
 
 
 def _functional_dropout(x: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -168,6 +168,15 @@ class CouplingFlow(Flow):
         assembled = (A, A_inv, c, logabsdets.sum())
         self._assembled = ([t.clone() for t in tensors], assembled) if remember else None
         return assembled
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CouplingFlow:
+        super()._apply(fn, recurse)
+        for (
+            weight
+        ) in self.mlp_weights:  # (K, 2, in, out) is no image, whatever memory_format a whole model is turned to
+            if not weight.is_contiguous():
+                weight.data = weight.data.contiguous()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_assembled": None}
@@ -410,7 +419,7 @@ def _networks(coupling: AffineCoupling) -> list[MLP]:
     if not isinstance(conditioner, SeparateNetworks):
         return [conditioner] if isinstance(conditioner, MLP) else []
     u, t = conditioner.u, conditioner.t
-    if coupling.additive or not (isinstance(u, MLP) and isinstance(t, MLP)) or str(u) != str(t):
+    if coupling.additive or not (isinstance(u, MLP) and isinstance(t, MLP)) or str(u) != str(t) or u is t:
         return []
     return [u, t]
 

@@ -117,6 +117,22 @@ def test_a_layer_used_twice_and_hooks_are_refused() -> None:
         read_mlp(network)
 
 
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = sequential(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x + torch.randn_like(x) if self.training else x)
+
+
+def test_networks_that_do_something_else_in_training_mode_are_refused() -> None:
+    noisy = Noisy().eval()
+    with pytest.raises(Unfusable, match="Noisy does something else in training mode"):
+        read_mlp(noisy)
+    assert not any(part.training for part in noisy.modules())
+
+
 def test_selecting_and_joining() -> None:
     torch.manual_seed(0)
     u, t = sequential(nn.Tanh(), widths=(5, 4, 3)).double(), sequential(nn.Tanh(), widths=(5, 7, 3)).double()

@@ -249,6 +249,9 @@ def test_from_layers_names_the_layer_that_does_not_fit() -> None:
     unequal = SeparateNetworks(MLP(2, [8], 2), MLP(2, [9], 2))
     with pytest.raises(ValueError, match=r"layer 2 has a SeparateNetworks as conditioner; .* an MLP or two equal ones"):
         stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, unequal))
+    shared = MLP(2, [8], 2)
+    with pytest.raises(ValueError, match="layer 2 has a SeparateNetworks as conditioner"):
+        stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, SeparateNetworks(shared, shared)))
     with pytest.raises(ValueError, match="step 1 has log_scale='glow' but step 0 has 'tanh'"):
         stack(*step(), *step(log_scale="glow"))
     with pytest.raises(ValueError, match="4 layers cannot be split into equal steps of 3"):
@@ -423,3 +426,8 @@ def test_second_derivatives_of_both_directions(coupling: str) -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     for run in (flow, flow.inverse):
         assert torch.autograd.gradgradcheck(lambda x, run=run: run(x), (x,))
+
+
+def test_the_memory_format_of_images_means_nothing_to_a_flow() -> None:
+    flow = CouplingFlow(4, 2, (4, 4), coupling="separate").to(memory_format=torch.channels_last)
+    assert all(p.is_contiguous() for p in flow.parameters())
