@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, FixedLinear, OnChannels
 from glf_fast.conversion.layers import Coupling, Kept, Layer, NetworkCoupling, Unfusable
 from glf_fast.conversion.places import Place, Replacement, Shape, is_layer, places_of
-from glf_fast.conversion.reading import ConversionError, Reading, check_precision, lost_in_training, read_parts
+from glf_fast.conversion.reading import ConversionError, Reading, check_precision, copied, lost_in_training, read_parts
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
 from glf_fast.reference import log_normal
@@ -229,10 +228,7 @@ def _fused(place: Place, start: int, stop: int) -> Flow | OnChannels:
     modules = [module for _, module in place.named[start:stop]]
     like = next(p for module in modules for p in module.parameters() if p.is_floating_point())
     check_precision(like.dtype)
-    try:
-        copies = copy.deepcopy(nn.ModuleList(modules)).cpu().double().eval()
-    except RuntimeError as error:  # modules that keep a tensor of their last call, with its graph
-        raise Unfusable(f"cannot be copied to compare with ({error})") from error
+    copies = copied(nn.ModuleList(modules)).cpu().double().eval()
     for module in copies.modules():
         if hasattr(module, "using_cache"):
             module.using_cache = False  # type: ignore[assignment]  # what it holds is of the original, in another dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -18,6 +19,7 @@ __all__ = [
     "check_precision",
     "check_vectors",
     "context_features",
+    "copied",
     "lost_in_training",
     "networks",
     "parameters_of",
@@ -125,6 +127,24 @@ def check_vectors(what: str, shape: tuple[int, ...]) -> None:
     """Raise ConversionError unless one sample of that shape is a vector."""
     if len(shape) != 1:
         raise ConversionError(f"{what} works on samples of shape {shape}: vectors and images (C, H, W) are covered")
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy. Tensors with a graph behind them, which caches and weight norm keep in modules, are copied without it.
+
+    Raises ConversionError for one that cannot be copied all the same.
+    """
+    memo: dict[int, Tensor] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            held = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, nn.Module) else ()
+            for tensor in (value, *held):
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(module, memo)
+    except RuntimeError as error:
+        raise ConversionError(f"cannot be copied to compare with ({error})") from error
 
 
 def check_precision(dtype: torch.dtype) -> None:
