@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glf_fast import ops
 from glf_fast.flow import ActNorm, InvertibleLinear
-from glf_fast.flow.linear import assemble
+from glf_fast.flow.linear import LINEAR_TENSORS, assemble
 
 __all__ = ["ChannelCoupling", "ChannelMap", "FixedLinear", "OnChannels"]
 
@@ -60,7 +60,8 @@ class ChannelCoupling(nn.Module):
             p, v = x.split([self.passive, self.transformed], 1)
         u, t = self.network(p, context)
         if u is None:
-            w, logdet = v - t if inverse else v + t, x.new_zeros(len(x))
+            w = v - t if inverse else v + t
+            logdet = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         else:
             w, logdet = ops.affine_coupling(
                 v, u, t, log_scale=self.log_scale, log_scale_constant=self.log_scale_constant,
@@ -97,10 +98,6 @@ class FixedLinear(nn.Module):
         offset = self.weight.new_zeros(len(self.weight))
         return ops.invertible_linear(z, self.weight_inverse, offset, self.logabsdet, inverse=True)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The buffers by name."""
-        return {"weight": self.weight, "weight_inverse": self.weight_inverse, "logabsdet": self.logabsdet}
-
 
 class ChannelMap(nn.Module):
     """An ActNorm and the 1 × 1 convolution behind it, which `OnChannels` applies as one product: ((x + b)·e^s) W."""
@@ -122,21 +119,27 @@ def _assembled(
     logabsdets: list[Tensor] = []
     for kind in sorted({map_.linear.linear for map_ in maps}):
         alike = [map_ for map_ in maps if map_.linear.linear == kind]
-        log_scale = torch.stack([map_.actnorm.log_scale for map_ in alike])
-        bias = torch.stack([map_.actnorm.bias for map_ in alike])
-        each = [map_.linear.tensors() for map_ in alike]
-        tensors = {name: torch.stack([own[name] for own in each]) for name in each[0]}
-        if kind == "fixed":
-            W_inv = tensors["weight_inverse"] if inverse else None
-            found = ops.fold_actnorm(tensors["weight"], W_inv, tensors["logabsdet"], log_scale, bias)
-        else:
-            found = assemble(kind, tensors, log_scale.dtype, log_scale, bias, need_inverse=inverse)
-        A, A_inv, c, logabsdet = found
+        A, A_inv, c, logabsdet = _alike(kind, alike, inverse=inverse)
         matrices = A_inv if inverse else A
         assert matrices is not None
         assembled |= zip(alike, zip(matrices.unbind(), c.unbind(), strict=True), strict=True)
         logabsdets.append(logabsdet.sum())
     return assembled, logabsdets
+
+
+def _alike(kind: str, maps: Sequence[ChannelMap], *, inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """A (K, C, C), A⁻¹ if `inverse`, c (K, C) and log|det A| (K,) of K maps of one kind."""
+    actnorms, linears = [map_.actnorm for map_ in maps], [map_.linear for map_ in maps]
+    log_scale, bias = _stacked(actnorms, "log_scale"), _stacked(actnorms, "bias")
+    if kind == "fixed":
+        W_inv = _stacked(linears, "weight_inverse") if inverse else None
+        return ops.fold_actnorm(_stacked(linears, "weight"), W_inv, _stacked(linears, "logabsdet"), log_scale, bias)
+    tensors = {name: _stacked(linears, name) for name in LINEAR_TENSORS[kind]}
+    return assemble(kind, tensors, log_scale.dtype, log_scale, bias, need_inverse=inverse)
+
+
+def _stacked(modules: Sequence[nn.Module], name: str) -> Tensor:
+    return torch.stack([getattr(module, name) for module in modules])
 
 
 class OnChannels(nn.Module):
