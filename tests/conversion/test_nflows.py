@@ -322,7 +322,10 @@ def test_random_compositions(seed: int) -> None:
 
 
 def test_caches_that_hold_graphs_do_not_hinder() -> None:
-    layers = [T.LULinear(4, using_cache=True), T.AffineCouplingTransform(torch.tensor([1, 0, 1, 0]), lambda i, o: Net(i, o, (8,), nn.Tanh()))]
+    layers = [
+        T.LULinear(4, using_cache=True),
+        T.AffineCouplingTransform(torch.tensor([1, 0, 1, 0]), lambda i, o: Net(i, o, (8,), nn.Tanh())),
+    ]
     original = Flow(T.CompositeTransform(layers), StandardNormal([4])).eval()
     x = torch.randn(5, 4)
     wanted = original.log_prob(x)  # the cache keeps the inverse, and how it was made
