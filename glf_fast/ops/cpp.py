@@ -114,7 +114,9 @@ def _channels_last(x: Tensor) -> bool:
 def _samples(x: Tensor, channels_last: bool) -> Tensor:
     """(B, n), or (B, pixels, channels); only the last dimension is in one piece: halves of a split are not copied."""
     x = x.flatten(2).mT if channels_last else x.flatten(1)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # an empty x calls itself contiguous, with any strides
 
 
 def _image(samples: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
