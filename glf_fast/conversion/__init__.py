@@ -14,7 +14,7 @@ from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images import on_images
 from glf_fast.conversion.layers import Coupling, Kept, NetworkCoupling
-from glf_fast.conversion.reading import ConversionError, Reading, lost_in_training
+from glf_fast.conversion.reading import ConversionError, Reading, check_precision, copied, lost_in_training
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Embedded, Flow
 
@@ -65,7 +65,8 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     reader = import_module(f"glf_fast.conversion.{'images.' if on_images(flow) else ''}{library}")
     if context is not None and (context.ndim < 2 or not len(context)):
         raise ValueError(f"context must be an example of shape (batch, …); got {tuple(context.shape)}")
-    like = next((p for p in flow.parameters()), torch.empty(0, device="cpu"))
+    like = next((p for p in flow.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+    check_precision(like.dtype)
 
     def build(original: nn.Module) -> tuple[Reading, Flow, Sources]:
         reading = reader.read(original, like.device.type)
@@ -75,10 +76,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
         return reading, *_converted(type(flow).__name__, original, reading)
 
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-        try:
-            original = copy.deepcopy(flow).to("cpu", torch.float64)
-        except RuntimeError as error:  # a cache of tensors that are not leaves
-            raise ConversionError(f"this {type(flow).__name__} cannot be copied: {error}") from error
+        original = copied(flow).to("cpu", torch.float64)
         modes = [(module, module.training) for module in original.modules()]
         reading, converted = proven(original, build)
         lost = lost_in_training(reading.layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, FixedLinear, OnChannels
 from glf_fast.conversion.layers import Coupling, Kept, Layer, NetworkCoupling, Unfusable
 from glf_fast.conversion.places import Place, Replacement, Shape, is_layer, places_of
-from glf_fast.conversion.reading import ConversionError, Reading, lost_in_training, read_parts
+from glf_fast.conversion.reading import ConversionError, Reading, check_precision, copied, lost_in_training, read_parts
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
 from glf_fast.reference import log_normal
@@ -96,7 +95,8 @@ def accelerate(model: nn.Module) -> Report:
     Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: make
     the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict are
     others. A layer whose parameters, or which itself, is used elsewhere in the model, too, stays as it is. Code that has the
-    layers in a plain list of its own, though, goes on with the old ones: walk the flow's.
+    layers in a plain list of its own, though, goes on with the old ones: walk the flow's. Values between the layers of a
+    replaced run, as FrEIA's `intermediate_outputs` gives them, are no longer there.
 
     Args:
         model: any module: a flow, or a model with flows in it. Changed in place. Of an sbi posterior give its
@@ -226,10 +226,9 @@ def _fused(place: Place, start: int, stop: int) -> Flow | OnChannels:
     A network that stays is the original itself, with its parameters, buffers, hooks and modes.
     """
     modules = [module for _, module in place.named[start:stop]]
-    try:
-        copies = copy.deepcopy(nn.ModuleList(modules)).cpu().double().eval()
-    except RuntimeError as error:  # modules that keep a tensor of their last call, with its graph
-        raise Unfusable(f"cannot be copied to compare with ({error})") from error
+    like = next(p for module in modules for p in module.parameters() if p.is_floating_point())
+    check_precision(like.dtype)
+    copies = copied(nn.ModuleList(modules)).cpu().double().eval()
     for module in copies.modules():
         if hasattr(module, "using_cache"):
             module.using_cache = False  # type: ignore[assignment]  # what it holds is of the original, in another dtype
@@ -269,7 +268,6 @@ def _fused(place: Place, start: int, stop: int) -> Flow | OnChannels:
             break
     else:
         _, fused = proven(copies, partial(build, own))
-    like = next(p for module in modules for p in module.parameters() if p.is_floating_point())
     fused = fused.to(like.device, like.dtype).train(modules[0].training)
     _restore(fused, dict(zip(copies.modules(), nn.ModuleList(modules).modules(), strict=True)))
     # What says no shape takes any number of pixels.

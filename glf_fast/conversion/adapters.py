@@ -140,7 +140,7 @@ class _Given(Transform):
     def _run(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         batch, context = x.shape[:-1], self.context
         if context is not None:
-            context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
+            context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
         direction: Any = self.flow.inverse if inverse else self.flow
         y, logdet = direction(x.reshape(-1, x.shape[-1]), context)
-        return y.reshape(*batch, -1), logdet.reshape(batch)
+        return y.reshape(*batch, y.shape[-1]), logdet.reshape(batch)

@@ -326,15 +326,15 @@ def _coupling(passive: Tensor, transformed: Tensor, net: Conditioner, module: An
 
 
 def _widened(net: Conditioner, passive: int, seen: Seen) -> Conditioner:
-    """The network on [passive columns, whole context]: what it is not given has zero weights that are not trained."""
+    """The network on [passive columns, whole context]: what it is not given has zero weights that are never trained."""
     if seen.columns == tuple(range(seen.width)):
         return net
     rows = torch.tensor([*range(passive), *(passive + c for c in seen.columns)], device=net.weights[0].device)
-    weights, trained = list(net.weights), list(net.trained)
+    weights, roles = list(net.weights), list(net.roles)
     shape = (*weights[0].shape[:-2], passive + seen.width, weights[0].shape[-1])
     weights[0] = weights[0].new_zeros(shape).index_copy(-2, rows, weights[0])
-    trained[0] = trained[0].new_zeros(shape).index_copy(-2, rows, trained[0])
-    return replace(net, weights=weights, trained=trained)
+    roles[0] = roles[0].new_zeros(shape).index_copy(-2, rows, roles[0])
+    return replace(net, weights=weights, roles=roles)
 
 
 def rotation_layer(W: Tensor) -> Permutation | Dense:

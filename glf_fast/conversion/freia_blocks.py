@@ -35,16 +35,18 @@ class Block:
     module: nn.Module
 
 
+def is_sequence(inn: nn.Module) -> bool:
+    """A SequenceINN, or a class made of it, and no GraphINN."""
+    return any(kind.__name__ == "SequenceINN" for kind in type(inn).__mro__)
+
+
 def blocks(inn: Any) -> tuple[list[Block], tuple[int, ...]]:
     """The network's modules, data → noise, and the shape of one sample; raises ConversionError if it is no chain."""
-    kind = type(inn).__name__
-    if kind == "SequenceINN":
+    if is_sequence(inn):
         return [
             Block(f"module_list.{i}", () if index is None else (index,), module)
             for i, (module, index) in enumerate(zip(inn.module_list, inn.conditions, strict=True))
         ], tuple(inn.shapes[0])
-    if kind != "GraphINN":
-        raise ConversionError(f"FrEIA's {kind} is not a network from one vector to one vector")
     chain = [node for node in inn.node_list if node not in inn.in_nodes + inn.out_nodes + inn.condition_nodes]
     expected: Any = inn.in_nodes[0]
     if len(inn.in_nodes) != 1 or len(inn.out_nodes) != 1:

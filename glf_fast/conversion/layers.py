@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 __all__ = [
+    "FIXED",
+    "FROZEN",
+    "TRAINED",
     "Conditioner",
     "Coupling",
     "Dense",
@@ -24,6 +27,11 @@ __all__ = [
     "Unfusable",
     "width",
 ]
+
+
+# What an entry of a network is: no parameter at all, as padding is; a parameter that the library does not train now; one that
+# it trains. The last two may change places later, the first keeps its value for ever.
+FIXED, FROZEN, TRAINED = 0, 1, 2
 
 
 class Unfusable(ValueError):
@@ -70,16 +78,15 @@ class Conditioner:
 
     weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]; or n_last = T:
     t alone, of an additive coupling; or weights[i] (2, nᵢ, nᵢ₊₁), biases[i] (2, nᵢ₊₁) with n_last = T: a network for u and
-    one for t. Whatever the library multiplies u or t by is in the last layer already. `trained[i]`, as weights[i], and
-    `trained_bias[i]`, as biases[i], are True where an entry is a parameter that the library trains; where it is False
-    (padding, frozen parameters) the entry keeps its value. `dropout`: the largest p of those that the network has in
-    training mode, and the fused one has not.
+    one for t. Whatever the library multiplies u or t by is in the last layer already. `roles[i]`, as weights[i], and
+    `bias_roles[i]`, as biases[i], say what each entry is: FIXED, FROZEN or TRAINED. `dropout`: the largest p of those that
+    the network has in training mode, and the fused one has not.
     """
 
     weights: list[Tensor]
     biases: list[Tensor]
-    trained: list[Tensor]
-    trained_bias: list[Tensor]
+    roles: list[Tensor]
+    bias_roles: list[Tensor]
     activation: str
     dropout: float = 0.0
 

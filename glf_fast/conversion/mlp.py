@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from glf_fast.conversion.layers import Conditioner, Unfusable
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Unfusable
 from glf_fast.conversion.reading import parameters_of
 
 __all__ = ["read_mlp", "scale_u", "select_inputs", "select_outputs", "separate", "without_shift"]
@@ -69,27 +69,33 @@ def read_mlp(network: nn.Module) -> Conditioner:
     return Conditioner(
         weights=weights,
         biases=biases,
-        trained=[torch.full_like(W, W.requires_grad, dtype=torch.bool) for W in weights],
-        trained_bias=[torch.full_like(b, b.requires_grad, dtype=torch.bool) for b in biases],
+        roles=[_role(W, W.T) for W, _ in linears],
+        bias_roles=[_role(b, W.new_zeros(len(W))) for W, b in linears],
         activation=activations[0],
         dropout=max(dropouts, default=0.0),
     )
 
 
+def _role(parameter: Tensor | None, shape: Tensor) -> Tensor:
+    """What each entry of a parameter is, as a tensor of `shape`'s shape."""
+    role = FIXED if parameter is None else TRAINED if parameter.requires_grad else FROZEN
+    return torch.full_like(shape, role, dtype=torch.uint8)
+
+
 def select_inputs(mlp: Conditioner, columns: Tensor) -> Conditioner:
     """The MLP on x[:, columns] only; what it sees of the rest is taken to be zero."""
-    weights, trained = list(mlp.weights), list(mlp.trained)
-    weights[0], trained[0] = weights[0][columns], trained[0][columns]
-    return replace(mlp, weights=weights, trained=trained)
+    weights, roles = list(mlp.weights), list(mlp.roles)
+    weights[0], roles[0] = weights[0][columns], roles[0][columns]
+    return replace(mlp, weights=weights, roles=roles)
 
 
 def select_outputs(mlp: Conditioner, columns: Tensor, factor: float | Tensor = 1.0) -> Conditioner:
     """The MLP with outputs out[:, columns]·factor, with `factor` a number or one per column; of each, if they are two."""
     weights, biases = list(mlp.weights), list(mlp.biases)
-    trained, trained_bias = list(mlp.trained), list(mlp.trained_bias)
+    roles, bias_roles = list(mlp.roles), list(mlp.bias_roles)
     weights[-1], biases[-1] = weights[-1][..., columns] * factor, biases[-1][..., columns] * factor
-    trained[-1], trained_bias[-1] = trained[-1][..., columns], trained_bias[-1][..., columns]
-    return replace(mlp, weights=weights, biases=biases, trained=trained, trained_bias=trained_bias)
+    roles[-1], bias_roles[-1] = roles[-1][..., columns], bias_roles[-1][..., columns]
+    return replace(mlp, weights=weights, biases=biases, roles=roles, bias_roles=bias_roles)
 
 
 def scale_u(mlp: Conditioner, factor: float) -> Conditioner:
@@ -102,8 +108,8 @@ def scale_u(mlp: Conditioner, factor: float) -> Conditioner:
 
 
 def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
-    """The networks of u and of t as one conditioner; hidden layers are filled up to equal widths with zeros that are not
-    trained.
+    """The networks of u and of t as one conditioner; hidden layers are filled up to equal widths with zeros that are
+    never trained.
 
     Raises Unfusable if depth, activation or numbers of columns differ, or if they share parameters.
     """
@@ -116,24 +122,24 @@ def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
     return Conditioner(
         weights=list(map(_pair, net_u.weights, net_t.weights)),
         biases=list(map(_pair, net_u.biases, net_t.biases)),
-        trained=list(map(_pair, net_u.trained, net_t.trained)),
-        trained_bias=list(map(_pair, net_u.trained_bias, net_t.trained_bias)),
+        roles=list(map(_pair, net_u.roles, net_t.roles)),
+        bias_roles=list(map(_pair, net_u.bias_roles, net_t.bias_roles)),
         activation=net_u.activation,
         dropout=max(net_u.dropout, net_t.dropout),
     )
 
 
 def without_shift(net_u: Conditioner) -> Conditioner:
-    """A network that makes u alone, with t = 0 after it that is not trained."""
+    """A network that makes u alone, with t = 0 after it that is never trained."""
     weights, biases = list(net_u.weights), list(net_u.biases)
-    trained, trained_bias = list(net_u.trained), list(net_u.trained_bias)
-    for tensors in (weights, biases, trained, trained_bias):
+    roles, bias_roles = list(net_u.roles), list(net_u.bias_roles)
+    for tensors in (weights, biases, roles, bias_roles):
         tensors[-1] = torch.cat([tensors[-1], torch.zeros_like(tensors[-1])], -1)
-    return replace(net_u, weights=weights, biases=biases, trained=trained, trained_bias=trained_bias)
+    return replace(net_u, weights=weights, biases=biases, roles=roles, bias_roles=bias_roles)
 
 
 def _pair(a: Tensor, b: Tensor) -> Tensor:
-    """Both in one tensor, each filled up with zeros (or False) to the larger of their sizes."""
+    """Both in one tensor, each filled up with zeros (FIXED) to the larger of their sizes."""
     sizes = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
     return torch.stack([_filled(a, sizes), _filled(b, sizes)])
 
@@ -239,6 +245,8 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
         graph = tracer.trace(module)
     except Exception as error:  # whatever a user's forward does with a proxy
         raise Unfusable(f"{name}'s forward cannot be followed ({type(error).__name__})") from error
+    if _operations(graph) != _operations(_in_other_mode(module, tracer)):
+        raise Unfusable(f"{name} does something else in {'eval' if module.training else 'training'} mode")
     modules = dict(module.named_modules())
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     node = _concatenated(inputs)
@@ -264,6 +272,22 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
             yield _METHODS[str(node.target)]
         else:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
+
+
+def _in_other_mode(module: nn.Module, tracer: fx.Tracer) -> fx.Graph | None:
+    """What it does in training mode, if it is in eval mode, and the other way round; None where that cannot be followed."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        return tracer.trace(module.train(not module.training))
+    except Exception:
+        return None
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _operations(graph: fx.Graph | None) -> list[str] | None:
+    return None if graph is None else [f"{node.op} {node.target}" for node in graph.nodes]
 
 
 def _functional_dropout(x: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> float:

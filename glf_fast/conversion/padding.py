@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from glf_fast.conversion.layers import Coupling, Unfusable
+from glf_fast.conversion.layers import TRAINED, Coupling, Unfusable
 
 __all__ = ["check_padding", "divided", "hidden_widths", "padded_dim"]
 
@@ -57,7 +57,7 @@ def check_padding(coupling: Coupling) -> None:
     On a GPU the library's dozens of launches for each layer cost more than multiply-adds do: nobody asks there.
     """
     mlp = coupling.conditioner
-    own = sum(int(((W != 0) | mask).sum()) for W, mask in zip(mlp.weights, mlp.trained, strict=True))
+    own = sum(int(((W != 0) | (roles == TRAINED)).sum()) for W, roles in zip(mlp.weights, mlp.roles, strict=True))
     dim = len(coupling.passive) + len(coupling.transformed)
     fused = _cost([coupling])
     networks = 2 if mlp.separate else 1

@@ -235,7 +235,7 @@ def _zuko(flow: Any) -> list[Place]:
 
 def _freia(inn: Any) -> list[Place]:
     blocks, _ = freia_blocks.blocks(inn)
-    put = partial(put_in_sequence, inn, blocks) if type(inn).__name__ == "SequenceINN" else partial(put_in_graph, inn)
+    put = partial(put_in_sequence, inn, blocks) if freia_blocks.is_sequence(inn) else partial(put_in_graph, inn)
     return [
         Place(
             named=[(block.name, block.module) for block in blocks],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -15,8 +16,10 @@ from glf_fast.conversion.padding import check_padding
 __all__ = [
     "ConversionError",
     "Reading",
+    "check_precision",
     "check_vectors",
     "context_features",
+    "copied",
     "lost_in_training",
     "networks",
     "parameters_of",
@@ -124,6 +127,33 @@ def check_vectors(what: str, shape: tuple[int, ...]) -> None:
     """Raise ConversionError unless one sample of that shape is a vector."""
     if len(shape) != 1:
         raise ConversionError(f"{what} works on samples of shape {shape}: vectors and images (C, H, W) are covered")
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy. Tensors with a graph behind them, which caches and weight norm keep in modules, are copied without it.
+
+    Raises ConversionError for one that cannot be copied all the same.
+    """
+    memo: dict[int, Tensor] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            held = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, nn.Module) else ()
+            for tensor in (value, *held):
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(module, memo)
+    except RuntimeError as error:
+        raise ConversionError(f"cannot be copied to compare with ({error})") from error
+
+
+def check_precision(dtype: torch.dtype) -> None:
+    """Raise ConversionError unless a flow may have that dtype."""
+    if dtype not in (torch.float32, torch.float64):
+        raise ConversionError(
+            f"its parameters are {dtype}: keep the flow in float32 and run it under torch.autocast, which uses low precision "
+            "where it is safe"
+        )
 
 
 def context_features(modules: Iterable[nn.Module]) -> int:

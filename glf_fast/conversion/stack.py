@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import Affine
-from glf_fast.conversion.layers import Coupling
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Coupling
 from glf_fast.conversion.padded import Padded
 from glf_fast.conversion.padding import hidden_widths, padded_dim
 from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
@@ -82,14 +82,14 @@ def standalone(affine: Affine, sources: Sources) -> list[nn.Module]:
         layer.get_buffer("permutation").copy_(affine.order)
         return layers
     for name, value in _linear_tensors(layer.linear, affine.W[None]).items():
-        _install(layer, name, value[0], torch.full_like(value[0], affine.W_trained, dtype=torch.bool), sources)
+        _install(layer, name, value[0], _roles(value[0], affine.W_trained), sources)
     return layers
 
 
 def _actnorm(affine: Affine, sources: Sources) -> ActNorm:
     layer = ActNorm(len(affine.s)).double()
-    _install(layer, "log_scale", affine.s, torch.full_like(affine.s, affine.s_trained, dtype=torch.bool), sources)
-    _install(layer, "bias", affine.b, torch.full_like(affine.b, affine.b_trained, dtype=torch.bool), sources)
+    _install(layer, "log_scale", affine.s, _roles(affine.s, affine.s_trained), sources)
+    _install(layer, "bias", affine.b, _roles(affine.b, affine.b_trained), sources)
     layer.load_state_dict({**layer.state_dict(), "initialized": torch.tensor(True)})
     return layer
 
@@ -109,13 +109,13 @@ def _install_affine(flow: CouplingFlow, maps: Sequence[Affine], slots: Sequence[
     def vectors(values: Sequence[Tensor]) -> Tensor:  # (K, D′), zero in the columns added
         return torch.stack([F.pad(v, (0, extra))[place.to(v.device)] for v, place in zip(values, slots, strict=False)])
 
-    def flags(trained: Sequence[bool]) -> Tensor:
-        return vectors([torch.full((dim,), flag) for flag in trained])
+    def roles(trained: Sequence[bool]) -> Tensor:  # FIXED in the columns added
+        return vectors([_roles(maps[0].s, flag) for flag in trained])
 
     if flow.config["actnorm"]:
         s, b = vectors([m.s for m in maps]), vectors([m.b for m in maps])
-        _install(flow, "actnorm_log_scale", s, flags([m.s_trained for m in maps]), sources)
-        _install(flow, "actnorm_bias", b, flags([m.b_trained for m in maps]), sources)
+        _install(flow, "actnorm_log_scale", s, roles([m.s_trained for m in maps]), sources)
+        _install(flow, "actnorm_bias", b, roles([m.b_trained for m in maps]), sources)
         state = flow.state_dict()
         flow.load_state_dict({**state, "actnorm_initialized": torch.ones_like(state["actnorm_initialized"])})
     if flow.config["linear"] == "permutation":
@@ -128,12 +128,12 @@ def _install_affine(flow: CouplingFlow, maps: Sequence[Affine], slots: Sequence[
     for k, affine in enumerate(maps):
         W = torch.block_diag(affine.matrix(), torch.eye(extra, dtype=affine.s.dtype, device=affine.s.device))
         matrices.append(W[slots[k]][:, slots[k + 1]])
-        mask = F.pad(torch.full((dim, dim), affine.W_trained), (0, extra, 0, extra))
-        trained.append(mask[slots[k]][:, slots[k + 1]])
+        own = F.pad(_roles(torch.empty(dim, dim), affine.W_trained), (0, extra, 0, extra))
+        trained.append(own[slots[k]][:, slots[k + 1]])
     for name, value in _linear_tensors(flow.config["linear"], torch.stack(matrices)).items():
-        mask = torch.stack(trained)
-        # One column of the mask stands for a vector: with "plu" nothing is padded, so that all of a step is alike.
-        _install(flow, f"linear_{name}", value, mask if value.ndim == 3 else mask[:, 0], sources)
+        stacked = torch.stack(trained)
+        # One row stands for a vector: with "plu" nothing is padded, so that all of a step is alike.
+        _install(flow, f"linear_{name}", value, stacked if value.ndim == 3 else stacked[:, 0], sources)
 
 
 def _linear_tensors(linear: str, W: Tensor) -> dict[str, Tensor]:
@@ -154,32 +154,32 @@ def _linear_tensors(linear: str, W: Tensor) -> dict[str, Tensor]:
 def _install_conditioners(
     flow: CouplingFlow, couplings: Sequence[Coupling], halves: tuple[int, int], sources: Sources
 ) -> None:
-    """All MLPs, zero-padded to the flow's widths; what is padded is not trained."""
+    """All MLPs, zero-padded to the flow's widths; what is padded is never trained."""
     P, T = halves
     kind = flow.config["coupling"]
     widths = [P + flow.context_dim, *flow.config["hidden"], (2 if kind == "affine" else 1) * T]
     last = len(widths) - 2
     still = _still(flow.config["log_scale"], flow.config["log_scale_constant"])
     for i in range(len(widths) - 1):
-        weights, biases, trained, trained_bias = [], [], [], []
+        weights, biases, roles, bias_roles = [], [], [], []
         for coupling in couplings:
             mlp, missing = coupling.conditioner, T - len(coupling.transformed)
-            W, b, W_mask, b_mask = mlp.weights[i], mlp.biases[i], mlp.trained[i], mlp.trained_bias[i]
+            W, b, W_roles, b_roles = mlp.weights[i], mlp.biases[i], mlp.roles[i], mlp.bias_roles[i]
             if i == 0:
                 passive = len(coupling.passive)
-                W, W_mask = (_insert_rows(t, passive, P - passive) for t in (W, W_mask))
+                W, W_roles = (_insert_rows(t, passive, P - passive) for t in (W, W_roles))
             if i == last:
-                W, b, W_mask, b_mask = (_pad_outputs(t, missing, kind) for t in (W, b, W_mask, b_mask))
+                W, b, W_roles, b_roles = (_pad_outputs(t, missing, kind) for t in (W, b, W_roles, b_roles))
                 if missing and kind != "additive":
                     b = b.clone()
                     b.view(2, T)[0, T - missing :] = still
             grow = (0, widths[i + 1] - W.shape[-1], 0, widths[i] - W.shape[-2])
             weights.append(F.pad(W, grow))
-            trained.append(F.pad(W_mask, grow))
+            roles.append(F.pad(W_roles, grow))
             biases.append(F.pad(b, grow[:2]))
-            trained_bias.append(F.pad(b_mask, grow[:2]))
-        _install(flow, f"mlp_weights.{i}", torch.stack(weights), torch.stack(trained), sources)
-        _install(flow, f"mlp_biases.{i}", torch.stack(biases), torch.stack(trained_bias), sources)
+            bias_roles.append(F.pad(b_roles, grow[:2]))
+        _install(flow, f"mlp_weights.{i}", torch.stack(weights), torch.stack(roles), sources)
+        _install(flow, f"mlp_biases.{i}", torch.stack(biases), torch.stack(bias_roles), sources)
 
 
 def _insert_rows(W: Tensor, position: int, count: int) -> Tensor:
@@ -203,19 +203,30 @@ def _still(log_scale: str, constant: float | None) -> float:
     return 0.0
 
 
-def _install(module: nn.Module, name: str, value: Tensor, trained: Tensor, sources: Sources) -> None:
-    """Give a parameter or buffer its value; entries that are not trained are held, or the whole parameter frozen."""
+def _roles(like: Tensor, trained: bool) -> Tensor:
+    """Of parameters of that shape."""
+    return torch.full_like(like, TRAINED if trained else FROZEN, dtype=torch.uint8)
+
+
+def _install(module: nn.Module, name: str, value: Tensor, roles: Tensor, sources: Sources) -> None:
+    """Give a parameter or buffer its value, and hold the entries that must keep it.
+
+    Where some are trained, those are all others. Where none is, the parameter is frozen; a user may unfreeze it, and only
+    what is FIXED is held then.
+    """
     owner, _, leaf = name.rpartition(".")
     tensor = getattr(module.get_submodule(owner), leaf)
     if not isinstance(tensor, nn.Parameter):
         tensor.copy_(value)
         return
-    assert tensor.shape == value.shape == trained.shape, (name, tensor.shape, value.shape, trained.shape)
+    assert tensor.shape == value.shape == roles.shape, (name, tensor.shape, value.shape, roles.shape)
     with torch.no_grad():
         tensor.copy_(value)
-    sources.append((tensor, value, trained.to(value.device)))
+    trained = roles.to(value.device) == TRAINED
+    sources.append((tensor, value, trained))
     if not trained.any():
         tensor.requires_grad_(False)
-    elif not trained.all():
+    free = trained if trained.any() else roles != FIXED
+    if not free.all():
         assert isinstance(module, CouplingFlow)
-        module.hold(name, trained)
+        module.hold(name, free)

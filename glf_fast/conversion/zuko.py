@@ -42,7 +42,10 @@ class KeptTransform(nn.Module):
 
 def read(flow: Any, device: str = "cpu") -> Reading:
     """A `zuko.lazy.Flow` whose base is a diagonal normal."""
-    base = flow.base(None)
+    try:
+        base = flow.base(None)
+    except Exception as error:  # a network that makes a distribution of the context
+        raise ConversionError("its base depends on the context: N(0, I) or a diagonal normal is covered") from error
     normal = getattr(base, "base_dist", None)
     if type(base).__name__ not in ("DiagNormal", "Independent") or type(normal) is not torch.distributions.Normal:
         raise ConversionError(f"base distribution {type(base).__name__}: DiagNormal is covered")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -157,6 +157,7 @@ class CouplingFlow(Flow):
             and not ((self.training or graded) and any(t.requires_grad for t in tensors))
             and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
             and torch.autograd.forward_ad._current_level < 0
+            and not (torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing())  # fake tensors, symbols
         )
         kept = self._assembled  # once: another thread may replace it meanwhile
         if remember and kept is not None and ops.identical(tensors, kept[0]):
@@ -167,6 +168,15 @@ class CouplingFlow(Flow):
         assembled = (A, A_inv, c, logabsdets.sum())
         self._assembled = ([t.clone() for t in tensors], assembled) if remember else None
         return assembled
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CouplingFlow:
+        super()._apply(fn, recurse)
+        for (
+            weight
+        ) in self.mlp_weights:  # (K, 2, in, out) is no image, whatever memory_format a whole model is turned to
+            if not weight.is_contiguous():
+                weight.data = weight.data.contiguous()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_assembled": None}
@@ -182,12 +192,18 @@ class CouplingFlow(Flow):
     def _mlp(self) -> tuple[list[Tensor], list[Tensor]]:
         # Iterating over a ParameterList builds every name anew, which shows at B = 1, as does nn.Module's way to the list.
         modules: dict[str, Any] = self._modules
-        weights: list[Tensor] = list(modules["mlp_weights"]._parameters.values())
-        biases: list[Tensor] = list(modules["mlp_biases"]._parameters.values())
+        weights = self._each(modules["mlp_weights"])
+        biases = self._each(modules["mlp_biases"])
         if self._holds:
             weights = [self._effective(f"mlp_weights_{i}", weight) for i, weight in enumerate(weights)]
             biases = [self._effective(f"mlp_biases_{i}", bias) for i, bias in enumerate(biases)]
         return weights, biases
+
+    def _each(self, parameters: nn.ParameterList) -> list[Tensor]:
+        own: dict[str, Tensor] = parameters._parameters  # type: ignore[assignment]
+        if tuple(own) == self._layer_names:
+            return list(own.values())
+        return [parameters[i] for i in range(len(self._layer_names))]  # pruned or parametrized
 
     def _own(self, name: str) -> Tensor:
         """A parameter or buffer, held entries at their values. nn.Module's own way to it takes 0.6 µs, seven times a call."""
@@ -276,6 +292,7 @@ class CouplingFlow(Flow):
                     self.register_buffer(f"linear_{name}", stacked)
             # nn.Linear keeps (out, in); stacked weights are (K, in, out), multiplied from the right like A, or (K, 2, in, out).
             self.mlp_weights, self.mlp_biases = nn.ParameterList(), nn.ParameterList()
+            self._layer_names = tuple(str(i) for i in range(len(networks[0])))
             for linears_of_steps in zip(*networks, strict=True):
                 weight = torch.stack([torch.stack([linear.weight.T for linear in step]) for step in linears_of_steps])
                 bias = torch.stack([torch.stack([linear.bias for linear in step]) for step in linears_of_steps])
@@ -402,7 +419,7 @@ def _networks(coupling: AffineCoupling) -> list[MLP]:
     if not isinstance(conditioner, SeparateNetworks):
         return [conditioner] if isinstance(conditioner, MLP) else []
     u, t = conditioner.u, conditioner.t
-    if coupling.additive or not (isinstance(u, MLP) and isinstance(t, MLP)) or str(u) != str(t):
+    if coupling.additive or not (isinstance(u, MLP) and isinstance(t, MLP)) or str(u) != str(t) or u is t:
         return []
     return [u, t]
 

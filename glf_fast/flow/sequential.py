@@ -19,7 +19,7 @@ class SequentialFlow(Flow):
     """Layers applied one after the other: z = f_n(… f_1(x)), log-determinants added.
 
     A layer is any module with `forward(x, context)` and `inverse(z, context)` that return (output, logdet): `ActNorm`,
-    `InvertibleLinear`, `AffineCoupling`, another `Flow`, or your own.
+    `InvertibleLinear`, `AffineCoupling`, another `Flow`, or your own. `log_prob` asks a last layer that is a flow for its own.
 
     Args:
         layers: first to last in the direction data → noise.
@@ -54,7 +54,7 @@ class SequentialFlow(Flow):
         while layers and isinstance(layers[-1], InvertibleLinear) and layers[-1].linear == "permutation":
             layers.pop()
         last = layers[-1] if layers else None
-        if not isinstance(last, Flow | ActNorm):
+        if not (isinstance(last, Flow) or type(last) is ActNorm):
             z, logdet = self._run(iter(layers), x, context, inverse=False)
             return log_normal(z) + logdet
         x, logdet = self._run(iter(layers[:-1]), x, context, inverse=False)

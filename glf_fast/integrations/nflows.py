@@ -55,4 +55,4 @@ class Flow(nn.Module):
 def _chunks(n: int, size: int) -> list[int]:
     if size < 1:
         raise ValueError(f"batch_size must be ≥ 1; got {size}")
-    return [size] * (n // size) + ([n % size] if n % size else [])
+    return [size] * (n // size) + ([n % size] if n % size or not n else [])

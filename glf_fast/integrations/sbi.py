@@ -169,7 +169,8 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
         context = self._context(condition)
         batch = torch.broadcast_shapes(input.shape[:-1], context.shape[:-1])
         rows = input.expand(*batch, -1).reshape(-1, input.shape[-1])
-        return self.net(rows, context.expand(*batch, -1).reshape(len(rows), -1))[0].reshape(*batch, -1)
+        context = context.expand(*batch, context.shape[-1]).reshape(len(rows), context.shape[-1])
+        return self.net(rows, context)[0].reshape(*batch, rows.shape[-1])
 
     def _posterior(self, condition: Tensor) -> FlowDistribution:
         assert isinstance(self.net, SequentialFlow)
@@ -180,4 +181,4 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
         self._check_condition_shape(condition)
         batch = condition.shape[: condition.ndim - len(self.condition_shape)]
         context = self._embedding_net(condition.reshape(-1, *self.condition_shape))
-        return context.reshape(*batch, -1)
+        return context.reshape(*batch, context.shape[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
@@ -36,6 +37,8 @@ class Unconstrained(nn.Module):
             low, high = _bounds(prior.support, dim)
         except (AttributeError, NotImplementedError) as error:
             raise ValueError(f"the prior, {type(prior).__name__}, does not say what its support is") from error
+        except RuntimeError as error:  # bounds of another shape, as those of a mixture
+            raise ValueError(f"the prior's support, {prior.support}, does not bound {dim} dimensions") from error
         return cls(low, high)
 
     def forward(self, theta: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -51,12 +54,13 @@ class Unconstrained(nn.Module):
         """Back between the bounds: θ (B, D), logdet (B,)."""
         _, _, width, _ = self._places(z)
         has_low, has_high = self.low.isfinite(), self.high.isfinite()
-        sigmoid, log_sigmoid = torch.sigmoid, torch.nn.functional.logsigmoid
-        theta = torch.where(has_low, self.low + z.exp(), torch.where(has_high, self.high - (-z).exp(), z))
-        theta = torch.where(has_low & has_high, self.low + width * sigmoid(z), theta)
-        logdet = torch.where(has_low, z, torch.where(has_high, -z, 0.0))
-        logdet = torch.where(has_low & has_high, width.log() + log_sigmoid(z) + log_sigmoid(-z), logdet)
-        return theta, logdet.sum(1)
+        both, one = has_low & has_high, has_low ^ has_high
+        # log of the distance from the bound, where there is one; elsewhere 0, whose exponential has a gradient that is finite.
+        gap = torch.where(one, torch.where(has_low, z, -z), 0.0)
+        theta = torch.where(one, torch.where(has_low, self.low + gap.exp(), self.high - gap.exp()), z)
+        theta = torch.where(both, self.low + width * torch.sigmoid(z), theta)
+        slope = width.log() + F.logsigmoid(z) + F.logsigmoid(-z)
+        return theta, torch.where(both, slope, gap).sum(1)
 
     def _places(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """θ − low, high − θ, high − low (1 without both bounds), and what is too near to a bound to tell from it."""

@@ -14,12 +14,13 @@ from glf_fast.ops.coupling import (
     plu_flow_log_prob,
 )
 from glf_fast.ops.identical import identical
-from glf_fast.ops.linear import fold_actnorm, invertible_linear, lu_factor, plu_assemble, slogdet_inverse
+from glf_fast.ops.linear import channel_map, fold_actnorm, invertible_linear, lu_factor, plu_assemble, slogdet_inverse
 
 __all__ = [
     "actnorm_log_prob",
     "affine_coupling",
     "backends",
+    "channel_map",
     "coupling_flow",
     "coupling_flow_inverse",
     "coupling_flow_log_prob",

@@ -250,7 +250,7 @@ def _attempt(
         out, logdet, _ = cpp.forward(x.contiguous(), matrix, offset, weights, biases, context, options, False)
     except RuntimeError:
         return None
-    return out, logdet
+    return (out, logdet) if out.device == x.device else None  # else an argument had no data
 
 
 def _for_kernels(

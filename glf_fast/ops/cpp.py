@@ -95,30 +95,43 @@ def backward(
 
 def affine_coupling(v: Tensor, u: Tensor, t: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """`reference.affine_coupling`, w in v's order of memory; arguments are checked already, and of v's dtype."""
-    channels_last = v.ndim > 2 and v.stride(1) == 1 and v.shape[1] > 1 and v.shape[2:].numel() > 1
-    samples = [_samples(x, channels_last) for x in (v, u, t)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in samples):
-        w, logdet = _AffineCoupling.apply(options, *samples)
-    else:
-        w, logdet = ops.cpu_affine_coupling.default(*samples, *coupling_code(options))
-    if channels_last:
-        return w.view(len(v), *v.shape[2:], v.shape[1]).movedim(-1, 1), logdet
-    return w.view(v.shape), logdet
+    if torch.is_grad_enabled() and (v.requires_grad or u.requires_grad or t.requires_grad):
+        return _AffineCoupling.apply(options, v, u, t)
+    return _couple(options, v, u, t)
+
+
+def _couple(options: Options, v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    last = _channels_last(v)
+    samples = [_samples(x, last) for x in (v, u, t)]
+    w, logdet = ops.cpu_affine_coupling.default(*samples, *coupling_code(options))
+    return _image(w, v.shape, last), logdet
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim > 2 and x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2:].numel() > 1
 
 
 def _samples(x: Tensor, channels_last: bool) -> Tensor:
     """(B, n), or (B, pixels, channels); only the last dimension is in one piece: halves of a split are not copied."""
-    x = x.movedim(1, -1).flatten(1, -2) if channels_last else x.flatten(1)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    x = x.flatten(2).mT if channels_last else x.flatten(1)
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # an empty x calls itself contiguous, with any strides
+
+
+def _image(samples: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    """What `_samples` made of an image, as an image again."""
+    return (samples.mT if channels_last else samples).view(shape)
 
 
 class _AffineCoupling(torch.autograd.Function):
+    """With all views inside: as nodes of the graph they cost more than the kernel does on a few small images."""
+
     @staticmethod
     def forward(ctx: Any, options: Options, v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         ctx.options = options
         ctx.save_for_backward(v, u, t)
-        w, logdet = ops.cpu_affine_coupling.default(v, u, t, *coupling_code(options))
-        return w, logdet
+        return _couple(options, v, u, t)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -127,7 +140,9 @@ class _AffineCoupling(torch.autograd.Function):
             run = partial(reference.affine_coupling, **ctx.options.of_coupling())
 
             return None, *differentiate(run, inputs, ctx.needs_input_grad[1:], grads)
-        grad_w, grad_logdet = (g.contiguous() for g in grads)
-        return None, *ops.cpu_affine_coupling_backward.default(
-            grad_w, grad_logdet, *inputs, *coupling_code(ctx.options)
-        )
+        v = inputs[0]
+        last = _channels_last(v)
+        grad_w, grad_logdet = _samples(grads[0], last).contiguous(), grads[1].contiguous()
+        samples = [_samples(x, last) for x in inputs]
+        found = ops.cpu_affine_coupling_backward.default(grad_w, grad_logdet, *samples, *coupling_code(ctx.options))
+        return None, *(_image(grad, v.shape, last) for grad in found)

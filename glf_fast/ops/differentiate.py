@@ -31,5 +31,8 @@ def differentiate(
         # Through aliases: where one input was computed from another, its gradient must not run into the other's.
         aliases = [None if x is None else x.view_as(x) for x in inputs]
         targets = [x for x, want in zip(aliases, wanted, strict=True) if want and x is not None]
-        found = iter(torch.autograd.grad(run(*aliases), targets, grads, create_graph=again))
+        # The logdet of additive couplings is a constant, 0: it has no gradient.
+        varying = [(y, g) for y, g in zip(run(*aliases), grads, strict=True) if y.requires_grad]
+        outputs, grads = zip(*varying, strict=True)
+        found = iter(torch.autograd.grad(outputs, targets, grads, create_graph=again))
     return [next(found) if want and x is not None else None for x, want in zip(aliases, wanted, strict=True)]

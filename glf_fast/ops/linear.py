@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glf_fast import reference
@@ -11,9 +12,10 @@ from glf_fast.ops.backends import backend_for
 from glf_fast.ops.checks import check_device, check_floating, check_shape, check_state
 from glf_fast.reference import Plu, fold_actnorm
 
-__all__ = ["fold_actnorm", "invertible_linear", "lu_factor", "plu_assemble", "slogdet_inverse"]
+__all__ = ["channel_map", "fold_actnorm", "invertible_linear", "lu_factor", "plu_assemble", "slogdet_inverse"]
 
 PLU_NAMES = ("permutation", "lower", "upper", "log_diag", "sign", "log_scale", "bias")
+_MKLDNN = torch.backends.mkldnn.is_available()  # whose convolutions of float32 are the fast ones
 MAX_CUDA_DIM = 192  # one block a matrix; larger ones are for torch.linalg, which gives a matrix to the whole GPU
 
 
@@ -138,17 +140,21 @@ def invertible_linear(
     check_shape("offset", offset, (dim,), "(D,)")
     if x.ndim < 2 or x.shape[1] != dim:  # what is wanted is made only for the error
         check_shape("x", x, (None, dim, *(None,) * (x.ndim - 2)), "(batch, D, …)")
-    x = check_state("x", x, matrix)
-    if backend_for(x, "cpp", "cuda") == "reference":
-        return reference.invertible_linear(x, matrix, offset, logabsdet, inverse=inverse)
-    if torch.is_autocast_enabled(x.device.type):  # the state of a flow is never rounded to bf16
-        with torch.autocast(x.device.type, enabled=False):
-            y = _apply(x, matrix, offset, inverse)
-    else:
-        y = _apply(x, matrix, offset, inverse)
+    y = channel_map(x, matrix, offset, inverse=inverse)
     pixels = x.shape[2:].numel()
     logdet = -logabsdet if inverse else logabsdet
     return y, (logdet if pixels == 1 else pixels * logdet).expand(len(x))
+
+
+def channel_map(x: Tensor, matrix: Tensor, offset: Tensor, *, inverse: bool = False) -> Tensor:
+    """The y of `invertible_linear`, for layers that add up their determinants before they multiply by the pixels."""
+    x = check_state("x", x, matrix)
+    if backend_for(x, "cpp", "cuda") == "reference":
+        return reference.invertible_linear(x, matrix, offset, matrix.new_zeros(()), inverse=inverse)[0]
+    if torch.is_autocast_enabled(x.device.type):  # the state of a flow is never rounded to bf16
+        with torch.autocast(x.device.type, enabled=False):
+            return _apply(x, matrix, offset, inverse)
+    return _apply(x, matrix, offset, inverse)
 
 
 def _apply(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool) -> Tensor:
@@ -164,7 +170,19 @@ def _apply(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool) -> Tensor:
     if x.is_contiguous() and x.shape[2:].numel() >= 2 * x.shape[1]:
         A, c, flat = matrix.mT.expand(len(x), *matrix.shape), offset[:, None], x.flatten(2)
         return (A @ (flat - c) if inverse else torch.baddbmm(c, A, flat)).view(x.shape)
+    if _convolves(x):
+        x = x - offset.view(-1, 1, 1) if inverse else x
+        return F.conv2d(x, matrix.mT[..., None, None], None if inverse else offset)
     rows = x.movedim(1, -1)
     flat = rows.reshape(-1, x.shape[1])
     y = (flat - offset) @ matrix if inverse else torch.addmm(offset, flat, matrix)
     return y.view(rows.shape).movedim(-1, 1)
+
+
+def _convolves(x: Tensor) -> bool:
+    """Whether a 1 × 1 convolution is faster than the product with x's rows of channels, which lie together.
+
+    (64, 96, 8, 8) forward 353 µs against 773, (32, 12, 16, 16) 48 against 76; (32, 12, 4, 4) 30 against 18 (one core, Zen 5).
+    """
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4
+    return fits and _MKLDNN and x.shape[2:].numel() >= 64 and x.is_contiguous(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from torch import nn
 
 from glf_fast import CouplingFlow
 from glf_fast.conversion import ConversionError, convert
+from glf_fast.conversion.accelerate import accelerate
 
 
 @pytest.fixture
@@ -158,3 +159,21 @@ def test_refusals():
     images.append(fm.PermuteRandom)
     with pytest.raises(ConversionError, match="no coupling that can be fused"):
         convert(images)
+
+
+@pytest.mark.parametrize("base", [ff.SequenceINN, ff.GraphINN])
+def test_classes_made_of_the_library_s_are_read(base: type) -> None:
+    kind = type("Mine", (base,), {})
+    net = lambda n_in, n_out: nn.Sequential(nn.Linear(n_in, 8), nn.ReLU(), nn.Linear(8, n_out))  # noqa: E731
+    if base is ff.SequenceINN:
+        inn = kind(4)
+        inn.append(fm.GLOWCouplingBlock, subnet_constructor=net)
+    else:
+        start = ff.InputNode(4)
+        block = ff.Node(start, fm.GLOWCouplingBlock, {"subnet_constructor": net})
+        inn = kind([start, block, ff.OutputNode(block)])
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(convert(inn)(x)[0], inn(x)[0])
+    wanted = inn(x)[0]
+    assert accelerate(inn)
+    torch.testing.assert_close(inn(x)[0], wanted)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation
+from glf_fast.conversion.layers import FROZEN, TRAINED, Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation
 from glf_fast.conversion.padded import Padded
 from glf_fast.flow import CouplingFlow, Flow, Inverse, SequentialFlow
 from glf_fast.flow.coupling_flow import COUPLINGS
@@ -62,8 +62,9 @@ class Maker:
         stack = (2,) if kind == "separate" else ()
         weights = [self.leaf(*stack, a, b, trained=trained) for a, b in itertools.pairwise(widths)]
         biases = [self.leaf(*stack, b, trained=trained) for b in widths[1:]]
-        masks = [torch.full_like(w, trained, dtype=torch.bool) for w in weights]
-        bias_masks = [torch.full_like(b, trained, dtype=torch.bool) for b in biases]
+        role = TRAINED if trained else FROZEN
+        masks = [torch.full_like(w, role, dtype=torch.uint8) for w in weights]
+        bias_masks = [torch.full_like(b, role, dtype=torch.uint8) for b in biases]
         defaults = {"log_scale": "tanh", "log_scale_constant": None, "add_first": False, "activation": "tanh"}
         options = {**defaults, **options}
         conditioner = Conditioner(weights, biases, masks, bias_masks, options.pop("activation"))

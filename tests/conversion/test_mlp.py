@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glf_fast.conversion.layers import Unfusable
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Unfusable
 from glf_fast.conversion.mlp import read_mlp, scale_u, select_inputs, select_outputs, separate, without_shift
 from glf_fast.reference import mlp
 
@@ -77,8 +77,8 @@ def test_networks_that_are_mlps(name: str) -> None:
     x = torch.randn(7, 3, dtype=torch.float64)
     read = read_mlp(network)
     torch.testing.assert_close(mlp(x, read.weights, read.biases, read.activation), network(x))
-    assert all(mask.all() for mask in read.trained)
-    bias_free = {i for i, mask in enumerate(read.trained_bias) if not mask.any()}
+    assert all((roles == TRAINED).all() for roles in read.roles)
+    bias_free = {i for i, roles in enumerate(read.bias_roles) if (roles == FIXED).all()}
     assert read.dropout == (0.3 if name == "functional-dropout" else 0.0)
     assert bias_free == ({1} if name in ("functional", "compiled") else set())
 
@@ -117,6 +117,22 @@ def test_a_layer_used_twice_and_hooks_are_refused() -> None:
         read_mlp(network)
 
 
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = sequential(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x + torch.randn_like(x) if self.training else x)
+
+
+def test_networks_that_do_something_else_in_training_mode_are_refused() -> None:
+    noisy = Noisy().eval()
+    with pytest.raises(Unfusable, match="Noisy does something else in training mode"):
+        read_mlp(noisy)
+    assert not any(part.training for part in noisy.modules())
+
+
 def test_selecting_and_joining() -> None:
     torch.manual_seed(0)
     u, t = sequential(nn.Tanh(), widths=(5, 4, 3)).double(), sequential(nn.Tanh(), widths=(5, 7, 3)).double()
@@ -125,8 +141,9 @@ def test_selecting_and_joining() -> None:
     both = separate(read_mlp(u), read_mlp(t))
     out = mlp(x, both.weights, both.biases, both.activation)
     torch.testing.assert_close(out, torch.cat([u(x), t(x)], 1))
-    assert both.trained[0].sum() == 5 * 4 and both.trained[1].sum() == 4 * 3 + 7 * 3
-    assert both.trained_bias[0].tolist() == [[True] * 4 + [False] * 3, [False] * 7]
+    trained = [(roles == TRAINED).sum() for roles in both.roles]
+    assert trained == [5 * 4, 4 * 3 + 7 * 3]
+    assert both.bias_roles[0].tolist() == [[TRAINED] * 4 + [FIXED] * 3, [FROZEN] * 7]
     assert (both.separate, both.n_in, both.n_out) == (True, 5, 6)
 
     order, factor = torch.tensor([2, 0, 1]), torch.tensor([2.0, 1.0, -1.0]).double()
@@ -146,7 +163,7 @@ def test_selecting_and_joining() -> None:
     torch.testing.assert_close(
         mlp(x, fixed.weights, fixed.biases, "tanh"), torch.cat([t(x), torch.zeros(6, 3).double()], 1)
     )
-    assert fixed.trained[-1][:, :3].all() and not fixed.trained[-1][:, 3:].any()
+    assert (fixed.roles[-1][:, :3] == TRAINED).all() and (fixed.roles[-1][:, 3:] == FIXED).all()
 
     with pytest.raises(Unfusable, match="share parameters"):
         separate(read_mlp(u), read_mlp(u))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from glf_fast import CouplingFlow
 from glf_fast.conversion import ConversionError, convert
+from glf_fast.conversion.accelerate import accelerate
 from glf_fast.flow import Embedded
 
 # nflows 0.14 calls what PyTorch deprecates: torch.triangular_solve in LU's inverse, torch.qr at the start of NaiveLinear.
@@ -318,3 +319,16 @@ def test_random_compositions(seed: int) -> None:
     converted = convert(made)
     x, c = torch.randn(16, dim), torch.randn(16, context) if context else None
     torch.testing.assert_close(converted.log_prob(x, c), made.log_prob(x, c), rtol=1e-3, atol=1e-3)
+
+
+def test_caches_that_hold_graphs_do_not_hinder() -> None:
+    layers = [
+        T.LULinear(4, using_cache=True),
+        T.AffineCouplingTransform(torch.tensor([1, 0, 1, 0]), lambda i, o: Net(i, o, (8,), nn.Tanh())),
+    ]
+    original = Flow(T.CompositeTransform(layers), StandardNormal([4])).eval()
+    x = torch.randn(5, 4)
+    wanted = original.log_prob(x)  # the cache keeps the inverse, and how it was made
+    torch.testing.assert_close(convert(original).log_prob(x), wanted)
+    assert accelerate(original)
+    torch.testing.assert_close(original.log_prob(x), wanted)

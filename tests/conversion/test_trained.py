@@ -16,9 +16,11 @@ from nflows.flows import Flow
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import glf_fast
 from glf_fast.conversion import ConversionError, convert, mlp
 from glf_fast.conversion import normflows as reader
 from glf_fast.conversion.accelerate import accelerate
+from glf_fast.conversion.layers import TRAINED
 
 
 class Net(nn.Module):
@@ -101,7 +103,7 @@ def test_what_would_train_too_much_is_not_returned(monkeypatch: pytest.MonkeyPat
 
     def all_trained(a: Tensor, b: Tensor) -> Tensor:
         joined = true(a, b)
-        return torch.ones_like(joined) if joined.dtype == torch.bool else joined
+        return torch.full_like(joined, TRAINED) if joined.dtype == torch.uint8 else joined
 
     monkeypatch.setattr(mlp, "_pair", all_trained)
     with pytest.raises(ConversionError, match=r"would train what the original holds \(.*mlp_weights"):
@@ -200,3 +202,40 @@ def test_inference_mode_and_default_devices_do_not_matter() -> None:
         with torch.device("meta"):
             assert {p.device.type for p in convert(original).parameters()} == {"cpu"}
             assert accelerate(copy.deepcopy(original))
+
+
+def accelerated(flow: nn.Module) -> nn.Module:
+    assert accelerate(flow)
+    return flow
+
+
+@pytest.mark.parametrize("make", [accelerated, convert], ids=["accelerate", "convert"])
+def test_a_flow_that_was_frozen_may_be_unfrozen(make: Callable[[nn.Module], nn.Module]) -> None:
+    """What is padded, or was never a parameter, stays what it is: else log_prob is no density any more."""
+    torch.manual_seed(0)
+    original = zuko.flows.RealNVP(3, transforms=2, hidden_features=(8,))  # 1 column of 3: padded
+    original.double().requires_grad_(False)
+    fast = make(copy.deepcopy(original)).requires_grad_(True)
+    log_prob = fast.log_prob if isinstance(fast, glf_fast.Flow) else lambda x: fast().log_prob(x)
+    optimizer = torch.optim.Adam([p for p in fast.parameters() if p.requires_grad], 1e-2)
+    before = log_prob(torch.zeros(1, 3).double())
+    for _ in range(50):
+        loss = -log_prob(torch.randn(64, 3).double()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert not torch.equal(log_prob(torch.zeros(1, 3).double()), before)
+    forward = fast if isinstance(fast, glf_fast.Flow) else lambda x: fast.transform().call_and_ladj(x)
+    x = torch.randn(5, 3).double()
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda row: forward(row[None])[0][0]))(x)
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], forward(x)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused_and_left(dtype: torch.dtype) -> None:
+    original = zuko.flows.RealNVP(4).to(dtype)
+    with pytest.raises(ConversionError, match="run it under"):
+        convert(original)
+    report = accelerate(original)
+    assert not report and "under torch.autocast" in str(report)
+    assert original().log_prob(torch.randn(3, 4, dtype=dtype)).shape == (3,)

@@ -7,6 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 
 from glf_fast import MLP, ActNorm, AffineCoupling, CouplingFlow, InvertibleLinear, SeparateNetworks, SequentialFlow
 from glf_fast.flow.coupling_flow import COUPLINGS
@@ -247,6 +249,9 @@ def test_from_layers_names_the_layer_that_does_not_fit() -> None:
     unequal = SeparateNetworks(MLP(2, [8], 2), MLP(2, [9], 2))
     with pytest.raises(ValueError, match=r"layer 2 has a SeparateNetworks as conditioner; .* an MLP or two equal ones"):
         stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, unequal))
+    shared = MLP(2, [8], 2)
+    with pytest.raises(ValueError, match="layer 2 has a SeparateNetworks as conditioner"):
+        stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, SeparateNetworks(shared, shared)))
     with pytest.raises(ValueError, match="step 1 has log_scale='glow' but step 0 has 'tanh'"):
         stack(*step(), *step(log_scale="glow"))
     with pytest.raises(ValueError, match="4 layers cannot be split into equal steps of 3"):
@@ -382,3 +387,47 @@ def test_affine_maps_come_as_the_kernels_want_them(linear: str, actnorm: bool) -
     """Contiguous: anything else would be refused, explained and copied at every call."""
     flow = CouplingFlow(5, 3, (8,), linear=linear, actnorm=actnorm).eval()
     assert all(t.is_contiguous() for t in flow._affine(torch.float32, need_inverse=True))
+
+
+@torch.no_grad()
+def test_kept_maps_are_those_of_real_tensors() -> None:
+    """Fake tensors, which have no values, are neither kept nor compared with."""
+    flow, x = shaken(CouplingFlow(4, 2, (8,))).eval(), torch.randn(5, 4)
+    for _ in range(2):
+        z = flow(x)[0]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert flow(x)[0].shape == (5, 4)
+        assert torch.equal(flow(x)[0], z)
+
+
+@torch.no_grad()
+def test_pruned_and_parametrized_layers_are_read_in_their_order() -> None:
+    flow, x = shaken(CouplingFlow(4, 2, (4, 4))).eval(), torch.randn(5, 4)
+    prune.custom_from_mask(flow.mlp_weights, "0", torch.rand_like(flow.mlp_weights[0]) < 0.5)
+    nn.utils.parametrize.register_parametrization(flow.mlp_biases, "1", nn.Tanh())
+    z = flow(x)[0]
+    plain = CouplingFlow(4, 2, (4, 4)).eval()
+    for name, parameter in plain.named_parameters():
+        if name == "mlp_weights.0":
+            parameter.copy_(flow.mlp_weights[0])
+        elif name == "mlp_biases.1":
+            parameter.copy_(flow.mlp_biases[1])
+        else:
+            parameter.copy_(flow.get_parameter(name))
+    for name in ("linear_sign", "linear_permutation"):
+        plain.get_buffer(name).copy_(flow.get_buffer(name))
+    torch.testing.assert_close(plain(x)[0], z)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_second_derivatives_of_both_directions(coupling: str) -> None:
+    torch.manual_seed(0)
+    flow = shaken(CouplingFlow(4, 2, (8,), coupling=coupling, activation="tanh").double().eval())
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    for run in (flow, flow.inverse):
+        assert torch.autograd.gradgradcheck(lambda x, run=run: run(x), (x,))
+
+
+def test_the_memory_format_of_images_means_nothing_to_a_flow() -> None:
+    flow = CouplingFlow(4, 2, (4, 4), coupling="separate").to(memory_format=torch.channels_last)
+    assert all(p.is_contiguous() for p in flow.parameters())

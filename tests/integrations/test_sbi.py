@@ -237,6 +237,14 @@ def test_unconstrained_is_a_bijection_of_the_support(make: Callable[[], Distribu
     assert (layer(theta)[1] == -torch.inf).all()
 
 
+def test_gradients_far_out_are_finite() -> None:
+    layer = Unconstrained.of(independent_priors(), 3)
+    for z in ([120.0, 80.0, 500.0], [-120.0, -80.0, -500.0]):
+        noise = torch.tensor([z], requires_grad=True)
+        theta, logdet = layer.inverse(noise)
+        assert torch.autograd.grad(theta.sum() + logdet.sum(), noise)[0].isfinite().all()
+
+
 def test_a_bound_itself_is_inside() -> None:
     layer = Unconstrained.of(PRIOR, 3)
     z, logdet = layer(torch.tensor([[-1.0, 1.0, 0.0]]))

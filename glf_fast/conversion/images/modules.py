@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
 from glf_fast.flow import ActNorm, InvertibleLinear
-from glf_fast.flow.linear import assemble
+from glf_fast.flow.linear import LINEAR_TENSORS, assemble
 
 __all__ = ["ChannelCoupling", "ChannelMap", "FixedLinear", "OnChannels"]
 
@@ -60,7 +60,8 @@ class ChannelCoupling(nn.Module):
             p, v = x.split([self.passive, self.transformed], 1)
         u, t = self.network(p, context)
         if u is None:
-            w, logdet = v - t if inverse else v + t, x.new_zeros(len(x))
+            w = v - t if inverse else v + t
+            logdet = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         else:
             w, logdet = ops.affine_coupling(
                 v, u, t, log_scale=self.log_scale, log_scale_constant=self.log_scale_constant,
@@ -77,6 +78,7 @@ class ChannelCoupling(nn.Module):
 class FixedLinear(nn.Module):
     """y = x W over the channels, with a W (C, C) that nobody trains: its inverse and determinant are made once."""
 
+    linear = "fixed"
     weight: Tensor
     weight_inverse: Tensor
     logabsdet: Tensor
@@ -98,30 +100,46 @@ class FixedLinear(nn.Module):
 
 
 class ChannelMap(nn.Module):
-    """An ActNorm and the 1 × 1 convolution behind it, as the one product that they are."""
+    """An ActNorm and the 1 × 1 convolution behind it, which `OnChannels` applies as one product: ((x + b)·e^s) W."""
 
     def __init__(self, actnorm: ActNorm, linear: InvertibleLinear | FixedLinear) -> None:
         super().__init__()
         self.actnorm = actnorm
         self.linear = linear
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise: ((x + b)·e^s) W and its logdet (B,); the context is not used."""
-        A, _, c, logabsdet = self._assemble(x, need_inverse=False)
-        return ops.invertible_linear(x, A, c, logabsdet)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: (z W⁻¹)·e^−s − b and its logdet (B,)."""
-        _, A_inv, c, logabsdet = self._assemble(z, need_inverse=True)
-        assert A_inv is not None
-        return ops.invertible_linear(z, A_inv, c, logabsdet, inverse=True)
+def _assembled(
+    maps: Sequence[ChannelMap], *, inverse: bool
+) -> tuple[dict[nn.Module, tuple[Tensor, Tensor]], list[Tensor]]:
+    """A, or A⁻¹ if `inverse`, and c of each map x A + c, and numbers whose sum is Σ log|det A|.
 
-    def _assemble(self, x: Tensor, *, need_inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        linear, log_scale, bias = self.linear, self.actnorm.log_scale, self.actnorm.bias
-        if isinstance(linear, FixedLinear):
-            W_inv = linear.weight_inverse if need_inverse else None
-            return ops.fold_actnorm(linear.weight, W_inv, linear.logabsdet, log_scale, bias)
-        return assemble(linear.linear, linear.tensors(), x.dtype, log_scale, bias, need_inverse=need_inverse)
+    Those of one kind are made together: ten operations, and ten nodes for the backward, not ten for each.
+    """
+    assembled: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    logabsdets: list[Tensor] = []
+    for kind in sorted({map_.linear.linear for map_ in maps}):
+        alike = [map_ for map_ in maps if map_.linear.linear == kind]
+        A, A_inv, c, logabsdet = _alike(kind, alike, inverse=inverse)
+        matrices = A_inv if inverse else A
+        assert matrices is not None
+        assembled |= zip(alike, zip(matrices.unbind(), c.unbind(), strict=True), strict=True)
+        logabsdets.append(logabsdet.sum())
+    return assembled, logabsdets
+
+
+def _alike(kind: str, maps: Sequence[ChannelMap], *, inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """A (K, C, C), A⁻¹ if `inverse`, c (K, C) and log|det A| (K,) of K maps of one kind."""
+    actnorms, linears = [map_.actnorm for map_ in maps], [map_.linear for map_ in maps]
+    log_scale, bias = _stacked(actnorms, "log_scale"), _stacked(actnorms, "bias")
+    if kind == "fixed":
+        W_inv = _stacked(linears, "weight_inverse") if inverse else None
+        return ops.fold_actnorm(_stacked(linears, "weight"), W_inv, _stacked(linears, "logabsdet"), log_scale, bias)
+    tensors = {name: _stacked(linears, name) for name in LINEAR_TENSORS[kind]}
+    return assemble(kind, tensors, log_scale.dtype, log_scale, bias, need_inverse=inverse)
+
+
+def _stacked(modules: Sequence[nn.Module], name: str) -> Tensor:
+    return torch.stack([getattr(module, name) for module in modules])
 
 
 class OnChannels(nn.Module):
@@ -150,8 +168,18 @@ class OnChannels(nn.Module):
         turned = x.device.type == "cpu" and x.ndim == 4 and x.shape[2:].numel() >= _TURNED and x.is_contiguous()
         if turned:
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        logdet = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        maps, logabsdets = _assembled(
+            [layer for layer in self.layers if isinstance(layer, ChannelMap)], inverse=inverse
+        )
+        pixels = x.shape[2:].numel() * (-1 if inverse else 1)
+        logdets = [(pixels * logabsdet).expand(len(x)) for logabsdet in logabsdets]
         for layer in layers:
-            x, ldj = layer.inverse(x, context) if inverse else layer(x, context)  # type: ignore[operator]
-            logdet = logdet + ldj
+            if layer in maps:
+                x = ops.channel_map(x, *maps[layer], inverse=inverse)
+            else:
+                x, ldj = layer.inverse(x, context) if inverse else layer(x, context)  # type: ignore[operator]
+                logdets.append(ldj)
+        if not logdets:
+            logdets = [x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))]
+        logdet = torch.stack(logdets).sum(0)
         return x.contiguous() if turned else x, logdet

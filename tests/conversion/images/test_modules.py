@@ -72,6 +72,23 @@ def test_what_is_affine_becomes_one_product(trained):
         torch.testing.assert_close(back_logdet, -logdet)
 
 
+def test_maps_of_several_kinds_keep_their_places():
+    """Those of one kind are assembled together, whatever stands between them."""
+    kinds = [True, False, True, False]
+    layers = OnChannels([on_channels(pieces(0.5, trained=trained), []).layers[0] for trained in kinds])
+    one_by_one = [OnChannels([layer]) for layer in layers.layers]
+    x = torch.randn(3, 4, 5, 2).double()
+    z, logdet, wanted, wanted_logdet = *layers(x), x, torch.zeros(3).double()
+    for layer in one_by_one:
+        wanted, ldj = layer(wanted)
+        wanted_logdet = wanted_logdet + ldj
+    torch.testing.assert_close(z, wanted)
+    torch.testing.assert_close(logdet, wanted_logdet)
+    back, back_logdet = layers.inverse(z)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(back_logdet, -logdet)
+
+
 def test_permutations_that_cancel_are_nothing():
     order = torch.tensor([2, 0, 1])
     assert not len(on_channels([Permutation(order), Permutation(order.argsort())], []).layers)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Permutation
+from glf_fast.conversion.layers import FROZEN, TRAINED, Coupling, Dense, Diagonal, Kept, Permutation
 from glf_fast.conversion.normflows import read
 from glf_fast.conversion.reading import ConversionError
 
@@ -131,8 +131,8 @@ def test_what_is_trained_is_known():
     flow.flows[0].flows[1].param_map.net[0].requires_grad_(False)
     coupling, permutation, dense, last = read(flow).layers
     assert isinstance(permutation, Permutation) and isinstance(dense, Dense) and not dense.trained
-    assert last.conditioner.trained[0].logical_not().all() and last.conditioner.trained[1].all()
-    assert coupling.conditioner.separate and all(mask.all() for mask in coupling.conditioner.trained)
+    assert (last.conditioner.roles[0] == FROZEN).all() and (last.conditioner.roles[1] == TRAINED).all()
+    assert coupling.conditioner.separate and all((roles == TRAINED).all() for roles in coupling.conditioner.roles)
 
 
 def test_splines_residuals_and_shared_networks_are_kept(check_reading, randomize):
