@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from bench.kinds import KINDS
 from bench.results import Key, Result, Results
 from bench.tables import NOT_MEASURED, OURS, header, line
 
@@ -94,7 +95,7 @@ GOALS: tuple[Goal, ...] = (
         Goal(
             f"converted flows of glf-mnist's size, {mode}: the original",
             3.0,
-            tuple(("convert", f"glf-mnist of {library}", mode) for library in LIBRARIES),
+            tuple(("convert", f"glf-mnist of {kind}", mode) for kind in (*LIBRARIES, *KINDS)),
             ("original",),
         )
         for mode in ("train", "log_prob", "sample")

@@ -29,7 +29,7 @@ SECONDS, KIND_SECONDS = 3.0, 1.5  # for both
 CASES = [FLOWS["glf-mnist"], FLOWS["sbi"]]
 TASKS: list[tuple[str, Case, str]] = [
     *((library, case, mode) for case in CASES for library in LIBRARIES for mode in MODES),
-    *((kind, CASES[0], mode) for kind in KINDS for mode in ("log_prob", "train")),
+    *((kind, CASES[0], mode) for kind in KINDS for mode in ("log_prob", "sample", "train")),
     *((kind, GLOW, mode) for kind in IMAGE_KINDS for mode in ("log_prob", "sample", "train")),
 ]
 
