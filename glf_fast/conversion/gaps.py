@@ -10,9 +10,13 @@ from torch import Tensor
 
 from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, NetworkCoupling, Permutation, Unfusable
 
-__all__ = ["Affine", "apart", "fold", "identity", "inverted", "inverted_layers"]
+__all__ = ["REACH", "Affine", "apart", "fold", "identity", "inverted", "inverted_layers"]
 
 
+# An ActNorm that moves the data by more than this many of their standard deviations is a layer of its own: folded into the
+# first step, a mean of 2 σ makes float32 errors of log_prob 1.1 times as large (of samples 1.4 times), 100 σ ten times.
+# By itself it costs 0.1 ms of a training step on a processor.
+REACH = 2.0
 # A shift behind a matrix becomes one before it unless its rounding grows by more than this, in units of the shift or of the
 # data: with a matrix of diagonal 1 … 0.1 (D = 6) float32 loses a factor of 11 in z, of 2 in log_prob. Apart, it costs a launch.
 _LOSS = 2.0
@@ -43,12 +47,6 @@ class Affine:
             return self.W
         return torch.eye(len(self.order), dtype=self.s.dtype, device=self.s.device)[:, self.order]
 
-    def is_permutation(self) -> bool:
-        """Nothing but a permutation."""
-        trained = self.s_trained or self.b_trained or self.c_trained
-        zero = not (self.s.any() or self.b.any() or self.c.any())
-        return self.W is None and zero and not trained
-
     def reach(self) -> float:
         """max |b·e^s|: how many times its own size x + b may be when it is computed as x·e^s + b·e^s."""
         return float((self.b * self.s.exp()).detach().abs().max())
@@ -64,7 +62,7 @@ def fold(pieces: Iterable[Permutation | Diagonal | Dense], dim: int, like: Tenso
     """The pieces, first to last, as maps whose product they are: nearly always one, at least one.
 
     There is a second one where a trained scale or a fixed shift follows a matrix in a way that ((x + b)·e^s) W with
-    the same freedom cannot express.
+    the same freedom cannot express, or where it would cost a shift its digits.
     """
     maps: list[Affine] = []
     affine = identity(dim, like)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from glf_fast.conversion.gaps import Affine, fold
+from glf_fast.conversion.gaps import REACH, Affine, fold
 from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, FixedLinear, OnChannels
 from glf_fast.conversion.layers import Dense, Diagonal, NetworkCoupling, Permutation, width
 from glf_fast.conversion.stack import Sources, standalone
@@ -18,8 +18,6 @@ __all__ = ["on_channels"]
 
 Piece = Permutation | Diagonal | Dense
 
-# Beyond this, (x + b)·e^s is a layer of its own: x A + c would subtract large numbers that a matrix has rounded (fuse.py).
-_REACH = 2.0
 _LIKE = torch.empty(0, dtype=torch.float64, device="cpu")  # where flows are converted
 
 
@@ -64,7 +62,7 @@ def _modules(maps: Sequence[Affine], sources: Sources) -> list[nn.Module]:
         parts = standalone(affine, sources) if affine.W is None or affine.W_trained else _with_fixed(affine, sources)
         match parts:
             case [ActNorm() as actnorm, InvertibleLinear() | FixedLinear() as linear] if (
-                affine.W is not None and affine.reach() <= _REACH
+                affine.W is not None and affine.reach() <= REACH
             ):
                 modules.append(ChannelMap(actnorm, linear))
             case _:
