@@ -87,6 +87,28 @@ def keep_hidden(
 
 
 @triton.jit
+def staged_layer(
+    i: tl.constexpr, p, context, w, b, hidden, slopes, row, live, C: tl.constexpr, HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, ROW_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The hidden layer i, BN columns at a time, from p or from the rows of the layer before it, into memory."""
+    BM: tl.constexpr = p.shape[0]
+    AT: tl.constexpr = COLUMNS[i]
+    PADDED: tl.constexpr = COLUMNS[i + 1] - COLUMNS[i]
+    for start in range(0, PADDED, BN):
+        column = start + tl.arange(0, BN)
+        if i == 0:
+            pre = first_layer(p, context, row, live, w, b, column, C, PADDED, BK, PRECISION)  # [BM, BN]
+        else:
+            BEFORE: tl.constexpr = COLUMNS[i - 1]
+            pre = inner_layer(
+                hidden + BEFORE, row, live, ROW_STRIDE, w, b, column, AT - BEFORE, PADDED, BM, BK, PRECISION, p.dtype
+            )
+        keep_hidden(pre, hidden + AT, slopes + AT, row, live, ROW_STRIDE, column, HIDDEN[i], PADDED, ACTIVATION, KEEP)
+
+
+@triton.jit
 def mlp(
     p, w_first, context, weights, vectors, hidden, slopes, row, live, D: tl.constexpr, C: tl.constexpr,
     HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, VECTORS: tl.constexpr,
@@ -105,29 +127,17 @@ def mlp(
     if STAGED:
         tl.debug_barrier()  # the last step's rows have been read
         for i in tl.static_range(LAST):
-            w = weights + WEIGHTS[i]
-            b = vectors + VECTORS[i + 1]
-            PADDED: tl.constexpr = COLUMNS[i + 1] - COLUMNS[i]
-            for start in range(0, PADDED, BN):
-                column = start + tl.arange(0, BN)
-                if i == 0:
-                    pre = first_layer(p, context, row, live, w, b, column, C, PADDED, BK, PRECISION)  # [BM, BN]
-                else:
-                    pre = inner_layer(
-                        hidden + COLUMNS[i - 1], row, live, ROW_STRIDE, w, b, column, COLUMNS[i] - COLUMNS[i - 1],
-                        PADDED, BM, BK, PRECISION, p.dtype,
-                    )  # fmt: skip
-                at = COLUMNS[i]
-                keep_hidden(
-                    pre, hidden + at, slopes + at, row, live, ROW_STRIDE, column, HIDDEN[i], PADDED, ACTIVATION, KEEP
-                )
+            staged_layer(
+                i, p, context, weights + WEIGHTS[i], vectors + VECTORS[i + 1], hidden, slopes, row, live, C, HIDDEN,
+                COLUMNS, ROW_STRIDE, ACTIVATION, KEEP, BN, BK, PRECISION,
+            )  # fmt: skip
             tl.debug_barrier()  # layer i is complete
     elif LAST == 1:
         WIDTH: tl.constexpr = triton.next_power_of_2(COLUMNS[1])
         whole = tl.arange(0, WIDTH)
-        pre = dot(p, w_first, tl.zeros((BM, WIDTH), p.dtype), PRECISION)
-        pre = of_context(pre, context, row, live, weights, whole, HALF, C, COLUMNS[1], BK, PRECISION)
-        h = activate(pre + load_bias(vectors + VECTORS[1], whole, COLUMNS[1]), ACTIVATION)
+        h = dot(p, w_first, tl.zeros((BM, WIDTH), p.dtype), PRECISION)
+        h = of_context(h, context, row, live, weights, whole, HALF, C, COLUMNS[1], BK, PRECISION)
+        h = activate(h + load_bias(vectors + VECTORS[1], whole, COLUMNS[1]), ACTIVATION)
         h = keep_columns(h, whole, HIDDEN[0])  # [BM, WIDTH]
         if PRECISION == "bf16":
             h = h.to(tl.bfloat16)  # all that its products use; half the registers
@@ -182,6 +192,26 @@ def times_slope(
 
 
 @triton.jit
+def layer_backward(
+    i: tl.constexpr, w, hidden, slopes, row, live, STATE: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the hidden layer i before its activation, from that of layer i + 1, through memory."""
+    AT: tl.constexpr = COLUMNS[i]
+    BEHIND: tl.constexpr = COLUMNS[i + 1]
+    PADDED: tl.constexpr = BEHIND - AT
+    NEXT: tl.constexpr = COLUMNS[i + 2] - BEHIND
+    for start in range(0, PADDED, BN):
+        column = start + tl.arange(0, BN)
+        grad = tl.zeros((BM, BN), STATE)
+        grad = product(
+            grad, slopes + BEHIND, row, live, ROW_STRIDE, w, column, NEXT, NEXT, PADDED, 1, NEXT, BK, PRECISION
+        )
+        times_slope(grad, hidden + AT, slopes + AT, row, live, ROW_STRIDE, column, HIDDEN[i], PADDED, ACTIVATION)
+
+
+@triton.jit
 def mlp_backward(
     grad_u, grad_t, weights, hidden, slopes, row, live, D: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
     WEIGHTS: tl.constexpr, ROW_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -206,17 +236,10 @@ def mlp_backward(
         times_slope(grad, hidden + at, slopes + at, row, live, ROW_STRIDE, column, HIDDEN[LAST], N_PADDED, ACTIVATION)
     for i in tl.static_range(LAST - 1, -1, -1):
         tl.debug_barrier()  # the gradient of layer i + 1 is complete
-        w = weights + WEIGHTS[i + 1]
-        PADDED: tl.constexpr = COLUMNS[i + 1] - COLUMNS[i]
-        NEXT: tl.constexpr = COLUMNS[i + 2] - COLUMNS[i + 1]
-        for start in range(0, PADDED, BN):
-            column = start + tl.arange(0, BN)
-            grad = product(
-                tl.zeros((BM, BN), grad_u.dtype), slopes + COLUMNS[i + 1], row, live, ROW_STRIDE, w, column,
-                NEXT, NEXT, PADDED, 1, NEXT, BK, PRECISION,
-            )  # fmt: skip
-            at = COLUMNS[i]
-            times_slope(grad, hidden + at, slopes + at, row, live, ROW_STRIDE, column, HIDDEN[i], PADDED, ACTIVATION)
+        layer_backward(
+            i, weights + WEIGHTS[i + 1], hidden, slopes, row, live, grad_u.dtype, HIDDEN, COLUMNS, ROW_STRIDE,
+            ACTIVATION, BM, BN, BK, PRECISION,
+        )  # fmt: skip
     tl.debug_barrier()
     FIRST: tl.constexpr = COLUMNS[1]
     grad_p = product(

@@ -63,6 +63,30 @@ def pack_matrix(
 
 
 @triton.jit
+def pack_layer(
+    i: tl.constexpr, weight, target, k, block, D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr,
+    HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK numbers of layer i's weight of step k: the first layer's rows are p's and the context's, the last one's columns
+    those of u and of t."""
+    P: tl.constexpr = D - D // 2
+    T: tl.constexpr = D // 2
+    LAST: tl.constexpr = i == len(HIDDEN)
+    I0: tl.constexpr = P if i == 0 else HIDDEN[i - 1]
+    I0_PADDED: tl.constexpr = HALF if i == 0 else COLUMNS[i] - COLUMNS[i - 1]
+    I1: tl.constexpr = C if i == 0 else 0
+    I1_PADDED: tl.constexpr = (C + 15) // 16 * 16 if i == 0 else 0
+    J0: tl.constexpr = T if LAST else HIDDEN[i]
+    J0_PADDED: tl.constexpr = HALF if LAST else COLUMNS[i + 1] - COLUMNS[i]
+    J1: tl.constexpr = T if LAST else 0
+    J1_PADDED: tl.constexpr = HALF if LAST else 0
+    pack_matrix(
+        weight + k * ((I0 + I1) * (J0 + J1)), target, block, I0, I0_PADDED, I1, I1_PADDED, J0, J0_PADDED, J1, J1_PADDED,
+        PRECISION, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
 def pack_vector(source, target, J0: tl.constexpr, J0_PADDED: tl.constexpr, J1: tl.constexpr, J1_PADDED: tl.constexpr):
     """A vector (J0 + J1) whose two groups are padded each with zeros."""
     LONG: tl.constexpr = triton.next_power_of_2(J0_PADDED + J1_PADDED)
@@ -101,21 +125,7 @@ def pack_kernel(
     for i in tl.static_range(LAYERS):
         if block >= BLOCKS[MAPS + i] and block < BLOCKS[MAPS + i + 1]:
             to = packed_weights + k * WEIGHTS[LAYERS] + WEIGHTS[i]
-            N_IN: tl.constexpr = P + C if i == 0 else HIDDEN[i - 1]
-            N_OUT: tl.constexpr = 2 * T if i == LAYERS - 1 else HIDDEN[i]
-            # A layer's one or two groups of rows, then of columns.
-            I0: tl.constexpr = P if i == 0 else N_IN
-            I0_PADDED: tl.constexpr = HALF if i == 0 else COLUMNS[i] - COLUMNS[i - 1]
-            I1: tl.constexpr = C if i == 0 else 0
-            I1_PADDED: tl.constexpr = (C + 15) // 16 * 16 if i == 0 else 0
-            J0: tl.constexpr = T if i == LAYERS - 1 else N_OUT
-            J0_PADDED: tl.constexpr = HALF if i == LAYERS - 1 else COLUMNS[i + 1] - COLUMNS[i]
-            J1: tl.constexpr = T if i == LAYERS - 1 else 0
-            J1_PADDED: tl.constexpr = HALF if i == LAYERS - 1 else 0
-            pack_matrix(
-                weights[i] + k * (N_IN * N_OUT), to, block - BLOCKS[MAPS + i],
-                I0, I0_PADDED, I1, I1_PADDED, J0, J0_PADDED, J1, J1_PADDED, MLP, BLOCK,
-            )  # fmt: skip
+            pack_layer(i, weights[i], to, k, block - BLOCKS[MAPS + i], D, HALF, C, HIDDEN, COLUMNS, MLP, BLOCK)
     if block == BLOCKS[MAPS + LAYERS]:
         to = vectors + k * VECTORS[LAYERS + 2]
         pack_vector(offset + k * D, to, P, HALF, T, HALF)

@@ -153,6 +153,22 @@ def load_map(matrix, HALF: tl.constexpr):
 
 
 @triton.jit
+def add_wide(
+    y_p, y_v, rows_of, row, live, D: tl.constexpr, N: tl.constexpr, matrix, HALF: tl.constexpr, STRIDE_I: tl.constexpr,
+    STRIDE_J: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[y_p, y_v] + a w, with a the first N of rows of D numbers in memory, and w HALF rows of a packed map."""
+    half = tl.arange(0, HALF)
+    for start in range(0, HALF, BK):
+        inner = start + tl.arange(0, BK)
+        mask = live[:, None] & (inner < N)[None, :]
+        a = tl.load(rows_of + row[:, None] * D + inner[None, :], mask=mask, other=0.0)  # [BM, BK]
+        y_p = dot(a, load_weight(matrix, inner, half, HALF, HALF, STRIDE_I, STRIDE_J), y_p, PRECISION)  # [BM, HALF]
+        y_v = dot(a, load_weight(matrix + HALF * STRIDE_J, inner, half, HALF, HALF, STRIDE_I, STRIDE_J), y_v, PRECISION)
+    return y_p, y_v
+
+
+@triton.jit
 def affine(
     p, v, a_pp, a_pv, a_vp, a_vv, matrix, scratch, row, live, D: tl.constexpr, HALF: tl.constexpr,
     TRANSPOSED: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -168,19 +184,13 @@ def affine(
     y_p = tl.zeros_like(p)
     y_v = tl.zeros_like(v)
     if HALF > 32:
-        I: tl.constexpr = 1 if TRANSPOSED else 2 * HALF  # noqa: E741
-        J: tl.constexpr = 2 * HALF if TRANSPOSED else 1
+        STRIDE_I: tl.constexpr = 1 if TRANSPOSED else 2 * HALF
+        STRIDE_J: tl.constexpr = 2 * HALF if TRANSPOSED else 1
         store_halves(scratch, p, v, row, live, D, HALF)
         tl.debug_barrier()
-        for part in tl.static_range(2):
-            N: tl.constexpr = T if part else P
-            for start in range(0, HALF, BK):
-                inner = start + tl.arange(0, BK)
-                mask = live[:, None] & (inner < N)[None, :]
-                a = tl.load(scratch + part * P + row[:, None] * D + inner[None, :], mask=mask, other=0.0)  # [BM, BK]
-                w = matrix + part * HALF * I
-                y_p = dot(a, load_weight(w, inner, half, HALF, HALF, I, J), y_p, PRECISION)  # [BM, HALF]
-                y_v = dot(a, load_weight(w + HALF * J, inner, half, HALF, HALF, I, J), y_v, PRECISION)
+        y_p, y_v = add_wide(y_p, y_v, scratch, row, live, D, P, matrix, HALF, STRIDE_I, STRIDE_J, BK, PRECISION)
+        of_v = matrix + HALF * STRIDE_I
+        y_p, y_v = add_wide(y_p, y_v, scratch + P, row, live, D, T, of_v, HALF, STRIDE_I, STRIDE_J, BK, PRECISION)
         tl.debug_barrier()  # whoever writes there next waits until all is read
     elif TRANSPOSED:
         y_p = dot(p, tl.trans(a_pp), y_p, PRECISION)  # [BM, HALF]
