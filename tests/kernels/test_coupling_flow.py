@@ -133,7 +133,7 @@ def test_opcheck() -> None:
         for state, unmatrix, parameters in ((saved, None, True), (out, torch.linalg.inv(A).contiguous(), False)):
             torch.library.opcheck(
                 library.triton_coupling_flow_backward.default,
-                (out, logdet, state, A, unmatrix, c, weights, biases, context, *code, parameters),
+                (out, logdet, state, A, unmatrix, c, weights, biases, context, *code, parameters, parameters),
             )
 
 
