@@ -377,16 +377,16 @@ def test_compiled_without_graph_breaks_for_any_batch(compiler: str) -> None:
 
 
 def test_matmul_precisions_are_followed_and_bf16_is_refused_here(monkeypatch) -> None:
-    from glf_fast.kernels import coupling_flow
+    from glf_fast.kernels import packing
 
     precisions: list[tuple[str, str]] = []
-    launch = coupling_flow.launch
+    launch = packing.launch
 
     def spy(*args, **options):
         precisions.append((options["MAP"], options["MLP"]))
         launch(*args, **options)
 
-    monkeypatch.setattr(coupling_flow, "launch", spy)
+    monkeypatch.setattr(packing, "launch", spy)
     x, A, c, _, *layers = [None if t is None else t.detach() for t in tensors(3, 1, 4, 0, (8,), torch.float32)]
 
     def call() -> Tensor:
