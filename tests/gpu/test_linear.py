@@ -15,16 +15,10 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float64)
 
 
-@pytest.fixture(autouse=True, params=["nvcc", "cupy"])
-def on_cuda_kernels(request):
-    """Compiled by nvcc when glf_fast was installed, and by NVRTC through CuPy; the backend takes the first that there is."""
-    compiled = not backends()["cuda"].endswith("CuPy")
-    if request.param == "nvcc" and not compiled:
-        pytest.skip("installed without nvcc")
-    with use_backend("cuda"), torch.library._scoped_library("glf_fast", "IMPL") as library:
-        if request.param == "cupy" and compiled:
-            pytest.importorskip("cupy", reason="CuPy is not installed")
-            cupy_linear.register(library, override=True)
+@pytest.fixture(autouse=True)
+def on_cuda_kernels():
+    """Compiled by nvcc when glf_fast was installed, or where it was not by NVRTC through CuPy."""
+    with use_backend("cuda"):
         yield
 
 
@@ -100,6 +94,33 @@ def test_singular_matrices_and_nan(dim: int) -> None:
     sign, logabsdet, _, info = (t.cpu() for t in ops.slogdet_inverse(A.cuda()))
     assert sign[:2].tolist() == [1, 0] and logabsdet[:2].tolist() == [0, -torch.inf] and info[:2].tolist() == [0, dim]
     assert logabsdet[2].isnan()
+
+
+# One source, two compilers: each operation once more by CuPy's, in both types, with matrices for a warp, a tile and a block.
+BY_NVRTC = (
+    (test_plu_assemble_matches_the_reference, (20, torch.float32)),
+    (test_plu_assemble_matches_the_reference, (64, torch.float64)),
+    (test_plu_assemble_matches_the_reference, (192, torch.float32)),
+    (test_the_zoo_by_scaled_residuals, (7, torch.float32)),
+    (test_the_zoo_by_scaled_residuals, (16, torch.float64)),
+    (test_the_zoo_by_scaled_residuals, (32, torch.float32)),
+    (test_the_zoo_by_scaled_residuals, (64, torch.float64)),
+    (test_the_zoo_by_scaled_residuals, (193, torch.float64)),
+    (test_the_zoo_by_scaled_residuals, (250, torch.float32)),
+    (test_batches_of_every_size, (10_000, 20)),
+    (test_pivots_are_lapacks_in_float64, (33,)),
+    (test_singular_matrices_and_nan, (130,)),
+)
+
+
+@pytest.mark.parametrize(("test", "arguments"), BY_NVRTC, ids=[f"{t.__name__}-{a}" for t, a in BY_NVRTC])
+def test_compiled_by_nvrtc(test, arguments) -> None:
+    """Where nvcc compiled them these kernels replace its own; where it did not, they are what all tests above have run."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    with torch.library._scoped_library("glf_fast", "IMPL") as library:
+        if not backends()["cuda"].endswith("CuPy"):
+            cupy_linear.register(library, override=True)
+        test(*arguments)
 
 
 def test_tensors_on_the_processor_are_refused() -> None:
