@@ -20,8 +20,9 @@ SIZES = {
     "large": (128, (512, 512), 0),
     "huge": (255, (300, 512), 0),
 }
-# A ReLU whose argument float32 puts on the other side of zero changes a gradient by 10⁻³ of its length, where all else is off by
-# 10⁻⁶: chance, of one argument in some 10⁷ for each 10⁻⁷ of error. Arguments are of order one, and off by less than 10⁻⁵.
+# A ReLU whose argument float32 puts on the other side of zero changes a gradient by 10⁻³ of its length, where all else is off
+# by 10⁻⁶. It happens by chance, to one argument in some 10⁷ for each 10⁻⁷ of error, and 100,000 rows have 3·10⁷. Arguments are
+# of order one, and off by less than 10⁻⁵.
 MARGIN = 1e-5
 
 
