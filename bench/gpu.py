@@ -63,9 +63,9 @@ class Run:
         self.record.finish(results)  # before anything that ends the process
         for result in results:
             print(f"{', '.join(place):50} {result.provider:22} {result.median * 1e6:12.1f} µs", flush=True)
-        for name, result in found.items():
-            if isinstance(result, Exception):
-                self.fail(race, name, _text(result), result)
+        for name, outcome in found.items():
+            if isinstance(outcome, Exception):
+                self.fail(race, name, _text(outcome), outcome)
 
     def fail(self, race: Race, name: str, reason: str, error: Exception | None = None) -> None:
         """Write down why a row has no time; ends the process where an error took the GPU with it."""

@@ -34,8 +34,12 @@ def _large() -> Iterator[Race]:
     yield from memory_races((64, 8))
 
 
+def _compiled() -> Iterator[Race]:
+    yield from flow_races(NAMED, DENSITIES, COMPILED)
+    yield from flow_races([THROUGHPUT], DENSITIES, ("compile",))
+
+
 def _compiled_more() -> Iterator[Race]:
-    yield from flow_races([THROUGHPUT], ("train",), ("compile",))
     yield from flow_races(NAMED, ("sample",), COMPILED)
     yield from flow_races(BATCHES, FLOW_MODES, COMPILED)
 
@@ -49,7 +53,7 @@ def _wide() -> Iterator[Race]:
 GROUPS: dict[str, Callable[[], Iterator[Race]]] = {
     "named": lambda: flow_races(NAMED, FLOW_MODES, WITH_GRAPHS),
     "batches": lambda: flow_races(BATCHES, FLOW_MODES, WITH_GRAPHS),
-    "compiled": lambda: flow_races(NAMED, DENSITIES, COMPILED),
+    "compiled": _compiled,
     "large": _large,
     "linear": lambda: linear_races((16384, 1024), (32, 64, 8, 16)),
     "coupling": lambda: coupling_races([*LARGE, *COUPLINGS]),

@@ -81,7 +81,7 @@ class Graph:
         enqueues the replay, so that the time between the events is the graph's alone.
         """
         waste = _waste()
-        once = _seconds(self.graph.replay)
+        once = _seconds(self.graph.replay, warmup=0)
         replays = 1 if cold else max(1, min(REPLAYS, int(AHEAD / once)))
         pairs: list[list[torch.cuda.Event]] = []
         end = time.perf_counter() + seconds
@@ -145,9 +145,9 @@ def call_times(works: Mapping[str, Work], seconds: float) -> dict[str, Calls | E
     return failed | {name: Calls(calls, min(host)) for name, (calls, host) in times.items() if name not in failed}
 
 
-def _seconds(work: Work) -> float:
-    """Of a call that is warm, roughly."""
-    for _ in range(WARMUP):
+def _seconds(work: Work, warmup: int = WARMUP) -> float:
+    """Of a call, roughly, after some that warm it."""
+    for _ in range(warmup):
         work()
     torch.cuda.synchronize()
     start = time.perf_counter()
