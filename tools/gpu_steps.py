@@ -134,7 +134,7 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def importable(environment: dict[str, str]) -> Iterator[None]:
-    """Have Python find this folder's glf_fast where it is not installed: links to the packages that lie elsewhere, and metadata.
+    """Have Python find this folder's glf_fast where it is not installed: by links to what lies elsewhere, and metadata.
 
     setup.py (package_dir) says where they lie. Nothing is installed, because pip alone takes seconds of a lent machine.
     """
