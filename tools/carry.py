@@ -1,10 +1,12 @@
 """What can be compiled without a GPU, in one archive for the machine with one: the extension's libraries and Triton's cache.
 
-    python tools/carry.py unpack ARCHIVE
+    python tools/carry.py unpack ARCHIVE     # also: tools/gpu_here.py unpack ARCHIVE
+    python tools/carry.py here               # what this machine would run, as JSON
 
-puts the libraries into glf_fast/ and the kernels into Triton's cache ($TRITON_CACHE_DIR, else ~/.triton/cache), and says how
-many. Kernels are taken where Triton is the same to the byte and Python's minor version is, libraries where csrc/ is the
-same. What is not taken is said, and compiled as if there were no archive. `make gpu-here` packs it.
+`unpack` puts the libraries into glf_fast/, wheels into wheels/ and the kernels into Triton's cache ($TRITON_CACHE_DIR, else
+~/.triton/cache), and says how many. Kernels are taken where Triton is the same to the byte and Python's minor version is,
+libraries where csrc/ is the same. What is not taken is said, and compiled as if there were no archive. `make gpu-here`
+packs it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -64,8 +67,10 @@ def compiled(cache: Path, names: frozenset[str]) -> dict[Path, dict[str, Any]]:
     return found
 
 
-def pack(archive: Path, libraries: list[Path], cache: Path, names: frozenset[str], about: Manifest) -> int:
-    """Write an archive of libraries and of the kernels of these names, with all launchers; returns how many kernels."""
+def pack(
+    archive: Path, libraries: list[Path], wheels: list[Path], cache: Path, names: frozenset[str], about: Manifest
+) -> int:
+    """Write an archive of files, and of the kernels of these names with all launchers; returns how many kernels."""
     kernels = compiled(cache, names)
     # Similar ones next to one another: that is what a compressor likes.
     order = sorted(
@@ -76,8 +81,9 @@ def pack(archive: Path, libraries: list[Path], cache: Path, names: frozenset[str
     new = archive.with_suffix(".new")
     with tarfile.open(new, "w:xz", preset=9) as tar:
         _add(tar, MANIFEST, json.dumps(about._asdict()).encode())
-        for library in libraries:
-            _add(tar, f"libraries/{library.name}", library.read_bytes())
+        for folder, files in (("libraries", libraries), ("wheels", wheels)):
+            for path in files:
+                _add(tar, f"{folder}/{path.name}", path.read_bytes())
         for path in (path for folder in folders for path in sorted(folder.iterdir())):
             name = f"cache/{path.parent.name}/{path.name}"
             if path.name.startswith(GROUP):
@@ -114,6 +120,7 @@ def unpack(archive: Path, root: Path, cache: Path, present: Manifest) -> Iterato
         packed = Manifest(**json.load(content))
         tar.extractall(name, filter="data")
         yield _take_libraries(Path(name) / "libraries", root / "glf_fast", packed, present)
+        yield f"{_replace_all(Path(name) / 'wheels', root / 'wheels')} wheels taken"
         yield _take_kernels(Path(name) / "cache", cache, packed, present)
 
 
@@ -121,13 +128,18 @@ def _take_libraries(source: Path, target: Path, packed: Manifest, present: Manif
     if packed.machine != present.machine or packed.sources != present.sources:
         why = "csrc/ has changed" if packed.machine == present.machine else f"they are for {packed.machine}"
         return f"no libraries taken: {why}"
-    taken = sorted(source.iterdir())
-    for path in taken:
-        temporary = target / f".{path.name}"  # it may lie on another disk
-        temporary.write_bytes(path.read_bytes())
-        temporary.chmod(0o755)
+    return f"{_replace_all(source, target)} libraries taken"
+
+
+def _replace_all(source: Path, target: Path) -> int:
+    """Put a folder's files into another one, which may lie on another disk; returns how many."""
+    files = sorted(source.iterdir()) if source.is_dir() else []
+    for path in files:
+        target.mkdir(exist_ok=True)
+        temporary = target / f".{path.name}"
+        shutil.copy2(path, temporary)
         temporary.replace(target / path.name)
-    return f"{len(taken)} libraries taken: {', '.join(path.name for path in taken)}"
+    return len(files)
 
 
 def _take_kernels(source: Path, target: Path, packed: Manifest, present: Manifest) -> str:
@@ -155,6 +167,9 @@ def _take_kernels(source: Path, target: Path, packed: Manifest, present: Manifes
 
 def main() -> None:
     """See the module's docstring."""
+    if sys.argv[1:] == ["here"]:
+        print(json.dumps(here()._asdict()))
+        return
     if len(sys.argv) != 3 or sys.argv[1] != "unpack":
         sys.exit(__doc__)
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")

@@ -69,14 +69,14 @@ def _symbols(path: Path, *which: str) -> set[str]:
     return {line.split()[-1].partition("@")[0] for line in listing.splitlines() if line.strip()}
 
 
-def environment(library: Path) -> dict[str, str]:
-    """The environment of this process, for one that is to have the stub GPU."""
+def environment(library: Path, stub: Path = STUB) -> dict[str, str]:
+    """The environment of this process, for one that is to have the stub GPU; `stub` is of the tree whose files it runs."""
     folder = library.resolve().parent
     return {
         **os.environ,
         "LD_PRELOAD": str(folder / library.name),
         "TRITON_LIBCUDA_PATH": str(folder),  # what Triton links its launchers with
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(STUB), os.environ.get("PYTHONPATH")))),  # sitecustomize.py
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(stub), os.environ.get("PYTHONPATH")))),  # sitecustomize.py
         "PYTHONPYCACHEPREFIX": str(folder / "pycache"),  # sitecustomize.py changes what is compiled
         "PYTEST_ADDOPTS": f"--assert=plain {os.environ.get('PYTEST_ADDOPTS', '')}",  # and pytest must not, too
     }

@@ -62,5 +62,5 @@ def source_to_code(self: Any, data: Any, path: Any, **options: Any) -> Any:
     return compile_source(self, data, path, **options)
 
 
-importlib.machinery.SourceFileLoader.source_to_code = source_to_code  # type: ignore[method-assign, assignment]
+importlib.machinery.SourceFileLoader.source_to_code = source_to_code  # type: ignore[method-assign]
 sys.modules["cupy"] = None  # type: ignore[assignment]
