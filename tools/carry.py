@@ -133,7 +133,7 @@ def _take_libraries(source: Path, target: Path, packed: Manifest, present: Manif
 
 def _replace_all(source: Path, target: Path) -> int:
     """Put a folder's files into another one, which may lie on another disk; returns how many."""
-    files = sorted(source.iterdir()) if source.is_dir() else []
+    files = sorted(source.glob("*"))
     for path in files:
         target.mkdir(exist_ok=True)
         temporary = target / f".{path.name}"
@@ -151,7 +151,7 @@ def _take_kernels(source: Path, target: Path, packed: Manifest, present: Manifes
                 f"and the archive's {getattr(packed, what)}"
             )
     taken = kept = 0
-    for folder in sorted(source.iterdir()):
+    for folder in sorted(source.glob("*")):
         final = target / folder.name
         for path in folder.glob(f"{GROUP}*"):
             files = json.loads(path.read_text())["child_paths"]
