@@ -24,8 +24,8 @@ FLOWS = {
     "throughput": (64, (256, 256), 0, 65_536),
     "wide": (128, (512, 512), 0, 4_096),
 }
-# torch's matmul precision → operands of the affine maps, of the MLPs. "high" is in the entries.
-OPERANDS = {"highest": (FULL_PRECISION, FULL_PRECISION), "medium": ("tf32", "bf16")}
+# torch's matmul precision → operands of the affine maps, of the MLPs.
+OPERANDS = {"highest": (FULL_PRECISION, FULL_PRECISION), "high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}
 
 
 def of_entry(key: str, how: Launch) -> Specialization:
@@ -64,8 +64,10 @@ def kernels(key: str, how: Launch, arch: int) -> Iterator[Specialization]:
     yield of_entry(key, how)
 
 
-def shipped(arch: int) -> Iterator[Specialization]:
-    """All of them for sm_`arch`, and the elementwise coupling, which is launched alike everywhere."""
+def shipped(arch: int) -> Iterator[tuple[str, Specialization]]:
+    """All of them for sm_`arch`, by the keys of their launches; the elementwise coupling is launched alike everywhere ("")."""
     for key, how in entries(arch):
-        yield from kernels(key, how, arch)
-    yield from affine_coupling.specializations()
+        for spec in kernels(key, how, arch):
+            yield key, spec
+    for spec in affine_coupling.specializations():
+        yield "", spec
