@@ -88,8 +88,9 @@ def _all(key: str) -> Iterator[Launch]:
     # The first hidden layer is kept in registers up to 256 columns: of 512, 16 rows take 256 registers of every thread.
     kept = (False, True) if kernel == "forward" and hidden[0] <= 256 else (True,)
     for BM, BN, BK, staged, warps, stages in itertools.product(rows, columns, depths, kept, (4, 8, 16), (2, 3, 4)):
-        # Depths divide what passes through memory: staged layers, and maps of more than 64 columns.
-        divides = staged or dim > 64 or BK == 64
+        # Depths divide what passes through memory: staged layers, maps of more than 64 columns, and contexts. Of a context
+        # alone, which no case here has, a short one should not be padded to a long chunk.
+        divides = staged or dim > 64 or BK == 32
         # Without a loop over chunks, num_stages has nothing to divide in kernels with barriers.
         looped = not staged or max(hidden) > min(BN, BK)
         if divides and (looped or stages == 3):
