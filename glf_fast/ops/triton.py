@@ -21,7 +21,7 @@ MAX_DIM, MAX_HIDDEN, MAX_LAYERS = 256, 512, 4
 OPTIONS = "str activation, str log_scale, float constant, bool add_first, bool inverse, bool density, str autocast"
 torch.library.define(
     "glf_fast::triton_coupling_flow",
-    "(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
+    "(Tensor x, Tensor matrix, Tensor offset, Tensor? logabsdet, Tensor[] weights, Tensor[] biases, Tensor? context, "
     f"{OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
@@ -42,14 +42,20 @@ def forward(
     x: Tensor,
     matrix: Tensor,
     offset: Tensor,
+    logabsdet: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     context: Tensor | None,
     options: Options,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, logdet (with options.density log N(out; 0, I) added) and, with `keep`, the steps' inputs (K, B, D)."""
-    return ops.triton_coupling_flow.default(x, matrix, offset, weights, biases, context, *_code(options), keep)
+    """Output, logdet and, with `keep`, the steps' inputs (K, B, D).
+
+    To the logdet options.density adds log N(out; 0, I), and `logabsdet`, (K,) or (), its sum.
+    """
+    return ops.triton_coupling_flow.default(
+        x, matrix, offset, logabsdet, weights, biases, context, *_code(options), keep
+    )
 
 
 def backward(
@@ -66,7 +72,8 @@ def backward(
     options: Options,
     parameters: bool,
 ) -> list[Tensor]:
-    """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
+    """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, of the density ∂logabsdet (K,), ∂weights …,
+    ∂biases …
 
     Without `unmatrix` from the inputs that the forward kept, with it (`matrix` inverted) from the output `state`, which
     the density needs in any case: `grad_out` is None then.
@@ -90,9 +97,9 @@ def _code(options: Options) -> tuple[str, str, float, bool, bool, bool, str]:
 
 @torch.library.register_fake("glf_fast::triton_coupling_flow")
 def _(
-    x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
-    autocast: str, save: bool,
+    x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
+    context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
+    density: bool, autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     saved = x.new_empty((len(matrix), *x.shape) if save else 0)
     return torch.empty_like(x), x.new_empty(len(x)), saved
@@ -106,19 +113,20 @@ def _(
     autocast: str, parameters: bool,
 ) -> list[Tensor]:  # fmt: skip
     grads = [torch.empty_like(grad_out), grad_out.new_empty(0) if context is None else torch.empty_like(context)]
-    return grads + [torch.empty_like(t) for t in (matrix, offset, *weights, *biases) if parameters]
+    of_density = [grad_out.new_empty(len(matrix))] if density else []
+    return grads + [torch.empty_like(t) for t in (matrix, offset, *of_density, *weights, *biases) if parameters]
 
 
 @torch.library.impl("glf_fast::triton_coupling_flow", ("cpu", "cuda"))
 def _(
-    x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
-    autocast: str, save: bool,
+    x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
+    context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
+    density: bool, autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow import flow_forward
 
     options = _flow_options(x, (activation, log_scale, constant, add_first, inverse), autocast)
-    return flow_forward(x, matrix, offset, weights, biases, context, options, density, save)
+    return flow_forward(x, matrix, offset, logabsdet, weights, biases, context, options, density, save)
 
 
 @torch.library.impl("glf_fast::triton_coupling_flow_backward", ("cpu", "cuda"))
