@@ -3,10 +3,12 @@
     python tools/choose_launches.py --triton DIR      # --only KEY: entries that contain this, such as 'medium bf16'
 
 DIR holds another Triton than the installed one (pip install --no-deps --target DIR triton==…): launches are chosen over both.
-Candidates come in the order of their predicted times (flow_costs.py). The first one is taken whose kernels, those of the entry
-and of the named flows (kernels/shipped.py), fit into shared memory, spill at most KEEP bytes in any version and overlap loads
-and arithmetic in every loop; if there is none among the first TRIED, the one that spills least. sm_80 and sm_100 begin with
-what sm_90 took: predictions are for sm_90, and the others' multiprocessors differ less than the predictions err.
+Launches come in the order of their predicted times (flow_costs.py), to which bytes that a kernel spills are added: SPILLED of
+them double the time, assumed. Of TRIED launches with different tiles the entry's own kernel is compiled with the last
+version, as long as the prediction could still win; then all kernels of the best, those of the named flows too
+(kernels/shipped.py), with all versions. They must fit into shared memory, and overlap loads and arithmetic in every loop.
+sm_80 and sm_100 keep what sm_90 took where it spills at most KEEP bytes there: predictions are for sm_90, and the others
+differ less from it than predictions err.
 
 tools/tune_flow.py replaces what is chosen here by what is measured.
 """
@@ -17,51 +19,78 @@ import argparse
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeGuard
 
 import launch_file
-from flow_candidates import candidates, keys, shared_limit
+from flow_candidates import case, keys, ranked, shared_limit
+from flow_costs import clocks
 from triton_resources import Compilers, Resources
 
 from glf_fast.kernels.launch_table import Launch
-from glf_fast.kernels.shipped import kernels
+from glf_fast.kernels.shipped import kernels, of_entry
 
 KEEP = 64  # bytes spilled that are good enough: versions of ptxas differ by as much
-TRIED = 24
+SPILLED = 256
+TRIED = 16
 
 Taken = dict[str, dict[str, Resources]]  # what kernels take, by name and Triton version
 
 
-def take(key: str, how: Launch, arch: str, compilers: Compilers, below: float) -> tuple[int, Taken] | None:
-    """The most that a kernel of this launch spills, and what each takes.
+def acceptable(found: Resources | None, key: str, how: Launch, arch: str) -> TypeGuard[Resources]:
+    """Whether a kernel compiles, fits, and overlaps loads and arithmetic in every loop that loads tiles."""
+    return (
+        found is not None
+        and found.shared <= shared_limit(key, how, arch)
+        and (found.buffers is None or found.buffers >= 2)
+    )
 
-    None as soon as one does not compile, does not fit, has a loop that waits for its loads, or spills no less than `below`.
+
+def take(key: str, how: Launch, arch: str, compilers: Compilers) -> tuple[int, Taken] | None:
+    """The most that a kernel of a launch spills, and what each takes; None if one is not acceptable."""
+    asked = [(spec, compilers.submit(spec, int(arch))) for spec in kernels(key, how, int(arch))]
+    taken: Taken = {spec.name: {} for spec, _ in asked}
+    for spec, futures in asked:
+        for version, future in zip(compilers.versions, futures, strict=True):
+            found = future.result()
+            if not acceptable(found, key, how, arch):
+                return None
+            taken[spec.name][version] = found
+    return max(found.spills for by_version in taken.values() for found in by_version.values()), taken
+
+
+def screen(key: str, arch: str, compilers: Compilers) -> list[tuple[float, Launch]]:
+    """Launches and their costs, predicted and for what the entry's own kernel spills; the cheapest first.
+
+    Of launches whose tiles have the same rows and columns, the best one is tried alone: what they spill differs little.
     """
-    most = 0
-    found: Taken = {}
-    for spec in kernels(key, how, int(arch)):
-        answers = [future.result() for future in compilers.submit(spec, int(arch))]
-        found[spec.name] = {}
-        for version, taken in zip(compilers.versions, answers, strict=True):
-            if taken is None or taken.shared > shared_limit(key, arch) or taken.spills >= below:
-                return None
-            if taken.buffers is not None and taken.buffers < 2:
-                return None
-            most = max(most, taken.spills)
-            found[spec.name][version] = taken
-    return most, found
-
-
-def choose(key: str, arch: str, first: Launch | None, compilers: Compilers) -> tuple[Launch, Taken]:
-    """The launch of a key, and what its kernels take; `first` is tried before the candidates."""
-    ranked = [how for how in candidates(key, arch) if how.num_stages > 2]  # with 2, nothing overlaps
-    if first:
-        ranked = [first, *ranked[ranked.index(first) + 1 if first in ranked else 0 :]]
-    best: tuple[float, Launch, Taken] = (math.inf, ranked[0], {})
-    for how in ranked[:TRIED]:
-        if taken := take(key, how, arch, compilers, best[0]):
-            best = (taken[0], how, taken[1])
-        if best[0] <= KEEP:
+    costs: list[tuple[float, Launch]] = []
+    best, tried = math.inf, set()
+    for how in ranked(key, arch):
+        tile = (how.rows, how.columns, how.staged, how.num_warps)
+        if tile in tried or how.num_stages == 2 or how.num_warps > 8:  # nothing overlaps; 128 registers a thread
+            continue
+        predicted = clocks(case(key), how)
+        if predicted >= best or len(tried) == TRIED:
             break
+        tried.add(tile)
+        found = compilers.submit_last(of_entry(key, how), int(arch)).result()
+        if acceptable(found, key, how, arch):
+            costs.append((predicted * (1 + found.spills / SPILLED), how))
+            best = min(best, costs[-1][0])
+    return sorted(costs)
+
+
+def choose(key: str, arch: str, present: Launch | None, compilers: Compilers) -> tuple[Launch, Taken]:
+    """The launch of a key, and what its kernels take; the `present` one if it spills at most KEEP bytes."""
+    if present and (taken := take(key, present, arch, compilers)) and taken[0] <= KEEP:
+        return present, taken[1]
+    best: tuple[float, Launch, Taken] = (math.inf, Launch(0, 0, 0, True, 0, 0), {})
+    for cost, how in screen(key, arch, compilers):
+        if cost >= best[0]:
+            break
+        if taken := take(key, how, arch, compilers):
+            whole = clocks(case(key), how) * (1 + taken[0] / SPILLED)
+            best = min(best, (whole, how, taken[1]), key=lambda found: found[0])
     assert best[2], f"nothing fits for {key} on sm_{arch}"
     return best[1:]
 
@@ -83,8 +112,8 @@ def main() -> None:
         table["made"][arch] = f"compiled only, Triton {' and '.join(compilers.versions)}; not measured"
 
         def of(key: str, arch: str = arch) -> tuple[Launch, Taken]:
-            first = None if arch == "90" else Launch(*table["launches"]["90"][key])
-            return choose(key, arch, first, compilers)
+            present = None if arch == "90" else Launch(*table["launches"]["90"][key])
+            return choose(key, arch, present, compilers)
 
         # Several keys at once keep the compilers busy where a candidate's kernels are fewer than these.
         with ThreadPoolExecutor(len(compilers.versions) + 1) as threads:

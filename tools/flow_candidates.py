@@ -10,13 +10,13 @@ from flow_costs import Case, clocks, shared_bytes
 
 from glf_fast.kernels.launch_table import KERNELS, PRECISIONS, SIZES, Launch
 
-__all__ = ["MOST", "candidates", "case", "keys", "shared_limit", "tuned_keys"]
+__all__ = ["MOST", "candidates", "case", "keys", "ranked", "shared_limit", "tuned_keys"]
 
 # Bytes of shared memory that a program can have, and a multiprocessor has, by part of the table. "80" also serves sm_86, 89
 # and 120, whose programs can have 99 KB; those of sm_80 could have 163.
 SHARED = {"80": (99 << 10, 100 << 10), "90": (227 << 10, 228 << 10), "100": (227 << 10, 228 << 10)}
 RESERVED = 1 << 10  # bytes of it that the driver takes for every program
-MOST = 40  # candidates of an entry
+MOST = 40  # launches of an entry that are measured
 ACCUMULATORS = 160  # registers of a thread for tiles that stay; addresses and operands need the rest of 255
 
 # D, hidden widths, and the rows of "few" and "many": the benchmarks' named flows, where there is one of the size.
@@ -52,29 +52,35 @@ def case(key: str) -> Case:
     return Case(kernel == "backward", dim, hidden, STEPS, few if batch == "few" else many, precision)
 
 
-def shared_limit(key: str, arch: str) -> int:
+def shared_limit(key: str, how: Launch, arch: str) -> int:
     """Bytes of shared memory that a program of a launch may take.
 
     Few rows are one program on a multiprocessor at most. Of many, two should be there at once, so that one multiplies while
-    the other waits.
+    the other waits, where registers allow it: 8 warps take all of them.
     """
     program, processor = SHARED[arch]
-    return program if key.endswith("few") else min(program, processor // 2 - RESERVED)
+    alone = key.endswith("few") or how.num_warps > 4
+    return program if alone else min(program, processor // 2 - RESERVED)
 
 
 @cache
-def candidates(key: str, arch: str) -> list[Launch]:
-    """At most MOST launches that fit, by predicted time."""
+def ranked(key: str, arch: str) -> list[Launch]:
+    """All launches that fit, by predicted time."""
     flow = case(key)
     fitting = [
         how
         for how in _all(key)
-        if shared_bytes(flow, how) <= shared_limit(key, arch) and _accumulators(flow, how) <= ACCUMULATORS
+        if shared_bytes(flow, how) <= shared_limit(key, how, arch) and _accumulators(flow, how) <= ACCUMULATORS
     ]
     # Of equals, those whose loops overlap loads and arithmetic come first, then those that take less.
     return sorted(
         fitting, key=lambda how: (round(clocks(flow, how)), how.num_stages == 2, how.num_stages, how.num_warps)
-    )[:MOST]
+    )
+
+
+def candidates(key: str, arch: str) -> list[Launch]:
+    """The launches to measure."""
+    return ranked(key, arch)[:MOST]
 
 
 def _all(key: str) -> Iterator[Launch]:

@@ -80,12 +80,17 @@ class Cost:
         return Cost(self.clocks * times, self.bytes * times, self.units * times, self.instructions * times)
 
 
+def warp_groups(how: Launch) -> bool:
+    """Whether four warps multiply 64 rows with one instruction, as from sm_90 on."""
+    return how.rows >= 64 and how.num_warps % 4 == 0
+
+
 def product(rows: int, inner: int, columns: int, how: Launch, precision: str) -> Cost:
     """Rows [rows, inner] times weights [inner, columns], both in shared memory."""
     times = 3 if precision == "tf32x3" else 1
     item, depth = (2, 16) if precision == "bf16" else (4, 8)
     instructions = max(1, rows // 16) * max(1, columns // 8) * math.ceil(inner / depth) * times  # m16n8 each
-    wide = rows >= 64 and how.num_warps % 4 == 0
+    wide = warp_groups(how)
     units = instructions * (ISSUE_WIDE if wide else ISSUE) / 4
     # A warp has whole tiles of 16 × 8: with fewer tiles than warps, some compute what others compute.
     busy = min(4, how.num_warps, max(1, rows // 16) * max(1, columns // 8)) / 4
@@ -153,9 +158,10 @@ def program(case: Case, how: Launch) -> Cost:
         if half <= 32:
             blocks = product(BM, half, half, how, maps)
             return replace(blocks * 4, bytes=16 * half * half)  # they were asked for during the step before
-        depth = min(BK, 2 * half)
-        one = loop(-(-2 * half // depth), (depth * half + BM * depth) * 4, product(BM, depth, half, how, maps), stages)
-        return one * 2 + Cost(2 * BARRIER + LATENCY / 2)
+        # The halves of the rows one after the other, each times two blocks.
+        depth = min(BK, half)
+        work = product(BM, depth, half, how, maps) * 2
+        return loop(half // depth, (2 * half + BM) * depth * 4, work, stages) * 2 + Cost(2 * BARRIER + LATENCY / 2)
 
     # No loop inside the one over steps: the compiler loads the tiles of whole steps ahead.
     whole = not staged and len(layers) == 2 and max(layers) <= BN and half <= 32
@@ -219,13 +225,17 @@ def shared_bytes(case: Case, how: Launch) -> int:
     constants = sizes(case.dim, case.hidden, 0)
     half: int = constants["HALF"]
     widest = max(b - a for a, b in zip(constants["COLUMNS"], constants["COLUMNS"][1:]))  # noqa: B905
-    BM, BN, BK, ahead = how.rows, how.columns, how.depth, how.num_stages - 1
+    BM, BN, BK = how.rows, how.columns, how.depth
+    staged, wide = how.staged or case.backward, warp_groups(how)
+    # Warp groups multiply what lies in shared memory while it does, which takes one buffer more. They keep rows in registers.
+    ahead = how.num_stages - (0 if wide and (case.precision == "bf16" or not staged) else 1)
     two_halves = min(BN, widest) * 2 * half
-    if how.staged or case.backward:
-        inner = ahead * (min(BK, widest) * BN + BM * min(BK, widest)) if widest > BK else 0
+    if staged:
+        inner = ahead * (BK * BN + BM * BK) if widest > BK else 0
         out = ahead * two_halves if case.backward and widest > BN else 0
-        mapped = ahead * (BK * half + BM * BK) * 4 if half > 32 else 0
+        mapped = (how.num_stages - 1) * (2 * half + BM) * BK * 4 if half > BK else 0
         return max(inner * case.item, out * case.item, mapped)
     if widest <= BN:  # the loop over steps: all that a step loads
         return ahead * ((half * widest + widest * widest + two_halves) * case.item + 16 * half * half)
-    return ahead * (widest * BN + two_halves) * case.item + BM * widest * case.item + BM * BN * case.item
+    rows = 0 if wide else BM * (widest + BN)
+    return (ahead * (widest * BN + two_halves) + rows) * case.item

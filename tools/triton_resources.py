@@ -118,6 +118,10 @@ class Compilers:
             for threads, free in zip(self._threads, self._free, strict=True)
         ]
 
+    def submit_last(self, spec: Any, arch: int) -> Future[Resources | None]:
+        """The same with the last version alone."""
+        return self._threads[-1].submit(self._compile, self._free[-1], spec, arch)
+
     def _compile(self, free: queue.SimpleQueue[Compiler], spec: Any, arch: int) -> Resources | None:
         compiler = free.get()
         try:

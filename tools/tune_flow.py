@@ -161,6 +161,7 @@ class Key:
         self.right = [t.clone() for t in self.run(first, True)]
         self.times: dict[Launch, float] = {}
         self.times[first] = self.measure(first)
+        self.compiled = 0  # kernels that were not in the cache
 
     def check(self, how: Launch) -> None:
         """Compare a launch's results with the first one's."""
@@ -190,7 +191,7 @@ class Key:
             return
         why = ""
         try:
-            compiled.result(max(0.0, end - time.monotonic()))
+            self.compiled += compiled.result(max(0.0, end - time.monotonic()))
         except Late:
             return
         except Exception as error:  # every pass of the compiler has its own kinds
@@ -266,7 +267,9 @@ def tune(arch: str, end: float, out: Path) -> None:
         if time.monotonic() > end:
             break
     missing = [key for key in tuned_keys() if key not in known]
-    print(f"{len(known)} keys measured" + (f"; no time for {', '.join(missing)}" if missing else ""))
+    compiled = sum(one.compiled for one in known.values())
+    late = f"; no time for {', '.join(missing)}" if missing else ""
+    print(f"{len(known)} keys measured, for which {compiled} kernels were compiled{late}", flush=True)
 
 
 def main() -> None:
