@@ -182,9 +182,11 @@ def flow_backward(
     options: FlowOptions,
     density: bool,
     parameters: bool,
+    of_context: bool,
     how: Launch | None = None,
 ) -> list[Tensor]:
-    """∂x (B, D), ∂context (B, C) or (0,), and with `parameters` those of matrix, offset, weights and biases, in this order.
+    """∂x (B, D), ∂context (B, C) if `of_context`, else (0,), and with `parameters` those of matrix, offset, weights and
+    biases, in this order.
 
     `state` is what `flow_forward` saved (K, B, D), or with `unmatrix` (K, D, D), the inverse of `matrix`, its output
     (B, D): inputs are then rebuilt by undoing the steps. With `density`, `grad_out` holds the output z itself: the gradient
@@ -207,7 +209,7 @@ def flow_backward(
     slab, group = portions(batch, steps, row_bytes, how, processors)
 
     grad_x = torch.empty_like(grad_out)
-    grad_context = grad_out.new_empty(0) if context is None else torch.empty_like(context)
+    grad_context = torch.empty_like(context) if of_context and context is not None else grad_out.new_empty(0)
     # One workspace for all portions: the next one's kernel runs after the products of the last.
     workspace = grad_out.new_empty(2 * group * slab * stride, dtype=dtype)
     maps = grad_out.new_empty((1 if given else 2) * group * slab * dim)
@@ -239,9 +241,9 @@ def flow_backward(
                 int(density and last), int(more), rows, batch, count,
                 **constants, **options.constants(), SAVED=saved, **how.constants(),
             )  # fmt: skip
-            if context is not None:
-                of_context = weights[0][these, dim - dim // 2 :].mT.to(dtype)
-                found = _bmm(slopes[..., : widths[0]], of_context).sum(0)
+            if of_context and context is not None:
+                rows_of_context = weights[0][these, dim - dim // 2 :].mT.to(dtype)
+                found = _bmm(slopes[..., : widths[0]], rows_of_context).sum(0)
                 grad_context[here] = found if last else grad_context[here] + found
             if sums is None:
                 continue

@@ -28,7 +28,8 @@ from glf_fast.kernels.tiles import COMPILED, round_tf32
 
 __all__ = ["Packed", "pack", "pack_kernel", "specialization"]
 
-BLOCK = 1024  # numbers of a program: 8 a thread
+# Numbers of a program: 8 a thread. The interpreter's programs take their time by their number.
+BLOCK = 1024 if COMPILED else 16384
 
 
 class Packed(NamedTuple):

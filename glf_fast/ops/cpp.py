@@ -85,9 +85,10 @@ def backward(
     context: Tensor | None,
     options: Options,
     parameters: bool,
+    of_context: bool,
 ) -> list[Tensor]:
-    """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, of the density ∂logabsdet (K,), ∂weights …,
-    ∂biases …
+    """∂x, ∂context (empty without one, made even if not `of_context`) and, with `parameters`, ∂matrix, ∂offset, of the density
+    ∂logabsdet (K,), ∂weights …, ∂biases …
 
     Without `unmatrix` from what the forward kept, with it (`matrix` inverted) from the output `state`, which the density
     needs in any case: `grad_out` is None then.

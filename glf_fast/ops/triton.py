@@ -27,7 +27,7 @@ torch.library.define(
 torch.library.define(
     "glf_fast::triton_coupling_flow_backward",
     "(Tensor grad_out, Tensor grad_logdet, Tensor state, Tensor matrix, Tensor? unmatrix, Tensor offset, "
-    f"Tensor[] weights, Tensor[] biases, Tensor? context, {OPTIONS}, bool parameters) -> Tensor[]",
+    f"Tensor[] weights, Tensor[] biases, Tensor? context, {OPTIONS}, bool parameters, bool of_context) -> Tensor[]",
 )
 ops = torch.ops.glf_fast
 
@@ -71,9 +71,10 @@ def backward(
     context: Tensor | None,
     options: Options,
     parameters: bool,
+    of_context: bool,
 ) -> list[Tensor]:
-    """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, of the density ∂logabsdet (K,), ∂weights …,
-    ∂biases …
+    """∂x, ∂context (empty unless `of_context`) and, with `parameters`, ∂matrix, ∂offset, of the density ∂logabsdet (K,),
+    ∂weights …, ∂biases …
 
     Without `unmatrix` from the inputs that the forward kept, with it (`matrix` inverted) from the output `state`, which
     the density needs in any case: `grad_out` is None then.
@@ -82,8 +83,9 @@ def backward(
         grad_out = state
     start = saved if unmatrix is None else state
     return ops.triton_coupling_flow_backward.default(
-        grad_out, grad_logdet, start, matrix, unmatrix, offset, weights, biases, context, *_code(options), parameters
-    )
+        grad_out, grad_logdet, start, matrix, unmatrix, offset, weights, biases, context, *_code(options), parameters,
+        of_context,
+    )  # fmt: skip
 
 
 def _code(options: Options) -> tuple[str, str, float, bool, bool, bool, str]:
@@ -110,9 +112,12 @@ def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
     activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
-    autocast: str, parameters: bool,
+    autocast: str, parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
-    grads = [torch.empty_like(grad_out), grad_out.new_empty(0) if context is None else torch.empty_like(context)]
+    grads = [
+        torch.empty_like(grad_out),
+        torch.empty_like(context) if of_context and context is not None else grad_out.new_empty(0),
+    ]
     of_density = [grad_out.new_empty(len(matrix))] if density else []
     return grads + [torch.empty_like(t) for t in (matrix, offset, *of_density, *weights, *biases) if parameters]
 
@@ -134,7 +139,7 @@ def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
     activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
-    autocast: str, parameters: bool,
+    autocast: str, parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow_backward import flow_backward
 
@@ -153,6 +158,7 @@ def _(
             options,
             density,
             parameters,
+            of_context,
         )
 
 

@@ -112,11 +112,11 @@ class _CouplingFlow(torch.autograd.Function):
         parameters = any(needs[2:])
         grad_x, grad_context, *found = KERNELS[ctx.kernels].backward(
             grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, *_halves(layers), context, ctx.options,
-            parameters,
+            parameters, needs[1],
         )  # fmt: skip
         if not parameters:
             found = [None] * (2 + len(layers))
-        return None, None, None, grad_x, None if context is None else grad_context, *found
+        return None, None, None, grad_x, grad_context if needs[1] else None, *found
 
 
 def _inverse(matrix: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class _LogProb(torch.autograd.Function):
         parameters = any(needs[2:])
         grad_x, grad_context, *found = KERNELS[ctx.kernels].backward(
             None, grad, z, saved, matrix, unmatrix if ctx.reversible else None, offset,
-            *_halves(layers), context, ctx.options, parameters,
+            *_halves(layers), context, ctx.options, parameters, needs[1],
         )  # fmt: skip
         grad_maps: Sequence[Tensor | None] = [None] * (len(tensors) - len(layers))
         if parameters:
@@ -190,7 +190,7 @@ class _LogProb(torch.autograd.Function):
                 grad_maps = [*grad_maps, *[None] * (5 - len(grad_maps))]
         else:
             found = [None] * len(layers)
-        return None, None, None, None, None, grad_x, None if context is None else grad_context, *grad_maps, *found
+        return None, None, None, None, None, grad_x, grad_context if needs[1] else None, *grad_maps, *found
 
 
 def _reference_log_prob(
