@@ -1,6 +1,7 @@
-"""How each flow kernel is launched: rows per program, chunks, warps. Made by `tools/tune_flow.py`, not at run time.
+"""How each flow kernel is launched: rows per program, chunks, warps, stages. Nothing is tuned at run time.
 
-launch_table.json says how it was made. Its keys are architecture, kernel, size class, operand precision and batch range.
+launch_table.json says how it was made: chosen by compiling (`tools/choose_launches.py`) or measured (`tools/tune_flow.py`).
+Its keys are architecture, kernel, size class, operand precision and batch range.
 """
 
 from __future__ import annotations

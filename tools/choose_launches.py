@@ -64,7 +64,8 @@ def screen(key: str, arch: str, compilers: Compilers) -> list[tuple[float, Launc
     Of launches whose tiles have the same rows and columns, the best one is tried alone: what they spill differs little.
     """
     costs: list[tuple[float, Launch]] = []
-    best, tried = math.inf, set()
+    best = math.inf
+    tried: set[tuple[int, int, bool, int]] = set()
     for how in ranked(key, arch):
         tile = (how.rows, how.columns, how.staged, how.num_warps)
         if tile in tried or how.num_stages == 2 or how.num_warps > 8:  # nothing overlaps; 128 registers a thread
