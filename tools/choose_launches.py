@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 import launch_file
-from flow_candidates import case, keys, ranked, shared_limit
+from flow_candidates import case, keys, ranked, shared_limit, tuned_keys
 from flow_costs import clocks
 from triton_resources import Compilers, Resources
 
@@ -31,7 +31,7 @@ from glf_fast.kernels.shipped import kernels, of_entry
 
 KEEP = 64  # bytes spilled that are good enough: versions of ptxas differ by as much
 SPILLED = 256
-TRIED = 16
+TRIED = 12
 
 Taken = dict[str, dict[str, Resources]]  # what kernels take, by name and Triton version
 
@@ -105,7 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table = launch_file.read()
     compilers = Compilers([None, *arguments.triton])
-    chosen = [key for key in keys() if arguments.only in key]
+    chosen = [key for key in dict.fromkeys([*tuned_keys(), *keys()]) if arguments.only in key]
     for arch in ("90", "80", "100"):
         launches, resources, measured = (
             table[name].setdefault(arch, {}) for name in ("launches", "resources", "microseconds")

@@ -235,7 +235,8 @@ def shared_bytes(case: Case, how: Launch) -> int:
         out = ahead * two_halves if case.backward and widest > BN else 0
         mapped = (how.num_stages - 1) * (2 * half + BM) * BK * 4 if half > BK else 0
         return max(inner * case.item, out * case.item, mapped)
-    if widest <= BN:  # the loop over steps: all that a step loads
-        return ahead * ((half * widest + widest * widest + two_halves) * case.item + 16 * half * half)
+    if widest <= BN:  # the loop over steps: all that a step loads, with a context of one chunk
+        context = (BM + widest) * BK
+        return ahead * ((half * widest + widest * widest + two_halves + context) * case.item + 16 * half * half)
     rows = 0 if wide else BM * (widest + BN)
     return (ahead * (widest * BN + two_halves) + rows) * case.item

@@ -99,10 +99,10 @@ class Compiler:
 
 
 class Compilers:
-    """Processes that compile with each of several Triton versions, as many as there are processors."""
+    """Processes that compile with several Triton versions, of each as many as there are processors: often one is waited for."""
 
     def __init__(self, folders: Sequence[str | None]) -> None:
-        each = max(1, (os.cpu_count() or 1) // len(folders))
+        each = os.cpu_count() or 1
         self._all = [[Compiler(folder) for _ in range(each)] for folder in folders]
         self.versions = [compilers[0].version for compilers in self._all]
         self._free: list[queue.SimpleQueue[Compiler]] = [queue.SimpleQueue() for _ in folders]

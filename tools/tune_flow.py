@@ -83,7 +83,7 @@ def runner(key: str, rows: int | None = None) -> Run:
 
     def backward(how: Launch, whole: bool) -> list[Tensor]:
         return coupling_flow_backward.flow_backward(
-            *grads, state, matrix, None, offset, weights, biases, None, options, False, whole, how
+            *grads, state, matrix, None, offset, weights, biases, None, options, False, whole, False, how
         )
 
     return backward if flow.backward else forward
