@@ -17,30 +17,34 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-__all__ = ["buffers"]
+__all__ = ["PRODUCTS", "Loop", "Operation", "buffers", "loops"]
 
 PRODUCTS = ("tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma")
 STORES = ("ttg.local_store", "ttng.tmem_store")
 _OPERATION = re.compile(r'(?:(%[\w.]+)(?::\d+)? = )?"?([a-z]+\.\w+)"?(.*)')
 _VALUE = re.compile(r"%[\w.]+")
 _LOOP = re.compile(r"\bscf\.(for|while) ")
-_OVER_CHUNKS = re.compile(r"scf\.for %[\w.]+ = %c\d+_i32 to %c\d+_i32 ")  # its bounds are known to the compiler
+_OVER_CHUNKS = re.compile(r"scf\.for %[\w.]+ = %c\d+_i32 to %c\d+_i32 ")
 _BUFFERS = re.compile(r"ttg\.memdesc_\w+ .*?: !ttg\.memdesc<(\d+)x")
 _TILE_LOAD = re.compile(r"tt\.load .*: tensor<\d+x\d+x!tt\.ptr")
 
 
 @dataclass(eq=False)
-class _Operation:
+class Operation:
+    """A line of a kernel. Operands are the lines that made each value that it reads, None a loop's or the kernel's argument."""
+
     name: str
     text: str
-    operands: list[_Operation | None]  # what made each value that it reads; None: a loop's or the kernel's argument
+    operands: list[Operation | None]
 
 
 @dataclass
-class _Loop:
+class Loop:
+    """`over_chunks`: its bounds are constants; `nested`: it holds another loop."""
+
     over_chunks: bool
     nested: bool = False
-    operations: list[_Operation] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
 
 
 def buffers(ttgir: str) -> int | None:
@@ -51,7 +55,7 @@ def buffers(ttgir: str) -> int | None:
     says, and the loop over a flow's steps.
     """
     found: list[int] = []
-    for loop in _loops(ttgir):
+    for loop in loops(ttgir):
         for operation in loop.operations:
             if operation.name == "ttg.async_copy_global_to_local":
                 target = operation.operands[1]
@@ -63,33 +67,33 @@ def buffers(ttgir: str) -> int | None:
     return min(found, default=None)
 
 
-def _loops(ttgir: str) -> list[_Loop]:
+def loops(ttgir: str) -> list[Loop]:
     """All loops, with the operations that are in them and in no loop inside."""
-    loops: list[_Loop] = []
-    made: dict[str, _Operation] = {}  # by name, of which regions that were closed may have had the same
-    regions: list[_Loop | None] = []  # those that are open; None: not a loop
+    found: list[Loop] = []
+    made: dict[str, Operation] = {}  # by name, of which regions that were closed may have had the same
+    regions: list[Loop | None] = []  # those that are open; None: not a loop
     for line in map(str.strip, ttgir.splitlines()):
         text = line.split(" loc(")[0]
         if text.startswith("}") and regions:
             regions.pop()
-        if found := _OPERATION.match(text):
-            result, name, rest = found.groups()
-            operation = _Operation(name, name + rest, [made.get(value) for value in _VALUE.findall(rest)])
+        if matched := _OPERATION.match(text):
+            result, name, rest = matched.groups()
+            operation = Operation(name, name + rest, [made.get(value) for value in _VALUE.findall(rest)])
             if result:
                 made[result] = operation
             if inner := next((loop for loop in reversed(regions) if loop), None):
                 inner.operations.append(operation)
         if text.endswith("{"):
-            opened = _Loop(bool(_OVER_CHUNKS.search(text))) if _LOOP.search(text) else None
+            opened = Loop(bool(_OVER_CHUNKS.search(text))) if _LOOP.search(text) else None
             if opened:
                 for loop in filter(None, regions):
                     loop.nested = True
-                loops.append(opened)
+                found.append(opened)
             regions.append(opened)
-    return loops
+    return found
 
 
-def _waits(loop: _Loop) -> bool:
+def _waits(loop: Loop) -> bool:
     """Whether a product of the loop reads a tile that a plain load of the same iteration returned."""
     own = set(map(id, loop.operations))
     for store in loop.operations:  # a tile that stands in memory was made by what is stored there
