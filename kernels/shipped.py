@@ -13,7 +13,7 @@ from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions, sizes
 from glf_fast.kernels.launch import Specialization
 from glf_fast.kernels.launch_table import SIZES, Launch, entries, key_for
 
-__all__ = ["FLOWS", "kernels", "shipped"]
+__all__ = ["FLOWS", "beside", "kernels", "of_entry", "shipped"]
 
 # D, hidden widths, context, rows: those of bench/cases.py. K does not occur in a kernel, so the memory case (K = 64, 4,096
 # rows) runs those of glf-cifar.

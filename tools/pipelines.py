@@ -24,6 +24,7 @@ STORES = ("ttg.local_store", "ttng.tmem_store")
 _OPERATION = re.compile(r'(?:(%[\w.]+)(?::\d+)? = )?"?([a-z]+\.\w+)"?(.*)')
 _VALUE = re.compile(r"%[\w.]+")
 _LOOP = re.compile(r"\bscf\.(for|while) ")
+_CARRIED = re.compile(r"(%[\w.]+) = ")
 _OVER_CHUNKS = re.compile(r"scf\.for %[\w.]+ = %c\d+_i32 to %c\d+_i32 ")
 _BUFFERS = re.compile(r"ttg\.memdesc_\w+ .*?: !ttg\.memdesc<(\d+)x")
 _TILE_LOAD = re.compile(r"tt\.load .*: tensor<\d+x\d+x!tt\.ptr")
@@ -81,6 +82,9 @@ def loops(ttgir: str) -> list[Loop]:
             operation = Operation(name, name + rest, [made.get(value) for value in _VALUE.findall(rest)])
             if result:
                 made[result] = operation
+            if _LOOP.search(text):  # what it carries may be named like values of a region that was closed
+                for name in _CARRIED.findall(text.partition(" scf.")[2] or text):
+                    made.pop(name, None)
             if inner := next((loop for loop in reversed(regions) if loop), None):
                 inner.operations.append(operation)
         if text.endswith("{"):

@@ -45,9 +45,10 @@ AGAIN = 5
 SECONDS = 0.015  # of one measurement, at least
 HOPELESS = 2.0  # times the best one's time in a single call: not measured further
 HOST = 1e3  # microseconds by which the host may delay a single call: assumed
-# ‖difference‖/‖first result‖, from which on results are wrong: launches differ in the order of their sums alone, and by
-# the ReLUs that rounding then switches.
-TOLERANCE = {"bf16": 3e-2, "tf32": 3e-3, "tf32x3": 1e-4}
+# ‖difference‖/‖first result‖, from which on results are wrong. Launches differ in the order of their sums alone, and in what is
+# then rounded otherwise: up to 6e-4, 2e-4 and 6e-7 of glf-cifar's results and gradients, emulated with sums of 8, 32 and 256.
+# Matrix units truncate sums, which is some 10 times as much in float32. One wrong row in 256 is 6e-2.
+TOLERANCE = {"bf16": 1e-2, "tf32": 4e-3, "tf32x3": 5e-4}
 
 Run = Callable[[Launch, bool], list[Tensor]]
 
@@ -66,10 +67,11 @@ def runner(key: str, rows: int | None = None) -> Run:
         return torch.randn(shape, generator=generator, device="cuda")
 
     matrix = torch.eye(flow.dim, device="cuda") + 0.1 * normal(flow.steps, flow.dim, flow.dim) / flow.dim**0.5
-    # Last layers are small, as in a trained flow: of steps that stretch by e², rounding is all that is left after eight.
-    scales = [n**-0.5 for n in widths[:-2]] + [0.1 * widths[-2] ** -0.5]
+    # So that rounding is not amplified, last layers are small, as in a trained flow, and half of the ReLUs are on and half off
+    # by a margin, or rounding would switch some.
+    scales = [0.3 * n**-0.5 for n in widths[:-2]] + [0.1 * widths[-2] ** -0.5]
     weights = [s * normal(flow.steps, n, m) for s, n, m in zip(scales, widths, widths[1:], strict=False)]
-    biases = [0.1 * normal(flow.steps, n) for n in widths[1:]]
+    biases = [3.0 * normal(flow.steps, n).sign() for n in flow.hidden] + [0.1 * normal(flow.steps, widths[-1])]
     x, offset = normal(rows, flow.dim), 0.1 * normal(flow.steps, flow.dim)
     maps = "tf32" if flow.precision == "bf16" else flow.precision
     options = FlowOptions("relu", "tanh", 2.0, False, False, maps, flow.precision)
