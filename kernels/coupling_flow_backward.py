@@ -1,8 +1,9 @@
-"""The backward of the whole coupling flow: one launch that walks the steps from the last to the first, then matrix products.
+"""The backward of the whole coupling flow: launches that walk the steps from the last to the first, then matrix products.
 
 The kernel carries ∂x in registers, recomputes the MLP of every step and writes its hidden layers and their gradients into
-a workspace, all K steps beside one another; one batched matrix product per weight makes the weight gradients of all steps.
-So they are deterministic and run at the library's full speed; atomics or per-program sums would do neither.
+a workspace, some steps beside one another; one batched matrix product per weight makes the weight gradients of these steps,
+and one launch (sums.py) those of biases and offsets. So they are deterministic and run at the library's full speed; atomics
+or per-program sums would do neither.
 
 One step forward is z = [p, v·e^ℓ + t] of [p, v] = x A + c with ℓ = f(u). Given ∂z and ∂logdet:
 
@@ -30,29 +31,40 @@ from glf_fast.kernels.launch import Specialization, launch
 from glf_fast.kernels.launch_table import Launch, launch_for
 from glf_fast.kernels.math import log_scale, log_scale_slope
 from glf_fast.kernels.mlp import mlp, mlp_backward
-from glf_fast.kernels.tiles import affine, keep_columns, load_halves, load_offset, store_halves, store_tile
+from glf_fast.kernels.packing import pack
+from glf_fast.kernels.sums import column_sums
+from glf_fast.kernels.tiles import affine, keep_columns, load_bias, load_halves, load_map, store_halves, store_tile
 
-__all__ = ["WORKSPACE_BYTES", "flow_backward", "flow_backward_kernel", "specialization"]
+__all__ = ["WORKSPACE_BYTES", "flow_backward", "flow_backward_kernel", "portions", "specialization"]
 
-# What a launch may use for hidden layers and gradients; larger batches are worked off in slabs of rows, one after the other.
-# A slab has a program for every multiprocessor at least, or most of the GPU would wait: at D 64, H 256, K 64 in bf16, where
-# a row takes 180 KB, that is 380 MB.
-WORKSPACE_BYTES = 256 << 20
+# What a launch may use for hidden layers and gradients: about the L2 cache of an H100 or H200 (50, 60 MB), and less than
+# the saved inputs of the flow whose memory is measured (67 MB at D 64, K 64, B 4,096). At 256 MiB for all steps that flow took
+# 725 MB in training, and eager 781.
+WORKSPACE_BYTES = 48 << 20
 
 
-@triton.jit(do_not_specialize=["density", "rows", "batch", "steps"])
+@triton.jit(do_not_specialize=["density", "more", "rows", "batch", "steps"])
 def flow_backward_kernel(
-    grad_out, grad_logdet, grad_x, state, matrix, unmatrix, offset, weights, biases, context,
-    hidden, slopes, map_in, map_grad, density, rows, batch, steps,
+    grad_out, grad_logdet, grad_x, state, rebuilt, maps, unmaps, weights, vectors, context,
+    hidden, slopes, map_in, map_grad, density, more, rows, batch, steps,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
-    ROW_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr,
-    ADD_FIRST: tl.constexpr, INVERSE: tl.constexpr, SAVED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, ROW_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr, ADD_FIRST: tl.constexpr, INVERSE: tl.constexpr,
+    SAVED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM rows back through all steps. `rows` of a slab out of a `batch`; else as in `flow_backward`."""
+    """One program: BM rows back through some steps, with packed parameters.
+
+    `rows` of a slab out of a `batch`. Without SAVED inputs, `state` is what these steps returned, and with `more` steps to
+    come, `rebuilt` gets what went into them. `grad_out` may be `grad_x`, and `state` `rebuilt`. Else as in `flow_backward`.
+    """
     P: tl.constexpr = D - D // 2
     T: tl.constexpr = D // 2
-    RAW: tl.constexpr = COLUMNS[len(HIDDEN)]  # where p is in a row of `hidden`, and (∂u, ∂t) in one of `slopes`
+    LAYERS: tl.constexpr = len(HIDDEN) + 1
+    SQUARE: tl.constexpr = 4 * HALF * HALF
+    RAW: tl.constexpr = COLUMNS[
+        LAYERS - 1
+    ]  # where [p, context] are in a row of `hidden`, and [∂u, ∂t] in one of `slopes`
+    RECOMPUTED: tl.constexpr = INVERSE != SAVED  # whether a step begins with its affine map
     one = tl.full([], 1, tl.int64)
     first = tl.program_id(0) * (one * BM)
     row = tl.arange(0, BM)
@@ -65,34 +77,46 @@ def flow_backward_kernel(
     if density:  # log N(z; 0, I)'s own gradient
         g_p = -g_p * g_logdet
         g_v = -g_v * g_logdet
-    if not SAVED:
-        x_p, x_v = load_halves(state + first * D, row, live, D, HALF)  # [BM, HALF], what the step at hand returned
+    # What the step at hand returned, or its input where that was saved [BM, HALF].
+    k = one * 0 if INVERSE else one * (steps - 1)
+    x_p, x_v = load_halves(state + (k * batch if SAVED else 0) * D + first * D, row, live, D, HALF)
+    tl.debug_barrier()  # grad_out and state have been read
+    forth = unmaps if INVERSE else maps
+    b_pp, b_pv, b_vp, b_vv = load_map(forth + k * SQUARE, HALF)
+    a_pp, a_pv, a_vp, a_vv = load_map(maps + k * SQUARE, HALF)
 
     for i in range(steps):
         k = one * i if INVERSE else one * (steps - 1 - i)
+        following = tl.minimum(k + 1, steps - 1) if INVERSE else tl.maximum(k - 1, 0)
         kept = (k * rows + first) * ROW_STRIDE
         rows_of_maps = (k * rows + first) * D
-        A = matrix + k * (D * D)
-        U = unmatrix + k * (D * D)
-        c_p, c_v = load_offset(offset + k * D, D, HALF)  # [1, HALF]
+        A = maps + k * SQUARE
+        w = weights + k * WEIGHTS[LAYERS]
+        b = vectors + k * VECTORS[LAYERS + 2]
+        c_p = load_bias(b, half, HALF)  # [1, HALF]
+        c_v = load_bias(b + HALF, half, HALF)
 
         # p, and the transformed half [BM, HALF]: v where it comes from the affine map, w where it is the coupling's other side.
         if INVERSE:
             store_halves(map_grad + rows_of_maps, g_p, g_v, row, live, D, HALF)
-            g_p, g_v = affine(g_p, g_v, scratch, row, live, A, D, HALF, True, BK, MAP)
-        if SAVED:
-            p, v = load_halves(state + (k * batch + first) * D, row, live, D, HALF)
-        else:
-            p, v = x_p, x_v
-        if INVERSE != SAVED:
-            p, v = affine(p, v, scratch, row, live, U if INVERSE else A, D, HALF, False, BK, MAP)
+            g_p, g_v = affine(g_p, g_v, a_pp, a_pv, a_vp, a_vv, A, scratch, row, live, D, HALF, True, BK, MAP)
+        p = x_p
+        v = x_v
+        if RECOMPUTED:
+            p, v = affine(p, v, b_pp, b_pv, b_vp, b_vv, forth + k * SQUARE, scratch, row, live, D, HALF, False, BK, MAP)
             p += c_p
             v += c_v
         store_tile(hidden + kept + RAW, p, row, live, ROW_STRIDE, half, P)
+        if C > 0:
+            for start in range(0, C, BK):
+                column = start + tl.arange(0, BK)
+                mask = live[:, None] & (column < C)[None, :]
+                given = tl.load(context + row[:, None] * C + column[None, :], mask=mask, other=0.0)
+                store_tile(hidden + kept + RAW + P, given, row, live, ROW_STRIDE, column, C)
         # u, t: [BM, HALF]
         u, t = mlp(
-            p, context, weights, biases, hidden + kept, slopes + kept, row, live, k, D, C, HIDDEN, COLUMNS, ROW_STRIDE,
-            ACTIVATION, True, True, BN, BK, MLP,
+            p, w, context, w, b, hidden + kept, slopes + kept, row, live, D, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS,
+            ROW_STRIDE, ACTIVATION, True, True, BN, BK, MLP,
         )  # fmt: skip
         ell = keep_columns(log_scale(u, LOG_SCALE, CONSTANT), half, T)  # [BM, HALF]
         if INVERSE == SAVED:
@@ -105,7 +129,11 @@ def flow_backward_kernel(
                 x_p = p
                 x_v = couple(v, t, tl.exp(ell), ADD_FIRST, False)
         elif not SAVED:
-            x_p, x_v = affine(p - c_p, v - c_v, scratch, row, live, U, D, HALF, False, BK, MAP)
+            U = unmaps + k * SQUARE
+            b_pp, b_pv, b_vp, b_vv = load_map(U, HALF)
+            x_p = p - c_p
+            x_v = v - c_v
+            x_p, x_v = affine(x_p, x_v, b_pp, b_pv, b_vp, b_vv, U, scratch, row, live, D, HALF, False, BK, MAP)
             store_halves(map_in + rows_of_maps, x_p, x_v, row, live, D, HALF)
 
         # The coupling: g_scaled, g_t, g_ell, g_u [BM, HALF].
@@ -121,15 +149,24 @@ def flow_backward_kernel(
         store_tile(slopes + kept + RAW, g_u, row, live, ROW_STRIDE, half, T)
         store_tile(slopes + kept + RAW + T, g_t, row, live, ROW_STRIDE, half, T)
         g_p += mlp_backward(  # [BM, HALF]
-            g_u, g_t, weights, hidden + kept, slopes + kept, row, live, k, D, C, HIDDEN, COLUMNS, ROW_STRIDE,
-            ACTIVATION, BN, BK, MLP,
+            g_u, g_t, w, hidden + kept, slopes + kept, row, live, D, HIDDEN, COLUMNS, WEIGHTS, ROW_STRIDE, ACTIVATION,
+            BN, BK, MLP,
         )  # fmt: skip
         g_v = g_scaled  # [BM, HALF]
+
+        # What the end of this step reads and what the next one begins with: one wait instead of three.
+        if SAVED:
+            x_p, x_v = load_halves(state + (following * batch + first) * D, row, live, D, HALF)
+        if RECOMPUTED:
+            b_pp, b_pv, b_vp, b_vv = load_map(forth + following * SQUARE, HALF)
+        a_pp, a_pv, a_vp, a_vv = load_map(maps + following * SQUARE if INVERSE else A, HALF)
         if not INVERSE:
             store_halves(map_grad + rows_of_maps, g_p, g_v, row, live, D, HALF)
-            g_p, g_v = affine(g_p, g_v, scratch, row, live, A, D, HALF, True, BK, MAP)
+            g_p, g_v = affine(g_p, g_v, a_pp, a_pv, a_vp, a_vv, A, scratch, row, live, D, HALF, True, BK, MAP)
 
     store_halves(grad_x + first * D, g_p, g_v, row, live, D, HALF)
+    if not SAVED and more:
+        store_halves(rebuilt + first * D, x_p, x_v, row, live, D, HALF)
 
 
 def flow_backward(
@@ -145,92 +182,115 @@ def flow_backward(
     options: FlowOptions,
     density: bool,
     parameters: bool,
+    of_context: bool,
     how: Launch | None = None,
 ) -> list[Tensor]:
-    """∂x (B, D), ∂context (B, C) or (0,), and with `parameters` those of matrix, offset, weights and biases, in this order.
+    """∂x (B, D), ∂context (B, C) if `of_context`, else (0,), and with `parameters` those of matrix, offset, weights and
+    biases, in this order.
 
     `state` is what `flow_forward` saved (K, B, D), or with `unmatrix` (K, D, D), the inverse of `matrix`, its output
     (B, D): inputs are then rebuilt by undoing the steps. With `density`, `grad_out` holds the output z itself: the gradient
-    is −z·∂logdet. All else as in `flow_forward`.
-    One launch and then a batched matrix product per weight and map for every slab of rows, see WORKSPACE_BYTES.
+    is −z·∂logdet, and log|det A|'s (K,) follows that of the offset. All else as in `flow_forward`.
+    For every portion of steps and rows (`portions`): one launch for all steps, one for sums over rows, and a batched matrix
+    product for the maps and for each weight.
     """
     (batch, dim), steps = grad_out.shape, len(matrix)
     widths = [w.shape[2] for w in weights[:-1]]
     context_dim = 0 if context is None else context.shape[1]
     dtype = operand_dtype(grad_out, options)
     constants = sizes(dim, widths, context_dim)
-    raw = constants["COLUMNS"][-1]
-    stride = row_stride(dim, raw)
+    columns = constants["COLUMNS"]
+    stride = constants["ROW_STRIDE"]
     how = how or launch_for(True, dim, widths, options.mlp_precision, batch, grad_out.device)
-    row_bytes = steps * (2 * stride * dtype.itemsize + (2 * dim + context_dim) * grad_out.itemsize)
     processors = _multiprocessors(grad_out.device)
-    slab = how.rows * max(processors, WORKSPACE_BYTES // row_bytes // how.rows)
+    saved = unmatrix is None
+    given = saved and not options.inverse  # the forward direction has its maps' inputs already where they were saved
+    row_bytes = 2 * stride * dtype.itemsize + (1 if given else 2) * dim * grad_out.itemsize
+    slab, group = portions(batch, steps, row_bytes, how, processors)
 
     grad_x = torch.empty_like(grad_out)
-    grad_context = grad_out.new_empty(0) if context is None else torch.empty_like(context)
-    # One workspace for all slabs: the next one's kernel runs after the products of the last.
-    most = min(slab, batch)
-    workspace = grad_out.new_empty(2 * steps * most * stride, dtype=dtype)
-    maps = grad_out.new_empty(steps * most * dim)
-    # The forward direction has its maps' inputs already where they were saved.
-    given = unmatrix is None and not options.inverse
-    undone = maps.new_empty(0 if given else len(maps))
-    totals: list[Tensor] = []
-    for first in range(0, max(batch, 1), slab):
-        rows = min(slab, batch - first)
-        here = slice(first, first + rows)
-        hidden, slopes = workspace[: 2 * steps * rows * stride].view(2, steps, rows, stride)
-        map_grad = maps[: steps * rows * dim].view(steps, rows, dim)
-        map_in = state[:, here] if given else undone[: steps * rows * dim].view(steps, rows, dim)
-        launch(
-            flow_backward_kernel, triton.cdiv(rows, how.rows), grad_out,
-            grad_out[here], grad_logdet[here], grad_x[here], state[:, here] if unmatrix is None else state[here],
-            matrix, matrix if unmatrix is None else unmatrix, offset, tuple(weights), tuple(biases),
-            grad_out if context is None else context[here], hidden, slopes, map_in, map_grad, int(density),
-            rows, batch, steps,
-            **constants, ROW_STRIDE=stride, **options.constants(), SAVED=unmatrix is None, **how.constants(),
+    grad_context = torch.empty_like(context) if of_context and context is not None else grad_out.new_empty(0)
+    # One workspace for all portions: the next one's kernel runs after the products of the last.
+    workspace = grad_out.new_empty(2 * group * slab * stride, dtype=dtype)
+    maps = grad_out.new_empty((1 if given else 2) * group * slab * dim)
+    rebuilt = grad_out.new_empty(0) if saved or group == steps else torch.empty_like(grad_out)
+    sums = column_sums(steps, slab, constants, density, grad_out) if parameters else None
+    products: list[Tensor] = []
+    starts = range(0, steps, group)
+    for start in starts if options.inverse else reversed(starts):
+        these = slice(start, min(start + group, steps))
+        count = these.stop - start
+        packed = pack(
+            matrix[these], None if unmatrix is None else unmatrix[these], offset[these], None,
+            [w[these] for w in weights], [b[these] for b in biases], constants, options,
         )  # fmt: skip
-
-        def kept(i: int) -> Tensor:
-            """Gradient of the hidden layer i before its activation, or of (u, t): (K, rows, n)."""
-            start = constants["COLUMNS"][i]
-            return slopes[..., start : start + weights[i].shape[2]]  # noqa: B023
-
-        if context is not None:
-            from_p = weights[0].shape[1] - context_dim
-            grad_context[here] = _bmm(kept(0), weights[0][:, from_p:].mT.to(dtype)).sum(0)
-        if not parameters:
-            continue
-        p = hidden[..., raw : raw + dim - dim // 2]
-        inputs = [p] + [hidden[..., start : start + n] for start, n in zip(constants["COLUMNS"], widths)]  # noqa: B905
-        products = [_over_rows(a, kept(i), processors) for i, a in enumerate(inputs)]
-        if context is not None:
-            of_context = _over_rows(context[here].to(dtype).expand(steps, -1, -1), kept(0), processors)
-            products[0] = torch.cat([products[0], of_context], 1)
-        sums = slopes.sum(1, dtype=grad_out.dtype)
-        offset_grad = map_grad.sum(1)
-        if options.inverse:
-            offset_grad = -torch.bmm(offset_grad.unsqueeze(1), matrix.mT).squeeze(1)
-        found = [
-            _over_rows(map_in, map_grad, processors),
-            offset_grad,
-            *products,
-            *(
-                sums[:, start : start + len(b[0])].clone()
-                for start, b in zip(constants["COLUMNS"], biases, strict=True)
-            ),
-        ]
-        totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
-    return [grad_x, grad_context, *totals]
+        last = start == (0 if options.inverse else starts[-1])  # of the flow: nothing has come back yet
+        more = these.stop < steps if options.inverse else start > 0
+        for first in range(0, max(batch, 1), slab):
+            rows = min(slab, batch - first)
+            here = slice(first, first + rows)
+            hidden, slopes = workspace[: 2 * count * rows * stride].view(2, count, rows, stride)
+            map_grad = maps[: count * rows * dim].view(count, rows, dim)
+            map_in = state[these, here] if given else maps[len(maps) // 2 :][: count * rows * dim].view_as(map_grad)
+            start_from = state[these, here] if saved else (state if last else rebuilt)[here]
+            launch(
+                flow_backward_kernel, triton.cdiv(rows, how.rows), grad_out,
+                (grad_out if last else grad_x)[here], grad_logdet[here], grad_x[here], start_from, rebuilt[here],
+                packed.maps, packed.unmaps, packed.weights, packed.vectors,
+                grad_out if context is None else context[here], hidden, slopes, map_in, map_grad,
+                int(density and last), int(more), rows, batch, count,
+                **constants, **options.constants(), SAVED=saved, **how.constants(),
+            )  # fmt: skip
+            if of_context and context is not None:
+                rows_of_context = weights[0][these, dim - dim // 2 :].mT.to(dtype)
+                found = _bmm(slopes[..., : widths[0]], rows_of_context).sum(0)
+                grad_context[here] = found if last else grad_context[here] + found
+            if sums is None:
+                continue
+            sums.add(slopes, map_grad, grad_logdet[here], start, accumulate=first > 0)
+            inputs = [hidden[..., columns[-1] : columns[-1] + dim - dim // 2 + context_dim]]
+            inputs += [hidden[..., at : at + n] for at, n in zip(columns, widths, strict=False)]
+            slopes_of = [slopes[..., at : at + w.shape[2]] for at, w in zip(columns, weights, strict=True)]
+            pairs = [(map_in, map_grad), *zip(inputs, slopes_of, strict=True)]
+            found_here = [_over_rows(a, b, processors) for a, b in pairs]
+            if count == steps and rows == batch:
+                products = found_here
+                continue
+            products = products or [torch.empty_like(t) for t in (matrix, *weights)]
+            for total, found in zip(products, found_here, strict=True):
+                if first:
+                    total[these] += found
+                else:
+                    total[these] = found
+    if sums is None:
+        return [grad_x, grad_context]
+    *bias_grads, offset_grad, logabsdet_grad = sums.totals()
+    if options.inverse:
+        offset_grad = -torch.bmm(offset_grad.unsqueeze(1), matrix.mT).squeeze(1)
+    found = [products[0], offset_grad, *([logabsdet_grad] if density else []), *products[1:], *bias_grads]
+    return [grad_x, grad_context, *found]
 
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def row_stride(dim: int, raw: int) -> int:
-    """Numbers from one kept row to the next: after the hidden layers, at `raw`, come p, or (∂u, ∂t); 16 are a unit."""
-    return raw + -(-max(2 * (dim // 2), dim - dim // 2) // 16) * 16
+def portions(batch: int, steps: int, row_bytes: int, how: Launch, processors: int) -> tuple[int, int]:
+    """Rows and steps of one launch, whose workspace takes `row_bytes` for each row and step: WORKSPACE_BYTES if it can be.
+
+    Rows come first, a program for every place on a multiprocessor (a wave), then as many steps as fit beside them, and where
+    all steps do, further waves. A wave of a single step takes what it takes, some 24 MB at D 64, H 256.
+    Programs use up to 255 registers a thread: two of 4 warps have place in 65,536, or one of 8.
+    """
+    wave = how.rows * processors * max(1, 8 // how.num_warps)
+    rows = min(max(batch, 1), wave)
+    group = min(steps, max(1, WORKSPACE_BYTES // (row_bytes * rows)))
+    if group == steps:
+        rows = max(rows, min(batch, WORKSPACE_BYTES // (row_bytes * steps * wave) * wave))
+    slabs = triton.cdiv(max(batch, 1), rows)
+    # Portions of equal size: 8 slabs of 8,192 rows, not 7 of 8,448 and a small one.
+    rows = triton.cdiv(triton.cdiv(max(batch, 1), slabs), how.rows) * how.rows
+    return min(rows, max(batch, 1)), triton.cdiv(steps, triton.cdiv(steps, group))
 
 
 def _over_rows(a: Tensor, b: Tensor, processors: int) -> Tensor:
@@ -258,15 +318,13 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
 def specialization(
     name: str, dim: int, hidden: Sequence[int], context_dim: int, options: FlowOptions, saved: bool, how: Launch
 ) -> Specialization:
-    """What `flow_backward` launches for float32 tensors."""
+    """What `flow_backward` launches for float32 tensors, the packing and the sums apart."""
     constants = {**sizes(dim, hidden, context_dim), **options.constants(), "SAVED": saved}
-    constants |= {"ROW_STRIDE": row_stride(dim, constants["COLUMNS"][-1])}
     constants |= {"BM": how.rows, "BN": how.columns, "BK": how.depth}
-    layers = ("*fp32",) * (len(hidden) + 1)
     kept = "*bf16" if options.mlp_precision == "bf16" else "*fp32"
     signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
     for argument in flow_backward_kernel.arg_names:
         signature.setdefault(argument, "*fp32")
-    signature |= {"weights": layers, "biases": layers, "hidden": kept, "slopes": kept}
-    signature |= dict.fromkeys(("density", "rows", "batch", "steps"), "i32")
+    signature |= {"weights": kept, "hidden": kept, "slopes": kept}
+    signature |= dict.fromkeys(("density", "more", "rows", "batch", "steps"), "i32")
     return Specialization(name, flow_backward_kernel, signature, constants, how.num_warps, how.num_stages)

@@ -51,14 +51,24 @@ def operand_dtype(x: Tensor, options: FlowOptions) -> torch.dtype:
 
 
 def sizes(dim: int, hidden: Sequence[int], context_dim: int) -> dict[str, Any]:
-    """Compile-time sizes: COLUMNS are where each hidden layer starts in a row of kept ones, and where the last one ends.
+    """Compile-time sizes of a flow's kernels.
 
-    Each layer starts at a multiple of 16 numbers, so that its rows are aligned for whatever reads them.
+    COLUMNS: where each hidden layer starts in a row of them, and where the last one ends. ROW_STRIDE: numbers from one row
+    to the next in the backward's workspace, where [p, context] or [∂u, ∂t] follow the hidden layers. WEIGHTS and VECTORS:
+    where each matrix of an MLP and each vector starts in a packed step (packing.py), and how long a step is. Layers are
+    padded to multiples of 16 numbers, which a matrix unit multiplies at once, and which are aligned for whatever reads them.
     """
+    half = max(16, triton.next_power_of_2(dim - dim // 2))
+    padded = [-(-n // 16) * 16 for n in hidden]
+    rows = [half + -(-context_dim // 16) * 16, *padded]
+    columns = [*padded, 2 * half]
     return {
         "D": dim,
-        "HALF": max(16, triton.next_power_of_2(dim - dim // 2)),
+        "HALF": half,
         "C": context_dim,
         "HIDDEN": tuple(hidden),
-        "COLUMNS": (0, *accumulate(-(-n // 16) * 16 for n in hidden)),
+        "COLUMNS": (0, *accumulate(padded)),
+        "ROW_STRIDE": sum(padded) + -(-max(2 * (dim // 2), dim - dim // 2 + context_dim) // 16) * 16,
+        "WEIGHTS": (0, *accumulate(n * m for n, m in zip(rows, columns, strict=True))),
+        "VECTORS": (0, *accumulate([2 * half, *columns, 16])),
     }

@@ -45,8 +45,8 @@ class Launch(NamedTuple):
         }
 
 
-# Chunks so small that small tests have several.
-INTERPRETED = Launch(16, 16, 16, staged=False, num_warps=1, num_stages=1)
+# Chunks so small that small tests have several; 8 warps, so that a program is a wave.
+INTERPRETED = Launch(16, 16, 16, staged=False, num_warps=8, num_stages=1)
 
 
 @cache

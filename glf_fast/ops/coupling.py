@@ -161,12 +161,7 @@ def coupling_flow_log_prob(
         return found[1] + logabsdet
     x = _check_flow("x", x, A, c, weights, biases, context, options)
     kernels, weights, biases, options = _for_kernels(x, weights, biases, options)
-    if kernels in whole_flow.KERNELS:
-        x, A, c, logabsdet, context, *layers = _ready(x, A, c, logabsdet, context, *weights, *biases)
-        options = _with_autocast(options, x)
-        return whole_flow.log_prob(kernels, x, A, c, logabsdet, layers, context, options, reversible)
-    z, logdet = _coupling_flow("x", x, A, c, weights, biases, context, options, reversible)
-    return reference.log_normal(z) + logdet + logabsdet
+    return _log_prob(kernels, x, A, c, logabsdet, weights, biases, context, options, reversible)
 
 
 def plu_flow_log_prob(
@@ -197,8 +192,28 @@ def plu_flow_log_prob(
         options = _with_autocast(options, x)._replace(density=True)
         return whole_flow.plu_log_prob(kernels, x, permutation, sign, factors, layers, context, options, reversible)
     A, _, c, logabsdets = plu_assemble(*plu, need_inverse=False)
+    return _log_prob(kernels, x, A, c, logabsdets.sum(), weights, biases, context, options, reversible)
+
+
+def _log_prob(
+    kernels: str,
+    x: Tensor,
+    A: Tensor,
+    c: Tensor,
+    logabsdet: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None,
+    options: Options,
+    reversible: bool,
+) -> Tensor:
+    """The density by what `_for_kernels` chose, and made of the networks; all else is checked."""
+    if kernels in whole_flow.KERNELS:
+        x, A, c, logabsdet, context, *layers = _ready(x, A, c, logabsdet, context, *weights, *biases)
+        options = _with_autocast(options, x)._replace(density=True)
+        return whole_flow.log_prob(kernels, x, A, c, logabsdet, layers, context, options, reversible)
     z, logdet = _coupling_flow("x", x, A, c, weights, biases, context, options, reversible)
-    return reference.log_normal(z) + logdet + logabsdets.sum()
+    return reference.log_normal(z) + logdet + logabsdet
 
 
 def _coupling_flow(
@@ -247,7 +262,7 @@ def _attempt(
     _check_options(options)
     context = None if context is None else context.contiguous()  # an expanded one is common, a refusal takes 40 µs
     try:
-        out, logdet, _ = cpp.forward(x.contiguous(), matrix, offset, weights, biases, context, options, False)
+        out, logdet, _ = cpp.forward(x.contiguous(), matrix, offset, None, weights, biases, context, options, False)
     except RuntimeError:
         return None
     return (out, logdet) if out.device == x.device else None  # else an argument had no data

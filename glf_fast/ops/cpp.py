@@ -50,13 +50,17 @@ def forward(
     x: Tensor,
     matrix: Tensor,
     offset: Tensor,
+    logabsdet: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     context: Tensor | None,
     options: Options,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, logdet (with options.density log N(out; 0, I) added) and, with `keep`, what the backward starts from."""
+    """Output, logdet and, with `keep`, what the backward starts from.
+
+    To the logdet options.density adds log N(out; 0, I), and `logabsdet`, (K,) or (), its sum.
+    """
     save, record = NOTHING, 0
     if keep:
         context_dim = 0 if context is None else context.shape[1]
@@ -64,7 +68,8 @@ def forward(
         if len(matrix) * len(x) * record * x.itemsize > RECORDS_LIMIT:
             save, record = INPUTS, x.shape[1]
     code = (ACTIVATION[options.activation], *coupling_code(options), options.density, save, record)
-    return ops.cpu_coupling_flow.default(x, matrix, offset, weights, biases, context, *code)
+    out, logdet, saved = ops.cpu_coupling_flow.default(x, matrix, offset, weights, biases, context, *code)
+    return out, logdet if logabsdet is None else logdet + logabsdet.sum(), saved
 
 
 def backward(
@@ -80,17 +85,22 @@ def backward(
     context: Tensor | None,
     options: Options,
     parameters: bool,
+    of_context: bool,
 ) -> list[Tensor]:
-    """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
+    """∂x, ∂context (empty without one, made even if not `of_context`) and, with `parameters`, ∂matrix, ∂offset, of the density
+    ∂logabsdet (K,), ∂weights …, ∂biases …
 
     Without `unmatrix` from what the forward kept, with it (`matrix` inverted) from the output `state`, which the density
     needs in any case: `grad_out` is None then.
     """
     save = NOTHING if unmatrix is not None else INPUTS if saved.shape[-1] == state.shape[1] else RECORDS
     code = (ACTIVATION[options.activation], *coupling_code(options), save, parameters)
-    return ops.cpu_coupling_flow_backward.default(
+    found = ops.cpu_coupling_flow_backward.default(
         grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *code
     )
+    if parameters and options.density:
+        found.insert(4, grad_logdet.sum().expand(len(matrix)).contiguous())
+    return found
 
 
 def affine_coupling(v: Tensor, u: Tensor, t: Tensor, options: Options) -> tuple[Tensor, Tensor]:

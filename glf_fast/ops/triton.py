@@ -21,13 +21,13 @@ MAX_DIM, MAX_HIDDEN, MAX_LAYERS = 256, 512, 4
 OPTIONS = "str activation, str log_scale, float constant, bool add_first, bool inverse, bool density, str autocast"
 torch.library.define(
     "glf_fast::triton_coupling_flow",
-    "(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
+    "(Tensor x, Tensor matrix, Tensor offset, Tensor? logabsdet, Tensor[] weights, Tensor[] biases, Tensor? context, "
     f"{OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "glf_fast::triton_coupling_flow_backward",
     "(Tensor grad_out, Tensor grad_logdet, Tensor state, Tensor matrix, Tensor? unmatrix, Tensor offset, "
-    f"Tensor[] weights, Tensor[] biases, Tensor? context, {OPTIONS}, bool parameters) -> Tensor[]",
+    f"Tensor[] weights, Tensor[] biases, Tensor? context, {OPTIONS}, bool parameters, bool of_context) -> Tensor[]",
 )
 ops = torch.ops.glf_fast
 
@@ -42,14 +42,20 @@ def forward(
     x: Tensor,
     matrix: Tensor,
     offset: Tensor,
+    logabsdet: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     context: Tensor | None,
     options: Options,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, logdet (with options.density log N(out; 0, I) added) and, with `keep`, the steps' inputs (K, B, D)."""
-    return ops.triton_coupling_flow.default(x, matrix, offset, weights, biases, context, *_code(options), keep)
+    """Output, logdet and, with `keep`, the steps' inputs (K, B, D).
+
+    To the logdet options.density adds log N(out; 0, I), and `logabsdet`, (K,) or (), its sum.
+    """
+    return ops.triton_coupling_flow.default(
+        x, matrix, offset, logabsdet, weights, biases, context, *_code(options), keep
+    )
 
 
 def backward(
@@ -65,8 +71,10 @@ def backward(
     context: Tensor | None,
     options: Options,
     parameters: bool,
+    of_context: bool,
 ) -> list[Tensor]:
-    """∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
+    """∂x, ∂context (empty unless `of_context`) and, with `parameters`, ∂matrix, ∂offset, of the density ∂logabsdet (K,),
+    ∂weights …, ∂biases …
 
     Without `unmatrix` from the inputs that the forward kept, with it (`matrix` inverted) from the output `state`, which
     the density needs in any case: `grad_out` is None then.
@@ -75,8 +83,9 @@ def backward(
         grad_out = state
     start = saved if unmatrix is None else state
     return ops.triton_coupling_flow_backward.default(
-        grad_out, grad_logdet, start, matrix, unmatrix, offset, weights, biases, context, *_code(options), parameters
-    )
+        grad_out, grad_logdet, start, matrix, unmatrix, offset, weights, biases, context, *_code(options), parameters,
+        of_context,
+    )  # fmt: skip
 
 
 def _code(options: Options) -> tuple[str, str, float, bool, bool, bool, str]:
@@ -90,9 +99,9 @@ def _code(options: Options) -> tuple[str, str, float, bool, bool, bool, str]:
 
 @torch.library.register_fake("glf_fast::triton_coupling_flow")
 def _(
-    x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
-    autocast: str, save: bool,
+    x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
+    context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
+    density: bool, autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     saved = x.new_empty((len(matrix), *x.shape) if save else 0)
     return torch.empty_like(x), x.new_empty(len(x)), saved
@@ -103,22 +112,26 @@ def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
     activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
-    autocast: str, parameters: bool,
+    autocast: str, parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
-    grads = [torch.empty_like(grad_out), grad_out.new_empty(0) if context is None else torch.empty_like(context)]
-    return grads + [torch.empty_like(t) for t in (matrix, offset, *weights, *biases) if parameters]
+    grads = [
+        torch.empty_like(grad_out),
+        torch.empty_like(context) if of_context and context is not None else grad_out.new_empty(0),
+    ]
+    of_density = [grad_out.new_empty(len(matrix))] if density else []
+    return grads + [torch.empty_like(t) for t in (matrix, offset, *of_density, *weights, *biases) if parameters]
 
 
 @torch.library.impl("glf_fast::triton_coupling_flow", ("cpu", "cuda"))
 def _(
-    x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
-    autocast: str, save: bool,
+    x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
+    context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
+    density: bool, autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow import flow_forward
 
     options = _flow_options(x, (activation, log_scale, constant, add_first, inverse), autocast)
-    return flow_forward(x, matrix, offset, weights, biases, context, options, density, save)
+    return flow_forward(x, matrix, offset, logabsdet, weights, biases, context, options, density, save)
 
 
 @torch.library.impl("glf_fast::triton_coupling_flow_backward", ("cpu", "cuda"))
@@ -126,7 +139,7 @@ def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
     activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
-    autocast: str, parameters: bool,
+    autocast: str, parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow_backward import flow_backward
 
@@ -145,6 +158,7 @@ def _(
             options,
             density,
             parameters,
+            of_context,
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from glf_fast import reference
 from glf_fast.ops import cpp, triton
 from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
+from glf_fast.ops.linear import slogdet_inverse
 from glf_fast.ops.options import Options
 
 __all__ = ["KERNELS", "coupling_flow", "log_prob", "plu_log_prob"]
@@ -37,7 +38,7 @@ def coupling_flow(
     if _differentiable(x, context, matrix, offset, *layers):
         out, logdet = _CouplingFlow.apply(kernels, options, reversible, x, context, matrix, offset, *layers)
         return out, logdet
-    out, logdet, _ = KERNELS[kernels].forward(x, matrix, offset, *_halves(layers), context, options, False)
+    out, logdet, _ = KERNELS[kernels].forward(x, matrix, offset, None, *_halves(layers), context, options, False)
     return out, logdet
 
 
@@ -56,8 +57,9 @@ def log_prob(
     if _differentiable(x, context, matrix, offset, logabsdet, *layers):
         maps = (matrix, offset, logabsdet)
         return _LogProb.apply(kernels, options, reversible, None, None, x, context, *maps, *layers)
-    _, density, _ = KERNELS[kernels].forward(x, matrix, offset, *_halves(layers), context, options, False)
-    return density + logabsdet
+    halves = _halves(layers)
+    _, density, _ = KERNELS[kernels].forward(x, matrix, offset, logabsdet, *halves, context, options, False)
+    return density
 
 
 def plu_log_prob(
@@ -90,7 +92,7 @@ class _CouplingFlow(torch.autograd.Function):
         offset: Tensor, *layers: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, logdet, saved = KERNELS[kernels].forward(
-            x, matrix, offset, *_halves(layers), context, options, not reversible
+            x, matrix, offset, None, *_halves(layers), context, options, not reversible
         )
         ctx.kernels, ctx.options, ctx.reversible = kernels, options, reversible
         # Only rebuilding needs the output; else its shape is enough, and the caller may change it in place.
@@ -105,16 +107,22 @@ class _CouplingFlow(torch.autograd.Function):
             run = partial(_reference_flow, ctx.options)
             return None, None, None, *differentiate(run, inputs, needs, grads)
         _, context, matrix, offset, *layers = inputs
-        unmatrix = torch.linalg.inv_ex(matrix).inverse.contiguous() if ctx.reversible else None
+        unmatrix = _inverse(matrix) if ctx.reversible else None
         grad_out, grad_logdet = (g.contiguous() for g in grads)
         parameters = any(needs[2:])
         grad_x, grad_context, *found = KERNELS[ctx.kernels].backward(
             grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, *_halves(layers), context, ctx.options,
-            parameters,
+            parameters, needs[1],
         )  # fmt: skip
         if not parameters:
             found = [None] * (2 + len(layers))
-        return None, None, None, grad_x, None if context is None else grad_context, *found
+        return None, None, None, grad_x, grad_context if needs[1] else None, *found
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """A⁻¹ of (K, D, D): by our kernel in one launch, where torch.linalg takes ten, which a captured graph would repeat."""
+    with torch.no_grad():
+        return slogdet_inverse(matrix)[2].contiguous()
 
 
 def _reference_flow(
@@ -145,11 +153,11 @@ class _LogProb(torch.autograd.Function):
                 permutation, lower, upper, log_diag, sign, log_scale, bias, reversible
             )
         z, density, saved = KERNELS[kernels].forward(
-            x, matrix, offset, *_halves(layers), context, options, not reversible
+            x, matrix, offset, logabsdet, *_halves(layers), context, options, not reversible
         )
         ctx.kernels, ctx.options, ctx.reversible = kernels, options, reversible
         ctx.save_for_backward(z, saved, matrix, unmatrix, offset, permutation, sign, x, context, *tensors)
-        return density + logabsdet.sum()
+        return density
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -161,21 +169,20 @@ class _LogProb(torch.autograd.Function):
         _, context, *tensors = inputs
         layers = tensors[3 if permutation is None else 5 :]
         if ctx.reversible and permutation is None:
-            unmatrix = torch.linalg.inv_ex(matrix).inverse.contiguous()
+            unmatrix = _inverse(matrix)
         grad = grad.contiguous()
         parameters = any(needs[2:])
         grad_x, grad_context, *found = KERNELS[ctx.kernels].backward(
             None, grad, z, saved, matrix, unmatrix if ctx.reversible else None, offset,
-            *_halves(layers), context, ctx.options, parameters,
+            *_halves(layers), context, ctx.options, parameters, needs[1],
         )  # fmt: skip
         grad_maps: Sequence[Tensor | None] = [None] * (len(tensors) - len(layers))
         if parameters:
-            grad_matrix, grad_offset, *found = found
+            grad_matrix, grad_offset, grad_logabsdet, *found = found
             if permutation is None:
-                grad_maps = [grad_matrix, grad_offset, grad.sum()]
+                grad_maps = [grad_matrix, grad_offset, grad_logabsdet[0]]  # of the sum, and so of each term
             else:
                 lower, upper, log_diag, log_scale, bias = tensors[:5]
-                grad_logabsdet = grad.sum().expand(len(matrix)).contiguous()
                 grad_maps = ops.plu_assemble_backward.default(
                     permutation, lower, upper, log_diag, sign, log_scale, bias, matrix, None, grad_matrix, None,
                     grad_offset, grad_logabsdet,
@@ -183,7 +190,7 @@ class _LogProb(torch.autograd.Function):
                 grad_maps = [*grad_maps, *[None] * (5 - len(grad_maps))]
         else:
             found = [None] * len(layers)
-        return None, None, None, None, None, grad_x, None if context is None else grad_context, *grad_maps, *found
+        return None, None, None, None, None, grad_x, grad_context if needs[1] else None, *grad_maps, *found
 
 
 def _reference_log_prob(

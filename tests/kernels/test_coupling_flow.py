@@ -124,15 +124,17 @@ def test_opcheck() -> None:
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
     weights, biases = layers[:2], layers[2:]
     library = torch.ops.glf_fast
-    code = ("relu", "tanh", 2.0, False, False, False, "")
-    for save in (False, True):
-        torch.library.opcheck(library.triton_coupling_flow.default, (x, A, c, weights, biases, context, *code, save))
-    out, logdet, saved = library.triton_coupling_flow(x, A, c, weights, biases, context, *code, True)
-    for state, unmatrix, parameters in ((saved, None, True), (out, torch.linalg.inv(A).contiguous(), False)):
-        torch.library.opcheck(
-            library.triton_coupling_flow_backward.default,
-            (out, logdet, state, A, unmatrix, c, weights, biases, context, *code, parameters),
-        )
+    for density, logabsdet in ((False, None), (True, torch.rand(2))):
+        code = ("relu", "tanh", 2.0, False, False, density, "")
+        for save in (False, True):
+            arguments = (x, A, c, logabsdet, weights, biases, context, *code, save)
+            torch.library.opcheck(library.triton_coupling_flow.default, arguments)
+        out, logdet, saved = library.triton_coupling_flow(*arguments)
+        for state, unmatrix, parameters in ((saved, None, True), (out, torch.linalg.inv(A).contiguous(), False)):
+            torch.library.opcheck(
+                library.triton_coupling_flow_backward.default,
+                (out, logdet, state, A, unmatrix, c, weights, biases, context, *code, parameters, parameters),
+            )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -162,6 +164,10 @@ def test_a_bad_row_harms_no_other_gradient() -> None:
         assert bad[3].all() and bad.sum() == bad[3].numel()
 
 
+# The parameters are packed before, and summed over rows behind: one launch is that of all steps.
+FORWARD, BACKWARD = ["pack_kernel", "flow_kernel"], ["pack_kernel", "flow_backward_kernel", "sums_kernel"]
+
+
 @pytest.mark.parametrize("reversible", [False, True])
 def test_one_launch_in_each_direction(reversible: bool) -> None:
     from glf_fast.kernels.launch import count_launches
@@ -174,15 +180,15 @@ def test_one_launch_in_each_direction(reversible: bool) -> None:
                 out, logdet = getattr(ops, direction)(
                     x, A, c, layers[:half], layers[half:], context, reversible=reversible
                 )
-            assert launched == ["flow_kernel"]
+            assert launched == FORWARD
             with count_launches() as launched:
                 (out.sum() + logdet.sum()).backward()
-            assert launched == ["flow_backward_kernel"]
+            assert launched == BACKWARD
     flow = CouplingFlow(6, 3, (8, 8), linear="permutation", reversible=reversible)
     flow(torch.randn(20, 6))
     with count_launches() as launched:
         flow.log_prob(torch.randn(17, 6)).sum().backward()
-    assert launched == ["flow_kernel", "flow_backward_kernel"]
+    assert launched == FORWARD + BACKWARD
 
 
 @pytest.mark.parametrize(("rows", "parts"), [(8192, 8), (8193, 1), (1024 * 6, 4), (1000, 1)])
@@ -199,43 +205,123 @@ def test_sums_over_many_rows_go_in_parts(rows: int, parts: int, monkeypatch) -> 
     assert seen == [2 * parts]
 
 
-def test_large_batches_go_in_slabs(monkeypatch) -> None:
+def test_large_batches_and_deep_flows_go_in_portions(monkeypatch) -> None:
     from glf_fast.kernels import coupling_flow_backward
     from glf_fast.kernels.launch import count_launches
 
-    values = tensors(50, 2, 5, 2, (9, 9))
+    values = tensors(40, 3, 5, 2, (9, 9))
     whole = run(ops.coupling_flow, values, activation="silu")
     monkeypatch.setattr(coupling_flow_backward, "WORKSPACE_BYTES", 1)
-    for direction, reversible in (("forward", True), ("inverse", False)):
+    for direction, reversible in itertools.product(DIRECTIONS, (False, True)):
         compare(values, direction, 1e-12, reversible, activation="silu")
     with count_launches() as launched:
-        slabs = run(ops.coupling_flow, values, activation="silu")
-    assert launched.count("flow_backward_kernel") == 4  # 16 rows each
-    for a, b in zip(slabs, whole, strict=True):
+        portions = run(ops.coupling_flow, values, activation="silu")
+    assert launched.count("flow_backward_kernel") == 9  # 16 rows and one step each
+    assert launched.count("pack_kernel") == 1 + 3
+    for a, b in zip(portions, whole, strict=True):
         assert error(a, b) < 1e-14
 
 
 def test_the_workspace_stays_within_its_bound(monkeypatch) -> None:
     from glf_fast.kernels import coupling_flow_backward
 
-    values = tensors(100, 4, 6, 3, (32, 16), torch.float32)
     monkeypatch.setattr(coupling_flow_backward, "WORKSPACE_BYTES", 60_000)
-    x, A, c, context, *layers = values
+    x, A, c, context, *layers = tensors(100, 4, 6, 3, (32, 16), torch.float32)
     out, logdet = ops.coupling_flow(x, A, c, layers[:3], layers[3:], context)
     sizes: list[int] = []
     places: set[tuple[int, int]] = set()
     launch = coupling_flow_backward.launch
 
     def spy(kernel, programs, device, *args, **options):
-        *_, hidden, slopes, _, map_grad, _, rows, _, steps = args
-        sizes.append(sum(t.numel() * t.itemsize for t in (hidden, slopes, map_grad)) + rows * steps * 3 * 4)
+        *_, hidden, slopes, _, map_grad, _, _, _, _, _ = args
+        sizes.append(sum(t.numel() * t.itemsize for t in (hidden, slopes, map_grad)))
         places.add((hidden.untyped_storage().data_ptr(), map_grad.untyped_storage().data_ptr()))
         launch(kernel, programs, device, *args, **options)
 
     monkeypatch.setattr(coupling_flow_backward, "launch", spy)
     (out.sum() + logdet.sum()).backward()
     assert len(sizes) > 2 and 30_000 < max(sizes) <= 60_000
-    assert len(places) == 1  # the same memory for every slab
+    assert len(places) == 1  # the same memory for every portion
+
+
+def test_portions_fill_the_gpu_and_then_the_workspace() -> None:
+    from glf_fast.kernels.coupling_flow_backward import WORKSPACE_BYTES, portions
+    from glf_fast.kernels.launch_table import Launch
+
+    few, many = Launch(16, 64, 64, True, 8, 3), Launch(32, 64, 64, True, 4, 3)
+    of_cifar, of_mnist = (
+        2 * 4 * 576 + 256,
+        2 * 4 * 144 + 80,
+    )  # bytes of a row and step in float32: D 64, H 256; D 20, H 64
+    assert portions(256, 8, of_cifar, few, 132) == (256, 8)
+    assert portions(0, 8, of_cifar, few, 132) == (1, 8)
+    for batch, steps, row_bytes, how in itertools.product(
+        (1, 200, 4096, 65_536, 1_000_001), (1, 5, 8, 64), (of_cifar, of_mnist), (few, many)
+    ):
+        rows, group = portions(batch, steps, row_bytes, how, 132)
+        wave = how.rows * 132 * (8 // how.num_warps)
+        assert 1 <= group <= steps and (rows == batch or rows % how.rows == 0)
+        assert rows * group * row_bytes <= max(WORKSPACE_BYTES, wave * row_bytes)
+        assert rows >= min(batch, wave // 2)  # equal portions, of which none leaves half of the GPU idle
+    # 4,096 rows of 64 steps, the memory goal: 2 steps a launch instead of all.
+    assert portions(4096, 64, of_cifar, many, 132) == (4096, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 700, 1500])
+def test_sums_of_a_workspace(rows: int) -> None:
+    from glf_fast.kernels.flow_options import sizes
+    from glf_fast.kernels.sums import column_sums
+
+    constants = sizes(5, (33, 7), 2)
+    columns, stride = constants["COLUMNS"], constants["ROW_STRIDE"]
+    g = torch.Generator().manual_seed(0)
+    sums = column_sums(4, rows, constants, True, torch.empty(0, dtype=torch.float64))
+    assert sums.parts == (2 if rows > 1024 else 1)
+    want = []
+    for start, portion in ((2, rows), (0, rows // 2 + 1), (2, 3)):
+        slopes = torch.full((2, portion, stride), float("nan"), dtype=torch.float64)  # as what nobody writes
+        widths = dict(zip(columns, (33, 7, 4), strict=True))
+        for at, n in widths.items():
+            slopes[..., at : at + n] = torch.randn(2, portion, n, generator=g, dtype=torch.float64)
+        map_grad = torch.randn(2, portion, 5, generator=g, dtype=torch.float64)
+        grad = torch.randn(portion, generator=g, dtype=torch.float64)
+        sums.add(slopes, map_grad, grad, start, accumulate=len(want) == 2)
+        found = [slopes[..., at : at + n].sum(1) for at, n in widths.items()]
+        want.append([*found, map_grad.sum(1), grad.sum().expand(2)])
+    for total, a, b, c in zip(sums.totals(), *want, strict=True):
+        torch.testing.assert_close(total, torch.cat([b, a + c]), rtol=1e-12, atol=1e-12)
+
+
+def test_packed_parameters_are_padded_with_zeros_and_hold_every_number() -> None:
+    from glf_fast.kernels.flow_options import FlowOptions, sizes
+    from glf_fast.kernels.packing import pack
+
+    _, A, c, _, *layers = [None if t is None else t.detach() for t in tensors(1, 3, 7, 5, (33, 18))]
+    constants = sizes(7, (33, 18), 5)
+    options = FlowOptions("relu", "tanh", 2.0, False, False, "ieee", "ieee")
+    logs = torch.randn(3, dtype=torch.float64)
+    for log in (None, logs, logs[0]):
+        packed = pack(A, -A, c, log, layers[:3], layers[3:], constants, options)
+        wide = torch.zeros(3, 2, 32, 32, dtype=torch.float64)
+        at = torch.tensor([0, 1, 2, 3, 16, 17, 18])  # p of 4, v of 3, each padded to 16
+        wide[:, 0, at[:, None], at] = A
+        assert torch.equal(packed.maps.view(3, 32, 32), wide[:, 0]) and torch.equal(packed.unmaps, -packed.maps)
+        of_input = torch.tensor([0, 1, 2, 3, *range(16, 21)])  # p, then the context
+        shapes = [(32, 48, of_input, torch.arange(33)), (48, 32, torch.arange(33), torch.arange(18))]
+        shapes.append((32, 32, torch.arange(18), torch.tensor([0, 1, 2, 16, 17, 18])))  # [u | t]
+        for i, (n, m, rows, columns) in enumerate(shapes):
+            want = torch.zeros(3, n, m, dtype=torch.float64)
+            want[:, rows[:, None], columns] = layers[i]
+            assert torch.equal(
+                packed.weights[:, constants["WEIGHTS"][i] : constants["WEIGHTS"][i + 1]], want.flatten(1)
+            )
+        want = torch.zeros(3, constants["VECTORS"][-1], dtype=torch.float64)
+        want[:, at] = c
+        for i, columns in enumerate((torch.arange(33), torch.arange(18), shapes[2][3])):
+            want[:, constants["VECTORS"][i + 1] + columns] = layers[3 + i]
+        if log is not None:
+            want[: log.numel(), constants["VECTORS"][4]] = log
+        assert torch.equal(packed.vectors, want)
 
 
 def test_reversible_memory_does_not_grow_with_the_steps() -> None:
@@ -291,16 +377,16 @@ def test_compiled_without_graph_breaks_for_any_batch(compiler: str) -> None:
 
 
 def test_matmul_precisions_are_followed_and_bf16_is_refused_here(monkeypatch) -> None:
-    from glf_fast.kernels import coupling_flow
+    from glf_fast.kernels import packing
 
     precisions: list[tuple[str, str]] = []
-    launch = coupling_flow.launch
+    launch = packing.launch
 
     def spy(*args, **options):
         precisions.append((options["MAP"], options["MLP"]))
         launch(*args, **options)
 
-    monkeypatch.setattr(coupling_flow, "launch", spy)
+    monkeypatch.setattr(packing, "launch", spy)
     x, A, c, _, *layers = [None if t is None else t.detach() for t in tensors(3, 1, 4, 0, (8,), torch.float32)]
 
     def call() -> Tensor:
@@ -329,8 +415,9 @@ def test_distances_beyond_32_bits(monkeypatch) -> None:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from glf_fast.kernels.coupling_flow import flow_kernel
-    from glf_fast.kernels.coupling_flow_backward import flow_backward_kernel, row_stride
+    from glf_fast.kernels.coupling_flow_backward import flow_backward_kernel
     from glf_fast.kernels.flow_options import FlowOptions, sizes
+    from glf_fast.kernels.packing import pack
 
     def vast(*shape: int) -> Tensor:
         size = 4 * math.prod(shape)
@@ -344,29 +431,28 @@ def test_distances_beyond_32_bits(monkeypatch) -> None:
     given_x, out, grad_x = vast(rows, D), vast(rows, D), vast(rows, D)
     given_x[last] = x
     logdet, saved = vast(rows), vast(K, rows, D)
-    constants = {**sizes(D, (16, 16), 0), **FlowOptions("relu", "tanh", 2.0, False, False, "ieee", "ieee").constants()}
-    constants |= {"BM": 16, "BN": 16, "BK": 16}
+    options = FlowOptions("relu", "tanh", 2.0, False, False, "ieee", "ieee")
+    packed = pack(A, None, c, None, layers[:3], layers[3:], sizes(D, (16, 16), 0), options)
+    constants = {**sizes(D, (16, 16), 0), **options.constants(), "BM": 16, "BN": 16, "BK": 16}
     monkeypatch.setattr(
         InterpreterBuilder,
         "create_get_program_id",
         lambda self, axis: TensorHandle(np.array([program], np.int32), triton.language.int32),
     )
-    weights, biases = tuple(layers[:3]), tuple(layers[3:])
-    flow_kernel[(1,)](
-        given_x, A, c, weights, biases, x, out, logdet, saved, x, 0, rows, K, **constants, SAVE=True, STAGED=False
-    )
+    parameters = (packed.maps, packed.weights, packed.vectors)
+    flow_kernel[(1,)](given_x, *parameters, x, out, logdet, saved, x, 0, rows, K, **constants, SAVE=True, STAGED=False)
     values = [t.requires_grad_() if t is not None else None for t in (x, A, c, None, *layers)]
     want, want_logdet, want_grad_x, *_ = run(reference.coupling_flow, values)
     assert error(out[last], want) < 1e-5 and error(logdet[last], want_logdet) < 1e-5
 
-    stride = row_stride(D, constants["COLUMNS"][-1])
+    stride = constants["ROW_STRIDE"]
     hidden, slopes = vast(K, rows, stride), vast(K, rows, stride)
     map_grad, grad_out = vast(K, rows, D), vast(rows, D)
     g = torch.Generator().manual_seed(1)  # as in `run`
     grad_out[last], logdet[last] = (torch.randn(s, dtype=torch.float64, generator=g).float() for s in ((5, D), (5,)))
     flow_backward_kernel[(1,)](
-        grad_out, logdet, grad_x, saved, A, A, c, weights, biases, x, hidden, slopes, saved, map_grad, 0, rows, rows, K,
-        **constants, ROW_STRIDE=stride, SAVED=True,
+        grad_out, logdet, grad_x, saved, x, packed.maps, *parameters, x, hidden, slopes, saved, map_grad, 0, 0, rows, rows,
+        K, **constants, SAVED=True,
     )  # fmt: skip
     assert error(grad_x[last], want_grad_x) < 1e-5
 

@@ -135,6 +135,14 @@ def test_log_prob_is_that_of_forward(linear: str, context_dim: int) -> None:
         assert error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("linear", ["plu", "dense", "permutation"])
+def test_the_density_is_part_of_the_kernels_on_every_route(linear: str) -> None:
+    """One node of autograd, not a kernel and eight operations on its outputs; PLU layers have no kernel under "triton"."""
+    flow = CouplingFlow(6, 3, (9,), linear=linear)
+    flow(torch.randn(20, 6))
+    assert type(flow.log_prob(torch.randn(5, 6)).grad_fn).__name__ == "_LogProbBackward"
+
+
 def test_density_behind_an_actnorm(backend: str) -> None:
     torch.use_deterministic_algorithms(False)
     torch.manual_seed(0)
