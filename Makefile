@@ -22,7 +22,7 @@ test: $(VENV)/test.stamp
 bench: $(VENV)/bench.stamp
 	$(RUN) -m pytest bench --benchmark-only $(ARGS)
 
-# Every Triton kernel that is shipped, for three architectures, with the installed Triton and the GPU machine's: an hour on one core.
+# Every Triton kernel that is shipped, for three architectures, with the installed Triton and the GPU machine's, on all cores.
 gate: $(VENV)/test.stamp
 	test -d build/triton-3.6.0 || $(PIP) install --quiet --no-deps --target build/triton-3.6.0 triton==3.6.0
 	$(RUN) tools/compile_gate.py --triton build/triton-3.6.0 $(ARGS)

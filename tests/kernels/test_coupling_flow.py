@@ -486,7 +486,7 @@ def test_the_launch_table_answers_for_every_flow(monkeypatch) -> None:
     from glf_fast.kernels.shipped import shipped
 
     for arch in (80, 90, 100):
-        monkeypatch.setattr(launch_table, "_architecture", lambda index, arch=arch: str(arch))
+        monkeypatch.setattr(launch_table, "architecture", lambda index, arch=arch: str(arch))
         for dim, width, layers, precision, batch in itertools.product(
             (2, 33, 65, 129, 256), (1, 65, 257, 512), (1, 2, 3, 4), launch_table.PRECISIONS, (1, 4096, 4097, 10**6)
         ):
