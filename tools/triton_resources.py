@@ -43,10 +43,14 @@ def compiled(spec: Any, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
-    # Tensors start at multiples of 16 bytes, which the launcher finds out by itself: loads are as wide as that allows.
+    # Tensors start at multiples of 16 bytes, which the launcher finds out by itself, unless the kernel forbids it: loads are as
+    # wide as that allows. Numbers it finds multiples of 16 among are not in a signature, so that kernels must forbid that.
     aligned = {}
-    for i, argument in enumerate(spec.kernel.arg_names):
-        kinds = spec.signature[argument]
+    for i, parameter in enumerate(spec.kernel.params):
+        kinds = spec.signature[parameter.name]
+        if parameter.do_not_specialize:
+            continue
+        assert kinds not in ("i32", "i64"), f"{spec.name}: the launcher specializes the number {parameter.name}"
         for path, kind in [((i, j), k) for j, k in enumerate(kinds)] if isinstance(kinds, tuple) else [((i,), kinds)]:
             if kind.startswith("*"):
                 aligned[path] = [["tt.divisibility", 16]]
