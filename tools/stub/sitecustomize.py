@@ -1,6 +1,6 @@
 """Python imports this before all else in a process that has the stub GPU: what such a GPU computes is not judged.
 
-In the GPU's tests and in the benchmark `assert …` and `torch.testing.assert_close(…)` become plain evaluations of their
+In the GPU's tests, in the benchmark and in tools `assert …` and `torch.testing.assert_close(…)` become plain evaluations of their
 operands, and `raise AssertionError(…)` nothing: every line still runs, and every other error is one. `torch.lu_unpack(…)`
 refuses pivots that nobody computed, and gets ones. What does not depend on computed values is judged: JUDGED.
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-UNJUDGED = tuple(str(ROOT / name) for name in ("tests/gpu", "tests/common", "bench"))
+UNJUDGED = tuple(str(ROOT / name) for name in ("tests/gpu", "tests/common", "bench", "tools"))
 JUDGED = {"test_one_launch_in_each_direction", "test_reversible_memory_is_flat_in_the_steps"}
 CUDNN = ("torch/backends/cudnn/__init__.py", b"\ntorch._C._set_cudnn_enabled(False)\n")
 
