@@ -3,12 +3,12 @@
     python tools/choose_launches.py --triton DIR      # --only KEY: entries that contain this, such as 'medium bf16'
 
 DIR holds another Triton than the installed one (pip install --no-deps --target DIR triton==…): launches are chosen over both.
-Launches come in the order of their predicted times (flow_costs.py), to which bytes that a kernel spills are added: SPILLED of
-them double the time, assumed. Of TRIED launches with different tiles the entry's own kernel is compiled with the last
-version, as long as the prediction could still win; then all kernels of the best, those of the named flows too
-(kernels/shipped.py), with all versions. They must fit into shared memory, and overlap loads and arithmetic in every loop.
-sm_80 and sm_100 keep what sm_90 took where it spills at most KEEP bytes there: predictions are for sm_90, and the others
-differ less from it than predictions err.
+Launches come in the order of their predicted times (flow_costs.py). Of those with different tiles the entry's own kernel is
+compiled with the last version: the first one is taken that spills at most KEEP bytes, or, of TRIED, the cheapest, when SPILLED
+bytes double the time (assumed). All kernels that it launches, those of the named flows too (kernels/shipped.py), must then
+compile with all versions, fit into shared memory, and overlap loads and arithmetic in every loop. sm_80 and sm_100 keep what
+sm_90 took where it spills at most KEEP bytes there: predictions are for sm_90, and the others differ less from it than
+predictions err.
 
 tools/tune_flow.py replaces what is chosen here by what is measured.
 """
@@ -16,7 +16,7 @@ tools/tune_flow.py replaces what is chosen here by what is measured.
 from __future__ import annotations
 
 import argparse
-import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeGuard
@@ -45,8 +45,8 @@ def acceptable(found: Resources | None, key: str, how: Launch, arch: str) -> Typ
     )
 
 
-def take(key: str, how: Launch, arch: str, compilers: Compilers) -> tuple[int, Taken] | None:
-    """The most that a kernel of a launch spills, and what each takes; None if one is not acceptable."""
+def take(key: str, how: Launch, arch: str, compilers: Compilers) -> Taken | None:
+    """What each kernel of a launch takes; None if one is not acceptable."""
     asked = [(spec, compilers.submit(spec, int(arch))) for spec in kernels(key, how, int(arch))]
     taken: Taken = {spec.name: {} for spec, _ in asked}
     for spec, futures in asked:
@@ -55,45 +55,37 @@ def take(key: str, how: Launch, arch: str, compilers: Compilers) -> tuple[int, T
             if not acceptable(found, key, how, arch):
                 return None
             taken[spec.name][version] = found
-    return max(found.spills for by_version in taken.values() for found in by_version.values()), taken
+    return taken
 
 
-def screen(key: str, arch: str, compilers: Compilers) -> list[tuple[float, Launch]]:
-    """Launches and their costs, predicted and for what the entry's own kernel spills; the cheapest first.
+def screen(key: str, arch: str, present: Launch | None, compilers: Compilers) -> list[Launch]:
+    """Launches whose own kernel compiles well, the cheapest first; those of the `present` launch before others.
 
     Of launches whose tiles have the same rows and columns, the best one is tried alone: what they spill differs little.
     """
     costs: list[tuple[float, Launch]] = []
-    best = math.inf
     tried: set[tuple[int, int, bool, int]] = set()
-    for how in ranked(key, arch):
+    for how in ([present] if present else []) + ranked(key, arch):
         tile = (how.rows, how.columns, how.staged, how.num_warps)
         if tile in tried or how.num_stages == 2 or how.num_warps > 8:  # nothing overlaps; 128 registers a thread
             continue
-        predicted = clocks(case(key), how)
-        if predicted >= best or len(tried) == TRIED:
-            break
         tried.add(tile)
         found = compilers.submit_last(of_entry(key, how), int(arch)).result()
         if acceptable(found, key, how, arch):
-            costs.append((predicted * (1 + found.spills / SPILLED), how))
-            best = min(best, costs[-1][0])
-    return sorted(costs)
+            costs.append((clocks(case(key), how) * (1 + found.spills / SPILLED), how))
+            if found.spills <= KEEP:
+                return [how, *(other for _, other in sorted(costs) if other != how)]
+        if len(tried) >= TRIED and costs:
+            break
+    return [how for _, how in sorted(costs)]
 
 
 def choose(key: str, arch: str, present: Launch | None, compilers: Compilers) -> tuple[Launch, Taken]:
-    """The launch of a key, and what its kernels take; the `present` one if it spills at most KEEP bytes."""
-    if present and (taken := take(key, present, arch, compilers)) and taken[0] <= KEEP:
-        return present, taken[1]
-    best: tuple[float, Launch, Taken] = (math.inf, Launch(0, 0, 0, True, 0, 0), {})
-    for cost, how in screen(key, arch, compilers):
-        if cost >= best[0]:
-            break
+    """The launch of a key, and what its kernels take."""
+    for how in screen(key, arch, present, compilers):
         if taken := take(key, how, arch, compilers):
-            whole = clocks(case(key), how) * (1 + taken[0] / SPILLED)
-            best = min(best, (whole, how, taken[1]), key=lambda found: found[0])
-    assert best[2], f"nothing fits for {key} on sm_{arch}"
-    return best[1:]
+            return how, taken
+    sys.exit(f"nothing fits for {key} on sm_{arch}")
 
 
 def main() -> None:

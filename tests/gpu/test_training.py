@@ -131,5 +131,6 @@ def test_reversible_memory_is_flat_in_the_steps(device) -> None:
         return torch.cuda.max_memory_allocated() - before
 
     state = rows * 6 * 4
-    assert peak(32, True) - peak(4, True) < state
+    # Where steps go in portions, the rows that were rebuilt wait between two of them: one more `state`.
+    assert peak(32, True) - peak(4, True) < 2 * state
     assert peak(32, False) - peak(4, False) > 20 * state

@@ -140,4 +140,5 @@ def test_one_launch_in_each_direction(direction: str, device) -> None:
     values = tensors(device, 17, 5, 8, 0, (16, 16))
     with count_launches() as launches:
         run(getattr(ops, DIRECTIONS[direction]), values, torch.float32)
-    assert launches == ["flow_kernel", "flow_backward_kernel"]
+    # Packing comes before either, sums over rows behind the backward.
+    assert launches == ["pack_kernel", "flow_kernel", "pack_kernel", "flow_backward_kernel", "sums_kernel"]
