@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint bench gate gpu gpu-again clean
+.PHONY: train test lint bench gate gpu gpu-again gpu-here clean
 
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
@@ -34,6 +34,10 @@ gpu:
 
 gpu-again:
 	$(PYTHON) tools/gpu.py --second $(ARGS)
+
+# Before that, on a machine with nvcc and a network: its software, both calls over a stub GPU, and build/gpu-here/carry.tar.xz for it.
+gpu-here:
+	$(PYTHON) tools/gpu_here.py
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .

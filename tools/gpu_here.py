@@ -46,11 +46,15 @@ TRAVELS = 64 << 20  # bytes that the archive and the repository may have togethe
 
 def python_312() -> Path:
     """A Python 3.12: on the path, or one of pyenv's."""
-    names = [shutil.which("python3.12"), *sorted((Path.home() / ".pyenv" / "versions").glob("3.12*/bin/python3.12"))]
-    for name in filter(None, names):
+    found = sorted((Path.home() / ".pyenv" / "versions").glob("3.12*/bin/python3.12"))
+    if name := shutil.which("python3.12"):
+        found.insert(0, Path(name))
+    for python in found:
         code = "import sys; sys.exit(sys.version_info[:2] != (3, 12))"
-        if subprocess.run([name, "-c", code], stderr=subprocess.DEVNULL).returncode == 0:  # pyenv's shims may not run
-            return Path(name)
+        if (
+            subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
+        ):  # a shim of pyenv's may not run
+            return python
     sys.exit("there is no Python 3.12, which the GPU machine has: install it, for instance with `pyenv install 3.12`")
 
 
@@ -88,10 +92,10 @@ def copy_sources(target: Path) -> int:
     listing = subprocess.run(
         ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    names = [name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
+    names = {name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()}
     for old in (path for path in target.rglob("*") if path.is_file() and path.suffix != ".so"):
-        name = old.relative_to(target)
-        if name.parts[0] != "build" and str(name) not in names:
+        inside = old.relative_to(target)
+        if inside.parts[0] != "build" and str(inside) not in names:
             old.unlink()
     for name in names:
         source, copy = ROOT / name, target / name
@@ -108,7 +112,7 @@ def build_libraries() -> list[Path]:
     for old in (TREE / "glf_fast").glob("*.so"):
         old.unlink()
     with log.open("w") as file:
-        build = [PYTHON, "setup.py", "build_ext", "--inplace"]
+        build = [str(PYTHON), "setup.py", "build_ext", "--inplace"]
         subprocess.run(build, cwd=TREE, stdout=file, stderr=subprocess.STDOUT, check=True)
     built = sorted((TREE / "glf_fast").glob("*.so"))
     if [path.name for path in built] != ["_cpu.abi3.so", "_cuda.abi3.so"]:
@@ -116,7 +120,9 @@ def build_libraries() -> list[Path]:
     call(PYTHON, "tools/gpu_here_steps.py", "load", folder=TREE)
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir()
-    return [Path(shutil.copy2(path, kept)) for path in built]
+    for path in built:
+        shutil.copy2(path, kept)
+    return sorted(kept.iterdir())
 
 
 def link_for_stub(tree: Path) -> None:

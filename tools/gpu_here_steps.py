@@ -93,8 +93,9 @@ def run(out: Path) -> list[str]:
 def main() -> None:
     """See the module's docstring."""
     if sys.argv[1:] == ["load"]:
-        with importable(os.environ):
-            sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+        environment = dict(os.environ)
+        with importable(environment):
+            sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
             failed = load()
     elif sys.argv[1:2] == ["run"] and len(sys.argv) == 3:
         failed = run(Path(sys.argv[2]))

@@ -1,8 +1,9 @@
 """Python imports this before all else in a process that has the stub GPU: what such a GPU computes is not judged.
 
-In the GPU's tests, in the benchmark and in tools `assert …` and `torch.testing.assert_close(…)` become plain evaluations of their
-operands, and `raise AssertionError(…)` nothing: every line still runs, and every other error is one. `torch.lu_unpack(…)`
-refuses pivots that nobody computed, and gets ones. What does not depend on computed values is judged: JUDGED.
+In the GPU's tests, in the benchmark and in tools `assert …` and `torch.testing.assert_close(…)` become plain evaluations of
+their operands, and `raise AssertionError(…)` nothing: every line still runs, and every other error is one.
+`torch.lu_unpack(…)` refuses pivots that nobody computed, and gets ones. What does not depend on computed values is judged:
+JUDGED.
 
 Two libraries are out of reach. CuPy holds a copy of libcudart, which finds no driver: it is absent. cuDNN chooses its
 algorithms by the device: it is switched off, and torch's own convolutions run.
