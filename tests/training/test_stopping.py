@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glf_fast import checkpoint, evaluate, runs, sample, train
+from glf_fast import evaluate, sample, train
 from glf_fast.errors import UserError
+from glf_fast.training import checkpoint, runs
 
 Call = Callable[..., None]
 Start = Callable[..., subprocess.Popen[str]]
@@ -135,7 +136,7 @@ def test_a_refused_command_leaves_nothing_behind(setting: str, tmp_path: Path, c
 @pytest.mark.parametrize("n", [2, 10])
 def test_too_few_images_are_refused_before_training(n: int, tmp_path: Path, call: Call) -> None:
     np.save(tmp_path / "few.npy", np.zeros((n, 8, 8), np.uint8))
-    with pytest.raises(UserError, match=r"few.npy has \d (test|train) images; \d are the least"):
+    with pytest.raises(UserError, match=r"few.npy has \d (test|train) images; at least \d are needed"):
         call(train, "--preset", "smoke", "--data.source", tmp_path / "few.npy", "--out", tmp_path / "r")
     assert not (tmp_path / "r").exists()
 

@@ -1,9 +1,9 @@
 """Checkpoints: folders of safetensors and JSON that are whole or not there, and never run code when read.
 
-model.safetensors      the weights to use (averaged ones, if there is an average)
-config.json            the model's constructor arguments; with these two, `GLF.from_pretrained(folder)` opens the folder
-training.safetensors   what resuming needs besides: optimizer state, and the raw weights if averaged ones are above
-checkpoint.json        the model's name, the state of training, and the size and SHA-256 of each other file
+model.safetensors      the weights to use: averaged ones, if there is an average
+config.json            the model's shape and settings; with these two, `from_pretrained(folder)` of the model opens the folder
+training.safetensors   what resuming needs in addition: optimizer states, and the raw weights if there is an average
+checkpoint.json        the model's name, the state of training, the version of glf_fast, size and SHA-256 of each other file
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from glf_fast import models
 from glf_fast.errors import UserError
 from glf_fast.files import read_json, save_tensors, sha256, write_json
+from glf_fast.models import saving
+from glf_fast.models.saving import CONFIG_FILE, WEIGHTS_FILE
 
 __all__ = ["Checkpoint", "exists", "load_model", "optimizer_tensors", "read", "restore_optimizer", "write"]
 
-_FORMAT = 1
-_MODEL, _CONFIG, _TRAINING, _INDEX = "model.safetensors", "config.json", "training.safetensors", "checkpoint.json"
+# 2 has the key "version", and another config.json: models read both.
+_FORMAT, _READABLE = 2, (1, 2)
+_TRAINING, _INDEX = "training.safetensors", "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Checkpoint:
     """What a checkpoint folder holds.
 
     Attributes:
-        model, config: name of the model and its constructor's arguments.
-        weights: to use.    training: tensors that resuming needs besides; empty if not asked for or not there.
+        model, config: the model's name, and its shape and settings.
+        weights: the weights to use.
+        training: tensors that resuming needs in addition; empty if not asked for or not there.
         state: images seen, scores and the like; JSON.
     """
 
@@ -60,14 +63,14 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
     try:
         temporary.mkdir()
-        save_tensors(temporary / _MODEL, checkpoint.weights)
-        write_json(temporary / _CONFIG, checkpoint.config)
+        saving.write(temporary, checkpoint.config, checkpoint.weights)
         if checkpoint.training:
             save_tensors(temporary / _TRAINING, checkpoint.training)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())
         }
-        index = {"format": _FORMAT, "model": checkpoint.model, "state": checkpoint.state, "files": files}
+        index = {"format": _FORMAT, "version": version("glf_fast"), "model": checkpoint.model}
+        index |= {"state": checkpoint.state, "files": files}
         write_json(temporary / _INDEX, index)
         _flush(temporary)
         # No system call swaps folders everywhere, so the old one steps aside; `read` looks for it there too.
@@ -103,18 +106,15 @@ def read(folder: Path, *, training: bool = False) -> Checkpoint:
     """
     folder = _whole(folder)
     index = _index(folder)
-    for name in [_MODEL, _CONFIG, *([_TRAINING] if training else [])]:
+    for name in [WEIGHTS_FILE, CONFIG_FILE, *([_TRAINING] if training else [])]:
         file, recorded = folder / name, index["files"].get(name)
         if recorded is None or not file.is_file():
             raise UserError(f"{file} is missing; {_remedy(folder)}")
         if file.stat().st_size != recorded["bytes"] or sha256(file) != recorded["sha256"]:
             raise UserError(f"{file} is corrupt: its size or SHA-256 is not the one in {_INDEX}; {_remedy(folder)}")
-    try:
-        weights = load_file(folder / _MODEL)
-        more = load_file(folder / _TRAINING) if training else {}
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder} does not hold readable safetensors ({error}); {_remedy(folder)}") from error
-    return Checkpoint(index["model"], read_json(folder / _CONFIG), weights, more, index["state"])
+    config, weights = saving.read(folder)
+    more = saving.read_tensors(folder / _TRAINING) if training else {}
+    return Checkpoint(index["model"], config, weights, more, index["state"])
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[models.GenerativeModel, dict[str, Any]]:
@@ -122,12 +122,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[models.GenerativeMod
     checkpoint = read(folder)
     with torch.random.fork_rng(devices=[]):
         model = models.build(checkpoint.model, checkpoint.config)
-    try:
-        model.load_state_dict(checkpoint.weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"the weights in {folder} do not fit the model in its {_CONFIG}: {' '.join(str(error).split())}"
-        ) from error
+    saving.load_weights(model, checkpoint.weights, folder)
     return model.to(device).eval(), checkpoint.state
 
 
@@ -167,14 +162,14 @@ def _previous(folder: Path) -> Path:
 
 
 def _whole(folder: Path) -> Path:
-    """Where the checkpoint of `folder` is at this moment."""
+    """The folder that holds the checkpoint of `folder` at this moment."""
     if not exists(folder):
-        raise UserError(f"there is no checkpoint {folder}; python -m glf_fast.train makes them")
+        raise UserError(f"there is no checkpoint {folder}; python -m glf_fast.train writes checkpoints")
     return folder if folder.is_dir() else _previous(folder)
 
 
 def _remedy(folder: Path) -> str:
-    return f"restore it from a copy, or delete {folder} to train anew"
+    return f"restore it from a copy, or delete {folder} and train again"
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -182,19 +177,23 @@ def _index(folder: Path) -> dict[str, Any]:
         index = read_json(folder / _INDEX)
     except FileNotFoundError:
         raise UserError(f"{folder / _INDEX} is missing; {_remedy(folder)}") from None
+    if isinstance(index, dict) and "format" in index and index["format"] not in _READABLE:
+        raise UserError(
+            f"{folder} was written by glf_fast {index.get('version', 'of an unknown version')} in format {index['format']}; "
+            f"this is {version('glf_fast')}, which reads {' and '.join(map(str, _READABLE))}: use the version that wrote it"
+        )
     kinds = {"model": str, "state": dict, "files": dict}
     if (
         not isinstance(index, dict)
-        or index.get("format") != _FORMAT
         or not all(isinstance(index.get(name), kind) for name, kind in kinds.items())
         or not all(isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in index["files"].values())
     ):
-        raise UserError(f"{folder / _INDEX} is not of this version's format ({_FORMAT}); {_remedy(folder)}")
+        raise UserError(f"{folder / _INDEX} is not the index of a checkpoint; {_remedy(folder)}")
     return index
 
 
 def _flush(folder: Path) -> None:
-    """Wait until a folder's list of files is on the disk; theirs already is."""
+    """Wait until a folder's list of files is on the disk; the contents of the files already are."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

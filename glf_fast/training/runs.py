@@ -17,11 +17,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from glf_fast import checkpoint
-from glf_fast.config import Config, differences, shown
-from glf_fast.config_files import load, to_toml
 from glf_fast.errors import UserError
 from glf_fast.files import atomic_write, read_json, write_json
+from glf_fast.settings import shown
+from glf_fast.training import checkpoint
+from glf_fast.training.config import Config, differences
+from glf_fast.training.config_files import load, to_toml
 
 __all__ = [
     "append_metrics",
@@ -40,14 +41,14 @@ __all__ = [
 
 
 def _free(config: Config) -> set[str]:
-    """Settings that may change when a run is resumed: they say how far it goes and what is written, not what is learnt."""
+    """Settings that may change when a run is resumed: they decide how long it lasts and what is written, not what is learnt."""
     free = {"max_minutes", "checkpoint_minutes", "pictures_every"}
-    cosine = "cosine" in (config.autoencoder_optimizer.schedule, config.flow_optimizer.schedule)
+    cosine = any(optimizer.schedule == "cosine" for optimizer in config.optimizers.values())
     return free if cosine else free | {"epochs"}
 
 
 def default_folder(config: Config, base: Config, label: str) -> Path:
-    """runs/{label}, and behind it what `config` has otherwise than `base`: the same command finds the same folder."""
+    """runs/{label}, then the settings in which `config` differs from `base`: the same command finds the same folder."""
     changes = {key: new for key, (_, new) in differences(base, config).items() if key not in _free(config)}
     parts = [label] + [
         f"{key}={'x'.join(map(str, new)) if isinstance(new, tuple) else new}" for key, new in changes.items()
@@ -59,7 +60,7 @@ def default_folder(config: Config, base: Config, label: str) -> Path:
 
 
 def check_folder(folder: Path, config: Config) -> None:
-    """See that nothing is in the way in the run's folder: it is not there, empty, or a run with the same settings.
+    """Check that the run's folder is missing, empty, or holds a run with the same settings.
 
     Raises:
         UserError: the folder holds something else, or another run; the message names the settings that differ.
@@ -68,7 +69,7 @@ def check_folder(folder: Path, config: Config) -> None:
         found = {k: v for k, v in differences(read_config(folder), config).items() if k not in _free(config)}
         if found:
             listed = "; ".join(f"{key} = {shown(old)} there, {shown(new)} here" for key, (old, new) in found.items())
-            raise UserError(f"{folder} holds a run with other settings ({listed}); take another --out, or delete it")
+            raise UserError(f"{folder} holds a run with other settings ({listed}); choose another --out, or delete it")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not a run's folder (no config.toml) and not empty; choose another --out")
 
@@ -86,7 +87,7 @@ def lock(folder: Path) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"another process is training in {folder}; wait for it, or take another --out") from None
+        raise UserError(f"another process is training in {folder}; wait for it, or choose another --out") from None
 
 
 def read_config(folder: Path) -> Config:
@@ -140,7 +141,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(folder: Path, images: int) -> None:
-    """Forget what the log says about the time after so many images: a resumed run will say it again."""
+    """Remove the lines after so many images from the log: a resumed run writes them again."""
     kept = [record for record in read_metrics(folder) if record["images"] <= images]
     with atomic_write(folder / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -150,14 +151,15 @@ def cut_metrics(folder: Path, images: int) -> None:
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
-    """What evaluations of this run's checkpoints said; see `evaluate.evaluate` for an entry."""
+    """The scores of this run's checkpoints; see `scoring.evaluate` for an entry."""
     path = folder / "scores.json"
     scores = read_json(path) if path.is_file() else []
     parts = {"settings", "checkpoint", "samples", "reconstructions"}
     if not isinstance(scores, list) or not all(isinstance(s, dict) and parts <= set(s) for s in scores):
-        raise UserError(
-            f"{path} does not hold scores; delete it, and python -m glf_fast.evaluate {folder} makes it anew"
-        )
+        raise UserError(f"{path} does not hold scores; delete it, and run python -m glf_fast.evaluate {folder} again")
+    for score in scores:
+        if "mode" not in score["settings"]:  # written by version 0.1.0, which knew one mode
+            score["settings"]["mode"] = "authors" if score["settings"].pop("authors_protocol", False) else ""
     return scores
 
 

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from glf_fast import runs
+from glf_fast import models
 from glf_fast.files import atomic_write
-from glf_fast.pictures import latest_picture
+from glf_fast.models import Words
+from glf_fast.training import runs
+from glf_fast.training.pictures import latest_picture
 
 __all__ = ["write"]
 
@@ -48,15 +50,15 @@ def write(run: Path) -> Path:
     config, records, scores = runs.read_config(run), runs.read_metrics(run), runs.read_scores(run)
     seen = records[-1] if records else {"images": 0, "epoch": 0.0}
     finished = any(record.get("finished") and record["images"] == seen["images"] for record in records)
-    model, source = config.model, config.data.source
-    what = f"{model.name.upper()}, {model.latent_dim} latent dimensions, {model.reconstruction} loss, {config.flow.kind} flow"
+    kind = models.kind(config.model.name)
+    what = ", ".join(filter(None, (kind.words.title, config.model.summary())))
     state = "finished" if finished else f"{seen['epoch']:.3g} of {config.epochs} epochs"
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(run.resolve().name),
-        subtitle=html.escape(f"{what}, on {source}. {seen['images']:,} images seen, {state}."),
+        subtitle=html.escape(f"{what}, on {config.data.source}. {seen['images']:,} images seen, {state}."),
         samples=_picture(latest_picture(run, "samples"), "Samples"),
-        scores="".join(map(_score_card, scores)) or _score_so_far(records),
-        sections=_growth(run) + _others(run) + _curves(records),
+        scores="".join(_score_card(score, kind.sampling_modes) for score in scores) or _score_so_far(records),
+        sections=_growth(run) + _others(run, kind.words) + _curves(records, kind.words),
         config=html.escape((run / "config.toml").read_text(encoding="utf-8")),
         protocol=html.escape(json.dumps(scores, indent=2, ensure_ascii=False)),
     )
@@ -68,12 +70,12 @@ def write(run: Path) -> Path:
 # -- scores ---------------------------------------------------------------------------------------------------------------
 
 
-def _score_card(score: dict[str, Any]) -> str:
+def _score_card(score: dict[str, Any], modes: Mapping[str, str]) -> str:
     samples, rebuilt, settings = score["samples"], score["reconstructions"], score["settings"]
     floors, checkpoint = samples["floors"], score["checkpoint"]
     bars = {
         "samples": samples["value"],
-        "reconstructions": rebuilt["value"],
+        **({"reconstructions": rebuilt["value"]} if rebuilt else {}),
         "real train / test": floors["train/test"],
         "real train / train": floors["train/train"],
     }
@@ -90,8 +92,8 @@ def _score_card(score: dict[str, Any]) -> str:
         details.append(f"KID {samples['kid']['mean']:.4f} ± {samples['kid']['std']:.4f}")
     if settings["temperature"] != 1:
         details.append(f"temperature {settings['temperature']:g}")
-    if settings["authors_protocol"]:
-        details.append("the authors' sampling protocol")
+    if mode := settings["mode"]:
+        details.append(modes.get(mode, mode))
     details.append(f"checkpoint “{checkpoint['name']}”, epoch {checkpoint['epoch']:.4g}")
     details += samples["notes"]
     metric, line = html.escape(samples["metric"]), html.escape(" · ".join(details))
@@ -106,11 +108,12 @@ def _score_so_far(records: Sequence[dict[str, Any]]) -> str:
     if latest is None:
         return '<div class="card"><div class="label">No score yet.</div></div>'
     score = latest["score"]
+    rebuilt = f"reconstructions {score['reconstructions']:.2f}" if score["reconstructions"] is not None else ""
     metric = html.escape(score["metric"])
     return (
         f'<div class="card"><div class="label">{metric} after {latest["epoch"]:.4g} epochs, lower is better'
         f'</div><div class="number">{score["value"]:.2f}</div>'
-        f'<div class="label">reconstructions {score["reconstructions"]:.2f}</div></div>'
+        f'<div class="label">{rebuilt}</div></div>'
     )
 
 
@@ -136,10 +139,10 @@ def _growth(run: Path) -> str:
     return f'<h2>How the samples grew</h2><p>The same noise each time.</p><div class="strip">{figures}</div>'
 
 
-def _others(run: Path) -> str:
+def _others(run: Path, words: Words) -> str:
     texts = {
-        "reconstructions": "Test images, and below each row what the model makes of them.",
-        "interpolations": "From one test image to another along an arc in the flow's Gaussian space.",
+        "reconstructions": "Rows of test images, and below each row their reconstructions.",
+        "interpolations": html.escape(words.interpolations),
     }
     sections = ""
     for kind, text in texts.items():
@@ -152,27 +155,35 @@ def _others(run: Path) -> str:
 # -- curves ---------------------------------------------------------------------------------------------------------------
 
 
-def _curves(records: Sequence[dict[str, Any]]) -> str:
-    steps = [record for record in records if "loss" in record]
+def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
+    hidden = {"images", "epoch", "images_per_second", "score", "finished"}
+    steps = [record for record in records if "images_per_second" in record]
     scored = [record for record in records if "score" in record]
     if len(steps) < 2:
         return ""
-    hidden = {"images", "epoch", "images_per_second"}
-    terms = [name for name in steps[0] if name not in hidden and not name.startswith("lr_")]
-    terms = [name for name in terms if name != "loss"] or terms
+    logged = dict.fromkeys(name for record in steps for name in record if name not in hidden)
+    terms = {name: name for name in logged if not name.startswith("lr_")}
+    # A run that an earlier version began may have few records of a curve.
+    chosen = {
+        name: title for name, title in (words.curves or {}).items() if sum(name in record for record in steps) > 1
+    }
+    terms = chosen or terms
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 2.9), layout="constrained")
         axes = figure.subplots(1, len(terms) + bool(scored), squeeze=False)[0]
-        for axis, name in zip(axes, terms, strict=False):
-            axis.plot([r["epoch"] for r in steps], [r[name] for r in steps], color=_BLUE, linewidth=1.3)
+        for axis, (name, title) in zip(axes, terms.items(), strict=False):
+            drawn = [(r["epoch"], r[name]) for r in steps if name in r]
+            axis.plot(*zip(*drawn, strict=True), color=_BLUE, linewidth=1.3)
             # The first steps are far off and would flatten the rest.
-            values = sorted(r[name] for r in steps[len(steps) // 20 :])
+            values = sorted(value for _, value in drawn[len(drawn) // 20 :])
             margin = 0.05 * (values[-1] - values[0]) or 1.0
-            axis.set(title=name, xlabel="epoch", ylim=(values[0] - margin, values[-1] + margin))
+            axis.set(title=title, xlabel="epoch", ylim=(values[0] - margin, values[-1] + margin))
         if scored:
             epochs = [r["epoch"] for r in scored]
             for key, label, color in (("value", "samples", _BLUE), ("reconstructions", "reconstructions", _ORANGE)):
-                axes[-1].plot(epochs, [r["score"][key] for r in scored], "o-", label=label, color=color, markersize=3)
+                values = [r["score"][key] for r in scored]
+                if None not in values:
+                    axes[-1].plot(epochs, values, "o-", label=label, color=color, markersize=3)
             axes[-1].set(title=scored[-1]["score"]["metric"], xlabel="epoch", ylim=(0, None))
             axes[-1].legend()
         for axis in axes:
@@ -181,7 +192,5 @@ def _curves(records: Sequence[dict[str, Any]]) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    text = "Losses of the training batches; scores against test images."
-    if "nll" in terms:
-        text += " The encoder is free to rescale its codes, and nll counts that: it may rise while the samples improve."
+    text = html.escape(f"Losses of the training batches; scores against test images. {words.about_curves}".rstrip())
     return f'<h2>Curves</h2><p>{text}</p><div class="card">{svg}</div>'

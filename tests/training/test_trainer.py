@@ -8,18 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from glf_fast import checkpoint, data, use_backend
-from glf_fast.config import Config, OptimizerConfig
-from glf_fast.config_files import load, preset_path
+from glf_fast import data, use_backend
 from glf_fast.errors import UserError
-from glf_fast.trainer import LossLog, Trainer
+from glf_fast.training import checkpoint
+from glf_fast.training.config import OptimizerConfig, default
+from glf_fast.training.config_files import load, preset_path
+from glf_fast.training.loss_log import LossLog
+from glf_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 DIGITS = data.load("digits", "train")
 
 
-def trainer(**changes: Any) -> Trainer:
-    return Trainer(dataclasses.replace(load(preset_path("smoke")), **changes), DIGITS, CPU)
+def trainer(optimizers: dict[str, OptimizerConfig] | None = None, **changes: Any) -> Trainer:
+    config = load(preset_path("smoke"))
+    changes["optimizers"] = {**config.optimizers, **(optimizers or {})}
+    return Trainer(dataclasses.replace(config, **changes), DIGITS, CPU)
 
 
 def batch(position: int = 0) -> torch.Tensor:
@@ -81,25 +85,25 @@ def test_the_start_and_the_noise_come_from_the_seed() -> None:
 )
 def test_learning_rates_at_the_starts_of_epochs(settings: OptimizerConfig, epochs: int, factors: list[float]) -> None:
     settings = dataclasses.replace(settings, lr=0.25)
-    one = trainer(epochs=epochs, autoencoder_optimizer=settings)
+    one = trainer({"autoencoder": settings}, epochs=epochs)
     for epoch, factor in enumerate(factors):
         one.images = epoch * one.images_per_epoch
         one.step(batch())
-        rates = {group["name"]: group["lr"] for group in one.optimizer.param_groups}
+        rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in one.optimizers.items()}
         assert rates == {"autoencoder": pytest.approx(0.25 * factor), "flow": 1e-3}
 
 
 def test_learning_rates_rise_at_first() -> None:
-    one = trainer(flow_optimizer=OptimizerConfig(lr=0.5, warmup_steps=4))
+    one = trainer({"flow": OptimizerConfig(lr=0.5, warmup_steps=4)})
     rates = []
     for _ in range(6):
         one.step(batch())
-        rates.append(one.optimizer.param_groups[1]["lr"])
+        rates.append(one.optimizers["flow"].param_groups[0]["lr"])
     assert rates == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
 
 
 def test_a_learning_rate_of_zero_freezes_its_group_alone() -> None:
-    one = trainer(autoencoder_optimizer=OptimizerConfig(lr=0.0))
+    one = trainer({"autoencoder": OptimizerConfig(lr=0.0)})
     before = weights(one)
     for _ in range(2):
         one.step(batch())
@@ -108,11 +112,11 @@ def test_a_learning_rate_of_zero_freezes_its_group_alone() -> None:
 
 
 def test_clipping_bounds_the_gradient_of_its_group_alone() -> None:
-    one = trainer(autoencoder_optimizer=OptimizerConfig(clip=1e-3))
+    one = trainer({"autoencoder": OptimizerConfig(clip=1e-3)})
     one.step(batch())
     norms = {
-        group["name"]: torch.stack([p.grad.norm() for p in group["params"]]).norm()
-        for group in one.optimizer.param_groups
+        name: torch.stack([p.grad.norm() for p in parameters]).norm()
+        for name, parameters in one.model.parameter_groups().items()
     }
     assert norms["autoencoder"] == pytest.approx(1e-3, rel=1e-3)
     assert norms["flow"] > 0.1
@@ -192,7 +196,7 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
 def test_images_that_the_model_cannot_take_are_refused(tmp_path: Path) -> None:
     odd = data.ImageDataset.of("odd", "train", torch.zeros(300, 1, 10, 10, dtype=torch.uint8))
     with pytest.raises(UserError, match="multiples of 4"):
-        Trainer(Config(), odd, CPU)
+        Trainer(default("glf"), odd, CPU)
 
 
 def test_checkpoints_for_use_hold_weights_alone(tmp_path: Path) -> None:

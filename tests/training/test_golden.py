@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from glf_fast import evaluate, sample, train, use_backend
-from glf_fast.config_files import load, preset_path, to_toml
-from glf_fast.runs import read_metrics, read_scores
+from glf_fast.training.config_files import load, preset_path, to_toml
+from glf_fast.training.runs import read_metrics, read_scores
 
-GOLDEN = Path(__file__).parent.parent / "training" / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 Call = Callable[..., None]
 
 

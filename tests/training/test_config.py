@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from glf_fast import models
-from glf_fast.command_line import parse_train, pick_device
-from glf_fast.config import Config, FlowConfig, ModelConfig, check
-from glf_fast.config_files import load, preset_path, presets, to_toml
+from glf_fast.command_line import pick_device
 from glf_fast.errors import UserError
 from glf_fast.metrics import names as extractor_names
+from glf_fast.models.glf import FlowSettings, GLFSettings
+from glf_fast.training.arguments import parse_train
+from glf_fast.training.config import DataConfig, check, default, with_table
+from glf_fast.training.config_files import load, preset_path, presets, to_toml
 
 PAPER = {"mnist": 100, "fashion-mnist": 100, "cifar10": 200, "celeba": 40}
 
@@ -33,24 +35,23 @@ def test_a_preset_is_valid_and_survives_printing(name: str, tmp_path: Path) -> N
     assert load(toml(tmp_path, printed)) == config
     assert set(config.score.extractors) <= set(extractor_names())
     assert config.epochs == PAPER.get(name.removesuffix("-perceptual"), config.epochs)
-    assert (config.model.reconstruction == "perceptual") == name.endswith("-perceptual")
+    if isinstance(config.model, GLFSettings):
+        assert (config.model.reconstruction == "perceptual") == name.endswith("-perceptual")
 
 
 @pytest.mark.parametrize("name", presets())
 def test_a_preset_builds_its_model(name: str) -> None:
     config = load(preset_path(name))
-    small = dataclasses.replace(config, model=dataclasses.replace(config.model, width=2, hidden=4))
-    model = models.build(small.model.name, small.model_arguments((1, 8, 8)))
-    assert set(model.parameter_groups()) == {"autoencoder", "flow"}
-    assert model.config["flow"]["kind"] == config.flow.kind
+    kind = models.kind(config.model.name)
+    model = kind((1, 8, 8), dataclasses.replace(config.model, width=2, hidden=4))
+    assert tuple(model.parameter_groups()) == kind.groups == tuple(config.optimizers)
+    assert models.build(config.model.name, model.config).config == model.config
 
 
 def test_odd_values_survive_printing(tmp_path: Path) -> None:
-    config = Config(
-        flow=FlowConfig(kind="rnvp", hidden=(5, 5), clamp=1e-7),
-        model=ModelConfig(name='a "quoted"\\name\né'),
-        ema=0.1 + 0.2,
-    )
+    flow = FlowSettings(kind="rnvp", hidden=(5, 5), clamp=1e-7)
+    config = dataclasses.replace(default("glf"), model=GLFSettings(flow=flow), ema=0.1 + 0.2)
+    config = with_table(config, "data", DataConfig(source='a "quoted"\\name\né'))
     assert load(toml(tmp_path, to_toml(config))) == config
 
 
@@ -59,9 +60,9 @@ def test_later_files_and_then_the_command_line_win(tmp_path: Path) -> None:
     second = toml(tmp_path, "seed = 2\n[flow]\nhidden = [32, 32]", "second.toml")
     arguments = ["--preset", "smoke", "--config", str(first), "--config", str(second), "--flow.hidden", "4", "5", "6"]
     command = parse_train(arguments)
-    assert (command.config.epochs, command.config.seed, command.config.flow.steps) == (7, 2, 3)
-    assert command.config.flow.hidden == (4, 5, 6)
-    assert command.base.flow.hidden == (32, 32)
+    assert (command.config.epochs, command.config.seed, command.config.model.flow.steps) == (7, 2, 3)
+    assert command.config.model.flow.hidden == (4, 5, 6)
+    assert command.base.model.flow.hidden == (32, 32)
     assert command.config.data.source == "digits", "what no file mentions is the preset's"
 
 

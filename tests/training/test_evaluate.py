@@ -7,17 +7,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from glf_fast import metrics, pictures
+from glf_fast import metrics
 from glf_fast.data import ImageDataset
-from glf_fast.evaluate import evaluate
-from glf_fast.models import GenerativeModel
+from glf_fast.models import GenerativeModel, ModelSettings, Words
+from glf_fast.training import pictures
+from glf_fast.training.scoring import evaluate
 
 
 class Copier(GenerativeModel):
     """Reconstructs perfectly; its samples are noise."""
 
+    words = Words("Copier")
+
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__((1, 8, 8), ModelSettings())
         self.weight = nn.Parameter(torch.zeros(()))
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, **options: object) -> Tensor:

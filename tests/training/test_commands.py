@@ -14,9 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import glf_fast
-from glf_fast import checkpoint, evaluate, runs, sample, train
-from glf_fast.config_files import load, preset_path
+from glf_fast import evaluate, sample, train
 from glf_fast.errors import UserError
+from glf_fast.training import checkpoint, runs
+from glf_fast.training.config import with_table
+from glf_fast.training.config_files import load, preset_path
+from glf_fast.training.pictures import draw
 
 Call = Callable[..., None]
 Start = Callable[..., subprocess.Popen[str]]
@@ -111,10 +114,10 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, call: Call) ->
 
 def test_the_folder_is_named_by_what_was_chosen(tmp_path: Path) -> None:
     base = load(preset_path("smoke"))
-    flow = dataclasses.replace(base.flow, hidden=(8, 8))
+    flow = dataclasses.replace(base.model.flow, hidden=(8, 8))
     assert runs.default_folder(base, base, "smoke") == Path("runs/smoke")
     assert runs.default_folder(dataclasses.replace(base, epochs=9), base, "smoke") == Path("runs/smoke")
-    changed = dataclasses.replace(base, seed=3, flow=flow)
+    changed = with_table(dataclasses.replace(base, seed=3), "flow", flow)
     assert runs.default_folder(changed, base, "smoke") == Path("runs/smoke-seed=3-flow.hidden=8x8")
     own = dataclasses.replace(base, data=dataclasses.replace(base.data, source="/some/where/" + 30 * "deep/"))
     name = runs.default_folder(own, base, "smoke").name
@@ -144,7 +147,8 @@ def test_print_config_prints_a_config_file(call: Call, capsys: pytest.CaptureFix
     call(train, "--preset", "smoke", "--flow.steps", "5", "--print-config")
     (tmp_path / "my.toml").write_text(capsys.readouterr().out)
     config = load(preset_path("smoke"))
-    assert load(tmp_path / "my.toml") == dataclasses.replace(config, flow=dataclasses.replace(config.flow, steps=5))
+    flow = dataclasses.replace(config.model.flow, steps=5)
+    assert load(tmp_path / "my.toml") == with_table(config, "flow", flow)
 
 
 def test_dry_run_tells_and_writes_nothing(
@@ -211,6 +215,7 @@ def test_samples_as_a_grid_and_as_a_folder(smoke: Path, tmp_path: Path, call: Ca
         (["--out", "grid.jpg"], "must end in .png or .npy"),
         (["--checkpoint", "first"], "invalid choice 'first'"),
         (["--temprature", "1"], "did you mean '--temperature'?"),
+        (["--mode", "author"], "GLF has no sampling mode 'author'; did you mean 'authors'?"),
     ],
 )
 def test_mistakes_in_sampling_are_named(arguments: list[str], message: str, smoke: Path, call: Call) -> None:
@@ -221,14 +226,14 @@ def test_mistakes_in_sampling_are_named(arguments: list[str], message: str, smok
 
 def test_evaluate_adds_scores_and_replaces_its_own(run: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     [old] = runs.read_scores(run)
-    call(evaluate, run, "--n", "60", "--authors-protocol")
-    assert "FD[tiny] (authors' protocol)" in capsys.readouterr().out
-    call(evaluate, run, "--n", "60", "--authors-protocol")
+    call(evaluate, run, "--n", "60", "--mode", "authors")
+    assert "FD[tiny] (authors)" in capsys.readouterr().out
+    call(evaluate, run, "--n", "60", "--mode", "authors")
     first, second = runs.read_scores(run)
     assert first == old
-    assert second["settings"]["authors_protocol"] and second["samples"]["protocol"]["n"] == 60
+    assert second["settings"]["mode"] == "authors" and second["samples"]["protocol"]["n"] == 60
     assert second["samples"]["value"] != old["samples"]["value"]
-    assert "authors&#x27; sampling protocol" in (run / "report.html").read_text()
+    assert "sampling protocol of GLF&#x27;s authors" in (run / "report.html").read_text()
 
 
 def test_evaluate_repeats_the_final_scores(run: Path, call: Call) -> None:
@@ -241,7 +246,7 @@ def test_evaluate_repeats_the_final_scores(run: Path, call: Call) -> None:
 
 def test_a_checkpoint_opens_from_python(smoke: Path, tmp_path: Path, call: Call) -> None:
     model = glf_fast.GLF.from_pretrained(smoke / "checkpoints" / "best")
-    images = sample.draw(model, 5, seed=0)
+    images = draw(model, 5, seed=0)
     call(sample, smoke, "--n", "5", "--out", tmp_path / "s.npy")
     assert (np.load(tmp_path / "s.npy") == images.numpy()).all()
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from glf_fast import checkpoint
-from glf_fast.checkpoint import Checkpoint
 from glf_fast.errors import UserError
 from glf_fast.files import sha256
+from glf_fast.training import checkpoint
+from glf_fast.training.checkpoint import Checkpoint
 
 
 def content(value: float, size: int = 10) -> Checkpoint:
@@ -83,12 +83,22 @@ def test_damage_is_named_with_the_file(folder: Path, name: str, damage: str) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"format": 1}', '{"format": 99, "model": "glf", "state": {}, "files": {}}']
+    ("text", "message"),
+    [
+        ("[]", "is not the index of a checkpoint"),
+        ("{}", "is not the index of a checkpoint"),
+        ('{"format": 1}', "is not the index of a checkpoint"),
+        (
+            '{"format": 99, "version": "7.1", "model": "glf"}',
+            r"written by glf_fast 7\.1 in format 99; .* use the version that",
+        ),
+    ],
 )
-def test_an_index_of_another_kind_is_refused(folder: Path, text: str) -> None:
+def test_an_index_of_another_kind_is_refused(folder: Path, text: str, message: str) -> None:
     (folder / "checkpoint.json").write_text(text)
-    with pytest.raises(UserError, match="not of this version's format"):
+    with pytest.raises(UserError, match=message) as error:
         checkpoint.read(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_no_checkpoint_is_named(tmp_path: Path) -> None:
@@ -124,9 +134,9 @@ def test_when_the_disk_is_full_the_old_one_stays(folder: Path) -> None:
 import resource
 from pathlib import Path
 import torch
-from glf_fast import checkpoint
-from glf_fast.checkpoint import Checkpoint
 from glf_fast.errors import run_command
+from glf_fast.training import checkpoint
+from glf_fast.training.checkpoint import Checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 big = Checkpoint("glf", {{}}, {{"a": torch.zeros(100_000)}}, {{}}, {{}})
 run_command(lambda: checkpoint.write(Path({str(folder)!r}), big))
