@@ -160,7 +160,7 @@ def _converted(value: Any, kind: Any) -> Any:
         return value
     if get_origin(kind) in (Union, types.UnionType):
         (inner,) = (option for option in get_args(kind) if option is not type(None))
-        return _converted(value, inner)
+        return None if value is None else _converted(value, inner)
     if get_origin(kind) is tuple:
         items = get_args(kind)
         many = items[-1] is Ellipsis

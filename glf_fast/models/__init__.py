@@ -8,6 +8,7 @@ from typing import Any
 from glf_fast.errors import UserError, did_you_mean
 from glf_fast.models.glf import GLF
 from glf_fast.models.model import GenerativeModel, Interpolates, ModelSettings, Phase, Reconstructs, Stage, Words
+from glf_fast.models.vae import VAE
 
 __all__ = [
     "GLF",
@@ -26,6 +27,7 @@ __all__ = [
 # The registry; the first model is the default.
 _MODELS: dict[str, type[GenerativeModel]] = {
     "glf": GLF,
+    "vae": VAE,
 }
 
 

@@ -84,7 +84,7 @@ def _toml(value: Any) -> str:
 
 def _updated(config: Config, content: Mapping[str, Any], where: str) -> Config:
     """`config` with the entries of a file; errors name the file and the dotted key."""
-    kinds = get_type_hints(Config)
+    kinds, for_model = get_type_hints(Config), f"{where} (for model {config.model.name!r})"
     if _FOR_ALL in content:
         table = settings.as_table(content[_FOR_ALL], where, _FOR_ALL)
         updated = {
@@ -95,11 +95,13 @@ def _updated(config: Config, content: Mapping[str, Any], where: str) -> Config:
     for key, value in content.items():
         if key in tables(config):
             table = settings.as_table(value, where, key)
-            changed = settings.updated(tables(config)[key], table, where, f"{key}.", nested=False)
+            of_model = key == "model" or key in settings.tables(config.model)
+            place = for_model if of_model else where
+            changed = settings.updated(tables(config)[key], table, place, f"{key}.", nested=False)
             config = with_table(config, key, changed)
         elif key in scalars(config):
             config = replace(config, **{key: settings.converted(value, kinds[key], where, key)})
         elif key != _FOR_ALL:
             known = [*scalars(config), *tables(config), _FOR_ALL]
-            raise settings.unknown(key, known, f"{where} (for model {config.model.name!r})")
+            raise settings.unknown(key, known, for_model)
     return config
