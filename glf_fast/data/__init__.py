@@ -7,13 +7,13 @@ from pathlib import Path
 from glf_fast.data.arrays import load_arrays
 from glf_fast.data.celeba import load_celeba
 from glf_fast.data.cifar10 import load_cifar10
-from glf_fast.data.dataset import CONTENTS, SPLITS, Dataset, ImageDataset, as_images, check_split
+from glf_fast.data.dataset import SPLITS, ImageDataset, check_split
 from glf_fast.data.digits import load_digits
 from glf_fast.data.folder import load_folder
 from glf_fast.data.idx import FASHION_MNIST, MNIST
 from glf_fast.errors import UserError, did_you_mean
 
-__all__ = ["CONTENTS", "SPLITS", "Dataset", "ImageDataset", "as_images", "load", "names"]
+__all__ = ["SPLITS", "ImageDataset", "load", "names"]
 
 _NAMES = ("fashion-mnist", "mnist", "cifar10", "celeba", "digits")
 

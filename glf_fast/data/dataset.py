@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from glf_fast.errors import UserError
 
-__all__ = ["CONTENTS", "SPLITS", "Dataset", "ImageDataset", "as_images", "check_split", "split_off_test"]
+__all__ = ["SPLITS", "ImageDataset", "check_split", "split_off_test"]
 
 SPLITS = ("train", "test")
-# A data set's kind in words, for messages.
-CONTENTS = {"images": "images", "table": "rows of a table", "tokens": "token sequences"}
 
 
 @dataclass(frozen=True)
@@ -37,22 +34,6 @@ class ImageDataset:
     fingerprint: str
     policy: str = ""
 
-    kind: ClassVar[str] = "images"
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.images)
-
-    @property
-    def items(self) -> Tensor:
-        """The images."""
-        return self.images
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one image."""
-        return tuple(self.images.shape[1:])
-
     @classmethod
     def of(cls, name: str, split: str, images: Tensor, labels: Tensor | None = None, policy: str = "") -> ImageDataset:
         """Check the images and take their fingerprint."""
@@ -63,14 +44,6 @@ class ImageDataset:
         digest = hashlib.sha256(f"{tuple(images.shape)} {policy}".encode())
         digest.update(images.contiguous().numpy().data)
         return cls(name, split, images, labels, digest.hexdigest(), policy)
-
-
-Dataset = ImageDataset
-
-
-def as_images(dataset: Dataset) -> ImageDataset:
-    """The same data set, known to hold images."""
-    return dataset
 
 
 def check_split(split: str) -> None:
