@@ -154,7 +154,9 @@ def main() -> None:
     which = runs.pick_checkpoint(command.run, command.checkpoint)
     model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, which), device)
     train, test = (
-        data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
+        data.as_images(
+            data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
+        )
         for split in data.SPLITS
     )
     scores = evaluate(

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from glf_fast.command_line import parse
-from glf_fast.data import load
+from glf_fast.data import as_images, load
 from glf_fast.errors import UserError, run_command
 from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, extractor
@@ -146,7 +146,7 @@ def from_images(source: str, network: Extractor | None, n: int | None) -> Featur
     assert network is not None
     if Path(source).exists():
         # The loader holds back a test split; a distance is about all of them.
-        parts = [load(source, split) for split in ("train", "test")]
+        parts = [as_images(load(source, split)) for split in ("train", "test")]
         shapes = [tuple(part.images.shape[1:]) for part in parts]
         if shapes[0] != shapes[1]:
             raise UserError(f"the images of {source} have different shapes, {shapes[0]} and {shapes[1]}")
@@ -161,7 +161,7 @@ def from_images(source: str, network: Extractor | None, n: int | None) -> Featur
         raise UserError(
             f"{source!r} is neither a file nor a folder nor a data set with its split, such as fashion-mnist:test"
         )
-    return dataset_stats(load(name, split), network, n=n)
+    return dataset_stats(as_images(load(name, split)), network, n=n)
 
 
 if __name__ == "__main__":
