@@ -50,11 +50,12 @@ def rows_from(where: str, table: np.ndarray, lines: Sequence[int] = (), columns:
 def load_csv(path: Path, split: str) -> TableDataset:
     """A split of the rows of a CSV file: commas, UTF-8, the same number of values in each row, one header line or none.
 
-    The first line is a header if any of its values is not a number. Blank lines are passed over. A tenth of a fixed random
-    order is the test split.
+    The first line is a header if none of its values is a number. Blank lines are ignored. A tenth of a fixed random order is
+    the test split.
 
     Raises:
-        UserError: an empty file, a value that is missing or not a number, a row of another length, with the line.
+        UserError: an empty file; a value that is missing or not a number; a row of another length; a first line that may be a
+            header or a row. The message names the line.
     """
     columns: list[str] = []
     values, lines, width = array("d"), array("q"), 0
@@ -66,8 +67,8 @@ def load_csv(path: Path, split: str) -> TableDataset:
                     continue
                 if not width:
                     width = len(row)
-                    if _numbers(row) is None:
-                        columns = _header(path, row)
+                    columns = _header(path, reader.line_num, row)
+                    if columns:
                         continue
                 if len(row) != width:
                     raise UserError(
@@ -136,13 +137,27 @@ def _numbers(row: Sequence[str]) -> list[float] | None:
         return None
 
 
-def _header(path: Path, row: list[str]) -> list[str]:
-    """The column names of the first line; an unnamed column is nearly always the row numbers that pandas writes."""
+def _header(path: Path, line: int, row: list[str]) -> list[str]:
+    """Column names of the first line, or [] if the line is a row of numbers; raises UserError where that is not certain."""
     names = [name.strip() for name in row]
+    if len(row) > 2 and names == [str(i) for i in range(len(row))]:
+        raise UserError(
+            f"{path}, line {line} counts 0, 1, 2 …, which looks like the column numbers that pandas writes; remove the line "
+            "(pandas: to_csv(header=False, index=False))"
+        )
+    if _numbers(row) is not None:
+        return []
     if "" in names:
         raise UserError(
-            f"{path}, line 1: column {names.index('') + 1} has no name; name it, or remove it if it numbers the rows "
-            "(pandas: to_csv(index=False))"
+            f"{path}, line {line}: column {names.index('') + 1} has no name; name the column, or remove it if it counts the "
+            "rows (pandas: to_csv(index=False))"
+        )
+    numbers = [name for name in names if _numbers([name])]
+    if numbers:
+        text = next(name for name in names if name not in numbers)
+        raise UserError(
+            f"{path}, line {line} holds numbers and text ({numbers[0]!r}, {text!r} …), so it is neither a row nor a header; "
+            "correct the row, or give every column a name that is not a number"
         )
     return names
 

@@ -7,6 +7,7 @@ import io
 import shutil
 import struct
 import tarfile
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from glf_fast.data import SOURCES, Source, celeba, cifar10, load, names
+from glf_fast.data import SOURCES, Source, TableDataset, celeba, cifar10, load, names
+from glf_fast.data.dataset import split_off_test
 from glf_fast.data.idx import FASHION_MNIST, idx_files, read_idx
-from glf_fast.data.routes import DebianPackage, Mirror, PythonWheel
+from glf_fast.data.routes import DebianPackage, File, Mirror, PythonWheel
+from glf_fast.data.source import Files
 from glf_fast.errors import UserError
 
 RNG = np.random.default_rng(0)
+DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 # -- idx ----------------------------------------------------------------------------------------------------------------
@@ -250,6 +254,8 @@ def test_the_registry_describes_every_data_set() -> None:
         assert source.name == name and source.licence and source.citation
         assert set(source.splits) == {"train", "test"}
         assert bool(source.files) == bool(source.routes), "whatever has files has a way to get them"
+        row = next(line for line in DOCS.splitlines() if line.startswith(f"| `{name}` |"))
+        assert " + ".join(f"{n:,}" for n in source.splits.values()) in row and str(source.shape) in row
     with pytest.raises(UserError, match=r"celeba could not be found\..*search for 'Large-scale CelebFaces Attributes'"):
         load("celeba", download=False)
 
@@ -270,3 +276,24 @@ def test_image_size_is_for_folders(tmp_path: Path) -> None:
             load(name, image_size=16)
     with pytest.raises(UserError, match="image_size must be ≥ 1"):
         load("digits", image_size=0)
+
+
+def test_a_new_data_set_is_a_source_and_a_line_in_the_registry(mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/data.md, as it stands there, with a mirror that exists."""
+    url, served = mirror
+    np.save(served / "rooms.npy", RNG.normal(size=(1000, 2)).astype(np.float32))
+    digest = hashlib.sha256((served / "rooms.npy").read_bytes()).hexdigest()
+    example = DOCS[DOCS.index("    def read_rooms") : DOCS.index("\nRoutes are")]
+    example = textwrap.dedent(example).replace("sha256:…", f"sha256:{digest}").replace("https://example.org/rooms", url)
+    names = {"np": np, "torch": torch, "split_off_test": split_off_test, "TableDataset": TableDataset}
+    names |= {"Source": Source, "Files": Files, "File": File, "Mirror": Mirror}
+    exec(f"from __future__ import annotations\n{example}", names)
+    monkeypatch.setitem(SOURCES, "rooms", names["ROOMS"])
+    for split, n in names["ROOMS"].splits.items():
+        data = load("rooms", split)
+        assert (data.kind, data.shape, len(data)) == ("table", (2,), n)
+    assert load("rooms", download=False).fingerprint == load("rooms").fingerprint, "now in the cache"
+    (SOURCES["rooms"].cache / "rooms.npy").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"the data set rooms could not be found.*rooms.npy is not the published file"):
+        load("rooms", download=False)
+    assert len(load("rooms")) == 900, "fetched again"

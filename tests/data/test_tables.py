@@ -104,6 +104,8 @@ CSV = [
     ("1,inf\n3,4\n", r"line 1: column 2 is inf, not a finite number"),
     ("1,1e39\n3,4\n", r"line 1: column 2 is 1e\+39, too large for float32"),
     (",a\n0,1\n1,2\n", r"line 1: column 1 has no name; .*to_csv\(index=False\)"),
+    ("0,1,2\n5,6,7\n", r"line 1 counts 0, 1, 2 …, .*to_csv\(header=False, index=False\)"),
+    ("?,2,3\n4,5,6\n", r"line 1 holds numbers and text \('2', '\?' …\), so it is neither a row nor a header"),
     ("1;2\n3;4\n5;6\n", r"line 2: column '1;2' is '3;4', not a number"),
     ('1,"2\n', r"line 1 is not CSV \(unexpected end of data\)"),
     ("é,b\n1,2\n".encode("latin-1"), "is not UTF-8 text"),
