@@ -1,8 +1,11 @@
-"""`python -m glf_fast.data list|info|fetch`: data sets and network weights: what there is, what it is, where it is.
+"""List, describe and fetch data sets and network weights.
 
 python -m glf_fast.data list
+
 python -m glf_fast.data info fashion-mnist
+
 python -m glf_fast.data info measurements.csv
+
 python -m glf_fast.data fetch vgg16
 """
 
@@ -37,7 +40,7 @@ class List:
 class Fetch:
     """Fetch a data set or weights into the cache and verify them."""
 
-    name: Annotated[str, tyro.conf.Positional]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """Name of a data set or of weights (`list` prints them), or path of your own data."""
     data_dir: Path | None = None
     """Folder to search first for a data set's files; for weights: the file."""

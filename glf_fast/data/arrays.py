@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glf_fast.data.dataset import Dataset, ImageDataset, TableDataset, TokenDataset, split_off_test
+from glf_fast.data.dataset import SPLITS, Dataset, ImageDataset, TableDataset, TokenDataset, split_off_test
 from glf_fast.data.tables import rows_from
 from glf_fast.errors import UserError
 
@@ -42,10 +42,16 @@ def load_arrays(path: Path, split: str) -> Dataset:
             ambiguous; a damaged file.
     """
     arrays = _read(path)
-    name = _first(arrays, [pattern.format(split=split) for pattern in SPLIT_NAMES])
+    halves = {half: _first(arrays, [pattern.format(split=half) for pattern in SPLIT_NAMES]) for half in SPLITS}
+    name = halves[split]
     if name is not None:
         labels = _labels(path, arrays, (f"{split}_labels", f"y_{split}"))
         return _dataset(path, split, arrays, name, labels, whole=False)
+    if any(halves.values()):
+        raise UserError(
+            f"{path} holds {', '.join(arrays)} but no array {split!r}; add it, or rename the other array to 'x' to have a "
+            "tenth of it split off for testing"
+        )
     candidates = [key for key in arrays if key not in ABOUT_ITEMS]
     name = _first(arrays, WHOLE_NAMES) or (candidates[0] if len(candidates) == 1 else None)
     if name is None:

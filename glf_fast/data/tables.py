@@ -106,7 +106,7 @@ def load_parquet(path: Path, split: str) -> TableDataset:
         with parquet.ParquetFile(path) as file:
             table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged or no Parquet file ({error}); write it again") from error
+        raise UserError(f"{path} is damaged or not a Parquet file ({error}); write it again") from error
     if not table.num_rows or not table.num_columns:
         raise UserError(f"{path} has {table.num_rows} rows and {table.num_columns} columns; a table needs some of both")
     kinds = pyarrow.types

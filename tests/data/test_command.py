@@ -52,7 +52,7 @@ def test_command(
     out, err = capsys.readouterr()
     assert stop.value.code == code, err
     assert text in out + err
-    assert "cache  " not in out, "nothing is in it"
+    assert "cache  " not in out, "the cache is empty"
     assert len(err.splitlines()) == bool(code), err
 
 

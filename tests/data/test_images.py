@@ -1,4 +1,4 @@
-"""The user's images: arrays, folders and zips; what is read, and the words with which the rest is refused."""
+"""The user's images in arrays, folders and zips: what is read, and how the rest is refused."""
 
 import zipfile
 from pathlib import Path
@@ -64,6 +64,8 @@ def test_bad_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", train=np.zeros((3, 4, 4), np.uint8), train_labels=np.zeros(2))
     with pytest.raises(UserError, match="3 items but 2 labels"):
         load(str(tmp_path / "b.npz"))
+    with pytest.raises(UserError, match="holds train, train_labels but no array 'test'; add it, or rename"):
+        load(str(tmp_path / "b.npz"), "test")
     np.savez(tmp_path / "c.npz", train=np.zeros((2, 4, 4), np.uint8), y_train=[0.5, 1.0])
     with pytest.raises(UserError, match=r"\(y_train\) holds float64 that are no class numbers"):
         load(str(tmp_path / "c.npz"))

