@@ -30,7 +30,9 @@ def main() -> None:
     command = parse_train(sys.argv[1:])
     config = command.config
     train, test = (
-        data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
+        data.as_images(
+            data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
+        )
         for split in data.SPLITS
     )
     seconds: dict[str, float] = defaultdict(float)

@@ -61,7 +61,9 @@ def main() -> None:
     model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, "best"), torch.device("cpu"))
     if not isinstance(model, GLF):
         raise UserError(f"{command.run} holds a {type(model).__name__}, not a GLF")
-    train, test = (data.load(config.data.source, s, image_size=config.data.image_size) for s in data.SPLITS)
+    train, test = (
+        data.as_images(data.load(config.data.source, s, image_size=config.data.image_size)) for s in data.SPLITS
+    )
     extractor = metrics.extractor(command.extractor)
     reference = metrics.reference(train, test, extractor, n=command.n)
     generator = torch.Generator().manual_seed(0)
