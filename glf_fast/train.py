@@ -31,9 +31,7 @@ def main() -> None:
     if device.type == "cpu":
         print(f"training on the CPU ({torch.get_num_threads()} threads)", file=sys.stderr)
     train, test = (
-        data.as_images(
-            data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
-        )
+        data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
         for split in data.SPLITS
     )
     for dataset, least in ((train, 4), (test, 2)):  # halves of them are compared, and a covariance needs two

@@ -30,9 +30,7 @@ def main() -> None:
     command = parse_train(sys.argv[1:])
     config = command.config
     train, test = (
-        data.as_images(
-            data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
-        )
+        data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
         for split in data.SPLITS
     )
     seconds: dict[str, float] = defaultdict(float)

@@ -20,7 +20,7 @@ from glf_fast.files import atomic_write
 __all__ = ["CELEBA"]
 
 ARCHIVE, PARTITION = "img_align_celeba.zip", "list_eval_partition.txt"
-# The partition file numbers 0 train, 1 valid, 2 test. Validation images are left out, as in the GLF paper's comparison.
+# The partition file numbers 0 train, 1 valid, 2 test. Validation images are left out, as in arXiv:1905.10485.
 NUMBER = {"train": "0", "test": "2"}
 CROP = 160
 

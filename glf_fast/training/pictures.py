@@ -28,7 +28,7 @@ def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0,
     Pixels that are not finite (a flow that overflows early in training) become black, with a line on stderr.
 
     Raises:
-        UserError: n < 1, a negative temperature, or a sampling mode that the model does not have.
+        UserError: n < 1, a negative temperature, a sampling mode that the model does not have, or a model of other data.
     """
     if n < 1:
         raise UserError(f"n = {n} images cannot be drawn; ask for one or more")
@@ -38,6 +38,10 @@ def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0,
         known = ", ".join(model.sampling_modes) or "none"
         hint = did_you_mean(mode, model.sampling_modes)
         raise UserError(f"{model.words.title} has no sampling mode {mode!r}; {hint}there are: {known}")
+    if len(model.shape) != 3:
+        raise UserError(
+            f"images cannot be drawn: this {model.words.title} was trained on other data, of shape {model.shape}"
+        )
     device = next(model.parameters()).device
     chunks, broken = [], torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, n, _CHUNK):

@@ -106,7 +106,7 @@ def _score_card(score: dict[str, Any], modes: Mapping[str, str]) -> str:
 def _score_so_far(records: Sequence[dict[str, Any]]) -> str:
     latest = next((record for record in reversed(records) if "score" in record), None)
     if latest is None:
-        return '<div class="card"><div class="label">No score yet.</div></div>'
+        return '<div class="card"><div class="label">No score.</div></div>'
     score = latest["score"]
     rebuilt = f"reconstructions {score['reconstructions']:.2f}" if score["reconstructions"] is not None else ""
     metric = html.escape(score["metric"])

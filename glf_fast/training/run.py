@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from glf_fast import seeds
-from glf_fast.data import Dataset
+from glf_fast.data import CONTENTS, Dataset, as_images
 from glf_fast.errors import UserError
+from glf_fast.metrics import Extractor
+from glf_fast.models import GenerativeModel
 from glf_fast.progress import Progress, Stop, stop_on_signals
 from glf_fast.training import checkpoint, report, runs
 from glf_fast.training.config import Config
@@ -28,7 +31,10 @@ _PERIODIC_SEED, _FINAL_SEED = 1, 0
 
 
 class Run:
-    """A run in its folder; `resume` goes to where it was left, `train` and `finish` do the rest."""
+    """A run in its folder; `resume` goes to where it was left, `train` and `finish` do the rest.
+
+    Scores and pictures are of images; other data have a log, checkpoints and a report.
+    """
 
     def __init__(self, folder: Path, config: Config, train: Dataset, test: Dataset, device: torch.device) -> None:
         self.folder, self.config, self.device = folder, config, device
@@ -41,7 +47,8 @@ class Run:
                 "before the last one; leave --max-minutes out and lower --epochs"
             )
         self.last, self.best = (runs.checkpoint_folder(folder, which) for which in ("last", "best"))
-        self.extractors = load_extractors(config.score.extractors, device)
+        self.of_images = train.kind == "images"
+        self.extractors = load_extractors(config.score.extractors, device) if self.of_images else []
         self.minutes_before, self.started = 0.0, time.monotonic()
 
     def resume(self) -> None:
@@ -79,7 +86,7 @@ class Run:
     def finished(self) -> bool:
         """Whether training is over and the final scores are there."""
         records = runs.read_metrics(self.folder)
-        scored = bool(runs.read_scores(self.folder))
+        scored = bool(runs.read_scores(self.folder)) or not self.of_images
         return self.done and scored and any(r.get("finished") and r["images"] == self.trainer.images for r in records)
 
     # -- training ---------------------------------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ class Run:
                 self._log(board, {**means, "images_per_second": progress.speed})
             if epoch_ends and (epoch + 1) % config.pictures_every == 0:
                 self._pictures(board)
-            if epoch_ends and trainer.in_last_stage and config.score.every and (epoch + 1) % config.score.every == 0:
+            if epoch_ends and self._scores_after(epoch + 1):
                 progress.say(self._score(board))
             if saving:  # last, so that a run resumed from here misses nothing of this step
                 trainer.save(self.last, self._state(), for_resuming=True)
@@ -139,30 +146,27 @@ class Run:
 
     def finish(self, board: SummaryWriter) -> None:
         """The final scores, of the best checkpoint and by all extractors, and the report."""
-        images, train, test = self.trainer.images, self.train_set, self.test_set
-        if not self.config.score.every:
+        images = self.trainer.images
+        if not (self.config.score.every and self.of_images):
             self.trainer.save(self.best, self._state(), for_resuming=False)
         elif not any("score" in record and record["images"] == images for record in runs.read_metrics(self.folder)):
             print(self._score(board), file=sys.stderr)
         if not (self.folder / "samples" / picture_name(images)).is_file():
             self._pictures(board)
-        print("final scores, of the best checkpoint", file=sys.stderr)
-        model, state = checkpoint.load_model(self.best, self.device)
-        scores = evaluate(
-            model,
-            train,
-            test,
-            self.extractors,
-            n=self.config.score.samples,
-            seed=_FINAL_SEED,
-            about={"name": "best", "images": state["images"], "epoch": state["epoch"], "ema": self.config.ema},
-        )
-        runs.write_scores(self.folder, scores)
+        if self.of_images:
+            print("final scores, of the best checkpoint", file=sys.stderr)
+            model, state = checkpoint.load_model(self.best, self.device)
+            about = {"name": "best", "images": state["images"], "epoch": state["epoch"], "ema": self.config.ema}
+            runs.write_scores(self.folder, self._evaluate(model, self.extractors, _FINAL_SEED, about))
         runs.append_metrics(self.folder, {"images": images, "epoch": self.epoch, "finished": True})
         report.write(self.folder)
 
     def tell(self) -> None:
         """Print the scores, and where to look."""
+        if not self.of_images:
+            print(f"no scores: {self.train_set.name} holds {CONTENTS[self.train_set.kind]}, and scores are of images")
+            print(f"\nlook at   {self.folder / 'report.html'}")
+            return
         print(table([score for score in runs.read_scores(self.folder) if score["checkpoint"]["name"] == "best"]))
         print(f"\nlook at   {self.folder / 'report.html'}\n          {latest_picture(self.folder, 'samples')}")
         print(f"more      python -m glf_fast.sample {self.folder} --n 64 --out samples.png")
@@ -181,22 +185,28 @@ class Run:
 
     def _pictures(self, board: SummaryWriter) -> None:
         trainer = self.trainer
+        if not self.of_images:
+            return
         pictures = draw_pictures(trainer.best_model, self.test_set.items.to(self.device), self.config.seed)
         for kind, picture in pictures.items():
             save_picture(self.folder, kind, picture, trainer.images)
             board.add_image(kind, picture, trainer.images)
 
+    def _scores_after(self, epoch: int) -> bool:
+        """Whether there is a score after so many epochs. Before the last stage samples mean nothing."""
+        every = self.config.score.every
+        return self.of_images and self.trainer.in_last_stage and every > 0 and epoch % every == 0
+
+    def _evaluate(
+        self, model: GenerativeModel, extractors: Sequence[Extractor], seed: int, about: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        train, test, n = as_images(self.train_set), as_images(self.test_set), self.config.score.samples
+        return evaluate(model, train, test, extractors, n=n, seed=seed, about=about)
+
     def _score(self, board: SummaryWriter) -> str:
         """Score by the first extractor, and keep the checkpoint if it is the best so far; returns a line for the user."""
         trainer, state = self.trainer, self._state()
-        [result] = evaluate(
-            trainer.best_model,
-            self.train_set,
-            self.test_set,
-            self.extractors[:1],
-            n=self.config.score.samples,
-            seed=_PERIODIC_SEED,
-        )
+        [result] = self._evaluate(trainer.best_model, self.extractors[:1], _PERIODIC_SEED)
         samples, rebuilt = result["samples"], result["reconstructions"]
         score = {k: samples[k] for k in ("metric", "value")} | {
             "reconstructions": rebuilt["value"] if rebuilt else None

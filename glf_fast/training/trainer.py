@@ -46,7 +46,7 @@ class Trainer:
         self.images = self.stage = 0
         kind = models.kind(config.model.name)
         if train.kind not in kind.takes:
-            wanted = " or ".join(CONTENTS[taken] for taken in sorted(kind.takes))
+            wanted = " or ".join(words for content, words in CONTENTS.items() if content in kind.takes)
             raise UserError(
                 f"model {config.model.name!r} takes {wanted}; {train.name} holds {CONTENTS[train.kind]}: "
                 "choose another --data.source or --model.name"

@@ -112,3 +112,36 @@ class Staged(GenerativeModel):
         with self.evaluating():
             z = self.mean + temperature * self.log_std.exp() * torch.randn(n, 4, generator=generator)
             return self.decoder(z).unflatten(1, self.shape).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class RowsSettings(ModelSettings):
+    """A normal distribution of rows."""
+
+    name: str = "rows"
+    """Name of the model."""
+
+
+class Rows(GenerativeModel):
+    """A diagonal normal distribution of the rows of a table."""
+
+    Settings = RowsSettings
+    groups = ("density",)
+    words = Words("Toy of rows")
+    takes = frozenset({"table"})
+
+    def __init__(self, shape: Sequence[int], settings: RowsSettings) -> None:
+        super().__init__(shape, settings)
+        self.mean, self.log_std = nn.Parameter(torch.zeros(self.shape)), nn.Parameter(torch.zeros(self.shape))
+
+    def losses(self, x: Tensor, generator: torch.Generator | None = None) -> Losses:
+        return {"loss": (self.log_std + 0.5 * ((x - self.mean) / self.log_std.exp()).square()).sum(1).mean()}
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(self.losses, moves=("density",)),)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"density": [self.mean, self.log_std]}
+
+    def sample(self, n: int, *, temperature: float = 1.0, generator=None, mode: str = "") -> Tensor:
+        return self.mean + temperature * self.log_std.exp() * torch.randn(n, *self.shape, generator=generator)

@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_models import Adversarial, Staged
+from toy_models import Adversarial, Rows, Staged
 
-from glf_fast import data, models, seeds, train
+from glf_fast import data, models, sample, seeds, train
 from glf_fast.errors import UserError
 from glf_fast.models import GenerativeModel
 from glf_fast.training import runs
@@ -19,7 +20,7 @@ from glf_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 DIGITS = data.load("digits", "train")
-TOYS: dict[str, type[GenerativeModel]] = {"adversarial": Adversarial, "staged": Staged}
+TOYS: dict[str, type[GenerativeModel]] = {"adversarial": Adversarial, "rows": Rows, "staged": Staged}
 Call = Callable[..., None]
 
 
@@ -197,9 +198,23 @@ def test_optimizer_settings_for_all_groups_and_for_one(tmp_path: Path) -> None:
     assert [given["autoencoder"].lr, given["density"].lr] == [0.001, 0.2]
 
 
-def test_data_that_the_model_does_not_take_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Adversarial, "takes", frozenset({"table"}))
+def test_a_model_of_rows_trains_on_a_table(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(3.0, 0.5, (300, 2)).astype(np.float32))
+    table = ["--config", "/dev/null", "--data.source", str(tmp_path / "rows.npy"), "--batch-size", "32"]
+    command = [*table, "--model.name", "rows", "--optimizer.lr", "0.05", "--epochs", "40", "--out", str(tmp_path / "r")]
+    interrupted(call, command, pytest.MonkeyPatch(), 20 * 8 * 32)
+    call(train, *command)
+    assert "no scores" in capsys.readouterr().out
+    call(train, *command)
+    assert "is finished" in capsys.readouterr().err
+    weights = load_file(tmp_path / "r" / "checkpoints" / "best" / "model.safetensors")
+    torch.testing.assert_close(weights["mean"], torch.full((2,), 3.0), atol=0.15, rtol=0)
+    torch.testing.assert_close(weights["log_std"].exp(), torch.full((2,), 0.5), atol=0.1, rtol=0)
+    assert (tmp_path / "r" / "report.html").is_file() and not (tmp_path / "r" / "samples").exists()
+    with pytest.raises(UserError, match="this Toy of rows was trained on other data"):
+        call(sample, tmp_path / "r", "--out", tmp_path / "x.png")
     with pytest.raises(
-        UserError, match="model 'adversarial' takes rows of a table; digits holds images: choose another"
+        UserError, match=r"model 'adversarial' takes images; .*rows.npy holds rows of a table: choose another"
     ):
-        Trainer(config("adversarial"), DIGITS, CPU)
+        call(train, *table, "--model.name", "adversarial", "--out", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
