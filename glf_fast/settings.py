@@ -52,7 +52,7 @@ class Settings:
         return dict(vars(self))
 
     def mistake(self) -> str:
-        """What is wrong with several fields together, as the end of an error message; "" if nothing is."""
+        """The end of an error message if several fields do not fit together, else ""."""
         return ""
 
 

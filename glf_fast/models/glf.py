@@ -169,7 +169,7 @@ class GLF(GenerativeModel):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GLF:
-        """As the base class; also from the configuration that version 0.1.0 wrote, with other names and one width for rnvp."""
+        """An untrained model; configurations of version 0.1.0, with other names and one width for rnvp, are read, too."""
         values = {"shape" if key == "image_shape" else key: value for key, value in config.items()}
         flow = values.get("flow")
         if isinstance(flow, dict) and isinstance(flow.get("hidden"), int):

@@ -159,7 +159,7 @@ class GenerativeModel(
         raise NotImplementedError
 
     def phases(self) -> tuple[Phase, ...]:
-        """What a step of the first stage does."""
+        """The updates of a step of the first stage, in order."""
         raise NotImplementedError
 
     def stages(self) -> tuple[Stage, ...]:

@@ -34,7 +34,7 @@ _TRAINING, _INDEX = "training.safetensors", "checkpoint.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds.
+    """The contents of a checkpoint folder.
 
     Attributes:
         model, config: the model's name, and its shape and settings.
@@ -102,7 +102,7 @@ def read(folder: Path, *, training: bool = False) -> Checkpoint:
     """Read a checkpoint, with what resuming needs if `training`; every file is compared with its checksum first.
 
     Raises:
-        UserError: there is none, it is corrupt, or it was made for use only.
+        UserError: the checkpoint is missing, corrupt, or was written without what resuming needs.
     """
     folder = _whole(folder)
     index = _index(folder)

@@ -98,18 +98,18 @@ def read_config(folder: Path) -> Config:
 
 
 def checkpoint_folder(folder: Path, which: str) -> Path:
-    """Where a run keeps its checkpoint "best" or "last"."""
+    """The folder of a run's checkpoint "best" or "last"."""
     return folder / "checkpoints" / which
 
 
 def pick_checkpoint(folder: Path, which: str) -> str:
-    """`which`; but "last", and a line on stderr, where a run was stopped before it had a best one."""
+    """`which`, or "last" with a line on stderr if the run was stopped before it had a best checkpoint."""
     if (
         which == "best"
         and not checkpoint.exists(checkpoint_folder(folder, "best"))
         and checkpoint.exists(checkpoint_folder(folder, "last"))
     ):
-        print(f"{folder} has no best checkpoint yet; this is the last one", file=sys.stderr)
+        print(f"{folder} has no best checkpoint yet; the last one is used", file=sys.stderr)
         return "last"
     return which
 

@@ -101,7 +101,7 @@ class Trainer:
                 self.average.load_state_dict(self.model.state_dict())
 
     def inputs(self) -> Tensor:
-        """What batches of this stage are cut from, on the device: the training set, or what the stage makes of it."""
+        """The tensor that batches of this stage are cut from, on the device: the training set, or the stage's inputs."""
         # The whole set is one tensor: no worker processes, no copies, no waiting.
         items, compute = self.train.items.to(self.device), self._stage.inputs
         if compute is None:
@@ -115,7 +115,7 @@ class Trainer:
 
     @property
     def _begin(self) -> int:
-        """How many images had been seen when this stage began."""
+        """The value of `images` at which this stage began."""
         return self.ends[self.stage - 1] if self.stage else 0
 
     # -- steps -------------------------------------------------------------------------------------------------------------
