@@ -123,7 +123,7 @@ def test_collect_gives_the_same_bits_for_any_batch_size(tiny, blobs: Callable[..
         assert stats.n == 1500
         assert torch.equal(stats.mean, whole.mean) and torch.equal(stats.cov, whole.cov)
         assert torch.equal(stats.kept, whole.kept)
-    with pytest.raises(UserError, match=r"change their shape from \(1, 28, 28\) to \(3, 28, 28\)"):
+    with pytest.raises(UserError, match=r"must have one shape; got \(1, 28, 28\) and then \(3, 28, 28\)"):
         metrics.collect([images[:3], images[:3].expand(-1, 3, -1, -1)], tiny)
 
 
