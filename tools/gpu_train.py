@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from glf_fast import runs
 from glf_fast.data.idx import FASHION_MNIST, MNIST
 from glf_fast.errors import UserError
-from glf_fast.pictures import latest_picture
+from glf_fast.training import runs
+from glf_fast.training.pictures import latest_picture
 
 __all__ = ["main", "preset_for"]
 
