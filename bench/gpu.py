@@ -66,6 +66,8 @@ class Run:
         for name, outcome in found.items():
             if isinstance(outcome, Exception):
                 self.fail(race, name, _text(outcome), outcome)
+        if any("graph_failed" in result.info for result in results):
+            self.end_if_lost()
 
     def fail(self, race: Race, name: str, reason: str, error: Exception | None = None) -> None:
         """Write down why a row has no time; ends the process where an error took the GPU with it."""
@@ -73,9 +75,14 @@ class Run:
         print(f"{', '.join((race.suite, race.case, race.mode)):50} {name:22} {reason}", flush=True)
         if error:
             self.failures.append(name)
-            if not gpu_races.clock.alive():
-                print("the GPU does not answer this process any more", flush=True)
-                sys.exit(LOST)
+            self.end_if_lost()
+
+    def end_if_lost(self) -> None:
+        """End the process where the GPU does not answer it any more; who was only ready to be timed may be tried again."""
+        if not gpu_races.clock.alive():
+            self.record.release()
+            print("the GPU does not answer this process any more", flush=True)
+            sys.exit(LOST)
 
     def out_of_time(self) -> bool:
         """Whether nothing may be begun any more."""

@@ -166,5 +166,5 @@ def warm_races(cases: Sequence[FlowCase]) -> Iterator[Race]:
 
 
 def _sized(cases: Sequence[FlowCase]) -> list[FlowCase]:
-    """Small ones in a rehearsal."""
-    return [replace(case, steps=2, batch=min(case.batch, 8)) for case in cases] if rehearsing() else list(cases)
+    """Three small ones in a rehearsal."""
+    return [replace(case, steps=2, batch=min(case.batch, 8)) for case in cases[:3]] if rehearsing() else list(cases)

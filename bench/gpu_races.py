@@ -61,13 +61,17 @@ def rehearsing() -> bool:
 
 
 def timed(race: Race, entries: dict[str, Entry]) -> dict[str, Result | Exception]:
-    """Results of those that entered: calls in turn, then each one's kernels alone; or what a call raised."""
+    """Results of those that entered: calls in turn, then each one's kernels alone; or what a call raised.
+
+    Who got no turn before the GPU was lost has neither.
+    """
     calls = clock.call_times({name: e.work for name, e in entries.items() if e.work}, race.seconds)
     found: dict[str, Result | Exception] = {}
     for name, entry in entries.items():
         info, times = dict(entry.info), [0.0]
         if entry.work:
-            taken = calls[name]
+            if (taken := calls.get(name)) is None:
+                continue
             if isinstance(taken, Exception):
                 found[name] = taken
                 continue

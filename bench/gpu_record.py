@@ -66,6 +66,11 @@ class Record:
         self.rows.results += results
         self._write()
 
+    def release(self) -> None:
+        """Forget what was begun and has neither failed nor finished: it may be tried again."""
+        self.begun.clear()
+        self.begun_path.unlink(missing_ok=True)
+
     def _write(self) -> None:
         """The rows, then what is still begun: stopped in between, a row is named twice and not lost."""
         write(self.rows, self.path)

@@ -74,7 +74,7 @@ def main() -> None:
         found = read(path)
         text = "\n".join([*page(found), *predictions(found)]) + "\n"
         if not arguments.docs:
-            print(text)
+            print("\n".join([text, "## Goals", "", *gpu_goals([found])]) if found.machine.get("gpu") else text)
             continue
         machine = path.parent.name
         figures = draw(found, DOCS / machine)

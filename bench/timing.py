@@ -114,6 +114,8 @@ def rotations(size: int) -> int:
 def call_times(works: Mapping[str, Work], seconds: float) -> dict[str, Calls | Exception]:
     """Times of calls as a program makes them, the works in turn, `seconds` for each; or what a work raised.
 
+    When the GPU is lost the others have the times that they had until then, or none.
+
     In bursts of up to 20 calls and 50 ms, so that a change of the clocks meets all works, and ratios hold. The first call of
     a burst finds the caches of the work before it, and does not count.
     """
@@ -121,28 +123,32 @@ def call_times(works: Mapping[str, Work], seconds: float) -> dict[str, Calls | E
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in works}
     failed: dict[str, Exception] = {}
 
-    def each(turn: Callable[[str], None]) -> None:
+    def each(turn: Callable[[str], None]) -> bool:
+        """Whether any is left that can go on."""
         for name in works:
             if name not in failed:
                 try:
                     turn(name)
                 except Exception as error:  # one work's failure must not cost the others
                     failed[name] = error
+                    if not alive():
+                        return False
+        return len(failed) < len(works)
 
     def size(name: str) -> None:
         bursts[name] = max(1, min(20, int(0.05 / _seconds(works[name]))))
 
-    gc.collect()
     gc.disable()
     try:
-        each(size)
+        going = each(size)
         end, rounds = time.perf_counter() + seconds * len(works), 0
-        while len(failed) < len(works) and (time.perf_counter() < end or rounds < LEAST):
-            each(lambda name: _burst(works[name], bursts[name], *times[name]))
+        while going and (time.perf_counter() < end or rounds < LEAST):
+            going = each(lambda name: _burst(works[name], bursts[name], *times[name]))
             rounds += 1
     finally:
         gc.enable()
-    return failed | {name: Calls(calls, min(host)) for name, (calls, host) in times.items() if name not in failed}
+    right = {name: Calls(calls, min(host)) for name, (calls, host) in times.items() if name not in failed and calls}
+    return failed | right
 
 
 def _seconds(work: Work, warmup: int = WARMUP) -> float:

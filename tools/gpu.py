@@ -50,7 +50,7 @@ ARCHIVE = ROOT / "build" / "gpu-here" / "carry.tar.xz"
 FIRST = WORK / "first"  # what the second call wants to know of the first
 KEPT = ("steps.json", "gpu.json", "launch_table.json")
 MINUTES = {"first": 7.0, "second": 5.0}
-LAST = 30  # seconds before the end in which no step runs: what runs is stopped, and tables are made
+LAST = 25  # seconds before the end in which no step runs: what runs is stopped, and tables are made
 PREPARATION = ("unpack", "machine", "build", "wheels", "table")
 COMPILERS = 4  # processes that compile baselines beside the tests
 SLOWER = 6  # a rehearsal has two cores where a lent machine has 16, and an interpreter
@@ -203,13 +203,14 @@ def _read(path: Path) -> list[dict[str, object]]:
 
 
 def tables(out: Path, environment: dict[str, str]) -> str:
-    """Write tables.md; returns what went wrong, or ""."""
+    """Write tables.md, and print its last part, the goals; returns what went wrong, or ""."""
     command = [PYTHON, "-m", "bench.report", str(out / "gpu.json")]
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
         return "tables.md was not written in 20 seconds: python -m bench.report gpu.json writes it"
     (out / "tables.md").write_text(done.stdout)
+    print(done.stdout.rpartition("## Goals")[2], flush=True)
     return f"tables.md is not whole: {done.stderr.strip()[-500:]}" if done.returncode else ""
 
 
@@ -253,19 +254,21 @@ def call(which: str, arguments: argparse.Namespace, out: Path, before: Path) -> 
         folder.mkdir(parents=True, exist_ok=True)
     for old in () if only else ("gpu.json", "gpu.begun", "log.txt", "steps.json"):
         (out / old).unlink(missing_ok=True)
-    interrupted = False
+    interrupted, whole_first = False, which == "first" and not only
     with importable(environment):
         try:
             for step in steps():  # the next one is planned when the last one has ended: it may have brought wheels
                 if not only or step.name in {*only, *PREPARATION}:
                     run.step(replace(step, seconds=(SLOWER if arguments.rehearse else 1) * step.seconds))
+                if whole_first:
+                    keep(out)
         except KeyboardInterrupt:
             interrupted = True
             run.stop()  # again: the signal may have come while they were being stopped
+            if whole_first:
+                keep(out)
         if (out / "gpu.json").is_file() and (problem := tables(out, environment)):
             print(problem)
-    if which == "first" and not only:
-        keep(out)
     failed = [result["step"] for result in run.results if result["state"] != "ok"]
     print(f"results are in {out}" + (f"; not ok: {', '.join(map(str, failed))}" if failed else ""))
     return 130 if interrupted else bool(failed)

@@ -225,25 +225,34 @@ def test_a_process_that_died_is_taken_over_behind_what_it_died_of(tmp_path) -> N
     assert all("the process ended while this was measured" in line for line in found.wrong)
 
 
-def test_a_lost_gpu_ends_the_process_and_keeps_what_was_measured(monkeypatch, rehearse) -> None:
-    """An illegal access while one provider is timed: the others' times of that race count, the next process does the rest."""
-    right, lost = gpu_flows._memory, [True]
+def test_a_lost_gpu_ends_the_process_and_costs_whoever_lost_it_alone(monkeypatch, rehearse) -> None:
+    """Before it is timed, while it is, and in a graph of its kernels: the others count, or the next process has them."""
+    right, lost = gpu_flows._memory, [""]
+
+    def access(*_: object) -> None:
+        lost[0] = "yes"
+        raise RuntimeError("an illegal memory access was encountered")
 
     def poisoned(steps: int, name: str) -> Entry:
         entry = right(steps, name)
-        if name == "eager" and lost[0]:
-            entry.work = lambda: (_ for _ in ()).throw(RuntimeError("an illegal memory access was encountered"))
+        if name == culprit and culprit == "glf_fast reversible":
+            access()
+        if name == culprit and culprit == "eager":
+            entry.work = access
         return entry
 
     monkeypatch.setattr(gpu_flows, "_memory", poisoned)
     monkeypatch.setattr(rehearsal, "alive", lambda: not lost[0])
-    assert {r.provider for r in rehearse("memory-more", exits=str(gpu.LOST)).results} == {
-        "glf_fast",
-        "glf_fast reversible",
-    }
-    lost[0] = False
-    found = rehearse("memory-more", "launches")
-    assert len(found.suite("memory")) == 2 and found.suite("launches") and "illegal memory access" in found.wrong[0]
+    culprit = "glf_fast reversible"  # makes it before anything is timed
+    assert not rehearse("memory-more", exits=str(gpu.LOST)).results
+    lost[0], culprit = "", "eager"
+    assert {r.provider for r in rehearse("memory-more", exits=str(gpu.LOST)).results} == {"glf_fast"}
+    lost[0], culprit = "", ""
+    monkeypatch.setattr(rehearsal, "Graph", access)
+    found = rehearse("wide", exits=str(gpu.LOST))
+    assert [r.info["graph_failed"] for r in found.suite("gpu_flow")] == ["an illegal memory access was encountered"] * 2
+    assert len(found.suite("memory")) == 1 and len(found.wrong) == 2
+    assert all("illegal memory access" in line for line in found.wrong)
 
 
 def test_the_second_call_begins_with_what_the_first_has_no_time_of(tmp_path, monkeypatch, rehearse) -> None:

@@ -167,6 +167,19 @@ def test_calls_are_timed_in_turn_and_a_failure_is_its_own(stand) -> None:
     assert turns == ["a", "b"] * (1 + timing.LEAST)
 
 
+def test_when_the_gpu_is_lost_the_others_keep_what_they_had(stand, monkeypatch) -> None:
+    made: list[str] = []
+
+    def lose() -> None:
+        made.append("b")
+        if len(made) > 8:
+            monkeypatch.setattr(timing, "alive", lambda: False)
+            raise RuntimeError("an illegal memory access was encountered")
+
+    found = timing.call_times({"a": lambda: None, "b": lose, "c": lambda: None}, 0.0)
+    assert len(found["a"].seconds) == 1 and isinstance(found["b"], RuntimeError) and "c" not in found
+
+
 def test_the_rehearsal_offers_what_the_clock_does() -> None:
     assert rehearsal.__all__ == [name for name in timing.__all__ if name != "Calls"]
 

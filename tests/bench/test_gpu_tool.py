@@ -95,7 +95,7 @@ def test_a_step_that_fails_or_takes_too_long_stops_no_other(tmp_path) -> None:
 
 
 def test_a_call_stops_itself_before_its_end(tmp_path) -> None:
-    """30 seconds before, for tables; a step that would have less than five is not begun."""
+    """Half a minute before, for tables; a step that would have less than five is not begun."""
     steps = [("tests", "import time; time.sleep(77)"), ("measure", "pass")]
     printed, _ = start(tmp_path, steps, "--minutes", "0.65").communicate(timeout=90)
     assert states(tmp_path) == {"tests": "stopped: its time was over", "measure": "not run: out of time"}, printed
