@@ -93,7 +93,10 @@ def _given(name: str, path: Path | None) -> Path | None:
     variable = os.environ.get(_variable(name))
     given = path or (Path(variable) if variable else None)
     if given is not None and not given.is_file():
-        raise UserError(f"there is no file {given} with the weights {name}")
+        raise UserError(
+            f"there is no file {given} with the weights {name}; correct the path, or give none and leave {_variable(name)} "
+            "unset to have the weights fetched"
+        )
     return given
 
 
