@@ -117,7 +117,7 @@ class GenerativeModel(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="glf_fast",
-    tags=["normalizing-flow", "image-generation"],
+    tags=["generative-model"],
 ):
     """A model of data (*shape): its settings, its losses and the parameters that they move, and how it samples.
 
