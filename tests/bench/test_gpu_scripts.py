@@ -63,7 +63,7 @@ def test_a_training_run_takes_the_data_that_are_there(script, tmp_path, monkeypa
     monkeypatch.setenv("GLF_FAST_CACHE", str(tmp_path / "cache"))
     preset_for = script("gpu_train").preset_for
     assert preset_for(tmp_path / "nothing")[0] == "smoke"
-    for name in FASHION_MNIST.sha256:
+    for name in (file.name for file in FASHION_MNIST.files):
         source = next(path for path in (fashion_mnist_dir / f"{name}.gz", fashion_mnist_dir / name) if path.is_file())
         (tmp_path / "data").mkdir(exist_ok=True)
         shutil.copy(source, tmp_path / "data")

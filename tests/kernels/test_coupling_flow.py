@@ -349,7 +349,8 @@ def test_the_launch_table_answers_for_every_flow(monkeypatch) -> None:
                 how = launch_table.launch_for(backward, dim, (width,) * layers, precision, batch, torch.device("cuda"))
                 assert all(n >= 16 and n & (n - 1) == 0 for n in (how.rows, how.columns, how.depth))
                 assert how.staged or layers <= 2
-        assert len({spec.name for spec in shipped(arch)}) == 3 * 4 * 3 * 2 + 6 + (5 * 2 * 8 if arch == 90 else 0)
+        names = {spec.name for _, spec in shipped(arch)}
+        assert names >= {key for key, _ in launch_table.entries(arch)} and len(names) > (200 if arch == 90 else 80)
 
 
 def test_nothing_imports_triton_before_a_kernel_runs() -> None:
