@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint bench gate gpu clean
+.PHONY: train test lint bench gate gpu gpu-again gpu-here clean
 
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
@@ -22,14 +22,22 @@ test: $(VENV)/test.stamp
 bench: $(VENV)/bench.stamp
 	$(RUN) -m pytest bench --benchmark-only $(ARGS)
 
-# Every Triton kernel that is shipped, for three architectures, with the installed Triton and the GPU machine's: an hour on one core.
+# Every Triton kernel that is shipped, for three architectures, with the installed Triton and the GPU machine's, on all cores.
 gate: $(VENV)/test.stamp
 	test -d build/triton-3.6.0 || $(PIP) install --quiet --no-deps --target build/triton-3.6.0 triton==3.6.0
 	$(RUN) tools/compile_gate.py --triton build/triton-3.6.0 $(ARGS)
 
-# On a machine with a GPU and no network: uses the Python that is there. Results go to $$OUT, or gpu-results.
+# On a machine with a GPU and no network, in two calls of 7 and 5 minutes: use the Python that is there. Results go to $$OUT,
+# or gpu-results. ARGS=--rehearse makes both calls on a processor.
 gpu:
 	$(PYTHON) tools/gpu.py $(ARGS)
+
+gpu-again:
+	$(PYTHON) tools/gpu.py --second $(ARGS)
+
+# Before that, on a machine with nvcc and a network: its software, both calls over a stub GPU, and build/gpu-here/carry.tar.xz for it.
+gpu-here:
+	$(PYTHON) tools/gpu_here.py
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .

@@ -5,10 +5,12 @@ are also nvcc and a torch with CUDA. Without them the installation succeeds as p
 says what is slower.
 """
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import find_packages, setup
 
@@ -25,32 +27,70 @@ def sources(*patterns: str) -> list[str]:
 
 
 def nvcc_flags(nvcc: Path) -> list[str]:
-    """Code for every architecture of ours that this nvcc knows; nothing where there is none, or one that does not run."""
-    if not nvcc.exists():
-        return []
-    try:
-        listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"glf_fast: building without CUDA kernels: {error}", file=sys.stderr)
-        return []
+    """Code for every architecture of ours that this nvcc knows, one thread for each.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: it does not run. LookupError: it knows none of them.
+    """
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     known = [arch for arch in ARCHITECTURES if f"compute_{arch}" in listing]
     if not known:
-        print(f"glf_fast: building without CUDA kernels: {nvcc} knows none of {ARCHITECTURES}", file=sys.stderr)
-        return []
+        raise LookupError(f"{nvcc} knows none of {ARCHITECTURES}")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
-    return ["-O3", "-std=c++17", *targets, f"-gencode=arch=compute_{known[0]},code=compute_{known[0]}"]
+    return ["-O3", "-std=c++17", "--threads=0", *targets, f"-gencode=arch=compute_{known[0]},code=compute_{known[0]}"]
+
+
+class Toolkit(NamedTuple):
+    """Folders of a CUDA toolkit: `home` has bin/nvcc, `include` cuda_runtime.h, `library` libcudart_static.a."""
+
+    home: Path
+    include: Path
+    library: Path
+
+
+def toolkit(nvcc: Path, torch_packages: Path) -> Toolkit:
+    """The toolkit that an nvcc belongs to, by its own account: /usr/local/bin/nvcc may be a script that starts another.
+
+    `torch_packages` is the folder where torch is installed, beside which its own CUDA libraries are.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: nvcc does not run. LookupError: a part of the toolkit is missing.
+    """
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, flags=re.MULTILINE)
+    if not top:
+        raise LookupError(f"{nvcc} --dryrun does not say where its toolkit is")
+    home = Path(top[1].strip()).resolve()
+    folders = [Path(found).resolve() for found in re.findall(r'"-[IL]([^"]+)"', said)]
+    includes = [*folders, home / "include", *home.glob("targets/*/include")]
+    own = torch_packages / "nvidia"  # cu13, or cuda_runtime in the wheels of CUDA 12
+    libraries = [*folders, home / "lib64", home / "lib", *home.glob("targets/*/lib"), *own.glob("cu*/lib")]
+    return Toolkit(
+        _holder([home], "bin/nvcc"), _holder(includes, "cuda_runtime.h"), _holder(libraries, "libcudart_static.a")
+    )
+
+
+def _holder(folders: list[Path], name: str) -> Path:
+    """The first folder that holds a file."""
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder
+    raise LookupError(f"{name} is in none of {', '.join(dict.fromkeys(map(str, folders)))}")
 
 
 def kernels() -> dict[str, Any]:
     """Arguments of `setup` that build the extensions; none where torch cannot be imported."""
     try:
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+        import torch
+        from torch.utils import cpp_extension
     except ImportError as error:
-        print(f"glf_fast: building without kernels ({error})", file=sys.stderr)
+        print(f"glf_fast: NOT BUILT: glf_fast._cpu and glf_fast._cuda: {error}", file=sys.stderr)
         return {}
+    missing: dict[str, str] = {}  # extension → why it is not built
 
-    class Build(BuildExtension):
-        """Builds the extensions, or says which is missing."""
+    class Build(cpp_extension.BuildExtension):
+        """Builds the extensions, and says at the end which are missing."""
 
         def run(self) -> None:
             wanted, before = list(self.extensions), dict(vars(self))
@@ -58,14 +98,17 @@ def kernels() -> dict[str, Any]:
             for extensions in [wanted, wanted[:1]][: len(wanted)]:
                 vars(self).update(before, extensions=extensions)  # a run that fails leaves its compiler and folder set
                 try:
-                    return super().run()
+                    super().run()
+                    break
                 except Exception as error:  # no compiler, or an old one: every kind of error has been seen here
-                    names = " and ".join(extension.name for extension in extensions)
-                    print(f"glf_fast: {names} not built, the flows will be slow: {error}", file=sys.stderr)
-            self.extensions = []
+                    missing[extensions[-1].name] = str(error)
+            else:
+                self.extensions = []
+            for name, why in missing.items():
+                print(f"\nglf_fast: NOT BUILT: {name}, what it serves will be slow: {why}\n", file=sys.stderr)
 
     headers = sources("**/*.h", "**/*.cuh")
-    cpu = CppExtension(
+    cpu = cpp_extension.CppExtension(
         "glf_fast._cpu",
         sources("bindings.cpp", "bindings_linear.cpp", "cpu/*.cpp"),
         include_dirs=["csrc"],
@@ -74,22 +117,31 @@ def kernels() -> dict[str, Any]:
         py_limited_api=True,
     )
     extensions = [cpu]
-    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
-    if CUDA_HOME and (flags := nvcc_flags(nvcc)):
-        # cudart is linked statically: the library does not depend on where torch keeps its own. The current stream comes
-        # from torch_cuda, which torch loads without making its symbols known to others.
-        extensions.append(
-            CppExtension(
-                "glf_fast._cuda",
-                sources("bindings_cuda.cpp", "cuda/*.cu"),
-                include_dirs=["csrc", str(nvcc.parents[1] / "include")],
-                library_dirs=[str(nvcc.parents[1] / "lib64")],
-                libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
-                depends=headers,
-                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": flags},
-                py_limited_api=True,
+    if torch.version.cuda and not cpp_extension.CUDA_HOME:
+        missing["glf_fast._cuda"] = "there is no nvcc on $PATH, in $CUDA_HOME or in /usr/local/cuda"
+    if cpp_extension.CUDA_HOME:
+        nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
+        try:
+            flags = nvcc_flags(nvcc)
+            cuda = toolkit(nvcc, Path(torch.__file__).parents[1])
+        except (OSError, subprocess.CalledProcessError, LookupError) as error:
+            missing["glf_fast._cuda"] = str(error)
+        else:
+            cpp_extension.CUDA_HOME = str(cuda.home)  # torch would take the folder above the one where it found an nvcc
+            # cudart is linked statically: the library does not depend on where torch keeps its own. The current stream comes
+            # from torch_cuda, which torch loads without making its symbols known to others.
+            extensions.append(
+                cpp_extension.CppExtension(
+                    "glf_fast._cuda",
+                    sources("bindings_cuda.cpp", "cuda/*.cu"),
+                    include_dirs=["csrc", str(cuda.include)],
+                    library_dirs=[str(cuda.library)],
+                    libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+                    depends=headers,
+                    extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": flags},
+                    py_limited_api=True,
+                )
             )
-        )
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": Build},
@@ -106,7 +158,7 @@ setup(
     ],
     package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels", "glf_fast.cuda": "csrc/cuda"},
     package_data={
-        "glf_fast": ["py.typed", "presets/*.toml", "metrics/*.safetensors", "*.html"],
+        "glf_fast": ["py.typed", "presets/*.toml", "metrics/*.safetensors", "training/*.html"],
         "glf_fast.kernels": ["launch_table.json"],
         "glf_fast.cuda": ["*.cuh"],  # what CuPy compiles where there was no nvcc
     },

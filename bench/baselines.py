@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +21,25 @@ from bench.cases import FlowCase, ImageCase
 from bench.check import SEED, exact_flow, why_wrong
 from bench.compiler import compiled
 
-__all__ = ["COMPILED", "LIBRARIES", "MAKERS", "PLAIN", "Provider", "mlp", "provider", "why_missing"]
+__all__ = [
+    "COMPILED",
+    "GRAPHED",
+    "LIBRARIES",
+    "MAKERS",
+    "PLAIN",
+    "Provider",
+    "Replayed",
+    "mlp",
+    "provider",
+    "why_missing",
+]
 
 LogProb = Callable[[Tensor, Tensor | None], Tensor]
 Sample = Callable[[int, Tensor | None], Tensor]
 LIBRARIES = ("normflows", "nflows", "zuko", "FrEIA")
 COMPILED = ("compile", "reduce-overhead")
 PLAIN = ("eager", *COMPILED)
+GRAPHED = ", graphed"  # after a provider's name: its call is captured once as a CUDA graph, and replayed
 
 
 @dataclass
@@ -83,6 +95,32 @@ class Provider:
         return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
 
+class Replayed(Provider):
+    """A provider's whole call as a CUDA graph, used as a training or sampling loop would: inputs are copied in, then replay.
+
+    What it returns, and the gradients, lie in the graph's memory: the next replay overwrites them.
+    """
+
+    def __init__(self, made: Provider, capture: Callable[..., Any]) -> None:
+        super().__init__(f"{made.name}{GRAPHED}", made.module, made.log_prob, made.sample, made.device, made.backend)
+        self.capture = capture  # bench.timing.Graph
+        self.graphs: dict[str, tuple[tuple[Tensor, Tensor | None], Any]] = {}
+
+    def run(self, mode: str, x: Tensor, context: Tensor | None) -> Tensor:
+        """As `Provider.run`; captures at the first call of a mode."""
+        given = None if mode == "sample" else x, context  # samples need no data
+        if mode not in self.graphs:
+            held = x.clone(), None if context is None else context.clone()
+            self.graphs[mode] = held, self.capture(partial(super().run, mode, *held))
+        held, graph = self.graphs[mode]
+        for mine, theirs in zip(held, given, strict=True):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs)
+        graph.replay()
+        result: Tensor = graph.results[0]
+        return result
+
+
 def why_missing(name: str, case: FlowCase | ImageCase) -> str:
     """Why a library cannot be measured on a case, or ""."""
     if name in LIBRARIES and importlib.util.find_spec(name) is None:
@@ -92,7 +130,6 @@ def why_missing(name: str, case: FlowCase | ImageCase) -> str:
     return ""
 
 
-@cache
 def provider(name: str, case: FlowCase, training: bool, device: str = "cpu") -> Provider:
     """The implementation called `name`, data-dependent starts done.
 

@@ -1,276 +1,148 @@
-"""One part of the GPU benchmark: `python -m bench.gpu PART OUT [--seconds S] [--rehearse]`. Adds to OUT/gpu.json, row by row.
+"""Benchmarks on a GPU: `python -m bench.gpu WHAT OUT [--seconds S] [--before FILE] [--rehearse]`. Adds to OUT/gpu.json.
 
-Every row is written at once, so that whatever stops a part costs what it had not measured yet. What is not right (against
-the reference in float64, in the same process) or fails is named in the file, and has no time. `python tools/gpu.py` runs the
-parts one after the other, each in a process with a time limit of its own. `--rehearse` runs a part with small cases on a
-processor: its numbers mean nothing.
+WHAT is one of the two calls that a lent machine has time for, "first" or "second" (bench/gpu_calls.py), or a group of
+them; `python tools/gpu.py` makes the calls. One process measures all, because each start costs seconds of a short loan.
+Providers of a case and mode are checked against the reference in float64, one after the other, and then timed in turn. What
+is not right or fails is named in the file, and has no time. After an error that leaves the GPU unusable the process ends
+with code 75: called again, it goes on behind what was begun.
+--before: the gpu.json of a first call. --rehearse: small cases on a processor, whose numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import statistics
+import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import gpu_part as part
-from bench import machine, rehearsal
-from bench.baselines import COMPILED, LIBRARIES, Provider, provider, why_missing
-from bench.cases import DEPTH, FLOWS, GRID, SMALL_BATCH, FlowCase
-from bench.gpu_layers import coupling_jobs, layer_jobs, linear_jobs
-from bench.gpu_part import OURS_AND_EAGER, SECONDS, Job, Missing, OutOfTime, check_time, rehearsing, replays
-from bench.memory import wrong_gradients
-from bench.results import Result, Results, merge, read, stats, write
-from bench.training import IMAGES, Step
-from bench.training import PROVIDERS as STEP_PROVIDERS
-from glf_fast import CouplingFlow, use_backend
+from bench import gpu_calls, gpu_races, machine, rehearsal
+from bench.gpu_calls import GROUPS
+from bench.gpu_races import Entry, Missing, Race, timed
+from bench.gpu_record import Record
+from bench.results import Result, read
 
-__all__ = ["PARTS", "main"]
+__all__ = ["LOST", "main"]
 
-PRECISIONS = {"highest": "float32", "high": "tf32", "medium": "bf16"}
-NAMED = ("glf-cifar", "glf-mnist", "sbi")
-FLOW_MODES = ("train", "log_prob", "sample")
+LAUNCHES = Path(__file__).parent.parent / "kernels" / "launch_table.json"
+LOST = 75  # exit code: the GPU does not answer this process any more
 
 
-def flow_jobs(
-    suite: str, cases: list[FlowCase], modes: tuple[str, ...], names: tuple[str, ...], precision: str = "high"
-) -> Iterator[Job]:
-    """Providers of flows, in one of torch's matmul precisions."""
-    for mode in modes:
-        for case in _sized(cases):
-            label = f"{mode}, {PRECISIONS[precision]}" if suite == "gpu_flow" else mode
-            for name in names:
-                yield suite, case.name, label, name, partial(flow, suite, label, case, mode, name, precision)
+@dataclass
+class Run:
+    """One process's work: races in their order, until its time is over."""
+
+    record: Record
+    end: float
+    failures: list[str] = field(default_factory=list)
+
+    def race(self, race: Race) -> None:
+        """Check and time those of a race that were not tried yet."""
+        place = (race.suite, race.case, race.mode)
+        entries: dict[str, Entry] = {}
+        torch.compiler.reset()  # eight versions of a function is all that torch.compile compiles: docs/traps.md
+        for name in self.record.untried(*place, race.names):
+            if self.out_of_time():
+                break
+            self.record.begin(*place, name)
+            try:
+                entries[name] = race.enter(name)
+            except Missing as reason:
+                self.fail(race, name, f"not measured: {reason}")
+            except Exception as error:  # whatever happens to one row must not cost the others
+                traceback.print_exc()
+                self.fail(race, name, _text(error), error)
+        found = timed(race, entries)
+        results = [result for result in found.values() if isinstance(result, Result)]
+        self.record.finish(results)  # before anything that ends the process
+        for result in results:
+            print(f"{', '.join(place):50} {result.provider:22} {result.median * 1e6:12.1f} µs", flush=True)
+        for name, outcome in found.items():
+            if isinstance(outcome, Exception):
+                self.fail(race, name, _text(outcome), outcome)
+        if any("graph_failed" in result.info for result in results):
+            self.end_if_lost()
+
+    def fail(self, race: Race, name: str, reason: str, error: Exception | None = None) -> None:
+        """Write down why a row has no time; ends the process where an error took the GPU with it."""
+        self.record.fail(race.suite, race.case, race.mode, name, reason)
+        print(f"{', '.join((race.suite, race.case, race.mode)):50} {name:22} {reason}", flush=True)
+        if error:
+            self.failures.append(name)
+            self.end_if_lost()
+
+    def end_if_lost(self) -> None:
+        """End the process where the GPU does not answer it any more; who was only ready to be timed may be tried again."""
+        if not gpu_races.clock.alive():
+            self.record.release()
+            print("the GPU does not answer this process any more", flush=True)
+            sys.exit(LOST)
+
+    def out_of_time(self) -> bool:
+        """Whether nothing may be begun any more."""
+        return time.monotonic() > self.end
 
 
-def flow(suite: str, label: str, case: FlowCase, mode: str, name: str, precision: str) -> Result:
-    """Calls with the host in them, and for ours and plain PyTorch the kernels alone, from a graph."""
-    if reason := why_missing(name, case):
-        raise Missing(reason)
-    torch.set_float32_matmul_precision(precision)
-    made = provider("eager" if name == "graphed eager" else name, case, mode in ("train", "step"), part.clock.DEVICE)
-    work = partial(made.run, mode, *case.inputs(part.clock.DEVICE))
-    for _ in range(3):  # what is captured at the second call is checked at the fourth
-        work()
-    if wrong := made.why_wrong(mode, case, precision):
-        raise AssertionError(wrong)
-    operations, size, rate = case.operations(mode), case.bytes(mode), part.clock.matrix_rate(precision)
-    check_time()
-    info: dict[str, Any] = {
-        "batch": case.batch, "dim": case.dim, "hidden": case.hidden, "steps": case.steps, "precision": precision,
-        "operations": operations, "bytes": size, "yardstick_s": max(operations / rate, size / part.clock.bandwidth()),
-        "matrix_gflops": rate / 1e9, "threads": 1, "parameters": made.parameters(),
-    }  # fmt: skip
-    if name == "graphed eager":
-        graph = part.clock.Graph(work)
-        work = graph.replay
-    elif name != "reduce-overhead":  # whose memory belongs to its graphs
-        info["peak_bytes"] = part.clock.peak_memory(work)
-    calls, info["host_s"] = part.clock.call_times(work, SECONDS)
-    if name in OURS_AND_EAGER:
-        info |= replays(work)
-    info["gflops"] = operations / statistics.median(calls) / 1e9
-    # Of the kernels alone, where they are known alone.
-    kernels = info["graph_cold"]["median"] if "graph_cold" in info else statistics.median(calls)
-    info["share_of_matrix_rate"] = operations / kernels / rate
-    return Result(suite, case.name, label, name, stats(calls), info)
+def in_order(groups: dict[str, tuple[float, list[Race]]], start: float, seconds: float) -> Iterator[Race]:
+    """The races, each before its group's end, and then those that came too late for it."""
+    late: list[Race] = []
+    share = 0.0
+    for part, races in groups.values():
+        share += part
+        for race in races:
+            if time.monotonic() > start + share * seconds:
+                late.append(race)
+            else:
+                yield race
+    yield from late
 
 
-def memory_jobs() -> Iterator[Job]:
-    """Peak memory of a training pass against depth."""
-    ways = (("glf_fast", "auto", False), ("glf_fast reversible", "auto", True), ("eager", "reference", False))
-    for steps in (1, 2) if rehearsing() else (64, 8, 32, 16):
-        for name, backend, reversible in ways:
-            yield "memory", f"memory-{steps}", "train", name, partial(memory, steps, name, backend, reversible)
-
-
-def memory(steps: int, name: str, backend: str, reversible: bool) -> Result:
-    """D 64, H 256, 256, B 4,096, with its gradients already there."""
-    batch = 4 if rehearsing() else 4096
-    torch.manual_seed(0)
-    model = CouplingFlow(64, steps, (256, 256), reversible=reversible).to(part.clock.DEVICE)
-    x = torch.randn(batch, 64, device=part.clock.DEVICE)
-
-    def work() -> None:
-        model.log_prob(x).mean().backward()
-
-    with use_backend(backend):
-        work()
-        if wrong := wrong_gradients(model, x):
-            raise AssertionError(wrong)
-        peak, (calls, _) = part.clock.peak_memory(work), part.clock.call_times(work, SECONDS)
-        model.requires_grad_(False)
-        x.requires_grad_()
-        activations = part.clock.peak_memory(work)
-    info = {
-        "batch": batch, "dim": 64, "hidden": (256, 256), "steps": steps, "peak_bytes": peak, "activation_bytes": activations,
-        "parameter_bytes": 4 * sum(p.numel() for p in model.parameters()),
-    }  # fmt: skip
-    return Result("memory", f"memory-{steps}", "train", name, stats(calls), info)
-
-
-def step_jobs() -> Iterator[Job]:
-    """Whole training steps of the presets' models."""
-    for name in STEP_PROVIDERS:  # the compiler last: it takes long
-        for preset in IMAGES:
-            if not (name == "compile" and rehearsing()):
-                yield "train_step", preset, "step", name, partial(training, preset, name)
-
-
-def training(preset: str, name: str) -> Result:
-    """The trainer's own steps, each after the other, and the most memory that they held."""
-    torch.set_float32_matmul_precision("high")
-    step = Step(name, preset, part.clock.DEVICE, batch=4 if rehearsing() else 0)
-    if wrong := step.why_wrong("high"):  # cuDNN's convolutions are tf32 by default
-        raise AssertionError(wrong)
-    peak = part.clock.peak_memory(step.run)
-    calls, host = part.clock.call_times(step.run, 8 * SECONDS)
-    batch = len(step.images)
-    info = {"batch": batch, "images_per_s": batch / statistics.median(calls), "host_s": host, "peak_extra_bytes": peak}
-    return Result("train_step", preset, "step", name, stats(calls), info)
-
-
-def compile_jobs() -> Iterator[Job]:
-    """torch.compile and its reduce-overhead mode, in the order of their importance."""
-    yield from flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, COMPILED)
-    yield from flow_jobs("gpu_flow", _named("throughput"), ("train", "log_prob"), ("compile",))
-    yield from flow_jobs("gpu_flow", list(SMALL_BATCH.values()), ("log_prob", "sample"), COMPILED)
-
-
-def launch_jobs() -> Iterator[Job]:
-    """By the profiler, in a part of its own: some virtual machines do not let it in."""
-
-    def count(case: FlowCase, mode: str, name: str) -> Result:
-        if reason := why_missing(name, case):
-            raise Missing(reason)
-        made = provider(name, case, mode == "train", part.clock.DEVICE)
-        if wrong := made.why_wrong(mode, case):
-            raise AssertionError(wrong)
-        number = part.clock.launches(partial(made.run, mode, *case.inputs(part.clock.DEVICE)))
-        if not number:
-            raise AssertionError("the profiler saw no launches")
-        return Result("launches", case.name, mode, name, stats([0.0]), {"launches": number})
-
-    for mode in FLOW_MODES:
-        for case in _sized(_named(*NAMED)):
-            for name in (*OURS_AND_EAGER, *LIBRARIES):
-                yield "launches", case.name, mode, name, partial(count, case, mode, name)
-
-
-def warm_jobs() -> Iterator[Job]:
-    """Ours and those, compiled and not measured: what they leave in caches on disk makes the other parts short."""
-
-    def only_compile(case: FlowCase, mode: str, name: str) -> Result:
-        torch.set_float32_matmul_precision("high")
-        made: Provider = provider(name, case, mode == "train", part.clock.DEVICE)
-        made.run(mode, *case.inputs(part.clock.DEVICE))
-        return Result("", "", "", "", {"median": 0.0}, {})
-
-    for name in ("glf_fast", *COMPILED):
-        for mode in FLOW_MODES:
-            for case in _sized(_named(*NAMED)):
-                yield "", case.name, mode, name, partial(only_compile, case, mode, name)
-
-
-def _named(*names: str) -> list[FlowCase]:
-    return [FLOWS[name] for name in names]
-
-
-# Part → its jobs. The order is that of their importance.
-PARTS: dict[str, Callable[[], Iterator[Job]]] = {
-    "flow": lambda: flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, (*OURS_AND_EAGER, "graphed eager", *LIBRARIES)),
-    "compile": compile_jobs,
-    "memory": memory_jobs,
-    "coupling": coupling_jobs,
-    "linear": linear_jobs,
-    "large": lambda: flow_jobs(
-        "gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), (*OURS_AND_EAGER, "graphed eager")
-    ),
-    "layers": layer_jobs,
-    "train_step": step_jobs,
-    "grid": lambda: flow_jobs("grid", list(GRID.values()), ("train",), OURS_AND_EAGER),
-    "large-bf16": lambda: flow_jobs(
-        "gpu_flow", _named("throughput", "wide"), ("train", "log_prob"), OURS_AND_EAGER, "medium"
-    ),
-    "small": lambda: flow_jobs(
-        "gpu_flow", list(SMALL_BATCH.values()), ("log_prob", "sample"), (*OURS_AND_EAGER, "graphed eager")
-    ),
-    "step": lambda: flow_jobs(
-        "gpu_flow", _named(*NAMED), ("step",), (*OURS_AND_EAGER, "graphed eager", *LIBRARIES, *COMPILED)
-    ),
-    "depth": lambda: flow_jobs("depth", list(DEPTH.values()), ("train",), OURS_AND_EAGER),
-    "bf16": lambda: flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, OURS_AND_EAGER, "medium"),
-    "launches": launch_jobs,
-    "float32": lambda: flow_jobs("gpu_flow", _named(*NAMED), FLOW_MODES, OURS_AND_EAGER, "highest"),
-    "warm": warm_jobs,
-}
-
-
-def _sized(cases: list[FlowCase]) -> list[FlowCase]:
-    """Small ones in a rehearsal."""
-    small = [replace(case, steps=2, batch=min(case.batch, 8)) for case in cases]
-    return small if rehearsing() else cases
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("part", choices=tuple(PARTS))
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("first", "second", *GROUPS), metavar="WHAT")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=60.0, help="begin no new row after so many")
+    parser.add_argument("--seconds", type=float, default=60.0, help="Begin nothing new after so many seconds.")
+    parser.add_argument("--before", type=Path, help="Results of a first call: the second measures what is missing.")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="Only every N-th race, from the I-th on.")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     if arguments.rehearse:
-        part.clock = rehearsal
+        gpu_races.clock = rehearsal
     elif not torch.cuda.is_available():
         sys.exit("bench.gpu needs a CUDA GPU; on a processor: make bench, or --rehearse")
-    part.end = time.monotonic() + arguments.seconds
-    path = arguments.out / "gpu.json"
-    about = machine.about() | {"gpu": part.clock.name(), "cuda": torch.version.cuda}
+    about: dict[str, Any] = machine.about() | {
+        "gpu": gpu_races.clock.name(),
+        "cuda": torch.version.cuda,
+        "launch_table": json.loads(LAUNCHES.read_text())["made"],
+    }
     if arguments.rehearse:
         about["quick"] = True  # bench.report keeps no such file
-    found = Results(about, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()), [])
-    earlier = [read(path)] if path.is_file() else []
-    try:
-        merge([*copy.deepcopy(earlier), found])
-    except ValueError as reason:  # of another commit: kept, under another name
-        print(reason, flush=True)
-        path.rename(path.with_name(f"gpu-{earlier.pop().machine['commit']}.json"))
-    failures = 0
-    for suite, case, mode, name, measure in PARTS[arguments.part]():
-        try:
-            check_time()
-            result = measure()
-            text = f"{result.median * 1e6:12.1f} µs"
-            if suite:
-                found.results.append(result)
-        except OutOfTime:
+    before = read(arguments.before) if arguments.before and arguments.before.is_file() else None
+    groups = gpu_calls.races(arguments.what, before)
+    first, step = map(int, arguments.share.split("/"))
+    groups = {group: (share, races[first::step]) for group, (share, races) in groups.items()}
+    run = Run(Record(arguments.out / "gpu.json", about), start + arguments.seconds)
+    for race in in_order(groups, start, arguments.seconds):
+        if run.out_of_time():
             print("out of time; the rest was not measured", flush=True)
             break
-        except Missing as reason:
-            text = f"not measured: {reason}"
-            found.wrong.append(f"{suite} {case}, {mode}, {name}: {text}")
-        except Exception as error:  # whatever happens to one row must not cost the others
-            text = f"{type(error).__name__}: {str(error)[:300]}"
-            found.wrong.append(f"{suite} {case}, {mode}, {name}: {text}")
-            failures += 1
-            traceback.print_exc()
-        print(f"{suite:10} {case:28} {mode:16} {name:20} {text}", flush=True)
-        if suite:
-            write(merge([*copy.deepcopy(earlier), found]), path)
-        if name in COMPILED:
-            torch.compiler.reset()
-    if failures:
-        sys.exit(f"{failures} of the rows have no time")
+        run.race(race)
+    if run.failures:
+        sys.exit(f"{len(run.failures)} of the rows have no time")
 
 
 if __name__ == "__main__":

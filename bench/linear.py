@@ -16,7 +16,7 @@ from glf_fast import ops, reference
 
 __all__ = [
     "APPLIED",
-    "GRAPHED",
+    "BACKENDS",
     "LINEAR",
     "Applied",
     "AppliedCase",
@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 # torch.linalg by the library under it; on a processor there is one.
-GRAPHED = ", graphed"  # after its name: captured as a graph, and replayed
 BACKENDS = {"torch.linalg": "default", "torch.linalg, cusolver": "cusolver", "torch.linalg, magma": "magma"}
 
 

@@ -4,6 +4,7 @@ Files are those of bench/results, all of them by default. With `--keep MACHINE` 
 --benchmark-json FILE` or of `make gpu`: repeated runs, or different suites, of one machine at one commit. They are merged and
 put into bench/results/MACHINE/times.json, in the place of an older one. `--docs` writes each machine's page,
 docs/benchmarks/MACHINE.md, its figures, and the tables in docs/benchmarks.md: the goals, and processors beside GPUs.
+A GPU's page ends with what was predicted (bench/predictions.json) beside what was measured.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.goals import goals
+from bench.gpu_goals import gpu_goals
 from bench.plots import draw
+from bench.predictions import predictions
 from bench.results import Results, merge, read, write
 from bench.tables import page, worth_a_gpu
 
@@ -25,7 +28,7 @@ FOLDER = ROOT / "bench" / "results"
 DOCS = ROOT / "docs" / "benchmarks"
 OVERVIEW = ROOT / "docs" / "benchmarks.md"
 # Marked parts of the overview, and what makes their lines.
-PARTS = {"goals": goals, "worth a GPU": worth_a_gpu}
+PARTS = {"goals": goals, "goals of GPUs": gpu_goals, "worth a GPU": worth_a_gpu}
 
 
 def with_tables(text: str, machines: Sequence[Results]) -> str:
@@ -69,9 +72,9 @@ def main() -> None:
         arguments.files = [kept]
     for path in arguments.files or sorted(FOLDER.glob("*/times.json")):
         found = read(path)
-        text = "\n".join(page(found)) + "\n"
+        text = "\n".join([*page(found), *predictions(found)]) + "\n"
         if not arguments.docs:
-            print(text)
+            print("\n".join([text, "## Goals", "", *gpu_goals([found])]) if found.machine.get("gpu") else text)
             continue
         machine = path.parent.name
         figures = draw(found, DOCS / machine)

@@ -28,8 +28,10 @@ def page(found: Results) -> Iterator[str]:
         red = tests not in ("ok", "not run")
         yield from (
             "",
-            f"The tests before it: {tests}." + (" **Not green: speed on a red test is none.**" if red else ""),
+            f"The tests before it: {tests}." + (" **Tests failed: these times are not valid.**" if red else ""),
         )
+    if launches := machine.get("launch_table"):
+        yield from ("", f"Launches of the flow kernels: {'; '.join(f'sm_{a}: {how}' for a, how in launches.items())}.")
     if found.wrong:
         yield from ("", "Not timed:", "", *(f"* {what}" for what in found.wrong))
     for suite in dict.fromkeys(result.suite for result in found.results):
@@ -90,7 +92,7 @@ def on_gpu(groups: Groups) -> Iterator[str]:
         yield f"### {case}, {mode} (batch {info['batch']})"
         yield ""
         yardstick = time(info["yardstick_s"])
-        yield f"Yardstick: the products at torch's matrix rate, or the bytes at a copy's: {yardstick}.{best(rows)}"
+        yield f"Floor: the products at torch's matrix rate, or the bytes at a copy's: {yardstick}.{best(rows)}"
         yield ""
         yield from header(titles)
         for name, row in sorted(rows.items(), key=lambda item: item[1].median):

@@ -5,17 +5,40 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICE", "Graph", "bandwidth", "call_times", "launches", "matrix_rate", "name", "peak_memory", "rotations"]
+__all__ = [
+    "DEVICE",
+    "Calls",
+    "Graph",
+    "alive",
+    "bandwidth",
+    "call_times",
+    "launches",
+    "matrix_rate",
+    "name",
+    "peak_memory",
+    "rotations",
+]
 
 Work = Callable[[], object]
+
+
+class Calls(NamedTuple):
+    """Seconds of calls in a row, each the mean of a burst, and the host's least share of one."""
+
+    seconds: list[float]
+    host: float
+
+
 DEVICE = "cuda"
 WARMUP = 3
 COLD = 8  # times the L2 cache is what is read between two replays
@@ -24,6 +47,7 @@ REPLAYS = 10  # between two events, where the caches may be warm
 AHEAD = 0.05  # seconds of work that the host enqueues before it waits and looks at the clock
 READ = 2e-4  # seconds of reading the waste once: 400 MB on an H200
 COPIES = 64
+LEAST = 5  # measurements of each work
 
 
 def name() -> str:
@@ -57,11 +81,11 @@ class Graph:
         enqueues the replay, so that the time between the events is the graph's alone.
         """
         waste = _waste()
-        once = self._once()
+        once = _seconds(self.graph.replay, warmup=0)
         replays = 1 if cold else max(1, min(REPLAYS, int(AHEAD / once)))
         pairs: list[list[torch.cuda.Event]] = []
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(pairs) < 5:
+        while time.perf_counter() < end or len(pairs) < LEAST:
             pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             for _ in range(BUSY):
                 waste.sum()
@@ -77,14 +101,6 @@ class Graph:
         torch.cuda.synchronize()
         return [a.elapsed_time(b) / 1e3 / replays / len(self.results) for a, b in pairs]
 
-    def _once(self) -> float:
-        """Seconds of a replay, roughly."""
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        self.graph.replay()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
 
 def rotations(size: int) -> int:
     """How many copies of `size` bytes are more than three times the L2 cache, so that passes over them in turn find it cold.
@@ -95,26 +111,68 @@ def rotations(size: int) -> int:
     return min(COPIES, math.ceil(3 * _l2() / size))
 
 
-def call_times(work: Work, seconds: float) -> tuple[list[float], float]:
-    """Seconds of calls in a row, as a program makes them (each the mean of some), and the host's share of one."""
-    for _ in range(WARMUP):
+def call_times(works: Mapping[str, Work], seconds: float) -> dict[str, Calls | Exception]:
+    """Times of calls as a program makes them, the works in turn, `seconds` for each; or what a work raised.
+
+    When the GPU is lost the others have the times that they had until then, or none.
+
+    In bursts of up to 20 calls and 50 ms, so that a change of the clocks meets all works, and ratios hold. The first call of
+    a burst finds the caches of the work before it, and does not count.
+    """
+    bursts: dict[str, int] = {}
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in works}
+    failed: dict[str, Exception] = {}
+
+    def each(turn: Callable[[str], None]) -> bool:
+        """Whether any is left that can go on."""
+        for name in works:
+            if name not in failed:
+                try:
+                    turn(name)
+                except Exception as error:  # one work's failure must not cost the others
+                    failed[name] = error
+                    if not alive():
+                        return False
+        return len(failed) < len(works)
+
+    def size(name: str) -> None:
+        bursts[name] = max(1, min(20, int(0.05 / _seconds(works[name]))))
+
+    gc.disable()
+    try:
+        going = each(size)
+        end, rounds = time.perf_counter() + seconds * len(works), 0
+        while going and (time.perf_counter() < end or rounds < LEAST):
+            going = each(lambda name: _burst(works[name], bursts[name], *times[name]))
+            rounds += 1
+    finally:
+        gc.enable()
+    right = {name: Calls(calls, min(host)) for name, (calls, host) in times.items() if name not in failed and calls}
+    return failed | right
+
+
+def _seconds(work: Work, warmup: int = WARMUP) -> float:
+    """Of a call, roughly, after some that warm it."""
+    for _ in range(warmup):
         work()
     torch.cuda.synchronize()
     start = time.perf_counter()
     work()
     torch.cuda.synchronize()
-    calls = max(1, min(20, int(0.05 / (time.perf_counter() - start))))
-    times: list[float] = []
-    host: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 5:
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        host.append((time.perf_counter() - start) / calls)
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / calls)
-    return times, min(host)
+    return time.perf_counter() - start
+
+
+def _burst(work: Work, calls: int, times: list[float], host: list[float]) -> None:
+    """Add the mean times of calls in a row, and of the host in them."""
+    work()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    enqueued = time.perf_counter()
+    torch.cuda.synchronize()
+    times.append((time.perf_counter() - start) / calls)
+    host.append((enqueued - start) / calls)
 
 
 def peak_memory(work: Work) -> int:
@@ -126,6 +184,15 @@ def peak_memory(work: Work) -> int:
     work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def alive() -> bool:
+    """Whether the GPU still answers this process: after an illegal access nothing does, until the process ends."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def launches(work: Work) -> int:
@@ -148,19 +215,24 @@ def _waste() -> Tensor:
 
 
 def _best(work: Work) -> float:
-    return min(Graph(work).times(0.3, cold=False))
+    return min(Graph(work).times(0.2, cold=False))
 
 
 @cache
 def matrix_rate(precision: str) -> float:
-    """Operations per second of a matrix product of 8192³ at its best, in float32 as the matmul precision that is set says.
+    """Operations per second of a matrix product of 8192³ at its best, in float32 as this matmul precision says.
 
     "medium" means bfloat16 operands to our kernels, while torch then still takes tf32: its rate is that of bfloat16.
     """
     dtype = torch.bfloat16 if precision == "medium" else torch.float32
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=dtype) for _ in range(2))
     out: Tensor = torch.empty_like(a)
-    return 2 * 8192**3 / _best(lambda: torch.mm(a, b, out=out))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        return 2 * 8192**3 / _best(lambda: torch.mm(a, b, out=out))
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @cache

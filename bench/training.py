@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from bench.check import why_wrong
 from bench.compiler import compiled
 from glf_fast import use_backend
-from glf_fast.config_files import load, preset_path
 from glf_fast.data import ImageDataset
 from glf_fast.images import to_float
-from glf_fast.trainer import Trainer
+from glf_fast.training.config_files import load, preset_path
+from glf_fast.training.trainer import Trainer
 
 __all__ = ["IMAGES", "PROVIDERS", "Step"]
 
@@ -61,7 +61,7 @@ class Step:
         model = self.trainer.model
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with use_backend("reference"):
-            loss = model.double().train().losses(to_float(self.images).double())["loss"]
+            loss = model.double().train()(to_float(self.images).double())["loss"]
             loss.backward()
         gradients = [p.grad for p in self._flow_parameters() if p.grad is not None]
         model.zero_grad(set_to_none=True)

@@ -64,7 +64,7 @@ Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Te
   STD_TORCH_CHECK(!grad_A_inv || A_inv, "glf_fast: the gradient of A⁻¹ needs A⁻¹");
   Tensors grads{alike(lower), alike(upper), alike(log_diag)};
   if (log_scale) grads.insert(grads.end(), {alike(log_diag), alike(log_diag)});
-  Tensor work = alike(lower);
+  Tensor work = grad_A_inv ? alike(lower) : empty(lower, {0});
   for_dtype(lower, [&](auto zero) {
     using T = decltype(zero);
     const device::LayerGradients<T> target{write<T>(grads[0]), write<T>(grads[1]), write<T>(grads[2]),
@@ -73,7 +73,7 @@ Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Te
     check(device::plu_assemble_backward<T>(
         Launch(lower), lower.size(0), layers<T>(permutation, lower, upper, log_diag, sign, log_scale, bias), read<T>(A),
         read<T>(A_inv), read<T>(grad_A), read<T>(grad_A_inv), read<T>(grad_c), read<T>(grad_logabsdet), target,
-        write<T>(work)));
+        grad_A_inv ? write<T>(work) : nullptr));
   });
   return grads;
 }

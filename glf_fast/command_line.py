@@ -2,74 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import tyro
 
-from glf_fast.config import Config, check
-from glf_fast.config_files import load, preset_path
 from glf_fast.errors import UserError, did_you_mean
 
-__all__ = ["TrainCommand", "parse", "parse_train", "pick_device"]
-
-_DEFAULT_PRESET = "quick"
+__all__ = ["parse", "pick_device"]
 
 C = TypeVar("C")
-
-
-@dataclass(frozen=True)
-class TrainCommand:
-    """Train a generative model of images. The same command again resumes the run.
-
-    Settings come from a preset, then from files, then from the command line; later ones win.
-    """
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    preset: str = ""
-    """Settings by name: "quick", if no file is given either; a wrong name lists them."""
-    files: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(name="config", metavar="FILE")] = ()
-    """TOML file with settings."""
-    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print the resulting settings as TOML and stop."""
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show shapes, parameters and memory, take one step, write nothing."""
-    out: Path | None = None
-    """The run's folder; by default runs/ and a name made from the settings."""
-    data_dir: Path | None = None
-    """Folder to look for the data set in first."""
-    device: str = ""
-    """cpu, cuda, cuda:1, …; by default cuda where there is one."""
-    base: tyro.conf.Suppress[Config] = Config()  # noqa: RUF009 - frozen
-    """What preset and files say alone."""
-
-
-def parse_train(arguments: Sequence[str]) -> TrainCommand:
-    """The train command, its settings resolved and checked.
-
-    Raises:
-        UserError: anything wrong with options, files or values.
-    """
-    # What the options default to is known only once the files are read, so those are looked for first.
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    files.add_argument("--preset", default="")
-    files.add_argument("--config", action="append", type=Path, default=[])
-    try:
-        first, _ = files.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name}: {error.message}") from error
-    chosen = [preset_path(first.preset)] if first.preset else []
-    base = load(*(chosen + first.config or [preset_path(_DEFAULT_PRESET)]))
-    command = parse(TrainCommand, arguments, "glf_fast.train", default=TrainCommand(base, base=base))
-    check(command.config)
-    return command
 
 
 def parse(

@@ -1,4 +1,4 @@
-"""How a user's mistake reaches the user: one line that names the thing and the remedy."""
+"""Errors that users meet: one line that names what is wrong and the remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's `main` and exit: 0 when it returns, 2 on the user's or the system's errors, 130 on Ctrl-C.
 
-    Only `UserError` and `OSError` (missing file, disk full) become a one-line message; anything else is a bug of ours and
+    Only `UserError` and `OSError` (missing file, disk full) become a one-line message; anything else is a bug in glf_fast and
     keeps its traceback.
     """
     try:

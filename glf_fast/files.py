@@ -1,4 +1,4 @@
-"""Files on disk: where the cache is, atomic writes, hashes, JSON, tensors."""
+"""Files on disk: the cache folder, atomic writes, hashes, JSON, tensors."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def info() -> dict[str, str]:
 
 
 def _cost(name: str) -> str:
-    """What it costs on this machine that a backend is missing, and what to do about it."""
+    """The cost of a missing backend on this machine, and the remedy."""
     if BACKENDS[name].device == "cuda" and not torch.cuda.is_available():
         return "costs nothing here, where no GPU is visible"
     return f"{COSTS[name]}. To change it, {BACKENDS[name].remedy}"

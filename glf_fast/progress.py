@@ -1,4 +1,4 @@
-"""How far training is: a bar on a terminal, a line now and then elsewhere; and stopping in an orderly way."""
+"""Progress of training: a bar on a terminal, a line every few seconds elsewhere; and an orderly stop on signals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Progress:
             self._bar.close()
 
     def update(self, images: int, losses: Mapping[str, float]) -> None:
-        """So many images were seen by now, and these are the latest losses."""
+        """Show that so many images were seen, with the latest losses."""
         now = time.monotonic()
         new, self.images = images - self.images, images
         rate = new / max(now - self._clock, 1e-9)
@@ -56,7 +56,7 @@ class Progress:
             )
 
     def say(self, message: str) -> None:
-        """A line of its own, above the bar if there is one."""
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
         else:
@@ -68,7 +68,7 @@ class Progress:
 
 
 class Stop:
-    """Which signal asked to stop, 0 if none did."""
+    """The signal that asked for a stop; 0 if there was none."""
 
     signal = 0
 

@@ -1,4 +1,4 @@
-"""Random numbers keyed by what they are for, so that no draw depends on how many were made before it."""
+"""Random numbers keyed by their purpose, so that no draw depends on the draws before it."""
 
 from __future__ import annotations
 

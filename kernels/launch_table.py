@@ -1,6 +1,7 @@
-"""How each flow kernel is launched: rows per program, chunks, warps. Made by `tools/tune_flow.py`, not at run time.
+"""How each flow kernel is launched: rows per program, chunks, warps, stages. Nothing is tuned at run time.
 
-launch_table.json says how it was made. Its keys are architecture, kernel, size class, operand precision and batch range.
+launch_table.json says how it was made: chosen by compiling (`tools/choose_launches.py`) or measured (`tools/tune_flow.py`).
+Its keys are architecture, kernel, size class, operand precision and batch range.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["FEW", "KERNELS", "PRECISIONS", "SIZES", "Launch", "entries", "key_for", "launch_for"]
+__all__ = ["FEW", "KERNELS", "PRECISIONS", "SIZES", "Launch", "architecture", "entries", "key_for", "launch_for"]
 
 # Largest D and hidden width of a size class; a flow belongs to the first one that holds it.
 SIZES = {"small": (32, 64), "medium": (64, 256), "large": (128, 512), "huge": (256, 512)}
 # "deep" is the forward of three and four hidden layers; the backward stages its layers whatever their number.
 KERNELS = ("forward", "deep", "backward")
 PRECISIONS = ("bf16", "tf32", "tf32x3")
-# Rows up to which every multiprocessor has too few programs: short ones then, large tiles beyond.
-FEW = 4096
+# Rows up to which a batch is "few", by size class: tiles of 16 rows, as many programs as there can be. Beyond, larger tiles.
+# A program's weights come through its multiprocessor's port to L2, 64 bytes a clock at most, and from an L2 that gives 3,100
+# (H100). So from some 50 programs, 800 rows, on, those of wide flows share L2, and the time grows with the rows: at D 128,
+# H 512, K 16 256 programs of 16 rows read 24 MB each, 1.1 ms. A tile of 64 rows reads them a quarter as often and takes about
+# 1.6 times as long as one of 16 alone. Narrow flows wait for latencies, not for L2, and reach that point later.
+# By arithmetic (tools/flow_costs.py), not measured.
+FEW = {"small": 4096, "medium": 4096, "large": 2048, "huge": 2048}
 
 
 class Launch(NamedTuple):
@@ -56,7 +62,7 @@ def _table() -> dict[str, dict[str, Launch]]:
 
 
 @cache
-def _architecture(index: int) -> str:
+def architecture(index: int) -> str:
     """Which part of the table a GPU uses: consumer Blackwell has Ampere's matrix instructions and shared memory."""
     return {9: "90", 10: "100"}.get(torch.cuda.get_device_capability(index)[0], "80")
 
@@ -65,7 +71,7 @@ def key_for(backward: bool, dim: int, hidden: Sequence[int], precision: str, bat
     """The table's key of a flow of D columns and these hidden widths, for operands of this precision and a batch."""
     size = next(name for name, (d, h) in SIZES.items() if dim <= d and max(hidden) <= h)
     kernel = "backward" if backward else "deep" if len(hidden) > 2 else "forward"
-    return f"{kernel} {size} {precision} {'few' if batch <= FEW else 'many'}"
+    return f"{kernel} {size} {precision} {'few' if batch <= FEW[size] else 'many'}"
 
 
 def launch_for(
@@ -74,7 +80,7 @@ def launch_for(
     """The launch of a flow, as in `key_for`, on a device."""
     if device.type == "cpu":
         return INTERPRETED._replace(staged=len(hidden) > 2 or max(hidden) > 64)
-    return _table()[_architecture(device.index or 0)][key_for(backward, dim, hidden, precision, batch)]
+    return _table()[architecture(device.index or 0)][key_for(backward, dim, hidden, precision, batch)]
 
 
 def entries(arch: int) -> Iterator[tuple[str, Launch]]:

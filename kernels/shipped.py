@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from glf_fast.kernels import affine_coupling, coupling_flow, coupling_flow_backward
-from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions
+from glf_fast.kernels import affine_coupling, coupling_flow, coupling_flow_backward, packing, sums
+from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions, sizes
 from glf_fast.kernels.launch import Specialization
 from glf_fast.kernels.launch_table import SIZES, Launch, entries, key_for
 
-__all__ = ["FLOWS", "kernels", "shipped"]
+__all__ = ["FLOWS", "beside", "kernels", "of_entry", "shipped"]
 
 # D, hidden widths, context, rows: those of bench/cases.py. K does not occur in a kernel, so the memory case (K = 64, 4,096
 # rows) runs those of glf-cifar.
@@ -24,8 +24,8 @@ FLOWS = {
     "throughput": (64, (256, 256), 0, 65_536),
     "wide": (128, (512, 512), 0, 4_096),
 }
-# torch's matmul precision → operands of the affine maps, of the MLPs. "high" is in the entries.
-OPERANDS = {"highest": (FULL_PRECISION, FULL_PRECISION), "medium": ("tf32", "bf16")}
+# torch's matmul precision → operands of the affine maps, of the MLPs.
+OPERANDS = {"highest": (FULL_PRECISION, FULL_PRECISION), "high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}
 
 
 def of_entry(key: str, how: Launch) -> Specialization:
@@ -64,8 +64,23 @@ def kernels(key: str, how: Launch, arch: int) -> Iterator[Specialization]:
     yield of_entry(key, how)
 
 
-def shipped(arch: int) -> Iterator[Specialization]:
-    """All of them for sm_`arch`, and the elementwise coupling, which is launched alike everywhere."""
-    for key, how in entries(arch):
-        yield from kernels(key, how, arch)
+def beside() -> Iterator[Specialization]:
+    """Kernels that have no launch to choose: those that pack the named flows' parameters and sum their gradients."""
+    for name, (dim, hidden, context_dim, _) in FLOWS.items():
+        constants = sizes(dim, hidden, context_dim)
+        for precision, (maps, mlp) in OPERANDS.items():
+            options = FlowOptions("relu", "tanh", 2.0, False, False, maps, mlp)
+            for stacks in (1, 2):
+                yield packing.specialization(f"{name} {precision} packing, {stacks} maps", constants, stacks, options)
+        for kept in ("*fp32", "*bf16"):
+            yield sums.specialization(f"{name} sums of {kept[1:]}", constants, kept)
     yield from affine_coupling.specializations()
+
+
+def shipped(arch: int) -> Iterator[tuple[str, Specialization]]:
+    """All of them for sm_`arch`, by the keys of their launches, or "" where there is none."""
+    for key, how in entries(arch):
+        for spec in kernels(key, how, arch):
+            yield key, spec
+    for spec in beside():
+        yield "", spec

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from glf_fast import data, runs
-from glf_fast.command_line import parse_train
+from glf_fast import data
 from glf_fast.errors import run_command
-from glf_fast.train import Run
+from glf_fast.training import runs
+from glf_fast.training.arguments import parse_train
+from glf_fast.training.run import Run
 
 
 def main() -> None:
@@ -51,7 +52,8 @@ def main() -> None:
         run = Run(Path(folder), config, train, test, torch.device("cpu"))
         timed(run.trainer.model, "forward", "forward")
         timed(torch.Tensor, "backward", "backward")
-        timed(run.trainer.optimizer, "step", "optimizer")
+        for optimizer in run.trainer.optimizers.values():
+            timed(optimizer, "step", "optimizer")
         timed(run.trainer, "_update_average", "average")
         timed(run.trainer, "save", "checkpoints")
         timed(run, "_pictures", "pictures")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from glf_fast.data import load
+from glf_fast.data import as_images, load
 from glf_fast.files import save_tensors, sha256
 from glf_fast.images import to_float
 from glf_fast.metrics.tiny import TINY_WEIGHTS, TinyNet
@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     arguments = parser.parse_args()
 
-    train = load("fashion-mnist", "train", data_dir=arguments.data_dir)
-    test = load("fashion-mnist", "test", data_dir=arguments.data_dir)
+    train = as_images(load("fashion-mnist", "train", data_dir=arguments.data_dir))
+    test = as_images(load("fashion-mnist", "test", data_dir=arguments.data_dir))
     assert train.labels is not None and test.labels is not None
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)

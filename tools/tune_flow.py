@@ -1,231 +1,298 @@
-"""Makes kernels/launch_table.json: how each flow kernel is launched.
+"""Measures on a GPU how each flow kernel is launched best, and writes a launch table with what it finds.
 
-    python tools/tune_flow.py                          # on a GPU: measures, and replaces that architecture's part
-    python tools/tune_flow.py --compile-only --triton DIR     # without one: all architectures, by registers and spills
-    python tools/tune_flow.py --compile-only --triton DIR --keep    # the same, but launches that are good enough stay
+    python tools/tune_flow.py --seconds 80 --out launch_table.json     # what is measured by then is in the table
+    python tools/tune_flow.py --precompile                             # compiles what that would measure, and measures nothing
 
-DIR holds another Triton than the installed one (pip install --no-deps --target DIR triton==…): launches are chosen over both.
-Candidates stand in order of preference: large chunks (less to re-read) before small ones, few warps before many, the first of
-two hidden layers in registers before memory. Compile-only takes the first one of which no kernel, of the entry or of the
-named flows (kernels/shipped.py), spills more than KEEP bytes in any version, and which leaves room for two programs on a
-multiprocessor; else the one that spills least.
-Measuring takes the fastest of those that spill at most 2 SPILLS bytes: graph replays of 10 launches, median of 20.
+Both go through the keys that the benchmarks run, and through the most promising launches of each (flow_candidates.py).
+A launch is compiled by the same route as a user's, in as many processes as there are processors, and found in Triton's cache
+by whoever launches it later. So the cache can be filled beforehand and carried to another machine with the same Triton and
+kind of GPU. Without a GPU, tools/stub_gpu.py runs `--precompile`.
+
+Measured are graphs of 5 launches, replayed 10 times (large batches: for at least 15 ms), packing of parameters included,
+which all launches of a key share; of the backward the kernel without the products for the gradients of weights. The best 5
+are measured again, and the smaller of two times counts. A launch whose results are not those of the first one, which is the
+committed table's, is dropped, and so is one that does not compile or fit; both are said.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import math
+import multiprocessing
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
+import launch_file
 import torch
-from triton_resources import Compiler, Resources
+import triton
+from flow_candidates import candidates, case, tuned_keys
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from glf_fast.kernels import coupling_flow, coupling_flow_backward
-from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions
-from glf_fast.kernels.launch_table import KERNELS, PRECISIONS, SIZES, Launch
-from glf_fast.kernels.shipped import kernels, of_entry
+from glf_fast.kernels.flow_options import FlowOptions
+from glf_fast.kernels.launch_table import Launch, architecture
+from glf_fast.kernels.shipped import kernels
 
-TABLE = Path(coupling_flow.__file__).with_name("launch_table.json")
-ARCHITECTURES = ("90", "80", "100")
-SHARED = (
-    96 << 10
-)  # bytes a program: two on a multiprocessor from sm_80 on, one on the smaller ones of sm_86, 89 and 120
-SPILLS = 128
-KEEP = 64  # bytes spilled that are good enough: versions of ptxas differ by as much
-SECTIONS = ("launches", "resources", "microseconds")  # of the table; resources: registers, spilled bytes, shared bytes
+FIRST = 16  # launches of every key that are measured before the rest of any
+AGAIN = 5
+SECONDS = 0.015  # of one measurement, at least
+HOPELESS = 2.0  # times the best one's time in a single call: not measured further
+HOST = 1e3  # microseconds by which the host may delay a single call: assumed
+# ‖difference‖/‖first result‖, from which on results are wrong. Launches differ in the order of their sums alone, and in what is
+# then rounded otherwise: up to 6e-4, 2e-4 and 6e-7 of glf-cifar's results and gradients, emulated with sums of 8, 32 and 256.
+# Matrix units truncate sums, which is some 10 times as much in float32. One wrong row in 256 is 6e-2.
+TOLERANCE = {"bf16": 1e-2, "tf32": 4e-3, "tf32x3": 5e-4}
 
-# Rows, columns and depth of chunks, warps.
-FEW_ROWS = (
-    (16, 64, 64, 4), (16, 64, 32, 4), (16, 32, 64, 4), (16, 32, 32, 4), (16, 32, 16, 4), (16, 16, 32, 4), (16, 16, 16, 4),
-    (16, 64, 32, 8), (16, 32, 32, 8), (16, 32, 16, 8),
-)  # fmt: skip
-MANY_ROWS = (
-    (128, 64, 64, 8), (64, 64, 64, 4), (64, 64, 32, 4), (64, 32, 32, 4), (64, 64, 64, 8), (64, 64, 32, 8), (64, 32, 32, 8),
-    (32, 64, 64, 4), (32, 64, 32, 4), (32, 32, 32, 4), (32, 32, 16, 4), (32, 32, 32, 8), (32, 32, 16, 8),
-)  # fmt: skip
+Run = Callable[[Launch, bool], list[Tensor]]
 
 
-def keys() -> Iterator[str]:
-    """All keys of an architecture's part."""
-    for parts in itertools.product(KERNELS, SIZES, PRECISIONS, ("few", "many")):
-        yield " ".join(parts)
+def runner(key: str, rows: int | None = None) -> Run:
+    """A function that runs the key's flow, or its backward, with a launch; for True, with the products for weights.
 
-
-def candidates(key: str) -> Iterator[Launch]:
-    """The launches to choose from, in order of preference."""
-    kernel, size, _, batch = key.split()
-    chunks: tuple[tuple[int, int, int, int], ...] = FEW_ROWS
-    if batch == "many":
-        chunks = {"large": MANY_ROWS[4:], "huge": MANY_ROWS[6:]}.get(size, MANY_ROWS) + FEW_ROWS
-    # A first hidden layer of 512 is never kept: as an operand of 16 rows it takes 256 registers of every thread.
-    kept = (False, True) if kernel == "forward" and size in ("small", "medium") else (True,)
-    launches = [
-        Launch(rows, columns, depth, staged, warps, num_stages=2)
-        for rows, columns, depth, warps in chunks
-        for staged in kept
-    ]
-    # One wave of short programs waits for its own barriers; many waves wait for weights, which larger tiles read less often.
-    yield from sorted(launches, key=lambda how: how.staged) if batch == "few" else launches
-
-
-def take(
-    key: str, how: Launch, arch: str, compilers: list[Compiler], below: float
-) -> tuple[int, dict[str, dict[str, Resources]]] | None:
-    """The most that a kernel of this launch spills, and what each takes, by name and Triton version.
-
-    None as soon as one does not compile, leaves no room for two programs, or spills no less than `below`.
+    `rows` replaces the batch of the key.
     """
-    most = 0
-    found: dict[str, dict[str, Resources]] = {}
-    for spec in kernels(key, how, int(arch)):
-        for compiler in compilers:
-            compiler.ask(spec, int(arch))
-        answers = [compiler.answer() for compiler in compilers]
-        found[spec.name] = {}
-        for compiler, taken in zip(compilers, answers, strict=True):
-            if taken is None or taken.shared > SHARED or taken.spills >= below:
-                return None
-            most = max(most, taken.spills)
-            found[spec.name][compiler.version] = taken
-    return most, found
-
-
-def choose(
-    key: str, arch: str, present: Launch | None, compilers: list[Compiler]
-) -> tuple[Launch, dict[str, dict[str, Resources]]]:
-    """By compiling alone: the launch, and what its kernels take. The `present` one stays if it spills at most KEEP bytes."""
-    best: tuple[float, Launch, dict[str, dict[str, Resources]]] = (math.inf, Launch(0, 0, 0, True, 0, 0), {})
-    for how in itertools.chain([present] if present else [], candidates(key)):
-        if taken := take(key, how, arch, compilers, best[0]):
-            best = (taken[0], how, taken[1])
-        if best[0] <= KEEP:
-            break
-    assert best[2], f"nothing compiles for {key} on sm_{arch}"
-    return best[1:]
-
-
-def microseconds(run: Callable[[], Any]) -> float:
-    """Of one call on the GPU: median of 20 replays of a graph of 10 calls."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(10):
-            run()
-    times = []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / 10)
-    return statistics.median(times)
-
-
-def measure(key: str, how: Launch) -> float:
-    """Microseconds of the key's largest flow, K = 8, at 256 or 65,536 rows."""
-    kernel, size, precision, batch = key.split()
-    dim, width = SIZES[size]
-    widths = [dim // 2, *[width] * (4 if kernel == "deep" else 2), dim]
-    rows, steps = 256 if batch == "few" else 65_536, 8
+    flow = case(key)
+    rows = rows or flow.rows
+    widths = [flow.dim - flow.dim // 2, *flow.hidden, 2 * (flow.dim // 2)]
     generator = torch.Generator("cuda").manual_seed(0)
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cuda")
 
-    matrix = torch.linalg.qr(normal(steps, dim, dim)).Q.contiguous()
-    weights = [normal(steps, n, m) / n**0.5 for n, m in itertools.pairwise(widths)]
-    biases = [normal(steps, n) for n in widths[1:]]
-    maps = FULL_PRECISION if precision == "bf16" else precision
-    options = FlowOptions("relu", "tanh", 2.0, False, False, maps, precision)
-    x, offset = normal(rows, dim), normal(steps, dim)
-    if kernel != "backward":
-        return microseconds(
-            lambda: coupling_flow.flow_forward(x, matrix, offset, weights, biases, None, options, False, True, how)
+    matrix = torch.eye(flow.dim, device="cuda") + 0.1 * normal(flow.steps, flow.dim, flow.dim) / flow.dim**0.5
+    # So that rounding is not amplified, last layers are small, as in a trained flow, and half of the ReLUs are on and half off
+    # by a margin, or rounding would switch some.
+    scales = [0.3 * n**-0.5 for n in widths[:-2]] + [0.1 * widths[-2] ** -0.5]
+    weights = [s * normal(flow.steps, n, m) for s, n, m in zip(scales, widths, widths[1:], strict=False)]
+    biases = [3.0 * normal(flow.steps, n).sign() for n in flow.hidden] + [0.1 * normal(flow.steps, widths[-1])]
+    x, offset = normal(rows, flow.dim), 0.1 * normal(flow.steps, flow.dim)
+    maps = "tf32" if flow.precision == "bf16" else flow.precision
+    options = FlowOptions("relu", "tanh", 2.0, False, False, maps, flow.precision)
+    state, grads = normal(flow.steps, rows, flow.dim), (normal(rows, flow.dim), normal(rows))
+
+    def forward(how: Launch, whole: bool) -> list[Tensor]:
+        del whole
+        return list(
+            coupling_flow.flow_forward(x, matrix, offset, None, weights, biases, None, options, False, True, how)
         )
-    _, logdet, saved = coupling_flow.flow_forward(x, matrix, offset, weights, biases, None, options, False, True)
-    return microseconds(
-        lambda: coupling_flow_backward.flow_backward(
-            x, logdet, saved, matrix, None, offset, weights, biases, None, options, False, False, how
+
+    def backward(how: Launch, whole: bool) -> list[Tensor]:
+        return coupling_flow_backward.flow_backward(
+            *grads, state, matrix, None, offset, weights, biases, None, options, False, whole, False, how
         )
+
+    return backward if flow.backward else forward
+
+
+@cache
+def _small(key: str) -> Run:
+    return runner(key, rows=16)
+
+
+def _compile_only() -> None:
+    """In a process that compiles: kernels are not launched, so that nothing disturbs what another process measures."""
+    os.nice(5)
+    triton.JITFunction.__getitem__ = lambda kernel, grid: partial(kernel.warmup, grid=grid)
+
+
+def _compile(key: str, how: Launch) -> int:
+    """Compile what a launch needs; the number of kernels that were not in the cache."""
+    missed: list[bool] = []
+    triton.knobs.compilation.listener = lambda **found: missed.append(not found["cache_hit"])
+    _small(key)(how, False)
+    return sum(missed)
+
+
+Jobs = dict[tuple[str, Launch], "Future[int]"]
+
+
+def compile_all(jobs: list[tuple[str, Launch]]) -> Jobs:
+    """Begin to compile, in this order."""
+    # One process imports torch, before anything uses the GPU, and the others are its copies.
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_compile_only)
+    return {job: pool.submit(_compile, *job) for job in jobs}
+
+
+def in_order(arch: str) -> Iterator[tuple[str, list[Launch]]]:
+    """Keys and launches in the order in which they are compiled and measured."""
+    for start, end in ((0, FIRST), (FIRST, None)):
+        for key in tuned_keys():
+            if launches := candidates(key, arch)[start:end]:
+                yield key, launches
+
+
+def precompile(arch: str, end: float) -> None:
+    """Fill Triton's cache."""
+    jobs = compile_all([(key, how) for key, launches in in_order(arch) for how in launches])
+    started, compiled, failed = time.monotonic(), 0, 0
+    for i, ((key, how), future) in enumerate(jobs.items(), 1):
+        try:
+            compiled += future.result(max(0.0, end - time.monotonic()))
+        except Late:
+            sys.exit(f"stopped after {i - 1} of {len(jobs)} launches: the time is over")
+        except Exception as error:  # every pass of the compiler has its own kinds
+            failed += 1
+            print(f"{key} {list(how)} does not compile: {str(error).splitlines()[0]}", flush=True)
+        if i % 20 == 0 or i == len(jobs):
+            seconds = time.monotonic() - started
+            print(
+                f"{i}/{len(jobs)} launches, {compiled} kernels compiled, {failed} failed, {seconds:.0f} s", flush=True
+            )
+    for key in tuned_keys():  # the launchers, which are compiled for a kernel's arguments at its first launch
+        _small(key)(candidates(key, arch)[0], False)
+
+
+class Wrong(Exception):
+    """A launch computes something else than the first one."""
+
+
+class Key:
+    """What is known of one key's launches."""
+
+    def __init__(self, key: str, first: Launch) -> None:
+        self.key = key
+        self.run = runner(key)
+        self.right = [t.clone() for t in self.run(first, True)]
+        self.times: dict[Launch, float] = {}
+        self.times[first] = self.measure(first)
+        self.compiled = 0  # kernels that were not in the cache
+
+    def check(self, how: Launch) -> None:
+        """Compare a launch's results with the first one's."""
+        tolerance = TOLERANCE[case(self.key).precision]
+        for found, right in zip(self.run(how, True), self.right, strict=True):
+            error, norm = (found - right).norm(), right.norm()
+            if not error <= tolerance * norm:  # NaN is wrong, too
+                raise Wrong(f"results differ by {error / norm:.1g} of their norm")
+
+    def measure(self, how: Launch) -> float:
+        """Microseconds of a launch: the median of replays of a graph, or of a single call where that says enough."""
+        run = partial(self.run, how, False)
+        once = _microseconds(run)
+        if once > HOST + HOPELESS * min(self.times.values(), default=float("inf")):
+            return once
+        graph, launches = torch.cuda.CUDAGraph(), max(1, min(5, int(SECONDS / 10 * 1e6 / once)))
+        with torch.cuda.graph(graph):
+            for _ in range(launches):
+                run()
+        graph.replay()
+        replays = max(3, min(10, int(SECONDS * 1e6 / (once * launches))))
+        return statistics.median(_microseconds(graph.replay) / launches for _ in range(replays))
+
+    def consider(self, how: Launch, compiled: Future[int], end: float) -> None:
+        """Check and measure a launch as soon as it is compiled; say why where it is dropped."""
+        if how in self.times:
+            return
+        why = ""
+        try:
+            self.compiled += compiled.result(max(0.0, end - time.monotonic()))
+        except Late:
+            return
+        except Exception as error:  # every pass of the compiler has its own kinds
+            why = f"does not compile: {error}"
+        try:
+            if not why:
+                self.check(how)
+                self.times[how] = self.measure(how)
+        except (OutOfResources, Wrong) as error:
+            why = str(error)
+        if why:
+            print(f"{self.key} {list(how)} dropped: {why}", flush=True)
+
+    def best(self, n: int) -> Launch:
+        """The fastest launch, after another measurement of the best n."""
+        for how in sorted(self.times, key=self.times.__getitem__)[:n]:
+            self.times[how] = min(self.times[how], self.measure(how))
+        return min(self.times, key=self.times.__getitem__)
+
+
+def _microseconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end)
+
+
+def _warm_up() -> None:
+    """Half a second of products: an idle GPU's clock is low."""
+    a = torch.randn(4096, 4096, device="cuda")
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        a @ a
+        torch.cuda.synchronize()
+
+
+def tune(arch: str, end: float, out: Path) -> None:
+    """Measure until `end`, and write the table after every key."""
+    table = launch_file.read()
+    launches, resources, microseconds = (
+        table[name].setdefault(arch, {}) for name in ("launches", "resources", "microseconds")
     )
-
-
-def fastest(key: str, arch: str, compiler: Compiler) -> tuple[Launch, dict[str, dict[str, Resources]], float]:
-    """By measuring: the launch, what its entry's kernel takes, microseconds."""
-    measured = []
-    for how in candidates(key):
-        taken = compiler.resources(of_entry(key, how), int(arch))
-        if taken and taken.spills <= 2 * SPILLS and taken.shared <= 2 * SHARED:
-            measured.append((measure(key, how), how, {key: {compiler.version: taken}}))
-    took, how, found = min(measured)
-    return how, found, took
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}"
+    compiled_before = table["made"].get(arch, "")
+    table["made"][arch] = f"{compiled_before}; under microseconds: {torch.cuda.get_device_name()}, {versions}"
+    launch_file.write(out, table)
+    jobs = compile_all([(key, how) for key, hows in in_order(arch) for how in hows])
+    _warm_up()
+    known: dict[str, Key] = {}
+    for key, hows in in_order(arch):
+        present = Launch(*launches[key])
+        if key not in known:
+            known[key] = Key(key, present)
+        one = known[key]
+        for how in hows:
+            if time.monotonic() > end:
+                break
+            one.consider(how, jobs[key, how], end)
+        best = one.best(AGAIN)
+        launches[key], microseconds[key] = list(best), round(one.times[best], 2)
+        if best != present:  # these are of a launch that is no more
+            for spec in kernels(key, best, int(arch)):
+                resources.pop(spec.name, None)
+        launch_file.write(out, table)
+        gain = one.times[present] / one.times[best]
+        print(
+            f"{key:28} {list(best)!s:32} {microseconds[key]:9.1f} µs, best of {len(one.times)}; "
+            f"{gain:.2f} times as fast as {list(present)}",
+            flush=True,
+        )
+        if time.monotonic() > end:
+            break
+    missing = [key for key in tuned_keys() if key not in known]
+    compiled = sum(one.compiled for one in known.values())
+    late = f"; no time for {', '.join(missing)}" if missing else ""
+    print(f"{len(known)} keys measured, for which {compiled} kernels were compiled{late}", flush=True)
 
 
 def main() -> None:
-    """Write the table."""
+    """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile-only", action="store_true")
-    parser.add_argument("--arch", choices=ARCHITECTURES, help="this one alone; with --compile-only")
-    parser.add_argument("--keep", action="store_true", help=f"keep launches that spill at most {KEEP} bytes")
-    parser.add_argument("--out", type=Path, default=TABLE, help="where the table goes")
-    parser.add_argument("--only", default="", help="keys that contain this, such as 'medium bf16'")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many; what is measured is kept")
-    parser.add_argument("--triton", action="append", default=[], help="folder with another Triton that must agree")
+    parser.add_argument("--precompile", action="store_true", help="compile what would be measured, and measure nothing")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many seconds")
+    parser.add_argument("--out", type=Path, default=launch_file.TABLE, help="where the table goes")
     arguments = parser.parse_args()
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"made": {}, "launches": {}, "resources": {}}
-    compilers = [Compiler(folder) for folder in (None, *arguments.triton)]
-    versions = " and ".join(compiler.version for compiler in compilers)
-    if arguments.compile_only:
-        made, architectures = (
-            f"compiled only, Triton {versions}; not measured",
-            [arguments.arch] if arguments.arch else list(ARCHITECTURES),
-        )
-    else:
-        major, minor = torch.cuda.get_device_capability()
-        architectures = [f"{major}{minor}"]
-        where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {versions}"
-        made = f"the entries under microseconds: measured on {where}"
-    end = time.monotonic() + 60 * arguments.minutes
-    for arch in architectures:
-        launches, taken, times = (table.setdefault(name, {}).setdefault(arch, {}) for name in SECTIONS)
-        for key in keys():
-            if arguments.only not in key or time.monotonic() > end:
-                continue
-            if arguments.compile_only:
-                present = launches.get(key) if arguments.keep else None
-                launches[key], found = choose(key, arch, present and Launch(*present), compilers)
-            else:
-                launches[key], found, times[key] = fastest(key, arch, compilers[0])
-            for name, by_version in found.items():
-                taken[name] = {version: list(r) for version, r in by_version.items()}
-                print(f"sm_{arch}", name, launches[key], taken[name], times.get(key, ""), flush=True)
-            table["made"][arch] = made
-            arguments.out.write_text(_one_entry_a_line(table))
-    for compiler in compilers:
-        compiler.close()
-
-
-def _one_entry_a_line(table: dict[str, Any]) -> str:
-    sections = []
-    for name, section in table.items():
-        lines = []
-        for arch, content in section.items():
-            if isinstance(content, dict):
-                rows = ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-                lines.append(f"  {json.dumps(arch)}: {{\n{rows}\n  }}")
-            else:
-                lines.append(f"  {json.dumps(arch)}: {json.dumps(content)}")
-        sections.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
-    return "{\n" + ",\n".join(sections) + "\n}\n"
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU is visible; tools/stub_gpu.py runs --precompile without one")
+    end = time.monotonic() + arguments.seconds
+    arch = architecture(torch.cuda.current_device())
+    try:
+        if arguments.precompile:
+            precompile(arch, end)
+        else:
+            tune(arch, end, arguments.out)
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -17,14 +17,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from glf_fast import checkpoint, data, metrics, runs
+from glf_fast import data, metrics
 from glf_fast.command_line import parse
 from glf_fast.errors import UserError, run_command
-from glf_fast.evaluate import reconstructions
 from glf_fast.files import write_json
 from glf_fast.images import to_float, to_uint8
 from glf_fast.models import GLF
-from glf_fast.sample import draw
+from glf_fast.training import checkpoint, runs
+from glf_fast.training.pictures import draw
+from glf_fast.training.scoring import reconstructions
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def main() -> None:
     model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, "best"), torch.device("cpu"))
     if not isinstance(model, GLF):
         raise UserError(f"{command.run} holds a {type(model).__name__}, not a GLF")
-    train, test = (data.load(config.data.source, s, image_size=config.data.image_size) for s in data.SPLITS)
+    train, test = (
+        data.as_images(data.load(config.data.source, s, image_size=config.data.image_size)) for s in data.SPLITS
+    )
     extractor = metrics.extractor(command.extractor)
     reference = metrics.reference(train, test, extractor, n=command.n)
     generator = torch.Generator().manual_seed(0)
@@ -70,9 +73,9 @@ def main() -> None:
 
     codes = torch.cat([model.encode(to_float(part)) for part in train.images.split(500)])
     spread = torch.linalg.cholesky(torch.cov(codes.T))
-    noise = torch.randn(command.n, model.latent_dim, generator=generator)
+    noise = torch.randn(command.n, model.settings.latent_dim, generator=generator)
     images = {
-        "pca-gaussian": pca_gaussian(train.images, model.latent_dim, command.n, generator),
+        "pca-gaussian": pca_gaussian(train.images, model.settings.latent_dim, command.n, generator),
         "standard-normal": decode(noise),
         "fitted-normal": decode(codes.mean(0) + noise @ spread.T),
         "flow": draw(model, command.n, seed=0),

@@ -95,18 +95,29 @@ GLF_KERNEL(block_threads)
                      A_inv ? A_inv + matrix : nullptr, c + vector, logabsdet + k, shared_memory());
 }
 
+// ∂A of each layer less A⁻ᵀ ∂A⁻¹ A⁻ᵀ, a block for `strip_rows` of its rows.
 template <class T>
 GLF_KERNEL(block_threads)
-    plu_assemble_backward_kernel(Layer<T> first, const T* A, const T* A_inv, const T* grad_A, const T* grad_A_inv,
-                                 const T* grad_c, const T* grad_logabsdet, LayerGradients<T> grad, T* work) {
-  const long long k = block_index(), vector = k * first.D, matrix = vector * first.D;
+    plu_inverse_gradient_kernel(int D, const T* A_inv, const T* grad_A, const T* grad_A_inv, T* half, T* result) {
+  const int strips = strips_of(D);
+  const long long matrix = block_index() / strips * D * D;
+  plu_inverse_gradient_strip(Block{}, D, static_cast<int>(block_index() % strips) * strip_rows, A_inv + matrix,
+                             grad_A ? grad_A + matrix : nullptr, grad_A_inv + matrix, half + matrix, result + matrix,
+                             shared_memory());
+}
+
+template <class T>
+GLF_KERNEL(block_threads)
+    plu_assemble_backward_kernel(Layer<T> first, const T* A, const T* grad_A, const T* grad_c, const T* grad_logabsdet,
+                                 LayerGradients<T> grad) {
+  const int jobs = backward_jobs(first.D, first.log_scale);
+  const long long k = block_index() / jobs, vector = k * first.D, matrix = vector * first.D;
   const LayerGradients<T> mine{grad.lower + matrix, grad.upper + matrix, grad.log_diag + vector,
                                grad.log_scale ? grad.log_scale + vector : nullptr,
                                grad.bias ? grad.bias + vector : nullptr};
-  plu_assemble_backward_layer(Block{}, layer(first, k), A + matrix, A_inv ? A_inv + matrix : nullptr,
-                              grad_A ? grad_A + matrix : nullptr, grad_A_inv ? grad_A_inv + matrix : nullptr,
-                              grad_c ? grad_c + vector : nullptr, grad_logabsdet ? grad_logabsdet + k : nullptr, mine,
-                              work + matrix, shared_memory());
+  plu_assemble_backward_job(Block{}, layer(first, k), static_cast<int>(block_index() % jobs), A + matrix,
+                            grad_A ? grad_A + matrix : nullptr, grad_c ? grad_c + vector : nullptr,
+                            grad_logabsdet ? grad_logabsdet + k : nullptr, mine, shared_memory());
 }
 
 }  // namespace glf::device

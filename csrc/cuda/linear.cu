@@ -118,9 +118,16 @@ const char* plu_assemble_backward(Stream stream, long long count, const Layer<T>
                                   const T* grad_A, const T* grad_A_inv, const T* grad_c, const T* grad_logabsdet,
                                   const LayerGradients<T>& grad, T* work) {
   if (!count) return nullptr;
-  plu_assemble_backward_kernel<<<static_cast<unsigned>(count), block_threads, plu_backward_bytes<T>(first.D),
-                                 static_cast<cudaStream_t>(stream)>>>(first, A, A_inv, grad_A, grad_A_inv, grad_c,
-                                                                      grad_logabsdet, grad, work);
+  const auto s = static_cast<cudaStream_t>(stream);
+  const int D = first.D;
+  if (grad_A_inv) {  // grad.lower is room for it until it gets its values
+    plu_inverse_gradient_kernel<<<static_cast<unsigned>(count * strips_of(D)), block_threads, product_bytes<T>(), s>>>(
+        D, A_inv, grad_A, grad_A_inv, grad.lower, work);
+    if (const char* error = outcome()) return error;
+  }
+  const long long blocks = count * backward_jobs(D, first.log_scale);
+  plu_assemble_backward_kernel<<<static_cast<unsigned>(blocks), block_threads, plu_backward_bytes<T>(D), s>>>(
+      first, A, grad_A_inv ? work : grad_A, grad_c, grad_logabsdet, grad);
   return outcome();
 }
 

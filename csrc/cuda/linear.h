@@ -16,7 +16,7 @@ const char* slogdet_inverse(Stream, long long count, int D, const T* A, T* sign,
 // `first` is the first of `count` layers.
 template <class T>
 const char* plu_assemble(Stream, long long count, const Layer<T>& first, T* A, T* A_inv, T* c, T* logabsdet);
-// `work`: count D² numbers.
+// One launch; with `grad_A_inv` two, and `work`, count D² numbers.
 template <class T>
 const char* plu_assemble_backward(Stream, long long count, const Layer<T>& first, const T* A, const T* A_inv,
                                   const T* grad_A, const T* grad_A_inv, const T* grad_c, const T* grad_logabsdet,

@@ -3,6 +3,7 @@
 // loop, neighbouring lanes read neighbours, or all the same; a thread computes four rows of a product at once, for which it
 // reads five numbers instead of eight. A column of A⁻¹ is D²/2 multiply-adds that each wait for another, were one thread to
 // solve it row by row: here D/8 strips wait for each other, each of up to D/2 steps of four sums and a triangle of 16 rows.
+// The backward is products alone: 16 × 32 entries of a result are a block's work, whatever else the layer has.
 #pragma once
 
 #include "layer.cuh"
@@ -11,9 +12,21 @@ namespace glf::device {
 
 inline constexpr int slice_columns = 32;  // of A, A⁻¹ and c that one block computes: a layer is ⌈D / 32⌉ blocks' work
 inline constexpr int strip_rows = 16;     // that a substitution solves for at once, in one thread's registers a column
-inline constexpr int patch_side = 32;     // of the piece of a matrix that is transposed at once
+inline constexpr int tile_columns = 32;   // of the pieces of ∂L and ∂U, strip_rows high, that one block computes
+inline constexpr int sum_rows = 4;        // of ∂log_scale and ∂bias that one block computes
+// Of a product's inner dimension, what passes through shared memory at once: all of it at D = 64 in float32.
+template <class T>
+inline constexpr int inner_chunk = sizeof(T) == 4 ? 64 : 32;
+// Lines of shared memory by inner index, so padded that columns meet different banks and a thread's two rows are one read.
+inline constexpr int left_line = strip_rows + 2, right_line = tile_columns + 1;
 
 GLF_DEVICE_AND_HOST int slices_of(int D) { return (D + slice_columns - 1) / slice_columns; }
+GLF_DEVICE_AND_HOST int strips_of(int D) { return (D + strip_rows - 1) / strip_rows; }
+GLF_DEVICE_AND_HOST int tiles_of(int D) { return strips_of(D) * ((D + tile_columns - 1) / tile_columns); }
+// Blocks of one layer's backward: the tiles of ∂L, those of ∂U, and rows of the ActNorm's gradients.
+GLF_DEVICE_AND_HOST int backward_jobs(int D, bool actnorm) {
+  return 2 * tiles_of(D) + (actnorm ? (D + sum_rows - 1) / sum_rows : 0);
+}
 
 // Shared memory that a block needs.
 template <class T>
@@ -22,8 +35,13 @@ GLF_DEVICE_AND_HOST int plu_assemble_bytes(int D) {
          D * static_cast<int>(sizeof(int));
 }
 template <class T>
+GLF_DEVICE_AND_HOST int product_bytes() {
+  return inner_chunk<T> * (left_line + right_line) * static_cast<int>(sizeof(T));
+}
+template <class T>
 GLF_DEVICE_AND_HOST int plu_backward_bytes(int D) {
-  return (2 * D + patch_side * (patch_side + 1)) * static_cast<int>(sizeof(T));
+  return product_bytes<T>() + tile_columns * static_cast<int>(sizeof(T)) +
+         D * static_cast<int>(sizeof(T) + sizeof(int));
 }
 
 // sum[r] += Σ x(i + r, k) y(k) over begin ≤ k < end, for four rows; x is asked for no row from D on.
@@ -148,90 +166,167 @@ GLF_DEVICE void plu_assemble_slice(const Block& block, const Layer<T>& p, int fi
   }
 }
 
-// to = fromᵀ, patch by patch through shared memory.
+// Two entries of a tile of strip_rows × tile_columns: rows 2 (thread / 32) and the next, column thread % 32.
 template <class T>
-GLF_DEVICE void transpose(const Block& block, int D, const T* from, T* to, T* patch) {
-  for (int i = 0; i < D; i += patch_side)
-    for (int j = 0; j < D; j += patch_side) {
-      block.each(patch_side, patch_side, [&](int r, int c) {
-        if (i + r < D && j + c < D) patch[r * (patch_side + 1) + c] = from[(i + r) * D + j + c];
-      });
-      block.each(patch_side, patch_side, [&](int r, int c) {
-        if (j + r < D && i + c < D) to[(j + r) * D + i + c] = patch[c * (patch_side + 1) + r];
-      });
-    }
+struct TilePair {
+  T sum[2];
+};
+
+// A tile of a product: Σ left(row, k) right(k, column) over begin ≤ k < end. Neighbouring threads ask for neighbouring rows of
+// `left`, or else inner indices; of `right` for neighbouring inner indices, or else columns: as the matrices lie in memory.
+// Both are asked for k < end alone, but for any row and column of the tile. They must not branch: a load in a branch is waited
+// for there, one after the other, each 600 clocks and more.
+template <bool left_by_rows, bool right_by_inner, class T, class L, class R>
+GLF_DEVICE void tile_product(const Block& block, int begin, int end, L left, R right, PerThread<TilePair<T>>& pairs,
+                             T* shared) {
+  constexpr int inner = inner_chunk<T>, S = strip_rows, C = tile_columns, threads = S / 2 * C;
+  T *lines_left = shared, *lines_right = shared + inner * left_line;
+  block.threads_unguarded(pairs, [](int, TilePair<T>& own) { own.sum[0] = own.sum[1] = 0; });
+  for (int first = begin; first < end; first += inner) {
+    block.threads(pairs, [&](int t, TilePair<T>&) {
+      T x[inner * S / threads], y[inner * C / threads];
+#pragma unroll
+      for (int i = 0; i < inner * S / threads; ++i) {
+        const int e = t + threads * i, row = left_by_rows ? e % S : e / inner, k = left_by_rows ? e / S : e % inner;
+        const T value = left(row, first + k < end ? first + k : end - 1);
+        x[i] = first + k < end ? value : T(0);
+      }
+#pragma unroll
+      for (int i = 0; i < inner * C / threads; ++i) {
+        const int e = t + threads * i, column = right_by_inner ? e / inner : e % C, k = right_by_inner ? e % inner : e / C;
+        const T value = right(first + k < end ? first + k : end - 1, column);
+        y[i] = first + k < end ? value : T(0);
+      }
+#pragma unroll
+      for (int i = 0; i < inner * S / threads; ++i) {
+        const int e = t + threads * i, row = left_by_rows ? e % S : e / inner, k = left_by_rows ? e / S : e % inner;
+        lines_left[k * left_line + row] = x[i];
+      }
+#pragma unroll
+      for (int i = 0; i < inner * C / threads; ++i) {
+        const int e = t + threads * i, column = right_by_inner ? e / inner : e % C, k = right_by_inner ? e % inner : e / C;
+        lines_right[k * right_line + column] = y[i];
+      }
+    });
+    block.threads(pairs, [&](int t, TilePair<T>& own) {
+#pragma unroll 16
+      for (int k = 0; k < inner; ++k) {
+        const T y = lines_right[k * right_line + t % C];
+        own.sum[0] += lines_left[k * left_line + t / C * 2] * y;
+        own.sum[1] += lines_left[k * left_line + t / C * 2 + 1] * y;
+      }
+    });
+  }
 }
 
-// From ∂A, ∂A⁻¹, ∂c, ∂log|det A| (null where zero); one block a layer. `work` (D, D) is work space, and so are, until they get
-// their values, the gradients of lower (∂A in all) and of upper (what had to be transposed).
+// Rows `first` … of ∂A − A⁻ᵀ ∂A⁻¹ A⁻ᵀ, ∂A null where zero. The first product's rows pass through `half` (D, D), where no other
+// block needs them.
 template <class T>
-GLF_DEVICE void plu_assemble_backward_layer(const Block& block, const Layer<T>& p, const T* A, const T* A_inv,
-                                            const T* grad_A, const T* grad_A_inv, const T* grad_c,
-                                            const T* grad_logabsdet, const LayerGradients<T>& grad, T* work,
-                                            unsigned char* shared) {
-  const int D = p.D, quads = (D + 3) / 4;
-  T *diag = reinterpret_cast<T*>(shared), *scale = diag + D, *patch = scale + D;
-  T *g = grad.lower, *transposed = grad.upper;
-  const T g_logdet = grad_logabsdet ? *grad_logabsdet : T(0);
-  block.each(D, [&](int i) {
-    diag[i] = p.diag(i);
-    scale[i] = p.scale(i);
-  });
-  if (grad_A_inv) {
-    block.each(quads, D, [&](int quad, int j) {  // A⁻ᵀ ∂A⁻¹
-      T sum[4] = {};
-      add_products(sum, D, 4 * quad, 0, D, [&](int row, int k) { return A_inv[k * D + row]; },
-                   [&](int k) { return grad_A_inv[k * D + j]; });
-      for (int r = 0; r < 4 && 4 * quad + r < D; ++r) work[(4 * quad + r) * D + j] = sum[r];
+GLF_DEVICE void plu_inverse_gradient_strip(const Block& block, int D, int first, const T* A_inv, const T* grad_A,
+                                           const T* grad_A_inv, T* half, T* result, unsigned char* shared) {
+  T* lines = reinterpret_cast<T*>(shared);
+  PerThread<TilePair<T>> pairs;
+  const auto within = [&](int i) { return i < D ? i : D - 1; };  // beyond it nobody looks at the sums
+  const auto each_entry = [&](int column, auto f) {
+    block.threads(pairs, [&](int t, TilePair<T>& own) {
+      for (int r = 0; r < 2; ++r) {
+        const int i = first + t / tile_columns * 2 + r, j = column + t % tile_columns;
+        if (i < D && j < D) f(i * D + j, own.sum[r]);
+      }
     });
-    transpose(block, D, A_inv, transposed, patch);
+  };
+  for (int column = 0; column < D; column += tile_columns) {
+    tile_product<true, false>(
+        block, 0, D, [&](int row, int k) { return A_inv[k * D + within(first + row)]; },
+        [&](int k, int j) { return grad_A_inv[k * D + within(column + j)]; }, pairs, lines);
+    each_entry(column, [&](int at, T sum) { half[at] = sum; });
   }
-  block.each(quads, D, [&](int quad, int j) {  // ∂A in all
-    T sum[4] = {};
-    if (grad_A_inv)
-      add_products(sum, D, 4 * quad, 0, D, [&](int row, int k) { return work[row * D + k]; },
-                   [&](int k) { return transposed[k * D + j]; });
-    for (int r = 0; r < 4 && 4 * quad + r < D; ++r) {
-      const int i = 4 * quad + r;
-      T total = grad_A ? grad_A[i * D + j] : T(0);
-      if (grad_c && p.bias) total += p.bias[i] * grad_c[j];
-      g[i * D + j] = total - sum[r];
-    }
-  });
-  if (p.log_scale) {
-    block.sums(D, D, [&](int i, int j) { return g[i * D + j] * A[i * D + j]; },
-               [&](int i, T sum) { grad.log_scale[i] = g_logdet + sum; });
-    block.sums(D, D, [&](int i, int j) { return grad_c ? grad_c[j] * A[i * D + j] : T(0); },
-               [&](int i, T sum) { grad.bias[i] = sum; });
+  for (int column = 0; column < D; column += tile_columns) {
+    tile_product<false, true>(
+        block, 0, D, [&](int row, int k) { return half[within(first + row) * D + k]; },
+        [&](int k, int j) { return A_inv[within(column + j) * D + k]; }, pairs, lines);
+    each_entry(column, [&](int at, T sum) { result[at] = (grad_A ? grad_A[at] : T(0)) - sum; });
   }
-  // M = L U has A's row i, but for its scale, as row permutation[i].
-  block.each(D, D, [&](int i, int j) {
-    work[p.row(i) * D + j] = scale[i] * g[i * D + j];
+}
+
+// One of a layer's `backward_jobs`, from ∂A, that of A⁻¹ included, ∂c and ∂log|det A| (null where zero). No job needs another's
+// result.
+template <class T>
+GLF_DEVICE void plu_assemble_backward_job(const Block& block, const Layer<T>& p, int job, const T* A, const T* grad_A,
+                                          const T* grad_c, const T* grad_logabsdet, const LayerGradients<T>& grad,
+                                          unsigned char* shared) {
+  const int D = p.D, tiles = tiles_of(D);
+  const T g_logdet = grad_logabsdet ? *grad_logabsdet : T(0);
+  // What is not there is not used, but read from elsewhere: a branch would wait.
+  const bool outer = grad_c && p.bias;
+  const T *dA = grad_A ? grad_A : A, *b = outer ? p.bias : p.sign, *dc = outer ? grad_c : p.sign;
+  const auto G = [&](int i, int j) {  // ∂A in all
+    const T entry = dA[i * D + j], product = b[i] * dc[j];
+    return (grad_A ? entry : T(0)) + (outer ? product : T(0));
+  };
+  if (job >= 2 * tiles) {
+    const int first = sum_rows * (job - 2 * tiles), n = D - first < sum_rows ? D - first : sum_rows;
+    const auto summand = [&](int task, int j) {  // of ∂log_scale, then of ∂bias
+      const int i = first + task % n;
+      return (task < n ? G(i, j) : grad_c ? grad_c[j] : T(0)) * A[i * D + j];
+    };
+    block.sums(2 * n, D, summand, [&](int task, T sum) {
+      if (task < n)
+        grad.log_scale[first + task] = g_logdet + sum;
+      else
+        grad.bias[first + task - n] = sum;
+    });
+    return;
+  }
+  const int wide = (D + tile_columns - 1) / tile_columns, tile = job % tiles;
+  const int top = tile / wide * strip_rows, left = tile % wide * tile_columns;
+  T *lines = reinterpret_cast<T*>(shared), *diag = lines + inner_chunk<T> * (left_line + right_line);
+  T* scale = diag + tile_columns;
+  int* place = reinterpret_cast<int*>(scale + D);
+  const auto within = [&](int i) { return i < D ? i : D - 1; };
+  block.each_unguarded(tile_columns, [&](int c) { diag[c] = p.diag(within(left + c)); });
+  block.each(D, [&](int i) {
+    scale[i] = p.scale(i);
+    place[p.row(i)] = i;
   });
-  transpose(block, D, p.upper, transposed, patch);
-  const auto M = [&](int row, int k) { return work[row * D + k]; };
-  block.each(quads, D, [&](int quad, int j) {  // ∂L = ∂M Uᵀ; all lanes start where their first must
-    T sum[4] = {};
-    add_products(sum, D, 4 * quad, j - j % 32, D, M,
-                 [&](int k) { return k > j ? transposed[k * D + j] : k == j ? diag[j] : T(0); });
-    for (int r = 0; r < 4 && 4 * quad + r < D; ++r) {
-      const int i = 4 * quad + r;
-      grad.lower[i * D + j] = j < i ? sum[r] : T(0);
-    }
-  });
-  block.each(quads, D, [&](int quad, int j) {  // ∂U = Lᵀ ∂M
-    const int next = 4 * quad + 4;
-    const auto L = [&](int row, int k) { return p.lower[k * D + row]; };
-    T sum[4] = {};
-    add_products(sum, D, 4 * quad, next, D, L, [&](int k) { return M(k, j); });
-    for (int r = 0; r < 4 && 4 * quad + r < D; ++r) {
-      const int i = 4 * quad + r;
-      T total = sum[r] + M(i, j);
-      for (int k = i + 1; k < next && k < D; ++k) total += L(i, k) * M(k, j);
-      grad.upper[i * D + j] = i < j ? total : T(0);
-      if (i == j) grad.log_diag[i] = total * diag[i] + g_logdet;
-    }
-  });
+  // M = L U has A's row i, but for its scale, as row permutation[i]. One that is missing there has no place.
+  const auto M = [&](int row, int j) {
+    const int i = place[row] < 0 || place[row] >= D ? 0 : place[row];
+    return scale[i] * G(i, j);
+  };
+  PerThread<TilePair<T>> pairs;
+  const auto each_entry = [&](auto f) {  // f(row, column, sum)
+    block.threads(pairs, [&](int t, TilePair<T>& own) {
+      for (int r = 0; r < 2; ++r) {
+        const int i = top + t / tile_columns * 2 + r, j = left + t % tile_columns;
+        if (i < D && j < D) f(i, j, own.sum[r]);
+      }
+    });
+  };
+  if (job < tiles) {  // ∂L = ∂M Uᵀ, of which a tile above the diagonal is nothing
+    tile_product<false, true>(
+        block, left, left < top + strip_rows - 1 ? D : left, [&](int r, int k) { return M(within(top + r), k); },
+        [&](int k, int c) {
+          const int j = left + c;
+          const T entry = p.upper[within(j) * D + k], other = k == j ? diag[c] : T(0);
+          return k > j ? entry : other;
+        },
+        pairs, lines);
+    each_entry([&](int i, int j, T sum) { grad.lower[i * D + j] = j < i ? sum : T(0); });
+  } else {  // ∂U = Lᵀ ∂M, of which a tile below the diagonal is nothing
+    tile_product<true, false>(
+        block, top, left + tile_columns > top ? D : top,
+        [&](int r, int k) {
+          const int i = top + r;
+          const T entry = p.lower[k * D + within(i)], other = k == i ? T(1) : T(0);
+          return k > i ? entry : other;
+        },
+        [&](int k, int c) { return M(k, within(left + c)); }, pairs, lines);
+    each_entry([&](int i, int j, T sum) {
+      grad.upper[i * D + j] = i < j ? sum : T(0);
+      if (i == j) grad.log_diag[i] = sum * diag[j - left] + g_logdet;
+    });
+  }
 }
 
 }  // namespace glf::device

@@ -1,26 +1,63 @@
-"""Data sets: find, fetch, verify, load. A whole split is one uint8 tensor; nothing here knows a model."""
+"""Data sets: find, fetch, verify, load. A whole split is one tensor of images, rows or tokens; models are unknown here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from glf_fast.data.arrays import load_arrays
-from glf_fast.data.celeba import load_celeba
-from glf_fast.data.cifar10 import load_cifar10
-from glf_fast.data.dataset import SPLITS, ImageDataset, check_split
-from glf_fast.data.digits import load_digits
+from glf_fast.data.celeba import CELEBA
+from glf_fast.data.cifar10 import CIFAR10
+from glf_fast.data.dataset import (
+    CONTENTS,
+    SPLITS,
+    Dataset,
+    ImageDataset,
+    Kind,
+    TableDataset,
+    TokenDataset,
+    as_images,
+    check_split,
+)
+from glf_fast.data.digits import DIGITS
 from glf_fast.data.folder import load_folder
 from glf_fast.data.idx import FASHION_MNIST, MNIST
+from glf_fast.data.source import Source
+from glf_fast.data.tables import load_csv, load_parquet
 from glf_fast.errors import UserError, did_you_mean
 
-__all__ = ["SPLITS", "ImageDataset", "load", "names"]
+__all__ = [
+    "CONTENTS",
+    "SOURCES",
+    "SPLITS",
+    "Dataset",
+    "ImageDataset",
+    "Kind",
+    "Source",
+    "TableDataset",
+    "TokenDataset",
+    "as_images",
+    "load",
+    "names",
+]
 
-_NAMES = ("fashion-mnist", "mnist", "cifar10", "celeba", "digits")
+# The registry of public data sets.
+SOURCES: dict[str, Source] = {source.name: source for source in (FASHION_MNIST, MNIST, CIFAR10, CELEBA, DIGITS)}
+
+# Readers of the user's files by their endings; folders and zips are of images.
+_READERS: dict[str, Callable[[Path, str], Dataset]] = {
+    ".npy": load_arrays,
+    ".npz": load_arrays,
+    ".csv": load_csv,
+    ".parquet": load_parquet,
+}
+_FILES = "folders or .zip files of images, .npy, .npz, .csv and .parquet files"
+_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 
 
 def names() -> tuple[str, ...]:
-    """The public data sets there are."""
-    return _NAMES
+    """Names of the public data sets."""
+    return tuple(SOURCES)
 
 
 def load(
@@ -30,15 +67,15 @@ def load(
     data_dir: Path | None = None,
     image_size: int | None = None,
     download: bool = True,
-) -> ImageDataset:
-    """A split of a data set by name, or of your own images by path.
+) -> Dataset:
+    """A split of a public data set by name, or of the user's own data by path.
 
     Args:
-        source: one of `names()`, or the path of a folder or zip of images, a .npy or a .npz file.
-        split: "train" or "test". Sources of your own without a test split give a tenth of a fixed random order.
-        data_dir: folder with a public set's files, looked at first.
+        source: one of `names()`, or the path of a folder or zip of images, or of a .npy, .npz, .csv or .parquet file.
+        split: "train" or "test". Files without a test split give a tenth of a fixed random order.
+        data_dir: folder with the files of a public data set; it is searched first.
         image_size: for folders, zips and CelebA: resize the central square to this many pixels.
-        download: whether a public set may be fetched.
+        download: whether a public data set may be fetched.
 
     Raises:
         UserError: unknown name, missing or damaged files, no network: the message says what was tried and what to do.
@@ -46,31 +83,28 @@ def load(
     check_split(split)
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be ≥ 1; got {image_size}")
+    if data_dir is not None and not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir} is not a folder")
+    if source in SOURCES:
+        return SOURCES[source].load(split, data_dir, image_size=image_size, download=download)
     path = Path(source).expanduser()
+    if not path.exists():
+        hint = did_you_mean(source, SOURCES)
+        raise UserError(
+            f"no data set or path {source!r}; {hint}there are {', '.join(SOURCES)}, and paths of your own data: {_FILES}"
+        )
     if data_dir is not None:
-        if not data_dir.is_dir():
-            raise UserError(f"--data-dir {data_dir} is not a folder")
-        if source == "digits" or (source not in _NAMES and path.exists()):
-            raise UserError(f"{source} looks for no files in --data-dir {data_dir}; leave it out")
-    if source == "celeba":
-        return load_celeba(split, image_size, data_dir, download)
-    if source not in _NAMES and (path.is_dir() or (path.suffix.lower() == ".zip" and path.is_file())):
+        raise UserError(f"{source} has no files to look for in --data-dir {data_dir}; leave the option out")
+    ending = path.suffix.lower()
+    if path.is_dir() or ending == ".zip":
         return load_folder(path, split, image_size)
     if image_size is not None:
-        raise UserError(f"{source} has its own image size; image_size is for folders and zips of images, and CelebA")
-    if source == "fashion-mnist":
-        return FASHION_MNIST.load(split, data_dir, download)
-    if source == "mnist":
-        return MNIST.load(split, data_dir, download)
-    if source == "cifar10":
-        return load_cifar10(split, data_dir, download)
-    if source == "digits":
-        return load_digits(split)
-    if path.suffix.lower() in (".npy", ".npz") and path.is_file():
-        return load_arrays(path, split)
-    if path.is_file():
-        raise UserError(f"{source} is no folder, .zip, .npy or .npz of images")
-    hint = did_you_mean(source, _NAMES)
-    raise UserError(
-        f"no data set or path {source!r}; {hint}there are {', '.join(_NAMES)}, and paths of your own images"
-    )
+        raise UserError(f"image_size is for folders and zips of images, and for CelebA; {source} is neither")
+    if ending in _PICKLES:
+        raise UserError(
+            f"{source} is a pickle by its name; pickles are never loaded, because they can execute code: "
+            "save arrays with numpy.save or numpy.savez"
+        )
+    if ending not in _READERS:
+        raise UserError(f"{source} is in no known format; there are {_FILES}")
+    return _READERS[ending](path, split)

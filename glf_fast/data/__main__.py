@@ -1,4 +1,13 @@
-"""`python -m glf_fast.data fetch|info NAME`: fetch a data set or weights, or say what they are and where they lie."""
+"""List, describe and fetch data sets and network weights.
+
+python -m glf_fast.data list
+
+python -m glf_fast.data info fashion-mnist
+
+python -m glf_fast.data info measurements.csv
+
+python -m glf_fast.data fetch vgg16
+"""
 
 from __future__ import annotations
 
@@ -10,63 +19,66 @@ from typing import Annotated, Any
 import tyro
 
 from glf_fast.command_line import parse
-from glf_fast.data import SPLITS, load, weights
+from glf_fast.data import CONTENTS, SOURCES, SPLITS, Dataset, Source, TableDataset, TokenDataset, load, weights
 from glf_fast.data.fetch import NotFound
-from glf_fast.data.idx import FASHION_MNIST, MNIST
-from glf_fast.errors import UserError, run_command
-from glf_fast.files import cache_dir
+from glf_fast.errors import UserError, did_you_mean, run_command
 
-ABOUT = {
-    **{s.name: (s.title, s.licence, s.citation) for s in (FASHION_MNIST, MNIST)},
-    "cifar10": (
-        "CIFAR-10: 50,000 + 10,000 photographs in ten classes, 32 × 32, colour",
-        "none stated; for research",
-        "Krizhevsky: Learning Multiple Layers of Features from Tiny Images (2009)",
-    ),
-    "celeba": (
-        "CelebA, aligned: 162,770 + 19,962 faces, 64 × 64 by default, colour",
-        "for non-commercial research",
-        "Liu, Luo, Wang, Tang: Deep Learning Face Attributes in the Wild, arXiv:1411.7766",
-    ),
-    "digits": (
-        "scikit-learn's digits: 1,617 + 180 handwritten digits, 8 × 8, grey",
-        "BSD-3-Clause (scikit-learn); UCI's data CC BY 4.0",
-        "Alpaydin, Kaynak: Optical Recognition of Handwritten Digits, UCI (1998)",
-    ),
-    "vgg16": (
-        "VGG16's convolutions, trained on ImageNet",
-        "BSD-3-Clause (torchvision)",
-        "Simonyan, Zisserman, arXiv:1409.1556",
-    ),
-    "inception": (
-        "The Inception network of 2015-12-05 that FID is defined by",
-        "Apache-2.0",
-        "Szegedy et al., arXiv:1512.00567; Heusel et al., arXiv:1706.08500",
-    ),
-}
+# Titles, licences and citations by name.
+ABOUT: dict[str, Source | weights.About] = {**SOURCES, **weights.ABOUT}
+
+
+# Columns of a table that are described one by one.
+COLUMNS = 20
+
+
+@dataclass(frozen=True)
+class List:
+    """List the names of all public data sets and weights."""
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Fetch a data set or weights into the cache, and verify them."""
+    """Fetch a data set or weights into the cache and verify them."""
 
-    name: Annotated[str, tyro.conf.Positional]
-    """A data set, `vgg16` or `inception`."""
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """Name of a data set or of weights (`list` prints them), or path of your own data."""
     data_dir: Path | None = None
-    """Folder to look in first (for weights: the file)."""
+    """Folder to search first for a data set's files; for weights: the file."""
     image_size: int | None = None
-    """CelebA, folders and zips: resize the central square to this."""
+    """CelebA, folders and zips: resize the central square to this many pixels."""
 
 
 @dataclass(frozen=True)
 class Info(Fetch):
-    """Say what a data set or weights are and what is here of them, without the network."""
+    """Print what a data set or weights are and which files are on this machine, without using the network."""
+
+
+def main() -> None:
+    """Parse the command line and run the command."""
+    commands: Any = (
+        Annotated[List, tyro.conf.subcommand("list")]
+        | Annotated[Info, tyro.conf.subcommand("info")]
+        | Annotated[Fetch, tyro.conf.subcommand("fetch")]
+    )
+    command: List | Fetch = parse(commands, sys.argv[1:], "glf_fast.data", description=__doc__)
+    if isinstance(command, List):
+        for name, about in ABOUT.items():
+            print(f"{name:14} {about.title}")
+    else:
+        _report(command, online=not isinstance(command, Info))
 
 
 def _report(command: Fetch, online: bool) -> None:
     about = ABOUT.get(command.name)
-    for key, value in zip(("", "licence   ", "citation  "), about or (), strict=False):
-        print(f"{key}{value}")
+    if about is None and not Path(command.name).expanduser().exists():
+        hint = did_you_mean(command.name, ABOUT)
+        raise UserError(
+            f"nothing is called {command.name!r}; {hint}there are {', '.join(ABOUT)}, and paths of your own data"
+        )
+    if about is not None:
+        print(f"{about.title}\nlicence   {about.licence}\ncitation  {about.citation}")
+    if source := SOURCES.get(command.name):
+        print(f"items     {source.splits['train']:,} train, {source.splits['test']:,} test")
     try:
         _report_files(command, online)
     except NotFound:
@@ -76,29 +88,39 @@ def _report(command: Fetch, online: bool) -> None:
 
 
 def _report_files(command: Fetch, online: bool) -> None:
-    if command.name in weights.NAMES:
+    if command.name in weights.ABOUT:
         path = weights.fetch(command.name, path=command.data_dir, download=online)
         print(f"file      {path} ({path.stat().st_size / 1e6:.0f} MB, verified)")
         return
-    for split in SPLITS:
-        data = load(command.name, split, data_dir=command.data_dir, image_size=command.image_size, download=online)
-        print(f"{split:9} {tuple(data.images.shape)} uint8, fingerprint {data.fingerprint[:16]}")
-        if data.policy and split == "test":
-            print(f"policy    {data.policy}")
-    kept = cache_dir() / "data" / command.name
-    if command.data_dir is None and kept.is_dir():
-        print(f"cache     {kept}")
+    train, test = (
+        load(command.name, split, data_dir=command.data_dir, image_size=command.image_size, download=online)
+        for split in SPLITS
+    )
+    print(f"kind      {CONTENTS[train.kind]}")
+    for data in (train, test):
+        dtype = str(data.items.dtype).removeprefix("torch.")
+        print(f"{data.split:9} {tuple(data.items.shape)} {dtype}, fingerprint {data.fingerprint[:16]}")
+    _report_details(train)
+    if test.policy:
+        print(f"policy    {test.policy}")
+    source = SOURCES.get(command.name)
+    if source is not None and command.data_dir is None and source.cache.is_dir():
+        print(f"cache     {source.cache}")
 
 
-def main() -> None:
-    """Parse the command line and do what it says."""
-    commands: Any = Annotated[Fetch, tyro.conf.subcommand("fetch")] | Annotated[Info, tyro.conf.subcommand("info")]
-    command: Fetch = parse(commands, sys.argv[1:], "glf_fast.data", description=__doc__)
-    if command.name not in ABOUT and not Path(command.name).exists():
-        raise UserError(
-            f"nothing is called {command.name!r}; there are {', '.join(ABOUT)}, and paths of your own images"
-        )
-    _report(command, online=not isinstance(command, Info))
+def _report_details(data: Dataset) -> None:
+    """Print what a table or token sequences have beside their shape, on the training split."""
+    if isinstance(data, TableDataset):
+        width = data.shape[0]
+        names = data.columns or [str(i + 1) for i in range(width)]
+        for name, mean, std in list(zip(names, data.mean.tolist(), data.std.tolist(), strict=True))[:COLUMNS]:
+            print(f"column    {name}: mean {mean:.4g}, standard deviation {std:.4g}")
+        if width > COLUMNS:
+            print(f"          … and {width - COLUMNS} more columns")
+    elif isinstance(data, TokenDataset):
+        lengths = data.lengths
+        print(f"tokens    {len(data.vocabulary)} in the vocabulary, {data.vocabulary[data.padding]!r} is padding")
+        print(f"lengths   {int(lengths.min())} … {int(lengths.max())}, mean {lengths.double().mean():.1f}")
 
 
 if __name__ == "__main__":

@@ -1,77 +1,156 @@
-"""Images in .npy and .npz files."""
+"""The user's .npy and .npz files: images, rows of a table, or token sequences."""
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glf_fast.data.dataset import ImageDataset, split_off_test
+from glf_fast.data.dataset import SPLITS, Dataset, ImageDataset, TableDataset, TokenDataset, split_off_test
+from glf_fast.data.tables import rows_from
 from glf_fast.errors import UserError
 
 __all__ = ["load_arrays"]
 
+# Names in a .npz of the items of a split, and of items without splits; labels go by the names in `_labels`.
+SPLIT_NAMES = ("{split}", "{split}_images", "x_{split}")
+WHOLE_NAMES = ("images", "rows", "tokens", "x")
+# Arrays that describe the items.
+ABOUT_ITEMS = ("labels", "y", "vocabulary", "padding", "columns")
 
-def load_arrays(path: Path, split: str) -> ImageDataset:
-    """uint8 images from a .npy file, or from a .npz with train/test arrays or one array.
 
-    Shapes (N, H, W), (N, H, W, 1 or 3) and (N, 1 or 3, H, W) are understood. A .npz may hold `train` and `test` (or
-    `train_images`/`test_images`, `x_train`/`x_test`), or `images`, or a single array; labels beside them (`train_labels`,
-    `y_train`, `labels`) are read when they are there. Without a test array, a tenth of a fixed random order is the test split.
+def load_arrays(path: Path, split: str) -> Dataset:
+    """A split of the arrays in a .npy or .npz file.
+
+    The array decides what the file holds:
+
+    * images: uint8 (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W);
+    * rows of a table: numbers (N, D), converted to float32. `columns` beside them may name the features;
+    * token sequences: integers (N, L) in a .npz that also holds `vocabulary`, V strings. `padding` is the index of the token
+      that fills up short sequences, 0 by default.
+
+    A .npz may hold `train` and `test` (or `train_images`/`test_images`, `x_train`/`x_test`), or one array (called `images`,
+    `rows`, `tokens` or `x` if there are others); labels beside them (`train_labels`, `y_train`, `labels`) are read when they
+    are there. Without a test array, a tenth of a fixed random order is the test split.
 
     Raises:
-        UserError: floats, objects, shapes that are not images, arrays that are missing or ambiguous, a damaged file.
+        UserError: object arrays, which hide pickles; shapes or types of no kind above; NaN; arrays that are missing or
+            ambiguous; a damaged file.
     """
+    arrays = _read(path)
+    halves = {half: _first(arrays, [pattern.format(split=half) for pattern in SPLIT_NAMES]) for half in SPLITS}
+    name = halves[split]
+    if name is not None:
+        labels = _labels(path, arrays, (f"{split}_labels", f"y_{split}"))
+        return _dataset(path, split, arrays, name, labels, whole=False)
+    if any(halves.values()):
+        raise UserError(
+            f"{path} holds {', '.join(arrays)} but no array {split!r}; add it, or rename the other array to 'x' to have a "
+            "tenth of it split off for testing"
+        )
+    candidates = [key for key in arrays if key not in ABOUT_ITEMS]
+    name = _first(arrays, WHOLE_NAMES) or (candidates[0] if len(candidates) == 1 else None)
+    if name is None:
+        raise UserError(
+            f"{path} holds {', '.join(arrays) or 'no arrays'}; name the arrays 'train' and 'test', or one of them "
+            f"{', '.join(map(repr, WHOLE_NAMES))}"
+        )
+    return _dataset(path, split, arrays, name, _labels(path, arrays, ("labels", "y")), whole=True)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
-            arrays = {"images": file}
-        else:
-            with file:
-                arrays = {name: file[name] for name in file.files}
+            return {"rows" if file.ndim == 2 else "images": file}
+        with file:
+            return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, OSError) and not path.is_file():
             raise
-        raise UserError(f"{path} cannot be read as plain numpy arrays ({error}); save it with numpy.save") from error
-    found = _first(arrays, (split, f"{split}_images", f"x_{split}"))
-    if found is not None:
-        labels = _labels(arrays, (f"{split}_labels", f"y_{split}"))
-        images, policy = _images(path, found, arrays[found]), f"array {found}"
+        raise UserError(
+            f"{path} cannot be read as plain numpy arrays ({error}); pickled objects are never loaded, "
+            "because they can execute code: save numbers with numpy.save"
+        ) from error
+
+
+def _dataset(
+    path: Path, split: str, arrays: dict[str, np.ndarray], name: str, labels: Tensor | None, *, whole: bool
+) -> Dataset:
+    """The array called `name` as a data set; `whole`: it holds both splits."""
+    array, where = arrays[name], f"{path} ({name})"
+    policy = f"array {name}"
+    if array.ndim == 2 and "vocabulary" in arrays:
+        items = _tokens(where, array)
+    elif array.ndim == 2:
+        items = rows_from(where, array)
     else:
-        found = _first(arrays, ("images", "x")) or (next(iter(arrays)) if len(arrays) == 1 else None)
-        if found is None:
-            raise UserError(f"{path} holds {', '.join(arrays)}; name the images 'train' and 'test', or 'images'")
-        images, labels = split_off_test(_images(path, found, arrays[found]), _labels(arrays, ("labels", "y")), split)
-        policy = f"array {found}; test: a tenth of a fixed random order"
-    if labels is not None and len(labels) != len(images):
-        raise UserError(f"{path} holds {len(images)} images but {len(labels)} labels")
-    return ImageDataset.of(str(path), split, images, labels, policy)
+        items = _images(where, array)
+    if labels is not None and len(labels) != len(items):
+        raise UserError(f"{where} holds {len(items)} items but {len(labels)} labels")
+    if whole:
+        items, labels = split_off_test(items, labels, split)
+        policy += "; test: a tenth of a fixed random order"
+    if array.ndim != 2:
+        return ImageDataset.of(str(path), split, items, labels, policy)
+    if "vocabulary" in arrays:
+        padding = arrays.get("padding", np.array(0))
+        if padding.ndim or padding.dtype.kind not in "iu":
+            raise UserError(f"{path}: padding must be one integer, the index of a token; got {padding!r}")
+        vocabulary = _strings(path, "vocabulary", arrays)
+        return TokenDataset.of(str(path), split, items, vocabulary, int(padding), labels, policy)
+    columns = _strings(path, "columns", arrays) if "columns" in arrays else ()
+    return TableDataset.of(str(path), split, items, labels, policy, columns)
 
 
-def _first(arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> str | None:
+def _first(arrays: dict[str, np.ndarray], names: Iterable[str]) -> str | None:
     return next((name for name in names if name in arrays), None)
 
 
-def _labels(arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> Tensor | None:
+def _labels(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> Tensor | None:
     name = _first(arrays, names)
-    return None if name is None else torch.from_numpy(arrays[name].astype(np.int64).reshape(-1))
+    if name is None:
+        return None
+    array = arrays[name]
+    if array.dtype.kind not in "iufb" or (array != np.round(array)).any():
+        raise UserError(f"{path} ({name}) holds {array.dtype} that are no class numbers; rename or remove the array")
+    return torch.from_numpy(array.astype(np.int64).reshape(-1))
 
 
-def _images(path: Path, name: str, array: np.ndarray) -> Tensor:
+def _strings(path: Path, name: str, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+    array = arrays[name]
+    if array.ndim != 1 or array.dtype.kind != "U":
+        raise UserError(f"{path}: {name} must be a list of strings; got {array.dtype} of shape {array.shape}")
+    return tuple(array.tolist())
+
+
+def _tokens(where: str, array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "iu":
+        raise UserError(f"{where} holds {array.dtype}; tokens are integers, indices into the vocabulary")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _images(where: str, array: np.ndarray) -> Tensor:
+    if array.ndim not in (3, 4):
+        raise UserError(
+            f"{where} has shape {array.shape}; images are (N, H, W), (N, H, W, 1|3) or (N, 1|3, H, W), "
+            "and rows of a table are (N, D)"
+        )
     if array.dtype != np.uint8:
         raise UserError(
-            f"{path} ({name}) holds {array.dtype}, images must be uint8: (x * 255).round().astype('uint8') "
+            f"{where} holds {array.dtype}, images must be uint8: (x * 255).round().astype('uint8') "
             "turns floats in [0, 1] into pixels"
         )
     if array.ndim == 3:
         array = array[:, None]
-    elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+    elif array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
         array = array.transpose(0, 3, 1, 2)
-    elif array.ndim != 4 or array.shape[1] not in (1, 3):
+    elif array.shape[1] not in (1, 3):
         raise UserError(
-            f"{path} ({name}) has shape {array.shape}; images are (N, H, W), (N, H, W, 1|3) or (N, 1|3, H, W)"
+            f"{where} has shape {array.shape}; images have 1 or 3 channels: (N, H, W, 1|3) or (N, 1|3, H, W)"
         )
     return torch.from_numpy(np.ascontiguousarray(array))

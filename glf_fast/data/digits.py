@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 from glf_fast.data.dataset import ImageDataset, split_off_test
+from glf_fast.data.source import Files, Source
 from glf_fast.errors import UserError
 
-__all__ = ["load_digits"]
+__all__ = ["DIGITS"]
 
 POLICY = "scikit-learn's digits, 0 … 16 scaled to 0 … 255; test: a tenth of a fixed random order"
 
 
-def load_digits(split: str) -> ImageDataset:
-    """uint8 (1617 or 180, 1, 8, 8). Raises UserError when scikit-learn is not installed."""
+def read_digits(files: Files, split: str, image_size: int | None) -> ImageDataset:
+    """uint8 (1617 or 180, 1, 8, 8) with labels. Raises UserError when scikit-learn is not installed."""
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -22,3 +23,15 @@ def load_digits(split: str) -> ImageDataset:
     images = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
     images, labels = split_off_test(images, torch.from_numpy(bunch.target), split)
     return ImageDataset.of("digits", split, images, labels, POLICY)
+
+
+DIGITS = Source(
+    name="digits",
+    title="scikit-learn's digits: handwritten digits in ten classes, grey",
+    licence="BSD-3-Clause (scikit-learn); UCI's data CC BY 4.0",
+    citation="Alpaydin, Kaynak: Optical Recognition of Handwritten Digits, UCI (1998)",
+    kind="images",
+    shape=(1, 8, 8),
+    splits={"train": 1_617, "test": 180},
+    read=read_digits,
+)

@@ -1,4 +1,4 @@
-"""Getting files from elsewhere: places tried in order, downloads, package registries, hashes, and the report of it all."""
+"""Fetching files: places tried in order, downloads, package registries, hashes, and the report of all failures."""
 
 from __future__ import annotations
 
@@ -36,38 +36,40 @@ __all__ = [
     "download",
     "first",
     "gunzip",
-    "published",
     "python_file",
     "python_sdist",
 ]
 
 T = TypeVar("T")
 
-# A closed network must cost seconds, a slow one may be slow: the time-out is for silence, not for the whole transfer.
+# The time-out is for silence, not for the whole transfer: a closed network costs seconds, and a slow one may take its time.
 TIMEOUT_S = 10.0
 
 
 class NotFound(UserError):
-    """No place has it."""
+    """No place has the file."""
 
 
 class Unavailable(Exception):
-    """This place does not have it; the message says why. The next place is tried."""
+    """A place does not have the file; the message says why. The next place is tried."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A place to look: how it is called in messages, and a function that returns the thing or raises `Unavailable`."""
+    """A place to search: its name for messages, and a function that returns a path or raises `Unavailable`."""
 
     place: str
     get: Callable[[], Path]
 
 
 def first(what: str, attempts: Iterable[Attempt], remedy: str) -> Path:
-    """The first attempt that succeeds; raises NotFound that lists every place with its reason, and the remedy.
+    """The path from the first attempt that succeeds.
 
-    `Unavailable` and OSError (no network, no permission) lead on to the next place; a UserError, such as a corrupt file in a
-    folder that the user named, ends the search.
+    After `Unavailable` or OSError (no network, no permission) the next place is tried. A UserError, such as a corrupt file in
+    a folder that the user named, ends the search.
+
+    Raises:
+        NotFound: every attempt failed; the message lists all places with their reasons, and the remedy.
     """
     tried = []
     for attempt in attempts:
@@ -82,7 +84,7 @@ def first(what: str, attempts: Iterable[Attempt], remedy: str) -> Path:
 
 
 def check_hash(content: bytes | Path, name: str, **expected: str) -> None:
-    """Raise Unavailable unless bytes or a file have this digest, given as e.g. `sha256="…"` or `md5="…"`."""
+    """Raise Unavailable unless bytes or a file have the digest given as `sha256="…"` or `md5="…"`."""
     for algorithm, digest in expected.items():
         if isinstance(content, Path):
             found = file_digest(content, algorithm)
@@ -95,25 +97,8 @@ def check_hash(content: bytes | Path, name: str, **expected: str) -> None:
             )
 
 
-def published(path: Path, *, given_by_user: bool = False, **expected: str) -> Path:
-    """`path`, if it is there and has this digest.
-
-    Raises:
-        Unavailable: it is not there, or another file; UserError instead for another one that the user named.
-    """
-    if not path.is_file():
-        raise Unavailable(f"{path.name} is missing")
-    try:
-        check_hash(path, str(path), **expected)
-    except Unavailable as error:
-        if given_by_user:
-            raise UserError(f"{error}; download it again, or leave --data-dir out") from error
-        raise
-    return path
-
-
 def gunzip(content: bytes, name: str) -> bytes:
-    """The uncompressed content of a .gz file called `name`; raises Unavailable when the compression is broken."""
+    """Uncompressed content of a .gz file called `name`; raises Unavailable when the compression is broken."""
     try:
         return gzip.decompress(content)
     except (EOFError, OSError, zlib.error) as error:
@@ -121,11 +106,12 @@ def gunzip(content: bytes, name: str) -> bytes:
 
 
 def download(url: str, target: Path, check: Callable[[Path], None]) -> Path:
-    """Fetch `url` (http, https or file), run `check` on the file, and only then put it at `target`, atomically.
+    """Fetch `url` (http, https or file), run `check` on the file, and only then move it to `target`, atomically.
 
-    It goes to the disk as it comes: no matter how large, it needs no memory.
+    The content is streamed to disk, so files of any size need little memory.
 
-    Raises Unavailable with the server's answer, when the connection breaks off, or when `check` refuses the content.
+    Raises:
+        Unavailable: the server refused, the connection broke off, or `check` refused the content; the message says which.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "glf_fast"})
     try:
@@ -157,7 +143,7 @@ def download(url: str, target: Path, check: Callable[[Path], None]) -> Path:
 
 
 def _run(command: list[str], cwd: Path) -> str:
-    """What the command prints; raises Unavailable with its last line when it fails."""
+    """Output of the command; raises Unavailable with the last line of the output when the command fails."""
     done = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}
     )
@@ -169,9 +155,9 @@ def _run(command: list[str], cwd: Path) -> str:
 
 @contextmanager
 def debian_package(name: str) -> Iterator[Path]:
-    """The unpacked files of a Debian package in a temporary folder; works without root and with no lists on the machine.
+    """The unpacked files of a Debian package in a temporary folder; works without root and without package lists.
 
-    apt-get keeps lists and cache in a folder of ours, so the system's own are neither needed nor touched.
+    apt-get is given temporary folders for its lists and cache, so those of the system are neither needed nor changed.
     """
     apt, dpkg = shutil.which("apt-get"), shutil.which("dpkg-deb")
     if not apt or not dpkg:
@@ -183,7 +169,7 @@ def debian_package(name: str) -> Iterator[Path]:
         options = [
             *("-o", f"Dir::State::Lists={root}/lists"),
             *("-o", f"Dir::Cache={root}/cache"),
-            *("-o", "APT::Sandbox::User="),  # as root, apt would hand the download to a user who may not write here
+            *("-o", "APT::Sandbox::User="),  # as root, apt would download as a user who may not write to this folder
             *("-o", "Debug::NoLocking=1"),  # the locks guard the system's folders, which are not used
             *("-o", "Acquire::Languages=none"),
             *("-o", f"Acquire::http::Timeout={TIMEOUT_S:.0f}"),
@@ -199,7 +185,7 @@ def debian_package(name: str) -> Iterator[Path]:
 
 @contextmanager
 def python_sdist(requirement: str) -> Iterator[Path]:
-    """The source archive of a Python package, as pip saves it, in a temporary folder; nothing of it is installed."""
+    """The source archive of a Python package, downloaded by pip to a temporary folder; nothing is installed."""
     with tempfile.TemporaryDirectory(prefix="glf_fast-pip-") as folder:
         root = Path(folder)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", f"{TIMEOUT_S:.0f}"]
@@ -213,9 +199,9 @@ def python_sdist(requirement: str) -> Iterator[Path]:
 
 @contextmanager
 def python_file(project: str, name: str, sha256: str) -> Iterator[Path]:
-    """A file of a Python package as its index has it, in a temporary folder; for files that pip itself refuses to hand out.
+    """A file of a Python package from its index, in a temporary folder; for files that pip itself refuses to download.
 
-    Of the indexes that pip is set up with, the first that has the file gives it: which one does not matter, its hash is known.
+    The indexes that pip is configured with are tried in turn. Any of them will do, because the file's hash is known.
     """
     with tempfile.TemporaryDirectory(prefix="glf_fast-index-") as folder:
         root = Path(folder)

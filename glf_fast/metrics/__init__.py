@@ -1,11 +1,11 @@
-"""Scores for generated images: Fréchet distances (FID among them) and KID, on features of several networks.
+"""Scores of generated images: Fréchet distances (FID among them) and KID, on the features of several networks.
 
     extractor = metrics.extractor("vgg16")
     reference = metrics.reference(data.load("fashion-mnist", "train"), data.load("fashion-mnist", "test"), extractor)
     result = metrics.score(samples, reference, extractor, seed=0)       # samples: uint8 (N, C, H, W)
     print(metrics.summary(result))
 
-Two numbers are comparable only if their protocols agree; each result carries its own.
+Two scores are comparable only if their protocols agree. Every result contains its protocol.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Fréchet distance between two sets of images, from the command line.
+"""Fréchet distance between two sets of images.
 
 python -m glf_fast.metrics ref fashion-mnist:test --extractor vgg16 --out reference.safetensors
+
 python -m glf_fast.metrics calc samples/ fashion-mnist:test
 """
 
@@ -18,7 +19,7 @@ import torch
 import tyro
 
 from glf_fast.command_line import parse
-from glf_fast.data import load
+from glf_fast.data import as_images, load
 from glf_fast.errors import UserError, run_command
 from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, extractor
@@ -29,45 +30,44 @@ from glf_fast.metrics.stats import FeatureStats
 
 @dataclass(frozen=True)
 class Ref:
-    """Save the statistics of a set of images, to compare others with it later."""
+    """Save the feature statistics of a set of images, for comparisons with other sets later."""
 
-    source: tyro.conf.Positional[str]
-    """Folder or zip of images, .npy or .npz array, or a data set with its split (fashion-mnist:test)."""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Images: folder, zip, .npy, .npz, or a data set with its split (fashion-mnist:test)."""
     out: Path
     """File to write (.safetensors)."""
     extractor: str = "vgg16"
     """Feature network: tiny, vgg16, vgg16-relu4_3, vgg16-relu3_3, vgg16-relu2_2 or inception."""
     n: int | None = None
-    """Use n images, drawn at random with a fixed seed, instead of all."""
+    """Number of images to use, drawn at random with a fixed seed; by default all."""
     weights: Path | None = None
     """Local weights file of the extractor."""
     device: str | None = None
-    """Where to compute (cpu, cuda, cuda:1); by default a GPU if there is one."""
+    """Device to compute on (cpu, cuda, cuda:1); by default a GPU if there is one."""
 
 
 @dataclass(frozen=True)
 class Calc:
-    """Distance of the images A (the samples) from the images B (the reference)."""
+    """Compute the distance of the images A (the samples) from the images B (the reference)."""
 
-    a: tyro.conf.Positional[str]
-    """Folder or zip of images, .npy or .npz array, data set with its split (fashion-mnist:test), statistics saved by `ref`
-    (.safetensors), or a .npz with mu and sigma."""
-    b: tyro.conf.Positional[str]
-    """The same for the reference."""
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """Samples: images (folder, zip, .npy, .npz, fashion-mnist:test) or statistics (.safetensors by `ref`, .npz of mu, sigma)"""
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """Reference, in any of the same forms."""
     extractor: str | None = None
-    """Feature network; by default that of saved statistics, else vgg16."""
+    """Feature network; by default the one of the saved statistics, else vgg16."""
     n: int | None = None
-    """Use n images of each set that is not saved statistics, drawn at random with a fixed seed, instead of all."""
+    """Number of images to use of each set that is not saved statistics, drawn at random with a fixed seed; by default all."""
     weights: Path | None = None
     """Local weights file of the extractor."""
     device: str | None = None
-    """Where to compute (cpu, cuda, cuda:1); by default a GPU if there is one."""
+    """Device to compute on (cpu, cuda, cuda:1); by default a GPU if there is one."""
     json: bool = False
     """Print the whole result with its protocol as JSON."""
 
 
 def main() -> None:
-    """Parse the command line and run."""
+    """Parse the command line and run the command."""
     commands: Any = Annotated[Ref, tyro.conf.subcommand("ref")] | Annotated[Calc, tyro.conf.subcommand("calc")]
     command: Ref | Calc = parse(commands, sys.argv[1:], "glf_fast.metrics", description=__doc__)
     if command.n is not None and command.n < 2:
@@ -79,9 +79,11 @@ def main() -> None:
 
 
 def ref(command: Ref) -> None:
-    """`ref`: statistics of one set into a file."""
+    """Run `ref`: save the statistics of one set."""
     if command.out.suffix != ".safetensors":
-        raise UserError(f"--out {command.out}: statistics are safetensors files; let its name end in .safetensors")
+        raise UserError(
+            f"--out {command.out}: statistics are saved as safetensors; choose a file name that ends in .safetensors"
+        )
     stats = from_images(command.source, make_extractor(command.extractor, command), command.n)
     stats.root()
     stats.save(command.out)
@@ -89,13 +91,13 @@ def ref(command: Ref) -> None:
 
 
 def calc(command: Calc) -> None:
-    """`calc`: distance of two sets."""
-    given = [from_statistics(source) for source in (command.a, command.b)]  # first: errors before the long work
+    """Run `calc`: print the distance of two sets."""
+    given = [from_statistics(source) for source in (command.a, command.b)]  # errors in files come before the long work
     network: Extractor | None = None
     if None not in given:
         for option in ("extractor", "n", "weights"):
             if getattr(command, option) is not None:
-                raise UserError(f"--{option}: {command.a} and {command.b} are saved statistics already; leave it out")
+                raise UserError(f"{command.a} and {command.b} are saved statistics already; leave --{option} out")
     else:
         known = [stats.extractor["name"] for stats in given if stats is not None and stats.extractor is not None]
         network = make_extractor(command.extractor or (known or ["vgg16"])[0], command)
@@ -134,10 +136,12 @@ def from_statistics(source: str) -> FeatureStats | None:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 if {"mu", "sigma"} <= set(file.files):
                     mean, cov = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
-                    # Such a file does not say how many images it has seen: enough, so that no path for few is taken.
+                    # The file does not say from how many images; a large n avoids the special path for few samples.
                     return FeatureStats.from_moments(mean, cov, n=2**40, source={"name": source, "n": "unknown"})
         except (ValueError, zipfile.BadZipFile, EOFError) as error:
-            raise UserError(f"{source} holds no readable statistics or images ({error})") from error
+            raise UserError(
+                f"{source} holds neither readable statistics nor images ({error}); write it again"
+            ) from error
     return None
 
 
@@ -145,8 +149,8 @@ def from_images(source: str, network: Extractor | None, n: int | None) -> Featur
     """Statistics of a data set's split (cached) or of all images at a path."""
     assert network is not None
     if Path(source).exists():
-        # The loader holds back a test split; a distance is about all of them.
-        parts = [load(source, split) for split in ("train", "test")]
+        # `load` splits a tenth off for testing; the distance is about all images.
+        parts = [as_images(load(source, split)) for split in ("train", "test")]
         shapes = [tuple(part.images.shape[1:]) for part in parts]
         if shapes[0] != shapes[1]:
             raise UserError(f"the images of {source} have different shapes, {shapes[0]} and {shapes[1]}")
@@ -159,9 +163,10 @@ def from_images(source: str, network: Extractor | None, n: int | None) -> Featur
     name, _, split = source.rpartition(":")
     if split not in ("train", "test"):
         raise UserError(
-            f"{source!r} is neither a file nor a folder nor a data set with its split, such as fashion-mnist:test"
+            f"{source!r} is neither a file nor a folder nor a data set with its split; a data set is written "
+            "NAME:SPLIT, such as fashion-mnist:test"
         )
-    return dataset_stats(load(name, split), network, n=n)
+    return dataset_stats(as_images(load(name, split)), network, n=n)
 
 
 if __name__ == "__main__":

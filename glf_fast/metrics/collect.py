@@ -1,4 +1,4 @@
-"""From a stream of images to the statistics of their features."""
+"""Feature statistics of a stream of images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glf_fast.metrics.stats import FeatureStats
 
 __all__ = ["collect"]
 
-# Images a stream is cut into before anything is computed: one update of the moments each. A multiple of every chunk.
+# The moments are updated once for each block of this many images. It is a multiple of every extractor's chunk.
 BLOCK = 1024
 
 
@@ -26,12 +26,12 @@ def collect(
     keep: int | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> FeatureStats:
-    """Statistics of the features of uint8 images, given at once or in batches of any size: the same bits for any batch size.
+    """Statistics of the features of uint8 images. The result is the same, bit for bit, for any batch size.
 
     Args:
         images: uint8 (N, C, H, W), or an iterable of such batches.
-        keep: how many features to keep; default all of them (4·dim bytes each: 82 MB for 10,000 of Inception's).
-        source: written into the statistics.
+        keep: number of features to keep, by default all; each takes 4·dim bytes (82 MB for 10,000 Inception features).
+        source: description of the images, recorded in the statistics.
     """
     stats = FeatureStats(
         extractor.dim,
@@ -47,12 +47,14 @@ def collect(
 
 
 def _blocks(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The images of a stream in pieces of exactly BLOCK, the last one shorter."""
+    """The images of a stream in blocks of exactly BLOCK images; the last block may be shorter."""
     waiting: list[Tensor] = []
     for batch in batches:
         check_images(batch)
         if waiting and batch.shape[1:] != waiting[0].shape[1:]:
-            raise UserError(f"images change their shape from {tuple(waiting[0].shape[1:])} to {tuple(batch.shape[1:])}")
+            raise UserError(
+                f"all images must have one shape; got {tuple(waiting[0].shape[1:])} and then {tuple(batch.shape[1:])}"
+            )
         waiting.append(batch)
         if sum(map(len, waiting)) >= BLOCK:
             *full, rest = torch.cat(waiting).split(BLOCK)

@@ -1,4 +1,4 @@
-"""Extractors: uint8 images in, feature vectors out, with everything that defines the numbers written on them."""
+"""Extractors: networks that turn uint8 images into feature vectors, with all that defines the features recorded."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = ["Extractor", "check_images", "extractor", "label", "names"]
 
 @contextlib.contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
-    """Convolutions in IEEE float32 by repeatable algorithms, whatever the process has allowed for its training."""
-    cudnn: Any = torch.backends.cudnn  # their attributes are made at run time
+    """Run convolutions in IEEE float32 with deterministic algorithms, whatever the process has set for training."""
+    cudnn: Any = torch.backends.cudnn  # both modules define their attributes at run time
     mkldnn: Any = torch.backends.mkldnn
     before = cudnn.conv.fp32_precision, mkldnn.conv.fp32_precision, cudnn.benchmark, cudnn.deterministic
     cudnn.conv.fp32_precision = mkldnn.conv.fp32_precision = "ieee"
@@ -38,15 +38,17 @@ def _full_float32(device: torch.device) -> Iterator[None]:
 
 
 class Extractor(nn.Module):
-    """A feature network with its input policy: uint8 images (B, C, H, W), C = 1 or 3 → float32 features (B, dim).
+    """A feature network with its preprocessing: uint8 images (B, C, H, W), C = 1 or 3 → float32 features (B, dim).
 
-    Grey images are repeated to three channels. The network always sees exactly `chunk` images, the last ones filled up
-    with black: convolution libraries choose algorithms by batch size, and a score must not depend on it. Runs in full
-    float32 (no TF32, no autocast), builds no graph, and stays in eval mode.
+    Grey images are repeated to three channels. The network always runs on exactly `chunk` images; the last chunk is filled up
+    with black images. Convolution libraries choose algorithms by batch size, and a score must not depend on the batch size.
+    The extractor runs in full float32 (no TF32, no autocast), builds no graph, and stays in eval mode.
 
     Attributes:
-        name: key in the registry.            dim: features per image.
-        weights_sha256: of the weights file.  resize, grey: what happens to images before the network, in words.
+        name: key in the registry.
+        dim: number of features of an image.
+        weights_sha256: hash of the weights file.
+        resize, grey: preprocessing of the images, in words.
     """
 
     grey = "repeat"
@@ -70,7 +72,7 @@ class Extractor(nn.Module):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must agree before two sets of features may be compared; JSON-ready."""
+        """Description of the extractor, JSON-ready. Features may be compared only if their identities are equal."""
         return {
             "name": self.name,
             "dim": self.dim,
@@ -81,16 +83,16 @@ class Extractor(nn.Module):
 
     @property
     def label(self) -> str:
-        """How a Fréchet distance of these features is called."""
+        """Name of a Fréchet distance of these features."""
         return label(self.identity)
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return next(self.network.parameters()).device
 
     def train(self, mode: bool = True) -> Extractor:
-        """Does nothing: a score's network is always in eval mode, even inside a model that trains."""
+        """Keep eval mode: the network of a score is never trained, even inside a model in training mode."""
         return super().train(False)
 
     @torch.no_grad()
@@ -107,21 +109,21 @@ class Extractor(nn.Module):
 
 
 def label(identity: Mapping[str, Any] | None) -> str:
-    """ "FID" for the genuine Inception weights alone, "FD[name]" for all else, "FD" for who knows what."""
+    """Name of a Fréchet distance: "FID" for the published Inception weights, "FD[name]" for others, "FD" if unknown."""
     if identity is None:
         return "FD"
     return "FID" if identity["weights_sha256"] == INCEPTION_SHA256 else f"FD[{identity['name']}]"
 
 
 def check_images(images: Tensor) -> None:
-    """Raise ValueError, with the remedy, for anything but uint8 images (B, 1 or 3, H, W)."""
+    """Raise UserError, with the remedy, for anything but uint8 images (B, 1 or 3, H, W)."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise UserError(
-            f"scores want uint8 images, got {kind}; glf_fast.images.to_uint8 turns floats in [0, 1] into pixels"
+            f"scores need uint8 images, got {kind}; glf_fast.images.to_uint8 turns floats in [0, 1] into pixels"
         )
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[1:]:
-        raise UserError(f"scores want images (batch, 1 or 3 channels, height, width), got {tuple(images.shape)}")
+        raise UserError(f"scores need images (batch, 1 or 3 channels, height, width), got {tuple(images.shape)}")
 
 
 # -- the registry -------------------------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ def _vgg16(name: str, weights: Path | None, tap: int, dim: int) -> Extractor:
 
 def _tiny(name: str, weights: Path | None) -> Extractor:
     if weights is not None:
-        raise UserError("the extractor 'tiny' brings its own weights; leave the weights out")
+        raise UserError("the extractor 'tiny' has its own weights; leave the weights out")
     return Extractor(
         name,
         load_tiny(),
@@ -199,7 +201,7 @@ _REGISTRY: dict[str, Callable[[str, Path | None], Extractor]] = {
 
 
 def names() -> tuple[str, ...]:
-    """The extractors there are."""
+    """Names of all extractors."""
     return tuple(_REGISTRY)
 
 
@@ -208,10 +210,10 @@ def extractor(name: str, *, device: torch.device | str = "cpu", weights: Path | 
 
     Args:
         weights: local file instead of the cached or downloaded one (VGG16: safetensors with torchvision's names; Inception: the
-            public `.pth`). With other weights than the public ones the distance is not called FID.
+            published `.pth`). A distance is called FID only with the published weights.
 
     Raises:
-        UserError: no such extractor, or a weights file that does not fit.
+        UserError: no such extractor, or a weights file of another network.
     """
     if name not in _REGISTRY:
         raise UserError(f"no extractor {name!r}; {did_you_mean(name, _REGISTRY)}there are {', '.join(names())}")

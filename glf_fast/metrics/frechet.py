@@ -22,13 +22,13 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
 
     Dowson & Landau (1982), equation 4; on Inception features it is FID (Heusel et al., arXiv:1706.08500, equation 6).
 
-    With any F₁ᵀF₁ = Σ₁ and F₂ᵀF₂ = Σ₂ the last trace is the nuclear norm of F₂F₁ᵀ, or Σ √eig(F₂Σ₁F₂ᵀ): symmetric problems,
-    no square root of a matrix. F₂ is `b`'s root, computed once, so let `b` be the reference. When there are no more features
-    than dimensions (and all are kept), the centred features themselves are F: exact where a covariance's noise eigenvalues
-    would cost digits. O(dim³).
+    With any F₁ᵀF₁ = Σ₁ and F₂ᵀF₂ = Σ₂ the last trace is the nuclear norm of F₂F₁ᵀ, which equals Σ √eig(F₂Σ₁F₂ᵀ). Both are
+    symmetric problems without the square root of a matrix. F₂ is the root of `b`, which is computed once, so `b` should be the
+    reference. If there are no more features than dimensions and all are kept, F holds the centred features themselves, which
+    is exact; the eigenvalues of a singular covariance would cost digits. O(dim³).
 
     Raises:
-        ValueError: fewer than two features, different extractors or dimensions, moments so large that float64 overflows.
+        UserError: fewer than two features, different extractors or dimensions, moments so large that float64 overflows.
     """
     a.check_comparable(b)
     device = a.mean.device
@@ -39,18 +39,21 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
         cross = eigvalsh(factor @ a.cov @ factor.T).clamp(min=0).sqrt().sum()
     traces = a.cov.trace() + b.cov.trace().to(device)
     distance = float((a.mean - b.mean.to(device)).square().sum() + traces - 2 * cross)
-    if not math.isfinite(distance):  # before the clamp: max(0, NaN) is 0, a perfect score
-        raise UserError(f"the Fréchet distance is {distance}: the features' moments overflow; look at the features")
+    if not math.isfinite(distance):  # checked before the clamp, since max(0, NaN) is 0, a perfect score
+        raise UserError(
+            f"the Fréchet distance is {distance}, because the moments of the features overflow; check the features for "
+            "huge values"
+        )
     return max(0.0, distance)
 
 
 def jackknife_interval(samples: FeatureStats, reference: FeatureStats) -> tuple[float, float]:
-    """95 % interval for the distance of `samples` from `reference`, as the samples vary and the reference stays.
+    """95 % interval for the distance of `samples` from `reference`, over draws of the samples with a fixed reference.
 
-    Delete-a-group jackknife (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 11) over 20 groups, every
-    20th sample one group: distance ± t₁₉·√(19/20·Σ(dᵢ−d̄)²). The groups are taken out of the merged moments, so it costs one
-    covariance of all samples and 20 distances. It says how far another draw of as many samples would fall, not how large the
-    bias of few samples is: for that, look at the floors.
+    Delete-a-group jackknife (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 11) over 20 groups, of
+    every 20th sample each: distance ± t₁₉·√(19/20·Σ(dᵢ−d̄)²). The groups are subtracted from the merged moments, so the cost is
+    one covariance of all samples and 20 distances. The interval shows how much the distance of another draw of equally many
+    samples would vary. It does not show the bias of few samples, which the floors do.
 
     Raises:
         ValueError: fewer than 40 samples, or not all of them kept.
@@ -63,7 +66,7 @@ def jackknife_interval(samples: FeatureStats, reference: FeatureStats) -> tuple[
         part = FeatureStats(samples.dim, extractor=samples.extractor, device=device)
         part.update(features[group::GROUPS])
         rest = samples.without(part)
-        if rest.n <= rest.dim:  # the exact path wants the features themselves
+        if rest.n <= rest.dim:  # the exact path needs the features themselves
             others = torch.arange(len(features), device=device) % GROUPS != group
             rest = FeatureStats(samples.dim, keep=rest.n, extractor=samples.extractor, device=device)
             rest.update(features[others])

@@ -1,7 +1,7 @@
-"""The Inception network that FID is defined by, with the parameter names of its public PyTorch weights.
+"""The Inception network by which FID is defined, with the parameter names of its published PyTorch weights.
 
-It is Inception-v3 (arXiv:1512.00567) as TensorFlow's 2015-12-05 graph has it, which differs from torchvision's: 1008 classes,
-average pooling that leaves padding out of the count, and a max-pooling branch in the last block.
+The network is Inception-v3 (arXiv:1512.00567) in the form of TensorFlow's graph of 2015-12-05. It differs from torchvision's:
+1008 classes, average pooling that does not count padding, and a max-pooling branch in the last block.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class _BlockD(nn.Module):
 
 
 class _BlockE(nn.Module):
-    """8×8: 1×1, split 3×3, double split 3×3, pooled; the last of the two blocks pools by the maximum."""
+    """8×8: 1×1, split 3×3, double split 3×3, pooled; the second of the two blocks uses max pooling."""
 
     def __init__(self, inputs: int, max_pool: bool) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class FIDInception(nn.Module):
         self.Mixed_7a = _BlockD(768)
         self.Mixed_7b = _BlockE(1280, max_pool=False)
         self.Mixed_7c = _BlockE(2048, max_pool=True)
-        self.fc = nn.Linear(2048, 1008)  # not used by FID; it is in the public file
+        self.fc = nn.Linear(2048, 1008)  # not used by FID, but part of the published file
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, 2048)."""
@@ -188,10 +188,13 @@ class FIDInception(nn.Module):
 
 
 def load_inception(weights: Path) -> FIDInception:
-    """The network with the weights of a file in the public format (a state dict by `torch.save`), in eval mode.
+    """The network with the weights of a file in the published format (a state dict by `torch.save`), in eval mode.
 
-    Read with `weights_only=True`, so the file cannot execute code. Raises FileNotFoundError, or UserError when the file is no
-    such state dict.
+    The file is read with `weights_only=True`, so it cannot execute code.
+
+    Raises:
+        FileNotFoundError: no file at `weights`.
+        UserError: the file is not a state dict of this network.
     """
     model = FIDInception()
     try:
@@ -199,16 +202,17 @@ def load_inception(weights: Path) -> FIDInception:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except FileNotFoundError:
         raise
-    except Exception as error:  # pickle, zip, key and shape errors come as half a dozen types
+    except Exception as error:  # errors of pickle, zip, keys and shapes have many types
         raise UserError(
-            f"{weights} is no readable state dict of the FID Inception ({str(error).splitlines()[0]})"
+            f"{weights} is not a readable state dict of the FID Inception ({str(error).splitlines()[0]}); the right file is "
+            "pt_inception-2015-12-05-6726825d.pth"
         ) from error
-    # The public file was converted from TensorFlow, which counts no batches.
+    # The published file was converted from TensorFlow, which counts no batches.
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     if missing or unexpected:
         key = (missing + list(unexpected))[0]
         raise UserError(
-            f"{weights} is no state dict of the FID Inception: {len(missing)} keys are missing, {len(unexpected)} are strange "
-            f"({key!r} among them); the right file is pt_inception-2015-12-05-6726825d.pth"
+            f"{weights} is not a state dict of the FID Inception: {len(missing)} keys are missing, {len(unexpected)} are "
+            f"unknown (for instance {key!r}); the right file is pt_inception-2015-12-05-6726825d.pth"
         )
     return model.eval().requires_grad_(False)

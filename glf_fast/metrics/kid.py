@@ -37,9 +37,9 @@ def _mmd2(x: Tensor, y: Tensor) -> Tensor:
 def kid(a: FeatureStats, b: FeatureStats, block: int = 1000) -> KID:
     """Kernel Inception Distance (Bińkowski et al., arXiv:1801.01401, section 4) between the kept features of `a` and `b`.
 
-    The kept features, which must be in random order, are cut into disjoint blocks of `block`, smaller ones when there would
-    be less than ten. Each feature is used once and nothing is drawn, so the same features give the same numbers. Unbiased for
-    any number of features; the error of the mean is about std/√blocks.
+    The kept features, which must be in random order, are cut into disjoint blocks of `block` features; the blocks are smaller
+    if there were fewer than ten otherwise. Each feature is used once and nothing is drawn at random, so the same features give
+    the same numbers. KID is unbiased for any number of features; the error of the mean is about std/√blocks.
 
     Raises:
         ValueError: fewer than four features kept on either side, different extractors.

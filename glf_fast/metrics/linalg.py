@@ -1,4 +1,4 @@
-"""Symmetric eigenproblems that do not fail because a GPU's solver does."""
+"""Eigenvalues and singular values, computed on the CPU where the solver of a GPU fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["eigh", "eigvalsh", "svdvals"]
 
 
 def _here_or_cpu(solve: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor) -> tuple[Tensor, ...]:
-    """`solve(matrix)` on the matrix's device, or on the CPU when that device's solver fails or returns NaN."""
+    """`solve(matrix)` on the matrix's device, or on the CPU if the solver of the device fails or returns NaN."""
     try:
         solution = solve(matrix)
     except RuntimeError:

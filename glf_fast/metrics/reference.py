@@ -1,4 +1,4 @@
-"""What scores are measured against: statistics of real images, cached under a key of their content, and the floors."""
+"""References for scores: statistics of real images, cached by their content, and distances between real images."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Reference", "dataset_stats", "reference", "subset"]
 
-# Features kept for KID and the exact path: with Inception's 2048 they make a file of 150 MB.
+# Number of features kept for KID and the exact path; with Inception's 2048 dimensions the file takes 150 MB.
 KEEP = 10_000
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as one extractor sees them.
+    """Statistics of real images by one extractor.
 
     Attributes:
-        test: statistics of the test split, which models are scored against (as GLF's authors do: training images would reward
-            copying them).
-        floors: distances between real images, which no model should be expected to beat: "train/train" of two disjoint sets
-            of training images, "train/test" of training images from the test split.
-        protocol: how many images of what; JSON-ready.
+        test: statistics of the test split, against which models are scored (scores against training images would reward
+            copies of them).
+        floors: distances between real images. No model should be expected to fall below a floor. "train/train" is the distance
+            of two disjoint sets of training images, "train/test" that of training images from the test split.
+        protocol: data set and number of images, JSON-ready.
     """
 
     test: FeatureStats
@@ -49,11 +49,11 @@ class Reference:
 def reference(train: ImageDataset, test: ImageDataset, extractor: Extractor, *, n: int = 10_000) -> Reference:
     """Statistics of `n` test images, and the floors from two disjoint sets of `n` training images.
 
-    Fewer where a split has fewer (of the training split: half for each set). To make the floors comparable with a model's
-    score, take as many samples as there are images here. Cached: see `dataset_stats`.
+    Fewer images are used where a split has fewer; each of the two training sets is at most half of the split. The floors are
+    comparable with the score of a model only for the same number of images. Statistics are cached by `dataset_stats`.
 
     Raises:
-        ValueError: fewer than two test or four training images.
+        UserError: fewer than two test or four training images.
     """
     if len(test.images) < 2 or len(train.images) < 4 or n < 2:
         raise UserError(
@@ -69,11 +69,11 @@ def reference(train: ImageDataset, test: ImageDataset, extractor: Extractor, *, 
 
 
 def dataset_stats(dataset: ImageDataset, extractor: Extractor, *, n: int | None = None, part: int = 0) -> FeatureStats:
-    """Statistics of `n` images of a data set (default all), 10,000 features kept, from the cache or computed and put there.
+    """Statistics of `n` images of a data set (default all) with 10,000 features kept, from the cache or computed and cached.
 
-    Part p holds the images p·n … (p+1)·n − 1 of a fixed random order; parts are disjoint. The cache is `cache_dir()/stats`; the
-    key is a hash over the data set's fingerprint, the selection, the extractor's identity and this package's code, so that
-    nothing stale is ever read. A damaged file is computed anew; an unwritable cache costs only the next caller's time.
+    Part p holds the images p·n … (p+1)·n − 1 of a fixed random order, so parts are disjoint. The cache is `cache_dir()/stats`.
+    Its key is a hash of the data set's fingerprint, the selection, the extractor's identity and this package's code, so stale
+    statistics are never read. A damaged file is computed again. If the cache cannot be written, a notice is printed.
     """
     total = len(dataset.images)
     n = total if n is None else min(n, total)
@@ -85,33 +85,31 @@ def dataset_stats(dataset: ImageDataset, extractor: Extractor, *, n: int | None 
         stats = FeatureStats.load(path)
         if stats.extractor == extractor.identity and stats.n == n:
             return stats
-        _notice(f"{path} is not what its name says; computing it again")
+        _notice(f"{path} holds other statistics than its name says; computing them again")
     except FileNotFoundError:
         pass
     except (UserError, OSError) as error:
         _notice(f"{error}; computing it again")
 
-    _notice(
-        f"{extractor.label}: features of {n} images of {dataset.name}:{dataset.split} (kept for later in {path.parent})"
-    )
+    _notice(f"{extractor.label}: features of {n} images of {dataset.name}:{dataset.split} (cached in {path.parent})")
     stats = collect(subset(dataset.images, n, part), extractor, keep=KEEP, source=source)
     stats.root()
     try:
         stats.save(path)
     except OSError as error:
-        _notice(f"the statistics could not be kept ({error}); the next run will compute them again")
+        _notice(f"the statistics could not be cached ({error}); the next run will compute them again")
     return stats
 
 
 def subset(images: Tensor, n: int, part: int = 0) -> Tensor:
-    """Images part·n … (part+1)·n − 1 of a fixed random order (also when these are all: files come sorted by class)."""
+    """Images part·n … (part+1)·n − 1 of a fixed random order; all images are shuffled, too, since files are sorted by class."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order[part * n : (part + 1) * n]]
 
 
 @cache
 def _code() -> str:
-    """Hash of the sources of this package: a change in how features are made makes every cached statistic a stranger."""
+    """Hash of this package's source code, so that a change of the code invalidates all cached statistics."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())

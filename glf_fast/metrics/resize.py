@@ -1,4 +1,4 @@
-"""The two ways images reach the size of a feature network."""
+"""The two ways of resizing images for a feature network."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["antialiased", "tf1_bilinear"]
 
 
 def tf1_bilinear(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear resize of float images (B, C, H, W) as TensorFlow 1's `resize_bilinear` did it, which FID is defined by.
+    """Bilinear resize of float images (B, C, H, W) like TensorFlow 1's `resize_bilinear`, by which FID is defined.
 
     No half-pixel centres, corners not aligned, no antialiasing: output pixel i reads source position i·(in/out), between
-    pixel ⌊·⌋ and its right neighbour (the last one repeated). PyTorch's `interpolate` has no such rule.
+    pixel ⌊·⌋ and its right neighbour (the last one repeated). PyTorch's `interpolate` offers no such rule.
     """
     top, bottom, y = _neighbours(x.shape[2], height, x)
     left, right, u = _neighbours(x.shape[3], width, x)
@@ -24,7 +24,7 @@ def tf1_bilinear(x: Tensor, height: int, width: int) -> Tensor:
 
 def _neighbours(size: int, out: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of the lower and upper neighbour of every output position and the weight of the upper one, each (out,)."""
-    # In float32, as TensorFlow computes it: the scale's rounding decides which pixel a position near an integer falls on.
+    # TensorFlow computes in float32, and the rounding of the scale decides to which pixel a position near an integer belongs.
     position = torch.arange(out, device=like.device, dtype=torch.float32) * torch.tensor(
         size / out, dtype=torch.float32
     )
@@ -33,7 +33,7 @@ def _neighbours(size: int, out: int, like: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def antialiased(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear resize of float images with half-pixel centres and antialiasing; the identity when the size is right."""
+    """Bilinear resize of float images with half-pixel centres and antialiasing; images of the right size are returned."""
     if x.shape[2:] == (height, width):
         return x
     return F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=True)

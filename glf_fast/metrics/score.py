@@ -1,4 +1,4 @@
-"""A model's score: distance, interval, KID and floors, with the protocol that makes the number mean something."""
+"""Scores of models: distance, interval, KID and floors, with the protocol by which they were computed."""
 
 from __future__ import annotations
 
@@ -28,32 +28,36 @@ def score(
     """Score generated (or reconstructed) images against real ones; the result is JSON-ready.
 
     Args:
-        samples: uint8 (N, C, H, W), N ≥ 2, or an iterable of such batches; how they are cut into batches changes nothing.
-        reference: from `reference()`, made with the same extractor.
-        seed: what the samples were drawn with; only recorded.
-        sampling: anything else about how they were made (temperature, EMA, checkpoint …), JSON-ready; only recorded.
+        samples: uint8 (N, C, H, W), N ≥ 2, or an iterable of such batches. The batch sizes do not change the result.
+        reference: result of `reference()` with the same extractor.
+        seed: seed of the samples, to be recorded.
+        sampling: other settings of the samples (temperature, EMA, checkpoint …), JSON-ready, to be recorded.
 
     Raises:
-        ValueError: float images, fewer than two, another extractor than the reference's, NaN features.
+        UserError: float images, fewer than two images, another extractor than the reference's, NaN features.
     """
     result = compare(collect(samples, extractor), reference.test)
     result["floors"] = dict(reference.floors)
     n, samples_n = reference.protocol["floors"]["train/test"][0], result["protocol"]["n"]
     if n != samples_n:
-        result["notes"].append(f"the floors are for {n} images, this is for {samples_n}: fewer give larger distances")
+        result["notes"].append(
+            f"the floors are for {n} images, this score is for {samples_n}; fewer images give larger distances"
+        )
     result["protocol"] |= {**reference.protocol, "seed": seed, "sampling": dict(sampling or {})}
     return result
 
 
 def compare(samples: FeatureStats, reference: FeatureStats) -> dict[str, Any]:
-    """The same for two statistics: what their kept features allow (interval and KID are None where they are missing)."""
+    """Distance of two statistics, JSON-ready; interval and KID are None where the features for them were not kept."""
     notes = []
     value = frechet_distance(samples, reference)
     if samples.n <= samples.dim:
-        path = "by the exact path" if samples.complete else "and its smallest digits are lost"
+        path = (
+            "by the exact path" if samples.complete else "with fewer exact digits, because not all features were kept"
+        )
         notes.append(
-            f"{samples.n} samples for {samples.dim} features: the distance is computed {path} but is biased upwards; "
-            "compare it only with distances from as many samples"
+            f"{samples.n} samples for {samples.dim} features: the distance is computed {path}, and it is biased upwards; "
+            "compare it only with distances of equally many samples"
         )
     interval = kernel = None
     if samples.complete and samples.n >= 2 * GROUPS:
@@ -78,7 +82,7 @@ def compare(samples: FeatureStats, reference: FeatureStats) -> dict[str, Any]:
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """One line for people: value, interval, KID, floors."""
+    """A line to print: value, interval, KID, floors."""
     text = f"{result['metric']} {result['value']:.2f}"
     if result["interval"]:
         low, high = result["interval"]

@@ -32,16 +32,16 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 class FeatureStats:
     """Count n, mean (dim,) and centred second moment M2 = Σ (x−mean)(x−mean)ᵀ (dim, dim) of a stream of features, in float64.
 
-    Batches and whole statistics are merged by Chan, Golub & LeVeque (1983), equation 2.1: nothing is ever squared before it
-    is centred, so features with a large mean lose no digits.
+    Batches and whole statistics are merged by Chan, Golub & LeVeque (1983), equation 2.1. Features are centred before they are
+    squared, so features with a large mean lose no digits.
 
     Args:
         dim: length of one feature vector.
-        keep: keep the first `keep` features as they came (float32). The exact distance for few samples, KID and the jackknife
-            need them; they cost 4·keep·dim bytes.
-        extractor: identity of the extractor that made the features (JSON-ready); statistics of different ones never mix.
-        source: where the features came from (JSON-ready), for the protocol; not compared.
-        device: where the moments live. Must hold float64.
+        keep: number of features to keep (the first ones, in float32). The exact distance of few samples, KID and the jackknife
+            need them; they take 4·keep·dim bytes.
+        extractor: identity of the extractor of the features, JSON-ready; statistics of different extractors cannot be merged.
+        source: origin of the features for the protocol, JSON-ready; it is not compared.
+        device: device of the moments; it must support float64.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FeatureStats:
         device: torch.device | str = "cpu",
     ) -> None:
         if dim < 1 or keep < 0:
-            raise ValueError(f"FeatureStats wants dim ≥ 1 and keep ≥ 0, got dim={dim}, keep={keep}")
+            raise ValueError(f"FeatureStats needs dim ≥ 1 and keep ≥ 0, got dim={dim}, keep={keep}")
         self.dim = dim
         self.keep = keep
         self.extractor = dict(extractor) if extractor is not None else None
@@ -74,7 +74,7 @@ class FeatureStats:
         """
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or n < 2:
             raise ValueError(
-                "from_moments wants a mean (d,), a covariance (d, d) and n ≥ 2, "
+                "from_moments needs a mean (d,), a covariance (d, d) and n ≥ 2, "
                 f"got {tuple(mean.shape)}, {tuple(cov.shape)} and n={n}"
             )
         stats = cls(len(mean), device=mean.device, **options)
@@ -84,11 +84,11 @@ class FeatureStats:
         stats._require_finite()
         return stats
 
-    # -- what was seen --------------------------------------------------------------------------------------------------
+    # -- moments --------------------------------------------------------------------------------------------------------
 
     @property
     def mean(self) -> Tensor:
-        """Mean (dim,), float64. Raises ValueError before the second feature, as `cov` does."""
+        """Mean (dim,), float64. Raises UserError before the second feature, as `cov` does."""
         self._require_two()
         return self._mean
 
@@ -100,14 +100,14 @@ class FeatureStats:
 
     @property
     def kept(self) -> Tensor:
-        """The first `keep` features (≤ keep, dim), float32, in the order they came (a merged one's come last)."""
+        """The first `keep` features (≤ keep, dim), float32, in the order of their arrival; merged ones are appended."""
         if len(self._kept) > 1:
             self._kept = [torch.cat(self._kept)]
         return self._kept[0] if self._kept else self._mean.new_zeros((0, self.dim), dtype=torch.float32)
 
     @property
     def complete(self) -> bool:
-        """Whether every feature seen was kept."""
+        """Whether all features were kept."""
         return self.n == sum(map(len, self._kept))
 
     def factor(self) -> Tensor:
@@ -123,7 +123,7 @@ class FeatureStats:
             self._root = w.clamp(min=0).sqrt()[:, None] * v.T
         return self._root
 
-    # -- seeing more ----------------------------------------------------------------------------------------------------
+    # -- updates --------------------------------------------------------------------------------------------------------
 
     def update(self, features: Tensor) -> None:
         """Add features (B, dim), B ≥ 0, of any floating dtype and device.
@@ -139,7 +139,8 @@ class FeatureStats:
         if not bool(torch.isfinite(x).all()):
             row = int((~torch.isfinite(x)).any(1).nonzero()[0])
             raise UserError(
-                f"features contain NaN or infinity (first in row {row} of this batch, after {self.n} good ones)"
+                f"features contain NaN or infinity (first in row {row} of this batch, after {self.n} finite features); "
+                "check the images and the extractor's weights"
             )
         if len(x):
             mean = x.mean(0)
@@ -147,17 +148,17 @@ class FeatureStats:
             self._merge(len(x), mean, centred.T @ centred, features.detach().to(self._mean.device, torch.float32))
 
     def merge(self, other: FeatureStats) -> None:
-        """Add all that `other` saw. Raises ValueError when the extractors or dimensions differ."""
+        """Add the features of `other`. Raises UserError if the extractors or dimensions differ."""
         self.check_comparable(other)
         if other.n:
             move = self._mean.device
             self._merge(other.n, other._mean.to(move), other._m2.to(move), other.kept.to(move))
             if not other.complete:
-                # Features after a gap are not "the first ones": freeze what is kept.
+                # Features of `other` are missing after those kept, so later ones must not be kept as "the first".
                 self.keep = min(self.keep, len(self.kept))
 
     def without(self, part: FeatureStats) -> FeatureStats:
-        """The statistics with a part of the features taken out again (merge backwards); kept features are dropped."""
+        """Statistics of the features without those of `part` (the inverse of merge); no features are kept."""
         n = self.n - part.n
         rest = FeatureStats(self.dim, extractor=self.extractor, source=self.source, device=self._mean.device)
         rest.n = n
@@ -178,10 +179,10 @@ class FeatureStats:
         self._root = None
 
     def all_reduce(self) -> None:
-        """Merge over all processes of `torch.distributed`, in the order of ranks; all end with the same numbers.
+        """Merge the statistics of all processes of `torch.distributed`, in the order of ranks; all end with the same numbers.
 
-        A collective call: each rank must make it. Without an initialised process group nothing happens. Kept features are
-        gathered in the order of ranks, so a rank that saw nothing is no problem.
+        This is a collective call that each rank must make. Without an initialised process group nothing happens. Kept features
+        are gathered in the order of ranks; a rank may have none.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
@@ -200,14 +201,14 @@ class FeatureStats:
 
     def _require_two(self) -> None:
         if self.n < 2:
-            raise UserError(f"a covariance needs at least two feature vectors, this has seen {self.n}")
+            raise UserError(f"a covariance needs at least two feature vectors, got {self.n}; give more images")
 
     def _require_finite(self) -> None:
         if not bool(self._mean.isfinite().all() and self._m2.isfinite().all()):
             raise UserError("the mean or the covariance contains NaN or infinity; compute them again from the images")
 
     def check_comparable(self, other: FeatureStats) -> None:
-        """Raise ValueError unless both have the same dimension and, where both say it, the same extractor."""
+        """Raise UserError unless both have the same dimension and, where both name one, the same extractor."""
         if self.extractor is not None and other.extractor is not None and self.extractor != other.extractor:
             keys = sorted(self.extractor.keys() | other.extractor.keys())
             differing = [key for key in keys if self.extractor.get(key) != other.extractor.get(key)]
@@ -218,7 +219,9 @@ class FeatureStats:
                 f"features of different extractors cannot be compared: {pairs}; compute both with the same one"
             )
         if self.dim != other.dim:
-            raise UserError(f"features of different lengths cannot be compared: {self.dim} and {other.dim}")
+            raise UserError(
+                f"features of different lengths cannot be compared: {self.dim} and {other.dim}; use one extractor"
+            )
 
     # -- files ----------------------------------------------------------------------------------------------------------
 
@@ -240,10 +243,15 @@ class FeatureStats:
 
     @classmethod
     def load(cls, path: Path | str) -> FeatureStats:
-        """Read what `save` wrote. Raises FileNotFoundError, or UserError when the file is damaged or something else."""
+        """Read a file of `save`.
+
+        Raises:
+            FileNotFoundError: no file at `path`.
+            UserError: the file is damaged, or holds something else.
+        """
         if not Path(path).is_file():
             raise FileNotFoundError(
-                f"no statistics at {path}; make them with: python -m glf_fast.metrics ref SOURCE --out {path}"
+                f"no statistics at {path}; compute them with: python -m glf_fast.metrics ref SOURCE --out {path}"
             )
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -251,10 +259,12 @@ class FeatureStats:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise UserError(
-                f"{path} is damaged or no safetensors file ({error}); delete it and compute it again"
+                f"{path} is damaged or not a safetensors file ({error}); delete it and compute it again"
             ) from error
         if _FORMAT not in metadata:
-            raise UserError(f"{path} holds no feature statistics (no {_FORMAT!r} in its metadata)")
+            raise UserError(
+                f"{path} holds no feature statistics (no {_FORMAT!r} in its metadata); compute them with `ref`"
+            )
         header = json.loads(metadata[_FORMAT])
         if header["sha256"] != _digest(tensors):
             raise UserError(f"{path} is damaged (its checksum differs); delete it and compute it again")

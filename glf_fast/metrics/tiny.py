@@ -1,4 +1,4 @@
-"""A small classifier of Fashion-MNIST whose features ship with the package, so that a meaningful score always runs."""
+"""A small classifier of Fashion-MNIST, shipped with the package, whose features give a score without any download."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.M
 
 
 class TinyNet(nn.Module):
-    """Four convolutions; the channel means behind the second (texture) and the fourth (content) are the 128 features.
+    """Four convolutions. The 128 features are channel means after the second (texture) and the fourth (content) convolution.
 
-    `tools/train_tiny.py` trains it on clothes in random colours and then sets `mean` and `std`, so that every feature has
-    mean 0 and variance 1 on the training set: a Fréchet distance is in squared standard deviations of real images.
+    `tools/train_tiny.py` trains the network on clothes in random colours. It then sets `mean` and `std` so that every feature
+    has mean 0 and variance 1 on the training set. So a Fréchet distance is in squared standard deviations of real images.
     """
 
     dim = 128
@@ -53,7 +53,7 @@ class TinyNet(nn.Module):
 
 
 def load_tiny() -> TinyNet:
-    """The trained network that is shipped with the package, in eval mode and without gradients."""
+    """The trained network from the package, in eval mode and without gradients."""
     model = TinyNet()
     model.load_state_dict(load_file(TINY_WEIGHTS))
     return model.eval().requires_grad_(False)

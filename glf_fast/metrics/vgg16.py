@@ -1,4 +1,4 @@
-"""VGG16's convolutional half, with torchvision's parameter names: features for scores and for the perceptual loss."""
+"""The convolutions of VGG16, with torchvision's parameter names: features for scores and for the perceptual loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glf_fast.errors import UserError
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "VGG16", "load_vgg16"]
 
-# Per-channel statistics of ImageNet for pixels in [0, 1]. LPIPS writes the same map for pixels in [-1, 1].
+# Per-channel statistics of ImageNet for pixels in [0, 1]. LPIPS uses the same map, written for pixels in [-1, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -25,7 +25,7 @@ class VGG16(nn.Module):
     """The 13 convolutions of VGG16 (arXiv:1409.1556, configuration D) as `features.0` … `features.30`.
 
     Indices count layers as torchvision does: a ReLU has the index of its convolution plus one. So relu1_2, relu2_2, relu3_3,
-    relu4_3 and relu5_3 are 3, 8, 15, 22 and 29, and the index of each one's convolution is one less.
+    relu4_3 and relu5_3 have the indices 3, 8, 15, 22 and 29.
     """
 
     def __init__(self) -> None:
@@ -41,11 +41,11 @@ class VGG16(nn.Module):
         self.features = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
-        """Outputs of `features[: tap + 1]` for every tap, in the order of `taps`, in one pass that stops at the last one.
+        """Outputs of `features[: tap + 1]` for every tap, in the order of `taps`, in one pass that stops at the last tap.
 
         Args:
             x: float images (B, 3, H, W), already normalised by `IMAGENET_MEAN` and `IMAGENET_STD`. Each pooling halves H and W
-                (rounding down), so an image must be at least 2^p wide for a tap behind p poolings.
+                (rounding down), so H and W must be at least 2^p for a tap after p poolings.
             taps: indices in 0 … 30.
 
         Raises:
@@ -55,13 +55,13 @@ class VGG16(nn.Module):
             raise ValueError(f"taps must be indices in 0 … {len(self.features) - 1}, got {list(taps)}")
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(
-                f"VGG16 wants images (B, 3, H, W), got {tuple(x.shape)}; repeat a grey channel three times"
+                f"VGG16 needs images (B, 3, H, W), got {tuple(x.shape)}; repeat a grey channel three times"
             )
         outputs: dict[int, Tensor] = {}
         for index, layer in enumerate(self.features):
             if index > max(taps):
                 break
-            # The ReLUs work in place to halve the memory; a tapped convolution must keep its values.
+            # The ReLUs work in place to halve the memory, so the output of a tapped convolution is cloned.
             x = layer(x.clone() if index - 1 in taps and isinstance(layer, nn.ReLU) else x)
             if index in taps:
                 outputs[index] = x

@@ -1,4 +1,4 @@
-"""Generative models of images, by name: networks, losses and sampling, built from `glf_fast.flow`."""
+"""Generative models by name. A model is one file; `model` says what the file brings."""
 
 from __future__ import annotations
 
@@ -7,24 +7,46 @@ from typing import Any
 
 from glf_fast.errors import UserError, did_you_mean
 from glf_fast.models.glf import GLF
-from glf_fast.models.model import GenerativeModel
+from glf_fast.models.model import GenerativeModel, Interpolates, ModelSettings, Phase, Reconstructs, Stage, Words
+from glf_fast.models.vae import VAE
 
-__all__ = ["GLF", "GenerativeModel", "build", "names"]
+__all__ = [
+    "GLF",
+    "GenerativeModel",
+    "Interpolates",
+    "ModelSettings",
+    "Phase",
+    "Reconstructs",
+    "Stage",
+    "Words",
+    "build",
+    "kind",
+    "names",
+]
 
-_REGISTRY: dict[str, type[GenerativeModel]] = {"glf": GLF}
+# The registry; the first model is the default.
+_MODELS: dict[str, type[GenerativeModel]] = {
+    "glf": GLF,
+    "vae": VAE,
+}
 
 
 def names() -> tuple[str, ...]:
-    """The models there are."""
-    return tuple(_REGISTRY)
+    """Names of the models."""
+    return tuple(_MODELS)
+
+
+def kind(name: str) -> type[GenerativeModel]:
+    """The class of the model called `name`; raises UserError, with the nearest name, when there is none."""
+    if name not in _MODELS:
+        raise UserError(f"no model {name!r}; {did_you_mean(name, _MODELS)}there are {', '.join(_MODELS)}")
+    return _MODELS[name]
 
 
 def build(name: str, config: Mapping[str, Any]) -> GenerativeModel:
-    """The untrained model called `name` from its constructor's arguments.
+    """The untrained model called `name` from its `config`.
 
     Raises:
         UserError: no such model, or a setting that it does not have or cannot take.
     """
-    if name not in _REGISTRY:
-        raise UserError(f"no model {name!r}; {did_you_mean(name, _REGISTRY)}there are {', '.join(_REGISTRY)}")
-    return _REGISTRY[name].from_config(config)
+    return kind(name).from_config(config)

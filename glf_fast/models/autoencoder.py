@@ -1,4 +1,4 @@
-"""The autoencoder of GLF and of the comparisons around it: InfoGAN's networks."""
+"""Encoder and decoder with the networks of InfoGAN, which several autoencoders share."""
 
 from __future__ import annotations
 

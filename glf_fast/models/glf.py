@@ -3,21 +3,120 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.flow import CouplingFlow, Flow, rnvp_flow
 from glf_fast.models.autoencoder import Decoder, Encoder, check_image_shape
-from glf_fast.models.model import GenerativeModel
-from glf_fast.models.reconstruction import check_reconstruction, reconstruction_loss
+from glf_fast.models.model import GenerativeModel, ModelSettings, Phase, Words
+from glf_fast.models.reconstruction import reconstruction_loss
+from glf_fast.settings import NOT_NEGATIVE, POSITIVE, Rule, Settings, shown
 
-__all__ = ["GLF"]
+__all__ = ["GLF", "FlowSettings", "GLFSettings"]
 
 # Samples are drawn in batches of this size: it bounds memory, and the authors' protocol is defined by it.
 _SAMPLE_BATCH = 500
+
+
+@dataclass(frozen=True)
+class FlowSettings(Settings):
+    """The normalizing flow."""
+
+    kind: Literal["coupling", "rnvp"] = "coupling"
+    """coupling: Glow's steps (ActNorm, linear, coupling); rnvp: the GLF paper's blocks."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers in the couplings' networks; for rnvp two equal ones."""
+    steps: int = 8
+    """coupling: number of steps."""
+    activation: str = "relu"
+    """coupling: relu, leaky_relu, silu, gelu, tanh or elu."""
+    log_scale: str = "tanh"
+    """coupling: the function that bounds log-scales: tanh, exp, glow, nflows, atan, softclip or jet."""
+    log_scale_constant: float | None = None
+    """coupling: constant of the log-scale function; by default its usual one."""
+    add_first: bool = False
+    """coupling: (v + t)·e^s instead of v·e^s + t."""
+    linear: Literal["plu", "dense", "permutation"] = "plu"
+    """coupling: the linear layer between couplings."""
+    actnorm: bool = True
+    """coupling: begin each step with an ActNorm."""
+    blocks: int = 4
+    """rnvp: number of two-sided blocks."""
+    clamp: float = 2.0
+    """rnvp: bound of the log-scales."""
+    seed: int = 0
+    """rnvp: random seed of the fixed permutations."""
+
+    CHOICE: ClassVar[str] = "kind"
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "hidden": (lambda value: len(value) > 0 and min(value) > 0, "one or more positive widths"),
+        "steps": POSITIVE,
+        "blocks": POSITIVE,
+        "clamp": POSITIVE,
+    }
+
+    def effective(self) -> dict[str, Any]:
+        """The fields that have an effect with this kind, by name."""
+        shared = ("kind", "hidden")
+        rnvp = ("blocks", "clamp", "seed")
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name in shared or (name in rnvp) == (self.kind == "rnvp")
+        }
+
+    def mistake(self) -> str:
+        """Says so if the widths do not suit the kind."""
+        if self.kind == "rnvp" and (len(self.hidden) != 2 or self.hidden[0] != self.hidden[1]):
+            return f'hidden = {shown(self.hidden)} must be two equal widths for flow.kind = "rnvp"'
+        return ""
+
+    def build(self, dim: int) -> Flow:
+        """The flow on vectors of length `dim`."""
+        options = {name: value for name, value in self.effective().items() if name != "kind"}
+        if self.kind == "rnvp":
+            return rnvp_flow(dim, **{**options, "hidden": self.hidden[0]})
+        return CouplingFlow(dim, **options)
+
+
+@dataclass(frozen=True)
+class GLFSettings(ModelSettings):
+    """Generative Latent Flow; its flow has a table of its own."""
+
+    name: str = "glf"
+    """Name of the model."""
+    latent_dim: int = 20
+    """Numbers in a code."""
+    width: int = 64
+    """Channels after the encoder's first convolution."""
+    hidden: int = 1024
+    """Units of the dense layer in encoder and decoder."""
+    reconstruction: Literal["mse", "bce", "l1", "perceptual"] = "mse"
+    """Distance between images and their reconstructions."""
+    beta: float = 1.0
+    """Weight of the reconstruction against the likelihood; without effect on Adam while the gradient is stopped."""
+    stop_gradient: bool = True
+    """Train the encoder by reconstruction alone, not by the flow's likelihood."""
+    latent_noise: float = 0.0
+    """Standard deviation of the noise on codes in training, relative to the standard deviation of the codes."""
+    flow: FlowSettings = FlowSettings()
+
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "latent_dim": POSITIVE,
+        "width": POSITIVE,
+        "hidden": POSITIVE,
+        "beta": POSITIVE,
+        "latent_noise": NOT_NEGATIVE,
+    }
+
+    def summary(self) -> str:
+        """The settings that matter most, in a few words for the report."""
+        return f"{self.latent_dim} latent dimensions, {self.reconstruction} loss, {self.flow.kind} flow"
 
 
 class GLF(GenerativeModel):
@@ -31,74 +130,82 @@ class GLF(GenerativeModel):
     D(F⁻¹(u)), u ~ N(0, I).
 
     Args:
-        image_shape: (C, H, W), H and W multiples of 4.
-        latent_dim: D, columns of z.
-        width, hidden: of the networks, see `Encoder`.
-        reconstruction: d: "mse", "bce", "l1" or "perceptual", see `reconstruction_loss`.
-        beta: β. Matters when stop_gradient is False; else it scales the autoencoder's gradient, which Adam undoes.
-        stop_gradient: False trains the encoder by the likelihood too: the regularised GLF. Give it latent noise, or the
-            likelihood grows without bound as the encoder shrinks the codes.
-        latent_noise: σ. Noise gives the flow a density to learn where the codes fill a thin sheet, and the decoder an answer
-            off that sheet. In units of s: of each code's standard deviation over the batch if stop_gradient, so that the
-            encoder cannot outgrow the noise; 1 if not, so that it cannot shrink with the codes.
-        flow: {"kind": "coupling", …} with the arguments of `CouplingFlow` (the default), or {"kind": "rnvp", …} with those of
-            `rnvp_flow`, the paper's; `dim` is given by latent_dim.
+        shape: (C, H, W) of the images, H and W multiples of 4.
+        settings: see `GLFSettings`, and
+
+            beta: β. Matters when stop_gradient is False; else it scales the autoencoder's gradient, which Adam undoes.
+            stop_gradient: False trains the encoder by the likelihood too: the regularised GLF. Give it latent noise, or the
+                likelihood grows without bound as the encoder shrinks the codes.
+            latent_noise: σ. Noise gives the flow a density to learn where the codes fill a thin sheet, and the decoder an
+                answer off that sheet. In units of s: of each code's standard deviation over the batch if stop_gradient, so
+                that the encoder cannot outgrow the noise; 1 if not, so that it cannot shrink with the codes.
     """
 
-    def __init__(
-        self,
-        *,
-        image_shape: Sequence[int],
-        latent_dim: int = 64,
-        width: int = 64,
-        hidden: int = 1024,
-        reconstruction: str = "mse",
-        beta: float = 1.0,
-        stop_gradient: bool = True,
-        latent_noise: float = 0.0,
-        flow: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        check_reconstruction(reconstruction)
-        if latent_noise < 0:
-            raise ValueError(f"latent_noise is a standard deviation, so it must be ≥ 0; got {latent_noise}")
-        self.image_shape = check_image_shape(image_shape)
-        self.latent_dim = latent_dim
-        self.reconstruction = reconstruction
-        self.beta = beta
-        self.stop_gradient = stop_gradient
-        self.latent_noise = latent_noise
-        self.encoder = Encoder(image_shape, latent_dim, width, hidden)
-        self.decoder = Decoder(image_shape, latent_dim, width, hidden)
-        self.flow = _build_flow(latent_dim, flow or {})
-        self.config = {
-            "image_shape": list(self.image_shape),
-            "latent_dim": latent_dim,
-            "width": width,
-            "hidden": hidden,
-            "reconstruction": reconstruction,
-            "beta": beta,
-            "stop_gradient": stop_gradient,
-            "latent_noise": latent_noise,
-            "flow": {"kind": "coupling", **(flow or {})},
-        }
+    Settings = GLFSettings
+    groups = ("autoencoder", "flow")
+    words = Words(
+        title="GLF",
+        interpolations="From one test image to another along an arc in the flow's Gaussian space.",
+        curves={
+            "reconstruction": "reconstruction",
+            "nll_vs_normal": "nll of the flow minus nll of a normal distribution",
+        },
+        about_curves=(
+            "The second curve compares the flow with a normal distribution that is fitted to the codes of each batch: below 0 "
+            "the flow is better. The nll itself may rise while the samples improve, because the encoder rescales its codes."
+        ),
+    )
+    sampling_modes: ClassVar[Mapping[str, str]] = {
+        "authors": "the sampling protocol of GLF's authors: batch statistics, and images stretched to [0, 1]"
+    }
+    settings: GLFSettings
+
+    def __init__(self, shape: Sequence[int], settings: GLFSettings = GLFSettings()) -> None:
+        super().__init__(check_image_shape(shape), settings)
+        sizes = settings.latent_dim, settings.width, settings.hidden
+        self.encoder = Encoder(shape, *sizes)
+        self.decoder = Decoder(shape, *sizes)
+        self.flow = settings.flow.build(settings.latent_dim)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GLF:
+        """An untrained model; configurations of version 0.1.0, with other names and one width for rnvp, are read, too."""
+        values = {"shape" if key == "image_shape" else key: value for key, value in config.items()}
+        flow = values.get("flow")
+        if isinstance(flow, dict) and isinstance(flow.get("hidden"), int):
+            values["flow"] = {**flow, "hidden": [flow["hidden"]] * 2}
+        return super().from_config(values)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
     def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """{"loss", "reconstruction", "nll"} of a batch x (B, C, H, W) in [0, 1]; nll in nats per image.
+        """Scalars of a batch x (B, C, H, W) in [0, 1]; likelihoods in nats per image.
 
         Args:
             generator: source of the latent noise, on x's device; the global one if None.
+
+        Returns:
+            loss: to be back-propagated.    reconstruction, nll: its terms.
+            nll_vs_normal: nll minus that of a normal distribution with the batch's mean and variances. It does not change
+                when the encoder rescales its codes.
         """
-        z = self.encode(x)
-        if self.latent_noise > 0:
+        settings, z = self.settings, self.encode(x)
+        if settings.latent_noise > 0:
             noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-            unit = z.detach().std(0, correction=0) if self.stop_gradient else 1.0
-            z = z + self.latent_noise * unit * noise
-        reconstruction = reconstruction_loss(self.reconstruction, self.decode(z), x)
-        nll = -self.flow.log_prob(z.detach() if self.stop_gradient else z).mean()
-        return {"loss": self.beta * reconstruction + nll, "reconstruction": reconstruction, "nll": nll}
+            unit = z.detach().std(0, correction=0) if settings.stop_gradient else 1.0
+            z = z + settings.latent_noise * unit * noise
+        reconstruction = reconstruction_loss(settings.reconstruction, self.decode(z), x)
+        nll = -self.flow.log_prob(z.detach() if settings.stop_gradient else z).mean()
+        return {
+            "loss": settings.beta * reconstruction + nll,
+            "reconstruction": reconstruction,
+            "nll": nll,
+            "nll_vs_normal": nll.detach() - _normal_nll(z.detach()),
+        }
+
+    def phases(self) -> tuple[Phase, ...]:
+        """One: everything learns from the same loss."""
+        return (Phase(self.losses, moves=self.groups),)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """{"autoencoder": encoder and decoder, "flow": the flow}."""
@@ -111,7 +218,7 @@ class GLF(GenerativeModel):
 
     def encode(self, x: Tensor) -> Tensor:
         """Images x (B, C, H, W) in [0, 1] → codes z (B, latent_dim)."""
-        self._check_images("x", x)
+        self._check_batch("x", x)
         return self.encoder(x)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -120,33 +227,29 @@ class GLF(GenerativeModel):
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """D(E(x)) for x (B, C, H, W) in [0, 1], in eval mode and without gradients or noise."""
-        with self._evaluating():
+        with self.evaluating():
             return self.decode(self.encode(x))
 
     def sample(
-        self,
-        n: int,
-        *,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        authors_protocol: bool = False,
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
     ) -> Tensor:
         """n images D(F⁻¹(u)), u ~ temperature·N(0, I): (n, C, H, W) in [0, 1], in eval mode and without gradients.
 
         Args:
             temperature: standard deviation of u; below 1 trades variety for typicality.
             generator: source of u, on the model's device; the global one if None.
-            authors_protocol: as the released code samples: batch norms take the statistics of 500 samples at a time, so that
+            mode: "authors" for the way of the released code: batch norms take the statistics of 500 samples at a time, so that
                 a sample depends on its neighbours, and each image is stretched to [0, 1]. Both move the Fréchet distance.
         """
+        authors = mode == "authors"
         starts = range(0, n, _SAMPLE_BATCH) or [0]
         # Whole batches where a batch's statistics matter; a single sample has none.
-        sizes = [_SAMPLE_BATCH if authors_protocol else min(_SAMPLE_BATCH, n - start) for start in starts]
-        with self._evaluating(), _batch_statistics(self) if authors_protocol else contextlib.nullcontext():
+        sizes = [_SAMPLE_BATCH if authors else min(_SAMPLE_BATCH, n - start) for start in starts]
+        with self.evaluating(), _batch_statistics(self) if authors else contextlib.nullcontext():
             x = torch.cat(
                 [self.decode(self.flow.sample(k, temperature=temperature, generator=generator)) for k in sizes]
             )[:n]
-        if authors_protocol:
+        if authors:
             low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
             x = (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
         return x
@@ -159,7 +262,7 @@ class GLF(GenerativeModel):
         """
         if steps < 2:
             raise ValueError(f"steps counts both ends, so it must be ≥ 2; got {steps}")
-        with self._evaluating():
+        with self.evaluating():
             u0, u1 = (self.flow(self.encode(x))[0][:, None] for x in (x0, x1))
             t = torch.linspace(0, 1, steps, device=u0.device, dtype=u0.dtype)[:, None]
             # Parallel or opposite ends leave the arc undefined; a tiny turn then stands for it.
@@ -168,13 +271,11 @@ class GLF(GenerativeModel):
             return self.decode(self.flow.inverse(u.flatten(0, 1))[0]).unflatten(0, (len(x0), steps))
 
 
-def _build_flow(dim: int, settings: Mapping[str, Any]) -> Flow:
-    kinds: dict[str, Callable[..., Flow]] = {"coupling": CouplingFlow, "rnvp": rnvp_flow}
-    kind = settings.get("kind", "coupling")
-    if kind not in kinds:
-        raise ValueError(f"the flow's kind must be one of {', '.join(map(repr, kinds))}; got {kind!r}")
-    arguments = {name: value for name, value in settings.items() if name != "kind"}
-    return kinds[kind](dim, **arguments)
+def _normal_nll(z: Tensor) -> Tensor:
+    """Mean nll of codes z (B, D) under the normal distribution with their own mean and variances, in nats."""
+    # A code that is constant over the batch has a density without bound; the smallest number stands for its variance.
+    variances = z.var(0, correction=0).clamp(min=torch.finfo(z.dtype).tiny)
+    return 0.5 * (math.log(2 * math.pi) + 1 + variances.log()).sum()
 
 
 @contextlib.contextmanager

@@ -1,102 +1,202 @@
-"""What the trainer and the commands know of a model, and how every model is saved and loaded."""
+"""The interface between models and everything that trains, samples and scores them."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from glf_fast.errors import UserError, did_you_mean
-from glf_fast.files import read_json, save_tensors, write_json
+from glf_fast.errors import UserError
+from glf_fast.models import saving
+from glf_fast.settings import Settings, check, table, updated
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "GenerativeModel"]
+__all__ = [
+    "GenerativeModel",
+    "Interpolates",
+    "ModelSettings",
+    "Phase",
+    "Reconstructs",
+    "Stage",
+    "Words",
+]
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-
+Losses = Callable[[Tensor, "torch.Generator | None"], dict[str, Tensor]]
 M = TypeVar("M", bound="GenerativeModel")
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """The model."""
+
+    name: str = ""
+    """Name of the model."""
+
+    def summary(self) -> str:
+        """The settings that matter most, in a few words for the report."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One update within a training step.
+
+    Attributes:
+        losses: losses(x, generator) → scalars by name, all of them for the log; a method of the model.
+        moves: names of the parameter groups that the update changes; gradients of other groups are dropped.
+        minimises: which of the scalars is back-propagated.
+        every: only every so many steps is this phase part of the step.
+    """
+
+    losses: Losses
+    moves: tuple[str, ...]
+    minimises: str = "loss"
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training that ends before the next one begins.
+
+    Attributes:
+        phases: what each step does, in this order; none if `fit` does everything.
+        epochs: passes over the training data; None: as many as the run's configuration says.
+        inputs: maps a batch to what the phases and `fit` take in its place, once, in eval mode, at the start of the stage:
+            the codes of images, for instance. None: the batches themselves.
+        fit: a closed-form fit to all inputs (N, …), instead of phases; the same inputs must give the same result.
+    """
+
+    phases: tuple[Phase, ...] = ()
+    epochs: int | None = None
+    inputs: Callable[[Tensor], Tensor] | None = None
+    fit: Callable[[Tensor], None] | None = None
+
+
+@dataclass(frozen=True)
+class Words:
+    """A model's texts in log and report.
+
+    Attributes:
+        title: the model's usual name.
+        interpolations: what the pictures of interpolations show.
+        curves: titles of the scalars that the report draws and the progress line shows, by name; empty: all, by their names.
+            They should fall as the model improves.
+        about_curves: what one should know to read the curves.
+    """
+
+    title: str
+    interpolations: str = "From one test image to another."
+    curves: Mapping[str, str] | None = None
+    about_curves: str = ""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """A model that maps data to codes and back."""
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """x (B, *shape) through the model and back, in eval mode and without gradients."""
+        ...
+
+
+@runtime_checkable
+class Interpolates(Protocol):
+    """A model that finds ways between two data points."""
+
+    def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
+        """(B, steps, *shape): from each reconstructed x0 to its x1 (B, *shape), ends included, in eval mode."""
+        ...
 
 
 class GenerativeModel(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="glf_fast",
-    tags=["normalizing-flow", "image-generation"],
+    tags=["generative-model"],
 ):
-    """A model of images (C, H, W) in [0, 1]: its losses, its optimizers' parameters, and how it samples.
+    """A model of data (*shape): its settings, its losses and the parameters that they move, and how it samples.
 
-    `save_pretrained`, `from_pretrained` and `push_to_hub` use two files, safetensors and JSON; pickles are never read.
+    Images are (C, H, W) in [0, 1]. What a model can do beside sampling it shows by its methods: see `Reconstructs` and
+    `Interpolates`. `save_pretrained`, `from_pretrained` and `push_to_hub` use two files, safetensors and JSON; pickles are
+    never read.
+
+    Class attributes:
+        Settings: the model's settings; their field `name` defaults to the model's name.
+        groups: names of the parameter groups, in order; each group has an optimizer of its own.
+        words: its texts in log and report.
+        takes: kinds of data sets that it can be trained on: "images", "table", "tokens".
+        sampling_modes: other ways to sample than the usual one, and what they are, by name.
 
     Attributes:
-        config: the constructor's arguments, JSON-ready; `type(model)(**model.config)` builds the same model untrained.
-        image_shape: (C, H, W).
+        shape: shape of one data point.    settings: an instance of Settings.
     """
 
-    config: dict[str, Any]
-    image_shape: tuple[int, int, int]
+    Settings: ClassVar[type[ModelSettings]]
+    groups: ClassVar[tuple[str, ...]]
+    words: ClassVar[Words]
+    takes: ClassVar[frozenset[str]] = frozenset({"images"})
+    sampling_modes: ClassVar[Mapping[str, str]] = {}
 
-    def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Scalars of a batch x (B, C, H, W) in [0, 1]: "loss" is the one to back-propagate, the others tell what it is made of.
+    def __init__(self, shape: Sequence[int], settings: ModelSettings) -> None:
+        super().__init__()
+        check(settings)
+        self.shape, self.settings = tuple(map(int, shape)), settings
 
-        Args:
-            generator: source of all random numbers, on x's device; the global one if None.
-        """
+    @property
+    def config(self) -> dict[str, Any]:
+        """Shape and settings, JSON-ready; `from_config` builds the same model from them, untrained."""
+        return {"shape": list(self.shape), **table(self.settings)}
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters by the names in `groups`; every trainable parameter once."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """`losses`, under the name that DistributedDataParallel and torch.compile wrap."""
-        return self.losses(x, generator)
+    def phases(self) -> tuple[Phase, ...]:
+        """The updates of a step of the first stage, in order."""
+        raise NotImplementedError
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The parts of training, in order."""
+        return (Stage(self.phases()),)
+
+    def forward(
+        self, x: Tensor, generator: torch.Generator | None = None, stage: int = 0, phase: int = 0
+    ) -> dict[str, Tensor]:
+        """The losses of a phase, under the name that DistributedDataParallel and torch.compile wrap."""
+        return self.stages()[stage].phases[phase].losses(x, generator)
+
+    # -- use -----------------------------------------------------------------------------------------------------------
 
     def sample(
-        self,
-        n: int,
-        *,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        authors_protocol: bool = False,
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
     ) -> Tensor:
-        """n images (n, C, H, W) in [0, 1], in eval mode and without gradients.
+        """n samples (n, *shape), in eval mode and without gradients.
 
         Args:
             temperature: standard deviation of the noise; below 1 trades variety for typicality.
             generator: source of the noise, on the model's device; the global one if None.
-            authors_protocol: as the model's authors sampled, where that differs and moves the score.
+            mode: one of `sampling_modes`, or "" for the usual way.
         """
         raise NotImplementedError
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) in [0, 1] through the model and back, in eval mode and without gradients."""
-        raise NotImplementedError
-
-    def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
-        """(B, steps, C, H, W): the way from each reconstructed x0 to its x1 (B, C, H, W), ends included, in eval mode."""
-        raise NotImplementedError
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by the name of the optimizer settings that they want; every trainable parameter once."""
-        raise NotImplementedError
-
-    def _check_images(self, name: str, x: Tensor) -> None:
+    def _check_batch(self, name: str, x: Tensor) -> None:
         if not x.is_floating_point():
             raise TypeError(
-                f"{name} must be floating-point in [0, 1]; got {x.dtype} (convert pixels with images.to_float)"
+                f"{name} must be floating-point, pixels in [0, 1]; got {x.dtype} (convert pixels with images.to_float)"
             )
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
-            wanted = ", ".join(map(str, self.image_shape))
+        if tuple(x.shape[1:]) != self.shape:
+            wanted = ", ".join(map(str, self.shape))
             raise ValueError(f"{name} must have shape (batch, {wanted}); got {tuple(x.shape)}")
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Eval mode and no gradients inside; afterwards every module is in the mode that it had."""
         modes = {module: module.training for module in self.modules()}
         self.eval()
@@ -111,14 +211,13 @@ class GenerativeModel(
 
     @classmethod
     def from_config(cls: type[M], config: Mapping[str, Any]) -> M:
-        """An untrained model from the constructor's arguments; raises UserError for unknown, missing or wrong ones."""
-        known = list(inspect.signature(cls).parameters)
-        for key in config:
-            if key not in known:
-                hint = did_you_mean(key, known)
-                raise UserError(f"{cls.__name__} has no setting {key!r}; {hint}it has {', '.join(known)}")
+        """An untrained model from shape and settings; raises UserError for unknown, missing or wrong ones."""
+        values = {key: value for key, value in config.items() if key not in ("shape", "name")}
+        settings = updated(cls.Settings(), values, f"the configuration of {cls.__name__}")
         try:
-            return cls(**config)
+            return cls(config["shape"], settings)
+        except KeyError:
+            raise UserError(f"{cls.__name__} cannot be built: its configuration has no shape") from None
         except (TypeError, ValueError) as error:
             raise UserError(f"{cls.__name__} cannot be built: {error}") from error
 
@@ -131,18 +230,12 @@ class GenerativeModel(
             options: of huggingface_hub's mixin: push_to_hub, repo_id, model_card_kwargs, …
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        with saving.beside(folder) as temporary:
             # Not straight into the folder: the mixin deletes the old config.json before it writes the weights.
-            result = super().save_pretrained(temporary, **{"repo_id": folder.name, **options})
-            for file in Path(temporary).iterdir():
-                if file.name != "README.md" or not (folder / file.name).exists():
-                    file.replace(folder / file.name)
-        return result
+            return super().save_pretrained(temporary, **{"repo_id": folder.name, **options})
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_tensors(save_directory / WEIGHTS_FILE, self.state_dict())
-        write_json(save_directory / CONFIG_FILE, self.config)
+        saving.write(save_directory, self.config, self.state_dict())
 
     @classmethod
     def from_pretrained(
@@ -152,7 +245,7 @@ class GenerativeModel(
         map_location: torch.device | str = "cpu",
         **download: Any,
     ) -> M:
-        """The model that `save_pretrained` wrote to a folder, or that the Hugging Face hub has under this name, in eval mode.
+        """The model in a folder, or with this name on the Hugging Face hub, as `save_pretrained` wrote it, in eval mode.
 
         A folder is read without network. The global random numbers are left as they were.
 
@@ -163,36 +256,9 @@ class GenerativeModel(
         Raises:
             UserError: no such folder or name, files missing, corrupt, of another model, or pickled.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            try:
-                name = str(pretrained_model_name_or_path)
-                folder = Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **download))
-            except (HFValidationError, OSError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(
-                    f"there is no folder {pretrained_model_name_or_path}, and no such model on the Hugging Face hub ({reason})"
-                ) from error
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / file).is_file():
-                raise UserError(f"{folder} has no {file}{_pickles_in(folder)}; save_pretrained writes one")
-        config = read_json(folder / CONFIG_FILE)
-        if not isinstance(config, dict):
-            raise UserError(f"{folder / CONFIG_FILE} does not hold a model's settings; restore it from a copy")
+        folder = saving.find(pretrained_model_name_or_path, **download)
+        config, weights = saving.read(folder)
         with torch.random.fork_rng(devices=[]):
             model = cls.from_config(config)
-        try:
-            model.load_state_dict(load_file(folder / WEIGHTS_FILE))
-        except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"{folder / WEIGHTS_FILE} is corrupt or belongs to another {CONFIG_FILE} ({reason}); restore it from a copy"
-            ) from error
+        saving.load_weights(model, weights, folder)
         return model.to(map_location).eval()
-
-
-def _pickles_in(folder: Path) -> str:
-    pickles = [
-        file.name for file in sorted(folder.iterdir()) if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-    ]
-    return f" but {', '.join(pickles)}: a pickle can run any code when it is read, so none is" if pickles else ""

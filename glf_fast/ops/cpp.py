@@ -99,7 +99,7 @@ def backward(
         grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *code
     )
     if parameters and options.density:
-        found.insert(4, grad_logdet.sum().expand(len(matrix)).contiguous())
+        return [*found[:4], grad_logdet.sum().expand(len(matrix)).contiguous(), *found[4:]]
     return found
 
 

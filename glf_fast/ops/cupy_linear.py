@@ -6,6 +6,7 @@ compiled when it is first needed (some seconds; CuPy keeps it on disk), so a gra
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ OPTIONS = ("-std=c++17", *(f"-I{folder}" for folder in FOLDERS))
 
 # kernels.cuh has these sizes, too.
 WARP_THREADS, BLOCK_THREADS = 128, 256
-SLICE_COLUMNS, STRIP_ROWS, PATCH_SIDE = 32, 16, 32
+SLICE_COLUMNS, STRIP_ROWS, TILE_COLUMNS, SUM_ROWS = 32, 16, 32, 4
+INNER_CHUNK = {torch.float32: 64, torch.float64: 32}
 TYPES = {torch.float32: "float", torch.float64: "double"}
 # Columns a lane can hold, and entries along each side of a thread's tile, by what fits in registers.
 WARP_SIZES = {torch.float32: (4, 8, 16, 24, 32, 48, 64), torch.float64: (4, 8, 16, 24, 32)}
@@ -34,7 +36,13 @@ KERNELS = tuple(
     for name in (
         *(
             f"{kernel}_kernel<{T}"
-            for kernel in ("lu_factor", "slogdet_inverse", "plu_assemble", "plu_assemble_backward")
+            for kernel in (
+                "lu_factor",
+                "slogdet_inverse",
+                "plu_assemble",
+                "plu_assemble_backward",
+                "plu_inverse_gradient",
+            )
         ),
         *(f"{kernel}_warp_kernel<{N}, {T}" for kernel in ("lu_factor", "slogdet_inverse") for N in WARP_SIZES[dtype]),
         *(f"slogdet_inverse_tile_kernel<{M}, {T}" for M in TILE_SIZES[dtype]),
@@ -201,14 +209,18 @@ def plu_assemble_backward(
     if grad_A_inv is not None and A_inv is None:
         raise RuntimeError("glf_fast: the gradient of A⁻¹ needs A⁻¹")
     grads = [torch.empty_like(t) for t in (lower, upper, log_diag, log_scale, bias) if t is not None]
-    work = torch.empty_like(lower)
+    dim, count, size = _dim(lower), len(lower), lower.element_size()
+    lines = INNER_CHUNK[lower.dtype] * (STRIP_ROWS + TILE_COLUMNS + 3) * size
+    strips = -(-dim // STRIP_ROWS)
+    if grad_A_inv is not None:  # grads[0] is room for it until it gets its values
+        given = (np.int32(dim), A_inv, grad_A, grad_A_inv, grads[0], grad_A := torch.empty_like(lower))
+        _run("plu_inverse_gradient_kernel<", lower, count * strips, BLOCK_THREADS, lines, *given)
+    jobs = 2 * strips * -(-dim // TILE_COLUMNS) + (0 if log_scale is None else -(-dim // SUM_ROWS))
     layer = _layer(permutation, lower, upper, log_diag, sign, log_scale, bias)
     pointers = [t.data_ptr() for t in grads] + [0] * (5 - len(grads))
-    target = np.array([tuple(pointers)], GRADIENTS)
-    shared = (2 * _dim(lower) + PATCH_SIDE * (PATCH_SIDE + 1)) * lower.element_size()
     _run(
-        "plu_assemble_backward_kernel<", lower, len(lower), BLOCK_THREADS, shared,
-        layer, A, A_inv, grad_A, grad_A_inv, grad_c, grad_logabsdet, target, work,
+        "plu_assemble_backward_kernel<", lower, count * jobs, BLOCK_THREADS, lines + TILE_COLUMNS * size + dim * (size + 4),
+        layer, A, grad_A, grad_c, grad_logabsdet, np.array([tuple(pointers)], GRADIENTS),
     )  # fmt: skip
     return grads
 
@@ -222,5 +234,8 @@ def _layer(permutation: Tensor, lower: Tensor, *others: Tensor | None) -> np.nda
 
 def register(library: torch.library.Library, *, override: bool = False) -> None:
     """Make these the operations' implementations on GPUs while `library` lives; `override`: in the place of others."""
-    for operation in (lu_factor, slogdet_inverse, plu_assemble, plu_assemble_backward):
-        library.impl(operation.__name__, operation, "CUDA", allow_override=override)
+    with warnings.catch_warnings():
+        if override:  # torch says so once a process
+            warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel", UserWarning)
+        for operation in (lu_factor, slogdet_inverse, plu_assemble, plu_assemble_backward):
+            library.impl(operation.__name__, operation, "CUDA", allow_override=override)

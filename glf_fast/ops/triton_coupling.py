@@ -1,4 +1,6 @@
-"""The elementwise affine coupling on a GPU (kernels/affine_coupling.py) as a differentiable function: one launch each way.
+"""The elementwise affine coupling on a GPU (kernels/affine_coupling.py) as a differentiable function.
+
+One launch each way; two for the forward of few large samples.
 
 First derivatives come from the kernels, second ones from the reference. Triton is imported when the first kernel runs.
 """

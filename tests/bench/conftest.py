@@ -1,6 +1,6 @@
 """Made-up results, and the suites run as a user runs them."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -70,10 +70,9 @@ def bench(tmp_path) -> Callable[..., tuple[subprocess.CompletedProcess, dict]]:
 
 
 @pytest.fixture
-def tool():
+def tool(monkeypatch):
     """tools/gpu.py as a module."""
-    spec = importlib.util.spec_from_file_location("gpu_tool", ROOT / "tools" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    yield spec.loader.exec_module(module) or module
-    del sys.modules[spec.name]
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    yield importlib.import_module("gpu")
+    for name in ("gpu", "gpu_steps", "gpu_machine"):
+        del sys.modules[name]

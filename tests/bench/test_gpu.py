@@ -1,38 +1,52 @@
-"""The GPU benchmark without a GPU: its parts rehearsed on a processor, and the clock's logic on a stand-in for torch.cuda."""
+"""The GPU benchmark without a GPU: its groups rehearsed on a processor, and what becomes of rows that fail."""
 
-import functools
-import math
+import contextlib
+import os
+import signal
 import subprocess
 import sys
-import types
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, gpu_layers, gpu_part, rehearsal, timing
-from bench.cases import COUPLING_MODES
-from bench.linear import Linear, LinearCase
+from bench import gpu, gpu_calls, gpu_flows, gpu_layers, gpu_races, rehearsal
+from bench.baselines import GRAPHED, Provider, Replayed, provider
+from bench.cases import COUPLING_MODES, FlowCase
+from bench.gpu_calls import FIRST, GROUPS, SECOND
+from bench.gpu_races import OURS_AND_EAGER, Entry, Race
+from bench.gpu_record import Record
 from bench.plots import draw
 from bench.report import kept_of
-from bench.results import read
+from bench.results import Results, merge, read
 from bench.tables import page
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture
+def rehearse(tmp_path, monkeypatch) -> Callable[..., Results]:
+    """Run groups or a call of bench.gpu in this process, and read what it wrote; `exits`: with what it must end."""
+    monkeypatch.setattr(gpu_races, "clock", gpu_races.clock)  # restored afterwards: main sets it
+
+    def run(*whats: str, options: tuple[str, ...] = (), exits: str = "") -> Results:
+        for what in whats:
+            monkeypatch.setattr(sys, "argv", ["bench.gpu", what, str(tmp_path), "--rehearse", *options])
+            with pytest.raises(SystemExit, match=exits) if exits else contextlib.nullcontext():
+                gpu.main()
+        return read(tmp_path / "gpu.json")
+
+    return run
+
+
 @pytest.mark.filterwarnings("ignore:.*triangular_solve:UserWarning")  # nflows'
-def test_rehearsed_parts_add_to_one_file(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu_part, "clock", timing)  # restored afterwards: main sets it
-    parts = ("large", "memory", "launches")
-    for part in parts:
-        monkeypatch.setattr(sys, "argv", ["bench.gpu", part, str(tmp_path), "--rehearse"])
-        gpu.main()
-    found = read(tmp_path / "gpu.json")
+def test_groups_add_to_one_file_and_become_tables(tmp_path, rehearse) -> None:
+    found = rehearse("large", "launches")
     assert all(": not measured: " in line for line in found.wrong) and found.machine["gpu"] == rehearsal.name()
     assert {(r.suite, r.mode) for r in found.results} >= {
         ("gpu_flow", "train, tf32"),
-        ("gpu_flow", "log_prob, tf32"),
+        ("gpu_flow", "log_prob, bf16"),
         ("memory", "train"),
         ("launches", "sample"),
     }
@@ -40,130 +54,239 @@ def test_rehearsed_parts_add_to_one_file(tmp_path, monkeypatch, capsys) -> None:
         kept_of([tmp_path / "gpu.json"])
     text = "\n".join(page(found))
     assert "### throughput, train, tf32" in text and "graph, cold L2" in text and "## Launches" in text
+    assert not (tmp_path / "gpu.begun").exists()
 
 
-def test_a_row_that_fails_costs_itself_alone(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu_part, "clock", timing)
-    right = gpu.memory
+def test_a_row_that_fails_costs_itself_alone(monkeypatch, rehearse) -> None:
+    right = gpu_flows._memory
 
-    def sometimes(steps: int, name: str, *options):
+    def sometimes(steps: int, name: str) -> Entry:
         if name == "glf_fast reversible":
-            raise RuntimeError("an illegal memory access was encountered")
-        return right(steps, name, *options)
+            raise RuntimeError("out of memory")
+        entry = right(steps, name)
+        if name == "eager":
+            entry.work = lambda: 1 / 0  # while it is timed
+        return entry
 
-    monkeypatch.setattr(gpu, "memory", sometimes)
-    monkeypatch.setattr(sys, "argv", ["bench.gpu", "memory", str(tmp_path), "--rehearse"])
-    with pytest.raises(SystemExit, match="2 of the rows have no time"):
-        gpu.main()
-    found = read(tmp_path / "gpu.json")
-    assert {r.provider for r in found.results} == {"glf_fast", "eager"}
-    assert len(found.wrong) == 2 and "illegal memory access" in found.wrong[0]
+    monkeypatch.setattr(gpu_flows, "_memory", sometimes)
+    found = rehearse("memory-more", exits="2 of the rows have no time")
+    assert {r.provider for r in found.results} == {"glf_fast"}
+    assert len(found.wrong) == 2 and "out of memory" in found.wrong[0] and "ZeroDivisionError" in found.wrong[1]
     assert "Not timed:" in "\n".join(page(found))
 
 
-def test_rows_of_another_commit_are_put_aside(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu_part, "clock", timing)
-    monkeypatch.setattr(sys, "argv", ["bench.gpu", "memory", str(tmp_path), "--rehearse"])
+def test_rows_of_another_commit_are_put_aside(tmp_path, monkeypatch, rehearse) -> None:
     for commit in ("abc", "def"):
         monkeypatch.setenv("COMMIT", commit)
-        gpu.main()
+        rehearse("memory-more")
     assert read(tmp_path / "gpu-abc.json").machine["commit"] == "abc"
-    assert len(read(tmp_path / "gpu.json").results) == len(read(tmp_path / "gpu-abc.json").results) == 6
+    assert len(read(tmp_path / "gpu.json").results) == len(read(tmp_path / "gpu-abc.json").results) == 3
 
 
-@pytest.mark.parametrize("part", ["large", "large-bf16", "float32"])
-def test_what_is_wrong_has_no_time(part: str, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu_part, "clock", timing)
-    monkeypatch.setattr(gpu.Provider, "why_wrong", lambda self, *_: "off by 1" if self.name == "eager" else "")
-    monkeypatch.setattr(sys, "argv", ["bench.gpu", part, str(tmp_path), "--rehearse"])
-    with pytest.raises(SystemExit):
-        gpu.main()
-    found = read(tmp_path / "gpu.json")
+@pytest.mark.parametrize("group", ["wide", "float32"])
+def test_what_is_wrong_has_no_time(group: str, monkeypatch, rehearse) -> None:
+    monkeypatch.setattr(Provider, "why_wrong", lambda self, *_: "off by 1" if self.name == "eager" else "")
+    found = rehearse(group, exits="have no time")
     assert {r.provider for r in found.results} == {"glf_fast"} and all("eager: " in line for line in found.wrong)
 
 
-def test_every_part_has_a_time_and_every_row_a_name(tool) -> None:
-    assert set(tool.PARTS) == set(gpu.PARTS) - {"warm"}
-    for part, jobs in gpu.PARTS.items():
-        keys = [job[:4] for job in jobs()]
-        assert keys and len(keys) == len(set(keys)), part
-    names = [step.name for step in tool.steps(ROOT / "out", ROOT / "nowhere", False)]
-    assert len(names) == len(set(names)) and names.index("build") < names.index("tests") < names.index("bench-flow")
+@pytest.mark.parametrize("group", ["memory-more", "launches", "linear", "coupling"])
+def test_nothing_of_what_is_wrong_is_timed(group: str, monkeypatch, rehearse) -> None:
+    monkeypatch.setattr(gpu_flows, "wrong_gradients", lambda *_: "result 1 is off by 1.0e-01")
+    for kind in (Provider, gpu_layers.Linear, gpu_layers.Coupling):
+        monkeypatch.setattr(kind, "why_wrong", lambda self, *_: "off by 1")
+    found = rehearse(group, exits="have no time")
+    assert not found.results and all("off by" in line or "not measured" in line for line in found.wrong)
 
 
-@pytest.mark.parametrize("part", ["linear", "layers", "coupling", "step"])
-@pytest.mark.filterwarnings("ignore:.*triangular_solve:UserWarning")  # nflows'
-def test_a_part_s_rows_are_measured_alike(part: str, tmp_path, monkeypatch, capsys) -> None:
+def test_every_race_has_a_name_of_its_own_and_a_place_in_a_call() -> None:
+    for group, make in GROUPS.items():
+        assert len(rows := named(make())) == len(set(rows)) > 0, group
+    assert {*FIRST, *SECOND} == GROUPS.keys() - {"warm"} | {"cut"}
+    assert sum(share for share, _ in gpu_calls.races("second", None).values()) == pytest.approx(1)
+    rows = named(race for _, races in gpu_calls.races("first", None).values() for race in races)
+    assert len(rows) == len(set(rows))
+
+
+def named(races: Iterable[Race]) -> list[tuple[str, str, str, str]]:
+    """Rows of races."""
+    return [(race.suite, race.case, race.mode, name) for race in races for name in race.names]
+
+
+@pytest.mark.parametrize("group", ["linear", "layers", "coupling", "step"])
+def test_rows_are_measured_alike(group: str, tmp_path, monkeypatch, rehearse) -> None:
     """Ratios are of calls for everybody; the kernels alone, from a graph, are beside them."""
-    monkeypatch.setattr(gpu_part, "clock", timing)
-    monkeypatch.setattr(gpu, "COMPILED", ())  # minutes
-    monkeypatch.setattr(sys, "argv", ["bench.gpu", part, str(tmp_path), "--rehearse"])
-    monkeypatch.setattr(rehearsal, "call_times", lambda work, seconds: (work(), ([3.0], 1.0))[1])
+    timings = rehearsal.Calls([3.0], 1.0)
+    monkeypatch.setattr(rehearsal, "call_times", lambda works, seconds: dict.fromkeys(works, timings))
     monkeypatch.setattr(rehearsal.Graph, "times", lambda self, seconds, *, cold: [2.0])
-    gpu.main()
-    found = read(tmp_path / "gpu.json")
+    found = rehearse(group)
     rows = {(r.suite, r.mode, r.provider): r for r in found.results}
-    assert {r.median for r in found.results} == {3.0}
+    assert {r.median for r in found.results} == {3.0} and {r.info["host_s"] for r in found.results} == {1.0}
     assert all(r.info["graph_cold"]["median"] == 2.0 for r in found.results if r.provider == "glf_fast")
+    assert not any("graph_cold" in r.info for r in found.results if r.provider.endswith(GRAPHED))
+    graphs = [f"{name}{how}" for name in ("glf_fast", "torch.linalg") for how in ("", GRAPHED)]
     expected = {
-        "linear": {("linear", "forward", "glf_fast"), ("linear", "forward", "torch.linalg")},
+        "linear": {("linear", "forward", name) for name in graphs},
         "layers": {
-            *(("assemble", mode, name) for mode in ("forward", "train") for name in gpu.OURS_AND_EAGER),
-            *(("apply", mode, name) for mode in ("forward", "inverse", "train") for name in gpu.OURS_AND_EAGER),
+            *(("assemble", mode, name) for mode in ("forward", "train") for name in OURS_AND_EAGER),
+            *(("apply", mode, name) for mode in ("forward", "inverse", "train") for name in OURS_AND_EAGER),
             *(("linear", "train", name) for name in ("glf_fast", "torch.linalg")),
             *(("lu", "forward", name) for name in ("glf_fast", "torch.linalg")),
-            ("linear", "forward", "torch.linalg, graphed"),
         },
-        "coupling": {("coupling", mode, name) for mode in COUPLING_MODES for name in gpu.OURS_AND_EAGER},
-        "step": {("gpu_flow", "step, tf32", name) for name in ("glf_fast", "eager", "graphed eager", "FrEIA")},
+        "coupling": {("coupling", mode, name) for mode in COUPLING_MODES for name in OURS_AND_EAGER},
+        "step": {("gpu_flow", "step, tf32", f"{name}{how}") for name in OURS_AND_EAGER for how in ("", GRAPHED)},
     }
-    assert expected[part] <= rows.keys()
+    assert expected[group] == rows.keys()
     figures = {path.stem for path in draw(found, tmp_path)}
-    assert figures == {"linear": {"linear"}, "step": {"ratios"}}.get(part, set())
-    text = "\n".join(page(found))
-    assert ("graph, cold L2" if part == "step" else "glf_fast: kernels alone, cold L2") in text
+    assert figures == {"linear": {"linear"}, "step": {"ratios"}}.get(group, set())
 
 
-def test_the_clock_is_looked_at_inside_a_row(tmp_path, monkeypatch, capsys) -> None:
-    """What was measured of a row is kept, what was not is not begun."""
-    monkeypatch.setattr(gpu_part, "clock", rehearsal)
-    make = functools.partial(Linear, "glf_fast", LinearCase(3, 5))
+# -- graphs of whole calls -------------------------------------------------------------------------------------------------
 
-    def late(work, seconds) -> tuple[list[float], float]:
-        monkeypatch.setattr(gpu_part, "end", 0.0)
-        return [3.0], 1.0
 
-    monkeypatch.setattr(rehearsal, "call_times", late)
-    row = gpu_layers.operation("linear", LinearCase(3, 5), "forward", "glf_fast", make)
-    assert row.median == 3.0 and row.info["graph_failed"] == "out of time"
-    with pytest.raises(gpu.OutOfTime):
-        gpu_layers.operation("linear", LinearCase(3, 5), "forward", "glf_fast", make)
-    monkeypatch.setattr(gpu_part, "end", math.inf)  # main sets it
-    monkeypatch.setattr(sys, "argv", ["bench.gpu", "linear", str(tmp_path), "--seconds", "0", "--rehearse"])
+@pytest.mark.parametrize("mode", ["log_prob", "sample", "train", "step"])
+@pytest.mark.parametrize("name", OURS_AND_EAGER)
+def test_a_replayed_call_uses_what_it_is_given_and_is_checked(name: str, mode: str) -> None:
+    case = FlowCase("tiny", 5, (16, 16), 2, 10, context_dim=3)
+    made = Replayed(provider(name, case, mode in ("train", "step")), rehearsal.Graph)
+    x, context = case.inputs()
+    made.run(mode, x, context)
+    kept = x.clone(), context.clone()
+    assert made.why_wrong(mode, case) == ""
+    other = provider(name, case, mode in ("train", "step"))
+    results = []
+    for each in (made, other):
+        torch.manual_seed(3)
+        results.append(each.run(mode, 2 * x, context + 1))
+    torch.testing.assert_close(*results)
+    assert torch.equal(x, kept[0]) and torch.equal(context, kept[1])  # the caller's tensors are not written to
+    with torch.no_grad():
+        made.module.mlp_biases[-1][0, 0] += 0.3
+    assert "off by" in made.why_wrong(mode, case)
+
+
+# -- time, and processes that end ------------------------------------------------------------------------------------------
+
+
+def test_a_group_that_takes_long_leaves_the_others_their_time(monkeypatch) -> None:
+    """Races behind their group's end come last; what a group leaves is the next one's."""
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+
+    def races(group: str) -> list[Race]:
+        return [Race(group, str(i), "", (), lambda name: Entry(None, {})) for i in range(3)]
+
+    order = []
+    for race in gpu.in_order({"a": (0.2, races("a")), "b": (0.5, races("b")), "c": (0.3, races("c"))}, 0.0, 100.0):
+        order.append(race.suite + race.case)
+        now[0] += {"a": 15, "b": 5, "c": 5}[race.suite]
+    assert order == ["a0", "a1", "b0", "b1", "b2", "c0", "c1", "c2", "a2"]
+
+
+def test_nothing_is_begun_when_time_is_over(tmp_path, monkeypatch, capsys, rehearse) -> None:
+    """Not within a race either: who has entered is timed, the others stay to be measured."""
+    looks = iter([False, False, True, True, True])  # before the race, before its first provider, …
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.Run, "out_of_time", lambda self: next(looks))
+        found = rehearse("memory-more")
+    assert [r.provider for r in found.results] == ["glf_fast"] and not found.wrong
+    names = ("glf_fast", "eager")
+    assert Record(tmp_path / "gpu.json", found.machine).untried("memory", "memory-2", "train", names) == ["eager"]
+    (tmp_path / "gpu.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "memory-more", str(tmp_path), "--seconds", "0", "--rehearse"])
     gpu.main()
     assert "out of time" in capsys.readouterr().out and not (tmp_path / "gpu.json").exists()
 
 
-def test_memory_and_launches_of_what_is_wrong_are_none(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu_part, "clock", timing)
-    monkeypatch.setattr(gpu, "wrong_gradients", lambda *_: "result 1 is off by 1.0e-01")
-    monkeypatch.setattr(gpu.Provider, "why_wrong", lambda self, *_: "off by 1" if self.name == "eager" else "")
-    for part in ("memory", "launches"):
-        monkeypatch.setattr(sys, "argv", ["bench.gpu", part, str(tmp_path), "--rehearse"])
-        with pytest.raises(SystemExit):
-            gpu.main()
+DYING = """
+import os, signal, sys
+from bench import gpu, gpu_flows
+right = gpu_flows._memory
+def dying(steps, name):
+    if name == "glf_fast reversible":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(steps, name)
+gpu_flows._memory = dying
+sys.argv = ["bench.gpu", "memory-more", sys.argv[1], "--rehearse"]
+gpu.main()
+"""
+
+
+def test_a_process_that_died_is_taken_over_behind_what_it_died_of(tmp_path) -> None:
+    for code in (-signal.SIGKILL, 0):
+        done = subprocess.run(
+            [sys.executable, "-c", DYING, str(tmp_path)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == code
     found = read(tmp_path / "gpu.json")
-    assert not found.suite("memory") and "eager" not in {r.provider for r in found.suite("launches")}
+    # The first was ready to be timed with it, and is in doubt, too.
+    assert {r.provider for r in found.results} == {"eager"}
+    assert [line.rpartition(": ")[0].rpartition(", ")[2] for line in found.wrong] == ["glf_fast", "glf_fast reversible"]
+    assert all("the process ended while this was measured" in line for line in found.wrong)
 
 
-def test_what_the_tests_said_stands_above_the_numbers(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu_part, "clock", timing)
+def test_a_lost_gpu_ends_the_process_and_costs_whoever_lost_it_alone(monkeypatch, rehearse) -> None:
+    """Before it is timed, while it is, and in a graph of its kernels: the others count, or the next process has them."""
+    right, lost = gpu_flows._memory, [""]
+
+    def access(*_: object) -> None:
+        lost[0] = "yes"
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def poisoned(steps: int, name: str) -> Entry:
+        entry = right(steps, name)
+        if name == culprit and culprit == "glf_fast reversible":
+            access()
+        if name == culprit and culprit == "eager":
+            entry.work = access
+        return entry
+
+    monkeypatch.setattr(gpu_flows, "_memory", poisoned)
+    monkeypatch.setattr(rehearsal, "alive", lambda: not lost[0])
+    culprit = "glf_fast reversible"  # makes it before anything is timed
+    assert not rehearse("memory-more", exits=str(gpu.LOST)).results
+    lost[0], culprit = "", "eager"
+    assert {r.provider for r in rehearse("memory-more", exits=str(gpu.LOST)).results} == {"glf_fast"}
+    lost[0], culprit = "", ""
+    monkeypatch.setattr(rehearsal, "Graph", access)
+    found = rehearse("wide", exits=str(gpu.LOST))
+    assert [r.info["graph_failed"] for r in found.suite("gpu_flow")] == ["an illegal memory access was encountered"] * 2
+    assert len(found.suite("memory")) == 1 and len(found.wrong) == 2
+    assert all("illegal memory access" in line for line in found.wrong)
+
+
+def test_the_second_call_begins_with_what_the_first_has_no_time_of(tmp_path, monkeypatch, rehearse) -> None:
+    monkeypatch.setattr(gpu_races, "clock", rehearsal)
+    before = rehearse("large", "linear")
+    before.results = [r for r in before.results if (r.suite, r.provider) != ("memory", "eager")]
+    cut = gpu_calls.races("second", before)["cut"][1]
+    rows = {(race.suite, name) for race in cut for name in race.names}
+    assert ("memory", "eager") in rows and ("coupling", "glf_fast") in rows
+    assert ("memory", "glf_fast") not in rows and not any(suite == "linear" for suite, _ in rows)
+    assert gpu_calls.races("second", None)["cut"][1] == []
+    again = merge([read(tmp_path / "gpu.json"), read(tmp_path / "gpu.json")])  # two calls: a spread
+    assert all(len(r.medians) == 2 for r in again.results)
+
+
+def test_compilers_beside_the_tests_share_the_work(monkeypatch, rehearse) -> None:
+    made = []
+
+    def plain(name: str, case: FlowCase, mode: str) -> Provider:
+        made.append((name, case.name, mode))
+        return provider("eager", case, True)
+
+    monkeypatch.setattr(gpu_flows, "_made", plain)
+    for share in ("0/2", "1/2"):
+        rehearse("warm", options=("--share", share))
+    names, cases = ("glf_fast", "compile", "reduce-overhead"), [case.name for case in gpu_calls.NAMED]
+    planned = [(name, case, mode) for mode in gpu_flows.FLOW_MODES for name in names for case in cases]
+    assert made == planned[::2] + planned[1::2]
+
+
+def test_what_the_tests_said_stands_above_the_numbers(monkeypatch, rehearse) -> None:
     monkeypatch.setenv("TESTS", "failed with 1")
-    monkeypatch.setattr(sys, "argv", ["bench.gpu", "memory", str(tmp_path), "--rehearse"])
-    gpu.main()
-    assert "The tests before it: failed with 1. **Not green: speed on a red test is none.**" in list(
-        page(read(tmp_path / "gpu.json"))
-    )
+    lines = list(page(rehearse("memory-more")))
+    assert "The tests before it: failed with 1. **Tests failed: these times are not valid.**" in lines
 
 
 def test_the_tool_without_a_gpu_says_so() -> None:
@@ -171,148 +294,3 @@ def test_the_tool_without_a_gpu_says_so() -> None:
         pytest.skip("there is a GPU")
     done = subprocess.run([sys.executable, "tools/gpu.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "--rehearse" in done.stderr
-
-
-# -- the clock on a stand-in -----------------------------------------------------------------------------------------------
-
-
-class Stand:
-    """torch.cuda where a pass takes 2 ms, reading the waste 7 ms, and nothing else any time."""
-
-    def __init__(self) -> None:
-        self.now, self.recording = 0.0, None
-        self.allocated = self.peak = 100
-
-    def kernel(self, milliseconds: float) -> None:
-        if self.recording is None:
-            self.now += milliseconds
-        else:
-            self.recording.append(milliseconds)
-
-
-@pytest.fixture
-def stand(monkeypatch) -> Stand:
-    """In the place of torch.cuda, for `timing` alone."""
-    stand = Stand()
-
-    class Stream:
-        def wait_stream(self, other) -> None: ...
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error) -> None: ...
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = stand.now
-
-        def elapsed_time(self, other) -> float:
-            return other.at - self.at
-
-    class CUDAGraph:
-        kernels: list[float]
-
-        def replay(self) -> None:
-            stand.now += sum(self.kernels)
-
-    class capture:
-        def __init__(self, graph: CUDAGraph) -> None:
-            self.graph = graph
-
-        def __enter__(self) -> None:
-            stand.recording = []
-
-        def __exit__(self, *error) -> None:
-            self.graph.kernels, stand.recording = stand.recording, None
-
-    class Waste:
-        def sum(self) -> None:
-            stand.kernel(7.0)
-
-    real = types.SimpleNamespace(
-        **{name: getattr(torch.cuda, name) for name in ("CUDAGraph", "graph", "Event", "Stream")}
-    )
-    assert all(vars(real).values())  # what the stand-in stands for is there, in this version too
-    cuda = types.SimpleNamespace(
-        Stream=Stream,
-        Event=Event,
-        CUDAGraph=CUDAGraph,
-        graph=capture,
-        stream=lambda stream: stream,
-        current_stream=Stream,
-        synchronize=lambda: None,
-        memory_allocated=lambda: stand.allocated,
-        max_memory_allocated=lambda: stand.peak,
-        reset_peak_memory_stats=lambda: setattr(stand, "peak", stand.allocated),
-        get_device_properties=lambda index: types.SimpleNamespace(L2_cache_size=50_000_000),
-        get_device_name=lambda: "stand-in",
-    )
-
-    class profile:
-        def __init__(self, activities) -> None:
-            assert activities == [torch.profiler.ProfilerActivity.CUDA]
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error) -> None: ...
-
-        def events(self) -> list[types.SimpleNamespace]:
-            kinds = torch.autograd.DeviceType
-            return [types.SimpleNamespace(device_type=kind) for kind in (kinds.CUDA, kinds.CPU, kinds.CUDA)]
-
-    profiler = types.SimpleNamespace(profile=profile, ProfilerActivity=torch.profiler.ProfilerActivity)
-    monkeypatch.setattr(timing, "torch", types.SimpleNamespace(cuda=cuda, profiler=profiler, autograd=torch.autograd))
-    monkeypatch.setattr(timing, "_waste", Waste)
-    return stand
-
-
-def test_names_of_torch_cuda_that_the_clock_uses_exist() -> None:
-    for name in (
-        "current_stream", "get_device_name", "get_device_properties", "max_memory_allocated", "memory_allocated",
-        "reset_peak_memory_stats", "stream", "synchronize",
-    ):  # fmt: skip
-        assert callable(getattr(torch.cuda, name))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        torch.ones(2).sum()
-    assert {event.device_type for event in profile.events()} == {torch.autograd.DeviceType.CPU}
-
-
-@pytest.mark.parametrize("cold", [False, True])
-@pytest.mark.parametrize("copies", [1, 3])
-def test_a_graph_s_time_is_that_of_one_pass(copies: int, cold: bool, stand) -> None:
-    graph = timing.Graph(*[lambda: stand.kernel(2.0)] * copies)
-    assert len(graph.results) == copies
-    times = graph.times(0.0, cold=cold)
-    assert len(times) == 5 and times == pytest.approx([2e-3] * 5)
-
-
-def test_large_passes_are_not_enqueued_for_minutes(stand, monkeypatch) -> None:
-    """The host enqueues far faster than the GPU works: a pass of 100 ms may not be replayed ten times twenty times over."""
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(
-        timing.time, "perf_counter", lambda: 0.1 * next(ticks)
-    )  # a replay, between two looks, takes 100 ms
-    waits = []
-    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: waits.append(stand.now))
-    graph = timing.Graph(lambda: stand.kernel(100.0))
-    before = stand.now
-    assert timing.Graph.times(graph, 0.0, cold=False) == pytest.approx([0.1] * 5)
-    assert stand.now - before < 5 * (2 * 100 + timing.BUSY * 7) + 200  # milliseconds: one replay a measurement, not ten
-    assert len(waits) >= 5
-
-
-def test_calls_memory_and_launches(stand) -> None:
-    def work() -> None:
-        stand.peak = max(stand.peak, stand.allocated + 64)
-
-    times, host = timing.call_times(work, 0.0)
-    assert len(times) == 5 and 0 <= host <= max(times)
-    assert timing.peak_memory(work) == 64
-    assert timing.rotations(40_000_000) == 4
-    assert timing.rotations(1024) == timing.COPIES  # 146,485 launches would take minutes to capture
-    assert timing.launches(work) == 2

@@ -1,4 +1,4 @@
-"""`make gpu` as a tool: what it does when it is interrupted, when nothing can be installed, and what it writes then."""
+"""`make gpu` as a tool: what it does and writes when it is interrupted, and when a step fails, dies or takes too long."""
 
 import json
 import os
@@ -13,26 +13,32 @@ import pytest
 from bench.results import write
 
 ROOT = Path(__file__).parents[2]
+# The tool's own main, on a machine that says it has a GPU, with steps of the test's.
 TOOL = """
 import sys
-sys.argv[0] = "tools/gpu.py"
-import importlib.util
+sys.path.insert(0, "tools")
+import gpu, gpu_steps
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("gpu_tool", "tools/gpu.py")
-tool = importlib.util.module_from_spec(spec)
-sys.modules["gpu_tool"] = tool
-spec.loader.exec_module(tool)
-tool.WORK = Path({work!r})
-tool.steps = lambda *_: [tool.Step(name, [sys.executable, "-c", code], 60) for name, code in {steps!r}]
-tool.main()
+work = Path({work!r})
+gpu_steps.WORK, gpu_steps.SITE, gpu_steps.MARGIN = work, work / "site", 0
+gpu.WORK, gpu.FIRST, gpu.TABLE = work, work / "first", work / "launch_table.json"
+gpu.torch.cuda.is_available = lambda: True
+steps = [
+    gpu.Step(name, [sys.executable, "-c", code, *how.pop("arguments", [])], **how) for name, code, how in {steps!r}
+]
+gpu.Call.first = gpu.Call.second = lambda self: iter(steps)
+sys.argv = ["tools/gpu.py", *{options!r}]
+gpu.main()
 """
 
 
-def start(folder: Path, steps: list[tuple[str, str]], *options: str) -> subprocess.Popen:
-    """`tools/gpu.py` with these steps, in Python, in the place of its own."""
-    program = TOOL.format(work=str(folder / "work"), steps=steps)
-    command = [sys.executable, "-c", program, "--rehearse", "--out", str(folder), *options]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(folder: Path, steps: list[tuple], *options: str, python: tuple[str, ...] = (), **environment: str):
+    """`tools/gpu.py` with these steps in the place of its own: name, Python, and what else a Step takes."""
+    made = [(name, code, {"seconds": 60, **(how[0] if how else {})}) for name, code, *how in steps]
+    program = TOOL.format(work=str(folder / "work"), steps=made, options=["--out", str(folder), *options])
+    command = [sys.executable, *python, "-c", program]
+    own = os.environ | environment
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=own)
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -40,16 +46,21 @@ def states(folder: Path) -> dict[str, str]:
     return {row["step"]: row["state"] for row in json.loads((folder / "steps.json").read_text())}
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_no_step_and_all_results(how: int, tmp_path, made) -> None:
-    measured = made({("flow", "a", "train"): {"glf_fast": [1.0], "eager": [2.0]}})
-    for r in measured.results:
+@pytest.fixture
+def measured(tmp_path, made) -> str:
+    """Python that writes a result file."""
+    results = made({("flow", "a", "train"): {"glf_fast": [1.0], "eager": [2.0]}})
+    for r in results.results:
         r.info |= {"batch": 1, "threads": 1, "matrix_gflops": 1.0, "yardstick_s": 1.0, "gflops": 1.0}
-    write(measured, tmp_path / "made.json")
-    copy = f"import shutil; shutil.copy({str(tmp_path / 'made.json')!r}, {str(tmp_path / 'gpu.json')!r})"
+    write(results, tmp_path / "made.json")
+    return f"import shutil; shutil.copy({str(tmp_path / 'made.json')!r}, {str(tmp_path / 'gpu.json')!r})"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_call_leaves_no_step_and_all_results(how: int, tmp_path, measured) -> None:
     started = tmp_path / "started"
     endless = f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(77)"
-    run = start(tmp_path, [("bench-a", copy), ("bench-b", endless), ("bench-c", "pass")])
+    run = start(tmp_path, [("measure", measured), ("profile", endless), ("train", "pass")])
     end = time.monotonic() + 60
     while not (started.is_file() and started.read_text()) and time.monotonic() < end:
         time.sleep(0.05)
@@ -58,72 +69,157 @@ def test_an_interrupted_run_leaves_no_step_and_all_results(how: int, tmp_path, m
     assert run.returncode == 130, printed
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
-    assert states(tmp_path) == {"bench-a": "ok", "bench-b": "stopped: interrupted"}
-    assert "==== bench-b: stopped: interrupted ====" in (tmp_path / "log.txt").read_text()
+    assert states(tmp_path) == {"measure": "ok", "profile": "stopped: interrupted"}
+    assert "==== profile: stopped: interrupted ====" in (tmp_path / "log.txt").read_text()
     assert "### a, train" in (tmp_path / "tables.md").read_text()
+    kept = tmp_path / "work" / "first"  # what a second call looks at
+    assert {path.name for path in kept.iterdir()} == {"steps.json", "gpu.json"}
 
 
-def test_what_cannot_be_installed_costs_only_what_needs_it(tmp_path) -> None:
-    """pip refuses: the packages that it would map are where Python looks for them, as long as the run lasts."""
-    look = "import pathlib; assert pathlib.Path('glf_fast/kernels/coupling_flow.py').is_file()"
-    tests = "import sys; sys.exit(3)"
+def test_a_step_that_fails_or_takes_too_long_stops_no_other(tmp_path) -> None:
     tell = f"import os, pathlib; pathlib.Path({str(tmp_path / 'tests')!r}).write_text(os.environ['TESTS'])"
-    names = [("build", "import sys; sys.exit('pip refuses')"), ("tests", tests), ("bench-a", look), ("bench-b", tell)]
-    run = start(tmp_path, names)
-    printed, _ = run.communicate(timeout=60)
-    assert states(tmp_path) == {"build": "failed with 1", "tests": "failed with 3", "bench-a": "ok", "bench-b": "ok"}, (
-        printed
-    )
+    steps = [
+        ("build", "import sys; sys.exit('no compiler')"),
+        ("tests", "import sys; sys.exit(3)"),
+        ("tune", "import time; time.sleep(77)", {"seconds": 5}),
+        ("measure", tell),
+    ]
+    run = start(tmp_path, steps)
+    printed, _ = run.communicate(timeout=90)
+    assert run.returncode == 1
+    assert states(tmp_path) == {
+        "build": "failed with 1", "tests": "failed with 3", "tune": "stopped: its time was over", "measure": "ok",
+    }, printed  # fmt: skip
     assert (tmp_path / "tests").read_text() == "failed with 3"
-    assert not (ROOT / "glf_fast" / "kernels").exists() and not (ROOT / "glf_fast" / "cuda").exists()
+    assert "not ok: build, tests, tune" in printed
+
+
+def test_a_call_stops_itself_before_its_end(tmp_path) -> None:
+    """Half a minute before, for tables; a step that would have less than five is not begun."""
+    steps = [("tests", "import time; time.sleep(77)"), ("measure", "pass")]
+    printed, _ = start(tmp_path, steps, "--minutes", "0.65").communicate(timeout=90)
+    assert states(tmp_path) == {"tests": "stopped: its time was over", "measure": "not run: out of time"}, printed
+    assert sum(row["seconds"] for row in json.loads((tmp_path / "steps.json").read_text())) < 39
+
+
+def test_what_lost_the_gpu_or_died_is_started_again_and_told_what_is_left(tmp_path) -> None:
+    told = tmp_path / "told"
+    code = (
+        "import os, pathlib, signal, sys; path, left = sys.argv[1:]; told = pathlib.Path(path); "
+        "told.open('a').write(left + ' '); n = len(told.read_text().split()); "
+        "n == 1 and sys.exit(75); n == 2 and os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    for again, state in ((True, "ok"), (False, "failed with 75")):
+        told.unlink(missing_ok=True)
+        how = {"seconds": 40, "again": again, "arguments": [str(told), "{seconds}"]}
+        printed, _ = start(tmp_path, [("measure", code, how)]).communicate(timeout=90)
+        assert states(tmp_path) == {"measure": state}, printed
+        left = [int(seconds) for seconds in told.read_text().split()]
+        assert len(left) == (3 if again else 1) and left == sorted(left, reverse=True) and 30 < left[0] <= 40
 
 
 def test_only_some_steps_are_still_prepared(tmp_path) -> None:
-    names = [("wheels", ""), ("build", ""), ("tests", ""), ("bench-a", ""), ("bench-b", "")]
-    start(tmp_path, names, "--only", "bench-b").communicate(timeout=60)
-    assert list(states(tmp_path)) == ["wheels", "build", "bench-b"]
+    steps = [(name, "pass") for name in ("machine", "build", "tests", "measure", "profile")]
+    start(tmp_path, steps, "--only", "profile").communicate(timeout=60)
+    assert list(states(tmp_path)) == ["machine", "build", "profile"]
+    printed, _ = start(tmp_path, steps, "--only", "bench-flow").communicate(timeout=60)
+    assert "no step bench-flow; there are machine, build" in printed
 
 
-def test_without_an_installation_the_kernels_are_found(tool, tmp_path) -> None:
-    """A Python that knows torch, and glf_fast only as the folder that it is in."""
-    checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    for name in ("glf_fast", "kernels", "csrc"):
-        subprocess.run(["cp", "-r", str(ROOT / name), str(checkout)], check=True)
-    for library in (checkout / "glf_fast").glob("*.so"):
-        library.unlink()
-    tool.ROOT = checkout
-    code = (
-        "import sys; sys.path.insert(0, '.'); import glf_fast.kernels.coupling_flow, glf_fast; print(glf_fast.__file__)"
-    )
-    with tool.linked():
-        # -S: no site-packages but those named, and so no editable installation.
-        site = [path for path in sys.path if path.endswith("-packages")]
-        done = subprocess.run(
-            [sys.executable, "-S", "-c", code],
-            cwd=checkout,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(site)},
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(checkout / "glf_fast" / "__init__.py")
+def test_without_an_installation_the_package_is_found(tmp_path) -> None:
+    """By a Python that knows torch and all else, but has no glf_fast: with its kernels and its version."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for folder in (Path(path) for path in sys.path if path.endswith("-packages")):
+        for path in folder.iterdir():
+            if "glf_fast" not in path.name:
+                (packages / path.name).symlink_to(path)
+    look = "import glf_fast.kernels.launch_table, glf_fast; print(glf_fast.__file__, glf_fast.__version__)"
+    run = start(tmp_path, [("info", look)], python=("-S",), PYTHONPATH=str(packages))
+    printed, _ = run.communicate(timeout=90)
+    assert states(tmp_path) == {"info": "ok"}, printed
+    assert f"{ROOT / 'glf_fast' / '__init__.py'} 0.1" in printed
+    assert not (ROOT / "glf_fast" / "kernels").exists() and not (ROOT / "glf_fast" / "cuda").exists()
 
 
-def test_a_report_that_fails_says_so(tool, tmp_path, monkeypatch) -> None:
+# -- the plan --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_call_fits_its_seven_minutes(tool, tmp_path) -> None:
+    """If every step that a prepared machine needs takes all that it may; the sanitizers alone may be cut."""
+    planned = tool.Call(tmp_path, tmp_path / "none", tmp_path / "carry", rehearse=False)
+    steps = {step.name: step for step in planned.first()}
+    assert list(steps) == [
+        "machine",
+        "build",
+        "tests",
+        "tune",
+        "measure",
+        "profile",
+        "sanitize-memcheck",
+        "sanitize-racecheck",
+    ]
+    sure = ("tests", "tune", "measure")
+    assert 15 + sum(steps[name].seconds for name in sure) <= 60 * tool.MINUTES["first"] - tool.LAST
+    assert all(steps[name].again == (name == "measure") for name in steps)
+    assert len(steps["tests"].beside) == tool.COMPILERS
+
+
+def test_the_second_call_begins_with_what_the_first_left(tool, tmp_path) -> None:
+    ended = {"build": "failed with 1", "tests": "failed with 1", "measure": "stopped: its time was over",
+             "profile": "ok", "sanitize-racecheck": "not run: out of time"}  # fmt: skip
+    (tmp_path / "steps.json").write_text(json.dumps([{"step": s, "state": t, "seconds": 1} for s, t in ended.items()]))
+    (tmp_path / "launch_table.json").write_text("{}")
+    planned = tool.Call(tmp_path / "out", tmp_path, tmp_path / "carry", rehearse=False)
+    names = [step.name for step in planned.second()]
+    assert names[names.index("build") + 1 :] == [
+        "table", "tests", "sanitize-racecheck", "measure", "train", "sanitize-initcheck", "sanitize-synccheck",
+    ]  # fmt: skip
+    measure = next(step for step in planned.second() if step.name == "measure")
+    assert str(tmp_path / "gpu.json") in measure.command
+    assert tool.shared(False, tmp_path)["TESTS"] == "failed with 1"
+    fresh = tool.Call(tmp_path / "out", tmp_path / "nothing", tmp_path / "carry", rehearse=False)
+    assert "tests" not in {step.name for step in fresh.second()}
+
+
+def test_what_was_compiled_beforehand_comes_first_and_spares_the_build(tool, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tool, "WORK", tmp_path)
+    (tmp_path / "carry").touch()
+    steps = list(tool.Call(tmp_path, tmp_path, tmp_path / "carry", rehearse=False).first())
+    assert steps[0].command[1:] == ["tools/carry.py", "unpack", str(tmp_path / "carry")]
+    build = next(step for step in steps if step.name == "build")
+    assert not build.unless()  # nobody has looked yet
+    (tmp_path / "machine.log").write_text("to be built: cuda\n")
+    assert not build.unless()
+    (tmp_path / "machine.log").write_text(f"torch 2.11\n{tool.COMPLETE}\n")
+    assert build.unless()
+
+
+def test_a_tuned_table_is_used_where_it_is_whole(tool, tmp_path, monkeypatch) -> None:
+    table, tuned = tmp_path / "kernels.json", tmp_path / "tuned.json"
+    table.write_text("{}")
+    monkeypatch.setattr(tool, "TABLE", table)
+    assert "no tuned table" in tool.adopt(tuned)
+    tuned.write_text('{"made": ')
+    assert "no tuned table" in tool.adopt(tuned) and table.read_text() == "{}"
+    tuned.write_text('{"made": {}}')
+    assert str(tuned) in tool.adopt(tuned) and table.read_text() == '{"made": {}}'
+
+
+def test_a_report_that_fails_says_so(tool, tmp_path) -> None:
     (tmp_path / "gpu.json").write_text('{"machine": {}')
     assert "tables.md is not whole" in tool.tables(tmp_path, dict(os.environ))
 
 
-def test_a_step_that_hears_nothing_is_killed_in_time(tool, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(tool, "WORK", tmp_path)
+def test_a_step_that_hears_nothing_is_killed_in_time(tool, tmp_path) -> None:
+    steps = sys.modules["gpu_steps"]
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(77)"
     command = [sys.executable, "-c", deaf]
-    processes = [tool._start(command, tmp_path / f"{i}.log", dict(os.environ)) for i in range(2)]
+    processes = [steps._start(command, tmp_path / f"{i}.log", dict(os.environ)) for i in range(2)]
     end = time.monotonic() + 30
     while not all((tmp_path / f"{i}.log").read_text() for i in range(2)) and time.monotonic() < end:
         time.sleep(0.05)
     began = time.monotonic()
-    tool._stop(processes)
+    steps._stop(processes)
     assert [process.poll() for process in processes] == [-signal.SIGKILL] * 2
     assert time.monotonic() - began < 14  # both together, not one after the other

@@ -182,4 +182,3 @@ def test_our_flow_is_checked_in_every_mode(mode: str) -> None:
     assert ours.why_wrong(mode, case) == ""
     ours.module.mlp_biases[-1].data[0, 0] += 0.3
     assert "off by" in ours.why_wrong(mode, case)
-    provider.cache_clear()

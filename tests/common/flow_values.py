@@ -5,7 +5,11 @@ import itertools
 import torch
 from torch import Tensor
 
-__all__ = ["error", "run", "run_op", "tensors"]
+from glf_fast import ops, reference
+
+__all__ = ["DIRECTIONS", "compare", "error", "run", "run_op", "tensors"]
+
+DIRECTIONS = {"forward": "coupling_flow", "inverse": "coupling_flow_inverse"}
 
 
 def tensors(
@@ -53,3 +57,13 @@ def error(got: Tensor, want: Tensor) -> float:
     """Relative, in the Euclidean norm."""
     got, want = got.detach(), want.detach()
     return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-6))
+
+
+def compare(values: list[Tensor | None], direction: str, limit: float, reversible: bool = False, **options) -> None:
+    """Output, logdet and every gradient against the reference on the same numbers in float64."""
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in values]
+    want = run(getattr(reference, DIRECTIONS[direction]), exact, **options)
+    got = run(getattr(ops, DIRECTIONS[direction]), values, **options, reversible=reversible)
+    for mine, truth in zip(got, want, strict=True):
+        assert mine.dtype == values[0].dtype and mine.shape == truth.shape
+        assert error(mine, truth) <= limit

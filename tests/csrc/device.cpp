@@ -188,11 +188,18 @@ void plu(int D, bool actnorm) {
   form();
   const double residual = inverse_residual(D, A.data(), A_inv.data());
   require(residual < 30, "A⁻¹ of plu_assemble", D, residual);
-  Buffer<std::uint64_t> shared((plu_backward_bytes<double>(D) + 7) / 8, ~0ull);
-  plu_assemble_backward_layer(Block{}, layer, A.data(), A_inv.data(), w_A.data(), w_inv.data(), w_c.data(), &w_log,
+  for (int first = 0; first < D; first += strip_rows) {
+    Buffer<std::uint64_t> shared(product_bytes<double>() / 8, ~0ull);
+    plu_inverse_gradient_strip(Block{}, D, first, A_inv.data(), w_A.data(), w_inv.data(), g[0].data(), work.data(),
+                               reinterpret_cast<unsigned char*>(shared.data()));
+  }
+  for (int job = 0; job < backward_jobs(D, actnorm); ++job) {
+    Buffer<std::uint64_t> shared((plu_backward_bytes<double>(D) + 7) / 8, ~0ull);
+    plu_assemble_backward_job(Block{}, layer, job, A.data(), work.data(), w_c.data(), &w_log,
                               {g[0].data(), g[1].data(), g[2].data(), actnorm ? g[3].data() : nullptr,
                                actnorm ? g[4].data() : nullptr},
-                              work.data(), reinterpret_cast<unsigned char*>(shared.data()));
+                              reinterpret_cast<unsigned char*>(shared.data()));
+  }
   for (int i = 0; i < (actnorm ? 5 : 3); ++i)
     for (int e = 0; e < sizes[i]; e += 1 + sizes[i] / 40) {
       const double before = p[i][e], h = 1e-6;

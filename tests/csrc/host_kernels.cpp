@@ -48,6 +48,7 @@ void add(std::map<std::string, Kernel>& all, const std::string& type) {
   all[space + "lu_factor_kernel<" + type] = make<lu_factor_kernel<T>>();
   all[space + "slogdet_inverse_kernel<" + type] = make<slogdet_inverse_kernel<T>>();
   all[space + "plu_assemble_kernel<" + type] = make<plu_assemble_kernel<T>>();
+  all[space + "plu_inverse_gradient_kernel<" + type] = make<plu_inverse_gradient_kernel<T>>();
   all[space + "plu_assemble_backward_kernel<" + type] = make<plu_assemble_backward_kernel<T>>();
   add_sizes<T>(all, space, type, std::integer_sequence<int, 4, 8, 16, 24, 32, 48, 64>{},
                std::integer_sequence<int, 4, 6, 8, 12>{});

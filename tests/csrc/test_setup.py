@@ -1,6 +1,7 @@
-"""setup.py on machines unlike this one: an nvcc that is broken, or of another CUDA; sources packed where there is none."""
+"""setup.py on machines unlike this one: an nvcc that is broken, foreign, a script, or missing where sources are packed."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -32,27 +33,76 @@ def sources(folder: Path) -> Path:
     return folder
 
 
+NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+needs_nvcc = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs CUDA's compiler, nvcc")
+
+
+def script(path: Path, content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{content}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def toolkit(monkeypatch):
+    """setup.py's function, without its setup()."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path("setup.py")["toolkit"]
+
+
+@needs_nvcc
+def test_the_toolkit_behind_a_script_is_found_and_serves(toolkit, tmp_path: Path) -> None:
+    nvcc = script(tmp_path / "bin" / "nvcc", f'exec {NVCC} "$@"')
+    found = toolkit(nvcc, tmp_path / "no torch here")
+    assert found == toolkit(Path(NVCC), tmp_path) and not found.home.is_relative_to(tmp_path)
+    source, compiled, program = (tmp_path / f"program{suffix}" for suffix in (".cu", ".o", ""))
+    source.write_text("#include <cuda_runtime.h>\nint main() { int n; cudaGetDeviceCount(&n); return 0; }\n")
+    subprocess.run([found.home / "bin" / "nvcc", "-c", source, "-o", compiled], check=True)
+    link = ["c++", compiled, f"-L{found.library}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    subprocess.run([*link, "-o", program], check=True)
+    assert (found.include / "cuda_runtime.h").is_file() and subprocess.run([program]).returncode == 0
+
+
+@pytest.mark.parametrize("place", ["toolkit/targets/sbsa-linux/lib", "site-packages/nvidia/cu13/lib"])
+def test_the_static_runtime_may_lie_in_a_target_or_with_torch(toolkit, place: str, tmp_path: Path) -> None:
+    home = tmp_path / "toolkit"
+    for path in (home / "bin" / "nvcc", home / "include" / "cuda_runtime.h", tmp_path / place / "libcudart_static.a"):
+        script(path, "")
+    nvcc = script(tmp_path / "bin" / "nvcc", f"echo '#$ TOP={home}/bin/..' >&2")
+    packages = tmp_path / "site-packages"
+    assert toolkit(nvcc, packages) == (home, home / "include", tmp_path / place)
+    (tmp_path / place / "libcudart_static.a").unlink()
+    with pytest.raises(LookupError, match=r"libcudart_static\.a is in none of .*toolkit/lib64, .*toolkit/lib"):
+        toolkit(nvcc, packages)
+
+
 @pytest.mark.parametrize(
     ("nvcc", "said"),
     [
-        ("exit 1", "building without CUDA kernels: Command"),
+        ("exit 1", "NOT BUILT: glf_fast._cuda, what it serves will be slow: Command"),
         ("echo compute_20", "knows none of"),
-        # One that lists architectures, and is of no CUDA that this torch takes.
-        ("[ $1 = --list-gpu-arch ] && echo compute_80 || exit 1", "glf_fast._cpu and glf_fast._cuda not built"),
+        ("[ $1 != --list-gpu-arch ] || echo compute_80", "does not say where its toolkit is"),
+        # One that has all, and is of no CUDA that this torch takes.
+        (
+            "case $1 in --list*) echo compute_80;; --dry*) echo '#$ TOP=HOME' >&2;; *) exit 1;; esac",
+            "NOT BUILT: glf_fast._cuda",
+        ),
     ],
 )
 def test_the_processors_kernels_are_built_whatever_nvcc_does(tmp_path: Path, nvcc: str, said: str) -> None:
-    compiler = tmp_path / "cuda" / "bin" / "nvcc"
-    compiler.parent.mkdir(parents=True)
-    compiler.write_text(f"#!/bin/sh\n{nvcc}\n")
-    compiler.chmod(0o755)
+    home = tmp_path / "cuda"
+    compiler = script(home / "bin" / "nvcc", nvcc.replace("HOME", str(home)))
+    for path in (home / "include" / "cuda_runtime.h", home / "lib64" / "libcudart_static.a"):
+        script(path, "")
     folder = tmp_path / "sources"
     folder.mkdir()
     command = [sys.executable, "-W", "ignore", "-c", SETUP, str(compiler.parents[1]), "-q", "build_ext", "--inplace"]
     environment = {**os.environ, "MAX_JOBS": "1"}
     done = subprocess.run(command, cwd=sources(folder), env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and said in done.stderr, done.stdout + done.stderr
-    assert "glf_fast._cpu not built" not in done.stderr
+    assert "NOT BUILT: glf_fast._cpu" not in done.stderr
     assert [path.name for path in (folder / "glf_fast").glob("*.so")] == ["_cpu.abi3.so"]
 
 
@@ -60,7 +110,7 @@ def test_without_a_compiler_nothing_is_built_and_nothing_fails(tmp_path: Path) -
     command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"]
     environment = {**os.environ, "CC": "false", "CXX": "false"}
     done = subprocess.run(command, cwd=sources(tmp_path), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "glf_fast._cpu not built, the flows will be slow" in done.stderr, done.stderr
+    assert done.returncode == 0 and "NOT BUILT: glf_fast._cpu, what it serves will be slow" in done.stderr, done.stderr
     assert not list((tmp_path / "glf_fast").glob("*.so"))
 
 

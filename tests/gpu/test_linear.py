@@ -15,16 +15,10 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float64)
 
 
-@pytest.fixture(autouse=True, params=["nvcc", "cupy"])
-def on_cuda_kernels(request):
-    """Compiled by nvcc when glf_fast was installed, and by NVRTC through CuPy; the backend takes the first that there is."""
-    compiled = not backends()["cuda"].endswith("CuPy")
-    if request.param == "nvcc" and not compiled:
-        pytest.skip("installed without nvcc")
-    with use_backend("cuda"), torch.library._scoped_library("glf_fast", "IMPL") as library:
-        if request.param == "cupy" and compiled:
-            pytest.importorskip("cupy", reason="CuPy is not installed")
-            cupy_linear.register(library, override=True)
+@pytest.fixture(autouse=True)
+def on_cuda_kernels():
+    """Compiled by nvcc when glf_fast was installed, or where it was not by NVRTC through CuPy."""
+    with use_backend("cuda"):
         yield
 
 
@@ -102,6 +96,34 @@ def test_singular_matrices_and_nan(dim: int) -> None:
     assert logabsdet[2].isnan()
 
 
+# One source, two compilers: each operation once more by CuPy's, in both types, with matrices for a warp, a tile and a block.
+BY_NVRTC = (
+    (test_plu_assemble_matches_the_reference, (20, torch.float32)),
+    (test_plu_assemble_matches_the_reference, (64, torch.float64)),
+    (test_plu_assemble_matches_the_reference, (192, torch.float32)),
+    (test_the_zoo_by_scaled_residuals, (7, torch.float32)),
+    (test_the_zoo_by_scaled_residuals, (16, torch.float64)),
+    (test_the_zoo_by_scaled_residuals, (32, torch.float32)),
+    (test_the_zoo_by_scaled_residuals, (64, torch.float64)),
+    (test_the_zoo_by_scaled_residuals, (193, torch.float64)),
+    (test_the_zoo_by_scaled_residuals, (250, torch.float32)),
+    (test_batches_of_every_size, (10_000, 20)),
+    (test_pivots_are_lapacks_in_float64, (33,)),
+    (test_singular_matrices_and_nan, (130,)),
+)
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning")  # that nvcc's are overridden
+@pytest.mark.parametrize(("test", "arguments"), BY_NVRTC, ids=[f"{t.__name__}-{a}" for t, a in BY_NVRTC])
+def test_compiled_by_nvrtc(test, arguments) -> None:
+    """Where nvcc compiled them these kernels replace its own; where it did not, they are what all tests above have run."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    with torch.library._scoped_library("glf_fast", "IMPL") as library:
+        if not backends()["cuda"].endswith("CuPy"):
+            cupy_linear.register(library, override=True)
+        test(*arguments)
+
+
 def test_tensors_on_the_processor_are_refused() -> None:
     order, sign, tensors = layers(2, 5, torch.float32)
     lower, upper, log_diag, log_scale, bias = (t.detach() for t in tensors)
@@ -142,6 +164,7 @@ def test_a_graph_replays_the_same() -> None:
 
 
 @pytest.mark.parametrize("linear", ["plu", "dense"])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it is a prototype
 def test_a_flow_never_waits_and_equals_the_reference(linear: str) -> None:
     torch.manual_seed(0)
     flow = CouplingFlow(9, 3, (16,), linear=linear).double().cuda()
@@ -155,8 +178,8 @@ def test_a_flow_never_waits_and_equals_the_reference(linear: str) -> None:
             found.append([z.detach(), logdet.detach(), *torch.autograd.grad(loss, list(flow.parameters()))])
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         ops.slogdet_inverse(torch.eye(5, device="cuda"))
         with torch.no_grad():
             flow(x)

@@ -89,9 +89,15 @@ def test_a_flow_learns(autocast: torch.dtype | None, device) -> None:
     assert math.isfinite(losses[-1]) and losses[-1] < losses[0] - 0.1
 
 
-def test_distributed_data_parallel(device, tmp_path) -> None:
+def test_distributed_data_parallel(device, tmp_path, monkeypatch) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
+
+    for library in (
+        "NCCL",
+        "GLOO",
+    ):  # both look for an interface to meet at, and a machine without a network has only this
+        monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "lo")
 
     flow = started(device)
     x = torch.randn(16, 6, device=device)
@@ -125,5 +131,6 @@ def test_reversible_memory_is_flat_in_the_steps(device) -> None:
         return torch.cuda.max_memory_allocated() - before
 
     state = rows * 6 * 4
-    assert peak(32, True) - peak(4, True) < state
+    # Where steps go in portions, the rows that were rebuilt wait between two of them: one more `state`.
+    assert peak(32, True) - peak(4, True) < 2 * state
     assert peak(32, False) - peak(4, False) > 20 * state

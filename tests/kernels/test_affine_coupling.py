@@ -1,6 +1,11 @@
 """The elementwise kernel, interpreted, against the float64 reference: every formula, order of memory and precision."""
 
 import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +15,16 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from glf_fast import ops, reference, use_backend
+from glf_fast.kernels import affine_coupling
 from glf_fast.kernels.affine_coupling import coupling_backward, coupling_forward
 from glf_fast.kernels.launch import count_launches
 from glf_fast.ops.options import Options
 from glf_fast.reference import LOG_SCALES
 
 pytestmark = pytest.mark.usefixtures("interpreted")
+TOOLS = Path(__file__).parents[2] / "tools"
+# A process of its own: where kernels are interpreted they cannot be compiled.
+COMPILED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 FORMULAS = list(itertools.product(LOG_SCALES, (False, True), (False, True)))
 
 
@@ -82,7 +91,100 @@ def test_any_shape_order_and_precision(data: st.DataObject) -> None:
         return x[:, :channels].clone() if order in ("plain", "channels-last") else x[:, channels:]
 
     options = dict(zip(("log_scale", "add_first", "inverse"), draw(st.sampled_from(FORMULAS)), strict=True))
-    check(operand(torch.float32), operand(low), operand(low), 3e-6, **options)
+    v, u, t = operand(torch.float32), operand(low), operand(low)
+    check(v, u, t, 3e-6, **options)
+    check_units(v, u, t)
+
+
+def check_units(*operands: Tensor) -> None:
+    """UNIT is what the compiler believes of distances and addresses, which the interpreter would not notice."""
+    last = affine_coupling.is_channels_last(operands[0])
+    readable = [affine_coupling._readable(x, last) for x in operands]
+    layout, distances = affine_coupling._layout(readable, last)
+    # All places of elements that a vector load may start at, from the operands' own strides.
+    shape = operands[0].shape
+    numbers = [math.prod(shape[1:]), shape[1] if last else 0]
+    for x in readable:
+        numbers += [x.data_ptr() // x.element_size(), x.stride(0)]
+        if last:
+            numbers += [x.stride(i) for i in (2, 3) if shape[i] > 1]
+    assert all(number % layout["UNIT"] == 0 for number in numbers), (layout, numbers)
+    if all(number % (2 * layout["UNIT"]) == 0 for number in numbers):
+        assert layout["UNIT"] == affine_coupling.LARGEST_UNIT
+    assert [distance * layout["UNIT"] for distance in distances[:3]] == [x.stride(0) for x in readable]
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((2, 30_011), torch.contiguous_format),
+        ((3, 5, 90, 67), torch.contiguous_format),
+        ((3, 5, 90, 67), torch.channels_last),
+        ((1, 12, 64, 64), torch.channels_last),
+    ],
+)
+def test_few_large_samples_are_shared(shape: tuple[int, ...], order: torch.memory_format) -> None:
+    g = torch.Generator().manual_seed(0)
+    v = torch.randn(shape, generator=g).to(memory_format=order)
+    u, t = torch.randn((shape[0], 2 * shape[1], *shape[2:]), generator=g).to(memory_format=order).chunk(2, 1)
+    parts = -(-math.prod(shape[1:]) // affine_coupling.LARGEST_TILE)
+    assert parts > affine_coupling.TURNS_SAVED
+    assert affine_coupling._forward(v, u, t)[1].shape == (shape[0], parts)
+    check(v, u, t, 3e-6)
+    formula = ("tanh", 2.0, False, False)
+    assert torch.equal(coupling_forward(v, u, t, *formula)[1], coupling_forward(v, u, t, *formula)[1])
+
+
+def test_the_fewer_samples_the_larger_their_tiles() -> None:
+    found = {}
+    for rows in (1, 63, 64, 128, 129, 255, 256, 5000):
+        v = torch.empty(rows, 12, 16, 16, device="meta")
+        _, logdet, call = affine_coupling._forward(v, v, v)
+        assert logdet.shape == (rows,) and call.programs == rows
+        found[rows] = call.constants["BN"]
+    assert found == {1: 4096, 63: 4096, 64: 4096, 128: 2048, 129: 2048, 255: 2048, 256: 1024, 5000: 1024}
+
+
+def test_the_gate_compiles_what_is_launched_and_loads_are_wide() -> None:
+    code = r"""
+import re, sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from glf_fast.kernels import affine_coupling
+from triton_resources import compiled
+
+class Target:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(Target())
+launched = []
+def launch(kernel, programs, device, *arguments, **constants):
+    launched.append(kernel.warmup(*arguments, **constants, enable_fp_fusion=True, grid=(programs,)))
+affine_coupling.launch = launch
+gate = {spec.name: spec for spec in affine_coupling.specializations()}
+for name, shape, wide in (
+    ("channels-last images", (4096, 24, 16, 16), 4),
+    ("few channels-last images", (64, 12, 16, 16), 4),
+    ("few channels-last images of 6", (64, 6, 16, 16), 2),
+):
+    # The numbers are not read: as long as a tensor has one, every byte of a large one is address space alone.
+    twice = torch.empty((shape[0], 2 * shape[1], *shape[2:]), memory_format=torch.channels_last)
+    u, t = twice.chunk(2, 1)
+    formula = ("tanh", 2.0, False, False)
+    w, logdet = affine_coupling.coupling_forward(t, u, t, *formula)
+    affine_coupling.coupling_backward(w, logdet, t, u, t, *formula)
+    for direction, operands, kernel in zip(("forward", "backward"), (3, 3), launched[-2:]):
+        ptx = compiled(gate[f"coupling {direction} {name}"], 90).asm["ptx"]
+        assert ptx == kernel.asm["ptx"], name
+        loads = re.findall(r"ld[.]global(?:[.]v(\d))?", ptx)
+        # Gradients without ADD_FIRST need no t, but ∂logdet: one number.
+        numbers = [] if direction == "forward" else [""]
+        assert loads == numbers + [str(wide)] * (operands * 4 // wide), (name, direction, loads)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, env=COMPILED, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("log_scale", "add_first", "inverse"), FORMULAS)

@@ -1,4 +1,4 @@
-"""What the tests of the scores share."""
+"""Fixtures of the tests of scores."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +52,7 @@ def dataset(blobs: Callable[..., torch.Tensor]) -> Callable[..., ImageDataset]:
 
 @pytest.fixture(scope="session")
 def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random Inception weights as the public file has them: a state dict, without TensorFlow's missing batch counters."""
+    """Random Inception weights in the published form: a state dict without batch counters."""
     torch.manual_seed(0)
     model = FIDInception()
     for module in model.modules():

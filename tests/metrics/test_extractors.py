@@ -104,7 +104,7 @@ def test_anything_but_uint8_images_is_refused(tiny: metrics.Extractor, images: o
 def test_unknown_names_get_a_suggestion() -> None:
     with pytest.raises(UserError, match=r"no extractor 'vgg'; did you mean 'vgg16'.*there are tiny, vgg16"):
         metrics.extractor("vgg")
-    with pytest.raises(UserError, match="brings its own weights"):
+    with pytest.raises(UserError, match="has its own weights"):
         metrics.extractor("tiny", weights=Path("x.safetensors"))
 
 
@@ -123,7 +123,7 @@ def test_collect_gives_the_same_bits_for_any_batch_size(tiny, blobs: Callable[..
         assert stats.n == 1500
         assert torch.equal(stats.mean, whole.mean) and torch.equal(stats.cov, whole.cov)
         assert torch.equal(stats.kept, whole.kept)
-    with pytest.raises(UserError, match=r"change their shape from \(1, 28, 28\) to \(3, 28, 28\)"):
+    with pytest.raises(UserError, match=r"must have one shape; got \(1, 28, 28\) and then \(3, 28, 28\)"):
         metrics.collect([images[:3], images[:3].expand(-1, 3, -1, -1)], tiny)
 
 

@@ -62,7 +62,7 @@ def test_agrees_with_scipy(n: int, dim: int) -> None:
 
 
 def test_few_samples_take_the_exact_path() -> None:
-    """With fewer features than dimensions a pure shift must come out exactly; a covariance's noise floor spoils it."""
+    """With fewer features than dimensions a pure shift is exact; eigenvalues of the covariance would add noise."""
     x = draws(40, 200, 0).double()
     shift = 0.01
     moved = x + shift
@@ -129,7 +129,7 @@ def test_jackknife_needs_all_samples() -> None:
 
 
 def test_a_failing_device_solver_falls_back_to_the_cpu() -> None:
-    """No GPU is needed to show the path: the stand-in sits on another device, where the solver fails."""
+    """The CPU takes over; a tensor on a device whose solver fails stands for a GPU."""
     matrix = torch.eye(3)
     elsewhere = types.SimpleNamespace(device=torch.device("meta"), cpu=lambda: matrix)
 

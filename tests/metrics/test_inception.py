@@ -51,7 +51,7 @@ def test_only_the_genuine_weights_make_a_fid(random_inception: Path) -> None:
     extractor = metrics.extractor("inception", weights=random_inception)
     assert extractor.label == "FD[inception]"
     assert label({**extractor.identity, "weights_sha256": INCEPTION_SHA256}) == "FID"
-    assert INCEPTION_SHA256.startswith("6726825d")  # the public file carries these eight digits in its name
+    assert INCEPTION_SHA256.startswith("6726825d")  # the published file has these eight digits in its name
     assert label(None) == "FD"
 
 
@@ -60,12 +60,14 @@ def test_other_files_are_refused_and_no_code_runs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_inception(path)
     path.write_bytes(b"neither zip nor pickle")
-    with pytest.raises(UserError, match=r"weights\.pth is no readable state dict"):
+    with pytest.raises(UserError, match=r"weights\.pth is not a readable state dict"):
         load_inception(path)
     state = FIDInception().state_dict()
     state["Conv2d_9z_1x1.conv.weight"] = state.pop("Mixed_7c.branch_pool.conv.weight")
     torch.save(state, path)
-    with pytest.raises(UserError, match=r"1 keys are missing, 1 are strange \('Mixed_7c\.branch_pool\.conv\.weight'"):
+    with pytest.raises(
+        UserError, match=r"1 keys are missing, 1 are unknown \(for instance 'Mixed_7c\.branch_pool\.conv\.weight'"
+    ):
         load_inception(path)
 
     class Harmful:
@@ -73,10 +75,10 @@ def test_other_files_are_refused_and_no_code_runs(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "harm",))
 
     path.write_bytes(pickle.dumps({"fc.weight": Harmful()}))
-    with pytest.raises(UserError, match="no readable state dict"):
+    with pytest.raises(UserError, match="not a readable state dict"):
         load_inception(path)
     torch.save({"fc.weight": Harmful()}, path)
-    with pytest.raises(UserError, match="no readable state dict"):
+    with pytest.raises(UserError, match="not a readable state dict"):
         load_inception(path)
     assert not (tmp_path / "harm").exists()
 
@@ -93,9 +95,9 @@ def test_features_equal_torch_fidelitys(random_inception: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "torch_fidelity", importlib.util.module_from_spec(spec))
     module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     for name in [name for name in sys.modules if name.startswith("torch_fidelity.")]:
-        monkeypatch.setitem(sys.modules, name, sys.modules[name])  # forgotten again after the test
+        monkeypatch.setitem(sys.modules, name, sys.modules[name])  # restored after the test
 
-    # It insists on the counters that the public file lacks.
+    # torch-fidelity requires the counters that the published file lacks.
     path = random_inception.with_name("with_counters.pth")
     torch.save(load_inception(random_inception).state_dict(), path)
     theirs = module.FeatureExtractorInceptionV3(
@@ -107,5 +109,5 @@ def test_features_equal_torch_fidelitys(random_inception: Path, monkeypatch: pyt
     for shape in ((3, 3, 32, 32), (1, 3, 310, 350)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         expected = theirs(images)[0]
-        assert expected.std() > 1  # the random network is alive
+        assert expected.std() > 1  # the random network does not collapse to a constant
         torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-5)

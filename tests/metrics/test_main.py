@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it."""
+"""python -m glf_fast.metrics: what it prints, and its one-line errors."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
     result = json.loads(run("calc", a, tmp_path / "moments.npz", "--extractor", "tiny", "--json"))
     expected = metrics.frechet_distance(metrics.collect(blobs(200, 0, level=150), tiny), real)
     assert result["value"] == pytest.approx(expected, rel=1e-6)
-    assert result["metric"] == "FD" and result["kid"] is None  # who made the moments is not known
+    assert result["metric"] == "FD" and result["kid"] is None  # the extractor of the moments is unknown
     assert result["protocol"]["reference"]["n"] == "unknown"
 
 
@@ -86,11 +86,11 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
         (["calc", "a.npy", "a.npy", "--extractor", "tinny"], "no extractor 'tinny'; did you mean 'tiny'"),
         (
             ["calc", "vgg.safetensors", "vgg.safetensors", "--n", "5"],
-            "--n: vgg.safetensors and vgg.safetensors are saved",
+            "vgg.safetensors and vgg.safetensors are saved statistics already; leave --n out",
         ),
         (
             ["calc", "vgg.safetensors", "vgg.safetensors", "--extractor", "tiny"],
-            "saved statistics already; leave it out",
+            "saved statistics already; leave --extractor out",
         ),
         (["calc"], "Missing from python -m glf_fast.metrics calc"),
         (["calc", "--wat", "a.npy", "a.npy"], "unknown option --wat"),
@@ -104,10 +104,10 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
         (["calc", "a.npy", "lopsided.npz", "--extractor", "tiny"], "lopsided.npz"),
         (
             ["calc", "a.npy", "nan.npz", "--extractor", "tiny"],
-            "nan.npz holds no readable statistics or images (the mean",
+            "nan.npz holds neither readable statistics nor images (the mean",
         ),
         (["calc", "one.npy", "a.npy", "--extractor", "tiny"], "at least two"),
-        (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "let its name end in .safetensors"),
+        (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "choose a file name that ends in .safetensors"),
         (["calc", "a.npy", "a.npy", "--extractor", "tiny", "--device", "nowhere"], "--device nowhere"),
     ],
 )
@@ -131,7 +131,7 @@ def test_mistakes_are_one_line(
 
 
 def test_a_full_disk_costs_the_cache_alone(tmp_path: Path) -> None:
-    """The shell limits every file of the process to 50 kB, less than statistics of 128 features."""
+    """Statistics that cannot be written: the shell limits files to 50 kB, less than statistics of 128 features."""
     command = [sys.executable, "-m", "glf_fast.metrics", "calc", "digits:test", "digits:train", "--extractor", "tiny"]
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 50; exec "$@"', "-", *command],
@@ -140,7 +140,7 @@ def test_a_full_disk_costs_the_cache_alone(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0 and done.stdout.startswith("FD[tiny]"), done.stderr
-    assert "could not be kept" in done.stderr and "File too large" in done.stderr
+    assert "could not be cached" in done.stderr and "File too large" in done.stderr
     assert not list((tmp_path / "stats").iterdir()), "nothing half-written"
 
 

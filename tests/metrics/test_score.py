@@ -25,7 +25,7 @@ def test_a_score_tells_good_from_bad_and_says_what_it_is(reference, dataset, tin
     bad = metrics.score(blobs(400, 5, level=200), reference, tiny, seed=5)
     low, high = good["interval"]
     assert low <= good["value"] <= high
-    assert good["value"] < 2 and bad["value"] > 10  # with 400 of them, the floors lie between 0.2 and 1.2
+    assert good["value"] < 2 and bad["value"] > 10  # the floors for 400 images lie between 0.2 and 1.2
     assert abs(good["kid"]["mean"]) < good["kid"]["std"] and bad["kid"]["mean"] > 2 * bad["kid"]["std"]
     assert good["metric"] == "FD[tiny]" and good["notes"] == []
     assert good["floors"].keys() == {"train/train", "train/test"} and min(good["floors"].values()) > 0
@@ -58,7 +58,7 @@ def test_few_samples_are_scored_with_a_note(reference, tiny, blobs: Make) -> Non
     few = metrics.score(blobs(30, 5), reference, tiny)
     assert few["interval"] is None and few["value"] > 0
     assert any("30 samples for 128 features" in note and "exact path" in note for note in few["notes"])
-    assert any("floors are for 400 images, this is for 30" in note for note in few["notes"])
+    assert any("floors are for 400 images, this score is for 30" in note for note in few["notes"])
     assert "95 %" not in metrics.summary(few)
     for images in (blobs(1, 5), []):
         with pytest.raises(UserError, match="at least two feature vectors"):
@@ -108,8 +108,8 @@ def test_parts_are_disjoint_and_random(dataset, tiny, private_cache: Path) -> No
     first.merge(second)
     torch.testing.assert_close(first.mean, whole.mean)
     torch.testing.assert_close(first.cov, whole.cov)
-    assert torch.equal(first.kept, whole.kept)  # one order for all
-    assert not torch.equal(whole.kept, tiny(some.images))  # and not that of the files
+    assert torch.equal(first.kept, whole.kept)  # the same order for the whole set and a part
+    assert not torch.equal(whole.kept, tiny(some.images))  # and not the order of the files
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_damaged_cache_file_is_computed_again(dataset, tiny, private_cache: Pa
     capsys.readouterr()
     after = metrics.dataset_stats(some, tiny)
     (notice, _) = capsys.readouterr().err.splitlines()
-    assert path.name in notice and "computing it again" in notice
+    assert path.name in notice and "computing" in notice
     assert torch.equal(after.cov, before.cov) and path.read_bytes() == good
 
 
@@ -138,7 +138,7 @@ def test_an_unwritable_cache_costs_time_only(dataset, tiny, tmp_path: Path, monk
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("GLF_FAST_CACHE", str(tmp_path / "file"))
     assert metrics.dataset_stats(dataset("test", 50, 0), tiny).n == 50
-    assert "could not be kept" in capsys.readouterr().err
+    assert "could not be cached" in capsys.readouterr().err
 
 
 def test_a_reference_needs_images(dataset, tiny, private_cache: Path) -> None:

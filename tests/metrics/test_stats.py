@@ -29,7 +29,7 @@ def assert_same(a: FeatureStats, b: FeatureStats) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 def test_a_stream_gives_mean_and_covariance(offset: float) -> None:
-    """The offset would leave a sum of float64 squares 4 digits of the covariance; centred moments keep them all."""
+    """With this offset, sums of squares in float64 keep 4 digits of the covariance; centred moments keep all."""
     x = features(103).double() + offset
     stats = FeatureStats(5)
     for batch in x.split(10):
@@ -59,7 +59,7 @@ def test_the_first_features_are_kept_in_order() -> None:
         stats.update(batch)
     assert torch.equal(stats.kept, x[:20]) and not stats.complete
     assert seen(x, keep=50).complete
-    # Behind a gap nothing is kept any more: those would not be "the first".
+    # No features are kept after a gap, because they would not be "the first".
     short = seen(x[:10], keep=100)
     short.merge(seen(x[10:30], keep=5))
     short.update(x[30:])
@@ -132,7 +132,7 @@ def test_moments_that_are_not_finite_are_refused(tmp_path, value: float) -> None
         (torch.zeros(3, 5, dtype=torch.long), "floating point, got torch.int64"),
         (
             torch.tensor([[0.0] * 5, [float("nan")] * 5]),
-            "NaN or infinity .first in row 1 of this batch, after 10 good ones",
+            "NaN or infinity .first in row 1 of this batch, after 10 finite features",
         ),
         (torch.full((1, 5), float("inf")), "NaN or infinity"),
     ],
@@ -149,7 +149,7 @@ def test_fewer_than_two_have_no_covariance() -> None:
     stats = FeatureStats(5)
     stats.update(torch.zeros(0, 5))
     for n in (0, 1):
-        with pytest.raises(UserError, match=f"at least two feature vectors, this has seen {n}"):
+        with pytest.raises(UserError, match=f"at least two feature vectors, got {n}"):
             _ = stats.cov
         stats.update(torch.zeros(1, 5))
     assert stats.cov.abs().sum() == 0
@@ -161,7 +161,7 @@ def test_different_extractors_and_lengths_do_not_mix() -> None:
         a.merge(seen(features(10), extractor={"name": "vgg16", "resize": "to 28"}))
     with pytest.raises(UserError, match=r"different lengths.*5 and 4"):
         a.merge(seen(features(10, dim=4)))
-    a.merge(seen(features(10)))  # who made these is not known; that is allowed
+    a.merge(seen(features(10)))  # an unknown extractor may be merged
     assert a.n == 20
 
 
@@ -173,7 +173,7 @@ def test_bad_arguments() -> None:
 
 
 def test_all_reduce_over_two_processes(tmp_path) -> None:
-    """Rank 1 has more than rank 0 in one round and nothing at all in another; both end with the whole."""
+    """Rank 1 has more features than rank 0 in one round and none in another; both end with the same statistics."""
     script = """
 import sys, torch, torch.distributed as dist
 from glf_fast.metrics import FeatureStats

@@ -13,16 +13,10 @@ def small_glf() -> Callable[..., GLF]:
     """Builder of a GLF for 8 × 8 grey images with a few thousand parameters, the same ones every time."""
 
     def build(**settings: object) -> GLF:
-        defaults = {
-            "image_shape": (1, 8, 8),
-            "latent_dim": 4,
-            "width": 4,
-            "hidden": 16,
-            "flow": {"steps": 2, "hidden": [8]},
-        }
+        defaults = {"latent_dim": 4, "width": 4, "hidden": 16, "flow": {"steps": 2, "hidden": [8]}}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return GLF(**{**defaults, **settings})
+            return GLF.from_config({"shape": [1, 8, 8], **defaults, **settings})
 
     return build
 

@@ -65,7 +65,7 @@ def test_a_full_disk_loses_nothing(small_glf: Build, saved: Path) -> None:
 def test_saving_again_replaces_the_model_and_keeps_the_card(small_glf: Build, saved: Path) -> None:
     (saved / "README.md").write_text("mine")
     small_glf(latent_dim=6).save_pretrained(saved)
-    assert GLF.from_pretrained(saved).latent_dim == 6
+    assert GLF.from_pretrained(saved).settings.latent_dim == 6
     assert (saved / "README.md").read_text() == "mine"
 
 
@@ -82,7 +82,7 @@ def test_a_pickle_is_refused_and_never_run(saved: Path, tmp_path: Path, name: st
     (saved / "model.safetensors").unlink()
     (saved / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     message = (
-        "no model.safetensors but pytorch_model.bin: a pickle" if name.endswith("bin") else "model.safetensors is corr"
+        "no model.safetensors but pytorch_model.bin: pickles" if name.endswith("bin") else "model.safetensors is corr"
     )
     with pytest.raises(UserError, match=message):
         GLF.from_pretrained(saved)
@@ -104,8 +104,8 @@ def damage_config(**changes: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "does not hold a model's settings"),
-        (damage_config(colour="blue"), "no setting 'colour'"),
-        (damage_config(image_shape=None), "cannot be built"),
+        (damage_config(colour="blue"), "unknown key 'colour'"),
+        (damage_config(shape=None), "cannot be built"),
         (damage_config(latent_dim=5), "belongs to another config.json .*size mismatch"),
         (damage_config(flow={"steps": 3, "hidden": [8]}), "belongs to another config.json"),
         (

@@ -36,7 +36,7 @@ def test_what_a_kernel_leaves_unwritten_is_nan() -> None:
     """So that all other tests see it: tests/conftest.py asks for it."""
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
     options = Options("relu", "tanh", None, False, False)
-    _, _, saved = cpp.forward(x, A, c, layers[:2], layers[2:], context, options, True)
+    _, _, saved = cpp.forward(x, A, c, None, layers[:2], layers[2:], context, options, True)
     assert saved.isnan().any()  # between the fields of a record
 
 

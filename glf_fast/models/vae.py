@@ -1,0 +1,102 @@
+"""Variational autoencoder with a normal prior, posterior and likelihood, and a weight β on the divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast.models.autoencoder import Decoder, Encoder, check_image_shape
+from glf_fast.models.model import GenerativeModel, ModelSettings, Phase, Words
+from glf_fast.settings import POSITIVE, Rule
+
+__all__ = ["VAE", "VAESettings"]
+
+
+@dataclass(frozen=True)
+class VAESettings(ModelSettings):
+    """Variational autoencoder."""
+
+    name: str = "vae"
+    """Name of the model."""
+    latent_dim: int = 20
+    """Numbers in a code."""
+    width: int = 64
+    """Channels after the encoder's first convolution."""
+    hidden: int = 1024
+    """Units of the dense layer in encoder and decoder."""
+    beta: float = 1.0
+    """Weight of the divergence between posterior and prior."""
+
+    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(("latent_dim", "width", "hidden", "beta"), POSITIVE)
+
+    def summary(self) -> str:
+        """The settings that matter most, in a few words for the report."""
+        return f"{self.latent_dim} latent dimensions, β = {self.beta:g}"
+
+
+class VAE(GenerativeModel):
+    """Variational autoencoder (Kingma, Welling, arXiv:1312.6114), with β as in Higgins et al., ICLR 2017.
+
+    The encoder gives mean μ and log-variance of a code of an image x, and the decoder D the mean of an image; all images have
+    one variance s². The loss is β·KL(N(μ, σ²) ‖ N(0, I)) − log N(x; D(z), s²), z = μ + σ·ε, ε ~ N(0, I). Of every batch the
+    best s² is taken, which is its mean squared error: σ-VAE, Rybkin et al., arXiv:2006.13202.
+    """
+
+    Settings = VAESettings
+    groups = ("autoencoder",)
+    words = Words(
+        "VAE", curves={"reconstruction": "squared error per image", "loss": "negative ELBO in nats per image"}
+    )
+    settings: VAESettings
+
+    def __init__(self, shape: Sequence[int], settings: VAESettings = VAESettings()) -> None:
+        super().__init__(check_image_shape(shape), settings)
+        self.encoder = Encoder(shape, 2 * settings.latent_dim, settings.width, settings.hidden)
+        self.decoder = Decoder(shape, settings.latent_dim, settings.width, settings.hidden)
+
+    def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Scalars of a batch x (B, C, H, W) in [0, 1]: the loss, and its terms per image."""
+        self._check_batch("x", x)
+        mean, log_variance = self.encoder(x).chunk(2, 1)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        error = (self.decoder(mean + (0.5 * log_variance).exp() * noise) - x).square().sum() / len(x)
+        pixels = x[0].numel()
+        # −log N at s² = error / pixels; below a grey level's rounding there is nothing to learn.
+        nll = 0.5 * pixels * (math.log(2 * math.pi) + 1 + (error / pixels + 255**-2 / 12).log())
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(x)
+        return {"loss": nll + self.settings.beta * divergence, "reconstruction": error, "divergence": divergence}
+
+    def phases(self) -> tuple[Phase, ...]:
+        """One: everything learns from the same loss."""
+        return (Phase(self.losses, moves=self.groups),)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """{"autoencoder": encoder and decoder}."""
+        return {"autoencoder": list(self.parameters())}
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """D(μ(x)) for x (B, C, H, W) in [0, 1], in eval mode and without gradients or noise."""
+        self._check_batch("x", x)
+        with self.evaluating():
+            return self.decoder(self.encoder(x).chunk(2, 1)[0])
+
+    def sample(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
+    ) -> Tensor:
+        """n images D(z), z ~ temperature·N(0, I): (n, C, H, W) in [0, 1], in eval mode and without gradients."""
+        device = next(self.parameters()).device
+        with self.evaluating():
+            z = torch.randn(n, self.settings.latent_dim, generator=generator, device=device)
+            return self.decoder(temperature * z)
+
+    def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
+        """(B, steps, C, H, W): from each reconstructed x0 to its x1 (B, C, H, W) along a line between the mean codes."""
+        with self.evaluating():
+            z0, z1 = (self.encoder(x).chunk(2, 1)[0][:, None] for x in (x0, x1))
+            z = torch.lerp(z0, z1, torch.linspace(0, 1, steps, device=z0.device)[:, None])
+            return self.decoder(z.flatten(0, 1)).unflatten(0, (len(x0), steps))

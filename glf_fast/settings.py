@@ -1,0 +1,179 @@
+"""Settings: frozen dataclasses whose field docstrings are the help texts, read from tables and checked.
+
+A table is what TOML and JSON files hold: a dictionary of numbers, strings, lists and further tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from glf_fast.errors import UserError, did_you_mean
+
+__all__ = [
+    "AT_LEAST_2",
+    "NOT_NEGATIVE",
+    "POSITIVE",
+    "Rule",
+    "Settings",
+    "as_table",
+    "check",
+    "converted",
+    "shown",
+    "table",
+    "tables",
+    "unknown",
+    "updated",
+]
+
+# A rule of a field: whether a value is allowed, and what a value must be.
+Rule = tuple[Callable[[Any], bool], str]
+POSITIVE: Rule = (lambda value: value > 0, "positive")
+NOT_NEGATIVE: Rule = (lambda value: value >= 0, "0 or more")
+AT_LEAST_2: Rule = (lambda value: value >= 2, "2 or more")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base class of settings. A field that is itself `Settings` is a table of its own in files and on the command line."""
+
+    RULES: ClassVar[Mapping[str, Rule]] = {}
+    """Rules that the types of the fields cannot express, by field."""
+    CHOICE: ClassVar[str] = ""
+    """The field that decides which other fields have an effect, if there is one."""
+
+    def effective(self) -> dict[str, Any]:
+        """The fields that have an effect, by name, in their order."""
+        return dict(vars(self))
+
+    def mistake(self) -> str:
+        """The end of an error message if several fields do not fit together, else ""."""
+        return ""
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def tables(settings: Settings) -> dict[str, Settings]:
+    """The fields of `settings` that are tables of their own, by name."""
+    return {name: value for name, value in vars(settings).items() if isinstance(value, Settings)}
+
+
+def table(settings: Settings) -> dict[str, Any]:
+    """The effective settings as a JSON-ready table that `updated` reads; fields that are None are left out."""
+    return {
+        name: table(value) if isinstance(value, Settings) else list(value) if isinstance(value, tuple) else value
+        for name, value in settings.effective().items()
+        if value is not None
+    }
+
+
+def updated(settings: S, values: Mapping[str, Any], where: str, prefix: str = "", *, nested: bool = True) -> S:
+    """`settings` with the entries of a table.
+
+    Args:
+        where: what holds the table, for errors.    prefix: put before the keys in errors.
+        nested: whether the table holds the tables of `settings`, too.
+
+    Raises:
+        UserError: an unknown key, with the nearest known one, or a value of the wrong type.
+    """
+    kinds = get_type_hints(type(settings))
+    known = [field.name for field in dataclasses.fields(settings)]
+    if not nested:
+        known = [name for name in known if name not in tables(settings)]
+    changes = {}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown(prefix + key, [prefix + name for name in known], where)
+        current = getattr(settings, key)
+        if isinstance(current, Settings):
+            changes[key] = updated(current, as_table(value, where, prefix + key), where, f"{prefix}{key}.")
+        else:
+            changes[key] = converted(value, kinds[key], where, prefix + key)
+    return dataclasses.replace(settings, **changes)
+
+
+def unknown(key: str, known: list[str], where: str) -> UserError:
+    """The error for an unknown key, with the nearest known one."""
+    hint = did_you_mean(key, known) or f"known here: {', '.join(known)}"
+    return UserError(f"{where} has an unknown key {key!r}; {hint.rstrip()}")
+
+
+def as_table(value: Any, where: str, key: str) -> dict[str, Any]:
+    """`value` itself; raises UserError if it is not a table."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key} = {value!r} must be a table: [{key}]")
+    return value
+
+
+def converted(value: Any, kind: Any, where: str, key: str) -> Any:
+    """A value of a table as the type of its field; raises UserError, naming file and key, if it has another type."""
+    try:
+        return _converted(value, kind)
+    except TypeError as error:
+        raise UserError(f"{where}: {key} = {shown(value)} must be {error}") from None
+
+
+def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
+    """Raise UserError for values that are out of range, and for changed settings that have no effect.
+
+    Args:
+        prefix: put before the keys in errors.    nested: check the tables of `settings`, too.
+    """
+    for name, value in vars(settings).items():
+        key = prefix + name
+        if isinstance(value, Settings):
+            if nested:
+                check(value, f"{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} = {value} must be finite")
+        elif name in settings.RULES and value is not None and not settings.RULES[name][0](value):
+            raise UserError(f"{key} = {shown(value)} must be {settings.RULES[name][1]}")
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in settings.effective() and value != field.default:
+            choice = f"{prefix}{settings.CHOICE} = {shown(getattr(settings, settings.CHOICE))}"
+            raise UserError(
+                f"{prefix}{field.name} = {shown(value)} means nothing for {choice}; "
+                f"set it to {shown(field.default)}, its default, where it is set (a preset, a file or the command line)"
+            )
+    if mistake := settings.mistake():
+        raise UserError(f"{prefix}{mistake}")
+
+
+def shown(value: Any) -> str:
+    """A value as the user would write it in a file."""
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """A value of a table as `kind`; raises TypeError saying what it must be."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise TypeError(f"one of {', '.join(map(shown, get_args(kind)))}")
+        return value
+    if get_origin(kind) in (Union, types.UnionType):
+        (inner,) = (option for option in get_args(kind) if option is not type(None))
+        return None if value is None else _converted(value, inner)
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        many = items[-1] is Ellipsis
+        names = {int: "integers", float: "numbers", str: "strings"}
+        wanted = f"a list of {names[items[0]]}" if many else f"a list of {len(items)} numbers"
+        if not isinstance(value, list) or not (many or len(value) == len(items)):
+            raise TypeError(wanted)
+        try:
+            return tuple(_converted(item, items[0]) for item in value)
+        except TypeError:
+            raise TypeError(wanted) from None
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise TypeError({int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind])
+    return value

@@ -1,0 +1,1 @@
+"""Training: everything that a run is made of. No model is known here by its name."""

@@ -1,0 +1,201 @@
+"""Checkpoints: folders of safetensors and JSON that are whole or not there, and never run code when read.
+
+model.safetensors      the weights to use: averaged ones, if there is an average
+config.json            the model's shape and settings; with these two, `from_pretrained(folder)` of the model opens the folder
+training.safetensors   what resuming needs in addition: optimizer states, and the raw weights if there is an average
+checkpoint.json        the model's name, the state of training, the version of glf_fast, size and SHA-256 of each other file
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glf_fast import models
+from glf_fast.errors import UserError
+from glf_fast.files import read_json, save_tensors, sha256, write_json
+from glf_fast.models import saving
+from glf_fast.models.saving import CONFIG_FILE, WEIGHTS_FILE
+
+__all__ = ["Checkpoint", "exists", "load_model", "optimizer_tensors", "read", "restore_optimizer", "write"]
+
+# 2 has the key "version", and another config.json: models read both.
+_FORMAT, _READABLE = 2, (1, 2)
+_TRAINING, _INDEX = "training.safetensors", "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The contents of a checkpoint folder.
+
+    Attributes:
+        model, config: the model's name, and its shape and settings.
+        weights: the weights to use.
+        training: tensors that resuming needs in addition; empty if not asked for or not there.
+        state: images seen, scores and the like; JSON.
+    """
+
+    model: str
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    training: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint in the place of the one in `folder`.
+
+    It is written beside and renamed into place once it is on the disk: at every moment there is one whole checkpoint.
+
+    Raises:
+        OSError: it could not be written (disk full …); the old one stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    previous, temporary = _previous(folder), folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
+    try:
+        temporary.mkdir()
+        saving.write(temporary, checkpoint.config, checkpoint.weights)
+        if checkpoint.training:
+            save_tensors(temporary / _TRAINING, checkpoint.training)
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())
+        }
+        index = {"format": _FORMAT, "version": version("glf_fast"), "model": checkpoint.model}
+        index |= {"state": checkpoint.state, "files": files}
+        write_json(temporary / _INDEX, index)
+        _flush(temporary)
+        # No system call swaps folders everywhere, so the old one steps aside; `read` looks for it there too.
+        if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        temporary.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder} could not be written ({error}); what was there is unharmed: make room, and run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a checkpoint in `folder`."""
+    return folder.is_dir() or _previous(folder).is_dir()
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint alone; raises UserError as `read`."""
+    return _index(_whole(folder))["state"]
+
+
+def read(folder: Path, *, training: bool = False) -> Checkpoint:
+    """Read a checkpoint, with what resuming needs if `training`; every file is compared with its checksum first.
+
+    Raises:
+        UserError: the checkpoint is missing, corrupt, or was written without what resuming needs.
+    """
+    folder = _whole(folder)
+    index = _index(folder)
+    for name in [WEIGHTS_FILE, CONFIG_FILE, *([_TRAINING] if training else [])]:
+        file, recorded = folder / name, index["files"].get(name)
+        if recorded is None or not file.is_file():
+            raise UserError(f"{file} is missing; {_remedy(folder)}")
+        if file.stat().st_size != recorded["bytes"] or sha256(file) != recorded["sha256"]:
+            raise UserError(f"{file} is corrupt: its size or SHA-256 is not the one in {_INDEX}; {_remedy(folder)}")
+    config, weights = saving.read(folder)
+    more = saving.read_tensors(folder / _TRAINING) if training else {}
+    return Checkpoint(index["model"], config, weights, more, index["state"])
+
+
+def load_model(folder: Path, device: torch.device) -> tuple[models.GenerativeModel, dict[str, Any]]:
+    """The model in a checkpoint, in eval mode on `device`, and the state of its training."""
+    checkpoint = read(folder)
+    with torch.random.fork_rng(devices=[]):
+        model = models.build(checkpoint.model, checkpoint.config)
+    saving.load_weights(model, checkpoint.weights, folder)
+    return model.to(device).eval(), checkpoint.state
+
+
+# -- optimizers -----------------------------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizer's state as tensors called "optimizer.{parameter's name}.{key}"."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"optimizer.{names[parameter]}.{key}": value
+        for parameter in parameters
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Undo `optimizer_tensors`; learning rates and other settings stay the optimizer's own."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for position, parameter in enumerate(parameters):
+        prefix = f"optimizer.{names[parameter]}."
+        entries = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if entries:
+            state[position] = entries
+    # load_state_dict brings each tensor to the device and type that the optimizer wants it in.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# -- files ----------------------------------------------------------------------------------------------------------------
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-previous")
+
+
+def _whole(folder: Path) -> Path:
+    """The folder that holds the checkpoint of `folder` at this moment."""
+    if not exists(folder):
+        raise UserError(f"there is no checkpoint {folder}; python -m glf_fast.train writes checkpoints")
+    return folder if folder.is_dir() else _previous(folder)
+
+
+def _remedy(folder: Path) -> str:
+    return f"restore it from a copy, or delete {folder} and train again"
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    try:
+        index = read_json(folder / _INDEX)
+    except FileNotFoundError:
+        raise UserError(f"{folder / _INDEX} is missing; {_remedy(folder)}") from None
+    if isinstance(index, dict) and "format" in index and index["format"] not in _READABLE:
+        raise UserError(
+            f"{folder} was written by glf_fast {index.get('version', 'of an unknown version')} in format {index['format']}; "
+            f"this is {version('glf_fast')}, which reads {' and '.join(map(str, _READABLE))}: use the version that wrote it"
+        )
+    kinds = {"model": str, "state": dict, "files": dict}
+    if (
+        not isinstance(index, dict)
+        or not all(isinstance(index.get(name), kind) for name, kind in kinds.items())
+        or not all(isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in index["files"].values())
+    ):
+        raise UserError(f"{folder / _INDEX} is not the index of a checkpoint; {_remedy(folder)}")
+    return index
+
+
+def _flush(folder: Path) -> None:
+    """Wait until a folder's list of files is on the disk; the contents of the files already are."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

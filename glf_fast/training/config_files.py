@@ -1,0 +1,107 @@
+"""Settings in TOML files: presets by name, files laid over each other, settings written back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from glf_fast import models, settings
+from glf_fast.errors import UserError, did_you_mean
+from glf_fast.training.config import Config, default, scalars, tables, with_table
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+__all__ = ["load", "preset_path", "presets", "to_toml"]
+
+_FOLDER = Path(__file__).parent.parent / "presets"
+# The table whose settings hold for every group of parameters; in the same file, the table of a group wins over it.
+_FOR_ALL = "optimizer"
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the presets."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
+
+
+def preset_path(name: str) -> Path:
+    """A preset's file; raises UserError, with the nearest name, when there is none."""
+    if name not in presets():
+        raise UserError(f"no preset {name!r}; {did_you_mean(name, presets())}there are {', '.join(presets())}")
+    return _FOLDER / f"{name}.toml"
+
+
+def load(*files: Path, model: str = "") -> Config:
+    """The defaults with these TOML files laid over them, left to right.
+
+    Args:
+        model: name of the model; by default the last name in the files, or the first model there is.
+
+    Raises:
+        UserError: a file that is missing, is not TOML, or holds an unknown key or a value of the wrong type; or no such model.
+    """
+    contents = {str(file): _read(file) for file in files}
+    for where, content in contents.items() if not model else ():
+        chosen = settings.as_table(content.get("model", {}), where, "model")
+        model = settings.converted(chosen.get("name", model), str, where, "model.name")
+    config = default(model or models.names()[0])
+    for where, content in contents.items():
+        config = _updated(config, content, where)
+    return replace(config, model=replace(config.model, name=model or models.names()[0]))
+
+
+def to_toml(config: Config) -> str:
+    """TOML that `load` turns into the same configuration. Settings without effect, and None, are left out."""
+    lines = [f"{key} = {_toml(value)}" for key, value in scalars(config).items()]
+    for name, content in tables(config).items():
+        lines += ["", f"[{name}]"]
+        values = {key: value for key, value in content.effective().items() if not isinstance(value, settings.Settings)}
+        lines += [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no config file {file}; presets are chosen with --preset") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read as TOML ({error}); correct it") from error
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    # JSON writes strings, booleans and finite numbers as TOML does.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _updated(config: Config, content: Mapping[str, Any], where: str) -> Config:
+    """`config` with the entries of a file; errors name the file and the dotted key."""
+    kinds, for_model = get_type_hints(Config), f"{where} (for model {config.model.name!r})"
+    if _FOR_ALL in content:
+        table = settings.as_table(content[_FOR_ALL], where, _FOR_ALL)
+        updated = {
+            group: settings.updated(optimizer, table, where, f"{_FOR_ALL}.")
+            for group, optimizer in config.optimizers.items()
+        }
+        config = replace(config, optimizers=updated)
+    for key, value in content.items():
+        if key in tables(config):
+            table = settings.as_table(value, where, key)
+            of_model = key == "model" or key in settings.tables(config.model)
+            place = for_model if of_model else where
+            changed = settings.updated(tables(config)[key], table, place, f"{key}.", nested=False)
+            config = with_table(config, key, changed)
+        elif key in scalars(config):
+            config = replace(config, **{key: settings.converted(value, kinds[key], where, key)})
+        elif key != _FOR_ALL:
+            known = [*scalars(config), *tables(config), _FOR_ALL]
+            raise settings.unknown(key, known, for_model)
+    return config

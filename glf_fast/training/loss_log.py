@@ -1,0 +1,60 @@
+"""The losses of the last steps, on the device until they are wanted, so that no step waits for them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glf_fast.errors import UserError
+from glf_fast.training import checkpoint
+from glf_fast.training.trainer import CURE
+
+__all__ = ["LossLog"]
+
+
+class LossLog:
+    """Collects the losses of steps; a step need not have all of them."""
+
+    def __init__(self, capacity: int = 50) -> None:
+        self.capacity = capacity
+        self._steps: list[dict[str, Tensor]] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether `flush` must come before the next `add`."""
+        return len(self._steps) == self.capacity
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Take the losses of one step, scalars on the device."""
+        self._steps.append(losses)
+
+    def flush(self, images: int, batch_size: int, last: Path) -> dict[str, float]:
+        """The means since the last flush; waits for the device.
+
+        Raises:
+            UserError: a loss was not finite: says which, at which step, and where the last good checkpoint is.
+        """
+        steps, self._steps = self._steps, []
+        names = list(dict.fromkeys(name for step in steps for name in step))
+        # One transfer for all of them.
+        flat = torch.stack([loss.float() for step in steps for loss in step.values()]).tolist()
+        values = iter(flat)
+        rows = [dict(zip(step, values, strict=False)) for step in steps]
+        for back, row in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
+            if not all(map(math.isfinite, row.values())):
+                at = images - back * batch_size
+                terms = ", ".join(f"{name} = {value:.4g}" for name, value in row.items())
+                kept = (
+                    f"the last good checkpoint is {last}" if checkpoint.exists(last) else "there is no checkpoint yet"
+                )
+                raise UserError(
+                    f"the loss is not finite at step {at // batch_size} ({at} images): {terms}; {kept}; {CURE}"
+                )
+        means = {}
+        for name in names:
+            column = [row[name] for row in rows if name in row]
+            means[name] = sum(column) / len(column)
+        return means

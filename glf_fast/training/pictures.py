@@ -1,0 +1,89 @@
+"""Pictures of a model: samples on fixed noise, and reconstructions and interpolations of test images where it has them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glf_fast import seeds
+from glf_fast.errors import UserError, did_you_mean
+from glf_fast.images import grid, save_png, to_float, to_uint8
+from glf_fast.metrics import subset
+from glf_fast.models import GenerativeModel, Interpolates, Reconstructs
+
+__all__ = ["draw", "draw_pictures", "latest_picture", "picture_name", "save_picture"]
+
+# Noise is drawn for this many images at a time, always: image i is then the same whatever n is. A sampling mode that takes
+# statistics of a batch takes them of these.
+_CHUNK = 500
+
+
+def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0, mode: str = "") -> Tensor:
+    """n images as uint8 (n, C, H, W) on the model's device; image i depends on (seed, i) alone, not on n.
+
+    Pixels that are not finite (a flow that overflows early in training) become black, with a line on stderr.
+
+    Raises:
+        UserError: n < 1, a negative temperature, a sampling mode that the model does not have, or a model of other data.
+    """
+    if n < 1:
+        raise UserError(f"n = {n} images cannot be drawn; ask for one or more")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature = {temperature} must be 0 or more")
+    if mode and mode not in model.sampling_modes:
+        known = ", ".join(model.sampling_modes) or "none"
+        hint = did_you_mean(mode, model.sampling_modes)
+        raise UserError(f"{model.words.title} has no sampling mode {mode!r}; {hint}there are: {known}")
+    if len(model.shape) != 3:
+        raise UserError(
+            f"images cannot be drawn: this {model.words.title} was trained on other data, of shape {model.shape}"
+        )
+    device = next(model.parameters()).device
+    chunks, broken = [], torch.zeros((), dtype=torch.int64, device=device)
+    for start in range(0, n, _CHUNK):
+        generator = seeds.generator(seed, "sample", start // _CHUNK, device=device)
+        x = model.sample(_CHUNK, temperature=temperature, generator=generator, mode=mode)[: n - start]
+        broken += (~x.isfinite().flatten(1).all(1)).sum()
+        chunks.append(to_uint8(x.nan_to_num(0.0, 0.0, 0.0)))
+    if broken:
+        print(f"{int(broken)} of {n} samples are not finite and have black pixels", file=sys.stderr)
+    return torch.cat(chunks)
+
+
+def draw_pictures(model: GenerativeModel, test_images: Tensor, seed: int) -> dict[str, Tensor]:
+    """A uint8 picture (C, H, W) of each kind that the model can make; the same noise and test images (N, C, H, W) every time.
+
+    The test images come in a fixed random order, as data sets may be sorted by class. Reconstructions are pairs of rows: real
+    images, and below them their reconstructions. Interpolations run from one test image to another.
+    """
+    pictures = {"samples": grid(draw(model, 64, seed=seed))}
+    real = subset(test_images, min(32, len(test_images) // 2 * 2))
+    if isinstance(model, Reconstructs):
+        half = len(real) // 2
+        rebuilt = to_uint8(model.reconstruct(to_float(real)))
+        pairs = torch.cat([real[:half], rebuilt[:half], real[half:], rebuilt[half:]])
+        pictures["reconstructions"] = grid(pairs, columns=half)
+    if isinstance(model, Interpolates):
+        ends = to_float(real[:10])
+        ways = to_uint8(model.interpolate(ends[0::2], ends[1::2], 12).nan_to_num())
+        pictures["interpolations"] = grid(ways.flatten(0, 1), columns=12)
+    return {kind: picture.cpu() for kind, picture in pictures.items()}
+
+
+def picture_name(images: int) -> str:
+    """File name of the pictures made after so many training images."""
+    return f"{images:09d}.png"
+
+
+def save_picture(run: Path, kind: str, picture: Tensor, images: int) -> None:
+    """Write run/{kind}/{images seen}.png, enlarged if it is small."""
+    save_png(run / kind / picture_name(images), picture, scale=math.ceil(480 / picture.shape[-1]))
+
+
+def latest_picture(run: Path, kind: str) -> Path | None:
+    """The newest picture of a kind, None if there is none yet."""
+    return max((run / kind).glob("*.png"), default=None)

@@ -1,0 +1,196 @@
+"""report.html: a run on one page that needs nothing but itself: pictures, curves, scores, settings."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from glf_fast import models
+from glf_fast.files import atomic_write
+from glf_fast.models import Words
+from glf_fast.training import runs
+from glf_fast.training.pictures import latest_picture
+
+__all__ = ["write"]
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+# Replaced by the page's own text colour, so that curves suit light and dark.
+_INK = "#010203"
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "glf_fast",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+}
+_BLUE, _ORANGE, _GREY = "#4f6fe8", "#e0803a", "#8a8d98"
+
+
+def write(run: Path) -> Path:
+    """Write run/report.html from what is in the run's folder now; sections with nothing to show are left out."""
+    config, records, scores = runs.read_config(run), runs.read_metrics(run), runs.read_scores(run)
+    seen = records[-1] if records else {"images": 0, "epoch": 0.0}
+    finished = any(record.get("finished") and record["images"] == seen["images"] for record in records)
+    kind = models.kind(config.model.name)
+    what = ", ".join(filter(None, (kind.words.title, config.model.summary())))
+    state = "finished" if finished else f"{seen['epoch']:.3g} of {config.epochs} epochs"
+    page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(run.resolve().name),
+        subtitle=html.escape(f"{what}, on {config.data.source}. {seen['images']:,} images seen, {state}."),
+        samples=_picture(latest_picture(run, "samples"), "Samples"),
+        scores="".join(_score_card(score, kind.sampling_modes) for score in scores) or _score_so_far(records),
+        sections=_growth(run) + _others(run, kind.words) + _curves(records, kind.words),
+        config=html.escape((run / "config.toml").read_text(encoding="utf-8")),
+        protocol=html.escape(json.dumps(scores, indent=2, ensure_ascii=False)),
+    )
+    with atomic_write(run / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return run / "report.html"
+
+
+# -- scores ---------------------------------------------------------------------------------------------------------------
+
+
+def _score_card(score: dict[str, Any], modes: Mapping[str, str]) -> str:
+    samples, rebuilt, settings = score["samples"], score["reconstructions"], score["settings"]
+    floors, checkpoint = samples["floors"], score["checkpoint"]
+    bars = {
+        "samples": samples["value"],
+        **({"reconstructions": rebuilt["value"]} if rebuilt else {}),
+        "real train / test": floors["train/test"],
+        "real train / train": floors["train/train"],
+    }
+    longest = max(max(bars.values()), 1e-9)
+    rows = "".join(
+        f'<div class="bar"><span>{name}</span><span class="track"><i class="{"" if name.startswith("real") else "model"}" '
+        f'style="width:{100 * max(value, 0) / longest:.1f}%"></i></span><span>{value:.2f}</span></div>'
+        for name, value in bars.items()
+    )
+    details = [f"{settings['n']:,} samples against {samples['protocol']['reference']['n']:,} test images"]
+    if samples["interval"]:
+        details.append(f"95 % interval {samples['interval'][0]:.2f} … {samples['interval'][1]:.2f}")
+    if samples["kid"]:
+        details.append(f"KID {samples['kid']['mean']:.4f} ± {samples['kid']['std']:.4f}")
+    if settings["temperature"] != 1:
+        details.append(f"temperature {settings['temperature']:g}")
+    if mode := settings["mode"]:
+        details.append(modes.get(mode, mode))
+    details.append(f"checkpoint “{checkpoint['name']}”, epoch {checkpoint['epoch']:.4g}")
+    details += samples["notes"]
+    metric, line = html.escape(samples["metric"]), html.escape(" · ".join(details))
+    return (
+        f'<div class="card"><div class="label">{metric}, lower is better</div>'
+        f'<div class="number">{samples["value"]:.2f}</div><div class="label">{line}</div>{rows}</div>'
+    )
+
+
+def _score_so_far(records: Sequence[dict[str, Any]]) -> str:
+    latest = next((record for record in reversed(records) if "score" in record), None)
+    if latest is None:
+        return '<div class="card"><div class="label">No score.</div></div>'
+    score = latest["score"]
+    rebuilt = f"reconstructions {score['reconstructions']:.2f}" if score["reconstructions"] is not None else ""
+    metric = html.escape(score["metric"])
+    return (
+        f'<div class="card"><div class="label">{metric} after {latest["epoch"]:.4g} epochs, lower is better'
+        f'</div><div class="number">{score["value"]:.2f}</div>'
+        f'<div class="label">{rebuilt}</div></div>'
+    )
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------------
+
+
+def _picture(path: Path | None, caption: str) -> str:
+    if path is None:
+        return f"<figure><figcaption>{caption}: none yet</figcaption></figure>"
+    data = base64.b64encode(path.read_bytes()).decode()
+    text = f"{caption}, after {int(path.stem):,} training images"
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def _growth(run: Path) -> str:
+    """The same noise at up to five moments of training."""
+    paths = sorted((run / "samples").glob("*.png"))
+    if len(paths) < 3:
+        return ""
+    count = min(5, len(paths))
+    chosen = [paths[i * (len(paths) - 1) // (count - 1)] for i in range(count)]
+    figures = "".join(_picture(path, "Samples") for path in chosen)
+    return f'<h2>How the samples grew</h2><p>The same noise each time.</p><div class="strip">{figures}</div>'
+
+
+def _others(run: Path, words: Words) -> str:
+    texts = {
+        "reconstructions": "Rows of test images, and below each row their reconstructions.",
+        "interpolations": html.escape(words.interpolations),
+    }
+    sections = ""
+    for kind, text in texts.items():
+        if path := latest_picture(run, kind):
+            title = kind.capitalize()
+            sections += f'<h2>{title}</h2><p>{text}</p><div class="card">{_picture(path, title)}</div>'
+    return sections
+
+
+# -- curves ---------------------------------------------------------------------------------------------------------------
+
+
+def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
+    hidden = {"images", "epoch", "images_per_second", "score", "finished"}
+    steps = [record for record in records if "images_per_second" in record]
+    scored = [record for record in records if "score" in record]
+    if len(steps) < 2:
+        return ""
+    logged = dict.fromkeys(name for record in steps for name in record if name not in hidden)
+    terms = {name: name for name in logged if not name.startswith("lr_")}
+    # A run that an earlier version began may have few records of a curve.
+    chosen = {
+        name: title for name, title in (words.curves or {}).items() if sum(name in record for record in steps) > 1
+    }
+    terms = chosen or terms
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 2.9), layout="constrained")
+        axes = figure.subplots(1, len(terms) + bool(scored), squeeze=False)[0]
+        for axis, (name, title) in zip(axes, terms.items(), strict=False):
+            drawn = [(r["epoch"], r[name]) for r in steps if name in r]
+            axis.plot(*zip(*drawn, strict=True), color=_BLUE, linewidth=1.3)
+            # The first steps are far off and would flatten the rest.
+            values = sorted(value for _, value in drawn[len(drawn) // 20 :])
+            margin = 0.05 * (values[-1] - values[0]) or 1.0
+            axis.set(title=title, xlabel="epoch", ylim=(values[0] - margin, values[-1] + margin))
+        if scored:
+            epochs = [r["epoch"] for r in scored]
+            for key, label, color in (("value", "samples", _BLUE), ("reconstructions", "reconstructions", _ORANGE)):
+                values = [r["score"][key] for r in scored]
+                if None not in values:
+                    axes[-1].plot(epochs, values, "o-", label=label, color=color, markersize=3)
+            axes[-1].set(title=scored[-1]["score"]["metric"], xlabel="epoch", ylim=(0, None))
+            axes[-1].legend()
+        for axis in axes:
+            axis.grid(color=_GREY, alpha=0.25, linewidth=0.5)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    text = html.escape(f"Losses of the training batches; scores against test images. {words.about_curves}".rstrip())
+    return f'<h2>Curves</h2><p>{text}</p><div class="card">{svg}</div>'

@@ -1,0 +1,225 @@
+"""A run in its folder: training with log, pictures, scores and checkpoints, and the final scores."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from glf_fast import seeds
+from glf_fast.data import CONTENTS, Dataset, as_images
+from glf_fast.errors import UserError
+from glf_fast.metrics import Extractor
+from glf_fast.models import GenerativeModel
+from glf_fast.progress import Progress, Stop, stop_on_signals
+from glf_fast.training import checkpoint, report, runs
+from glf_fast.training.config import Config
+from glf_fast.training.loss_log import LossLog
+from glf_fast.training.pictures import draw_pictures, latest_picture, picture_name, save_picture
+from glf_fast.training.scoring import evaluate, load_extractors, table
+from glf_fast.training.trainer import Trainer
+
+__all__ = ["Run"]
+
+# Seeds of the noise behind scores: the final one is not the one by which the best checkpoint was chosen.
+_PERIODIC_SEED, _FINAL_SEED = 1, 0
+
+
+class Run:
+    """A run in its folder; `resume` goes to where it was left, `train` and `finish` do the rest.
+
+    Scores and pictures are of images; other data have a log, checkpoints and a report.
+    """
+
+    def __init__(self, folder: Path, config: Config, train: Dataset, test: Dataset, device: torch.device) -> None:
+        self.folder, self.config, self.device = folder, config, device
+        self.train_set, self.test_set = train, test
+        self.trainer = Trainer(config, train, device)
+        self.images_per_epoch, self.total = self.trainer.images_per_epoch, self.trainer.ends[-1]
+        if config.max_minutes and len(self.trainer.ends) > 1:
+            raise UserError(
+                f"model {config.model.name!r} trains in {len(self.trainer.ends)} stages, and a time limit would end training "
+                "before the last one; leave --max-minutes out and lower --epochs"
+            )
+        self.last, self.best = (runs.checkpoint_folder(folder, which) for which in ("last", "best"))
+        self.of_images = train.kind == "images"
+        self.extractors = load_extractors(config.score.extractors, device) if self.of_images else []
+        self.minutes_before, self.started = 0.0, time.monotonic()
+
+    def resume(self) -> None:
+        """Go to the last checkpoint, if there is one; raises UserError if it is corrupt or of other data."""
+        if checkpoint.exists(self.last):
+            state = self.trainer.restore(self.last)
+            if state["data"] != self.train_set.fingerprint:
+                raise UserError(
+                    f"{self.folder} was trained on other images of {self.train_set.name} than are there now; "
+                    "choose another --out"
+                )
+            self.minutes_before = state["minutes"]
+        self.started = time.monotonic()
+
+    # -- how far ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data so far."""
+        return self.trainer.images / self.images_per_epoch
+
+    @property
+    def minutes(self) -> float:
+        """Minutes of training so far, over all resumes."""
+        return self.minutes_before + (time.monotonic() - self.started) / 60
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train."""
+        limit = self.config.max_minutes
+        trained = self.trainer.in_last_stage and self.trainer.images >= self.total
+        return trained or (limit > 0 and self.minutes >= limit)
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is over and the final scores are there."""
+        records = runs.read_metrics(self.folder)
+        scored = bool(runs.read_scores(self.folder)) or not self.of_images
+        return self.done and scored and any(r.get("finished") and r["images"] == self.trainer.images for r in records)
+
+    # -- training ---------------------------------------------------------------------------------------------------------
+
+    def train(self, board: SummaryWriter) -> None:
+        """All stages; ends the process when a signal asks for it."""
+        trainer = self.trainer
+        how = f"going on after {trainer.images:,} images" if trainer.images else "a new run"
+        print(f"{self.folder}: {how}, up to {self.total:,} images", file=sys.stderr)
+        runs.cut_metrics(self.folder, trainer.images)
+        with stop_on_signals() as stop, Progress(self.total, trainer.images, self.images_per_epoch) as progress:
+            self._train_stage(board, progress, stop)
+            while not (stop.signal or self.done):
+                trainer.advance()
+                trainer.save(self.last, self._state(), for_resuming=True)
+                progress.say(f"stage {trainer.stage + 1} of {len(trainer.ends)}")
+                self._train_stage(board, progress, stop)
+        if stop.signal:
+            if latest_picture(self.folder, "samples") is None:
+                self._pictures(board)
+            report.write(self.folder)
+            print(f"stopped after {trainer.images:,} images; the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + stop.signal)
+
+    def _train_stage(self, board: SummaryWriter, progress: Progress, stop: Stop) -> None:
+        """Steps to the end of the stage, with log, pictures, scores and checkpoints in between."""
+        trainer, config = self.trainer, self.config
+        end = trainer.ends[trainer.stage]
+        if self.done or trainer.images >= end:
+            return
+        inputs, order = trainer.inputs(), torch.empty(0)
+        losses, saved, stopping = LossLog(), time.monotonic(), False
+        while not stopping:
+            epoch, position = divmod(trainer.images, self.images_per_epoch)
+            if position == 0 or not len(order):
+                shuffle = seeds.generator(config.seed, "order", epoch)
+                order = torch.randperm(len(inputs), generator=shuffle).to(self.device)
+            losses.add(trainer.step(inputs[order[position : position + config.batch_size]]))
+
+            stopping = bool(stop.signal) or self.done or trainer.images >= end
+            saving = stopping or time.monotonic() - saved >= 60 * config.checkpoint_minutes
+            epoch_ends = trainer.images % self.images_per_epoch == 0
+            if losses.full or epoch_ends or saving:
+                means = losses.flush(trainer.images, config.batch_size, self.last)
+                curves = trainer.model.words.curves or means
+                progress.update(trainer.images, {name: means[name] for name in curves if name in means})
+                self._log(board, {**means, "images_per_second": progress.speed})
+            if epoch_ends and (epoch + 1) % config.pictures_every == 0:
+                self._pictures(board)
+            if epoch_ends and self._scores_after(epoch + 1):
+                progress.say(self._score(board))
+            if saving:  # last, so that a run resumed from here misses nothing of this step
+                trainer.save(self.last, self._state(), for_resuming=True)
+                saved = time.monotonic()
+            if epoch_ends or saving:
+                progress.pause()
+
+    def finish(self, board: SummaryWriter) -> None:
+        """The final scores, of the best checkpoint and by all extractors, and the report."""
+        images = self.trainer.images
+        if not (self.config.score.every and self.of_images):
+            self.trainer.save(self.best, self._state(), for_resuming=False)
+        elif not any("score" in record and record["images"] == images for record in runs.read_metrics(self.folder)):
+            print(self._score(board), file=sys.stderr)
+        if not (self.folder / "samples" / picture_name(images)).is_file():
+            self._pictures(board)
+        if self.of_images:
+            print("final scores, of the best checkpoint", file=sys.stderr)
+            model, state = checkpoint.load_model(self.best, self.device)
+            about = {"name": "best", "images": state["images"], "epoch": state["epoch"], "ema": self.config.ema}
+            runs.write_scores(self.folder, self._evaluate(model, self.extractors, _FINAL_SEED, about))
+        runs.append_metrics(self.folder, {"images": images, "epoch": self.epoch, "finished": True})
+        report.write(self.folder)
+
+    def tell(self) -> None:
+        """Print the scores, and where to look."""
+        if not self.of_images:
+            print(f"no scores: {self.train_set.name} holds {CONTENTS[self.train_set.kind]}, and scores are of images")
+            print(f"\nlook at   {self.folder / 'report.html'}")
+            return
+        print(table([score for score in runs.read_scores(self.folder) if score["checkpoint"]["name"] == "best"]))
+        print(f"\nlook at   {self.folder / 'report.html'}\n          {latest_picture(self.folder, 'samples')}")
+        print(f"more      python -m glf_fast.sample {self.folder} --n 64 --out samples.png")
+
+    # -- what happens in between ------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "minutes": self.minutes, "data": self.train_set.fingerprint}
+
+    def _log(self, board: SummaryWriter, values: dict[str, float]) -> None:
+        for name, optimizer in self.trainer.optimizers.items():
+            values[f"lr_{name}"] = optimizer.param_groups[0]["lr"]
+        runs.append_metrics(self.folder, {"images": self.trainer.images, "epoch": self.epoch, **values})
+        for name, value in values.items():
+            board.add_scalar(name, value, self.trainer.images)
+
+    def _pictures(self, board: SummaryWriter) -> None:
+        trainer = self.trainer
+        if not self.of_images:
+            return
+        pictures = draw_pictures(trainer.best_model, self.test_set.items.to(self.device), self.config.seed)
+        for kind, picture in pictures.items():
+            save_picture(self.folder, kind, picture, trainer.images)
+            board.add_image(kind, picture, trainer.images)
+
+    def _scores_after(self, epoch: int) -> bool:
+        """Whether there is a score after so many epochs. Before the last stage samples mean nothing."""
+        every = self.config.score.every
+        return self.of_images and self.trainer.in_last_stage and every > 0 and epoch % every == 0
+
+    def _evaluate(
+        self, model: GenerativeModel, extractors: Sequence[Extractor], seed: int, about: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        train, test, n = as_images(self.train_set), as_images(self.test_set), self.config.score.samples
+        return evaluate(model, train, test, extractors, n=n, seed=seed, about=about)
+
+    def _score(self, board: SummaryWriter) -> str:
+        """Score by the first extractor, and keep the checkpoint if it is the best so far; returns a line for the user."""
+        trainer, state = self.trainer, self._state()
+        [result] = self._evaluate(trainer.best_model, self.extractors[:1], _PERIODIC_SEED)
+        samples, rebuilt = result["samples"], result["reconstructions"]
+        score = {k: samples[k] for k in ("metric", "value")} | {
+            "reconstructions": rebuilt["value"] if rebuilt else None
+        }
+        runs.append_metrics(self.folder, {"images": trainer.images, "epoch": self.epoch, "score": score})
+        board.add_scalar(f"{score['metric']} of samples", score["value"], trainer.images)
+        line = f"epoch {self.epoch:.4g}: {score['metric']} {score['value']:.2f}"
+        if rebuilt:
+            board.add_scalar(f"{score['metric']} of reconstructions", rebuilt["value"], trainer.images)
+            line += f" (reconstructions {rebuilt['value']:.2f})"
+        before = checkpoint.read_state(self.best).get("score") if checkpoint.exists(self.best) else None
+        best = before is None or before["metric"] != score["metric"] or score["value"] < before["value"]
+        if best:
+            trainer.save(self.best, {**state, "score": score}, for_resuming=False)
+        report.write(self.folder)
+        return line + ("  best so far" if best else "")

@@ -1,0 +1,120 @@
+"""Scores of a model: of its samples, and of its reconstructions if it makes any."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from glf_fast import data, metrics
+from glf_fast.errors import UserError
+from glf_fast.images import to_float, to_uint8
+from glf_fast.metrics import Extractor
+from glf_fast.models import GenerativeModel, Reconstructs
+from glf_fast.training.pictures import draw
+
+__all__ = ["evaluate", "load_extractors", "reconstructions", "table"]
+
+
+def evaluate(
+    model: GenerativeModel,
+    train: data.ImageDataset,
+    test: data.ImageDataset,
+    extractors: Sequence[Extractor],
+    *,
+    n: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    mode: str = "",
+    about: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Score n samples, and the reconstructions of up to n test images, against the test images, with each extractor.
+
+    Args:
+        mode: one of the model's sampling modes, or "".
+        about: which checkpoint this is; only recorded.
+
+    Returns:
+        Per extractor {"settings": …, "checkpoint": about, "samples": score, "reconstructions": score or None}, JSON-ready; a
+        score is `metrics.score`'s.
+
+    Raises:
+        UserError: fewer than two samples or images, or a sampling mode that the model does not have.
+    """
+    sampling = {"temperature": temperature, "mode": mode}
+    samples = draw(model, n, seed=seed, temperature=temperature, mode=mode)
+    results = []
+    for extractor in extractors:
+        reference = metrics.reference(train, test, extractor, n=n)
+        shared = {"checkpoint": about or {}}
+        rebuilt = None
+        if isinstance(model, Reconstructs):
+            images = reconstructions(model, test.images, n)
+            rebuilt = metrics.score(images, reference, extractor, sampling={"images": "test", **shared})
+        results.append(
+            {
+                "settings": {"extractor": extractor.name, "n": n, "seed": seed, **sampling},
+                **shared,
+                "samples": metrics.score(samples, reference, extractor, seed=seed, sampling=sampling | shared),
+                "reconstructions": rebuilt,
+            }
+        )
+    return results
+
+
+def reconstructions(model: Reconstructs, test_images: Tensor, n: int) -> Iterator[Tensor]:
+    """Batches of uint8 reconstructions of the n uint8 test images that `metrics.reference` takes, too.
+
+    The order is random, but not the one of `metrics.reference`: KID compares block with block, and is unbiased only if two
+    blocks share no images.
+    """
+    assert isinstance(model, GenerativeModel)
+    device, images = next(model.parameters()).device, metrics.subset(test_images, n)
+    for batch in images.roll(len(images) // 2, 0).split(500):
+        yield to_uint8(model.reconstruct(to_float(batch.to(device))))
+
+
+def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = False) -> list[Extractor]:
+    """The extractors by name. Extractors without weights are left out with a line on stderr; "tiny" if none is left.
+
+    Raises:
+        UserError: a name that does not exist; with `all_needed` also weights that cannot be had.
+    """
+    loaded = []
+    for name in names:
+        try:
+            loaded.append(metrics.extractor(name, device=device))
+        except (UserError, OSError) as error:
+            if all_needed or name not in metrics.names():
+                raise
+            print(f"no scores with {name}: {error}", file=sys.stderr)
+    return loaded or [metrics.extractor("tiny", device=device)]
+
+
+def table(scores: Sequence[dict[str, Any]]) -> str:
+    """Scores for people: a line for each, with what real images get."""
+    head = ("", "samples", "95 %", "KID", "reconstructions", "train/test", "train/train", "images")
+    rows = [head]
+    for score in scores:
+        samples, floors, rebuilt = score["samples"], score["samples"]["floors"], score["reconstructions"]
+        interval, kid, mode = samples["interval"], samples["kid"], score["settings"]["mode"]
+        rows.append(
+            (
+                samples["metric"] + (f" ({mode})" if mode else ""),
+                f"{samples['value']:.2f}",
+                f"{interval[0]:.2f} … {interval[1]:.2f}" if interval else "",
+                f"{kid['mean']:.4f}" if kid else "",
+                f"{rebuilt['value']:.2f}" if rebuilt else "",
+                *(f"{floors[key]:.2f}" for key in head[5:7]),
+                str(score["settings"]["n"]),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )

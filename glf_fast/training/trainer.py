@@ -1,0 +1,231 @@
+"""One model in training: its stages and phases, the averaged weights, and saving and restoring all of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast import models, seeds
+from glf_fast.data import CONTENTS, Dataset
+from glf_fast.errors import UserError
+from glf_fast.images import to_float
+from glf_fast.models import Stage
+from glf_fast.training import checkpoint
+from glf_fast.training.checkpoint import Checkpoint
+from glf_fast.training.config import Config, OptimizerConfig
+
+__all__ = ["CURE", "Trainer"]
+
+# Steps between two updates of the average, each as large as that many small ones: an update reads and writes all weights.
+_AVERAGE_EVERY = 8
+# The batches that a stage's inputs are computed in.
+_CHUNK = 500
+
+CURE = "lower the learning rates (--optimizer.lr) or clip gradients (--optimizer.clip 1)"
+
+
+class Trainer:
+    """Everything that a step changes: weights, their average, the optimizers, and how many items were seen.
+
+    Nothing random depends on anything but (seed, images seen), so that a restored trainer continues bit for bit.
+
+    Attributes:
+        model: the model in training.    average: its averaged twin in eval mode, None without `ema`.
+        optimizers: one for each group of parameters, by the group's name.
+        images: items of the data set seen so far.    images_per_epoch: whole batches in the training set.
+        stage: index of the stage that is being trained.    ends: value of `images` at which each stage ends.
+    """
+
+    def __init__(self, config: Config, train: Dataset, device: torch.device) -> None:
+        self.config, self.device, self.train = config, device, train
+        self.images = self.stage = 0
+        kind = models.kind(config.model.name)
+        if train.kind not in kind.takes:
+            wanted = " or ".join(words for content, words in CONTENTS.items() if content in kind.takes)
+            raise UserError(
+                f"model {config.model.name!r} takes {wanted}; {train.name} holds {CONTENTS[train.kind]}: "
+                "choose another --data.source or --model.name"
+            )
+        self.images_per_epoch = len(train) // config.batch_size * config.batch_size
+        if not self.images_per_epoch:
+            raise UserError(
+                f"batch_size = {config.batch_size} is more than the {len(train)} training images of {train.name}; "
+                f"use --batch-size {len(train)} or less"
+            )
+        torch.manual_seed(config.seed)
+        try:
+            self.model = kind(train.shape, config.model).to(device)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model {config.model.name!r} cannot be built for {train.name}: {error}") from error
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else None
+        groups = self.model.parameter_groups()
+        assert tuple(groups) == kind.groups, (
+            f"{kind.__name__}.groups and its parameter_groups() must name the same groups"
+        )
+        self.optimizers = {
+            name: torch.optim.Adam(parameters, fused=True, **_adam(config.optimizers[name]))
+            for name, parameters in groups.items()
+        }
+        self.ends: list[int] = []
+        for stage in self.model.stages():
+            epochs = 0 if stage.fit else config.epochs if stage.epochs is None else stage.epochs
+            self.ends.append((self.ends or [0])[-1] + epochs * self.images_per_epoch)
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+
+    @property
+    def best_model(self) -> models.GenerativeModel:
+        """The model to score and to sample: the average if there is one."""
+        return self.average or self.model
+
+    # -- stages ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def in_last_stage(self) -> bool:
+        """Whether the last stage has begun. Before that, samples mean nothing."""
+        return self.stage == len(self.ends) - 1
+
+    def advance(self) -> None:
+        """Go on to the next stage, from the weights that are in use; a closed-form fit happens here."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.state_dict())
+        self.stage += 1
+        if fit := self._stage.fit:
+            with torch.no_grad():
+                fit(self.inputs())
+            if self.average is not None:
+                self.average.load_state_dict(self.model.state_dict())
+
+    def inputs(self) -> Tensor:
+        """The tensor that batches of this stage are cut from, on the device: the training set, or the stage's inputs."""
+        # The whole set is one tensor: no worker processes, no copies, no waiting.
+        items, compute = self.train.items.to(self.device), self._stage.inputs
+        if compute is None:
+            return items
+        with self.model.evaluating():
+            return torch.cat([compute(_to_model(batch)) for batch in items.split(_CHUNK)])
+
+    @property
+    def _stage(self) -> Stage:
+        return self.model.stages()[self.stage]
+
+    @property
+    def _begin(self) -> int:
+        """The value of `images` at which this stage began."""
+        return self.ends[self.stage - 1] if self.stage else 0
+
+    # -- steps -------------------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Tensor) -> dict[str, Tensor]:
+        """Learn from a batch (B, …) of `inputs`; returns the losses of all phases, without waiting for a GPU."""
+        noise = seeds.generator(self.config.seed, "step", 0, self.images, device=self.device)
+        steps, x = (self.images - self._begin) // self.config.batch_size, _to_model(batch)
+        losses: dict[str, Tensor] = {}
+        self.model.train()
+        for i, phase in enumerate(self._stage.phases):
+            if steps % phase.every:
+                continue
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                found = self.model(x, noise, self.stage, i)
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            found[phase.minimises].backward()
+            for name in phase.moves:
+                self._update(name)
+            losses |= {name: loss.detach() for name, loss in found.items()}
+        self.images += len(batch)
+        if self.average is not None and steps % _AVERAGE_EVERY == 0:
+            self._update_average(steps // _AVERAGE_EVERY)
+        return losses
+
+    def _update(self, name: str) -> None:
+        """Move one group of parameters by its gradients."""
+        settings, [group] = self.config.optimizers[name], self.optimizers[name].param_groups
+        if settings.clip:
+            nn.utils.clip_grad_norm_(group["params"], settings.clip)
+        group["lr"] = self._learning_rate(settings)
+        self.optimizers[name].step()
+
+    @torch.no_grad()
+    def _update_average(self, updates: int) -> None:
+        assert self.average is not None
+        # Young averages forget faster: over the last tenth of the steps, until that is longer than what `ema` says.
+        decay = min(self.config.ema**_AVERAGE_EVERY, updates / (updates + 10))
+        averaged, current = self.average.state_dict().values(), self.model.state_dict().values()
+        floating = [(a, b) for a, b in zip(averaged, current, strict=True) if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - decay)
+        for a, b in zip(averaged, current, strict=True):
+            if not a.is_floating_point():
+                a.copy_(b)
+
+    def _learning_rate(self, settings: OptimizerConfig) -> float:
+        """The learning rate of the coming step; schedules begin again with each stage."""
+        seen = self.images - self._begin
+        epoch, steps = seen // self.images_per_epoch, seen // self.config.batch_size
+        if settings.schedule == "cosine":
+            done = seen / (self.ends[self.stage] - self._begin)
+            factor = 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+        else:
+            factor = settings.decay_factor ** (epoch // settings.decay_every) if settings.decay_every else 1.0
+        warm = min(1.0, (steps + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        return settings.lr * factor * warm
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, state: dict[str, Any], *, for_resuming: bool) -> None:
+        """Write a checkpoint; `state` (JSON) comes back from `restore`.
+
+        Raises:
+            UserError: a weight is not finite; nothing is written.
+            OSError: the disk is full, or alike; what was there stays.
+        """
+        weights = self.best_model.state_dict()
+        training: dict[str, Tensor] = {}
+        if for_resuming:
+            for optimizer in self.optimizers.values():
+                training |= checkpoint.optimizer_tensors(optimizer, self._names)
+            if self.average is not None:
+                training |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, value in {**weights, **training}.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise UserError(
+                    f"{name} is not finite after {self.images} images; {folder} was left as it is; {CURE}, and start a new run"
+                )
+        state = {"images": self.images, "stage": self.stage, "ends": self.ends, **state}
+        checkpoint.write(folder, Checkpoint(self.config.model.name, self.model.config, weights, training, state))
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Go back to where a checkpoint was written, and return its `state`.
+
+        Raises:
+            UserError: the checkpoint is not whole, or ends of stages that are over have changed since.
+        """
+        saved = checkpoint.read(folder, training=True)
+        stage = saved.state.get("stage", 0)  # version 0.1.0 knew no stages
+        if stage and saved.state["ends"][:stage] != self.ends[:stage]:
+            raise UserError(
+                f"{folder} has finished stage {stage} of its training, so the epochs of that stage cannot change any more; "
+                "use the same epochs as before, or choose another --out"
+            )
+        prefix = "model."
+        raw = {name.removeprefix(prefix): v for name, v in saved.training.items() if name.startswith(prefix)}
+        self.model.load_state_dict(raw or saved.weights)
+        if self.average is not None:
+            self.average.load_state_dict(saved.weights)
+        for optimizer in self.optimizers.values():
+            checkpoint.restore_optimizer(optimizer, self._names, saved.training)
+        self.images, self.stage = saved.state["images"], stage
+        return saved.state
+
+
+def _to_model(batch: Tensor) -> Tensor:
+    """A batch of a data set as a model takes it: pixels in [0, 1], everything else as it is."""
+    return to_float(batch) if batch.dtype == torch.uint8 else batch
+
+
+def _adam(settings: OptimizerConfig) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}

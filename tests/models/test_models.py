@@ -1,0 +1,147 @@
+"""What every model must do, for each one in the registry."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from glf_fast import models
+from glf_fast.models import GenerativeModel, Interpolates, Reconstructs
+
+# A row for each model: settings that make it small, and how much 60 steps lower its loss, or a part of it, on 32 images.
+SMALL = {
+    "glf": ({"latent_dim": 4, "width": 4, "hidden": 16, "flow": {"steps": 2, "hidden": [8]}}, "reconstruction", 0.5),
+    "vae": ({"latent_dim": 4, "width": 4, "hidden": 16}, "reconstruction", 0.7),
+}
+Build = Callable[[], GenerativeModel]
+
+
+def test_every_model_has_a_row() -> None:
+    assert set(SMALL) == set(models.names())
+
+
+@pytest.fixture(params=SMALL)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(name: str) -> GenerativeModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return models.build(name, {"shape": [1, 8, 8], **SMALL[name][0]})
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def train(model: GenerativeModel, images: Tensor, steps: int) -> list[dict[str, Tensor]]:
+    """The losses of steps as the trainer makes them: phase after phase, each with an Adam for its groups."""
+    groups = model.parameter_groups()
+    optimizers = {name: torch.optim.Adam(parameters, lr=1e-2) for name, parameters in groups.items()}
+    history = []
+    for step in range(steps):
+        losses = {}
+        for i, phase in enumerate(model.stages()[0].phases):
+            found = model(images, seeded(step), 0, i)
+            model.zero_grad()
+            found[phase.minimises].backward()
+            for group in phase.moves:
+                optimizers[group].step()
+            losses |= found
+        history.append(losses)
+    return history
+
+
+def test_training_lowers_what_it_is_to_lower(name: str, model: GenerativeModel, images: Tensor) -> None:
+    _, term, factor = SMALL[name]
+    history = train(model, images, 60)
+    assert history[-1][term] < factor * history[0][term]
+    curves = model.words.curves or {}
+    assert set(curves) <= set(history[0]), "the report draws what is logged"
+
+
+def test_groups_hold_every_parameter_once_and_phases_move_them_all(model: GenerativeModel) -> None:
+    groups = model.parameter_groups()
+    assert tuple(groups) == model.groups
+    assert sorted(id(p) for group in groups.values() for p in group) == sorted(id(p) for p in model.parameters())
+    moved = {group for stage in model.stages() for phase in stage.phases for group in phase.moves}
+    assert moved == set(groups) or any(stage.fit for stage in model.stages())
+
+
+def test_random_numbers_come_from_the_generator(model: GenerativeModel, images: Tensor) -> None:
+    model(images, seeded())  # a data-dependent start
+    before = torch.get_rng_state()
+    losses = [model(images, seeded(seed))["loss"].item() for seed in (0, 0)]
+    samples = [model.sample(3, generator=seeded(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert losses[0] == losses[1]
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+
+def test_use_leaves_the_model_as_it_was(model: GenerativeModel, images: Tensor) -> None:
+    model(images, seeded())
+    model.train()
+    next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm1d)).eval()
+    modes, state = [module.training for module in model.modules()], copy.deepcopy(model.state_dict())
+    made = [model.sample(7, generator=seeded(), mode=mode) for mode in ("", *model.sampling_modes)]
+    if isinstance(model, Reconstructs):
+        made.append(model.reconstruct(images[:7]))
+    if isinstance(model, Interpolates):
+        made += list(model.interpolate(images[:7], images[7:14], 3).unbind(1))
+    for x in made:
+        assert x.shape == (7, 1, 8, 8) and x.min() >= 0 and x.max() <= 1 and not x.requires_grad
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert model.sample(0).shape == (0, 1, 8, 8)
+
+
+def test_temperature_zero_leaves_no_variety(model: GenerativeModel, images: Tensor) -> None:
+    model(images, seeded())
+    still = model.sample(3, temperature=0.0)
+    torch.testing.assert_close(still[0], still[2])
+
+
+def test_interpolation_goes_from_one_reconstruction_to_the_other(model: GenerativeModel, images: Tensor) -> None:
+    if not isinstance(model, Interpolates):
+        assert not hasattr(model, "interpolate")
+        return
+    model(images, seeded())
+    way = model.interpolate(images[:5], images[5:10], 7)
+    assert isinstance(model, Reconstructs)
+    torch.testing.assert_close(way[:, 0], model.reconstruct(images[:5]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(way[:, -1], model.reconstruct(images[5:10]), atol=1e-5, rtol=0)
+
+
+def test_saving_and_loading_keep_everything(name: str, model: GenerativeModel, images: Tensor, tmp_path: Path) -> None:
+    train(model, images, 2)
+    model.save_pretrained(tmp_path)
+    loaded = models.kind(name).from_pretrained(tmp_path)
+    assert loaded.config == model.config and loaded.settings == model.settings and not loaded.training
+    samples = [m.sample(4, generator=seeded()) for m in (model, loaded)]
+    assert torch.equal(*samples)
+
+
+def test_autocast_changes_little(model: GenerativeModel, images: Tensor) -> None:
+    full = model(images, seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(images, seeded())
+    for key, value in low.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, full[key], rtol=0.02, atol=0.05)
+
+
+def test_wrong_batches_are_named(model: GenerativeModel, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, 1, 8, 8\); got \(32, 1, 4, 8\)"):
+        model(images[:, :, :4])
+    with pytest.raises(TypeError, match="to_float"):
+        model((255 * images).to(torch.uint8))
+
+
+def test_a_wrong_model_is_named() -> None:
+    with pytest.raises(ValueError, match="no model 'glff'; did you mean 'glf'"):
+        models.kind("glff")

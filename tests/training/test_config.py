@@ -1,0 +1,158 @@
+"""Settings: presets, files over files, the command line over all, and what is said about mistakes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from glf_fast import models
+from glf_fast.command_line import pick_device
+from glf_fast.errors import UserError
+from glf_fast.metrics import names as extractor_names
+from glf_fast.models.glf import FlowSettings, GLFSettings
+from glf_fast.training.arguments import parse_train
+from glf_fast.training.config import DataConfig, check, default, with_table
+from glf_fast.training.config_files import load, preset_path, presets, to_toml
+
+PAPER = {"mnist": 100, "fashion-mnist": 100, "cifar10": 200, "celeba": 40}
+
+
+def toml(tmp_path: Path, text: str, name: str = "my.toml") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_there_are_all_presets() -> None:
+    wanted = {"smoke", "quick", "fashion-mnist-rnvp", *PAPER, *(f"{name}-perceptual" for name in PAPER)}
+    assert wanted <= set(presets())
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_is_valid_and_survives_printing(name: str, tmp_path: Path) -> None:
+    config = check(load(preset_path(name)))
+    printed = to_toml(config)
+    assert load(toml(tmp_path, printed)) == config
+    assert set(config.score.extractors) <= set(extractor_names())
+    assert config.epochs == PAPER.get(name.removesuffix("-perceptual"), config.epochs)
+    if isinstance(config.model, GLFSettings):
+        assert (config.model.reconstruction == "perceptual") == name.endswith("-perceptual")
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_builds_its_model(name: str) -> None:
+    config = load(preset_path(name))
+    kind = models.kind(config.model.name)
+    model = kind((1, 8, 8), dataclasses.replace(config.model, width=2, hidden=4))
+    assert tuple(model.parameter_groups()) == kind.groups == tuple(config.optimizers)
+    assert models.build(config.model.name, model.config).config == model.config
+
+
+def test_odd_values_survive_printing(tmp_path: Path) -> None:
+    flow = FlowSettings(kind="rnvp", hidden=(5, 5), clamp=1e-7)
+    config = dataclasses.replace(default("glf"), model=GLFSettings(flow=flow), ema=0.1 + 0.2)
+    config = with_table(config, "data", DataConfig(source='a "quoted"\\name\né'))
+    assert load(toml(tmp_path, to_toml(config))) == config
+
+
+def test_later_files_and_then_the_command_line_win(tmp_path: Path) -> None:
+    first = toml(tmp_path, "epochs = 7\nseed = 1\n[flow]\nsteps = 3\nhidden = [16]", "first.toml")
+    second = toml(tmp_path, "seed = 2\n[flow]\nhidden = [32, 32]", "second.toml")
+    arguments = ["--preset", "smoke", "--config", str(first), "--config", str(second), "--flow.hidden", "4", "5", "6"]
+    command = parse_train(arguments)
+    assert (command.config.epochs, command.config.seed, command.config.model.flow.steps) == (7, 2, 3)
+    assert command.config.model.flow.hidden == (4, 5, 6)
+    assert command.base.model.flow.hidden == (32, 32)
+    assert command.config.data.source == "digits", "what no file mentions is the preset's"
+
+
+def test_without_arguments_it_is_preset_quick() -> None:
+    assert parse_train([]).config == load(preset_path("quick"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("[flow]\nstep = 3", "unknown key 'flow.step'; did you mean 'flow.steps'?"),
+        ("[flwo]\nsteps = 3", "unknown key 'flwo'; did you mean 'flow'?"),
+        ("zzz = 3", "known here: epochs, batch_size"),
+        ('epochs = "3"', 'epochs = "3" must be an integer'),
+        ("epochs = 2.5", "epochs = 2.5 must be an integer"),
+        ("epochs = true", "epochs = true must be an integer"),
+        ("ema = false", "ema = false must be a number"),
+        ("ema = nan", "ema = NaN must be a number"),
+        ("flow = 3", "flow = 3 must be a table: [flow]"),
+        ("[flow]\nhidden = 64", "flow.hidden = 64 must be a list of integers"),
+        ("[flow]\nhidden = [64, 2.5]", "must be a list of integers"),
+        ("[flow]\nactnorm = 1", "flow.actnorm = 1 must be true or false"),
+        ("[flow_optimizer]\nbetas = [0.9]", "flow_optimizer.betas = [0.9] must be a list of 2 numbers"),
+        ('precision = "fp16"', 'precision = "fp16" must be one of "fp32", "bf16"'),
+        ("epochs = ", "cannot be read as TOML"),
+        ("epochs = 3\nepochs = 4", "cannot be read as TOML"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    file = toml(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        parse_train(["--config", str(file)])
+    assert message in str(error.value)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--preset fashion-mnits", "no preset 'fashion-mnits'; did you mean 'fashion-mnist'?"),
+        ("--preset", "--preset: expected one argument"),
+        ("--config nowhere.toml", "no config file nowhere.toml"),
+        ("--flow.stps 3", "unknown option --flow.stps; did you mean '--flow.steps'?"),
+        ("--dry-rum", "unknown option --dry-rum; did you mean '--dry-run'?"),
+        (
+            "--flow.steps many",
+            "--flow.steps: invalid literal for int() with base 10: 'many' (wanted: --flow.steps INT)",
+        ),
+        ("--flow.kind nvp", "invalid choice 'nvp' for argument '--flow.kind'. Expected one of ('coupling', 'rnvp')"),
+        ("--flow.steps", "Missing value for argument '--flow.steps'"),
+        ("quick", "unexpected argument quick"),
+        ("--epochs 0", "epochs = 0 must be positive"),
+        ("--batch-size 1", "batch_size = 1 must be 2 or more"),
+        ("--ema 1", "ema = 1.0 must be in [0, 1)"),
+        ("--flow-optimizer.lr nan", "flow_optimizer.lr = nan must be finite"),
+        ("--flow-optimizer.betas 0.9 1.5", "flow_optimizer.betas = [0.9, 1.5] must be in [0, 1)"),
+        ("--flow.hidden", "flow.hidden = [] must be one or more positive widths"),
+        ("--flow.clamp 3", 'flow.clamp = 3.0 means nothing for flow.kind = "coupling"; set it to 2.0, its default'),
+        (
+            "--flow.kind rnvp --flow.steps 3",
+            'flow.steps = 3 means nothing for flow.kind = "rnvp"; set it to 8, its default',
+        ),
+        ("--flow.kind rnvp --flow.hidden 8", "flow.hidden = [8] must be two equal widths"),
+        (
+            "--flow-optimizer.schedule cosine --flow-optimizer.decay-every 3",
+            'flow_optimizer.decay_every = 3 means nothing for flow_optimizer.schedule = "cosine"; set it to 50, its default',
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(arguments: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_train(
+            ["--preset", "fashion-mnist", *arguments.split()] if "--preset" not in arguments else arguments.split()
+        )
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_help_explains_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_train(["--preset", "smoke", "--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    assert "--flow.steps" in text and "number of steps" in text and "(default: 2)" in text and "--dry-run" in text
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    assert pick_device("cpu").type == "cpu"
+    for name in ("cuda:99", "gpu"):
+        with pytest.raises(UserError, match=name):
+            pick_device(name)

@@ -1,0 +1,220 @@
+"""Models with several optimizers, phases and stages, through whole runs: what each part moves, and that all of it resumes."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_models import Adversarial, Rows, Staged
+
+from glf_fast import data, models, sample, seeds, train
+from glf_fast.errors import UserError
+from glf_fast.models import GenerativeModel
+from glf_fast.training import runs
+from glf_fast.training.arguments import parse_train
+from glf_fast.training.config import Config, OptimizerConfig, default
+from glf_fast.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+DIGITS = data.load("digits", "train")
+TOYS: dict[str, type[GenerativeModel]] = {"adversarial": Adversarial, "rows": Rows, "staged": Staged}
+Call = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kind in TOYS.items():
+        monkeypatch.setitem(models._MODELS, name, kind)
+
+
+def config(name: str, **changes: object) -> Config:
+    return dataclasses.replace(default(name), batch_size=128, **changes)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_each_phase_moves_its_groups_with_their_own_optimizer() -> None:
+    optimizers = {"discriminator": OptimizerConfig(lr=1e-2), "generator": OptimizerConfig(lr=1e-3)}
+    one = Trainer(config("adversarial", optimizers=optimizers), DIGITS, CPU)
+    for step in range(4):
+        before = weights(one)
+        losses = one.step(DIGITS.images[:128])
+        changed = {name.split(".")[0] for name, value in weights(one).items() if not torch.equal(value, before[name])}
+        expected = {"discriminator", "generator"} if step % 2 == 0 else {"discriminator"}
+        assert changed == expected == set(losses)
+    steps = {name: o.state[o.param_groups[0]["params"][0]]["step"].item() for name, o in one.optimizers.items()}
+    assert steps == {"discriminator": 4, "generator": 2}
+    # The first step of Adam is as long as its learning rate.
+    first = Trainer(config("adversarial", optimizers=optimizers), DIGITS, CPU)
+    before = weights(first)
+    first.step(DIGITS.images[:128])
+    for group, settings in optimizers.items():
+        name = f"{group}.2.bias"
+        moved = (first.model.state_dict()[name] - before[name]).abs().max()
+        assert moved == pytest.approx(settings.lr, rel=1e-3)
+
+
+def test_each_phase_has_the_gradients_of_its_own_loss_alone() -> None:
+    still = dict.fromkeys(("discriminator", "generator"), OptimizerConfig(lr=0.0))
+    one = Trainer(config("adversarial", optimizers=still), DIGITS, CPU)
+    model = one.model
+    assert isinstance(model, Adversarial)
+    one.step(DIGITS.images[:128])  # ends with the generator's phase, whose loss reaches the discriminator, too
+    one.step(DIGITS.images[:128])  # the discriminator's phase alone
+    loss = model.discriminate(DIGITS.images[:128] / 255, seeds.generator(0, "step", 0, 128))["discriminator"]
+    gradients = torch.autograd.grad(loss, list(model.discriminator.parameters()))
+    for parameter, gradient in zip(model.discriminator.parameters(), gradients, strict=True):
+        assert gradient.any() and torch.equal(parameter.grad, gradient)
+
+
+def arguments(name: str, folder: Path, *more: str) -> list[str]:
+    settings = ["--model.name", name, "--data.source", "digits", "--epochs", "2", "--batch-size", "128", "--ema", "0.9"]
+    scores = ["--score.extractors", "tiny", "--score.samples", "60", "--score.every", "1", "--pictures-every", "100"]
+    empty = folder.with_name("empty.toml")
+    empty.write_text("")
+    return ["--config", str(empty), *settings, *scores, "--out", str(folder), "--checkpoint-minutes", "0", *more]
+
+
+def interrupted(call: Call, command: list[str], monkeypatch: pytest.MonkeyPatch, images: int) -> None:
+    """The run as a crash after so many images leaves it, which is in the middle of a step."""
+    step = Trainer.step
+
+    def crash(self: Trainer, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.images >= images:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", crash)
+        call(train, *command)
+
+
+EPOCH = 12 * 128
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "crashes"),
+    [
+        ("adversarial", [], [5 * 128]),
+        ("staged", [], [5 * 128, 2 * EPOCH, 2 * EPOCH + 5 * 128]),
+        ("staged", ["--model.density", "closed"], [5 * 128]),
+    ],
+)
+def test_runs_resume_bit_for_bit(
+    name: str, more: list[str], crashes: list[int], tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(train, *arguments(name, tmp_path / "whole", *more))
+    command = arguments(name, tmp_path / "broken", *more)
+    for images in crashes:
+        interrupted(call, command, monkeypatch, images)
+    call(train, *command)
+    for part in ("last/model", "last/training", "best/model"):
+        a, b = (load_file(tmp_path / run / "checkpoints" / f"{part}.safetensors") for run in ("whole", "broken"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), part
+    scores = [[r["score"] for r in runs.read_metrics(tmp_path / run) if "score" in r] for run in ("whole", "broken")]
+    assert scores[0] == scores[1]
+    # Before the last stage no samples are scored, and a model that does not reconstruct has one score alone.
+    assert len(scores[0]) == (1 if "closed" in more else 2)
+    assert all(score["reconstructions"] is None for score in scores[0])
+    assert not (tmp_path / "whole" / "reconstructions").exists()
+    assert "Reconstructions" not in (tmp_path / "whole" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("density", ["gradient", "closed"])
+def test_the_second_stage_fits_the_codes_and_leaves_the_networks_alone(density: str) -> None:
+    toy = dataclasses.replace(default("staged").model, density=density, density_epochs=30)
+    fast = {"density": OptimizerConfig(lr=0.05), "autoencoder": OptimizerConfig()}
+    one = Trainer(config("staged", model=toy, epochs=1, optimizers=fast, ema=0.5), DIGITS, CPU)
+    while one.images < one.ends[0]:
+        position = one.images % one.images_per_epoch
+        one.step(one.inputs()[position : position + 128])
+    one.advance()
+    before, codes = weights(one), one.inputs()
+    assert codes.shape == (len(DIGITS), 4) and one.in_last_stage
+    while one.images < one.ends[1]:
+        position = one.images % one.images_per_epoch
+        one.step(codes[position : position + 128])
+    assert all(torch.equal(before[name], value) for name, value in weights(one).items() if "coder" in name)
+    model = one.best_model
+    assert isinstance(model, Staged)
+    # What is sampled from: the average's decoder with the density of the average's codes.
+    torch.testing.assert_close(codes, model.encode(DIGITS.images / 255).detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.mean.detach(), codes.mean(0), atol=0.1 * codes.std().item(), rtol=0.1)
+    torch.testing.assert_close(model.log_std.detach().exp(), codes.std(0), atol=0.0, rtol=0.2)
+
+
+def test_epochs_of_a_stage_that_is_over_cannot_change(tmp_path: Path, call: Call) -> None:
+    call(train, *arguments("staged", tmp_path / "r"))
+    with pytest.raises(
+        UserError, match="has finished stage 1 of its training, so the epochs of that stage cannot change"
+    ):
+        call(train, *arguments("staged", tmp_path / "r", "--epochs", "3"))
+
+
+def test_a_time_limit_is_refused_where_it_would_leave_out_a_stage(tmp_path: Path, call: Call) -> None:
+    with pytest.raises(UserError, match="trains in 2 stages, and a time limit"):
+        call(train, *arguments("staged", tmp_path / "r", "--max-minutes", "1"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_help_shows_the_chosen_models_settings_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, own, foreign in (("staged", "--model.density", "--flow.steps"), ("glf", "--flow.steps", "--density")):
+        with pytest.raises(SystemExit):
+            parse_train(["--config", "/dev/null", "--model.name", name, "--help"])
+        text = capsys.readouterr().out
+        assert own in text and foreign not in text
+    assert "gradient or closed" not in text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model.densty", "closed"], "unknown option --model.densty; did you mean '--model.density'?"),
+        (["--flow.steps", "3"], "unknown option --flow.steps"),
+        (["--preset", "smoke"], "smoke.toml (for model 'staged') has an unknown key 'model.latent_dim'"),
+        (["--model.name", "stagd"], "no model 'stagd'; did you mean 'staged'?"),
+    ],
+)
+def test_settings_that_the_model_does_not_have_are_errors(more: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        parse_train([*arguments("staged", tmp_path / "r"), *more])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_optimizer_settings_for_all_groups_and_for_one(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.toml", tmp_path / "b.toml"
+    first.write_text('[model]\nname = "staged"\n[optimizer]\nlr = 0.1\nclip = 2.0\n[density_optimizer]\nlr = 0.2')
+    second.write_text("[optimizer]\nclip = 3.0\n[autoencoder_optimizer]\neps = 1e-5")
+    files = ["--config", str(first), "--config", str(second)]
+    both = parse_train(files).config.optimizers
+    assert [both["autoencoder"].lr, both["density"].lr] == [0.1, 0.2]
+    assert [both["autoencoder"].clip, both["density"].clip, both["autoencoder"].eps] == [3.0, 3.0, 1e-5]
+    given = parse_train([*files, "--density-optimizer.lr", "0.2", "--optimizer.lr", "0.001"]).config.optimizers
+    assert [given["autoencoder"].lr, given["density"].lr] == [0.001, 0.2]
+
+
+def test_a_model_of_rows_trains_on_a_table(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(3.0, 0.5, (300, 2)).astype(np.float32))
+    table = ["--config", "/dev/null", "--data.source", str(tmp_path / "rows.npy"), "--batch-size", "32"]
+    command = [*table, "--model.name", "rows", "--optimizer.lr", "0.05", "--epochs", "40", "--out", str(tmp_path / "r")]
+    interrupted(call, command, pytest.MonkeyPatch(), 20 * 8 * 32)
+    call(train, *command)
+    assert "no scores" in capsys.readouterr().out
+    call(train, *command)
+    assert "is finished" in capsys.readouterr().err
+    weights = load_file(tmp_path / "r" / "checkpoints" / "best" / "model.safetensors")
+    torch.testing.assert_close(weights["mean"], torch.full((2,), 3.0), atol=0.15, rtol=0)
+    torch.testing.assert_close(weights["log_std"].exp(), torch.full((2,), 0.5), atol=0.1, rtol=0)
+    assert (tmp_path / "r" / "report.html").is_file() and not (tmp_path / "r" / "samples").exists()
+    with pytest.raises(UserError, match="this Toy of rows was trained on other data"):
+        call(sample, tmp_path / "r", "--out", tmp_path / "x.png")
+    with pytest.raises(
+        UserError, match=r"model 'adversarial' takes images; .*rows.npy holds rows of a table: choose another"
+    ):
+        call(train, *table, "--model.name", "adversarial", "--out", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
