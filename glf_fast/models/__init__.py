@@ -7,12 +7,24 @@ from typing import Any
 
 from glf_fast.errors import UserError, did_you_mean
 from glf_fast.models.glf import GLF
-from glf_fast.models.model import GenerativeModel, Interpolates, ModelSettings, Phase, Reconstructs, Stage, Words
+from glf_fast.models.model import (
+    Encodes,
+    GenerativeModel,
+    HasLikelihood,
+    Interpolates,
+    ModelSettings,
+    Phase,
+    Reconstructs,
+    Stage,
+    Words,
+)
 from glf_fast.models.vae import VAE
 
 __all__ = [
     "GLF",
+    "Encodes",
     "GenerativeModel",
+    "HasLikelihood",
     "Interpolates",
     "ModelSettings",
     "Phase",

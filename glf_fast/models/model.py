@@ -17,7 +17,9 @@ from glf_fast.models import saving
 from glf_fast.settings import Settings, check, table, updated
 
 __all__ = [
+    "Encodes",
     "GenerativeModel",
+    "HasLikelihood",
     "Interpolates",
     "ModelSettings",
     "Phase",
@@ -87,12 +89,32 @@ class Words:
         curves: titles of the scalars that the report draws and the progress line shows, by name; empty: all, by their names.
             They should fall as the model improves.
         about_curves: what one should know to read the curves.
+        likelihood: what `log_likelihood` computes, if the model has it; it stands beside the score.
     """
 
     title: str
     interpolations: str = "From one test image to another."
     curves: Mapping[str, str] | None = None
     about_curves: str = ""
+    likelihood: str = "exact"
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """A model that maps data to codes."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (B, *shape) → codes (B, …), in the model's present mode; no random numbers."""
+        ...
+
+
+@runtime_checkable
+class HasLikelihood(Protocol):
+    """A model that tells how likely data are; `Words.likelihood` says whether exactly."""
+
+    def log_likelihood(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """log p(x) of x (B, *shape), or a lower bound of it: (B,) in nats, in eval mode and without gradients."""
+        ...
 
 
 @runtime_checkable
@@ -121,9 +143,10 @@ class GenerativeModel(
 ):
     """A model of data (*shape): its settings, its losses and the parameters that they move, and how it samples.
 
-    Images are (C, H, W) in [0, 1]. What a model can do beside sampling it shows by its methods: see `Reconstructs` and
-    `Interpolates`. `save_pretrained`, `from_pretrained` and `push_to_hub` use two files, safetensors and JSON; pickles are
-    never read.
+    Images are (C, H, W) in [0, 1]. What a model can do beside sampling it shows by its methods: see `Reconstructs`,
+    `Interpolates`, `Encodes` and `HasLikelihood`.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` use two files, safetensors and JSON; pickles are never read.
 
     Class attributes:
         Settings: the model's settings; their field `name` defaults to the model's name.

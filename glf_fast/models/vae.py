@@ -44,32 +44,44 @@ class VAE(GenerativeModel):
 
     The encoder gives mean μ and log-variance of a code of an image x, and the decoder D the mean of an image; all images have
     one variance s². The loss is β·KL(N(μ, σ²) ‖ N(0, I)) − log N(x; D(z), s²), z = μ + σ·ε, ε ~ N(0, I). Of every batch the
-    best s² is taken, which is its mean squared error: σ-VAE, Rybkin et al., arXiv:2006.13202.
+    best s² is taken, which is its mean squared error: σ-VAE, Rybkin et al., arXiv:2006.13202. `log_likelihood` uses the
+    average of these s² over the last hundred or so batches.
     """
 
     Settings = VAESettings
     groups = ("autoencoder",)
     words = Words(
-        "VAE", curves={"reconstruction": "squared error per image", "loss": "negative ELBO in nats per image"}
+        "VAE",
+        curves={"reconstruction": "squared error per image", "loss": "negative ELBO in nats per image"},
+        likelihood="lower bound (ELBO), one sample of the posterior",
     )
     settings: VAESettings
+    variance: Tensor
 
     def __init__(self, shape: Sequence[int], settings: VAESettings = VAESettings()) -> None:
         super().__init__(check_image_shape(shape), settings)
         self.encoder = Encoder(shape, 2 * settings.latent_dim, settings.width, settings.hidden)
         self.decoder = Decoder(shape, settings.latent_dim, settings.width, settings.hidden)
+        self.register_buffer("variance", torch.ones(()))
 
     def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Scalars of a batch x (B, C, H, W) in [0, 1]: the loss, and its terms per image."""
         self._check_batch("x", x)
+        errors, divergences = self._errors(x, generator)
+        error, divergence = errors.mean(), divergences.mean()
+        # Below a grey level's rounding there is nothing to learn.
+        variance = error.detach() / x[0].numel() + 255**-2 / 12
+        if self.training:
+            self.variance.lerp_(variance, 0.01)
+        loss = _nll(error, x[0].numel(), variance) + self.settings.beta * divergence
+        return {"loss": loss, "reconstruction": error, "divergence": divergence}
+
+    def _errors(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """‖D(z) − x‖² with a sample z of the posterior, and KL(posterior ‖ prior) in nats, both (B,)."""
         mean, log_variance = self.encoder(x).chunk(2, 1)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        error = (self.decoder(mean + (0.5 * log_variance).exp() * noise) - x).square().sum() / len(x)
-        pixels = x[0].numel()
-        # −log N at s² = error / pixels; below a grey level's rounding there is nothing to learn.
-        nll = 0.5 * pixels * (math.log(2 * math.pi) + 1 + (error / pixels + 255**-2 / 12).log())
-        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(x)
-        return {"loss": nll + self.settings.beta * divergence, "reconstruction": error, "divergence": divergence}
+        errors = (self.decoder(mean + (0.5 * log_variance).exp() * noise) - x).square().flatten(1).sum(1)
+        return errors, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
 
     def phases(self) -> tuple[Phase, ...]:
         """One: everything learns from the same loss."""
@@ -79,11 +91,22 @@ class VAE(GenerativeModel):
         """{"autoencoder": encoder and decoder}."""
         return {"autoencoder": list(self.parameters())}
 
+    def encode(self, x: Tensor) -> Tensor:
+        """Mean codes μ (B, latent_dim) of images x (B, C, H, W) in [0, 1]."""
+        self._check_batch("x", x)
+        return self.encoder(x).chunk(2, 1)[0]
+
     def reconstruct(self, x: Tensor) -> Tensor:
         """D(μ(x)) for x (B, C, H, W) in [0, 1], in eval mode and without gradients or noise."""
+        with self.evaluating():
+            return self.decoder(self.encode(x))
+
+    def log_likelihood(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """log N(x; D(z), s²) − KL (B,) in nats with one sample z of the posterior: on average a lower bound of log p(x)."""
         self._check_batch("x", x)
         with self.evaluating():
-            return self.decoder(self.encoder(x).chunk(2, 1)[0])
+            errors, divergences = self._errors(x, generator)
+            return -_nll(errors, x[0].numel(), self.variance) - divergences
 
     def sample(
         self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
@@ -97,6 +120,11 @@ class VAE(GenerativeModel):
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
         """(B, steps, C, H, W): from each reconstructed x0 to its x1 (B, C, H, W) along a line between the mean codes."""
         with self.evaluating():
-            z0, z1 = (self.encoder(x).chunk(2, 1)[0][:, None] for x in (x0, x1))
+            z0, z1 = (self.encode(x)[:, None] for x in (x0, x1))
             z = torch.lerp(z0, z1, torch.linspace(0, 1, steps, device=z0.device)[:, None])
             return self.decoder(z.flatten(0, 1)).unflatten(0, (len(x0), steps))
+
+
+def _nll(error: Tensor, pixels: int, variance: Tensor) -> Tensor:
+    """−log N(x; y, s²) of x with ‖x − y‖² = `error`, in nats."""
+    return 0.5 * (pixels * (math.log(2 * math.pi) + variance.log()) + error / variance)

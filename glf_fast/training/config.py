@@ -21,7 +21,7 @@ class DataConfig(Settings):
     """The data set."""
 
     source: str = "fashion-mnist"
-    """Name of a public data set (python -m glf_fast.data lists them), or path of your own data."""
+    """Name of a public data set (python -m glf_fast.data list), or path of your own: a folder or .zip of images, .npy, .npz, .csv, .parquet."""
     image_size: int | None = None
     """Resize images to this many pixels a side; by default they keep their size."""
 

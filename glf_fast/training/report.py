@@ -19,6 +19,7 @@ from glf_fast.files import atomic_write
 from glf_fast.models import Words
 from glf_fast.training import runs
 from glf_fast.training.pictures import latest_picture
+from glf_fast.training.scoring import likelihood_line
 
 __all__ = ["write"]
 
@@ -95,6 +96,8 @@ def _score_card(score: dict[str, Any], modes: Mapping[str, str]) -> str:
     if mode := settings["mode"]:
         details.append(modes.get(mode, mode))
     details.append(f"checkpoint “{checkpoint['name']}”, epoch {checkpoint['epoch']:.4g}")
+    if density := score["likelihood"]:
+        details.append(likelihood_line(density))
     details += samples["notes"]
     metric, line = html.escape(samples["metric"]), html.escape(" · ".join(details))
     return (

@@ -217,6 +217,9 @@ class Run:
         if rebuilt:
             board.add_scalar(f"{score['metric']} of reconstructions", rebuilt["value"], trainer.images)
             line += f" (reconstructions {rebuilt['value']:.2f})"
+        if (density := result["likelihood"]) and density["value"] is not None:
+            board.add_scalar(density["metric"], density["value"], trainer.images)
+            line += f", {density['metric']} {density['value']:.3f}"
         before = checkpoint.read_state(self.best).get("score") if checkpoint.exists(self.best) else None
         best = before is None or before["metric"] != score["metric"] or score["value"] < before["value"]
         if best:

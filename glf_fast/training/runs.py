@@ -158,6 +158,7 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     if not isinstance(scores, list) or not all(isinstance(s, dict) and parts <= set(s) for s in scores):
         raise UserError(f"{path} does not hold scores; delete it, and run python -m glf_fast.evaluate {folder} again")
     for score in scores:
+        score.setdefault("likelihood", None)  # version 0.1.0 had no model that gives one
         if "mode" not in score["settings"]:  # written by version 0.1.0, which knew one mode
             score["settings"]["mode"] = "authors" if score["settings"].pop("authors_protocol", False) else ""
     return scores

@@ -1,21 +1,25 @@
-"""Scores of a model: of its samples, and of its reconstructions if it makes any."""
+"""Scores of a model: of its samples, of its reconstructions if it makes any, and its likelihood if it gives one."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from glf_fast import data, metrics
+from glf_fast import data, metrics, seeds
 from glf_fast.errors import UserError
 from glf_fast.images import to_float, to_uint8
 from glf_fast.metrics import Extractor
-from glf_fast.models import GenerativeModel, Reconstructs
+from glf_fast.models import GenerativeModel, HasLikelihood, Reconstructs
 from glf_fast.training.pictures import draw
 
-__all__ = ["evaluate", "load_extractors", "reconstructions", "table"]
+__all__ = ["evaluate", "likelihood", "likelihood_line", "load_extractors", "reconstructions", "table"]
+
+_CHUNK = 500
 
 
 def evaluate(
@@ -37,14 +41,15 @@ def evaluate(
         about: which checkpoint this is; only recorded.
 
     Returns:
-        Per extractor {"settings": …, "checkpoint": about, "samples": score, "reconstructions": score or None}, JSON-ready; a
-        score is `metrics.score`'s.
+        Per extractor {"settings": …, "checkpoint": about, "samples": score, "reconstructions": score or None, "likelihood":
+        result of `likelihood`}, JSON-ready; a score is `metrics.score`'s.
 
     Raises:
         UserError: fewer than two samples or images, or a sampling mode that the model does not have.
     """
     sampling = {"temperature": temperature, "mode": mode}
     samples = draw(model, n, seed=seed, temperature=temperature, mode=mode)
+    density = likelihood(model, test, n, seed=seed)
     results = []
     for extractor in extractors:
         reference = metrics.reference(train, test, extractor, n=n)
@@ -59,6 +64,7 @@ def evaluate(
                 **shared,
                 "samples": metrics.score(samples, reference, extractor, seed=seed, sampling=sampling | shared),
                 "reconstructions": rebuilt,
+                "likelihood": density,
             }
         )
     return results
@@ -72,8 +78,36 @@ def reconstructions(model: Reconstructs, test_images: Tensor, n: int) -> Iterato
     """
     assert isinstance(model, GenerativeModel)
     device, images = next(model.parameters()).device, metrics.subset(test_images, n)
-    for batch in images.roll(len(images) // 2, 0).split(500):
+    for batch in images.roll(len(images) // 2, 0).split(_CHUNK):
         yield to_uint8(model.reconstruct(to_float(batch.to(device))))
+
+
+def likelihood(model: GenerativeModel, test: data.ImageDataset, n: int, *, seed: int = 0) -> dict[str, Any] | None:
+    """How well a model predicts up to n test images, in bits per dimension (lower is better); None if it gives no likelihood.
+
+    A model's density p is continuous and images have 256 levels, so each level k becomes (k + u) / 256 with u uniform in
+    [0, 1): the mean of −log₂ p / D + 8 is then an upper bound of the bits by which p codes the images (Theis et al.,
+    arXiv:1511.01844, section 3.1).
+    """
+    if not isinstance(model, HasLikelihood):
+        return None
+    device, images = next(model.parameters()).device, metrics.subset(test.images, n)
+    bits = []
+    for i, batch in enumerate(images.split(_CHUNK)):
+        noise = seeds.generator(seed, "likelihood", i, device=device)
+        levels = batch.to(device).float()
+        x = (levels + torch.rand(levels.shape, generator=noise, device=device)) / 256
+        bits.append(8 - model.log_likelihood(x, noise).double() / (math.log(2) * x[0].numel()))
+    every = torch.cat(bits)
+    mean, error = every.mean().item(), every.std().item() / math.sqrt(len(every))
+    finite = math.isfinite(mean)  # JSON has no infinities
+    return {
+        "metric": "bits per dimension",
+        "value": mean if finite else None,
+        "interval": [mean - 1.96 * error, mean + 1.96 * error] if finite else None,
+        "what": model.words.likelihood,
+        "n": len(every),
+    }
 
 
 def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = False) -> list[Extractor]:
@@ -96,10 +130,12 @@ def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = Fal
 def table(scores: Sequence[dict[str, Any]]) -> str:
     """Scores for people: a line for each, with what real images get."""
     head = ("", "samples", "95 %", "KID", "reconstructions", "train/test", "train/train", "images")
-    rows = [head]
+    rows, densities = [head], {}
     for score in scores:
         samples, floors, rebuilt = score["samples"], score["samples"]["floors"], score["reconstructions"]
         interval, kid, mode = samples["interval"], samples["kid"], score["settings"]["mode"]
+        if density := score["likelihood"]:
+            densities[likelihood_line(density)] = None  # the same for all extractors
         rows.append(
             (
                 samples["metric"] + (f" ({mode})" if mode else ""),
@@ -112,9 +148,18 @@ def table(scores: Sequence[dict[str, Any]]) -> str:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
+    lines = [
         "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )
         for row in rows
-    )
+    ]
+    return "\n".join([*lines, *densities])
+
+
+def likelihood_line(density: dict[str, Any]) -> str:
+    """A result of `likelihood` for people."""
+    if density["value"] is None:
+        return f"{density['metric']}: not finite"
+    low, high = density["interval"]
+    return f"{density['metric']}: {density['value']:.3f} (95 %: {low:.3f} … {high:.3f}), {density['what']}"

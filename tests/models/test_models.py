@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from phase_gradients import compare_in_a_group, phase_gradients
+from torch import Tensor, multiprocessing
+from toy_models import Adversarial, AdversarialSettings
 
 from glf_fast import models
-from glf_fast.models import GenerativeModel, Interpolates, Reconstructs
+from glf_fast.models import Encodes, GenerativeModel, HasLikelihood, Interpolates, Reconstructs
 
 # A row for each model: settings that make it small, and how much 60 steps lower its loss, or a part of it, on 32 images.
 SMALL = {
@@ -93,6 +95,10 @@ def test_use_leaves_the_model_as_it_was(model: GenerativeModel, images: Tensor) 
         made.append(model.reconstruct(images[:7]))
     if isinstance(model, Interpolates):
         made += list(model.interpolate(images[:7], images[7:14], 3).unbind(1))
+    if isinstance(model, HasLikelihood):
+        density = model.log_likelihood(images[:7], seeded())
+        assert density.shape == (7,) and density.isfinite().all() and not density.requires_grad
+        assert torch.equal(density, model.log_likelihood(images[:7], seeded()))
     for x in made:
         assert x.shape == (7, 1, 8, 8) and x.min() >= 0 and x.max() <= 1 and not x.requires_grad
     assert modes == [module.training for module in model.modules()]
@@ -115,6 +121,61 @@ def test_interpolation_goes_from_one_reconstruction_to_the_other(model: Generati
     assert isinstance(model, Reconstructs)
     torch.testing.assert_close(way[:, 0], model.reconstruct(images[:5]), atol=1e-5, rtol=0)
     torch.testing.assert_close(way[:, -1], model.reconstruct(images[5:10]), atol=1e-5, rtol=0)
+
+
+def test_codes_have_no_randomness(model: GenerativeModel, images: Tensor) -> None:
+    if not isinstance(model, Encodes):
+        assert not hasattr(model, "encode")
+        return
+    model(images, seeded())
+    codes = [model.eval().encode(images) for _ in range(2)]
+    assert codes[0].shape == (32, SMALL[model.settings.name][0]["latent_dim"])
+    assert torch.equal(*codes) and codes[0].std(0).min() > 0
+    with pytest.raises(ValueError, match="x must have shape"):
+        model.encode(images[:, :, :4])
+
+
+def test_the_likelihood_of_a_vae_is_the_elbo(images: Tensor) -> None:
+    model = models.build("vae", {"shape": [1, 8, 8], **SMALL["vae"][0]})
+    train(model, images, 20)
+    assert isinstance(model, models.VAE) and model.variance < 0.9
+    with torch.no_grad():
+        mean, log_variance = model.eval().encoder(images).chunk(2, 1)
+        posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+        z = mean + posterior.stddev * torch.randn(mean.shape, generator=seeded())
+        likelihood = torch.distributions.Normal(model.decoder(z), model.variance.sqrt()).log_prob(images)
+    divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0))
+    elbo = likelihood.flatten(1).sum(1) - divergence.sum(1)
+    torch.testing.assert_close(model.log_likelihood(images, seeded()), elbo, rtol=1e-5, atol=1e-3)
+
+
+def started(name: str, images: Tensor) -> GenerativeModel:
+    """A model after its data-dependent start, whose batch norms use what they saw then; "adversarial" has two phases."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name == "adversarial":
+            return Adversarial((1, 8, 8), AdversarialSettings())
+        model = models.build(name, {"shape": [1, 8, 8], **SMALL[name][0]})
+    model(images, seeded())
+    return model.eval()
+
+
+def test_data_parallel_processes_average_the_gradients_of_every_phase(images: Tensor, tmp_path: Path) -> None:
+    every = [started(name, images) for name in (*SMALL, "adversarial")]
+    multiprocessing.spawn(compare_in_a_group, (f"file://{tmp_path / 'meeting'}", every, images), nprocs=2)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # asked for by dynamo itself
+@pytest.mark.parametrize("name", [*SMALL, "adversarial"])
+def test_torch_compile_gives_the_gradients_of_every_phase(name: str, images: Tensor) -> None:
+    torch.compiler.reset()
+    model = started(name, images)
+    compiled = torch.compile(model, backend="aot_eager")
+    for i in range(len(model.phases())):
+        expected, got = phase_gradients(model, model, images, i), phase_gradients(compiled, model, images, i)
+        assert set(got) == set(expected)
+        for parameter, gradient in got.items():
+            torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-6)
 
 
 def test_saving_and_loading_keep_everything(name: str, model: GenerativeModel, images: Tensor, tmp_path: Path) -> None:

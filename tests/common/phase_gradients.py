@@ -1,0 +1,38 @@
+"""Gradients of a model's phases, alone and in a group of processes, which import this module by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import destroy_process_group, init_process_group
+from torch.nn.parallel import DistributedDataParallel
+
+from glf_fast.models import GenerativeModel
+
+
+def phase_gradients(call: nn.Module, model: GenerativeModel, images: Tensor, phase: int) -> dict[str, Tensor]:
+    """The gradients of the parameters that a phase moves, by name; `call` is the model itself, or what wraps it."""
+    moves, minimises = model.phases()[phase].moves, model.phases()[phase].minimises
+    model.zero_grad()
+    call(images, torch.Generator().manual_seed(0), 0, phase)[minimises].backward()
+    moved = {p for name in moves for p in model.parameter_groups()[name]}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p in moved and p.grad is not None}
+
+
+def compare_in_a_group(rank: int, meeting: str, models: Sequence[GenerativeModel], images: Tensor) -> None:
+    """Check that two processes, each with one half of the images, get the mean of the gradients of both halves."""
+    torch.set_num_threads(1)
+    init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    halves = images.chunk(2)
+    for model in models:
+        # The phases of a model with several need not reach every parameter.
+        wrapped = DistributedDataParallel(model, find_unused_parameters=len(model.phases()) > 1)
+        for i in range(len(model.phases())):
+            first, second = (phase_gradients(model, model, half, i) for half in halves)
+            found = phase_gradients(wrapped, model, halves[rank], i)
+            assert found and set(found) == set(first)
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, (first[name] + second[name]) / 2)
+    destroy_process_group()
