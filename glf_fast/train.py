@@ -39,6 +39,11 @@ def main() -> None:
             raise UserError(
                 f"{config.data.source} has {len(dataset)} {dataset.split} images; at least {least} are needed"
             )
+    if train.shape != test.shape:
+        raise UserError(
+            f"{config.data.source} has training items of shape {train.shape} and test items of shape {test.shape}; "
+            "both must be alike (grey and coloured images differ in their channels)"
+        )
     if command.dry_run:
         dry_run(config, train, test, device)
         return

@@ -104,15 +104,17 @@ def test_flows_of_any_maps_match_the_reference(batch: int, D: int, C: int, coupl
     assert error(got, want[0]) < 1e-10
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
-def test_first_and_second_derivatives(coupling: str) -> None:
+def test_first_and_second_derivatives(backend: str) -> None:
     torch.use_deterministic_algorithms(False)  # gradgradcheck scatters
-    for values, density in (
-        (values_of_plu(3, 4, 1, coupling=coupling), of_plu(ops.plu_flow_log_prob, activation="tanh")),
-        (values_of_maps(3, 4, 1, coupling), of_maps(ops.coupling_flow_log_prob, activation="tanh")),
-    ):
+    # Second derivatives are the reference's, whatever the kernel, and a pass in the interpreter takes a second.
+    for coupling in COUPLINGS if backend == "cpp" else COUPLINGS[:1]:
+        values, density = values_of_maps(3, 4, 1, coupling), of_maps(ops.coupling_flow_log_prob, activation="tanh")
         assert gradcheck(density, values, fast_mode=True)
         assert gradgradcheck(density, values, fast_mode=True)
+        if backend == "cpp":  # which has a kernel for PLU layers, too
+            values, density = values_of_plu(3, 4, 1, coupling=coupling), of_plu(ops.plu_flow_log_prob, activation="tanh")
+            assert gradcheck(density, values, fast_mode=True)
+            assert gradgradcheck(density, values, fast_mode=True)
 
 
 @pytest.mark.parametrize("linear", ["plu", "dense", "permutation"])

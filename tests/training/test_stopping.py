@@ -141,6 +141,14 @@ def test_too_few_images_are_refused_before_training(n: int, tmp_path: Path, call
     assert not (tmp_path / "r").exists()
 
 
+def test_splits_of_different_shapes_are_refused_before_training(tmp_path: Path, call: Call) -> None:
+    grey, coloured = np.zeros((200, 8, 8, 1), np.uint8), np.zeros((20, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "unlike.npz", train=grey, test=coloured)
+    with pytest.raises(UserError, match=r"training items of shape \(1, 8, 8\) and test items of shape \(3, 8, 8\)"):
+        call(train, "--preset", "smoke", "--data.source", tmp_path / "unlike.npz", "--out", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
