@@ -66,6 +66,7 @@ def load(
     *,
     data_dir: Path | None = None,
     image_size: int | None = None,
+    skip_unusable: bool = False,
     download: bool = True,
 ) -> Dataset:
     """A split of a public data set by name, or of the user's own data by path.
@@ -73,8 +74,9 @@ def load(
     Args:
         source: one of `names()`, or the path of a folder or zip of images, or of a .npy, .npz, .csv or .parquet file.
         split: "train" or "test". Files without a test split give a tenth of a fixed random order.
-        data_dir: folder with the files of a public data set; it is searched first.
+        data_dir: folder with the files of a public data set, which is searched first; or the folder of your own relative path.
         image_size: for folders, zips and CelebA: resize the central square to this many pixels.
+        skip_unusable: for folders and zips: leave out files that cannot be read as images, and count them.
         download: whether a public data set may be fetched.
 
     Raises:
@@ -87,17 +89,10 @@ def load(
         raise UserError(f"--data-dir {data_dir} is not a folder")
     if source in SOURCES:
         return SOURCES[source].load(split, data_dir, image_size=image_size, download=download)
-    path = Path(source).expanduser()
-    if not path.exists():
-        hint = did_you_mean(source, SOURCES)
-        raise UserError(
-            f"no data set or path {source!r}; {hint}there are {', '.join(SOURCES)}, and paths of your own data: {_FILES}"
-        )
-    if data_dir is not None:
-        raise UserError(f"{source} has no files to look for in --data-dir {data_dir}; leave the option out")
+    path = _find(source, data_dir)
     ending = path.suffix.lower()
     if path.is_dir() or ending == ".zip":
-        return load_folder(path, split, image_size)
+        return load_folder(path, split, image_size, skip_unusable=skip_unusable)
     if image_size is not None:
         raise UserError(f"image_size is for folders and zips of images, and for CelebA; {source} is neither")
     if ending in _PICKLES:
@@ -108,3 +103,21 @@ def load(
     if ending not in _READERS:
         raise UserError(f"{source} is in no known format; there are {_FILES}")
     return _READERS[ending](path, split)
+
+
+def _find(source: str, data_dir: Path | None) -> Path:
+    """The user's data at the path `source`; a relative path is one from here, or from `data_dir` if that is given."""
+    path = Path(source).expanduser()
+    if data_dir is not None:
+        if path.is_absolute():
+            raise UserError(f"{source} has no files to look for in --data-dir {data_dir}; leave the option out")
+        if not (data_dir / path).exists():
+            raise UserError(f"there is no data set and no path {source!r} in --data-dir {data_dir}")
+        return data_dir / path
+    if not path.exists():
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(
+            f"no data set or path {source!r}{where}; {did_you_mean(source, SOURCES)}there are {', '.join(SOURCES)}, and paths "
+            f"of your own data: {_FILES}"
+        )
+    return path

@@ -46,6 +46,8 @@ class Fetch:
     """Folder to search first for a data set's files; for weights: the file."""
     image_size: int | None = None
     """CelebA, folders and zips: resize the central square to this many pixels."""
+    skip_unusable: bool = False
+    """Folders and zips: leave out files that cannot be read as images."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,17 @@ def _report(command: Fetch, online: bool) -> None:
 
 def _report_files(command: Fetch, online: bool) -> None:
     if command.name in weights.ABOUT:
+        if command.image_size is not None or command.skip_unusable:
+            raise UserError(f"{command.name} are weights; leave --image-size and --skip-unusable out")
         path = weights.fetch(command.name, path=command.data_dir, download=online)
         print(f"file      {path} ({path.stat().st_size / 1e6:.0f} MB, verified)")
         return
-    train, test = (
-        load(command.name, split, data_dir=command.data_dir, image_size=command.image_size, download=online)
-        for split in SPLITS
-    )
+    options: Any = {
+        "data_dir": command.data_dir,
+        "image_size": command.image_size,
+        "skip_unusable": command.skip_unusable,
+    }
+    train, test = (load(command.name, split, **options, download=online) for split in SPLITS)
     print(f"kind      {CONTENTS[train.kind]}")
     for data in (train, test):
         dtype = str(data.items.dtype).removeprefix("torch.")

@@ -71,8 +71,8 @@ CELEBA = Source(
     splits={"train": 162_770, "test": 19_962},
     read=read_celeba,
     files=(
-        File(PARTITION, "md5:d32c9cbf5e040fd4025c592c306e6668"),
-        File(ARCHIVE, "md5:00d2c5bc6d35e252742224ab0c1e8fcb"),
+        File(PARTITION, "md5:d32c9cbf5e040fd4025c592c306e6668", limit=10_000_000),
+        File(ARCHIVE, "md5:00d2c5bc6d35e252742224ab0c1e8fcb", limit=2_000_000_000),
     ),
     routes=(
         # The authors' own store, which limits downloads by the day.

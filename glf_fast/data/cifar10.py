@@ -48,6 +48,6 @@ CIFAR10 = Source(
     shape=(3, 32, 32),
     splits={"train": 50_000, "test": 10_000},
     read=read_cifar10,
-    files=(File(ARCHIVE, "md5:c32a1d4ab5d03f1284b67883e8d87530"),),  # as published beside it
+    files=(File(ARCHIVE, "md5:c32a1d4ab5d03f1284b67883e8d87530", limit=200_000_000),),  # as published beside it
     routes=(Mirror("https://www.cs.toronto.edu/~kriz"),),
 )

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -37,13 +38,14 @@ __all__ = [
     "first",
     "gunzip",
     "python_file",
-    "python_sdist",
 ]
 
 T = TypeVar("T")
 
 # The time-out is for silence, not for the whole transfer: a closed network costs seconds, and a slow one may take its time.
 TIMEOUT_S = 10.0
+# … but not for ever: a server that sends less than so many bytes a second, over a minute, is given up.
+SLOWEST = 1000
 
 
 class NotFound(UserError):
@@ -97,26 +99,34 @@ def check_hash(content: bytes | Path, name: str, **expected: str) -> None:
             )
 
 
-def gunzip(content: bytes, name: str) -> bytes:
-    """Uncompressed content of a .gz file called `name`; raises Unavailable when the compression is broken."""
+def gunzip(path: Path, limit: int) -> bytes:
+    """Uncompressed content of a .gz file; raises Unavailable when it is broken, or has more than `limit` bytes."""
     try:
-        return gzip.decompress(content)
+        with gzip.open(path) as file:
+            content = file.read(limit + 1)
     except (EOFError, OSError, zlib.error) as error:
-        raise Unavailable(f"{name} is truncated or corrupt ({error})") from error
+        raise Unavailable(f"{path.name} is truncated or corrupt ({error})") from error
+    if len(content) > limit:
+        raise Unavailable(f"{path.name} unpacks to more than {limit:,} bytes, the size of the published file")
+    return content
 
 
-def download(url: str, target: Path, check: Callable[[Path], None]) -> Path:
+def download(url: str, target: Path, check: Callable[[Path], None], *, limit: int) -> Path:
     """Fetch `url` (http, https or file), run `check` on the file, and only then move it to `target`, atomically.
 
     The content is streamed to disk, so files of any size need little memory.
 
+    Args:
+        limit: the most bytes that the file can have; a server that sends more is not listened to any longer.
+
     Raises:
-        Unavailable: the server refused, the connection broke off, or `check` refused the content; the message says which.
+        Unavailable: the server refused, sent too much or next to nothing for a minute, the connection broke off, or `check`
+            refused the content; the message says which.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "glf_fast"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, atomic_write(target) as temporary:
-            size, got = int(response.headers.get("Content-Length") or 0), 0
+            size, got, started = int(response.headers.get("Content-Length") or 0), 0, time.monotonic()
             with (
                 temporary.open("wb") as file,
                 tqdm(
@@ -131,6 +141,11 @@ def download(url: str, target: Path, check: Callable[[Path], None]) -> Path:
                 while block := response.read(1 << 18):
                     got += file.write(block)
                     progress.update(len(block))
+                    if got > limit:
+                        raise Unavailable(f"sends more than {limit:,} bytes, the most that the file can have")
+                    seconds = time.monotonic() - started
+                    if seconds > 60 and got < SLOWEST * seconds:
+                        raise Unavailable(f"sent {got:,} bytes in {seconds:.0f} seconds, which is too slow")
             if size and got != size:
                 raise Unavailable(f"the connection broke off after {got:,} of {size:,} bytes")
             check(temporary)
@@ -184,23 +199,10 @@ def debian_package(name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def python_sdist(requirement: str) -> Iterator[Path]:
-    """The source archive of a Python package, downloaded by pip to a temporary folder; nothing is installed."""
-    with tempfile.TemporaryDirectory(prefix="glf_fast-pip-") as folder:
-        root = Path(folder)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", f"{TIMEOUT_S:.0f}"]
-        source_only = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-        _run([*pip, "download", "--quiet", *source_only, "--dest", str(root), requirement], root)
-        archives = list(root.glob("*.tar.gz"))
-        if len(archives) != 1:
-            raise Unavailable(f"pip downloaded no source archive of {requirement}")
-        yield archives[0]
+def python_file(project: str, name: str, sha256: str, *, limit: int) -> Iterator[Path]:
+    """A file of a Python package from its index, in a temporary folder.
 
-
-@contextmanager
-def python_file(project: str, name: str, sha256: str) -> Iterator[Path]:
-    """A file of a Python package from its index, in a temporary folder; for files that pip itself refuses to download.
-
+    pip itself would run the setup.py of a source archive, before anyone has looked at the archive's hash.
     The indexes that pip is configured with are tried in turn. Any of them will do, because the file's hash is known.
     """
     with tempfile.TemporaryDirectory(prefix="glf_fast-index-") as folder:
@@ -213,12 +215,14 @@ def python_file(project: str, name: str, sha256: str) -> Iterator[Path]:
         for index in indexes:
             page = f"{index.rstrip('/')}/{project}/" + ("index.html" if index.startswith("file:") else "")
             try:
-                listing = download(page, root / "index.html", lambda file: None).read_text()
+                listing = download(page, root / "index.html", lambda file: None, limit=1 << 24).read_text(
+                    errors="replace"
+                )
                 link = re.search(rf'href="((?:[^"#]*/)?{re.escape(name)})["#]', listing)
                 if link is None:
                     raise Unavailable(f"has no {name}")
                 url = urljoin(page, html.unescape(link[1]))
-                file = download(url, root / name, lambda file: check_hash(file, name, sha256=sha256))
+                file = download(url, root / name, lambda file: check_hash(file, name, sha256=sha256), limit=limit)
             except Unavailable as error:
                 tried.append(f"{page}: {error}")
                 continue

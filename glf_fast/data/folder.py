@@ -1,119 +1,193 @@
-"""Any folder or zip of images: opened, turned upright, cropped to a square, resized."""
+"""Any folder or zip of images: which files are read, and to which split they belong."""
 
 from __future__ import annotations
 
 import io
-import warnings
+import os
+import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from glf_fast.data.dataset import SPLITS, ImageDataset, split_off_test
+from glf_fast.data.pixels import ENDINGS, Unreadable, read_pixels
 from glf_fast.errors import UserError
 
 __all__ = ["load_folder"]
 
-# An image that unpacks to more pixels is an attack or a mistake; Pillow's own limit only warns, at 89 million.
-MAX_PIXELS = 50_000_000
+# A file's path below the folder or in the zip, and a function that opens it.
+File = tuple[str, Callable[[], BinaryIO]]
+_NAMED = 5  # of many files, a message names so many
 
 
-def load_folder(path: Path, split: str, image_size: int | None = None) -> ImageDataset:
+def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_unusable: bool = False) -> ImageDataset:
     """A split of all images below a folder or in a zip, in the order of their names.
 
     Each image is turned upright (EXIF), laid on white if it is transparent, cropped to its central square and resized to
     `image_size` with Pillow's antialiased LANCZOS filter. Without `image_size` images are neither cropped nor resized, and all
-    must have the same size. The images have one channel if all files are grey, else three. Sub-folders `train` and `test` are
-    the splits if both exist; otherwise a tenth of a fixed random order is the test split. Hidden files are ignored.
+    must have the same size. The images have one channel if all files are grey, else three.
+
+    Sub-folders `train` and `test` are the splits if both exist; otherwise a tenth of a fixed random order is the test split.
+    Hidden files are ignored; files whose ending is not one of a picture are passed over, and a line on stderr counts them.
+    Links are followed.
+
+    Args:
+        skip_unusable: leave files out that cannot be read as images; a line on stderr and the policy count them.
 
     Raises:
-        UserError: no images, a file that is not an image, different sizes, an image of more than 50 million pixels.
+        UserError: no images, different sizes, a folder that cannot be read, or, without `skip_unusable`, files that cannot be
+            read as images. The message names the first ones of all such files.
     """
-    files = list(_files(path))
+    files, others = [], []
+    for file in _files(path):
+        (files if _is_picture(file[0]) else others).append(file)
+    if others and split == "train":
+        print(f"{path}: {_counted([name for name, _ in others])} passed over: no pictures", file=sys.stderr)
     groups = {name: [f for f in files if name in PurePosixPath(f[0]).parts[:-1]] for name in SPLITS}
     has_splits = all(groups.values())
     chosen = groups[split] if has_splits else files
     if not chosen:
-        raise UserError(f"{path} holds no files; give a folder or zip of images")
-    arrays = [
-        _open(path, name, read, image_size) for name, read in tqdm(chosen, "reading images", disable=len(chosen) < 2000)
-    ]
+        raise UserError(f"{path} holds no pictures; give a folder or zip of images")
+    arrays, unusable = _read(path, chosen, image_size)
+    if unusable and not skip_unusable:
+        rest = [file for file in files if has_splits and file[0] not in {name for name, _ in chosen}]
+        raise UserError(_complaint(path, {**unusable, **_read(path, rest, image_size)[1]}))
+    if unusable:
+        print(f"{path}: {_counted(list(unusable))} left out of the {split} split: not usable", file=sys.stderr)
+    if not arrays:
+        raise UserError(f"{path} holds no usable pictures for the {split} split; the first one: {_first(unusable)}")
     sizes = {array.shape[:2] for array in arrays}
     if len(sizes) > 1:
         some = ", ".join(f"{width}×{height}" for height, width in sorted(sizes)[:3])
-        raise UserError(f"the images of {path} have {len(sizes)} different sizes ({some} …); give --data.image-size")
+        raise UserError(
+            f"the images of {path} have {len(sizes)} different sizes ({some} …); choose one, to which they are resized "
+            "(--data.image-size in training, --image-size elsewhere)"
+        )
     grey = all(array.shape[2] == 1 for array in arrays)
     images = torch.from_numpy(
         np.stack([array if grey else np.broadcast_to(array, (*array.shape[:2], 3)) for array in arrays])
     )
     images = images.permute(0, 3, 1, 2).contiguous()
     policy = "as they are" if image_size is None else f"central square, LANCZOS to {image_size}"
+    if unusable:
+        policy += f"; {len(unusable)} unusable files left out"
     if not has_splits:
         images, _ = split_off_test(images, None, split)
         policy += "; test: a tenth of a fixed random order"
     return ImageDataset.of(str(path), split, images, None, policy)
 
 
-def _as_pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
-    """An opened image as uint8 (H, W, 1 or 3): upright, on white, cropped to its central square, resized."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    elif image.mode == "I;16":
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    elif image.mode not in ("1", "L"):
-        image = image.convert("RGB")
-    if image.mode != "RGB":
-        image = image.convert("L")
-    if image_size is not None:
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image)
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+# -- which files ----------------------------------------------------------------------------------------------------------
 
 
-def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """(name, reader) of every file that is not hidden, sorted; nothing is unpacked to disk."""
+def _files(path: Path) -> Iterator[File]:
+    """Every file that is not hidden, sorted by name; nothing is unpacked to disk."""
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            name = file.relative_to(path).as_posix()
-            if file.is_file() and not _hidden(name):
-                yield name, file.read_bytes
+        for name in sorted(_below(path)):
+            yield name, partial((path / name).open, "rb")
         return
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{path} is not a zip file, or it is damaged ({error})") from error
-    for name in sorted(archive.namelist()):
-        if not name.endswith("/") and not _hidden(name):
-            yield name, lambda name=name: archive.read(name)  # type: ignore[misc]
+    for member in sorted(archive.infolist(), key=lambda member: member.filename):
+        name = member.filename.replace("\\", "/")  # old zips of Windows
+        if PurePosixPath(name).name and not (name.endswith("/") or _hidden(name)):
+            yield name, partial(_open_member, archive, member)
+
+
+def _open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> BinaryIO:
+    """A small member in memory, where seeking is fast; of a large one no more is unpacked than its format asks for."""
+    return io.BytesIO(archive.read(member)) if member.file_size <= 1 << 26 else archive.open(member)  # type: ignore[return-value]
+
+
+def _below(folder: Path) -> Iterator[str]:
+    """Names of the files below a folder; links are followed, but not into a folder that the link is in.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+
+    def stop(error: OSError) -> None:
+        raise UserError(
+            f"the folder {error.filename} cannot be read ({error.strerror}); change its permissions or remove it"
+        )
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        real = os.path.realpath(root)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not _contains(os.path.realpath(os.path.join(root, name)), real)
+        ]
+        for name in names:
+            inner = Path(root, name).relative_to(folder).as_posix()
+            if not _hidden(inner):
+                yield inner
+
+
+def _contains(folder: str, other: str) -> bool:
+    return os.path.join(other, "").startswith(os.path.join(folder, ""))
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    parts = [part for part in PurePosixPath(name).parts if part != ".."]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def _open(path: Path, name: str, read: Callable[[], bytes], image_size: int | None) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's hints about odd but readable files
-            image = Image.open(io.BytesIO(read()))
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(
-                    f"{name} in {path} has {image.width} × {image.height} pixels; the limit is {MAX_PIXELS:,}: "
-                    "resize the image or remove it"
-                )
-            return _as_pixels(image, image_size)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
-        # Pillow's own message names the buffer that it was given, by its address.
-        reason = "in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+def _is_picture(name: str) -> bool:
+    """By its ending; a name without one may be a picture's."""
+    ending = PurePosixPath(name).suffix.lower()
+    return not ending or ending in ENDINGS
+
+
+# -- reading --------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, files: Sequence[File], image_size: int | None) -> tuple[list[np.ndarray], dict[str, str]]:
+    """The pixels of all usable files, and the reasons of all others by their names."""
+    arrays, unusable = [], {}
+    for name, open_file in tqdm(files, "reading images", disable=len(files) < 2000):
+        try:
+            with open_file() as file:
+                arrays.append(read_pixels(file, image_size))
+        except Unreadable as error:
+            unusable[name] = str(error)
+        except NotImplementedError as error:  # how zipfile reports a method that it does not know
+            unusable[name] = f"{error}: unpack the zip with another program, and give the folder"
+        except Exception as error:  # of reading: permissions, a link to nothing, damaged zips of many kinds
+            unusable[name] = (
+                (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+            )
+    return arrays, unusable
+
+
+def _complaint(path: Path, unusable: dict[str, str]) -> str:
+    where = "--data.skip-unusable in training, --skip-unusable elsewhere"
+    if len(unusable) == 1:
+        name = next(iter(unusable))
         hidden = PurePosixPath(name).with_name(f".{PurePosixPath(name).name}")
-        raise UserError(
-            f"{name} in {path} is not a readable image ({reason}); remove it or hide it ({hidden})"
-        ) from error
+        return (
+            f"{name} in {path} is not a readable image ({unusable[name]}); remove it, hide it ({hidden}), or have it left out "
+            f"({where})"
+        )
+    named = "; ".join(f"{name} ({reason})" for name, reason in list(unusable.items())[:_NAMED])
+    more = f"; and {len(unusable) - _NAMED} more" if len(unusable) > _NAMED else ""
+    return f"{len(unusable)} files in {path} are not readable images: {named}{more}; remove them, or have them left out ({where})"
+
+
+def _first(unusable: dict[str, str]) -> str:
+    name, reason = next(iter(unusable.items()))
+    return f"{name} ({reason})"
+
+
+def _counted(names: Sequence[str]) -> str:
+    """A number of files, with the first names."""
+    some = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return f"{len(names)} file{'s' * (len(names) > 1)} ({some})"

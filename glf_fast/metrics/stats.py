@@ -19,14 +19,25 @@ from glf_fast.metrics.linalg import eigh
 
 __all__ = ["FeatureStats"]
 
-_FORMAT = "glf_fast.FeatureStats 1"  # the key of the metadata in a saved file
+# The key of the metadata in a saved file. The checksum of the first format left the header out.
+_FORMAT, _OLD = "glf_fast.FeatureStats 2", "glf_fast.FeatureStats 1"
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for key in sorted(tensors):
         digest.update(key.encode() + bytes(tensors[key].flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _check_covariance(cov: Tensor) -> None:
+    """Raise UserError unless the matrix is symmetric and has no eigenvalue below zero, to the rounding of float32."""
+    largest = cov.abs().max().item()
+    if (cov - cov.T).abs().max().item() > 1e-4 * largest:
+        raise UserError("the covariance is not symmetric; compute it again from the images")
+    lowest = torch.linalg.eigvalsh((cov + cov.T) / 2)[0].item()
+    if lowest < -1e-4 * largest:
+        raise UserError(f"the covariance has the negative eigenvalue {lowest:.3g}; compute it again from the images")
 
 
 class FeatureStats:
@@ -70,7 +81,8 @@ class FeatureStats:
         """Statistics from a known mean (dim,), covariance (dim, dim) with divisor n−1, and count n ≥ 2.
 
         Raises:
-            ValueError: other shapes or counts; NaN or infinite values.
+            ValueError: other shapes or counts; NaN or infinite values; a matrix that is no covariance, because it is not
+                symmetric or has negative eigenvalues, both beyond the rounding of float32.
         """
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or n < 2:
             raise ValueError(
@@ -82,6 +94,7 @@ class FeatureStats:
         stats._mean = mean.double()
         stats._m2 = cov.double() * (n - 1)
         stats._require_finite()
+        _check_covariance(cov.double())
         return stats
 
     # -- moments --------------------------------------------------------------------------------------------------------
@@ -236,8 +249,8 @@ class FeatureStats:
             "keep": self.keep,
             "extractor": self.extractor,
             "source": self.source,
-            "sha256": _digest(tensors),
         }
+        header["sha256"] = _digest(header, tensors)
         # One key, because safetensors writes several in random order and the same statistics should be the same file.
         save_tensors(path, tensors, {_FORMAT: json.dumps(header)})
 
@@ -253,24 +266,27 @@ class FeatureStats:
             raise FileNotFoundError(
                 f"no statistics at {path}; compute them with: python -m glf_fast.metrics ref SOURCE --out {path}"
             )
+        damaged = f"{path} is damaged or holds no feature statistics; delete it and compute it again with `ref`"
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise UserError(
-                f"{path} is damaged or not a safetensors file ({error}); delete it and compute it again"
-            ) from error
-        if _FORMAT not in metadata:
-            raise UserError(
-                f"{path} holds no feature statistics (no {_FORMAT!r} in its metadata); compute them with `ref`"
+            if _OLD in metadata:
+                raise UserError(
+                    f"{path} was written by version 0.1.0, with an incomplete checksum; compute it again with `ref`"
+                )
+            header = json.loads(metadata[_FORMAT])
+            if header.pop("sha256") != _digest(header, tensors):
+                raise UserError(f"{path} is damaged: its checksum differs; delete it and compute it again with `ref`")
+            stats = cls(
+                len(tensors["mean"]), keep=header["keep"], extractor=header["extractor"], source=header["source"]
             )
-        header = json.loads(metadata[_FORMAT])
-        if header["sha256"] != _digest(tensors):
-            raise UserError(f"{path} is damaged (its checksum differs); delete it and compute it again")
-        stats = cls(len(tensors["mean"]), keep=header["keep"], extractor=header["extractor"], source=header["source"])
-        stats.n = header["n"]
-        stats._mean, stats._m2, stats._kept = tensors["mean"], tensors["m2"], [tensors["kept"]]
+            stats.n = header["n"]
+            stats._mean, stats._m2, stats._kept = tensors["mean"], tensors["m2"], [tensors["kept"]]
+        except UserError:
+            raise
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+            raise UserError(damaged) from error
         stats._root = tensors.get("root")
         try:
             stats._require_finite()

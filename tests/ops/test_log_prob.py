@@ -112,7 +112,10 @@ def test_first_and_second_derivatives(backend: str) -> None:
         assert gradcheck(density, values, fast_mode=True)
         assert gradgradcheck(density, values, fast_mode=True)
         if backend == "cpp":  # which has a kernel for PLU layers, too
-            values, density = values_of_plu(3, 4, 1, coupling=coupling), of_plu(ops.plu_flow_log_prob, activation="tanh")
+            values, density = (
+                values_of_plu(3, 4, 1, coupling=coupling),
+                of_plu(ops.plu_flow_log_prob, activation="tanh"),
+            )
             assert gradcheck(density, values, fast_mode=True)
             assert gradgradcheck(density, values, fast_mode=True)
 

@@ -1,0 +1,217 @@
+"""Folders, zips and pictures as people have them: what is read, what is left out and counted, what is refused and named."""
+
+import io
+import os
+import struct
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from glf_fast.data import load, pixels
+from glf_fast.errors import UserError
+
+RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+
+
+def png(mode: str = "L", size: tuple[int, int] = (8, 8)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder(path: Path, n: int = 4) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        (path / f"{i}.png").write_bytes(png())
+    return path
+
+
+def sizes(source: Path, **options: bool) -> list[int]:
+    return [len(load(str(source), split, **options)) for split in ("train", "test")]
+
+
+def pgm(levels: np.ndarray, top: int) -> bytes:
+    return b"P5 8 8 %d\n" % top + levels.astype(">u2").tobytes()
+
+
+def read(content: bytes, image_size: int | None = None) -> np.ndarray:
+    return pixels.read_pixels(io.BytesIO(content), image_size)
+
+
+def saved(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.png", saved(Image.fromarray(RAMP), "PNG")),
+        ("a.tif", saved(Image.fromarray(RAMP), "TIFF")),
+        ("a.tif", saved(Image.fromarray(RAMP.astype(">u2")), "TIFF")),
+        ("a.pgm", pgm(RAMP, 65535)),
+    ],
+    ids=["png", "tiff", "tiff-big-endian", "pgm"],
+)
+def test_sixteen_bits_become_eight(name: str, content: bytes) -> None:
+    assert np.array_equal(read(content)[:, :, 0], RAMP // 257)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_levels_without_a_white_are_refused(dtype: type) -> None:
+    image = Image.fromarray(
+        (RAMP.astype(np.float64) / 65535 if dtype is np.float32 else RAMP.astype(np.int64) * 9).astype(dtype)
+    )
+    with pytest.raises(pixels.Unreadable, match="no defined white"):
+        read(saved(image, "TIFF"))
+
+
+def bomb(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def exif_of_nonsense() -> bytes:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0"
+    return b"\xff\xd8\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + saved(Image.new("L", (8, 8)), "JPEG")[2:]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (bomb(2_000_000, 1_000_000), "2000000 × 1000000 pixels need 29802.3 GiB of memory"),
+        (png()[:45], "truncated"),
+        (b"nothing", "in no format of pictures"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "in no format of pictures"),
+    ],
+    ids=["bomb", "cut", "text", "eps"],
+)
+def test_what_is_no_picture_says_why(content: bytes, reason: str) -> None:
+    with pytest.raises(pixels.Unreadable, match=reason):
+        read(content)
+
+
+def test_large_pictures_that_fit_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "LARGE", 1000)
+    photo = saved(Image.linear_gradient("L").resize((800, 400)), "JPEG")
+    whole, reduced = read(photo), read(photo, 16)
+    assert whole.shape == (400, 800, 1) and reduced.shape == (16, 16, 1)
+    monkeypatch.setattr(pixels, "_available_memory", lambda: 300_000)  # a quarter of each side is enough for 16 pixels
+    assert np.array_equal(read(photo, 16), reduced)
+    with pytest.raises(pixels.Unreadable, match="800 × 400 pixels need"):
+        read(photo)
+
+
+def test_all_unusable_files_are_named_together_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "a", 20)
+    for i in range(7):
+        (source / f"bad{i}.png").write_bytes(b"nothing")
+    (source / "gone.png").symlink_to("nowhere")
+    with pytest.raises(
+        UserError, match=r"8 files in .* bad0.png \(in no format.*bad4.png \([^;]*\); and 3 more; remove"
+    ):
+        load(str(source))
+    assert sizes(source, skip_unusable=True) == [18, 2]
+    assert "8 files (bad0.png, bad1.png, bad2.png, bad3.png, bad4.png, …) left out" in capsys.readouterr().err
+    assert "8 unusable files left out" in load(str(source), skip_unusable=True).policy
+    clean = load(str(folder(tmp_path / "clean", 20)), skip_unusable=True)
+    assert clean.fingerprint == load(str(tmp_path / "clean")).fingerprint
+
+
+def test_the_unusable_files_of_both_splits_are_named(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (folder(tmp_path / split) / f"bad-{split}.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"train/bad-train.png.*test/bad-test.png"):
+        load(str(tmp_path))
+
+
+def write_zip(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_of_a_large_member_that_is_no_picture_little_is_unpacked(tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "a.zip", {"a.png": png(), "b.png": png()})
+    with zipfile.ZipFile(source, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros.png", bytes(1 << 27))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"zeros.png in .* \(in no format of pictures\)"):
+            load(str(source))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
+def test_zips_with_backslashes_have_folders(tmp_path: Path) -> None:
+    members = {f"{'train' if i < 40 else 'test'}\\{i}.png": png() for i in range(50)}
+    members["train\\.hidden\\x.png"] = b"nothing"
+    assert sizes(write_zip(tmp_path / "a.zip", members)) == [40, 10]
+
+
+def test_files_beside_the_pictures_are_counted_and_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {f"00000/img{i:08}.png": png() for i in range(20)}
+    source = write_zip(tmp_path / "a.zip", {**members, "dataset.json": b"{}", "../up.png": png(), ".": b""})
+    assert sizes(source) == [18, 3]
+    assert "1 file (dataset.json) passed over: no pictures" in capsys.readouterr().err
+
+
+def test_a_zip_in_an_unknown_method_says_how_to_go_on(tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "a.zip", {"a.png": png(), "b.png": png()})
+    content = bytearray(source.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        start = 0
+        while (start := content.find(signature, start)) >= 0:
+            content[start + offset] = 9  # Deflate64, as the explorer of Windows writes large files
+            start += 1
+    source.write_bytes(content)
+    with pytest.raises(UserError, match="unpack the zip with another program"):
+        load(str(source))
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    folder(tmp_path / "elsewhere", 20)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "class0").symlink_to(tmp_path / "elsewhere")
+    (source / "loop").symlink_to(source)
+    assert sizes(source) == [18, 2]
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder(tmp_path / "source")
+    folder(source / "secret")
+    scandir: Callable[[str], object] = os.scandir
+
+    def refuse(path: str) -> object:  # a superuser may read everything
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"the folder .*secret cannot be read \(Permission denied\)"):
+        load(str(source))
+
+
+def test_a_relative_path_may_be_one_below_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "images", 20)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"no data set or path 'images' in .*elsewhere"):
+        load("images")
+    assert len(load("images", data_dir=tmp_path)) == 18
