@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -34,6 +36,8 @@ def parse(
         SystemExit: after printing what --help prints.
     """
     program = f"python -m {module}"
+    # tyro never returns from drawing its boxes into fewer columns than they need.
+    os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
     options: dict[str, Any] = {"prog": program, "default": default, "description": description}
     errors = io.StringIO()
     try:

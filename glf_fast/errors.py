@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
+
+from glf_fast.output import Output, one_line
 
 __all__ = ["UserError", "did_you_mean", "run_command"]
 
@@ -26,15 +30,38 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's `main` and exit: 0 when it returns, 2 on the user's or the system's errors, 130 on Ctrl-C.
 
-    Only `UserError` and `OSError` (missing file, disk full) become a one-line message; anything else is a bug in glf_fast and
-    keeps its traceback.
+    `UserError`, `OSError` (missing file, disk full) and a lack of memory become a one-line message; anything else is a bug in
+    glf_fast and keeps its traceback. Characters that the terminal's encoding lacks are replaced. A reader of stderr that goes
+    away ends nothing; one of stdout (`… | head -1`) ends the command quietly.
     """
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, may_vanish=True)
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to flush at exit
+        sys.exit(128 + 13)  # as a process that SIGPIPE ended
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        remedy = "make the model, the batch or the number of images smaller"
+        print(f"error: there is not enough memory for this ({_asked_for(error)}); {remedy}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether an error is Python's, torch's allocator's or a GPU's lack of memory."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "alloc_cpu" in str(error)
+
+
+def _asked_for(error: BaseException) -> str:
+    """How much memory was asked for, in the words of the allocator."""
+    found = re.search(r"allocate [\d.,]+ ?\w+", str(error))
+    return found[0] if found else type(error).__name__

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from glf_fast.errors import UserError
 
-__all__ = ["atomic_write", "cache_dir", "file_digest", "read_json", "save_tensors", "sha256", "write_json"]
+__all__ = ["atomic_write", "cache_dir", "file_digest", "read_json", "save_tensors", "sha256", "sweep", "write_json"]
 
 
 def cache_dir() -> Path:
@@ -25,9 +27,12 @@ def cache_dir() -> Path:
 
     `$GLF_FAST_CACHE` if set, else `$XDG_CACHE_HOME/glf_fast`, else `~/.cache/glf_fast`. It is not created here.
     """
-    if chosen := os.environ.get("GLF_FAST_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "glf_fast"
+    chosen = os.environ.get("GLF_FAST_CACHE")
+    path = Path(chosen or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "glf_fast"))
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"the cache folder {path} has no place ({error}); set GLF_FAST_CACHE to a folder") from error
 
 
 @contextlib.contextmanager
@@ -54,6 +59,16 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `atomic_write` left in a folder when its process was killed; files of the last minute may be in use."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        left = re.fullmatch(r"\..+-[a-z0-9_]{8}(\.\w+)?", path.name) and path.is_file() and not path.is_symlink()
+        if left and time.time() - path.stat().st_mtime > 60:
+            path.unlink(missing_ok=True)
 
 
 def sha256(path: Path | str) -> str:
@@ -90,6 +105,6 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict
 def read_json(path: Path | str) -> Any:
     """Read a JSON file; raises `UserError` naming the file when it is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors of Windows begin files with a mark
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); delete it or restore it from a copy") from error

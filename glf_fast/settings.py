@@ -47,6 +47,11 @@ class Settings:
     CHOICE: ClassVar[str] = ""
     """The field that decides which other fields have an effect, if there is one."""
 
+    def __post_init__(self) -> None:
+        """Make Python's own numbers and tuples of what equals them, such as numpy's numbers, which JSON cannot hold."""
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _plain(value))
+
     def effective(self) -> dict[str, Any]:
         """The fields that have an effect, by name, in their order."""
         return dict(vars(self))
@@ -133,6 +138,10 @@ def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
                 check(value, f"{key}.")
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} = {value} must be finite")
+        elif isinstance(value, str) and not _is_text(value):
+            raise UserError(
+                f"{key} = {value!r} is no text in UTF-8, and cannot be written to files; choose another name or path"
+            )
         elif name in settings.RULES and value is not None and not settings.RULES[name][0](value):
             raise UserError(f"{key} = {shown(value)} must be {settings.RULES[name][1]}")
     for field in dataclasses.fields(settings):
@@ -147,9 +156,25 @@ def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
         raise UserError(f"{prefix}{mistake}")
 
 
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a character, as Python holds bytes of a path that are not UTF-8
+        return False
+    return True
+
+
 def shown(value: Any) -> str:
     """A value as the user would write it in a file."""
     return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, (bool, int, float, str)) or not hasattr(value, "dtype"):
+        return float(value) if isinstance(value, float) and type(value) is not float else value
+    return value.item()
 
 
 def _converted(value: Any, kind: Any) -> Any:

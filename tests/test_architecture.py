@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "glf_fast"
 
 # The ground: every room may import it, and it imports nothing but itself.
-GROUND = {"errors", "files", "seeds", "images", "progress", "settings", "command_line"}
+GROUND = {"errors", "output", "files", "seeds", "images", "progress", "settings", "command_line"}
 # Room → the rooms that it may import.
 ALLOWED = {
     "reference": set(),

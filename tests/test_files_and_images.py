@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from glf_fast.errors import UserError, did_you_mean
-from glf_fast.files import atomic_write, cache_dir, read_json, save_tensors, sha256, write_json
+from glf_fast.files import atomic_write, cache_dir, read_json, save_tensors, sha256, sweep, write_json
 from glf_fast.images import grid, save_png, to_float, to_uint8
 from glf_fast.info import COSTS, info
 
@@ -80,6 +80,29 @@ def test_json_round_trip_and_damage(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"a.json is not valid JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_leftovers_of_killed_writers_are_swept(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a.png") as temporary:
+        temporary.write_bytes(b"x")
+        name = temporary.name
+    names = [name, name.removesuffix(".png"), ".hidden", ".lock", "b.png", ".new-000000001.png"]
+    for name in [*names, ".young-abcd1234.png"]:
+        (tmp_path / name).write_bytes(b"x")
+    for name in names:
+        os.utime(tmp_path / name, (0, 0))
+    sweep(tmp_path)
+    sweep(tmp_path / "none")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a.png", ".hidden", ".lock", "b.png", ".new-000000001.png", ".young-abcd1234.png"}
+
+
+def test_json_with_a_mark_and_json_without_end(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert read_json(tmp_path / "a.json") == {}
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="deep.json is not valid JSON"):
+        read_json(tmp_path / "deep.json")
 
 
 def test_sha256_and_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

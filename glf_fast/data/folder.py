@@ -179,7 +179,8 @@ def _complaint(path: Path, unusable: dict[str, str]) -> str:
         )
     named = "; ".join(f"{name} ({reason})" for name, reason in list(unusable.items())[:_NAMED])
     more = f"; and {len(unusable) - _NAMED} more" if len(unusable) > _NAMED else ""
-    return f"{len(unusable)} files in {path} are not readable images: {named}{more}; remove them, or have them left out ({where})"
+    some = f"{len(unusable)} files in {path} are not readable images"
+    return f"{some}: {named}{more}; remove them, or have them left out ({where})"
 
 
 def _first(unusable: dict[str, str]) -> str:

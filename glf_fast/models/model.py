@@ -241,8 +241,14 @@ class GenerativeModel(
             return cls(config["shape"], settings)
         except KeyError:
             raise UserError(f"{cls.__name__} cannot be built: its configuration has no shape") from None
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{cls.__name__} cannot be built: {error}") from error
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+            RuntimeError,
+            MemoryError,
+        ) as error:  # sizes that nobody has memory for
+            raise UserError(f"{cls.__name__} cannot be built: {str(error).splitlines()[0]}") from error
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write `config.json`, `model.safetensors` and a model card to a folder.

@@ -1,9 +1,11 @@
-"""A model's files: config.json with shape and settings, model.safetensors with the weights; the one place that knows them."""
+"""A model's files, known here alone: model.safetensors, and config.json with shape, settings and the weights' SHA-256."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,27 +17,35 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from glf_fast.errors import UserError
-from glf_fast.files import read_json, save_tensors, write_json
+from glf_fast.files import read_json, save_tensors, sha256, write_json
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "beside", "find", "load_weights", "read", "read_tensors", "write"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_DIGEST = "weights_sha256"
 
 
 def write(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write both files into a folder."""
     save_tensors(folder / WEIGHTS_FILE, weights)
-    write_json(folder / CONFIG_FILE, config)
+    write_json(folder / CONFIG_FILE, {**config, _DIGEST: sha256(folder / WEIGHTS_FILE)})
 
 
 @contextlib.contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; when the block ends well, move its files to `folder`. A model card that is there stays."""
+    """Yield a temporary folder; when the block ends well, move its files to `folder`. A model card that is there stays.
+
+    Weights are moved before the configuration, which holds their hash: after a kill in between, the two do not fit, and
+    `read` says so.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".saving-*"):  # of a process that was killed
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         yield Path(temporary)
-        for file in Path(temporary).iterdir():
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == CONFIG_FILE):
             if file.name != "README.md" or not (folder / file.name).exists():
                 file.replace(folder / file.name)
 
@@ -62,6 +72,12 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = read_json(folder / CONFIG_FILE)
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG_FILE} does not hold a model's settings; restore it from a copy")
+    digest = config.pop(_DIGEST, None)  # version 0.1.0 wrote none
+    if digest is not None and digest != sha256(folder / WEIGHTS_FILE):
+        raise UserError(
+            f"{folder / WEIGHTS_FILE} is corrupt, or not the file that {CONFIG_FILE} was written with: its SHA-256 differs; "
+            "restore both from a copy"
+        )
     return config, read_tensors(folder / WEIGHTS_FILE)
 
 

@@ -68,10 +68,10 @@ def to_toml(config: Config) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # editors of Windows begin files with a mark
     except FileNotFoundError as error:
         raise UserError(f"no config file {file}; presets are chosen with --preset") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as TOML ({error}); correct it") from error
 
 

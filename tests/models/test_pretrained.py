@@ -5,12 +5,14 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from glf_fast.errors import UserError
 from glf_fast.models import GLF
+from glf_fast.models.glf import FlowSettings, GLFSettings
 
 Build = Callable[..., GLF]
 
@@ -121,6 +123,39 @@ def test_damaged_folders(saved: Path, damage: Callable[[Path], None], message: s
     with pytest.raises(UserError, match=message) as caught:
         GLF.from_pretrained(saved)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_and_settings_of_two_models_are_told_apart(small_glf: Build, saved: Path, monkeypatch) -> None:
+    """A process that is killed between the two files leaves shapes that fit, and settings that do not."""
+    calls = []
+
+    def rename(self: Path, target: Path) -> Path:
+        calls.append(target.name)
+        if target.name == "config.json":
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    original = Path.replace
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            Path,
+            "replace",
+            lambda self, target: rename(self, target) if ".saving" in str(self.parent) else original(self, target),
+        )
+        small_glf(beta=2.0, flow={"steps": 2, "hidden": [8], "activation": "tanh"}).save_pretrained(saved)
+    assert calls[-1] == "config.json" and "model.safetensors" in calls
+    with pytest.raises(UserError, match="not the file that config.json was written with"):
+        GLF.from_pretrained(saved)
+    assert json.loads((saved / "config.json").read_text()).pop("weights_sha256")
+
+
+def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+    flow = FlowSettings(hidden=(np.int64(8),), clamp=np.float32(2))
+    model = GLF(
+        (1, 8, 8), GLFSettings(latent_dim=np.int64(4), width=4, hidden=np.int32(8), beta=np.float64(1), flow=flow)
+    )
+    model.save_pretrained(tmp_path)
+    assert GLF.from_pretrained(tmp_path).settings == model.settings
 
 
 def test_a_wrong_path_is_named(tmp_path: Path) -> None:

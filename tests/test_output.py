@@ -1,0 +1,91 @@
+"""Commands on terminals, pipes and machines as they are: encodings, readers that go away, narrow windows, little memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glf_fast.errors import run_command
+from glf_fast.output import one_line
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A shell's command, in which PYTHON is this interpreter."""
+    variables = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True, timeout=60)
+
+
+def test_a_terminal_without_our_characters_gets_others() -> None:
+    done = shell("$PYTHON -m glf_fast.data info digits; $PYTHON -m glf_fast.train --help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and not done.stderr
+    assert "licence   BSD-3-Clause" in done.stdout and "cpu, cuda, cuda:1, ?;" in done.stdout
+
+
+def test_narrow_windows_closed_streams_and_readers_that_go_away() -> None:
+    done = shell(
+        "$PYTHON -m glf_fast.sample --help > /dev/null && echo narrow;"
+        " $PYTHON -m glf_fast.data list 2>&- | wc -l;"
+        " $PYTHON -m glf_fast.train --help | head -1; echo ${PIPESTATUS[0]};"
+        " ($PYTHON -m glf_fast.train --preset smoke --dry-run --model.hiden 3 3>&1 1>&2 2>&3) | true; echo ${PIPESTATUS[0]}",
+        COLUMNS="1",
+    )
+    lines = done.stdout.split("\n")
+    assert lines[0] == "narrow" and int(lines[1]) > 5 and lines[2].startswith("usage")
+    assert lines[3] == "141" and lines[4] == "2" and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "error: there is not enough memory for this (MemoryError); make"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: you tried to allocate 4000 bytes."
+            ),
+            "error: there is not enough memory for this (allocate 4000 bytes); make",
+        ),
+        (
+            OSError(28, "No space left on device", "new\nline\x1b[31m.png"),
+            r"error: [Errno 28] No space left on device: 'new\n",
+        ),
+    ],
+)
+def test_the_systems_errors_are_one_line(error: Exception, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", sys.stdout)
+        patch.setattr(sys, "stderr", sys.stderr)
+        with pytest.raises(SystemExit) as stop:
+            run_command(main)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.startswith(message) and printed.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback() -> None:
+    def main() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
+        patch.setattr(sys, "stdout", sys.stdout)
+        patch.setattr(sys, "stderr", sys.stderr)
+        run_command(main)
+
+
+def test_names_cannot_command_a_terminal() -> None:
+    assert one_line("a\nb\x1b[31m\u202ec\udcff ×") == r"a b\x1b[31m\u202ec\udcff ×"
+
+
+def test_a_cache_folder_without_a_place_is_one_line() -> None:
+    done = shell("$PYTHON -m glf_fast.data info mnist", GLF_FAST_CACHE="~nosuchuser/x")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "set GLF_FAST_CACHE to a folder" in done.stderr
+
+
+def test_little_memory_is_one_line(tmp_path: Path) -> None:
+    done = shell(
+        "ulimit -v 8000000; $PYTHON -m glf_fast.train --preset smoke --model.hidden 1000000000 --dry-run --device cpu"
+    )
+    assert done.returncode == 2 and "not enough memory" in done.stderr.splitlines()[-1], done.stderr
