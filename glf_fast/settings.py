@@ -140,7 +140,7 @@ def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
             raise UserError(f"{key} = {value} must be finite")
         elif isinstance(value, str) and not _is_text(value):
             raise UserError(
-                f"{key} = {value!r} is no text in UTF-8, and cannot be written to files; choose another name or path"
+                f"{key} = {value!r} is not UTF-8, so that files cannot hold it; choose another name or path"
             )
         elif name in settings.RULES and value is not None and not settings.RULES[name][0](value):
             raise UserError(f"{key} = {shown(value)} must be {settings.RULES[name][1]}")

@@ -101,7 +101,7 @@ def test_json_with_a_mark_and_json_without_end(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf{}")
     assert read_json(tmp_path / "a.json") == {}
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="deep.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"deep.json is not valid JSON"):
         read_json(tmp_path / "deep.json")
 
 

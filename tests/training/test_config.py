@@ -70,12 +70,12 @@ def test_a_file_may_begin_with_a_mark_and_must_end(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbfepochs = 3\n")
     assert load(tmp_path / "a.toml").epochs == 3
     (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
-    with pytest.raises(UserError, match="deep.toml cannot be read as TOML"):
+    with pytest.raises(UserError, match=r"deep.toml cannot be read as TOML"):
         load(tmp_path / "deep.toml")
 
 
 def test_a_path_that_is_no_text_is_refused() -> None:
-    with pytest.raises(UserError, match="data.source = 'x.udcff' is not UTF-8"):
+    with pytest.raises(UserError, match=r"data.source = 'x.udcff' is not UTF-8"):
         parse_train(["--data.source", "x\udcff"])
 
 
