@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import shutil
@@ -29,11 +30,11 @@ def parse(
 ) -> C:
     """The arguments of `python -m {module}` as `kind`: a dataclass, or a union of several, which are sub-commands.
 
-    `description` is what --help says above the options, the dataclass's docstring by default.
+    `description` is the text above the options in the help, by default the docstring of the dataclass.
 
     Raises:
         UserError: an unknown option (the message has the nearest one), a missing or a wrong value.
-        SystemExit: after printing what --help prints.
+        SystemExit: after --help.
     """
     program = f"python -m {module}"
     # tyro never returns from drawing its boxes into fewer columns than they need.
@@ -59,25 +60,31 @@ def parse(
         contextlib.suppress(SystemExit),
     ):
         tyro.cli(kind, args=[*subcommand, "--help"], **options)
-    known = set(re.findall(r"--[\w.-]+", help_text.getvalue()))
+    known = set(re.findall(r"--\w[\w.-]*", help_text.getvalue()))
     # An unknown option first: tyro also takes it for the value of an argument, and misses another.
     words = [word.split("=")[0] for word in arguments if word.startswith("--")] if known else []
     for word in [word for word in words if word.replace("_", "-") not in known] + unknown:
-        hint = did_you_mean(word, sorted(known)).rstrip() or f"{program} --help lists what there is"
+        hint = did_you_mean(word, sorted(known)).rstrip() or f"{program} --help lists all options"
         raise UserError(f"{'unknown option' if word.startswith('-') else 'unexpected argument'} {word}; {hint}")
     raise UserError(f"{_one_line(errors.getvalue())}; {program} --help explains the options")
 
 
 def _one_line(box: str) -> str:
-    """The first paragraph in one of tyro's boxes, and the form of the option that it is about."""
+    """The first paragraph of tyro's error box, and the form of the option that the paragraph is about.
+
+    Paragraphs are separated by lines of ─. For an output that is not UTF-8, tyro draws them with hyphens, puts such a line under
+    the title, too, and leaves the sides of the box out.
+    """
     rows = [row.strip("│ ") for row in box.splitlines()[1:-1]]
-    text = " ".join(rows).split("───")[0]
+    line = re.compile("─{3,}|-{3,}").fullmatch
+    paragraph = itertools.takewhile(lambda row: not line(row), itertools.dropwhile(line, rows))
     form = re.search(r"Argument helptext: +(--\S+ \S+)", " ".join(rows))
-    return " ".join(text.split()).rstrip(".") + (f" (wanted: {form[1].replace('[', '')})" if form else "")
+    text = " ".join(" ".join(paragraph).split()).rstrip(".")
+    return text + (f" (wanted: {form[1].replace('[', '')})" if form else "")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`, or the best there is for ""; raises UserError when it does not exist."""
+    """The device called `name`; for "" the GPU if there is one, else the CPU. Raises UserError for a device that does not exist."""
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -85,5 +92,7 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"cannot use device {name!r} ({reason}); leave --device out to use what there is") from error
+        raise UserError(
+            f"cannot use device {name!r} ({reason}); without --device the GPU is used if there is one, else the CPU"
+        ) from error
     return device

@@ -1,6 +1,8 @@
 """Settings: presets, files over files, the command line over all, and what is said about mistakes."""
 
 import dataclasses
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,26 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments: str, message: str)
         )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--flow.steps many", "base 10: 'many' (wanted: --flow.steps INT); python -m glf_fast.train --help"),
+        ("--flow.kind nvp", "one of ('coupling', 'rnvp'); python -m glf_fast.train --help"),
+    ],
+)
+def test_boxes_of_any_encoding_become_one_line(
+    arguments: str, message: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tyro draws its boxes by the encoding of the output, with ─ and │ or with hyphens alone."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(UserError) as error:
+        parse_train(arguments.split())
+    text = str(error.value)
+    assert message in text and "---" not in text and "─" not in text and "\n" not in text
+    assert text.startswith(("Error parsing", "invalid choice"))
 
 
 def test_help_explains_settings(capsys: pytest.CaptureFixture[str]) -> None:
