@@ -11,9 +11,10 @@ import tyro
 
 from glf_fast import data
 from glf_fast.command_line import parse, pick_device
-from glf_fast.errors import run_command
+from glf_fast.errors import UserError, run_command
 from glf_fast.training import checkpoint, report, runs
 from glf_fast.training.scoring import evaluate, load_extractors, table
+from glf_fast.training.splits import load_splits
 
 
 @dataclass(frozen=True)
@@ -21,37 +22,37 @@ class Command:
     """Score a trained model against the test images of its data set."""
 
     run: tyro.conf.Positional[Path]
-    """The run's folder."""
+    """Folder of the run."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which of the run's checkpoints."""
+    """Checkpoint of the run to use."""
     extractor: tuple[str, ...] = ()
-    """Feature networks; by default those of the run."""
+    """Feature networks; by default the networks in the run's settings."""
     n: int | None = None
-    """Number of samples; by default that of the run."""
+    """Number of samples; by default the number in the run's settings."""
     temperature: float = 1.0
     """Standard deviation of the noise."""
     seed: int = 0
     """Random seed of the samples."""
     mode: str = ""
-    """Another way to sample, if the model has one; a wrong name lists the ways that there are."""
+    """Sampling mode of the model; empty for the usual one. A wrong name lists the modes of the model."""
     data_dir: Path | None = None
-    """Folder to look for the data set in first."""
+    """Folder in which to look for the data set first."""
     device: str = ""
-    """cpu, cuda, …; by default cuda if there is a GPU."""
+    """Device: cpu, cuda, cuda:1, …; by default cuda if there is a GPU."""
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     command = parse(Command, sys.argv[1:], "glf_fast.evaluate")
     config, device = runs.read_config(command.run), pick_device(command.device)
     which = runs.pick_checkpoint(command.run, command.checkpoint)
     model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, which), device)
-    train, test = (
-        data.as_images(
-            data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
+    train, test = (data.as_images(split) for split in load_splits(config.data, command.data_dir))
+    if train.shape != model.shape or train.fingerprint != state["data"]:
+        raise UserError(
+            f"{config.data.source} holds other data than {command.run} was trained on; give the folder of the original data "
+            "with --data-dir"
         )
-        for split in data.SPLITS
-    )
     scores = evaluate(
         model,
         train,
@@ -66,7 +67,7 @@ def main() -> None:
     runs.write_scores(command.run, scores)
     report.write(command.run)
     print(table(scores))
-    print(f"\nin {command.run / 'scores.json'} with their protocol, and in {command.run / 'report.html'}")
+    print(f"\nscores    {command.run / 'scores.json'} (with their protocol)\nreport    {command.run / 'report.html'}")
 
 
 if __name__ == "__main__":

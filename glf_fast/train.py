@@ -1,6 +1,6 @@
 """python -m glf_fast.train [--preset NAME] [--config FILE …] [--flow.steps 12 …]: train a generative model.
 
-A run, from its first step to its report, is in `training.run`; docs/architecture.md follows a batch through it.
+`training.run` contains a run from its first step to its report; docs/architecture.md follows a batch through it.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from glf_fast import data
 from glf_fast.command_line import pick_device
-from glf_fast.errors import UserError, run_command
+from glf_fast.errors import run_command
 from glf_fast.training import runs
 from glf_fast.training.arguments import parse_train
+from glf_fast.training.board import Board
 from glf_fast.training.config_files import to_toml
 from glf_fast.training.dry_run import dry_run
 from glf_fast.training.run import Run
+from glf_fast.training.splits import load_splits
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     command = parse_train(sys.argv[1:])
     config = command.config
     if command.print_config:
@@ -30,37 +30,31 @@ def main() -> None:
     device = pick_device(command.device)
     if device.type == "cpu":
         print(f"training on the CPU ({torch.get_num_threads()} threads)", file=sys.stderr)
-    train, test = (
-        data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
-        for split in data.SPLITS
+    train, test = load_splits(config.data, command.data_dir)
+    print(
+        f"{config.data.source}: {len(train):,} training and {len(test):,} test items{f' ({test.policy})' * bool(test.policy)}",
+        file=sys.stderr,
     )
-    for dataset, least in ((train, 4), (test, 2)):  # halves of them are compared, and a covariance needs two
-        if len(dataset) < least:
-            raise UserError(
-                f"{config.data.source} has {len(dataset)} {dataset.split} images; at least {least} are needed"
-            )
-    if train.shape != test.shape:
-        raise UserError(
-            f"{config.data.source} has training items of shape {train.shape} and test items of shape {test.shape}; "
-            "both must be alike (grey and coloured images differ in their channels)"
-        )
     if command.dry_run:
         dry_run(config, train, test, device)
         return
     label = command.files[-1].stem if command.files else command.preset or "quick"
     folder = command.out or runs.default_folder(config, command.base, label)
+    # Before anything is written: what is refused leaves nothing behind.
     runs.check_folder(folder, config)
-    run = Run(folder, config, train, test, device)  # before anything is written: this finds what cannot be run
-    runs.write_config(folder, config)
+    run = Run(folder, config, train, test, device)
     with runs.lock(folder):
+        runs.check_folder(folder, config)  # which another process may have begun meanwhile
+        runs.sweep(folder)
+        runs.write_config(folder, config)
         run.resume()
         if run.finished:
             print(f"{folder} is finished ({run.trainer.images:,} images)", file=sys.stderr)
         else:
-            with SummaryWriter(str(folder / "tensorboard"), purge_step=run.trainer.images) as board:
+            with Board(folder / "tensorboard", run.trainer.images) as board:
                 run.train(board)
                 run.finish(board)
-    run.tell()
+    run.print_summary()
 
 
 if __name__ == "__main__":

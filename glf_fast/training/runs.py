@@ -1,4 +1,4 @@
-"""A run's folder: its name, its settings, its log, where its checkpoints are.
+"""The folder of a run: its name, settings, log, scores and checkpoints.
 
 config.toml  metrics.jsonl  scores.json  report.html  checkpoints/{last,best}/  samples/ reconstructions/ interpolations/
 tensorboard/
@@ -7,8 +7,10 @@ tensorboard/
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -17,12 +19,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from glf_fast import files
 from glf_fast.errors import UserError
 from glf_fast.files import atomic_write, read_json, write_json
 from glf_fast.settings import shown
 from glf_fast.training import checkpoint
 from glf_fast.training.config import Config, differences
-from glf_fast.training.config_files import load, to_toml
+from glf_fast.training.config_files import load, to_toml, tomllib
 
 __all__ = [
     "append_metrics",
@@ -35,13 +38,14 @@ __all__ = [
     "read_config",
     "read_metrics",
     "read_scores",
+    "sweep",
     "write_config",
     "write_scores",
 ]
 
 
-def _free(config: Config) -> set[str]:
-    """Settings that may change when a run is resumed: they decide how long it lasts and what is written, not what is learnt."""
+def _changeable(config: Config) -> set[str]:
+    """Settings that may change when a run is resumed, because they affect its length and its files, but not what is learnt."""
     free = {"max_minutes", "checkpoint_minutes", "pictures_every"}
     cosine = any(optimizer.schedule == "cosine" for optimizer in config.optimizers.values())
     return free if cosine else free | {"epochs"}
@@ -49,7 +53,7 @@ def _free(config: Config) -> set[str]:
 
 def default_folder(config: Config, base: Config, label: str) -> Path:
     """runs/{label}, then the settings in which `config` differs from `base`: the same command finds the same folder."""
-    changes = {key: new for key, (_, new) in differences(base, config).items() if key not in _free(config)}
+    changes = {key: new for key, (_, new) in differences(base, config).items() if key not in _changeable(config)}
     parts = [label] + [
         f"{key}={'x'.join(map(str, new)) if isinstance(new, tuple) else new}" for key, new in changes.items()
     ]
@@ -66,35 +70,78 @@ def check_folder(folder: Path, config: Config) -> None:
         UserError: the folder holds something else, or another run; the message names the settings that differ.
     """
     if (folder / "config.toml").is_file():
-        found = {k: v for k, v in differences(read_config(folder), config).items() if k not in _free(config)}
-        if found:
-            listed = "; ".join(f"{key} = {shown(old)} there, {shown(new)} here" for key, (old, new) in found.items())
-            raise UserError(f"{folder} holds a run with other settings ({listed}); choose another --out, or delete it")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not a run's folder (no config.toml) and not empty; choose another --out")
+        changed = {k: v for k, v in differences(read_config(folder), config).items() if k not in _changeable(config)}
+        if changed:
+            listed = "; ".join(f"{key} = {shown(old)}, now {shown(new)}" for key, (old, new) in changed.items())
+            raise UserError(
+                f"{folder} holds a run with other settings ({listed}); choose another --out, or delete the folder"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
+        raise UserError(f"{folder} is not a run's folder (no config.toml) and is not empty; choose another --out")
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Make the run's folder, and write the settings to its config.toml."""
+    """Write the settings to the run's config.toml, with their number, by which `read_config` sees whether all are there."""
+    text = to_toml(config)
     with atomic_write(folder / "config.toml") as temporary:
-        temporary.write_text(to_toml(config), encoding="utf-8")
+        temporary.write_text(f"# {_settings(tomllib.loads(text))} settings\n{text}", encoding="utf-8")
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a run's folder and in its folders of pictures."""
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
+        files.sweep(place)
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in the folder meanwhile; raises UserError when one does."""
+    """Make the folder, and lock it against training by other processes.
+
+    Where the file system has no locks, a line says so, and the folder is not locked.
+
+    Raises:
+        UserError: another process is training in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / ".lock", timeout=0)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
+        held.acquire()
     except Timeout:
-        raise UserError(f"another process is training in {folder}; wait for it, or choose another --out") from None
+        raise UserError(
+            f"another process is training in {folder}; wait until it ends, or choose another --out"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        print(f"{folder} is on a file system without locks: let no other process train in it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def read_config(folder: Path) -> Config:
-    """The settings of a run; raises UserError when `folder` is not a run's."""
-    if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder} is not a run's folder (no config.toml); python -m glf_fast.train makes one")
-    return load(folder / "config.toml")
+    """The settings of a run; raises UserError when `folder` is not a run's, or when settings are missing."""
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a run's folder (no config.toml); python -m glf_fast.train creates such folders"
+        )
+    config = load(path)
+    text = path.read_text(encoding="utf-8-sig")
+    counted = re.match(r"# (\d+) settings\n", text)
+    # Version 0.1.0 wrote no number, and this table last.
+    whole = _settings(tomllib.loads(text)) >= int(counted[1]) if counted else "\n[score]\n" in text
+    if not whole:
+        raise UserError(
+            f"{path} is damaged: settings are missing; restore it from a copy, or train again with another --out"
+        )
+    return config
+
+
+def _settings(table: dict[str, Any]) -> int:
+    """The number of settings in a table of a TOML file and in the tables within it."""
+    return sum(_settings(value) if isinstance(value, dict) else 1 for value in table.values())
 
 
 def checkpoint_folder(folder: Path, which: str) -> Path:
@@ -103,13 +150,13 @@ def checkpoint_folder(folder: Path, which: str) -> Path:
 
 
 def pick_checkpoint(folder: Path, which: str) -> str:
-    """`which`, or "last" with a line on stderr if the run was stopped before it had a best checkpoint."""
+    """`which`, or "last", with a line on stderr, if the run was stopped before it had a best checkpoint."""
     if (
         which == "best"
         and not checkpoint.exists(checkpoint_folder(folder, "best"))
         and checkpoint.exists(checkpoint_folder(folder, "last"))
     ):
-        print(f"{folder} has no best checkpoint yet; the last one is used", file=sys.stderr)
+        print(f"{folder} has no best checkpoint yet; using the last checkpoint", file=sys.stderr)
         return "last"
     return which
 
@@ -118,30 +165,49 @@ def pick_checkpoint(folder: Path, which: str) -> str:
 
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:
-    """Add one line to the run's log; NaN is refused."""
+    """Add one line to the run's log; raises ValueError for NaN."""
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the run's log, oldest first, without a last one that was cut off by a kill."""
+    """The records of the run's log, oldest first.
+
+    An incomplete last line, left by a killed process, is ignored. Other lines that are damaged are left out, and a line on stderr
+    names them.
+    """
     path = folder / "metrics.jsonl"
-    records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("images"), int):
-            raise UserError(
-                f"{path} is not a run's log (line {len(records) + 1}); restore it from a copy, or delete it"
-            )
-        records.append(record)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    records, damaged = [], []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        if (record := _record(line)) is None:
+            damaged.append(number)
+        else:
+            records.append(record)
+    if damaged:
+        some = ", ".join(map(str, damaged[:5])) + ", …" * (len(damaged) > 5)
+        print(f"{path}: damaged lines are left out ({some})", file=sys.stderr)
     return records
 
 
+def _record(line: str) -> dict[str, Any] | None:
+    """A record of the log, or None if the line is none: all values are numbers, but for a score."""
+    try:
+        record = json.loads(line)
+        score = record.pop("score", None)
+        numbers = [record["epoch"], *record.values()]
+        if score is not None:
+            numbers += [score["value"], 0 if score["reconstructions"] is None else score["reconstructions"]]
+            numbers += [] if isinstance(score["metric"], str) else [math.nan]
+            record["score"] = score
+        whole = type(record["images"]) is int and record["images"] >= 0 and all(map(math.isfinite, numbers))
+        return record if whole else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
 def cut_metrics(folder: Path, images: int) -> None:
-    """Remove the lines after so many images from the log: a resumed run writes them again."""
+    """Remove the records after `images` images from the log, because a resumed run writes them again."""
     kept = [record for record in read_metrics(folder) if record["images"] <= images]
     with atomic_write(folder / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -154,23 +220,47 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     """The scores of this run's checkpoints; see `scoring.evaluate` for an entry."""
     path = folder / "scores.json"
     scores = read_json(path) if path.is_file() else []
-    parts = {"settings", "checkpoint", "samples", "reconstructions"}
-    if not isinstance(scores, list) or not all(isinstance(s, dict) and parts <= set(s) for s in scores):
-        raise UserError(f"{path} does not hold scores; delete it, and run python -m glf_fast.evaluate {folder} again")
-    for score in scores:
-        score.setdefault("likelihood", None)  # version 0.1.0 had no model that gives one
-        if "mode" not in score["settings"]:  # written by version 0.1.0, which knew one mode
-            score["settings"]["mode"] = "authors" if score["settings"].pop("authors_protocol", False) else ""
+    try:
+        for score in scores:
+            score.setdefault("likelihood", None)  # version 0.1.0 had no model with a likelihood
+            if "mode" not in score["settings"]:  # written by version 0.1.0, which knew one mode
+                score["settings"]["mode"] = "authors" if score["settings"].pop("authors_protocol", False) else ""
+            _check_score(score)
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path} does not hold scores; delete it, and run python -m glf_fast.evaluate {folder} again"
+        ) from error
     return scores
 
 
-def write_scores(folder: Path, scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add scores to scores.json, each in the place of an older one of the same kind; returns all."""
+def _check_score(score: dict[str, Any]) -> None:
+    """Look up whatever `scoring.table` and the report do; raises TypeError or KeyError where something is missing."""
+    samples, rebuilt, settings, about = (
+        score[part] for part in ("samples", "reconstructions", "settings", "checkpoint")
+    )
+    numbers = [samples["value"], *samples["floors"].values(), settings["n"], settings["temperature"], settings["seed"]]
+    numbers += [
+        samples["floors"]["train/test"],
+        samples["floors"]["train/train"],
+        samples["protocol"]["reference"]["n"],
+    ]
+    numbers += [about["epoch"], *(samples["interval"] or ()), *([rebuilt["value"]] if rebuilt else ())]
+    numbers += [samples["kid"][part] for part in ("mean", "std")] if samples["kid"] else []
+    if density := score["likelihood"]:
+        numbers += [density["value"], *density["interval"]] if density["value"] is not None else []
+        _ = density["what"] + density["metric"]
+    _ = "".join([*samples["notes"], samples["metric"], settings["mode"], settings["extractor"], about["name"]])
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise TypeError("scores are numbers")
 
-    def kind(score: dict[str, Any]) -> str:
+
+def write_scores(folder: Path, scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add scores to scores.json, replacing older scores with the same settings and checkpoint; returns all scores."""
+
+    def key(score: dict[str, Any]) -> str:
         return json.dumps([score["settings"], score["checkpoint"]["name"]], sort_keys=True)
 
-    new = {kind(score) for score in scores}
-    merged = [score for score in read_scores(folder) if kind(score) not in new] + scores
+    new = {key(score) for score in scores}
+    merged = [score for score in read_scores(folder) if key(score) not in new] + scores
     write_json(folder / "scores.json", merged)
     return merged

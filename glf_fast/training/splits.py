@@ -1,0 +1,31 @@
+"""The training and the test split that a run's settings name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from glf_fast import data
+from glf_fast.data import Dataset
+from glf_fast.errors import UserError
+from glf_fast.training.config import DataConfig
+
+__all__ = ["load_splits"]
+
+
+def load_splits(config: DataConfig, data_dir: Path | None) -> tuple[Dataset, Dataset]:
+    """Load both splits; raises UserError also if they have too few items, or items of different shapes."""
+    train, test = (
+        data.load(
+            config.source, split, data_dir=data_dir, image_size=config.image_size, skip_unusable=config.skip_unusable
+        )
+        for split in data.SPLITS
+    )
+    for dataset, least in ((train, 4), (test, 2)):  # scores compare two halves of train; a covariance needs two items
+        if len(dataset) < least:
+            raise UserError(f"{config.source} has {len(dataset)} {dataset.split} items; at least {least} are needed")
+    if train.shape != test.shape:
+        raise UserError(
+            f"{config.source} has training items of shape {train.shape} and test items of shape {test.shape}; "
+            "both must be alike (grey and coloured images differ in their channels)"
+        )
+    return train, test
