@@ -21,27 +21,27 @@ class Command:
     """Score a trained model against the test images of its data set."""
 
     run: tyro.conf.Positional[Path]
-    """The run's folder."""
+    """Folder of the run."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which of the run's checkpoints."""
+    """Checkpoint of the run to use."""
     extractor: tuple[str, ...] = ()
-    """Feature networks; by default those of the run."""
+    """Feature networks; by default the networks in the run's settings."""
     n: int | None = None
-    """Number of samples; by default that of the run."""
+    """Number of samples; by default the number in the run's settings."""
     temperature: float = 1.0
     """Standard deviation of the noise."""
     seed: int = 0
     """Random seed of the samples."""
     mode: str = ""
-    """Another way to sample, if the model has one; a wrong name lists the ways that there are."""
+    """Sampling mode of the model; empty for the usual one. A wrong name lists the modes of the model."""
     data_dir: Path | None = None
-    """Folder to look for the data set in first."""
+    """Folder in which to look for the data set first."""
     device: str = ""
-    """cpu, cuda, …; by default cuda if there is a GPU."""
+    """Device: cpu, cuda, cuda:1, …; by default cuda if there is a GPU."""
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     command = parse(Command, sys.argv[1:], "glf_fast.evaluate")
     config, device = runs.read_config(command.run), pick_device(command.device)
     which = runs.pick_checkpoint(command.run, command.checkpoint)
@@ -66,7 +66,7 @@ def main() -> None:
     runs.write_scores(command.run, scores)
     report.write(command.run)
     print(table(scores))
-    print(f"\nin {command.run / 'scores.json'} with their protocol, and in {command.run / 'report.html'}")
+    print(f"\nscores    {command.run / 'scores.json'} (with their protocol)\nreport    {command.run / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ _SECONDS = 10.0
 
 
 class Progress:
-    """Shows images seen of `total`, images per second of training (pauses excluded), losses, time to go; on stderr."""
+    """Display of progress on stderr: images seen of `total`, images per second without pauses, losses, and the time left."""
 
     def __init__(self, total: int, images: int, images_per_epoch: int) -> None:
         self.total, self.images, self.images_per_epoch = total, images, images_per_epoch
@@ -36,7 +36,7 @@ class Progress:
             self._bar.close()
 
     def update(self, images: int, losses: Mapping[str, float]) -> None:
-        """Show that so many images were seen, with the latest losses."""
+        """Show the number of images seen so far, and the latest losses."""
         now = time.monotonic()
         new, self.images = images - self.images, images
         rate = new / max(now - self._clock, 1e-9)
@@ -63,19 +63,19 @@ class Progress:
             print(message, file=sys.stderr, flush=True)
 
     def pause(self) -> None:
-        """Forget the time since the last update: it went into scores and pictures, not into training."""
+        """Exclude the time since the last update from the speed, because it was spent on scores and pictures."""
         self._clock = time.monotonic()
 
 
 class Stop:
-    """The signal that asked for a stop; 0 if there was none."""
+    """Number of the signal that asked for a stop; 0 if there was none."""
 
     signal = 0
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Inside, the first Ctrl-C or SIGTERM only sets the yielded `Stop`; a second one acts as always."""
+    """Inside the block, the first Ctrl-C or SIGTERM only sets the yielded `Stop`; a second signal acts as usual."""
     stop = Stop()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

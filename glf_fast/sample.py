@@ -23,27 +23,27 @@ class Command:
     """Draw images from a trained model."""
 
     run: tyro.conf.Positional[Path]
-    """The run's folder."""
+    """Folder of the run."""
     n: int = 64
     """Number of images."""
     out: Path = Path("samples.png")
-    """A .png (one grid), a .npy (uint8, n × C × H × W) or a folder (one PNG per image)."""
+    """Output: a .png (one grid of images), a .npy (uint8, n × C × H × W) or a folder (one PNG per image)."""
     temperature: float = 1.0
-    """Standard deviation of the noise; a smaller one gives cleaner, less varied images."""
+    """Standard deviation of the noise; smaller values give cleaner, less varied images."""
     mode: str = ""
-    """Another way to sample, if the model has one; a wrong name lists the ways that there are."""
+    """Sampling mode of the model; empty for the usual one. A wrong name lists the modes of the model."""
     seed: int = 0
     """Random seed: image i is the same for the same seed, whatever n is."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which of the run's checkpoints."""
+    """Checkpoint of the run to use."""
     device: str = ""
-    """cpu, cuda, …; by default cuda if there is a GPU."""
+    """Device: cpu, cuda, cuda:1, …; by default cuda if there is a GPU."""
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     command = parse(Command, sys.argv[1:], "glf_fast.sample")
-    runs.read_config(command.run)  # says so if this is no run's folder
+    runs.read_config(command.run)  # raises UserError if this is not a run's folder
     model, _ = checkpoint.load_model(
         runs.checkpoint_folder(command.run, runs.pick_checkpoint(command.run, command.checkpoint)),
         pick_device(command.device),
@@ -55,11 +55,11 @@ def main() -> None:
         with atomic_write(command.out) as temporary:
             np.save(temporary, images.numpy())
     elif command.out.suffix:
-        raise UserError(f"--out {command.out} must end in .png or .npy, or be a folder (no suffix)")
+        raise UserError(f"--out {command.out} must end in .png or .npy, or be a folder (a name without suffix)")
     else:
         for i, image in enumerate(images):
             save_png(command.out / f"{i:06d}.png", image)
-    print(f"{command.n} images in {command.out}")
+    print(f"wrote {command.n} images to {command.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """python -m glf_fast.train [--preset NAME] [--config FILE …] [--flow.steps 12 …]: train a generative model.
 
-A run, from its first step to its report, is in `training.run`; docs/architecture.md follows a batch through it.
+`training.run` contains a run from its first step to its report; docs/architecture.md follows a batch through it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from glf_fast.training.run import Run
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     command = parse_train(sys.argv[1:])
     config = command.config
     if command.print_config:
@@ -34,10 +34,10 @@ def main() -> None:
         data.load(config.data.source, split, data_dir=command.data_dir, image_size=config.data.image_size)
         for split in data.SPLITS
     )
-    for dataset, least in ((train, 4), (test, 2)):  # halves of them are compared, and a covariance needs two
+    for dataset, least in ((train, 4), (test, 2)):  # scores compare two halves of train; a covariance needs two items
         if len(dataset) < least:
             raise UserError(
-                f"{config.data.source} has {len(dataset)} {dataset.split} images; at least {least} are needed"
+                f"{config.data.source} has {len(dataset)} {dataset.split} items; at least {least} are needed"
             )
     if command.dry_run:
         dry_run(config, train, test, device)
@@ -45,7 +45,9 @@ def main() -> None:
     label = command.files[-1].stem if command.files else command.preset or "quick"
     folder = command.out or runs.default_folder(config, command.base, label)
     runs.check_folder(folder, config)
-    run = Run(folder, config, train, test, device)  # before anything is written: this finds what cannot be run
+    run = Run(
+        folder, config, train, test, device
+    )  # before anything is written, because Run refuses impossible settings
     runs.write_config(folder, config)
     with runs.lock(folder):
         run.resume()
@@ -55,7 +57,7 @@ def main() -> None:
             with SummaryWriter(str(folder / "tensorboard"), purge_step=run.trainer.images) as board:
                 run.train(board)
                 run.finish(board)
-    run.tell()
+    run.print_summary()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data sets: find, fetch, verify, load. A whole split is one tensor of images, rows or tokens; models are unknown here."""
+"""Data sets: find, fetch, verify, load. A whole split is one tensor of images, rows or tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = [
 # The registry of public data sets.
 SOURCES: dict[str, Source] = {source.name: source for source in (FASHION_MNIST, MNIST, CIFAR10, CELEBA, DIGITS)}
 
-# Readers of the user's files by their endings; folders and zips are of images.
+# Readers of the user's files by their endings; folders and zips hold images.
 _READERS: dict[str, Callable[[Path, str], Dataset]] = {
     ".npy": load_arrays,
     ".npz": load_arrays,
@@ -72,13 +72,14 @@ def load(
 
     Args:
         source: one of `names()`, or the path of a folder or zip of images, or of a .npy, .npz, .csv or .parquet file.
-        split: "train" or "test". Files without a test split give a tenth of a fixed random order.
+        split: "train" or "test". If files have no test split, a tenth of their items, in a fixed random order, is the test
+            split.
         data_dir: folder with the files of a public data set; it is searched first.
-        image_size: for folders, zips and CelebA: resize the central square to this many pixels.
+        image_size: side in pixels to which the central square is resized; for folders, zips and CelebA.
         download: whether a public data set may be fetched.
 
     Raises:
-        UserError: unknown name, missing or damaged files, no network: the message says what was tried and what to do.
+        UserError: unknown name, missing or damaged files, no network. The message says what was tried and what to do.
     """
     check_split(split)
     if image_size is not None and image_size < 1:
@@ -91,7 +92,7 @@ def load(
     if not path.exists():
         hint = did_you_mean(source, SOURCES)
         raise UserError(
-            f"no data set or path {source!r}; {hint}there are {', '.join(SOURCES)}, and paths of your own data: {_FILES}"
+            f"no data set or path {source!r}; {hint}give one of {', '.join(SOURCES)}, or a path of your own data: {_FILES}"
         )
     if data_dir is not None:
         raise UserError(f"{source} has no files to look for in --data-dir {data_dir}; leave the option out")
@@ -102,9 +103,9 @@ def load(
         raise UserError(f"image_size is for folders and zips of images, and for CelebA; {source} is neither")
     if ending in _PICKLES:
         raise UserError(
-            f"{source} is a pickle by its name; pickles are never loaded, because they can execute code: "
+            f"{source} is a pickle by its name; pickles are never loaded, because they can execute code; "
             "save arrays with numpy.save or numpy.savez"
         )
     if ending not in _READERS:
-        raise UserError(f"{source} is in no known format; there are {_FILES}")
+        raise UserError(f"{source} is in no known format; the known formats are {_FILES}")
     return _READERS[ending](path, split)

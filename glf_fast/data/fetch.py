@@ -1,4 +1,4 @@
-"""Fetching files: places tried in order, downloads, package registries, hashes, and the report of all failures."""
+"""Fetching files: places tried in order, downloads, package registries, hashes, and an error that lists all failures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-# The time-out is for silence, not for the whole transfer: a closed network costs seconds, and a slow one may take its time.
+# The time-out limits the wait for data, not the whole transfer: a closed network costs seconds, and a slow network is no error.
 TIMEOUT_S = 10.0
 
 
@@ -111,7 +111,7 @@ def download(url: str, target: Path, check: Callable[[Path], None]) -> Path:
     The content is streamed to disk, so files of any size need little memory.
 
     Raises:
-        Unavailable: the server refused, the connection broke off, or `check` refused the content; the message says which.
+        Unavailable: the server refused, the connection broke off, or `check` refused the content; the message gives the reason.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "glf_fast"})
     try:
@@ -157,7 +157,7 @@ def _run(command: list[str], cwd: Path) -> str:
 def debian_package(name: str) -> Iterator[Path]:
     """The unpacked files of a Debian package in a temporary folder; works without root and without package lists.
 
-    apt-get is given temporary folders for its lists and cache, so those of the system are neither needed nor changed.
+    apt-get uses temporary folders for its lists and its cache, so the folders of the system are neither needed nor changed.
     """
     apt, dpkg = shutil.which("apt-get"), shutil.which("dpkg-deb")
     if not apt or not dpkg:

@@ -1,4 +1,4 @@
-"""Any folder or zip of images: opened, turned upright, cropped to a square, resized."""
+"""Images of any folder or zip: opened, turned upright, cropped to a square, resized."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_folder(path: Path, split: str, image_size: int | None = None) -> ImageD
     has_splits = all(groups.values())
     chosen = groups[split] if has_splits else files
     if not chosen:
-        raise UserError(f"{path} holds no files; give a folder or zip of images")
+        raise UserError(f"{path} holds no files; a folder or zip of images is needed")
     arrays = [
         _open(path, name, read, image_size) for name, read in tqdm(chosen, "reading images", disable=len(chosen) < 2000)
     ]
@@ -111,9 +111,9 @@ def _open(path: Path, name: str, read: Callable[[], bytes], image_size: int | No
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
-        # Pillow's own message names the buffer that it was given, by its address.
+        # Pillow's own message contains only the address of the buffer.
         reason = "in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         hidden = PurePosixPath(name).with_name(f".{PurePosixPath(name).name}")
         raise UserError(
-            f"{name} in {path} is not a readable image ({reason}); remove it or hide it ({hidden})"
+            f"{name} in {path} is not a readable image ({reason}); remove it, or rename it to {hidden}, which is ignored"
         ) from error

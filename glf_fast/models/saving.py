@@ -1,4 +1,4 @@
-"""A model's files: config.json with shape and settings, model.safetensors with the weights; the one place that knows them."""
+"""Reading and writing the two files of a model: config.json with shape and settings, model.safetensors with the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]
 
 @contextlib.contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; when the block ends well, move its files to `folder`. A model card that is there stays."""
+    """Yield a temporary folder; if the block succeeds, move its files to `folder`. An existing model card stays."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         yield Path(temporary)
@@ -41,7 +41,7 @@ def beside(folder: Path) -> Iterator[Path]:
 
 
 def find(name_or_path: str | Path, **download: Any) -> Path:
-    """The folder itself, or the downloaded one of this name on the Hugging Face hub; raises UserError if there is neither."""
+    """The folder itself, or the download of this name from the Hugging Face hub; raises UserError if neither exists."""
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
@@ -58,7 +58,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights in a folder; raises UserError if they are missing, corrupt or pickled."""
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise UserError(f"{folder} has no {file}{_pickles_in(folder)}; save_pretrained writes one")
+            raise UserError(f"{folder} has no {file}{_pickles_in(folder)}; save_pretrained writes this file")
     config = read_json(folder / CONFIG_FILE)
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG_FILE} does not hold a model's settings; restore it from a copy")
@@ -66,7 +66,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises UserError if it is none."""
+    """The tensors of a safetensors file; raises UserError if the file is not readable as safetensors."""
     try:
         return load_file(file)
     except (SafetensorError, RuntimeError) as error:

@@ -1,6 +1,6 @@
-"""Checkpoints: folders of safetensors and JSON that are whole or not there, and never run code when read.
+"""Checkpoints: folders of safetensors and JSON that are complete or absent, and never execute code when read.
 
-model.safetensors      the weights to use: averaged ones, if there is an average
+model.safetensors      the weights to use: the averaged weights, if there is an average
 config.json            the model's shape and settings; with these two, `from_pretrained(folder)` of the model opens the folder
 training.safetensors   what resuming needs in addition: optimizer states, and the raw weights if there is an average
 checkpoint.json        the model's name, the state of training, the version of glf_fast, size and SHA-256 of each other file
@@ -27,7 +27,7 @@ from glf_fast.models.saving import CONFIG_FILE, WEIGHTS_FILE
 
 __all__ = ["Checkpoint", "exists", "load_model", "optimizer_tensors", "read", "restore_optimizer", "write"]
 
-# 2 has the key "version", and another config.json: models read both.
+# Format 2 added the key "version" and changed config.json; models read the configurations of both formats.
 _FORMAT, _READABLE = 2, (1, 2)
 _TRAINING, _INDEX = "training.safetensors", "checkpoint.json"
 
@@ -39,8 +39,8 @@ class Checkpoint:
     Attributes:
         model, config: the model's name, and its shape and settings.
         weights: the weights to use.
-        training: tensors that resuming needs in addition; empty if not asked for or not there.
-        state: images seen, scores and the like; JSON.
+        training: tensors that resuming needs in addition; empty if they were not read or do not exist.
+        state: images seen, scores and the like; JSON-ready.
     """
 
     model: str
@@ -51,16 +51,17 @@ class Checkpoint:
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint in the place of the one in `folder`.
+    """Replace the checkpoint in `folder` by another one.
 
-    It is written beside and renamed into place once it is on the disk: at every moment there is one whole checkpoint.
+    The new checkpoint is written to a temporary folder and renamed once it is on the disk, so that at every moment one complete
+    checkpoint exists.
 
     Raises:
-        OSError: it could not be written (disk full …); the old one stays.
+        OSError: the checkpoint could not be written (disk full …); the old checkpoint stays.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     previous, temporary = _previous(folder), folder.with_name(f".{folder.name}-new")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     try:
         temporary.mkdir()
         saving.write(temporary, checkpoint.config, checkpoint.weights)
@@ -73,7 +74,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         index |= {"state": checkpoint.state, "files": files}
         write_json(temporary / _INDEX, index)
         _flush(temporary)
-        # No system call swaps folders everywhere, so the old one steps aside; `read` looks for it there too.
+        # No portable system call swaps folders, so the old folder is renamed first; `read` looks for it under that name, too.
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -82,7 +83,8 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
         raise OSError(
-            f"{folder} could not be written ({error}); what was there is unharmed: make room, and run the same command again"
+            f"{folder} could not be written ({error}); the previous checkpoint, if any, is intact: "
+            "free disk space and run the same command again"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -94,17 +96,17 @@ def exists(folder: Path) -> bool:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint alone; raises UserError as `read`."""
-    return _index(_whole(folder))["state"]
+    """The state of a checkpoint, without its tensors; raises UserError as `read` does."""
+    return _index(_complete(folder))["state"]
 
 
 def read(folder: Path, *, training: bool = False) -> Checkpoint:
-    """Read a checkpoint, with what resuming needs if `training`; every file is compared with its checksum first.
+    """Read a checkpoint, with the tensors for resuming if `training`; every file is compared with its checksum first.
 
     Raises:
-        UserError: the checkpoint is missing, corrupt, or was written without what resuming needs.
+        UserError: the checkpoint is missing or corrupt, or was written without the tensors for resuming.
     """
-    folder = _whole(folder)
+    folder = _complete(folder)
     index = _index(folder)
     for name in [WEIGHTS_FILE, CONFIG_FILE, *([_TRAINING] if training else [])]:
         file, recorded = folder / name, index["files"].get(name)
@@ -130,7 +132,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[models.GenerativeMod
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The optimizer's state as tensors called "optimizer.{parameter's name}.{key}"."""
+    """The state of the optimizer as tensors, by the names "optimizer.{parameter's name}.{key}"."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {
         f"optimizer.{names[parameter]}.{key}": value
@@ -142,7 +144,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Undo `optimizer_tensors`; learning rates and other settings stay the optimizer's own."""
+    """Load the tensors of `optimizer_tensors` into the optimizer; its learning rate and other settings stay unchanged."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for position, parameter in enumerate(parameters):
@@ -150,7 +152,7 @@ def restore_optimizer(
         entries = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if entries:
             state[position] = entries
-    # load_state_dict brings each tensor to the device and type that the optimizer wants it in.
+    # load_state_dict moves each tensor to the device and dtype that the optimizer needs.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -161,8 +163,8 @@ def _previous(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}-previous")
 
 
-def _whole(folder: Path) -> Path:
-    """The folder that holds the checkpoint of `folder` at this moment."""
+def _complete(folder: Path) -> Path:
+    """The folder that holds the complete checkpoint: `folder`, or the previous one if a write was interrupted."""
     if not exists(folder):
         raise UserError(f"there is no checkpoint {folder}; python -m glf_fast.train writes checkpoints")
     return folder if folder.is_dir() else _previous(folder)

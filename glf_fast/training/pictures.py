@@ -1,4 +1,4 @@
-"""Pictures of a model: samples on fixed noise, and reconstructions and interpolations of test images where it has them."""
+"""Pictures of a model: samples from fixed noise, and reconstructions and interpolations of test images if it can make them."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from glf_fast.models import GenerativeModel, Interpolates, Reconstructs
 
 __all__ = ["draw", "draw_pictures", "latest_picture", "picture_name", "save_picture"]
 
-# Noise is drawn for this many images at a time, always: image i is then the same whatever n is. A sampling mode that takes
-# statistics of a batch takes them of these.
+# Noise is always drawn for this many images at a time, so that image i does not depend on n. A sampling mode with batch
+# statistics computes them from these images.
 _CHUNK = 500
 
 
 def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0, mode: str = "") -> Tensor:
     """n images as uint8 (n, C, H, W) on the model's device; image i depends on (seed, i) alone, not on n.
 
-    Pixels that are not finite (a flow that overflows early in training) become black, with a line on stderr.
+    Pixels that are not finite become black, and a line on stderr says so; a flow may overflow early in training.
 
     Raises:
-        UserError: n < 1, a negative temperature, a sampling mode that the model does not have, or a model of other data.
+        UserError: n < 1, a negative temperature, a sampling mode that the model does not have, or a model of other data than
+            images.
     """
     if n < 1:
-        raise UserError(f"n = {n} images cannot be drawn; ask for one or more")
+        raise UserError(f"n = {n} images cannot be drawn; n must be 1 or more")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature = {temperature} must be 0 or more")
     if mode and mode not in model.sampling_modes:
         known = ", ".join(model.sampling_modes) or "none"
         hint = did_you_mean(mode, model.sampling_modes)
-        raise UserError(f"{model.words.title} has no sampling mode {mode!r}; {hint}there are: {known}")
+        raise UserError(f"{model.words.title} has no sampling mode {mode!r}; {hint}its modes are: {known}")
     if len(model.shape) != 3:
         raise UserError(
-            f"images cannot be drawn: this {model.words.title} was trained on other data, of shape {model.shape}"
+            f"images cannot be drawn: this {model.words.title} was trained on data of shape {model.shape}, not on images"
         )
     device = next(model.parameters()).device
     chunks, broken = [], torch.zeros((), dtype=torch.int64, device=device)
@@ -55,10 +56,11 @@ def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0,
 
 
 def draw_pictures(model: GenerativeModel, test_images: Tensor, seed: int) -> dict[str, Tensor]:
-    """A uint8 picture (C, H, W) of each kind that the model can make; the same noise and test images (N, C, H, W) every time.
+    """A uint8 picture (C, H, W) of each kind that the model can make; the noise and the test images used are always the same.
 
-    The test images come in a fixed random order, as data sets may be sorted by class. Reconstructions are pairs of rows: real
-    images, and below them their reconstructions. Interpolations run from one test image to another.
+    The test images (N, C, H, W) are put into a fixed random order, because data sets may be sorted by class. Reconstructions
+    are
+    pairs of rows: real images, and below them their reconstructions. Interpolations run from one test image to another.
     """
     pictures = {"samples": grid(draw(model, 64, seed=seed))}
     real = subset(test_images, min(32, len(test_images) // 2 * 2))
@@ -75,7 +77,7 @@ def draw_pictures(model: GenerativeModel, test_images: Tensor, seed: int) -> dic
 
 
 def picture_name(images: int) -> str:
-    """File name of the pictures made after so many training images."""
+    """File name of the pictures drawn after `images` training images."""
     return f"{images:09d}.png"
 
 
@@ -85,5 +87,5 @@ def save_picture(run: Path, kind: str, picture: Tensor, images: int) -> None:
 
 
 def latest_picture(run: Path, kind: str) -> Path | None:
-    """The newest picture of a kind, None if there is none yet."""
+    """The newest picture of a kind, or None."""
     return max((run / kind).glob("*.png"), default=None)

@@ -1,4 +1,4 @@
-"""report.html: a run on one page that needs nothing but itself: pictures, curves, scores, settings."""
+"""report.html: pictures, curves, scores and settings of a run on one self-contained page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from glf_fast.training.scoring import likelihood_line
 __all__ = ["write"]
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-# Replaced by the page's own text colour, so that curves suit light and dark.
+# This colour is replaced by the page's text colour, so that curves suit light and dark pages.
 _INK = "#010203"
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -47,7 +47,7 @@ _BLUE, _ORANGE, _GREY = "#4f6fe8", "#e0803a", "#8a8d98"
 
 
 def write(run: Path) -> Path:
-    """Write run/report.html from what is in the run's folder now; sections with nothing to show are left out."""
+    """Write run/report.html from the present files of the run's folder; empty sections are left out."""
     config, records, scores = runs.read_config(run), runs.read_metrics(run), runs.read_scores(run)
     seen = records[-1] if records else {"images": 0, "epoch": 0.0}
     finished = any(record.get("finished") and record["images"] == seen["images"] for record in records)
@@ -59,7 +59,7 @@ def write(run: Path) -> Path:
         subtitle=html.escape(f"{what}, on {config.data.source}. {seen['images']:,} images seen, {state}."),
         samples=_picture(latest_picture(run, "samples"), "Samples"),
         scores="".join(_score_card(score, kind.sampling_modes) for score in scores) or _score_so_far(records),
-        sections=_growth(run) + _others(run, kind.words) + _curves(records, kind.words),
+        sections=_growth(run) + _test_pictures(run, kind.words) + _curves(records, kind.words),
         config=html.escape((run / "config.toml").read_text(encoding="utf-8")),
         protocol=html.escape(json.dumps(scores, indent=2, ensure_ascii=False)),
     )
@@ -109,7 +109,7 @@ def _score_card(score: dict[str, Any], modes: Mapping[str, str]) -> str:
 def _score_so_far(records: Sequence[dict[str, Any]]) -> str:
     latest = next((record for record in reversed(records) if "score" in record), None)
     if latest is None:
-        return '<div class="card"><div class="label">No score.</div></div>'
+        return '<div class="card"><div class="label">There are no scores.</div></div>'
     score = latest["score"]
     rebuilt = f"reconstructions {score['reconstructions']:.2f}" if score["reconstructions"] is not None else ""
     metric = html.escape(score["metric"])
@@ -132,19 +132,20 @@ def _picture(path: Path | None, caption: str) -> str:
 
 
 def _growth(run: Path) -> str:
-    """The same noise at up to five moments of training."""
+    """Samples from the same noise at up to five moments of training."""
     paths = sorted((run / "samples").glob("*.png"))
     if len(paths) < 3:
         return ""
     count = min(5, len(paths))
     chosen = [paths[i * (len(paths) - 1) // (count - 1)] for i in range(count)]
     figures = "".join(_picture(path, "Samples") for path in chosen)
-    return f'<h2>How the samples grew</h2><p>The same noise each time.</p><div class="strip">{figures}</div>'
+    text = "All pictures are drawn from the same noise."
+    return f'<h2>Samples during training</h2><p>{text}</p><div class="strip">{figures}</div>'
 
 
-def _others(run: Path, words: Words) -> str:
+def _test_pictures(run: Path, words: Words) -> str:
     texts = {
-        "reconstructions": "Rows of test images, and below each row their reconstructions.",
+        "reconstructions": "Below each row of test images are their reconstructions.",
         "interpolations": html.escape(words.interpolations),
     }
     sections = ""
@@ -166,7 +167,7 @@ def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
         return ""
     logged = dict.fromkeys(name for record in steps for name in record if name not in hidden)
     terms = {name: name for name in logged if not name.startswith("lr_")}
-    # A run that an earlier version began may have few records of a curve.
+    # A run that was started by an earlier version may have few records of a curve.
     chosen = {
         name: title for name, title in (words.curves or {}).items() if sum(name in record for record in steps) > 1
     }
@@ -177,7 +178,7 @@ def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
         for axis, (name, title) in zip(axes, terms.items(), strict=False):
             drawn = [(r["epoch"], r[name]) for r in steps if name in r]
             axis.plot(*zip(*drawn, strict=True), color=_BLUE, linewidth=1.3)
-            # The first steps are far off and would flatten the rest.
+            # The first steps have much larger losses and would flatten the rest of the curve.
             values = sorted(value for _, value in drawn[len(drawn) // 20 :])
             margin = 0.05 * (values[-1] - values[0]) or 1.0
             axis.set(title=title, xlabel="epoch", ylim=(values[0] - margin, values[-1] + margin))
@@ -195,5 +196,6 @@ def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    text = html.escape(f"Losses of the training batches; scores against test images. {words.about_curves}".rstrip())
+    about = "Losses are means over training batches. Scores compare generated images with test images."
+    text = html.escape(f"{about} {words.about_curves}".rstrip())
     return f'<h2>Curves</h2><p>{text}</p><div class="card">{svg}</div>'

@@ -1,4 +1,4 @@
-"""A run in its folder: training with log, pictures, scores and checkpoints, and the final scores."""
+"""A training run in its folder: training with log, pictures, scores and checkpoints, and the final scores."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from glf_fast.training.trainer import Trainer
 
 __all__ = ["Run"]
 
-# Seeds of the noise behind scores: the final one is not the one by which the best checkpoint was chosen.
+# Seeds of the noise for scores. They differ, so that the final score is not biased by the choice of the best checkpoint.
 _PERIODIC_SEED, _FINAL_SEED = 1, 0
 
 
 class Run:
-    """A run in its folder; `resume` goes to where it was left, `train` and `finish` do the rest.
+    """A training run in its folder: `resume` restores the last checkpoint, `train` trains, `finish` computes the final scores.
 
-    Scores and pictures are of images; other data have a log, checkpoints and a report.
+    Scores and pictures exist for images only; runs on other data have a log, checkpoints and a report.
     """
 
     def __init__(self, folder: Path, config: Config, train: Dataset, test: Dataset, device: torch.device) -> None:
@@ -43,8 +43,8 @@ class Run:
         self.images_per_epoch, self.total = self.trainer.images_per_epoch, self.trainer.ends[-1]
         if config.max_minutes and len(self.trainer.ends) > 1:
             raise UserError(
-                f"model {config.model.name!r} trains in {len(self.trainer.ends)} stages, and a time limit would end training "
-                "before the last one; leave --max-minutes out and lower --epochs"
+                f"model {config.model.name!r} trains in {len(self.trainer.ends)} stages, and a time limit may end training "
+                "before the last stage; leave --max-minutes out and lower --epochs"
             )
         self.last, self.best = (runs.checkpoint_folder(folder, which) for which in ("last", "best"))
         self.of_images = train.kind == "images"
@@ -52,18 +52,18 @@ class Run:
         self.minutes_before, self.started = 0.0, time.monotonic()
 
     def resume(self) -> None:
-        """Go to the last checkpoint, if there is one; raises UserError if it is corrupt or of other data."""
+        """Restore the last checkpoint, if there is one; raises UserError if it is corrupt or was trained on other data."""
         if checkpoint.exists(self.last):
             state = self.trainer.restore(self.last)
             if state["data"] != self.train_set.fingerprint:
                 raise UserError(
-                    f"{self.folder} was trained on other images of {self.train_set.name} than are there now; "
-                    "choose another --out"
+                    f"{self.folder} was trained on other images than {self.train_set.name} holds now; "
+                    "choose another --out, or restore the data"
                 )
             self.minutes_before = state["minutes"]
         self.started = time.monotonic()
 
-    # -- how far ----------------------------------------------------------------------------------------------------------
+    # -- progress ---------------------------------------------------------------------------------------------------------
 
     @property
     def epoch(self) -> float:
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether training is over and the final scores are there."""
+        """Whether training is over and the final scores are written."""
         records = runs.read_metrics(self.folder)
         scored = bool(runs.read_scores(self.folder)) or not self.of_images
         return self.done and scored and any(r.get("finished") and r["images"] == self.trainer.images for r in records)
@@ -92,10 +92,10 @@ class Run:
     # -- training ---------------------------------------------------------------------------------------------------------
 
     def train(self, board: SummaryWriter) -> None:
-        """All stages; ends the process when a signal asks for it."""
+        """Train all stages; exit the process, with a checkpoint, when a signal asks for a stop."""
         trainer = self.trainer
-        how = f"going on after {trainer.images:,} images" if trainer.images else "a new run"
-        print(f"{self.folder}: {how}, up to {self.total:,} images", file=sys.stderr)
+        how = f"resuming after {trainer.images:,} images" if trainer.images else "starting a new run"
+        print(f"{self.folder}: {how}, training up to {self.total:,} images", file=sys.stderr)
         runs.cut_metrics(self.folder, trainer.images)
         with stop_on_signals() as stop, Progress(self.total, trainer.images, self.images_per_epoch) as progress:
             self._train_stage(board, progress, stop)
@@ -108,11 +108,11 @@ class Run:
             if latest_picture(self.folder, "samples") is None:
                 self._pictures(board)
             report.write(self.folder)
-            print(f"stopped after {trainer.images:,} images; the same command goes on from here", file=sys.stderr)
+            print(f"stopped after {trainer.images:,} images; run the same command again to resume", file=sys.stderr)
             sys.exit(128 + stop.signal)
 
     def _train_stage(self, board: SummaryWriter, progress: Progress, stop: Stop) -> None:
-        """Steps to the end of the stage, with log, pictures, scores and checkpoints in between."""
+        """Train to the end of the stage, with log, pictures, scores and checkpoints in between."""
         trainer, config = self.trainer, self.config
         end = trainer.ends[trainer.stage]
         if self.done or trainer.images >= end:
@@ -138,14 +138,14 @@ class Run:
                 self._pictures(board)
             if epoch_ends and self._scores_after(epoch + 1):
                 progress.say(self._score(board))
-            if saving:  # last, so that a run resumed from here misses nothing of this step
+            if saving:  # last, so that the checkpoint comes after everything that this step writes
                 trainer.save(self.last, self._state(), for_resuming=True)
                 saved = time.monotonic()
             if epoch_ends or saving:
                 progress.pause()
 
     def finish(self, board: SummaryWriter) -> None:
-        """The final scores, of the best checkpoint and by all extractors, and the report."""
+        """Compute the final scores of the best checkpoint by all extractors, and write the report."""
         images = self.trainer.images
         if not (self.config.score.every and self.of_images):
             self.trainer.save(self.best, self._state(), for_resuming=False)
@@ -154,24 +154,24 @@ class Run:
         if not (self.folder / "samples" / picture_name(images)).is_file():
             self._pictures(board)
         if self.of_images:
-            print("final scores, of the best checkpoint", file=sys.stderr)
+            print("computing the final scores of the best checkpoint", file=sys.stderr)
             model, state = checkpoint.load_model(self.best, self.device)
             about = {"name": "best", "images": state["images"], "epoch": state["epoch"], "ema": self.config.ema}
             runs.write_scores(self.folder, self._evaluate(model, self.extractors, _FINAL_SEED, about))
         runs.append_metrics(self.folder, {"images": images, "epoch": self.epoch, "finished": True})
         report.write(self.folder)
 
-    def tell(self) -> None:
-        """Print the scores, and where to look."""
+    def print_summary(self) -> None:
+        """Print the scores and the paths of the report and of the latest samples."""
         if not self.of_images:
-            print(f"no scores: {self.train_set.name} holds {CONTENTS[self.train_set.kind]}, and scores are of images")
-            print(f"\nlook at   {self.folder / 'report.html'}")
+            print(f"no scores: {self.train_set.name} holds {CONTENTS[self.train_set.kind]}, and scores need images")
+            print(f"\nreport    {self.folder / 'report.html'}")
             return
         print(table([score for score in runs.read_scores(self.folder) if score["checkpoint"]["name"] == "best"]))
-        print(f"\nlook at   {self.folder / 'report.html'}\n          {latest_picture(self.folder, 'samples')}")
+        print(f"\nreport    {self.folder / 'report.html'}\nsamples   {latest_picture(self.folder, 'samples')}")
         print(f"more      python -m glf_fast.sample {self.folder} --n 64 --out samples.png")
 
-    # -- what happens in between ------------------------------------------------------------------------------------------
+    # -- log, pictures and scores -----------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "minutes": self.minutes, "data": self.train_set.fingerprint}
@@ -193,7 +193,7 @@ class Run:
             board.add_image(kind, picture, trainer.images)
 
     def _scores_after(self, epoch: int) -> bool:
-        """Whether there is a score after so many epochs. Before the last stage samples mean nothing."""
+        """Whether there is a score after `epoch` epochs. Before the last stage samples are meaningless."""
         every = self.config.score.every
         return self.of_images and self.trainer.in_last_stage and every > 0 and epoch % every == 0
 
@@ -204,7 +204,7 @@ class Run:
         return evaluate(model, train, test, extractors, n=n, seed=seed, about=about)
 
     def _score(self, board: SummaryWriter) -> str:
-        """Score by the first extractor, and keep the checkpoint if it is the best so far; returns a line for the user."""
+        """Score by the first extractor, save the checkpoint if its score is the best so far, and return a line to print."""
         trainer, state = self.trainer, self._state()
         [result] = self._evaluate(trainer.best_model, self.extractors[:1], _PERIODIC_SEED)
         samples, rebuilt = result["samples"], result["reconstructions"]

@@ -1,4 +1,4 @@
-"""A run's folder: its name, its settings, its log, where its checkpoints are.
+"""The folder of a run: its name, settings, log, scores and checkpoints.
 
 config.toml  metrics.jsonl  scores.json  report.html  checkpoints/{last,best}/  samples/ reconstructions/ interpolations/
 tensorboard/
@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 
-def _free(config: Config) -> set[str]:
-    """Settings that may change when a run is resumed: they decide how long it lasts and what is written, not what is learnt."""
+def _changeable(config: Config) -> set[str]:
+    """Settings that may change when a run is resumed, because they affect its length and its files, but not what is learnt."""
     free = {"max_minutes", "checkpoint_minutes", "pictures_every"}
     cosine = any(optimizer.schedule == "cosine" for optimizer in config.optimizers.values())
     return free if cosine else free | {"epochs"}
@@ -49,7 +49,7 @@ def _free(config: Config) -> set[str]:
 
 def default_folder(config: Config, base: Config, label: str) -> Path:
     """runs/{label}, then the settings in which `config` differs from `base`: the same command finds the same folder."""
-    changes = {key: new for key, (_, new) in differences(base, config).items() if key not in _free(config)}
+    changes = {key: new for key, (_, new) in differences(base, config).items() if key not in _changeable(config)}
     parts = [label] + [
         f"{key}={'x'.join(map(str, new)) if isinstance(new, tuple) else new}" for key, new in changes.items()
     ]
@@ -66,12 +66,14 @@ def check_folder(folder: Path, config: Config) -> None:
         UserError: the folder holds something else, or another run; the message names the settings that differ.
     """
     if (folder / "config.toml").is_file():
-        found = {k: v for k, v in differences(read_config(folder), config).items() if k not in _free(config)}
-        if found:
-            listed = "; ".join(f"{key} = {shown(old)} there, {shown(new)} here" for key, (old, new) in found.items())
-            raise UserError(f"{folder} holds a run with other settings ({listed}); choose another --out, or delete it")
+        changed = {k: v for k, v in differences(read_config(folder), config).items() if k not in _changeable(config)}
+        if changed:
+            listed = "; ".join(f"{key} = {shown(old)}, now {shown(new)}" for key, (old, new) in changed.items())
+            raise UserError(
+                f"{folder} holds a run with other settings ({listed}); choose another --out, or delete the folder"
+            )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not a run's folder (no config.toml) and not empty; choose another --out")
+        raise UserError(f"{folder} is not a run's folder (no config.toml) and is not empty; choose another --out")
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -82,18 +84,22 @@ def write_config(folder: Path, config: Config) -> None:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in the folder meanwhile; raises UserError when one does."""
+    """Lock the folder against training by other processes; raises UserError if another process is training in it."""
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"another process is training in {folder}; wait for it, or choose another --out") from None
+        raise UserError(
+            f"another process is training in {folder}; wait until it ends, or choose another --out"
+        ) from None
 
 
 def read_config(folder: Path) -> Config:
     """The settings of a run; raises UserError when `folder` is not a run's."""
     if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder} is not a run's folder (no config.toml); python -m glf_fast.train makes one")
+        raise UserError(
+            f"{folder} is not a run's folder (no config.toml); python -m glf_fast.train creates such folders"
+        )
     return load(folder / "config.toml")
 
 
@@ -103,13 +109,13 @@ def checkpoint_folder(folder: Path, which: str) -> Path:
 
 
 def pick_checkpoint(folder: Path, which: str) -> str:
-    """`which`, or "last" with a line on stderr if the run was stopped before it had a best checkpoint."""
+    """`which`, or "last", with a line on stderr, if the run was stopped before it had a best checkpoint."""
     if (
         which == "best"
         and not checkpoint.exists(checkpoint_folder(folder, "best"))
         and checkpoint.exists(checkpoint_folder(folder, "last"))
     ):
-        print(f"{folder} has no best checkpoint yet; the last one is used", file=sys.stderr)
+        print(f"{folder} has no best checkpoint yet; using the last checkpoint", file=sys.stderr)
         return "last"
     return which
 
@@ -118,13 +124,13 @@ def pick_checkpoint(folder: Path, which: str) -> str:
 
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:
-    """Add one line to the run's log; NaN is refused."""
+    """Add one line to the run's log; raises ValueError for NaN."""
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the run's log, oldest first, without a last one that was cut off by a kill."""
+    """The records of the run's log, oldest first; an incomplete last line, left by a killed process, is ignored."""
     path = folder / "metrics.jsonl"
     records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -141,7 +147,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(folder: Path, images: int) -> None:
-    """Remove the lines after so many images from the log: a resumed run writes them again."""
+    """Remove the records after `images` images from the log, because a resumed run writes them again."""
     kept = [record for record in read_metrics(folder) if record["images"] <= images]
     with atomic_write(folder / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -158,19 +164,19 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     if not isinstance(scores, list) or not all(isinstance(s, dict) and parts <= set(s) for s in scores):
         raise UserError(f"{path} does not hold scores; delete it, and run python -m glf_fast.evaluate {folder} again")
     for score in scores:
-        score.setdefault("likelihood", None)  # version 0.1.0 had no model that gives one
+        score.setdefault("likelihood", None)  # version 0.1.0 had no model with a likelihood
         if "mode" not in score["settings"]:  # written by version 0.1.0, which knew one mode
             score["settings"]["mode"] = "authors" if score["settings"].pop("authors_protocol", False) else ""
     return scores
 
 
 def write_scores(folder: Path, scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add scores to scores.json, each in the place of an older one of the same kind; returns all."""
+    """Add scores to scores.json, replacing older scores with the same settings and checkpoint; returns all scores."""
 
-    def kind(score: dict[str, Any]) -> str:
+    def key(score: dict[str, Any]) -> str:
         return json.dumps([score["settings"], score["checkpoint"]["name"]], sort_keys=True)
 
-    new = {kind(score) for score in scores}
-    merged = [score for score in read_scores(folder) if kind(score) not in new] + scores
+    new = {key(score) for score in scores}
+    merged = [score for score in read_scores(folder) if key(score) not in new] + scores
     write_json(folder / "scores.json", merged)
     return merged

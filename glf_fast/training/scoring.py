@@ -1,4 +1,4 @@
-"""Scores of a model: of its samples, of its reconstructions if it makes any, and its likelihood if it gives one."""
+"""Scores of a model: of its samples, and of its reconstructions and its likelihood if the model has them."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def evaluate(
 
     Args:
         mode: one of the model's sampling modes, or "".
-        about: which checkpoint this is; only recorded.
+        about: description of the checkpoint, to be recorded.
 
     Returns:
         Per extractor {"settings": …, "checkpoint": about, "samples": score, "reconstructions": score or None, "likelihood":
-        result of `likelihood`}, JSON-ready; a score is `metrics.score`'s.
+        result of `likelihood`}, JSON-ready; a score is a result of `metrics.score`.
 
     Raises:
         UserError: fewer than two samples or images, or a sampling mode that the model does not have.
@@ -71,10 +71,10 @@ def evaluate(
 
 
 def reconstructions(model: Reconstructs, test_images: Tensor, n: int) -> Iterator[Tensor]:
-    """Batches of uint8 reconstructions of the n uint8 test images that `metrics.reference` takes, too.
+    """Batches of uint8 reconstructions of n uint8 test images, the same images as in `metrics.reference`.
 
-    The order is random, but not the one of `metrics.reference`: KID compares block with block, and is unbiased only if two
-    blocks share no images.
+    The images come in another random order than in `metrics.reference`. KID compares blocks of images pairwise, and is unbiased
+    only if the two blocks of a pair share no images.
     """
     assert isinstance(model, GenerativeModel)
     device, images = next(model.parameters()).device, metrics.subset(test_images, n)
@@ -83,11 +83,11 @@ def reconstructions(model: Reconstructs, test_images: Tensor, n: int) -> Iterato
 
 
 def likelihood(model: GenerativeModel, test: data.ImageDataset, n: int, *, seed: int = 0) -> dict[str, Any] | None:
-    """How well a model predicts up to n test images, in bits per dimension (lower is better); None if it gives no likelihood.
+    """Bits per dimension of up to n test images under the model (lower is better); None for a model without likelihood.
 
-    A model's density p is continuous and images have 256 levels, so each level k becomes (k + u) / 256 with u uniform in
-    [0, 1): the mean of −log₂ p / D + 8 is then an upper bound of the bits by which p codes the images (Theis et al.,
-    arXiv:1511.01844, section 3.1).
+    A model's density p is continuous and pixels have 256 levels, so each level k becomes (k + u) / 256 with u uniform in [0,
+    1). The mean of −log₂ p / D + 8 is then an upper bound of the bits per dimension that p needs to code the images (Theis et
+    al., arXiv:1511.01844, section 3.1).
     """
     if not isinstance(model, HasLikelihood):
         return None
@@ -111,10 +111,12 @@ def likelihood(model: GenerativeModel, test: data.ImageDataset, n: int, *, seed:
 
 
 def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = False) -> list[Extractor]:
-    """The extractors by name. Extractors without weights are left out with a line on stderr; "tiny" if none is left.
+    """The extractors called `names`, or "tiny" if none of them has weights.
+
+    Extractors without weights are left out, with a line on stderr.
 
     Raises:
-        UserError: a name that does not exist; with `all_needed` also weights that cannot be had.
+        UserError: an unknown name; with `all_needed` also weights that can be neither found nor fetched.
     """
     loaded = []
     for name in names:
@@ -128,9 +130,10 @@ def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = Fal
 
 
 def table(scores: Sequence[dict[str, Any]]) -> str:
-    """Scores for people: a line for each, with what real images get."""
+    """Scores as a table of text, one line for each score, with the distances between real images."""
     head = ("", "samples", "95 %", "KID", "reconstructions", "train/test", "train/train", "images")
-    rows, densities = [head], {}
+    rows = [head]
+    densities: dict[str, None] = {}
     for score in scores:
         samples, floors, rebuilt = score["samples"], score["samples"]["floors"], score["reconstructions"]
         interval, kid, mode = samples["interval"], samples["kid"], score["settings"]["mode"]
@@ -158,7 +161,7 @@ def table(scores: Sequence[dict[str, Any]]) -> str:
 
 
 def likelihood_line(density: dict[str, Any]) -> str:
-    """A result of `likelihood` for people."""
+    """A result of `likelihood` as a line of text."""
     if density["value"] is None:
         return f"{density['metric']}: not finite"
     low, high = density["interval"]

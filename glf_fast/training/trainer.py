@@ -19,23 +19,23 @@ from glf_fast.training import checkpoint
 from glf_fast.training.checkpoint import Checkpoint
 from glf_fast.training.config import Config, OptimizerConfig
 
-__all__ = ["CURE", "Trainer"]
+__all__ = ["REMEDY", "Trainer"]
 
-# Steps between two updates of the average, each as large as that many small ones: an update reads and writes all weights.
+# Steps between two updates of the average. An update reads and writes all weights, so eight small updates are combined in one.
 _AVERAGE_EVERY = 8
-# The batches that a stage's inputs are computed in.
+# Batch size for computing the inputs of a stage.
 _CHUNK = 500
 
-CURE = "lower the learning rates (--optimizer.lr) or clip gradients (--optimizer.clip 1)"
+REMEDY = "lower the learning rates (--optimizer.lr) or clip gradients (--optimizer.clip 1)"
 
 
 class Trainer:
-    """Everything that a step changes: weights, their average, the optimizers, and how many items were seen.
+    """The state that a training step changes: weights, their average, the optimizers, and the number of items seen.
 
-    Nothing random depends on anything but (seed, images seen), so that a restored trainer continues bit for bit.
+    Random numbers depend on (seed, images seen) alone, so that a restored trainer continues bit for bit.
 
     Attributes:
-        model: the model in training.    average: its averaged twin in eval mode, None without `ema`.
+        model: the model in training.    average: a copy with averaged weights, in eval mode; None without `ema`.
         optimizers: one for each group of parameters, by the group's name.
         images: items of the data set seen so far.    images_per_epoch: whole batches in the training set.
         stage: index of the stage that is being trained.    ends: value of `images` at which each stage ends.
@@ -48,13 +48,13 @@ class Trainer:
         if train.kind not in kind.takes:
             wanted = " or ".join(words for content, words in CONTENTS.items() if content in kind.takes)
             raise UserError(
-                f"model {config.model.name!r} takes {wanted}; {train.name} holds {CONTENTS[train.kind]}: "
+                f"model {config.model.name!r} takes {wanted}, but {train.name} holds {CONTENTS[train.kind]}; "
                 "choose another --data.source or --model.name"
             )
         self.images_per_epoch = len(train) // config.batch_size * config.batch_size
         if not self.images_per_epoch:
             raise UserError(
-                f"batch_size = {config.batch_size} is more than the {len(train)} training images of {train.name}; "
+                f"batch_size = {config.batch_size} is more than the {len(train)} training items of {train.name}; "
                 f"use --batch-size {len(train)} or less"
             )
         torch.manual_seed(config.seed)
@@ -79,18 +79,18 @@ class Trainer:
 
     @property
     def best_model(self) -> models.GenerativeModel:
-        """The model to score and to sample: the average if there is one."""
+        """The model to score and to sample: the averaged model if there is one."""
         return self.average or self.model
 
     # -- stages ------------------------------------------------------------------------------------------------------------
 
     @property
     def in_last_stage(self) -> bool:
-        """Whether the last stage has begun. Before that, samples mean nothing."""
+        """Whether the last stage has begun. In earlier stages samples are meaningless."""
         return self.stage == len(self.ends) - 1
 
     def advance(self) -> None:
-        """Go on to the next stage, from the weights that are in use; a closed-form fit happens here."""
+        """Begin the next stage from the weights of `best_model`, and do its closed-form fit if it has one."""
         if self.average is not None:
             self.model.load_state_dict(self.average.state_dict())
         self.stage += 1
@@ -101,8 +101,8 @@ class Trainer:
                 self.average.load_state_dict(self.model.state_dict())
 
     def inputs(self) -> Tensor:
-        """The tensor that batches of this stage are cut from, on the device: the training set, or the stage's inputs."""
-        # The whole set is one tensor: no worker processes, no copies, no waiting.
+        """The tensor from which batches of this stage are taken, on the device: the training set, or the stage's inputs."""
+        # The whole set is one tensor on the device, so steps need no worker processes and no copies.
         items, compute = self.train.items.to(self.device), self._stage.inputs
         if compute is None:
             return items
@@ -121,7 +121,7 @@ class Trainer:
     # -- steps -------------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Tensor) -> dict[str, Tensor]:
-        """Learn from a batch (B, …) of `inputs`; returns the losses of all phases, without waiting for a GPU."""
+        """Train on a batch (B, …) of `inputs`; returns the losses of all phases, without waiting for a GPU."""
         noise = seeds.generator(self.config.seed, "step", 0, self.images, device=self.device)
         steps, x = (self.images - self._begin) // self.config.batch_size, _to_model(batch)
         losses: dict[str, Tensor] = {}
@@ -143,7 +143,7 @@ class Trainer:
         return losses
 
     def _update(self, name: str) -> None:
-        """Move one group of parameters by its gradients."""
+        """Update one parameter group by its gradients."""
         settings, [group] = self.config.optimizers[name], self.optimizers[name].param_groups
         if settings.clip:
             nn.utils.clip_grad_norm_(group["params"], settings.clip)
@@ -153,7 +153,7 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self, updates: int) -> None:
         assert self.average is not None
-        # Young averages forget faster: over the last tenth of the steps, until that is longer than what `ema` says.
+        # A young average spans the last tenth of the steps, until `ema` gives a longer span.
         decay = min(self.config.ema**_AVERAGE_EVERY, updates / (updates + 10))
         averaged, current = self.average.state_dict().values(), self.model.state_dict().values()
         floating = [(a, b) for a, b in zip(averaged, current, strict=True) if a.is_floating_point()]
@@ -163,7 +163,7 @@ class Trainer:
                 a.copy_(b)
 
     def _learning_rate(self, settings: OptimizerConfig) -> float:
-        """The learning rate of the coming step; schedules begin again with each stage."""
+        """The learning rate of the next step; schedules begin again with each stage."""
         seen = self.images - self._begin
         epoch, steps = seen // self.images_per_epoch, seen // self.config.batch_size
         if settings.schedule == "cosine":
@@ -177,11 +177,11 @@ class Trainer:
     # -- checkpoints -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, state: dict[str, Any], *, for_resuming: bool) -> None:
-        """Write a checkpoint; `state` (JSON) comes back from `restore`.
+        """Write a checkpoint; `restore` returns its `state` (JSON-ready).
 
         Raises:
             UserError: a weight is not finite; nothing is written.
-            OSError: the disk is full, or alike; what was there stays.
+            OSError: the checkpoint could not be written (disk full …); the previous checkpoint stays.
         """
         weights = self.best_model.state_dict()
         training: dict[str, Tensor] = {}
@@ -193,22 +193,23 @@ class Trainer:
         for name, value in {**weights, **training}.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise UserError(
-                    f"{name} is not finite after {self.images} images; {folder} was left as it is; {CURE}, and start a new run"
+                    f"{name} is not finite after {self.images} images; {folder} was left unchanged; {REMEDY}, "
+                    "and start a new run"
                 )
         state = {"images": self.images, "stage": self.stage, "ends": self.ends, **state}
         checkpoint.write(folder, Checkpoint(self.config.model.name, self.model.config, weights, training, state))
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Go back to where a checkpoint was written, and return its `state`.
+        """Restore the trainer from a checkpoint, and return the `state` of the checkpoint.
 
         Raises:
-            UserError: the checkpoint is not whole, or ends of stages that are over have changed since.
+            UserError: the checkpoint is incomplete or corrupt, or the epochs of a finished stage have changed since.
         """
         saved = checkpoint.read(folder, training=True)
         stage = saved.state.get("stage", 0)  # version 0.1.0 knew no stages
         if stage and saved.state["ends"][:stage] != self.ends[:stage]:
             raise UserError(
-                f"{folder} has finished stage {stage} of its training, so the epochs of that stage cannot change any more; "
+                f"{folder} has finished stage {stage} of its training, so the epochs of this stage cannot change any more; "
                 "use the same epochs as before, or choose another --out"
             )
         prefix = "model."
@@ -223,7 +224,7 @@ class Trainer:
 
 
 def _to_model(batch: Tensor) -> Tensor:
-    """A batch of a data set as a model takes it: pixels in [0, 1], everything else as it is."""
+    """A batch of a data set in the form that models take: pixels in [0, 1], other data unchanged."""
     return to_float(batch) if batch.dtype == torch.uint8 else batch
 
 

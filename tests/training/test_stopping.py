@@ -104,7 +104,7 @@ def test_a_signal_stops_with_a_checkpoint(
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "the same command goes on from here" in errors and "Traceback" not in errors
+    assert "run the same command again to resume" in errors and "Traceback" not in errors
     images = checkpoint.read_state(tmp_path / "r" / "checkpoints" / "last")["images"]
     assert f"stopped after {images:,} images" in errors
     assert lines(tmp_path / "r")[-1]["images"] == images
@@ -239,4 +239,4 @@ def test_errors_reach_the_shell_as_one_line(command: Start) -> None:
     process = command("train", "--preset", "quik")
     output, errors = process.communicate()
     assert process.returncode == 2 and output == ""
-    assert re.fullmatch(r"error: no preset 'quik'; did you mean 'quick'\? there are .*\n", errors)
+    assert re.fullmatch(r"error: no preset 'quik'; did you mean 'quick'\? the presets are .*\n", errors)
