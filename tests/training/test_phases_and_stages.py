@@ -214,7 +214,7 @@ def test_a_model_of_rows_trains_on_a_table(tmp_path: Path, call: Call, capsys: p
     with pytest.raises(UserError, match="this Toy of rows was trained on data of shape"):
         call(sample, tmp_path / "r", "--out", tmp_path / "x.png")
     with pytest.raises(
-        UserError, match=r"model 'adversarial' takes images; .*rows.npy holds rows of a table: choose another"
+        UserError, match=r"model 'adversarial' takes images, but .*rows.npy holds rows of a table; choose another"
     ):
         call(train, *table, "--model.name", "adversarial", "--out", tmp_path / "s")
     assert not (tmp_path / "s").exists()

@@ -136,7 +136,7 @@ def test_a_refused_command_leaves_nothing_behind(setting: str, tmp_path: Path, c
 @pytest.mark.parametrize("n", [2, 10])
 def test_too_few_images_are_refused_before_training(n: int, tmp_path: Path, call: Call) -> None:
     np.save(tmp_path / "few.npy", np.zeros((n, 8, 8), np.uint8))
-    with pytest.raises(UserError, match=r"few.npy has \d (test|train) images; at least \d are needed"):
+    with pytest.raises(UserError, match=r"few.npy has \d (test|train) items; at least \d are needed"):
         call(train, "--preset", "smoke", "--data.source", tmp_path / "few.npy", "--out", tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
