@@ -1,9 +1,9 @@
-"""Anomaly detection on a table: what is unlikely under a flow fitted to normal rows is an anomaly.
+"""Anomaly detection on a table: a row is an anomaly if it is unlikely under a flow that was fitted to normal rows.
 
     python examples/anomaly_detection.py [--quick] [--out FOLDER]
 
 The table is scikit-learn's handwritten digits, 16 principal components a row; nothing is downloaded. Normal rows are the
-digits 0 to 8; what is to be found are the nines. An ensemble of flows is cheap where a flow is fast.
+digits 0 to 8, anomalies are the nines. The score is the mean over an ensemble of flows.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from glf_fast import CouplingFlow
 
 
 def fit(x: torch.Tensor, steps: int, seed: int) -> CouplingFlow:
-    """A flow fitted to the rows of x by maximum likelihood; noise on so few rows keeps them from being learnt by heart."""
+    """A flow fitted to the rows of x by maximum likelihood; noise on the rows prevents overfitting."""
     torch.manual_seed(seed)
     flow = CouplingFlow(x.shape[1], steps=6, hidden=(64, 64))
     optimizer = torch.optim.AdamW(flow.parameters(), 2e-3, weight_decay=0.1, fused=True)

@@ -1,4 +1,4 @@
-"""A trained normflows RealNVP becomes a fused flow: the same density, the same samples, faster.
+"""Conversion of a trained RealNVP of normflows to a fused flow, which has the same density and is faster.
 
     python examples/convert_normflows.py [--quick] [--out FOLDER]
 
@@ -30,7 +30,7 @@ def real_nvp(dim: int, layers: int, hidden: int) -> nf.NormalizingFlow:
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> float:
-    """The median of a call's."""
+    """Median time of a call, in milliseconds."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -40,7 +40,7 @@ def milliseconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def swiss_rolls(n: int) -> Tensor:
-    """(n, 6): two independent rolls."""
+    """Points (n, 6) on two independent rolls."""
     return torch.cat([torch.tensor(make_swiss_roll(n, noise=0.3)[0], dtype=torch.float32) / 10 for _ in range(2)], 1)
 
 

@@ -1,9 +1,9 @@
-"""A flow as variational posterior: samples that gradients go through (`rsample`), and an ELBO that comes close to the evidence.
+"""A flow as variational posterior, trained through `rsample`; its ELBO comes close to the log evidence.
 
     python examples/flow_posterior.py [--quick] [--out FOLDER]
 
-The posterior is Neal's funnel: v ~ N(0, 3²) says how much nine other numbers may vary, x ~ N(0, e^v). Its evidence is 1 by
-construction, so −ELBO is the distance KL(q ‖ p) itself, in nats. A normal distribution, correlated or not, cannot be a funnel.
+The posterior is Neal's funnel: v ~ N(0, 3²) is the log-variance of nine other numbers, x ~ N(0, e^v). Its evidence is 1 by
+construction, so −ELBO is KL(q ‖ p) in nats. A normal distribution, correlated or not, cannot have the shape of a funnel.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def log_funnel(x: Tensor) -> Tensor:
 
 
 class NormalPosterior(nn.Module):
-    """A normal distribution, all covariances learned."""
+    """A normal distribution with a learned mean and covariance matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ class NormalPosterior(nn.Module):
 
 
 def elbo(q: Distribution, n: int) -> Tensor:
-    """E_q[log p − log q], (), from n samples that gradients go through; a flow's come with their density, in one pass."""
+    """E_q[log p − log q], (), from n differentiable samples; a flow gives samples and their density in one pass."""
     both = getattr(q, "rsample_and_log_prob", lambda shape: (x := q.rsample(shape), q.log_prob(x)))
     x, log_q = both((n,))
     return (log_funnel(x) - log_q).mean()
 
 
 def fit(make: Callable[[], nn.Module], steps: int, name: str) -> tuple[Distribution, float]:
-    """The fitted q, and its ELBO from many samples."""
+    """A fitted q, and its ELBO from many samples."""
     torch.manual_seed(0)
     model = make()  # a flow has a method `distribution`, like NormalPosterior
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -76,7 +76,7 @@ def main() -> None:
     steps = 20 if arguments.quick else 2500
     found = {
         "normal distribution": fit(NormalPosterior, steps, "normal distribution"),
-        # No ActNorm: its start is for training by data, and here there are none.
+        # No ActNorm, because it is initialised from a batch of data, and a variational posterior has no data.
         "flow": fit(lambda: CouplingFlow(DIM, steps=8, hidden=(64, 64), actnorm=False), steps, "flow"),
     }
 
@@ -91,7 +91,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out / "flow_posterior.png", dpi=120, bbox_inches="tight")
     normal, flow = (bound for _, bound in found.values())
-    print(f"KL(q ‖ p): {-normal:.3f} nats of the normal distribution, {-flow:.3f} of the flow")
+    print(f"KL(q ‖ p): {-normal:.3f} nats with the normal distribution, {-flow:.3f} nats with the flow")
     print(f"gained: {flow - normal:.3f} nats; see {arguments.out / 'flow_posterior.png'}")
 
 

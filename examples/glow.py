@@ -2,8 +2,9 @@
 
     python examples/glow.py [--quick] [--out FOLDER]
 
-Handwritten digits, 8 × 8 with 16 grey levels (scikit-learn's, nothing is downloaded), squeezed to 4 channels of 4 × 4. Glow is
-arXiv:1807.03039; our coupling takes any network as its conditioner and does the rest in one fused operation.
+The images are scikit-learn's handwritten digits, 8 × 8 with 16 grey levels, squeezed to 4 channels of 4 × 4; nothing is
+downloaded. Glow is arXiv:1807.03039. `AffineCoupling` takes any network as its conditioner, and computes the coupling in one
+fused operation.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from glf_fast import ActNorm, AffineCoupling, InvertibleLinear, SequentialFlow
 
 
 def conditioner(n_in: int, width: int, n_out: int) -> nn.Sequential:
-    """3 × 3, 1 × 1, 3 × 3 convolutions, the last one starting at zero."""
+    """Convolutions of 3 × 3, 1 × 1 and 3 × 3; the last convolution starts at zero."""
     first, last = nn.Conv2d(n_in, width, 3, padding=1), nn.Conv2d(width, n_out, 3, padding=1)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -86,12 +87,12 @@ def main() -> None:
 
 
 def squeeze(levels: Tensor) -> Tensor:
-    """Grey levels 0 … 15 (B, 1, 8, 8) → [0, 1] (B, 4, 4, 4); uniform noise makes a density of what is discrete."""
+    """Grey levels 0 … 15 (B, 1, 8, 8) → [0, 1] (B, 4, 4, 4); uniform noise makes the discrete levels continuous."""
     return nn.functional.pixel_unshuffle((levels + torch.rand_like(levels)) / 16, 2)
 
 
 def bits(nll: Tensor) -> float:
-    """Nats an image of densities on [0, 1] → bits a pixel of 16 grey levels."""
+    """Bits per pixel with 16 grey levels, from the nll in nats per image of a density on [0, 1]."""
     return nll.item() / (64 * math.log(2)) + 4
 
 

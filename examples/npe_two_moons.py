@@ -2,8 +2,8 @@
 
     python examples/npe_two_moons.py [--quick] [--out FOLDER]
 
-Two moons: the posterior of two parameters is a pair of crescents (arXiv:2101.04653, appendix T.8). Everything here is sbi's,
-but for `density_estimator=coupling_flow()`. Needs `pip install sbi`.
+In two moons, the posterior of two parameters is a pair of crescents (arXiv:2101.04653, appendix T.8). All code is that of sbi,
+except for `density_estimator=coupling_flow()`. Needs `pip install sbi`.
 """
 
 import argparse
@@ -24,19 +24,19 @@ from glf_fast.integrations.sbi import coupling_flow
 
 
 def crescent(n: int) -> Tensor:
-    """n points (n, 2) on a noisy half circle."""
+    """Points (n, 2) on a noisy half circle."""
     angle, radius = math.pi * (torch.rand(n) - 0.5), 0.1 + 0.01 * torch.randn(n)
     return torch.stack([radius * angle.cos() + 0.25, radius * angle.sin()], 1)
 
 
 def simulate(theta: Tensor) -> Tensor:
-    """x (N, 2) of θ (N, 2)."""
+    """Simulated x (N, 2) of parameters θ (N, 2)."""
     total, difference = theta.sum(1), theta[:, 1] - theta[:, 0]
     return crescent(len(theta)) + torch.stack([-total.abs(), difference], 1) / math.sqrt(2)
 
 
 def exact(n: int) -> Tensor:
-    """The posterior at x = 0: the crescent is drawn, and the simulator solved for θ."""
+    """Samples (n, 2) of the posterior at x = 0, by drawing points of the crescent and solving the simulator for θ."""
     moved = -math.sqrt(2) * crescent(n)
     total = moved[:, 0] * (2 * torch.randint(2, (n,)) - 1)
     return torch.stack([total - moved[:, 1], total + moved[:, 1]], 1) / 2
@@ -75,7 +75,7 @@ def main() -> None:
     figure.savefig("npe_two_moons.png", dpi=120, bbox_inches="tight")
     print()
     for name in seconds:
-        print(f"{name}: {seconds[name]:.1f} s of training, −log q of simulations not trained on {loss[name]:.3f} nats")
+        print(f"{name}: {seconds[name]:.1f} s of training, −log q of validation simulations {loss[name]:.3f} nats")
     default, ours = seconds
     print(
         f"gained: {seconds[default] / seconds[ours]:.1f} times faster, {loss[default] - loss[ours]:.3f} nats; "

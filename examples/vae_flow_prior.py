@@ -2,8 +2,8 @@
 
     python examples/vae_flow_prior.py [--quick] [--out FOLDER]
 
-Handwritten digits, 8 × 8 (scikit-learn's, nothing is downloaded). The prior is one term of the loss, so a flow takes the place
-of N(0, I) in one line: `prior.log_prob(z)`.
+The images are scikit-learn's handwritten digits, 8 × 8; nothing is downloaded. The prior is one term of the loss,
+`prior.log_prob(z)`, so a flow replaces N(0, I) in one line.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LATENT = 8
 
 
 class VAE(nn.Module):
-    """q(z | x) diagonal normal, p(x | z) binomial with 16 levels, p(z) a flow or N(0, I)."""
+    """A VAE with a diagonal normal q(z | x), a binomial p(x | z) with 16 levels, and p(z) a flow or N(0, I)."""
 
     def __init__(self, flow: CouplingFlow | None) -> None:
         super().__init__()
@@ -32,13 +32,13 @@ class VAE(nn.Module):
         self.flow = flow
 
     def prior(self) -> torch.distributions.Distribution:
-        """p(z)."""
+        """The prior p(z)."""
         if self.flow is not None:
             return self.flow.distribution()
         return Independent(Normal(torch.zeros(LATENT), torch.ones(LATENT)), 1)
 
     def decode(self, z: torch.Tensor) -> Independent:
-        """p(x | z)."""
+        """The likelihood p(x | z)."""
         return Independent(Binomial(16, logits=self.decoder(z), validate_args=False), 1, validate_args=False)
 
     def elbo(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ class VAE(nn.Module):
 
 
 def train(flow: CouplingFlow | None, x: torch.Tensor, test: torch.Tensor, epochs: int, name: str) -> tuple[VAE, float]:
-    """A trained VAE, and its bound on the test images."""
+    """A trained VAE, and its ELBO on the test images."""
     model = VAE(flow)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3, fused=True)
     progress = trange(epochs, desc=name)

@@ -72,8 +72,8 @@ def parse(
 def _one_line(box: str) -> str:
     """The first paragraph of tyro's error box, and the form of the option that the paragraph is about.
 
-    Paragraphs are separated by lines of ─. For an output that is not UTF-8, tyro draws them with hyphens, puts such a line under
-    the title, too, and leaves the sides of the box out.
+    Paragraphs are separated by lines of ─. For an output that is not UTF-8, tyro draws them with hyphens, puts such a line
+    under the title, too, and leaves the sides of the box out.
     """
     rows = [row.strip("│ ") for row in box.splitlines()[1:-1]]
     line = re.compile("─{3,}|-{3,}").fullmatch
@@ -84,7 +84,7 @@ def _one_line(box: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; for "" the GPU if there is one, else the CPU. Raises UserError for a device that does not exist."""
+    """The device called `name`; for "" the GPU if there is one, else the CPU. Raises UserError if the device does not exist."""
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -15,9 +15,9 @@ __all__ = ["UserError", "did_you_mean", "run_command"]
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave (name, path, file, configuration).
+    """A mistake in the user's input (name, path, file, configuration).
 
-    The message is complete in one line: what is wrong, with the value that came, and what to do about it.
+    The message is complete in one line: what is wrong, with the given value, and what to do about it.
     """
 
 

@@ -25,7 +25,8 @@ __all__ = ["atomic_write", "cache_dir", "file_digest", "read_json", "save_tensor
 def cache_dir() -> Path:
     """Folder for fetched data, weights and reference statistics.
 
-    `$GLF_FAST_CACHE` if set, else `$XDG_CACHE_HOME/glf_fast`, else `~/.cache/glf_fast`. It is not created here.
+    `$GLF_FAST_CACHE` if set, else `$XDG_CACHE_HOME/glf_fast`, else `~/.cache/glf_fast`. This function does not create the
+    folder.
     """
     chosen = os.environ.get("GLF_FAST_CACHE")
     path = Path(chosen or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "glf_fast"))
@@ -37,9 +38,9 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well, flush it to disk and rename it to `path`.
+    """Yield a temporary path beside `path`; if the block succeeds, flush the temporary file to disk and rename it to `path`.
 
-    A reader sees the old file or the whole new one, never a part. If the block fails (exception, disk full), the temporary
+    A reader sees the old file or the whole new file, never a part. If the block fails (exception, disk full), the temporary
     file is removed and `path` stays as it was. Parent folders are created.
     """
     path = Path(path)
@@ -86,7 +87,7 @@ def file_digest(path: Path | str, algorithm: str) -> str:
 
 
 def write_json(path: Path | str, content: Any) -> None:
-    """Write `content` as indented JSON, atomically. NaN and infinities are refused: they are not JSON."""
+    """Write `content` as indented JSON, atomically; raises ValueError for NaN and infinities, which JSON does not have."""
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     with atomic_write(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -96,9 +97,9 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict
     """Write a safetensors file, atomically; raises OSError when it cannot be written (disk full …)."""
     with atomic_write(path) as temporary:
         try:
-            # channels_last weights are not contiguous, and safetensors refuses those.
+            # channels_last weights are not contiguous, and safetensors refuses such tensors.
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:  # how safetensors reports what the system said
+        except SafetensorError as error:  # safetensors wraps the errors of the system
             raise OSError(f"{path}: {error}") from error
 
 

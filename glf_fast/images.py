@@ -30,7 +30,7 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
     `columns` defaults to ⌈√N⌉. Raises ValueError for anything but a non-empty uint8 (N, C, H, W) tensor.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
-        raise ValueError(f"grid wants non-empty uint8 (N, C, H, W) images, got {images.dtype} {tuple(images.shape)}")
+        raise ValueError(f"grid needs non-empty uint8 (N, C, H, W) images, got {images.dtype} {tuple(images.shape)}")
     n, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -47,7 +47,7 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
 def save_png(path: Path | str, image: Tensor, scale: int = 1) -> None:
     """Write one uint8 image (C, H, W), C = 1 or 3, as PNG, atomically; `scale` repeats each pixel for small images."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"save_png wants a uint8 (1 or 3, H, W) image, got {image.dtype} {tuple(image.shape)}")
+        raise ValueError(f"save_png needs a uint8 (1 or 3, H, W) image, got {image.dtype} {tuple(image.shape)}")
     pixels = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
     with atomic_write(path) as temporary:
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(temporary, format="PNG")

@@ -1,4 +1,4 @@
-"""`python -m glf_fast.info`: what this installation can do, and what is missing for more."""
+"""`python -m glf_fast.info`: versions, processor, GPU and backends of this installation, and the cost of missing backends."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from glf_fast.ops.backends import BACKENDS
 
 __all__ = ["COSTS", "info"]
 
-# What a backend that is missing costs, measured: bench/results has the files.
+# The measured cost of a missing backend; the files are in bench/results.
 COSTS = {
     "cpp": (
         "training a flow takes 2.9 (D 64, H 256) to 5.6 (D 20, H 64) times as long: batch 256, two Zen 5 cores, "
         "bench/results/epyc-zen5-2-cores/times.json"
     ),
-    "triton": "the whole flow runs as some hundred small kernels instead of one; not yet measured on a GPU",
-    "cuda": "linear layers run in torch.linalg, in many launches each; not yet measured on a GPU",
+    "triton": "the whole flow runs as some hundred small kernels instead of one; the cost is not yet measured on a GPU",
+    "cuda": "linear layers run in torch.linalg, with many launches each; the cost is not yet measured on a GPU",
 }
 
 
@@ -41,8 +41,8 @@ def info() -> dict[str, str]:
 def _cost(name: str) -> str:
     """The cost of a missing backend on this machine, and the remedy."""
     if BACKENDS[name].device == "cuda" and not torch.cuda.is_available():
-        return "costs nothing here, where no GPU is visible"
-    return f"{COSTS[name]}. To change it, {BACKENDS[name].remedy}"
+        return "no cost on this machine, because no GPU is visible"
+    return f"{COSTS[name]}. To change this, {BACKENDS[name].remedy}"
 
 
 if __name__ == "__main__":

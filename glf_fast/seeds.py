@@ -10,9 +10,9 @@ __all__ = ["generator"]
 
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on `device` that starts from this key alone: generator(seed, "noise", rank, images seen).
+    """A generator on `device` whose stream depends on `key` alone, for instance generator(seed, "noise", rank, images seen).
 
-    Keys that differ anywhere give unrelated streams.
+    Different keys give unrelated streams.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,6 +1,6 @@
 """Settings: frozen dataclasses whose field docstrings are the help texts, read from tables and checked.
 
-A table is what TOML and JSON files hold: a dictionary of numbers, strings, lists and further tables.
+A table is a dictionary of numbers, strings, lists and further tables, as TOML and JSON files hold it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "updated",
 ]
 
-# A rule of a field: whether a value is allowed, and what a value must be.
+# A rule of a field: a function that says whether a value is allowed, and a description of allowed values for messages.
 Rule = tuple[Callable[[Any], bool], str]
 POSITIVE: Rule = (lambda value: value > 0, "positive")
 NOT_NEGATIVE: Rule = (lambda value: value >= 0, "0 or more")
@@ -45,7 +45,7 @@ class Settings:
     RULES: ClassVar[Mapping[str, Rule]] = {}
     """Rules that the types of the fields cannot express, by field."""
     CHOICE: ClassVar[str] = ""
-    """The field that decides which other fields have an effect, if there is one."""
+    """Name of the field that decides which other fields have an effect; "" if all fields always have one."""
 
     def __post_init__(self) -> None:
         """Make Python's own numbers and tuples of what equals them, such as numpy's numbers, which JSON cannot hold."""
@@ -57,7 +57,7 @@ class Settings:
         return dict(vars(self))
 
     def mistake(self) -> str:
-        """The end of an error message if several fields do not fit together, else ""."""
+        """A message, to be put after a prefix, if several fields do not fit together, else ""."""
         return ""
 
 
@@ -70,7 +70,7 @@ def tables(settings: Settings) -> dict[str, Settings]:
 
 
 def table(settings: Settings) -> dict[str, Any]:
-    """The effective settings as a JSON-ready table that `updated` reads; fields that are None are left out."""
+    """The effective settings as a JSON-ready table that `updated` can read; fields with value None are left out."""
     return {
         name: table(value) if isinstance(value, Settings) else list(value) if isinstance(value, tuple) else value
         for name, value in settings.effective().items()
@@ -82,11 +82,12 @@ def updated(settings: S, values: Mapping[str, Any], where: str, prefix: str = ""
     """`settings` with the entries of a table.
 
     Args:
-        where: what holds the table, for errors.    prefix: put before the keys in errors.
-        nested: whether the table holds the tables of `settings`, too.
+        where: name of the file (or the like) that holds the table, for errors.
+        prefix: text before the keys in errors.
+        nested: whether the table also holds the tables of `settings`.
 
     Raises:
-        UserError: an unknown key, with the nearest known one, or a value of the wrong type.
+        UserError: an unknown key (the message has the nearest known key), or a value of the wrong type.
     """
     kinds = get_type_hints(type(settings))
     known = [field.name for field in dataclasses.fields(settings)]
@@ -105,8 +106,8 @@ def updated(settings: S, values: Mapping[str, Any], where: str, prefix: str = ""
 
 
 def unknown(key: str, known: list[str], where: str) -> UserError:
-    """The error for an unknown key, with the nearest known one."""
-    hint = did_you_mean(key, known) or f"known here: {', '.join(known)}"
+    """The error for an unknown key, with the nearest known key."""
+    hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
     return UserError(f"{where} has an unknown key {key!r}; {hint.rstrip()}")
 
 
@@ -129,7 +130,7 @@ def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
     """Raise UserError for values that are out of range, and for changed settings that have no effect.
 
     Args:
-        prefix: put before the keys in errors.    nested: check the tables of `settings`, too.
+        prefix: text before the keys in errors.    nested: whether to check the tables of `settings`, too.
     """
     for name, value in vars(settings).items():
         key = prefix + name
@@ -149,8 +150,8 @@ def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
         if field.name not in settings.effective() and value != field.default:
             choice = f"{prefix}{settings.CHOICE} = {shown(getattr(settings, settings.CHOICE))}"
             raise UserError(
-                f"{prefix}{field.name} = {shown(value)} means nothing for {choice}; "
-                f"set it to {shown(field.default)}, its default, where it is set (a preset, a file or the command line)"
+                f"{prefix}{field.name} = {shown(value)} has no effect with {choice}; "
+                f"set it back to its default, {shown(field.default)}, where it is set (a preset, a file or the command line)"
             )
     if mistake := settings.mistake():
         raise UserError(f"{prefix}{mistake}")

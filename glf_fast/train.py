@@ -38,8 +38,7 @@ def main() -> None:
     if command.dry_run:
         dry_run(config, train, test, device)
         return
-    label = command.files[-1].stem if command.files else command.preset or "quick"
-    folder = command.out or runs.default_folder(config, command.base, label)
+    folder = command.out or runs.default_folder(config, command.base, command.label)
     # Before anything is written: what is refused leaves nothing behind.
     runs.check_folder(folder, config)
     run = Run(folder, config, train, test, device)

@@ -134,9 +134,9 @@ def test_grid_and_png(tmp_path: Path) -> None:
     save_png(tmp_path / "grey.png", images[0, :1])
     with Image.open(tmp_path / "grey.png") as png:
         assert png.mode == "L"
-    with pytest.raises(ValueError, match="grid wants non-empty uint8"):
+    with pytest.raises(ValueError, match="grid needs non-empty uint8"):
         grid(images.float())
-    with pytest.raises(ValueError, match="save_png wants a uint8"):
+    with pytest.raises(ValueError, match="save_png needs a uint8"):
         save_png(tmp_path / "a.png", images)
 
 

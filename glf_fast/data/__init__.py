@@ -1,4 +1,4 @@
-"""Data sets: find, fetch, verify, load. A whole split is one tensor of images, rows or tokens; models are unknown here."""
+"""Data sets: find, fetch, verify, load. A whole split is one tensor of images, rows or tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = [
 # The registry of public data sets.
 SOURCES: dict[str, Source] = {source.name: source for source in (FASHION_MNIST, MNIST, CIFAR10, CELEBA, DIGITS)}
 
-# Readers of the user's files by their endings; folders and zips are of images.
+# Readers of the user's files by their endings; folders and zips hold images.
 _READERS: dict[str, Callable[[Path, str], Dataset]] = {
     ".npy": load_arrays,
     ".npz": load_arrays,
@@ -80,7 +80,7 @@ def load(
         download: whether a public data set may be fetched.
 
     Raises:
-        UserError: unknown name, missing or damaged files, no network: the message says what was tried and what to do.
+        UserError: unknown name, missing or damaged files, no network. The message says what was tried and what to do.
     """
     check_split(split)
     if image_size is not None and image_size < 1:
@@ -97,11 +97,11 @@ def load(
         raise UserError(f"image_size is for folders and zips of images, and for CelebA; {source} is neither")
     if ending in _PICKLES:
         raise UserError(
-            f"{source} is a pickle by its name; pickles are never loaded, because they can execute code: "
+            f"{source} is a pickle by its name; pickles are never loaded, because they can execute code; "
             "save arrays with numpy.save or numpy.savez"
         )
     if ending not in _READERS:
-        raise UserError(f"{source} is in no known format; there are {_FILES}")
+        raise UserError(f"{source} is in no known format; the known formats are {_FILES}")
     return _READERS[ending](path, split)
 
 

@@ -43,7 +43,7 @@ class Fetch:
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """Name of a data set or of weights (`list` prints them), or path of your own data."""
     data_dir: Path | None = None
-    """Folder to search first for a data set's files; for weights: the file."""
+    """Folder in which to look for the files of a data set first; for weights, the path of the file."""
     image_size: int | None = None
     """CelebA, folders and zips: resize the central square to this many pixels."""
     skip_unusable: bool = False
@@ -75,7 +75,7 @@ def _report(command: Fetch, online: bool) -> None:
     if about is None and not Path(command.name).expanduser().exists():
         hint = did_you_mean(command.name, ABOUT)
         raise UserError(
-            f"nothing is called {command.name!r}; {hint}there are {', '.join(ABOUT)}, and paths of your own data"
+            f"no data set, weights or path {command.name!r}; {hint}give one of {', '.join(ABOUT)}, or a path of your own data"
         )
     if about is not None:
         print(f"{about.title}\nlicence   {about.licence}\ncitation  {about.citation}")
@@ -86,7 +86,7 @@ def _report(command: Fetch, online: bool) -> None:
     except NotFound:
         if online:
             raise
-        print(f"not here yet; python -m glf_fast.data fetch {command.name}")
+        print(f"not on this machine yet; python -m glf_fast.data fetch {command.name} fetches it")
 
 
 def _report_files(command: Fetch, online: bool) -> None:
@@ -115,7 +115,7 @@ def _report_files(command: Fetch, online: bool) -> None:
 
 
 def _report_details(data: Dataset) -> None:
-    """Print what a table or token sequences have beside their shape, on the training split."""
+    """Print statistics of the columns of a table, or of the vocabulary and lengths of token sequences."""
     if isinstance(data, TableDataset):
         width = data.shape[0]
         names = data.columns or [str(i + 1) for i in range(width)]

@@ -16,7 +16,7 @@ from glf_fast.errors import UserError
 
 __all__ = ["load_arrays"]
 
-# Names in a .npz of the items of a split, and of items without splits; labels go by the names in `_labels`.
+# Names in a .npz of the items of a split, and of items without splits. `load_arrays` has the names of labels.
 SPLIT_NAMES = ("{split}", "{split}_images", "x_{split}")
 WHOLE_NAMES = ("images", "rows", "tokens", "x")
 # Arrays that describe the items.
@@ -34,11 +34,11 @@ def load_arrays(path: Path, split: str) -> Dataset:
       that fills up short sequences, 0 by default.
 
     A .npz may hold `train` and `test` (or `train_images`/`test_images`, `x_train`/`x_test`), or one array (called `images`,
-    `rows`, `tokens` or `x` if there are others); labels beside them (`train_labels`, `y_train`, `labels`) are read when they
-    are there. Without a test array, a tenth of a fixed random order is the test split.
+    `rows`, `tokens` or `x` if there are other arrays). Labels (`train_labels`, `y_train`, `labels`) are read if the file has
+    them. Without a test array, a tenth of the items, in a fixed random order, is the test split.
 
     Raises:
-        UserError: object arrays, which hide pickles; shapes or types of no kind above; NaN; arrays that are missing or
+        UserError: object arrays, which hide pickles; shapes or types that fit no kind above; NaN; arrays that are missing or
             ambiguous; a damaged file.
     """
     arrays = _read(path)
@@ -49,15 +49,15 @@ def load_arrays(path: Path, split: str) -> Dataset:
         return _dataset(path, split, arrays, name, labels, whole=False)
     if any(halves.values()):
         raise UserError(
-            f"{path} holds {', '.join(arrays)} but no array {split!r}; add it, or rename the other array to 'x' to have a "
-            "tenth of it split off for testing"
+            f"{path} holds {', '.join(arrays)} but no array {split!r}; add this array, or rename the other array to 'x' to "
+            "have a tenth of it split off for testing"
         )
     candidates = [key for key in arrays if key not in ABOUT_ITEMS]
     name = _first(arrays, WHOLE_NAMES) or (candidates[0] if len(candidates) == 1 else None)
     if name is None:
         raise UserError(
-            f"{path} holds {', '.join(arrays) or 'no arrays'}; name the arrays 'train' and 'test', or one of them "
-            f"{', '.join(map(repr, WHOLE_NAMES))}"
+            f"{path} holds {', '.join(arrays) or 'no arrays'}; name the arrays 'train' and 'test', or name one array "
+            f"{' or '.join(map(repr, WHOLE_NAMES))}"
         )
     return _dataset(path, split, arrays, name, _labels(path, arrays, ("labels", "y")), whole=True)
 
@@ -74,14 +74,14 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             raise
         raise UserError(
             f"{path} cannot be read as plain numpy arrays ({error}); pickled objects are never loaded, "
-            "because they can execute code: save numbers with numpy.save"
+            "because they can execute code; save numbers with numpy.save"
         ) from error
 
 
 def _dataset(
     path: Path, split: str, arrays: dict[str, np.ndarray], name: str, labels: Tensor | None, *, whole: bool
 ) -> Dataset:
-    """The array called `name` as a data set; `whole`: it holds both splits."""
+    """The array called `name` as a data set; `whole` says that the array holds both splits."""
     array, where = arrays[name], f"{path} ({name})"
     policy = f"array {name}"
     if array.ndim == 2 and "vocabulary" in arrays:
@@ -117,7 +117,7 @@ def _labels(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, ...]) -
         return None
     array = arrays[name]
     if array.dtype.kind not in "iufb" or (array != np.round(array)).any():
-        raise UserError(f"{path} ({name}) holds {array.dtype} that are no class numbers; rename or remove the array")
+        raise UserError(f"{path} ({name}) holds {array.dtype} that are not class numbers; rename or remove the array")
     return torch.from_numpy(array.astype(np.int64).reshape(-1))
 
 

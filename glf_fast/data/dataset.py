@@ -43,7 +43,7 @@ class Dataset:
         items: tensor (N, *shape) with all items of the split, on the CPU.
         labels: class of each item, int64 (N,), or None.
         fingerprint: SHA-256 of the shape, the policy and the items. Runs and cached statistics are tied to it.
-        policy: how the files became these items (crop, resize, split), in words.
+        policy: processing of the files (crop, resize, split), in words.
         kind: "images", "table" or "tokens".
     """
 
@@ -88,10 +88,10 @@ class ImageDataset(Dataset):
 
 @dataclass(frozen=True)
 class TableDataset(Dataset):
-    """Rows of features: finite float32 `items` (N, D), as they are in the file; nothing is standardised on loading.
+    """Rows of features: finite float32 `items` (N, D) as in the file; nothing is standardised on loading.
 
     Attributes:
-        columns: the D names of the features, or () where the file has none.
+        columns: the D names of the features, or () if the file has no names.
     """
 
     kind = "table"
@@ -120,14 +120,15 @@ class TableDataset(Dataset):
     @property
     def mean(self) -> Tensor:
         """Mean of each feature over this split, float32 (D,)."""
-        # numpy sums in one thread: the same bits on any number of cores.
+        # numpy sums in one thread, so the result has the same bits on any number of cores.
         return torch.from_numpy(self.items.numpy().mean(0, dtype=np.float64).astype(np.float32))
 
     @property
     def std(self) -> Tensor:
         """Standard deviation of each feature over this split, float32 (D,); 1 for a constant feature.
 
-        A model standardises by (x − train.mean) / train.std, with both in its buffers, so that they are saved with it.
+        A model standardises by (x − train.mean) / train.std, and keeps mean and std in its buffers, so that they are saved
+        with the model.
         """
         std = torch.from_numpy(self.items.numpy().std(0, dtype=np.float64).astype(np.float32))
         constant = self.items.amin(0) == self.items.amax(0)  # exact, where a computed deviation may be 1e-17
@@ -140,7 +141,7 @@ class TokenDataset(Dataset):
 
     Attributes:
         vocabulary: the V tokens, in the order of their indices.
-        padding: index of the token that fills up short sequences. It occurs nowhere else.
+        padding: index of the token that fills up short sequences. This token occurs nowhere else.
     """
 
     kind = "tokens"
@@ -179,7 +180,7 @@ class TokenDataset(Dataset):
         if bool(resumed.any()):
             row, position = resumed.nonzero()[0].tolist()
             raise UserError(
-                f"{name}: sequence {row} has padding ({padding}) at position {position} and goes on behind it; "
+                f"{name}: sequence {row} has padding ({padding}) at position {position} and further tokens behind it; "
                 "padding belongs at the end of a sequence"
             )
         fingerprint = _fingerprint(tokens, f"{policy} {list(vocabulary)} {padding}")
@@ -193,7 +194,7 @@ class TokenDataset(Dataset):
 
 
 def as_images(dataset: Dataset) -> ImageDataset:
-    """The same data set, known to hold images; raises UserError for a table or token sequences."""
+    """The same data set, typed as a data set of images; raises UserError for a table or token sequences."""
     if not isinstance(dataset, ImageDataset):
         raise UserError(f"{dataset.name} holds {CONTENTS[dataset.kind]}; images are needed")
     return dataset
@@ -215,7 +216,7 @@ def split_off_test(items: Tensor, labels: Tensor | None, split: str) -> tuple[Te
     test = -(-n // 10)
     chosen = (order[n - test :] if split == "test" else order[: n - test]).sort().values
     if not len(chosen):
-        raise UserError(f"{n} item(s) cannot be split into a training and a test split; give at least two")
+        raise UserError(f"{n} item(s) cannot be split into a training and a test split; at least two items are needed")
     return items[chosen], None if labels is None else labels[chosen]
 
 

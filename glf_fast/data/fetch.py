@@ -1,4 +1,4 @@
-"""Fetching files: places tried in order, downloads, package registries, hashes, and the report of all failures."""
+"""Fetching files: places tried in order, downloads, package registries, hashes, and an error that lists all failures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-# The time-out is for silence, not for the whole transfer: a closed network costs seconds, and a slow one may take its time.
+# The time-out limits the wait for data, not the whole transfer: a closed network costs seconds, and a slow network is no error.
 TIMEOUT_S = 10.0
 # … but not for ever: a server that sends less than so many bytes a second, over a minute, is given up.
 SLOWEST = 1000
@@ -172,7 +172,7 @@ def _run(command: list[str], cwd: Path) -> str:
 def debian_package(name: str) -> Iterator[Path]:
     """The unpacked files of a Debian package in a temporary folder; works without root and without package lists.
 
-    apt-get is given temporary folders for its lists and cache, so those of the system are neither needed nor changed.
+    apt-get uses temporary folders for its lists and its cache, so the folders of the system are neither needed nor changed.
     """
     apt, dpkg = shutil.which("apt-get"), shutil.which("dpkg-deb")
     if not apt or not dpkg:

@@ -17,7 +17,7 @@ __all__ = ["FASHION_MNIST", "MNIST", "idx_files", "read_idx"]
 
 
 def idx_files(sha256: dict[str, str]) -> tuple[File, ...]:
-    """Files of MNIST's form from the hashes of their uncompressed content; train-images.idx3-ubyte is a common alias."""
+    """Files in MNIST's format, from the hashes of their uncompressed content; train-images.idx3-ubyte is a common alias."""
     return tuple(
         File(name, f"sha256:{digest}", limit=_bytes(name), gzipped=True, alias=name.replace("-idx", ".idx"))
         for name, digest in sha256.items()
@@ -31,7 +31,7 @@ def _bytes(name: str) -> int:
 
 
 def read_idx(files: Files, split: str, image_size: int | None) -> ImageDataset:
-    """A split of a data set of MNIST's form: uint8 (N, 1, H, W) with labels."""
+    """A split of a data set in the format of MNIST: uint8 (N, 1, H, W) with labels."""
     prefix = "train" if split == "train" else "t10k"
     images = _parse(files.content(f"{prefix}-images-idx3-ubyte"))
     labels = _parse(files.content(f"{prefix}-labels-idx1-ubyte"))
@@ -39,7 +39,7 @@ def read_idx(files: Files, split: str, image_size: int | None) -> ImageDataset:
 
 
 def _parse(payload: bytes) -> Tensor:
-    """An idx file of unsigned bytes: big-endian magic 0x0000080k with k dimensions, k sizes, then the values."""
+    """Content of an idx file of unsigned bytes: big-endian magic 0x0000080k for k dimensions, k sizes, then the values."""
     zero, kind, ndim = struct.unpack(">HBB", payload[:4])
     shape = struct.unpack(f">{ndim}I", payload[4 : 4 + 4 * ndim])
     if zero or kind != 8 or len(payload) != 4 + 4 * ndim + int(np.prod(shape)):

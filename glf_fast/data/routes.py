@@ -20,7 +20,7 @@ class File:
     """A published file and its hash.
 
     Attributes:
-        name: its usual name.
+        name: usual name of the file.
         digest: hash as "sha256:…" or "md5:…".
         limit: the most bytes that it can have, uncompressed. More is neither downloaded nor unpacked.
         gzipped: mirrors hold NAME.gz, and either form is accepted on disk. The hash is that of the uncompressed content,
@@ -76,10 +76,10 @@ class Route(Protocol):
 
     @property
     def installed(self) -> Path | None:
-        """Folder of this machine where the files may already be, or None."""
+        """Folder of this machine that may already have the files, or None."""
 
     def fetch(self, files: tuple[File, ...], target: Path) -> None:
-        """Put the verified files into the folder `target`; raises Unavailable when they cannot be had."""
+        """Put the verified files into the folder `target`; raises Unavailable if they cannot be fetched."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Mirror:
 
     Attributes:
         place: the address.
-        paths: what follows the address for each file; by default "/" and the file's name.
+        paths: rest of the address for each file; by default "/" and the file's name.
     """
 
     place: str
@@ -96,7 +96,7 @@ class Mirror:
     installed: ClassVar[None] = None
 
     def fetch(self, files: tuple[File, ...], target: Path) -> None:
-        """Download what is not in `target` yet."""
+        """Download the files that are not in `target` yet."""
         for file in files:
             try:
                 file.check(file.found_in(target))

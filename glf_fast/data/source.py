@@ -1,4 +1,4 @@
-"""Sources: everything there is to know about a public data set, how its files are found, and how they are read.
+"""Sources: descriptions of public data sets, and how their files are found and read.
 
 A new data set is one `Source` in a file of its own, and a line in the registry of `glf_fast.data`.
 """
@@ -25,16 +25,16 @@ class Source:
 
     Attributes:
         name: the name by which it is loaded.
-        title: what it contains, in a line.
-        licence, citation: as its authors state them.
+        title: content of the data set, in a line.
+        licence, citation: as the authors of the data set state them.
         kind: "images", "table" or "tokens".
-        shape: shape of one item; with `resizes`, by default.
+        shape: shape of one item; the default shape if `resizes`.
         splits: number of items of each split.
         read: read(files, split, image_size) → data set.
         files: the published files with their hashes; empty for data that come with a library or are generated.
-        routes: where the files can be fetched, in the order in which the routes are tried.
-        by_hand: how a user without these routes gets the files, where "put them into a folder" does not say enough.
-        resizes: whether `image_size` is understood.
+        routes: ways to fetch the files, in the order in which they are tried.
+        by_hand: instruction for users without these routes, if "put them into a folder" is not enough.
+        resizes: whether `image_size` is supported.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Source:
             yield Attempt(route.place, lambda route=route: self._fetched(route))  # type: ignore[misc]
 
     def _given(self, folder: Path) -> Path:
-        """A folder that the user named: a damaged file in it is the user's to mend, so it ends the search."""
+        """The folder that the user named; a damaged file in it ends the search, because the user must replace it."""
         if not any(file.locate(folder) for file in self.files):
             raise Unavailable("has none of the files")
         try:
@@ -117,7 +117,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a source for its reader. They are found, fetched and verified when the first one is asked for."""
+    """The files of a source for its reader. All files are found, fetched and verified at the first access."""
 
     source: Source
     data_dir: Path | None

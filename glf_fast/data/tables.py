@@ -24,15 +24,16 @@ def rows_from(where: str, table: np.ndarray, lines: Sequence[int] = (), columns:
     """A numeric array (N, D) as float32 rows. NaN, infinities and numbers beyond float32 are errors, never replaced.
 
     Args:
-        where: the file, and what in it, for messages.
+        where: name of the file and of the array in it, for messages.
         lines: line of each row in the file, for messages; by default rows are counted from 0.
         columns: names of the columns, for messages.
 
     Raises:
-        UserError: no numbers; a value that is not finite in float32, with its place.
+        UserError: an array that is not numeric, or a value that is not finite in float32; the message has the place of the
+            value.
     """
     if table.dtype.kind not in "fiub":
-        raise UserError(f"{where} holds {table.dtype}; rows of a table are real numbers")
+        raise UserError(f"{where} holds {table.dtype}; rows of a table must be real numbers")
     with np.errstate(over="ignore"):  # reported below, with the place
         rows = table.astype(np.float32, order="C")
     wrong = np.argwhere(~np.isfinite(rows))
@@ -72,8 +73,8 @@ def load_csv(path: Path, split: str) -> TableDataset:
                         continue
                 if len(row) != width:
                     raise UserError(
-                        f"{path}, line {reader.line_num} has {len(row)} value(s), the first line has {width}; "
-                        "values are separated by commas, and text with a comma in it is quoted"
+                        f"{path}, line {reader.line_num} has {len(row)} value(s), but the first line has {width}; "
+                        "separate values by commas, and quote text that contains a comma"
                     )
                 if (numbers := _numbers(row)) is None:
                     raise _not_a_number(path, reader.line_num, row, columns)
@@ -108,7 +109,9 @@ def load_parquet(path: Path, split: str) -> TableDataset:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or not a Parquet file ({error}); write it again") from error
     if not table.num_rows or not table.num_columns:
-        raise UserError(f"{path} has {table.num_rows} rows and {table.num_columns} columns; a table needs some of both")
+        raise UserError(
+            f"{path} has {table.num_rows} rows and {table.num_columns} columns; a table needs rows and columns"
+        )
     kinds = pyarrow.types
     for name, column in zip(table.column_names, table.columns, strict=True):
         if not (kinds.is_floating(column.type) or kinds.is_integer(column.type) or kinds.is_boolean(column.type)):
@@ -138,19 +141,19 @@ def _numbers(row: Sequence[str]) -> list[float] | None:
 
 
 def _header(path: Path, line: int, row: list[str]) -> list[str]:
-    """Column names of the first line, or [] if the line is a row of numbers; raises UserError where that is not certain."""
+    """Column names of the first line, or [] if the line is a row of numbers; raises UserError if the line may be either."""
     names = [name.strip() for name in row]
     if len(row) > 2 and names == [str(i) for i in range(len(row))]:
         raise UserError(
-            f"{path}, line {line} counts 0, 1, 2 …, which looks like the column numbers that pandas writes; remove the line "
-            "(pandas: to_csv(header=False, index=False))"
+            f"{path}, line {line} counts 0, 1, 2 …, which looks like the column numbers that pandas writes; remove this line "
+            "(in pandas: to_csv(header=False, index=False))"
         )
     if _numbers(row) is not None:
         return []
     if "" in names:
         raise UserError(
             f"{path}, line {line}: column {names.index('') + 1} has no name; name the column, or remove it if it counts the "
-            "rows (pandas: to_csv(index=False))"
+            "rows (in pandas: to_csv(index=False))"
         )
     numbers = [name for name in names if _numbers([name])]
     if numbers:

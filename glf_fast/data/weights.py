@@ -29,7 +29,7 @@ __all__ = ["ABOUT", "About", "fetch"]
 
 @dataclass(frozen=True)
 class About:
-    """Description of weights: what they are in a line, their licence and their citation as the authors state them."""
+    """Description of weights in a line, and their licence and citation as the authors state them."""
 
     title: str
     licence: str
@@ -72,18 +72,20 @@ def fetch(name: str, *, path: Path | None = None, download: bool = True) -> Path
     * "vgg16": the convolutions of torchvision's ImageNet VGG16 as safetensors ("features.0.weight" …).
     * "inception": the network by which FID is defined, as pytorch-fid publishes it; read it with `weights_only=True`.
 
-    The file is searched at `path`, at the environment variable GLF_FAST_VGG16 or GLF_FAST_INCEPTION, in the cache, in
-    torch.hub's cache, and then, unless `download` is False, on the network.
+    The file is searched for at `path`, at the path in the environment variable GLF_FAST_VGG16 or GLF_FAST_INCEPTION, in the
+    cache, in torch.hub's cache, and then, unless `download` is False, on the network.
 
     Raises:
-        UserError: unknown name, a given file that is not the published one, or nothing found: the message lists every place.
+        UserError: unknown name, a given file that is not the published file, or no file found. The message lists every place.
     """
     if name not in ABOUT:
-        raise UserError(f"no weights are called {name!r}; there are {', '.join(ABOUT)}")
+        raise UserError(f"no weights are called {name!r}; the weights are {', '.join(ABOUT)}")
     attempts = _vgg16(path, download) if name == "vgg16" else _inception(path, download)
     source = TORCHVISION_VGG16 if name == "vgg16" else INCEPTION_MIRROR
     variable = _variable(name)
-    return first(f"the weights {name}", attempts, f"Download {source} elsewhere and set {variable} to the file's path")
+    return first(
+        f"the weights {name}", attempts, f"Download {source} on another machine and set {variable} to the file's path"
+    )
 
 
 def _variable(name: str) -> str:
@@ -95,8 +97,8 @@ def _given(name: str, path: Path | None) -> Path | None:
     given = path or (Path(variable) if variable else None)
     if given is not None and not given.is_file():
         raise UserError(
-            f"there is no file {given} with the weights {name}; correct the path, or give none and leave {_variable(name)} "
-            "unset to have the weights fetched"
+            f"there is no file {given} with the weights {name}; correct the path, or give no path and leave {_variable(name)} "
+            "unset, so that the weights are fetched"
         )
     return given
 
@@ -104,7 +106,9 @@ def _given(name: str, path: Path | None) -> Path | None:
 def _refusal(name: str, message: str, given_by_user: bool) -> Exception:
     """The error for a wrong file: a UserError if the user named the file, else Unavailable, so that the search goes on."""
     if given_by_user:
-        return UserError(f"{message}; give another file, or no path and no {_variable(name)} to have it fetched")
+        return UserError(
+            f"{message}; give another file, or no path and no {_variable(name)}, so that the file is fetched"
+        )
     return Unavailable(message)
 
 
@@ -142,7 +146,7 @@ def _accept_vgg16(path: Path, target: Path, given_by_user: bool = False) -> Path
     else:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of unusual pickles, which are then refused
+                warnings.simplefilter("ignore")  # torch warns of unusual pickles before it refuses them
                 state = torch.load(path, map_location="cpu", weights_only=True)
             return _write_vgg16({key: state[key] for key in state if key.startswith("features.")}, target)
         except OSError:
@@ -189,7 +193,7 @@ class _ArraysOnly(pickle.Unpickler):
             return _reconstruct
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is no array")
+        raise pickle.UnpicklingError(f"{module}.{name} is not an array")
 
     @classmethod
     def loads(cls, content: bytes) -> Any:

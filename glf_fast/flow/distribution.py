@@ -17,13 +17,13 @@ __all__ = ["FlowDistribution", "FlowTransform"]
 
 
 class FlowDistribution(Distribution):
-    """p(x | context) of a flow, with one distribution for each row of the context: what `Flow.distribution` returns.
+    """The distribution p(x | context) of a flow, one for each row of the context. `Flow.distribution` returns it.
 
     Args:
         flow: the flow; its parameters get gradients from `log_prob` and `rsample`.
         context: (*batch_shape, *flow.context_shape), or None where the flow has no context; then batch_shape is ().
 
-    Everything has the shapes of torch.distributions: `log_prob` takes what broadcasts with (*batch_shape, *event_shape),
+    Shapes are those of torch.distributions: `log_prob` takes values that broadcast with (*batch_shape, *event_shape);
     `sample(s)` and `rsample(s)` return (*s, *batch_shape, *event_shape).
     """
 
@@ -53,7 +53,7 @@ class FlowDistribution(Distribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value) in nats, of the shape that `value` broadcasts to, without the event's."""
+        """log p(value) in nats, of the shape to which `value` broadcasts, without the event dimensions."""
         if self._validate_args:
             self._validate_sample(value)
         value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
@@ -61,11 +61,11 @@ class FlowDistribution(Distribution):
         return flow.log_prob(rows, context).reshape(batch)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Samples through which gradients reach the flow and the context: the inverse of N(0, I)."""
+        """Samples F⁻¹(u), u ~ N(0, I), through which gradients reach the flow and the context."""
         return self._draw(sample_shape)[1]
 
     def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """`rsample` and its `log_prob`, in one pass."""
+        """Samples as from `rsample`, and their `log_prob`, in one pass."""
         z, x, logdet = self._draw(sample_shape)
         return x, self._base(z) - logdet
 
@@ -83,19 +83,20 @@ class FlowDistribution(Distribution):
 
 
 class FlowTransform(Transform):
-    """base noise → data, for torch's (and pyro's) `TransformedDistribution`: `t(z) = flow.inverse(z)`, `t.inv(x) = flow(x)`.
+    """The map from base noise to data, for torch's and pyro's `TransformedDistribution`.
 
+    `t(z)` is `flow.inverse(z)`, and `t.inv(x)` is `flow(x)`, both without the log-determinant.
     This is torch's direction, the opposite of a flow's `forward`. `log_abs_det_jacobian(z, x)` is log|det ∂x/∂z|.
 
-    With `cache_size=1`, the default, the last pair is kept with its log-determinant, so that `log_prob` costs one pass, and
-    none at all for the sample just drawn. A pair is used only for what belongs to it: the opposite direction, while the
-    values of the flow, the context and the pair are what they were, whatever may have changed them. So a copy of these
-    is kept, too; on a GPU the comparison waits for it.
+    With `cache_size=1`, the default, the last pair of noise and data is cached with its log-determinant. `log_prob` then costs
+    one pass, or no pass for the sample just drawn. The cached pair is used only in the opposite direction, and only while the
+    values of the flow, the context and the pair are unchanged. To detect any change, copies of these values are kept and
+    compared; on a GPU the comparison waits for the device.
 
     Args:
         flow: the flow.
-        context: (*batch_shape, *flow.context_shape), or None. A base of a smaller batch is expanded to it, as torch's
-            own transforms do it with their parameters: every row gets noise of its own.
+        context: (*batch_shape, *flow.context_shape), or None. A base distribution with a smaller batch is expanded to the
+            context, as torch's own transforms expand it to their parameters: every row gets noise of its own.
         cache_size: 0 or 1.
 
     Example:
@@ -117,7 +118,7 @@ class FlowTransform(Transform):
         self._forget()
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
-        """This transform with that cache size."""
+        """A transform of the same flow and context with this cache size."""
         return self if cache_size == self._cache_size else FlowTransform(self.flow, self.context, cache_size)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -137,13 +138,13 @@ class FlowTransform(Transform):
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det ∂y/∂x| of the noise x and the data y, of the shape of the batch."""
+        """log|det ∂y/∂x| of the noise x and the data y, in the shape of the batch."""
         if self._holds(noise=x, data=y):
             return self._pair[2]  # type: ignore[index]
         return _by_rows(self.flow, x, self.context, inverse=True)[1]
 
     def forward_shape(self, shape: Any) -> torch.Size:
-        """Of the data, for noise of that shape: its batch dimensions broadcast with the context's."""
+        """Shape of the data for noise of this shape; its batch dimensions broadcast with the context's."""
         shape, event = torch.Size(shape), torch.Size(self.flow.event_shape)
         batch = shape[: len(shape) - len(event)]
         if shape[len(batch) :] != event:
@@ -152,7 +153,7 @@ class FlowTransform(Transform):
         return torch.broadcast_shapes(batch, given) + event
 
     def inverse_shape(self, shape: Any) -> torch.Size:
-        """Of the noise, for data of that shape: the same."""
+        """Shape of the noise for data of this shape; the same as `forward_shape`."""
         return self.forward_shape(shape)
 
     def __repr__(self) -> str:
@@ -164,8 +165,8 @@ class FlowTransform(Transform):
     def _forget(self) -> None:
         self._pair: tuple[Tensor, Tensor, Tensor] | None = None  # noise, data, log-determinant
         self._made_by_inverse = False
-        self._recorded: list[bool] = []  # of which tensors gradients were recorded
-        self._values: list[Tensor] = []  # copies of the pair and of all that it is a function of
+        self._recorded: list[bool] = []  # for each tensor, whether gradients were recorded
+        self._values: list[Tensor] = []  # copies of the pair and of all tensors on which it depends
 
     def _keep(self, noise: Tensor, data: Tensor, logdet: Tensor, *, by_inverse: bool) -> None:
         # Tensors of torch.func and torch.compile have no values to compare.
@@ -198,8 +199,9 @@ def _check_context(flow: Flow, context: Tensor | None) -> None:
     shape = flow.context_shape
     if (context is None) != (not shape) or (context is not None and context.shape[-len(shape) :] != shape):
         given = None if context is None else tuple(context.shape)
-        wanted = f"of shape (…, {', '.join(map(str, shape))})" if shape else "of None: this flow has context_dim=0"
-        raise ValueError(f"the flow needs a context {wanted}; got {given}")
+        if not shape:
+            raise ValueError(f"the flow takes no context, because it has context_dim=0; got {given}")
+        raise ValueError(f"the flow needs a context of shape (…, {', '.join(map(str, shape))}); got {given}")
 
 
 def _batch(flow: Flow, context: Tensor) -> torch.Size:
@@ -208,13 +210,15 @@ def _batch(flow: Flow, context: Tensor) -> torch.Size:
 
 
 def _shapes(flow: Flow) -> str:
-    """What a repr says of the flow."""
+    """Description of the flow for a repr."""
     return f"{type(flow).__name__}, event_shape={flow.event_shape}"
 
 
 def _rows(flow: Flow, value: Tensor, context: Tensor | None) -> tuple[Flow, Tensor, Tensor | None, torch.Size]:
-    """What to call with value (…, *event_shape) and context (…, *context_shape), broadcast: a flow, its rows (B,
-    *event_shape) and contexts (B, *context_shape) or None; and the batch shape of the result.
+    """Value (…, *event_shape) and context (…, *context_shape), broadcast and flattened to rows.
+
+    Returns:
+        The flow to call, rows (B, *event_shape), contexts (B, *context_shape) or None, and the batch shape of the result.
     """
     if isinstance(flow, Embedded) and context is not None:  # once for each context, not for each sample
         return _rows(flow.flow, value, flow.embed(context))

@@ -1,4 +1,4 @@
-"""A flow whose context goes through a network first."""
+"""A flow whose context is first mapped by a network."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ __all__ = ["Embedded"]
 
 
 class Embedded(Flow):
-    """flow(x, embedding(context)), trained together: what nflows calls an `embedding_net`.
+    """A flow and a network that embeds its context, trained together: flow(x, embedding(context)).
+
+    nflows calls such a network an `embedding_net`.
 
     Args:
-        flow: with a context that is embedded.
-        embedding: from a batch of contexts (B, *context_shape) to (B, *flow.context_shape); any network.
-        context_shape: of one context, before the embedding; not necessarily a vector's.
+        flow: the flow; it takes embedded contexts.
+        embedding: any network that maps a batch of contexts (B, *context_shape) to (B, *flow.context_shape).
+        context_shape: shape of one context before the embedding; it may have several dimensions.
     """
 
     def __init__(self, flow: Flow, embedding: nn.Module, context_shape: tuple[int, ...]) -> None:
@@ -24,7 +26,7 @@ class Embedded(Flow):
         self.embedding = embedding
 
     def embed(self, context: Tensor) -> Tensor:
-        """Contexts (…, *context_shape) → (…, *flow.context_shape), as the flow wants them."""
+        """Embedded contexts (…, *flow.context_shape) of contexts (…, *context_shape)."""
         batch = context.shape[: context.ndim - len(self.context_shape)]
         if context.shape[len(batch) :] != self.context_shape:
             wanted = ", ".join(map(str, self.context_shape))
@@ -32,11 +34,11 @@ class Embedded(Flow):
         return self.embedding(context.reshape(-1, *self.context_shape)).reshape(*batch, *self.flow.context_shape)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise: x (B, *event_shape), context (B, *context_shape), or one for all → z like x, logdet (B,)."""
+        """Data → noise: x (B, *event_shape), context (B, *context_shape) or one context for all → z like x, logdet (B,)."""
         return self.flow(x, self._embedded(context))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: z (B, *event_shape), context (B, *context_shape), or one for all → x like z, logdet (B,)."""
+        """Noise → data: z (B, *event_shape), context (B, *context_shape) or one context for all → x like z, logdet (B,)."""
         return self.flow.inverse(z, self._embedded(context))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -45,5 +47,5 @@ class Embedded(Flow):
 
     def _embedded(self, context: Tensor | None) -> Tensor:
         if context is None:
-            raise ValueError(f"this flow is conditional: give contexts of shape {self.context_shape}")
+            raise ValueError(f"this flow is conditional; give contexts of shape {self.context_shape}")
         return self.embed(context)

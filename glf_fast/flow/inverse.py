@@ -1,4 +1,4 @@
-"""A flow the other way round."""
+"""A flow with its two directions exchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Inverse"]
 
 
 class Inverse(Flow):
-    """z = flow⁻¹(x): a flow's two directions exchanged, for maps that are cheap or known in the other direction only.
+    """A flow with its two directions exchanged, z = flow⁻¹(x), for maps that are cheap or known in the other direction only.
 
     Example:
         >>> flow = Inverse(CouplingFlow(4, 2, (8,)))

@@ -28,11 +28,13 @@ def rnvp_flow(dim: int, blocks: int = 4, hidden: int = 64, clamp: float = 2.0, s
     networks Linear–ReLU–BatchNorm–Linear–ReLU–BatchNorm–Linear, so 4 blocks are 8 one-sided couplings and 16 networks.
     All trainable parameters start as 0.05·N(0, 1), the gains of the batch norms included; permutation k has seed `seed` + k.
 
-    In training mode the batch norms couple the samples of a batch, so the inverse is exact, and the density meant, in eval
-    mode only.
+    In training mode the batch norms couple the samples of a batch. Only in eval mode is the inverse exact and the density
+    valid.
 
     Args:
-        dim: D ≥ 2. blocks: two-sided couplings. hidden: width of the networks, 64 for 20 latents, 256 for 64.
+        dim: D ≥ 2.    blocks: number of two-sided couplings.
+        hidden: width of the networks; 64 suits 20 latent dimensions, 256 suits 64.
+        clamp: bound of the log-scales.    seed: seed of the first permutation.
     """
     if blocks < 1 or hidden < 1:
         raise ValueError(f"blocks and hidden must be ≥ 1; got {blocks} and {hidden}")

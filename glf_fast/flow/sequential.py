@@ -16,16 +16,16 @@ __all__ = ["SequentialFlow"]
 
 
 class SequentialFlow(Flow):
-    """Layers applied one after the other: z = f_n(… f_1(x)), log-determinants added.
+    """A chain of layers, z = f_n(… f_1(x)), whose log-determinants are added.
 
     A layer is any module with `forward(x, context)` and `inverse(z, context)` that return (output, logdet): `ActNorm`,
-    `InvertibleLinear`, `AffineCoupling`, another `Flow`, or your own. `log_prob` asks a last layer that is a flow for its own.
+    `InvertibleLinear`, `AffineCoupling`, another `Flow`, or your own. If the last layer is a flow, its `log_prob` is used.
 
     Args:
-        layers: first to last in the direction data → noise.
+        layers: the layers, first to last in the direction data → noise.
         event_shape: shape of one sample, (D,) or (C, H, W).
-        context_dim: columns of the context, handed to every layer; 0 for none.
-        context_shape: of one context, in place of `context_dim`, where it is not a vector.
+        context_dim: number of columns of the context, which every layer gets; 0 for no context.
+        context_shape: shape of one context, instead of `context_dim`, if a context is not a vector.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SequentialFlow(Flow):
         return self._run(reversed(self.layers), z, context, inverse=True)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x) = log N(z; 0, I) + logdet in nats, (B,); the last layer adds the first where it can."""
+        """log p(x) = log N(z; 0, I) + logdet in nats, (B,). The last layer computes log N if it has a `log_prob`."""
         layers: list[nn.Module] = list(self.layers)
         # A CouplingFlow's own log_prob is one operation. Permutations behind it change nothing about N(0, I).
         while layers and isinstance(layers[-1], InvertibleLinear) and layers[-1].linear == "permutation":

@@ -1,4 +1,4 @@
-"""Flows behind other libraries' interfaces: one file a library. Nothing here is imported until it is asked for."""
+"""glf_fast's flows with the interfaces of other libraries, one file for each library, imported when it is first used."""
 
 from importlib import import_module
 from types import ModuleType

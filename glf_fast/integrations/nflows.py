@@ -11,12 +11,12 @@ __all__ = ["Flow"]
 
 
 class Flow(nn.Module):
-    """A flow of ours under the method names and with the shapes of `nflows.flows.Flow`.
+    """A flow of glf_fast with the method names and shapes of `nflows.flows.Flow`.
 
     Args:
         flow: the flow.
 
-    Unlike nflows' own, it may be called: `forward` is `log_prob`, so DistributedDataParallel and torch.compile can wrap it.
+    Unlike flows of nflows, it may be called: `forward` is `log_prob`, so DistributedDataParallel and torch.compile can wrap it.
     """
 
     def __init__(self, flow: glf_fast.flow.Flow) -> None:
@@ -24,7 +24,7 @@ class Flow(nn.Module):
         self.flow = flow
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """`log_prob`."""
+        """The same as `log_prob`."""
         return self.log_prob(inputs, context)
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
@@ -32,9 +32,10 @@ class Flow(nn.Module):
         return self.flow.log_prob(inputs, context)
 
     def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        """(n, …) without context; (M, n, …) with a context (M, C): n for each row of it.
+        """Samples (n, …) without context, or (M, n, …) with a context (M, C): n samples for each row of the context.
 
-        batch_size: draw no more than so many of the n at a time.
+        Args:
+            batch_size: greatest number of samples (of the n) to draw at a time.
         """
         sizes = [num_samples] if batch_size is None else _chunks(num_samples, batch_size)
         return torch.cat([self._draw(n, context)[0] for n in sizes], 0 if context is None else 1)
@@ -44,7 +45,7 @@ class Flow(nn.Module):
         return self._draw(num_samples, context)
 
     def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """z (B, …) of the inputs (B, …)."""
+        """Noise z (B, …) of the inputs (B, …)."""
         return self.flow(inputs, context)[0]
 
     def _draw(self, n: int, context: Tensor | None) -> tuple[Tensor, Tensor]:

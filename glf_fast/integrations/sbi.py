@@ -18,7 +18,7 @@ from glf_fast.integrations.unconstrained import Unconstrained
 
 __all__ = ["CouplingFlowEstimator", "coupling_flow"]
 
-START = 4096  # pairs of (θ, x) that give the ActNorms their start
+START = 4096  # number of pairs (θ, x) from which the ActNorms are initialised
 
 
 def coupling_flow(
@@ -31,16 +31,18 @@ def coupling_flow(
     embedding_net: nn.Module | None = None,
     **options: Any,
 ) -> Callable[[Tensor, Tensor], CouplingFlowEstimator]:
-    """What sbi's NPE takes as `density_estimator`: makes the estimator of q(θ | x) once it has seen simulations.
+    """A builder of estimators of q(θ | x), for the argument `density_estimator` of sbi's NPE.
 
     Args:
-        steps, hidden, **options: of `glf_fast.CouplingFlow`.
+        steps, hidden, **options: arguments of `glf_fast.CouplingFlow`.
         z_score_theta, z_score_x: "independent", "structured", or "none": how θ and x are standardised by the training
-            simulations. Fixed afterwards, and part of the estimator. For θ also "transform_to_unconstrained": mapped from the
-            support of `prior` to all of ℝᴰ first, so that the posterior is 0 outside and sbi rejects no sample.
-        prior: of θ, for that; `sbi.neural_nets.posterior_nn` calls it x_dist.
-        embedding_net: from x (B, …), standardised, to the context (B, C); x itself if None, which then is a vector. It is
-            copied: the trained one is `estimator.embedding_net`, and retraining from scratch starts from yours.
+            simulations. The standardisation is fixed afterwards, and part of the estimator. For θ also
+            "transform_to_unconstrained": θ is first mapped from the support of `prior` to all of ℝᴰ, so that the posterior is 0
+            outside of the support and sbi rejects no sample.
+        prior: prior of θ for "transform_to_unconstrained"; `sbi.neural_nets.posterior_nn` calls it x_dist.
+        embedding_net: network that maps standardised x (B, …) to the context (B, C). If None, the context is x, which must be a
+            vector. The network is copied: the trained copy is `estimator.embedding_net`, and retraining from scratch starts
+            from the network given here.
     """
     return partial(
         _build, steps=steps, hidden=tuple(hidden), z_score_theta=z_score_theta, z_score_x=z_score_x, prior=prior,
@@ -64,7 +66,7 @@ def _build(
             "a coupling flow is a density of vectors of two or more parameters; "
             f"theta has shape {tuple(theta.shape)}: use sbi's 'nsf' or 'mdn' for one parameter"
         )
-    network = deepcopy(embedding_net)  # retraining from scratch must not find it trained
+    network = deepcopy(embedding_net)  # retraining from scratch must start from an untrained network
     standardise, structured = _z_score("z_score_x", z_score_x)
     if standardise:
         network = nn.Sequential(standardizing_net(x, structured), network)
@@ -73,15 +75,15 @@ def _build(
     network.train()
     if context.ndim != 2:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and becomes a context of shape {tuple(context.shape)}, where (batch, columns) "
-            "is wanted: give an embedding_net that makes vectors of it"
+            f"x has shape {tuple(x.shape)} and becomes a context of shape {tuple(context.shape)}, but a context must have "
+            "shape (batch, columns); give an embedding_net that maps x to vectors"
         )
     dim = theta.shape[1]
     layers: list[nn.Module] = []
     free = theta
     if z_score_theta == "transform_to_unconstrained":
         if prior is None:
-            raise ValueError("z_score_theta='transform_to_unconstrained' needs the prior: coupling_flow(prior=…)")
+            raise ValueError("z_score_theta='transform_to_unconstrained' needs the prior; pass coupling_flow(prior=…)")
         layers.append(Unconstrained.of(prior, dim).to(theta))
         free, logdet = layers[0](theta)
         if not logdet.isfinite().all():
@@ -95,7 +97,7 @@ def _build(
         layers.append(_Standardise(mean.expand(dim), std.expand(dim)))
     layers.append(CouplingFlow(dim, context_dim=context.shape[1], **options))
     flow = SequentialFlow(layers, (dim,), context.shape[1])
-    with torch.no_grad():  # the ActNorms' start: sbi's own first call has two rows
+    with torch.no_grad():  # initialises the ActNorms; the first call by sbi would do it with two rows
         flow(theta[:START], context)
     return CouplingFlowEstimator(flow, theta.shape[1:], x.shape[1:], network)
 
@@ -107,7 +109,7 @@ def _z_score(name: str, kind: str | None) -> tuple[bool, bool]:
 
 
 class _Standardise(nn.Module):
-    """z = (x − mean)/std, (B, D), fixed: its logdet is a number known beforehand."""
+    """The fixed map z = (x − mean)/std, (B, D); its logdet is a constant."""
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__()
@@ -116,7 +118,7 @@ class _Standardise(nn.Module):
         self.register_buffer("logdet", -std.log().sum())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # Not as x·(1/std) − mean/std, where the digits of a large mean are lost.
+        # x·(1/std) − mean/std would lose the digits of a large mean.
         return (x - self.get_buffer("mean")) / self.get_buffer("std"), self.get_buffer("logdet")
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -124,13 +126,13 @@ class _Standardise(nn.Module):
 
 
 class CouplingFlowEstimator(ConditionalDensityEstimator):
-    """q(θ | x) as sbi calls it: shapes (samples, batch, …), `input` for θ and `condition` for x.
+    """Estimator of q(θ | x) with sbi's interface: shapes (samples, batch, …), `input` for θ and `condition` for x.
 
     Args:
         flow: density of θ given the context.
-        input_shape, condition_shape: of one θ and one x.
-        embedding_net: from x (B, …) to the context (B, C), standardisation included. It runs once for each x, however many
-            samples there are.
+        input_shape, condition_shape: shapes of one θ and one x.
+        embedding_net: network that maps x (B, …) to the context (B, C), standardisation included. It runs once for each x, for
+            any number of samples.
     """
 
     def __init__(
@@ -141,11 +143,11 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
 
     @property
     def embedding_net(self) -> nn.Module:
-        """From x to the context."""
+        """The network that maps x to the context."""
         return self._embedding_net
 
     def log_prob(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
-        """log q(θ | x) in nats, (samples, batch); θ (samples, batch, D) or (batch, D), x (batch, …) or (samples, batch, …)."""
+        """log q(θ | x) in nats, (samples, batch), of θ (*samples, batch, D) and x (*samples, batch, …), samples optional."""
         self._check_input_shape(input)
         samples = input if input.ndim > 2 else input[None]
         return self._posterior(condition).log_prob(samples)
@@ -157,11 +159,11 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
         return -self.net.log_prob(input, context if len(context) == len(input) else context.expand(len(input), -1))
 
     def sample(self, sample_shape: Any, condition: Tensor, **kwargs: Any) -> Tensor:
-        """θ (*sample_shape, batch, D) given x (batch, …)."""
+        """Samples θ (*sample_shape, batch, D) given x (batch, …)."""
         return self._posterior(condition).rsample(sample_shape)
 
     def sample_and_log_prob(self, sample_shape: Any, condition: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`sample`, and log q of it, (*sample_shape, batch), in one pass."""
+        """Samples as from `sample`, and their log q (*sample_shape, batch), in one pass."""
         return self._posterior(condition).rsample_and_log_prob(sample_shape)
 
     def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
         return self.net.distribution(self._context(condition), validate_args=False)
 
     def _context(self, condition: Tensor) -> Tensor:
-        """x (…, *condition_shape) → (…, C)."""
+        """Contexts (…, C) of x (…, *condition_shape)."""
         self._check_condition_shape(condition)
         batch = condition.shape[: condition.ndim - len(self.condition_shape)]
         context = self._embedding_net(condition.reshape(-1, *self.condition_shape))

@@ -1,4 +1,4 @@
-"""Parameters inside the support of their prior ⇄ all of ℝᴰ, so that no density is lost outside of it."""
+"""A map between the support of a prior and all of ℝᴰ, so that an estimated density is 0 outside of the support."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["Unconstrained"]
 
 
 class Unconstrained(nn.Module):
-    """z = log(θ − low) − log(high − θ) in each dimension; a term whose bound is infinite is left out, z = θ where both are.
+    """The fixed map z = log(θ − low) − log(high − θ) in each dimension, as a layer of a flow: θ (B, D) → z (B, D).
 
-    A flow's layer, θ (B, D) → z (B, D), fixed. Outside of the bounds the density is 0.
+    A term whose bound is infinite is left out; z = θ if both bounds are infinite. Outside of the bounds the density is 0.
 
     Args:
-        low, high: (D,), infinite where there is no bound.
+        low, high: bounds (D,), infinite where there is no bound.
     """
 
     low: Tensor
@@ -29,9 +29,9 @@ class Unconstrained(nn.Module):
 
     @classmethod
     def of(cls, prior: Distribution, dim: int) -> Unconstrained:
-        """For the support of this distribution of vectors (D,).
+        """The map for the support of a distribution of vectors (D,).
 
-        Raises ValueError where that is not an interval, bounded or not, in each dimension.
+        Raises ValueError unless the support is an interval, bounded or not, in each dimension.
         """
         try:
             low, high = _bounds(prior.support, dim)
@@ -42,8 +42,8 @@ class Unconstrained(nn.Module):
         return cls(low, high)
 
     def forward(self, theta: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Into ℝᴰ: z (B, D), logdet (B,), −∞ outside of the bounds."""
-        below, above, width, least = self._places(theta)
+        """z (B, D) in ℝᴰ, and logdet (B,), which is −∞ outside of the bounds."""
+        below, above, width, least = self._distances(theta)
         # A sample of a uniform distribution may lie on its bound.
         a, b = (torch.where(gap.isfinite(), gap, 1.0).clamp_min(least).log() for gap in (below, above))
         z = torch.where(below.isinf() & above.isinf(), theta, a - b)
@@ -51,19 +51,20 @@ class Unconstrained(nn.Module):
         return z, torch.where(((below >= 0) & (above >= 0)).all(1), logdet, -torch.inf)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Back between the bounds: θ (B, D), logdet (B,)."""
-        _, _, width, _ = self._places(z)
+        """θ (B, D) between the bounds, and logdet (B,)."""
+        _, _, width, _ = self._distances(z)
         has_low, has_high = self.low.isfinite(), self.high.isfinite()
         both, one = has_low & has_high, has_low ^ has_high
-        # log of the distance from the bound, where there is one; elsewhere 0, whose exponential has a gradient that is finite.
+        # log of the distance from the bound, where there is exactly one bound; elsewhere 0, so that gradients of e^gap are
+        # finite.
         gap = torch.where(one, torch.where(has_low, z, -z), 0.0)
         theta = torch.where(one, torch.where(has_low, self.low + gap.exp(), self.high - gap.exp()), z)
         theta = torch.where(both, self.low + width * torch.sigmoid(z), theta)
         slope = width.log() + F.logsigmoid(z) + F.logsigmoid(-z)
         return theta, torch.where(both, slope, gap).sum(1)
 
-    def _places(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """θ − low, high − θ, high − low (1 without both bounds), and what is too near to a bound to tell from it."""
+    def _distances(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """θ − low, high − θ, high − low (1 without both bounds), and the least distance from a bound that is used."""
         info = torch.finfo(theta.dtype)
         width = self.high - self.low
         bounded = width.isfinite()

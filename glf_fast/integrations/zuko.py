@@ -13,23 +13,23 @@ __all__ = ["Flow", "NormalizingFlow"]
 
 
 class NormalizingFlow(FlowDistribution):
-    """p(x | c) as zuko's `flow(c)`: a distribution that has a `transform` and a `base`."""
+    """The distribution p(x | c) with the attributes of zuko's `flow(c)`: `transform` and `base`."""
 
     @property
     def transform(self) -> Transform:
-        """Data → noise: `flow(c).transform(x)`, and `.inv`."""
+        """The map from data to noise: `flow(c).transform(x)`; its `.inv` maps noise to data."""
         return FlowTransform(self.flow, self.context).inv
 
     @property
     def base(self) -> Independent:
-        """N(0, I), of this distribution's shapes."""
+        """N(0, I) with the shapes of this distribution."""
         like = next(self.flow.parameters(), torch.empty(0))
         zeros = torch.zeros(self.batch_shape + self.event_shape, device=like.device, dtype=like.dtype)
         return Independent(Normal(zeros, torch.ones_like(zeros)), len(self.event_shape))
 
 
 class Flow(nn.Module):
-    """A flow of ours that is called as zuko's: `flow(c).log_prob(x)`, `flow().sample((n,))`, `flow(c).transform(x)`.
+    """A flow of glf_fast with zuko's interface: `flow(c).log_prob(x)`, `flow().sample((n,))`, `flow(c).transform(x)`.
 
     Args:
         flow: the flow.

@@ -30,7 +30,7 @@ from glf_fast.metrics.stats import FeatureStats
 
 @dataclass(frozen=True)
 class Ref:
-    """Save the feature statistics of a set of images, for comparisons with other sets later."""
+    """Save the feature statistics of a set of images, for later comparisons with other sets."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Images: folder, zip, .npy, .npz, or a data set with its split (fashion-mnist:test)."""
@@ -55,11 +55,12 @@ class Calc:
     """Compute the distance of the images A (the samples) from the images B (the reference)."""
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """Samples: images (folder, zip, .npy, .npz, fashion-mnist:test) or statistics (.safetensors by `ref`, .npz of mu, sigma)"""
+    """Samples: images (folder, zip, .npy, .npz, fashion-mnist:test) or statistics (.safetensors by `ref`, .npz of mu and
+    sigma)."""
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
     """Reference, in any of the same forms."""
     extractor: str | None = None
-    """Feature network; by default the one of the saved statistics, else vgg16."""
+    """Feature network; by default the network of the saved statistics, else vgg16."""
     n: int | None = None
     """Number of images to use of each set that is not saved statistics, drawn at random with a fixed seed; by default all."""
     weights: Path | None = None
@@ -79,7 +80,7 @@ def main() -> None:
     commands: Any = Annotated[Ref, tyro.conf.subcommand("ref")] | Annotated[Calc, tyro.conf.subcommand("calc")]
     command: Ref | Calc = parse(commands, sys.argv[1:], "glf_fast.metrics", description=__doc__)
     if command.n is not None and command.n < 2:
-        raise UserError(f"--n {command.n}: a distance needs at least two images")
+        raise UserError(f"--n {command.n} is too small; a distance needs at least two images")
     if isinstance(command, Ref):
         ref(command)
     else:
@@ -90,7 +91,7 @@ def ref(command: Ref) -> None:
     """Run `ref`: save the statistics of one set."""
     if command.out.suffix != ".safetensors":
         raise UserError(
-            f"--out {command.out}: statistics are saved as safetensors; choose a file name that ends in .safetensors"
+            f"--out {command.out} does not end in .safetensors, but statistics are saved in this format; choose another name"
         )
     stats = from_images(command.source, make_extractor(command.extractor, command), command)
     stats.root()
@@ -100,7 +101,7 @@ def ref(command: Ref) -> None:
 
 def calc(command: Calc) -> None:
     """Run `calc`: print the distance of two sets."""
-    given = [from_statistics(source) for source in (command.a, command.b)]  # errors in files come before the long work
+    given = [from_statistics(source) for source in (command.a, command.b)]  # finds errors in files before the long work
     network: Extractor | None = None
     if None not in given:
         for option in ("extractor", "n", "weights", "image_size", "skip_unusable"):
@@ -136,7 +137,7 @@ def make_extractor(name: str, command: Ref | Calc) -> Extractor:
 
 
 def from_statistics(source: str) -> FeatureStats | None:
-    """Saved statistics, or None when the source is images."""
+    """Saved statistics, or None if the source holds images."""
     path = Path(source)
     if path.suffix == ".safetensors":
         return FeatureStats.load(path)

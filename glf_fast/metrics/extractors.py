@@ -120,7 +120,7 @@ def check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise UserError(
-            f"scores need uint8 images, got {kind}; glf_fast.images.to_uint8 turns floats in [0, 1] into pixels"
+            f"scores need uint8 images, got {kind}; glf_fast.images.to_uint8 converts floats in [0, 1] to pixels"
         )
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[1:]:
         raise UserError(f"scores need images (batch, 1 or 3 channels, height, width), got {tuple(images.shape)}")
@@ -165,7 +165,7 @@ def _vgg16(name: str, weights: Path | None, tap: int, dim: int) -> Extractor:
 
 def _tiny(name: str, weights: Path | None) -> Extractor:
     if weights is not None:
-        raise UserError("the extractor 'tiny' has its own weights; leave the weights out")
+        raise UserError("the extractor 'tiny' has its own weights; do not give other weights")
     return Extractor(
         name,
         load_tiny(),
@@ -216,5 +216,7 @@ def extractor(name: str, *, device: torch.device | str = "cpu", weights: Path | 
         UserError: no such extractor, or a weights file of another network.
     """
     if name not in _REGISTRY:
-        raise UserError(f"no extractor {name!r}; {did_you_mean(name, _REGISTRY)}there are {', '.join(names())}")
+        raise UserError(
+            f"no extractor {name!r}; {did_you_mean(name, _REGISTRY)}the extractors are {', '.join(names())}"
+        )
     return _REGISTRY[name](name, weights).to(device)

@@ -53,13 +53,14 @@ def jackknife_interval(samples: FeatureStats, reference: FeatureStats) -> tuple[
     Delete-a-group jackknife (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 11) over 20 groups, of
     every 20th sample each: distance ± t₁₉·√(19/20·Σ(dᵢ−d̄)²). The groups are subtracted from the merged moments, so the cost is
     one covariance of all samples and 20 distances. The interval shows how much the distance of another draw of equally many
-    samples would vary. It does not show the bias of few samples, which the floors do.
+    samples would vary. It does not show the bias of few samples; the distances between real images (`Reference.floors`) show
+    it.
 
     Raises:
-        ValueError: fewer than 40 samples, or not all of them kept.
+        ValueError: fewer than 40 samples, or statistics that have not kept all features.
     """
     if samples.n < 2 * GROUPS or not samples.complete:
-        raise ValueError(f"the jackknife needs at least {2 * GROUPS} samples, all kept; got {samples!r}")
+        raise ValueError(f"the jackknife needs at least {2 * GROUPS} samples with all features kept; got {samples!r}")
     device, features = samples.mean.device, samples.kept
     distances = []
     for group in range(GROUPS):

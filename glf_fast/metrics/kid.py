@@ -22,7 +22,7 @@ class KID(NamedTuple):
 
 
 def _mmd2(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased MMD² (a U-statistic) of x and y (m, d) with the kernel (x·y/d + 1)³: may be negative."""
+    """Unbiased MMD² (a U-statistic) of x and y (m, d) with the kernel (x·y/d + 1)³. The value may be negative."""
     m, d = x.shape
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ def _mmd2(x: Tensor, y: Tensor) -> Tensor:
 def kid(a: FeatureStats, b: FeatureStats, block: int = 1000) -> KID:
     """Kernel Inception Distance (Bińkowski et al., arXiv:1801.01401, section 4) between the kept features of `a` and `b`.
 
-    The kept features, which must be in random order, are cut into disjoint blocks of `block` features; the blocks are smaller
-    if there were fewer than ten otherwise. Each feature is used once and nothing is drawn at random, so the same features give
-    the same numbers. KID is unbiased for any number of features; the error of the mean is about std/√blocks.
+    The kept features, which must be in random order, are divided into disjoint blocks of `block` features, or of fewer
+    features if there would be less than ten blocks. Each feature is used once and nothing is drawn at random, so the same
+    features give the same numbers. KID is unbiased for any number of features; the error of the mean is about std/√blocks.
 
     Raises:
         ValueError: fewer than four features kept on either side, different extractors.

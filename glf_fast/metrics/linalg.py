@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["eigh", "eigvalsh", "svdvals"]
 
 
-def _here_or_cpu(solve: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor) -> tuple[Tensor, ...]:
+def _solve_with_fallback(solve: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor) -> tuple[Tensor, ...]:
     """`solve(matrix)` on the matrix's device, or on the CPU if the solver of the device fails or returns NaN."""
     try:
         solution = solve(matrix)
@@ -25,15 +25,15 @@ def _here_or_cpu(solve: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor) 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (d,) in ascending order and eigenvectors (d, d) of a symmetric matrix."""
-    w, v = _here_or_cpu(lambda m: tuple(torch.linalg.eigh(m)), matrix)
+    w, v = _solve_with_fallback(lambda m: tuple(torch.linalg.eigh(m)), matrix)
     return w, v
 
 
 def eigvalsh(matrix: Tensor) -> Tensor:
     """Eigenvalues (d,) of a symmetric matrix in ascending order."""
-    return _here_or_cpu(lambda m: (torch.linalg.eigvalsh(m),), matrix)[0]
+    return _solve_with_fallback(lambda m: (torch.linalg.eigvalsh(m),), matrix)[0]
 
 
 def svdvals(matrix: Tensor) -> Tensor:
     """Singular values of any matrix, in descending order."""
-    return _here_or_cpu(lambda m: (torch.linalg.svdvals(m),), matrix)[0]
+    return _solve_with_fallback(lambda m: (torch.linalg.svdvals(m),), matrix)[0]

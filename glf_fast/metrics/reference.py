@@ -37,7 +37,7 @@ class Reference:
         test: statistics of the test split, against which models are scored (scores against training images would reward
             copies of them).
         floors: distances between real images. No model should be expected to fall below a floor. "train/train" is the distance
-            of two disjoint sets of training images, "train/test" that of training images from the test split.
+            between two disjoint sets of training images, "train/test" the distance of training images from test images.
         protocol: data set and number of images, JSON-ready.
     """
 
@@ -57,7 +57,7 @@ def reference(train: ImageDataset, test: ImageDataset, extractor: Extractor, *, 
     """
     if len(test.images) < 2 or len(train.images) < 4 or n < 2:
         raise UserError(
-            f"a reference needs n ≥ 2, at least two test and four training images, got n={n}, "
+            f"a reference needs n ≥ 2, two or more test images and four or more training images; got n={n}, "
             f"{len(test.images)} of {test.name}:{test.split} and {len(train.images)} of {train.name}:{train.split}"
         )
     half = min(n, len(train.images) // 2)
@@ -85,13 +85,16 @@ def dataset_stats(dataset: ImageDataset, extractor: Extractor, *, n: int | None 
         stats = FeatureStats.load(path)
         if stats.extractor == extractor.identity and stats.n == n:
             return stats
-        _notice(f"{path} holds other statistics than its name says; computing them again")
+        _notice(f"{path} holds other statistics than its name says; computing the statistics again")
     except FileNotFoundError:
         pass
     except (UserError, OSError) as error:
-        _notice(f"{error}; computing it again")
+        _notice(f"{error}; computing the statistics again")
 
-    _notice(f"{extractor.label}: features of {n} images of {dataset.name}:{dataset.split} (cached in {path.parent})")
+    _notice(
+        f"computing the features for {extractor.label} of {n} images of {dataset.name}:{dataset.split} "
+        f"(to be cached in {path.parent})"
+    )
     stats = collect(subset(dataset.images, n, part), extractor, keep=KEEP, source=source)
     stats.root()
     try:
@@ -102,7 +105,7 @@ def dataset_stats(dataset: ImageDataset, extractor: Extractor, *, n: int | None 
 
 
 def subset(images: Tensor, n: int, part: int = 0) -> Tensor:
-    """Images part·n … (part+1)·n − 1 of a fixed random order; all images are shuffled, too, since files are sorted by class."""
+    """Images part·n … (part+1)·n − 1 of a fixed random order; the order is random because files may be sorted by class."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order[part * n : (part + 1) * n]]
 

@@ -12,8 +12,8 @@ __all__ = ["antialiased", "tf1_bilinear"]
 def tf1_bilinear(x: Tensor, height: int, width: int) -> Tensor:
     """Bilinear resize of float images (B, C, H, W) like TensorFlow 1's `resize_bilinear`, by which FID is defined.
 
-    No half-pixel centres, corners not aligned, no antialiasing: output pixel i reads source position i·(in/out), between
-    pixel ⌊·⌋ and its right neighbour (the last one repeated). PyTorch's `interpolate` offers no such rule.
+    It has no half-pixel centres, no aligned corners and no antialiasing. Output pixel i reads source position i·(in/out),
+    between pixel ⌊·⌋ and its right neighbour (the last pixel is repeated). PyTorch's `interpolate` does not offer this rule.
     """
     top, bottom, y = _neighbours(x.shape[2], height, x)
     left, right, u = _neighbours(x.shape[3], width, x)
@@ -33,7 +33,7 @@ def _neighbours(size: int, out: int, like: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def antialiased(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear resize of float images with half-pixel centres and antialiasing; images of the right size are returned."""
+    """Bilinear resize of float images with half-pixel centres and antialiasing; images of this size are returned unchanged."""
     if x.shape[2:] == (height, width):
         return x
     return F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=True)

@@ -1,4 +1,4 @@
-"""Scores of models: distance, interval, KID and floors, with the protocol by which they were computed."""
+"""Scores of models: distance, interval, KID and floors (distances between real images), with their protocol."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ def score(
     n, samples_n = reference.protocol["floors"]["train/test"][0], result["protocol"]["n"]
     if n != samples_n:
         result["notes"].append(
-            f"the floors are for {n} images, this score is for {samples_n}; fewer images give larger distances"
+            f"the floors (distances between real images) are for {n} images, but this score is for {samples_n} images; "
+            "fewer images give larger distances"
         )
     result["protocol"] |= {**reference.protocol, "seed": seed, "sampling": dict(sampling or {})}
     return result
 
 
 def compare(samples: FeatureStats, reference: FeatureStats) -> dict[str, Any]:
-    """Distance of two statistics, JSON-ready; interval and KID are None where the features for them were not kept."""
+    """Distance between two statistics, JSON-ready; interval and KID are None if the features for them were not kept."""
     notes = []
     value = frechet_distance(samples, reference)
     if samples.n <= samples.dim:
@@ -56,7 +57,7 @@ def compare(samples: FeatureStats, reference: FeatureStats) -> dict[str, Any]:
             "by the exact path" if samples.complete else "with fewer exact digits, because not all features were kept"
         )
         notes.append(
-            f"{samples.n} samples for {samples.dim} features: the distance is computed {path}, and it is biased upwards; "
+            f"{samples.n} samples for {samples.dim} features: the distance is computed {path}, and is biased upwards; "
             "compare it only with distances of equally many samples"
         )
     interval = kernel = None

@@ -113,7 +113,7 @@ class FeatureStats:
 
     @property
     def kept(self) -> Tensor:
-        """The first `keep` features (≤ keep, dim), float32, in the order of their arrival; merged ones are appended."""
+        """The first `keep` features (≤ keep, dim), float32, in the order of their arrival; merged features are appended."""
         if len(self._kept) > 1:
             self._kept = [torch.cat(self._kept)]
         return self._kept[0] if self._kept else self._mean.new_zeros((0, self.dim), dtype=torch.float32)
@@ -130,7 +130,7 @@ class FeatureStats:
         return self.root()
 
     def root(self) -> Tensor:
-        """R = diag(√w)·Vᵀ (dim, dim) of cov = V·diag(w)·Vᵀ, w cut at 0. O(dim³), computed once, saved with the rest."""
+        """R = diag(√w)·Vᵀ (dim, dim) of cov = V·diag(w)·Vᵀ, with negative w set to 0. Costs O(dim³) once; `save` stores R."""
         if self._root is None:
             w, v = eigh(self.cov)
             self._root = w.clamp(min=0).sqrt()[:, None] * v.T
@@ -167,7 +167,7 @@ class FeatureStats:
             move = self._mean.device
             self._merge(other.n, other._mean.to(move), other._m2.to(move), other.kept.to(move))
             if not other.complete:
-                # Features of `other` are missing after those kept, so later ones must not be kept as "the first".
+                # Some features of `other` are missing, so features that come later must not be kept as "the first".
                 self.keep = min(self.keep, len(self.kept))
 
     def without(self, part: FeatureStats) -> FeatureStats:
@@ -229,7 +229,7 @@ class FeatureStats:
                 f"{key} {self.extractor.get(key)!r} and {other.extractor.get(key)!r}" for key in differing
             )
             raise UserError(
-                f"features of different extractors cannot be compared: {pairs}; compute both with the same one"
+                f"features of different extractors cannot be compared: {pairs}; compute both with the same extractor"
             )
         if self.dim != other.dim:
             raise UserError(
@@ -260,7 +260,7 @@ class FeatureStats:
 
         Raises:
             FileNotFoundError: no file at `path`.
-            UserError: the file is damaged, or holds something else.
+            UserError: the file is damaged, or does not hold feature statistics.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(

@@ -23,7 +23,8 @@ class TinyNet(nn.Module):
     """Four convolutions. The 128 features are channel means after the second (texture) and the fourth (content) convolution.
 
     `tools/train_tiny.py` trains the network on clothes in random colours. It then sets `mean` and `std` so that every feature
-    has mean 0 and variance 1 on the training set. So a Fréchet distance is in squared standard deviations of real images.
+    has mean 0 and variance 1 on the training set. A Fréchet distance is therefore in squared standard deviations of real
+    images.
     """
 
     dim = 128

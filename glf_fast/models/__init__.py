@@ -1,4 +1,4 @@
-"""Generative models by name. A model is one file; `model` says what the file brings."""
+"""Generative models by name. A model is one file; `model` describes what the file must contain."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def names() -> tuple[str, ...]:
 
 
 def kind(name: str) -> type[GenerativeModel]:
-    """The class of the model called `name`; raises UserError, with the nearest name, when there is none."""
+    """The class of the model called `name`; raises UserError, with the nearest name, if it does not exist."""
     if name not in _MODELS:
-        raise UserError(f"no model {name!r}; {did_you_mean(name, _MODELS)}there are {', '.join(_MODELS)}")
+        raise UserError(f"no model {name!r}; {did_you_mean(name, _MODELS)}the models are {', '.join(_MODELS)}")
     return _MODELS[name]
 
 
@@ -59,6 +59,6 @@ def build(name: str, config: Mapping[str, Any]) -> GenerativeModel:
     """The untrained model called `name` from its `config`.
 
     Raises:
-        UserError: no such model, or a setting that it does not have or cannot take.
+        UserError: an unknown model, or a setting that the model does not have or cannot take.
     """
     return kind(name).from_config(config)

@@ -25,7 +25,7 @@ def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) in [0, 1] → codes (B, latent_dim).   Appendix of arXiv:1905.10485; InfoGAN, arXiv:1606.03657.
+    """Encoder of InfoGAN (arXiv:1606.03657), as in the appendix of arXiv:1905.10485: images (B, C, H, W) in [0, 1] → codes.
 
     Conv(C, w, 4, stride 2)–ReLU–Conv(w, 2w, 4, stride 2)–BN–ReLU–Linear(2w·H/4·W/4, hidden)–BN–ReLU–Linear(hidden, latent).
     Weights start as N(0, 0.02²), biases as 0.
@@ -57,17 +57,17 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) → z (B, latent_dim), float32 or better also under autocast."""
         h = self.features(x)
-        # A bf16 code has 8 bits: the flow would learn the rounding grid.
+        # A bf16 code has 8 bits, so the flow would learn the grid of rounded values.
         with torch.autocast(x.device.type, enabled=False):
             return self.head(h.to(self.head.weight.dtype))
 
 
 class Decoder(nn.Module):
-    """Codes (B, latent_dim) → images (B, C, H, W) in [0, 1]: the encoder mirrored, with 0.5·tanh + 0.5 at the end.
+    """Decoder: codes (B, latent_dim) → images (B, C, H, W) in [0, 1]. It mirrors the encoder, and ends with 0.5·tanh + 0.5.
 
     Linear(latent, hidden)–BN–ReLU–Linear(hidden, 2w·H/4·W/4)–BN–ReLU–ConvT(2w, w, 4, stride 2)–BN–ReLU–ConvT(w, C, 4,
     stride 2).
-    Arguments and start as in `Encoder`.
+    Arguments and initial weights are those of `Encoder`.
     """
 
     def __init__(self, image_shape: Sequence[int], latent_dim: int, width: int = 64, hidden: int = 1024) -> None:
@@ -93,8 +93,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z (B, latent_dim) → x̂ (B, C, H, W) in [0, 1], float32 or better."""
         h = self.layers(z)
-        # The released code emits [−1, 1] with the perceptual loss, against targets that reach beyond ±2 on colour images, and
-        # hides it by min-max scaling each sample. Here images are in [0, 1] everywhere; a loss normalises what it compares.
+        # With the perceptual loss, the decoder of the released code gives [−1, 1], although the targets reach beyond ±2 on
+        # colour images; min-max scaling of each sample hides this. In glf_fast images are in [0, 1] everywhere, and a loss
+        # normalises both images that it compares.
         return 0.5 * torch.tanh(h.to(torch.promote_types(h.dtype, torch.float32))) + 0.5
 
 

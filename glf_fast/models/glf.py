@@ -19,7 +19,7 @@ from glf_fast.settings import NOT_NEGATIVE, POSITIVE, Rule, Settings, shown
 
 __all__ = ["GLF", "FlowSettings", "GLFSettings"]
 
-# Samples are drawn in batches of this size: it bounds memory, and the authors' protocol is defined by it.
+# Batch size of sampling. It bounds memory, and is part of the authors' protocol, which uses batch statistics.
 _SAMPLE_BATCH = 500
 
 
@@ -28,29 +28,29 @@ class FlowSettings(Settings):
     """The normalizing flow."""
 
     kind: Literal["coupling", "rnvp"] = "coupling"
-    """coupling: Glow's steps (ActNorm, linear, coupling); rnvp: the GLF paper's blocks."""
+    """Kind of flow. coupling: Glow's steps (ActNorm, linear, coupling); rnvp: the GLF paper's blocks."""
     hidden: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers in the couplings' networks; for rnvp two equal ones."""
+    """Widths of the hidden layers in the couplings' networks; rnvp needs two equal widths."""
     steps: int = 8
-    """coupling: number of steps."""
+    """For kind coupling: number of steps."""
     activation: str = "relu"
-    """coupling: relu, leaky_relu, silu, gelu, tanh or elu."""
+    """For kind coupling: activation of the networks: relu, leaky_relu, silu, gelu, tanh or elu."""
     log_scale: str = "tanh"
-    """coupling: the function that bounds log-scales: tanh, exp, glow, nflows, atan, softclip or jet."""
+    """For kind coupling: the function that gives the log-scales: tanh, exp, glow, nflows, atan, softclip or jet."""
     log_scale_constant: float | None = None
-    """coupling: constant of the log-scale function; by default its usual one."""
+    """For kind coupling: constant of the log-scale function; by default the usual constant of the function."""
     add_first: bool = False
-    """coupling: (v + t)·e^s instead of v·e^s + t."""
+    """For kind coupling: compute (v + t)·e^s instead of v·e^s + t."""
     linear: Literal["plu", "dense", "permutation"] = "plu"
-    """coupling: the linear layer between couplings."""
+    """For kind coupling: the linear layer between couplings."""
     actnorm: bool = True
-    """coupling: begin each step with an ActNorm."""
+    """For kind coupling: begin each step with an ActNorm."""
     blocks: int = 4
-    """rnvp: number of two-sided blocks."""
+    """For kind rnvp: number of two-sided blocks."""
     clamp: float = 2.0
-    """rnvp: bound of the log-scales."""
+    """For kind rnvp: bound of the log-scales."""
     seed: int = 0
-    """rnvp: random seed of the fixed permutations."""
+    """For kind rnvp: random seed of the fixed permutations."""
 
     CHOICE: ClassVar[str] = "kind"
     RULES: ClassVar[Mapping[str, Rule]] = {
@@ -71,7 +71,7 @@ class FlowSettings(Settings):
         }
 
     def mistake(self) -> str:
-        """Says so if the widths do not suit the kind."""
+        """A message if the widths do not suit the kind, else ""."""
         if self.kind == "rnvp" and (len(self.hidden) != 2 or self.hidden[0] != self.hidden[1]):
             return f'hidden = {shown(self.hidden)} must be two equal widths for flow.kind = "rnvp"'
         return ""
@@ -86,12 +86,12 @@ class FlowSettings(Settings):
 
 @dataclass(frozen=True)
 class GLFSettings(ModelSettings):
-    """Generative Latent Flow; its flow has a table of its own."""
+    """Generative Latent Flow; the settings of its flow are a table of their own."""
 
     name: str = "glf"
     """Name of the model."""
     latent_dim: int = 20
-    """Numbers in a code."""
+    """Length of a code, the dimension of the latent space."""
     width: int = 64
     """Channels after the encoder's first convolution."""
     hidden: int = 1024
@@ -99,11 +99,13 @@ class GLFSettings(ModelSettings):
     reconstruction: Literal["mse", "bce", "l1", "perceptual"] = "mse"
     """Distance between images and their reconstructions."""
     beta: float = 1.0
-    """Weight of the reconstruction against the likelihood; without effect on Adam while the gradient is stopped."""
+    """Weight of the reconstruction loss against the flow's likelihood. With stop_gradient the weight hardly matters, because
+    Adam undoes a factor of the gradient."""
     stop_gradient: bool = True
-    """Train the encoder by reconstruction alone, not by the flow's likelihood."""
+    """Train the encoder by the reconstruction loss alone, not by the flow's likelihood."""
     latent_noise: float = 0.0
-    """Standard deviation of the noise on codes in training, relative to the standard deviation of the codes."""
+    """Standard deviation of the noise on codes in training, relative to the standard deviation of the codes; without
+    stop_gradient, the noise has this standard deviation itself."""
     flow: FlowSettings = FlowSettings()
 
     RULES: ClassVar[Mapping[str, Rule]] = {
@@ -126,19 +128,21 @@ class GLF(GenerativeModel):
 
         β·d(D(z̃), x) − mean log p_F(sg(z̃)),        log p_F(z) = log N(F(z); 0, I) + log|det ∂F/∂z|,
 
-    where sg stops the gradient: reconstruction alone trains the autoencoder, likelihood alone the flow. Samples are
-    D(F⁻¹(u)), u ~ N(0, I).
+    where sg stops the gradient. The reconstruction loss alone trains the autoencoder, the likelihood alone trains the flow.
+    Samples are D(F⁻¹(u)), u ~ N(0, I).
 
     Args:
         shape: (C, H, W) of the images, H and W multiples of 4.
-        settings: see `GLFSettings`, and
+        settings: see `GLFSettings`. In the formula
 
-            beta: β. Matters when stop_gradient is False; else it scales the autoencoder's gradient, which Adam undoes.
-            stop_gradient: False trains the encoder by the likelihood too: the regularised GLF. Give it latent noise, or the
-                likelihood grows without bound as the encoder shrinks the codes.
-            latent_noise: σ. Noise gives the flow a density to learn where the codes fill a thin sheet, and the decoder an
-                answer off that sheet. In units of s: of each code's standard deviation over the batch if stop_gradient, so
-                that the encoder cannot outgrow the noise; 1 if not, so that it cannot shrink with the codes.
+            beta: is β. It matters if stop_gradient is False; otherwise it scales the autoencoder's gradient, and Adam undoes
+                this.
+            stop_gradient: False omits sg, so that the likelihood also trains the encoder: the regularised GLF. Use latent noise
+                then; without noise the likelihood grows without bound as the encoder shrinks the codes.
+            latent_noise: is σ. If the codes lie near a surface of lower dimension, noise gives the flow a density to learn, and
+                trains the decoder beside the surface. With stop_gradient, s is the standard deviation of each coordinate of the
+                codes over the batch, so that the encoder cannot outgrow the noise. Without it, s is 1, so that the noise cannot
+                shrink with the codes.
     """
 
     Settings = GLFSettings
@@ -151,8 +155,9 @@ class GLF(GenerativeModel):
             "nll_vs_normal": "nll of the flow minus nll of a normal distribution",
         },
         about_curves=(
-            "The second curve compares the flow with a normal distribution that is fitted to the codes of each batch: below 0 "
-            "the flow is better. The nll itself may rise while the samples improve, because the encoder rescales its codes."
+            "The second curve compares the flow's negative log-likelihood (nll) with the nll of a normal distribution fitted "
+            "to the codes of each batch; below 0 the flow is better. The nll itself may rise while the samples improve, "
+            "because the encoder rescales its codes."
         ),
     )
     sampling_modes: ClassVar[Mapping[str, str]] = {
@@ -169,7 +174,7 @@ class GLF(GenerativeModel):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GLF:
-        """An untrained model; configurations of version 0.1.0, with other names and one width for rnvp, are read, too."""
+        """An untrained model; also reads configurations of version 0.1.0, which have other names and one width for rnvp."""
         values = {"shape" if key == "image_shape" else key: value for key, value in config.items()}
         flow = values.get("flow")
         if isinstance(flow, dict) and isinstance(flow.get("hidden"), int):
@@ -185,9 +190,9 @@ class GLF(GenerativeModel):
             generator: source of the latent noise, on x's device; the global one if None.
 
         Returns:
-            loss: to be back-propagated.    reconstruction, nll: its terms.
-            nll_vs_normal: nll minus that of a normal distribution with the batch's mean and variances. It does not change
-                when the encoder rescales its codes.
+            loss: the loss to back-propagate.    reconstruction, nll: the two terms of the loss.
+            nll_vs_normal: nll minus the nll of a normal distribution with the batch's mean and variances. The difference does
+                not change when the encoder rescales its codes.
         """
         settings, z = self.settings, self.encode(x)
         if settings.latent_noise > 0:
@@ -204,7 +209,7 @@ class GLF(GenerativeModel):
         }
 
     def phases(self) -> tuple[Phase, ...]:
-        """One: everything learns from the same loss."""
+        """A single phase, which trains all parameters by the same loss."""
         return (Phase(self.losses, moves=self.groups),)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -236,14 +241,15 @@ class GLF(GenerativeModel):
         """n images D(F⁻¹(u)), u ~ temperature·N(0, I): (n, C, H, W) in [0, 1], in eval mode and without gradients.
 
         Args:
-            temperature: standard deviation of u; below 1 trades variety for typicality.
-            generator: source of u, on the model's device; the global one if None.
-            mode: "authors" for the way of the released code: batch norms take the statistics of 500 samples at a time, so that
-                a sample depends on its neighbours, and each image is stretched to [0, 1]. Both move the Fréchet distance.
+            temperature: standard deviation of u; a value below 1 gives more typical but less varied samples.
+            generator: source of u, on the model's device; the global generator if None.
+            mode: "authors" samples as the released code does. Batch norms use the statistics of 500 samples at a time, so that
+                a sample depends on the rest of its batch, and each image is stretched to [0, 1]. Both change the Fréchet
+                distance.
         """
         authors = mode == "authors"
         starts = range(0, n, _SAMPLE_BATCH) or [0]
-        # Whole batches where a batch's statistics matter; a single sample has none.
+        # Batch statistics need whole batches; a single sample has no variance.
         sizes = [_SAMPLE_BATCH if authors else min(_SAMPLE_BATCH, n - start) for start in starts]
         with self.evaluating(), _batch_statistics(self) if authors else contextlib.nullcontext():
             x = torch.cat(
@@ -255,17 +261,17 @@ class GLF(GenerativeModel):
         return x
 
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
-        """(B, steps, C, H, W): from each reconstructed x0 to its x1 (B, C, H, W) along an arc in the flow's base space.
+        """Images (B, steps, C, H, W) on an arc in the flow's base space from each reconstructed x0 to its x1 (B, C, H, W).
 
-        An arc u_t = [sin((1−t)ω)·u₀ + sin(tω)·u₁] / sin ω, ω the angle between u₀ and u₁: a straight line would cross the
-        middle of the Gaussian, where no sample is.
+        The arc is u_t = [sin((1−t)ω)·u₀ + sin(tω)·u₁] / sin ω, with the angle ω between u₀ and u₁. A straight line would cross
+        the middle of the Gaussian, where samples are very rare.
         """
         if steps < 2:
-            raise ValueError(f"steps counts both ends, so it must be ≥ 2; got {steps}")
+            raise ValueError(f"steps counts both ends, so steps must be ≥ 2; got {steps}")
         with self.evaluating():
             u0, u1 = (self.flow(self.encode(x))[0][:, None] for x in (x0, x1))
             t = torch.linspace(0, 1, steps, device=u0.device, dtype=u0.dtype)[:, None]
-            # Parallel or opposite ends leave the arc undefined; a tiny turn then stands for it.
+            # Parallel or opposite ends leave the arc undefined; the clamp then uses a slightly different angle.
             omega = torch.nn.functional.cosine_similarity(u0, u1, -1).clamp(-0.9999, 0.9999).acos()[..., None]
             u = (((1 - t) * omega).sin() * u0 + (t * omega).sin() * u1) / omega.sin()
             return self.decode(self.flow.inverse(u.flatten(0, 1))[0]).unflatten(0, (len(x0), steps))
@@ -273,14 +279,14 @@ class GLF(GenerativeModel):
 
 def _normal_nll(z: Tensor) -> Tensor:
     """Mean nll of codes z (B, D) under the normal distribution with their own mean and variances, in nats."""
-    # A code that is constant over the batch has a density without bound; the smallest number stands for its variance.
+    # A coordinate that is constant over the batch has an unbounded density; the smallest number replaces its variance.
     variances = z.var(0, correction=0).clamp(min=torch.finfo(z.dtype).tiny)
     return 0.5 * (math.log(2 * math.pi) + 1 + variances.log()).sum()
 
 
 @contextlib.contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms normalise by the batch at hand inside, and their running statistics stay as they are."""
+    """Inside the block, batch norms use the statistics of the batch, and their running statistics do not change."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     try:

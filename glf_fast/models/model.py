@@ -49,10 +49,10 @@ class Phase:
     """One update within a training step.
 
     Attributes:
-        losses: losses(x, generator) → scalars by name, all of them for the log; a method of the model.
+        losses: a method of the model, losses(x, generator) → scalars by name; all scalars are logged.
         moves: names of the parameter groups that the update changes; gradients of other groups are dropped.
-        minimises: which of the scalars is back-propagated.
-        every: only every so many steps is this phase part of the step.
+        minimises: name of the scalar that is back-propagated.
+        every: the phase takes part in every `every`-th step only.
     """
 
     losses: Losses
@@ -66,10 +66,10 @@ class Stage:
     """A part of training that ends before the next one begins.
 
     Attributes:
-        phases: what each step does, in this order; none if `fit` does everything.
-        epochs: passes over the training data; None: as many as the run's configuration says.
-        inputs: maps a batch to what the phases and `fit` take in its place, once, in eval mode, at the start of the stage:
-            the codes of images, for instance. None: the batches themselves.
+        phases: the updates of each step, in order; empty if the stage consists of `fit`.
+        epochs: passes over the training data; None for the number in the run's configuration.
+        inputs: function that maps a batch to the inputs of the phases and of `fit`, for instance images to their codes. It is
+            applied once, in eval mode, at the start of the stage. None if the inputs are the batches themselves.
         fit: a closed-form fit to all inputs (N, …), instead of phases; the same inputs must give the same result.
     """
 
@@ -81,15 +81,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Words:
-    """A model's texts in log and report.
+    """Texts of a model for log and report.
 
     Attributes:
         title: the model's usual name.
-        interpolations: what the pictures of interpolations show.
-        curves: titles of the scalars that the report draws and the progress line shows, by name; empty: all, by their names.
-            They should fall as the model improves.
-        about_curves: what one should know to read the curves.
-        likelihood: what `log_likelihood` computes, if the model has it; it stands beside the score.
+        interpolations: description of the pictures of interpolations.
+        curves: titles, by name, of the scalars that the report and the progress line show; None shows all scalars under their
+            names. These scalars should fall as the model improves.
+        about_curves: explanation of the curves.
+        likelihood: description of the value of `log_likelihood`, if the model has this method; printed beside the score.
     """
 
     title: str
@@ -104,13 +104,13 @@ class Encodes(Protocol):
     """A model that maps data to codes."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """x (B, *shape) → codes (B, …), in the model's present mode; no random numbers."""
+        """Codes (B, …) of x (B, *shape), in the model's present mode and without random numbers."""
         ...
 
 
 @runtime_checkable
 class HasLikelihood(Protocol):
-    """A model that tells how likely data are; `Words.likelihood` says whether exactly."""
+    """A model with a likelihood of data; `Words.likelihood` says whether it is exact or a bound."""
 
     def log_likelihood(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """log p(x) of x (B, *shape), or a lower bound of it: (B,) in nats, in eval mode and without gradients."""
@@ -122,16 +122,16 @@ class Reconstructs(Protocol):
     """A model that maps data to codes and back."""
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """x (B, *shape) through the model and back, in eval mode and without gradients."""
+        """Reconstructions (B, *shape) of x (B, *shape), in eval mode and without gradients."""
         ...
 
 
 @runtime_checkable
 class Interpolates(Protocol):
-    """A model that finds ways between two data points."""
+    """A model that interpolates between two data points."""
 
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
-        """(B, steps, *shape): from each reconstructed x0 to its x1 (B, *shape), ends included, in eval mode."""
+        """Points (B, steps, *shape) from each reconstructed x0 to its x1 (B, *shape), ends included, in eval mode."""
         ...
 
 
@@ -141,19 +141,19 @@ class GenerativeModel(
     library_name="glf_fast",
     tags=["generative-model"],
 ):
-    """A model of data (*shape): its settings, its losses and the parameters that they move, and how it samples.
+    """Base class of generative models of data (*shape): settings, losses, the parameters that each loss trains, and sampling.
 
-    Images are (C, H, W) in [0, 1]. What a model can do beside sampling it shows by its methods: see `Reconstructs`,
-    `Interpolates`, `Encodes` and `HasLikelihood`.
+    Images are (C, H, W) in [0, 1]. Further methods are optional: see `Reconstructs`, `Interpolates`, `Encodes` and
+    `HasLikelihood`.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` use two files, safetensors and JSON; pickles are never read.
 
     Class attributes:
-        Settings: the model's settings; their field `name` defaults to the model's name.
+        Settings: class of the model's settings; the default of its field `name` is the model's name.
         groups: names of the parameter groups, in order; each group has an optimizer of its own.
-        words: its texts in log and report.
-        takes: kinds of data sets that it can be trained on: "images", "table", "tokens".
-        sampling_modes: other ways to sample than the usual one, and what they are, by name.
+        words: texts of the model for log and report.
+        takes: kinds of data sets that the model can be trained on: "images", "table", "tokens".
+        sampling_modes: descriptions of the other ways to sample, by name.
 
     Attributes:
         shape: shape of one data point.    settings: an instance of Settings.
@@ -178,7 +178,7 @@ class GenerativeModel(
     # -- training ------------------------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by the names in `groups`; every trainable parameter once."""
+        """The parameters of each group, by the names in `groups`; every trainable parameter is in one group."""
         raise NotImplementedError
 
     def phases(self) -> tuple[Phase, ...]:
@@ -192,7 +192,7 @@ class GenerativeModel(
     def forward(
         self, x: Tensor, generator: torch.Generator | None = None, stage: int = 0, phase: int = 0
     ) -> dict[str, Tensor]:
-        """The losses of a phase, under the name that DistributedDataParallel and torch.compile wrap."""
+        """The losses of a phase; called `forward` because DistributedDataParallel and torch.compile wrap this method."""
         return self.stages()[stage].phases[phase].losses(x, generator)
 
     # -- use -----------------------------------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ class GenerativeModel(
         """n samples (n, *shape), in eval mode and without gradients.
 
         Args:
-            temperature: standard deviation of the noise; below 1 trades variety for typicality.
-            generator: source of the noise, on the model's device; the global one if None.
+            temperature: standard deviation of the noise; a value below 1 gives more typical but less varied samples.
+            generator: source of the noise, on the model's device; the global generator if None.
             mode: one of `sampling_modes`, or "" for the usual way.
         """
         raise NotImplementedError
@@ -212,7 +212,8 @@ class GenerativeModel(
     def _check_batch(self, name: str, x: Tensor) -> None:
         if not x.is_floating_point():
             raise TypeError(
-                f"{name} must be floating-point, pixels in [0, 1]; got {x.dtype} (convert pixels with images.to_float)"
+                f"{name} must be floating-point, with pixels in [0, 1]; got {x.dtype} "
+                "(glf_fast.images.to_float converts uint8 pixels)"
             )
         if tuple(x.shape[1:]) != self.shape:
             wanted = ", ".join(map(str, self.shape))
@@ -220,7 +221,7 @@ class GenerativeModel(
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode and no gradients inside; afterwards every module is in the mode that it had."""
+        """Use eval mode and no gradients inside the block; afterwards every module has its previous mode again."""
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
@@ -234,7 +235,7 @@ class GenerativeModel(
 
     @classmethod
     def from_config(cls: type[M], config: Mapping[str, Any]) -> M:
-        """An untrained model from shape and settings; raises UserError for unknown, missing or wrong ones."""
+        """An untrained model from shape and settings; raises UserError for unknown or wrong settings, or a missing shape."""
         values = {key: value for key, value in config.items() if key not in ("shape", "name")}
         settings = updated(cls.Settings(), values, f"the configuration of {cls.__name__}")
         try:
@@ -253,14 +254,14 @@ class GenerativeModel(
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write `config.json`, `model.safetensors` and a model card to a folder.
 
-        Files appear whole, and none before all could be written; a model card that is there already stays.
+        All files are written to a temporary folder first, and moved when they are complete. An existing model card stays.
 
         Args:
-            options: of huggingface_hub's mixin: push_to_hub, repo_id, model_card_kwargs, …
+            options: options of huggingface_hub's mixin: push_to_hub, repo_id, model_card_kwargs, …
         """
         folder = Path(save_directory)
         with saving.beside(folder) as temporary:
-            # Not straight into the folder: the mixin deletes the old config.json before it writes the weights.
+            # Not directly into the folder, because the mixin deletes the old config.json before it writes the weights.
             return super().save_pretrained(temporary, **{"repo_id": folder.name, **options})
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -274,16 +275,16 @@ class GenerativeModel(
         map_location: torch.device | str = "cpu",
         **download: Any,
     ) -> M:
-        """The model in a folder, or with this name on the Hugging Face hub, as `save_pretrained` wrote it, in eval mode.
+        """The model that `save_pretrained` wrote to a folder, or that has this name on the Hugging Face hub, in eval mode.
 
-        A folder is read without network. The global random numbers are left as they were.
+        A folder is read without network. The state of the global random numbers does not change.
 
         Args:
             map_location: device to load to.
-            download: of huggingface_hub's `snapshot_download`: revision, token, cache_dir, local_files_only, …
+            download: options of huggingface_hub's `snapshot_download`: revision, token, cache_dir, local_files_only, …
 
         Raises:
-            UserError: no such folder or name, files missing, corrupt, of another model, or pickled.
+            UserError: an unknown folder or name, or files that are missing, corrupt, of another model, or pickled.
         """
         folder = saving.find(pretrained_model_name_or_path, **download)
         config, weights = saving.read(folder)

@@ -44,7 +44,7 @@ def reconstruction_loss(name: str, x_hat: Tensor, x: Tensor) -> Tensor:
     | `l1`         | Σ |x̂ − x|                                                                 |
     | `perceptual` | L1 of the pixels and of VGG16's feature maps, see `perceptual.perceptual` |
 
-    Each is float32 or better. Raises ValueError for another name.
+    Each loss is computed in float32 or better. Raises ValueError for another name.
     """
     check_reconstruction(name)
     return _LOSSES[name](x_hat, x) / len(x)

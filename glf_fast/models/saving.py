@@ -51,7 +51,7 @@ def beside(folder: Path) -> Iterator[Path]:
 
 
 def find(name_or_path: str | Path, **download: Any) -> Path:
-    """The folder itself, or the downloaded one of this name on the Hugging Face hub; raises UserError if there is neither."""
+    """The folder itself, or the download of this name from the Hugging Face hub; raises UserError if neither exists."""
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
@@ -68,7 +68,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights in a folder; raises UserError if they are missing, corrupt or pickled."""
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise UserError(f"{folder} has no {file}{_pickles_in(folder)}; save_pretrained writes one")
+            raise UserError(f"{folder} has no {file}{_pickles_in(folder)}; save_pretrained writes this file")
     config = read_json(folder / CONFIG_FILE)
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG_FILE} does not hold a model's settings; restore it from a copy")
@@ -82,7 +82,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises UserError if it is none."""
+    """The tensors of a safetensors file; raises UserError if the file is not readable as safetensors."""
     try:
         return load_file(file)
     except (SafetensorError, RuntimeError) as error:

@@ -24,7 +24,7 @@ class VAESettings(ModelSettings):
     name: str = "vae"
     """Name of the model."""
     latent_dim: int = 20
-    """Numbers in a code."""
+    """Length of a code, the dimension of the latent space."""
     width: int = 64
     """Channels after the encoder's first convolution."""
     hidden: int = 1024
@@ -42,10 +42,10 @@ class VAESettings(ModelSettings):
 class VAE(GenerativeModel):
     """Variational autoencoder (Kingma, Welling, arXiv:1312.6114), with β as in Higgins et al., ICLR 2017.
 
-    The encoder gives mean μ and log-variance of a code of an image x, and the decoder D the mean of an image; all images have
-    one variance s². The loss is β·KL(N(μ, σ²) ‖ N(0, I)) − log N(x; D(z), s²), z = μ + σ·ε, ε ~ N(0, I). Of every batch the
-    best s² is taken, which is its mean squared error: σ-VAE, Rybkin et al., arXiv:2006.13202. `log_likelihood` uses the
-    average of these s² over the last hundred or so batches.
+    For an image x the encoder gives the mean μ and the log-variance of the code, and the decoder D gives the mean of an image.
+    All images have the same variance s². The loss is β·KL(N(μ, σ²) ‖ N(0, I)) − log N(x; D(z), s²), z = μ + σ·ε, ε ~ N(0, I).
+    For every batch the optimal s² is used, the mean squared error of the batch (σ-VAE, Rybkin et al., arXiv:2006.13202).
+    `log_likelihood` uses an average of s² over about the last hundred batches.
     """
 
     Settings = VAESettings
@@ -69,7 +69,7 @@ class VAE(GenerativeModel):
         self._check_batch("x", x)
         errors, divergences = self._errors(x, generator)
         error, divergence = errors.mean(), divergences.mean()
-        # Below a grey level's rounding there is nothing to learn.
+        # The variance of rounding to grey levels is the least variance that data can have.
         variance = error.detach() / x[0].numel() + 255**-2 / 12
         if self.training:
             self.variance.lerp_(variance, 0.01)
@@ -84,7 +84,7 @@ class VAE(GenerativeModel):
         return errors, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
 
     def phases(self) -> tuple[Phase, ...]:
-        """One: everything learns from the same loss."""
+        """A single phase, which trains all parameters by the same loss."""
         return (Phase(self.losses, moves=self.groups),)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -102,7 +102,7 @@ class VAE(GenerativeModel):
             return self.decoder(self.encode(x))
 
     def log_likelihood(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """log N(x; D(z), s²) − KL (B,) in nats with one sample z of the posterior: on average a lower bound of log p(x)."""
+        """log N(x; D(z), s²) − KL, (B,), in nats, with one sample z of the posterior: on average a lower bound of log p(x)."""
         self._check_batch("x", x)
         with self.evaluating():
             errors, divergences = self._errors(x, generator)
@@ -118,7 +118,7 @@ class VAE(GenerativeModel):
             return self.decoder(temperature * z)
 
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
-        """(B, steps, C, H, W): from each reconstructed x0 to its x1 (B, C, H, W) along a line between the mean codes."""
+        """Images (B, steps, C, H, W) on a line between the mean codes, from each reconstructed x0 to its x1 (B, C, H, W)."""
         with self.evaluating():
             z0, z1 = (self.encode(x)[:, None] for x in (x0, x1))
             z = torch.lerp(z0, z1, torch.linspace(0, 1, steps, device=z0.device)[:, None])

@@ -1,1 +1,1 @@
-"""Training: everything that a run is made of. No model is known here by its name."""
+"""Training runs: configuration, trainer, checkpoints, pictures, scores and report. No module here names a model."""

@@ -1,4 +1,4 @@
-"""The settings of a run from the command line: a preset, files over it, options over all; the chosen model's options alone."""
+"""The settings of a run from the command line: a preset, overridden by files, overridden by options of the chosen model."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ _DEFAULT_PRESET = "quick"
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Train a generative model. The same command again resumes the run.
+    """Train a generative model. Running the same command again resumes the run.
 
-    Settings come from a preset, then from files, then from the command line; later ones win. --help lists the settings of the
-    chosen model (--model.name, or the preset's).
+    Settings come from a preset, then from files, then from the command line; later settings win. --help lists the settings of
+    the chosen model (--model.name, or the model of the preset).
     """
 
     config: Config
     preset: str = ""
-    """Settings by name: "quick", if no file is given either; a wrong name lists them."""
+    """Name of a preset; by default quick, if no file is given either. A wrong name lists all presets."""
     files: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(name="config", metavar="FILE")] = ()
-    """TOML file with settings."""
+    """TOML file with settings; may be given several times."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the resulting settings as TOML and stop."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show shapes, parameters and memory, take two steps, write nothing."""
+    """Take two steps and print shapes, parameters and memory, without writing anything."""
     out: Path | None = None
     """The run's folder; by default runs/ and a name made from the settings."""
     data_dir: Path | None = None
-    """Folder to look for the data set in first."""
+    """Folder in which to look for the data set first."""
     device: str = ""
-    """cpu, cuda, cuda:1, …; by default cuda if there is a GPU."""
+    """Device: cpu, cuda, cuda:1, …; by default cuda if there is a GPU."""
     base: tyro.conf.Suppress[Config] = Config()  # noqa: RUF009 - frozen
-    """The settings of preset and files alone."""
+    """The settings from preset and files, without options."""
 
 
 def parse_train(arguments: Sequence[str]) -> TrainCommand:
-    """The train command, its settings resolved and checked.
+    """The train command with resolved and checked settings.
 
     Raises:
-        UserError: anything wrong with options, files or values.
+        UserError: a mistake in options, files or values.
     """
-    # Which options there are, and their defaults, is known only once model and files are, so those are looked for first.
+    # The model and the files decide which options there are and their defaults, so model and files are parsed first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", default="")
     first.add_argument("--config", action="append", type=Path, default=[])
@@ -64,23 +64,28 @@ def parse_train(arguments: Sequence[str]) -> TrainCommand:
         chosen, _ = first.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UserError(f"{error.argument_name}: {error.message}") from error
-    files = ([preset_path(chosen.preset)] if chosen.preset else []) + chosen.config or [preset_path(_DEFAULT_PRESET)]
+    files = ([preset_path(chosen.preset)] if chosen.preset else []) + chosen.config
+    label = files[-1].stem if files else _DEFAULT_PRESET
+    if not files:
+        files = [preset_path(_DEFAULT_PRESET)]
+        if chosen.model and chosen.model != load(*files).model.name:  # of which a preset for another model knows nothing
+            files, label = [], chosen.model
     base = load(*files, model=chosen.model)
     command, for_all = _parse(arguments, base)
     if for_all:
-        # Options for all groups lie under those of a group: once more, with other defaults for the groups.
+        # Options of one group win over options for all groups, so the latter become defaults in a second parse.
         groups = {name: replace(optimizer, **for_all) for name, optimizer in base.optimizers.items()}
         command, _ = _parse(arguments, replace(base, optimizers=groups))
     check(command.config)
-    return replace(
-        command, base=load(*files)
-    )  # with the files' own model, so that another one shows in the folder's name
+    # The base has the model of the files, so that another --model.name appears in the name of the folder.
+    # With the files' own model, so that another model shows in the folder's name.
+    return replace(command, base=load(*files, model="" if files else chosen.model), label=label)
 
 
 def _parse(arguments: Sequence[str], base: Config) -> tuple[TrainCommand, dict[str, Any]]:
-    """The command, and the options of every group's optimizer that were given.
+    """The command, and the given options for the optimizers of all groups.
 
-    The options are those of `base`: one for each setting outside tables, and a group of options for each table.
+    There is an option for each setting of `base` outside tables, and a group of options for each table.
     """
     own, shown = settings.tables(base.model), tables(base)
     if own:  # they stand beside [model], not in it
@@ -96,7 +101,7 @@ def _parse(arguments: Sequence[str], base: Config) -> tuple[TrainCommand, dict[s
     unset = _subclass(
         OptimizerConfig, [(f.name, kinds[f.name] | None, None) for f in dataclasses.fields(OptimizerConfig)]
     )
-    unset.__doc__ = "The optimizers of all groups of parameters; options of one group win over these."
+    unset.__doc__ = "The optimizers of all parameter groups; options of a single group win over these options."
     kind = _subclass(
         TrainCommand, [("config", Annotated[options, tyro.conf.arg(name="")]), ("optimizer", unset, unset())]
     )

@@ -1,6 +1,6 @@
-"""The settings of a training run: what can be chosen, what it means, and what is out of range.
+"""The settings of a training run: their defaults, meaning and allowed values.
 
-The model's settings are the model's own (`models`). Files and presets: `config_files`. Command line: `arguments`.
+Each model declares its own settings (`models`). `config_files` reads files and presets, `arguments` the command line.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """Adam and its schedule."""
+    """Adam and the schedule of its learning rate."""
 
     lr: float = 1e-3
     """Learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the running averages of gradients and of squared gradients."""
+    """Decay rates of the running averages of gradients and of squared gradients."""
     eps: float = 1e-8
-    """Added to the denominator."""
+    """Number added to Adam's denominator."""
     weight_decay: float = 0.0
-    """L2 penalty, added to the gradient."""
+    """Factor of an L2 penalty, which is added to the gradient."""
     warmup_steps: int = 0
     """Number of steps in which the learning rate rises to lr."""
     schedule: Literal["steps", "cosine"] = "steps"
-    """steps: multiply by decay_factor after every decay_every epochs; cosine: fall to a hundredth of lr at the last epoch."""
+    """Schedule of the learning rate. steps: multiply by decay_factor after every decay_every epochs; cosine: fall to a
+    hundredth of lr by the last epoch."""
     decay_every: int = 50
-    """steps: epochs between two decays; 0: no decay."""
+    """For schedule steps: epochs between two decays; 0: no decay."""
     decay_factor: float = 0.5
-    """steps: factor of each decay of the learning rate."""
+    """For schedule steps: factor of each decay of the learning rate."""
     clip: float = 0.0
     """Clip the group's gradient norm to this value; 0: no clipping."""
 
@@ -78,7 +79,8 @@ class ScoreConfig(Settings):
     """Fréchet distances during training and at its end."""
 
     extractors: tuple[str, ...] = ("tiny", "vgg16")
-    """Feature networks: tiny, vgg16, vgg16-relu4_3, …, inception. The first one decides which checkpoint is the best."""
+    """Feature networks: tiny, vgg16, vgg16-relu4_3, …, inception. The score by the first network decides which checkpoint is
+    the best."""
     samples: int = 10_000
     """Generated images per score."""
     every: int = 10
@@ -93,22 +95,22 @@ class ScoreConfig(Settings):
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Everything that defines a run; what the machine adds (folders, device) is not part of it."""
+    """Everything that defines a run, except for what depends on the machine (folders, device)."""
 
     epochs: int = 100
     """Passes over the training data."""
     batch_size: int = 256
-    """Images per step; images that do not fill a batch at the end of an epoch are left out."""
+    """Images per step; an incomplete batch at the end of an epoch is left out."""
     seed: int = 0
     """Random seed: initial weights, image order, noise and samples."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products and convolutions in bfloat16 (autocast)."""
+    """Precision of training. bf16: matrix products and convolutions in bfloat16 (autocast)."""
     ema: float = 0.0
-    """Decay per step of the averaged weights, which are then scored and sampled; 0: no average."""
+    """Decay per step of an exponential average of the weights, which is then scored and sampled; 0: no average."""
     max_minutes: float = 0.0
     """Stop after this many minutes of training, counted over all resumes; 0: no limit."""
     checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints; there is always one at the end."""
+    """Minutes between checkpoints; a checkpoint is always written at the end."""
     pictures_every: int = 1
     """Epochs between pictures."""
     data: DataConfig = DataConfig()
@@ -149,7 +151,7 @@ def scalars(config: Config) -> dict[str, Any]:
 
 
 def with_table(config: Config, name: str, table: Any) -> Config:
-    """`config` with another table in the place of the one called `name`."""
+    """`config` with its table `name` replaced."""
     if name in settings.tables(config.model):
         return replace(config, model=replace(config.model, **{name: table}))
     if (group := name.removesuffix("_optimizer")) in config.optimizers:
@@ -166,7 +168,7 @@ def check(config: Config) -> Config:
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (value in a, value in b)} where two configurations differ; keys that only one has are left out."""
+    """{dotted key: (value in a, value in b)} where two configurations differ; keys of only one configuration are left out."""
     other = dict(_flat(b))
     return {key: (value, other[key]) for key, value in _flat(a) if key in other and value != other[key]}
 

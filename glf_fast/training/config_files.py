@@ -1,4 +1,4 @@
-"""Settings in TOML files: presets by name, files laid over each other, settings written back."""
+"""Settings in TOML files: presets by name, files that override each other, and writing settings as TOML."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
 __all__ = ["load", "preset_path", "presets", "to_toml"]
 
 _FOLDER = Path(__file__).parent.parent / "presets"
-# The table whose settings hold for every group of parameters; in the same file, the table of a group wins over it.
+# The table whose settings hold for every parameter group; in the same file, the table of a single group wins.
 _FOR_ALL = "optimizer"
 
 
@@ -31,20 +31,20 @@ def presets() -> tuple[str, ...]:
 
 
 def preset_path(name: str) -> Path:
-    """A preset's file; raises UserError, with the nearest name, when there is none."""
+    """The file of a preset; raises UserError, with the nearest name, if the preset does not exist."""
     if name not in presets():
-        raise UserError(f"no preset {name!r}; {did_you_mean(name, presets())}there are {', '.join(presets())}")
+        raise UserError(f"no preset {name!r}; {did_you_mean(name, presets())}the presets are {', '.join(presets())}")
     return _FOLDER / f"{name}.toml"
 
 
 def load(*files: Path, model: str = "") -> Config:
-    """The defaults with these TOML files laid over them, left to right.
+    """The default settings, overridden by these TOML files from left to right.
 
     Args:
-        model: name of the model; by default the last name in the files, or the first model there is.
+        model: name of the model; by default the last name in the files, or the first of `models.names()`.
 
     Raises:
-        UserError: a file that is missing, is not TOML, or holds an unknown key or a value of the wrong type; or no such model.
+        UserError: a file that is missing, is not TOML, or holds an unknown key or a value of the wrong type; an unknown model.
     """
     contents = {str(file): _read(file) for file in files}
     for where, content in contents.items() if not model else ():
@@ -57,7 +57,7 @@ def load(*files: Path, model: str = "") -> Config:
 
 
 def to_toml(config: Config) -> str:
-    """TOML that `load` turns into the same configuration. Settings without effect, and None, are left out."""
+    """TOML that `load` turns into the same configuration. Settings that have no effect or are None are left out."""
     lines = [f"{key} = {_toml(value)}" for key, value in scalars(config).items()]
     for name, content in tables(config).items():
         lines += ["", f"[{name}]"]
@@ -70,9 +70,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # editors of Windows begin files with a mark
     except FileNotFoundError as error:
-        raise UserError(f"no config file {file}; presets are chosen with --preset") from error
+        raise UserError(f"no config file {file}; use --preset to choose a preset by name") from error
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as TOML ({error}); correct it") from error
+        raise UserError(f"{file} cannot be read as TOML ({error}); correct the file") from error
 
 
 def _toml(value: Any) -> str:

@@ -20,7 +20,7 @@ def dry_run(config: Config, train: Dataset, test: Dataset, device: torch.device)
     trainer = Trainer(config, train, device)
     batch = trainer.inputs()[: config.batch_size]
 
-    # What the forward pass keeps for the backward pass, each storage once, without the weights.
+    # Bytes of the storages that the forward pass saves for the backward pass, each storage once, without the weights.
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -46,9 +46,9 @@ def dry_run(config: Config, train: Dataset, test: Dataset, device: torch.device)
     }
     steps, total = len(train) // config.batch_size, trainer.ends[-1] // config.batch_size
     print(to_toml(config))
-    print(f"# data        {train.name}: {_shape(train.items)} to train on, {_shape(test.items)} to score against")
+    print(f"# data        {train.name}: {_shape(train.items)} for training, {_shape(test.items)} for scores")
     kind = str(batch.dtype).removeprefix("torch.")
-    print(f"# batch       {_shape(batch)} {kind} on {device}, {steps} steps an epoch, {total} in all")
+    print(f"# batch       {_shape(batch)} {kind} on {device}, {steps} steps an epoch, {total} steps in all")
     print(f"# parameters  {sum(parts.values()):,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
     listed = ", ".join(f"{name} {_megabytes(size)}" for name, size in memory.items() if size)
     print(f"# memory      about {_megabytes(sum(memory.values()))}: {listed}")

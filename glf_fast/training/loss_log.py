@@ -1,4 +1,4 @@
-"""The losses of the last steps, on the device until they are wanted, so that no step waits for them."""
+"""The losses of the last steps, kept on the device until they are needed, so that no step waits for the device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from glf_fast.errors import UserError
 from glf_fast.training import checkpoint
-from glf_fast.training.trainer import CURE
+from glf_fast.training.trainer import REMEDY
 
 __all__ = ["LossLog"]
 
 
 class LossLog:
-    """Collects the losses of steps; a step need not have all of them."""
+    """A collection of the losses of steps; a step may lack some of the losses."""
 
     def __init__(self, capacity: int = 50) -> None:
         self.capacity = capacity
@@ -24,7 +24,7 @@ class LossLog:
 
     @property
     def full(self) -> bool:
-        """Whether `flush` must come before the next `add`."""
+        """Whether `flush` must be called before the next `add`."""
         return len(self._steps) == self.capacity
 
     def add(self, losses: dict[str, Tensor]) -> None:
@@ -32,14 +32,14 @@ class LossLog:
         self._steps.append(losses)
 
     def flush(self, images: int, batch_size: int, last: Path) -> dict[str, float]:
-        """The means since the last flush; waits for the device.
+        """Means of the losses since the last flush; waits for the device.
 
         Raises:
-            UserError: a loss was not finite: says which, at which step, and where the last good checkpoint is.
+            UserError: a loss was not finite. The message names the loss, the step and the last good checkpoint.
         """
         steps, self._steps = self._steps, []
         names = list(dict.fromkeys(name for step in steps for name in step))
-        # One transfer for all of them.
+        # All losses are transferred at once.
         flat = torch.stack([loss.float() for step in steps for loss in step.values()]).tolist()
         values = iter(flat)
         rows = [dict(zip(step, values, strict=False)) for step in steps]
@@ -51,7 +51,7 @@ class LossLog:
                     f"the last good checkpoint is {last}" if checkpoint.exists(last) else "there is no checkpoint yet"
                 )
                 raise UserError(
-                    f"the loss is not finite at step {at // batch_size} ({at} images): {terms}; {kept}; {CURE}"
+                    f"the loss is not finite at step {at // batch_size} ({at} images): {terms}; {kept}; {REMEDY}"
                 )
         means = {}
         for name in names:

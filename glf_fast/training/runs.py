@@ -173,8 +173,7 @@ def append_metrics(folder: Path, record: dict[str, Any]) -> None:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of the run's log, oldest first.
 
-    An incomplete last line, left by a killed process, is ignored. Other lines that are damaged are left out, and a line on stderr
-    names them.
+    An incomplete last line, left by a killed process, is ignored. Other damaged lines are left out, and named on stderr.
     """
     path = folder / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

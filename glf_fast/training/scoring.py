@@ -132,7 +132,8 @@ def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = Fal
 def table(scores: Sequence[dict[str, Any]]) -> str:
     """Scores as a table of text, one line for each score, with the distances between real images."""
     head = ("", "samples", "95 %", "KID", "reconstructions", "train/test", "train/train", "images")
-    rows, densities = [head], {}
+    rows = [head]
+    densities: dict[str, None] = {}
     for score in scores:
         samples, floors, rebuilt = score["samples"], score["samples"]["floors"], score["reconstructions"]
         interval, kid, mode = samples["interval"], samples["kid"], score["settings"]["mode"]

@@ -26,17 +26,21 @@ def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["list"], 0, "inception      The Inception network"),
         (["info", "digits"], 0, "licence   BSD-3-Clause (scikit-learn)"),
         (["info", "digits"], 0, "train     (1617, 1, 8, 8) uint8, fingerprint d86be41e24906957"),
-        (["info", "inception"], 0, "\nnot here yet; python -m glf_fast.data fetch inception\n"),
+        (["info", "inception"], 0, "\nnot on this machine yet; python -m glf_fast.data fetch inception fetches it\n"),
         (
             ["info", "cifar10"],
             0,
-            "items     50,000 train, 10,000 test\nnot here yet; python -m glf_fast.data fetch cifar10\n",
+            "items     50,000 train, 10,000 test\nnot on this machine yet; python -m glf_fast.data fetch cifar10 fetches it\n",
         ),
         (["info", "a.csv"], 0, "kind      rows of a table\ntrain     (18, 2) float32"),
         (["info", "a.csv"], 0, "column    weight: mean 60, standard deviation 1\npolicy    test: a tenth"),
         (["info", "wide.npy"], 0, "column    20: mean 0, standard deviation 1\n          … and 5 more columns\n"),
         (["info", "s.npz"], 0, "tokens    3 in the vocabulary, '<end>' is padding\nlengths   2 … 3, mean 2."),
-        (["fetch", "digit"], 2, "error: nothing is called 'digit'; did you mean 'digits'? there are fashion-mnist, "),
+        (
+            ["fetch", "digit"],
+            2,
+            "error: no data set, weights or path 'digit'; did you mean 'digits'? give one of fashion-mnist, ",
+        ),
         (["fetch"], 2, "Missing from python -m glf_fast.data fetch"),
         (["fetch", "digits", "--data-dr", "x"], 2, "error: unknown option --data-dr; did you mean '--data-dir'?"),
         (["info", "digits", "--foo"], 2, "error: unknown option --foo; python -m glf_fast.data --help lists"),
@@ -59,4 +63,6 @@ def test_command(
 def test_as_a_process() -> None:
     done = subprocess.run([sys.executable, "-m", "glf_fast.data", "info", "nothing"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: nothing is called 'nothing'") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.stderr.startswith("error: no data set, weights or path 'nothing'") and len(done.stderr.splitlines()) == 1
+    )

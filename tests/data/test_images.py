@@ -48,7 +48,7 @@ def test_npz_with_splits_and_labels(tmp_path: Path) -> None:
         (lambda p: np.save(p, np.zeros((4, 8, 8, 5), np.uint8)), r"has shape \(4, 8, 8, 5\)"),
         (lambda p: np.save(p, np.array([object()]), allow_pickle=True), "pickled objects are never loaded"),
         (lambda p: p.write_bytes(b"\x93NUMPY\x01"), "cannot be read as plain numpy arrays"),
-        (lambda p: np.save(p, np.zeros((1, 8, 8), np.uint8)), "give at least two"),
+        (lambda p: np.save(p, np.zeros((1, 8, 8), np.uint8)), "at least two items are needed"),
     ],
 )
 def test_bad_npy(tmp_path: Path, save, message: str) -> None:
@@ -64,10 +64,10 @@ def test_bad_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", train=np.zeros((3, 4, 4), np.uint8), train_labels=np.zeros(2))
     with pytest.raises(UserError, match="3 items but 2 labels"):
         load(str(tmp_path / "b.npz"))
-    with pytest.raises(UserError, match="holds train, train_labels but no array 'test'; add it, or rename"):
+    with pytest.raises(UserError, match="holds train, train_labels but no array 'test'; add this array, or rename"):
         load(str(tmp_path / "b.npz"), "test")
     np.savez(tmp_path / "c.npz", train=np.zeros((2, 4, 4), np.uint8), y_train=[0.5, 1.0])
-    with pytest.raises(UserError, match=r"\(y_train\) holds float64 that are no class numbers"):
+    with pytest.raises(UserError, match=r"\(y_train\) holds float64 that are not class numbers"):
         load(str(tmp_path / "c.npz"))
 
 

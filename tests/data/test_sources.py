@@ -242,7 +242,7 @@ def test_digits_are_as_their_source_says() -> None:
         (("fashion-mnst",), "did you mean 'fashion-mnist'"),
         (("digits", "valid"), "split must be one of train, test; got 'valid'"),
         (("/nowhere/at/all",), "no data set or path '/nowhere/at/all'"),
-        ((__file__,), r"is in no known format; there are folders or .zip files of images, .npy"),
+        ((__file__,), r"is in no known format; the known formats are folders or .zip files of images, .npy"),
     ],
 )
 def test_wrong_names(arguments, message: str) -> None:

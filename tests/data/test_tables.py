@@ -93,9 +93,9 @@ CSV = [
     ("\n\n", "is empty; a table needs"),
     ("a,b\n", "has a header but no rows"),
     ("1,2\n", r"1 item\(s\) cannot be split"),
-    ("a,b\n1,2\n3\n", r"line 3 has 1 value\(s\), the first line has 2"),
+    ("a,b\n1,2\n3\n", r"line 3 has 1 value\(s\), but the first line has 2"),
     ("1,2\n\n3,4,5\n", r"line 3 has 3 value\(s\)"),
-    ('a,b\n1,"2\n3",4\n5,6\n', r"line 3 has 3 value\(s\), the first line has 2"),
+    ('a,b\n1,"2\n3",4\n5,6\n', r"line 3 has 3 value\(s\), but the first line has 2"),
     ("a,b\n1,2\n3,x\n", r"line 3: column 'b' is 'x', not a number; remove the column or encode"),
     ("1,2\n3,x\n", r"line 2: column 2 is 'x', not a number"),
     ("a,b\n1,2020_01\n", r"line 2: column 'b' is '2020_01', not a number"),
@@ -124,8 +124,8 @@ def test_bad_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("save", "message"),
     [
-        (lambda p: np.save(p, np.full((4, 2), 1j)), "holds complex128; rows of a table are real numbers"),
-        (lambda p: np.save(p, np.full((4, 2), "1")), "holds <U1; rows of a table are real numbers"),
+        (lambda p: np.save(p, np.full((4, 2), 1j)), "holds complex128; rows of a table must be real numbers"),
+        (lambda p: np.save(p, np.full((4, 2), "1")), "holds <U1; rows of a table must be real numbers"),
         (lambda p: np.save(p, [[1, 2], [3, np.nan]]), r"\(rows\), row 1: column 2 is nan, not a finite number"),
         (lambda p: np.save(p, [[1, 2], [1e39, 2]]), "row 1: column 1 is 1e.39, too large for float32"),
         (lambda p: np.save(p, np.zeros((5, 0))), r"must hold float32 rows \(N, D\), N ≥ 1, D ≥ 1"),

@@ -44,7 +44,11 @@ def test_npz(tmp_path: Path) -> None:
     [
         (TOKENS + 1, {}, "sequence 0 has token 4 at position 2; the vocabulary has indices 0 … 3"),
         (TOKENS - 1, {}, "sequence 1 has token -1 at position 1; the vocabulary has"),
-        (torch.tensor([[1, 2], [0, 1]]), {}, r"sequence 1 has padding \(0\) at position 0 and goes on behind it"),
+        (
+            torch.tensor([[1, 2], [0, 1]]),
+            {},
+            r"sequence 1 has padding \(0\) at position 0 and further tokens behind it",
+        ),
         (TOKENS.double(), {}, "holds float64; tokens are integers, indices into the vocabulary"),
         (TOKENS[:, :0], {}, r"must hold int64 tokens \(N, L\), N ≥ 1, L ≥ 1"),
         (TOKENS, {"vocabulary": ["a", "b", "a"]}, "holds 'a' twice"),

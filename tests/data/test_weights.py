@@ -51,7 +51,7 @@ def test_pickles_are_never_executed(tmp_path: Path, save, capsys) -> None:
     save({"features.0.weight": Evil()}, tmp_path / "vgg16.pth")
     with pytest.raises(UserError, match="not torchvision's VGG16"):
         weights.fetch("vgg16", path=tmp_path / "vgg16.pth")
-    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print is no array"):
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print is not an array"):
         weights._ArraysOnly.loads(pickle.dumps({"bias": Evil()}))
     assert "executed" not in capsys.readouterr().out
 
@@ -97,5 +97,5 @@ def test_inception_is_known_by_its_hash(tmp_path: Path, monkeypatch: pytest.Monk
 def test_offline_report_and_wrong_name() -> None:
     with pytest.raises(UserError, match=r"the weights vgg16 could not be found\. Tried the cache .*set GLF_FAST_VGG16"):
         weights.fetch("vgg16", download=False)
-    with pytest.raises(UserError, match="no weights are called 'vgg19'; there are vgg16, inception"):
+    with pytest.raises(UserError, match="no weights are called 'vgg19'; the weights are vgg16, inception"):
         weights.fetch("vgg19")

@@ -102,7 +102,7 @@ def test_anything_but_uint8_images_is_refused(tiny: metrics.Extractor, images: o
 
 
 def test_unknown_names_get_a_suggestion() -> None:
-    with pytest.raises(UserError, match=r"no extractor 'vgg'; did you mean 'vgg16'.*there are tiny, vgg16"):
+    with pytest.raises(UserError, match=r"no extractor 'vgg'; did you mean 'vgg16'.*the extractors are tiny, vgg16"):
         metrics.extractor("vgg")
     with pytest.raises(UserError, match="has its own weights"):
         metrics.extractor("tiny", weights=Path("x.safetensors"))

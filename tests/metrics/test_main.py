@@ -99,7 +99,7 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
         (["calc", "a.npy", "a.npy", "--exractor", "tiny"], "unknown option --exractor; did you mean '--extractor'?"),
         (["calc", "a.npy", "a.npy", "a.npy"], "unexpected argument a.npy"),
         (["calculate"], "Expected one of {ref, calc}"),
-        (["calc", "a.npy", "a.npy", "--n", "1"], "--n 1: a distance needs at least two images"),
+        (["calc", "a.npy", "a.npy", "--n", "1"], "--n 1 is too small; a distance needs at least two images"),
         (["calc", "a.npy", "missing.safetensors"], "no statistics at missing.safetensors"),
         (["calc", "a.npy", "vgg.safetensors", "--extractor", "tiny"], "different extractors"),
         (["calc", "a.npy", "broken.npz", "--extractor", "tiny"], "broken.npz"),
@@ -109,7 +109,7 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
             "nan.npz: the mean or the covariance contains NaN",
         ),
         (["calc", "one.npy", "a.npy", "--extractor", "tiny"], "at least two"),
-        (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "choose a file name that ends in .safetensors"),
+        (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "does not end in .safetensors, but statistics"),
         (["calc", "a.npy", "a.npy", "--extractor", "tiny", "--device", "nowhere"], "--device nowhere"),
     ],
 )

@@ -58,7 +58,7 @@ def test_few_samples_are_scored_with_a_note(reference, tiny, blobs: Make) -> Non
     few = metrics.score(blobs(30, 5), reference, tiny)
     assert few["interval"] is None and few["value"] > 0
     assert any("30 samples for 128 features" in note and "exact path" in note for note in few["notes"])
-    assert any("floors are for 400 images, this score is for 30" in note for note in few["notes"])
+    assert any("are for 400 images, but this score is for 30 images" in note for note in few["notes"])
     assert "95 %" not in metrics.summary(few)
     for images in (blobs(1, 5), []):
         with pytest.raises(UserError, match="at least two feature vectors"):
@@ -76,7 +76,7 @@ def test_what_cannot_be_scored(reference, tiny, blobs: Make, vgg16_weights: Path
 def test_reference_statistics_are_computed_once(dataset, tiny, private_cache: Path, capsys) -> None:
     train, test = dataset("train", 300, 0), dataset("test", 100, 1)
     first = metrics.reference(train, test, tiny, n=200)
-    assert capsys.readouterr().err.count("features of") == 3
+    assert capsys.readouterr().err.count("computing the features") == 3
     files = statistics_files(private_cache)
     assert len(files) == 3
     second = metrics.reference(train, test, tiny, n=200)

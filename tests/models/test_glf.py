@@ -216,7 +216,7 @@ def test_registry(small_glf: Build) -> None:
         ("glf", {"shape": [1, 8, 8], "reconstruction": "vgg"}, 'reconstruction = "vgg" must be one of'),
         ("glf", {"shape": [1, 8, 8], "flow": {"kind": "glow"}}, 'flow.kind = "glow" must be one of "coupling", "rnvp"'),
         ("glf", {"shape": [1, 8, 8], "flow": {"depth": 3}}, "'flow.depth'"),
-        ("glf", {"shape": [1, 8, 8], "flow": {"kind": "rnvp", "steps": 3}}, "flow.steps = 3 means nothing"),
+        ("glf", {"shape": [1, 8, 8], "flow": {"kind": "rnvp", "steps": 3}}, "flow.steps = 3 has no effect"),
     ],
 )
 def test_wrong_settings_are_named(name: str, config: dict, message: str) -> None:

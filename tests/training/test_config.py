@@ -91,7 +91,7 @@ def test_without_arguments_it_is_preset_quick() -> None:
         ("epoch = 3", "unknown key 'epoch'; did you mean 'epochs'?"),
         ("[flow]\nstep = 3", "unknown key 'flow.step'; did you mean 'flow.steps'?"),
         ("[flwo]\nsteps = 3", "unknown key 'flwo'; did you mean 'flow'?"),
-        ("zzz = 3", "known here: epochs, batch_size"),
+        ("zzz = 3", "known keys: epochs, batch_size"),
         ('epochs = "3"', 'epochs = "3" must be an integer'),
         ("epochs = 2.5", "epochs = 2.5 must be an integer"),
         ("epochs = true", "epochs = true must be an integer"),
@@ -137,15 +137,18 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
         ("--flow-optimizer.lr nan", "flow_optimizer.lr = nan must be finite"),
         ("--flow-optimizer.betas 0.9 1.5", "flow_optimizer.betas = [0.9, 1.5] must be in [0, 1)"),
         ("--flow.hidden", "flow.hidden = [] must be one or more positive widths"),
-        ("--flow.clamp 3", 'flow.clamp = 3.0 means nothing for flow.kind = "coupling"; set it to 2.0, its default'),
+        (
+            "--flow.clamp 3",
+            'flow.clamp = 3.0 has no effect with flow.kind = "coupling"; set it back to its default, 2.0',
+        ),
         (
             "--flow.kind rnvp --flow.steps 3",
-            'flow.steps = 3 means nothing for flow.kind = "rnvp"; set it to 8, its default',
+            'flow.steps = 3 has no effect with flow.kind = "rnvp"; set it back to its default, 8',
         ),
         ("--flow.kind rnvp --flow.hidden 8", "flow.hidden = [8] must be two equal widths"),
         (
             "--flow-optimizer.schedule cosine --flow-optimizer.decay-every 3",
-            'flow_optimizer.decay_every = 3 means nothing for flow_optimizer.schedule = "cosine"; set it to 50, its default',
+            'decay_every = 3 has no effect with flow_optimizer.schedule = "cosine"; set it back to its default, 50',
         ),
     ],
 )

@@ -151,7 +151,7 @@ def test_the_second_stage_fits_the_codes_and_leaves_the_networks_alone(density: 
 def test_epochs_of_a_stage_that_is_over_cannot_change(tmp_path: Path, call: Call) -> None:
     call(train, *arguments("staged", tmp_path / "r"))
     with pytest.raises(
-        UserError, match="has finished stage 1 of its training, so the epochs of that stage cannot change"
+        UserError, match="has finished stage 1 of its training, so the epochs of this stage cannot change"
     ):
         call(train, *arguments("staged", tmp_path / "r", "--epochs", "3"))
 
@@ -211,10 +211,10 @@ def test_a_model_of_rows_trains_on_a_table(tmp_path: Path, call: Call, capsys: p
     torch.testing.assert_close(weights["mean"], torch.full((2,), 3.0), atol=0.15, rtol=0)
     torch.testing.assert_close(weights["log_std"].exp(), torch.full((2,), 0.5), atol=0.1, rtol=0)
     assert (tmp_path / "r" / "report.html").is_file() and not (tmp_path / "r" / "samples").exists()
-    with pytest.raises(UserError, match="this Toy of rows was trained on other data"):
+    with pytest.raises(UserError, match="this Toy of rows was trained on data of shape"):
         call(sample, tmp_path / "r", "--out", tmp_path / "x.png")
     with pytest.raises(
-        UserError, match=r"model 'adversarial' takes images; .*rows.npy holds rows of a table: choose another"
+        UserError, match=r"model 'adversarial' takes images, but .*rows.npy holds rows of a table; choose another"
     ):
         call(train, *table, "--model.name", "adversarial", "--out", tmp_path / "s")
     assert not (tmp_path / "s").exists()

@@ -104,7 +104,7 @@ def test_a_signal_stops_with_a_checkpoint(
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "the same command goes on from here" in errors and "Traceback" not in errors
+    assert "run the same command again to resume" in errors and "Traceback" not in errors
     images = checkpoint.read_state(tmp_path / "r" / "checkpoints" / "last")["images"]
     assert f"stopped after {images:,} images" in errors
     assert lines(tmp_path / "r")[-1]["images"] == images
@@ -136,7 +136,7 @@ def test_a_refused_command_leaves_nothing_behind(setting: str, tmp_path: Path, c
 @pytest.mark.parametrize("n", [2, 10])
 def test_too_few_images_are_refused_before_training(n: int, tmp_path: Path, call: Call) -> None:
     np.save(tmp_path / "few.npy", np.zeros((n, 8, 8), np.uint8))
-    with pytest.raises(UserError, match=r"few.npy has \d (test|train) images; at least \d are needed"):
+    with pytest.raises(UserError, match=r"few.npy has \d (test|train) items; at least \d are needed"):
         call(train, "--preset", "smoke", "--data.source", tmp_path / "few.npy", "--out", tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
@@ -247,4 +247,4 @@ def test_errors_reach_the_shell_as_one_line(command: Start) -> None:
     process = command("train", "--preset", "quik")
     output, errors = process.communicate()
     assert process.returncode == 2 and output == ""
-    assert re.fullmatch(r"error: no preset 'quik'; did you mean 'quick'\? there are .*\n", errors)
+    assert re.fullmatch(r"error: no preset 'quik'; did you mean 'quick'\? the presets are .*\n", errors)

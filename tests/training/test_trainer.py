@@ -169,7 +169,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     good = (tmp_path / "last" / "model.safetensors").read_bytes()
     with torch.no_grad():
         one.model.get_parameter("encoder.head.bias")[1] = math.inf
-    with pytest.raises(UserError, match=r"encoder.head.bias is not finite after 128 images.*last was left as it is"):
+    with pytest.raises(UserError, match=r"encoder.head.bias is not finite after 128 images.*last was left unchanged"):
         one.save(tmp_path / "last", {}, for_resuming=True)
     assert (tmp_path / "last" / "model.safetensors").read_bytes() == good
 
@@ -189,7 +189,7 @@ def test_the_loss_log_averages_and_names_the_step_that_went_wrong(tmp_path: Path
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
-    with pytest.raises(UserError, match="batch_size = 5000 is more than the 1617 training images of digits"):
+    with pytest.raises(UserError, match="batch_size = 5000 is more than the 1617 training items of digits"):
         trainer(batch_size=5000)
 
 
