@@ -47,6 +47,7 @@ def main() -> None:
     config, device = runs.read_config(command.run), pick_device(command.device)
     which = runs.pick_checkpoint(command.run, command.checkpoint)
     model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, which), device)
+    checkpoint.check_state(runs.checkpoint_folder(command.run, which), state)
     train, test = (data.as_images(split) for split in load_splits(config.data, command.data_dir))
     if train.shape != model.shape or train.fingerprint != state["data"]:
         raise UserError(

@@ -47,6 +47,8 @@ class TrainCommand:
     """Device: cpu, cuda, cuda:1, …; by default cuda if there is a GPU."""
     base: tyro.conf.Suppress[Config] = Config()  # noqa: RUF009 - frozen
     """The settings from preset and files, without options."""
+    label: tyro.conf.Suppress[str] = ""
+    """The name of the last file, of the preset or of the model, with which the name of the folder begins."""
 
 
 def parse_train(arguments: Sequence[str]) -> TrainCommand:
@@ -68,7 +70,9 @@ def parse_train(arguments: Sequence[str]) -> TrainCommand:
     label = files[-1].stem if files else _DEFAULT_PRESET
     if not files:
         files = [preset_path(_DEFAULT_PRESET)]
-        if chosen.model and chosen.model != load(*files).model.name:  # of which a preset for another model knows nothing
+        if (
+            chosen.model and chosen.model != load(*files).model.name
+        ):  # of which a preset for another model knows nothing
             files, label = [], chosen.model
     base = load(*files, model=chosen.model)
     command, for_all = _parse(arguments, base)
@@ -78,7 +82,6 @@ def parse_train(arguments: Sequence[str]) -> TrainCommand:
         command, _ = _parse(arguments, replace(base, optimizers=groups))
     check(command.config)
     # The base has the model of the files, so that another --model.name appears in the name of the folder.
-    # With the files' own model, so that another model shows in the folder's name.
     return replace(command, base=load(*files, model="" if files else chosen.model), label=label)
 
 

@@ -26,7 +26,16 @@ from glf_fast.files import read_json, save_tensors, sha256, write_json
 from glf_fast.models import saving
 from glf_fast.models.saving import CONFIG_FILE, WEIGHTS_FILE
 
-__all__ = ["Checkpoint", "exists", "load_model", "optimizer_tensors", "read", "restore_optimizer", "write"]
+__all__ = [
+    "Checkpoint",
+    "check_state",
+    "exists",
+    "load_model",
+    "optimizer_tensors",
+    "read",
+    "restore_optimizer",
+    "write",
+]
 
 # Format 2 added the key "version" and changed config.json; models read the configurations of both formats.
 _FORMAT, _READABLE = 2, (1, 2)
@@ -102,6 +111,13 @@ def exists(folder: Path) -> bool:
 def read_state(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint, without its tensors; raises UserError as `read` does."""
     return _index(_complete(folder))["state"]
+
+
+def check_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Raise UserError unless the state of a checkpoint has what every run writes into it."""
+    kinds = {"epoch": (int, float), "minutes": (int, float), "data": str}
+    if missing := [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]:
+        raise UserError(f"{folder / _INDEX} is damaged: its state has no {', '.join(missing)}; {_remedy(folder)}")
 
 
 def read(folder: Path, *, training: bool = False) -> Checkpoint:
@@ -189,12 +205,11 @@ def _index(folder: Path) -> dict[str, Any]:
             f"this is {version('glf_fast')}, which reads {' and '.join(map(str, _READABLE))}: use the version that wrote it"
         )
     kinds = {"model": str, "state": dict, "files": dict}
-    state = {"images": int, "epoch": (int, float), "minutes": (int, float), "data": str}
     if (
         not isinstance(index, dict)
         or not all(isinstance(index.get(name), kind) for name, kind in kinds.items())
         or not all(isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in index["files"].values())
-        or not all(isinstance(index["state"].get(name), kind) for name, kind in state.items())
+        or not isinstance(index["state"].get("images"), int)
     ):
         raise UserError(f"{folder / _INDEX} is not the index of a checkpoint; {_remedy(folder)}")
     return index

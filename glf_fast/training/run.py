@@ -56,6 +56,7 @@ class Run:
         """Restore the last checkpoint, if there is one; raises UserError if it is corrupt or was trained on other data."""
         if checkpoint.exists(self.last):
             state = self.trainer.restore(self.last)
+            checkpoint.check_state(self.last, state)
             if state["data"] != self.train_set.fingerprint:
                 raise UserError(
                     f"{self.folder} was trained on other images than {self.train_set.name} holds now; "

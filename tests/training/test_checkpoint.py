@@ -167,7 +167,7 @@ def test_an_optimizer_goes_on_as_if_never_saved(tmp_path: Path) -> None:
     step(model, optimizer)
     tensors = checkpoint.optimizer_tensors(optimizer, names)
     assert {name.split(".")[1] for name in tensors} == {"weight", "bias"}
-    checkpoint.write(tmp_path / "c", Checkpoint("", {}, model.state_dict(), tensors, {}))
+    checkpoint.write(tmp_path / "c", Checkpoint("", {}, model.state_dict(), tensors, {"images": 5}))
     saved = checkpoint.read(tmp_path / "c", training=True)
     other, other_optimizer, other_names = setup()
     other.load_state_dict(saved.weights)
