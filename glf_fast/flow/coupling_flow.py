@@ -97,7 +97,7 @@ class CouplingFlow(Flow):
             "actnorm": actnorm,
             "reversible": reversible,
         }
-        names = ("activation", "log_scale", "log_scale_constant", "add_first", "reversible")
+        names = ("coupling", "activation", "log_scale", "log_scale_constant", "add_first", "reversible")
         self._options = {name: self.config[name] for name in names}
         self.held = nn.ModuleDict()  # filled by `hold`
         self._holds = False  # the same as bool(self.held), which takes longer to ask than a small MLP to run

@@ -5,9 +5,9 @@ where no kernel does.
 """
 
 from glf_fast.ops.actnorm import actnorm_log_prob
-from glf_fast.ops.backends import backends, use_backend
-from glf_fast.ops.coupling import (
-    affine_coupling,
+from glf_fast.ops.affine_coupling import affine_coupling
+from glf_fast.ops.backends import backends, check_environment, use_backend
+from glf_fast.ops.coupling_flow import (
     coupling_flow,
     coupling_flow_inverse,
     coupling_flow_log_prob,
@@ -33,3 +33,5 @@ __all__ = [
     "slogdet_inverse",
     "use_backend",
 ]
+
+check_environment()  # when every op has named its backends

@@ -6,6 +6,8 @@ dimensions (…): one layer, or the K layers of a whole flow at once.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,16 @@ __all__ = [
 ]
 
 
-# permutation, lower, upper, log_diag, sign, and log_scale and bias of the ActNorm before, or None: arguments of `plu_assemble`.
-Plu = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+class Plu(NamedTuple):
+    """The arguments of `plu_assemble`."""
+
+    permutation: Tensor
+    lower: Tensor
+    upper: Tensor
+    log_diag: Tensor
+    sign: Tensor
+    log_scale: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def permutation_matrix(permutation: Tensor, dtype: torch.dtype) -> Tensor:

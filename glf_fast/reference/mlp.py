@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,10 +24,7 @@ def mlp(h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activati
     """h ← a(h Wᵢ + bᵢ) for every layer but the last, which is linear.
 
     `h` (B, n₀); `weights[i]` (nᵢ, nᵢ₊₁), multiplied from the right; `biases[i]` (nᵢ₊₁). Returns (B, n_last).
-    With weights (2, nᵢ, nᵢ₊₁) and biases (2, nᵢ₊₁) it is two networks on the same h, and (B, 2·n_last) is returned.
     """
-    if weights[0].ndim == 3:
-        return torch.cat([mlp(h, [w[i] for w in weights], [b[i] for b in biases], activation) for i in range(2)], 1)
     act = ACTIVATIONS[activation]
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         h = act(h @ weight + bias)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import CouplingFlow, backends, ops, reference, use_backend
-from glf_fast.ops import cupy_linear
+from glf_fast.ops.linear import cupy as cupy_linear
 
 pytestmark = [
     pytest.mark.gpu,

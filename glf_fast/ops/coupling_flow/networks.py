@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glf_fast.ops.options import Options
+from glf_fast.ops.coupling_flow.call import Call
+from glf_fast.reference import COUPLINGS
 
 __all__ = ["as_one_network", "hidden_widths"]
 
 
-def as_one_network(
-    weights: Sequence[Tensor], biases: Sequence[Tensor], n_v: int, options: Options
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Options]:
+def as_one_network(call: Call) -> Call:
     """Two networks side by side with zeros between them; an additive coupling's after u = 0, of which e^u makes 1.
 
     Half of those products are with zeros, which small flows on a GPU do not notice: they wait for launches and latencies.
-
-    Args:
-        weights, biases: as `reference.coupling_flow` takes them, differentiable.
-        n_v: D//2, columns of v.
+    Differentiable.
     """
-    if weights[0].ndim == 4:
+    weights, biases, options = call.weights, call.biases, call.options
+    if options.coupling == "separate":
         first = weights[0].transpose(1, 2).flatten(2)  # (K, n₀, 2·n₁): both see the same input
-        return [first, *map(_block_diagonal, weights[1:])], [bias.flatten(1) for bias in biases], options
-    if weights[-1].shape[-1] == n_v:
+        weights, biases = [first, *map(_block_diagonal, weights[1:])], [bias.flatten(1) for bias in biases]
+    elif options.coupling == "additive":
+        n_v = call.x.shape[1] // 2
         weights, biases = [*weights[:-1], F.pad(weights[-1], (n_v, 0))], [*biases[:-1], F.pad(biases[-1], (n_v, 0))]
-        return weights, biases, options._replace(log_scale="exp", log_scale_constant=None)
-    return weights, biases, options
+        options = options._replace(log_scale="exp", log_scale_constant=None, constant=0.0)
+    return call._replace(weights=weights, biases=biases, options=options._replace(coupling="affine"))
 
 
-def hidden_widths(weights: Sequence[Tensor]) -> list[int]:
+def hidden_widths(call: Call) -> list[int]:
     """Of the hidden layers of that one network."""
-    networks = 2 if weights[0].ndim == 4 else 1
-    return [networks * weight.shape[-1] for weight in weights[:-1]]
+    networks = COUPLINGS[call.options.coupling].networks
+    return [networks * weight.shape[-1] for weight in call.weights[:-1]]
 
 
 def _block_diagonal(weight: Tensor) -> Tensor:

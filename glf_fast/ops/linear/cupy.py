@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["KERNELS", "OPTIONS", "SOURCE", "register"]
 
 # The device code lies beside the package's sources, or in its folder when installed.
-FOLDERS = (Path(__file__).parent.parent / "cuda", Path(__file__).parents[2] / "csrc" / "cuda")
+FOLDERS = (Path(__file__).parents[2] / "cuda", Path(__file__).parents[3] / "csrc" / "cuda")
 SOURCE = '#include "kernels.cuh"\n'
 OPTIONS = ("-std=c++17", *(f"-I{folder}" for folder in FOLDERS))
 
