@@ -136,9 +136,13 @@ def kernels_for(x: Tensor, call: Any, *candidates: K) -> K | None:
     device = x.device.type
     for kernels in candidates:
         for backend in kernels.BACKENDS:
-            if device == backend.device or _choice == backend.name:  # `usable` asks the same, after a function call
-                if usable(backend, x) and not kernels.refuses(call):
-                    return kernels
+            # `usable` asks the first again; asked here it costs no function call for the kernels of another device.
+            if (
+                (device == backend.device or _choice == backend.name)
+                and usable(backend, x)
+                and not kernels.refuses(call)
+            ):
+                return kernels
     return None
 
 
@@ -283,7 +287,9 @@ CPP = Backend(
     "cpp",
     device="cpu",
     dtypes=(torch.float32, torch.float64),
-    missing=_load("_cpu*.so", "not built: the installation, whose log says why, found no C++ compiler that it could use"),
+    missing=_load(
+        "_cpu*.so", "not built: the installation, whose log says why, found no C++ compiler that it could use"
+    ),
     ready=_cpp_ready,
     remedy=f"install a C++ compiler (apt install g++), then {AGAIN}",
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from glf_fast.reference.affine_coupling import affine_coupling

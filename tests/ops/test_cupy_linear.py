@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from glf_fast import reference
-from glf_fast.ops.linear import cupy as cupy_linear
 from glf_fast.ops.backends import _cupy_missing
+from glf_fast.ops.linear import cupy as cupy_linear
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64)

@@ -94,7 +94,10 @@ def test_plu_flows_match_the_reference(batch: int, D: int, C: int, actnorm: bool
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize(("batch", "D", "C"), [(5, 5, 2), (1, 2, 0), (0, 4, 0), (33, 8, 0)])
 def test_flows_of_any_maps_match_the_reference(batch: int, D: int, C: int, coupling: str, reversible: bool) -> None:
-    values, options = values_of_maps(batch, D, C, coupling), {"coupling": coupling, "add_first": True, "log_scale": "glow"}
+    values, options = (
+        values_of_maps(batch, D, C, coupling),
+        {"coupling": coupling, "add_first": True, "log_scale": "glow"},
+    )
     want = run_op(of_maps(reference.coupling_flow_log_prob, **options), values)
     for given, limit in ((values, 1e-10), (single(values), 1e-3 if reversible else 1e-5)):
         got = run_op(of_maps(ops.coupling_flow_log_prob, **options, reversible=reversible), given)
@@ -109,7 +112,10 @@ def test_flows_of_any_maps_match_the_reference(batch: int, D: int, C: int, coupl
 def test_first_and_second_derivatives(coupling: str) -> None:
     torch.use_deterministic_algorithms(False)  # gradgradcheck scatters
     for values, density in (
-        (values_of_plu(3, 4, 1, coupling=coupling), of_plu(ops.plu_flow_log_prob, coupling=coupling, activation="tanh")),
+        (
+            values_of_plu(3, 4, 1, coupling=coupling),
+            of_plu(ops.plu_flow_log_prob, coupling=coupling, activation="tanh"),
+        ),
         (values_of_maps(3, 4, 1, coupling), of_maps(ops.coupling_flow_log_prob, coupling=coupling, activation="tanh")),
     ):
         assert gradcheck(density, values, fast_mode=True)

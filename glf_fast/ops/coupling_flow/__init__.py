@@ -156,13 +156,14 @@ def _options(
     plu: bool,
 ) -> FlowOptions:
     given = (coupling, activation, log_scale, log_scale_constant, add_first, inverse, reversible, density, plu)
-    if not torch.compiler.is_compiling() and given in _known:
-        return _known[given]
+    compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
+    if not compiling and (known := _known.get(given)):
+        return known
     check_choice("coupling", coupling, COUPLINGS)
     check_choice("activation", activation, ACTIVATIONS)
     check_log_scale(log_scale, log_scale_constant)
     options = FlowOptions(*given, prepared_constant(log_scale, log_scale_constant))
-    if not torch.compiler.is_compiling():
+    if not compiling:
         _known[given] = options
     return options
 

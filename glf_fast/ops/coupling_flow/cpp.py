@@ -65,9 +65,11 @@ def attempt(call: Call) -> tuple[Tensor, ...] | None:
     x, context, (matrix, _, logabsdet), *_ = call
     if x.dtype != matrix.dtype or (logabsdet is not None and logabsdet.ndim):
         return None
-    context = None if context is None else context.contiguous()  # an expanded one is common, a refusal takes 40 µs
+    # An expanded context is common, and a refusal takes 40 µs.
+    if not x.is_contiguous() or (context is not None and not context.is_contiguous()):
+        call = call._replace(x=x.contiguous(), context=None if context is None else context.contiguous())
     try:
-        out, logdet, _ = forward(call._replace(x=x.contiguous(), context=context), False)
+        out, logdet, _ = forward(call, False)
     except RuntimeError:
         return None
     if out.device != x.device:  # an argument had no data
@@ -107,7 +109,14 @@ def record_width(call: Call) -> int:
 def _code(options: FlowOptions) -> tuple[int, int, int, float, bool, bool]:
     """coupling, activation, log_scale, constant, add_first, inverse, as the operations take them."""
     coupling, activation = COUPLING_CODES[options.coupling], ACTIVATION_CODES[options.activation]
-    return coupling, activation, LOG_SCALE_CODES[options.log_scale], options.constant, options.add_first, options.inverse
+    return (
+        coupling,
+        activation,
+        LOG_SCALE_CODES[options.log_scale],
+        options.constant,
+        options.add_first,
+        options.inverse,
+    )
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------

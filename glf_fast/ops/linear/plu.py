@@ -26,7 +26,7 @@ operations = torch.ops.glf_fast
 
 def check(plu: Plu) -> None:
     """Raise ValueError or TypeError unless shapes, devices and indices of these arguments of `plu_assemble` fit."""
-    permutation, lower, upper, log_diag, sign, log_scale, bias = plu
+    permutation, lower, upper, *given = plu
     device = lower.device
     if any(t is not None and t.device != device for t in plu):
         check_device(zip(Plu._fields, plu, strict=True), device)
@@ -37,10 +37,10 @@ def check(plu: Plu) -> None:
     if lower.shape != matrices or upper.shape != matrices:
         check_shape("lower", lower, matrices, "(…, D, D)")
         check_shape("upper", upper, matrices, "(…, D, D)")
-    for i, vector in enumerate(plu[3:]):
+    for name, vector in zip(Plu._fields[3:], given, strict=True):
         if vector is not None and vector.shape != vectors:
-            check_shape(Plu._fields[3 + i], vector, vectors, "(…, D)")
-    if (log_scale is None) != (bias is None):
+            check_shape(name, vector, vectors, "(…, D)")
+    if (plu.log_scale is None) != (plu.bias is None):
         raise ValueError("log_scale and bias belong together: give both or neither")
 
 
