@@ -1,4 +1,4 @@
-// The linear layers' operations on CUDA tensors. Schemas are in glf_fast/ops/linear_shapes.py; torch chooses by device.
+// The linear layers' operations on CUDA tensors. Schemas are in glf_fast/ops/linear/schemas.py; torch chooses by device.
 #include "bindings.h"
 
 #include "cuda/linear.h"

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
 
 }  // namespace
 
-// Schemas are in glf_fast/ops/linear_shapes.py: CUDA has these operations without this library, too.
+// Schemas are in glf_fast/ops/linear/schemas.py: CUDA has these operations without this library, too.
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
   m.impl("plu_assemble", TORCH_BOX(&plu_assemble));
   m.impl("plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));

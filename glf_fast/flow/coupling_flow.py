@@ -60,6 +60,8 @@ class CouplingFlow(Flow):
         (torch.Size([10]), torch.Size([3, 5]))
     """
 
+    actnorm_log_scale: Tensor
+    actnorm_bias: Tensor
     actnorm_initialized: Tensor
     mlp_weights: nn.ParameterList
     mlp_biases: nn.ParameterList
@@ -296,7 +298,7 @@ class CouplingFlow(Flow):
         layers: list[nn.Module] = []
         for k in range(self.config["steps"]):
             step = nn.ModuleList(new_step(self.config)).to(self.mlp_weights[0])
-            fill_step(step, values, k)
+            fill_step(list(step), values, k)
             layers += step
         return SequentialFlow(layers, self.event_shape, self.context_dim).train(self.training)
 

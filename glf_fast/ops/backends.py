@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,13 +59,12 @@ class Backend:
 class Kernels(Protocol):
     """An op's kernels in some backends: a module of the op's folder. The op documents what it calls besides."""
 
-    BACKENDS: tuple[Backend, ...]
+    @property
+    def BACKENDS(self) -> tuple[Backend, ...]:  # noqa: N802 — a constant of the module
+        """The backends that they are for."""
 
     def refuses(self, call: Any) -> str:
         """Why these kernels cannot take this call, whose tensors are of a backend's device and dtype; "" where they can."""
-
-
-K = TypeVar("K", bound=Kernels)
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -127,7 +126,7 @@ def ordinary() -> bool:
     )
 
 
-def kernels_for(x: Tensor, call: Any, *candidates: K) -> K | None:
+def kernels_for(x: Tensor, call: Any, *candidates: Kernels) -> Any:
     """The first of these kernels that takes this call on tensors like x here and now; None: the reference does.
 
     Raises:

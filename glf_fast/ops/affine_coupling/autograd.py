@@ -47,8 +47,8 @@ class _AffineCoupling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        inputs, options = ctx.saved_tensors, ctx.options
+        (v, u, t), options = ctx.saved_tensors, ctx.options
         if plain_gradients_wanted(grads):
             run = partial(reference.affine_coupling, **options.keywords())
-            return None, None, *differentiate(run, inputs, ctx.needs_input_grad[2:], grads)
-        return None, None, *ctx.kernels.backward(Call(*inputs, options), *grads)
+            return None, None, *differentiate(run, (v, u, t), ctx.needs_input_grad[2:], grads)
+        return None, None, *ctx.kernels.backward(Call(v, u, t, options), *grads)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from glf_fast.ops.affine_coupling.call import AffineOptions
-from glf_fast.reference import Plu
 
 __all__ = ["Call", "FlowOptions", "Maps"]
 
@@ -51,7 +50,7 @@ class Call(NamedTuple):
 
     x: Tensor  # data, or for the inverse noise (B, D)
     context: Tensor | None  # (B, C)
-    maps: Maps | Plu  # Plu where options.plu says so
+    maps: Any  # Maps, or the factors, Plu, where options.plu says so
     weights: Sequence[Tensor]  # by layer of the networks: (K, nᵢ, nᵢ₊₁), or (K, 2, nᵢ, nᵢ₊₁) for "separate"
     biases: Sequence[Tensor]  # (K, nᵢ₊₁), or (K, 2, nᵢ₊₁)
     options: FlowOptions

@@ -90,7 +90,7 @@ class _PLUAssemble(torch.autograd.Function):
     def forward(ctx: Any, need_inverse: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         A, A_inv, c, logabsdet = operations.plu_assemble.default(*tensors, need_inverse)
         ctx.need_inverse = need_inverse
-        if Plu(*tensors).log_scale is None:
+        if tensors[Plu._fields.index("log_scale")] is None:
             ctx.mark_non_differentiable(c)  # zero
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(A, A_inv, *tensors)
