@@ -161,7 +161,8 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor v, Tensor u, Tensor t, int64_t
   const int64_t last = v.dim() - 1, pixels = last == 2 ? v.size(1) : 1;
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
-    const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(log_scale), static_cast<T>(constant), add_first, inverse};
+    const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(log_scale), static_cast<T>(constant),
+                              add_first, inverse};
     glf::kernels<T>().coupling(op, v.size(0), pixels, v.size(last), channels<T>(v), channels<T>(u), channels<T>(t),
                                write<T>(w), write<T>(logdet), parallel());
   });
@@ -178,7 +179,8 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_w, Tenso
   const int64_t last = v.dim() - 1, pixels = last == 2 ? v.size(1) : 1;
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
-    const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(log_scale), static_cast<T>(constant), add_first, inverse};
+    const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(log_scale), static_cast<T>(constant),
+                              add_first, inverse};
     glf::kernels<T>().coupling_backward(op, v.size(0), pixels, v.size(last), channels<T>(v), channels<T>(u),
                                         channels<T>(t), read<T>(grad_w), read<T>(grad_logdet), write<T>(grad_v),
                                         write<T>(grad_u), write<T>(grad_t), parallel());

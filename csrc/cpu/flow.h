@@ -129,10 +129,8 @@ struct Kernels {
   void (*plu_assemble)(const Plu<T>&, T* A, T* A_inv, T* c, T* logabsdet, const Parallel&);
   void (*plu_assemble_backward)(const Plu<T>&, const T* A, const T* A_inv, const T* grad_A, const T* grad_A_inv,
                                 const T* grad_c, const T* grad_logabsdet, const PluGradients<T>&, const Parallel&);
-  // Dense matrices (count, D, D): P A = L U with both factors in one matrix, LAPACK's pivots (from 1) and info; sign and
-  // log|det A| (count,), A⁻¹. A zero pivot gives info > 0, (0, −∞) and an inverse without meaning.
-  void (*lu_factor)(Int count, Int dim, const T* A, T* factors, std::int32_t* pivots, std::int32_t* info,
-                    const Parallel&);
+  // Dense matrices (count, D, D): sign and log|det A| (count,), A⁻¹, LAPACK's info. A zero pivot gives info > 0, (0, −∞) and an
+  // inverse without meaning.
   void (*slogdet_inverse)(Int count, Int dim, const T* A, T* sign, T* logabsdet, T* inverse, std::int32_t* info,
                           const Parallel&);
 };

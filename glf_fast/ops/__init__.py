@@ -14,7 +14,7 @@ from glf_fast.ops.coupling_flow import (
     plu_flow_log_prob,
 )
 from glf_fast.ops.identical import identical
-from glf_fast.ops.linear import channel_map, fold_actnorm, invertible_linear, lu_factor, plu_assemble, slogdet_inverse
+from glf_fast.ops.linear import channel_map, fold_actnorm, invertible_linear, plu_assemble, slogdet_inverse
 
 __all__ = [
     "actnorm_log_prob",
@@ -27,7 +27,6 @@ __all__ = [
     "fold_actnorm",
     "identical",
     "invertible_linear",
-    "lu_factor",
     "plu_assemble",
     "plu_flow_log_prob",
     "slogdet_inverse",

@@ -60,7 +60,7 @@ class Kernels(Protocol):
     """An op's kernels in some backends: a module of the op's folder. The op documents what it calls besides."""
 
     @property
-    def BACKENDS(self) -> tuple[Backend, ...]:  # noqa: N802 — a constant of the module
+    def BACKENDS(self) -> tuple[Backend, ...]:
         """The backends that they are for."""
 
     def refuses(self, call: Any) -> str:

@@ -1,4 +1,4 @@
-"""The numbers by which the processor's kernels know names. The names' order in csrc/cpu/flow.h is nobody's business."""
+"""The numbers by which the processor's kernels know the reference's names, as the compiled library says them."""
 
 from __future__ import annotations
 

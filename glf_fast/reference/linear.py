@@ -15,7 +15,6 @@ __all__ = [
     "Plu",
     "fold_actnorm",
     "invertible_linear",
-    "lu_factor",
     "permutation_matrix",
     "plu_assemble",
     "slogdet_inverse",
@@ -98,11 +97,6 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sign, logabsdet = torch.linalg.slogdet(W)
     inverse, info = torch.linalg.inv_ex(W)
     return sign.detach(), logabsdet, inverse, info
-
-
-def lu_factor(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """LAPACK's getrf of dense matrices (…, D, D): L and U in one matrix, pivots (…, D) from 1, `info` (…)."""
-    return torch.linalg.lu_factor_ex(W)
 
 
 def invertible_linear(

@@ -17,7 +17,7 @@ from torch.autograd import gradcheck
 from glf_fast import CouplingFlow, backends, ops, reference, use_backend
 from glf_fast.flow.coupling_flow import COUPLINGS
 from glf_fast.ops.coupling_flow import cpp
-from glf_fast.ops.coupling_flow.call import Call, FlowOptions, Maps
+from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 pytestmark = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=backends()["cpp"])
@@ -35,7 +35,7 @@ def on_cpp() -> Iterator[None]:
 def test_what_a_kernel_leaves_unwritten_is_nan() -> None:
     """So that all other tests see it: tests/conftest.py asks for it."""
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
-    options = FlowOptions("affine", "relu", "tanh", None, *[False] * 5, 2.0)
+    options = CallOptions("affine", "relu", "tanh", None, *[False] * 5, 2.0)
     _, _, saved = cpp.forward(Call(x, context, Maps(A, c, None), layers[:2], layers[2:], options), True)
     assert saved.isnan().any()  # between the fields of a record
 

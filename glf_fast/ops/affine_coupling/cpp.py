@@ -20,7 +20,7 @@ def refuses(call: Call) -> str:
     return "" if call.options.log_scale in LOG_SCALE_CODES else f"csrc has no log-scale {call.options.log_scale!r}"
 
 
-def _code(options: AffineOptions) -> tuple[int, float, bool, bool]:
+def _numbers(options: AffineOptions) -> tuple[int, float, bool, bool]:
     """log_scale, constant, add_first, inverse, as the kernels take them."""
     return LOG_SCALE_CODES[options.log_scale], options.constant, options.add_first, options.inverse
 
@@ -30,7 +30,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     v = call.v
     last = _channels_last(v)
     samples = [_samples(x, last) for x in (v, call.u.to(v.dtype), call.t.to(v.dtype))]
-    w, logdet = operations.cpu_affine_coupling.default(*samples, *_code(call.options))
+    w, logdet = operations.cpu_affine_coupling.default(*samples, *_numbers(call.options))
     return _image(w, v.shape, last), logdet
 
 
@@ -40,7 +40,7 @@ def backward(call: Call, grad_w: Tensor, grad_logdet: Tensor) -> tuple[Tensor, T
     last = _channels_last(v)
     samples = [_samples(x, last) for x in (v, u.to(v.dtype), t.to(v.dtype))]
     found = operations.cpu_affine_coupling_backward.default(
-        _samples(grad_w, last).contiguous(), grad_logdet.contiguous(), *samples, *_code(options)
+        _samples(grad_w, last).contiguous(), grad_logdet.contiguous(), *samples, *_numbers(options)
     )
     grad_v, grad_u, grad_t = (_image(grad, v.shape, last) for grad in found)
     return grad_v, grad_u.to(u.dtype), grad_t.to(t.dtype)

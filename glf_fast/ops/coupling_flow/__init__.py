@@ -10,7 +10,7 @@ from torch import Tensor
 from glf_fast.ops.backends import kernels_for
 from glf_fast.ops.checks import check_alike, check_choice, check_floating, check_log_scale, check_shape, check_state
 from glf_fast.ops.coupling_flow import autograd, cpp, layered, plain, triton
-from glf_fast.ops.coupling_flow.call import Call, FlowOptions, Maps
+from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.ops.linear import plu as plu_layers
 from glf_fast.reference import ACTIVATIONS, COUPLINGS, Plu, prepared_constant
 
@@ -141,7 +141,7 @@ def plu_flow_log_prob(
 
 
 # Options that have been checked: what they are takes 1 µs to find out, a fiftieth of what a flow of a single row takes.
-_known: dict[tuple[object, ...], FlowOptions] = {}
+_known: dict[tuple[object, ...], CallOptions] = {}
 
 
 def _options(
@@ -154,7 +154,7 @@ def _options(
     reversible: bool,
     density: bool,
     plu: bool,
-) -> FlowOptions:
+) -> CallOptions:
     given = (coupling, activation, log_scale, log_scale_constant, add_first, inverse, reversible, density, plu)
     compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
     if not compiling and (known := _known.get(given)):
@@ -162,7 +162,7 @@ def _options(
     check_choice("coupling", coupling, COUPLINGS)
     check_choice("activation", activation, ACTIVATIONS)
     check_log_scale(log_scale, log_scale_constant)
-    options = FlowOptions(*given, prepared_constant(log_scale, log_scale_constant))
+    options = CallOptions(*given, prepared_constant(log_scale, log_scale_constant))
     if not compiling:
         _known[given] = options
     return options
@@ -171,7 +171,7 @@ def _options(
 def _run(call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone, of maps x A + c."""
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if not recorded and kernels_for(call.x, call, cpp) and (found := cpp.attempt(call)):
+    if not recorded and kernels_for(call.x, call, cpp) and (found := cpp.unchecked(call)):
         return found
     call = _checked(call)
     kernels = kernels_for(call.x, call, *KERNELS)

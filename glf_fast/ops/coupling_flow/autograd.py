@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glf_fast.ops.backends import Kernels
 from glf_fast.ops.coupling_flow import plain
-from glf_fast.ops.coupling_flow.call import Call, FlowOptions, Maps
+from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 from glf_fast.ops.linear import plu as plu_layers
 from glf_fast.ops.linear import slogdet_inverse
@@ -70,7 +70,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
-def call_of(options: FlowOptions, tensors: Sequence[Any]) -> Call:
+def call_of(options: CallOptions, tensors: Sequence[Any]) -> Call:
     """The call of tensors that come as `contiguous` lists them."""
     kind: type[Maps] | type[Plu] = Plu if options.plu else Maps
     start = 2 + len(kind._fields)
@@ -87,7 +87,7 @@ class _CouplingFlow(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kernels: FlowKernels, options: FlowOptions, *tensors: Tensor
+        ctx: Any, kernels: FlowKernels, options: CallOptions, *tensors: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         call = call_of(options, tensors)
         assembled: tuple[Tensor | None, ...] = (None, None, None)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from glf_fast.ops.affine_coupling.call import AffineOptions
 
-__all__ = ["Call", "FlowOptions", "Maps"]
+__all__ = ["Call", "CallOptions", "Maps"]
 
 
-class FlowOptions(NamedTuple):
+class CallOptions(NamedTuple):
     """What is computed, by the names that `glf_fast.reference` uses."""
 
     coupling: str
@@ -53,4 +53,4 @@ class Call(NamedTuple):
     maps: Any  # Maps, or the factors, Plu, where options.plu says so
     weights: Sequence[Tensor]  # by layer of the networks: (K, nᵢ, nᵢ₊₁), or (K, 2, nᵢ, nᵢ₊₁) for "separate"
     biases: Sequence[Tensor]  # (K, nᵢ₊₁), or (K, 2, nᵢ₊₁)
-    options: FlowOptions
+    options: CallOptions

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from glf_fast.ops.backends import CPP
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES
-from glf_fast.ops.coupling_flow.call import Call, FlowOptions
+from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.reference import COUPLINGS
 
-__all__ = ["BACKENDS", "MAX_LAYERS", "adapt", "attempt", "backward", "forward", "refuses"]
+__all__ = ["BACKENDS", "MAX_LAYERS", "adapt", "backward", "forward", "refuses", "unchecked"]
 
 BACKENDS = (CPP,)
 MAX_LAYERS = 8  # of an MLP
@@ -49,14 +49,14 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         if len(matrix) * len(x) * record * x.itemsize > RECORDS_LIMIT:
             save, record = INPUTS, x.shape[1]
     out, logdet, saved = operations.cpu_coupling_flow.default(
-        x, matrix, offset, weights, biases, context, *_code(options), options.density, save, record
+        x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record
     )
     if logabsdet is not None:
         logdet = logdet + (logabsdet.sum() if logabsdet.ndim else logabsdet)
     return out, logdet, saved
 
 
-def attempt(call: Call) -> tuple[Tensor, ...] | None:
+def unchecked(call: Call) -> tuple[Tensor, ...] | None:
     """The flow without gradients, of maps and networks that nobody has checked; None where these need it, or a conversion.
 
     The operation refuses whatever the check of a call refuses. The check says why, but takes 7 µs, a tenth of what a flow of a
@@ -85,7 +85,7 @@ def backward(
     x, context, (matrix, offset, _), weights, biases, options = call
     save = NOTHING if unmatrix is not None else INPUTS if saved.shape[-1] == x.shape[1] else RECORDS
     found = operations.cpu_coupling_flow_backward.default(
-        grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *_code(options), save,
+        grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *_numbers(options), save,
         parameters,
     )  # fmt: skip
     if parameters and options.density:
@@ -106,7 +106,7 @@ def record_width(call: Call) -> int:
     return line * (lines | 1)
 
 
-def _code(options: FlowOptions) -> tuple[int, int, int, float, bool, bool]:
+def _numbers(options: CallOptions) -> tuple[int, int, int, float, bool, bool]:
     """coupling, activation, log_scale, constant, add_first, inverse, as the operations take them."""
     coupling, activation = COUPLING_CODES[options.coupling], ACTIVATION_CODES[options.activation]
     return (

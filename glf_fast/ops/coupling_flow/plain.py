@@ -17,6 +17,7 @@ def run(call: Call) -> tuple[Tensor, ...]:
     if options.plu:
         return (reference.plu_flow_log_prob(x, maps, weights, biases, context, **keywords),)
     if options.density:
-        return (reference.coupling_flow_log_prob(x, *maps, weights, biases, context, **keywords),)
+        A, c, logabsdet = maps
+        return (reference.coupling_flow_log_prob(x, A, c, logabsdet, weights, biases, context, **keywords),)
     flow = reference.coupling_flow_inverse if options.inverse else reference.coupling_flow
-    return flow(x, *maps[:2], weights, biases, context, **keywords)
+    return flow(x, maps.matrix, maps.offset, weights, biases, context, **keywords)

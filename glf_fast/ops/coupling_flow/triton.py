@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from glf_fast.ops.backends import TRITON
-from glf_fast.ops.coupling_flow.call import Call
-from glf_fast.ops.coupling_flow.call import FlowOptions as Options
+from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.ops.coupling_flow.networks import as_one_network, hidden_widths
 
 if TYPE_CHECKING:
@@ -71,8 +70,8 @@ def backward(
     )  # fmt: skip
 
 
-def _values(options: Options) -> tuple[str, str, float, bool, bool, bool, str]:
-    """Those of OPTIONS, in their order."""
+def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, str]:
+    """The values of OPTIONS."""
     o = options
     return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.density, o.autocast
 

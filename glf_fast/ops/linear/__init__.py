@@ -12,7 +12,7 @@ from glf_fast.ops.checks import check_floating, check_shape, check_state
 from glf_fast.ops.linear import dense, plu
 from glf_fast.reference import Plu, fold_actnorm
 
-__all__ = ["channel_map", "fold_actnorm", "invertible_linear", "lu_factor", "plu_assemble", "slogdet_inverse"]
+__all__ = ["channel_map", "fold_actnorm", "invertible_linear", "plu_assemble", "slogdet_inverse"]
 
 _MKLDNN = torch.backends.mkldnn.is_available()  # whose convolutions of float32 are the fast ones
 
@@ -71,21 +71,6 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if kernels_for(W, W, dense):
         return dense.slogdet_inverse(W)
     return reference.slogdet_inverse(W)
-
-
-def lu_factor(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P W = L U with partial pivoting for dense matrices (…, D, D), LAPACK's getrf; differentiable.
-
-    Returns both factors in one matrix (…, D, D), L without its ones; pivots (…, D) int32: row k was exchanged with row
-    pivots[k], counted from 1; info (…) int32: 0, or the first zero pivot, counted from 1. Nothing is raised for it.
-
-    Raises:
-        ValueError: not square. TypeError: not floating-point.
-    """
-    _check_square(W)
-    if kernels_for(W, W, dense):
-        return dense.lu_factor(W)
-    return reference.lu_factor(W)
 
 
 def _check_square(W: Tensor) -> None:

@@ -57,32 +57,3 @@ class _SlogdetInverse(torch.autograd.Function):
             through_inverse = inverse.mT @ grad_inverse @ inverse.mT
             grad = -through_inverse if grad is None else grad - through_inverse
         return grad
-
-
-def lu_factor(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.lu_factor`; arguments are checked already."""
-    *batch, dim, _ = W.shape
-    matrices = W.reshape(math.prod(batch), dim, dim).contiguous()
-    if torch.is_grad_enabled() and W.requires_grad:
-        factors, pivots, info = _LUFactor.apply(matrices)
-    else:
-        factors, pivots, info = operations.lu_factor.default(matrices)
-    return factors.view(W.shape), pivots.view(*batch, dim), info.view(batch)
-
-
-class _LUFactor(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        factors, pivots, info = operations.lu_factor.default(W)
-        ctx.mark_non_differentiable(pivots, info)
-        ctx.save_for_backward(factors, pivots)
-        return factors, pivots, info
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any, __: Any) -> Tensor:
-        # ∂W = P L⁻ᵀ [tril(Lᵀ ∂L, −1) + triu(∂U Uᵀ)] U⁻ᵀ, differentiable again.
-        factors, pivots = ctx.saved_tensors
-        P, L, U = torch.lu_unpack(factors, pivots)
-        inner = (L.mT @ grad.tril(-1)).tril(-1) + (grad.triu() @ U.mT).triu()
-        right = torch.linalg.solve_triangular(U.mT, inner, upper=False, left=False)
-        return P @ torch.linalg.solve_triangular(L.mT, right, upper=True, unitriangular=True)
