@@ -45,7 +45,7 @@ def coupling_flow(
 
     Returns z (B, D) and Σ_k Σ ℓ (B,), both float32 or better: the caller adds Σ_k log|det A_k|, which no sample changes.
     """
-    kind = COUPLINGS[coupling]
+    transform = COUPLINGS[coupling].transform
     options = {"log_scale": log_scale, "log_scale_constant": log_scale_constant, "add_first": add_first}
     passive = x.shape[1] - x.shape[1] // 2
     logdet = x.new_zeros(len(x))
@@ -54,8 +54,9 @@ def coupling_flow(
         with torch.autocast(x.device.type, enabled=False):
             y = x @ A[k] + c[k]
         p, v = y[:, :passive], y[:, passive:]
-        raw = _networks(kind.networks, p, k, weights, biases, context, activation)
-        v, ldj = kind.transform(v, raw, inverse=False, **options)
+        h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
+        raw = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation)
+        v, ldj = transform(v, raw, inverse=False, **options)
         x = torch.cat([p, v], 1)
         logdet = logdet + ldj
     return x, logdet
@@ -81,35 +82,19 @@ def coupling_flow_inverse(
 
     Returns x (B, D) and −Σ_k Σ ℓ (B,).
     """
-    kind = COUPLINGS[coupling]
+    transform = COUPLINGS[coupling].transform
     options = {"log_scale": log_scale, "log_scale_constant": log_scale_constant, "add_first": add_first}
     passive = z.shape[1] - z.shape[1] // 2
     logdet = z.new_zeros(len(z))
     for k in reversed(range(len(A_inv))):
         p, v = z[:, :passive], z[:, passive:]
-        raw = _networks(kind.networks, p, k, weights, biases, context, activation)
-        v, ldj = kind.transform(v, raw, inverse=True, **options)
+        h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
+        raw = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation)
+        v, ldj = transform(v, raw, inverse=True, **options)
         with torch.autocast(z.device.type, enabled=False):
             z = (torch.cat([p, v], 1) - c[k]) @ A_inv[k]
         logdet = logdet + ldj
     return z, logdet
-
-
-def _networks(
-    count: int,
-    p: Tensor,
-    k: int,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    context: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """What step k's networks make of [p, context], side by side."""
-    h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
-    if count == 1:
-        return mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation)
-    made = [mlp(h, [w[k, i] for w in weights], [b[k, i] for b in biases], activation) for i in range(count)]
-    return torch.cat(made, 1)
 
 
 def log_normal(z: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
 """The choice of kernels: what they refuse, and who takes it then."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from flow_values import error, run, tensors
+from torch import Tensor
 
 from glf_fast import backends, ops, reference, use_backend
-from glf_fast.ops.backends import BACKENDS, kernels_for, ordinary, transformed
+from glf_fast.ops.backends import BACKENDS, Backend, kernels_for, ordinary, transformed
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES
-from glf_fast.ops.coupling_flow import cpp, layered, triton
+from glf_fast.ops.coupling_flow import cpp, layered, plain, triton
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.reference import ACTIVATIONS, COUPLINGS, LOG_SCALES
 
@@ -69,3 +71,32 @@ def test_what_all_kernels_refuse_is_the_reference_s() -> None:
     for mine, truth in zip(run(ops.coupling_flow, values), run(reference.coupling_flow, values), strict=True):
         assert error(mine, truth) < 1e-12
     assert error(without[0], run(reference.coupling_flow, values)[0]) < 1e-12
+
+
+def test_a_new_backend_is_one_module_and_one_entry(monkeypatch) -> None:
+    """A module that says what it is for, what it refuses and how it runs takes calls when the op lists it."""
+    monkeypatch.setattr(sys.modules["glf_fast.ops.backends"], "BACKENDS", registry := dict(BACKENDS))
+    op = sys.modules["glf_fast.ops.coupling_flow"]
+    backend = Backend("toy", "cpu", (torch.float64,), missing="", ready=lambda: "for tests", remedy="", cost="")
+    seen: list[Call] = []
+
+    def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(call)
+        return *plain.run(call), call.x.new_empty(0)
+
+    toy = SimpleNamespace(
+        BACKENDS=(backend,),
+        refuses=lambda call: "contexts" if call.context is not None else "",
+        adapt=lambda call: call,
+        forward=forward,
+    )
+    monkeypatch.setattr(op, "KERNELS", (toy, *op.KERNELS))
+    assert registry["toy"] is backend and backends()["toy"] == "ready: for tests"
+    for context_dim, times in ((0, 1), (2, 0)):
+        x, A, c, context, *layers = (None if t is None else t.detach() for t in tensors(3, 2, 4, context_dim, (5,)))
+        with use_backend("toy"):
+            out = ops.coupling_flow(x, A, c, layers[:2], layers[2:], context)
+        assert len(seen) == times and torch.equal(
+            out[0], reference.coupling_flow(x, A, c, layers[:2], layers[2:], context)[0]
+        )
+        seen.clear()
