@@ -47,6 +47,8 @@ def test_kernels_say_why_they_refuse() -> None:
     assert cpp.refuses(call(4, (3,) * 7)) == "" and "more than 8 layers" in cpp.refuses(call(4, (3,) * 8))
     assert "no such" in cpp.refuses(call(4, (3,), log_scale="none"))
     assert triton.refuses(call(256, (512,))) == ""
+    for kernels in (cpp, triton, layered):
+        assert "coupling" in kernels.refuses(call(4, (3,), coupling="spline"))
     for D, hidden in ((257, (8,)), (6, (513,)), (6, ()), (6, (8,) * 5)):
         assert "more than 256 columns" in triton.refuses(call(D, hidden)) and layered.refuses(call(D, hidden)) == ""
 

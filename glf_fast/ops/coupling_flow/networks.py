@@ -9,7 +9,9 @@ from torch import Tensor
 from glf_fast.ops.coupling_flow.call import Call
 from glf_fast.reference import COUPLINGS
 
-__all__ = ["as_one_network", "hidden_widths"]
+__all__ = ["KINDS", "as_one_network", "hidden_widths"]
+
+KINDS = ("affine", "separate", "additive")  # of coupling, of which one network that makes [u, t] can be made
 
 
 def as_one_network(call: Call) -> Call:
