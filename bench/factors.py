@@ -1,4 +1,4 @@
-"""Matrices from and into triangular factors: the PLU layers of every default flow assembled, and LU of dense matrices."""
+"""Matrices from triangular factors: the PLU layers of every default flow assembled."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from bench.check import why_wrong
-from bench.linear import LinearCase
 from glf_fast import ops, reference
 
-__all__ = ["ASSEMBLED", "Assembled", "Factored", "PluCase"]
+__all__ = ["ASSEMBLED", "Assembled", "PluCase"]
 
 
 @dataclass(frozen=True)
@@ -79,24 +78,6 @@ def assemble(function: Callable[..., Any], mode: str, inputs: list[Tensor], grad
         return list(torch.autograd.grad([A, c, logabsdet], inputs[2:], gradients))
     with torch.no_grad():
         return list(function(*plu))
-
-
-class Factored:
-    """One provider's LU of one case's dense matrices."""
-
-    def __init__(self, name: str, case: LinearCase, device: str = "cpu") -> None:
-        self.function = ops.lu_factor if name == "glf_fast" else reference.lu_factor
-        self.W = case.inputs(device).detach()
-
-    def run(self, mode: str) -> list[Tensor]:
-        """[L and U in one (K, D, D), pivots, info]."""
-        return list(self.function(self.W))
-
-    def why_wrong(self, mode: str) -> str:
-        """What is wrong with P L U, or "": pivots may differ where rounding decides between two of them."""
-        LU, pivots, _ = self.run(mode)
-        P, L, U = torch.lu_unpack(LU.double(), pivots)
-        return why_wrong([P @ L @ U], [self.W.double()])
 
 
 # glf-cifar's layers, glf-mnist's, wide's, sbi's.

@@ -138,7 +138,7 @@ GPU_GOALS: tuple[Twice, ...] = (
 )  # fmt: skip
 # What `make gpu` and `make gpu-again` measure.
 SUITES = (
-    "gpu_flow", "memory", "linear", "coupling", "train_step", "grid", "depth", "assemble", "lu", "apply", "launches",
+    "gpu_flow", "memory", "linear", "coupling", "train_step", "grid", "depth", "assemble", "apply", "launches",
 )  # fmt: skip
 
 

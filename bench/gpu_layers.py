@@ -12,7 +12,7 @@ from bench import gpu_races
 from bench.baselines import GRAPHED
 from bench.cases import COUPLING_MODES, CouplingCase
 from bench.couplings import Coupling
-from bench.factors import ASSEMBLED, Assembled, Factored, PluCase
+from bench.factors import ASSEMBLED, Assembled, PluCase
 from bench.gpu_races import OURS_AND_EAGER, Entry, Missing, Race, rehearsing
 from bench.linear import APPLIED, Applied, AppliedCase, Linear, LinearCase, applied_names, why_missing
 
@@ -104,16 +104,8 @@ def layer_races() -> Iterator[Race]:
     cases = [LinearCase(n, d) for n, d in ([(2, 4)] if small else [(1024, 32), (8, 64), (1024, 64), (1024, 16)])]
     for case in cases:
         yield dense(case, "train", ("glf_fast", "torch.linalg"))
-    for case in cases:
-        yield Race("lu", case.name, "forward", ("glf_fast", "torch.linalg"), partial(_factored, case))
     for layer in [AppliedCase((2, 4))] if small else APPLIED:
         for mode in COUPLING_MODES:
             make = partial(Applied, case=layer, device=device)
             enter = partial(_operation, layer, mode, make, operations=layer.operations(mode))
             yield Race("apply", layer.name, mode, applied_names(layer), enter)
-
-
-def _factored(case: LinearCase, name: str) -> Entry:
-    make = partial(Factored, case=case, device=gpu_races.clock.DEVICE)
-    operations = case.operations("forward") // 3
-    return _operation(case, "forward", make, name, operations=operations, alone=name == "glf_fast")

@@ -3,6 +3,7 @@
 #include "bindings.h"
 
 #include <cstring>
+#include <string>
 #include <tuple>
 
 namespace {
@@ -15,13 +16,15 @@ struct Arguments {
   const std::optional<Tensor>& unmatrix;
   const Tensors &weights, &biases;
   const std::optional<Tensor>& context;
-  int64_t activation, log_scale;
+  int64_t coupling, activation, log_scale;
   double constant;
   bool add_first, inverse, density;
 
   template <class T>
   glf::Flow<T> flow(const Tensor& x) const {
-    STD_TORCH_CHECK(activation >= 0 && activation <= 5 && log_scale >= 0 && log_scale <= 6, "glf_fast: unknown functions");
+    STD_TORCH_CHECK(coupling >= 0 && coupling < glf::kinds && activation >= 0 && activation < glf::activations &&
+                        log_scale >= 0 && log_scale < glf::log_scales,
+                    "glf_fast: unknown functions");
     STD_TORCH_CHECK(x.dim() == 2 && matrix.dim() == 3 && matrix.size(0) > 0 && matrix.size(1) == x.size(1) &&
                         matrix.size(2) == x.size(1) && offset.dim() == 2 && offset.size(0) == matrix.size(0) &&
                         offset.size(1) == x.size(1) &&
@@ -35,16 +38,17 @@ struct Arguments {
     f.dim = matrix.size(1);
     f.context_dim = context ? context->size(1) : 0;
     f.layers = static_cast<int>(weights.size());
-    const bool apart = weights[0].dim() == 4;  // one network for u and one for t
-    f.networks = apart ? 2 : 1;
+    f.kind = static_cast<glf::Kind>(coupling);
+    f.networks = networks_of(f.kind);
+    const bool apart = f.networks > 1;
     f.width[0] = f.passive() + f.context_dim;
     f.matrix = read<T>(matrix);
     f.unmatrix = unmatrix ? read<T>(*unmatrix) : nullptr;
     f.offset = read<T>(offset);
     for (int i = 0; i < f.layers; ++i) {
-      const int64_t dims = apart ? 4 : 3;  // (K, 2, …) or (K, …)
+      const int64_t dims = apart ? 4 : 3;  // (K, networks, …) or (K, …)
       STD_TORCH_CHECK(weights[i].dim() == dims && biases[i].dim() == dims - 1 && weights[i].size(0) == f.steps &&
-                          biases[i].size(0) == f.steps && (!apart || (weights[i].size(1) == 2 && biases[i].size(1) == 2)) &&
+                          biases[i].size(0) == f.steps && (!apart || (weights[i].size(1) == f.networks && biases[i].size(1) == f.networks)) &&
                           weights[i].size(dims - 2) == f.width[i] &&
                           biases[i].size(dims - 2) == weights[i].size(dims - 1),
                       "glf_fast: the widths of the MLP's layers do not chain");
@@ -52,12 +56,10 @@ struct Arguments {
       f.weight[i] = read<T>(weights[i]);
       f.bias[i] = read<T>(biases[i]);
     }
-    const int64_t last = f.networks * f.width[f.layers];
-    const bool additive = !apart && last == f.transformed();
-    STD_TORCH_CHECK(additive || last == 2 * f.transformed(),
-                    "glf_fast: the MLP must end in 2·(D//2) columns, or in D//2 of an additive coupling");
+    STD_TORCH_CHECK(f.width[f.layers] == columns_of(f.kind) * f.transformed(), "glf_fast: the MLP must end in ",
+                    columns_of(f.kind), "·(D//2) columns; got ", f.width[f.layers]);
     f.activation = static_cast<glf::Activation>(activation);
-    f.log_scale = additive ? glf::LogScale::none : static_cast<glf::LogScale>(log_scale);
+    f.log_scale = static_cast<glf::LogScale>(log_scale);
     f.constant = static_cast<T>(constant);
     f.add_first = add_first;
     f.inverse = inverse;
@@ -72,11 +74,11 @@ struct Arguments {
 };
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
-                                                 Tensors biases, std::optional<Tensor> context, int64_t activation,
-                                                 int64_t log_scale, double constant, bool add_first, bool inverse,
+                                                 Tensors biases, std::optional<Tensor> context, int64_t coupling,
+                                                 int64_t activation, int64_t log_scale, double constant, bool add_first, bool inverse,
                                                  bool density, int64_t save, int64_t record) {
   const std::optional<Tensor> none;
-  const Arguments arguments{matrix,     offset,    none,     weights,   biases,  context,
+  const Arguments arguments{matrix,   offset,     none,      weights,  biases,    context, coupling,
                             activation, log_scale, constant, add_first, inverse, density};
   const int64_t batch = x.size(0), steps = matrix.size(0);
   const auto mode = static_cast<glf::Save>(save);
@@ -98,9 +100,9 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
 // Without ∂out it is that of the density: out is read.
 Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
-                               std::optional<Tensor> context, int64_t activation, int64_t log_scale, double constant,
-                               bool add_first, bool inverse, int64_t save, bool parameters) {
-  const Arguments arguments{matrix,     offset,    unmatrix, weights,   biases,  context,
+                               std::optional<Tensor> context, int64_t coupling, int64_t activation, int64_t log_scale,
+                               double constant, bool add_first, bool inverse, int64_t save, bool parameters) {
+  const Arguments arguments{matrix,     offset,    unmatrix, weights,   biases,  context, coupling,
                             activation, log_scale, constant, add_first, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
   STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
@@ -137,7 +139,7 @@ Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logde
 }
 
 void check_operands(const Tensor& v, const Tensor& u, const Tensor& t, int64_t log_scale) {
-  STD_TORCH_CHECK(log_scale >= 0 && log_scale <= 6, "glf_fast: unknown functions");
+  STD_TORCH_CHECK(log_scale >= 0 && log_scale < glf::log_scales, "glf_fast: unknown functions");
   STD_TORCH_CHECK((v.dim() == 2 || v.dim() == 3) && u.sizes().equals(v.sizes()) && t.sizes().equals(v.sizes()),
                   "glf_fast: operands must have one shape (B, n) or (B, pixels, n)");
 }
@@ -159,7 +161,8 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor v, Tensor u, Tensor t, int64_t
   const int64_t last = v.dim() - 1, pixels = last == 2 ? v.size(1) : 1;
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
-    const glf::Coupling<T> op{static_cast<glf::LogScale>(log_scale), static_cast<T>(constant), add_first, inverse};
+    const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(log_scale), static_cast<T>(constant),
+                              add_first, inverse};
     glf::kernels<T>().coupling(op, v.size(0), pixels, v.size(last), channels<T>(v), channels<T>(u), channels<T>(t),
                                write<T>(w), write<T>(logdet), parallel());
   });
@@ -176,7 +179,8 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_w, Tenso
   const int64_t last = v.dim() - 1, pixels = last == 2 ? v.size(1) : 1;
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
-    const glf::Coupling<T> op{static_cast<glf::LogScale>(log_scale), static_cast<T>(constant), add_first, inverse};
+    const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(log_scale), static_cast<T>(constant),
+                              add_first, inverse};
     glf::kernels<T>().coupling_backward(op, v.size(0), pixels, v.size(last), channels<T>(v), channels<T>(u),
                                         channels<T>(t), read<T>(grad_w), read<T>(grad_logdet), write<T>(grad_v),
                                         write<T>(grad_u), write<T>(grad_t), parallel());
@@ -195,6 +199,9 @@ bool identical(Tensors a, Tensors b) {
   return true;
 }
 
+// The number by which the other operations know a name, or −1: see cpu/flow.h.
+int64_t code(std::string table, std::string name) { return glf::code_of(table.c_str(), name.c_str()); }
+
 int64_t vector_bytes() { return glf::vector_bytes(); }
 
 }  // namespace
@@ -202,11 +209,11 @@ int64_t vector_bytes() { return glf::vector_bytes(); }
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
-      "int activation, int log_scale, float constant, bool add_first, bool inverse, bool density, int save, int record)"
+      "int coupling, int activation, int log_scale, float constant, bool add_first, bool inverse, bool density, int save, int record)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
-      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int activation, "
+      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int activation, "
       "int log_scale, float constant, bool add_first, bool inverse, int save, bool parameters) -> Tensor[]");
   m.def(
       "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"
@@ -215,6 +222,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
       "cpu_affine_coupling_backward(Tensor grad_w, Tensor grad_logdet, Tensor v, Tensor u, Tensor t, int log_scale, "
       "float constant, bool add_first, bool inverse) -> (Tensor, Tensor, Tensor)");
   m.def("cpu_identical(Tensor[] a, Tensor[] b) -> bool");
+  m.def("cpu_code(str table, str name) -> int");
   m.def("cpu_vector_bytes() -> int");
 }
 
@@ -227,5 +235,6 @@ STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_code", TORCH_BOX(&code));
   m.impl("cpu_vector_bytes", TORCH_BOX(&vector_bytes));
 }

@@ -1,4 +1,4 @@
-// The linear layers' operations on CUDA tensors. Schemas are in glf_fast/ops/linear_shapes.py; torch chooses by device.
+// The linear layers' operations on CUDA tensors. Schemas are in glf_fast/ops/linear/schemas.py; torch chooses by device.
 #include "bindings.h"
 
 #include "cuda/linear.h"
@@ -78,17 +78,6 @@ Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Te
   return grads;
 }
 
-std::tuple<Tensor, Tensor, Tensor> lu_factor(Tensor A) {
-  const int dim = dim_of(A);
-  const int64_t count = A.size(0);
-  Tensor factors = alike(A), pivots = integers(A, {count, dim}), info = integers(A, {count});
-  for_dtype(A, [&](auto zero) {
-    using T = decltype(zero);
-    check(device::lu_factor<T>(Launch(A), count, dim, read<T>(A), write<T>(factors), indices(pivots), indices(info)));
-  });
-  return {factors, pivots, info};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
   const int dim = dim_of(A);
   const int64_t count = A.size(0);
@@ -106,6 +95,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CUDA, m) {
   m.impl("plu_assemble", TORCH_BOX(&plu_assemble));
   m.impl("plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));
-  m.impl("lu_factor", TORCH_BOX(&lu_factor));
   m.impl("slogdet_inverse", TORCH_BOX(&slogdet_inverse));
 }

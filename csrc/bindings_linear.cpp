@@ -62,19 +62,6 @@ Tensors plu_assemble_backward(Tensor permutation, Tensor lower, Tensor upper, Te
   return grads;
 }
 
-// L and U in one matrix, pivots, info.
-std::tuple<Tensor, Tensor, Tensor> lu_factor(Tensor A) {
-  check_square(A);
-  const int64_t count = A.size(0), dim = A.size(1);
-  Tensor factors = alike(A), pivots = integers(A, {count, dim}), info = integers(A, {count});
-  for_dtype(A, [&](auto zero) {
-    using T = decltype(zero);
-    glf::kernels<T>().lu_factor(count, dim, read<T>(A), write<T>(factors), indices(pivots),
-                                indices(info), parallel());
-  });
-  return {factors, pivots, info};
-}
-
 // Sign, log|det|, inverse, info.
 std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
   check_square(A);
@@ -90,10 +77,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
 
 }  // namespace
 
-// Schemas are in glf_fast/ops/linear_shapes.py: CUDA has these operations without this library, too.
+// Schemas are in glf_fast/ops/linear/schemas.py: CUDA has these operations without this library, too.
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
   m.impl("plu_assemble", TORCH_BOX(&plu_assemble));
   m.impl("plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));
-  m.impl("lu_factor", TORCH_BOX(&lu_factor));
   m.impl("slogdet_inverse", TORCH_BOX(&slogdet_inverse));
 }

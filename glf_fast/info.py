@@ -12,15 +12,7 @@ from glf_fast.ops.backends import BACKENDS
 
 __all__ = ["COSTS", "info"]
 
-# The measured cost of a missing backend; the files are in bench/results.
-COSTS = {
-    "cpp": (
-        "training a flow takes 2.9 (D 64, H 256) to 5.6 (D 20, H 64) times as long: batch 256, two Zen 5 cores, "
-        "bench/results/epyc-zen5-2-cores/times.json"
-    ),
-    "triton": "the whole flow runs as some hundred small kernels instead of one; the cost is not yet measured on a GPU",
-    "cuda": "linear layers run in torch.linalg, with many launches each; the cost is not yet measured on a GPU",
-}
+COSTS = {name: backend.cost for name, backend in BACKENDS.items()}
 
 
 def info() -> dict[str, str]:

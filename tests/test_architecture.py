@@ -85,7 +85,7 @@ def test_the_flow_core_needs_torch_alone(part: str) -> None:
         tree = ast.parse(path.read_text())
         roots = {alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
         roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-        extra = {"cupy", "numpy"} if path.name == "cupy_linear.py" else set()  # imported where CuPy is, alone
+        extra = {"cupy", "numpy"} if path.name == "cupy.py" else set()  # imported where CuPy is, alone
         assert roots - set(sys.stdlib_module_names) <= {"torch", "glf_fast"} | extra, path
 
 

@@ -18,31 +18,73 @@ struct Coupled {
   vec<T> out, ell;
 };
 
-// One vector of `v` through the coupling. With `inverse`, v is the transformed value that is undone. Additive couplings have
-// no u: what is given for it means nothing.
-template <LogScale f, class T>
-inline Coupled<T> couple(const Coupling<T>& op, vec<T> v, vec<T> u, vec<T> t) {
-  if constexpr (f == LogScale::none) return {op.inverse ? v - t : v + t, vec<T>{}};
-  const vec<T> ell = log_scale<f, T>(u, op.constant);
-  if (op.inverse) {
-    const vec<T> e = exp(-ell);
-    return {op.add_first ? v * e - t : (v - t) * e, -ell};
+template <class T>
+struct CouplingGradients {
+  vec<T> v, u, t;
+};
+
+// What couplings do to a vector of `v`. With `inverse`, v is the transformed value that is undone. In the backward g is ∂out.
+template <LogScale f>
+struct Affine {
+  template <class T>
+  static Coupled<T> forward(const Coupling<T>& op, vec<T> v, vec<T> u, vec<T> t) {
+    const vec<T> ell = log_scale<f, T>(u, op.constant);
+    if (op.inverse) {
+      const vec<T> e = exp(-ell);
+      return {op.add_first ? v * e - t : (v - t) * e, -ell};
+    }
+    const vec<T> e = exp(ell);
+    return {op.add_first ? (v + t) * e : v * e + t, ell};
   }
-  const vec<T> e = exp(ell);
-  return {op.add_first ? (v + t) * e : v * e + t, ell};
+
+  template <class T>
+  static CouplingGradients<T> backward(const Coupling<T>& op, vec<T> v, vec<T> u, vec<T> t, vec<T> g, T g_logdet) {
+    const vec<T> ell = log_scale<f, T>(u, op.constant);
+    const vec<T> slope = log_scale_slope<f, T>(u, ell, op.constant);
+    const vec<T> ge = g * exp(op.inverse ? -ell : ell);  // ∂v
+    vec<T> gt, gl;
+    if (!op.inverse) {
+      gt = op.add_first ? ge : g;
+      gl = ge * (op.add_first ? v + t : v) + g_logdet;
+    } else {
+      gt = op.add_first ? -g : -ge;
+      gl = -ge * (op.add_first ? v : v - t) - g_logdet;
+    }
+    return {ge, gl * slope, gt};
+  }
+};
+
+// There is no u: what is given for it means nothing, and where its gradient goes, t's follows.
+struct Additive {
+  template <class T>
+  static Coupled<T> forward(const Coupling<T>& op, vec<T> v, vec<T>, vec<T> t) {
+    return {op.inverse ? v - t : v + t, vec<T>{}};
+  }
+
+  template <class T>
+  static CouplingGradients<T> backward(const Coupling<T>& op, vec<T>, vec<T>, vec<T>, vec<T> g, T) {
+    return {g, vec<T>{}, op.inverse ? -g : g};
+  }
+};
+
+// Calls f with what the coupling does, as a compile-time constant. A new kind of coupling has its place here.
+template <class T, class F>
+void with_transform(const Coupling<T>& op, F f) {
+  if (op.kind == Kind::additive) return f(Additive{});
+  with_log_scale(op.log_scale, [&](auto s) { f(Affine<decltype(s)::value>{}); });
 }
 
 // out ← coupling of v, and logdet += ±Σ ℓ (or =, unless `accumulate`).
 template <class T>
 void couple_rows(const Coupling<T>& op, idx rows, idx n, Rows<const T> v, Rows<const T> u, Rows<const T> t, Rows<T> out,
                  T* logdet, bool accumulate) {
-  with_log_scale(op.log_scale, [&](auto f) {
+  with_transform(op, [&](auto transform) {
     for (idx m = 0; m < rows; ++m) {
       vec<T> total{};
       for (idx j = 0; j < n; j += lanes<T>) {
         const idx left = n - j;
-        const auto r = couple<decltype(f)::value>(op, load_part(v[m] + j, left), load_part(u[m] + j, left),
-                                                  load_part(t[m] + j, left));
+        const auto r = decltype(transform)::template forward<T>(op, load_part(v[m] + j, left), load_part(u[m] + j, left),
+                                                                load_part(t[m] + j, left));
         store_part(out[m] + j, r.out, left);
         total += left < lanes<T> ? first_lanes<T>(r.ell, left) : r.ell;
       }
@@ -56,31 +98,16 @@ template <class T>
 void couple_rows_backward(const Coupling<T>& op, idx rows, idx n, Rows<const T> v, Rows<const T> u, Rows<const T> t,
                           Rows<const T> grad_out, const T* grad_logdet, Rows<T> grad_v, Rows<T> grad_u,
                           Rows<T> grad_t) {
-  with_log_scale(op.log_scale, [&](auto f) {
+  with_transform(op, [&](auto transform) {
     for (idx m = 0; m < rows; ++m)
       for (idx j = 0; j < n; j += lanes<T>) {
         const idx left = n - j;
-        const vec<T> vj = load_part(v[m] + j, left), uj = load_part(u[m] + j, left), tj = load_part(t[m] + j, left);
-        const vec<T> g = load_part(grad_out[m] + j, left);
-        if constexpr (decltype(f)::value == LogScale::none) {
-          store_part(grad_v[m] + j, g, left);
-          store_part(grad_t[m] + j, op.inverse ? -g : g, left);
-          continue;
-        }
-        const vec<T> ell = log_scale<decltype(f)::value, T>(uj, op.constant);
-        const vec<T> slope = log_scale_slope<decltype(f)::value, T>(uj, ell, op.constant);
-        const vec<T> ge = g * exp(op.inverse ? -ell : ell);  // ∂v
-        vec<T> gt, gl;
-        if (!op.inverse) {
-          gt = op.add_first ? ge : g;
-          gl = ge * (op.add_first ? vj + tj : vj) + grad_logdet[m];
-        } else {
-          gt = op.add_first ? -g : -ge;
-          gl = -ge * (op.add_first ? vj : vj - tj) - grad_logdet[m];
-        }
-        store_part(grad_v[m] + j, ge, left);
-        store_part(grad_u[m] + j, gl * slope, left);
-        store_part(grad_t[m] + j, gt, left);
+        const auto r = decltype(transform)::template backward<T>(op, load_part(v[m] + j, left), load_part(u[m] + j, left),
+                                                                 load_part(t[m] + j, left),
+                                                                 load_part(grad_out[m] + j, left), grad_logdet[m]);
+        store_part(grad_v[m] + j, r.v, left);
+        store_part(grad_u[m] + j, r.u, left);
+        store_part(grad_t[m] + j, r.t, left);
       }
   });
 }

@@ -55,6 +55,25 @@ const Kernels<double>& kernels<double>() {
   return *choice().f64;
 }
 
+int code_of(const char* table, const char* name) {
+#define GLF_NAME(name) #name,
+  static constexpr const char* activation[] = {GLF_ACTIVATIONS(GLF_NAME)};
+  static constexpr const char* log_scale[] = {GLF_LOG_SCALES(GLF_NAME)};
+  static constexpr const char* coupling[] = {GLF_COUPLINGS(GLF_NAME)};
+#undef GLF_NAME
+  const auto find = [name](const auto& names) {
+    int code = 0;
+    for (const char* known : names) {
+      if (!std::strcmp(known, name)) return code;
+      ++code;
+    }
+    return -1;
+  };
+  if (!std::strcmp(table, "activation")) return find(activation);
+  if (!std::strcmp(table, "log_scale")) return find(log_scale);
+  return std::strcmp(table, "coupling") ? -1 : find(coupling);
+}
+
 int vector_bytes() { return choice().vector_bytes; }
 
 template <class T>

@@ -11,29 +11,20 @@ namespace glf::GLF_ISA {
 // Calls f with the enumerator as a compile-time constant, so that a loop over elements has no branch in it.
 template <class F>
 inline void with_activation(Activation a, F f) {
-  using A = Activation;
+  using E = Activation;
   switch (a) {
-    case A::relu: return f(std::integral_constant<A, A::relu>{});
-    case A::leaky_relu: return f(std::integral_constant<A, A::leaky_relu>{});
-    case A::silu: return f(std::integral_constant<A, A::silu>{});
-    case A::gelu: return f(std::integral_constant<A, A::gelu>{});
-    case A::tanh: return f(std::integral_constant<A, A::tanh>{});
-    case A::elu: return f(std::integral_constant<A, A::elu>{});
+#define GLF_CASE(name) \
+  case E::name: return f(std::integral_constant<E, E::name>{});
+    GLF_ACTIVATIONS(GLF_CASE)
   }
 }
 
 template <class F>
 inline void with_log_scale(LogScale s, F f) {
-  using S = LogScale;
+  using E = LogScale;
   switch (s) {
-    case S::tanh: return f(std::integral_constant<S, S::tanh>{});
-    case S::exp: return f(std::integral_constant<S, S::exp>{});
-    case S::glow: return f(std::integral_constant<S, S::glow>{});
-    case S::nflows: return f(std::integral_constant<S, S::nflows>{});
-    case S::atan: return f(std::integral_constant<S, S::atan>{});
-    case S::softclip: return f(std::integral_constant<S, S::softclip>{});
-    case S::jet: return f(std::integral_constant<S, S::jet>{});
-    case S::none: return f(std::integral_constant<S, S::none>{});
+    GLF_LOG_SCALES(GLF_CASE)
+#undef GLF_CASE
   }
 }
 
@@ -79,7 +70,6 @@ inline vec<T> log_scale(vec<T> u, T s) {
   if constexpr (f == S::atan) return (s * T(0.636)) * atan(u);
   if constexpr (f == S::softclip) return u / (T(1) + abs(u / s));
   if constexpr (f == S::jet) return T(0.69314718055994531) + log_sigmoid<T>(u);
-  if constexpr (f == S::none) return broadcast(T(0));
 }
 
 template <LogScale f, class T>
@@ -101,7 +91,6 @@ inline vec<T> log_scale_slope(vec<T> u, vec<T> ell, T s) {
     return T(1) / (y * y);
   }
   if constexpr (f == S::jet) return sigmoid<T>(-u);
-  if constexpr (f == S::none) return broadcast(T(0));
 }
 
 // h = a(x) over a block; `from` and `to` may be the same. Rows are padded to whole vectors.

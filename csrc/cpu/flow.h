@@ -8,9 +8,28 @@ namespace glf {
 
 using Int = std::ptrdiff_t;
 
-// In the order of the names in glf_fast.reference.
-enum class Activation : int { relu, leaky_relu, silu, gelu, tanh, elu };
-enum class LogScale : int { tanh, exp, glow, nflows, atan, softclip, jet, none };  // none: ℓ = 0, without u
+// What there is of each, by the names in glf_fast.reference. Python asks for a name's number (code_of).
+#define GLF_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(gelu) X(tanh) X(elu)
+#define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet)
+#define GLF_COUPLINGS(X) X(affine) X(separate) X(additive)
+#define GLF_ENUMERATOR(name) name,
+enum class Activation : int { GLF_ACTIVATIONS(GLF_ENUMERATOR) };
+enum class LogScale : int { GLF_LOG_SCALES(GLF_ENUMERATOR) };
+enum class Kind : int { GLF_COUPLINGS(GLF_ENUMERATOR) };  // of coupling
+#undef GLF_ENUMERATOR
+
+// The number of a name in a table ("activation", "log_scale", "coupling"), or −1.
+int code_of(const char* table, const char* name);
+// Names in each table.
+#define GLF_ONE(name) +1
+inline constexpr int activations = GLF_ACTIVATIONS(GLF_ONE), log_scales = GLF_LOG_SCALES(GLF_ONE),
+                     kinds = GLF_COUPLINGS(GLF_ONE);
+#undef GLF_ONE
+
+// MLPs of a step: one that makes all parameters of the coupling, or one for u and one for t.
+constexpr int networks_of(Kind kind) { return kind == Kind::separate ? 2 : 1; }
+// Numbers that an MLP makes for each transformed column.
+constexpr int columns_of(Kind kind) { return kind == Kind::affine ? 2 : 1; }
 
 // What a pass over the flow keeps for its backward.
 enum class Save : int {
@@ -26,9 +45,10 @@ inline constexpr int max_layers = 8;
 template <class T>
 struct Flow {
   Int steps, dim, context_dim;
-  int networks;                // MLPs of a step: one that makes [u, t], or one for u and one for t
+  Kind kind;
+  int networks;                // networks_of(kind)
   int layers;                  // linear layers of an MLP: hidden layers + 1
-  Int width[max_layers + 1];   // P + C, hidden widths, 2·(D//2); D//2 where an MLP makes only u or only t
+  Int width[max_layers + 1];   // P + C, hidden widths, columns_of(kind)·(D//2)
   const T* matrix;             // (K, D, D)
   const T* unmatrix;           // (K, D, D)
   const T* offset;             // c (K, D)
@@ -42,7 +62,6 @@ struct Flow {
 
   Int passive() const { return dim - dim / 2; }
   Int transformed() const { return dim / 2; }
-  bool additive() const { return log_scale == LogScale::none; }  // the network makes t alone
   // Elements of weight[i] and of bias[i] up to those of network n in step k.
   Int weights_before(int i, Int k, int n) const { return (k * networks + n) * width[i] * width[i + 1]; }
   Int biases_before(int i, Int k, int n) const { return (k * networks + n) * width[i + 1]; }
@@ -62,7 +81,8 @@ struct Parallel {
 
 template <class T>
 struct Coupling {
-  LogScale log_scale;
+  Kind kind;
+  LogScale log_scale;  // of an affine one
   T constant;  // as in Flow
   bool add_first, inverse;
 };
@@ -109,10 +129,8 @@ struct Kernels {
   void (*plu_assemble)(const Plu<T>&, T* A, T* A_inv, T* c, T* logabsdet, const Parallel&);
   void (*plu_assemble_backward)(const Plu<T>&, const T* A, const T* A_inv, const T* grad_A, const T* grad_A_inv,
                                 const T* grad_c, const T* grad_logabsdet, const PluGradients<T>&, const Parallel&);
-  // Dense matrices (count, D, D): P A = L U with both factors in one matrix, LAPACK's pivots (from 1) and info; sign and
-  // log|det A| (count,), A⁻¹. A zero pivot gives info > 0, (0, −∞) and an inverse without meaning.
-  void (*lu_factor)(Int count, Int dim, const T* A, T* factors, std::int32_t* pivots, std::int32_t* info,
-                    const Parallel&);
+  // Dense matrices (count, D, D): sign and log|det A| (count,), A⁻¹, LAPACK's info. A zero pivot gives info > 0, (0, −∞) and an
+  // inverse without meaning.
   void (*slogdet_inverse)(Int count, Int dim, const T* A, T* sign, T* logabsdet, T* inverse, std::int32_t* info,
                           const Parallel&);
 };

@@ -12,9 +12,9 @@ extern const Kernels<float> kernels_f32;
 extern const Kernels<double> kernels_f64;
 const Kernels<float> kernels_f32{forward<float>,      backward<float>,     coupling<float>,
                                  coupling_backward<float>, plu_assemble<float>, plu_assemble_backward<float>,
-                                 lu_factor<float>,    slogdet_inverse<float>};
+                                 slogdet_inverse<float>};
 const Kernels<double> kernels_f64{forward<double>,      backward<double>,     coupling<double>,
                                   coupling_backward<double>, plu_assemble<double>, plu_assemble_backward<double>,
-                                  lu_factor<double>,    slogdet_inverse<double>};
+                                  slogdet_inverse<double>};
 
 }  // namespace glf::GLF_ISA

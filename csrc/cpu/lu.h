@@ -1,4 +1,4 @@
-// LU with partial pivoting of many small dense matrices: P A = L U, LAPACK's conventions; determinant and inverse.
+// Determinant and inverse of many small dense matrices by LU with partial pivoting: P A = L U, LAPACK's conventions.
 #pragma once
 
 #include "lu_lanes.h"
@@ -119,20 +119,6 @@ void over_matrices(idx count, idx dim, const Parallel& parallel, F f) {
     const Scratch<std::int32_t> pivots(2 * dim);
     LU<T> lu(dim, memory.get(), pivots.get());
     for (idx i = count * thread / threads; i < count * (thread + 1) / threads; ++i) f(i, lu);
-  });
-}
-
-template <class T>
-void lu_factor(idx count, idx dim, const T* A, T* factors, std::int32_t* pivots, std::int32_t* info,
-               const Parallel& parallel) {
-  over_matrices<T>(count, dim, parallel, [=](idx n, LU<T>& lu) {
-    lu.factor(A + n * dim * dim);
-    info[n] = lu.info;
-    for (idx i = 0; i < dim; ++i) {
-      pivots[n * dim + i] = lu.pivots[i] + 1;
-      T* to = factors + (n * dim + i) * dim;
-      for (idx j = 0; j < dim; ++j) to[j] = j < i ? -lu.a[i * lu.ld + j] : lu.a[i * lu.ld + j];
-    }
   });
 }
 

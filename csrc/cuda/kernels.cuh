@@ -4,7 +4,6 @@
 #include "gauss_tile.cuh"
 #include "gauss_warp.cuh"
 #include "lu_block.cuh"
-#include "lu_warp.cuh"
 #include "plu.cuh"
 
 namespace glf::device {
@@ -28,16 +27,6 @@ GLF_DEVICE Workspace<T> carve(unsigned char* memory, int D, bool room, T* result
 
 template <class T>
 GLF_KERNEL(block_threads)
-    lu_factor_kernel(int D, bool room, const T* A, T* factors, int* pivots, int* info) {
-  const long long n = block_index();
-  T* a;
-  int ld;
-  const Workspace<T> w = carve(shared_memory(), D, room, factors + n * D * D, a, ld);
-  lu_factor_block(Block{}, D, A + n * D * D, a, ld, w, factors + n * D * D, pivots + n * D, info + n);
-}
-
-template <class T>
-GLF_KERNEL(block_threads)
     slogdet_inverse_kernel(int D, bool room, const T* A, T* sign, T* logabsdet, T* inverse, int* info) {
   const long long n = block_index();
   T* a;
@@ -52,16 +41,6 @@ GLF_KERNEL(warp_threads)
   each_warp<warp_threads>([&](long long warp) {
     constexpr int matrices = 32 / lanes_of<N>;
     if (warp * matrices < count) slogdet_inverse_warp<N>(warp * matrices, count, D, A, sign, logabsdet, inverse, info);
-  });
-}
-
-template <int N, class T>
-GLF_KERNEL(warp_threads)
-    lu_factor_warp_kernel(long long count, int D, const T* A, T* factors, int* pivots, int* info) {
-  each_warp<warp_threads>([&](long long warp) {
-    constexpr int matrices = 32 / lanes_of<N>;
-    T* lines = reinterpret_cast<T*>(shared_memory()) + warp % (warp_threads / 32) * warp_lines<N>;
-    if (warp * matrices < count) lu_factor_warp<N>(warp * matrices, count, D, A, factors, pivots, info, lines);
   });
 }
 

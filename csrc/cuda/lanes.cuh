@@ -154,9 +154,6 @@ using Lane = T;
 // Reads that come after it in the code are not made before it: a compiler that unrolls would make them all at once.
 GLF_DEVICE void no_reads_ahead() { asm volatile("" ::: "memory"); }
 
-// After it, lanes of a warp see what others wrote into shared memory before it.
-GLF_DEVICE void warp_barrier() { __syncwarp(); }
-
 GLF_DEVICE Lane<int> lane_index() { return threadIdx.x % 32; }
 template <class T>
 GLF_DEVICE T select(bool c, T a, T b) {
@@ -316,7 +313,6 @@ GLF_OPERATOR(||)
 #undef GLF_OPERATOR
 
 inline void no_reads_ahead() {}
-inline void warp_barrier() {}
 inline Lane<int> lane_index() {
   return by_lane([](int i) { return i; });
 }

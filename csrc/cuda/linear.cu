@@ -41,14 +41,6 @@ const char* launch_warps(cudaStream_t stream, long long count, int D, const T* A
   return outcome();
 }
 
-template <int N, class T>
-const char* launch_lu_warps(cudaStream_t stream, long long count, int D, const T* A, T* factors, int* pivots, int* info) {
-  constexpr int matrices = warp_threads / lanes_of<N>, bytes = warp_threads / 32 * warp_lines<N> * sizeof(T);
-  lu_factor_warp_kernel<N><<<static_cast<unsigned>((count + matrices - 1) / matrices), warp_threads, bytes, stream>>>(
-      count, D, A, factors, pivots, info);
-  return outcome();
-}
-
 template <int M, class T>
 const char* launch_tiles(cudaStream_t stream, long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse,
                          int* info) {
@@ -58,25 +50,6 @@ const char* launch_tiles(cudaStream_t stream, long long count, int D, const T* A
 }
 
 }  // namespace
-
-template <class T>
-const char* lu_factor(Stream stream, long long count, int D, const T* A, T* factors, int* pivots, int* info) {
-  if (!count) return nullptr;
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (D <= 4) return launch_lu_warps<4>(s, count, D, A, factors, pivots, info);
-  if (D <= 8) return launch_lu_warps<8>(s, count, D, A, factors, pivots, info);
-  if (D <= 16) return launch_lu_warps<16>(s, count, D, A, factors, pivots, info);
-  if (D <= 24) return launch_lu_warps<24>(s, count, D, A, factors, pivots, info);
-  if (D <= 32) return launch_lu_warps<32>(s, count, D, A, factors, pivots, info);
-  if constexpr (sizeof(T) == 4) {
-    if (D <= 48) return launch_lu_warps<48>(s, count, D, A, factors, pivots, info);
-    if (D <= 64) return launch_lu_warps<64>(s, count, D, A, factors, pivots, info);
-  }
-  size_t bytes;
-  const bool room = fits<T>(lu_factor_kernel<T>, D, bytes);
-  lu_factor_kernel<<<static_cast<unsigned>(count), block_threads, bytes, s>>>(D, room, A, factors, pivots, info);
-  return outcome();
-}
 
 template <class T>
 const char* slogdet_inverse(Stream stream, long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse,
@@ -132,7 +105,6 @@ const char* plu_assemble_backward(Stream stream, long long count, const Layer<T>
 }
 
 #define GLF_INSTANTIATE(T)                                                                                             \
-  template const char* lu_factor(Stream, long long, int, const T*, T*, int*, int*);                                    \
   template const char* slogdet_inverse(Stream, long long, int, const T*, T*, T*, T*, int*);                            \
   template const char* plu_assemble(Stream, long long, const Layer<T>&, T*, T*, T*, T*);                               \
   template const char* plu_assemble_backward(Stream, long long, const Layer<T>&, const T*, const T*, const T*,         \

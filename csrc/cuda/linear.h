@@ -10,8 +10,6 @@ using Stream = void*;
 
 // Matrices (count, D, D), as csrc/cpu/flow.h has them. Layers of one flow start `D` or `D²` numbers apart.
 template <class T>
-const char* lu_factor(Stream, long long count, int D, const T* A, T* factors, int* pivots, int* info);
-template <class T>
 const char* slogdet_inverse(Stream, long long count, int D, const T* A, T* sign, T* logabsdet, T* inverse, int* info);
 // `first` is the first of `count` layers.
 template <class T>

@@ -1,5 +1,5 @@
-// LU of one matrix by one block, and determinant and inverse of those beyond the registers, in place: in shared memory where the matrix fits there, else in
-// the result itself. P A = L U with partial pivoting, LAPACK's conventions and its way to the inverse (getri).
+// Determinant and inverse of a matrix beyond the registers by one block, in place: in shared memory where the matrix fits there,
+// else in the result itself. By P A = L U with partial pivoting, LAPACK's conventions and its way to the inverse (getri).
 #pragma once
 
 #include "lanes.cuh"
@@ -89,16 +89,6 @@ GLF_DEVICE void invert(const Block& block, int D, T* a, int ld, const Workspace<
 template <class T>
 GLF_DEVICE void load(const Block& block, int D, const T* A, T* a, int ld) {
   block.each(D, D, [&](int i, int j) { a[i * ld + j] = A[i * D + j]; });
-}
-
-template <class T>
-GLF_DEVICE void lu_factor_block(const Block& block, int D, const T* A, T* a, int ld, const Workspace<T>& w, T* factors,
-                                int* pivots, int* info) {
-  load(block, D, A, a, ld);
-  factor(block, D, a, ld, w);
-  if (a != factors) block.each(D, D, [&](int i, int j) { factors[i * D + j] = a[i * ld + j]; });
-  block.each(D, [&](int i) { pivots[i] = w.pivots[i] + 1; });
-  block.each(1, [&](int) { *info = *w.info; });
 }
 
 template <class T>

@@ -5,16 +5,16 @@ where no kernel does.
 """
 
 from glf_fast.ops.actnorm import actnorm_log_prob
-from glf_fast.ops.backends import backends, use_backend
-from glf_fast.ops.coupling import (
-    affine_coupling,
+from glf_fast.ops.affine_coupling import affine_coupling
+from glf_fast.ops.backends import backends, check_environment, use_backend
+from glf_fast.ops.coupling_flow import (
     coupling_flow,
     coupling_flow_inverse,
     coupling_flow_log_prob,
     plu_flow_log_prob,
 )
 from glf_fast.ops.identical import identical
-from glf_fast.ops.linear import channel_map, fold_actnorm, invertible_linear, lu_factor, plu_assemble, slogdet_inverse
+from glf_fast.ops.linear import channel_map, fold_actnorm, invertible_linear, plu_assemble, slogdet_inverse
 
 __all__ = [
     "actnorm_log_prob",
@@ -27,9 +27,10 @@ __all__ = [
     "fold_actnorm",
     "identical",
     "invertible_linear",
-    "lu_factor",
     "plu_assemble",
     "plu_flow_log_prob",
     "slogdet_inverse",
     "use_backend",
 ]
+
+check_environment()  # when every op has named its backends

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops.backends import backend_for
+from glf_fast.ops.backends import CPP, TRITON, usable
 from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 
 __all__ = ["actnorm_log_prob"]
@@ -21,7 +21,7 @@ __all__ = ["actnorm_log_prob"]
 
 def actnorm_log_prob(x: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
     """log N((x + b)·e^s; 0, I) + Σ s in nats, (B,), of x (B, D), with `log_scale` s and `bias` b (D,) of x's dtype."""
-    if backend_for(x, "triton", "cpp") == "reference":
+    if not (usable(TRITON, x) or usable(CPP, x)):
         return reference.actnorm_log_prob(x, log_scale, bias)
     return _ActNormLogProb.apply(x, log_scale, bias)
 

@@ -5,6 +5,7 @@ test: in float64 it is what all other implementations are compared with.
 """
 
 from glf_fast.reference.affine_coupling import affine_coupling
+from glf_fast.reference.coupling import COUPLINGS, Coupling
 from glf_fast.reference.coupling_flow import (
     actnorm_log_prob,
     coupling_flow,
@@ -17,17 +18,20 @@ from glf_fast.reference.linear import (
     Plu,
     fold_actnorm,
     invertible_linear,
-    lu_factor,
     permutation_matrix,
     plu_assemble,
     slogdet_inverse,
 )
-from glf_fast.reference.log_scale import LOG_SCALES, log_scale
+from glf_fast.reference.log_scale import LOG_SCALE_FUNCTIONS, LOG_SCALES, LogScale, log_scale, prepared_constant
 from glf_fast.reference.mlp import ACTIVATIONS, mlp
 
 __all__ = [
     "ACTIVATIONS",
+    "COUPLINGS",
     "LOG_SCALES",
+    "LOG_SCALE_FUNCTIONS",
+    "Coupling",
+    "LogScale",
     "Plu",
     "actnorm_log_prob",
     "affine_coupling",
@@ -38,10 +42,10 @@ __all__ = [
     "invertible_linear",
     "log_normal",
     "log_scale",
-    "lu_factor",
     "mlp",
     "permutation_matrix",
     "plu_assemble",
     "plu_flow_log_prob",
+    "prepared_constant",
     "slogdet_inverse",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glf_fast.reference.affine_coupling import affine_coupling
+from glf_fast.reference.coupling import COUPLINGS
 from glf_fast.reference.linear import Plu, plu_assemble
 from glf_fast.reference.mlp import mlp
 
@@ -24,6 +24,7 @@ def coupling_flow(
     biases: Sequence[Tensor],
     context: Tensor | None = None,
     *,
+    coupling: str = "affine",
     activation: str = "relu",
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
@@ -33,14 +34,19 @@ def coupling_flow(
 
         y = x A_k + c_k;   (p, v) = y[:, :P], y[:, P:];   (u, t) = MLP_k([p, context]);   x ← [p, v·e^f(u) + t]
 
-    `x` (B, D); `A` (K, D, D), `c` (K, D); `weights[i]` (K, nᵢ, nᵢ₊₁) and `biases[i]` (K, nᵢ₊₁) with n₀ = P + C and
-    n_last = 2·(D//2); `context` (B, C) or None; the rest as in `affine_coupling` and `mlp`. Two other shapes are flows, too:
+    `x` (B, D); `A` (K, D, D), `c` (K, D); `context` (B, C) or None; the options as in `affine_coupling` and `mlp`.
+    `coupling` says what the networks make, and so the shapes of `weights[i]` and `biases[i]`, from n₀ = P + C columns on:
 
-    * n_last = D//2: additive couplings, v + t with t = MLP_k([p, context]); NICE (arXiv:1410.8516).
-    * `weights[i]` (K, 2, nᵢ, nᵢ₊₁) and `biases[i]` (K, 2, nᵢ₊₁) with n_last = D//2: two networks, one for u and one for t.
+    | `coupling` | x's transformed half | `weights[i]`       | `biases[i]`  | last width |                           |
+    |------------|----------------------|--------------------|--------------|------------|---------------------------|
+    | "affine"   | v·e^f(u) + t         | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | 2·(D//2)   | one network makes [u, t]  |
+    | "separate" | v·e^f(u) + t         | (K, 2, nᵢ, nᵢ₊₁)   | (K, 2, nᵢ₊₁) | D//2       | one for u, and one for t  |
+    | "additive" | v + t                | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | D//2       | NICE (arXiv:1410.8516)    |
 
     Returns z (B, D) and Σ_k Σ ℓ (B,), both float32 or better: the caller adds Σ_k log|det A_k|, which no sample changes.
     """
+    transform = COUPLINGS[coupling].transform
+    options = {"log_scale": log_scale, "log_scale_constant": log_scale_constant, "add_first": add_first}
     passive = x.shape[1] - x.shape[1] // 2
     logdet = x.new_zeros(len(x))
     for k in range(len(A)):
@@ -50,7 +56,7 @@ def coupling_flow(
         p, v = y[:, :passive], y[:, passive:]
         h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
         raw = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation)
-        v, ldj = _couple(v, raw, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first)
+        v, ldj = transform(v, raw, inverse=False, **options)
         x = torch.cat([p, v], 1)
         logdet = logdet + ldj
     return x, logdet
@@ -64,6 +70,7 @@ def coupling_flow_inverse(
     biases: Sequence[Tensor],
     context: Tensor | None = None,
     *,
+    coupling: str = "affine",
     activation: str = "relu",
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
@@ -75,27 +82,19 @@ def coupling_flow_inverse(
 
     Returns x (B, D) and −Σ_k Σ ℓ (B,).
     """
+    transform = COUPLINGS[coupling].transform
+    options = {"log_scale": log_scale, "log_scale_constant": log_scale_constant, "add_first": add_first}
     passive = z.shape[1] - z.shape[1] // 2
     logdet = z.new_zeros(len(z))
     for k in reversed(range(len(A_inv))):
         p, v = z[:, :passive], z[:, passive:]
         h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
         raw = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation)
-        v, ldj = _couple(
-            v, raw, log_scale=log_scale, log_scale_constant=log_scale_constant, add_first=add_first, inverse=True
-        )
+        v, ldj = transform(v, raw, inverse=True, **options)
         with torch.autocast(z.device.type, enabled=False):
             z = (torch.cat([p, v], 1) - c[k]) @ A_inv[k]
         logdet = logdet + ldj
     return z, logdet
-
-
-def _couple(v: Tensor, raw: Tensor, *, inverse: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
-    """v (B, T) coupled with raw = [u, t] (B, 2·T), or with raw = t (B, T): additive."""
-    if raw.shape == v.shape:
-        return v - raw if inverse else v + raw, v.new_zeros(len(v))
-    u, t = raw.chunk(2, 1)
-    return affine_coupling(v, u, t, inverse=inverse, **options)
 
 
 def log_normal(z: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ dimensions (…): one layer, or the K layers of a whole flow at once.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,15 +15,22 @@ __all__ = [
     "Plu",
     "fold_actnorm",
     "invertible_linear",
-    "lu_factor",
     "permutation_matrix",
     "plu_assemble",
     "slogdet_inverse",
 ]
 
 
-# permutation, lower, upper, log_diag, sign, and log_scale and bias of the ActNorm before, or None: arguments of `plu_assemble`.
-Plu = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+class Plu(NamedTuple):
+    """The arguments of `plu_assemble`."""
+
+    permutation: Tensor
+    lower: Tensor
+    upper: Tensor
+    log_diag: Tensor
+    sign: Tensor
+    log_scale: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def permutation_matrix(permutation: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,11 +97,6 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sign, logabsdet = torch.linalg.slogdet(W)
     inverse, info = torch.linalg.inv_ex(W)
     return sign.detach(), logabsdet, inverse, info
-
-
-def lu_factor(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """LAPACK's getrf of dense matrices (…, D, D): L and U in one matrix, pivots (…, D) from 1, `info` (…)."""
-    return torch.linalg.lu_factor_ex(W)
 
 
 def invertible_linear(

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LOG_SCALES", "log_scale"]
+__all__ = ["LOG_SCALES", "LOG_SCALE_FUNCTIONS", "LogScale", "log_scale", "prepared_constant"]
 
-# name → default of its one constant (None: it has none).
-LOG_SCALES: dict[str, float | None] = {
-    "tanh": 2.0,
-    "exp": None,
-    "glow": 2.0,
-    "nflows": 1e-3,
-    "atan": 2.0,
-    "softclip": 1e-3,
-    "jet": None,
+
+class LogScale(NamedTuple):
+    """A log-scale function and its one constant, if it has one."""
+
+    function: Callable[[Tensor, float], Tensor]  # ℓ of u and of the prepared constant
+    default: float | None = None
+    interval: tuple[float, float] = (0.0, math.inf)  # the constant lies between these
+    prepare: Callable[[float], float] = float  # the constant as the function takes it, here and in the kernels
+
+
+# A new function is an entry here, one in csrc/cpu/log_scale.h and one in kernels/math.py.
+LOG_SCALE_FUNCTIONS: dict[str, LogScale] = {
+    "tanh": LogScale(lambda u, s: s * torch.tanh(u / s), 2.0),
+    "exp": LogScale(lambda u, _: u),
+    "glow": LogScale(lambda u, s: F.logsigmoid(u + s), 2.0, (-math.inf, math.inf)),
+    "nflows": LogScale(lambda u, s: torch.log(torch.sigmoid(u + 2) + s), 1e-3),
+    "atan": LogScale(lambda u, s: (s * 0.636) * torch.atan(u), 2.0),
+    "softclip": LogScale(lambda u, s: u / (1 + torch.abs(u / s)), 1e-3, (0.0, 1.0), math.log),
+    "jet": LogScale(lambda u, _: math.log(2) + F.logsigmoid(u)),
 }
+# name → default of its constant (None: it has none).
+LOG_SCALES: dict[str, float | None] = {name: f.default for name, f in LOG_SCALE_FUNCTIONS.items()}
 
 
 def log_scale(u: Tensor, name: str = "tanh", constant: float | None = None) -> Tensor:
@@ -35,19 +49,12 @@ def log_scale(u: Tensor, name: str = "tanh", constant: float | None = None) -> T
     | `softclip` | u / (1 + |u / ln m|)  [m = 1e-3]| zuko                                                |
     | `jet`      | log 2σ(u)                       | Jet (arXiv:2412.15129)                              |
     """
-    default = LOG_SCALES[name]
-    s = default if constant is None else constant
-    if name == "exp":
-        return u
-    if name == "jet":
-        return math.log(2) + F.logsigmoid(u)
-    assert s is not None
-    if name == "tanh":
-        return s * torch.tanh(u / s)
-    if name == "glow":
-        return F.logsigmoid(u + s)
-    if name == "nflows":
-        return torch.log(torch.sigmoid(u + 2) + s)
-    if name == "atan":
-        return (s * 0.636) * torch.atan(u)
-    return u / (1 + torch.abs(u / math.log(s)))  # softclip
+    f = LOG_SCALE_FUNCTIONS[name]
+    return f.function(u, prepared_constant(name, constant))
+
+
+def prepared_constant(name: str, constant: float | None) -> float:
+    """The constant as the function takes it: ln m for softclip, 0 where there is none. None is the default."""
+    f = LOG_SCALE_FUNCTIONS[name]
+    given = f.default if constant is None else constant
+    return 0.0 if given is None else f.prepare(given)

@@ -25,10 +25,11 @@ def mlp(h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activati
     """h ← a(h Wᵢ + bᵢ) for every layer but the last, which is linear.
 
     `h` (B, n₀); `weights[i]` (nᵢ, nᵢ₊₁), multiplied from the right; `biases[i]` (nᵢ₊₁). Returns (B, n_last).
-    With weights (2, nᵢ, nᵢ₊₁) and biases (2, nᵢ₊₁) it is two networks on the same h, and (B, 2·n_last) is returned.
+    Stacks of N networks, (N, nᵢ, nᵢ₊₁) and (N, nᵢ₊₁), are applied to the same h, and (B, N·n_last) is returned.
     """
     if weights[0].ndim == 3:
-        return torch.cat([mlp(h, [w[i] for w in weights], [b[i] for b in biases], activation) for i in range(2)], 1)
+        networks = range(len(weights[0]))
+        return torch.cat([mlp(h, [w[n] for w in weights], [b[n] for b in biases], activation) for n in networks], 1)
     act = ACTIVATIONS[activation]
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         h = act(h @ weight + bias)

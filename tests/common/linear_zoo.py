@@ -40,22 +40,6 @@ def zoo(dim: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: matrix.to(dtype).contiguous() for name, matrix in named.items()}
 
 
-def factor_residual(A: Tensor, factors: Tensor, pivots: Tensor) -> float:
-    """‖A − P L U‖ / (D ‖A‖ ε), the largest of a batch (…, D, D)."""
-    P, L, U = torch.lu_unpack(factors.double(), pivots)
-    error = torch.linalg.norm(A.double() - P @ L @ U, dim=(-2, -1))
-    return float((error / (A.shape[-1] * torch.finfo(A.dtype).eps * torch.linalg.norm(A.double(), dim=(-2, -1)))).max())
-
-
-def largest_multiplier(factors: Tensor) -> float:
-    """The largest |L| below its diagonal: at most 1 where every pivot was the largest of its column.
-
-    Pivots themselves are no measure in float32: where two candidates differ by less than rounding, as in one of 10,000 random
-    matrices of D = 64, two orders of the same operations choose differently, and both are right.
-    """
-    return float(factors.tril(-1).abs().max())
-
-
 def inverse_residual(A: Tensor, inverse: Tensor) -> float:
     """‖X A − I‖ or ‖A X − I‖, whichever is smaller, over D ‖A‖ ‖X‖ ε: the largest of a batch."""
     a, x, eye = A.double(), inverse.double(), torch.eye(A.shape[-1], dtype=torch.float64)

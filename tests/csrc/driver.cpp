@@ -4,6 +4,7 @@
 #include "cpu/flow.h"
 #include "cpu/record.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -77,10 +78,11 @@ struct Case {
     flow.dim = D;
     flow.context_dim = s.context_dim;
     flow.layers = static_cast<int>(s.hidden.size()) + 1;
-    flow.activation = static_cast<glf::Activation>(option % 6);
-    flow.log_scale = static_cast<glf::LogScale>(option % 7);
-    if (option == 7) flow.log_scale = glf::LogScale::none;  // additive: the network ends in D//2 columns
-    flow.networks = option == 8 ? 2 : 1;
+    flow.activation = static_cast<glf::Activation>(option % glf::activations);
+    flow.log_scale = static_cast<glf::LogScale>(option % glf::log_scales);
+    // Every log-scale has its turn with the first kind, then every other kind.
+    flow.kind = static_cast<glf::Kind>(std::max(option - glf::log_scales + 1, 0) % glf::kinds);
+    flow.networks = glf::networks_of(flow.kind);
     flow.constant = flow.log_scale == glf::LogScale::softclip ? T(-6.9) : flow.log_scale == glf::LogScale::nflows ? T(1e-3) : T(2);
     flow.add_first = option % 2;
     // A cyclic shift with scales: its inverse is known.
@@ -98,8 +100,7 @@ struct Case {
     context = random<T>(s.batch * s.context_dim, 1, rng);
     flow.width[0] = flow.passive() + flow.context_dim;
     for (int i = 0; i < flow.layers; ++i) {
-      const bool half = flow.networks == 2 || flow.additive();
-      flow.width[i + 1] = i + 1 < flow.layers ? s.hidden[i] : (half ? 1 : 2) * flow.transformed();
+      flow.width[i + 1] = i + 1 < flow.layers ? s.hidden[i] : glf::columns_of(flow.kind) * flow.transformed();
       weights.push_back(random<T>(flow.weights_before(i, K, 0), 0.5 / std::sqrt(double(flow.width[i])), rng));
       biases.push_back(random<T>(flow.biases_before(i, K, 0), 0.1, rng));
     }
@@ -174,8 +175,10 @@ template <class T>
 void walk_couplings(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
   const int shapes[][3] = {{1, 1, 1}, {3, 1, 40}, {2, 200, 6}, {5, 7, 17}, {2, 3, 1100}, {4, 1025, 1}, {0, 4, 3}, {2, 0, 3}};
   for (const auto& [B, pixels, n] : shapes)
-    for (int option = 0; option < 7; ++option) {
-      const glf::Coupling<T> op{static_cast<glf::LogScale>(option), T(option == 3 ? 0.001 : 2), option % 2 == 0, option % 3 == 0};
+    for (int option = 0; option < glf::log_scales; ++option) {
+      const auto log_scale = static_cast<glf::LogScale>(option);
+      const T constant = log_scale == glf::LogScale::nflows ? T(0.001) : T(2);
+      const glf::Coupling<T> op{glf::Kind::affine, log_scale, constant, option % 2 == 0, option % 3 == 0};
       const Buffer<T> expected = couple(generic, op, B, pixels, n, 0, 1);
       for (const int gap : {0, 1, n, 19})
         for (const int count : {1, 3}) check("coupling", couple(kernels, op, B, pixels, n, gap, count), expected, tolerance);
@@ -186,7 +189,7 @@ template <class T>
 void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
   const Shape shapes[] = {{2, 2, 0, {5}, 1},     {3, 3, 1, {4}, 2},      {2, 5, 2, {}, 7},       {2, 7, 3, {16, 9}, 13},
                           {2, 20, 0, {64, 64}, 37}, {2, 33, 0, {17, 31, 8, 40}, 50}, {1, 64, 5, {70, 33}, 140}, {2, 6, 0, {8}, 0}};
-  for (int option = 0; option < 9; ++option)
+  for (int option = 0; option < glf::log_scales + glf::kinds - 1; ++option)
     for (const Shape& shape : shapes) {
       Case<T> c(shape, option);
       c.flow.density = option % 2;

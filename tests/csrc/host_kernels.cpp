@@ -36,7 +36,6 @@ void add_sizes(std::map<std::string, Kernel>& all, const std::string& space, con
   ((all[space + "slogdet_inverse_warp_kernel<" + std::to_string(N) + ", " + type] =
         make<slogdet_inverse_warp_kernel<N, T>>()),
    ...);
-  ((all[space + "lu_factor_warp_kernel<" + std::to_string(N) + ", " + type] = make<lu_factor_warp_kernel<N, T>>()), ...);
   ((all[space + "slogdet_inverse_tile_kernel<" + std::to_string(M) + ", " + type] =
         make<slogdet_inverse_tile_kernel<M, T>>()),
    ...);
@@ -45,7 +44,6 @@ void add_sizes(std::map<std::string, Kernel>& all, const std::string& space, con
 template <class T>
 void add(std::map<std::string, Kernel>& all, const std::string& type) {
   const std::string space = "glf::device::";
-  all[space + "lu_factor_kernel<" + type] = make<lu_factor_kernel<T>>();
   all[space + "slogdet_inverse_kernel<" + type] = make<slogdet_inverse_kernel<T>>();
   all[space + "plu_assemble_kernel<" + type] = make<plu_assemble_kernel<T>>();
   all[space + "plu_inverse_gradient_kernel<" + type] = make<plu_inverse_gradient_kernel<T>>();

@@ -1,4 +1,4 @@
-// The linear kernels' part of the driver: plu_assemble with its backward, lu_factor, slogdet_inverse. Included by
+// The linear kernels' part of the driver: plu_assemble with its backward, slogdet_inverse. Included by
 // driver.cpp after its tools.
 #pragma once
 
@@ -23,21 +23,19 @@ Buffer<T> run_linear(const glf::Kernels<T>& kernels, glf::Int count, glf::Int D,
                                    actnorm ? g_bias.data() : nullptr};
   kernels.plu_assemble_backward(plu, A.data(), A_inv.data(), A.data(), A_inv.data(), c.data(), logabsdet.data(), grads,
                                 threads(n));
-  Buffer<T> factors(A.size(), NAN), inverse(A.size(), NAN), signs(count, NAN), logs(count, NAN);
-  std::vector<std::int32_t> pivots(count * D, -1), info(count, -1), info_too(count, -1);
-  kernels.lu_factor(count, D, A.data(), factors.data(), pivots.data(), info.data(), threads(n));
-  kernels.slogdet_inverse(count, D, A.data(), signs.data(), logs.data(), inverse.data(), info_too.data(), threads(n));
+  Buffer<T> inverse(A.size(), NAN), signs(count, NAN), logs(count, NAN);
+  std::vector<std::int32_t> info(count, -1);
+  kernels.slogdet_inverse(count, D, A.data(), signs.data(), logs.data(), inverse.data(), info.data(), threads(n));
   // Two ways to the same inverse and determinant.
   const double tolerance = sizeof(T) == 4 ? 1e-3 : 1e-11;
   check("two inverses", inverse, A_inv, tolerance);
   check("two determinants", logs, logabsdet, tolerance);
   Buffer<T> all;
-  for (const auto* b : {&A, &A_inv, &c, &logabsdet, &g_lower, &g_upper, &g_diag, &factors, &inverse, &signs, &logs})
+  for (const auto* b : {&A, &A_inv, &c, &logabsdet, &g_lower, &g_upper, &g_diag, &inverse, &signs, &logs})
     all.insert(all.end(), b->begin(), b->end());
   if (actnorm)
     for (const auto* b : {&g_scale, &g_bias}) all.insert(all.end(), b->begin(), b->end());
-  for (const auto* b : {&pivots, &info, &info_too})
-    for (const std::int32_t i : *b) all.push_back(T(i));
+  for (const std::int32_t i : info) all.push_back(T(i));
   return all;
 }
 

@@ -206,9 +206,9 @@ def test_wrong_arguments_name_themselves(arguments, message: str) -> None:
 def test_wrong_inputs_name_themselves() -> None:
     flow, conditional = CouplingFlow(4, 2, (8,)), CouplingFlow(4, 2, (8,), context_dim=3)
     x = torch.randn(5, 4)
-    with pytest.raises(ValueError, match=r"x must have shape \(batch, 4\); got \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, dim\) = \(any, 4\); got \(5, 3\)"):
         flow(x[:, :3])
-    with pytest.raises(ValueError, match=r"z must have shape \(batch, 4\); got \(4,\)"):
+    with pytest.raises(ValueError, match=r"z must have shape \(batch, dim\) = \(any, 4\); got \(4,\)"):
         flow.inverse(x[0])
     with pytest.raises(TypeError, match=r"x must be floating-point; got torch\.int64"):
         flow(x.long())

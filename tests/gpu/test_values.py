@@ -87,8 +87,9 @@ def test_other_couplings(coupling: str, direction: str, device) -> None:
     made = flow_values.tensors(17, 2, 9, 2, (33, 18), coupling=coupling)
     values = [None if t is None else t.detach().to(device) for t in made]
     op = DIRECTIONS[direction]
-    exact = run(getattr(reference, op), values, torch.float64, log_scale="glow")
-    for ours, theirs in zip(run(getattr(ops, op), values, torch.float32, log_scale="glow"), exact, strict=True):
+    options = {"coupling": coupling, "log_scale": "glow"}
+    exact = run(getattr(reference, op), values, torch.float64, **options)
+    for ours, theirs in zip(run(getattr(ops, op), values, torch.float32, **options), exact, strict=True):
         assert error(ours, theirs) < 1e-5
 
 

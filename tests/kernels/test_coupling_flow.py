@@ -59,7 +59,7 @@ def test_every_depth(hidden: tuple[int, ...], context_dim: int, direction: str, 
 def test_other_couplings(coupling: str, log_scale: str, direction: str, reversible: bool) -> None:
     for hidden in ((9,), (17, 5, 20)):
         values = tensors(5, 2, 5, 2, hidden, coupling=coupling)
-        compare(values, direction, 1e-12, reversible, log_scale=log_scale)
+        compare(values, direction, 1e-12, reversible, coupling=coupling, log_scale=log_scale)
 
 
 @pytest.mark.parametrize("reversible", [False, True])

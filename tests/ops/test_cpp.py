@@ -16,8 +16,8 @@ from torch.autograd import gradcheck
 
 from glf_fast import CouplingFlow, backends, ops, reference, use_backend
 from glf_fast.flow.coupling_flow import COUPLINGS
-from glf_fast.ops import cpp
-from glf_fast.ops.options import Options
+from glf_fast.ops.coupling_flow import cpp
+from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 pytestmark = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=backends()["cpp"])
@@ -35,8 +35,8 @@ def on_cpp() -> Iterator[None]:
 def test_what_a_kernel_leaves_unwritten_is_nan() -> None:
     """So that all other tests see it: tests/conftest.py asks for it."""
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
-    options = Options("relu", "tanh", None, False, False)
-    _, _, saved = cpp.forward(x, A, c, None, layers[:2], layers[2:], context, options, True)
+    options = CallOptions("affine", "relu", "tanh", None, *[False] * 5, 2.0)
+    _, _, saved = cpp.forward(Call(x, context, Maps(A, c, None), layers[:2], layers[2:], options), True)
     assert saved.isnan().any()  # between the fields of a record
 
 
@@ -49,6 +49,7 @@ def test_everything_matches_the_float64_reference(data) -> None:
     hidden = tuple(draw(st.lists(st.integers(1, 70), min_size=0, max_size=4)))
     batch = draw(st.sampled_from([0, 1, 2, 5, 8, 9, 16, 33, 130, 300]))
     options = {
+        "coupling": draw(st.sampled_from(COUPLINGS)),
         "activation": draw(st.sampled_from(list(ACTIVATIONS))),
         "log_scale": draw(st.sampled_from(list(LOG_SCALES))),
         "add_first": draw(st.booleans()),
@@ -58,7 +59,7 @@ def test_everything_matches_the_float64_reference(data) -> None:
     inverse, reversible = draw(st.booleans()), draw(st.booleans())
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     torch.set_num_threads(draw(st.sampled_from([1, 2])))
-    exact = tensors(batch, K, D, C, hidden, coupling=draw(st.sampled_from(COUPLINGS)))
+    exact = tensors(batch, K, D, C, hidden, coupling=options["coupling"])
     if inverse:
         exact[1] = torch.linalg.inv(exact[1].detach()).requires_grad_()
     given_ = [None if t is None else t.detach().to(dtype).requires_grad_() for t in exact]
@@ -92,7 +93,8 @@ def test_gradcheck(op, reversible: bool, coupling: str) -> None:
 
     def flow(x, A, c, context, *layers):
         half = len(layers) // 2
-        return op(x, A, c, layers[:half], layers[half:], context, activation="silu", reversible=reversible)
+        options = {"coupling": coupling, "activation": "silu", "reversible": reversible}
+        return op(x, A, c, layers[:half], layers[half:], context, **options)
 
     assert gradcheck(flow, values, fast_mode=True)
 
@@ -101,7 +103,7 @@ def test_opcheck() -> None:
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
     weights, biases = layers[:2], layers[2:]
     library = torch.ops.glf_fast
-    code = (0, 0, 2.0, False, False)
+    code = (0, 0, 0, 2.0, False, False)
     for save, record in ((0, 0), (1, 5)):
         torch.library.opcheck(
             library.cpu_coupling_flow.default, (x, A, c, weights, biases, context, *code, False, save, record)
@@ -111,8 +113,8 @@ def test_opcheck() -> None:
         library.cpu_coupling_flow_backward.default,
         (out, logdet, out, saved, A, None, c, weights, biases, context, *code, 1, True),
     )
-    torch.library.opcheck(library.cpu_affine_coupling.default, (x, x, x, *code[1:]))
-    torch.library.opcheck(library.cpu_affine_coupling_backward.default, (x, logdet, x, x, x, *code[1:]))
+    torch.library.opcheck(library.cpu_affine_coupling.default, (x, x, x, *code[2:]))
+    torch.library.opcheck(library.cpu_affine_coupling_backward.default, (x, logdet, x, x, x, *code[2:]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -143,17 +145,18 @@ def test_results_repeat_exactly(threads: int) -> None:
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_every_way_of_saving_gives_the_same_gradients(monkeypatch, coupling: str) -> None:
     values = tensors(50, 3, 7, 2, (16, 16), torch.float32, coupling=coupling)
-    records = run(ops.coupling_flow, values, activation="gelu")
-    monkeypatch.setattr("glf_fast.ops.cpp.RECORDS_LIMIT", 0)
-    inputs = run(ops.coupling_flow, values, activation="gelu")
+    options = {"coupling": coupling, "activation": "gelu"}
+    records = run(ops.coupling_flow, values, **options)
+    monkeypatch.setattr(cpp, "RECORDS_LIMIT", 0)
+    inputs = run(ops.coupling_flow, values, **options)
     for a, b in zip(records, inputs, strict=True):
         assert error(a, b) < 1e-6
-    for a, b in zip(run(ops.coupling_flow, values, activation="gelu", reversible=True), inputs, strict=True):
+    for a, b in zip(run(ops.coupling_flow, values, **options, reversible=True), inputs, strict=True):
         assert error(a, b) < 1e-4
 
 
 def test_reversible_memory_does_not_grow_with_the_steps(monkeypatch) -> None:
-    monkeypatch.setattr("glf_fast.ops.cpp.RECORDS_LIMIT", 0)
+    monkeypatch.setattr(cpp, "RECORDS_LIMIT", 0)
 
     def saved(K: int, reversible: bool) -> int:
         sizes: list[int] = []
@@ -275,7 +278,7 @@ def test_arguments_that_do_not_belong_together_are_refused() -> None:
 
 def test_the_operations_themselves_refuse_shapes_that_do_not_fit() -> None:
     x, A, c, _, *layers = (t if t is None else t.detach() for t in tensors(3, 2, 5, 0, (7,)))
-    code = (0, 0, 2.0, False, False, False, 0, 0)
+    code = (0, 0, 0, 2.0, False, False, False, 0, 0)
 
     def call(**changes: Tensor) -> None:
         given = {"x": x, "A": A, "c": c, "w": layers[1], "b": layers[2], **changes}

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from glf_fast import reference
-from glf_fast.ops import cupy_linear
 from glf_fast.ops.backends import _cupy_missing
+from glf_fast.ops.linear import cupy as cupy_linear
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64)
@@ -63,19 +63,12 @@ def on_host(library, monkeypatch, request):
 def test_dense_matrices(on_host, count: int, dim: int, dtype: torch.dtype) -> None:
     A = torch.randn(count, dim, dim, generator=torch.Generator().manual_seed(dim), dtype=torch.float64)
     sign, logabsdet, inverse, info = cupy_linear.slogdet_inverse(A.to(dtype))
-    factors, pivots, info_too = cupy_linear.lu_factor(A.to(dtype))
     exact = torch.linalg.slogdet(A.to(dtype).double())
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(logabsdet.double(), exact.logabsdet, **tolerance)
-    assert torch.equal(sign.double(), exact.sign) and not info.any() and not info_too.any()
+    assert torch.equal(sign.double(), exact.sign) and not info.any()
     eye = torch.eye(dim, dtype=torch.float64).expand(count, dim, dim)
     torch.testing.assert_close(A.to(dtype).double() @ inverse.double(), eye, **tolerance)
-    if count:
-        assert linear_zoo.factor_residual(A.to(dtype), factors, pivots) < linear_zoo.LIMIT
-        assert linear_zoo.largest_multiplier(factors) <= 1
-    if dtype == torch.float64:
-        assert torch.equal(pivots, torch.linalg.lu_factor(A).pivots)
-        torch.testing.assert_close(factors, torch.linalg.lu_factor(A).LU, **tolerance)
 
 
 @pytest.mark.parametrize("actnorm", [False, True])
@@ -112,12 +105,18 @@ def test_plu(on_host, dim: int, dtype: torch.dtype, actnorm: bool) -> None:
 
 
 def test_the_blocks_of_a_launch(monkeypatch) -> None:
-    """Small matrices are factored by warps, many a block; a layer is several blocks' work."""
+    """Small matrices are inverted by warps, many a block; a layer is several blocks' work."""
     seen = []
     monkeypatch.setattr(cupy_linear, "launch", lambda name, _, grid, block, *rest: seen.append((name, grid, block)))
     monkeypatch.setattr(cupy_linear, "most_shared", lambda device: 227 << 10)
-    for dim, dtype in ((4, torch.float32), (20, torch.float64), (64, torch.float32), (65, torch.float32)):
-        cupy_linear.lu_factor(torch.zeros(100, dim, dim, dtype=dtype))
+    for dim, dtype in (
+        (4, torch.float32),
+        (20, torch.float64),
+        (64, torch.float32),
+        (65, torch.float32),
+        (193, torch.float32),
+    ):
+        cupy_linear.slogdet_inverse(torch.zeros(100, dim, dim, dtype=dtype))
     vector, matrix = torch.zeros(8, 64), torch.zeros(8, 64, 64)
     order = torch.arange(64).repeat(8, 1)
     cupy_linear.plu_assemble(order, matrix, matrix, vector, vector, None, None, True)
@@ -126,10 +125,11 @@ def test_the_blocks_of_a_launch(monkeypatch) -> None:
             order, matrix, matrix, vector, vector, vector, vector, matrix, matrix, matrix, grad_A_inv, vector, None
         )
     assert [(name.removeprefix("glf::device::"), *sizes) for name, *sizes in seen] == [
-        ("lu_factor_warp_kernel<4, float>", 4, 128),
-        ("lu_factor_warp_kernel<24, double>", 25, 128),
-        ("lu_factor_warp_kernel<64, float>", 25, 128),
-        ("lu_factor_kernel<float>", 100, 256),
+        ("slogdet_inverse_warp_kernel<4, float>", 4, 128),
+        ("slogdet_inverse_warp_kernel<24, double>", 25, 128),
+        ("slogdet_inverse_warp_kernel<64, float>", 25, 128),
+        ("slogdet_inverse_tile_kernel<6, float>", 100, 256),
+        ("slogdet_inverse_kernel<float>", 100, 256),
         ("plu_assemble_kernel<float>", 16, 256),
         ("plu_assemble_backward_kernel<float>", 256, 256),
         ("plu_inverse_gradient_kernel<float>", 32, 256),
@@ -161,7 +161,7 @@ def test_tensors_of_other_devices_are_refused() -> None:
 
 def test_what_does_not_fit_is_refused(on_host) -> None:
     with pytest.raises(RuntimeError, match="matrices"):
-        cupy_linear.lu_factor(torch.zeros(3, 2, 4))
+        cupy_linear.slogdet_inverse(torch.zeros(3, 2, 4))
     with pytest.raises(RuntimeError, match="contiguous"):
         cupy_linear.slogdet_inverse(torch.zeros(3, 4, 4).mT)
     with pytest.raises(RuntimeError, match="int64"):
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused(on_host) -> None:
 def test_replacing_compiled_kernels_does_not_warn() -> None:
     code = """
 import warnings, torch
-from glf_fast.ops import cupy_linear
+from glf_fast.ops.linear import cupy as cupy_linear
 warnings.simplefilter("error")
 with torch.library._scoped_library("glf_fast", "IMPL") as one, torch.library._scoped_library("glf_fast", "IMPL") as two:
     cupy_linear.register(one, override=True)
@@ -195,11 +195,13 @@ assert "cupy" not in sys.modules
 assert torch._C._dispatch_has_kernel_for_dispatch_key("glf_fast::plu_assemble_backward", "CUDA")
 with FakeTensorMode(allow_non_fake_inputs=True):
     sign, _, inverse, _ = torch.ops.glf_fast.slogdet_inverse(torch.empty(5, 3, 3, device="cuda"))
-    from glf_fast.ops import cupy_linear, linear
+    from glf_fast.ops.backends import kernels_for
+    from glf_fast.ops.linear import cupy as cupy_linear, dense
     torch.cuda.get_device_capability = lambda device: (7, 5)
     cupy_linear.trouble = lambda device: ""
-    assert linear._compiled(torch.empty(2, 192, 192, device="cuda"))
-    assert not linear._compiled(torch.empty(2, 193, 193, device="cuda"))  # torch.linalg's
+    small, large = (torch.empty(2, n, n, device="cuda") for n in (192, 193))
+    assert kernels_for(small, small, dense)
+    assert not kernels_for(large, large, dense)  # torch.linalg's
 assert inverse.shape == (5, 3, 3) and sign.device.type == "cuda"
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
@@ -253,7 +255,7 @@ for capability, why in (
     with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         x = torch.empty(2, 3, 3, device="cuda")
-        assert [backends.backend_for(x, "cpp", "cuda") for _ in range(2)] == ["reference"] * 2
+        assert not any(backends.usable(backends.CUDA, x) for _ in range(2))
     (warning,) = caught
     assert f"backend 'cuda' is missing ({why}" in str(warning.message), warning.message
     assert warning.filename == "<string>", warning.filename
@@ -272,12 +274,12 @@ def test_nvrtc_compiles_every_kernel() -> None:
     for name in cupy_linear.KERNELS:
         nvrtc.addNameExpression(program, name)
     try:
-        nvrtc.compileProgram(program, ("--gpu-architecture=sm_90", "-Werror=all-warnings", *cupy_linear.OPTIONS))
+        nvrtc.compileProgram(program, ("--gpu-architecture=sm_90", "-Werror=all-warnings", *cupy_linear.NVRTC_OPTIONS))
     finally:
         log = nvrtc.getProgramLog(program)
     assert not log.strip(), log
     names = {nvrtc.getLoweredName(program, name) for name in cupy_linear.KERNELS}
-    assert len(names) == len(cupy_linear.KERNELS) == 2 * 5 + 2 * (7 + 5) + 3 + 3
+    assert len(names) == len(cupy_linear.KERNELS) == 2 * 4 + (7 + 5) + 3 + 3
     cubin = nvrtc.getCUBIN(program)
     assert all(name.encode() in cubin for name in names)
 
@@ -291,11 +293,9 @@ def test_the_zoo_by_scaled_residuals(on_host, dim: int, dtype: torch.dtype) -> N
     del named["growth"]
     matrices = torch.stack([*named.values()])
     sign, logabsdet, inverse, info = cupy_linear.slogdet_inverse(matrices)
-    factors, pivots, _ = cupy_linear.lu_factor(matrices)
     exact = torch.linalg.slogdet(matrices.double())
     assert not info.any()
     for i, (name, matrix) in enumerate(named.items()):
-        assert linear_zoo.factor_residual(matrix, factors[i], pivots[i]) < linear_zoo.LIMIT, name
         rounding = dim * torch.finfo(dtype).eps * float(torch.linalg.cond(matrix.double()))
         if rounding < 1e-2:
             assert linear_zoo.inverse_residual(matrix, inverse[i]) < linear_zoo.LIMIT, name

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from glf_fast import ActNorm, CouplingFlow, SequentialFlow, backends, ops, reference, use_backend
 from glf_fast.flow import InvertibleLinear
 from glf_fast.flow.coupling_flow import COUPLINGS
+from glf_fast.reference import Plu
 
 
 @pytest.fixture(params=["cpp", "triton"], autouse=True)
@@ -44,7 +45,7 @@ def of_plu(op, **options):
     def density(*values: Tensor | None) -> tuple[Tensor]:
         seven, x, context, layers = values[:7], values[7], values[8], values[9:]
         half = len(layers) // 2
-        return (op(x, seven, layers[:half], layers[half:], context, **options),)
+        return (op(x, Plu(*seven), layers[:half], layers[half:], context, **options),)
 
     return density
 
@@ -93,7 +94,10 @@ def test_plu_flows_match_the_reference(batch: int, D: int, C: int, actnorm: bool
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize(("batch", "D", "C"), [(5, 5, 2), (1, 2, 0), (0, 4, 0), (33, 8, 0)])
 def test_flows_of_any_maps_match_the_reference(batch: int, D: int, C: int, coupling: str, reversible: bool) -> None:
-    values, options = values_of_maps(batch, D, C, coupling), {"add_first": True, "log_scale": "glow"}
+    values, options = (
+        values_of_maps(batch, D, C, coupling),
+        {"coupling": coupling, "add_first": True, "log_scale": "glow"},
+    )
     want = run_op(of_maps(reference.coupling_flow_log_prob, **options), values)
     for given, limit in ((values, 1e-10), (single(values), 1e-3 if reversible else 1e-5)):
         got = run_op(of_maps(ops.coupling_flow_log_prob, **options, reversible=reversible), given)
@@ -108,14 +112,12 @@ def test_first_and_second_derivatives(backend: str) -> None:
     torch.use_deterministic_algorithms(False)  # gradgradcheck scatters
     # Second derivatives are the reference's, whatever the kernel, and a pass in the interpreter takes a second.
     for coupling in COUPLINGS if backend == "cpp" else COUPLINGS[:1]:
-        values, density = values_of_maps(3, 4, 1, coupling), of_maps(ops.coupling_flow_log_prob, activation="tanh")
-        assert gradcheck(density, values, fast_mode=True)
-        assert gradgradcheck(density, values, fast_mode=True)
+        of_any = of_maps(ops.coupling_flow_log_prob, coupling=coupling, activation="tanh")
+        cases = [(values_of_maps(3, 4, 1, coupling), of_any)]
         if backend == "cpp":  # which has a kernel for PLU layers, too
-            values, density = (
-                values_of_plu(3, 4, 1, coupling=coupling),
-                of_plu(ops.plu_flow_log_prob, activation="tanh"),
-            )
+            of_layers = of_plu(ops.plu_flow_log_prob, coupling=coupling, activation="tanh")
+            cases.append((values_of_plu(3, 4, 1, coupling=coupling), of_layers))
+        for values, density in cases:
             assert gradcheck(density, values, fast_mode=True)
             assert gradgradcheck(density, values, fast_mode=True)
 
@@ -145,7 +147,7 @@ def test_the_density_is_part_of_the_kernels_on_every_route(linear: str) -> None:
     """One node of autograd, not a kernel and eight operations on its outputs; PLU layers have no kernel under "triton"."""
     flow = CouplingFlow(6, 3, (9,), linear=linear)
     flow(torch.randn(20, 6))
-    assert type(flow.log_prob(torch.randn(5, 6)).grad_fn).__name__ == "_LogProbBackward"
+    assert type(flow.log_prob(torch.randn(5, 6)).grad_fn).__name__ == "_CouplingFlowBackward"
 
 
 def test_density_behind_an_actnorm(backend: str) -> None:

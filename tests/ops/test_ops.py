@@ -150,16 +150,23 @@ def test_coupling_flow_errors(index: int, replacement: Tensor, message: str, gra
 def test_errors_of_two_networks_and_additive_couplings() -> None:
     x, A, c, _, W0, b0, W1, b1 = flow_tensors(C=0)
     pair = [torch.stack([t, t], 1) for t in (W0, W1[..., :1], b0, b1[..., :1])]
-    ops.coupling_flow(x, A, c, pair[:2], pair[2:])
-    ops.coupling_flow(x, A, c, [W0, W1[..., :1]], [b0, b1[..., :1]])
-    for weights, biases, message in (
-        (pair[:2], [pair[2], b1], r"biases\[1\] must have shape \(steps, networks, out\) = \(2, 2, 1\); got \(2, 2\)"),
-        ([pair[0], torch.stack([W1, W1], 1)], pair[2:], r"weights\[1\] .* = \(2, 2, 4, 1\); got \(2, 2, 4, 2\)"),
-        ([W0, W1[..., :1]], [b0, b1], r"biases\[1\] must have shape \(steps, out\) = \(2, 1\); got \(2, 2\)"),
-        ([pair[0], W1], pair[2:], r"weights\[1\] .* = \(2, 2, 4, 1\); got \(2, 4, 2\)"),
+    ops.coupling_flow(x, A, c, pair[:2], pair[2:], coupling="separate")
+    ops.coupling_flow(x, A, c, [W0, W1[..., :1]], [b0, b1[..., :1]], coupling="additive")
+    for coupling, weights, biases, message in (
+        ("separate", pair[:2], [pair[2], b1], r"biases\[1\] .* \(steps, networks, out\) = \(2, 2, 1\); got \(2, 2\)"),
+        (
+            "separate",
+            [pair[0], torch.stack([W1, W1], 1)],
+            pair[2:],
+            r"weights\[1\] .* = \(2, 2, 4, 1\); got \(2, 2, 4, 2\)",
+        ),
+        ("additive", [W0, W1[..., :1]], [b0, b1], r"biases\[1\] .* \(steps, out\) = \(2, 1\); got \(2, 2\)"),
+        ("separate", [pair[0], W1], pair[2:], r"weights\[1\] .* = \(2, 2, 4, 1\); got \(2, 4, 2\)"),
+        ("affine", pair[:2], pair[2:], r"weights\[0\] must have shape \(steps, in, out\) = \(2, 2, 4\)"),
+        ("none", pair[:2], pair[2:], "coupling must be one of 'affine', 'separate', 'additive'; got 'none'"),
     ):
         with pytest.raises(ValueError, match=message):
-            ops.coupling_flow(x, A, c, weights, biases)
+            ops.coupling_flow(x, A, c, weights, biases, coupling=coupling)
 
 
 @torch.no_grad()

@@ -230,14 +230,15 @@ def test_two_networks_and_additive_couplings_by_hand() -> None:
     W2, b2 = rng.normal(size=(1, 2, H, 2)), rng.normal(size=(1, 2, 2))
     u, t = (np.maximum(x[:, :3] @ W1[0, i] + b1[0, i], 0) @ W2[0, i] + b2[0, i] for i in range(2))
     x_, A_, c_, *layers = (torch.from_numpy(a) for a in (x, A, c, W1, W2, b1, b2))
-    for layers_, z, logdet in (
-        (layers, np.concatenate([x[:, :3], x[:, 3:] * np.exp(u) + t], 1), u.sum(1)),
-        ([layer[:, 1] for layer in layers], np.concatenate([x[:, :3], x[:, 3:] + t], 1), np.zeros(B)),
+    for coupling, layers_, z, logdet in (
+        ("separate", layers, np.concatenate([x[:, :3], x[:, 3:] * np.exp(u) + t], 1), u.sum(1)),
+        ("additive", [layer[:, 1] for layer in layers], np.concatenate([x[:, :3], x[:, 3:] + t], 1), np.zeros(B)),
     ):
-        got, got_logdet = reference.coupling_flow(x_, A_, c_, layers_[:2], layers_[2:], log_scale="exp")
+        options = {"coupling": coupling, "log_scale": "exp"}
+        got, got_logdet = reference.coupling_flow(x_, A_, c_, layers_[:2], layers_[2:], **options)
         np.testing.assert_allclose(got, z, rtol=1e-12)
         np.testing.assert_allclose(got_logdet, logdet, rtol=1e-12)
-        back, back_logdet = reference.coupling_flow_inverse(got, A_, c_, layers_[:2], layers_[2:], log_scale="exp")
+        back, back_logdet = reference.coupling_flow_inverse(got, A_, c_, layers_[:2], layers_[2:], **options)
         np.testing.assert_allclose(back, x, rtol=1e-12)
         np.testing.assert_allclose(back_logdet, -logdet, rtol=1e-12)
 

@@ -1,64 +1,50 @@
-"""The elementwise affine coupling on a GPU (kernels/affine_coupling.py) as a differentiable function.
+"""The elementwise affine coupling on a GPU (kernels/affine_coupling.py). Triton is imported when the first kernel runs.
 
 One launch each way; two for the forward of few large samples.
-
-First derivatives come from the kernels, second ones from the reference. Triton is imported when the first kernel runs.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from glf_fast import reference
-from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
-from glf_fast.ops.options import Options
+from glf_fast.ops.affine_coupling.call import AffineOptions, Call
+from glf_fast.ops.backends import TRITON
 
-__all__ = ["affine_coupling"]
+__all__ = ["BACKENDS", "backward", "forward", "refuses"]
 
-OPTIONS = "str log_scale, float constant, bool add_first, bool inverse"
+BACKENDS = (TRITON,)
+FORMULA = "str log_scale, float constant, bool add_first, bool inverse"
 torch.library.define(
-    "glf_fast::triton_affine_coupling", f"(Tensor v, Tensor u, Tensor t, {OPTIONS}) -> (Tensor, Tensor)"
+    "glf_fast::triton_affine_coupling", f"(Tensor v, Tensor u, Tensor t, {FORMULA}) -> (Tensor, Tensor)"
 )
 torch.library.define(
     "glf_fast::triton_affine_coupling_backward",
-    f"(Tensor grad_w, Tensor grad_logdet, Tensor v, Tensor u, Tensor t, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad_w, Tensor grad_logdet, Tensor v, Tensor u, Tensor t, {FORMULA}) -> (Tensor, Tensor, Tensor)",
 )
-ops = torch.ops.glf_fast
+operations = torch.ops.glf_fast
 
 
-def affine_coupling(v: Tensor, u: Tensor, t: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """`reference.affine_coupling`; arguments are checked already. u and t may be of any precision, as they come."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (v, u, t)):
-        w, logdet = _AffineCoupling.apply(options, v, u, t)
-        return w, logdet
-    return ops.triton_affine_coupling.default(v, u, t, *_code(options))
+def refuses(call: Call) -> str:
+    """Why these kernels cannot take the call: never."""
+    return ""
 
 
-def _code(options: Options) -> tuple[str, float, bool, bool]:
-    """OPTIONS of the operations."""
+def _formula(options: AffineOptions) -> tuple[str, float, bool, bool]:
+    """FORMULA of the operations."""
     return options.log_scale, options.constant, options.add_first, options.inverse
 
 
-class _AffineCoupling(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, options: Options, v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.options = options
-        ctx.save_for_backward(v, u, t)
-        w, logdet = ops.triton_affine_coupling.default(v, u, t, *_code(options))
-        return w, logdet
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """w, in v's order of memory, and logdet (B,)."""
+    return operations.triton_affine_coupling.default(call.v, call.u, call.t, *_formula(call.options))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        inputs = ctx.saved_tensors
-        options: Options = ctx.options
-        if plain_gradients_wanted(grads):
-            run = partial(reference.affine_coupling, **options.of_coupling())
-            return None, *differentiate(run, inputs, ctx.needs_input_grad[1:], grads)
-        return None, *ops.triton_affine_coupling_backward.default(*grads, *inputs, *_code(options))
+
+def backward(call: Call, grad_w: Tensor, grad_logdet: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """∂v, ∂u, ∂t, each in the precision of its operand."""
+    return operations.triton_affine_coupling_backward.default(
+        grad_w, grad_logdet, call.v, call.u, call.t, *_formula(call.options)
+    )
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------

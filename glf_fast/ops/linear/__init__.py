@@ -7,16 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops import cpp_linear
-from glf_fast.ops.backends import backend_for
-from glf_fast.ops.checks import check_device, check_floating, check_shape, check_state
+from glf_fast.ops.backends import CPP, CUDA, CUPY, kernels_for, usable
+from glf_fast.ops.checks import check_floating, check_shape, check_state
+from glf_fast.ops.linear import dense, plu
 from glf_fast.reference import Plu, fold_actnorm
 
-__all__ = ["channel_map", "fold_actnorm", "invertible_linear", "lu_factor", "plu_assemble", "slogdet_inverse"]
+__all__ = ["channel_map", "fold_actnorm", "invertible_linear", "plu_assemble", "slogdet_inverse"]
 
-PLU_NAMES = ("permutation", "lower", "upper", "log_diag", "sign", "log_scale", "bias")
 _MKLDNN = torch.backends.mkldnn.is_available()  # whose convolutions of float32 are the fast ones
-MAX_CUDA_DIM = 192  # one block a matrix; larger ones are for torch.linalg, which gives a matrix to the whole GPU
+
+if CUPY:  # the CUDA kernels through CuPy, where they are not compiled
+    from glf_fast.ops.linear import cupy
+
+    _cupy = torch.library.Library("glf_fast", "IMPL")
+    cupy.register(_cupy)
 
 
 def plu_assemble(
@@ -46,41 +50,9 @@ def plu_assemble(
 
     Source: Glow (arXiv:1807.03039), eqs. 10, 11. Cost O(D³) a layer; no determinant is ever computed.
     """
-    plu = (permutation, lower, upper, log_diag, sign, log_scale, bias)
-    check_plu(plu)
-    if kernels_take(plu):
-        return cpp_linear.plu_assemble(*plu, need_inverse)
-    return reference.plu_assemble(*plu, need_inverse=need_inverse)
-
-
-def kernels_take(plu: Plu) -> bool:
-    """Whether a kernel takes these arguments of `plu_assemble`: of one dtype, and no gradient of `sign` is wanted."""
-    _, lower, _, _, sign, *_ = plu
-    if sign.requires_grad and torch.is_grad_enabled():
-        return False
-    return _compiled(lower) and all(t is None or t.dtype == lower.dtype for t in plu[2:])
-
-
-def _compiled(matrices: Tensor) -> bool:
-    """Whether a compiled kernel takes matrices (…, D, D) of this kind."""
-    backend = backend_for(matrices, "cpp", "cuda")
-    return backend == "cpp" or (backend == "cuda" and matrices.shape[-1] <= MAX_CUDA_DIM)
-
-
-def check_plu(plu: Plu) -> None:
-    """Raise ValueError or TypeError unless shapes, devices and indices of these arguments of `plu_assemble` fit."""
-    permutation, lower, upper, log_diag, sign, log_scale, bias = plu
-    check_device(zip(PLU_NAMES, plu, strict=True), lower.device)
-    if permutation.dtype != torch.int64:
-        raise TypeError(f"permutation must be int64; got {permutation.dtype} (convert it with .long())")
-    *batch, dim = permutation.shape
-    for name, tensor in (("lower", lower), ("upper", upper)):
-        check_shape(name, tensor, (*batch, dim, dim), "(…, D, D)")
-    for name, vector in (("log_diag", log_diag), ("sign", sign), ("log_scale", log_scale), ("bias", bias)):
-        if vector is not None:
-            check_shape(name, vector, (*batch, dim), "(…, D)")
-    if (log_scale is None) != (bias is None):
-        raise ValueError("log_scale and bias belong together: give both or neither")
+    factors = Plu(permutation, lower, upper, log_diag, sign, log_scale, bias)
+    plu.check(factors)
+    return plu.run(factors, need_inverse)
 
 
 def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,24 +68,9 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ValueError: not square. TypeError: not floating-point.
     """
     _check_square(W)
-    if _compiled(W):
-        return cpp_linear.slogdet_inverse(W)
+    if kernels_for(W, W, dense):
+        return dense.slogdet_inverse(W)
     return reference.slogdet_inverse(W)
-
-
-def lu_factor(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P W = L U with partial pivoting for dense matrices (…, D, D), LAPACK's getrf; differentiable.
-
-    Returns both factors in one matrix (…, D, D), L without its ones; pivots (…, D) int32: row k was exchanged with row
-    pivots[k], counted from 1; info (…) int32: 0, or the first zero pivot, counted from 1. Nothing is raised for it.
-
-    Raises:
-        ValueError: not square. TypeError: not floating-point.
-    """
-    _check_square(W)
-    if _compiled(W):
-        return cpp_linear.lu_factor(W)
-    return reference.lu_factor(W)
 
 
 def _check_square(W: Tensor) -> None:
@@ -149,7 +106,7 @@ def invertible_linear(
 def channel_map(x: Tensor, matrix: Tensor, offset: Tensor, *, inverse: bool = False) -> Tensor:
     """The y of `invertible_linear`, for layers that add up their determinants before they multiply by the pixels."""
     x = check_state("x", x, matrix)
-    if backend_for(x, "cpp", "cuda") == "reference":
+    if not (usable(CPP, x) or usable(CUDA, x)):
         return reference.invertible_linear(x, matrix, offset, matrix.new_zeros(()), inverse=inverse)[0]
     if torch.is_autocast_enabled(x.device.type):  # the state of a flow is never rounded to bf16
         with torch.autocast(x.device.type, enabled=False):

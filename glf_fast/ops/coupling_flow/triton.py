@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from glf_fast.ops.networks import hidden_widths
-from glf_fast.ops.options import Options
+from glf_fast.ops.backends import TRITON
+from glf_fast.ops.coupling_flow.call import Call, CallOptions
+from glf_fast.ops.coupling_flow.networks import KINDS, as_one_network, hidden_widths
 
 if TYPE_CHECKING:
     from glf_fast.kernels.flow_options import FlowOptions
 
-__all__ = ["backward", "fits", "forward"]
+__all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses"]
 
+BACKENDS = (TRITON,)
 MAX_DIM, MAX_HIDDEN, MAX_LAYERS = 256, 512, 4
 
 OPTIONS = "str activation, str log_scale, float constant, bool add_first, bool inverse, bool density, str autocast"
@@ -29,67 +30,50 @@ torch.library.define(
     "(Tensor grad_out, Tensor grad_logdet, Tensor state, Tensor matrix, Tensor? unmatrix, Tensor offset, "
     f"Tensor[] weights, Tensor[] biases, Tensor? context, {OPTIONS}, bool parameters, bool of_context) -> Tensor[]",
 )
-ops = torch.ops.glf_fast
+operations = torch.ops.glf_fast
 
 
-def fits(dim: int, weights: Sequence[Tensor]) -> bool:
-    """Whether the kernels take D and these stacked weights: wider flows go layer by layer."""
-    hidden = hidden_widths(weights)
-    return dim <= MAX_DIM and 1 <= len(hidden) <= MAX_LAYERS and max(hidden) <= MAX_HIDDEN
+def refuses(call: Call) -> str:
+    """Why these kernels cannot take the call; "" where they can. Wider flows go layer by layer."""
+    if call.options.coupling not in KINDS:
+        return f"a coupling other than {', '.join(KINDS)}"
+    hidden, dim = hidden_widths(call), call.x.shape[1]
+    if dim <= MAX_DIM and 1 <= len(hidden) <= MAX_LAYERS and max(hidden) <= MAX_HIDDEN:
+        return ""
+    return f"more than {MAX_DIM} columns, or other than 1 to {MAX_LAYERS} hidden layers of up to {MAX_HIDDEN}"
 
 
-def forward(
-    x: Tensor,
-    matrix: Tensor,
-    offset: Tensor,
-    logabsdet: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    context: Tensor | None,
-    options: Options,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, logdet and, with `keep`, the steps' inputs (K, B, D).
+def adapt(call: Call) -> Call:
+    """The call with one network, and with the precision that torch.autocast asks for."""
+    call, device = as_one_network(call), call.x.device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    autocast = "bf16" if torch.get_autocast_dtype(device) == torch.bfloat16 else "fp16"
+    return call._replace(options=call.options._replace(autocast=autocast))
 
-    To the logdet options.density adds log N(out; 0, I), and `logabsdet`, (K,) or (), its sum.
-    """
-    return ops.triton_coupling_flow.default(
-        x, matrix, offset, logabsdet, weights, biases, context, *_code(options), keep
+
+def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, logdet, which is the density if options.density, and with `keep` the steps' inputs (K, B, D)."""
+    x, context, (matrix, offset, logabsdet), weights, biases, options = call
+    return operations.triton_coupling_flow.default(
+        x, matrix, offset, logabsdet, weights, biases, context, *_values(options), keep
     )
 
 
 def backward(
-    grad_out: Tensor | None,
-    grad_logdet: Tensor,
-    state: Tensor,
-    saved: Tensor,
-    matrix: Tensor,
-    unmatrix: Tensor | None,
-    offset: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    context: Tensor | None,
-    options: Options,
-    parameters: bool,
-    of_context: bool,
-) -> list[Tensor]:
-    """∂x, ∂context (empty unless `of_context`) and, with `parameters`, ∂matrix, ∂offset, of the density ∂logabsdet (K,),
-    ∂weights …, ∂biases …
-
-    Without `unmatrix` from the inputs that the forward kept, with it (`matrix` inverted) from the output `state`, which
-    the density needs in any case: `grad_out` is None then.
-    """
-    if grad_out is None:
-        grad_out = state
-    start = saved if unmatrix is None else state
-    return ops.triton_coupling_flow_backward.default(
-        grad_out, grad_logdet, start, matrix, unmatrix, offset, weights, biases, context, *_code(options), parameters,
-        of_context,
+    call: Call, state: Tensor, saved: Tensor, unmatrix: Tensor | None, grad_out: Tensor | None, grad_logdet: Tensor,
+    parameters: bool, of_context: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that `FlowKernels.backward` lists; ∂context is empty unless `of_context`."""
+    _, context, (matrix, offset, _), weights, biases, options = call
+    return operations.triton_coupling_flow_backward.default(
+        state if grad_out is None else grad_out, grad_logdet, saved if unmatrix is None else state, matrix, unmatrix,
+        offset, weights, biases, context, *_values(options), parameters, of_context,
     )  # fmt: skip
 
 
-def _code(options: Options) -> tuple[str, str, float, bool, bool, bool, str]:
-    """OPTIONS of the operations."""
+def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, str]:
+    """The values of OPTIONS."""
     o = options
     return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.density, o.autocast
 
@@ -130,7 +114,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow import flow_forward
 
-    options = _flow_options(x, (activation, log_scale, constant, add_first, inverse), autocast)
+    options = _kernel_options(x, (activation, log_scale, constant, add_first, inverse), autocast)
     return flow_forward(x, matrix, offset, logabsdet, weights, biases, context, options, density, save)
 
 
@@ -143,7 +127,7 @@ def _(
 ) -> list[Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow_backward import flow_backward
 
-    options = _flow_options(grad_out, (activation, log_scale, constant, add_first, inverse), autocast)
+    options = _kernel_options(grad_out, (activation, log_scale, constant, add_first, inverse), autocast)
     with torch.autocast(grad_out.device.type, enabled=False):  # the precision of its products is decided here
         return flow_backward(
             grad_out,
@@ -162,7 +146,7 @@ def _(
         )
 
 
-def _flow_options(x: Tensor, names: tuple[str, str, float, bool, bool], autocast: str) -> FlowOptions:
+def _kernel_options(x: Tensor, names: tuple[str, str, float, bool, bool], autocast: str) -> FlowOptions:
     """Names and precisions. Read here, not in Python that torch.compile traces: it cannot read the matmul precision.
 
     The affine maps stay at tf32 or better, because a bf16 A would not match its A⁻¹. Under a float16 autocast the

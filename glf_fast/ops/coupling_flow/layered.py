@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops import triton_coupling
-from glf_fast.ops.options import Options
+from glf_fast.ops.affine_coupling import autograd, triton
+from glf_fast.ops.affine_coupling.call import Call as AffineCall
+from glf_fast.ops.backends import TRITON
+from glf_fast.ops.coupling_flow.autograd import call_of, contiguous
+from glf_fast.ops.coupling_flow.call import Call
+from glf_fast.ops.coupling_flow.networks import KINDS, as_one_network
 
-__all__ = ["coupling_flow"]
+__all__ = ["BACKENDS", "refuses", "run"]
+
+BACKENDS = (TRITON,)
 
 
-def coupling_flow(
-    x: Tensor,
-    matrix: Tensor,
-    offset: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    context: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """`reference.coupling_flow`, or `coupling_flow_inverse` with options.inverse; arguments are checked already.
+def refuses(call: Call) -> str:
+    """Why the steps cannot be taken one by one; "" where they can."""
+    return "" if call.options.coupling in KINDS else f"a coupling other than {', '.join(KINDS)}"
+
+
+def run(call: Call) -> tuple[Tensor, ...]:
+    """Output and logdet, or the density alone; a differentiable function made of others.
 
     At these widths the products are what takes time; the coupling saves the reference's eight passes over u, t and v.
     """
+    call = as_one_network(call)
+    x, context, (matrix, offset, logabsdet), weights, biases, options = call_of(call.options, contiguous(call))
     passive = x.shape[1] - x.shape[1] // 2
     logdets = []
     steps = range(len(matrix))
@@ -38,10 +41,11 @@ def coupling_flow(
         h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
         raw = reference.mlp(h, [w[k] for w in weights], [b[k] for b in biases], options.activation)
         u, t = raw.chunk(2, 1)
-        w, logdet = triton_coupling.affine_coupling(v, u, t, options)
+        w, logdet = autograd.run(triton, AffineCall(v, u, t, options.affine()))
         logdets.append(logdet)
         x = torch.cat([p, w], 1)
         if options.inverse:
             with torch.autocast(x.device.type, enabled=False):
                 x = (x - offset[k]) @ matrix[k]
-    return x, torch.stack(logdets).sum(0)
+    logdet = torch.stack(logdets).sum(0)
+    return (reference.log_normal(x) + logdet + logabsdet,) if options.density else (x, logdet)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["KERNELS", "OPTIONS", "SOURCE", "register"]
+__all__ = ["KERNELS", "NVRTC_OPTIONS", "SOURCE", "register"]
 
 # The device code lies beside the package's sources, or in its folder when installed.
-FOLDERS = (Path(__file__).parent.parent / "cuda", Path(__file__).parents[2] / "csrc" / "cuda")
+FOLDERS = (Path(__file__).parents[2] / "cuda", Path(__file__).parents[3] / "csrc" / "cuda")
 SOURCE = '#include "kernels.cuh"\n'
-OPTIONS = ("-std=c++17", *(f"-I{folder}" for folder in FOLDERS))
+NVRTC_OPTIONS = ("-std=c++17", *(f"-I{folder}" for folder in FOLDERS))
 
 # kernels.cuh has these sizes, too.
 WARP_THREADS, BLOCK_THREADS = 128, 256
@@ -37,14 +37,13 @@ KERNELS = tuple(
         *(
             f"{kernel}_kernel<{T}"
             for kernel in (
-                "lu_factor",
                 "slogdet_inverse",
                 "plu_assemble",
                 "plu_assemble_backward",
                 "plu_inverse_gradient",
             )
         ),
-        *(f"{kernel}_warp_kernel<{N}, {T}" for kernel in ("lu_factor", "slogdet_inverse") for N in WARP_SIZES[dtype]),
+        *(f"slogdet_inverse_warp_kernel<{N}, {T}" for N in WARP_SIZES[dtype]),
         *(f"slogdet_inverse_tile_kernel<{M}, {T}" for M in TILE_SIZES[dtype]),
     )
 )
@@ -71,7 +70,7 @@ class _Stream:
 def _kernel(name: str, device: int) -> Any:
     import cupy
 
-    return cupy.RawModule(code=SOURCE, options=OPTIONS, name_expressions=(name,)).get_function(name)
+    return cupy.RawModule(code=SOURCE, options=NVRTC_OPTIONS, name_expressions=(name,)).get_function(name)
 
 
 @cache
@@ -148,22 +147,6 @@ def _warps(A: Tensor) -> tuple[int, int, int]:
     return N, lanes, -(-len(A) // (WARP_THREADS // lanes))
 
 
-def lu_factor(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`glf_fast::lu_factor`."""
-    count, dim = len(A), _dim(A)
-    factors, pivots = torch.empty_like(A), A.new_empty(count, dim, dtype=torch.int32)
-    info = A.new_empty(count, dtype=torch.int32)
-    out = (factors, pivots, info)
-    if dim <= WARP_SIZES[A.dtype][-1]:
-        N, lanes, blocks = _warps(A)
-        shared = WARP_THREADS * (lanes + 1) * A.element_size()
-        _run(f"lu_factor_warp_kernel<{N}, ", A, blocks, WARP_THREADS, shared, np.int64(count), np.int32(dim), A, *out)
-    else:
-        room, shared = _room(A)
-        _run("lu_factor_kernel<", A, count, BLOCK_THREADS, shared, np.int32(dim), room, A, *out)
-    return out
-
-
 def slogdet_inverse(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`glf_fast::slogdet_inverse`."""
     count, dim = len(A), _dim(A)
@@ -237,5 +220,5 @@ def register(library: torch.library.Library, *, override: bool = False) -> None:
     with warnings.catch_warnings():
         if override:  # torch says so once a process
             warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel", UserWarning)
-        for operation in (lu_factor, slogdet_inverse, plu_assemble, plu_assemble_backward):
+        for operation in (slogdet_inverse, plu_assemble, plu_assemble_backward):
             library.impl(operation.__name__, operation, "CUDA", allow_override=override)

@@ -20,7 +20,6 @@ _library.define(
     "Tensor? log_scale, Tensor? bias, Tensor A, Tensor? A_inv, Tensor? grad_A, Tensor? grad_A_inv, Tensor? grad_c, "
     "Tensor? grad_logabsdet) -> Tensor[]"
 )
-_library.define("lu_factor(Tensor A) -> (Tensor, Tensor, Tensor)")
 _library.define("slogdet_inverse(Tensor A) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
@@ -40,11 +39,6 @@ def _(
     grad_c: Tensor | None, grad_logabsdet: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     return [torch.empty_like(t) for t in (lower, upper, log_diag, log_scale, bias) if t is not None]
-
-
-@torch.library.register_fake("glf_fast::lu_factor")
-def _(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(A), A.new_empty(A.shape[:2], dtype=torch.int32), A.new_empty(len(A), dtype=torch.int32)
 
 
 @torch.library.register_fake("glf_fast::slogdet_inverse")

@@ -1,0 +1,35 @@
+"""Parameters of which some entries are frozen at their values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FrozenEntries"]
+
+
+class FrozenEntries(nn.Module):
+    """Which entries of a parameter are trained, and the values of the others.
+
+    Args:
+        name: the parameter's, for errors.
+        parameter: with the values at which entries are frozen.
+        trained: bool, of the parameter's shape; False where an entry is frozen.
+    """
+
+    value: Tensor
+    trained: Tensor
+
+    def __init__(self, name: str, parameter: Tensor, trained: Tensor) -> None:
+        super().__init__()
+        if trained.shape != parameter.shape or trained.dtype != torch.bool:
+            raise ValueError(
+                f"trained must be a bool tensor of {name}'s shape {tuple(parameter.shape)}; "
+                f"got {trained.dtype} {tuple(trained.shape)}"
+            )
+        self.register_buffer("value", parameter.detach().clone())
+        self.register_buffer("trained", trained.to(parameter.device))
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """The parameter with its frozen entries at their values; they get no gradient."""
+        return torch.where(self.trained, parameter, self.value)

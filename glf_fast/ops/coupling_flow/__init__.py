@@ -1,0 +1,238 @@
+"""The coupling flow of K steps, its inverse and its density."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glf_fast.ops.backends import kernels_for
+from glf_fast.ops.checks import check_alike, check_choice, check_floating, check_log_scale, check_shape, check_state
+from glf_fast.ops.coupling_flow import autograd, cpp, layered, plain, triton
+from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
+from glf_fast.ops.linear import plu as plu_layers
+from glf_fast.reference import ACTIVATIONS, COUPLINGS, Plu, prepared_constant
+
+__all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "plu_flow_log_prob"]
+
+KERNELS = (triton, layered, cpp)  # in the order of preference
+
+
+def coupling_flow(
+    x: Tensor,
+    A: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    *,
+    coupling: str = "affine",
+    activation: str = "relu",
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+    reversible: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Data → noise through K steps of affine map and affine coupling.
+
+    Step k computes y = x A_k + c_k, splits it into P = D − D//2 passive and D//2 transformed columns (p, v), and returns
+    [p, v·e^f(u) + t] with (u, t) = MLP_k([p, context]).
+
+    Args:
+        x: (B, D). A: (K, D, D) and c: (K, D), from `plu_assemble` or any affine maps.
+        weights, biases: per layer of the MLPs, from P + C columns on, of shapes that `coupling` decides.
+        context: (B, C) or None.
+        coupling: "affine", weights (K, nᵢ, nᵢ₊₁) and biases (K, nᵢ₊₁) to 2·(D//2) columns; "separate", (K, 2, nᵢ, nᵢ₊₁) and
+            (K, 2, nᵢ₊₁) to D//2 columns: a network for u and one for t; "additive", v + t, as "affine" but to D//2 columns: the
+            log-scale means nothing then.
+        activation: of the hidden layers. The other options are those of `affine_coupling`.
+        reversible: keep nothing for the backward but the output, which rebuilds the steps' inputs by undoing the steps:
+            memory independent of K. For the kernels; the reference keeps what autograd keeps.
+
+    Returns:
+        z (B, D) and Σ ℓ (B,). The caller adds Σ_k log|det A_k|, one number for the whole batch.
+
+    Raises:
+        ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
+    """
+    options = _options(coupling, activation, log_scale, log_scale_constant, add_first, False, reversible, False, False)
+    z, logdet = _run(Call(x, context, Maps(A, c, None), weights, biases, options))
+    return z, logdet
+
+
+def coupling_flow_inverse(
+    z: Tensor,
+    A_inv: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    *,
+    coupling: str = "affine",
+    activation: str = "relu",
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+    reversible: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Noise → data: undoes `coupling_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
+
+    Returns x (B, D) and −Σ ℓ (B,).
+    """
+    options = _options(coupling, activation, log_scale, log_scale_constant, add_first, True, reversible, False, False)
+    x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options))
+    return x, logdet
+
+
+def coupling_flow_log_prob(
+    x: Tensor,
+    A: Tensor,
+    c: Tensor,
+    logabsdet: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    *,
+    coupling: str = "affine",
+    activation: str = "relu",
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+    reversible: bool = False,
+) -> Tensor:
+    """log p(x) = log N(z; 0, I) + Σ ℓ + `logabsdet` in nats, (B,), with z and Σ ℓ of `coupling_flow`.
+
+    `logabsdet` is Σ_k log|det A_k|, a scalar tensor; all else as in `coupling_flow`.
+    """
+    options = _options(coupling, activation, log_scale, log_scale_constant, add_first, False, reversible, True, False)
+    return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options))[-1]
+
+
+def plu_flow_log_prob(
+    x: Tensor,
+    plu: Plu,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None = None,
+    *,
+    coupling: str = "affine",
+    activation: str = "relu",
+    log_scale: str = "tanh",
+    log_scale_constant: float | None = None,
+    add_first: bool = False,
+    reversible: bool = False,
+) -> Tensor:
+    """`coupling_flow_log_prob` with the affine maps that `plu_assemble` makes of `plu`, its arguments for all K layers.
+
+    One differentiable operation, assembly included: what a training step of a small flow costs is the number of those.
+    """
+    plu = Plu(*plu)
+    plu_layers.check(plu)
+    options = _options(coupling, activation, log_scale, log_scale_constant, add_first, False, reversible, True, True)
+    call = _checked(Call(x, context, plu, weights, biases, options))
+    kernels = kernels_for(call.x, call, *KERNELS)
+    whole = kernels is None or (kernels is not layered and torch.is_grad_enabled())
+    if not whole or (kernels and not kernels_for(plu.lower, plu, plu_layers)):  # then the layers are assembled apart
+        A, _, c, logabsdets = plu_layers.run(plu, need_inverse=False)
+        call = call._replace(maps=Maps(A, c, logabsdets.sum()), options=options._replace(plu=False))
+    return _by(kernels, call)[-1]
+
+
+# Options that have been checked: what they are takes 1 µs to find out, a fiftieth of what a flow of a single row takes.
+_known: dict[tuple[object, ...], CallOptions] = {}
+
+
+def _options(
+    coupling: str,
+    activation: str,
+    log_scale: str,
+    log_scale_constant: float | None,
+    add_first: bool,
+    inverse: bool,
+    reversible: bool,
+    density: bool,
+    plu: bool,
+) -> CallOptions:
+    given = (coupling, activation, log_scale, log_scale_constant, add_first, inverse, reversible, density, plu)
+    compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
+    if not compiling and (known := _known.get(given)):
+        return known
+    check_choice("coupling", coupling, COUPLINGS)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_log_scale(log_scale, log_scale_constant)
+    options = CallOptions(*given, prepared_constant(log_scale, log_scale_constant))
+    if not compiling:
+        _known[given] = options
+    return options
+
+
+def _run(call: Call) -> tuple[Tensor, ...]:
+    """Output and logdet, or the density alone, of maps x A + c."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if not recorded and kernels_for(call.x, call, cpp) and (found := cpp.unchecked(call)):
+        return found
+    call = _checked(call)
+    return _by(kernels_for(call.x, call, *KERNELS), call)
+
+
+def _by(kernels: Any, call: Call) -> tuple[Tensor, ...]:
+    """The same by one of KERNELS, or, where that is None, by the reference."""
+    if kernels is None:
+        return plain.run(call)
+    return layered.run(call) if kernels is layered else autograd.run(kernels, call)
+
+
+def _checked(call: Call) -> Call:
+    """The call with x in the dtype of the maps; raises ValueError or TypeError where anything does not fit.
+
+    PLU factors fit each other already. Tensors are compared in place, and functions called for errors alone: a call for each
+    tensor takes longer than the kernels of a small flow.
+    """
+    x, context, maps, weights, biases, options = call
+    if isinstance(maps, Plu):
+        like = maps.lower
+        if maps.permutation.ndim != 2:
+            check_shape("permutation", maps.permutation, (None, None), "(steps, dim)")
+        steps, dim = maps.permutation.shape
+    else:
+        like = maps.matrix
+        steps, dim = like.shape[0], like.shape[-1]
+        if like.shape != (steps, dim, dim):
+            check_shape("A_inv" if options.inverse else "A", like, (steps, dim, dim), "(steps, dim, dim)")
+        if maps.offset.shape != (steps, dim):
+            check_shape("c", maps.offset, (steps, dim), "(steps, dim)")
+        if options.density and maps.logabsdet is not None:
+            check_shape("logabsdet", maps.logabsdet, (), "()")
+    if not steps:
+        raise ValueError("A holds no step; a flow has one or more")
+    name = "z" if options.inverse else "x"
+    if x.ndim != 2 or x.shape[1] != dim:
+        check_shape(name, x, (None, dim), "(batch, dim)")
+    dtype, device = like.dtype, like.device
+    if x.dtype != dtype or x.device != device or dtype not in (torch.float32, torch.float64):
+        x = check_state(name, x, like)
+    if isinstance(maps, Maps) and (maps.offset.dtype != dtype or maps.offset.device != device):
+        check_alike([("c", maps.offset)], x)
+    n_in, n_v = dim - dim // 2, dim // 2
+    if context is not None:
+        check_floating("context", context)
+        check_shape("context", context, (x.shape[0], None), "(batch, context_dim)")
+        check_alike([("context", context)], x)
+        n_in += context.shape[1]
+
+    kind, layers = COUPLINGS[options.coupling], len(weights)
+    if layers != len(biases) or not layers:
+        raise ValueError(f"weights and biases must be two lists of one length ≥ 1; got {layers} and {len(biases)}")
+    stack = (steps,) if kind.networks == 1 else (steps, kind.networks)
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        width = kind.columns * n_v if i == layers - 1 else weight.shape[-1]
+        if weight.shape != (*stack, n_in, width) or bias.shape != (*stack, width):
+            names = "steps" if kind.networks == 1 else "steps, networks"
+            check_shape(f"weights[{i}]", weight, (*stack, n_in, width), f"({names}, in, out)")
+            check_shape(f"biases[{i}]", bias, (*stack, width), f"({names}, out)")
+        if weight.dtype != dtype or bias.dtype != dtype or weight.device != device or bias.device != device:
+            check_alike([("a weight", weight), ("a bias", bias)], x)
+        n_in = width
+    return call if x is call.x else call._replace(x=x)

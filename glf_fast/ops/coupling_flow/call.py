@@ -1,0 +1,56 @@
+"""The arguments of one coupling flow as one value: its input, the maps and networks of all K steps, and the options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from glf_fast.ops.affine_coupling.call import AffineOptions
+
+__all__ = ["Call", "CallOptions", "Maps"]
+
+
+class CallOptions(NamedTuple):
+    """What is computed, by the names that `glf_fast.reference` uses."""
+
+    coupling: str
+    activation: str
+    log_scale: str
+    log_scale_constant: float | None
+    add_first: bool
+    inverse: bool
+    reversible: bool  # the backward rebuilds the steps' inputs from the output
+    density: bool  # log N(out; 0, I) and the maps' log-determinants are added to the steps'
+    plu: bool  # the maps are given by the factors of PLU layers
+    constant: float  # the log-scale's, as kernels take it
+    autocast: str = ""  # of the networks' products: "bf16" or "fp16" under torch.autocast
+
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of the reference's flows, whose direction is in their name."""
+        names = ("coupling", "activation", "log_scale", "log_scale_constant", "add_first")
+        return {name: getattr(self, name) for name in names}
+
+    def affine(self) -> AffineOptions:
+        """The options of a step's elementwise coupling."""
+        return AffineOptions(self.log_scale, self.log_scale_constant, self.add_first, self.inverse)
+
+
+class Maps(NamedTuple):
+    """The affine maps x A + c of all steps."""
+
+    matrix: Tensor  # A, or for the inverse A⁻¹ (K, D, D)
+    offset: Tensor  # c (K, D)
+    logabsdet: Tensor | None  # for a density: Σ log|det A| (), or log|det A| (K,)
+
+
+class Call(NamedTuple):
+    """One call of a coupling flow."""
+
+    x: Tensor  # data, or for the inverse noise (B, D)
+    context: Tensor | None  # (B, C)
+    maps: Any  # Maps, or the factors, Plu, where options.plu says so
+    weights: Sequence[Tensor]  # by layer of the networks: (K, nᵢ, nᵢ₊₁), or (K, 2, nᵢ, nᵢ₊₁) for "separate"
+    biases: Sequence[Tensor]  # (K, nᵢ₊₁), or (K, 2, nᵢ₊₁)
+    options: CallOptions

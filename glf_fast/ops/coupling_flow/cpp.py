@@ -1,0 +1,143 @@
+"""The whole coupling flow on a processor (csrc/cpu): a pass crosses into C++ once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glf_fast.ops.backends import CPP
+from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES
+from glf_fast.ops.coupling_flow.call import Call, CallOptions
+from glf_fast.reference import COUPLINGS
+
+__all__ = ["BACKENDS", "MAX_LAYERS", "adapt", "backward", "forward", "refuses", "unchecked"]
+
+BACKENDS = (CPP,)
+MAX_LAYERS = 8  # of an MLP
+# What the forward keeps (csrc/cpu/flow.h, Save).
+NOTHING, INPUTS, RECORDS = 0, 1, 2
+# Keeping every hidden layer saves the backward a third of its arithmetic, as long as it stays in the last-level cache.
+RECORDS_LIMIT = 32 << 20
+operations = torch.ops.glf_fast
+
+
+def refuses(call: Call) -> str:
+    """Why these kernels cannot take the call; "" where they can."""
+    options = call.options
+    if len(call.weights) > MAX_LAYERS:
+        return f"a network of more than {MAX_LAYERS} layers"
+    if not (
+        options.coupling in COUPLING_CODES
+        and options.activation in ACTIVATION_CODES
+        and options.log_scale in LOG_SCALE_CODES
+    ):
+        return "csrc has no such coupling, activation or log-scale"
+    return ""
+
+
+def adapt(call: Call) -> Call:
+    """The call as it is: networks of every kind are the kernels' own, and their precision is the state's."""
+    return call
+
+
+def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, logdet, which is the density if options.density, and with `keep` what the backward starts from."""
+    x, context, (matrix, offset, logabsdet), weights, biases, options = call
+    save, record = NOTHING, 0
+    if keep:
+        save, record = RECORDS, record_width(call)
+        if len(matrix) * len(x) * record * x.itemsize > RECORDS_LIMIT:
+            save, record = INPUTS, x.shape[1]
+    out, logdet, saved = operations.cpu_coupling_flow.default(
+        x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record
+    )
+    if logabsdet is not None:
+        logdet = logdet + (logabsdet.sum() if logabsdet.ndim else logabsdet)
+    return out, logdet, saved
+
+
+def unchecked(call: Call) -> tuple[Tensor, ...] | None:
+    """The flow without gradients, of maps and networks that nobody has checked; None where these need it, or a conversion.
+
+    The operation refuses whatever the check of a call refuses. The check says why, but takes 7 µs, a tenth of what a flow of a
+    single row takes (D = 64, K = 5).
+    """
+    x, context, (matrix, _, logabsdet), *_ = call
+    if x.dtype != matrix.dtype or (logabsdet is not None and logabsdet.ndim):
+        return None
+    # An expanded context is common, and a refusal takes 40 µs.
+    if not x.is_contiguous() or (context is not None and not context.is_contiguous()):
+        call = call._replace(x=x.contiguous(), context=None if context is None else context.contiguous())
+    try:
+        out, logdet, _ = forward(call, False)
+    except RuntimeError:
+        return None
+    if out.device != x.device:  # an argument had no data
+        return None
+    return (logdet,) if call.options.density else (out, logdet)
+
+
+def backward(
+    call: Call, state: Tensor, saved: Tensor, unmatrix: Tensor | None, grad_out: Tensor | None, grad_logdet: Tensor,
+    parameters: bool, of_context: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that `FlowKernels.backward` lists; ∂context is made even if not `of_context`."""
+    x, context, (matrix, offset, _), weights, biases, options = call
+    save = NOTHING if unmatrix is not None else INPUTS if saved.shape[-1] == x.shape[1] else RECORDS
+    found = operations.cpu_coupling_flow_backward.default(
+        grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *_numbers(options), save,
+        parameters,
+    )  # fmt: skip
+    if parameters and options.density:
+        return [*found[:4], grad_logdet.sum().expand(len(matrix)).contiguous(), *found[4:]]
+    return found
+
+
+def record_width(call: Call) -> int:
+    """Numbers that RECORDS keeps of a row and step: as csrc/cpu/record.h lays them out, which checks it."""
+    x, context, _, weights, _, options = call
+    line = 64 // x.itemsize
+    networks = COUPLINGS[options.coupling].networks
+    layers = 2 if options.activation in ("silu", "gelu") else 1
+    dim, context_dim = x.shape[1], 0 if context is None else context.shape[1]
+    padded = [dim, dim, *([dim - dim // 2 + context_dim] if context_dim else []), networks * weights[-1].shape[-1]]
+    hidden = sum(-(-w.shape[-1] // line) for w in weights[:-1])
+    lines = sum(-(-n // line) + 1 for n in padded) + layers * networks * hidden
+    return line * (lines | 1)
+
+
+def _numbers(options: CallOptions) -> tuple[int, int, int, float, bool, bool]:
+    """coupling, activation, log_scale, constant, add_first, inverse, as the operations take them."""
+    coupling, activation = COUPLING_CODES[options.coupling], ACTIVATION_CODES[options.activation]
+    return (
+        coupling,
+        activation,
+        LOG_SCALE_CODES[options.log_scale],
+        options.constant,
+        options.add_first,
+        options.inverse,
+    )
+
+
+# -- the operations: what torch.compile sees ---------------------------------------------------------------------------
+
+if not CPP.missing:
+
+    @torch.library.register_fake("glf_fast::cpu_coupling_flow")
+    def _(
+        x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
+        coupling: int, activation: int, log_scale: int, constant: float, add_first: bool, inverse: bool, density: bool,
+        save: int, record: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix), len(x), record)
+        return torch.empty_like(x), x.new_empty(len(x)), saved
+
+    @torch.library.register_fake("glf_fast::cpu_coupling_flow_backward")
+    def _(
+        grad_out: Tensor | None, grad_logdet: Tensor, out: Tensor, saved: Tensor, matrix: Tensor,
+        unmatrix: Tensor | None, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
+        coupling: int, activation: int, log_scale: int, constant: float, add_first: bool, inverse: bool, save: int,
+        parameters: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        grads = [torch.empty_like(out), out.new_empty(0) if context is None else torch.empty_like(context)]
+        return grads + [torch.empty_like(t) for t in (matrix, offset, *weights, *biases) if parameters]
