@@ -40,6 +40,7 @@ class ActNorm(nn.Module):
     """
 
     initialized: Tensor
+    far = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -49,7 +50,6 @@ class ActNorm(nn.Module):
         self.register_buffer("initialized", torch.tensor(False))
         # The same as a Python bool: reading the buffer would synchronise with the GPU at every step and break graph capture.
         self._started = False
-        self.far = False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -84,7 +84,8 @@ class AffineCoupling(nn.Module):
         return self._couple(z, context, inverse=not self.undo)
 
     def _couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        check_shape("x", x, (None, self.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
+        if x.ndim < 2 or x.shape[1] != self.dim:  # what is wanted is made only for the error
+            check_shape("x", x, (None, self.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
         parts = Checkerboard(x, even=self.flip) if self._channels is None else self._channels
         p, v = parts.divide(x)
         u, t = self._conditioned(p, context, parts.outputs)

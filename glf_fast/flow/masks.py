@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, groupby, zip_longest
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class ChannelMask:
         """x (B, D, …) → p (B, D − T, …), v (B, T, …)."""
         pieces = x.split(self.runs, 1)
         p, v = pieces[self.v_first :: 2], pieces[not self.v_first :: 2]
-        return _joined(p), _joined(v)
+        return (p[0], v[0]) if len(pieces) == 2 else (torch.cat(p, 1), torch.cat(v, 1))
 
     def of_v(self, output: Tensor) -> Tensor:
         """The part of a network's u or t that belongs to v: all."""
@@ -40,10 +40,11 @@ class ChannelMask:
 
     def join(self, p: Tensor, w: Tensor) -> Tensor:
         """p (B, D − T, …) and w (B, T, …) in their places (B, D, …)."""
-        p_pieces, w_pieces = _pieces(p, self.p_runs), _pieces(w, self.v_runs)
-        first, second = (w_pieces, p_pieces) if self.v_first else (p_pieces, w_pieces)
-        pieces = chain.from_iterable(zip_longest(first, second))
-        return torch.cat([piece for piece in pieces if piece is not None], 1)
+        if len(self.runs) == 2:
+            return torch.cat((w, p) if self.v_first else (p, w), 1)
+        p_pieces, w_pieces = iter(p.split(self.p_runs, 1)), iter(w.split(self.v_runs, 1))
+        # What comes next is of v at every second place.
+        return torch.cat([next(w_pieces if i % 2 != self.v_first else p_pieces) for i in range(len(self.runs))], 1)
 
 
 class Checkerboard:
@@ -79,11 +80,3 @@ class Checkerboard:
     def join(self, p: Tensor, w: Tensor) -> Tensor:
         """p (B, D, H, W) with w (B, D, n) in the places of its zeros."""
         return p.flatten(2).index_copy(2, self.places, w).view(p.shape)
-
-
-def _pieces(x: Tensor, runs: Sequence[int]) -> Sequence[Tensor]:
-    return [x] if len(runs) == 1 else x.split(list(runs), 1)
-
-
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), 1)

@@ -87,7 +87,7 @@ class SequentialFlow(Flow):
             z, logdet = self._run(layers, x, context)
             return log_normal(z) + logdet
         x, logdet = self._run(layers[:-1], x, context)
-        return last.log_prob(x, context) + logdet  # type: ignore[union-attr]
+        return last.log_prob(x, context) + logdet
 
     def _run(self, layers: Iterable[nn.Module], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         self._check_event("x", x)

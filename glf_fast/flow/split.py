@@ -49,8 +49,9 @@ class Split(nn.Module):
             convolution = nn.Conv2d(self.sizes[0] + context_dim, 2 * self.sizes[1], 3, padding=1)
             nn.init.zeros_(convolution.weight)
             nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-            options = {"log_scale": log_scale, "log_scale_constant": log_scale_constant}
-            self.prior = AffineCoupling(dim, convolution, undo=True, **options)
+            self.prior = AffineCoupling(
+                dim, convolution, log_scale=log_scale, log_scale_constant=log_scale_constant, undo=True
+            )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, D, H, W) → [p, (v − μ)/σ] like x, logdet (B,)."""

@@ -1,10 +1,11 @@
 """The flow layers that layers on images become."""
 
+import nflows.transforms
 import normflows as nf
 import pytest
 import torch
 
-from glf_fast import ActNorm, FixedLinear, InvertibleLinear, convert
+from glf_fast import ActNorm, FixedLinear, InvertibleLinear, Squeeze, convert
 from glf_fast.conversion.images.build import on_channels
 from glf_fast.conversion.images.modules import OnChannels
 from glf_fast.conversion.layers import Dense, Diagonal, Permutation
@@ -73,3 +74,12 @@ def test_what_is_affine_becomes_one_product(trained):
 def test_permutations_that_cancel_are_nothing():
     order = torch.tensor([2, 0, 1])
     assert not on_channels([Permutation(order), Permutation(order.argsort())], [])
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_squeeze_has_the_libraries_order(factor):
+    x = torch.randn(2, 3, 6, 12)
+    ours = Squeeze(factor)
+    assert torch.equal(ours(x)[0], nflows.transforms.SqueezeTransform(factor)(x)[0])
+    if factor == 2:
+        assert torch.equal(ours(x)[0], nf.flows.Squeeze().inverse(x)[0])
