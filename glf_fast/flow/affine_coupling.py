@@ -29,8 +29,8 @@ class AffineCoupling(nn.Module):
     Args:
         dim: channels D of the input (B, D) or (B, D, H, W); at least 2, unless pixels are masked.
         conditioner: any network from [p, context] (B, P + C, …) to [u, t] (B, 2·T, …), or to the pair (u, t); to t alone if
-            `additive`. Images may come with their channels side by side in memory (`torch.channels_last`), which convolutions
-            like on a processor: a network of your own should `reshape` them where it might `view`.
+            `additive`. On a processor images may come in `torch.channels_last` order, in which convolutions are faster: a
+            network should `reshape` them where it might `view`.
         additive: z_v = v + t, NICE (arXiv:1410.8516): no scale, logdet 0. The log-scale and `add_first` mean nothing then.
         log_scale, log_scale_constant: name and constant of f, see `glf_fast.reference.log_scale`.
         add_first: z_v = (v + t)·e^f(u), as in Glow (arXiv:1807.03039).

@@ -43,7 +43,7 @@ def folded(layers: Iterable[nn.Module], *, inverse: bool) -> list[Step]:
     """The layers, first to last, with every run of affine ones that holds a matrix as a `Product`.
 
     Layers with hooks are applied by themselves, so that the hooks run; ActNorms that are `far`, to keep the digits; and
-    all layers in a forward pass that sets scales and shifts of ActNorms, which nobody knows before.
+    all layers in a forward pass that sets scales and shifts of ActNorms, whose values are not known yet.
     """
     steps: list[Step] = []
     run: list[Any] = []
@@ -76,7 +76,9 @@ def _folds(layer: Any) -> bool:
     """Whether it may be part of a product."""
     if type(layer) not in (ActNorm, InvertibleLinear, FixedLinear):  # subclasses may do something else
         return False
-    return not (layer._forward_hooks or layer._forward_pre_hooks or (type(layer) is ActNorm and layer.far))
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    return not (type(layer) is ActNorm and layer.far)
 
 
 def _kind(layer: Any) -> str:
