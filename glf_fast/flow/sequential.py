@@ -15,7 +15,7 @@ from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.base import Flow
 from glf_fast.flow.fixed_linear import FixedLinear
-from glf_fast.flow.folding import Product, assembled, folded
+from glf_fast.flow.folding import InOrder, Product, assembled, folded
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.split import Split
 from glf_fast.flow.squeeze import Squeeze
@@ -26,7 +26,7 @@ __all__ = ["SequentialFlow", "run_layers"]
 
 _MANY_PIXELS = 64
 # Layers that take images in either order of memory.
-_ANY_ORDER = (ActNorm, InvertibleLinear, FixedLinear, AffineCoupling, Product, Split, Squeeze)
+_ANY_ORDER = (ActNorm, InvertibleLinear, FixedLinear, AffineCoupling, InOrder, Product, Split, Squeeze)
 
 
 class SequentialFlow(Flow):
@@ -124,7 +124,7 @@ def run_layers(
     maps, logabsdets = assembled(steps, inverse=inverse)
     pixels: dict[int, int] = {}
     logdets: list[Tensor] = []
-    convolves = any(isinstance(step, AffineCoupling) for step in steps)
+    convolves = any(isinstance(step, AffineCoupling | InOrder) for step in steps)
     reordered = False
     for place in reversed(range(len(steps))) if inverse else range(len(steps)):
         step = steps[place]
