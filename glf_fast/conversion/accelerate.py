@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from glf_fast.conversion.adapters import FusedLayer, PassedOn
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, FixedLinear, OnChannels
+from glf_fast.conversion.images.modules import OnChannels
 from glf_fast.conversion.layers import Coupling, Kept, Layer, NetworkCoupling, Unfusable
 from glf_fast.conversion.places import Place, Replacement, Shape, is_layer, places_of
 from glf_fast.conversion.reading import ConversionError, Reading, check_precision, copied, lost_in_training, read_parts
 from glf_fast.conversion.stack import Sources
-from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
+from glf_fast.flow import ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
+from glf_fast.flow.folding import folded
 from glf_fast.reference import log_normal
 
 __all__ = ["Report", "accelerate"]
@@ -29,7 +30,7 @@ class Replaced:
     """Layers `first` to `last` of the flow at `where` (their names, data → noise), and what they have become.
 
     `couplings`: how many they held; `flows`: how many CouplingFlows, one launch each, compute them now, or on images
-    ChannelCouplings, which is `kind`; `affine`: linear layers and ActNorms beside those, which fold into none of them;
+    AffineCouplings, which is `kind`; `affine`: linear layers and ActNorms beside those, which fold into none of them;
     `lost`: what they did in training mode alone, dropout say, and no longer do.
     """
 
@@ -158,14 +159,11 @@ def _accelerate_place(model: nn.Module, flow: nn.Module, where: str, place: Plac
         except (Unfusable, ConversionError) as reason:
             report.left.append(Left(where, type(flow).__name__, f"{_span(names)}: {reason}"))
             continue
-        flows, maps, folded = (
-            sum(isinstance(module, kind) for module in fused.modules())
-            for kind in (CouplingFlow | ChannelCoupling, ActNorm | InvertibleLinear | FixedLinear, ChannelMap)
-        )
+        flows, affine = _counts(fused)
         lost = lost_in_training(layer for part in parts[start:stop] for layer in part)
-        kind = "ChannelCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
+        kind = "AffineCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
         report.replaced.append(
-            Replaced(where, type(flow).__name__, names[0], names[-1], couplings, flows, maps - folded, lost, kind)
+            Replaced(where, type(flow).__name__, names[0], names[-1], couplings, flows, affine, lost, kind)
         )
         adapter = place.adapt(fused, modules)
         adapter.training = modules[0].training
@@ -176,6 +174,17 @@ def _accelerate_place(model: nn.Module, flow: nn.Module, where: str, place: Plac
                 report.left.append(Left(where, type(flow).__name__, layer.reason))
     if replacements:
         place.put(replacements)
+
+
+def _counts(fused: Flow | OnChannels) -> tuple[int, int]:
+    """How many CouplingFlows there are, or AffineCouplings on images, and affine maps beside them."""
+    if isinstance(fused, OnChannels):
+        steps = folded(fused.layers, inverse=False)
+        couplings = sum(isinstance(step, AffineCoupling) for step in steps)
+        return couplings, len(steps) - couplings
+    modules = list(fused.modules())
+    flows = sum(isinstance(module, CouplingFlow) for module in modules)
+    return flows, sum(isinstance(module, ActNorm | InvertibleLinear) for module in modules)
 
 
 def _read(model: nn.Module, flow: nn.Module, place: Place) -> list[list[Layer]]:
@@ -271,7 +280,7 @@ def _fused(place: Place, start: int, stop: int) -> Flow | OnChannels:
     fused = fused.to(like.device, like.dtype).train(modules[0].training)
     _restore(fused, dict(zip(copies.modules(), nn.ModuleList(modules).modules(), strict=True)))
     # What says no shape takes any number of pixels.
-    return fused.layers[0] if isinstance(fused, SequentialFlow) and isinstance(fused.layers[0], OnChannels) else fused
+    return OnChannels(fused.layers) if isinstance(fused, SequentialFlow) and len(fused.event_shape) == 3 else fused
 
 
 def _restore(fused: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:

@@ -44,8 +44,8 @@ def fuse(
     """The flow, in float64, and where its parameters come from.
 
     A bare CouplingFlow if that is all there is, else a SequentialFlow (or, where splits are uneven or directions
-    reversed, the wrapper of one). Layers on images become `OnChannels`, in a SequentialFlow. Which entries are trained is
-    what the layers say. Layers that are kept stay as they are.
+    reversed, the wrapper of one). Layers on images become those of a SequentialFlow. Which entries are trained is what
+    the layers say. Layers that are kept stay as they are.
 
     Args:
         layers: first to last, data → noise.
@@ -60,7 +60,7 @@ def fuse(
         else:
             read = [_righted(_double(layer)) for layer in run if not isinstance(layer, Kept)]
             if len(event_shape) == 3 and not any(isinstance(layer, Coupling) for layer in read):
-                modules.append(on_channels(read, sources))
+                modules += on_channels(read, sources)
             else:
                 modules += _fuse_run(read, width(read[0]), sum(context_shape), sources)
     if len(modules) == 1 and isinstance(modules[0], Flow):

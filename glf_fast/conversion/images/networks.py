@@ -14,7 +14,7 @@ __all__ = ["Beside", "Joined", "Outputs", "WithoutContext"]
 
 
 class Outputs(nn.Module):
-    """(p, context) → (u, t), of network(p, context) → (B, 2T or T, …).
+    """(p, context) → (u, t), or t alone, of network(p, context) → (B, 2T or T, …): what an `AffineCoupling` asks for.
 
     Args:
         network: given p and the context.
@@ -28,14 +28,14 @@ class Outputs(nn.Module):
         self.layout = layout
         self.factor_u, self.factor_t = factor_u, factor_t
 
-    def forward(self, p: Tensor, context: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        """(B, P, …) → u, t (B, T, …)."""
+    def forward(self, p: Tensor, context: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, P, …) → u, t (B, T, …) each."""
         raw = self.network(p, context)
         factor_u, factor_t = self.factor_u, self.factor_t
         if factor_u == factor_t or self.layout == "t":  # in one pass
             raw, factor_u, factor_t = _times(raw, factor_t), 1.0, 1.0
         if self.layout == "t":
-            return None, raw
+            return raw
         if self.layout == "tutu":
             t, u = raw.unflatten(1, (-1, 2)).unbind(2)
         elif self.layout == "tu":
