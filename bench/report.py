@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.goals import goals
-from bench.gpu_goals import gpu_goals
+from bench.goals import gpu_goals, processor_goals
 from bench.plots import draw
 from bench.predictions import predictions
 from bench.results import Results, merge, read, write
@@ -28,7 +27,7 @@ FOLDER = ROOT / "bench" / "results"
 DOCS = ROOT / "docs" / "benchmarks"
 OVERVIEW = ROOT / "docs" / "benchmarks.md"
 # Marked parts of the overview, and what makes their lines.
-PARTS = {"goals": goals, "goals of GPUs": gpu_goals, "worth a GPU": worth_a_gpu}
+PARTS = {"goals": processor_goals, "goals of GPUs": gpu_goals, "worth a GPU": worth_a_gpu}
 
 
 def with_tables(text: str, machines: Sequence[Results]) -> str:
