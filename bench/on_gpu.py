@@ -15,7 +15,7 @@ from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, SMALL_BAT
 from bench.gpu_record import untimed
 from bench.libraries import LIBRARIES
 from bench.linear import BACKENDS, LinearCase
-from bench.race import GRAPHED, Case, Clock, Job, Provider, Race, graphed, on_gpu
+from bench.race import GRAPHED, Case, Clock, Job, Provider, Race, graph_clock, graphed
 from bench.results import Results
 
 __all__ = ["BATCHES", "FIRST", "FLOW_MODES", "GROUPS", "NAMED", "OURS_AND_EAGER", "PRECISIONS", "SECOND", "races"]
@@ -124,7 +124,7 @@ def _counted(provider: Provider) -> Provider:
         made = provider.job(case, mode, clock)
         if wrong := made.why_wrong():
             raise AssertionError(wrong)
-        number = on_gpu(clock).launches(made.run)
+        number = graph_clock(clock).launches(made.run)
         if not number:
             raise AssertionError("the profiler saw no launches")
         return Job(None, made.check, info={"launches": number})

@@ -29,9 +29,9 @@ __all__ = [
     "Provider",
     "Race",
     "Timed",
+    "graph_clock",
     "graphed",
     "in_turn",
-    "on_gpu",
 ]
 
 Work = Callable[[], object]
@@ -109,7 +109,7 @@ class GraphClock(Clock, Protocol):
         """Kernels, copies and fills of a pass."""
 
 
-def on_gpu(clock: Clock) -> GraphClock:
+def graph_clock(clock: Clock) -> GraphClock:
     """A clock whose `GPU` is true, as what it is."""
     assert clock.GPU
     return cast(GraphClock, clock)
@@ -191,7 +191,7 @@ def graphed(provider: Provider) -> Provider:
         made = provider.job(case, mode, clock)
         assert made.call
         held = tuple(None if t is None else t.clone() for t in made.inputs)
-        replay = on_gpu(clock).captured(lambda: made.call(*held))  # type: ignore[misc]
+        replay = graph_clock(clock).captured(lambda: made.call(*held))  # type: ignore[misc]
 
         def call(*inputs: Tensor | None) -> object:
             for mine, theirs in zip(held, inputs, strict=True):
@@ -246,15 +246,29 @@ class Race:
             raise Missing(reason)
         job = provider.job(self.case, self.mode, clock)
         if job.call:
-            for _ in range(
-                WARMUP if job.in_graph else 0
-            ):  # what is captured at the second call is checked at the fourth
+            # What is captured at the second call is checked at the fourth.
+            for _ in range(WARMUP if job.in_graph else 0):
                 job.run()
             if wrong := job.why_wrong():
                 raise AssertionError(wrong)
+            job.info |= self._yardstick(clock)
             if clock.GPU and not job.in_graph and "peak_bytes" not in job.info:
                 job.info["peak_bytes"] = clock.peak_memory(job.run)
         return job
+
+    def _yardstick(self, clock: Clock) -> dict[str, Any]:
+        """The products at the device's matrix rate, or the bytes at its bandwidth; without products, a copy of the bytes.
+
+        It is no bound: kernels that use wider vectors than torch's library do need less.
+        """
+        operations, size = self.case.operations(self.mode), self.case.bytes(self.mode)
+        if not size:
+            return {}
+        if not operations:
+            return {"bytes": size, "yardstick_s": size / clock.copy_bandwidth(size)}
+        rate = clock.matrix_rate(self.precision)
+        seconds = max(operations / rate, size / clock.bandwidth(size))
+        return {"operations": operations, "bytes": size, "yardstick_s": seconds, "matrix_gflops": rate / 1e9}
 
     def timed(self, jobs: Mapping[str, Job], clock: Clock) -> dict[str, Timed | Exception]:
         """Results of those that entered: calls in turn, then kernels alone; or what a call raised.
@@ -278,9 +292,14 @@ class Race:
         if taken.host is not None:
             info["host_s"] = taken.host
         if job.alone and clock.GPU:
-            info |= self._kernels(job, on_gpu(clock))
-        if job.call:
-            info |= self._shares(call, info["graph_cold"]["median"] if "graph_cold" in info else call, clock)
+            info |= self._kernels(job, graph_clock(clock))
+        kernels = info["graph_cold"]["median"] if "graph_cold" in info else call
+        if "operations" in info:
+            info["gflops"] = info["operations"] / call / 1e9
+            info["share_of_matrix_rate"] = info["operations"] / kernels / info["matrix_gflops"] / 1e9
+        elif "bytes" in info:
+            info["gbytes_per_s"] = info["bytes"] / kernels / 1e9
+            info["share_of_copy"] = info["yardstick_s"] / kernels
         if job.rate:
             info[f"{job.rate[0]}_per_s"] = job.rate[1] / call
         return Result(*self.key, name, stats(taken.seconds), info)
@@ -295,29 +314,6 @@ class Race:
         except RuntimeError as error:  # what cannot be captured has still been called
             traceback.print_exc()
             return {"graph_failed": str(error)[:300]}
-
-    def _shares(self, call: float, kernels: float, clock: Clock) -> dict[str, Any]:
-        """The yardstick: the products at the device's matrix rate, or the bytes at its bandwidth; and what was reached.
-
-        Of what is no product the yardstick is a copy of as many bytes. It is no bound: kernels that use wider vectors than
-        torch's library do need less.
-        """
-        operations, size = self.case.operations(self.mode), self.case.bytes(self.mode)
-        if not size:
-            return {}
-        if not operations:
-            rate = clock.copy_bandwidth(size)
-            shares = {"share_of_copy": size / kernels / rate, "gbytes_per_s": size / kernels / 1e9}
-            return {"bytes": size, "yardstick_s": size / rate, **shares}
-        rate = clock.matrix_rate(self.precision)
-        return {
-            "operations": operations,
-            "bytes": size,
-            "yardstick_s": max(operations / rate, size / clock.bandwidth(size)),
-            "matrix_gflops": rate / 1e9,
-            "gflops": operations / call / 1e9,
-            "share_of_matrix_rate": operations / kernels / rate,
-        }
 
 
 def in_turn(
