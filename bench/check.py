@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.cases import FlowCase
-from bench.race import SEED
+from bench.race import SEED, Job
 from glf_fast import use_backend
 
-__all__ = ["exact_flow", "why_wrong"]
+__all__ = ["exact_flow", "operation", "why_wrong"]
 
 CHUNK = 4096  # rows that float64 works on at a time
 
@@ -56,3 +57,28 @@ def exact_flow(case: FlowCase, mode: str, device: str = "cpu") -> list[Tensor]:
             part.backward()
             loss += part.detach()
     return [loss, *(p.grad for p in flow.parameters() if p.grad is not None)]
+
+
+def operation(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    given: Sequence[Tensor],
+    mode: str,
+) -> Job:
+    """Passes of a function: forward, inverse, or train, which is forward and backward from the `given` gradients.
+
+    Results, or the gradients of the inputs, are compared with those of the reference in float64.
+    """
+
+    def results(f: Callable[..., Any], inputs: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+        if mode == "train":
+            return list(torch.autograd.grad(f(*inputs), inputs, given))
+        with torch.no_grad():
+            return list(f(*inputs, inverse=mode == "inverse"))
+
+    def check(found: list[Tensor]) -> str:
+        exact = [t.detach().double().requires_grad_() for t in inputs]
+        return why_wrong(found, results(reference, exact, [g.double() for g in given]))
+
+    return Job(partial(results, function, inputs, given), check, alone=True)

@@ -7,10 +7,9 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.cases import CouplingCase
-from bench.check import why_wrong
+from bench.check import operation
 from bench.compiler import compiled
 from bench.race import Clock, Job, Provider
 from glf_fast import ops, reference, use_backend
@@ -20,25 +19,12 @@ __all__ = ["PROVIDERS"]
 
 def _job(name: str, case: CouplingCase, mode: str, clock: Clock, seed: int = 0) -> Job:
     """w and logdet, or the gradients of v, u and t; `seed` makes other tensors of the same case."""
-    function = _function(name)
     inputs = case.inputs(clock.DEVICE, seed)
     with torch.no_grad(), use_backend("reference"):
         gradients = [torch.randn_like(t) for t in reference.affine_coupling(*inputs)]
-
-    def call() -> tuple[Tensor, ...]:
-        if mode == "train":
-            return torch.autograd.grad(function(*inputs), inputs, gradients)
-        with torch.no_grad():
-            return function(*inputs, inverse=mode == "inverse")
-
-    def check(found: tuple[Tensor, ...]) -> str:
-        exact = [t.detach().double().requires_grad_() for t in inputs]
-        results: tuple[Tensor, ...] = reference.affine_coupling(*exact, inverse=mode == "inverse")
-        if mode == "train":
-            results = torch.autograd.grad(results, exact, [g.double() for g in gradients])
-        return why_wrong(found, [t.detach() for t in results])
-
-    return Job(call, check, alone=True, again=lambda: _job(name, case, mode, clock, seed + 1))
+    job = operation(_function(name), reference.affine_coupling, inputs, gradients, mode)
+    job.again = lambda: _job(name, case, mode, clock, seed + 1)
+    return job
 
 
 @cache

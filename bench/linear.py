@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.check import why_wrong
+from bench.check import operation, why_wrong
 from bench.race import Clock, Job, Provider
 from glf_fast import ops, reference
 
@@ -147,22 +147,10 @@ class AppliedCase:
 def _applied_job(function: Callable[..., Any], case: AppliedCase, mode: str, clock: Clock) -> Job:
     """y and logdet, or the gradients of x, A, c and log|det A|."""
     inputs = case.inputs(clock.DEVICE)
-    given = [torch.randn_like(inputs[0]), torch.randn(case.shape[0], device=clock.DEVICE)]
-
-    def call() -> list[Tensor]:
-        if mode == "train":
-            return list(torch.autograd.grad(function(*inputs), inputs, given))
-        with torch.no_grad():
-            return list(function(*inputs, inverse=mode == "inverse"))
-
-    def check(found: list[Tensor]) -> str:
-        exact = [t.detach().double().requires_grad_() for t in inputs]
-        truth = list(reference.invertible_linear(*exact, inverse=mode == "inverse"))
-        if mode == "train":
-            truth = list(torch.autograd.grad(truth, exact, [g.double() for g in given]))
-        return why_wrong(found, [t.detach() for t in truth])
-
-    return Job(call, check, alone=True, again=lambda: _applied_job(function, case, mode, clock))
+    gradients = [torch.randn_like(inputs[0]), torch.randn(case.shape[0], device=clock.DEVICE)]
+    job = operation(function, reference.invertible_linear, inputs, gradients, mode)
+    job.again = lambda: _applied_job(function, case, mode, clock)
+    return job
 
 
 def _conv2d(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bench import assemble, coupling, flows, linear, lu, memory, training
+from bench import assemble, coupling, flows, linear, memory, training
 from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, SMALL_BATCH, CouplingCase, FlowCase
 from bench.gpu_record import untimed
 from bench.libraries import LIBRARIES
@@ -107,11 +107,8 @@ def _layers() -> Iterator[Race]:
     for factors in assemble.CASES:
         for mode in ("forward", "train"):
             yield race("assemble", factors, mode, assemble.PROVIDERS, OURS_AND_EAGER)
-    sizes = ((1024, 32), (8, 64), (1024, 64), (1024, 16))
-    for size in sizes:
+    for size in ((1024, 32), (8, 64), (1024, 64), (1024, 16)):
         yield race("linear", LinearCase(*size), "train", linear.PROVIDERS, ("glf_fast", "torch.linalg"))
-    for size in sizes:
-        yield race("lu", lu.LuCase(*size), "forward", lu.PROVIDERS, lu.PROVIDERS)
     for layer in linear.APPLIED:
         for mode in COUPLING_MODES:
             yield race("apply", layer, mode, linear.appliers(layer), linear.appliers(layer))

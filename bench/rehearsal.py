@@ -125,8 +125,7 @@ def small(races: Iterable[Race]) -> Iterator[Race]:
     compiled = False
     for race in races:
         if race.suite != "warm":
-            kind = next(kind for kind in type(race.case).__mro__ if kind in SMALL)
-            race = replace(race, case=SMALL[kind](race.case))
+            race = replace(race, case=SMALL[type(race.case)](race.case))
             slow = {*race.names} & {"compile", "reduce-overhead"}
             if slow and (compiled or race.suite == "train_step"):
                 race = race.only({*race.names} - slow)

@@ -215,7 +215,6 @@ HEADINGS = {
     "grid": "Batch against width: 8 steps, two hidden layers (grid-D-H-batch)",
     "coupling": "Elementwise coupling of images (the yardstick is a copy of as many bytes)",
     "linear": "log|det| and inverse of batches of dense matrices (linear-K-D)",
-    "lu": "LU factorisation of batches of dense matrices (linear-K-D)",
     "assemble": "PLU factors of a flow's layers as matrices, with inverses; train: forward and backward (plu-K-D)",
     "apply": "Linear layers applied to vectors and images",
     "train_step": "Whole GLF steps: autoencoder, flow and optimizer of the presets",

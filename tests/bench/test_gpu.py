@@ -139,7 +139,6 @@ def test_rows_are_measured_alike(group: str, tmp_path, monkeypatch, rehearse) ->
             *(("assemble", mode, name) for mode in ("forward", "train") for name in OURS_AND_EAGER),
             *(("apply", mode, name) for mode in COUPLING_MODES for name in (*OURS_AND_EAGER, "conv2d")),
             *(("linear", "train", name) for name in ("glf_fast", "torch.linalg")),
-            *(("lu", "forward", name) for name in ("glf_fast", "torch.linalg")),
         },
         "coupling": {("coupling", mode, name) for mode in COUPLING_MODES for name in OURS_AND_EAGER},
         "step": {("flow", "step, tf32", f"{name}{how}") for name in OURS_AND_EAGER for how in ("", GRAPHED)},

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import glf_fast
-from bench import assemble, flows, lu, on_processor, processor_clock
+from bench import assemble, flows, on_processor, processor_clock
 from bench.assemble import PluCase
 from bench.cases import FLOWS, FlowCase
 from bench.check import CHUNK, exact_flow
 from bench.libraries import LIBRARIES
-from bench.lu import LuCase
 from bench.memory import DIM, ENVIRONMENT, MemoryCase, wrong_gradients
 from bench.plots import draw
 from bench.race import Clock, Job, Provider
@@ -133,13 +132,6 @@ def test_assembled_layers_are_checked(name: str, case: PluCase) -> None:
         made = job(assemble.PROVIDERS[name], case, mode)
         assert len(found := made.run()) == number and made.why_wrong() == ""
         assert "off by" in made.check([1.1 * t for t in found])
-
-
-def test_lu_is_checked_by_its_product() -> None:
-    made = job(lu.PROVIDERS["glf_fast"], LuCase(3, 5), "forward")
-    assert made.why_wrong() == ""
-    factors, *rest = made.run()
-    assert "off by" in made.check([1.01 * factors, *rest])
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
