@@ -7,7 +7,7 @@ import pytest
 from bench import on_processor
 from bench.goals import PROCESSOR, processor_goals
 from bench.plots import draw
-from bench.report import DOCS, FOLDER, OVERVIEW, kept_of, with_tables
+from bench.report import DOCS, DROP_IN, FOLDER, OVERVIEW, kept_of, with_tables
 from bench.results import merge, read, stats, write
 from bench.tables import NOT_MEASURED, page, ratio, worth_a_gpu
 
@@ -160,6 +160,8 @@ def test_pages_say_what_the_committed_results_say(path: Path) -> None:
     assert (DOCS / f"{path.parent.name}.md").read_text().startswith("\n".join(page(read(path))) + "\n")
 
 
-def test_the_overview_says_what_the_committed_results_say() -> None:
-    text = OVERVIEW.read_text()
+@pytest.mark.parametrize(("page", "marks"), [(OVERVIEW, 3), (DROP_IN, 1)])
+def test_pages_with_tables_say_what_the_committed_results_say(page: Path, marks: int) -> None:
+    text = page.read_text()
+    assert text.count("<!-- begin: python -m bench.report --docs: ") == marks
     assert with_tables(text, [read(path) for path in KEPT]) == text
