@@ -33,7 +33,7 @@ def race(
 
 def races() -> Iterator[Race]:
     """All of them."""
-    yield from conversions()
+    yield from _conversions()
     yield from _couplings()
     yield from _flows()
     yield from _layers()
@@ -44,7 +44,7 @@ def races() -> Iterator[Race]:
     yield race("two_moons", two_moons.MoonsCase(), "npe", two_moons.PROVIDERS, 0.0)
 
 
-def conversions() -> Iterator[Race]:
+def _conversions() -> Iterator[Race]:
     """Libraries in all modes; kinds of layers shorter, and without the optimizer."""
     for case in conversion.cases():
         library = case.kind in LIBRARIES

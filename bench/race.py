@@ -163,10 +163,6 @@ class Job:
         return self.check(self.run())
 
 
-def _possible(case: Any, mode: str, device: str) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Provider:
     """An implementation that can be measured.
@@ -178,7 +174,7 @@ class Provider:
 
     name: str
     job: Callable[[Any, str, Clock], Job]
-    why_not: Callable[[Any, str, str], str] = _possible
+    why_not: Callable[[Any, str, str], str] = lambda case, mode, device: ""
 
 
 def graphed(provider: Provider) -> Provider:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
+from itertools import accumulate, chain, pairwise
 
 import pytest
 import torch
@@ -28,21 +29,13 @@ RACES = list(on_processor.races())
 class Tape:
     """A timer that shows durations one after the other: each begins where the last one ended."""
 
-    def __init__(self) -> None:
-        self.ticks: list[float] = []
-
     def insert(self, seconds: Sequence[float]) -> None:
         """What is shown next."""
-        now = 0.0
-        self.ticks = []
-        for duration in seconds:
-            self.ticks += [now, now + duration]
-            now += duration
-        self.ticks.reverse()
+        self.ticks = chain.from_iterable(pairwise(accumulate(seconds, initial=0.0)))
 
     def __call__(self) -> float:
         """What time it is."""
-        return self.ticks.pop()
+        return next(self.ticks)
 
 
 TAPE = Tape()
@@ -58,7 +51,7 @@ def outcomes(race: Race) -> dict[str, Timed | Exception]:
         try:
             jobs[name] = race.enter(name, processor_clock)
         except Exception as reason:  # whatever is wrong with one must not cost the others their times
-            found[name] = reason
+            found[name] = reason.with_traceback(None)  # which would keep all jobs alive
     return found | race.timed(jobs, processor_clock)
 
 
