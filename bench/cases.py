@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,25 @@ __all__ = [
     "CouplingCase",
     "FlowCase",
     "ImageCase",
+    "Unrated",
 ]
 
 # log_prob and sample without gradients; train: log_prob's mean, forward and backward; step: train, and Adam.
 MODES = ("log_prob", "sample", "train", "step")
 # forward and inverse without gradients; train: forward and backward.
 COUPLING_MODES = ("forward", "inverse", "train")
+
+
+class Unrated:
+    """A case whose least work is not known."""
+
+    def operations(self, mode: str) -> int:
+        """Nothing to compare with."""
+        return 0
+
+    def bytes(self, mode: str) -> int:
+        """Nothing to compare with."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,11 @@ class FlowCase:
         x = 0.5 + 1.5 * torch.randn(self.batch, self.dim)
         context = torch.randn(self.batch, self.context_dim).to(device) if self.context_dim else None
         return x.to(device), context
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """For results."""
+        return {"batch": self.batch, "dim": self.dim, "hidden": self.hidden, "steps": self.steps}
 
     @property
     def weights(self) -> int:
@@ -105,6 +124,15 @@ class CouplingCase:
         v = torch.randn(B, C, H, W).to(device, memory_format=order)
         u, t = torch.randn(B, 2 * C, H, W).to(device, memory_format=order).chunk(2, 1)
         return v.requires_grad_(), u.detach().requires_grad_(), t.detach().requires_grad_()
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """For results."""
+        return {"batch": self.shape[0]}
+
+    def operations(self, mode: str) -> int:
+        """None that count: the yardstick is a copy."""
+        return 0
 
     def bytes(self, mode: str) -> int:
         """Least traffic in float32: v, u, t read, w written; backward ∂w, v, u, t read and three gradients written."""

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.cases import FlowCase
+from bench.race import SEED, Job
 from glf_fast import use_backend
 
-__all__ = ["exact_flow", "why_wrong"]
+__all__ = ["exact_flow", "operation", "why_wrong"]
 
 CHUNK = 4096  # rows that float64 works on at a time
-SEED = 2  # of the noise that samples are made of
 
 # torch's matmul precision → the largest relative error of results, and of gradients: there a ReLU that rounding switches
 # counts, one row of 256 by some 10⁻³. What is wrong is off by much more; how exact kernels are is a matter of tests/.
 LIMITS = {"highest": (1e-4, 1e-2), "high": (1e-2, 1e-1), "medium": (6e-2, 2.5e-1)}
 
 
-def why_wrong(found: Sequence[Tensor], exact: Sequence[Tensor], precision: str = "highest") -> str:
-    """Why what was found (one result, then gradients) is not what it should be, or ""."""
+def why_wrong(found: Sequence[Tensor], exact: Sequence[Tensor]) -> str:
+    """Why what was found (one result, then gradients) is not what it should be, or "": in torch's present matmul precision."""
     if len(found) != len(exact):
         return f"{len(found)} results where there should be {len(exact)}"
+    limits = LIMITS[torch.get_float32_matmul_precision()]
     for i, (ours, truth) in enumerate(zip(found, exact, strict=True)):
         if ours.shape != truth.shape:
             return f"result {i} has shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
         error = ((ours.double() - truth).norm() / truth.norm().clamp(min=1e-12)).item()
-        if not error < LIMITS[precision][i > 0]:
+        if not error < limits[i > 0]:
             return f"result {i} is off by {error:.1e}"
     return ""
 
@@ -55,3 +57,28 @@ def exact_flow(case: FlowCase, mode: str, device: str = "cpu") -> list[Tensor]:
             part.backward()
             loss += part.detach()
     return [loss, *(p.grad for p in flow.parameters() if p.grad is not None)]
+
+
+def operation(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    given: Sequence[Tensor],
+    mode: str,
+) -> Job:
+    """Passes of a function: forward, inverse, or train, which is forward and backward from the `given` gradients.
+
+    Results, or the gradients of the inputs, are compared with those of the reference in float64.
+    """
+
+    def results(f: Callable[..., Any], inputs: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+        if mode == "train":
+            return list(torch.autograd.grad(f(*inputs), inputs, given))
+        with torch.no_grad():
+            return list(f(*inputs, inverse=mode == "inverse"))
+
+    def check(found: list[Tensor]) -> str:
+        exact = [t.detach().double().requires_grad_() for t in inputs]
+        return why_wrong(found, results(reference, exact, [g.double() for g in given]))
+
+    return Job(partial(results, function, inputs, given), check, alone=True)

@@ -1,4 +1,4 @@
-"""Benchmarks report what they measured; warnings of other people's libraries are not errors here."""
+"""Options of `pytest bench`, and what its JSON says; warnings of other people's libraries are not errors here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import machine, walltime
+from bench import machine, processor_clock
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,16 +16,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if torch.get_num_threads() != walltime.THREADS:  # after the call itself torch.linalg is wrong: docs/traps.md
-        torch.set_num_threads(walltime.THREADS)
+    if torch.get_num_threads() != processor_clock.THREADS:  # after the call itself torch.linalg is wrong: docs/traps.md
+        torch.set_num_threads(processor_clock.THREADS)
     if config.getoption("--quick"):
-        walltime.quick()
+        processor_clock.quick()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("default"))
-        item.add_marker(pytest.mark.timeout(900))
+        item.add_marker(pytest.mark.timeout(3600 if config.getoption("--long") else 900))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -43,5 +43,6 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     for report in (*reports.get("failed", ()), *reports.get("error", ()), *reports.get("skipped", ())):
         crash = getattr(report.longrepr, "reprcrash", None)
         reason = crash.message if crash else str(report.longrepr[2] if report.skipped else report.longrepr)
-        found.setdefault(reason.splitlines()[0].removeprefix("Skipped: "), []).append(report.nodeid.split("::")[-1])
+        row = report.nodeid.partition("[")[2].removesuffix("]")
+        found.setdefault(reason.splitlines()[0].removeprefix("Skipped: "), []).append(row)
     output_json["wrong"] = [f"{', '.join(tests)}: {reason}" for reason, tests in found.items()]

@@ -1,19 +1,19 @@
-"""The measured table of docs/drop-in.md: `python -m bench.drop_in` writes it from bench/results/*/times.json."""
+"""What converted flows gain: the tables of docs/drop-in.md."""
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from bench.results import Results, read
+from bench.results import Results
 
-__all__ = ["lines", "main"]
+__all__ = ["converted", "lines"]
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "drop-in.md"
-MARKS = ("<!-- begin: python -m bench.drop_in -->", "<!-- end -->")
+
+def converted(machines: Sequence[Results]) -> Iterator[str]:
+    """All machines'."""
+    for found in machines:
+        yield from lines(found)
 
 
 def lines(found: Results) -> Iterator[str]:
@@ -46,15 +46,3 @@ def lines(found: Results) -> Iterator[str]:
                 scores = row.info["c2st"]
                 spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
                 yield f"| {name} | {row.median:.0f} s | {statistics.mean(scores):.3f}{spread} | {len(scores)} |"
-
-
-def main() -> None:
-    """See the module's docstring."""
-    machines = [read(path) for path in sorted((ROOT / "bench" / "results").glob("*/times.json"))]
-    table = "\n".join(line for machine in machines for line in lines(machine)) or "\nNot measured yet."
-    pattern = re.compile(f"({re.escape(MARKS[0])}\n).*?({re.escape(MARKS[1])})", flags=re.S)
-    PAGE.write_text(pattern.sub(lambda found: f"{found[1]}{table}\n\n{found[2]}", PAGE.read_text()))
-
-
-if __name__ == "__main__":
-    main()

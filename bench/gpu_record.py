@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.race import Race
 from bench.results import Result, Results, merge, read, write
 
 __all__ = ["Record", "untimed"]
@@ -34,25 +35,25 @@ class Record:
             self.rows.wrong += [f"{label}: the process ended while this was measured" for label in left]
             self._write()
 
-    def untried(self, suite: str, case: str, mode: str, names: tuple[str, ...]) -> list[str]:
+    def untried(self, race: Race) -> list[str]:
         """Those of a race that have neither a time nor a reason to have none."""
         timed = {(*result.key, result.provider) for result in self.rows.results}
         return [
             name
-            for name in names
-            if (suite, case, mode, name) not in timed
-            and not any(line.startswith(f"{_label(suite, case, mode, name)}: ") for line in self.rows.wrong)
+            for name in race.names
+            if (*race.key, name) not in timed
+            and not any(line.startswith(f"{_label(*race.key, name)}: ") for line in self.rows.wrong)
         ]
 
-    def begin(self, suite: str, case: str, mode: str, name: str) -> None:
+    def begin(self, race: Race, name: str) -> None:
         """Before a provider is made; it stays begun until it has failed or finished."""
-        self.begun.append(_label(suite, case, mode, name))
+        self.begun.append(_label(*race.key, name))
         self.begun_path.parent.mkdir(parents=True, exist_ok=True)
         self.begun_path.write_text("\n".join(self.begun))
 
-    def fail(self, suite: str, case: str, mode: str, name: str, reason: str) -> None:
+    def fail(self, race: Race, name: str, reason: str) -> None:
         """Why it has no time."""
-        label = _label(suite, case, mode, name)
+        label = _label(*race.key, name)
         self.rows.wrong.append(f"{label}: {reason}")
         self.begun.remove(label)
         self._write()
@@ -84,7 +85,7 @@ def _label(suite: str, case: str, mode: str, name: str) -> str:
     return f"{suite} {case}, {mode}, {name}"
 
 
-def untimed(found: Results, suite: str, case: str, mode: str, names: tuple[str, ...]) -> list[str]:
+def untimed(found: Results, race: Race) -> list[str]:
     """Those of a race that have no time in a file, whatever the reason."""
-    timed = {result.provider for result in found.results if result.key == (suite, case, mode)}
-    return [name for name in names if name not in timed]
+    timed = {result.provider for result in found.results if result.key == race.key}
+    return [name for name in race.names if name not in timed]

@@ -5,26 +5,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.check import why_wrong
+from bench.check import operation, why_wrong
+from bench.race import Clock, Job, Provider
 from glf_fast import ops, reference
 
-__all__ = [
-    "APPLIED",
-    "BACKENDS",
-    "LINEAR",
-    "Applied",
-    "AppliedCase",
-    "Linear",
-    "LinearCase",
-    "applied_names",
-    "why_missing",
-]
+__all__ = ["APPLIED", "BACKENDS", "LINEAR", "PROVIDERS", "AppliedCase", "LinearCase", "appliers"]
 
 # torch.linalg by the library under it; on a processor there is one.
 BACKENDS = {"torch.linalg": "default", "torch.linalg, cusolver": "cusolver", "torch.linalg, magma": "magma"}
@@ -48,6 +39,11 @@ class LinearCase:
         noise = torch.randn(self.count, self.dim, self.dim, device=device)
         return (torch.eye(self.dim, device=device) + 0.5 * noise / self.dim**0.5).requires_grad_()
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """For results."""
+        return {"batch": self.count, "dim": self.dim}
+
     def operations(self, mode: str) -> int:
         """LU 2/3 D³, inverse 4/3 D³ each; backward two products more."""
         return self.count * self.dim**3 * (2 if mode == "forward" else 6)
@@ -57,42 +53,41 @@ class LinearCase:
         return 4 * self.count * self.dim**2 * (2 if mode == "forward" else 4)
 
 
-class Linear:
-    """One provider's passes over one case's matrices: signs, log|det| and inverses, and their backward."""
+def _job(name: str, case: LinearCase, mode: str, clock: Clock) -> Job:
+    """log|det| (K,) and inverse (K, D, D), or [∂W]."""
+    W = case.inputs(clock.DEVICE)
+    given = gradients(case, clock.DEVICE)
 
-    def __init__(self, name: str, case: LinearCase, device: str = "cpu") -> None:
-        self.name, self.case, self.W = name, case, case.inputs(device)
-        self.gradients = gradients(case, device)
-
-    def run(self, mode: str) -> list[Tensor]:
-        """[log|det| (K,), inverse (K, D, D)], or [∂W]."""
+    def call() -> list[Tensor]:
         if mode == "train":
-            return list(torch.autograd.grad(self._slogdet_inverse(self.W), self.W, self.gradients))
+            return list(torch.autograd.grad(_slogdet_inverse(name, W), W, given))
         with torch.no_grad():
-            return self._slogdet_inverse(self.W)
+            return _slogdet_inverse(name, W)
 
-    def _slogdet_inverse(self, W: Tensor) -> list[Tensor]:
-        if self.name == "glf_fast":
-            return list(ops.slogdet_inverse(W)[1:3])
-        if self.name == "CuPy":
-            import cupy
+    def check(found: list[Tensor]) -> str:
+        return why_wrong(found, exact_linear(case, mode, clock.DEVICE))
 
-            matrices = cupy.from_dlpack(W.detach())
-            found = cupy.linalg.slogdet(matrices)[1], cupy.linalg.inv(matrices)
-            return [torch.from_dlpack(t) for t in found]
-        if W.is_cuda:
-            torch.backends.cuda.preferred_linalg_library(BACKENDS[self.name])
-        # inv_ex, because inv waits for the GPU to look for singular matrices.
-        return [torch.linalg.slogdet(W)[1], torch.linalg.inv_ex(W)[0]]
+    return Job(call, check, alone=name == "glf_fast", again=lambda: _job(name, case, mode, clock))
 
-    def why_wrong(self, mode: str) -> str:
-        """What is wrong with its results, or ""."""
-        return why_wrong(self.run(mode), exact_linear(self.case, mode, str(self.W.device)))
+
+def _slogdet_inverse(name: str, W: Tensor) -> list[Tensor]:
+    if name == "glf_fast":
+        return list(ops.slogdet_inverse(W)[1:3])
+    if name == "CuPy":
+        import cupy
+
+        matrices = cupy.from_dlpack(W.detach())
+        found = cupy.linalg.slogdet(matrices)[1], cupy.linalg.inv(matrices)
+        return [torch.from_dlpack(t) for t in found]
+    if W.is_cuda:
+        torch.backends.cuda.preferred_linalg_library(BACKENDS[name])
+    # inv_ex, because inv waits for the GPU to look for singular matrices.
+    return [torch.linalg.slogdet(W)[1], torch.linalg.inv_ex(W)[0]]
 
 
 @lru_cache(maxsize=1)
 def exact_linear(case: LinearCase, mode: str, device: str) -> list[Tensor]:
-    """What `Linear.run` should give, in float64: once for all providers of a case."""
+    """What a pass should give, in float64: once for all providers of a case."""
     exact = case.inputs(device).detach().double().requires_grad_()
     truth = list(reference.slogdet_inverse(exact)[1:3])
     if mode == "train":
@@ -106,10 +101,7 @@ def gradients(case: LinearCase, device: str) -> list[Tensor]:
     return [torch.randn(case.count, device=device), torch.randn(case.count, case.dim, case.dim, device=device)]
 
 
-def why_missing(name: str, device: str, mode: str) -> str:
-    """Why a provider cannot be measured, or ""."""
-    if name != "CuPy":
-        return ""
+def _no_cupy(case: LinearCase, mode: str, device: str) -> str:
     if device == "cpu" or importlib.util.find_spec("cupy") is None:
         return "CuPy needs a GPU" if device == "cpu" else "CuPy is not installed"
     return "CuPy has no gradients" if mode == "train" else ""
@@ -137,6 +129,11 @@ class AppliedCase:
         A = torch.eye(dim, device=device) + 0.5 * torch.randn(dim, dim, device=device) / dim**0.5
         return [t.requires_grad_() for t in (x, A, torch.randn(dim, device=device), torch.randn((), device=device))]
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """For results."""
+        return {"batch": self.shape[0], "dim": self.shape[1]}
+
     def operations(self, mode: str) -> int:
         """The product; backward two more."""
         numbers = torch.Size(self.shape).numel()
@@ -147,37 +144,13 @@ class AppliedCase:
         return 4 * torch.Size(self.shape).numel() * (5 if mode == "train" else 2)
 
 
-def applied_names(case: AppliedCase) -> tuple[str, ...]:
-    """Who can apply it."""
-    return ("glf_fast", "eager", *(("conv2d",) if len(case.shape) > 2 else ()))
-
-
-class Applied:
-    """One provider's passes: y and logdet, or the gradients of x, A, c and log|det A|."""
-
-    def __init__(self, name: str, case: AppliedCase, device: str = "cpu") -> None:
-        functions: dict[str, Callable[..., Any]] = {
-            "glf_fast": ops.invertible_linear,
-            "eager": reference.invertible_linear,
-            "conv2d": _conv2d,
-        }
-        self.function, self.inputs = functions[name], case.inputs(device)
-        self.gradients = [torch.randn_like(self.inputs[0]), torch.randn(case.shape[0], device=device)]
-
-    def run(self, mode: str) -> list[Tensor]:
-        """One pass."""
-        if mode == "train":
-            return list(torch.autograd.grad(self.function(*self.inputs), self.inputs, self.gradients))
-        with torch.no_grad():
-            return list(self.function(*self.inputs, inverse=mode == "inverse"))
-
-    def why_wrong(self, mode: str) -> str:
-        """What is wrong with its results, or ""."""
-        exact = [t.detach().double().requires_grad_() for t in self.inputs]
-        truth = list(reference.invertible_linear(*exact, inverse=mode == "inverse"))
-        if mode == "train":
-            truth = list(torch.autograd.grad(truth, exact, [g.double() for g in self.gradients]))
-        return why_wrong(self.run(mode), [t.detach() for t in truth])
+def _applied_job(function: Callable[..., Any], case: AppliedCase, mode: str, clock: Clock) -> Job:
+    """y and logdet, or the gradients of x, A, c and log|det A|."""
+    inputs = case.inputs(clock.DEVICE)
+    gradients = [torch.randn_like(inputs[0]), torch.randn(case.shape[0], device=clock.DEVICE)]
+    job = operation(function, reference.invertible_linear, inputs, gradients, mode)
+    job.again = lambda: _applied_job(function, case, mode, clock)
+    return job
 
 
 def _conv2d(
@@ -188,6 +161,22 @@ def _conv2d(
     y = torch.conv2d(x - offset[:, None, None], kernel) if inverse else torch.conv2d(x, kernel, offset)
     pixels = x.shape[2:].numel()
     return y, ((-pixels if inverse else pixels) * logabsdet).expand(len(x))
+
+
+PROVIDERS = {
+    **{name: Provider(name, partial(_job, name)) for name in ("glf_fast", *BACKENDS)},
+    "CuPy": Provider("CuPy", partial(_job, "CuPy"), _no_cupy),
+}
+VECTORS = {
+    "glf_fast": Provider("glf_fast", partial(_applied_job, ops.invertible_linear)),
+    "eager": Provider("eager", partial(_applied_job, reference.invertible_linear)),
+}
+IMAGES = VECTORS | {"conv2d": Provider("conv2d", partial(_applied_job, _conv2d))}
+
+
+def appliers(case: AppliedCase) -> dict[str, Provider]:
+    """Who can apply it."""
+    return IMAGES if len(case.shape) > 2 else VECTORS
 
 
 # On a processor what takes a tenth of a second or less: LU and inverse of 1,024 matrices of 64 × 64.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import glf_fast
+from bench.libraries import LIBRARIES
 
 __all__ = ["about"]
 
@@ -27,6 +28,7 @@ def about() -> dict[str, Any]:
         "glf_fast": glf_fast.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "libraries": {name: _version(name) for name in LIBRARIES},
         "python_version": platform.python_version(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -1,11 +1,9 @@
-"""Peak memory of a training pass in a process of its own: `python -m bench.memory BACKEND STEPS [--reversible]`.
+"""Peak memory of a training pass against depth; on a processor in a process of its own: `python -m bench.memory BACKEND STEPS`.
 
-Prints JSON: bytes above what the process held before, with the parameters' gradients already there; how many of them a pass
-for ∂x alone takes, without gradients of the parameters: activations, and the two matrices of each layer; bytes of the
-parameters; and the seconds of the pass. Gradients that are being summed are as large as the parameters for each thread.
-
-Linux only: the kernel's high-water mark of the resident set, which counts every allocation of every library. Blocks that
-were freed must be out of the set by then, or the pass would use them unseen: set MALLOC_MMAP_THRESHOLD_ (see `ENVIRONMENT`).
+Bytes above what the process held before, with the parameters' gradients already there; how many of them a pass for ∂x alone
+takes, without gradients of the parameters: activations, and the two matrices of each layer; bytes of the parameters. On a
+processor the seconds of the pass, too: printed as JSON. Gradients that are being summed are as large as the parameters for
+each thread. D 64, two hidden layers of 256.
 """
 
 from __future__ import annotations
@@ -13,63 +11,74 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import glf_fast
+from bench import processor_clock
+from bench.cases import Unrated
 from bench.check import why_wrong
+from bench.race import Clock, Job, Provider
 
-__all__ = ["BATCH", "DIM", "ENVIRONMENT", "HIDDEN", "measure", "wrong_gradients"]
+__all__ = ["DIM", "ENVIRONMENT", "PROVIDERS", "MemoryCase", "measure", "wrong_gradients"]
 
-DIM, HIDDEN, BATCH = 64, (256, 256), 4096
+DIM, HIDDEN = 64, (256, 256)
 CHECKED = 256  # rows whose gradients are compared with the reference's in float64
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc returns larger blocks at once
 
 
-def _resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
+@dataclass(frozen=True)
+class MemoryCase(Unrated):
+    """A flow of so many steps."""
+
+    steps: int
+    batch: int = 4096
+
+    @property
+    def name(self) -> str:
+        """memory-K."""
+        return f"memory-{self.steps}"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """For results."""
+        return {"batch": self.batch, "dim": DIM, "hidden": HIDDEN, "steps": self.steps}
 
 
-def _peak(work: Callable[[], object]) -> int:
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    work()
-    return _resident("VmHWM") - before
-
-
-def measure(backend: str, steps: int, reversible: bool) -> dict[str, float]:
-    """One forward and backward of `steps` steps (D 64, H 256, 256, B 4,096).
-
-    Raises:
-        AssertionError: its gradients are not the reference's.
-    """
+def measure(backend: str, reversible: bool, case: MemoryCase, clock: Clock) -> Job:
+    """One forward and backward, whose memory is in `info`."""
     torch.manual_seed(0)
-    flow = glf_fast.CouplingFlow(DIM, steps, HIDDEN, reversible=reversible)
-    x = torch.randn(BATCH, DIM)
-    seconds = 0.0
+    flow = glf_fast.CouplingFlow(DIM, case.steps, HIDDEN, reversible=reversible).to(clock.DEVICE)
+    x = torch.randn(case.batch, DIM, device=clock.DEVICE)
 
-    def work() -> None:
-        nonlocal seconds
-        start = time.perf_counter()
-        flow.log_prob(x).mean().backward()
-        seconds = time.perf_counter() - start
-
-    with glf_fast.use_backend(backend):
-        for rows in (x[:64], x[:64]):  # loads libraries, makes the gradients and thread pools
+    def work(rows: Tensor = x) -> None:
+        with glf_fast.use_backend(backend):
             flow.log_prob(rows).mean().backward()
-        peak, taken = _peak(work), seconds
-        flow.requires_grad_(False)
-        x.requires_grad_()
-        flow.log_prob(x[:64]).mean().backward()
-        activations = _peak(work)
-        if wrong := wrong_gradients(flow.requires_grad_(), x.detach()):
-            raise AssertionError(wrong)
+
+    def check(_: object) -> str:
+        with glf_fast.use_backend(backend):
+            return wrong_gradients(flow, x)
+
+    for _ in range(2):  # loads libraries, makes the gradients and thread pools
+        work(x[:64])
+    peak = clock.peak_memory(work)
+    flow.requires_grad_(False)
+    x.requires_grad_()
+    work(x[:64])
+    activations = clock.peak_memory(work)
+    flow.requires_grad_()
+    x.requires_grad_(False)
     size = 4 * sum(p.numel() for p in flow.parameters())
-    return {"peak_bytes": peak, "activation_bytes": activations, "parameter_bytes": size, "seconds": taken}
+    return Job(work, check, info={"peak_bytes": peak, "activation_bytes": activations, "parameter_bytes": size})
 
 
 def wrong_gradients(flow: glf_fast.CouplingFlow, x: torch.Tensor) -> str:
@@ -85,10 +94,45 @@ def _gradients(flow: glf_fast.CouplingFlow, x: torch.Tensor) -> list[torch.Tenso
     return [loss.detach(), *torch.autograd.grad(loss, list(flow.parameters()))]
 
 
-if __name__ == "__main__":
+def _job(backend: str, reversible: bool, case: MemoryCase, mode: str, clock: Clock) -> Job:
+    """On a processor what a process of its own has found."""
+    if clock.GPU:
+        return measure(backend, reversible, case, clock)
+    program = [sys.executable, "-m", "bench.memory", backend.replace("auto", "cpp"), str(case.steps)]
+    root, environment = Path(__file__).parent.parent, os.environ | ENVIRONMENT
+    flags = ["--reversible"] if reversible else []
+    done = subprocess.run([*program, *flags], cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise AssertionError(done.stderr.strip()[-500:])
+    info = json.loads(done.stdout)
+    return Job(None, lambda _: "", seconds=[info.pop("seconds")], info=info)
+
+
+PROVIDERS = {
+    name: Provider(name, partial(_job, backend, reversible))
+    for name, backend, reversible in (
+        ("glf_fast", "auto", False),
+        ("glf_fast reversible", "auto", True),
+        ("eager", "reference", False),
+    )
+}
+
+
+def main() -> None:
+    """See the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
     parser.add_argument("backend", choices=("reference", "cpp"))
     parser.add_argument("steps", type=int)
     parser.add_argument("--reversible", action="store_true")
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.backend, arguments.steps, arguments.reversible)))
+    job = measure(arguments.backend, arguments.reversible, MemoryCase(arguments.steps), processor_clock)
+    start = time.perf_counter()
+    job.run()
+    seconds = time.perf_counter() - start
+    if wrong := job.check(None):
+        sys.exit(wrong)
+    print(json.dumps(job.info | {"seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()

@@ -70,7 +70,7 @@ def ratios(found: Results) -> Figure | None:
     rows = [
         (f"{case}, {mode}", {name: row.median for name, row in group.items()})
         for (suite, case, mode), group in found.groups().items()
-        if suite in ("flow", "gpu_flow") and OURS in group and len(group) > 1
+        if suite == "flow" and OURS in group and len(group) > 1
     ]
     if not rows:
         return None

@@ -3,7 +3,8 @@
 Files are those of bench/results, all of them by default. With `--keep MACHINE` they are fresh ones, of `pytest bench
 --benchmark-json FILE` or of `make gpu`: repeated runs, or different suites, of one machine at one commit. They are merged and
 put into bench/results/MACHINE/times.json, in the place of an older one. `--docs` writes each machine's page,
-docs/benchmarks/MACHINE.md, its figures, and the tables in docs/benchmarks.md: the goals, and processors beside GPUs.
+docs/benchmarks/MACHINE.md, its figures, the tables in docs/benchmarks.md (the goals, and processors beside GPUs), and those in
+docs/drop-in.md.
 A GPU's page ends with what was predicted (bench/predictions.json) beside what was measured.
 """
 
@@ -14,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.goals import goals
-from bench.gpu_goals import gpu_goals
+from bench.drop_in import converted
+from bench.goals import gpu_goals, processor_goals
 from bench.plots import draw
 from bench.predictions import predictions
 from bench.results import Results, merge, read, write
@@ -27,14 +28,22 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "bench" / "results"
 DOCS = ROOT / "docs" / "benchmarks"
 OVERVIEW = ROOT / "docs" / "benchmarks.md"
-# Marked parts of the overview, and what makes their lines.
-PARTS = {"goals": goals, "goals of GPUs": gpu_goals, "worth a GPU": worth_a_gpu}
+DROP_IN = ROOT / "docs" / "drop-in.md"
+# Marked parts of pages, and what makes their lines.
+PARTS = {
+    "goals": processor_goals,
+    "goals of GPUs": gpu_goals,
+    "worth a GPU": worth_a_gpu,
+    "converted flows": converted,
+}
 
 
 def with_tables(text: str, machines: Sequence[Results]) -> str:
-    """docs/benchmarks.md with the tables between its marks made anew."""
+    """A page with the tables between its marks made anew."""
     for name, make in PARTS.items():
         begin, end = f"<!-- begin: python -m bench.report --docs: {name} -->", "<!-- end -->"
+        if begin not in text:
+            continue
         before, rest = text.split(begin)
         lines = "\n".join(make(machines)).strip()
         text = f"{before}{begin}\n\n{lines}\n\n{end}{rest.split(end, 1)[1]}"
@@ -82,10 +91,10 @@ def main() -> None:
         (DOCS / f"{machine}.md").write_text(text + images)
         print(DOCS / f"{machine}.md")
     if arguments.docs:
-        OVERVIEW.write_text(
-            with_tables(OVERVIEW.read_text(), [read(path) for path in sorted(FOLDER.glob("*/times.json"))])
-        )
-        print(OVERVIEW)
+        machines = [read(path) for path in sorted(FOLDER.glob("*/times.json"))]
+        for path in (OVERVIEW, DROP_IN):
+            path.write_text(with_tables(path.read_text(), machines))
+            print(path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Result files: what was measured on one machine, by suite, case, mode and provider, in one run or in several.
 
-A suite's name is that of its test: `test_flow[…]` is a result of the suite "flow". What a suite says beside its times is in
-`info`.
+What a suite says beside its times is in `info`. pytest-benchmark's files carry the same results as what it calls extra_info.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Any
 
 __all__ = ["Key", "Result", "Results", "merge", "read", "stats", "write"]
 
-KEPT = ("min", "q1", "median", "q3", "max", "rounds")
 Key = tuple[str, str, str]  # suite, case, mode
 
 
@@ -96,12 +94,7 @@ def read(path: Path) -> Results:
     cpu = machine.get("cpu", {})
     known = ("brand_raw", "arch", "l2_cache_size", "l3_cache_size")
     machine["cpu"] = {name: cpu[name] for name in known if name in cpu}
-    rows = []
-    for row in whole["benchmarks"]:
-        info = row["extra_info"]
-        case, mode, provider = (info.pop(name) for name in ("case", "mode", "provider"))
-        suite = row["name"].split("[")[0].removeprefix("test_")
-        rows.append(Result(suite, case, mode, provider, {name: row["stats"][name] for name in KEPT}, info))
+    rows = [Result(**row["extra_info"]) for row in whole["benchmarks"]]
     return Results(machine, whole["datetime"], rows, whole.get("wrong", []))
 
 

@@ -48,7 +48,7 @@ def plain(groups: Groups, *columns: Column) -> Iterator[str]:
     names = _names(groups)
     rest = [
         (name, title, cell)
-        for title, cell in (("kernels alone, cold L2", _kernels), *columns)
+        for title, cell in (("kernels alone, cold L2", kernels), *columns)
         for name in names
         if any(name in rows and cell(rows[name]) for rows in groups.values())
     ]
@@ -59,56 +59,24 @@ def plain(groups: Groups, *columns: Column) -> Iterator[str]:
 
 
 def by_case(groups: Groups) -> Iterator[str]:
-    """A table a case and mode, the fastest provider first."""
+    """A table a case and mode, the fastest provider first; columns of a GPU alone where they were measured."""
     for (_, case, mode), rows in groups.items():
         info = next(iter(rows.values())).info
-        yield f"### {case}, {mode} (batch {info['batch']}, {info['threads']} threads)"
+        threads = f", {info['threads']} threads" if "threads" in info else ""
+        yield f"### {case}, {mode} (batch {info['batch']}{threads})"
         yield ""
         yield (
             f"Yardstick: the products at torch's matrix rate ({info['matrix_gflops']:.0f} GFLOP/s), or reading the weights: "
             f"{time(info['yardstick_s'])}.{best(rows)}"
         )
         yield ""
-        yield from header(["", "median", "quartiles", "× glf_fast", "GFLOP/s", "of the yardstick"])
-        for name, row in sorted(rows.items(), key=lambda item: item[1].median):
-            yield line(
-                [
-                    name,
-                    time(row.median),
-                    f"{time(row.stats['q1'])} – {time(row.stats['q3'])}",
-                    ratio(rows, name),
-                    f"{row.info['gflops']:.0f}",
-                    f"{row.info['yardstick_s'] / row.median:.0%}",
-                ]
-            )
-        yield ""
-
-
-def on_gpu(groups: Groups) -> Iterator[str]:
-    """A table a case and mode: calls with the host in them, and graphs replayed without it."""
-    titles = ("", "a call", "quartiles", "× glf_fast", "host", "graph, cold L2", "graph, warm", "of the rate", "peak")
-    for (_, case, mode), rows in groups.items():
-        info = next(iter(rows.values())).info
-        yield f"### {case}, {mode} (batch {info['batch']})"
-        yield ""
-        yardstick = time(info["yardstick_s"])
-        yield f"Floor: the products at torch's matrix rate, or the bytes at a copy's: {yardstick}.{best(rows)}"
-        yield ""
-        yield from header(titles)
-        for name, row in sorted(rows.items(), key=lambda item: item[1].median):
-            i = row.info
-            yield line(
-                [
-                    name,
-                    time(row.median),
-                    f"{time(row.stats['q1'])} – {time(row.stats['q3'])}",
-                    ratio(rows, name),
-                    time(i["host_s"]) if "host_s" in i else "",
-                    *(time(i[key]["median"]) if key in i else "" for key in ("graph_cold", "graph_warm")),
-                    f"{i['share_of_matrix_rate']:.0%}",
-                    mebibytes(i, "peak_bytes"),
-                ]
-            )
+        ordered = sorted(rows, key=lambda name: rows[name].median)
+        columns = {title: [cell(rows[name]) for name in ordered] for title, cell in COLUMNS.items()}
+        columns["× glf_fast"] = [ratio(rows, name) for name in ordered]
+        table = {title: cells for title, cells in columns.items() if any(cells) or title == "× glf_fast"}
+        yield from header(["", *table])
+        for cells in zip(ordered, *table.values(), strict=True):
+            yield line(cells)
         yield ""
 
 
@@ -231,8 +199,10 @@ def _cell(rows: dict[str, Result], name: str) -> str:
     return time(row.median) + (f", {yardstick / row.median:.0%} of the yardstick" if yardstick else "")
 
 
-def _kernels(row: Result) -> str:
-    return time(row.info["graph_cold"]["median"]) if "graph_cold" in row.info else ""
+def kernels(row: Result, caches: str = "cold") -> str:
+    """Time of the kernels alone; "" where it was not measured."""
+    key = f"graph_{caches}"
+    return time(row.info[key]["median"]) if key in row.info else ""
 
 
 def _names(groups: Groups) -> list[str]:
@@ -241,7 +211,6 @@ def _names(groups: Groups) -> list[str]:
 
 HEADINGS = {
     "flow": "Flows",
-    "gpu_flow": "Flows",
     "depth": "Depth: D 64, two hidden layers of 256, batch 256",
     "grid": "Batch against width: 8 steps, two hidden layers (grid-D-H-batch)",
     "coupling": "Elementwise coupling of images (the yardstick is a copy of as many bytes)",
@@ -254,9 +223,21 @@ HEADINGS = {
 }
 TABLES: dict[str, Callable[[Groups], Iterator[str]]] = {
     "flow": by_case,
-    "gpu_flow": on_gpu,
     "coupling": coupling,
     "train_step": train_step,
     "memory": memory,
     "launches": launches,
+}
+# Of a case's table; those of a GPU alone where they were measured.
+COLUMNS: dict[str, Callable[[Result], str]] = {
+    "median": lambda row: time(row.median),
+    "quartiles": lambda row: f"{time(row.stats['q1'])} – {time(row.stats['q3'])}",
+    "× glf_fast": lambda row: "",  # of all rows together
+    "host": lambda row: time(row.info["host_s"]) if "host_s" in row.info else "",
+    "graph, cold L2": kernels,
+    "graph, warm": lambda row: kernels(row, "warm"),
+    "kernels, of the rate": lambda row: f"{row.info['share_of_matrix_rate']:.0%}" if kernels(row) else "",
+    "GFLOP/s": lambda row: f"{row.info['gflops']:.0f}",
+    "of the yardstick": lambda row: f"{row.info['yardstick_s'] / row.median:.0%}",
+    "peak": lambda row: mebibytes(row.info, "peak_bytes"),
 }

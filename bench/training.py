@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.cases import Unrated
 from bench.check import why_wrong
 from bench.compiler import compiled
+from bench.race import Clock, Job, Provider
 from glf_fast import use_backend
 from glf_fast.data import ImageDataset
 from glf_fast.images import to_float
 from glf_fast.training.config_files import load, preset_path
 from glf_fast.training.trainer import Trainer
 
-__all__ = ["IMAGES", "PROVIDERS", "Step"]
+__all__ = ["IMAGES", "PROVIDERS", "PresetCase", "Step"]
 
-PROVIDERS = ("glf_fast", "eager", "compile")
 IMAGES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}  # preset → its images
+
+
+@dataclass(frozen=True)
+class PresetCase(Unrated):
+    """A preset's model on its images; `batch` 0 is the preset's own."""
+
+    name: str
+    batch: int = 0
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """In the job: the preset knows its batch."""
+        return {}
 
 
 class Step:
@@ -47,11 +63,10 @@ class Step:
         with use_backend(self.backend):
             return self.trainer.step(self.images)
 
-    def why_wrong(self, precision: str = "highest") -> str:
+    def check(self, losses: dict[str, Tensor]) -> str:
         """What is wrong with the first step's loss, or the flow's gradients in it, or ""."""
-        losses = self.run()
         gradients = [p.grad for p in self._flow_parameters() if p.grad is not None]
-        return why_wrong([losses["loss"], *gradients], self.exact, precision)
+        return why_wrong([losses["loss"], *gradients], self.exact)
 
     def _flow_parameters(self) -> list[nn.Parameter]:
         return self.trainer.model.parameter_groups()["flow"]
@@ -67,3 +82,12 @@ class Step:
         model.zero_grad(set_to_none=True)
         model.float().load_state_dict(weights)
         return [loss.detach(), *gradients]
+
+
+def _job(name: str, case: PresetCase, mode: str, clock: Clock) -> Job:
+    step = Step(name, case.name, clock.DEVICE, case.batch)
+    batch = len(step.images)
+    return Job(step.run, step.check, info={"batch": batch}, rate=("images", batch))
+
+
+PROVIDERS = {name: Provider(name, partial(_job, name)) for name in ("glf_fast", "eager", "compile")}

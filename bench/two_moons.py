@@ -1,4 +1,7 @@
-"""Two moons with sbi's NPE: the task, its exact posterior, training and quality of an estimator.
+"""Two moons with sbi's NPE: the task, its exact posterior, training and quality of sbi's default estimator and of ours.
+
+Time is that of `NPE.train()` with sbi's default settings, until its own stopping rule: one run a seed, both estimators in turn.
+Quality is C2ST by sbi's own function, which is not timed.
 
 The task is that of "Benchmarking simulation-based inference" (arXiv:2101.04653), appendix T.8, whose posterior can be sampled
 exactly.
@@ -6,15 +9,27 @@ exactly.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 import statistics
+import tempfile
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["OBSERVATIONS", "c2st", "exact_posterior", "simulate", "train"]
+from bench.cases import Unrated
+from bench.race import Clock, Job, Provider
+
+__all__ = ["OBSERVATIONS", "PROVIDERS", "MoonsCase", "c2st", "exact_posterior", "simulate", "train"]
 
 # Over the range of what the simulator makes.
 OBSERVATIONS = torch.tensor([[0.0, 0.0], [-0.4, 0.3], [-0.8, -0.2], [-0.2, -0.6], [-0.6, 0.6]])
@@ -73,3 +88,61 @@ def c2st(posterior: Any, n: int) -> float:
         samples = posterior.sample((n,), x=x[None], show_progress_bars=False)
         scores.append(float(metrics.c2st(exact_posterior(x, n), samples)))
     return statistics.mean(scores)
+
+
+@dataclass(frozen=True)
+class MoonsCase(Unrated):
+    """One run a seed."""
+
+    simulations: int = 10_000
+    seeds: int = 5
+    samples: int = 2_000
+    name: str = "two-moons"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """For results."""
+        return {"batch": 200, "simulations": self.simulations}
+
+
+@cache
+def runs(case: MoonsCase) -> dict[str, list[dict[str, Any]]]:
+    """What each estimator's runs took and gave."""
+    from glf_fast.integrations.sbi import coupling_flow
+
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in PROVIDERS}
+    with _elsewhere():
+        for seed in range(case.seeds):
+            for name in [*found] if seed % 2 == 0 else reversed(found):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    posterior, run = train("maf" if name == "sbi" else coupling_flow(), seed, case.simulations)
+                    found[name].append(run | {"c2st": c2st(posterior, case.samples)})
+                print(f"\nseed {seed}, {name}: {found[name][-1]}", flush=True)
+    return found
+
+
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """In a temporary folder: sbi writes its logs where it is."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def _job(name: str, case: MoonsCase, mode: str, clock: Clock) -> Job:
+    found = runs(case)[name]
+    info = {key: [run[key] for run in found] for key in ("c2st", "epochs", "loss")}
+    seconds = [run["seconds"] for run in found]
+    return Job(None, lambda _: "", seconds=seconds, info=info | {"parameters": found[0]["parameters"]})
+
+
+def _why_not(case: MoonsCase, mode: str, device: str) -> str:
+    return "" if importlib.util.find_spec("sbi") else "sbi is not installed (make bench installs it)"
+
+
+PROVIDERS = {name: Provider(name, partial(_job, name), _why_not) for name in ("sbi", "glf_fast")}

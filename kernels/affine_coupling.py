@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glf_fast.kernels.coupling_flow import couple
-from glf_fast.kernels.launch import Specialization, launch, specialization
+from glf_fast.kernels.launch import launch
 from glf_fast.kernels.math import log_scale, log_scale_slope
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "coupling_forward",
     "coupling_kernel",
     "is_channels_last",
-    "specializations",
 ]
 
 # 16 bytes of float32, the widest load. Of 16-bit operands 8 numbers would be 16 bytes, but in another order of threads than
@@ -249,28 +248,3 @@ def _tile(columns: int) -> dict[str, int]:
     """A program's samples, of which short ones share it, and warps."""
     samples = max(1, TILE // columns)
     return {"BM": samples, "BN": columns, "num_warps": samples * columns // 128, "num_stages": 1}
-
-
-def specializations() -> list[Specialization]:
-    """What is launched for float32 operands of vectors and of images in both orders, with the default log-scale.
-
-    Channels of a half: 24 in large batches; 12 and 6, as in the first two levels of a Glow on 32 × 32 images, in small ones.
-    """
-    formula = {"LOG_SCALE": "tanh", "CONSTANT": 2.0, "ADD_FIRST": False, "INVERSE": False}
-    found = []
-    for name, shape, order in (
-        ("vectors", (256, 32), torch.contiguous_format),
-        ("images", (4096, 24, 16, 16), torch.contiguous_format),
-        ("channels-last images", (4096, 24, 16, 16), torch.channels_last),
-        ("few channels-last images", (64, 12, 16, 16), torch.channels_last),
-        ("few channels-last images of 6", (64, 6, 16, 16), torch.channels_last),
-    ):
-        # Halves of one tensor, and a network's output, neither of which has memory on this device.
-        twice = torch.empty((shape[0], 2 * shape[1], *shape[2:]), device="meta", memory_format=order)
-        u, t = twice.chunk(2, 1)
-        w, logdet, forward = _forward(t, u, t)
-        _, backward = _backward(w, logdet, t, u, t)
-        for direction, call in (("forward", forward), ("backward", backward)):
-            of = f"coupling {direction} {name}"
-            found.append(specialization(of, call.kernel, call.arguments, **call.constants, **formula))
-    return found

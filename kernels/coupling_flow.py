@@ -9,7 +9,6 @@ For k = 0 … K−1 (INVERSE: K−1 … 0), every row for itself:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -17,14 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from glf_fast.kernels.flow_options import FlowOptions, operand_dtype, sizes
-from glf_fast.kernels.launch import Specialization, launch
+from glf_fast.kernels.launch import launch
 from glf_fast.kernels.launch_table import Launch, launch_for
 from glf_fast.kernels.math import log_scale
 from glf_fast.kernels.mlp import load_first, mlp
 from glf_fast.kernels.packing import pack
 from glf_fast.kernels.tiles import affine, keep_columns, load_bias, load_halves, load_map, store_halves
 
-__all__ = ["couple", "flow_forward", "flow_kernel", "specialization"]
+__all__ = ["couple", "flow_forward", "flow_kernel"]
 
 
 @triton.jit
@@ -146,17 +145,3 @@ def flow_forward(
         **constants, **options.constants(), SAVE=save, STAGED=how.staged, **how.constants(),
     )  # fmt: skip
     return out, logdet, saved
-
-
-def specialization(
-    name: str, dim: int, hidden: Sequence[int], context_dim: int, options: FlowOptions, save: bool, how: Launch
-) -> Specialization:
-    """What `flow_forward` launches for float32 tensors, the packing apart."""
-    constants = {**sizes(dim, hidden, context_dim), **options.constants(), "SAVE": save, "STAGED": how.staged}
-    constants |= {"BM": how.rows, "BN": how.columns, "BK": how.depth}
-    signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
-    for argument in flow_kernel.arg_names:
-        signature.setdefault(argument, "*fp32")
-    kept = "*bf16" if options.mlp_precision == "bf16" else "*fp32"
-    signature |= {"weights": kept, "hidden": kept, "density": "i32", "rows": "i32", "steps": "i32"}
-    return Specialization(name, flow_kernel, signature, constants, how.num_warps, how.num_stages)

@@ -18,7 +18,6 @@ One step of the inverse is x = (y − c) A⁻¹ of y = [p, (w − t)·e^−ℓ].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from glf_fast.kernels.coupling_flow import couple
 from glf_fast.kernels.flow_options import FlowOptions, operand_dtype, sizes
-from glf_fast.kernels.launch import Specialization, launch
+from glf_fast.kernels.launch import launch
 from glf_fast.kernels.launch_table import Launch, launch_for
 from glf_fast.kernels.math import log_scale, log_scale_slope
 from glf_fast.kernels.mlp import mlp, mlp_backward
@@ -35,7 +34,7 @@ from glf_fast.kernels.packing import pack
 from glf_fast.kernels.sums import column_sums
 from glf_fast.kernels.tiles import affine, keep_columns, load_bias, load_halves, load_map, store_halves, store_tile
 
-__all__ = ["WORKSPACE_BYTES", "flow_backward", "flow_backward_kernel", "portions", "specialization"]
+__all__ = ["WORKSPACE_BYTES", "flow_backward", "flow_backward_kernel", "portions"]
 
 # What a launch may use for hidden layers and gradients: about the L2 cache of an H100 or H200 (50, 60 MB), and less than
 # the saved inputs of the flow whose memory is measured (67 MB at D 64, K 64, B 4,096). At 256 MiB for all steps that flow took
@@ -313,18 +312,3 @@ def _over_rows(a: Tensor, b: Tensor, processors: int) -> Tensor:
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
     """Batched product with a float32 result, whatever the operands: float32 ones follow PyTorch's matmul precision."""
     return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else torch.bmm(a, b)
-
-
-def specialization(
-    name: str, dim: int, hidden: Sequence[int], context_dim: int, options: FlowOptions, saved: bool, how: Launch
-) -> Specialization:
-    """What `flow_backward` launches for float32 tensors, the packing and the sums apart."""
-    constants = {**sizes(dim, hidden, context_dim), **options.constants(), "SAVED": saved}
-    constants |= {"BM": how.rows, "BN": how.columns, "BK": how.depth}
-    kept = "*bf16" if options.mlp_precision == "bf16" else "*fp32"
-    signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
-    for argument in flow_backward_kernel.arg_names:
-        signature.setdefault(argument, "*fp32")
-    signature |= {"weights": kept, "hidden": kept, "slopes": kept}
-    signature |= dict.fromkeys(("density", "more", "rows", "batch", "steps"), "i32")
-    return Specialization(name, flow_backward_kernel, signature, constants, how.num_warps, how.num_stages)

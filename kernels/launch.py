@@ -1,44 +1,16 @@
-"""How kernels are started, counted and listed."""
+"""How kernels are started and counted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["Specialization", "count_launches", "launch", "specialization"]
-
-
-class Specialization(NamedTuple):
-    """A kernel as it is shipped, in the words of `triton.compile`: what the compile gate compiles without a GPU."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, Any]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-
-
-def specialization(
-    name: str, kernel: Any, arguments: Sequence[Tensor | int], num_warps: int, num_stages: int, **constants: Any
-) -> Specialization:
-    """The kernel that `launch` starts with these arguments, whose tensors may be on "meta".
-
-    Numbers must not be specialized: of those that are, the launcher would compile a kernel for multiples of 16, and one for 1.
-    """
-    signature = dict.fromkeys(constants, "constexpr")
-    for argument, value in zip(kernel.arg_names, arguments, strict=False):
-        signature[argument] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-    return Specialization(name, kernel, signature, constants, num_warps, num_stages)
-
+__all__ = ["count_launches", "launch"]
 
 _counters: list[list[str]] = []
 

@@ -23,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from glf_fast.kernels.flow_options import FlowOptions, operand_dtype
-from glf_fast.kernels.launch import Specialization, launch
+from glf_fast.kernels.launch import launch
 from glf_fast.kernels.tiles import COMPILED, round_tf32
 
-__all__ = ["Packed", "pack", "pack_kernel", "specialization"]
+__all__ = ["Packed", "pack", "pack_kernel"]
 
 # Numbers of a program: 8 a thread. The interpreter's programs take their time by their number.
 BLOCK = 1024 if COMPILED else 16384
@@ -179,16 +179,3 @@ def pack(
         num_warps=4,
     )  # fmt: skip
     return Packed(packed[0], packed[-1], packed_weights, vectors)
-
-
-def specialization(name: str, constants: dict[str, Any], maps: int, options: FlowOptions) -> Specialization:
-    """What `pack` launches for float32 tensors."""
-    layers = ("*fp32",) * (len(constants["HIDDEN"]) + 1)
-    constants = {**constants, "BLOCKS": _blocks(constants, maps), "MAPS": maps}
-    constants |= {"MAP": options.map_precision, "MLP": options.mlp_precision, "BLOCK": BLOCK}
-    signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
-    for argument in pack_kernel.arg_names:
-        signature.setdefault(argument, "*fp32")
-    packed = "*bf16" if options.mlp_precision == "bf16" else "*fp32"
-    signature |= {"weights": layers, "biases": layers, "packed_weights": packed, "steps": "i32", "n_logs": "i32"}
-    return Specialization(name, pack_kernel, signature, constants, 4, 1)

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glf_fast.kernels.launch import Specialization, launch
+from glf_fast.kernels.launch import launch
 
-__all__ = ["ColumnSums", "column_sums", "specialization", "sums_kernel"]
+__all__ = ["ColumnSums", "column_sums", "sums_kernel"]
 
 ROWS, COLUMNS = 128, 32  # of a tile: 32 numbers a thread in flight
 PART = 512  # rows that one program sums at least
@@ -114,14 +114,3 @@ def _constants(sizes: dict[str, Any], density: bool) -> dict[str, Any]:
         "STRIDES": (*(sizes["ROW_STRIDE"] for _ in columns), dim, 1),
         "BLOCKS": (0, *accumulate(blocks)),
     }
-
-
-def specialization(name: str, sizes: dict[str, Any], kept: str) -> Specialization:
-    """What a flow of these `sizes` launches for float32 tensors and a workspace of `kept`, "*bf16" or "*fp32"."""
-    constants = {**_constants(sizes, True), "BM": ROWS, "BN": COLUMNS}
-    signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
-    for argument in sums_kernel.arg_names:
-        signature.setdefault(argument, "i32")
-    signature |= dict.fromkeys(("map_grad", "grad_logdet"), "*fp32") | {"slopes": kept}
-    signature |= {"totals": ("*fp32",) * len(constants["WIDTHS"])}
-    return Specialization(name, sums_kernel, signature, constants, 4, 1)

@@ -47,8 +47,3 @@ def test_table_is_made_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "A processor, 2 cores, torch 2.13, 2026-01-02" in text
     assert f"| sbi | 60 s | 0.650 ± {statistics.stdev(scores):.3f} | 2 |" in text and "| glf_fast | 20 s |" in text
     assert not list(drop_in.lines(Results(found.machine, found.date, [])))
-
-
-def test_page_has_its_place_for_the_table() -> None:
-    begin, end = (PAGE.read_text().index(mark) for mark in drop_in.MARKS)
-    assert begin < end

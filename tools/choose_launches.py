@@ -5,7 +5,7 @@
 DIR holds another Triton than the installed one (pip install --no-deps --target DIR triton==…): launches are chosen over both.
 Launches come in the order of their predicted times (flow_costs.py). Of those with different tiles the entry's own kernel is
 compiled with the last version: the first one is taken that spills at most KEEP bytes, or, of TRIED, the cheapest, when SPILLED
-bytes double the time (assumed). All kernels that it launches, those of the named flows too (kernels/shipped.py), must then
+bytes double the time (assumed). All kernels that it launches, those of the named flows too (shipped.py), must then
 compile with all versions, fit into shared memory, and overlap loads and arithmetic in every loop. sm_80 and sm_100 keep what
 sm_90 took where it spills at most KEEP bytes there: predictions are for sm_90, and the others differ less from it than
 predictions err.
@@ -24,10 +24,10 @@ from typing import TypeGuard
 import launch_file
 from flow_candidates import case, keys, ranked, shared_limit, tuned_keys
 from flow_costs import clocks
+from shipped import kernels, of_entry
 from triton_resources import Compilers, Resources
 
 from glf_fast.kernels.launch_table import Launch
-from glf_fast.kernels.shipped import kernels, of_entry
 
 KEEP = 64  # bytes spilled that are good enough: versions of ptxas differ by as much
 SPILLED = 256

@@ -17,9 +17,8 @@ import itertools
 import sys
 
 import launch_file
+import shipped
 from triton_resources import Compilers, Resources
-
-from glf_fast.kernels import shipped
 
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 255  # of a thread

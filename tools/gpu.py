@@ -95,17 +95,7 @@ class Call:
         yield from self.preparation()
         wheels = sorted((ROOT / "wheels").glob("*.whl"))
         if wheels and not self.rehearse:
-            install = [
-                PYTHON,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-deps",
-                "--upgrade",
-                "--target",
-                str(SITE),
-            ]
+            install = [PYTHON, *["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"], str(SITE)]
             yield Step("wheels", [*install, *map(str, wheels)], 40)
         table = self.before / "launch_table.json"
         if table.is_file() and not self.rehearse:
@@ -130,15 +120,7 @@ class Call:
         """
         tests = [
             PYTHON,
-            "-m",
-            "pytest",
-            "tests/gpu",
-            "-m",
-            "gpu",
-            "--confcutdir=tests/gpu",
-            "-q",
-            "-p",
-            "no:cacheprovider",
+            *["-m", "pytest", "tests/gpu", "-m", "gpu", "--confcutdir=tests/gpu", "-q", "-p", "no:cacheprovider"],
         ]
         if importlib.util.find_spec("xdist"):
             tests += ["-n", str(min(12, os.cpu_count() or 1))]

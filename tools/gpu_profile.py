@@ -86,9 +86,9 @@ def calls(device: str, small: bool) -> Iterator[Callable[[], object]]:
     """The passes that are looked at."""
     import torch
 
+    from bench import coupling, gpu_clock, linear, rehearsal
     from bench.cases import FLOWS, CouplingCase, FlowCase
-    from bench.couplings import Coupling
-    from bench.linear import Linear, LinearCase
+    from bench.linear import LinearCase
 
     case = FlowCase("small", 8, (16, 16), 2, 4) if small else FLOWS["glf-cifar"]
     flow = case.flow(device)
@@ -98,10 +98,11 @@ def calls(device: str, small: bool) -> Iterator[Callable[[], object]]:
         return lambda: torch.autograd.grad(-flow.log_prob(x).mean(), list(flow.parameters())[:1])
 
     yield train(2 if small else 256)
-    dense = Linear("glf_fast", LinearCase(2, 5) if small else LinearCase(16384, 32), device)
-    yield lambda: dense.run("forward")
-    images = Coupling("glf_fast", CouplingCase((2, 4, 4, 4) if small else (4096, 24, 16, 16), "channels-last"), device)
-    yield lambda: images.run("train")
+    clock = rehearsal if small else gpu_clock
+    dense = LinearCase(2, 5) if small else LinearCase(16384, 32)
+    yield linear.PROVIDERS["glf_fast"].job(dense, "forward", clock).run
+    images = CouplingCase((2, 4, 4, 4) if small else (4096, 24, 16, 16), "channels-last")
+    yield coupling.PROVIDERS["glf_fast"].job(images, "train", clock).run
     yield train(4 if small else 8192)  # last: it has several launches, for as many as there is time
 
 

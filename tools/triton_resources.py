@@ -37,7 +37,7 @@ class Resources(NamedTuple):
 
 
 def compiled(spec: Any, arch: int) -> Any:
-    """A `glf_fast.kernels.launch.Specialization`, compiled for sm_`arch` in this process. Not under TRITON_INTERPRET."""
+    """A `specialization.Specialization`, compiled for sm_`arch` in this process. Not under TRITON_INTERPRET."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -148,16 +148,15 @@ def _tuples(value: Any) -> Any:
 
 def _work() -> None:
     import triton
-
-    from glf_fast.kernels.launch import Specialization
+    from specialization import Specialization
 
     print(triton.__version__, flush=True)
     for line in sys.stdin:
         module, name, signature, constexprs, num_warps, num_stages, arch = json.loads(line)
         kernel = getattr(importlib.import_module(module), name)
-        maps = [{key: _tuples(value) for key, value in m.items()} for m in (signature, constexprs)]
+        signature, constexprs = ({key: _tuples(value) for key, value in m.items()} for m in (signature, constexprs))
         try:
-            found = resources(Specialization("", kernel, *maps, num_warps, num_stages), arch)
+            found = resources(Specialization("", kernel, signature, constexprs, num_warps, num_stages), arch)
         except Exception as error:  # every pass of the compiler has its own kinds
             print(error, file=sys.stderr)
             found = None

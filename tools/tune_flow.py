@@ -32,13 +32,13 @@ import launch_file
 import torch
 import triton
 from flow_candidates import candidates, case, tuned_keys
+from shipped import kernels
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from glf_fast.kernels import coupling_flow, coupling_flow_backward
 from glf_fast.kernels.flow_options import FlowOptions
 from glf_fast.kernels.launch_table import Launch, architecture
-from glf_fast.kernels.shipped import kernels
 
 FIRST = 16  # launches of every key that are measured before the rest of any
 AGAIN = 5

@@ -6,18 +6,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, gpu_calls, gpu_flows, gpu_layers, gpu_races, rehearsal
-from bench.baselines import GRAPHED, Provider, Replayed, provider
+from bench import flows, gpu, memory, on_gpu, rehearsal
 from bench.cases import COUPLING_MODES, FlowCase
-from bench.gpu_calls import FIRST, GROUPS, SECOND
-from bench.gpu_races import OURS_AND_EAGER, Entry, Race
 from bench.gpu_record import Record
+from bench.memory import MemoryCase
+from bench.on_gpu import FIRST, GROUPS, OURS_AND_EAGER, SECOND
 from bench.plots import draw
+from bench.race import GRAPHED, Calls, Clock, Job, Provider, Race, graphed
 from bench.report import kept_of
 from bench.results import Results, merge, read
 from bench.tables import page
@@ -28,7 +29,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def rehearse(tmp_path, monkeypatch) -> Callable[..., Results]:
     """Run groups or a call of bench.gpu in this process, and read what it wrote; `exits`: with what it must end."""
-    monkeypatch.setattr(gpu_races, "clock", gpu_races.clock)  # restored afterwards: main sets it
 
     def run(*whats: str, options: tuple[str, ...] = (), exits: str = "") -> Results:
         for what in whats:
@@ -45,8 +45,8 @@ def test_groups_add_to_one_file_and_become_tables(tmp_path, rehearse) -> None:
     found = rehearse("large", "launches")
     assert all(": not measured: " in line for line in found.wrong) and found.machine["gpu"] == rehearsal.name()
     assert {(r.suite, r.mode) for r in found.results} >= {
-        ("gpu_flow", "train, tf32"),
-        ("gpu_flow", "log_prob, bf16"),
+        ("flow", "train, tf32"),
+        ("flow", "log_prob, bf16"),
         ("memory", "train"),
         ("launches", "sample"),
     }
@@ -58,21 +58,26 @@ def test_groups_add_to_one_file_and_become_tables(tmp_path, rehearse) -> None:
 
 
 def test_a_row_that_fails_costs_itself_alone(monkeypatch, rehearse) -> None:
-    right = gpu_flows._memory
+    right = memory.measure
 
-    def sometimes(steps: int, name: str) -> Entry:
-        if name == "glf_fast reversible":
+    def sometimes(backend: str, reversible: bool, case: MemoryCase, clock: Clock) -> Job:
+        if reversible:
             raise RuntimeError("out of memory")
-        entry = right(steps, name)
-        if name == "eager":
-            entry.work = lambda: 1 / 0  # while it is timed
-        return entry
+        job = right(backend, reversible, case, clock)
+        return while_timed(job, lambda: 1 / 0) if backend == "reference" else job
 
-    monkeypatch.setattr(gpu_flows, "_memory", sometimes)
+    monkeypatch.setattr(memory, "measure", sometimes)
     found = rehearse("memory-more", exits="2 of the rows have no time")
     assert {r.provider for r in found.results} == {"glf_fast"}
     assert len(found.wrong) == 2 and "out of memory" in found.wrong[0] and "ZeroDivisionError" in found.wrong[1]
     assert "Not timed:" in "\n".join(page(found))
+
+
+def while_timed(job: Job, fail: Callable[[], object]) -> Job:
+    """A job that is right when it is checked, and fails from its second call on."""
+    calls = iter([job.call])
+    job.call = lambda: next(calls, fail)()
+    return job
 
 
 def test_rows_of_another_commit_are_put_aside(tmp_path, monkeypatch, rehearse) -> None:
@@ -85,16 +90,19 @@ def test_rows_of_another_commit_are_put_aside(tmp_path, monkeypatch, rehearse) -
 
 @pytest.mark.parametrize("group", ["wide", "float32"])
 def test_what_is_wrong_has_no_time(group: str, monkeypatch, rehearse) -> None:
-    monkeypatch.setattr(Provider, "why_wrong", lambda self, *_: "off by 1" if self.name == "eager" else "")
+    right = flows.Flow.results
+
+    def wrong(self: flows.Flow, mode: str, out: torch.Tensor) -> list[torch.Tensor]:
+        return [t * 2 if self.backend == "reference" else t for t in right(self, mode, out)]
+
+    monkeypatch.setattr(flows.Flow, "results", wrong)
     found = rehearse(group, exits="have no time")
     assert {r.provider for r in found.results} == {"glf_fast"} and all("eager: " in line for line in found.wrong)
 
 
 @pytest.mark.parametrize("group", ["memory-more", "launches", "linear", "coupling"])
 def test_nothing_of_what_is_wrong_is_timed(group: str, monkeypatch, rehearse) -> None:
-    monkeypatch.setattr(gpu_flows, "wrong_gradients", lambda *_: "result 1 is off by 1.0e-01")
-    for kind in (Provider, gpu_layers.Linear, gpu_layers.Coupling):
-        monkeypatch.setattr(kind, "why_wrong", lambda self, *_: "off by 1")
+    monkeypatch.setattr(Job, "why_wrong", lambda self: "off by 1")
     found = rehearse(group, exits="have no time")
     assert not found.results and all("off by" in line or "not measured" in line for line in found.wrong)
 
@@ -103,22 +111,22 @@ def test_every_race_has_a_name_of_its_own_and_a_place_in_a_call() -> None:
     for group, make in GROUPS.items():
         assert len(rows := named(make())) == len(set(rows)) > 0, group
     assert {*FIRST, *SECOND} == GROUPS.keys() - {"warm"} | {"cut"}
-    assert sum(share for share, _ in gpu_calls.races("second", None).values()) == pytest.approx(1)
-    rows = named(race for _, races in gpu_calls.races("first", None).values() for race in races)
+    assert sum(share for share, _ in on_gpu.races("second", None).values()) == pytest.approx(1)
+    rows = named(race for _, races in on_gpu.races("first", None).values() for race in races)
     assert len(rows) == len(set(rows))
 
 
 def named(races: Iterable[Race]) -> list[tuple[str, str, str, str]]:
     """Rows of races."""
-    return [(race.suite, race.case, race.mode, name) for race in races for name in race.names]
+    return [(*race.key, name) for race in races for name in race.names]
 
 
 @pytest.mark.parametrize("group", ["linear", "layers", "coupling", "step"])
 def test_rows_are_measured_alike(group: str, tmp_path, monkeypatch, rehearse) -> None:
     """Ratios are of calls for everybody; the kernels alone, from a graph, are beside them."""
-    timings = rehearsal.Calls([3.0], 1.0)
+    timings = Calls([3.0], 1.0)
     monkeypatch.setattr(rehearsal, "call_times", lambda works, seconds: dict.fromkeys(works, timings))
-    monkeypatch.setattr(rehearsal.Graph, "times", lambda self, seconds, *, cold: [2.0])
+    monkeypatch.setattr(rehearsal, "kernel_times", lambda works: {"cold": [2.0]})
     found = rehearse(group)
     rows = {(r.suite, r.mode, r.provider): r for r in found.results}
     assert {r.median for r in found.results} == {3.0} and {r.info["host_s"] for r in found.results} == {1.0}
@@ -129,11 +137,11 @@ def test_rows_are_measured_alike(group: str, tmp_path, monkeypatch, rehearse) ->
         "linear": {("linear", "forward", name) for name in graphs},
         "layers": {
             *(("assemble", mode, name) for mode in ("forward", "train") for name in OURS_AND_EAGER),
-            *(("apply", mode, name) for mode in ("forward", "inverse", "train") for name in OURS_AND_EAGER),
+            *(("apply", mode, name) for mode in COUPLING_MODES for name in (*OURS_AND_EAGER, "conv2d")),
             *(("linear", "train", name) for name in ("glf_fast", "torch.linalg")),
         },
         "coupling": {("coupling", mode, name) for mode in COUPLING_MODES for name in OURS_AND_EAGER},
-        "step": {("gpu_flow", "step, tf32", f"{name}{how}") for name in OURS_AND_EAGER for how in ("", GRAPHED)},
+        "step": {("flow", "step, tf32", f"{name}{how}") for name in OURS_AND_EAGER for how in ("", GRAPHED)},
     }
     assert expected[group] == rows.keys()
     figures = {path.stem for path in draw(found, tmp_path)}
@@ -147,21 +155,20 @@ def test_rows_are_measured_alike(group: str, tmp_path, monkeypatch, rehearse) ->
 @pytest.mark.parametrize("name", OURS_AND_EAGER)
 def test_a_replayed_call_uses_what_it_is_given_and_is_checked(name: str, mode: str) -> None:
     case = FlowCase("tiny", 5, (16, 16), 2, 10, context_dim=3)
-    made = Replayed(provider(name, case, mode in ("train", "step")), rehearsal.Graph)
-    x, context = case.inputs()
-    made.run(mode, x, context)
-    kept = x.clone(), context.clone()
-    assert made.why_wrong(mode, case) == ""
-    other = provider(name, case, mode in ("train", "step"))
+    made = graphed(flows.PROVIDERS[name]).job(case, mode, rehearsal)
+    made.run()
+    assert made.why_wrong() == ""
+    other = flows.PROVIDERS[name].job(case, mode, rehearsal)
+    inputs = [tuple(2 * t + 1 for t in job.inputs) for job in (made, other)]
+    kept = [t.clone() for t in inputs[0]]
     results = []
-    for each in (made, other):
+    for job, given in zip((made, other), inputs, strict=True):
         torch.manual_seed(3)
-        results.append(each.run(mode, 2 * x, context + 1))
+        results.append(job.call(*given))
     torch.testing.assert_close(*results)
-    assert torch.equal(x, kept[0]) and torch.equal(context, kept[1])  # the caller's tensors are not written to
-    with torch.no_grad():
-        made.module.mlp_biases[-1][0, 0] += 0.3
-    assert "off by" in made.why_wrong(mode, case)
+    assert all(map(torch.equal, inputs[0], kept))  # the caller's tensors are not written to
+    made.inputs[-1].add_(1)  # the context
+    assert "off by" in made.why_wrong()
 
 
 # -- time, and processes that end ------------------------------------------------------------------------------------------
@@ -173,11 +180,11 @@ def test_a_group_that_takes_long_leaves_the_others_their_time(monkeypatch) -> No
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
 
     def races(group: str) -> list[Race]:
-        return [Race(group, str(i), "", (), lambda name: Entry(None, {})) for i in range(3)]
+        return [Race(group, MemoryCase(i), "", (), 0.0) for i in range(3)]
 
     order = []
     for race in gpu.in_order({"a": (0.2, races("a")), "b": (0.5, races("b")), "c": (0.3, races("c"))}, 0.0, 100.0):
-        order.append(race.suite + race.case)
+        order.append(f"{race.suite}{race.case.steps}")
         now[0] += {"a": 15, "b": 5, "c": 5}[race.suite]
     assert order == ["a0", "a1", "b0", "b1", "b2", "c0", "c1", "c2", "a2"]
 
@@ -189,8 +196,8 @@ def test_nothing_is_begun_when_time_is_over(tmp_path, monkeypatch, capsys, rehea
         patch.setattr(gpu.Run, "out_of_time", lambda self: next(looks))
         found = rehearse("memory-more")
     assert [r.provider for r in found.results] == ["glf_fast"] and not found.wrong
-    names = ("glf_fast", "eager")
-    assert Record(tmp_path / "gpu.json", found.machine).untried("memory", "memory-2", "train", names) == ["eager"]
+    race = next(iter(rehearsal.small(GROUPS["memory-more"]())))
+    assert Record(tmp_path / "gpu.json", found.machine).untried(race) == ["glf_fast reversible", "eager"]
     (tmp_path / "gpu.json").unlink()
     monkeypatch.setattr(sys, "argv", ["bench.gpu", "memory-more", str(tmp_path), "--seconds", "0", "--rehearse"])
     gpu.main()
@@ -199,13 +206,13 @@ def test_nothing_is_begun_when_time_is_over(tmp_path, monkeypatch, capsys, rehea
 
 DYING = """
 import os, signal, sys
-from bench import gpu, gpu_flows
-right = gpu_flows._memory
-def dying(steps, name):
-    if name == "glf_fast reversible":
+from bench import gpu, memory
+right = memory.measure
+def dying(backend, reversible, case, clock):
+    if reversible:
         os.kill(os.getpid(), signal.SIGKILL)
-    return right(steps, name)
-gpu_flows._memory = dying
+    return right(backend, reversible, case, clock)
+memory.measure = dying
 sys.argv = ["bench.gpu", "memory-more", sys.argv[1], "--rehearse"]
 gpu.main()
 """
@@ -226,43 +233,40 @@ def test_a_process_that_died_is_taken_over_behind_what_it_died_of(tmp_path) -> N
 
 def test_a_lost_gpu_ends_the_process_and_costs_whoever_lost_it_alone(monkeypatch, rehearse) -> None:
     """Before it is timed, while it is, and in a graph of its kernels: the others count, or the next process has them."""
-    right, lost = gpu_flows._memory, [""]
+    right, lost = memory.measure, [""]
 
     def access(*_: object) -> None:
         lost[0] = "yes"
         raise RuntimeError("an illegal memory access was encountered")
 
-    def poisoned(steps: int, name: str) -> Entry:
-        entry = right(steps, name)
-        if name == culprit and culprit == "glf_fast reversible":
+    def poisoned(backend: str, reversible: bool, case: MemoryCase, clock: Clock) -> Job:
+        job = right(backend, reversible, case, clock)
+        if reversible and culprit == "glf_fast reversible":
             access()
-        if name == culprit and culprit == "eager":
-            entry.work = access
-        return entry
+        return while_timed(job, access) if backend == "reference" and culprit == "eager" else job
 
-    monkeypatch.setattr(gpu_flows, "_memory", poisoned)
+    monkeypatch.setattr(memory, "measure", poisoned)
     monkeypatch.setattr(rehearsal, "alive", lambda: not lost[0])
     culprit = "glf_fast reversible"  # makes it before anything is timed
     assert not rehearse("memory-more", exits=str(gpu.LOST)).results
     lost[0], culprit = "", "eager"
     assert {r.provider for r in rehearse("memory-more", exits=str(gpu.LOST)).results} == {"glf_fast"}
     lost[0], culprit = "", ""
-    monkeypatch.setattr(rehearsal, "Graph", access)
+    monkeypatch.setattr(rehearsal, "kernel_times", access)
     found = rehearse("wide", exits=str(gpu.LOST))
-    assert [r.info["graph_failed"] for r in found.suite("gpu_flow")] == ["an illegal memory access was encountered"] * 2
+    assert [r.info["graph_failed"] for r in found.suite("flow")] == ["an illegal memory access was encountered"] * 2
     assert len(found.suite("memory")) == 1 and len(found.wrong) == 2
     assert all("illegal memory access" in line for line in found.wrong)
 
 
 def test_the_second_call_begins_with_what_the_first_has_no_time_of(tmp_path, monkeypatch, rehearse) -> None:
-    monkeypatch.setattr(gpu_races, "clock", rehearsal)
     before = rehearse("large", "linear")
     before.results = [r for r in before.results if (r.suite, r.provider) != ("memory", "eager")]
-    cut = gpu_calls.races("second", before)["cut"][1]
+    cut = on_gpu.races("second", before, rehearsal.small)["cut"][1]
     rows = {(race.suite, name) for race in cut for name in race.names}
     assert ("memory", "eager") in rows and ("coupling", "glf_fast") in rows
     assert ("memory", "glf_fast") not in rows and not any(suite == "linear" for suite, _ in rows)
-    assert gpu_calls.races("second", None)["cut"][1] == []
+    assert on_gpu.races("second", None)["cut"][1] == []
     again = merge([read(tmp_path / "gpu.json"), read(tmp_path / "gpu.json")])  # two calls: a spread
     assert all(len(r.medians) == 2 for r in again.results)
 
@@ -270,15 +274,16 @@ def test_the_second_call_begins_with_what_the_first_has_no_time_of(tmp_path, mon
 def test_compilers_beside_the_tests_share_the_work(monkeypatch, rehearse) -> None:
     made = []
 
-    def plain(name: str, case: FlowCase, mode: str) -> Provider:
+    def plain(name: str, case: FlowCase, mode: str, clock: Clock) -> Job:
         made.append((name, case.name, mode))
-        return provider("eager", case, True)
+        return flows.PROVIDERS["eager"].job(case, mode, clock)
 
-    monkeypatch.setattr(gpu_flows, "_made", plain)
+    for name in ("glf_fast", *flows.COMPILED):
+        monkeypatch.setitem(flows.PROVIDERS, name, Provider(name, partial(plain, name)))
     for share in ("0/2", "1/2"):
         rehearse("warm", options=("--share", share))
-    names, cases = ("glf_fast", "compile", "reduce-overhead"), [case.name for case in gpu_calls.NAMED]
-    planned = [(name, case, mode) for mode in gpu_flows.FLOW_MODES for name in names for case in cases]
+    names, cases = ("glf_fast", "compile", "reduce-overhead"), [case.name for case in on_gpu.NAMED]
+    planned = [(name, case, mode) for mode in on_gpu.FLOW_MODES for name in names for case in cases]
     assert made == planned[::2] + planned[1::2]
 
 

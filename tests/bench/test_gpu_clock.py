@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from bench import rehearsal, timing
+from bench import gpu_clock, rehearsal
 
 
 class Stand:
@@ -25,7 +25,7 @@ class Stand:
 
 @pytest.fixture
 def stand(monkeypatch) -> Stand:
-    """In the place of torch.cuda, for `timing` alone."""
+    """In the place of torch.cuda, for `gpu_clock` alone."""
     stand = Stand()
 
     class Stream:
@@ -99,8 +99,10 @@ def stand(monkeypatch) -> Stand:
             return [types.SimpleNamespace(device_type=kind) for kind in (kinds.CUDA, kinds.CPU, kinds.CUDA)]
 
     profiler = types.SimpleNamespace(profile=profile, ProfilerActivity=torch.profiler.ProfilerActivity)
-    monkeypatch.setattr(timing, "torch", types.SimpleNamespace(cuda=cuda, profiler=profiler, autograd=torch.autograd))
-    monkeypatch.setattr(timing, "_waste", Waste)
+    monkeypatch.setattr(
+        gpu_clock, "torch", types.SimpleNamespace(cuda=cuda, profiler=profiler, autograd=torch.autograd)
+    )
+    monkeypatch.setattr(gpu_clock, "_waste", Waste)
     return stand
 
 
@@ -118,7 +120,7 @@ def test_names_of_torch_cuda_that_the_clock_uses_exist() -> None:
 @pytest.mark.parametrize("cold", [False, True])
 @pytest.mark.parametrize("copies", [1, 3])
 def test_a_graph_s_time_is_that_of_one_pass(copies: int, cold: bool, stand) -> None:
-    graph = timing.Graph(*[lambda: stand.kernel(2.0)] * copies)
+    graph = gpu_clock.Graph(*[lambda: stand.kernel(2.0)] * copies)
     assert len(graph.results) == copies
     times = graph.times(0.0, cold=cold)
     assert len(times) == 5 and times == pytest.approx([2e-3] * 5)
@@ -128,14 +130,16 @@ def test_large_passes_are_not_enqueued_for_minutes(stand, monkeypatch) -> None:
     """The host enqueues far faster than the GPU works: a pass of 100 ms may not be replayed ten times twenty times over."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(
-        timing.time, "perf_counter", lambda: 0.1 * next(ticks)
+        gpu_clock.time, "perf_counter", lambda: 0.1 * next(ticks)
     )  # a replay, between two looks, takes 100 ms
     waits = []
-    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: waits.append(stand.now))
-    graph = timing.Graph(lambda: stand.kernel(100.0))
+    monkeypatch.setattr(gpu_clock.torch.cuda, "synchronize", lambda: waits.append(stand.now))
+    graph = gpu_clock.Graph(lambda: stand.kernel(100.0))
     before = stand.now
-    assert timing.Graph.times(graph, 0.0, cold=False) == pytest.approx([0.1] * 5)
-    assert stand.now - before < 5 * (2 * 100 + timing.BUSY * 7) + 200  # milliseconds: one replay a measurement, not ten
+    assert gpu_clock.Graph.times(graph, 0.0, cold=False) == pytest.approx([0.1] * 5)
+    assert (
+        stand.now - before < 5 * (2 * 100 + gpu_clock.BUSY * 7) + 200
+    )  # milliseconds: one replay a measurement, not ten
     assert len(waits) >= 5
 
 
@@ -143,12 +147,12 @@ def test_calls_memory_and_launches(stand) -> None:
     def work() -> None:
         stand.peak = max(stand.peak, stand.allocated + 64)
 
-    times, host = timing.call_times({"work": work}, 0.0)["work"]
-    assert len(times) == timing.LEAST and 0 <= host <= max(times)
-    assert timing.peak_memory(work) == 64
-    assert timing.rotations(40_000_000) == 4
-    assert timing.rotations(1024) == timing.COPIES  # 146,485 launches would take minutes to capture
-    assert timing.launches(work) == 2
+    times, host = gpu_clock.call_times({"work": work}, 0.0)["work"]
+    assert len(times) == gpu_clock.LEAST and 0 <= host <= max(times)
+    assert gpu_clock.peak_memory(work) == 64
+    assert gpu_clock.rotations(40_000_000) == 4
+    assert gpu_clock.rotations(1024) == gpu_clock.COPIES  # 146,485 launches would take minutes to capture
+    assert gpu_clock.launches(work) == 2
 
 
 def test_calls_are_timed_in_turn_and_a_failure_is_its_own(stand) -> None:
@@ -160,52 +164,55 @@ def test_calls_are_timed_in_turn_and_a_failure_is_its_own(stand) -> None:
             raise RuntimeError("an illegal memory access was encountered")
 
     works = {"a": lambda: order.append("a"), "crash": crash, "b": lambda: order.append("b")}
-    found = timing.call_times(works, 0.0)
+    found = gpu_clock.call_times(works, 0.0)
     assert isinstance(found["crash"], RuntimeError) and list(found) == ["crash", "a", "b"]
-    assert len(found["a"].seconds) == len(found["b"].seconds) == timing.LEAST
+    assert len(found["a"].seconds) == len(found["b"].seconds) == gpu_clock.LEAST
     turns = [name for name, _ in itertools.groupby(order) if name != "crash"]
-    assert turns == ["a", "b"] * (1 + timing.LEAST)
+    assert turns == ["a", "b"] * (1 + gpu_clock.LEAST)
 
 
 def test_when_the_gpu_is_lost_the_others_keep_what_they_had(stand, monkeypatch) -> None:
     made: list[str] = []
 
+    def access() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
     def lose() -> None:
         made.append("b")
         if len(made) > 8:
-            monkeypatch.setattr(timing, "alive", lambda: False)
-            raise RuntimeError("an illegal memory access was encountered")
+            monkeypatch.setattr(gpu_clock.torch.cuda, "synchronize", access)
+            access()
 
-    found = timing.call_times({"a": lambda: None, "b": lose, "c": lambda: None}, 0.0)
+    found = gpu_clock.call_times({"a": lambda: None, "b": lose, "c": lambda: None}, 0.0)
     assert len(found["a"].seconds) == 1 and isinstance(found["b"], RuntimeError) and "c" not in found
 
 
 def test_the_rehearsal_offers_what_the_clock_does() -> None:
-    assert rehearsal.__all__ == [name for name in timing.__all__ if name != "Calls"]
+    assert [name for name in rehearsal.__all__ if name != "small"] == gpu_clock.__all__
 
 
 def test_a_matrix_rate_is_of_the_precision_it_names(stand, monkeypatch) -> None:
     """Whatever was measured before in the same process."""
     seen = []
     real = types.SimpleNamespace(
-        **vars(timing.torch), bfloat16=torch.bfloat16, float32=torch.float32, randn=lambda *_, **__: torch.zeros(1),
+        **vars(gpu_clock.torch), bfloat16=torch.bfloat16, float32=torch.float32, randn=lambda *_, **__: torch.zeros(1),
         empty_like=torch.empty_like, get_float32_matmul_precision=torch.get_float32_matmul_precision,
         set_float32_matmul_precision=torch.set_float32_matmul_precision,
     )  # fmt: skip
-    monkeypatch.setattr(timing, "torch", real)
-    monkeypatch.setattr(timing, "_best", lambda work: seen.append(torch.get_float32_matmul_precision()) or 1.0)
+    monkeypatch.setattr(gpu_clock, "torch", real)
+    monkeypatch.setattr(gpu_clock, "_best", lambda work: seen.append(torch.get_float32_matmul_precision()) or 1.0)
     torch.set_float32_matmul_precision("high")
-    timing.matrix_rate.cache_clear()
-    assert timing.matrix_rate("highest") == 2 * 8192**3
-    timing.matrix_rate.cache_clear()
+    gpu_clock.matrix_rate.cache_clear()
+    assert gpu_clock.matrix_rate("highest") == 2 * 8192**3
+    gpu_clock.matrix_rate.cache_clear()
     assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
 
 
 def test_a_gpu_that_does_not_answer_is_not_alive(stand, monkeypatch) -> None:
-    assert timing.alive()
+    assert gpu_clock.alive()
 
     def lost() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(timing.torch.cuda, "synchronize", lost)
-    assert not timing.alive()
+    monkeypatch.setattr(gpu_clock.torch.cuda, "synchronize", lost)
+    assert not gpu_clock.alive()

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from bench import gpu_calls, predictions
-from bench.gpu_goals import GPU_GOALS, gpu_goals
+from bench import on_gpu, predictions
+from bench.goals import GPU, gpu_goals
 from bench.report import with_tables
 from bench.results import Results
 from bench.tables import NOT_MEASURED, page
@@ -41,10 +41,10 @@ def test_a_goal_is_judged_in_calls_and_in_graphs(gpu) -> None:
         "glf_fast": 5e-4, "glf_fast, graphed": 1e-4, "eager": 4e-3, "eager, graphed": 1.5e-3, "compile": 2e-3,
         "reduce-overhead": 4e-4,
     }  # fmt: skip
-    times = {("gpu_flow", case, "train, tf32"): {name: [t, t] for name, t in train.items()} for case in NAMED}
-    times["gpu_flow", "sbi", "train, tf32"] |= {"glf_fast": [4e-4, 4e-4], "eager": [2e-3, 3e-3]}
+    times = {("flow", case, "train, tf32"): {name: [t, t] for name, t in train.items()} for case in NAMED}
+    times["flow", "sbi", "train, tf32"] |= {"glf_fast": [4e-4, 4e-4], "eager": [2e-3, 3e-3]}
     found = rows(gpu(times, {("sbi", "glf_fast"): 8e-5}))
-    assert len(found) == len(GPU_GOALS)
+    assert len(found) == len(GPU)
     eager = found["glf-cifar, glf-mnist, sbi, train: eager"]
     assert eager[:2] == ["10 ×", "6.25 (5.00 – 7.50), the least: sbi"] and eager[2] == "**missed**"
     assert eager[3:5] == ["25.00 (20.00 – 30.00), the least: sbi", "reached"]
@@ -62,10 +62,10 @@ def test_a_goal_is_judged_in_calls_and_in_graphs(gpu) -> None:
 
 def test_no_verdict_before_all_baselines_were_measured(gpu) -> None:
     times = {
-        ("gpu_flow", case, "train, tf32"): {"glf_fast": [1e-4], "eager": [4e-3], "eager, graphed": [1.5e-3]}
+        ("flow", case, "train, tf32"): {"glf_fast": [1e-4], "eager": [4e-3], "eager, graphed": [1.5e-3]}
         for case in NAMED
     }
-    times["gpu_flow", "sbi", "train, tf32"] |= {"compile": [1e-3], "reduce-overhead": [1e-3]}
+    times["flow", "sbi", "train, tf32"] |= {"compile": [1e-3], "reduce-overhead": [1e-3]}
     best = rows(gpu(times))["glf-cifar, glf-mnist, sbi, train: the best of compile, reduce-overhead, graphed eager"]
     assert (
         best[1] == "10.00, the least: sbi; without compile, reduce-overhead in glf-cifar, glf-mnist" and best[2] == ""
@@ -75,7 +75,7 @@ def test_no_verdict_before_all_baselines_were_measured(gpu) -> None:
 def test_floors_and_memory(gpu) -> None:
     times = {
         ("linear", "linear-16384-32", "forward"): {"glf_fast": [5e-5]},
-        ("gpu_flow", "throughput", "train, bf16"): {"glf_fast": [2e-5]},
+        ("flow", "throughput", "train, bf16"): {"glf_fast": [2e-5]},
         **{
             ("memory", f"memory-{steps}", "train"): {"glf_fast": [1.0], "glf_fast reversible": [1.0], "eager": [1.0]}
             for steps in (8, 64)
@@ -98,11 +98,11 @@ def test_every_goal_is_of_what_the_two_calls_measure() -> None:
     """Its cases, ours and all with whom they are compared."""
     known: dict = {}
     for call in ("first", "second"):
-        for _, races in gpu_calls.races(call, None).values():
+        for _, races in on_gpu.races(call, None).values():
             for race in races:
-                known.setdefault((race.suite, race.case, race.mode), set()).update(race.names)
-    for goal in GPU_GOALS:
-        for side in (goal.calls, goal.graphs):
+                known.setdefault(race.key, set()).update(race.names)
+    for goal in GPU:
+        for side in (goal, goal.graphs):
             for key in side.keys if side else ():
                 assert {side.ours, *side.against} <= known[key], (key, side)
 
@@ -118,7 +118,7 @@ def test_processors_have_no_such_table_and_the_overview_has_a_place_for_it(made)
 
 
 def test_every_prediction_stands_beside_what_was_measured(gpu) -> None:
-    measured = {("gpu_flow", "glf-mnist", "train, tf32"): {"glf_fast": [5e-4], "eager": [4e-3]}}
+    measured = {("flow", "glf-mnist", "train, tf32"): {"glf_fast": [5e-4], "eager": [4e-3]}}
     lines = list(predictions.predictions(gpu(measured, {("glf-mnist", "glf_fast"): 2.9e-4})))
     made = json.loads(predictions.FILE.read_text())["rows"]
     assert len([line for line in lines if line.startswith("| ")]) == 1 + sum(
@@ -131,9 +131,7 @@ def test_every_prediction_stands_beside_what_was_measured(gpu) -> None:
 
 def test_only_what_is_measured_is_predicted(made) -> None:
     assert not list(predictions.predictions(made({})))
-    keys = {
-        (r.suite, r.case, r.mode) for c in ("first", "second") for _, g in gpu_calls.races(c, None).values() for r in g
-    }
+    keys = {r.key for c in ("first", "second") for _, g in on_gpu.races(c, None).values() for r in g}
     for row in json.loads(predictions.FILE.read_text())["rows"]:
         assert (row["suite"], row["case"], row["mode"]) in keys
         assert all(least <= most for name in ("kernels_us", "call_us") for least, most in [row.get(name, (0, 0))])

@@ -74,17 +74,9 @@ def test_a_training_run_takes_the_data_that_are_there(script, tmp_path, monkeypa
 
 
 def test_a_training_run_ends_in_time_with_its_speed_and_scores(tmp_path) -> None:
-    command = [
-        sys.executable,
-        "tools/gpu_train.py",
-        str(tmp_path),
-        "--seconds",
-        "30",
-        "--data",
-        str(tmp_path / "nothing"),
-    ]
+    command = [sys.executable, "tools/gpu_train.py", str(tmp_path), "--seconds", "30"]
     own = os.environ | {"GLF_FAST_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    run = [*command, "--run", str(tmp_path / "run")]
+    run = [*command, "--data", str(tmp_path / "nothing"), "--run", str(tmp_path / "run")]
     done = subprocess.run(run, cwd=ROOT, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "training.json").read_text())

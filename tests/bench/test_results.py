@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import test_convert, test_flow, test_linear, test_memory, test_two_moons
-from bench.goals import GOALS, goals
+from bench import on_processor
+from bench.goals import PROCESSOR, processor_goals
 from bench.plots import draw
-from bench.report import DOCS, FOLDER, OVERVIEW, kept_of, with_tables
+from bench.report import DOCS, DROP_IN, FOLDER, OVERVIEW, kept_of, with_tables
 from bench.results import merge, read, stats, write
 from bench.tables import NOT_MEASURED, page, ratio, worth_a_gpu
 
@@ -47,7 +47,7 @@ def test_a_provider_that_failed_in_one_run_is_compared_in_the_others(made) -> No
 
 def test_parts_of_one_run_are_one_run(made) -> None:
     """`bench.gpu` measures torch.compile in a part of its own."""
-    key = "gpu_flow", "a", "train, tf32"
+    key = "flow", "a", "train, tf32"
     whole = merge([made({key: {"glf_fast": [1.0], "eager": [2.0]}}), made({key: {"compile": [1.5]}})])
     assert [row.medians for row in whole.groups()[key].values()] == [[1.0], [2.0], [1.5]]
     twice = merge([made({key: {"glf_fast": [1.0]}}), made({key: {"glf_fast": [1.1]}}), made({key: {"compile": [1.5]}})])
@@ -103,8 +103,8 @@ def test_where_the_goals_stand(made) -> None:
     )
     for r in found.suite("memory"):
         r.info["peak_bytes"] = 100 if r.provider == "glf_fast" else 400
-    rows = {line.split(" | ")[0][2:]: line for line in goals([found]) if line.startswith("| ")}
-    assert len(rows) == len(GOALS) + 1
+    rows = {line.split(" | ")[0][2:]: line for line in processor_goals([found]) if line.startswith("| ")}
+    assert len(rows) == len(PROCESSOR) + 1
     library = rows["glf-cifar, train: the best library"]
     assert library.endswith("| 1.7 × | 1.90 (1.70 – 1.90); without nflows, normflows | reached |")
     assert rows["glf-cifar, train: torch.compile"].endswith("| 1.60 (1.50 – 1.80) | **missed** |")
@@ -115,19 +115,14 @@ def test_where_the_goals_stand(made) -> None:
     converted = rows["converted flows of glf-mnist's size, train: the original"]
     assert "5.00, the least: glf-mnist of zuko; not measured: " in converted and converted.endswith("|  |")
     assert rows["sbi, train: torch.compile"].endswith(f"| 2.5 × | {NOT_MEASURED} |  |")
-    assert any(line.startswith("Suites that were not measured there yet: depth, grid") for line in goals([found]))
-    assert not list(goals([made({}, gpu="H200")]))
+    lines = list(processor_goals([found]))
+    assert any(line.startswith("Suites that were not measured there yet: coupling, depth, grid") for line in lines)
+    assert not list(processor_goals([made({}, gpu="H200")]))
 
 
 def test_every_goal_is_of_a_case_that_is_measured() -> None:
-    known = {("flow", race.case.name, race.mode): race.names for race in test_flow.NAMED}
-    known |= {("linear", c.name, m): test_linear.NAMES for c, m in test_linear.DENSE}
-    known |= {
-        ("convert", f"{c.name} of {library}", m): ("original", "glf_fast") for library, c, m in test_convert.TASKS
-    }
-    known |= {("memory", "memory-64", "train"): tuple(test_memory.WAYS)}
-    known |= {("two_moons", "two-moons", "npe"): test_two_moons.NAMES}
-    for goal in GOALS:
+    known = {race.key: race.names for race in on_processor.races()}
+    for goal in PROCESSOR:
         for key in goal.keys:
             assert {goal.ours, *goal.against} <= {*known[key]}, key
 
@@ -165,6 +160,8 @@ def test_pages_say_what_the_committed_results_say(path: Path) -> None:
     assert (DOCS / f"{path.parent.name}.md").read_text().startswith("\n".join(page(read(path))) + "\n")
 
 
-def test_the_overview_says_what_the_committed_results_say() -> None:
-    text = OVERVIEW.read_text()
+@pytest.mark.parametrize(("page", "marks"), [(OVERVIEW, 3), (DROP_IN, 1)])
+def test_pages_with_tables_say_what_the_committed_results_say(page: Path, marks: int) -> None:
+    text = page.read_text()
+    assert text.count("<!-- begin: python -m bench.report --docs: ") == marks
     assert with_tables(text, [read(path) for path in KEPT]) == text

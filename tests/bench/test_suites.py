@@ -6,26 +6,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import glf_fast
-from bench import test_coupling, test_flow, test_linear, test_train_step
-from bench.baselines import LIBRARIES, provider, why_missing
+from bench import assemble, flows, on_processor, processor_clock
+from bench.assemble import PluCase
 from bench.cases import FLOWS, FlowCase
 from bench.check import CHUNK, exact_flow
-from bench.factors import Assembled, PluCase
-from bench.goals import SUITES
-from bench.memory import BATCH, DIM, ENVIRONMENT, wrong_gradients
+from bench.libraries import LIBRARIES
+from bench.memory import DIM, ENVIRONMENT, MemoryCase, wrong_gradients
 from bench.plots import draw
+from bench.race import Clock, Job, Provider
 from bench.results import read
 from bench.tables import page
-from bench.training import IMAGES, Step
+from bench.training import Step
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
-    "sbi-sample-glf_fast or sbi-sample-eager or sbi-sample-normflows or grid-4-32-1-train or depth-2-train or "
+    "flow-sbi-sample-glf_fast or flow-sbi-sample-eager or flow-sbi-sample-normflows or grid-4-32-1-train or depth-2-train or "
     "depth-4-train-glf_fast or (64x48x4x4 and forward and not compile) or (memory and 8) or "
     "linear-8-4-forward or linear-8-8-forward or (256x20 and inverse) or (64x12x16x16 and channels and train) or "
     "plu-5-8"
@@ -35,15 +36,19 @@ SMALL = (
 def test_the_suites_run_and_become_tables_and_figures(bench, tmp_path) -> None:
     done = bench(SMALL)[0]
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "SKIPPED [1] bench/test_flow.py" in done.stdout and ": normflows" in done.stdout  # not in silence
+    assert "normflows' AffineCouplingBlock takes no context" in done.stdout  # not in silence
     assert "CuPy needs a GPU" in done.stdout
     found = read(tmp_path / "bench.json")
-    assert {r.suite for r in found.results} == {*SUITES} - {"train_step", "convert"}
+    assert {r.suite for r in found.results} == {race.suite for race in on_processor.races()} - {
+        "train_step",
+        "convert",
+        "two_moons",
+    }
     assert {(r.mode, r.provider) for r in found.suite("assemble")} == {
         (mode, name) for mode in ("forward", "train") for name in ("glf_fast", "eager")
     }
     assert found.machine["quick"] and found.machine["threads"] == 1
-    assert any("test_flow[sbi-sample-normflows]: normflows' " in line for line in found.wrong)
+    assert any("flow-sbi-sample-normflows: normflows' " in line for line in found.wrong)
     assert all(r.median > 0 for r in found.results)
     assert all(r.info["yardstick_s"] > 0 for r in found.results if r.suite != "memory")
     text = "\n".join(page(found))
@@ -58,11 +63,11 @@ def test_the_suites_run_and_become_tables_and_figures(bench, tmp_path) -> None:
 def test_a_whole_step() -> None:
     for name in ("glf_fast", "eager"):
         step = Step(name, "mnist", batch=8)
-        assert step.why_wrong() == ""
-        assert step.run()["loss"].isfinite()
+        assert step.check(losses := step.run()) == ""
+        assert losses["loss"].isfinite()
     step = Step("glf_fast", "mnist", batch=8)
     step.exact[-1] *= 1.1
-    assert "off by" in step.why_wrong()
+    assert "off by" in step.check(step.run())
 
 
 def test_what_is_wrong_fails_and_has_no_time(bench) -> None:
@@ -71,7 +76,7 @@ def test_what_is_wrong_fails_and_has_no_time(bench) -> None:
     assert done.returncode == 1
     assert "eager is wrong in grid-4-32-1, train" in done.stdout and "is off by" in done.stdout
     (line,) = written["wrong"]  # which pages and comparisons show
-    assert line.startswith("test_grid[grid-4-32-1-train-eager]: ") and "is off by" in line
+    assert line.startswith("grid-grid-4-32-1-train-eager: ") and "is off by" in line
     providers = {row["extra_info"]["provider"] for row in written["benchmarks"]}
     assert "glf_fast" in providers and "eager" not in providers
 
@@ -96,7 +101,7 @@ def test_what_grows_with_depth_is_gradients_where_activations_are_rebuilt() -> N
     assert abs(deep["activation_bytes"] - shallow["activation_bytes"]) < 1 << 20
     more = deep["parameter_bytes"] - shallow["parameter_bytes"]
     assert deep["peak_bytes"] - shallow["peak_bytes"] == pytest.approx(more, rel=0.15)
-    assert kept["activation_bytes"] > 24 * 4 * DIM * BATCH  # every step's input
+    assert kept["activation_bytes"] > 24 * 4 * DIM * MemoryCase(32).batch  # every step's input
     assert kept["activation_bytes"] > 5 * deep["activation_bytes"]
 
 
@@ -115,15 +120,18 @@ def test_wrong_gradients_are_named(kind: type[glf_fast.CouplingFlow]) -> None:
     assert wrong_gradients(flow, x) == ("result 0 is off by 1.0e-01" if kind is Wrong else "")
 
 
+def job(provider: Provider, case: Any, mode: str, clock: Clock = processor_clock) -> Job:
+    assert provider.why_not(case, mode, "cpu") == ""
+    return provider.job(case, mode, clock)
+
+
 @pytest.mark.parametrize("case", [PluCase(3, 5), PluCase(2, 20)])
 @pytest.mark.parametrize("name", ["glf_fast", "eager"])
 def test_assembled_layers_are_checked(name: str, case: PluCase) -> None:
-    made = Assembled(name, case)
     for mode, number in (("forward", 4), ("train", 5)):
-        assert len(made.run(mode)) == number and made.why_wrong(mode) == ""
-    right = made.function
-    made.function = lambda *plu, **options: right(*(1.01 * t if t.is_floating_point() else t for t in plu), **options)
-    assert "off by" in made.why_wrong("forward") and "off by" in made.why_wrong("train")
+        made = job(assemble.PROVIDERS[name], case, mode)
+        assert len(found := made.run()) == number and made.why_wrong() == ""
+        assert "off by" in made.check([1.1 * t for t in found])
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -131,11 +139,12 @@ def test_assembled_layers_are_checked(name: str, case: PluCase) -> None:
 def test_a_library_s_flow_is_of_our_size(name: str) -> None:
     case = FLOWS["glf-mnist"]
     if importlib.util.find_spec(name) is None:
-        assert name in why_missing(name, case)
+        assert name in LIBRARIES[name].why_not()
         return
-    assert abs(provider(name, case, True).parameters() / provider("glf_fast", case, True).parameters() - 1) < 0.3
+    ours = sum(p.numel() for p in case.flow().parameters())
     for mode in ("log_prob", "sample", "train"):
-        assert provider(name, case, True).why_wrong(mode, case) == ""
+        made = job(flows.PROVIDERS[name], case, mode)
+        assert made.why_wrong() == "" and abs(made.info["parameters"] / ours - 1) < 0.3
 
 
 def test_the_extra_installs_what_the_benchmarks_compare_with() -> None:
@@ -147,12 +156,8 @@ def test_the_extra_installs_what_the_benchmarks_compare_with() -> None:
 
 def test_the_suites_beside_conversion_ask_for_three_minutes_at_most() -> None:
     """Checks in float64, compilation, warm-up and long calls take more than as long again, and all of them twelve minutes."""
-    races = (*test_flow.NAMED, *test_flow.DEEP, *test_flow.WIDE)
-    layers = (*test_linear.DENSE, *test_linear.LAYERS, *test_linear.FACTORS)
-    seconds = sum(race.seconds for race in races) + test_train_step.SECONDS * len(IMAGES)
-    for module, tasks in ((test_coupling, test_coupling.TASKS), (test_linear, layers)):
-        seconds += module.SECONDS * len({task[:2] for task in tasks})
-    assert seconds <= 180
+    races = [race for race in on_processor.races() if race.suite != "convert"]
+    assert sum(race.seconds * len(race.providers) for race in races) <= 180
 
 
 @pytest.mark.parametrize("context", [0, 3])
@@ -168,8 +173,7 @@ def test_float64_in_chunks_is_float64_at_once(context: int) -> None:
 
 @pytest.mark.parametrize("mode", ["log_prob", "sample", "train"])
 def test_our_flow_is_checked_in_every_mode(mode: str) -> None:
-    case = FlowCase("tiny", 5, (16, 16), 2, 10)
-    ours = provider("glf_fast", case, True)
-    assert ours.why_wrong(mode, case) == ""
-    ours.module.mlp_biases[-1].data[0, 0] += 0.3
-    assert "off by" in ours.why_wrong(mode, case)
+    made = job(flows.PROVIDERS["glf_fast"], FlowCase("tiny", 5, (16, 16), 2, 10, context_dim=3), mode)
+    assert made.why_wrong() == ""
+    made.inputs[-1].add_(1)  # the context
+    assert "off by" in made.why_wrong()

@@ -1,17 +1,18 @@
 """A pytest plugin: one bias of the flow in plain PyTorch is not what it should be."""
 
+from functools import partial
+
 import torch
 
-from bench import baselines
-
-_right = baselines.MAKERS["eager"]
+from bench import flows
+from bench.race import Provider
 
 
 def _wrong(case, device):
-    made = _right(case, device)
+    made = flows.MAKERS["eager"](case, device)
     with torch.no_grad():
         made.module.mlp_biases[0][0, 0] += 0.5
     return made
 
 
-baselines.MAKERS["eager"] = _wrong
+flows.PROVIDERS["eager"] = Provider("eager", partial(flows.flow_job, "eager", _wrong))

@@ -44,7 +44,7 @@ def test_stages_are_counted_as_buffers() -> None:
     # the forward's steps, loops in loops in the backward's.
     code = """
 from glf_fast.kernels.launch_table import Launch
-from glf_fast.kernels.shipped import of_entry
+from shipped import of_entry
 from triton_resources import resources
 for key in ("forward small tf32 few", "backward small bf16 few"):
     for stages in (1, 2, 3):
@@ -59,7 +59,7 @@ def test_a_small_kernel_compiles_for_every_architecture() -> None:
     code = """
 import compile_gate
 from glf_fast.kernels.launch_table import Launch
-from glf_fast.kernels.shipped import of_entry
+from shipped import of_entry
 from triton_resources import resources
 spec = of_entry("forward small bf16 few", Launch(16, 32, 32, False, 4, 3))
 for arch in compile_gate.ARCHITECTURES:
@@ -74,7 +74,7 @@ def test_operands_of_tf32_products_are_rounded() -> None:
     # Rows by the flow's kernels, on their way into every product; parameters when they are packed.
     code = """
 from glf_fast.kernels.launch_table import Launch
-from glf_fast.kernels.shipped import beside, of_entry
+from shipped import beside, of_entry
 from pipelines import PRODUCTS, loops
 from triton_resources import compiled
 
@@ -98,9 +98,10 @@ for spec in packings:
 
 
 def test_the_named_flows_are_those_of_the_benchmarks(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS.parent))
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import shipped
+
     from bench.cases import FLOWS
-    from glf_fast.kernels import shipped
 
     assert {name: (c.dim, c.hidden, c.context_dim, c.batch) for name, c in FLOWS.items()} == shipped.FLOWS
 

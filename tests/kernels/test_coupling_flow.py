@@ -340,7 +340,6 @@ def test_a_flow_uses_the_kernels_and_learns_the_same() -> None:
 
 def test_the_launch_table_answers_for_every_flow(monkeypatch) -> None:
     from glf_fast.kernels import launch_table
-    from glf_fast.kernels.shipped import shipped
 
     for arch in (80, 90, 100):
         monkeypatch.setattr(launch_table, "architecture", lambda index, arch=arch: str(arch))
@@ -351,8 +350,6 @@ def test_the_launch_table_answers_for_every_flow(monkeypatch) -> None:
                 how = launch_table.launch_for(backward, dim, (width,) * layers, precision, batch, torch.device("cuda"))
                 assert all(n >= 16 and n & (n - 1) == 0 for n in (how.rows, how.columns, how.depth))
                 assert how.staged or layers <= 2
-        names = {spec.name for _, spec in shipped(arch)}
-        assert names >= {key for key, _ in launch_table.entries(arch)} and len(names) > (200 if arch == 90 else 80)
 
 
 def test_nothing_imports_triton_before_a_kernel_runs() -> None:

@@ -70,9 +70,12 @@ def test_candidates_fit_and_hold_what_was_found_by_hand() -> None:
 
 def test_the_table_has_all_keys_and_tuning_some() -> None:
     from flow_candidates import keys, tuned_keys
+    from shipped import shipped
 
     for arch in (80, 90, 100):
         assert {key for key, _ in entries(arch)} == set(keys())
+        names = {spec.name for _, spec in shipped(arch)}  # what the compile gate compiles
+        assert names >= set(keys()) and len(names) > (200 if arch == 90 else 80)
     assert set(tuned_keys()) < set(keys())
     assert len(set(tuned_keys())) == len(tuned_keys())
 
@@ -80,9 +83,9 @@ def test_the_table_has_all_keys_and_tuning_some() -> None:
 def test_the_named_flows_run_what_is_tuned() -> None:
     from flow_candidates import FLOWS as TUNED
     from flow_candidates import tuned_keys
+    from shipped import FLOWS, OPERANDS
 
     from glf_fast.kernels.launch_table import key_for
-    from glf_fast.kernels.shipped import FLOWS, OPERANDS
 
     for dim, hidden, _, rows in FLOWS.values():
         for backward in (False, True):

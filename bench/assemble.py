@@ -1,18 +1,20 @@
-"""Matrices from triangular factors: the PLU layers of every default flow assembled."""
+"""The PLU layers of every default flow assembled: their triangular factors as matrices, and inverses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.check import why_wrong
+from bench.race import Clock, Job, Provider
 from glf_fast import ops, reference
 
-__all__ = ["ASSEMBLED", "Assembled", "PluCase"]
+__all__ = ["CASES", "PROVIDERS", "PluCase"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class PluCase:
         vectors = [0.1 * torch.randn(K, D, device=device) for _ in range(3)]
         return [permutation, sign, *(t.requires_grad_() for t in (*matrices, *vectors))]
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """For results."""
+        return {"batch": self.count, "dim": self.dim}
+
     def operations(self, mode: str) -> int:
         """L U 2/3 D³ and the inverse 4/3 D³ each; train: L U, and two products with triangles backward."""
         return 2 * self.count * self.dim**3
@@ -46,31 +53,25 @@ class PluCase:
         return 4 * self.count * self.dim**2 * (4 if mode == "forward" else 8)
 
 
-class Assembled:
-    """One provider's passes; forward as sampling needs them, with inverses; train as density does, without."""
+def _job(function: Callable[..., Any], case: PluCase, mode: str, clock: Clock) -> Job:
+    """Forward as sampling needs them, with inverses; train as density does, without."""
+    inputs = case.inputs(clock.DEVICE)
+    K, D = case.count, case.dim
+    torch.manual_seed(1)
+    gradients = [torch.randn(size, device=clock.DEVICE) for size in ((K, D, D), (K, D), (K,))]
 
-    def __init__(self, name: str, case: PluCase, device: str = "cpu") -> None:
-        self.function = ops.plu_assemble if name == "glf_fast" else reference.plu_assemble
-        self.inputs = case.inputs(device)
-        K, D = case.count, case.dim
-        torch.manual_seed(1)
-        self.gradients = [torch.randn(size, device=device) for size in ((K, D, D), (K, D), (K,))]
-
-    def run(self, mode: str) -> list[Tensor]:
-        """[A, A⁻¹, c, log|det A|], or the gradients of lower, upper, log_diag, log_scale and bias."""
-        return assemble(self.function, mode, self.inputs, self.gradients)
-
-    def why_wrong(self, mode: str) -> str:
-        """What is wrong with its results, or ""."""
-        permutation, *floats = (t.detach() for t in self.inputs)
+    def check(found: list[Tensor]) -> str:
+        permutation, *floats = (t.detach() for t in inputs)
         sign, *trained = (t.double() for t in floats)
-        inputs = [permutation, sign, *(t.requires_grad_() for t in trained)]
-        exact = assemble(reference.plu_assemble, mode, inputs, [g.double() for g in self.gradients])
-        return why_wrong(self.run(mode), exact)
+        exact = [permutation, sign, *(t.requires_grad_() for t in trained)]
+        return why_wrong(found, _assemble(reference.plu_assemble, mode, exact, [g.double() for g in gradients]))
+
+    again = partial(_job, function, case, mode, clock)
+    return Job(lambda: _assemble(function, mode, inputs, gradients), check, alone=True, again=again)
 
 
-def assemble(function: Callable[..., Any], mode: str, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    """One pass."""
+def _assemble(function: Callable[..., Any], mode: str, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """[A, A⁻¹, c, log|det A|], or the gradients of lower, upper, log_diag, log_scale and bias."""
     permutation, sign, lower, upper, log_diag, *actnorm = inputs
     plu = permutation, lower, upper, log_diag, sign, *actnorm
     if mode == "train":
@@ -80,5 +81,9 @@ def assemble(function: Callable[..., Any], mode: str, inputs: list[Tensor], grad
         return list(function(*plu))
 
 
+PROVIDERS = {
+    "glf_fast": Provider("glf_fast", partial(_job, ops.plu_assemble)),
+    "eager": Provider("eager", partial(_job, reference.plu_assemble)),
+}
 # glf-cifar's layers, glf-mnist's, wide's, sbi's.
-ASSEMBLED = [PluCase(8, 64), PluCase(8, 20), PluCase(16, 128), PluCase(5, 8)]
+CASES = [PluCase(8, 64), PluCase(8, 20), PluCase(16, 128), PluCase(5, 8)]

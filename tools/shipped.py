@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from glf_fast.kernels import affine_coupling, coupling_flow, coupling_flow_backward, packing, sums
+import specialization
+from specialization import Specialization
+
 from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions, sizes
-from glf_fast.kernels.launch import Specialization
 from glf_fast.kernels.launch_table import SIZES, Launch, entries, key_for
 
 __all__ = ["FLOWS", "beside", "kernels", "of_entry", "shipped"]
@@ -36,14 +37,14 @@ def of_entry(key: str, how: Launch) -> Specialization:
     # Operands in bf16 come with a map in full precision under autocast: of the two, the one that takes more registers.
     maps = FULL_PRECISION if precision == "bf16" else precision
     options = FlowOptions("relu", "tanh", 2.0, False, False, maps, precision)
-    module = coupling_flow_backward if kernel == "backward" else coupling_flow
-    return module.specialization(key, dim, hidden, 0, options, True, how)
+    make = specialization.backward if kernel == "backward" else specialization.forward
+    return make(key, dim, hidden, 0, options, True, how)
 
 
 def of_flows(key: str, how: Launch) -> Iterator[Specialization]:
     """All kernels of the named flows that an entry launches: both directions, with what they save or without."""
     backward = key.startswith("backward")
-    module = coupling_flow_backward if backward else coupling_flow
+    make = specialization.backward if backward else specialization.forward
     for name, (dim, hidden, context_dim, rows) in FLOWS.items():
         for precision, (maps, mlp) in OPERANDS.items():
             if key_for(backward, dim, hidden, mlp, rows) != key:
@@ -54,7 +55,7 @@ def of_flows(key: str, how: Launch) -> Iterator[Specialization]:
                 for saved in (True, False):
                     memory = "saved" if saved else "reversible" if backward else "alone"
                     what = f"{name} {precision} {direction}, {memory}"
-                    yield module.specialization(what, dim, hidden, context_dim, options, saved, how)
+                    yield make(what, dim, hidden, context_dim, options, saved, how)
 
 
 def kernels(key: str, how: Launch, arch: int) -> Iterator[Specialization]:
@@ -71,10 +72,10 @@ def beside() -> Iterator[Specialization]:
         for precision, (maps, mlp) in OPERANDS.items():
             options = FlowOptions("relu", "tanh", 2.0, False, False, maps, mlp)
             for stacks in (1, 2):
-                yield packing.specialization(f"{name} {precision} packing, {stacks} maps", constants, stacks, options)
+                yield specialization.packing(f"{name} {precision} packing, {stacks} maps", constants, stacks, options)
         for kept in ("*fp32", "*bf16"):
-            yield sums.specialization(f"{name} sums of {kept[1:]}", constants, kept)
-    yield from affine_coupling.specializations()
+            yield specialization.sums(f"{name} sums of {kept[1:]}", constants, kept)
+    yield from specialization.couplings()
 
 
 def shipped(arch: int) -> Iterator[tuple[str, Specialization]]:

@@ -1,4 +1,4 @@
-"""Times on a GPU: what the kernels take, by replaying a captured graph, and what a call takes, host included.
+"""The clock of GPUs: what the kernels take, by replaying a captured graph, and what a call takes, host included.
 
 `bench.rehearsal` offers the same names on a processor.
 """
@@ -8,20 +8,23 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.race import Calls, in_turn
+
 __all__ = [
     "DEVICE",
-    "Calls",
-    "Graph",
+    "GPU",
     "alive",
     "bandwidth",
     "call_times",
+    "captured",
+    "copy_bandwidth",
+    "kernel_times",
     "launches",
     "matrix_rate",
     "name",
@@ -31,15 +34,9 @@ __all__ = [
 
 Work = Callable[[], object]
 
-
-class Calls(NamedTuple):
-    """Seconds of calls in a row, each the mean of a burst, and the host's least share of one."""
-
-    seconds: list[float]
-    host: float
-
-
 DEVICE = "cuda"
+GPU = True
+SECONDS = 0.12  # of one graph's cold replays
 WARMUP = 3
 COLD = 8  # times the L2 cache is what is read between two replays
 BUSY = 8  # times that is read: about a millisecond, in which the host enqueues a graph of a thousand launches
@@ -102,6 +99,24 @@ class Graph:
         return [a.elapsed_time(b) / 1e3 / replays / len(self.results) for a, b in pairs]
 
 
+def kernel_times(works: Sequence[Work]) -> dict[str, list[float]]:
+    """Seconds of a pass's kernels alone, from one graph over all passes: "cold", and of one pass "warm" caches, too."""
+    graph = Graph(*works)
+    found = {"cold": graph.times(SECONDS, cold=True)}
+    return found if len(works) > 1 else found | {"warm": graph.times(SECONDS / 2, cold=False)}
+
+
+def captured(work: Work) -> Work:
+    """The pass as a graph, which returns what lies in its memory."""
+    graph = Graph(work)
+
+    def replay() -> object:
+        graph.replay()
+        return graph.results[0]
+
+    return replay
+
+
 def rotations(size: int) -> int:
     """How many copies of `size` bytes are more than three times the L2 cache, so that passes over them in turn find it cold.
 
@@ -121,30 +136,23 @@ def call_times(works: Mapping[str, Work], seconds: float) -> dict[str, Calls | E
     """
     bursts: dict[str, int] = {}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in works}
-    failed: dict[str, Exception] = {}
+    end = 0.0
 
-    def each(turn: Callable[[str], None]) -> bool:
-        """Whether any is left that can go on."""
-        for name in works:
-            if name not in failed:
-                try:
-                    turn(name)
-                except Exception as error:  # one work's failure must not cost the others
-                    failed[name] = error
-                    if not alive():
-                        return False
-        return len(failed) < len(works)
+    def turn(name: str) -> None:
+        if name in bursts:
+            _burst(works[name], bursts[name], *times[name])
+        else:  # the first round only warms
+            bursts[name] = max(1, min(20, int(0.05 / _seconds(works[name]))))
 
-    def size(name: str) -> None:
-        bursts[name] = max(1, min(20, int(0.05 / _seconds(works[name]))))
+    def going(rounds: int) -> bool:
+        nonlocal end
+        if rounds == 1:
+            end = time.perf_counter() + seconds * len(works)
+        return rounds <= LEAST or time.perf_counter() < end
 
     gc.disable()
     try:
-        going = each(size)
-        end, rounds = time.perf_counter() + seconds * len(works), 0
-        while going and (time.perf_counter() < end or rounds < LEAST):
-            going = each(lambda name: _burst(works[name], bursts[name], *times[name]))
-            rounds += 1
+        failed: dict[str, Calls | Exception] = dict(in_turn(list(works), turn, going, alive))
     finally:
         gc.enable()
     right = {name: Calls(calls, min(host)) for name, (calls, host) in times.items() if name not in failed and calls}
@@ -235,8 +243,16 @@ def matrix_rate(precision: str) -> float:
         torch.set_float32_matmul_precision(before)
 
 
+def bandwidth(size: int) -> float:
+    """Bytes per second of a copy, whatever the size."""
+    return _copy()
+
+
+copy_bandwidth = bandwidth
+
+
 @cache
-def bandwidth() -> float:
+def _copy() -> float:
     """Bytes per second, read and written, of a copy of one gigabyte at its best."""
     a = torch.randn(1 << 28, device=DEVICE)
     b = torch.empty_like(a)
