@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from glf_fast.conversion.gaps import REACH, apart, fold, inverted
 from glf_fast.conversion.images.build import on_channels
 from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation, width
-from glf_fast.conversion.mlp import select_outputs
+from glf_fast.conversion.mlp import scale_outputs
 from glf_fast.conversion.padding import divided
 from glf_fast.conversion.stack import Sources, Step, stack, standalone
 from glf_fast.flow import Flow, Inverse, SequentialFlow
@@ -58,7 +58,7 @@ def fuse(
         if kept:
             modules += [layer.module for layer in run if isinstance(layer, Kept)]
         else:
-            read = [_righted(_double(layer)) for layer in run if not isinstance(layer, Kept)]
+            read = [_odd_turned(_double(layer)) for layer in run if not isinstance(layer, Kept)]
             if len(event_shape) == 3 and not any(isinstance(layer, Coupling) for layer in read):
                 modules.append(on_channels(read, sources))
             else:
@@ -103,13 +103,11 @@ def _segments(run: Iterable[Coupling | Piece]) -> tuple[list[_Segment], list[Pie
     return segments, []
 
 
-def _righted(layer: Any) -> Any:
+def _odd_turned(layer: Any) -> Any:
     """A coupling that is undone, with odd f, as one that is not: (v − t)·e^−f(u) has −u, −t and the other order."""
     if not (isinstance(layer, Coupling) and layer.undo and layer.log_scale in _ODD):
         return layer
-    mlp = layer.conditioner
-    columns = torch.arange(mlp.weights[-1].shape[-1])
-    return replace(layer, conditioner=select_outputs(mlp, columns, -1.0), add_first=not layer.add_first, undo=False)
+    return replace(layer, conditioner=scale_outputs(layer.conditioner, -1.0), add_first=not layer.add_first, undo=False)
 
 
 def _kind(coupling: Coupling) -> tuple[object, ...]:

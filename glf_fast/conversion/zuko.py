@@ -1,22 +1,35 @@
-"""Reads zuko's flows. Its transforms are data → noise; `flow(context)` builds a distribution anew at every call."""
+"""zuko. Its transforms are data → noise; `flow(context)` makes a distribution in every call."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Transform, constraints
 
+from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
-from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
-from glf_fast.conversion.mlp import read_mlp, select_outputs
-from glf_fast.conversion.reading import ConversionError, Reading, read_each, trained_together
+from glf_fast.conversion.images.modules import OnChannels
+from glf_fast.conversion.layers import Dense, Diagonal, Layer, Permutation, Unfusable
+from glf_fast.conversion.library import (
+    Base,
+    Chain,
+    ConversionError,
+    FusedLayer,
+    Library,
+    Part,
+    Shape,
+    put_transform,
+    trained_together,
+)
+from glf_fast.flow import Flow
 from glf_fast.reference import log_scale
 
-__all__ = ["KeptTransform", "read", "read_transform", "transforms"]
+__all__ = ["LIBRARY"]
 
 
 class KeptTransform(nn.Module):
@@ -40,38 +53,46 @@ class KeptTransform(nn.Module):
         return y, ladj.sum(1) if ladj.ndim == 2 else ladj  # per column for elementwise transforms
 
 
-def read(flow: Any, device: str = "cpu") -> Reading:
-    """A `zuko.lazy.Flow` whose base is a diagonal normal."""
-    try:
-        base = flow.base(None)
-    except Exception as error:  # a network that makes a distribution of the context
-        raise ConversionError("its base depends on the context: N(0, I) or a diagonal normal is covered") from error
-    normal = getattr(base, "base_dist", None)
-    if type(base).__name__ not in ("DiagNormal", "Independent") or type(normal) is not torch.distributions.Normal:
-        raise ConversionError(f"base distribution {type(base).__name__}: DiagNormal is covered")
-    if len(base.event_shape) != 1 or base.batch_shape:
-        shapes = f"batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}"
-        raise ConversionError(f"a base of {shapes}: flows on vectors are covered")
-    dim = base.event_shape[0]
-    layers = read_each(transforms(flow.transform), lambda t: read_transform(t, dim), KeptTransform, device)
-    if normal.loc.any() or (normal.scale != 1).any() or normal.loc.requires_grad or normal.scale.requires_grad:
-        try:
-            trained = trained_together(normal.loc, normal.scale)
-        except Unfusable as reason:
-            raise ConversionError(f"base distribution: {reason}") from None
-        layers.append(Diagonal(-normal.scale.log(), -normal.loc / normal.scale, trained))
-    columns = max(_context_columns(module, dim) for module in flow.modules())
+class ZukoLayer(FusedLayer):
+    """A lazy transform: a context makes it a transform data → noise."""
 
-    def inverse(z: Tensor, context: Tensor | None) -> Tensor:
-        return flow.transform(context).inv(normal.loc + z * normal.scale)
+    def forward(self, c: Tensor | None = None) -> Transform:
+        """The transform given c (…, C)."""
+        return _Given(self.flow, self._given(c))
 
-    return Reading(
-        layers=layers,
-        event_shape=(dim,),
-        log_prob=lambda x, context: flow(context).log_prob(x),
-        inverse=inverse,
-        context_shape=(columns,) if columns else (),
-    )
+
+class _Given(Transform):
+    """A flow and its context as a transform of torch.distributions, data → noise, with zuko's `call_and_ladj`."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, flow: Flow, context: Tensor | None) -> None:
+        super().__init__()
+        self.flow = flow
+        self.context = context
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, D) → (…, D), log|det| (…), in one evaluation."""
+        return self._run(self.flow, x)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of data → noise at x, (…)."""
+        return self._run(self.flow, x)[1]
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._run(self.flow, x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._run(self.flow.inverse, y)[0]
+
+    def _run(self, direction: Callable[..., tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
+        batch, context = x.shape[:-1], self.context
+        if context is not None:
+            context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
+        y, logdet = direction(x.reshape(-1, x.shape[-1]), context)
+        return y.reshape(*batch, y.shape[-1]), logdet.reshape(batch)
 
 
 def _context_columns(module: Any, dim: int) -> int:
@@ -88,40 +109,14 @@ def _context_columns(module: Any, dim: int) -> int:
     return 0
 
 
-def transforms(transform: nn.Module, name: str = "transform") -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of the lazy transforms, one by one, in nested compositions too."""
-    if type(transform).__name__ == "LazyComposedTransform":
-        for i, part in enumerate(transform.transforms):  # type: ignore[arg-type]
-            yield from transforms(part, f"{name}.transforms.{i}")
-    else:
-        yield name, transform
-
-
-def read_transform(transform: nn.Module, dim: int) -> list[Layer]:
-    """The layers of one lazy transform on vectors of `dim` columns; raises Unfusable."""
-    kind = type(transform).__name__
-    if kind == "GeneralCouplingTransform":
-        return [_coupling(transform)]
-    if kind == "LazyInverse":
-        inner = [layer for _, part in transforms(transform.transform) for layer in read_transform(part, dim)]  # type: ignore
-        return inverted_layers(inner)
-    if kind == "UnconditionalTransform":
-        eager = transform()
-        reader = _UNCONDITIONAL.get(type(eager).__name__)
-        if reader is None:
-            raise Unfusable(f"{type(eager).__name__} is neither linear nor a permutation")
-        return [reader(eager, dim, trained_together(*transform.parameters()))]
-    raise Unfusable(f"{kind} is not a coupling with an affine transformation, a linear layer or a permutation")
-
-
-def _coupling(transform: Any) -> Coupling:
-    passive, transformed = transform.mask.nonzero().squeeze(1), (~transform.mask).nonzero().squeeze(1)
-    T = len(transformed)
+def _coupling(part: Part) -> list[Layer]:
+    transform = part.module
+    halves = transform.mask.nonzero().squeeze(1), (~transform.mask).nonzero().squeeze(1)
     shapes = [tuple(shape) for shape in transform.shapes]
     kind = transform.univariate.func if isinstance(transform.univariate, partial) else transform.univariate
     name = getattr(kind, "__name__", repr(kind)) if getattr(kind, "__module__", "") == "zuko.transforms" else repr(kind)
     if name == "AdditiveTransform" and shapes == [()]:
-        return Coupling(passive, transformed, read_mlp(transform.hyper), "exp", None, False)
+        return [DeclaredCoupling(*halves, transform.hyper, "t").read(part)]
     if name != "MonotonicAffineTransform" or shapes != [(), ()]:
         raise Unfusable(f"its transformation {name} is not affine")
     # ℓ → |ln slope| as a → ∞: the slope of this object, whose default differs from release to release.
@@ -130,9 +125,7 @@ def _coupling(transform: Any) -> Coupling:
     slope = float(f"{math.exp(-log_scales[0].item()):.12g}")  # the exponential of a logarithm is off in the last digits
     if not torch.allclose(log_scales, log_scale(probe, "softclip", slope), rtol=1e-9, atol=1e-12):
         raise Unfusable("its log-scale is not a / (1 + |a / ln slope|)")
-    order = torch.cat([torch.arange(1, 2 * T, 2), torch.arange(0, 2 * T, 2)])  # zuko has [t₀, a₀, t₁, a₁, …]
-    mlp = select_outputs(read_mlp(transform.hyper), order)
-    return Coupling(passive, transformed, mlp, "softclip", slope, False)
+    return [DeclaredCoupling(*halves, transform.hyper, "tutu", "softclip", slope).read(part)]
 
 
 def _lu(eager: Any, dim: int, trained: bool) -> Layer:
@@ -164,3 +157,78 @@ _UNCONDITIONAL: dict[str, Callable[[Any, int, bool], Layer]] = {
     "AffineTransform": _affine,
     "MonotonicAffineTransform": _monotonic_affine,
 }
+
+
+def _inverse(part: Part) -> list[Layer]:
+    return inverted_layers(LIBRARY.read_inside(part, part.module.transform))
+
+
+class Zuko(Library):
+    """Flows are a lazy transform, which has a list if it is composed, and a lazy base; on vectors."""
+
+    package = "zuko"
+    flows = ("Flow",)
+    packages = ("zuko.flows", "zuko.lazy")
+    compositions: ClassVar = {"LazyComposedTransform": "transforms"}
+    on_vectors: ClassVar = {"GeneralCouplingTransform": _coupling, "LazyInverse": _inverse}
+
+    def chains(self, flow: Any) -> list[Chain]:
+        """One: `flow.transform`."""
+        try:
+            shape = tuple(flow.base().event_shape)
+        except Exception as error:  # a base that only a context makes a distribution
+            raise ConversionError(
+                "its base depends on the context, and does not say how many columns it has"
+            ) from error
+        parts = [Part(name, module, shape) for name, module in self.flattened(flow.transform, "transform")]
+        return [Chain(parts, partial(put_transform, flow, "transform", "transforms", parts))]
+
+    def keep(self, part: Part) -> nn.Module:
+        """Of any transform."""
+        return KeptTransform(part.module)
+
+    def adapt(self, fused: Flow | OnChannels, parts: Sequence[Part]) -> nn.Module:
+        """As a lazy transform."""
+        return ZukoLayer(fused)
+
+    def base(self, flow: Any) -> Base:
+        """A diagonal normal."""
+        try:
+            base = flow.base(None)
+        except Exception as error:  # a network that makes a distribution of the context
+            raise ConversionError("its base depends on the context: N(0, I) or a diagonal normal is covered") from error
+        normal = getattr(base, "base_dist", None)
+        name = type(base).__name__
+        if name not in ("DiagNormal", "Independent") or type(normal) is not torch.distributions.Normal:
+            raise ConversionError(f"base distribution {name}: DiagNormal is covered")
+        if len(base.event_shape) != 1 or base.batch_shape:
+            shapes = f"batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}"
+            raise ConversionError(f"a base of {shapes}: flows on vectors are covered")
+        return Base.normal(name, normal.loc, normal.scale.log(), normal.loc, normal.scale)
+
+    def log_prob(self, flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        """Of the distribution."""
+        return flow(context).log_prob(x)
+
+    def generate(self, flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
+        """By the transform's inverse."""
+        return flow.transform(context).inv(noise)
+
+    def context_shape(self, parts: Sequence[Part]) -> Shape:
+        """By the inputs of the networks, of fused transforms and others."""
+        columns = max((_context_columns(m, part.shape[0]) for part in parts for m in part.module.modules()), default=0)
+        return (columns,) if columns else ()
+
+    def read(self, part: Part) -> list[Layer]:
+        """An unconditional transform is read as the transform that it makes."""
+        module = part.module
+        if type(module).__name__ != "UnconditionalTransform":
+            return super().read(part)
+        eager = module()
+        reader = _UNCONDITIONAL.get(type(eager).__name__)
+        if reader is None:
+            raise Unfusable(f"{type(eager).__name__} is neither linear nor a permutation")
+        return [reader(eager, part.shape[0], trained_together(*module.parameters()))]
+
+
+LIBRARY = Zuko()

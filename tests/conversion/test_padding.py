@@ -14,6 +14,7 @@ from glf_fast import CouplingFlow
 from glf_fast.conversion import ConversionError, convert, nflows
 from glf_fast.conversion.accelerate import accelerate
 from glf_fast.conversion.layers import Kept
+from glf_fast.conversion.reading import read_flow
 
 
 def blocks(widths: list[int], dim: int = 20, scale_map: str = "exp") -> nf.NormalizingFlow:
@@ -76,8 +77,8 @@ def test_a_coupling_of_few_columns_of_many_stays_as_it_is() -> None:
 
 def test_a_gpu_minds_launches_more_than_padding() -> None:
     flow = Flow(lopsided(128, 1), StandardNormal([128])).double()
-    assert [isinstance(layer, Kept) for layer in nflows.read(flow, "cuda").layers] == [False]
-    assert [isinstance(layer, Kept) for layer in nflows.read(flow, "cpu").layers] == [True]
+    assert [isinstance(layer, Kept) for layer in read_flow(nflows.LIBRARY, flow, "cuda").layers] == [False]
+    assert [isinstance(layer, Kept) for layer in read_flow(nflows.LIBRARY, flow, "cpu").layers] == [True]
 
 
 def test_couplings_of_a_usual_size_are_fused_whatever_their_mask() -> None:

@@ -115,7 +115,7 @@ def test_fresh_flows_with_last_layers_of_zero_are_read_by_their_scale(monkeypatc
     blocks = [nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4], init_zeros=True)) for _ in range(2)]
     original = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), blocks)
     convert(original)
-    monkeypatch.setitem(reader._SCALE_MAPS, "exp", ("tanh", 1.0, -1.0, False))
+    monkeypatch.setitem(reader._SCALE_MAPS, "exp", ("tanh", 1.0, True))
     assert not accelerate(copy.deepcopy(original))
     with pytest.raises(ConversionError, match="log_prob differs"):
         convert(original)
@@ -162,15 +162,15 @@ class FunctionalDropout(nn.Module):
 @pytest.mark.parametrize("make", [lambda a, b: Net(a, b, dropout=0.3), FunctionalDropout], ids=["module", "function"])
 def test_dropout_that_training_loses_is_said(make: Callable[..., nn.Module]) -> None:
     original = Flow(T.CompositeTransform(couplings(2, make)), nflows.distributions.StandardNormal([4])).eval()
-    with pytest.warns(UserWarning, match=r"no Dropout \(p = 0.3\) in training mode"):
+    with pytest.warns(UserWarning, match=r"does not apply Dropout \(p = 0.3\) in training mode"):
         converted = convert(original)
     x = torch.randn(3, 4)
     torch.testing.assert_close(converted.train().log_prob(x), original.log_prob(x))
     report = accelerate(original)
-    assert report.replaced[0].lost == "Dropout (p = 0.3)" and "no Dropout (p = 0.3) in training mode any more" in str(
-        report
-    )
-    with pytest.warns(UserWarning, match="no BatchNorm in training mode"):
+    assert report.replaced[
+        0
+    ].lost == "Dropout (p = 0.3)" and "no longer applies Dropout (p = 0.3) in training mode" in str(report)
+    with pytest.warns(UserWarning, match="does not apply BatchNorm in training mode"):
         convert(flow(started(T.BatchNorm)))
 
 

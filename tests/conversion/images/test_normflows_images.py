@@ -8,7 +8,7 @@ import torch
 
 from glf_fast import accelerate, convert
 from glf_fast.conversion import ConversionError
-from glf_fast.conversion.images import normflows as reader
+from glf_fast.conversion import normflows as reader
 from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # called by normflows

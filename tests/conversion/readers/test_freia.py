@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from glf_fast.conversion.freia import read
+from glf_fast.conversion.freia import LIBRARY
 from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Permutation
-from glf_fast.conversion.reading import ConversionError
+from glf_fast.conversion.library import ConversionError
+from glf_fast.conversion.reading import read_flow
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using non-full backward hooks:FutureWarning"),  # FrEIA's OrthogonalTransform
@@ -68,7 +69,7 @@ def test_reading_is_the_network(name, dim, check_reading, randomize):
     torch.manual_seed(dim)
     np.random.seed(dim)
     inn = randomize(sequence(dim, *BLOCKS[name](), *BLOCKS[name]()))
-    reading = read(inn)
+    reading = read_flow(LIBRARY, inn)
     assert not any(isinstance(layer, Kept) for layer in reading.layers)
     # A soft permutation is orthogonal to float32 only, and its log-determinant is taken to be 0.
     check_reading(inn, reading, tolerance=2e-6 if "soft" in name else 1e-9)
@@ -89,7 +90,7 @@ def test_all_in_one_formula_is_asked_of_the_object(formula, monkeypatch, check_r
         monkeypatch.setattr(fm.AllInOneBlock, "_affine", newer)
     torch.manual_seed(0)
     inn = randomize(sequence(5, (fm.AllInOneBlock, net(affine_clamping=1.7))), 2.0)
-    reading = read(inn)
+    reading = read_flow(LIBRARY, inn)
     coupling = next(layer for layer in reading.layers if isinstance(layer, Coupling))
     assert coupling.log_scale == "tanh" and coupling.log_scale_constant == pytest.approx(1.7)
     check_reading(inn, reading)
@@ -112,7 +113,7 @@ def test_fixed_layers(check_reading, randomize):
         inn[i].requires_grad_(False)
     with torch.no_grad():
         inn[3].weights.copy_(rotation(4))  # what its correction does after so many steps
-    reading = read(inn)
+    reading = read_flow(LIBRARY, inn)
     kinds = [type(layer) for layer in reading.layers]
     assert kinds == [Dense, Dense, Coupling, Coupling, Dense, Dense, Diagonal, Dense]
     assert not any(layer.trained for layer in reading.layers if isinstance(layer, Dense | Diagonal))
@@ -123,10 +124,10 @@ def test_actnorm_of_both_releases(check_reading, randomize):
     torch.manual_seed(0)
     inn = sequence(5, (fm.ActNorm, {}), (fm.GLOWCouplingBlock, net()))
     with pytest.raises(ConversionError, match="has not been initialised"):
-        read(inn)
+        read_flow(LIBRARY, inn)
     inn(2 + 3 * torch.randn(50, 5))
     randomize(inn)
-    check_reading(inn, read(inn))
+    check_reading(inn, read_flow(LIBRARY, inn))
 
     class ActNorm(nn.Module):  # (x − loc)/e^log_scale
         def __init__(self):
@@ -141,7 +142,7 @@ def test_actnorm_of_both_releases(check_reading, randomize):
 
     ActNorm.__module__ = "FrEIA.modules.invertible_resnet"
     inn.module_list[0] = ActNorm().double()
-    reading = read(inn)
+    reading = read_flow(LIBRARY, inn)
     assert isinstance(reading.layers[0], Diagonal)
     check_reading(inn, reading)
 
@@ -153,7 +154,7 @@ def test_graph_that_is_a_chain(check_reading, randomize):
     b = ff.Node(a, fm.PermuteRandom, {})
     c = ff.Node(b, fm.RNVPCouplingBlock, net(), conditions=first)
     inn = randomize(ff.GraphINN([start, first, second, a, b, c, ff.OutputNode(c)]))
-    reading = read(inn)
+    reading = read_flow(LIBRARY, inn)
     assert reading.context_shape == (5,) and sum(isinstance(layer, Coupling) for layer in reading.layers) == 4
     check_reading(inn, reading)
 
@@ -164,7 +165,7 @@ def test_graph_that_branches_is_refused():
     left = ff.Node(split.out0, fm.PermuteRandom, {})
     joined = ff.Node([left.out0, split.out1], fm.Concat, {})
     with pytest.raises(ConversionError, match="does not follow"):
-        read(ff.GraphINN([start, split, left, joined, ff.OutputNode(joined)]))
+        read_flow(LIBRARY, ff.GraphINN([start, split, left, joined, ff.OutputNode(joined)]))
 
 
 def test_trained_checkpoint_is_loaded_before_it_is_read(tmp_path, check_reading):
@@ -183,7 +184,7 @@ def test_trained_checkpoint_is_loaded_before_it_is_read(tmp_path, check_reading)
     torch.save(inn.state_dict(), tmp_path / "inn.pt")
     loaded = build()
     loaded.load_state_dict(torch.load(tmp_path / "inn.pt"))
-    check_reading(loaded.double(), read(loaded), tolerance=2e-6)
+    check_reading(loaded.double(), read_flow(LIBRARY, loaded), tolerance=2e-6)
 
 
 def test_kept_blocks_get_their_own_conditions(check_reading, randomize):
@@ -199,7 +200,7 @@ def test_kept_blocks_get_their_own_conditions(check_reading, randomize):
         (fm.PermuteRandom, {}),
     )
     randomize(inn)
-    reading = read(inn)
+    reading = read_flow(LIBRARY, inn)
     assert [type(layer) for layer in reading.layers] == [Coupling, Coupling, *[Kept] * 5, Permutation]
     reasons = " ".join(layer.reason for layer in reading.layers if isinstance(layer, Kept))
     for part in ("module_list.1 (GINCouplingBlock)", "module_list.3", "gin_block=True", "Householder reflections"):
@@ -211,7 +212,7 @@ def test_matrix_that_is_not_orthogonal_is_kept():
     """The library takes its log-determinant for 0 all the same; a matrix of ours would give the true one."""
     inn = sequence(4, (fm.OrthogonalTransform, {})).requires_grad_(False)
     inn[0].weights.mul_(1.1)
-    (kept,) = read(inn).layers
+    (kept,) = read_flow(LIBRARY, inn).layers
     assert isinstance(kept, Kept) and "not orthogonal" in kept.reason
 
 
@@ -225,7 +226,7 @@ def test_matrix_that_is_not_orthogonal_is_kept():
     ],
 )
 def test_reasons_of_blocks_that_are_kept(block, reason):
-    (kept,) = read(sequence(5, block)).layers
+    (kept,) = read_flow(LIBRARY, sequence(5, block)).layers
     assert isinstance(kept, Kept) and reason in kept.reason and "module_list.0" in kept.reason
 
 
@@ -240,4 +241,4 @@ def test_refusals_name_the_layer(shape, block, message):
     inn = ff.SequenceINN(*shape)
     inn.append(block[0], **block[1])
     with pytest.raises(ConversionError, match=message):
-        read(inn)
+        read_flow(LIBRARY, inn)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from glf_fast.conversion import freia, normflows
+from glf_fast.conversion.reading import read_flow
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")
 
@@ -89,7 +90,7 @@ def test_normflows(seed, check_reading, randomize):
     dim = int(rng.integers(2, 10))
     layers = [random_normflows_layer(dim, rng) for _ in range(rng.integers(1, 7))]
     flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=bool(rng.integers(2))), layers)
-    check_reading(randomize(flow, 0.2), normflows.read(flow), tolerance=1e-8)
+    check_reading(randomize(flow, 0.2), read_flow(normflows.LIBRARY, flow), tolerance=1e-8)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -103,4 +104,4 @@ def test_freia(seed, check_reading, randomize):
         kind, arguments = random_freia_layer(dim, rng)
         inn.append(kind, **arguments)
     # What a FixedLinearTransform stores of its inverse and log-determinant is float32.
-    check_reading(randomize(inn, 0.2), freia.read(inn), tolerance=1e-6)
+    check_reading(randomize(inn, 0.2), read_flow(freia.LIBRARY, inn), tolerance=1e-6)

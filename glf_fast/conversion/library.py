@@ -1,0 +1,283 @@
+"""The protocol of a library: all that the conversion knows of one is in one object, in one file.
+
+What does not depend on the library (accelerate, check, fuse, reading, …) calls these methods and names no library. A new one
+is a file with a subclass of `Library`, and an entry in `libraries.py`:
+
+* `flows`, `hosts`, `packages`: which classes `convert` takes, `accelerate` looks into, and which are layers;
+* `chains`: where a flow has its layers (`Part`), data → noise, and how others are put in their place;
+* `on_vectors`, `on_images`: class of a layer → its reader, which returns `Layer`s or raises Unfusable. A coupling is
+  declared once for both (`couplings.py`);
+* `keep`: a layer that stays, under the interface of this project; `adapt`: a fused flow under the library's;
+* `base`, `log_prob`, `generate`, `embedding`, `context_shape`: a whole flow, for `convert`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast.conversion.images.modules import OnChannels
+from glf_fast.conversion.layers import Diagonal, Layer, Unfusable
+from glf_fast.flow import Flow
+
+__all__ = [
+    "Base",
+    "Chain",
+    "ConversionError",
+    "FusedLayer",
+    "Library",
+    "Part",
+    "Reader",
+    "Replacement",
+    "Seen",
+    "Shape",
+    "check_shape",
+    "context_features",
+    "module_list",
+    "put_transform",
+    "replaced",
+    "trained_together",
+]
+
+Shape = tuple[int, ...]
+# Layers start … stop − 1, and the module that takes their place.
+Replacement = tuple[int, int, nn.Module]
+
+
+class ConversionError(ValueError):
+    """A flow that cannot be converted; the message names the layer and the reason."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The columns, or channels, of a context of that width that a layer is given, in its own order."""
+
+    columns: tuple[int, ...]
+    width: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer of a library's flow.
+
+    name: for messages.
+    shape: of one sample that it is given, (D,) or (C, H, W).
+    conditions: the indices of those that it is given, where that differs from layer to layer (FrEIA).
+    seen: which columns of the flow's context these are; None for the layer on its own, whose context they are.
+    """
+
+    name: str
+    module: Any
+    shape: Shape
+    conditions: tuple[int, ...] = ()
+    seen: Seen | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Layers that work one after the other; `put(replacements)` puts others in the places parts[start:stop]."""
+
+    parts: list[Part]
+    put: Callable[[Sequence[Replacement]], None]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base distribution: its shape, the layers from it to N(0, I), and N(0, I) noise → noise of the base."""
+
+    shape: Shape
+    layers: list[Layer] = field(default_factory=list)
+    noise: Callable[[Tensor], Tensor] = lambda z: z
+
+    @classmethod
+    def normal(cls, name: str, loc: Tensor, log_scale: Tensor, *parameters: Tensor) -> Base:
+        """N(loc, e^(2·log_scale)) of vectors, made of those parameters."""
+        try:
+            trained = trained_together(*parameters)
+        except Unfusable as reason:
+            raise ConversionError(f"base distribution {name}: {reason}") from None
+        standard = not (trained or loc.any() or log_scale.any())
+        layers = [] if standard else [Diagonal(-log_scale, -loc * torch.exp(-log_scale), trained)]
+        return cls(tuple(loc.shape), list(layers), lambda z: loc + log_scale.exp() * z)
+
+
+def check_shape(what: str, shape: Shape) -> None:
+    """Raise ConversionError unless one sample of that shape is a vector or an image."""
+    if len(shape) not in (1, 3):
+        raise ConversionError(
+            f"{what} works on samples of shape {tuple(shape)}: vectors and images (C, H, W) are covered"
+        )
+
+
+def context_features(modules: Iterable[nn.Module]) -> int:
+    """The columns of the context that networks of nflows and normflows were made for; 0 if none says so."""
+    for module in modules:
+        features = getattr(module, "context_features", None)
+        if isinstance(features, int):
+            return features
+        layer = getattr(module, "context_layer", None)  # of a MADE
+        if isinstance(layer, nn.Linear):
+            return layer.in_features
+    return 0
+
+
+def trained_together(*parameters: Tensor) -> bool:
+    """Whether the library trains them; raises Unfusable if it trains some alone."""
+    trained = {p.requires_grad for p in parameters}
+    if len(trained) > 1:
+        raise Unfusable("only some of its parameters are trained")
+    return trained == {True}
+
+
+Reader = Callable[[Part], list[Layer]]
+
+
+class Library:
+    """What the conversion knows of a library. Methods without a word about their default must be there.
+
+    package: its name when it is imported. Only its own flows import it, never this project.
+    flows: names of the classes that `convert` takes.
+    hosts: of those besides, in whose objects `accelerate` replaces layers.
+    packages: modules whose classes are flows and layers.
+    compositions: class of a layer made of layers → the name of its list.
+    on_vectors, on_images: class of a layer → its reader.
+    alone: classes of layers that are worth replacing where there is no coupling beside them.
+    own_hooks: classes whose backward hooks are the library's own.
+    any_size: whether the layers on images work on another number of pixels.
+    """
+
+    package: str
+    flows: tuple[str, ...]
+    hosts: tuple[str, ...] = ()
+    packages: tuple[str, ...]
+    compositions: ClassVar[Mapping[str, str]] = {}
+    on_vectors: ClassVar[Mapping[str, Reader]] = {}
+    on_images: ClassVar[Mapping[str, Reader]] = {}
+    alone: frozenset[str] = frozenset()
+    own_hooks: frozenset[str] = frozenset()
+    any_size = True
+
+    def chains(self, flow: Any) -> list[Chain]:
+        """Where the flow has its layers; several where it is multi-scale. Raises ConversionError."""
+        raise NotImplementedError
+
+    def keep(self, part: Part) -> nn.Module:
+        """The layer as (x, context) → (z, logdet (B,)), data → noise, and `inverse` back; raises ConversionError."""
+        raise NotImplementedError
+
+    def adapt(self, fused: Flow | OnChannels, parts: Sequence[Part]) -> nn.Module:
+        """What takes the place of those parts."""
+        raise NotImplementedError
+
+    def base(self, flow: Any) -> Base:
+        """Its base distribution; raises ConversionError where `convert` cannot take it, or the flow for another reason."""
+        raise NotImplementedError
+
+    def log_prob(self, flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        """log p (B,) by the library itself."""
+        raise NotImplementedError
+
+    def generate(self, flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
+        """Noise of the base → data, by the library itself."""
+        raise NotImplementedError
+
+    def parts(self, flow: Any) -> list[Part]:
+        """The layers of a flow of one chain, with `seen` where layers are given different conditions; by default its own."""
+        return self.chains(flow)[0].parts
+
+    def embedding(self, flow: Any) -> nn.Module | None:
+        """The network that the context goes through first; by default there is none."""
+        return None
+
+    def context_shape(self, parts: Sequence[Part]) -> Shape:
+        """Of one context (after the embedding) that these layers say they take; by default ()."""
+        return ()
+
+    def invertible(self, parts: Sequence[Part], layers: Sequence[Layer]) -> bool:
+        """Whether the library's inverse of these parts, read into `layers`, is one to compare with; by default yes."""
+        return True
+
+    def prepare(self, copied: nn.Module) -> None:
+        """Makes a copy in float64, of a flow or of layers, one to compare with; by default it is."""
+
+    def owns(self, kind: type) -> bool:
+        """Whether a class comes from the library."""
+        return kind.__module__.partition(".")[0] == self.package
+
+    def read(self, part: Part) -> list[Layer]:
+        """The layers that one part is; raises Unfusable."""
+        kind = type(part.module)
+        images = len(part.shape) > 1
+        reader = (self.on_images if images else self.on_vectors).get(kind.__name__)
+        if reader is None or not self.owns(kind):
+            raise Unfusable(f"no kernel covers this kind of layer{' on images' if images else ''}")
+        if len(part.shape) not in (1, 3):
+            raise Unfusable(f"it works on {part.shape or 'several samples'}, not on one vector or image")
+        return reader(part)
+
+    def read_inside(self, part: Part, inner: nn.Module) -> list[Layer]:
+        """The layers of a module inside of a part's, which works on samples of the same shape; raises Unfusable."""
+        layers: list[Layer] = []
+        for _, module in self.flattened(inner, part.name):
+            try:
+                layers += self.read(replace(part, module=module))
+            except Unfusable as reason:
+                raise Unfusable(f"{type(module).__name__} in it: {reason}") from reason
+        return layers
+
+    def flattened(self, module: Any, name: str) -> Iterator[tuple[str, nn.Module]]:
+        """Name and module of the layers in `module`, one by one, in nested compositions, too."""
+        inner = self.compositions.get(type(module).__name__) if self.owns(type(module)) else None
+        if inner is None:
+            yield name, module
+            return
+        for i, part in enumerate(getattr(module, inner)):
+            yield from self.flattened(part, f"{name}.{inner}.{i}")
+
+
+class FusedLayer(nn.Module):
+    """A fused flow as a layer of a library: the superclass of what `Library.adapt` returns.
+
+    They are ordinary modules: libraries call their layers by a few methods and ask nothing more of them.
+    """
+
+    def __init__(self, flow: Flow | OnChannels | None) -> None:
+        super().__init__()
+        self.flow: Any = flow
+
+    def _given(self, context: Tensor | None) -> Tensor | None:
+        """The context, for a flow that takes one: a library hands it to all its layers.
+
+        On images it is for the library's own networks, which know what to do with it.
+        """
+        return context if isinstance(self.flow, OnChannels) or self.flow.context_dim else None
+
+
+def put_transform(holder: nn.Module, name: str, chain: str, parts: list[Part], new: Sequence[Replacement]) -> None:
+    """Put replacements where holder.`name` is one transform, or has its transforms in a list called `chain`."""
+    modules, transform = replaced([part.module for part in parts], new), getattr(holder, name)
+    if len(parts) == 1 and transform is parts[0].module:
+        (module,) = modules
+        setattr(holder, name, module)
+    else:
+        setattr(transform, chain, module_list(modules, getattr(transform, chain)))
+
+
+def module_list(modules: Iterable[nn.Module], instead_of: nn.Module) -> nn.ModuleList:
+    """In the same mode; the modules keep theirs."""
+    new = nn.ModuleList(modules)
+    new.training = instead_of.training
+    return new
+
+
+def replaced(modules: Sequence[nn.Module], replacements: Sequence[Replacement]) -> list[nn.Module]:
+    """The modules, with the replacements in their places."""
+    result, position = [], 0
+    for start, stop, new in replacements:
+        result += [*modules[position:start], new]
+        position = stop
+    return [*result, *modules[position:]]
