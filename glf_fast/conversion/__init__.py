@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.layers import Coupling, Kept, NetworkCoupling
+from glf_fast.conversion.layers import ConversionError, Coupling, Kept, NetworkCoupling
 from glf_fast.conversion.libraries import library_of
-from glf_fast.conversion.library import ConversionError
 from glf_fast.conversion.reading import Reading, check_precision, copied, lost_in_training, read_flow
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Embedded, Flow

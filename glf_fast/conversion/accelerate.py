@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, FixedLinear, OnChannels
-from glf_fast.conversion.layers import Coupling, Kept, Layer, NetworkCoupling, Unfusable
+from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, NetworkCoupling, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
-from glf_fast.conversion.library import Chain, ConversionError, FusedLayer, Library, Part, Replacement, Shape
+from glf_fast.conversion.library import Chain, FusedLayer, Library, Part, Replacement, Shape
 from glf_fast.conversion.reading import Reading, check_precision, copied, fused_context, lost_in_training, read_parts
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
@@ -182,7 +182,7 @@ def _accelerate_chain(
         names = parts[0].name, parts[-1].name
         lost = lost_in_training(layers)
         report.replaced.append(Replaced(where, what, *names, couplings, flows, maps - folded, lost, kind))
-        adapter = library.adapt(fused, parts)
+        adapter = library.fused(fused, parts)
         adapter.training = parts[0].module.training
         replacements.append((start, stop, adapter))
     reasons = [layer.reason for part in found for layer in part if isinstance(layer, Kept)]

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.library import ConversionError
+from glf_fast.conversion.layers import ConversionError
 from glf_fast.conversion.reading import Reading, networks, parameters_of
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Flow

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from glf_fast.conversion.gaps import REACH, apart, fold, inverted
 from glf_fast.conversion.images.build import on_channels
-from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation, width
+from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, Permutation, width
 from glf_fast.conversion.mlp import scale_outputs
 from glf_fast.conversion.padding import divided
 from glf_fast.conversion.stack import Sources, Step, stack, standalone
@@ -25,6 +25,8 @@ _ODD = ("atan", "exp", "softclip", "tanh")
 
 # The same (REACH) between two couplings, where it costs a launch.
 _REACH_BETWEEN = 32.0
+
+_LIKE = torch.empty(0, dtype=torch.float64, device="cpu")  # where flows are converted
 
 Piece = Permutation | Diagonal | Dense
 
@@ -58,7 +60,7 @@ def fuse(
         if kept:
             modules += [layer.module for layer in run if isinstance(layer, Kept)]
         else:
-            read = [_odd_turned(_double(layer)) for layer in run if not isinstance(layer, Kept)]
+            read = [_odd_turned(layer) for layer in run if not isinstance(layer, Kept)]
             if len(event_shape) == 3 and not any(isinstance(layer, Coupling) for layer in read):
                 modules.append(on_channels(read, sources))
             else:
@@ -72,7 +74,7 @@ def _fuse_run(run: Iterable[Coupling | Piece], dim: int, context_dim: int, sourc
     segments, loose = _segments(run)
     modules = [module for segment in segments for module in _build(segment, dim, context_dim, sources)]
     if loose:
-        for affine in fold(loose, dim, _like(loose)):
+        for affine in fold(loose, dim, _LIKE):
             modules += standalone(affine, sources)
     return modules
 
@@ -122,7 +124,7 @@ def _kind(coupling: Coupling) -> tuple[object, ...]:
 def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:
     modules: list[nn.Module] = []
     if segment.couplings[0].undo:
-        first = fold(segment.gaps[0], dim, _like(segment.couplings))
+        first = fold(segment.gaps[0], dim, _LIKE)
         if any(affine.reach() > REACH for affine in first):
             modules = [module for affine in first for module in standalone(affine, sources)]
             segment = replace(segment, gaps=[[], *segment.gaps[1:]])
@@ -132,20 +134,19 @@ def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> l
         return [*modules, Inverse(flow)]
     steps: list[Step] = []
     for pieces, coupling in zip(segment.gaps, segment.couplings, strict=True):
-        like = _like([coupling])
-        maps = apart(fold(pieces, dim, like), _REACH_BETWEEN if steps else REACH)
+        maps = apart(fold(pieces, dim, _LIKE), _REACH_BETWEEN if steps else REACH)
         if len(maps) > 1:  # all but the last are layers of their own, which ends the flow so far
             if steps:
                 flow, restore = stack(steps, context_dim, sources)
                 modules.append(flow)
-                maps = apart(fold([Permutation(restore), *pieces], dim, like), REACH)
+                maps = apart(fold([Permutation(restore), *pieces], dim, _LIKE), REACH)
                 steps = []
             for affine in maps[:-1]:
                 modules += standalone(affine, sources)
         steps.append(Step(maps[-1], coupling))
     flow, restore = stack(steps, context_dim, sources)
     modules.append(flow)
-    for affine in fold([Permutation(restore), *segment.after], dim, _like(segment.couplings)):
+    for affine in fold([Permutation(restore), *segment.after], dim, _LIKE):
         modules += standalone(affine, sources)
     return modules
 
@@ -154,24 +155,3 @@ def _turned(segment: _Segment) -> _Segment:
     """The inverse of a segment of undone couplings: the same couplings not undone, everything in reverse order."""
     gaps = [[inverted(piece) for piece in reversed(gap)] for gap in reversed([*segment.gaps, segment.after])]
     return _Segment([replace(c, undo=False) for c in reversed(segment.couplings)], gaps[:-1], gaps[-1])
-
-
-def _like(layers: Sequence[Layer]) -> Tensor:
-    """A float64 tensor on the layers' device."""
-    first = layers[0]
-    tensor = first.conditioner.weights[0] if isinstance(first, Coupling) else getattr(first, fields(first)[0].name)
-    return torch.empty(0, dtype=torch.float64, device=tensor.device)
-
-
-def _double(layer: Any) -> Any:
-    """The same layer with floating-point tensors as float64, still functions of what they were."""
-    changed = {f.name: _double_value(getattr(layer, f.name)) for f in fields(layer)}
-    return replace(layer, **changed)
-
-
-def _double_value(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, list):
-        return [_double_value(item) for item in value]
-    return _double(value) if isinstance(value, Conditioner) else value

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from glf_fast.conversion import freia, nflows, normflows, zuko
-from glf_fast.conversion.library import ConversionError, Library
+from glf_fast.conversion.layers import ConversionError
+from glf_fast.conversion.library import Library
 
 __all__ = ["NAMES", "host_of", "is_layer", "library_of"]
 

@@ -1,13 +1,13 @@
 """The protocol of a library: all that the conversion knows of one is in one object, in one file.
 
-What does not depend on the library (accelerate, check, fuse, reading, …) calls these methods and names no library. A new one
-is a file with a subclass of `Library`, and an entry in `libraries.py`:
+What does not depend on the library (accelerate, check, fuse, reading, …) asks this object and names no library. A new one is
+a file with a `LIBRARY`, and an entry in `libraries.py`:
 
 * `flows`, `hosts`, `packages`: which classes `convert` takes, `accelerate` looks into, and which are layers;
 * `chains`: where a flow has its layers (`Part`), data → noise, and how others are put in their place;
 * `on_vectors`, `on_images`: class of a layer → its reader, which returns `Layer`s or raises Unfusable. A coupling is
   declared once for both (`couplings.py`);
-* `keep`: a layer that stays, under the interface of this project; `adapt`: a fused flow under the library's;
+* `kept`: a layer that stays, under the interface of this project; `fused`: a fused flow under the library's;
 * `base`, `log_prob`, `generate`, `embedding`, `context_shape`: a whole flow, for `convert`.
 """
 
@@ -15,19 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.images.modules import OnChannels
-from glf_fast.conversion.layers import Diagonal, Layer, Unfusable
+from glf_fast.conversion.layers import ConversionError, Diagonal, Layer, Unfusable, trained_together
 from glf_fast.flow import Flow
 
 __all__ = [
     "Base",
     "Chain",
-    "ConversionError",
     "FusedLayer",
     "Library",
     "Part",
@@ -40,16 +39,11 @@ __all__ = [
     "module_list",
     "put_transform",
     "replaced",
-    "trained_together",
 ]
 
 Shape = tuple[int, ...]
 # Layers start … stop − 1, and the module that takes their place.
 Replacement = tuple[int, int, nn.Module]
-
-
-class ConversionError(ValueError):
-    """A flow that cannot be converted; the message names the layer and the reason."""
 
 
 @dataclass(frozen=True)
@@ -125,84 +119,92 @@ def context_features(modules: Iterable[nn.Module]) -> int:
     return 0
 
 
-def trained_together(*parameters: Tensor) -> bool:
-    """Whether the library trains them; raises Unfusable if it trains some alone."""
-    trained = {p.requires_grad for p in parameters}
-    if len(trained) > 1:
-        raise Unfusable("only some of its parameters are trained")
-    return trained == {True}
+class FusedLayer(nn.Module):
+    """A fused flow as a layer of a library: what `Library.fused` returns. `forward` is data → noise.
+
+    Libraries call their layers by these methods and ask nothing more of them; some want other arguments, or directions.
+    """
+
+    def __init__(self, flow: Flow | OnChannels | None) -> None:
+        super().__init__()
+        self.flow: Any = flow
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Any:
+        """Data → noise: x (B, *shape) → z like x, logdet (B,)."""
+        return self.flow(x, self._given(context))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Any:
+        """Noise → data: z (B, *shape) → x like z, logdet (B,)."""
+        return self.flow.inverse(z, self._given(context))
+
+    def _given(self, context: Tensor | None) -> Tensor | None:
+        """The context, for a flow that takes one: a library hands it to all its layers.
+
+        On images it is for the library's own networks, which know what to do with it.
+        """
+        return context if isinstance(self.flow, OnChannels) or self.flow.context_dim else None
 
 
 Reader = Callable[[Part], list[Layer]]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Library:
-    """What the conversion knows of a library. Methods without a word about their default must be there.
+    """What the conversion knows of a library.
 
     package: its name when it is imported. Only its own flows import it, never this project.
     flows: names of the classes that `convert` takes.
     hosts: of those besides, in whose objects `accelerate` replaces layers.
     packages: modules whose classes are flows and layers.
-    compositions: class of a layer made of layers → the name of its list.
+    chains: where a flow has its layers; several where it is multi-scale. Raises ConversionError.
+    base: its base distribution. Raises ConversionError where `convert` cannot take it, or the flow for another reason.
+    log_prob: (flow, x, context) → log p (B,), and generate: (flow, noise of the base, context) → data, by the library itself.
+    kept: a part as (x, context) → (z, logdet (B,)), data → noise, and `inverse` back.
+    fused: a fused flow, in place of some parts, as a layer of the library.
     on_vectors, on_images: class of a layer → its reader.
+    compositions: class of a layer made of layers → the name of its list.
+    refused: class of a layer → why it cannot even be kept.
     alone: classes of layers that are worth replacing where there is no coupling beside them.
     own_hooks: classes whose backward hooks are the library's own.
     any_size: whether the layers on images work on another number of pixels.
+    shape_before: of what a layer is given that returns that shape.
+    embedding: the network of a flow that the context goes through first.
+    context_shape: of one context, behind that network, that parts say they take.
+    in_one_context: the parts of a flow of one chain with `seen`, where they are given different conditions.
+    invertible: whether the library's inverse of parts, read into layers, is one to compare with.
+    prepare: makes a copy in float64, of a flow or of layers, one to compare with.
     """
 
     package: str
     flows: tuple[str, ...]
     hosts: tuple[str, ...] = ()
     packages: tuple[str, ...]
-    compositions: ClassVar[Mapping[str, str]] = {}
-    on_vectors: ClassVar[Mapping[str, Reader]] = {}
-    on_images: ClassVar[Mapping[str, Reader]] = {}
+    chains: Callable[[Any], list[Chain]]
+    base: Callable[[Any], Base]
+    log_prob: Callable[[Any, Tensor, Tensor | None], Tensor]
+    generate: Callable[[Any, Tensor, Tensor | None], Tensor]
+    kept: Callable[[Part], nn.Module]
+    fused: Callable[[Flow | OnChannels, Sequence[Part]], nn.Module]
+    on_vectors: Mapping[str, Reader]
+    on_images: Mapping[str, Reader] = field(default_factory=dict)
+    compositions: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     alone: frozenset[str] = frozenset()
     own_hooks: frozenset[str] = frozenset()
-    any_size = True
-
-    def chains(self, flow: Any) -> list[Chain]:
-        """Where the flow has its layers; several where it is multi-scale. Raises ConversionError."""
-        raise NotImplementedError
+    any_size: bool = True
+    shape_before: Callable[[Any, Shape], Shape] = lambda module, shape: shape
+    embedding: Callable[[Any], nn.Module | None] = lambda flow: None
+    context_shape: Callable[[Sequence[Part]], Shape] = lambda parts: ()
+    in_one_context: Callable[[list[Part]], list[Part]] = lambda parts: parts
+    invertible: Callable[[Sequence[Part], Sequence[Layer]], bool] = lambda parts, layers: True
+    prepare: Callable[[nn.Module], None] = lambda copied: None
 
     def keep(self, part: Part) -> nn.Module:
-        """The layer as (x, context) → (z, logdet (B,)), data → noise, and `inverse` back; raises ConversionError."""
-        raise NotImplementedError
-
-    def adapt(self, fused: Flow | OnChannels, parts: Sequence[Part]) -> nn.Module:
-        """What takes the place of those parts."""
-        raise NotImplementedError
-
-    def base(self, flow: Any) -> Base:
-        """Its base distribution; raises ConversionError where `convert` cannot take it, or the flow for another reason."""
-        raise NotImplementedError
-
-    def log_prob(self, flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        """log p (B,) by the library itself."""
-        raise NotImplementedError
-
-    def generate(self, flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
-        """Noise of the base → data, by the library itself."""
-        raise NotImplementedError
-
-    def parts(self, flow: Any) -> list[Part]:
-        """The layers of a flow of one chain, with `seen` where layers are given different conditions; by default its own."""
-        return self.chains(flow)[0].parts
-
-    def embedding(self, flow: Any) -> nn.Module | None:
-        """The network that the context goes through first; by default there is none."""
-        return None
-
-    def context_shape(self, parts: Sequence[Part]) -> Shape:
-        """Of one context (after the embedding) that these layers say they take; by default ()."""
-        return ()
-
-    def invertible(self, parts: Sequence[Part], layers: Sequence[Layer]) -> bool:
-        """Whether the library's inverse of these parts, read into `layers`, is one to compare with; by default yes."""
-        return True
-
-    def prepare(self, copied: nn.Module) -> None:
-        """Makes a copy in float64, of a flow or of layers, one to compare with; by default it is."""
+        """`kept`; raises ConversionError."""
+        kind = type(part.module).__name__
+        if kind in self.refused:
+            raise ConversionError(f"{part.name} ({kind}): {self.refused[kind]}")
+        return self.kept(part)
 
     def owns(self, kind: type) -> bool:
         """Whether a class comes from the library."""
@@ -229,6 +231,14 @@ class Library:
                 raise Unfusable(f"{type(module).__name__} in it: {reason}") from reason
         return layers
 
+    def placed(self, named: Sequence[tuple[str, Any]], noise: Shape) -> list[Part]:
+        """The parts, data → noise, with the shape of what each is given, by that of what the last one returns."""
+        parts: list[Part] = []
+        for name, module in reversed(named):
+            noise = self.shape_before(module, noise)
+            parts.insert(0, Part(name, module, noise))
+        return parts
+
     def flattened(self, module: Any, name: str) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of the layers in `module`, one by one, in nested compositions, too."""
         inner = self.compositions.get(type(module).__name__) if self.owns(type(module)) else None
@@ -237,24 +247,6 @@ class Library:
             return
         for i, part in enumerate(getattr(module, inner)):
             yield from self.flattened(part, f"{name}.{inner}.{i}")
-
-
-class FusedLayer(nn.Module):
-    """A fused flow as a layer of a library: the superclass of what `Library.adapt` returns.
-
-    They are ordinary modules: libraries call their layers by a few methods and ask nothing more of them.
-    """
-
-    def __init__(self, flow: Flow | OnChannels | None) -> None:
-        super().__init__()
-        self.flow: Any = flow
-
-    def _given(self, context: Tensor | None) -> Tensor | None:
-        """The context, for a flow that takes one: a library hands it to all its layers.
-
-        On images it is for the library's own networks, which know what to do with it.
-        """
-        return context if isinstance(self.flow, OnChannels) or self.flow.context_dim else None
 
 
 def put_transform(holder: nn.Module, name: str, chain: str, parts: list[Part], new: Sequence[Replacement]) -> None:

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.couplings import DeclaredCoupling
-from glf_fast.conversion.images.modules import OnChannels
-from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation, Unfusable
+from glf_fast.conversion.layers import (
+    Conditioner,
+    ConversionError,
+    Coupling,
+    Dense,
+    Diagonal,
+    Kept,
+    Layer,
+    Permutation,
+    Unfusable,
+    trained_together,
+)
 from glf_fast.conversion.library import (
     Base,
     Chain,
-    ConversionError,
     FusedLayer,
     Library,
     Part,
-    Replacement,
+    Reader,
     Shape,
     context_features,
     module_list,
     replaced,
-    trained_together,
 )
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
-from glf_fast.flow import Flow
 
 __all__ = ["LIBRARY"]
 
@@ -36,19 +44,13 @@ __all__ = ["LIBRARY"]
 class KeptLayer(nn.Module):
     """A normflows layer with its directions exchanged: forward is data → noise."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, part: Part) -> None:
         super().__init__()
-        if type(layer).__name__ in ("Split", "Merge", "AffineCoupling"):
-            raise ConversionError(f"{type(layer).__name__} works on lists; use an AffineCouplingBlock")
-        if type(layer).__name__ == "BatchNorm":
-            raise ConversionError("BatchNorm normalises with each batch's own statistics and has no inverse")
-        if type(layer).__name__ in ("Residual", "MetropolisHastings", "HamiltonianMonteCarlo"):
-            raise ConversionError(f"{type(layer).__name__}: its log-determinant is a random estimate")
-        self.layer = layer
+        self.layer = part.module
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise."""
-        return self._run(self.layer.inverse, x, context)  # type: ignore[arg-type]
+        return self._run(self.layer.inverse, x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data."""
@@ -65,11 +67,11 @@ class NormflowsLayer(FusedLayer):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data: z (B, *shape) → x like z, logdet (B,)."""
-        return self.flow.inverse(z, self._given(context))
+        return super().inverse(z, context)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, *shape) → z like x, logdet (B,)."""
-        return self.flow(x, self._given(context))
+        return super().forward(x, context)
 
 
 # -- one function per class --------------------------------------------------------------------------------------------
@@ -209,140 +211,132 @@ class NormalBase(nn.Module):
         return log_scale.expand(len(x), *x.shape[1:]).flatten(1).sum(1)
 
 
-class Normflows(Library):
-    """Flows are a list of layers and a base, `q0`."""
-
-    package = "normflows"
-    flows = ("NormalizingFlow", "ConditionalNormalizingFlow")
-    hosts = ("ClassCondFlow", "MultiscaleFlow", "NormalizingFlowVAE")
-    packages = ("normflows.core", "normflows.flows")
-    compositions: ClassVar = {"Composite": "_flows", "GlowBlock": "flows"}
-    on_both: ClassVar = {
-        "ActNorm": _affine_const_flow,
-        "AffineConstFlow": _affine_const_flow,
-        "AffineCouplingBlock": _affine_coupling_block,
-        "Permute": _permute,
-    }
-    on_vectors: ClassVar = {
-        **on_both,
-        "InvertibleAffine": _invertible_matrix,
-        "LULinearPermute": _lu_linear_permute,
-        "MaskedAffineFlow": _masked_affine_flow,
-    }
-    on_images: ClassVar = {**on_both, "Invertible1x1Conv": _invertible_matrix}
-
-    def chains(self, flow: Any) -> list[Chain]:
-        """`flow.flows`; of a multi-scale flow one for every level, from the noise on."""
-        if isinstance(flow.q0, nn.ModuleList):
-            return self._levels(flow)
-        shape = tuple(getattr(flow.q0, "shape", ()))
-        named = list(self._named(flow.flows, "flows"))
-        if (
-            len(shape) != 3
-        ):  # a base need not know its shape, and layers: where none does, there is none that could be read
-            columns = (columns_of(module) for _, module in named)
-            shape = shape or (next((n for n in columns if n is not None), 0),)
-        return [self._chain(named, shape, partial(setattr, flow, "flows"), flow.flows)]
-
-    def _levels(self, flow: Any) -> list[Chain]:
-        """A merge after each level but the last takes in the noise of the next one."""
-        chains: list[Chain] = []
-        shape: Shape = tuple(flow.q0[0].shape)
-        for i, level in enumerate(flow.flows):
-            if i:
-                C, H, W = flow.q0[i].shape
-                if not getattr(flow.merges[i - 1], "mode", "").startswith("channel"):
-                    kind = type(flow.merges[i - 1]).__name__
-                    raise ConversionError(f"merges.{i - 1} ({kind}) does not join channels")
-                shape = (shape[0] + C, H, W)
-            named = list(self._named(level, f"flows.{i}"))
-            chains.append(self._chain(named, shape, partial(setattr, flow.flows, str(i)), level))
-            shape = chains[-1].parts[0].shape if named else shape
-        return chains
-
-    def _named(self, layers: nn.ModuleList, prefix: str) -> list[tuple[str, nn.Module]]:
-        """Data → noise."""
-        named = [pair for i, layer in enumerate(layers) for pair in self.flattened(layer, f"{prefix}.{i}")]
-        return named[::-1]
-
-    def _chain(
-        self,
-        named: list[tuple[str, nn.Module]],
-        noise: Shape,
-        set_list: Callable[[nn.ModuleList], None],
-        layers: nn.ModuleList,
-    ) -> Chain:
-        shapes: list[Shape] = []
-        for _, module in reversed(named):
-            if type(module).__name__ == "Squeeze" and len(noise) == 3:
-                C, H, W = noise
-                noise = C // 4, 2 * H, 2 * W
-            shapes.insert(0, noise)
-        parts = [Part(*pair, shape) for pair, shape in zip(named, shapes, strict=True)]
-
-        def put(replacements: Sequence[Replacement]) -> None:
-            set_list(module_list(reversed(replaced([part.module for part in parts], replacements)), layers))
-
-        return Chain(parts, put)
-
-    def keep(self, part: Part) -> nn.Module:
-        """With its directions exchanged."""
-        return KeptLayer(part.module)
-
-    def adapt(self, fused: Flow | OnChannels, parts: Sequence[Part]) -> nn.Module:
-        """As a flow."""
-        return NormflowsLayer(fused)
-
-    def base(self, flow: Any) -> Base:
-        """A DiagGaussian on vectors or images, or on images a GlowBase without classes."""
-        base = flow.q0
-        name = type(base).__name__
-        if name not in ("DiagGaussian", "GlowBase") or getattr(base, "class_cond", False):
-            raise ConversionError(f"q0 ({name}): the base must be a DiagGaussian, or a GlowBase without classes")
-        if base.temperature is not None:
-            raise ConversionError(f"q0 ({name}): temperature is {base.temperature}; set it to None")
-        if len(base.shape) == 1:
-            return Base.normal("q0 (DiagGaussian)", base.loc[0], base.log_scale[0], base.loc, base.log_scale)
-        normal = NormalBase(base)
-        layers: list[Layer] = [] if normal.is_identity() else [Kept(normal, "q0 stays")]
-        return Base(tuple(base.shape), layers, lambda z: normal.inverse(z)[0])
-
-    def log_prob(self, flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        """The context is for a conditional flow."""
-        return flow.log_prob(x, context) if _conditional(flow) else flow.log_prob(x)
-
-    def generate(self, flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
-        """By `forward`."""
-        return flow.forward(noise, context) if _conditional(flow) else flow.forward(noise)
-
-    def context_shape(self, parts: Sequence[Part]) -> Shape:
-        """What networks on vectors say that they were made for."""
-        columns = context_features(m for part in parts if len(part.shape) == 1 for m in part.module.modules())
-        return (columns,) if columns else ()
+def _chains(flow: Any) -> list[Chain]:
+    """`flow.flows`; of a multi-scale flow one for every level, from the noise on."""
+    if isinstance(flow.q0, nn.ModuleList):
+        return _levels(flow)
+    shape = tuple(getattr(flow.q0, "shape", ()))
+    named = list(_named(flow.flows, "flows"))
+    if len(shape) != 3:  # a base need not know its shape, and layers: where none does, there is none that could be read
+        columns = (_columns_of(module) for _, module in named)
+        shape = shape or (next((n for n in columns if n is not None), 0),)
+    return [_chain(named, shape, partial(setattr, flow, "flows"), flow.flows)]
 
 
-def _conditional(flow: Any) -> bool:
-    return any(kind.__name__ == "ConditionalNormalizingFlow" for kind in type(flow).__mro__)
+def _levels(flow: Any) -> list[Chain]:
+    """A merge after each level but the last takes in the noise of the next one."""
+    chains: list[Chain] = []
+    shape: Shape = tuple(flow.q0[0].shape)
+    for i, level in enumerate(flow.flows):
+        if i:
+            C, H, W = flow.q0[i].shape
+            if not getattr(flow.merges[i - 1], "mode", "").startswith("channel"):
+                kind = type(flow.merges[i - 1]).__name__
+                raise ConversionError(f"merges.{i - 1} ({kind}) does not join channels")
+            shape = (shape[0] + C, H, W)
+        named = list(_named(level, f"flows.{i}"))
+        chains.append(_chain(named, shape, partial(setattr, flow.flows, str(i)), level))
+        shape = chains[-1].parts[0].shape if named else shape
+    return chains
 
 
-def columns_of(module: Any) -> int | None:
+def _named(layers: nn.ModuleList, prefix: str) -> list[tuple[str, nn.Module]]:
+    """Data → noise."""
+    named = [pair for i, layer in enumerate(layers) for pair in LIBRARY.flattened(layer, f"{prefix}.{i}")]
+    return named[::-1]
+
+
+def _chain(
+    named: list[tuple[str, nn.Module]], noise: Shape, put: Callable[[nn.ModuleList], None], layers: nn.ModuleList
+) -> Chain:
+    """`put` takes the list that comes in place of `layers`."""
+    parts = LIBRARY.placed(named, noise)
+    modules = [part.module for part in parts]
+    return Chain(parts, lambda new: put(module_list(reversed(replaced(modules, new)), layers)))
+
+
+def _shape_before(module: Any, shape: Shape) -> Shape:
+    """Squeezes change it."""
+    if type(module).__name__ == "Squeeze" and len(shape) == 3:
+        return shape[0] // 4, 2 * shape[1], 2 * shape[2]
+    return shape
+
+
+def _base(flow: Any) -> Base:
+    """A DiagGaussian on vectors or images, or on images a GlowBase without classes."""
+    base = flow.q0
+    name = type(base).__name__
+    if name not in ("DiagGaussian", "GlowBase") or getattr(base, "class_cond", False):
+        raise ConversionError(f"q0 ({name}): the base must be a DiagGaussian, or a GlowBase without classes")
+    if base.temperature is not None:
+        raise ConversionError(f"q0 ({name}): temperature is {base.temperature}; set it to None")
+    if len(base.shape) == 1:
+        return Base.normal("q0 (DiagGaussian)", base.loc[0], base.log_scale[0], base.loc, base.log_scale)
+    normal = NormalBase(base)
+    layers: list[Layer] = [] if normal.is_identity() else [Kept(normal, "q0 stays")]
+    return Base(tuple(base.shape), layers, lambda z: normal.inverse(z)[0])
+
+
+def _context_shape(parts: Sequence[Part]) -> Shape:
+    """What networks on vectors say that they were made for."""
+    columns = context_features(m for part in parts if len(part.shape) == 1 for m in part.module.modules())
+    return (columns,) if columns else ()
+
+
+def _given(flow: Any, context: Tensor | None) -> list[Tensor | None]:
+    """The context, for a flow that takes one."""
+    return [context] if any(kind.__name__ == "ConditionalNormalizingFlow" for kind in type(flow).__mro__) else []
+
+
+def _columns_of(module: Any) -> int | None:
     """How many columns a layer works on, where it says so: normflows' flows do not."""
     kind = type(module).__name__
-    if kind in ("ActNorm", "AffineConstFlow"):
-        return module.s.shape[1] if module.s.ndim == 2 else None
+    if kind in ("ActNorm", "AffineConstFlow", "MaskedAffineFlow"):
+        values = module.b if kind == "MaskedAffineFlow" else module.s
+        return values.shape[1] if values.ndim == 2 else None
     if kind in ("InvertibleAffine", "Permute"):
         return module.num_channels
     if kind == "LULinearPermute":
         return module.linear.features
-    if kind == "MaskedAffineFlow":
-        return module.b.numel() if module.b.ndim == 2 else None
     if kind == "AffineCouplingBlock":
-        try:
+        with suppress(Unfusable):
             net = read_mlp(module.flows[1].param_map)
-        except Unfusable:
-            return None
-        return net.n_in + (net.n_out // 2 if module.flows[1].scale else net.n_out)
+            return net.n_in + (net.n_out // 2 if module.flows[1].scale else net.n_out)
     return None
 
 
-LIBRARY = Normflows()
+_ON_BOTH: dict[str, Reader] = {
+    "ActNorm": _affine_const_flow,
+    "AffineConstFlow": _affine_const_flow,
+    "AffineCouplingBlock": _affine_coupling_block,
+    "Permute": _permute,
+}
+LIBRARY: Library = Library(
+    package="normflows",
+    flows=("NormalizingFlow", "ConditionalNormalizingFlow"),
+    hosts=("ClassCondFlow", "MultiscaleFlow", "NormalizingFlowVAE"),
+    packages=("normflows.core", "normflows.flows"),
+    chains=_chains,
+    base=_base,
+    log_prob=lambda flow, x, context: flow.log_prob(x, *_given(flow, context)),
+    generate=lambda flow, noise, context: flow.forward(noise, *_given(flow, context)),
+    kept=KeptLayer,
+    fused=lambda fused, parts: NormflowsLayer(fused),
+    on_vectors={
+        **_ON_BOTH,
+        "InvertibleAffine": _invertible_matrix,
+        "LULinearPermute": _lu_linear_permute,
+        "MaskedAffineFlow": _masked_affine_flow,
+    },
+    on_images={**_ON_BOTH, "Invertible1x1Conv": _invertible_matrix},
+    compositions={"Composite": "_flows", "GlowBlock": "flows"},
+    refused={
+        **dict.fromkeys(("Split", "Merge", "AffineCoupling"), "works on lists; use an AffineCouplingBlock"),
+        "BatchNorm": "it normalises with each batch's own statistics and has no inverse",
+        **dict.fromkeys(
+            ("Residual", "MetropolisHastings", "HamiltonianMonteCarlo"), "its log-determinant is a random estimate"
+        ),
+    },
+    shape_before=_shape_before,
+    context_shape=_context_shape,
+)

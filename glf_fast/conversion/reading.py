@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.images.reshaped import Reshaped
-from glf_fast.conversion.layers import Conditioner, Coupling, Diagonal, Kept, Layer, NetworkCoupling, Unfusable
-from glf_fast.conversion.library import Base, ConversionError, Library, Part, Shape, check_shape
+from glf_fast.conversion.layers import (
+    Conditioner,
+    ConversionError,
+    Coupling,
+    Diagonal,
+    Kept,
+    Layer,
+    NetworkCoupling,
+    Unfusable,
+)
+from glf_fast.conversion.library import Base, Library, Part, Shape, check_shape
 from glf_fast.conversion.padding import check_padding
 
 __all__ = [
@@ -62,7 +71,8 @@ class Reading:
 def read_flow(library: Library, flow: nn.Module, device: str = "cpu") -> Reading:
     """A flow of the library, for `convert`; raises ConversionError. `device`: as in `read_parts`."""
     library.prepare(flow)
-    base, parts = library.base(flow), library.parts(flow)
+    base = library.base(flow)
+    parts = library.in_one_context(library.chains(flow)[0].parts)
     event_shape = parts[0].shape if parts else base.shape
     check_shape("the flow", event_shape)
     inside = {part.module for part in parts}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,8 @@ from torch.distributions import Transform, constraints
 
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
-from glf_fast.conversion.images.modules import OnChannels
-from glf_fast.conversion.layers import Dense, Diagonal, Layer, Permutation, Unfusable
-from glf_fast.conversion.library import (
-    Base,
-    Chain,
-    ConversionError,
-    FusedLayer,
-    Library,
-    Part,
-    Shape,
-    put_transform,
-    trained_together,
-)
+from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
+from glf_fast.conversion.library import Base, Chain, FusedLayer, Library, Part, Shape, put_transform
 from glf_fast.flow import Flow
 from glf_fast.reference import log_scale
 
@@ -35,9 +24,9 @@ __all__ = ["LIBRARY"]
 class KeptTransform(nn.Module):
     """A lazy transform as it is, as a layer: one evaluation for output and logdet."""
 
-    def __init__(self, transform: nn.Module) -> None:
+    def __init__(self, part: Part) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform = part.module
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: output (B, D), logdet (B,)."""
@@ -56,7 +45,7 @@ class KeptTransform(nn.Module):
 class ZukoLayer(FusedLayer):
     """A lazy transform: a context makes it a transform data → noise."""
 
-    def forward(self, c: Tensor | None = None) -> Transform:
+    def forward(self, c: Tensor | None = None) -> Transform:  # type: ignore[override]
         """The transform given c (…, C)."""
         return _Given(self.flow, self._given(c))
 
@@ -159,76 +148,60 @@ _UNCONDITIONAL: dict[str, Callable[[Any, int, bool], Layer]] = {
 }
 
 
-def _inverse(part: Part) -> list[Layer]:
-    return inverted_layers(LIBRARY.read_inside(part, part.module.transform))
+def _unconditional(part: Part) -> list[Layer]:
+    """What it makes is a transform of its own kind."""
+    eager = part.module()
+    reader = _UNCONDITIONAL.get(type(eager).__name__)
+    if reader is None:
+        raise Unfusable(f"{type(eager).__name__} is neither linear nor a permutation")
+    return [reader(eager, part.shape[0], trained_together(*part.module.parameters()))]
 
 
-class Zuko(Library):
-    """Flows are a lazy transform, which has a list if it is composed, and a lazy base; on vectors."""
-
-    package = "zuko"
-    flows = ("Flow",)
-    packages = ("zuko.flows", "zuko.lazy")
-    compositions: ClassVar = {"LazyComposedTransform": "transforms"}
-    on_vectors: ClassVar = {"GeneralCouplingTransform": _coupling, "LazyInverse": _inverse}
-
-    def chains(self, flow: Any) -> list[Chain]:
-        """One: `flow.transform`."""
-        try:
-            shape = tuple(flow.base().event_shape)
-        except Exception as error:  # a base that only a context makes a distribution
-            raise ConversionError(
-                "its base depends on the context, and does not say how many columns it has"
-            ) from error
-        parts = [Part(name, module, shape) for name, module in self.flattened(flow.transform, "transform")]
-        return [Chain(parts, partial(put_transform, flow, "transform", "transforms", parts))]
-
-    def keep(self, part: Part) -> nn.Module:
-        """Of any transform."""
-        return KeptTransform(part.module)
-
-    def adapt(self, fused: Flow | OnChannels, parts: Sequence[Part]) -> nn.Module:
-        """As a lazy transform."""
-        return ZukoLayer(fused)
-
-    def base(self, flow: Any) -> Base:
-        """A diagonal normal."""
-        try:
-            base = flow.base(None)
-        except Exception as error:  # a network that makes a distribution of the context
-            raise ConversionError("its base depends on the context: N(0, I) or a diagonal normal is covered") from error
-        normal = getattr(base, "base_dist", None)
-        name = type(base).__name__
-        if name not in ("DiagNormal", "Independent") or type(normal) is not torch.distributions.Normal:
-            raise ConversionError(f"base distribution {name}: DiagNormal is covered")
-        if len(base.event_shape) != 1 or base.batch_shape:
-            shapes = f"batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}"
-            raise ConversionError(f"a base of {shapes}: flows on vectors are covered")
-        return Base.normal(name, normal.loc, normal.scale.log(), normal.loc, normal.scale)
-
-    def log_prob(self, flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        """Of the distribution."""
-        return flow(context).log_prob(x)
-
-    def generate(self, flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
-        """By the transform's inverse."""
-        return flow.transform(context).inv(noise)
-
-    def context_shape(self, parts: Sequence[Part]) -> Shape:
-        """By the inputs of the networks, of fused transforms and others."""
-        columns = max((_context_columns(m, part.shape[0]) for part in parts for m in part.module.modules()), default=0)
-        return (columns,) if columns else ()
-
-    def read(self, part: Part) -> list[Layer]:
-        """An unconditional transform is read as the transform that it makes."""
-        module = part.module
-        if type(module).__name__ != "UnconditionalTransform":
-            return super().read(part)
-        eager = module()
-        reader = _UNCONDITIONAL.get(type(eager).__name__)
-        if reader is None:
-            raise Unfusable(f"{type(eager).__name__} is neither linear nor a permutation")
-        return [reader(eager, part.shape[0], trained_together(*module.parameters()))]
+def _chains(flow: Any) -> list[Chain]:
+    try:
+        shape = tuple(flow.base().event_shape)
+    except Exception as error:  # a base that only a context makes a distribution
+        raise ConversionError("its base depends on the context, and does not say how many columns it has") from error
+    parts = LIBRARY.placed(list(LIBRARY.flattened(flow.transform, "transform")), shape)
+    return [Chain(parts, partial(put_transform, flow, "transform", "transforms", parts))]
 
 
-LIBRARY = Zuko()
+def _base(flow: Any) -> Base:
+    try:
+        base = flow.base(None)
+    except Exception as error:  # a network that makes a distribution of the context
+        raise ConversionError("its base depends on the context: N(0, I) or a diagonal normal is covered") from error
+    normal = getattr(base, "base_dist", None)
+    name = type(base).__name__
+    if name not in ("DiagNormal", "Independent") or type(normal) is not torch.distributions.Normal:
+        raise ConversionError(f"base distribution {name}: DiagNormal is covered")
+    if len(base.event_shape) != 1 or base.batch_shape:
+        shapes = f"batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}"
+        raise ConversionError(f"a base of {shapes}: flows on vectors are covered")
+    return Base.normal(name, normal.loc, normal.scale.log(), normal.loc, normal.scale)
+
+
+def _context_shape(parts: Sequence[Part]) -> Shape:
+    """By the inputs of the networks, of fused transforms and others."""
+    columns = max((_context_columns(m, part.shape[0]) for part in parts for m in part.module.modules()), default=0)
+    return (columns,) if columns else ()
+
+
+LIBRARY: Library = Library(
+    package="zuko",
+    flows=("Flow",),
+    packages=("zuko.flows", "zuko.lazy"),
+    chains=_chains,
+    base=_base,
+    log_prob=lambda flow, x, context: flow(context).log_prob(x),
+    generate=lambda flow, noise, context: flow.transform(context).inv(noise),
+    kept=KeptTransform,
+    fused=lambda fused, parts: ZukoLayer(fused),
+    on_vectors={
+        "GeneralCouplingTransform": _coupling,
+        "LazyInverse": lambda part: inverted_layers(LIBRARY.read_inside(part, part.module.transform)),
+        "UnconditionalTransform": _unconditional,
+    },
+    compositions={"LazyComposedTransform": "transforms"},
+    context_shape=_context_shape,
+)

@@ -247,7 +247,7 @@ def test_another_scale_function_is_refused_or_read() -> None:
             return F.softplus(params[:, self.num_transform_features :]) + 1e-3, shift
 
     mask, net = torch.tensor([1, -1, 1, -1]), lambda a, b: Net(a, b, (8,), nn.ReLU())
-    with pytest.raises(ConversionError, match="Softplus.: no kernel covers"):
+    with pytest.raises(ConversionError, match=r"Softplus.: no kernel covers"):
         convert(flow(4, Softplus(mask, net)))
     Softplus.__module__ = "nflows.transforms.coupling"
     Softplus.__name__ = "AffineCouplingTransform"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from glf_fast.conversion import ConversionError
 from glf_fast.conversion.freia import LIBRARY
 from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Permutation
-from glf_fast.conversion.library import ConversionError
 from glf_fast.conversion.reading import read_flow
 
 pytestmark = [
