@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from glf_fast import Flow
-from glf_fast.conversion import convert
+from glf_fast import CouplingFlow, Flow
+from glf_fast.conversion import _converted, convert
+from glf_fast.conversion.padded import Padded
+from glf_fast.conversion.reading import read_flow
 
 
 @dataclass
 class Library:
-    """How to call a library's flow: `log_prob(flow, x, context)`, and `inverse(flow, z, context)` from N(0, I) noise."""
+    """How to call a library's flow: `log_prob(flow, x, context)`, and `inverse(flow, z, context)` from N(0, I) noise.
 
+    `object`: what the conversion knows of the library. `tolerance`: of values in float64, where it keeps constants in float32.
+    """
+
+    object: object
     log_prob: Callable[[Any, Tensor, Tensor | None], Tensor]
     inverse: Callable[[Any, Tensor, Tensor | None], Tensor] | None
+    tolerance: float = 1e-9
 
 
 def shake(flow: nn.Module, std: float = 0.15) -> nn.Module:
-    """Random weights: fresh ones are too small, or zero, to tell a wrong formula."""
+    """Random weights: fresh ones are too small, or zero, to tell a wrong formula. Fixed ones stay."""
     with torch.no_grad():
         for parameter in flow.parameters():
-            parameter.add_(std * torch.randn_like(parameter))
+            if parameter.requires_grad:
+                parameter.add_(std * torch.randn_like(parameter))
     return flow
 
 
-def prove(library: Library, flow: nn.Module, dim: int, context_dim: int = 0) -> Flow:
-    """`convert(flow)` is `flow` in all that one can do with it; returns it in the flow's dtype."""
+def prove(library: Library, flow: nn.Module, dim: int, context_dim: int = 0, outline: str | None = None) -> Flow:
+    """`convert(flow)` is `flow` in all that one can do with it; returns it in the flow's dtype.
+
+    outline: what comes out, see `outline_of`; not asked if None.
+    """
     draw = lambda n, dtype: (  # noqa: E731
         torch.randn(n, dim, dtype=dtype),
         torch.randn(n, context_dim, dtype=dtype) if context_dim else None,
@@ -45,35 +58,16 @@ def prove(library: Library, flow: nn.Module, dim: int, context_dim: int = 0) -> 
     parameter = next(flow.parameters())
     assert {p.dtype for p in converted.parameters()} == {parameter.dtype}
     assert converted.training == flow.training
+    assert converted.context_dim == context_dim
+    assert outline is None or outline_of(converted) == outline, outline_of(converted)
 
-    # The same map in float64: density, its gradient, samples.
-    exact, exact_converted = copy.deepcopy(flow).double(), convert(copy.deepcopy(flow).double())
+    exact = copy.deepcopy(flow).double().eval()
     x, context = draw(32, torch.float64)
-    x.requires_grad_()
-    log_p, log_q = library.log_prob(exact, x, context), exact_converted.log_prob(x, context)
-    torch.testing.assert_close(log_q, log_p, rtol=1e-9, atol=1e-9)
-    (wanted,), (got,) = (torch.autograd.grad(value.sum(), x) for value in (log_p, log_q))
-    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
-    z = torch.randn_like(x)
-    if library.inverse is not None:
-        torch.testing.assert_close(
-            exact_converted.inverse(z, context)[0], library.inverse(exact, z, context), rtol=1e-7, atol=1e-7
-        )
-    back, back_logdet = exact_converted.inverse(*_swap(exact_converted(x, context), context))
-    torch.testing.assert_close(back, x, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(back_logdet, -exact_converted(x, context)[1], rtol=1e-7, atol=1e-7)
-    jacobian = torch.func.jacrev(lambda a: exact_converted(a[None], None if context is None else context[:1])[0][0])
-    torch.testing.assert_close(
-        torch.linalg.slogdet(jacobian(x[0].detach()))[1],
-        exact_converted(x, context)[1][0].detach(),
-        rtol=1e-7,
-        atol=1e-7,
-    )
-
+    same_map(library, exact, x, context)
     ours, theirs = float32_errors(library, flow, dim, context_dim)
     # The same sums in another order: with two columns the medians differ by up to a fifth either way, and all of an error
     # may be in the last digit of log_prob. All flows of a library together are compared without these allowances.
-    last_digit = torch.finfo(torch.float32).eps * log_p.abs().median().item()
+    last_digit = torch.finfo(torch.float32).eps * library.log_prob(exact, x, context).abs().median().item()
     assert ours <= max(1.25 * theirs, last_digit), f"float32 errors: ours {ours:.3g}, the library's {theirs:.3g}"
 
     saved_and_copied(converted, *draw(5, parameter.dtype))
@@ -81,6 +75,59 @@ def prove(library: Library, flow: nn.Module, dim: int, context_dim: int = 0) -> 
         compiles(converted, *draw(5, parameter.dtype))
     trains(copy.deepcopy(converted), *draw(256, parameter.dtype))
     return converted
+
+
+def outline_of(flow: nn.Module) -> str:
+    """The steps of each CouplingFlow and the classes of layers that are kept, data → noise: "3 KeptTransform 2"."""
+    found = []
+    for name, module in flow.named_modules():
+        if isinstance(module, CouplingFlow):
+            found.append(str(module.config["steps"]))
+        elif re.fullmatch(r"(flow\.)?layers\.\d+", name) and not type(module).__module__.startswith("glf_fast.flow"):
+            found += [type(module).__name__] * (not isinstance(module, Padded))
+    return " ".join(found)
+
+
+def same_map(library: Library, flow: nn.Module, x: Tensor, context: Tensor | None) -> None:
+    """In float64: density, its gradients with respect to x and to every parameter of the library's flow, samples."""
+    reading = read_flow(library.object, flow)
+    fused, sources = _converted(type(flow).__name__, flow, reading)
+    fused.eval()
+    near = {"rtol": library.tolerance, "atol": library.tolerance}
+    x.requires_grad_()
+    log_p, log_q = library.log_prob(flow, x, context), fused.log_prob(x, context)
+    torch.testing.assert_close(log_q, log_p, **near)
+
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    weight = torch.randn(len(x), dtype=x.dtype)
+    wanted_x, *wanted = torch.autograd.grad(weight @ log_p, [x, *parameters], retain_graph=True, allow_unused=True)
+    sources = [(p, value) for p, value, _ in sources if p.requires_grad]
+    got_x, *direct = torch.autograd.grad(weight @ log_q, [x, *(p for p, _ in sources), *parameters], allow_unused=True)
+    stacked = [(v, g) for (_, v), g in zip(sources, direct, strict=False) if v.requires_grad and g is not None]
+    back = torch.autograd.grad(
+        [v for v, _ in stacked], parameters, [g for _, g in stacked], retain_graph=True, allow_unused=True
+    )
+    close_to(got_x, wanted_x, 10 * library.tolerance)
+    for p, through, kept, truth in zip(parameters, back, direct[len(sources) :], wanted, strict=True):
+        got = sum((g for g in (through, kept) if g is not None), torch.zeros_like(p))
+        close_to(got, torch.zeros_like(p) if truth is None else truth, 10 * library.tolerance)
+
+    z = torch.randn_like(x)
+    if library.inverse is not None:
+        wanted_x = library.inverse(flow, z, context)
+        torch.testing.assert_close(fused.inverse(z, context)[0], wanted_x, rtol=1e-7, atol=max(1e-7, near["atol"]))
+    z, logdet = fused(x, context)
+    back_x, back_logdet = fused.inverse(z, context)
+    torch.testing.assert_close(back_x, x, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(back_logdet, -logdet, rtol=1e-7, atol=1e-7)
+    jacobian = torch.func.jacrev(lambda a: fused(a[None], None if context is None else context[:1])[0][0])
+    logabsdet = torch.linalg.slogdet(jacobian(x[0].detach()))[1]
+    torch.testing.assert_close(logabsdet, logdet[0].detach(), rtol=1e-7, atol=1e-7)
+
+
+def close_to(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """To the tolerance of the larger of 1 and the largest entry."""
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * max(1.0, wanted.abs().max().item()))
 
 
 def float32_errors(library: Library, flow: nn.Module, dim: int, context_dim: int = 0) -> tuple[float, float]:
@@ -98,8 +145,28 @@ def float32_errors(library: Library, flow: nn.Module, dim: int, context_dim: int
     return (ours - truth).abs().median().item(), (theirs - truth).abs().median().item()
 
 
-def _swap(output: tuple[Tensor, Tensor], context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return output[0], context
+def as_close_as_the_library(library: Library, flows: Iterable[nn.Module], dim: int, context_dim: int = 0) -> None:
+    """One ratio of two rounding errors scatters; the mean over all flows of a library may not."""
+    ratios = []
+    for flow in flows:
+        ours, theirs = float32_errors(library, flow, dim, context_dim)
+        ratios.append(ours / theirs)
+    assert torch.tensor(ratios).log().mean().exp() <= 1, ratios
+
+
+def trained(library: Library, make: Callable[[], nn.Module], x: Tensor, context: Tensor | None = None) -> nn.Module:
+    """A flow trained and saved by the library, loaded into a fresh one."""
+    flow, loaded = make(), make()
+    optimizer = torch.optim.Adam([p for p in flow.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (-library.log_prob(flow, x, context).mean()).backward()
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(flow.state_dict(), file)
+    file.seek(0)
+    loaded.load_state_dict(torch.load(file))
+    return loaded
 
 
 def saved_and_copied(flow: Flow, x: Tensor, context: Tensor | None) -> None:
@@ -153,21 +220,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(name="prove")
-def _prove() -> Callable[..., Flow]:
-    return prove
-
-
-@pytest.fixture(name="float32_errors")
-def _float32_errors() -> Callable[..., tuple[float, float]]:
-    return float32_errors
-
-
-@pytest.fixture(name="shake")
-def _shake() -> Callable[..., nn.Module]:
-    return shake
-
-
-@pytest.fixture(name="Library")
-def _library() -> type[Library]:
-    return Library
+@pytest.fixture(name="tools")
+def _tools() -> SimpleNamespace:
+    """The functions of this file, for tests."""
+    return SimpleNamespace(
+        Library=Library, prove=prove, shake=shake, same_map=same_map, trained=trained, as_close=as_close_as_the_library
+    )
