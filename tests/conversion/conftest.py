@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from glf_fast import CouplingFlow, Flow
 from glf_fast.conversion import _converted, convert
+from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.padded import Padded
 from glf_fast.conversion.reading import read_flow
 
@@ -91,7 +92,10 @@ def outline_of(flow: nn.Module) -> str:
 def same_map(library: Library, flow: nn.Module, x: Tensor, context: Tensor | None) -> None:
     """In float64: density, its gradients with respect to x and to every parameter of the library's flow, samples."""
     reading = read_flow(library.object, flow)
-    fused, sources = _converted(type(flow).__name__, flow, reading)
+    if reading.embedding is None:
+        fused, sources = fuse(reading.layers, reading.event_shape, reading.context_shape)
+    else:
+        fused, sources = _converted(type(flow).__name__, flow, reading)
     fused.eval()
     near = {"rtol": library.tolerance, "atol": library.tolerance}
     x.requires_grad_()
@@ -104,9 +108,10 @@ def same_map(library: Library, flow: nn.Module, x: Tensor, context: Tensor | Non
     sources = [(p, value) for p, value, _ in sources if p.requires_grad]
     got_x, *direct = torch.autograd.grad(weight @ log_q, [x, *(p for p, _ in sources), *parameters], allow_unused=True)
     stacked = [(v, g) for (_, v), g in zip(sources, direct, strict=False) if v.requires_grad and g is not None]
-    back = torch.autograd.grad(
-        [v for v, _ in stacked], parameters, [g for _, g in stacked], retain_graph=True, allow_unused=True
-    )
+    back: tuple[Tensor | None, ...] = (None,) * len(parameters)
+    if stacked and parameters:
+        values, gradients = zip(*stacked, strict=True)
+        back = torch.autograd.grad(values, parameters, gradients, retain_graph=True, allow_unused=True)
     close_to(got_x, wanted_x, 10 * library.tolerance)
     for p, through, kept, truth in zip(parameters, back, direct[len(sources) :], wanted, strict=True):
         got = sum((g for g in (through, kept) if g is not None), torch.zeros_like(p))
@@ -145,13 +150,11 @@ def float32_errors(library: Library, flow: nn.Module, dim: int, context_dim: int
     return (ours - truth).abs().median().item(), (theirs - truth).abs().median().item()
 
 
-def as_close_as_the_library(library: Library, flows: Iterable[nn.Module], dim: int, context_dim: int = 0) -> None:
-    """One ratio of two rounding errors scatters; the mean over all flows of a library may not."""
-    ratios = []
-    for flow in flows:
-        ours, theirs = float32_errors(library, flow, dim, context_dim)
-        ratios.append(ours / theirs)
-    assert torch.tensor(ratios).log().mean().exp() <= 1, ratios
+def as_close_as_the_library(library: Library, flows: Iterable[nn.Module], dim: int, context_dim: int) -> None:
+    """In float32. One ratio of two rounding errors scatters by 17 %, the mean over all flows of a library hardly."""
+    errors = [float32_errors(library, flow, dim, context_dim) for flow in flows]
+    ratios = torch.tensor([ours / theirs for ours, theirs in errors])
+    assert ratios.log().mean().exp() <= 1, ratios
 
 
 def trained(library: Library, make: Callable[[], nn.Module], x: Tensor, context: Tensor | None = None) -> nn.Module:

@@ -152,7 +152,9 @@ def test_float32_is_at_least_as_close_to_the_truth(library, tools) -> None:
 
 def test_its_own_mlp_without_context(library, tools) -> None:
     mask = torch.tensor([1, -1, 1, -1])
-    tools.prove(library, tools.shake(flow(4, *[T.AffineCouplingTransform(sign * mask, Wrapped) for sign in (1, -1)])), 4)
+    tools.prove(
+        library, tools.shake(flow(4, *[T.AffineCouplingTransform(sign * mask, Wrapped) for sign in (1, -1)])), 4
+    )
 
 
 def test_alternating_couplings_are_one_launch() -> None:
@@ -188,7 +190,9 @@ class Standardize(nn.Module):
 
 def test_an_embedding_net_without_parameters(library, tools) -> None:
     embedding = nn.Sequential(Standardize(), nn.Identity())
-    tools.prove(library, tools.shake(Flow(T.CompositeTransform(alternating(4, 3)), StandardNormal([4]), embedding)), 4, 3)
+    tools.prove(
+        library, tools.shake(Flow(T.CompositeTransform(alternating(4, 3)), StandardNormal([4]), embedding)), 4, 3
+    )
 
 
 def test_a_trained_checkpoint_of_the_library(library, tools) -> None:

@@ -77,9 +77,7 @@ CASES: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "trained-base": (lambda d, c: Flow(couplings(d, c), standard(d, buffer=False)), "3"),
     "inverse": (lambda d, c: Flow([LazyInverse(t) for t in couplings(d, c)] + linear_layers(d)[:1], standard(d)), "3"),
     "hybrid": (
-        lambda d, c: Flow(
-            [*couplings(d, c, 2), NSF(d, c, transforms=1).transform, *couplings(d, c, 2)], standard(d)
-        ),
+        lambda d, c: Flow([*couplings(d, c, 2), NSF(d, c, transforms=1).transform, *couplings(d, c, 2)], standard(d)),
         "2 KeptTransform 2",
     ),
 }
