@@ -3,7 +3,8 @@
     python examples/glow.py [--quick] [--out FOLDER]
 
 Handwritten digits, 8 × 8 with 16 grey levels (scikit-learn's, nothing is downloaded), squeezed to 4 channels of 4 × 4. Glow is
-arXiv:1807.03039; our coupling takes any network as its conditioner and does the rest in one fused operation.
+arXiv:1807.03039; our coupling takes any network as its conditioner and does the rest in one fused operation, and what is
+affine between two couplings is one product.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from tqdm import trange
 
-from glf_fast import ActNorm, AffineCoupling, InvertibleLinear, SequentialFlow
+from glf_fast import ActNorm, AffineCoupling, InvertibleLinear, SequentialFlow, Squeeze
 
 
 def conditioner(n_in: int, width: int, n_out: int) -> nn.Sequential:
@@ -30,11 +31,11 @@ def conditioner(n_in: int, width: int, n_out: int) -> nn.Sequential:
 
 
 def glow(steps: int, width: int) -> SequentialFlow:
-    """Steps of ActNorm, 1 × 1 convolution and coupling on squeezed images (B, 4, 4, 4)."""
-    layers: list[nn.Module] = []
+    """Steps of ActNorm, 1 × 1 convolution and coupling on images (B, 1, 8, 8), squeezed to (B, 4, 4, 4)."""
+    layers: list[nn.Module] = [Squeeze()]
     for _ in range(steps):
         layers += [ActNorm(4), InvertibleLinear(4), AffineCoupling(4, conditioner(2, width, 4))]
-    return SequentialFlow(layers, (4, 4, 4))
+    return SequentialFlow(layers, (1, 8, 8))
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     torch.manual_seed(0)
     levels = torch.tensor(load_digits().images, dtype=torch.float32)[torch.randperm(1797)]
     train, test = levels.clamp(max=15)[:, None].split([1500, 297])
-    test = squeeze(test)
+    test = dequantised(test)
 
     flow = glow(*(2, 8) if arguments.quick else (12, 48))
     optimizer = torch.optim.AdamW(flow.parameters(), 2e-3, weight_decay=0.1, fused=True)
@@ -56,7 +57,7 @@ def main() -> None:
     progress = trange(epochs, desc="Glow")
     for _ in progress:
         for batch in train[torch.randperm(len(train))].split(125):
-            loss = -flow.log_prob(squeeze(batch)).mean()
+            loss = -flow.log_prob(dequantised(batch)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -65,7 +66,7 @@ def main() -> None:
     flow.eval()
     with torch.no_grad():
         ours = bits(-flow.log_prob(test).mean())
-        x = squeeze(train).flatten(1)
+        x = dequantised(train).flatten(1)
         normal = MultivariateNormal(x.mean(0), x.T.cov())
         baseline = bits(-normal.log_prob(test.flatten(1)).mean())
 
@@ -76,8 +77,8 @@ def main() -> None:
     }
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.6))
     for axis, (name, batch) in zip(axes, samples.items(), strict=True):
-        images = nn.functional.pixel_shuffle(batch.reshape(64, 4, 4, 4), 2).clamp(0, 1)
-        grid = nn.functional.pad(images.reshape(8, 8, 8, 8), (2, 2, 2, 2)).permute(0, 2, 1, 3)
+        images = batch.reshape(8, 8, 8, 8).clamp(0, 1)
+        grid = nn.functional.pad(images, (2, 2, 2, 2)).permute(0, 2, 1, 3)
         axis.imshow(grid.reshape(96, 96).numpy(), cmap="gray_r")
         axis.set(title=name, xticks=[], yticks=[])
     figure.savefig(arguments.out / "glow.png", dpi=120, bbox_inches="tight")
@@ -85,9 +86,9 @@ def main() -> None:
     print(f"gained: {baseline - ours:.3f} bits a pixel; see {arguments.out / 'glow.png'}")
 
 
-def squeeze(levels: Tensor) -> Tensor:
-    """Grey levels 0 … 15 (B, 1, 8, 8) → [0, 1] (B, 4, 4, 4); uniform noise makes a density of what is discrete."""
-    return nn.functional.pixel_unshuffle((levels + torch.rand_like(levels)) / 16, 2)
+def dequantised(levels: Tensor) -> Tensor:
+    """Grey levels 0 … 15 (B, 1, 8, 8) → [0, 1]; uniform noise makes a density of what is discrete."""
+    return (levels + torch.rand_like(levels)) / 16
 
 
 def bits(nll: Tensor) -> float:

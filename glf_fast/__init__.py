@@ -15,6 +15,7 @@ from glf_fast.flow import (
     ActNorm,
     AffineCoupling,
     CouplingFlow,
+    FixedLinear,
     Flow,
     FlowDistribution,
     FlowTransform,
@@ -22,6 +23,8 @@ from glf_fast.flow import (
     InvertibleLinear,
     SeparateNetworks,
     SequentialFlow,
+    Split,
+    Squeeze,
     rnvp_flow,
 )
 from glf_fast.ops import backends, use_backend
@@ -40,6 +43,7 @@ __all__ = [
     "AffineCoupling",
     "ConversionError",
     "CouplingFlow",
+    "FixedLinear",
     "Flow",
     "FlowDistribution",
     "FlowTransform",
@@ -47,6 +51,8 @@ __all__ = [
     "InvertibleLinear",
     "SeparateNetworks",
     "SequentialFlow",
+    "Split",
+    "Squeeze",
     "accelerate",
     "backends",
     "convert",

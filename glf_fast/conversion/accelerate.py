@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap, FixedLinear, OnChannels
+from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, NetworkCoupling, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
 from glf_fast.conversion.library import Chain, FusedLayer, Library, Part, Replacement, Shape
 from glf_fast.conversion.reading import Reading, check_precision, copied, fused_context, lost_in_training, read_parts
 from glf_fast.conversion.stack import Sources
-from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
+from glf_fast.flow import ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
+from glf_fast.flow.folding import folded
 from glf_fast.reference import log_normal
 
 __all__ = ["Report", "accelerate"]
@@ -29,7 +30,7 @@ class Replaced:
     """Layers `first` to `last` of the flow at `where` (their names, data → noise), and what they have become.
 
     `couplings`: how many they held; `flows`: how many CouplingFlows, one launch each, compute them now, or on images
-    ChannelCouplings, which is `kind`; `affine`: linear layers and ActNorms beside those, which fold into none of them;
+    AffineCouplings, which is `kind`; `affine`: linear layers and ActNorms beside those, which fold into none of them;
     `lost`: what they did in training mode alone, dropout say, and no longer do.
     """
 
@@ -174,14 +175,11 @@ def _accelerate_chain(
             span = parts[0].name if len(parts) == 1 else f"{parts[0].name} … {parts[-1].name}"
             report.left.append(Left(where, what, f"{span}: {reason}"))
             continue
-        flows, maps, folded = (
-            sum(isinstance(module, kind) for module in fused.modules())
-            for kind in (CouplingFlow | ChannelCoupling, ActNorm | InvertibleLinear | FixedLinear, ChannelMap)
-        )
-        kind = "ChannelCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
+        flows, affine = _counts(fused)
+        kind = "AffineCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
         names = parts[0].name, parts[-1].name
         lost = lost_in_training(layers)
-        report.replaced.append(Replaced(where, what, *names, couplings, flows, maps - folded, lost, kind))
+        report.replaced.append(Replaced(where, what, *names, couplings, flows, affine, lost, kind))
         adapter = library.fused(fused, parts)
         adapter.training = parts[0].module.training
         replacements.append((start, stop, adapter))
@@ -189,6 +187,17 @@ def _accelerate_chain(
     report.left += [Left(where, what, reason) for reason in reasons]
     if replacements:
         chain.put(replacements)
+
+
+def _counts(fused: Flow | OnChannels) -> tuple[int, int]:
+    """How many CouplingFlows there are, or AffineCouplings on images, and affine maps beside them."""
+    if isinstance(fused, OnChannels):
+        steps = folded(fused.layers, inverse=False)
+        couplings = sum(isinstance(step, AffineCoupling) for step in steps)
+        return couplings, len(steps) - couplings
+    modules = list(fused.modules())
+    flows = sum(isinstance(module, CouplingFlow) for module in modules)
+    return flows, sum(isinstance(module, ActNorm | InvertibleLinear) for module in modules)
 
 
 def _read(model: nn.Module, flow: nn.Module, library: Library, parts: Sequence[Part]) -> list[list[Layer]]:
@@ -254,7 +263,7 @@ def _fused(library: Library, parts: Sequence[Part]) -> Flow | OnChannels:
     fused = fused.to(like.device, like.dtype).train(modules[0].training)
     _restore(fused, dict(zip(copies.modules(), modules.modules(), strict=True)))
     # What says no shape takes any number of pixels.
-    return fused.layers[0] if isinstance(fused, SequentialFlow) and isinstance(fused.layers[0], OnChannels) else fused
+    return OnChannels(fused.layers) if isinstance(fused, SequentialFlow) and len(fused.event_shape) == 3 else fused
 
 
 def _build(
@@ -297,22 +306,19 @@ def _restore(fused: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None
 
 def _used_elsewhere(model: nn.Module, flow: nn.Module, part: Part) -> bool:
     """Whether a parameter of the layer can be reached in another way than through the flow's list of layers."""
+    named = dict(model.named_modules(remove_duplicate=False))
+    flows = tuple(f"{name}." if name else "" for name, module in named.items() if module is flow)
     own = {id(p) for p in part.module.parameters()}
-    seen: set[tuple[int, bool]] = set()
-    todo = [(model, model is flow)]
-    while todo:
-        module, inside = todo.pop()
-        if (id(module), inside) in seen:
-            continue
-        seen.add((id(module), inside))
-        if any(id(p) in own for p in module._parameters.values()):
-            return True
-        in_list = inside and isinstance(module, nn.ModuleList)
-        for name, child in module._modules.items():
-            in_place = in_list or (module is flow and name == part.name)
-            if child is not None and not (child is part.module and in_place):
-                todo.append((child, inside or child is flow))
-    return False
+    places = []
+    for name, module in named.items():
+        holder, _, last = name.rpartition(".")
+        listed = isinstance(named.get(holder), nn.ModuleList) or (named.get(holder) is flow and last == part.name)
+        if module is part.module and name.startswith(flows) and listed:
+            places.append(f"{name}.")
+    return any(
+        id(p) in own and not name.startswith(tuple(places))
+        for name, p in model.named_parameters(remove_duplicate=False)
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.images.networks import Beside, Joined, Outputs, WithoutContext
+from glf_fast.conversion.images import Outputs
 from glf_fast.conversion.layers import Conditioner, Coupling, NetworkCoupling, Unfusable
-from glf_fast.conversion.library import Part, Seen
+from glf_fast.conversion.library import ContextColumns, Part
 from glf_fast.conversion.mlp import read_mlp, scale_outputs, select_outputs, separate, widen_inputs
 
 __all__ = ["DeclaredCoupling"]
@@ -38,7 +38,7 @@ class DeclaredCoupling:
     factor_t: float = 1.0
     add_first: bool = False
     undo: bool = False
-    context: str | Seen = "argument"
+    context: str | ContextColumns = "argument"
 
     def read(self, part: Part) -> Coupling | NetworkCoupling:
         """The layer that it is: with an MLP on vectors, with the library's own network on images; raises Unfusable."""
@@ -53,7 +53,7 @@ class DeclaredCoupling:
         """The network as an MLP with outputs [u | t] or t."""
         net = separate(*map(read_mlp, self.network)) if isinstance(self.network, tuple) else read_mlp(self.network)
         P, T = len(self.passive), len(self.transformed)
-        inputs = P + len(self.context.columns) if isinstance(self.context, Seen) else P
+        inputs = P + len(self.context.columns) if isinstance(self.context, ContextColumns) else P
         outputs = T if self.layout == "t" else 2 * T
         if net.n_out != outputs or (net.n_in < P if self.context == "argument" else net.n_in != inputs):
             wanted = f"{inputs} to {outputs}"
@@ -65,18 +65,12 @@ class DeclaredCoupling:
             net = select_outputs(net, torch.cat([order[1::2], order[0::2]]))
         if (self.factor_u, self.factor_t) != (1.0, 1.0):
             net = scale_outputs(net, *[self.factor_u] * (self.layout != "t"), self.factor_t)
-        if isinstance(self.context, Seen):
+        if isinstance(self.context, ContextColumns):
             net = widen_inputs(net, P, self.context.columns, self.context.width)
         return net
 
     def _outputs(self) -> Outputs:
         """The network as (p, context) → (u, t)."""
-        given = [self._given(net) for net in (self.network if isinstance(self.network, tuple) else (self.network,))]
-        network = Beside(*given) if len(given) == 2 else given[0]
-        return Outputs(network, self.layout, self.factor_u, self.factor_t)
-
-    def _given(self, network: nn.Module) -> nn.Module:
-        if isinstance(self.context, Seen):
-            everything = self.context.columns == tuple(range(self.context.width))
-            return Joined(network, None if everything else self.context.columns)
-        return WithoutContext(network) if self.context == "none" else network
+        networks = self.network if isinstance(self.network, tuple) else (self.network,)
+        context = self.context if isinstance(self.context, str) else self.context.index()
+        return Outputs(networks, self.layout, self.factor_u, self.factor_t, context)

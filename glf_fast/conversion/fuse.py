@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 
-from glf_fast.conversion.gaps import REACH, apart, fold, inverted
-from glf_fast.conversion.images.build import on_channels
-from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, Permutation, width
+from glf_fast.conversion.gaps import REACH, fold, inverted, split_far_shifts
+from glf_fast.conversion.images import on_channels
+from glf_fast.conversion.layers import Coupling, Kept, Layer, Permutation, Piece, width
 from glf_fast.conversion.mlp import scale_outputs
 from glf_fast.conversion.padding import divided
 from glf_fast.conversion.stack import Sources, Step, stack, standalone
@@ -25,10 +24,6 @@ _ODD = ("atan", "exp", "softclip", "tanh")
 
 # The same (REACH) between two couplings, where it costs a launch.
 _REACH_BETWEEN = 32.0
-
-_LIKE = torch.empty(0, dtype=torch.float64, device="cpu")  # where flows are converted
-
-Piece = Permutation | Diagonal | Dense
 
 
 @dataclass
@@ -46,8 +41,8 @@ def fuse(
     """The flow, in float64, and where its parameters come from.
 
     A bare CouplingFlow if that is all there is, else a SequentialFlow (or, where splits are uneven or directions
-    reversed, the wrapper of one). Layers on images become `OnChannels`, in a SequentialFlow. Which entries are trained is
-    what the layers say. Layers that are kept stay as they are.
+    reversed, the wrapper of one). Layers on images become those of a SequentialFlow. Which entries are trained is what
+    the layers say. Layers that are kept stay as they are.
 
     Args:
         layers: first to last, data → noise.
@@ -62,7 +57,7 @@ def fuse(
         else:
             read = [_odd_turned(layer) for layer in run if not isinstance(layer, Kept)]
             if len(event_shape) == 3 and not any(isinstance(layer, Coupling) for layer in read):
-                modules.append(on_channels(read, sources))
+                modules += on_channels(read, sources)
             else:
                 modules += _fuse_run(read, width(read[0]), sum(context_shape), sources)
     if len(modules) == 1 and isinstance(modules[0], Flow):
@@ -74,7 +69,7 @@ def _fuse_run(run: Iterable[Coupling | Piece], dim: int, context_dim: int, sourc
     segments, loose = _segments(run)
     modules = [module for segment in segments for module in _build(segment, dim, context_dim, sources)]
     if loose:
-        for affine in fold(loose, dim, _LIKE):
+        for affine in fold(loose, dim):
             modules += standalone(affine, sources)
     return modules
 
@@ -124,7 +119,7 @@ def _kind(coupling: Coupling) -> tuple[object, ...]:
 def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:
     modules: list[nn.Module] = []
     if segment.couplings[0].undo:
-        first = fold(segment.gaps[0], dim, _LIKE)
+        first = fold(segment.gaps[0], dim)
         if any(affine.reach() > REACH for affine in first):
             modules = [module for affine in first for module in standalone(affine, sources)]
             segment = replace(segment, gaps=[[], *segment.gaps[1:]])
@@ -134,19 +129,19 @@ def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> l
         return [*modules, Inverse(flow)]
     steps: list[Step] = []
     for pieces, coupling in zip(segment.gaps, segment.couplings, strict=True):
-        maps = apart(fold(pieces, dim, _LIKE), _REACH_BETWEEN if steps else REACH)
+        maps = split_far_shifts(fold(pieces, dim), _REACH_BETWEEN if steps else REACH)
         if len(maps) > 1:  # all but the last are layers of their own, which ends the flow so far
             if steps:
                 flow, restore = stack(steps, context_dim, sources)
                 modules.append(flow)
-                maps = apart(fold([Permutation(restore), *pieces], dim, _LIKE), REACH)
+                maps = split_far_shifts(fold([Permutation(restore), *pieces], dim), REACH)
                 steps = []
             for affine in maps[:-1]:
                 modules += standalone(affine, sources)
         steps.append(Step(maps[-1], coupling))
     flow, restore = stack(steps, context_dim, sources)
     modules.append(flow)
-    for affine in fold([Permutation(restore), *segment.after], dim, _LIKE):
+    for affine in fold([Permutation(restore), *segment.after], dim):
         modules += standalone(affine, sources)
     return modules
 

@@ -25,6 +25,7 @@ __all__ = [
     "Layer",
     "NetworkCoupling",
     "Permutation",
+    "Piece",
     "Unfusable",
     "trained_together",
     "width",
@@ -169,10 +170,11 @@ class Kept:
     reason: str
 
 
-Layer = Permutation | Diagonal | Dense | Coupling | NetworkCoupling | Kept
+Piece = Permutation | Diagonal | Dense
+Layer = Piece | Coupling | NetworkCoupling | Kept
 
 
-def width(layer: Permutation | Diagonal | Dense | Coupling | NetworkCoupling) -> int:
+def width(layer: Piece | Coupling | NetworkCoupling) -> int:
     """D, the columns or channels that a layer works on."""
     match layer:
         case Permutation():

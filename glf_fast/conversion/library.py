@@ -1,14 +1,9 @@
 """The protocol of a library: all that the conversion knows of one is in one object, in one file.
 
-What does not depend on the library (accelerate, check, fuse, reading, …) asks this object and names no library. A new one is
-a file with a `LIBRARY`, and an entry in `libraries.py`:
-
-* `flows`, `hosts`, `packages`: which classes `convert` takes, `accelerate` looks into, and which are layers;
-* `chains`: where a flow has its layers (`Part`), data → noise, and how others are put in their place;
-* `on_vectors`, `on_images`: class of a layer → its reader, which returns `Layer`s or raises Unfusable. A coupling is
-  declared once for both (`couplings.py`);
-* `kept`: a layer that stays, under the interface of this project; `fused`: a fused flow under the library's;
-* `base`, `log_prob`, `generate`, `embedding`, `context_shape`: a whole flow, for `convert`.
+What does not depend on the library (accelerate, check, fuse, reading, …) asks its `Library` and names none. A new one is a file
+with a `LIBRARY`, and an entry in `libraries.py`. It says where a flow has its layers (`Part`) and how others are put in their
+place (`Chain`), how each layer is read, and what a whole flow computes. A coupling is declared once for vectors and images
+(`couplings.py`).
 """
 
 from __future__ import annotations
@@ -20,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.images.modules import OnChannels
+from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Diagonal, Layer, Unfusable, trained_together
 from glf_fast.flow import Flow
 
 __all__ = [
     "Base",
     "Chain",
+    "ContextColumns",
     "FusedLayer",
     "Library",
     "Part",
     "Reader",
     "Replacement",
-    "Seen",
     "Shape",
     "check_shape",
     "context_features",
@@ -47,11 +42,15 @@ Replacement = tuple[int, int, nn.Module]
 
 
 @dataclass(frozen=True)
-class Seen:
+class ContextColumns:
     """The columns, or channels, of a context of that width that a layer is given, in its own order."""
 
     columns: tuple[int, ...]
     width: int
+
+    def index(self) -> slice | list[int]:
+        """Of the columns, in the context."""
+        return slice(None) if self.columns == tuple(range(self.width)) else list(self.columns)
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,14 @@ class Part:
     name: for messages.
     shape: of one sample that it is given, (D,) or (C, H, W).
     conditions: the indices of those that it is given, where that differs from layer to layer (FrEIA).
-    seen: which columns of the flow's context these are; None for the layer on its own, whose context they are.
+    context: which columns of the flow's context these are; None for the layer on its own, whose context they are.
     """
 
     name: str
     module: Any
     shape: Shape
     conditions: tuple[int, ...] = ()
-    seen: Seen | None = None
+    context: ContextColumns | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ class Library:
     shape_before: of what a layer is given that returns that shape.
     embedding: the network of a flow that the context goes through first.
     context_shape: of one context, behind that network, that parts say they take.
-    in_one_context: the parts of a flow of one chain with `seen`, where they are given different conditions.
+    in_one_context: the parts of a flow of one chain with `context`, where they are given different conditions.
     invertible: whether the library's inverse of parts, read into layers, is one to compare with.
     prepare: makes a copy in float64, of a flow or of layers, one to compare with.
     """

@@ -34,18 +34,13 @@ Linear = tuple[Tensor, Tensor | None]
 Step = Linear | str | float
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
-    F.relu: "relu",
+    **{getattr(F, name): name for name in ("relu", "leaky_relu", "silu", "gelu", "tanh", "elu")},
     torch.relu: "relu",
-    F.leaky_relu: "leaky_relu",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.tanh: "tanh",
     torch.tanh: "tanh",
-    F.elu: "elu",
 }
 # The constants of the activations; other keywords (inplace) change nothing.
 _CONSTANTS = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none"}
-_METHODS = {"relu": "relu", "tanh": "tanh"}
+_METHODS = ("relu", "tanh")
 
 
 def read_mlp(network: nn.Module) -> Conditioner:
@@ -293,7 +288,7 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
         elif node.op == "call_function":
             yield _function(node.target)  # type: ignore[arg-type]
         elif node.op == "call_method" and node.target in _METHODS:
-            yield _METHODS[str(node.target)]
+            yield str(node.target)
         else:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
 

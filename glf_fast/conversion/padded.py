@@ -25,7 +25,7 @@ class Padded(Flow):
     restore: Tensor
 
     def __init__(self, flow: Flow, dim: int, order: Tensor) -> None:
-        super().__init__((dim,), flow.context_dim)
+        super().__init__((dim,), context_shape=flow.context_shape)
         self.flow = flow
         self.register_buffer("order", order)
         self.register_buffer("restore", order.argsort()[:dim])

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.images.reshaped import Reshaped
+from glf_fast.conversion.images import Reshaped
 from glf_fast.conversion.layers import (
     Conditioner,
     ConversionError,

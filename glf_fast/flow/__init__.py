@@ -6,11 +6,14 @@ from glf_fast.flow.base import Flow
 from glf_fast.flow.coupling_flow import CouplingFlow
 from glf_fast.flow.distribution import FlowDistribution, FlowTransform
 from glf_fast.flow.embedded import Embedded
+from glf_fast.flow.fixed_linear import FixedLinear
 from glf_fast.flow.inverse import Inverse
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.mlp import MLP, SeparateNetworks
 from glf_fast.flow.rnvp import rnvp_flow
 from glf_fast.flow.sequential import SequentialFlow
+from glf_fast.flow.split import Split
+from glf_fast.flow.squeeze import Squeeze
 
 __all__ = [
     "MLP",
@@ -18,6 +21,7 @@ __all__ = [
     "AffineCoupling",
     "CouplingFlow",
     "Embedded",
+    "FixedLinear",
     "Flow",
     "FlowDistribution",
     "FlowTransform",
@@ -25,5 +29,7 @@ __all__ = [
     "InvertibleLinear",
     "SeparateNetworks",
     "SequentialFlow",
+    "Split",
+    "Squeeze",
     "rnvp_flow",
 ]

@@ -13,6 +13,10 @@ from glf_fast.reference import log_normal
 
 __all__ = ["ActNorm", "data_dependent_start"]
 
+# In standard deviations of the output. Folded into a matrix behind it, an ActNorm that takes a mean of 2 σ away makes float32
+# errors of log_prob 1.1 times as large (of samples 1.4 times), one of 100 σ ten times.
+_FAR = 2.0
+
 
 def data_dependent_start(x: Tensor) -> tuple[Tensor, Tensor]:
     """log-scale s and bias b (D,) with which (x + b)·e^s has mean 0 and variance 1 in every channel of x (B, D, …).
@@ -30,11 +34,13 @@ class ActNorm(nn.Module):
 
     b and s start at zero and are set by the first batch of two or more values that passes `forward` in training mode, so
     that y has zero mean and unit variance. The buffer `initialized` records it: a loaded or copied module never starts again.
+    `far` says whether that start, or a loaded state, moves the data so far that x·e^s + b·e^s loses digits of (x + b)·e^s.
 
     Vectors (B, D) or images (B, D, H, W); O(B·D) both ways.
     """
 
     initialized: Tensor
+    far = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -48,6 +54,11 @@ class ActNorm(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._started = bool(self.initialized)
+        self.far = self._is_far()
+
+    def starts_next(self) -> bool:
+        """Whether `forward` is going to set scale and shift from its input, so that nobody knows them before."""
+        return self.training and not self._started
 
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:
@@ -56,6 +67,11 @@ class ActNorm(nn.Module):
         self.bias.copy_(bias)
         self.initialized.fill_(True)
         self._started = True
+        if not torch.compiler.is_compiling():  # which stops at what a tensor's value decides
+            self.far = self._is_far()
+
+    def _is_far(self) -> bool:
+        return bool((self.bias * self.log_scale.exp()).detach().abs().max() > _FAR)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x + b)·e^s and its logdet (B,); the context is not used."""
@@ -87,7 +103,7 @@ class ActNorm(nn.Module):
     def _begin(self, x: Tensor) -> Tensor:
         """Check x, and start from it if it is the first training batch."""
         x = self._check(x)
-        if self.training and not self._started and x.numel() >= 2 * self.dim:
+        if self.starts_next() and x.numel() >= 2 * self.dim:
             self._start(x)
         return x
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
+from glf_fast.flow.masks import ChannelMask, Checkerboard
 from glf_fast.ops.checks import check_log_scale, check_shape
 from glf_fast.reference import LOG_SCALES
 
@@ -13,17 +16,29 @@ __all__ = ["AffineCoupling"]
 
 
 class AffineCoupling(nn.Module):
-    """z = [p, v·e^f(u) + t] with (p, v) = x split by channels and (u, t) = conditioner([p, context]); log|det J| = Σ f(u).
+    """z_v = v·e^f(u) + t, z_p = p, with x in two parts (p, v) and (u, t) = conditioner([p, context]); log|det J| = Σ f(u).
 
-    RealNVP (arXiv:1605.08803), eqs. 4–6. The conditioner runs once in either direction.
+    RealNVP (arXiv:1605.08803), eqs. 4–9. The conditioner runs once in either direction.
+
+    | `mask`         | v is                             | the conditioner is given                      | and returns u and t |
+    |----------------|----------------------------------|-----------------------------------------------|---------------------|
+    | "channels"     | the last T = D//2 channels       | p (B, D − T, …)                               | (B, T, …) each      |
+    | D booleans     | the T channels that are True     | p (B, D − T, …)                               | (B, T, …) each      |
+    | "checkerboard" | every second pixel, (0, 1) first | x (B, D, H, W) with zeros in the places of v  | (B, D, H, W) each   |
 
     Args:
-        dim: channels D of the input (B, D) or (B, D, H, W); at least 2. p has P = D − D//2 channels, v has T = D//2.
-        conditioner: any network from (B, P + C, …) to (B, 2·T, …), u first, then t; to (B, T, …), t alone, if `additive`.
-        additive: z_v = v + t, NICE (arXiv:1410.8516): no scale, logdet 0. The options below mean nothing then.
+        dim: channels D of the input (B, D) or (B, D, H, W); at least 2, unless pixels are masked.
+        conditioner: any network from [p, context] (B, P + C, …) to [u, t] (B, 2·T, …), or to the pair (u, t); to t alone if
+            `additive`. Images may come with their channels side by side in memory (`torch.channels_last`), which convolutions
+            like on a processor: a network of your own should `reshape` them where it might `view`.
+        additive: z_v = v + t, NICE (arXiv:1410.8516): no scale, logdet 0. The log-scale and `add_first` mean nothing then.
         log_scale, log_scale_constant: name and constant of f, see `glf_fast.reference.log_scale`.
         add_first: z_v = (v + t)·e^f(u), as in Glow (arXiv:1807.03039).
-        flip: the first T channels are transformed, given the last P.
+        mask: how x is divided, see the table.
+        flip: the other way round: the first T channels given the last D − T; the channels that are False; the other pixels.
+        undo: data → noise is the inverse of the formula: z_v = (v − t)·e^−f(u), so that v ~ N(t, e^2f(u)) becomes N(0, 1).
+        pass_context: call conditioner(p, context), for a network with a use of its own for contexts of any shape. Without it
+            the context, (B, C) or (B, C, H, W), becomes further channels of p.
 
     Example:
         >>> coupling = AffineCoupling(6, MLP(3, [32], 6))
@@ -41,14 +56,13 @@ class AffineCoupling(nn.Module):
         log_scale: str = "tanh",
         log_scale_constant: float | None = None,
         add_first: bool = False,
+        mask: str | Sequence[bool] | Tensor = "channels",
         flip: bool = False,
+        undo: bool = False,
+        pass_context: bool = False,
     ) -> None:
         super().__init__()
         check_log_scale(log_scale, log_scale_constant)
-        if dim < 2:
-            raise ValueError(
-                f"a coupling needs at least two channels, one to condition on and one to change; got dim={dim}"
-            )
         self.dim = dim
         self.conditioner = conditioner
         self.additive = additive
@@ -56,36 +70,31 @@ class AffineCoupling(nn.Module):
         self.log_scale_constant = LOG_SCALES[log_scale] if log_scale_constant is None else log_scale_constant
         self.add_first = add_first
         self.flip = flip
+        self.undo = undo
+        self.pass_context = pass_context
+        self.mask = mask if isinstance(mask, str) else tuple(map(bool, mask))
+        self._channels = None if mask == "checkerboard" else ChannelMask(_transformed(dim, self.mask, flip))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, D, …) → z like x, logdet (B,)."""
-        return self._couple(x, context, inverse=False)
+        return self._couple(x, context, inverse=self.undo)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data: z (B, D, …) → x like z, logdet (B,)."""
-        return self._couple(z, context, inverse=True)
+        return self._couple(z, context, inverse=not self.undo)
 
     def _couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        check_shape("x", x, (None, self.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
-        transformed = self.dim // 2
-        if self.flip:
-            v, p = x[:, :transformed], x[:, transformed:]
-        else:
-            p, v = x[:, : self.dim - transformed], x[:, self.dim - transformed :]
-        h = p
-        if context is not None:
-            pixels = context.view(*context.shape, *(1,) * (x.ndim - context.ndim)).expand(-1, -1, *x.shape[2:])
-            h = torch.cat([p, pixels.to(p.dtype)], 1)
-        raw = self.conditioner(h)
-        columns, meaning = (1, "dim//2") if self.additive else (2, "2·(dim//2)")
-        wanted = (len(x), columns * transformed, *x.shape[2:])
-        check_shape("the conditioner's output", raw, wanted, f"(batch, {meaning}, …)")
-        if self.additive:
+        if x.ndim < 2 or x.shape[1] != self.dim:  # what is wanted is made only for the error
+            check_shape("x", x, (None, self.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
+        parts = Checkerboard(x, even=self.flip) if self._channels is None else self._channels
+        p, v = parts.divide(x)
+        u, t = self._conditioned(p, context, parts.outputs)
+        u, t = None if u is None else parts.of_v(u), parts.of_v(t)
+        if u is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
-            t, v = raw.to(dtype), v.to(dtype)
+            t, v = t.to(dtype), v.to(dtype)
             w, logdet = v - t if inverse else v + t, v.new_zeros(len(v))
         else:
-            u, t = raw.chunk(2, 1)
             w, logdet = ops.affine_coupling(
                 v,
                 u,
@@ -95,13 +104,44 @@ class AffineCoupling(nn.Module):
                 add_first=self.add_first,
                 inverse=inverse,
             )
-        p = p.to(w.dtype)
-        return torch.cat([w, p] if self.flip else [p, w], 1), logdet
+        return parts.join(p.to(w.dtype), w), logdet
+
+    def _conditioned(self, p: Tensor, context: Tensor | None, channels: int) -> tuple[Tensor | None, Tensor]:
+        """u, or None if `additive`, and t, of so many channels each."""
+        if self.pass_context:
+            raw = self.conditioner(p, context)
+        elif context is None:
+            raw = self.conditioner(p)
+        else:
+            pixels = context.view(*context.shape, *(1,) * (p.ndim - context.ndim)).expand(-1, -1, *p.shape[2:])
+            raw = self.conditioner(torch.cat([p, pixels.to(p.dtype)], 1))
+        if isinstance(raw, tuple):
+            return raw
+        wanted = (len(p), channels if self.additive else 2 * channels, *p.shape[2:])
+        check_shape("the conditioner's output", raw, wanted, f"(batch, {'' if self.additive else '2·'}channels, …)")
+        return (None, raw) if self.additive else raw.chunk(2, 1)
 
     def extra_repr(self) -> str:
         """Shown by repr."""
-        flip = ", flip=True" * self.flip
-        if self.additive:
-            return f"{self.dim}, additive=True{flip}"
         constant = "" if self.log_scale_constant is None else f"({self.log_scale_constant:g})"
-        return f"{self.dim}, log_scale={self.log_scale}{constant}{', add_first=True' * self.add_first}{flip}"
+        scale = "additive=True" if self.additive else f"log_scale={self.log_scale}{constant}"
+        mask = self.mask if isinstance(self.mask, str) else "".join("1" if is_v else "0" for is_v in self.mask)
+        mask = "" if mask == "channels" else f", mask={mask}"
+        names = ("add_first", "flip", "undo", "pass_context")
+        return f"{self.dim}, {scale}{mask}" + "".join(f", {name}=True" for name in names if getattr(self, name))
+
+
+def _transformed(dim: int, mask: str | tuple[bool, ...], flip: bool) -> tuple[bool, ...]:
+    """For each channel whether it is transformed."""
+    if isinstance(mask, tuple):
+        if len(mask) != dim or len(set(mask)) < 2:
+            raise ValueError(f"mask must be {dim} booleans, some True and some False; got {mask}")
+        return tuple(is_v != flip for is_v in mask)
+    if mask != "channels":
+        raise ValueError(f'mask must be "channels", "checkerboard" or {dim} booleans; got {mask!r}')
+    if dim < 2:
+        raise ValueError(
+            f"a coupling needs at least two channels, one to condition on and one to change; got dim={dim}"
+        )
+    first, last = (dim // 2, dim - dim // 2) if flip else (dim - dim // 2, dim // 2)
+    return (flip,) * first + (not flip,) * last

@@ -394,8 +394,10 @@ def _read_step(step: Sequence[nn.Module], position: int, context_dim: int) -> di
     linear, coupling = step[-2], step[-1]
     assert isinstance(linear, InvertibleLinear) and isinstance(coupling, AffineCoupling)
     networks = _networks(coupling)
-    if coupling.flip or not networks:
-        what = "has flip=True" if coupling.flip else f"has a {type(coupling.conditioner).__name__} as conditioner"
+    divides = {"flip": coupling.flip, "undo": coupling.undo, "mask": coupling.mask != "channels"}
+    if any(divides.values()) or not networks:
+        option = next((f"{name}={getattr(coupling, name)}" for name, is_set in divides.items() if is_set), None)
+        what = f"has {option}" if option else f"has a {type(coupling.conditioner).__name__} as conditioner"
         raise ValueError(
             f"layer {position + len(step) - 1} {what}; a CouplingFlow's couplings are unflipped, with an MLP or two equal ones"
         )

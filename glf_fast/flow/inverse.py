@@ -20,7 +20,7 @@ class Inverse(Flow):
     """
 
     def __init__(self, flow: Flow) -> None:
-        super().__init__(flow.event_shape, flow.context_dim)
+        super().__init__(flow.event_shape, context_shape=flow.context_shape)
         self.flow = flow
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

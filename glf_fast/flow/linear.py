@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,16 +79,26 @@ class InvertibleLinear(nn.Module):
     | `permutation` | fixed: yᵢ = x_perm(i)  | 0            | none            | random            |
 
     `plu`, the default, can never become singular and needs no determinant: Glow (arXiv:1807.03039), eqs. 10, 11.
+
+    Args:
+        dim: D.
+        linear: the parametrisation.
+        permutation: perm (D,) of "permutation", in place of a random one; `range(dim)[::-1]` reverses the channels.
     """
 
-    def __init__(self, dim: int, *, linear: str = "plu") -> None:
+    def __init__(self, dim: int, *, linear: str = "plu", permutation: Sequence[int] | Tensor | None = None) -> None:
         super().__init__()
         check_choice("linear", linear, LINEAR_TENSORS)
         self.dim = dim
         self.linear = linear
         if linear == "permutation":
-            self.register_buffer("permutation", torch.randperm(dim))
+            if permutation is not None and sorted(map(int, permutation)) != list(range(dim)):
+                raise ValueError(f"permutation must hold each of 0 … {dim - 1} once; got {list(permutation)}")
+            order = torch.randperm(dim) if permutation is None else torch.tensor([int(i) for i in permutation])
+            self.register_buffer("permutation", order)
             return
+        if permutation is not None:
+            raise ValueError(f'permutation is the order of linear="permutation"; got one with linear={linear!r}')
         W = _random_rotation(dim)
         dtype = torch.get_default_dtype()
         if linear == "dense":

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
 
+from glf_fast import ops
 from glf_fast.flow.actnorm import ActNorm
+from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.base import Flow
+from glf_fast.flow.fixed_linear import FixedLinear
+from glf_fast.flow.folding import Product, assembled, folded
 from glf_fast.flow.linear import InvertibleLinear
+from glf_fast.flow.split import Split
+from glf_fast.flow.squeeze import Squeeze
+from glf_fast.ops.checks import check_shape
 from glf_fast.reference import log_normal
 
-__all__ = ["SequentialFlow"]
+__all__ = ["SequentialFlow", "run_layers"]
+
+_TURNED = 64  # pixels
+_ANY_ORDER = (ActNorm, InvertibleLinear, FixedLinear, AffineCoupling, Product, Split, Squeeze)  # of memory
 
 
 class SequentialFlow(Flow):
@@ -20,6 +33,14 @@ class SequentialFlow(Flow):
 
     A layer is any module with `forward(x, context)` and `inverse(z, context)` that return (output, logdet): `ActNorm`,
     `InvertibleLinear`, `AffineCoupling`, another `Flow`, or your own. `log_prob` asks a last layer that is a flow for its own.
+
+    What is affine between two couplings (`ActNorm`, `InvertibleLinear`, `FixedLinear`) is applied as one product of the
+    channels, and all those products are assembled together. On a processor, layers of ours work on images whose channels lie
+    together; the flow gives them back, and to other layers, as they came.
+
+    A `Split` takes channels out of what follows, and a `Squeeze` makes channels of pixels: so several scales make one flow.
+    z holds the numbers of all scales, those factored out first in front, in the shape of x; other layers in such a flow
+    keep the shape of what they are given.
 
     Args:
         layers: first to last in the direction data → noise.
@@ -38,14 +59,22 @@ class SequentialFlow(Flow):
     ) -> None:
         super().__init__(event_shape, context_dim, context_shape=context_shape)
         self.layers = nn.ModuleList(layers)
+        self._noise_shapes()  # raises an error for sides that cannot be squeezed
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, *event_shape) → z like x, logdet (B,)."""
-        return self._run(iter(self.layers), x, context, inverse=False)
+        return self._run(self.layers, x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data: z (B, *event_shape) → x like z, logdet (B,)."""
-        return self._run(reversed(self.layers), z, context, inverse=True)
+        self._check_event("z", z)
+        context = self._expand_context(context, len(z))
+        factored_out: list[Tensor] = []
+        shapes = self._noise_shapes()
+        if shapes:
+            pieces = z.flatten(1).split([math.prod(shape) for shape in shapes], 1)
+            *factored_out, z = (piece.view(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True))
+        return run_layers(self.layers, z, context, factored_out, inverse=True)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) = log N(z; 0, I) + logdet in nats, (B,); the last layer adds the first where it can."""
@@ -54,21 +83,88 @@ class SequentialFlow(Flow):
         while layers and isinstance(layers[-1], InvertibleLinear) and layers[-1].linear == "permutation":
             layers.pop()
         last = layers[-1] if layers else None
-        if not (isinstance(last, Flow) or type(last) is ActNorm):
-            z, logdet = self._run(iter(layers), x, context, inverse=False)
+        if not (isinstance(last, Flow) or (type(last) is ActNorm and x.ndim == 2)) or self._noise_shapes():
+            z, logdet = self._run(layers, x, context)
             return log_normal(z) + logdet
-        x, logdet = self._run(iter(layers[:-1]), x, context, inverse=False)
+        x, logdet = self._run(layers[:-1], x, context)
         return last.log_prob(x, context) + logdet
 
-    def _run(
-        self, layers: Iterator[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        self._check_event("z" if inverse else "x", x)
+    def _run(self, layers: Iterable[nn.Module], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        self._check_event("x", x)
         context = self._expand_context(context, len(x))
-        logdet: Tensor | None = None
-        for layer in layers:
-            x, ldj = layer.inverse(x, context) if inverse else layer(x, context)  # type: ignore[operator]
-            logdet = ldj if logdet is None else logdet + ldj
-        if logdet is None:
-            logdet = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-        return x, logdet
+        factored_out: list[Tensor] = []
+        z, logdet = run_layers(layers, x, context, factored_out, inverse=False)
+        if self._noise_shapes():
+            z = torch.cat([piece.flatten(1) for piece in (*factored_out, z)], 1).view(x.shape)
+        return z, logdet
+
+    def _noise_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of what each `Split` factors out, and of what comes out in the end; [] if no layer changes the shape."""
+        shapes: list[tuple[int, ...]] = []
+        shape, changed = self.event_shape, False
+        for layer in self.layers:
+            if isinstance(layer, Squeeze):
+                shape, changed = layer.output_shape(shape), True
+            elif isinstance(layer, Split):
+                shapes.append((layer.sizes[1], *shape[1:]))
+                shape, changed = (layer.sizes[0], *shape[1:]), True
+        return [*shapes, shape] if changed else []
+
+
+def run_layers(
+    layers: Iterable[nn.Module], x: Tensor, context: Tensor | None, factored_out: list[Tensor], *, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The layers on x (B, D, …), the last one first if `inverse`: output, logdet (B,).
+
+    What a `Split` factors out is appended to `factored_out`, and taken from its end if `inverse`.
+    """
+    steps = folded(layers, inverse=inverse)
+    maps, logabsdets = assembled(steps, inverse=inverse)
+    pixels: dict[int, int] = {}
+    logdets: list[Tensor] = []
+    turns = any(isinstance(step, AffineCoupling) for step in steps)
+    turned = False
+    for place in reversed(range(len(steps))) if inverse else range(len(steps)):
+        step = steps[place]
+        if not isinstance(step, _ANY_ORDER):
+            x, turned = (x.contiguous() if turned else x), False
+        elif turns and _gains_when_turned(x):
+            x, turned = x.movedim(1, -1).contiguous().movedim(-1, 1), True
+        if isinstance(step, Product):
+            if x.ndim < 2 or x.shape[1] != step.dim:  # what is wanted is made only for the error
+                check_shape("x", x, (None, step.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
+            pixels[place] = x.shape[2:].numel()
+            x = ops.channel_map(x, *maps[place], inverse=inverse)
+            continue
+        if inverse and isinstance(step, Split):
+            x = torch.cat([x, factored_out.pop()], 1)
+        x, logdet = step.inverse(x, context) if inverse else step(x, context)  # type: ignore[operator]
+        logdets.append(logdet)
+        if isinstance(step, Split) and not inverse:
+            x, z = x.split(step.sizes, 1)
+            factored_out.append(z)
+    of_products = [_of_pixels(logabsdet, pixels[place], len(x), inverse=inverse) for place, logabsdet in logabsdets]
+    return x.contiguous() if turned else x, _sum([*of_products, *logdets], x)
+
+
+def _gains_when_turned(x: Tensor) -> bool:
+    """Whether x is an image on a processor whose channels lie apart, and which is worth a copy that has them side by side.
+
+    Convolutions of 64 channels on 16 × 16 pixels, and with them a whole flow, take a tenth less time so, with and without the
+    backward. On 4 × 4 pixels they gain nothing.
+    """
+    return x.device.type == "cpu" and x.ndim == 4 and x.shape[2:].numel() >= _TURNED and x.is_contiguous()
+
+
+def _of_pixels(logabsdet: Tensor, pixels: int, batch: int, *, inverse: bool) -> Tensor:
+    """± pixels · log|det A| for each sample."""
+    factor = -pixels if inverse else pixels
+    return (logabsdet if factor == 1 else factor * logabsdet).expand(batch)
+
+
+def _sum(logdets: list[Tensor], x: Tensor) -> Tensor:
+    if not logdets:
+        return x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    if x.ndim == 2:
+        return reduce(add, logdets)
+    return torch.stack(logdets).sum(0)  # two nodes for the backward, not one for each

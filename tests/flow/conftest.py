@@ -11,12 +11,16 @@ from glf_fast import (
     ActNorm,
     AffineCoupling,
     CouplingFlow,
+    FixedLinear,
     Flow,
     Inverse,
     InvertibleLinear,
     SequentialFlow,
+    Split,
+    Squeeze,
     rnvp_flow,
 )
+from glf_fast.flow import Embedded
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 IMAGE = (5, 2, 3)
@@ -28,6 +32,52 @@ def conv(n_in: int, n_out: int) -> nn.Module:
 
 def alone(layer: nn.Module, shape: tuple[int, ...], context_dim: int = 0) -> SequentialFlow:
     return SequentialFlow([layer], shape, context_dim)
+
+
+class Conditioned(nn.Module):
+    """A network with a use of its own for a vector of context."""
+
+    def __init__(self, n_in: int, n_out: int, columns: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(n_in, n_out, 3, padding=1), nn.Linear(columns, n_out)
+
+    def forward(self, p: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        t, u = (self.body(p) + self.head(context)[:, :, None, None]).tanh().chunk(2, 1)
+        return u, t
+
+
+def coupling_step(channels: int, context_dim: int = 0) -> list[nn.Module]:
+    network = conv(channels - channels // 2 + context_dim, 2 * (channels // 2))
+    coupling = AffineCoupling(channels, network, add_first=True, log_scale_constant=0.5)
+    return [ActNorm(channels), InvertibleLinear(channels), coupling]
+
+
+def multiscale(context_dim: int = 0) -> SequentialFlow:
+    """Three scales of images (1, 8, 4), in both orders of pixels; the third is what is left."""
+    first = AffineCoupling(1, conv(1 + context_dim, 2), mask="checkerboard", log_scale_constant=0.5)
+    layers = [
+        first,
+        Squeeze(),
+        *coupling_step(4, context_dim),
+        Split(4, context_dim=context_dim, log_scale_constant=0.5),
+    ]
+    layers += [Squeeze(order="pixels"), FixedLinear(torch.eye(8) + 0.1 * torch.randn(8, 8)), Split(8, learned=False)]
+    layers += coupling_step(4, context_dim)
+    return SequentialFlow(layers, (1, 8, 4), context_dim)
+
+
+def affine_runs() -> SequentialFlow:
+    """Affine layers of all kinds in several orders, some of which have no matrix among them."""
+    reverse = lambda: InvertibleLinear(5, linear="permutation", permutation=range(5)[::-1])  # noqa: E731
+    matrix = lambda: FixedLinear(torch.eye(5) + 0.2 * torch.randn(5, 5))  # noqa: E731
+    runs = [
+        [reverse(), ActNorm(5), ActNorm(5), InvertibleLinear(5), ActNorm(5), reverse(), matrix()],
+        [matrix(), ActNorm(5)],
+        [ActNorm(5), reverse()],
+        [matrix(), ActNorm(5)],
+    ]
+    couplings = [AffineCoupling(5, conv(3, 4), flip=bool(k % 2), log_scale_constant=0.3) for k in range(len(runs))]
+    return SequentialFlow([layer for run, c in zip(runs, couplings, strict=True) for layer in (*run, c)], IMAGE)
 
 
 def holding(flow: CouplingFlow, *parameters: str) -> CouplingFlow:
@@ -81,7 +131,38 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "affine-coupling-image": lambda: alone(AffineCoupling(5, conv(3, 4), add_first=True, log_scale="glow"), IMAGE),
     "affine-coupling-image-additive": lambda: alone(AffineCoupling(5, conv(3, 2), additive=True, flip=True), IMAGE),
     "affine-coupling-image-context": lambda: alone(AffineCoupling(5, conv(5, 4)), IMAGE, 2),
+    "affine-coupling-image-context-image": lambda: SequentialFlow(
+        [AffineCoupling(5, conv(5, 4), undo=True)], IMAGE, context_shape=(2, *IMAGE[1:])
+    ),
+    "affine-coupling-pass-context": lambda: SequentialFlow(
+        [AffineCoupling(5, Conditioned(3, 4, 2), pass_context=True, undo=True, add_first=True)], IMAGE, 2
+    ),
+    "mask-vectors": lambda: alone(AffineCoupling(5, MLP(2, [8], 6), mask=[1, 0, 0, 1, 1], log_scale="glow"), (5,)),
+    "mask-vectors-flip": lambda: alone(
+        AffineCoupling(5, MLP(3, [8], 2), mask=[1, 0, 0, 1, 1], flip=True, additive=True), (5,)
+    ),
+    "mask-image": lambda: alone(AffineCoupling(5, conv(3, 4), mask=torch.arange(5) % 2 == 1), IMAGE),
+    "mask-image-flip": lambda: alone(
+        AffineCoupling(5, conv(2, 3), mask=torch.arange(5) % 2 == 1, flip=True, additive=True), IMAGE
+    ),
+    "checkerboard": lambda: alone(AffineCoupling(2, conv(2, 4), mask="checkerboard", log_scale="glow"), (2, 3, 4)),
+    "checkerboard-flip": lambda: alone(
+        AffineCoupling(1, conv(1, 1), mask="checkerboard", flip=True, additive=True), (1, 3, 5)
+    ),
+    "linear-fixed": lambda: alone(FixedLinear(torch.randn(5, 5)), (5,)),
+    "linear-fixed-image": lambda: alone(FixedLinear(torch.randn(5, 5)), IMAGE),
+    "squeeze": lambda: alone(Squeeze(), (3, 4, 6)),
+    "squeeze-pixels": lambda: alone(Squeeze(3, order="pixels"), (2, 3, 6)),
+    "split": lambda: alone(Split(5), IMAGE),
+    "split-context": lambda: alone(Split(5, context_dim=2), IMAGE, 2),
     "glow-step": lambda: SequentialFlow([ActNorm(5), InvertibleLinear(5), AffineCoupling(5, conv(3, 4))], IMAGE),
+    "glow-steps-large": lambda: SequentialFlow([*coupling_step(2), *coupling_step(2)], (2, 8, 9)),
+    "affine-runs": affine_runs,
+    "multiscale": multiscale,
+    "multiscale-nested": lambda: SequentialFlow([alone(Squeeze(), (1, 8, 4)), Inverse(multiscale())], (1, 8, 4)),
+    "multiscale-embedded": lambda: Inverse(
+        SequentialFlow([Embedded(multiscale(8), nn.Flatten(), (2, 2, 2))], (1, 8, 4), context_shape=(2, 2, 2))
+    ),
     "rnvp": lambda: rnvp_flow(6, blocks=2, hidden=8),
     "rnvp-odd": lambda: rnvp_flow(5, blocks=1, hidden=8),
 }
@@ -107,7 +188,7 @@ class Case:
 
     def inputs(self, n: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
         x = torch.randn(n, *self.flow.event_shape, dtype=dtype)
-        return (x, torch.randn(n, self.flow.context_dim, dtype=dtype)) if self.flow.context_dim else (x,)
+        return (x, torch.randn(n, *self.flow.context_shape, dtype=dtype)) if self.flow.context_shape else (x,)
 
 
 @pytest.fixture(params=FLOWS)

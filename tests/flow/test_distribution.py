@@ -3,13 +3,15 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.distributions import Independent, Normal, TransformedDistribution
 
-from glf_fast import CouplingFlow, Flow, FlowTransform
+from glf_fast import CouplingFlow, Flow, FlowTransform, Inverse, SequentialFlow
+from glf_fast.conversion.padded import Padded
 from glf_fast.flow import Embedded
 
 from .conftest import Case
@@ -293,3 +295,23 @@ def test_embedded_contexts(context_shape: tuple[int, ...]) -> None:
         made.log_prob(x[2], torch.zeros(5, 7, dtype=torch.float64))
     with pytest.raises(ValueError, match="is conditional"):
         made.log_prob(x[2])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Inverse,
+        lambda made: Inverse(Inverse(made)),
+        lambda made: SequentialFlow([made], made.event_shape, context_shape=made.context_shape),
+        lambda made: Embedded(made, torch.nn.Identity(), made.context_shape),
+        lambda made: Padded(made, 3, torch.arange(3)),
+    ],
+    ids=["Inverse", "Inverse of Inverse", "SequentialFlow", "Embedded", "Padded"],
+)
+def test_flows_around_a_flow_take_its_contexts(wrap: Callable[[Flow], Flow]) -> None:
+    made = Embedded(flow(2), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(50, 2)).double(), (2, 5, 5))
+    around = wrap(made)
+    context = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+    assert around.context_shape == (2, 5, 5)
+    x = around.distribution(context).sample()
+    torch.testing.assert_close(around.distribution(context).log_prob(x), around.log_prob(x, context))

@@ -164,7 +164,7 @@ def test_autocast_keeps_the_state_in_float32(case) -> None:
 
 
 def test_samples_follow_the_generator_and_the_temperature(case) -> None:
-    context = [torch.randn(case.flow.context_dim)] if case.flow.context_dim else []
+    context = [torch.randn(case.flow.context_shape)] if case.flow.context_shape else []
     draws = [case.flow.sample(6, *context, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert draws[0].shape == (6, *case.flow.event_shape)
     assert torch.equal(draws[0], draws[1])
@@ -172,7 +172,7 @@ def test_samples_follow_the_generator_and_the_temperature(case) -> None:
     assert case.flow.sample(0, *context).shape == (0, *case.flow.event_shape)
     cold = case.flow.sample(3, *context, temperature=0.0)
     close(cold[0], cold[1], 1e-6)
-    mode = case.flow(cold, *(c.expand(3, -1) for c in context))[0]
+    mode = case.flow(cold, *(c.expand(3, *c.shape) for c in context))[0]
     assert mode.abs().max() < 1e-4
 
 

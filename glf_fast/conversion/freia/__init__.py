@@ -15,9 +15,19 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.freia.modules import FreiaLayer, KeptBlock, PassedOn, block_shape, own_context
 from glf_fast.conversion.freia.readers import ON_IMAGES, ON_VECTORS
-from glf_fast.conversion.images.modules import OnChannels
+from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Dense
-from glf_fast.conversion.library import Base, Chain, Library, Part, Replacement, Seen, Shape, module_list, replaced
+from glf_fast.conversion.library import (
+    Base,
+    Chain,
+    ContextColumns,
+    Library,
+    Part,
+    Replacement,
+    Shape,
+    module_list,
+    replaced,
+)
 from glf_fast.flow import Flow
 from glf_fast.reference import log_normal
 
@@ -57,7 +67,9 @@ def _in_one_context(parts: list[Part]) -> list[Part]:
     for index in sorted(widths):
         columns[index] = range(start, start + widths[index])
         start += widths[index]
-    return [replace(p, seen=Seen(tuple(c for i in p.conditions for c in columns[i]), start)) for p in parts]
+    return [
+        replace(p, context=ContextColumns(tuple(c for i in p.conditions for c in columns[i]), start)) for p in parts
+    ]
 
 
 def _fused(fused: Flow | OnChannels, parts: Sequence[Part]) -> nn.Module:
@@ -94,7 +106,7 @@ def _run(flow: Any, x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Te
 def _context_shape(parts: Sequence[Part]) -> Shape:
     """Of the conditions side by side."""
     part = next((part for part in parts if part.module.dims_c), None)
-    return () if part is None else ((part.seen or own_context(part.module)).width, *part.module.dims_c[0][1:])
+    return () if part is None else ((part.context or own_context(part.module)).width, *part.module.dims_c[0][1:])
 
 
 def _is_sequence(flow: nn.Module) -> bool:

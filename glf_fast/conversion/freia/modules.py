@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.images.modules import OnChannels
+from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError
-from glf_fast.conversion.library import FusedLayer, Part, Seen, Shape
+from glf_fast.conversion.library import ContextColumns, FusedLayer, Part, Shape
 from glf_fast.flow import Flow
 
 __all__ = ["FreiaLayer", "KeptBlock", "PassedOn", "block_shape", "own_context"]
@@ -26,7 +26,7 @@ class KeptBlock(nn.Module):
             raise ConversionError(f"{part.name} ({type(block).__name__}): only images become another shape")
         check_initialised(block)
         self.block = block
-        self.columns = list((part.seen or own_context(block)).columns)
+        self.index = (part.context or own_context(block)).index()
         self.widths = [dims[0] for dims in block.dims_c]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ class KeptBlock(nn.Module):
     def _run(self, x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Tensor, Tensor]:
         if self.widths:
             assert context is not None
-            (y,), jac = self.block((x,), c=list(context[:, self.columns].split(self.widths, 1)), rev=rev)
+            (y,), jac = self.block((x,), c=list(context[:, self.index].split(self.widths, 1)), rev=rev)
         else:
             (y,), jac = self.block((x,), rev=rev)
         return y, jac + x.new_zeros(len(x))  # some return one number for the whole batch
@@ -55,10 +55,10 @@ def check_initialised(block: nn.Module) -> None:
         raise ConversionError("an ActNorm has not been initialised: send a batch of data through the network first")
 
 
-def own_context(module: Any) -> Seen:
+def own_context(module: Any) -> ContextColumns:
     """For a module on its own: the context is its own conditions, in its own order."""
     width = sum(dims[0] for dims in module.dims_c)
-    return Seen(tuple(range(width)), width)
+    return ContextColumns(tuple(range(width)), width)
 
 
 def block_shape(module: Any) -> Shape:

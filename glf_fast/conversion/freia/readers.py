@@ -45,7 +45,7 @@ def _coupling(
     part: Part, passive: Tensor, transformed: Tensor, network: Any, scale: LogScale | None, factor_t: float = 1.0
 ) -> Layer:
     """With outputs [u | t]; an additive one without log-scale."""
-    seen = part.seen or own_context(part.module)
+    seen = part.context or own_context(part.module)
     context = "none" if len(part.shape) == 3 and not seen.columns else seen
     if scale is None:
         return DeclaredCoupling(passive, transformed, network, "t", context=context).read(part)

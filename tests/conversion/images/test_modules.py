@@ -1,14 +1,14 @@
-"""The modules that layers on images become."""
+"""The flow layers that layers on images become."""
 
+import nflows.transforms
 import normflows as nf
 import pytest
 import torch
 
-from glf_fast import convert
-from glf_fast.conversion.images.build import on_channels
-from glf_fast.conversion.images.modules import ChannelMap, FixedLinear, OnChannels
+from glf_fast import ActNorm, FixedLinear, InvertibleLinear, Squeeze, convert
+from glf_fast.conversion.images import OnChannels, on_channels
 from glf_fast.conversion.layers import Dense, Diagonal, Permutation
-from glf_fast.flow import ActNorm, InvertibleLinear
+from glf_fast.flow.folding import Product, folded
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # called by normflows
 
@@ -22,8 +22,7 @@ def glow(shape):
 
 @pytest.mark.parametrize("pixels", [(4, 6), (9, 10)])
 def test_the_order_of_memory_stays(pixels):
-    (layers,) = convert(glow((4, *pixels))).layers
-    assert isinstance(layers, OnChannels)
+    layers = convert(glow((4, *pixels)))
     x = torch.randn(3, 4, *pixels)
     last = x.to(memory_format=torch.channels_last)
     for direction in (layers, layers.inverse):
@@ -35,7 +34,7 @@ def test_the_order_of_memory_stays(pixels):
 def test_images_of_other_sizes_than_it_was_made_for():
     """Nothing in the layers knows how many pixels there are."""
     original = glow((4, 4, 6)).double()
-    (layers,) = convert(original).layers
+    layers = OnChannels(convert(original).layers)
     x = torch.randn(3, 4, 9, 8).double()
     z, logdet = original.inverse_and_log_det(x)
     torch.testing.assert_close(layers(x)[0], z)
@@ -58,37 +57,28 @@ def pieces(reach, *, trained):
 @pytest.mark.parametrize("trained", [True, False])
 def test_what_is_affine_becomes_one_product(trained):
     """But not what moves the data far: a matrix would have rounded them. Fixed matrices are inverted once."""
-    kind = InvertibleLinear if trained else FixedLinear
-    (folded,) = on_channels(pieces(1.0, trained=trained), []).layers
-    assert isinstance(folded, ChannelMap) and isinstance(folded.linear, kind)
-    far, linear = on_channels(pieces(100.0, trained=trained), []).layers
-    assert isinstance(far, ActNorm) and isinstance(linear, kind)
-    x = torch.randn(3, 4, 5, 2).double()
-    for layers in (torch.nn.ModuleList([folded]), torch.nn.ModuleList([far, linear])):
+    near, far = (on_channels(pieces(reach, trained=trained), []) for reach in (1.0, 100.0))
+    for layers in (near, far):
+        assert [type(layer) for layer in layers] == [ActNorm, InvertibleLinear if trained else FixedLinear]
         run = OnChannels(layers)
+        x = torch.randn(3, 4, 5, 2).double()
         z, logdet = run(x)
         back, back_logdet = run.inverse(z)
         torch.testing.assert_close(back, x)
         torch.testing.assert_close(back_logdet, -logdet)
-
-
-def test_maps_of_several_kinds_keep_their_places():
-    """Those of one kind are assembled together, whatever stands between them."""
-    kinds = [True, False, True, False]
-    layers = OnChannels([on_channels(pieces(0.5, trained=trained), []).layers[0] for trained in kinds])
-    one_by_one = [OnChannels([layer]) for layer in layers.layers]
-    x = torch.randn(3, 4, 5, 2).double()
-    z, logdet, wanted, wanted_logdet = *layers(x), x, torch.zeros(3).double()
-    for layer in one_by_one:
-        wanted, ldj = layer(wanted)
-        wanted_logdet = wanted_logdet + ldj
-    torch.testing.assert_close(z, wanted)
-    torch.testing.assert_close(logdet, wanted_logdet)
-    back, back_logdet = layers.inverse(z)
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(back_logdet, -logdet)
+    assert [type(step) for step in folded(near, inverse=False)] == [Product]
+    assert [type(step) for step in folded(far, inverse=False)] == [ActNorm, Product]
 
 
 def test_permutations_that_cancel_are_nothing():
     order = torch.tensor([2, 0, 1])
-    assert not len(on_channels([Permutation(order), Permutation(order.argsort())], []).layers)
+    assert not on_channels([Permutation(order), Permutation(order.argsort())], [])
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_squeeze_has_the_libraries_order(factor):
+    x = torch.randn(2, 3, 6, 12)
+    ours = Squeeze(factor)
+    assert torch.equal(ours(x)[0], nflows.transforms.SqueezeTransform(factor)(x)[0])
+    if factor == 2:
+        assert torch.equal(ours(x)[0], nf.flows.Squeeze().inverse(x)[0])

@@ -6,10 +6,10 @@ import normflows as nf
 import pytest
 import torch
 
-from glf_fast import accelerate, convert
+from glf_fast import AffineCoupling, accelerate, convert
 from glf_fast.conversion import ConversionError
 from glf_fast.conversion import normflows as reader
-from glf_fast.conversion.images.modules import ChannelCoupling, ChannelMap
+from glf_fast.flow.folding import Product, folded
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # called by normflows
 
@@ -62,10 +62,11 @@ def flow_of(step, shape, net, base=nf.distributions.DiagGaussian):
 def test_every_layer(step, shape, prove_images, library, shake, conv_net):
     flow = shake(flow_of(step, shape, conv_net))
     converted = prove_images(library, flow, shape)
-    couplings = sum(isinstance(module, ChannelCoupling) for module in converted.modules())
+    couplings = sum(isinstance(module, AffineCoupling) for module in converted.modules())
     assert couplings == (6 if step in ("both halves", "additive") else 3)
     if step.startswith("Glow"):  # ActNorm and convolution are one product
-        assert sum(isinstance(module, ChannelMap) for module in converted.modules()) == 3
+        steps = folded(converted.layers, inverse=False)
+        assert [isinstance(step, Product) for step in steps[:6]] == [True, False] * 3
 
 
 @pytest.mark.parametrize("base", ["glow", "fixed", "trained"])
@@ -135,7 +136,7 @@ def test_multiscale_in_place(class_cond, accelerated, shake):
     flow.log_prob(x, y)
     flow, original, report = accelerated(shake(flow, 0.05))
     assert [(r.couplings, r.flows, r.affine) for r in report.replaced] == [(2, 2, 2), (2, 2, 2)]
-    assert "2 ChannelCoupling + 2 affine" in str(report) and "Squeeze" in str(report)
+    assert "2 AffineCoupling + 2 affine" in str(report) and "Squeeze" in str(report)
     assert type(flow) is nf.MultiscaleFlow and [len(level) for level in flow.flows] == [2, 2]
     wanted = original.log_prob(x.double(), y).float()
     torch.testing.assert_close(flow.log_prob(x, y), wanted, rtol=1e-4, atol=1e-3)

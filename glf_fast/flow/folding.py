@@ -1,0 +1,173 @@
+"""What is affine between two couplings, as one product of the channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast import ops
+from glf_fast.flow.actnorm import ActNorm
+from glf_fast.flow.affine_coupling import AffineCoupling
+from glf_fast.flow.fixed_linear import FixedLinear
+from glf_fast.flow.linear import LINEAR_TENSORS, InvertibleLinear, assemble
+
+__all__ = ["Product", "Step", "assembled", "folded"]
+
+# x A + c: A, A⁻¹ or None, c, log|det A|; of K maps each with K in front.
+_Maps = tuple[Tensor, Tensor | None, Tensor, Tensor]
+
+
+class Product:
+    """Affine layers of one width, one after the other, with a matrix among them: together x A + c over the channels.
+
+    `level` counts the layers before it that may change the number of pixels.
+    """
+
+    def __init__(self, layers: Sequence[Any], level: int) -> None:
+        self.layers = tuple(layers)
+        self.level = level
+        self.dim: int = layers[0].dim
+
+    def pattern(self) -> tuple[object, ...]:
+        """What products that are assembled together have in common."""
+        return self.level, self.dim, *map(_kind, self.layers)
+
+
+Step = nn.Module | Product
+
+
+def folded(layers: Iterable[nn.Module], *, inverse: bool) -> list[Step]:
+    """The layers, first to last, with every run of affine ones that holds a matrix as a `Product`.
+
+    Layers with hooks are applied by themselves, so that the hooks run; ActNorms that are `far`, to keep the digits; and
+    all layers in a forward pass that sets scales and shifts of ActNorms, which nobody knows before.
+    """
+    steps: list[Step] = []
+    run: list[Any] = []
+    level = 0
+
+    def close() -> None:
+        if any(_kind(layer) not in ("actnorm", "permutation") for layer in run):
+            steps.append(Product(run, level))
+        else:
+            steps.extend(run)
+        run.clear()
+
+    layer: Any
+    for layer in layers:
+        if type(layer) is ActNorm and layer.starts_next() and not inverse:
+            return list(layers)
+        folds = _folds(layer)
+        if run and not (folds and run[-1].dim == layer.dim):
+            close()
+        if folds:
+            run.append(layer)
+        else:
+            steps.append(layer)
+            level += not isinstance(layer, ActNorm | InvertibleLinear | FixedLinear | AffineCoupling)
+    close()
+    return steps
+
+
+def _folds(layer: Any) -> bool:
+    """Whether it may be part of a product."""
+    if type(layer) not in (ActNorm, InvertibleLinear, FixedLinear):  # subclasses may do something else
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or (type(layer) is ActNorm and layer.far))
+
+
+def _kind(layer: Any) -> str:
+    return "actnorm" if type(layer) is ActNorm else layer.linear
+
+
+def assembled(
+    steps: Sequence[Step], *, inverse: bool
+) -> tuple[dict[int, tuple[Tensor, Tensor]], list[tuple[int, Tensor]]]:
+    """A, or A⁻¹ if `inverse`, and c (C,) of each product, by its place in `steps`; and for all products of one pattern
+    Σ log|det A| with the place of one of them.
+
+    Those of one pattern are assembled together: ten operations, and ten nodes for the backward, not ten for each.
+    """
+    patterns: dict[tuple[object, ...], list[int]] = {}
+    for place, step in enumerate(steps):
+        if isinstance(step, Product):
+            patterns.setdefault(step.pattern(), []).append(place)
+    maps: dict[int, tuple[Tensor, Tensor]] = {}
+    logabsdets: list[tuple[int, Tensor]] = []
+    for places in patterns.values():
+        A, A_inv, c, logabsdet = _assembled_together([steps[i] for i in places], inverse=inverse)
+        matrices = A_inv if inverse else A
+        assert matrices is not None
+        if len(places) == 1:
+            maps[places[0]] = matrices, c
+        else:
+            maps |= zip(places, zip(matrices.unbind(), c.unbind(), strict=True), strict=True)
+            logabsdet = logabsdet.sum()
+        logabsdets.append((places[0], logabsdet))
+    return maps, logabsdets
+
+
+def _assembled_together(products: Sequence[Any], *, inverse: bool) -> _Maps:
+    """The maps of K products of one pattern; of one, without a K in front."""
+    maps: _Maps | None = None
+    actnorm: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)  # log-scale, bias that no matrix has taken in yet
+    for layers in zip(*(product.layers for product in products), strict=True):
+        kind = _kind(layers[0])
+        if kind == "actnorm":
+            log_scale, bias = _stacked(layers, "log_scale"), _stacked(layers, "bias")
+            if actnorm[0] is not None:
+                log_scale, bias = actnorm[0] + log_scale, actnorm[1] + bias * torch.exp(-actnorm[0])
+            actnorm = log_scale, bias
+            continue
+        if kind == "permutation":
+            tensors = {"permutation": _stacked(layers, "permutation")}
+            linear = assemble(kind, tensors, _dtype(products[0]), *actnorm, need_inverse=inverse)
+        else:
+            linear = _linear(kind, layers, *actnorm, inverse=inverse)
+        actnorm = (None, None)
+        maps = linear if maps is None else _both(maps, linear)
+    assert maps is not None
+    return maps if actnorm[0] is None else _scaled(maps, *actnorm)
+
+
+def _dtype(product: Product) -> torch.dtype:
+    """The type of the numbers in its matrices."""
+    return next(t.dtype for layer in product.layers for t in layer.state_dict().values() if t.is_floating_point())
+
+
+def _linear(kind: str, layers: Sequence[Any], log_scale: Tensor | None, bias: Tensor | None, *, inverse: bool) -> _Maps:
+    """Linear layers of one kind, each with the ActNorm before it."""
+    if kind == "fixed":
+        W_inv = _stacked(layers, "weight_inverse") if inverse else None
+        return ops.fold_actnorm(_stacked(layers, "weight"), W_inv, _stacked(layers, "logabsdet"), log_scale, bias)
+    tensors = {name: _stacked(layers, name) for name in LINEAR_TENSORS[kind]}
+    dtype = next(iter(tensors.values())).dtype
+    return assemble(kind, tensors, dtype, log_scale, bias, need_inverse=inverse)
+
+
+def _both(first: _Maps, second: _Maps) -> _Maps:
+    """(x A₁ + c₁) A₂ + c₂."""
+    A, A_inv, c, logabsdet = first
+    A_next, A_next_inv, c_next, logabsdet_next = second
+    with torch.autocast(A.device.type, enabled=False):  # the maps of the two directions must match
+        c = (c.unsqueeze(-2) @ A_next).squeeze(-2) + c_next
+        if A_inv is not None:
+            assert A_next_inv is not None
+            A_inv = A_next_inv @ A_inv
+        return A @ A_next, A_inv, c, logabsdet + logabsdet_next
+
+
+def _scaled(maps: _Maps, log_scale: Tensor, bias: Tensor) -> _Maps:
+    """(x A + c + b)·e^s."""
+    A, A_inv, c, logabsdet = maps
+    scale = torch.exp(log_scale)
+    A_inv = None if A_inv is None else torch.exp(-log_scale).unsqueeze(-1) * A_inv
+    return A * scale.unsqueeze(-2), A_inv, (c + bias) * scale, logabsdet + log_scale.sum(-1)
+
+
+def _stacked(layers: Sequence[Any], name: str) -> Tensor:
+    tensors = [getattr(layer, name) for layer in layers]
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors)
