@@ -147,7 +147,7 @@ def test_every_class(library, tools, name: str, dim: int, context: int) -> None:
 
 
 def test_float32_is_at_least_as_close_to_the_truth(library, tools) -> None:
-    tools.as_close(library, [tools.shake(make(5, 2)) for make, _ in CASES.values()], 5, 2)
+    tools.as_close(library, [tools.shake(make(5, 2)) for make, _ in CASES.values()], (5,), (2,))
 
 
 def test_its_own_mlp_without_context(library, tools) -> None:
