@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import FrEIA.framework as ff
 import FrEIA.modules as fm
@@ -13,6 +14,7 @@ import normflows as nf
 import pytest
 import torch
 import zuko
+from nflows_couplings import Net, alternating
 from torch import nn
 
 from glf_fast.conversion import convert
@@ -44,18 +46,8 @@ def normflows_flow(dim=6, steps=3):
 
 
 def nflows_flow(dim=5, context=2, steps=3):
-    class Net(nn.Module):
-        def __init__(self, n_in, n_out):
-            super().__init__()
-            self.layers = mlp(n_in + context, n_out)
-
-        def forward(self, x, context):
-            return self.layers(torch.cat([x, context], 1))
-
-    transforms = []
-    for k in range(steps):
-        mask = torch.tensor([(-1) ** (i + k) for i in range(dim)])
-        transforms += [nt.AffineCouplingTransform(mask, Net), nt.LULinear(dim)]
+    couplings = alternating(dim, steps, lambda n_in, n_out: Net(n_in + context, n_out, (12, 12), nn.ReLU()))
+    transforms = [t for coupling in couplings for t in (coupling, nt.LULinear(dim))]
     composite = nt.CompositeTransform([nt.PointwiseAffineTransform(0.5, 2.0), nt.CompositeTransform(transforms)])
     return randomized(nflows.flows.Flow(composite, nflows.distributions.StandardNormal([dim]), nn.Linear(3, context)))
 
@@ -165,20 +157,9 @@ def test_zuko_flow():
     trains(lambda: -flow(context).log_prob(x).mean(), flow.parameters())
 
 
-class Ignorant(nn.Module):
-    """A network that is given a context, and makes nothing of it."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.net = mlp(n_in, n_out)
-
-    def forward(self, x, context):
-        return self.net(x)
-
-
 def test_nflows_caches_and_a_context_that_no_layer_uses():
-    mask = torch.tensor([1, -1, 1, -1, 1])
-    transform = nt.CompositeTransform([nt.AffineCouplingTransform(mask, Ignorant), nt.LULinear(5, using_cache=True)])
+    layers = [*alternating(5, 1, partial(Net, ignores=True)), nt.LULinear(5, using_cache=True)]
+    transform = nt.CompositeTransform(layers)
     flow = randomized(nflows.flows.Flow(transform, nflows.distributions.StandardNormal([5]))).eval()
     x, context = torch.randn(20, 5), torch.randn(20, 3)
     with torch.no_grad():

@@ -114,6 +114,11 @@ def test_every_block(name, dim, library, tools):
     tools.prove(replace(library, tolerance=FLOAT32) if soft else library, inn, dim, context, CASES[name][1])
 
 
+def test_float32_is_as_close_to_the_truth(library, tools):
+    flows = [sequence(6, *blocks, *blocks) for blocks, _ in CASES.values() if len(blocks[0]) == 2]
+    tools.as_close(library, [tools.shake(flow) for flow in flows], (6,), most=1.05)
+
+
 def test_soft_permutations(tools):
     """Their matrices are orthogonal to float32 only, while the library takes their log-determinants for 0."""
     inn = tools.shake(case("AllInOne soft", 6), 0.1).double()

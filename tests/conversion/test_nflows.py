@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from nflows.distributions.normal import DiagonalNormal
 from nflows.flows import Flow, SimpleRealNVP
 from nflows.nn.nets import MLP as NflowsMLP
 from nflows.nn.nets import ResidualNet
+from nflows_couplings import Net
+from nflows_couplings import alternating as every_other
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,22 +42,6 @@ def library(tools):
     return tools.Library(nflows.LIBRARY, lambda flow, x, context: flow.log_prob(x, context), inverse)
 
 
-class Net(nn.Module):
-    """How people give nflows an MLP: its own takes no context."""
-
-    def __init__(self, n_in: int, n_out: int, hidden: tuple[int, ...], activation: nn.Module) -> None:
-        super().__init__()
-        widths = [n_in, *hidden]
-        layers: list[nn.Module] = []
-        for a, b in pairwise(widths):
-            layers += [nn.Linear(a, b), activation]
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(widths[-1], n_out)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.head(self.body(x if context is None else torch.cat([x, context], dim=1)))
-
-
 class Wrapped(nn.Module):
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -73,10 +58,7 @@ def coupling(dim: int, context: int, k: int, kind: type = T.AffineCouplingTransf
 
 
 def alternating(dim: int, context: int, n: int = 4) -> list[nn.Module]:
-    mask = torch.ones(dim)
-    mask[::2] = -1
-    net = lambda n_in, n_out: Net(n_in + context, n_out, (16, 16), nn.ReLU())  # noqa: E731
-    return [T.AffineCouplingTransform(mask * (-1) ** k, net) for k in range(n)]
+    return list(every_other(dim, n, lambda n_in, n_out: Net(n_in + context, n_out, (16, 16), nn.ReLU())))
 
 
 def flow(dim: int, *layers: nn.Module, base: type = StandardNormal) -> Flow:
@@ -217,21 +199,6 @@ def test_batch_norm_is_kept_in_training_mode(library) -> None:
     assert [layer for layer in converted.layers if isinstance(layer, T.BatchNorm)]
     x = torch.randn(64, 4)
     torch.testing.assert_close(converted.log_prob(x), training.log_prob(x), rtol=1e-4, atol=1e-4)
-
-
-def test_dropout_is_fused_in_eval_mode_only() -> None:
-    class Dropped(Net):
-        def __init__(self, n_in: int, n_out: int) -> None:
-            super().__init__(n_in, n_out, (8,), nn.ReLU())
-            self.body.append(nn.Dropout(0.3))
-
-    mask = torch.tensor([1, -1, 1, -1])
-    dropped = flow(4, T.AffineCouplingTransform(mask, Dropped))
-    with pytest.raises(ConversionError, match=r"dropout \(p = 0.3\) is active; convert the flow in eval mode"):
-        convert(dropped)
-    x = torch.randn(3, 4)
-    with pytest.warns(UserWarning, match="does not apply Dropout"):
-        torch.testing.assert_close(convert(dropped.eval()).log_prob(x), dropped.log_prob(x))
 
 
 def test_another_scale_function_is_refused_or_read() -> None:

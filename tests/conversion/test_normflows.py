@@ -92,6 +92,11 @@ def test_every_layer(name, dim, library, tools):
     tools.prove(library, tools.shake(flow_of(*layers, dim=dim), 0.1), dim, outline=outline)
 
 
+def test_float32_is_as_close_to_the_truth(library, tools):
+    flows = [flow_of(*(layer for k in range(4) for layer in step(6, k)), dim=6) for step, _ in CASES.values()]
+    tools.as_close(library, [tools.shake(flow) for flow in flows], (6,), most=1.05)
+
+
 def test_trained_checkpoint(library, tools):
     def build():
         layers = [layer for _ in range(3) for layer in (block(5), actnorm(5), nf.flows.LULinearPermute(5))]

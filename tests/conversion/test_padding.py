@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import normflows as nf
 import pytest
 import torch
 from nflows import transforms as T
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
+from nflows_couplings import Net
 from torch import nn
 
 from glf_fast import CouplingFlow
@@ -55,12 +58,8 @@ def test_a_wide_network_does_not_widen_the_narrow_ones(widths: list[int], runs: 
 
 
 def lopsided(dim: int, transformed: int, hidden: int = 64) -> T.AffineCouplingTransform:
-    class Net(nn.Sequential):
-        def forward(self, x, context=None):
-            return super().forward(x)
-
     mask = (torch.arange(dim) < transformed).int()
-    return T.AffineCouplingTransform(mask, lambda a, b: Net(nn.Linear(a, hidden), nn.ReLU(), nn.Linear(hidden, b)))
+    return T.AffineCouplingTransform(mask, partial(Net, hidden=(hidden,)))
 
 
 def test_a_coupling_of_few_columns_of_many_stays_as_it_is() -> None:
