@@ -5,30 +5,19 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
-from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.images import on_images
-from glf_fast.conversion.layers import Coupling, Kept, NetworkCoupling
-from glf_fast.conversion.reading import ConversionError, Reading, check_precision, copied, lost_in_training
+from glf_fast.conversion.layers import ConversionError, Coupling, Kept, NetworkCoupling
+from glf_fast.conversion.libraries import library_of
+from glf_fast.conversion.reading import Reading, check_precision, copied, lost_in_training, read_flow
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Embedded, Flow
 
 __all__ = ["ConversionError", "convert"]
-
-# Class of a flow → the module here that reads it. A library is imported by its own flows, never by us.
-READERS = {
-    "FrEIA.GraphINN": "freia",
-    "FrEIA.SequenceINN": "freia",
-    "nflows.Flow": "nflows",
-    "normflows.ConditionalNormalizingFlow": "normflows",
-    "normflows.NormalizingFlow": "normflows",
-    "zuko.Flow": "zuko",
-}
 
 
 def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
@@ -61,15 +50,14 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
         >>> fast.log_prob(torch.randn(7, 3), torch.randn(7, 5)).shape
         torch.Size([7])
     """
-    library = _reader(flow)
-    reader = import_module(f"glf_fast.conversion.{'images.' if on_images(flow) else ''}{library}")
+    library = library_of(flow)
     if context is not None and (context.ndim < 2 or not len(context)):
         raise ValueError(f"context must be an example of shape (batch, …); got {tuple(context.shape)}")
     like = next((p for p in flow.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     check_precision(like.dtype)
 
     def build(original: nn.Module) -> tuple[Reading, Flow, Sources]:
-        reading = reader.read(original, like.device.type)
+        reading = read_flow(library, original, like.device.type)
         if context is not None:
             example = context.detach().to("cpu", torch.float64 if context.is_floating_point() else context.dtype)
             reading = replace(reading, context_shape=tuple(context.shape[1:]), example=example)
@@ -82,38 +70,13 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
         lost = lost_in_training(reading.layers)
         if lost:
             warnings.warn(
-                f"the converted flow has no {lost} in training mode either: it stays what it is in eval mode",
+                f"the converted flow does not apply {lost} in training mode; it always behaves as in eval mode",
                 stacklevel=2,
             )
         converted.to(like.device, like.dtype).train(flow.training)
         for module, training in modes:  # layers that are kept, and an embedding net: they may be frozen in eval mode
             module.training = training
         return converted
-
-
-def _reader(flow: nn.Module) -> str:
-    """The name of the module that reads this flow."""
-    names = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(flow).__mro__]
-    found = next((READERS[name] for name in names if name in READERS), None)
-    if found is not None:
-        return found
-    libraries = {name.partition(".")[0] for name in READERS}
-    library = next((package for package in (name.partition(".")[0] for name in names) if package in libraries), None)
-    name = type(flow).__name__
-    if library is None:
-        raise ConversionError(
-            f"{type(flow).__module__}.{name} is no flow of nflows, zuko, normflows or FrEIA: those libraries' flows are "
-            "converted; for a flow inside another module there is glf_fast.accelerate"
-        )
-    if name == "MultiscaleFlow":
-        raise ConversionError(
-            "MultiscaleFlow has noise of several shapes and may have classes: it stays, and glf_fast.accelerate replaces the "
-            "layers of its levels in place"
-        )
-    wanted = " or ".join(name for name in READERS if name.startswith(library))
-    raise ConversionError(
-        f"{name} of {library} is not a flow from data to noise, with a density: convert takes a {wanted}"
-    )
 
 
 def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, Sources]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.adapters import FusedLayer, PassedOn
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.images.modules import OnChannels
-from glf_fast.conversion.layers import Coupling, Kept, Layer, NetworkCoupling, Unfusable
-from glf_fast.conversion.places import Place, Replacement, Shape, is_layer, places_of
-from glf_fast.conversion.reading import ConversionError, Reading, check_precision, copied, lost_in_training, read_parts
+from glf_fast.conversion.images import OnChannels
+from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, NetworkCoupling, Unfusable
+from glf_fast.conversion.libraries import NAMES, host_of, is_layer
+from glf_fast.conversion.library import Chain, FusedLayer, Library, Part, Replacement, Shape
+from glf_fast.conversion.reading import Reading, check_precision, copied, fused_context, lost_in_training, read_parts
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
 from glf_fast.flow.folding import folded
@@ -75,13 +75,13 @@ class Report:
             lines += ["Replaced:", *_table(rows)]
         else:
             lines.append("Nothing was replaced.")
-        lines += [f"{r.where} has no {r.lost} in training mode any more." for r in self.replaced if r.lost]
+        lines += [f"{r.where} no longer applies {r.lost} in training mode." for r in self.replaced if r.lost]
         if self.left:
             lines += ["Left as they are:", *(f"  {x.where} ({x.what}): {x.reason}" for x in self.left)]
         elif not self.replaced:
-            lines.append("There is no flow of normflows, nflows, zuko or FrEIA in this model.")
+            lines.append(f"There is no flow of {NAMES} in this model.")
         if self.replaced:
-            lines.append("An optimizer made before holds the old parameters: make it anew.")
+            lines.append("Optimizers created before this call still hold the old parameters; recreate them.")
         return "\n".join(lines)
 
 
@@ -118,19 +118,19 @@ def accelerate(model: nn.Module) -> Report:
     for where, module in list(model.named_modules()):
         inside = any(not outer or where.startswith(f"{outer}.") for outer in seen)
         name, kind = where or "the model", type(module).__name__
-        try:
-            places = places_of(module)
-        except ConversionError as reason:
-            report.left.append(Left(name, kind, str(reason)))
-            seen.append(where)
-            continue
-        if places:
+        host = host_of(module)
+        if host is not None:
+            library, base = host
             seen.append(where)
             before = len(report.replaced) + len(report.left)
-            # Gradients are compared and graphs followed, wherever this is called.
-            with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-                for place in places:
-                    _accelerate_place(model, module, name, place, report)
+            try:
+                _check_methods(type(module), base, library)
+                # Gradients are compared and graphs followed, wherever this is called.
+                with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+                    for chain in library.chains(module):
+                        _accelerate_chain(model, module, name, library, chain, report)
+            except ConversionError as reason:
+                report.left.append(Left(name, kind, str(reason)))
             if len(report.replaced) + len(report.left) == before:
                 report.left.append(Left(name, kind, "there is no coupling in it that could be fused"))
         elif is_layer(module) and not inside:
@@ -145,35 +145,48 @@ def _check_module(model: object) -> None:
         raise TypeError(f"accelerate takes a torch.nn.Module; got {type(model).__name__}{hint}")
 
 
-def _accelerate_place(model: nn.Module, flow: nn.Module, where: str, place: Place, report: Report) -> None:
-    parts = _read(model, flow, place)
+def _check_methods(kind: type, base: type, library: Library) -> None:
+    """Raise ConversionError if a class from elsewhere has replaced methods of the library's class `base`."""
+    names = {name for name in dir(base) if name == "forward" or not hasattr(nn.Module, name)}
+    elsewhere = [vars(k) for k in kind.__mro__ if k is not base and issubclass(k, base) and not library.owns(k)]
+    changed = sorted(names & {name for own in elsewhere for name in own if callable(own[name])})
+    if changed:
+        raise ConversionError(
+            f"{kind.__name__} has its own {', '.join(changed)}, which may read the layers: give convert the flow, or move "
+            "them to a module around it"
+        )
+
+
+def _accelerate_chain(
+    model: nn.Module, flow: nn.Module, where: str, library: Library, chain: Chain, report: Report
+) -> None:
+    found = _read(model, flow, library, chain.parts)
+    what = type(flow).__name__
     replacements: list[Replacement] = []
-    for start, stop in _runs(parts, place.conditions):
-        names = [name for name, _ in place.named[start:stop]]
-        modules = [module for _, module in place.named[start:stop]]
-        couplings = sum(isinstance(layer, Coupling | NetworkCoupling) for part in parts[start:stop] for layer in part)
-        if not couplings and not any(type(module).__name__ in place.alone for module in modules):
+    for start, stop in _runs(found, chain.parts):
+        parts = chain.parts[start:stop]
+        layers = [layer for part in found[start:stop] for layer in part]
+        couplings = sum(isinstance(layer, Coupling | NetworkCoupling) for layer in layers)
+        if not couplings and not any(type(part.module).__name__ in library.alone for part in parts):
             continue
         try:
-            fused = _fused(place, start, stop)
+            fused = _fused(library, parts)
         except (Unfusable, ConversionError) as reason:
-            report.left.append(Left(where, type(flow).__name__, f"{_span(names)}: {reason}"))
+            span = parts[0].name if len(parts) == 1 else f"{parts[0].name} … {parts[-1].name}"
+            report.left.append(Left(where, what, f"{span}: {reason}"))
             continue
         flows, affine = _counts(fused)
-        lost = lost_in_training(layer for part in parts[start:stop] for layer in part)
         kind = "AffineCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
-        report.replaced.append(
-            Replaced(where, type(flow).__name__, names[0], names[-1], couplings, flows, affine, lost, kind)
-        )
-        adapter = place.adapt(fused, modules)
-        adapter.training = modules[0].training
+        names = parts[0].name, parts[-1].name
+        lost = lost_in_training(layers)
+        report.replaced.append(Replaced(where, what, *names, couplings, flows, affine, lost, kind))
+        adapter = library.fused(fused, parts)
+        adapter.training = parts[0].module.training
         replacements.append((start, stop, adapter))
-    for part in parts:
-        for layer in part:
-            if isinstance(layer, Kept):
-                report.left.append(Left(where, type(flow).__name__, layer.reason))
+    reasons = [layer.reason for part in found for layer in part if isinstance(layer, Kept)]
+    report.left += [Left(where, what, reason) for reason in reasons]
     if replacements:
-        place.put(replacements)
+        chain.put(replacements)
 
 
 def _counts(fused: Flow | OnChannels) -> tuple[int, int]:
@@ -187,100 +200,100 @@ def _counts(fused: Flow | OnChannels) -> tuple[int, int]:
     return flows, sum(isinstance(module, ActNorm | InvertibleLinear) for module in modules)
 
 
-def _read(model: nn.Module, flow: nn.Module, place: Place) -> list[list[Layer]]:
-    """The layers of each module, with `Kept` for what stays."""
+def _read(model: nn.Module, flow: nn.Module, library: Library, parts: Sequence[Part]) -> list[list[Layer]]:
+    """The layers of each part, with `Kept` for what stays."""
 
-    def read(module: nn.Module) -> list[Layer]:
-        if isinstance(module, FusedLayer | PassedOn):
+    def read(part: Part) -> list[Layer]:
+        if isinstance(part.module, FusedLayer):
             raise Unfusable("fused before")
-        for part in module.modules():
-            # FrEIA's own hook re-orthogonalises a matrix that is trained, and is read only where it is not.
-            own = type(part).__name__ == "OrthogonalTransform"
+        for module in part.module.modules():
+            own = type(module).__name__ in library.own_hooks
             on_parameters = any(
-                p._backward_hooks or p._post_accumulate_grad_hooks for p in part.parameters(recurse=False)
+                p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters(recurse=False)
             )
-            if part._forward_hooks or part._forward_pre_hooks or (part._backward_hooks and not own) or on_parameters:
+            backward = module._backward_hooks and not own
+            if module._forward_hooks or module._forward_pre_hooks or backward or on_parameters:
                 raise Unfusable("has hooks, which would no longer run")
-        if _used_elsewhere(model, flow, module):
+        if _used_elsewhere(model, flow, part):
             raise Unfusable("used elsewhere in the model, too: a copy would not stay equal")
         try:
-            return place.read(module, of[id(module)])
+            return library.read(part)
         except ConversionError as reason:  # a reason against the whole flow is one against this layer here
             raise Unfusable(str(reason)) from reason
 
-    of = {id(module): shape for (_, module), shape in zip(place.named, place.shapes, strict=True)}
     device = next((p.device.type for p in flow.parameters()), "cpu")
-    return read_parts(place.named, read, lambda module: module, device)
+    return read_parts(library, parts, device, read=read)
 
 
-def _runs(parts: Sequence[Sequence[Layer]], conditions: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
-    """Longest ranges of modules that are all read, and of which those with conditions have the same ones."""
+def _runs(found: Sequence[Sequence[Layer]], parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
+    """Longest ranges of parts that are all read, and of which those with conditions have the same ones."""
     start = 0
     given: tuple[int, ...] = ()
-    for i, part in enumerate(parts):
-        kept = any(isinstance(layer, Kept) for layer in part)
-        if kept or (conditions[i] and given and conditions[i] != given):
+    for i, (layers, part) in enumerate(zip(found, parts, strict=True)):
+        kept = any(isinstance(layer, Kept) for layer in layers)
+        if kept or (part.conditions and given and part.conditions != given):
             if start < i:
                 yield start, i
             start, given = (i + 1, ()) if kept else (i, ())
-        if not kept and conditions[i]:
-            given = conditions[i]
+        if not kept and part.conditions:
+            given = part.conditions
     if start < len(parts):
         yield start, len(parts)
 
 
-def _fused(place: Place, start: int, stop: int) -> Flow | OnChannels:
-    """Those modules as one flow of ours, compared with copies of them in float64, with their dtype, device and mode.
+def _fused(library: Library, parts: Sequence[Part]) -> Flow | OnChannels:
+    """Those parts as one flow of ours, compared with copies of them in float64, with their dtype, device and mode.
 
     A network that stays is the original itself, with its parameters, buffers, hooks and modes.
     """
-    modules = [module for _, module in place.named[start:stop]]
-    like = next(p for module in modules for p in module.parameters() if p.is_floating_point())
+    modules = nn.ModuleList(part.module for part in parts)
+    like = next(p for p in modules.parameters() if p.is_floating_point())
     check_precision(like.dtype)
-    copies = copied(nn.ModuleList(modules)).cpu().double().eval()
-    for module in copies.modules():
-        if hasattr(module, "using_cache"):
-            module.using_cache = False  # type: ignore[assignment]  # what it holds is of the original, in another dtype
-
-    def build(event_shape: Shape, copied: nn.Module) -> tuple[Reading, Flow, Sources]:
-        modules: list[nn.Module] = list(copied.children())
-        shapes = place.shapes[start:stop]
-        layers = [layer for module, shape in zip(modules, shapes, strict=True) for layer in place.read(module, shape)]
-        context_shape = place.context_shape(modules, event_shape)
-        columns = max((layer.context_dim() for layer in layers if isinstance(layer, Coupling)), default=0)
-        if columns:
-            context_shape = (columns,)
-        chain = [place.keep(module) for module in modules]
-
-        def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
-            logdet = x.new_zeros(len(x))
-            for module in chain:
-                x, ldj = module(x, context)
-                logdet = logdet + ldj
-            return logdet + log_normal(x)
-
-        def inverse(z: Tensor, context: Tensor | None) -> Tensor:
-            for module in reversed(chain):
-                z, _ = module.inverse(z, context)  # type: ignore[operator]
-            return z
-
-        reading = Reading(
-            layers, event_shape, log_prob, inverse if place.has_inverse(modules, layers) else None,
-            context_shape=context_shape,
-        )  # fmt: skip
-        return reading, *fuse(layers, event_shape, context_shape)
-
-    *cheaper, own = place.check_shapes(place.shapes[start])
-    for event_shape in cheaper:
+    copies = copied(modules).cpu().double().eval()
+    library.prepare(copies)
+    shape = parts[0].shape
+    # A few pixels say as much as many, where the networks take them.
+    cheaper = len(shape) == 3 and library.any_size and shape[1] * shape[2] > 100
+    fused = None
+    if cheaper:
         with suppress(Unfusable, ConversionError):
-            _, fused = proven(copies, partial(build, event_shape))
-            break
-    else:
-        _, fused = proven(copies, partial(build, own))
+            _, fused = proven(copies, partial(_build, library, parts, (shape[0], 4, 6)))
+    if fused is None:
+        _, fused = proven(copies, partial(_build, library, parts, shape))
     fused = fused.to(like.device, like.dtype).train(modules[0].training)
-    _restore(fused, dict(zip(copies.modules(), nn.ModuleList(modules).modules(), strict=True)))
+    _restore(fused, dict(zip(copies.modules(), modules.modules(), strict=True)))
     # What says no shape takes any number of pixels.
     return OnChannels(fused.layers) if isinstance(fused, SequentialFlow) and len(fused.event_shape) == 3 else fused
+
+
+def _build(
+    library: Library, originals: Sequence[Part], event_shape: Shape, copies: nn.Module
+) -> tuple[Reading, Flow, Sources]:
+    """Copies of parts, in float64, read and fused."""
+    parts = [replace(part, module=copy) for part, copy in zip(originals, copies.children(), strict=True)]
+    layers = [layer for part in parts for layer in library.read(part)]
+    columns = fused_context(layers)
+    if columns or len(event_shape) == 1:
+        context_shape: Shape = (columns,) if columns else ()
+    else:
+        context_shape = library.context_shape([replace(part, shape=event_shape) for part in parts])
+    chain = [library.keep(part) for part in parts]
+
+    def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
+        logdet = x.new_zeros(len(x))
+        for module in chain:
+            x, ldj = module(x, context)
+            logdet = logdet + ldj
+        return logdet + log_normal(x)
+
+    def inverse(z: Tensor, context: Tensor | None) -> Tensor:
+        for module in reversed(chain):
+            z, _ = module.inverse(z, context)  # type: ignore[operator]
+        return z
+
+    invert = inverse if library.invertible(parts, layers) else None
+    reading = Reading(layers, event_shape, log_prob, invert, context_shape=context_shape)
+    return reading, *fuse(layers, event_shape, context_shape)
 
 
 def _restore(fused: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
@@ -291,28 +304,21 @@ def _restore(fused: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None
                 module._modules[name] = originals[child]
 
 
-def _used_elsewhere(model: nn.Module, flow: nn.Module, layer: nn.Module) -> bool:
+def _used_elsewhere(model: nn.Module, flow: nn.Module, part: Part) -> bool:
     """Whether a parameter of the layer can be reached in another way than through the flow's list of layers."""
-    own = {id(p) for p in layer.parameters()}
-    seen: set[tuple[int, bool]] = set()
-    todo = [(model, model is flow)]
-    while todo:
-        module, inside = todo.pop()
-        if (id(module), inside) in seen:
-            continue
-        seen.add((id(module), inside))
-        if any(id(p) in own for p in module._parameters.values()):
-            return True
-        in_list = inside and isinstance(module, nn.ModuleList)
-        for name, child in module._modules.items():
-            in_place = in_list or (module is flow and name in ("_transform", "transform"))
-            if child is not None and not (child is layer and in_place):
-                todo.append((child, inside or child is flow))
-    return False
-
-
-def _span(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    named = dict(model.named_modules(remove_duplicate=False))
+    flows = tuple(f"{name}." if name else "" for name, module in named.items() if module is flow)
+    own = {id(p) for p in part.module.parameters()}
+    places = []
+    for name, module in named.items():
+        holder, _, last = name.rpartition(".")
+        listed = isinstance(named.get(holder), nn.ModuleList) or (named.get(holder) is flow and last == part.name)
+        if module is part.module and name.startswith(flows) and listed:
+            places.append(f"{name}.")
+    return any(
+        id(p) in own and not name.startswith(tuple(places))
+        for name, p in model.named_parameters(remove_duplicate=False)
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

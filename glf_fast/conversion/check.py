@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.reading import ConversionError, Reading, networks, parameters_of
+from glf_fast.conversion.layers import ConversionError
+from glf_fast.conversion.reading import Reading, networks, parameters_of
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Flow
 
@@ -145,8 +146,8 @@ def check(
             else:
                 inverted += _compare_inverse("the inverse", decode, invert, z, context)
     if not compared or uncertain or (invert is not None and not inverted):
-        why = "does not repeat itself to 1e-6" if finite else "is not finite"
-        raise Incomparable(f"the library's own flow {why} on random inputs: there is nothing to compare with")
+        why = "reproducible to 1e-6" if finite else "finite"
+        raise Incomparable(f"the original flow is not {why} on random inputs, so the conversion cannot be verified")
     if not reading.context_shape:
         kept = {id(p) for network in networks(reading.layers) for p in network.parameters()}
         silent = [name for name in sorted(unused) if id(parameters[name]) in kept]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from glf_fast.conversion.gaps import REACH, apart, fold, inverted
-from glf_fast.conversion.images.build import on_channels
-from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation, width
-from glf_fast.conversion.mlp import select_outputs
+from glf_fast.conversion.gaps import REACH, fold, inverted, split_far_shifts
+from glf_fast.conversion.images import on_channels
+from glf_fast.conversion.layers import Coupling, Kept, Layer, Permutation, Piece, width
+from glf_fast.conversion.mlp import scale_outputs
 from glf_fast.conversion.padding import divided
 from glf_fast.conversion.stack import Sources, Step, stack, standalone
 from glf_fast.flow import Flow, Inverse, SequentialFlow
@@ -25,8 +24,6 @@ _ODD = ("atan", "exp", "softclip", "tanh")
 
 # The same (REACH) between two couplings, where it costs a launch.
 _REACH_BETWEEN = 32.0
-
-Piece = Permutation | Diagonal | Dense
 
 
 @dataclass
@@ -58,7 +55,7 @@ def fuse(
         if kept:
             modules += [layer.module for layer in run if isinstance(layer, Kept)]
         else:
-            read = [_righted(_double(layer)) for layer in run if not isinstance(layer, Kept)]
+            read = [_odd_turned(layer) for layer in run if not isinstance(layer, Kept)]
             if len(event_shape) == 3 and not any(isinstance(layer, Coupling) for layer in read):
                 modules += on_channels(read, sources)
             else:
@@ -72,7 +69,7 @@ def _fuse_run(run: Iterable[Coupling | Piece], dim: int, context_dim: int, sourc
     segments, loose = _segments(run)
     modules = [module for segment in segments for module in _build(segment, dim, context_dim, sources)]
     if loose:
-        for affine in fold(loose, dim, _like(loose)):
+        for affine in fold(loose, dim):
             modules += standalone(affine, sources)
     return modules
 
@@ -103,13 +100,11 @@ def _segments(run: Iterable[Coupling | Piece]) -> tuple[list[_Segment], list[Pie
     return segments, []
 
 
-def _righted(layer: Any) -> Any:
+def _odd_turned(layer: Any) -> Any:
     """A coupling that is undone, with odd f, as one that is not: (v − t)·e^−f(u) has −u, −t and the other order."""
     if not (isinstance(layer, Coupling) and layer.undo and layer.log_scale in _ODD):
         return layer
-    mlp = layer.conditioner
-    columns = torch.arange(mlp.weights[-1].shape[-1])
-    return replace(layer, conditioner=select_outputs(mlp, columns, -1.0), add_first=not layer.add_first, undo=False)
+    return replace(layer, conditioner=scale_outputs(layer.conditioner, -1.0), add_first=not layer.add_first, undo=False)
 
 
 def _kind(coupling: Coupling) -> tuple[object, ...]:
@@ -124,7 +119,7 @@ def _kind(coupling: Coupling) -> tuple[object, ...]:
 def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:
     modules: list[nn.Module] = []
     if segment.couplings[0].undo:
-        first = fold(segment.gaps[0], dim, _like(segment.couplings))
+        first = fold(segment.gaps[0], dim)
         if any(affine.reach() > REACH for affine in first):
             modules = [module for affine in first for module in standalone(affine, sources)]
             segment = replace(segment, gaps=[[], *segment.gaps[1:]])
@@ -134,20 +129,19 @@ def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> l
         return [*modules, Inverse(flow)]
     steps: list[Step] = []
     for pieces, coupling in zip(segment.gaps, segment.couplings, strict=True):
-        like = _like([coupling])
-        maps = apart(fold(pieces, dim, like), _REACH_BETWEEN if steps else REACH)
+        maps = split_far_shifts(fold(pieces, dim), _REACH_BETWEEN if steps else REACH)
         if len(maps) > 1:  # all but the last are layers of their own, which ends the flow so far
             if steps:
                 flow, restore = stack(steps, context_dim, sources)
                 modules.append(flow)
-                maps = apart(fold([Permutation(restore), *pieces], dim, like), REACH)
+                maps = split_far_shifts(fold([Permutation(restore), *pieces], dim), REACH)
                 steps = []
             for affine in maps[:-1]:
                 modules += standalone(affine, sources)
         steps.append(Step(maps[-1], coupling))
     flow, restore = stack(steps, context_dim, sources)
     modules.append(flow)
-    for affine in fold([Permutation(restore), *segment.after], dim, _like(segment.couplings)):
+    for affine in fold([Permutation(restore), *segment.after], dim):
         modules += standalone(affine, sources)
     return modules
 
@@ -156,24 +150,3 @@ def _turned(segment: _Segment) -> _Segment:
     """The inverse of a segment of undone couplings: the same couplings not undone, everything in reverse order."""
     gaps = [[inverted(piece) for piece in reversed(gap)] for gap in reversed([*segment.gaps, segment.after])]
     return _Segment([replace(c, undo=False) for c in reversed(segment.couplings)], gaps[:-1], gaps[-1])
-
-
-def _like(layers: Sequence[Layer]) -> Tensor:
-    """A float64 tensor on the layers' device."""
-    first = layers[0]
-    tensor = first.conditioner.weights[0] if isinstance(first, Coupling) else getattr(first, fields(first)[0].name)
-    return torch.empty(0, dtype=torch.float64, device=tensor.device)
-
-
-def _double(layer: Any) -> Any:
-    """The same layer with floating-point tensors as float64, still functions of what they were."""
-    changed = {f.name: _double_value(getattr(layer, f.name)) for f in fields(layer)}
-    return replace(layer, **changed)
-
-
-def _double_value(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, list):
-        return [_double_value(item) for item in value]
-    return _double(value) if isinstance(value, Conditioner) else value

@@ -8,9 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, NetworkCoupling, Permutation, Unfusable
+from glf_fast.conversion.layers import (
+    Coupling,
+    Dense,
+    Diagonal,
+    Kept,
+    Layer,
+    NetworkCoupling,
+    Permutation,
+    Piece,
+    Unfusable,
+)
 
-__all__ = ["REACH", "Affine", "apart", "fold", "identity", "inverted", "inverted_layers"]
+__all__ = ["REACH", "Affine", "fold", "identity", "inverted", "inverted_layers", "split_far_shifts"]
 
 
 # An ActNorm that moves the data by more than this many of their standard deviations is a layer of its own: folded into the
@@ -52,29 +62,29 @@ class Affine:
         return float((self.b * self.s.exp()).detach().abs().max())
 
 
-def identity(dim: int, like: Tensor) -> Affine:
-    """y = x on (B, dim)."""
-    zero = like.new_zeros(dim)
-    return Affine(zero, zero, zero, torch.arange(dim, device=like.device))
+def identity(dim: int) -> Affine:
+    """y = x on (B, dim), in float64 on the processor, where flows are converted."""
+    zero = torch.zeros(dim, dtype=torch.float64, device="cpu")
+    return Affine(zero, zero, zero, torch.arange(dim, device="cpu"))
 
 
-def fold(pieces: Iterable[Permutation | Diagonal | Dense], dim: int, like: Tensor) -> list[Affine]:
+def fold(pieces: Iterable[Piece], dim: int) -> list[Affine]:
     """The pieces, first to last, as maps whose product they are: nearly always one, at least one.
 
     There is a second one where a trained scale or a fixed shift follows a matrix in a way that ((x + b)·e^s) W with
     the same freedom cannot express, or where it would cost a shift its digits.
     """
     maps: list[Affine] = []
-    affine = identity(dim, like)
+    affine = identity(dim)
     for piece in pieces:
         if not _absorbs(affine, piece):
-            maps += _settled_apart(affine)
-            affine = identity(dim, like)
+            maps += _settle(affine)
+            affine = identity(dim)
         affine = _append(affine, piece)
-    return [*maps, *_settled_apart(affine)]
+    return [*maps, *_settle(affine)]
 
 
-def apart(maps: Iterable[Affine], reach: float) -> list[Affine]:
+def split_far_shifts(maps: Iterable[Affine], reach: float) -> list[Affine]:
     """The same maps, those of more than that reach as two: (x + b)·e^s, and W.
 
     Folded into x A + c, such a map subtracts large numbers that a matrix has rounded; x + b by itself is as good as exact.
@@ -82,15 +92,15 @@ def apart(maps: Iterable[Affine], reach: float) -> list[Affine]:
     parted = []
     for affine in maps:
         if affine.reach() > reach:
-            still = identity(len(affine.s), affine.s)
-            scale = replace(affine, order=still.order, W=None, W_trained=False, regular=True)
-            parted += [scale, replace(affine, s=still.s, b=still.b, s_trained=False, b_trained=False)]
+            unit = identity(len(affine.s))
+            scale = replace(affine, order=unit.order, W=None, W_trained=False, regular=True)
+            parted += [scale, replace(affine, s=unit.s, b=unit.b, s_trained=False, b_trained=False)]
         else:
             parted.append(affine)
     return parted
 
 
-def inverted(piece: Permutation | Diagonal | Dense) -> Permutation | Diagonal | Dense:
+def inverted(piece: Piece) -> Piece:
     """The inverse map."""
     if isinstance(piece, Permutation):
         return Permutation(piece.order.argsort())
@@ -106,7 +116,7 @@ def _has_shift(piece: Dense) -> bool:
     return piece.shift.requires_grad or bool(piece.shift.any())
 
 
-def _absorbs(affine: Affine, piece: Permutation | Diagonal | Dense) -> bool:
+def _absorbs(affine: Affine, piece: Piece) -> bool:
     """Whether the product of both, with what is trained in each, is an `Affine` that can settle its c."""
     if isinstance(piece, Permutation):
         return True
@@ -119,7 +129,7 @@ def _absorbs(affine: Affine, piece: Permutation | Diagonal | Dense) -> bool:
     return free or not moves or not piece.shift.any()
 
 
-def _append(affine: Affine, piece: Permutation | Diagonal | Dense) -> Affine:
+def _append(affine: Affine, piece: Piece) -> Affine:
     s, c, order, W = affine.s, affine.c, affine.order, affine.W
     if isinstance(piece, Permutation):
         if W is None:
@@ -146,7 +156,7 @@ def _append(affine: Affine, piece: Permutation | Diagonal | Dense) -> Affine:
     )
 
 
-def _settled_apart(affine: Affine) -> list[Affine]:
+def _settle(affine: Affine) -> list[Affine]:
     """The map with c moved before W, or, where that loses digits, W and then the shift."""
     settled = _settled(affine)
     if affine.W is None or settled is affine:
@@ -155,7 +165,7 @@ def _settled_apart(affine: Affine) -> list[Affine]:
     rounding = (moved.abs() @ affine.W.abs()).detach().max()
     if rounding <= _LOSS * affine.c.detach().abs().max().clamp(min=1):
         return [settled]
-    shift = replace(identity(len(affine.c), affine.c), b=affine.c, b_trained=affine.c_trained)
+    shift = replace(identity(len(affine.c)), b=affine.c, b_trained=affine.c_trained)
     return [replace(affine, c=torch.zeros_like(affine.c), c_trained=False), shift]
 
 

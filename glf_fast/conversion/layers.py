@@ -17,6 +17,7 @@ __all__ = [
     "FROZEN",
     "TRAINED",
     "Conditioner",
+    "ConversionError",
     "Coupling",
     "Dense",
     "Diagonal",
@@ -24,7 +25,9 @@ __all__ = [
     "Layer",
     "NetworkCoupling",
     "Permutation",
+    "Piece",
     "Unfusable",
+    "trained_together",
     "width",
 ]
 
@@ -32,6 +35,10 @@ __all__ = [
 # What an entry of a network is: no parameter at all, as padding is; a parameter that the library does not train now; one that
 # it trains. The last two may change places later, the first keeps its value for ever.
 FIXED, FROZEN, TRAINED = 0, 1, 2
+
+
+class ConversionError(ValueError):
+    """A flow that cannot be converted; the message names the layer and the reason."""
 
 
 class Unfusable(ValueError):
@@ -163,10 +170,11 @@ class Kept:
     reason: str
 
 
-Layer = Permutation | Diagonal | Dense | Coupling | NetworkCoupling | Kept
+Piece = Permutation | Diagonal | Dense
+Layer = Piece | Coupling | NetworkCoupling | Kept
 
 
-def width(layer: Permutation | Diagonal | Dense | Coupling | NetworkCoupling) -> int:
+def width(layer: Piece | Coupling | NetworkCoupling) -> int:
     """D, the columns or channels that a layer works on."""
     match layer:
         case Permutation():
@@ -176,3 +184,11 @@ def width(layer: Permutation | Diagonal | Dense | Coupling | NetworkCoupling) ->
         case Dense():
             return len(layer.W)
     return len(layer.passive) + len(layer.transformed)
+
+
+def trained_together(*parameters: Tensor) -> bool:
+    """Whether the library trains them; raises Unfusable if it trains some alone."""
+    trained = {p.requires_grad for p in parameters}
+    if len(trained) > 1:
+        raise Unfusable("only some of its parameters are trained")
+    return trained == {True}

@@ -18,7 +18,15 @@ from torch import Tensor, fx, nn
 from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Unfusable
 from glf_fast.conversion.reading import parameters_of
 
-__all__ = ["read_mlp", "scale_u", "select_inputs", "select_outputs", "separate", "without_shift"]
+__all__ = [
+    "read_mlp",
+    "scale_outputs",
+    "select_inputs",
+    "select_outputs",
+    "separate",
+    "widen_inputs",
+    "without_shift",
+]
 
 # What a network applies, in order: a linear layer (weight (out, in), bias or None), an activation by name, or a dropout, p,
 # that is not active.
@@ -26,18 +34,13 @@ Linear = tuple[Tensor, Tensor | None]
 Step = Linear | str | float
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
-    F.relu: "relu",
+    **{getattr(F, name): name for name in ("relu", "leaky_relu", "silu", "gelu", "tanh", "elu")},
     torch.relu: "relu",
-    F.leaky_relu: "leaky_relu",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.tanh: "tanh",
     torch.tanh: "tanh",
-    F.elu: "elu",
 }
 # The constants of the activations; other keywords (inplace) change nothing.
 _CONSTANTS = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none"}
-_METHODS = {"relu": "relu", "tanh": "tanh"}
+_METHODS = ("relu", "tanh")
 
 
 def read_mlp(network: nn.Module) -> Conditioner:
@@ -89,21 +92,33 @@ def select_inputs(mlp: Conditioner, columns: Tensor) -> Conditioner:
     return replace(mlp, weights=weights, roles=roles)
 
 
-def select_outputs(mlp: Conditioner, columns: Tensor, factor: float | Tensor = 1.0) -> Conditioner:
-    """The MLP with outputs out[:, columns]·factor, with `factor` a number or one per column; of each, if they are two."""
-    weights, biases = list(mlp.weights), list(mlp.biases)
-    roles, bias_roles = list(mlp.roles), list(mlp.bias_roles)
-    weights[-1], biases[-1] = weights[-1][..., columns] * factor, biases[-1][..., columns] * factor
-    roles[-1], bias_roles[-1] = roles[-1][..., columns], bias_roles[-1][..., columns]
-    return replace(mlp, weights=weights, biases=biases, roles=roles, bias_roles=bias_roles)
+def widen_inputs(mlp: Conditioner, passive: int, columns: Sequence[int], width: int) -> Conditioner:
+    """The MLP on [passive columns, context of that width] of one on [passive, context[:, columns]].
+
+    What it was not given has zero weights that are never trained.
+    """
+    if tuple(columns) == tuple(range(width)):
+        return mlp
+    weights, roles = list(mlp.weights), list(mlp.roles)
+    rows = torch.tensor([*range(passive), *(passive + c for c in columns)], device=weights[0].device)
+    shape = (*weights[0].shape[:-2], passive + width, weights[0].shape[-1])
+    for tensors in (weights, roles):
+        tensors[0] = tensors[0].new_zeros(shape).index_copy(-2, rows, tensors[0])
+    return replace(mlp, weights=weights, roles=roles)
 
 
-def scale_u(mlp: Conditioner, factor: float) -> Conditioner:
-    """The MLP of an affine coupling with u·factor in place of u."""
+def select_outputs(mlp: Conditioner, columns: Tensor) -> Conditioner:
+    """The MLP with outputs out[:, columns]; of each, if they are two."""
+    return _with_last(mlp, lambda last: last[..., columns])
+
+
+def scale_outputs(mlp: Conditioner, *factors: float) -> Conditioner:
+    """The MLP with its outputs, in as many equal parts as there are factors ([u | t] or t), times these."""
     weights, biases = list(mlp.weights), list(mlp.biases)
-    factors = torch.ones_like(biases[-1])  # (2T), or (2, T)
-    factors.view(2, -1)[0] = factor
-    weights[-1], biases[-1] = weights[-1] * factors.unsqueeze(-2), biases[-1] * factors
+    scales = torch.ones_like(biases[-1])  # (2T), (T) or (2, T)
+    for part, factor in zip(scales.view(len(factors), -1), factors, strict=True):
+        part.fill_(factor)
+    weights[-1], biases[-1] = weights[-1] * scales.unsqueeze(-2), biases[-1] * scales
     return replace(mlp, weights=weights, biases=biases)
 
 
@@ -131,11 +146,15 @@ def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
 
 def without_shift(net_u: Conditioner) -> Conditioner:
     """A network that makes u alone, with t = 0 after it that is never trained."""
-    weights, biases = list(net_u.weights), list(net_u.biases)
-    roles, bias_roles = list(net_u.roles), list(net_u.bias_roles)
-    for tensors in (weights, biases, roles, bias_roles):
-        tensors[-1] = torch.cat([tensors[-1], torch.zeros_like(tensors[-1])], -1)
-    return replace(net_u, weights=weights, biases=biases, roles=roles, bias_roles=bias_roles)
+    return _with_last(net_u, lambda last: torch.cat([last, torch.zeros_like(last)], -1))
+
+
+def _with_last(mlp: Conditioner, change: Callable[[Tensor], Tensor]) -> Conditioner:
+    """The MLP with `change` of the tensors of its last layer: weights, biases and their roles."""
+    weights, biases, roles, bias_roles = (
+        [*tensors[:-1], change(tensors[-1])] for tensors in (mlp.weights, mlp.biases, mlp.roles, mlp.bias_roles)
+    )
+    return replace(mlp, weights=weights, biases=biases, roles=roles, bias_roles=bias_roles)
 
 
 def _pair(a: Tensor, b: Tensor) -> Tensor:
@@ -269,7 +288,7 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
         elif node.op == "call_function":
             yield _function(node.target)  # type: ignore[arg-type]
         elif node.op == "call_method" and node.target in _METHODS:
-            yield _METHODS[str(node.target)]
+            yield str(node.target)
         else:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
 

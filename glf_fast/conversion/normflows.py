@@ -1,111 +1,56 @@
-"""Reads flows of normflows: `NormalizingFlow` and `ConditionalNormalizingFlow` on vectors, with a diagonal normal base.
-
-A normflows layer's `forward` is noise → data and its list of layers starts at the noise; here both are turned around.
-"""
+"""normflows. A layer's `forward` is noise → data and its list of layers starts at the noise; here both are turned around."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.layers import Conditioner, Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
+from glf_fast.conversion.couplings import DeclaredCoupling
+from glf_fast.conversion.layers import (
+    Conditioner,
+    ConversionError,
+    Coupling,
+    Dense,
+    Diagonal,
+    Kept,
+    Layer,
+    Permutation,
+    Unfusable,
+    trained_together,
+)
+from glf_fast.conversion.library import (
+    Base,
+    Chain,
+    FusedLayer,
+    Library,
+    Part,
+    Reader,
+    Shape,
+    context_features,
+    module_list,
+    replaced,
+)
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
-from glf_fast.conversion.reading import ConversionError, Reading, context_features, read_each, trained_together
 
-__all__ = ["KeptLayer", "check_initialised", "columns", "named_layers", "read", "read_layer"]
-
-
-def read(flow: Any, device: str = "cpu") -> Reading:
-    """The layers of a `NormalizingFlow` or `ConditionalNormalizingFlow`, data → noise."""
-    base = flow.q0
-    if type(base).__name__ != "DiagGaussian" or len(base.shape) != 1:
-        shape = f" of shape {tuple(base.shape)}" if hasattr(base, "shape") else ""
-        raise ConversionError(f"q0 ({type(base).__name__}{shape}): the base must be a DiagGaussian on vectors")
-    if base.temperature is not None:
-        raise ConversionError(f"q0 (DiagGaussian): temperature is {base.temperature}; set it to None")
-    dim = int(base.shape[0])
-    conditional = any(kind.__name__ == "ConditionalNormalizingFlow" for kind in type(flow).__mro__)
-    layers = read_each(named_layers(flow.flows), lambda module: read_layer(module, dim), KeptLayer, device, [base])
-    features = context_features(flow.modules()) if conditional else 0
-
-    def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
-        return flow.log_prob(x, context) if conditional else flow.log_prob(x)
-
-    def inverse(z: Tensor, context: Tensor | None) -> Tensor:
-        z = base.loc + base.log_scale.exp() * z
-        return flow.forward(z, context) if conditional else flow.forward(z)
-
-    return Reading(
-        layers=[*layers, *_base(base)],
-        event_shape=(dim,),
-        log_prob=log_prob,
-        inverse=inverse,
-        context_shape=(features,) if features else (),
-    )
-
-
-def named_layers(flows: nn.ModuleList, prefix: str = "flows") -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every layer, data → noise, those inside a `Composite` or a `GlowBlock` too."""
-    for i in reversed(range(len(flows))):
-        name = f"{prefix}.{i}"
-        inner = _COMPOSITES.get(type(flows[i]).__name__)
-        if inner is not None and type(flows[i]).__module__.startswith("normflows."):
-            yield from named_layers(getattr(flows[i], inner), f"{name}.{inner}")
-        else:
-            yield name, flows[i]
-
-
-_COMPOSITES = {"Composite": "_flows", "GlowBlock": "flows"}
-
-
-def read_layer(module: nn.Module, dim: int) -> list[Layer]:
-    """One layer on `dim` columns, data → noise; raises Unfusable."""
-    reader = _READERS.get(type(module).__name__)
-    if reader is None or not type(module).__module__.startswith("normflows."):
-        raise Unfusable("no kernel covers this kind of layer")
-    return reader(module, dim)
-
-
-def columns(module: Any) -> int | None:
-    """How many columns a layer works on, where it says so: normflows' flows do not."""
-    kind = type(module).__name__
-    if kind in ("ActNorm", "AffineConstFlow"):
-        return module.s.shape[1] if module.s.ndim == 2 else None
-    if kind in ("InvertibleAffine", "Permute"):
-        return module.num_channels
-    if kind == "LULinearPermute":
-        return module.linear.features
-    if kind == "MaskedAffineFlow":
-        return module.b.numel() if module.b.ndim == 2 else None
-    if kind == "AffineCouplingBlock":
-        try:
-            net = read_mlp(module.flows[1].param_map)
-        except Unfusable:
-            return None
-        return net.n_in + (net.n_out // 2 if module.flows[1].scale else net.n_out)
-    return None
+__all__ = ["LIBRARY"]
 
 
 class KeptLayer(nn.Module):
     """A normflows layer with its directions exchanged: forward is data → noise."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, part: Part) -> None:
         super().__init__()
-        if type(layer).__name__ in ("Split", "Merge", "AffineCoupling"):
-            raise ConversionError(f"{type(layer).__name__} works on lists; use an AffineCouplingBlock")
-        if type(layer).__name__ == "BatchNorm":
-            raise ConversionError("BatchNorm normalises with each batch's own statistics and has no inverse")
-        if type(layer).__name__ in ("Residual", "MetropolisHastings", "HamiltonianMonteCarlo"):
-            raise ConversionError(f"{type(layer).__name__}: its log-determinant is a random estimate")
-        self.layer = layer
+        self.layer = part.module
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise."""
-        return self._run(self.layer.inverse, x, context)  # type: ignore[arg-type]
+        return self._run(self.layer.inverse, x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data."""
@@ -117,90 +62,90 @@ class KeptLayer(nn.Module):
         return y, logdet + x.new_zeros(len(x))  # some return one number for the whole batch
 
 
+class NormflowsLayer(FusedLayer):
+    """A flow: `forward` is noise → data."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise → data: z (B, *shape) → x like z, logdet (B,)."""
+        return super().inverse(z, context)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → noise: x (B, *shape) → z like x, logdet (B,)."""
+        return super().forward(x, context)
+
+
 # -- one function per class --------------------------------------------------------------------------------------------
 
 
-def _affine_coupling_block(module: Any, dim: int) -> list[Layer]:
-    split, coupling, _ = module.flows
-    device = next(module.parameters()).device
-    columns = torch.arange(dim, device=device)
-    half = dim - dim // 2
-    if split.mode == "channel":
-        passive, transformed = columns[:half], columns[half:]
-    elif split.mode == "channel_inv":
-        transformed, passive = columns[:half], columns[half:]
-    elif split.mode in ("checkerboard", "checkerboard_inv") and dim % 2 == 0:
+def _affine_coupling_block(part: Part) -> list[Layer]:
+    split, coupling, _ = part.module.flows
+    dim = part.shape[0]
+    columns = torch.arange(dim, device=next(part.module.parameters()).device)
+    passive, transformed = columns[: dim - dim // 2], columns[dim - dim // 2 :]
+    if split.mode.startswith("checkerboard") and len(part.shape) == 1 and dim % 2 == 0:
         passive, transformed = columns[1::2], columns[0::2]
-        if split.mode == "checkerboard_inv":
-            passive, transformed = transformed, passive
-    else:
-        raise Unfusable(f"split_mode {split.mode!r} does not split {dim} columns")
-    net = read_mlp(coupling.param_map)
-    t = len(transformed)
-    _check_widths(net, len(passive), 2 * t if coupling.scale else t)
-    # Data → noise is (v − shift)·scale: add first, with the shift's columns negated.
+    elif not split.mode.startswith("channel"):
+        what = "channels" if len(part.shape) == 3 else f"{dim} columns"
+        raise Unfusable(f"split_mode {split.mode!r} does not split {what}")
+    if split.mode.endswith("_inv"):
+        passive, transformed = transformed, passive
+    check_initialised(coupling.param_map)
+    declared = partial(DeclaredCoupling, passive, transformed, coupling.param_map, context="none")
     if not coupling.scale:
-        conditioner = select_outputs(net, torch.arange(t, device=device), -1.0)
-        return [Coupling(passive, transformed, conditioner, "exp", None, add_first=True)]
-    shift_first = torch.arange(2 * t, device=device)
-    raw_scale_then_shift = torch.cat([shift_first[1::2], shift_first[0::2]])
+        return [declared("t", undo=True).read(part)]
     if coupling.scale_map not in _SCALE_MAPS:
         raise Unfusable(f"scale_map {coupling.scale_map!r} is not covered")
-    log_scale, constant, factor_u, undo = _SCALE_MAPS[coupling.scale_map]
-    factor = net.weights[-1].new_ones(2 * t)
-    factor[:t] = factor_u
-    if not undo:
-        factor[t:] = -1.0
-    conditioner = select_outputs(net, raw_scale_then_shift, factor)
-    return [Coupling(passive, transformed, conditioner, log_scale, constant, add_first=not undo, undo=undo)]
+    log_scale, constant, undo = _SCALE_MAPS[coupling.scale_map]
+    factor_t = 1.0 if undo else -1.0  # (v − t)·e^f(u) adds first
+    return [declared("tutu", log_scale, constant, factor_t=factor_t, add_first=not undo, undo=undo).read(part)]
 
 
-# scale_map → log-scale, its constant, what u is multiplied by, and whether data → noise divides by the scale.
-_SCALE_MAPS: dict[str, tuple[str, float | None, float, bool]] = {
-    "exp": ("exp", None, -1.0, False),  # (v − t)·e^−u
-    "sigmoid": ("glow", 2.0, 1.0, False),  # (v − t)·σ(u + 2)
-    "sigmoid_inv": ("glow", 2.0, 1.0, True),  # (v − t)/σ(u + 2)
+# scale_map → log-scale, its constant, and whether data → noise is (v − t)·e^−f(u) and not (v − t)·e^f(u).
+_SCALE_MAPS: dict[str, tuple[str, float | None, bool]] = {
+    "exp": ("exp", None, True),
+    "sigmoid": ("glow", 2.0, False),
+    "sigmoid_inv": ("glow", 2.0, True),
 }
 
 
-def _masked_affine_flow(module: Any, dim: int) -> list[Layer]:
+def _masked_affine_flow(part: Part) -> list[Layer]:
+    """Its networks take and make all columns, of which only the passive ones count on one side, the others on the other."""
+    module, (dim,) = part.module, part.shape
     mask = module.b.flatten()
     if len(mask) != dim or not bool(((mask == 0) | (mask == 1)).all()):
         raise Unfusable("its mask is not one 0 or 1 per column")
     passive, transformed = mask.nonzero().flatten(), (mask == 0).nonzero().flatten()
-    nets: list[Conditioner | None] = []
-    for net in (module.s, module.t):
-        if net is torch.zeros_like:
-            nets.append(None)
-            continue
-        full = read_mlp(net)
-        _check_widths(full, dim, dim)
-        # z ← (z − t)·e^−s; the network sees b·z, so that only passive columns count.
-        nets.append(select_outputs(select_inputs(full, passive), transformed, -1.0))
-    net_s, net_t = nets
+
+    def read(network: Any) -> Conditioner | None:
+        if network is torch.zeros_like:
+            return None
+        full = read_mlp(network)
+        if (full.n_in, full.n_out) != (dim, dim):
+            raise Unfusable(f"its network maps {full.n_in} columns to {full.n_out} where {dim} to {dim} are meant")
+        return select_outputs(select_inputs(full, passive), transformed)
+
+    net_s, net_t = read(module.s), read(module.t)
     if not len(transformed) or (net_s is None and net_t is None):
         return []
     if not len(passive):
         raise Unfusable("its mask leaves no column to condition on")
-    if net_s is not None and net_t is not None:
-        conditioner = separate(net_s, net_t)
-    elif net_t is not None:
-        conditioner = net_t
-    else:
-        assert net_s is not None
-        conditioner = without_shift(net_s)
-    return [Coupling(passive, transformed, conditioner, "exp", None, add_first=True)]
+    if net_s is not None:
+        net_t = without_shift(net_s) if net_t is None else separate(net_s, net_t)
+    assert net_t is not None
+    return [Coupling(passive, transformed, net_t, "exp", None, add_first=False, undo=True)]
 
 
-def _affine_const_flow(module: Any, dim: int) -> list[Layer]:
-    if tuple(module.s.shape) != (1, dim):
-        raise Unfusable(f"its shape {tuple(module.s.shape[1:])} is not that of a vector of {dim}")
+def _affine_const_flow(part: Part) -> list[Layer]:
+    module = part.module
+    if tuple(module.s.shape) != (1, part.shape[0], *[1] * (len(part.shape) - 1)):
+        raise Unfusable(f"its shape {tuple(module.s.shape[1:])} is not one number for each of {part.shape[0]} channels")
     check_initialised(module)
-    s, t = module.s[0], module.t[0]
+    s, t = module.s.view(-1), module.t.view(-1)
     return [Diagonal(-s, -t * torch.exp(-s), trained_together(module.s, module.t))]
 
 
-def _permute(module: Any, dim: int) -> list[Layer]:
+def _permute(part: Part) -> list[Layer]:
+    module, dim = part.module, part.shape[0]
     if module.num_channels != dim:
         raise Unfusable(f"it permutes {module.num_channels} columns of {dim}")
     if module.mode == "shuffle":
@@ -208,30 +153,19 @@ def _permute(module: Any, dim: int) -> list[Layer]:
     return [Permutation(torch.arange(dim).roll(-((dim + 1) // 2)))]
 
 
-def _lu_linear_permute(module: Any, dim: int) -> list[Layer]:
-    linear = module.linear
+def _lu_linear_permute(part: Part) -> list[Layer]:
+    linear = part.module.linear
     trained = trained_together(*linear.parameters())
     dense = Dense(linear.weight().T, linear.bias.view(-1), trained, regular=True)  # x Wᵀ + bias
-    return [Permutation(module.permutation._permutation), dense]
+    return [Permutation(part.module.permutation._permutation), dense]
 
 
-def _invertible_affine(module: Any, dim: int) -> list[Layer]:
+def _invertible_matrix(part: Part) -> list[Layer]:
+    """`InvertibleAffine` multiplies rows, `Invertible1x1Conv` columns."""
+    module = part.module
     W = module._assemble_W() if module.use_lu else module.W
-    return [Dense(W, W.new_zeros(dim), trained_together(*module.parameters()), regular=module.use_lu)]
-
-
-_READERS: dict[str, Callable[[Any, int], list[Layer]]] = {
-    "ActNorm": _affine_const_flow,
-    "AffineConstFlow": _affine_const_flow,
-    "AffineCouplingBlock": _affine_coupling_block,
-    "InvertibleAffine": _invertible_affine,
-    "LULinearPermute": _lu_linear_permute,
-    "MaskedAffineFlow": _masked_affine_flow,
-    "Permute": _permute,
-}
-
-
-# -- helpers -----------------------------------------------------------------------------------------------------------
+    W = W.T if len(part.shape) == 3 else W
+    return [Dense(W, W.new_zeros(len(W)), trained_together(*module.parameters()), regular=module.use_lu)]
 
 
 def check_initialised(module: nn.Module) -> None:
@@ -243,19 +177,166 @@ def check_initialised(module: nn.Module) -> None:
         raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
 
 
-def _base(base: Any) -> list[Layer]:
-    """N(loc, e^(2·log_scale)) as the map to N(0, I)."""
-    loc, log_scale = base.loc[0], base.log_scale[0]
-    try:
-        trained = trained_together(base.loc, base.log_scale)
-    except Unfusable as reason:
-        raise ConversionError(f"q0 (DiagGaussian): {reason}") from None
-    if not trained and not loc.any() and not log_scale.any():
-        return []
-    return [Diagonal(-log_scale, -loc * torch.exp(-log_scale), trained)]
+class NormalBase(nn.Module):
+    """A normal base distribution of images, with a mean and a scale for every pixel or channel, as the map to N(0, I)."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x − μ)/σ and its logdet (B,)."""
+        mean, log_scale = self._moments()
+        return (x - mean) * torch.exp(-log_scale), self._logdet(x, -log_scale)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """μ + σ·z and its logdet (B,)."""
+        mean, log_scale = self._moments()
+        return mean + log_scale.exp() * z, self._logdet(z, log_scale)
+
+    def is_identity(self) -> bool:
+        """Whether it is N(0, I), and stays that."""
+        trained = any(p.requires_grad for p in self.base.parameters())
+        return not (trained or any(bool(moment.any()) for moment in self._moments()))
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        base: Any = self.base
+        if type(base).__name__ == "DiagGaussian":
+            return base.loc, base.log_scale
+        factor = base.logscale_factor
+        return base.loc * torch.exp(factor * base.loc_logs), base.log_scale * torch.exp(factor * base.log_scale_logs)
+
+    @staticmethod
+    def _logdet(x: Tensor, log_scale: Tensor) -> Tensor:
+        return log_scale.expand(len(x), *x.shape[1:]).flatten(1).sum(1)
 
 
-def _check_widths(net: Conditioner, inputs: int, outputs: int) -> None:
-    have = net.n_in, net.n_out
-    if have != (inputs, outputs):
-        raise Unfusable(f"its network maps {have[0]} columns to {have[1]} where {inputs} to {outputs} are meant")
+def _chains(flow: Any) -> list[Chain]:
+    """`flow.flows`; of a multi-scale flow one for every level, from the noise on."""
+    if isinstance(flow.q0, nn.ModuleList):
+        return _levels(flow)
+    shape = tuple(getattr(flow.q0, "shape", ()))
+    named = list(_named(flow.flows, "flows"))
+    if len(shape) != 3:  # a base need not know its shape, and layers: where none does, there is none that could be read
+        columns = (_columns_of(module) for _, module in named)
+        shape = shape or (next((n for n in columns if n is not None), 0),)
+    return [_chain(named, shape, partial(setattr, flow, "flows"), flow.flows)]
+
+
+def _levels(flow: Any) -> list[Chain]:
+    """A merge after each level but the last takes in the noise of the next one."""
+    chains: list[Chain] = []
+    shape: Shape = tuple(flow.q0[0].shape)
+    for i, level in enumerate(flow.flows):
+        if i:
+            C, H, W = flow.q0[i].shape
+            if not getattr(flow.merges[i - 1], "mode", "").startswith("channel"):
+                kind = type(flow.merges[i - 1]).__name__
+                raise ConversionError(f"merges.{i - 1} ({kind}) does not join channels")
+            shape = (shape[0] + C, H, W)
+        named = list(_named(level, f"flows.{i}"))
+        chains.append(_chain(named, shape, partial(setattr, flow.flows, str(i)), level))
+        shape = chains[-1].parts[0].shape if named else shape
+    return chains
+
+
+def _named(layers: nn.ModuleList, prefix: str) -> list[tuple[str, nn.Module]]:
+    """Data → noise."""
+    named = [pair for i, layer in enumerate(layers) for pair in LIBRARY.flattened(layer, f"{prefix}.{i}")]
+    return named[::-1]
+
+
+def _chain(
+    named: list[tuple[str, nn.Module]], noise: Shape, put: Callable[[nn.ModuleList], None], layers: nn.ModuleList
+) -> Chain:
+    """`put` takes the list that comes in place of `layers`."""
+    parts = LIBRARY.placed(named, noise)
+    modules = [part.module for part in parts]
+    return Chain(parts, lambda new: put(module_list(reversed(replaced(modules, new)), layers)))
+
+
+def _shape_before(module: Any, shape: Shape) -> Shape:
+    """Squeezes change it."""
+    if type(module).__name__ == "Squeeze" and len(shape) == 3:
+        return shape[0] // 4, 2 * shape[1], 2 * shape[2]
+    return shape
+
+
+def _base(flow: Any) -> Base:
+    """A DiagGaussian on vectors or images, or on images a GlowBase without classes."""
+    base = flow.q0
+    name = type(base).__name__
+    if name not in ("DiagGaussian", "GlowBase") or getattr(base, "class_cond", False):
+        raise ConversionError(f"q0 ({name}): the base must be a DiagGaussian, or a GlowBase without classes")
+    if base.temperature is not None:
+        raise ConversionError(f"q0 ({name}): temperature is {base.temperature}; set it to None")
+    if len(base.shape) == 1:
+        return Base.normal("q0 (DiagGaussian)", base.loc[0], base.log_scale[0], base.loc, base.log_scale)
+    normal = NormalBase(base)
+    layers: list[Layer] = [] if normal.is_identity() else [Kept(normal, "q0 stays")]
+    return Base(tuple(base.shape), layers, lambda z: normal.inverse(z)[0])
+
+
+def _context_shape(parts: Sequence[Part]) -> Shape:
+    """What networks on vectors say that they were made for."""
+    columns = context_features(m for part in parts if len(part.shape) == 1 for m in part.module.modules())
+    return (columns,) if columns else ()
+
+
+def _given(flow: Any, context: Tensor | None) -> list[Tensor | None]:
+    """The context, for a flow that takes one."""
+    return [context] if any(kind.__name__ == "ConditionalNormalizingFlow" for kind in type(flow).__mro__) else []
+
+
+def _columns_of(module: Any) -> int | None:
+    """How many columns a layer works on, where it says so: normflows' flows do not."""
+    kind = type(module).__name__
+    if kind in ("ActNorm", "AffineConstFlow", "MaskedAffineFlow"):
+        values = module.b if kind == "MaskedAffineFlow" else module.s
+        return values.shape[1] if values.ndim == 2 else None
+    if kind in ("InvertibleAffine", "Permute"):
+        return module.num_channels
+    if kind == "LULinearPermute":
+        return module.linear.features
+    if kind == "AffineCouplingBlock":
+        with suppress(Unfusable):
+            net = read_mlp(module.flows[1].param_map)
+            return net.n_in + (net.n_out // 2 if module.flows[1].scale else net.n_out)
+    return None
+
+
+_ON_BOTH: dict[str, Reader] = {
+    "ActNorm": _affine_const_flow,
+    "AffineConstFlow": _affine_const_flow,
+    "AffineCouplingBlock": _affine_coupling_block,
+    "Permute": _permute,
+}
+LIBRARY: Library = Library(
+    package="normflows",
+    flows=("NormalizingFlow", "ConditionalNormalizingFlow"),
+    hosts=("ClassCondFlow", "MultiscaleFlow", "NormalizingFlowVAE"),
+    packages=("normflows.core", "normflows.flows"),
+    chains=_chains,
+    base=_base,
+    log_prob=lambda flow, x, context: flow.log_prob(x, *_given(flow, context)),
+    generate=lambda flow, noise, context: flow.forward(noise, *_given(flow, context)),
+    kept=KeptLayer,
+    fused=lambda fused, parts: NormflowsLayer(fused),
+    on_vectors={
+        **_ON_BOTH,
+        "InvertibleAffine": _invertible_matrix,
+        "LULinearPermute": _lu_linear_permute,
+        "MaskedAffineFlow": _masked_affine_flow,
+    },
+    on_images={**_ON_BOTH, "Invertible1x1Conv": _invertible_matrix},
+    compositions={"Composite": "_flows", "GlowBlock": "flows"},
+    refused={
+        **dict.fromkeys(("Split", "Merge", "AffineCoupling"), "works on lists; use an AffineCouplingBlock"),
+        "BatchNorm": "it normalises with each batch's own statistics and has no inverse",
+        **dict.fromkeys(
+            ("Residual", "MetropolisHastings", "HamiltonianMonteCarlo"), "its log-determinant is a random estimate"
+        ),
+    },
+    shape_before=_shape_before,
+    context_shape=_context_shape,
+)

@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.layers import Conditioner, Coupling, Diagonal, Kept, Layer, NetworkCoupling, Unfusable
+from glf_fast.conversion.images import Reshaped
+from glf_fast.conversion.layers import (
+    Conditioner,
+    ConversionError,
+    Coupling,
+    Diagonal,
+    Kept,
+    Layer,
+    NetworkCoupling,
+    Unfusable,
+)
+from glf_fast.conversion.library import Base, Library, Part, Shape, check_shape
 from glf_fast.conversion.padding import check_padding
 
 __all__ = [
-    "ConversionError",
     "Reading",
     "check_precision",
-    "check_vectors",
-    "context_features",
     "copied",
+    "fused_context",
     "lost_in_training",
     "networks",
     "parameters_of",
-    "read_each",
+    "read_flow",
     "read_parts",
-    "trained_together",
 ]
-
-
-class ConversionError(ValueError):
-    """A flow that cannot be converted; the message names the layer and the reason."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A flow of some library, as its reader `read(flow)` returns it.
+    """A flow of some library, as it was read.
 
     layers: first to last, data → N(0, I); a diagonal normal base is a `Diagonal` at the end.
     event_shape: of the data, (D,) or (C, H, W).
@@ -63,70 +68,87 @@ class Reading:
         return None
 
 
-def read_each(
-    named_modules: Iterable[tuple[str, nn.Module]],
-    read: Callable[[nn.Module], list[Layer]],
-    keep: Callable[[nn.Module], nn.Module],
-    device: str,
-    others: Iterable[nn.Module] = (),
-) -> list[Layer]:
-    """The layers of the library's modules, in the order given (data → noise); as `read_parts`, in one list."""
-    return [layer for part in read_parts(named_modules, read, keep, device, others) for layer in part]
+def read_flow(library: Library, flow: nn.Module, device: str = "cpu") -> Reading:
+    """A flow of the library, for `convert`; raises ConversionError. `device`: as in `read_parts`."""
+    library.prepare(flow)
+    base = library.base(flow)
+    parts = library.in_one_context(library.chains(flow)[0].parts)
+    event_shape = parts[0].shape if parts else base.shape
+    check_shape("the flow", event_shape)
+    inside = {part.module for part in parts}
+    others = [child for child in flow.children() if not inside & set(child.modules())]
+    layers = [layer for part in read_parts(library, parts, device, others) for layer in part] + base.layers
+    if event_shape != base.shape:
+        layers.append(Kept(Reshaped(base.shape, event_shape), "noise has the data's shape"))
+    columns, embedding = fused_context(layers), library.embedding(flow)
+    context_shape: Shape | None = (columns,) if columns else library.context_shape(parts)
+    if embedding is not None:
+        context_shape = _embedded_shape(embedding, context_shape) if len(event_shape) == 1 else None
+    invert = partial(_generate, library, flow, base)
+    return Reading(
+        layers=layers,
+        event_shape=event_shape,
+        log_prob=partial(library.log_prob, flow),
+        inverse=invert if library.invertible(parts, layers) else None,
+        embedding=embedding,
+        context_shape=context_shape,
+    )
+
+
+def _generate(library: Library, flow: nn.Module, base: Base, z: Tensor, context: Tensor | None) -> Tensor:
+    return library.generate(flow, base.noise(z.reshape(-1, *base.shape)), context)
+
+
+def _embedded_shape(embedding: nn.Module, embedded: Shape | None) -> Shape | None:
+    """Of a context before the embedding: what its first layer with parameters says; without one, as behind it."""
+    first = next((m for m in embedding.modules() if next(m.parameters(recurse=False), None) is not None), None)
+    if first is None:
+        return embedded or None
+    return (first.in_features,) if isinstance(first, nn.Linear) else None
+
+
+def fused_context(layers: Iterable[Layer]) -> int:
+    """Columns of the context that the MLPs of couplings take; 0 without."""
+    return max((layer.context_dim() for layer in layers if isinstance(layer, Coupling)), default=0)
 
 
 def read_parts(
-    named_modules: Iterable[tuple[str, nn.Module]],
-    read: Callable[[nn.Module], list[Layer]],
-    keep: Callable[[nn.Module], nn.Module],
+    library: Library,
+    parts: Sequence[Part],
     device: str,
     others: Iterable[nn.Module] = (),
+    read: Callable[[Part], list[Layer]] | None = None,
 ) -> list[list[Layer]]:
-    """The layers of each of the library's modules, in the order given (data → noise).
-
-    Args:
-        named_modules: name, for messages, and module of each of the library's layers.
-        read: one module's layers; raises Unfusable.
-        keep: the adapter that a `Kept` holds, for a module that `read` refuses.
-        device: the type of device on which the flow will run: padding is not worth its time on a "cpu" alone.
-        others: what else there is in the flow: its base, its embedding net.
+    """The layers of each part, in the order given (data → noise): `Kept` where it cannot be fused.
 
     A module whose trained parameters are another's, too, is kept: stacking copies, and copies would not stay equal.
+
+    Args:
+        device: the type of device on which the flow will run: padding is not worth its time on a "cpu" alone.
+        others: what else there is in the flow: its base, its embedding net.
+        read: in place of `library.read`; with it nothing is made of what is kept.
     """
-    named = list(named_modules)
-    modules = [*(module for _, module in named), *others]
+    modules = [*(part.module for part in parts), *others]
     owners = Counter(p for module in modules for p in {id(p) for p in module.parameters() if p.requires_grad})
-    parts: list[list[Layer]] = []
-    for name, module in named:
+    found: list[list[Layer]] = []
+    for part in parts:
         try:
-            if any(owners[id(p)] > 1 for p in module.parameters()):
+            if any(owners[id(p)] > 1 for p in part.module.parameters()):
                 raise Unfusable(
                     "shares parameters with another layer, the base or the embedding net; stacking would untie them"
                 )
-            part = read(module)
-            for layer in part:
+            layers = (read or library.read)(part)
+            for layer in layers:
                 if isinstance(layer, Coupling) and device == "cpu":
                     check_padding(layer)
-            uses = Counter(p for layer in part for p in parameters_of(*_tensors(layer)))
+            uses = Counter(p for layer in layers for p in parameters_of(*_tensors(layer)))
             if uses and max(uses.values()) > 1:
                 raise Unfusable("uses a network more than once; stacking would untie the uses")
         except Unfusable as reason:
-            part = [Kept(keep(module), f"{name} ({type(module).__name__}): {reason}")]
-        parts.append(part)
-    return parts
-
-
-def trained_together(*parameters: Tensor) -> bool:
-    """Whether the library trains them; raises Unfusable if it trains some alone."""
-    trained = {p.requires_grad for p in parameters}
-    if len(trained) > 1:
-        raise Unfusable("only some of its parameters are trained")
-    return trained == {True}
-
-
-def check_vectors(what: str, shape: tuple[int, ...]) -> None:
-    """Raise ConversionError unless one sample of that shape is a vector."""
-    if len(shape) != 1:
-        raise ConversionError(f"{what} works on samples of shape {shape}: vectors and images (C, H, W) are covered")
+            module = part.module if read else library.keep(part)
+            layers = [Kept(module, f"{part.name} ({type(part.module).__name__}): {reason}")]
+        found.append(layers)
+    return found
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -154,18 +176,6 @@ def check_precision(dtype: torch.dtype) -> None:
             f"its parameters are {dtype}: keep the flow in float32 and run it under torch.autocast, which uses low precision "
             "where it is safe"
         )
-
-
-def context_features(modules: Iterable[nn.Module]) -> int:
-    """The columns of the context that networks of nflows and normflows were made for; 0 if none says so."""
-    for module in modules:
-        features = getattr(module, "context_features", None)
-        if isinstance(features, int):
-            return features
-        layer = getattr(module, "context_layer", None)  # of a MADE
-        if isinstance(layer, nn.Linear):
-            return layer.in_features
-    return 0
 
 
 def networks(layers: Iterable[Layer], *, kept: bool = True) -> Iterable[nn.Module]:

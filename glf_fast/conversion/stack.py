@@ -159,7 +159,7 @@ def _install_conditioners(
     kind = flow.config["coupling"]
     widths = [P + flow.context_dim, *flow.config["hidden"], (2 if kind == "affine" else 1) * T]
     last = len(widths) - 2
-    still = _still(flow.config["log_scale"], flow.config["log_scale_constant"])
+    zero = _u_of_zero(flow.config["log_scale"], flow.config["log_scale_constant"])
     for i in range(len(widths) - 1):
         weights, biases, roles, bias_roles = [], [], [], []
         for coupling in couplings:
@@ -172,7 +172,7 @@ def _install_conditioners(
                 W, b, W_roles, b_roles = (_pad_outputs(t, missing, kind) for t in (W, b, W_roles, b_roles))
                 if missing and kind != "additive":
                     b = b.clone()
-                    b.view(2, T)[0, T - missing :] = still
+                    b.view(2, T)[0, T - missing :] = zero
             grow = (0, widths[i + 1] - W.shape[-1], 0, widths[i] - W.shape[-2])
             weights.append(F.pad(W, grow))
             roles.append(F.pad(W_roles, grow))
@@ -193,7 +193,7 @@ def _pad_outputs(outputs: Tensor, missing: int, kind: str) -> Tensor:
     return torch.cat([F.pad(part, (0, missing)) for part in parts], -1)
 
 
-def _still(log_scale: str, constant: float | None) -> float:
+def _u_of_zero(log_scale: str, constant: float | None) -> float:
     """The u with f(u) = 0, at which a column of zeros adds nothing to the log-determinant."""
     if log_scale == "glow":
         return 40.0  # log σ(42) = −6e-19

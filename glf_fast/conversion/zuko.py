@@ -1,30 +1,32 @@
-"""Reads zuko's flows. Its transforms are data → noise; `flow(context)` builds a distribution anew at every call."""
+"""zuko. Its transforms are data → noise; `flow(context)` makes a distribution in every call."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Transform, constraints
 
+from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
-from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Layer, Permutation, Unfusable
-from glf_fast.conversion.mlp import read_mlp, select_outputs
-from glf_fast.conversion.reading import ConversionError, Reading, read_each, trained_together
+from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
+from glf_fast.conversion.library import Base, Chain, FusedLayer, Library, Part, Shape, put_transform
+from glf_fast.flow import Flow
 from glf_fast.reference import log_scale
 
-__all__ = ["KeptTransform", "read", "read_transform", "transforms"]
+__all__ = ["LIBRARY"]
 
 
 class KeptTransform(nn.Module):
     """A lazy transform as it is, as a layer: one evaluation for output and logdet."""
 
-    def __init__(self, transform: nn.Module) -> None:
+    def __init__(self, part: Part) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform = part.module
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: output (B, D), logdet (B,)."""
@@ -40,38 +42,46 @@ class KeptTransform(nn.Module):
         return y, ladj.sum(1) if ladj.ndim == 2 else ladj  # per column for elementwise transforms
 
 
-def read(flow: Any, device: str = "cpu") -> Reading:
-    """A `zuko.lazy.Flow` whose base is a diagonal normal."""
-    try:
-        base = flow.base(None)
-    except Exception as error:  # a network that makes a distribution of the context
-        raise ConversionError("its base depends on the context: N(0, I) or a diagonal normal is covered") from error
-    normal = getattr(base, "base_dist", None)
-    if type(base).__name__ not in ("DiagNormal", "Independent") or type(normal) is not torch.distributions.Normal:
-        raise ConversionError(f"base distribution {type(base).__name__}: DiagNormal is covered")
-    if len(base.event_shape) != 1 or base.batch_shape:
-        shapes = f"batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}"
-        raise ConversionError(f"a base of {shapes}: flows on vectors are covered")
-    dim = base.event_shape[0]
-    layers = read_each(transforms(flow.transform), lambda t: read_transform(t, dim), KeptTransform, device)
-    if normal.loc.any() or (normal.scale != 1).any() or normal.loc.requires_grad or normal.scale.requires_grad:
-        try:
-            trained = trained_together(normal.loc, normal.scale)
-        except Unfusable as reason:
-            raise ConversionError(f"base distribution: {reason}") from None
-        layers.append(Diagonal(-normal.scale.log(), -normal.loc / normal.scale, trained))
-    columns = max(_context_columns(module, dim) for module in flow.modules())
+class ZukoLayer(FusedLayer):
+    """A lazy transform: a context makes it a transform data → noise."""
 
-    def inverse(z: Tensor, context: Tensor | None) -> Tensor:
-        return flow.transform(context).inv(normal.loc + z * normal.scale)
+    def forward(self, c: Tensor | None = None) -> Transform:  # type: ignore[override]
+        """The transform given c (…, C)."""
+        return _Given(self.flow, self._given(c))
 
-    return Reading(
-        layers=layers,
-        event_shape=(dim,),
-        log_prob=lambda x, context: flow(context).log_prob(x),
-        inverse=inverse,
-        context_shape=(columns,) if columns else (),
-    )
+
+class _Given(Transform):
+    """A flow and its context as a transform of torch.distributions, data → noise, with zuko's `call_and_ladj`."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, flow: Flow, context: Tensor | None) -> None:
+        super().__init__()
+        self.flow = flow
+        self.context = context
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, D) → (…, D), log|det| (…), in one evaluation."""
+        return self._run(self.flow, x)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of data → noise at x, (…)."""
+        return self._run(self.flow, x)[1]
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._run(self.flow, x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._run(self.flow.inverse, y)[0]
+
+    def _run(self, direction: Callable[..., tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
+        batch, context = x.shape[:-1], self.context
+        if context is not None:
+            context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
+        y, logdet = direction(x.reshape(-1, x.shape[-1]), context)
+        return y.reshape(*batch, y.shape[-1]), logdet.reshape(batch)
 
 
 def _context_columns(module: Any, dim: int) -> int:
@@ -88,40 +98,14 @@ def _context_columns(module: Any, dim: int) -> int:
     return 0
 
 
-def transforms(transform: nn.Module, name: str = "transform") -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of the lazy transforms, one by one, in nested compositions too."""
-    if type(transform).__name__ == "LazyComposedTransform":
-        for i, part in enumerate(transform.transforms):  # type: ignore[arg-type]
-            yield from transforms(part, f"{name}.transforms.{i}")
-    else:
-        yield name, transform
-
-
-def read_transform(transform: nn.Module, dim: int) -> list[Layer]:
-    """The layers of one lazy transform on vectors of `dim` columns; raises Unfusable."""
-    kind = type(transform).__name__
-    if kind == "GeneralCouplingTransform":
-        return [_coupling(transform)]
-    if kind == "LazyInverse":
-        inner = [layer for _, part in transforms(transform.transform) for layer in read_transform(part, dim)]  # type: ignore
-        return inverted_layers(inner)
-    if kind == "UnconditionalTransform":
-        eager = transform()
-        reader = _UNCONDITIONAL.get(type(eager).__name__)
-        if reader is None:
-            raise Unfusable(f"{type(eager).__name__} is neither linear nor a permutation")
-        return [reader(eager, dim, trained_together(*transform.parameters()))]
-    raise Unfusable(f"{kind} is not a coupling with an affine transformation, a linear layer or a permutation")
-
-
-def _coupling(transform: Any) -> Coupling:
-    passive, transformed = transform.mask.nonzero().squeeze(1), (~transform.mask).nonzero().squeeze(1)
-    T = len(transformed)
+def _coupling(part: Part) -> list[Layer]:
+    transform = part.module
+    halves = transform.mask.nonzero().squeeze(1), (~transform.mask).nonzero().squeeze(1)
     shapes = [tuple(shape) for shape in transform.shapes]
     kind = transform.univariate.func if isinstance(transform.univariate, partial) else transform.univariate
     name = getattr(kind, "__name__", repr(kind)) if getattr(kind, "__module__", "") == "zuko.transforms" else repr(kind)
     if name == "AdditiveTransform" and shapes == [()]:
-        return Coupling(passive, transformed, read_mlp(transform.hyper), "exp", None, False)
+        return [DeclaredCoupling(*halves, transform.hyper, "t").read(part)]
     if name != "MonotonicAffineTransform" or shapes != [(), ()]:
         raise Unfusable(f"its transformation {name} is not affine")
     # ℓ → |ln slope| as a → ∞: the slope of this object, whose default differs from release to release.
@@ -130,9 +114,7 @@ def _coupling(transform: Any) -> Coupling:
     slope = float(f"{math.exp(-log_scales[0].item()):.12g}")  # the exponential of a logarithm is off in the last digits
     if not torch.allclose(log_scales, log_scale(probe, "softclip", slope), rtol=1e-9, atol=1e-12):
         raise Unfusable("its log-scale is not a / (1 + |a / ln slope|)")
-    order = torch.cat([torch.arange(1, 2 * T, 2), torch.arange(0, 2 * T, 2)])  # zuko has [t₀, a₀, t₁, a₁, …]
-    mlp = select_outputs(read_mlp(transform.hyper), order)
-    return Coupling(passive, transformed, mlp, "softclip", slope, False)
+    return [DeclaredCoupling(*halves, transform.hyper, "tutu", "softclip", slope).read(part)]
 
 
 def _lu(eager: Any, dim: int, trained: bool) -> Layer:
@@ -164,3 +146,62 @@ _UNCONDITIONAL: dict[str, Callable[[Any, int, bool], Layer]] = {
     "AffineTransform": _affine,
     "MonotonicAffineTransform": _monotonic_affine,
 }
+
+
+def _unconditional(part: Part) -> list[Layer]:
+    """What it makes is a transform of its own kind."""
+    eager = part.module()
+    reader = _UNCONDITIONAL.get(type(eager).__name__)
+    if reader is None:
+        raise Unfusable(f"{type(eager).__name__} is neither linear nor a permutation")
+    return [reader(eager, part.shape[0], trained_together(*part.module.parameters()))]
+
+
+def _chains(flow: Any) -> list[Chain]:
+    try:
+        shape = tuple(flow.base().event_shape)
+    except Exception as error:  # a base that only a context makes a distribution
+        raise ConversionError("its base depends on the context, and does not say how many columns it has") from error
+    parts = LIBRARY.placed(list(LIBRARY.flattened(flow.transform, "transform")), shape)
+    return [Chain(parts, partial(put_transform, flow, "transform", "transforms", parts))]
+
+
+def _base(flow: Any) -> Base:
+    try:
+        base = flow.base(None)
+    except Exception as error:  # a network that makes a distribution of the context
+        raise ConversionError("its base depends on the context: N(0, I) or a diagonal normal is covered") from error
+    normal = getattr(base, "base_dist", None)
+    name = type(base).__name__
+    if name not in ("DiagNormal", "Independent") or type(normal) is not torch.distributions.Normal:
+        raise ConversionError(f"base distribution {name}: DiagNormal is covered")
+    if len(base.event_shape) != 1 or base.batch_shape:
+        shapes = f"batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}"
+        raise ConversionError(f"a base of {shapes}: flows on vectors are covered")
+    return Base.normal(name, normal.loc, normal.scale.log(), normal.loc, normal.scale)
+
+
+def _context_shape(parts: Sequence[Part]) -> Shape:
+    """By the inputs of the networks, of fused transforms and others."""
+    columns = max((_context_columns(m, part.shape[0]) for part in parts for m in part.module.modules()), default=0)
+    return (columns,) if columns else ()
+
+
+LIBRARY: Library = Library(
+    package="zuko",
+    flows=("Flow",),
+    packages=("zuko.flows", "zuko.lazy"),
+    chains=_chains,
+    base=_base,
+    log_prob=lambda flow, x, context: flow(context).log_prob(x),
+    generate=lambda flow, noise, context: flow.transform(context).inv(noise),
+    kept=KeptTransform,
+    fused=lambda fused, parts: ZukoLayer(fused),
+    on_vectors={
+        "GeneralCouplingTransform": _coupling,
+        "LazyInverse": lambda part: inverted_layers(LIBRARY.read_inside(part, part.module.transform)),
+        "UnconditionalTransform": _unconditional,
+    },
+    compositions={"LazyComposedTransform": "transforms"},
+    context_shape=_context_shape,
+)

@@ -2,8 +2,7 @@
 
 import copy
 import io
-import subprocess
-import sys
+from functools import partial
 
 import FrEIA.framework as ff
 import FrEIA.modules as fm
@@ -15,6 +14,7 @@ import normflows as nf
 import pytest
 import torch
 import zuko
+from nflows_couplings import Net, alternating
 from torch import nn
 
 from glf_fast.conversion import convert
@@ -46,18 +46,8 @@ def normflows_flow(dim=6, steps=3):
 
 
 def nflows_flow(dim=5, context=2, steps=3):
-    class Net(nn.Module):
-        def __init__(self, n_in, n_out):
-            super().__init__()
-            self.layers = mlp(n_in + context, n_out)
-
-        def forward(self, x, context):
-            return self.layers(torch.cat([x, context], 1))
-
-    transforms = []
-    for k in range(steps):
-        mask = torch.tensor([(-1) ** (i + k) for i in range(dim)])
-        transforms += [nt.AffineCouplingTransform(mask, Net), nt.LULinear(dim)]
+    couplings = alternating(dim, steps, lambda n_in, n_out: Net(n_in + context, n_out, (12, 12), nn.ReLU()))
+    transforms = [t for coupling in couplings for t in (coupling, nt.LULinear(dim))]
     composite = nt.CompositeTransform([nt.PointwiseAffineTransform(0.5, 2.0), nt.CompositeTransform(transforms)])
     return randomized(nflows.flows.Flow(composite, nflows.distributions.StandardNormal([dim]), nn.Linear(3, context)))
 
@@ -87,6 +77,22 @@ def trains(loss, parameters):
     assert all(not torch.equal(p, v) for p, v in zip(parameters, values, strict=True))
 
 
+def double(given):
+    """Tensors in float64, in lists, too."""
+    if isinstance(given, (list, tuple)):
+        return type(given)(map(double, given))
+    return given.double() if isinstance(given, torch.Tensor) else given
+
+
+def same(call, fast, original, *inputs, tolerance=1e-4):
+    """The same results: ours in float32, the original's in float64."""
+    got, want = call(fast, *inputs), call(original, *double(inputs))
+    pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+    for a, b in pairs:
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+    return got
+
+
 class VAE(nn.Module):
     """With a flow as its prior."""
 
@@ -110,12 +116,10 @@ def test_vae_with_a_normflows_prior():
     assert (replaced.couplings, replaced.flows) == (3, 1) and not report.left
     assert type(model.prior) is nf.NormalizingFlow and len(model.prior.flows) == 1
     assert all(module.training for module in model.modules())
-    x, noise = torch.randn(20, 10), torch.randn(20, 6)
-    torch.testing.assert_close(model(x, noise), original(x.double(), noise.double()).float(), rtol=1e-4, atol=1e-4)
-    z, expected = torch.randn(20, 6), original.prior
+    x, noise, z = torch.randn(20, 10), torch.randn(20, 6), torch.randn(20, 6)
+    same(VAE.__call__, model, original, x, noise)
     for name in ("forward_kld", "inverse", "forward"):
-        got, want = getattr(model.prior, name)(z), getattr(expected, name)(z.double())
-        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+        same(lambda flow, z, name=name: getattr(flow, name)(z), model.prior, original.prior, z)
     sample, log_q = model.prior.sample(50)
     torch.testing.assert_close(log_q, model.prior.log_prob(sample), rtol=1e-3, atol=1e-3)
     trains(lambda: model(x, noise).mean(), model.parameters())
@@ -125,18 +129,14 @@ def test_nflows_flow_in_a_larger_module():
     torch.manual_seed(1)
     model = nn.ModuleDict({"estimators": nn.ModuleList([nflows_flow()]), "other": nn.Linear(2, 2)})
     original = copy.deepcopy(model["estimators"][0]).double()
-    report = accelerate(model)
-    (replaced,) = report.replaced
+    (replaced,) = accelerate(model).replaced
     assert replaced.where == "estimators.0" and replaced.first == "_transform._transforms.0"
     assert (replaced.couplings, replaced.flows) == (3, 1)
     flow = model["estimators"][0]
     x, context = torch.randn(20, 5), torch.randn(20, 3)
-    want = original.log_prob(x.double(), context.double())
-    torch.testing.assert_close(flow.log_prob(x, context).double(), want, rtol=1e-4, atol=1e-4)
+    for name in ("log_prob", "transform_to_noise"):
+        same(lambda flow, x, c, name=name: getattr(flow, name)(x, c), flow, original, x, context)
     assert flow.sample(4, context).shape == (20, 4, 5)
-    noise = flow.transform_to_noise(x, context)
-    want = original.transform_to_noise(x.double(), context.double())
-    torch.testing.assert_close(noise.double(), want, rtol=1e-4, atol=1e-4)
     trains(lambda: -flow.log_prob(x, context).mean(), flow.parameters())
 
 
@@ -147,36 +147,19 @@ def test_zuko_flow():
     report = accelerate(flow)
     assert report and report.replaced[0].where == "the model" and type(flow) is zuko.flows.RealNVP
     context = torch.randn(3, 2)
-    x = torch.randn(4, 3, 5)
-    want = original(context.double()).log_prob(x.double())
-    torch.testing.assert_close(flow(context).log_prob(x).double(), want, rtol=1e-4, atol=1e-4)
-    x, log_prob = flow(context).rsample_and_log_prob((7,))
+    log_prob = lambda flow, x, c: flow(c).log_prob(x)  # noqa: E731
+    same(log_prob, flow, original, torch.randn(4, 3, 5), context)
+    x, got = flow(context).rsample_and_log_prob((7,))
     assert x.shape == (7, 3, 5)
-    want = original(context.double()).log_prob(x.double())
-    torch.testing.assert_close(log_prob.double(), want, rtol=1e-3, atol=1e-3)
-    # One context for many samples.
-    torch.testing.assert_close(
-        flow(context[0]).log_prob(x[:, 0]).double(), original(context[0].double()).log_prob(x[:, 0].double()),
-        rtol=1e-3, atol=1e-3,
-    )  # fmt: skip
+    torch.testing.assert_close(got, same(log_prob, flow, original, x, context, tolerance=1e-3), rtol=1e-3, atol=1e-3)
+    same(log_prob, flow, original, x[:, 0], context[0], tolerance=1e-3)  # one context for many samples
     x = torch.randn(3, 5)
     trains(lambda: -flow(context).log_prob(x).mean(), flow.parameters())
 
 
-class Ignorant(nn.Module):
-    """A network that is given a context, and makes nothing of it."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.net = mlp(n_in, n_out)
-
-    def forward(self, x, context):
-        return self.net(x)
-
-
 def test_nflows_caches_and_a_context_that_no_layer_uses():
-    mask = torch.tensor([1, -1, 1, -1, 1])
-    transform = nt.CompositeTransform([nt.AffineCouplingTransform(mask, Ignorant), nt.LULinear(5, using_cache=True)])
+    layers = [*alternating(5, 1, partial(Net, ignores=True)), nt.LULinear(5, using_cache=True)]
+    transform = nt.CompositeTransform(layers)
     flow = randomized(nflows.flows.Flow(transform, nflows.distributions.StandardNormal([5]))).eval()
     x, context = torch.randn(20, 5), torch.randn(20, 3)
     with torch.no_grad():
@@ -196,6 +179,10 @@ class AnomalyDetector(nn.Module):
         return 0.5 * z.square().sum(1) - jac
 
 
+def run(inn, x, conditions, rev=False):
+    return inn(x, c=conditions, rev=rev)
+
+
 def test_freia_network_in_an_anomaly_detector():
     torch.manual_seed(3)
     model = AnomalyDetector(freia_net())
@@ -204,15 +191,8 @@ def test_freia_network_in_an_anomaly_detector():
     assert report.replaced[0].where == "inn" and report.replaced[0].couplings == 2
     assert type(model.inn) is ff.SequenceINN and len(model.inn) == 1 and model.inn.conditions == [1]
     x, condition = torch.randn(20, 8), torch.randn(20, 3)
-    want = original(x.double(), condition.double())
-    torch.testing.assert_close(model(x, condition).double(), want, rtol=1e-4, atol=1e-4)
-    z = torch.randn(20, 5)
-    for got, expected in zip(
-        model.inn(z, c=[None, condition], rev=True),
-        original.inn(z.double(), c=[None, condition.double()], rev=True),
-        strict=True,
-    ):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    same(AnomalyDetector.__call__, model, original, x, condition)
+    same(run, model.inn, original.inn, torch.randn(20, 5), [None, condition], True)
     trains(lambda: model(x, condition).mean(), model.parameters())
 
 
@@ -228,11 +208,8 @@ def test_freia_graph_keeps_its_nodes():
     report = accelerate(inn)
     assert [r.couplings for r in report.replaced] == [2, 2]
     assert "GINCouplingBlock" in report.left[0].reason
-    x, context = torch.randn(20, 6), torch.randn(20, 2)
     for rev in (False, True):
-        got, want = inn(x, c=[context], rev=rev), original(x.double(), c=[context.double()], rev=rev)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+        same(run, inn, original, torch.randn(20, 6), [torch.randn(20, 2)], rev)
 
 
 def test_freia_runs_end_where_the_condition_changes():
@@ -248,10 +225,7 @@ def test_freia_runs_end_where_the_condition_changes():
         ("module_list.0", "module_list.2"),
         ("module_list.3", "module_list.3"),
     ]
-    x, conditions = torch.randn(9, 4), [torch.randn(9, 2), torch.randn(9, 3)]
-    got, want = inn(x, c=conditions), original(x.double(), c=[c.double() for c in conditions])
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+    same(run, inn, original, torch.randn(9, 4), [torch.randn(9, 2), torch.randn(9, 3)])
 
 
 def test_splines_between_couplings_stay():
@@ -264,7 +238,7 @@ def test_splines_between_couplings_stay():
     assert [r.couplings for r in report.replaced] == [1, 2] and len(flow.flows) == 3 and flow.flows[1] is spline
     assert "flows.2 (CoupledRationalQuadraticSpline)" in str(report)
     x = torch.randn(20, 6)
-    torch.testing.assert_close(flow.log_prob(x).double(), original.log_prob(x.double()), rtol=1e-4, atol=1e-4)
+    same(lambda flow, x: flow.log_prob(x), flow, original, x)
     trains(lambda: flow.forward_kld(x), flow.parameters())
 
 
@@ -294,9 +268,13 @@ def test_one_layer_used_twice_stays():
     assert sum("shares parameters" in left.reason for left in report.left) == 2
 
 
-def test_hooks_are_not_lost():
+@pytest.mark.parametrize("of", ["layer", "parameter"])
+def test_hooks_are_not_lost(of):
     flow = normflows_flow()
-    flow.flows[0].register_forward_hook(lambda *_: None)
+    if of == "layer":
+        flow.flows[0].register_forward_hook(lambda *_: None)
+    else:
+        next(flow.flows[0].parameters()).register_hook(lambda g: 2 * g)
     report = accelerate(flow)
     assert report.replaced[0].couplings == 2 and "has hooks" in report.left[0].reason
 
@@ -325,7 +303,7 @@ def test_dtype_mode_and_optimizer():
     flow = normflows_flow().double().eval()
     old = list(flow.parameters())
     report = accelerate(flow)
-    assert "optimizer" in str(report)
+    assert "Optimizers created before" in str(report)
     assert all(p.dtype == torch.float64 for p in flow.parameters())
     assert not any(module.training for module in flow.modules())
     assert not any(p is q for p in flow.flows.parameters() for q in old)
@@ -353,7 +331,6 @@ def test_nothing_to_replace():
     assert not report and "CoupledRationalQuadraticSpline" in str(report)
     flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [nf.flows.Permute(4)])
     assert "no coupling" in str(accelerate(flow))
-    assert "does not follow" in str(accelerate(branching_graph()))
     # A layer that no flow holds, once, and not what is in it.
     composite = nt.CompositeTransform([nt.LULinear(3), nt.LULinear(3)])
     (left,) = accelerate(nn.ModuleDict({"net": mlp(2, 2), "alone": composite})).left
@@ -372,23 +349,6 @@ def test_another_default_device(build):
     assert report
     for tensor in (*converted.state_dict().values(), *flow.state_dict().values()):
         assert tensor.device.type == "cpu"
-
-
-def test_no_library_is_imported():
-    code = (
-        "import sys, torch, glf_fast; print(glf_fast.accelerate(torch.nn.Linear(1, 1)));"
-        "sys.exit(bool({'normflows', 'nflows', 'zuko', 'FrEIA'} & sys.modules.keys()))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("Nothing was replaced.")
-
-
-def branching_graph():
-    start = ff.InputNode(6)
-    split = ff.Node(start, fm.Split, {})
-    left = ff.Node(split.out0, fm.PermuteRandom, {})
-    joined = ff.Node([left.out0, split.out1], fm.Concat, {})
-    return ff.GraphINN([start, split, left, joined, ff.OutputNode(joined)])
 
 
 @pytest.mark.parametrize("build", [normflows_flow, nflows_flow, zuko_flow, freia_net])

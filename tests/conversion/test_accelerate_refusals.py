@@ -53,13 +53,6 @@ def test_flows_with_methods_of_their_own_stay() -> None:
     assert accelerate(flow(Named))
 
 
-def test_hooks_on_parameters_are_not_lost() -> None:
-    made = flow()
-    next(made.flows[0].parameters()).register_hook(lambda g: 2 * g)
-    report = accelerate(made)
-    assert report.replaced[0].couplings == 1 and "has hooks" in report.left[0].reason
-
-
 @pytest.mark.parametrize("what", ["posterior", "list"])
 def test_what_is_no_module_is_refused(what: str) -> None:
     class Posterior:

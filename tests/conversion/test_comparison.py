@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import normflows as nf
 import pytest
 import torch
@@ -11,12 +9,12 @@ import zuko
 from nflows import transforms as T
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
+from nflows_couplings import alternating
 from torch import nn
 
 import glf_fast
 from glf_fast.conversion import ConversionError, convert
 from glf_fast.conversion.accelerate import accelerate
-from glf_fast.flow import ActNorm, CouplingFlow
 
 
 def masked(dim: int, n: int, hidden: int = 64) -> nf.NormalizingFlow:
@@ -27,19 +25,6 @@ def masked(dim: int, n: int, hidden: int = 64) -> nf.NormalizingFlow:
 
 def block(widths: tuple[int, ...] = (16,)) -> nn.Module:
     return nf.flows.AffineCouplingBlock(nf.nets.MLP([3, *widths, 6]))
-
-
-class Net(nn.Module):
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.net = nf.nets.MLP([n_in, 8, n_out])
-
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        return self.net(x)
-
-
-def alternating() -> list[nn.Module]:
-    return [T.AffineCouplingTransform(s * torch.tensor([1, -1, 1, -1]), Net) for s in (1, -1)]
 
 
 @pytest.mark.parametrize(("seed", "std"), [(0, 0.15), (2, 0.15), (12, 0.15), (21, 0.2), (28, 0.2)])
@@ -73,7 +58,7 @@ def test_flows_trained_long_convert() -> None:
 
 def test_bounded_domains_are_compared_on_samples() -> None:
     torch.manual_seed(0)
-    flow = Flow(T.CompositeTransform([T.Logit(), *alternating()]), StandardNormal([4]))
+    flow = Flow(T.CompositeTransform([T.Logit(), *alternating(4)]), StandardNormal([4]))
     converted = convert(flow)
     x = torch.rand(6, 4)
     torch.testing.assert_close(converted.log_prob(x), flow.log_prob(x), rtol=1e-4, atol=1e-4)
@@ -88,37 +73,8 @@ def test_what_is_random_is_refused_with_that_reason() -> None:
     flow = zuko.lazy.Flow(
         [*base.transform.transforms, zuko.flows.FFJTransform(4, exact=False, hidden_features=(8,))], base.base
     )
-    with pytest.raises(ConversionError, match="does not repeat itself"):
+    with pytest.raises(ConversionError, match="original flow is not reproducible"):
         convert(flow)
-
-
-@pytest.mark.parametrize("mean", [100.0, 1e4])
-def test_standardisation_far_from_zero_keeps_its_digits(mean: float) -> None:
-    """(x − μ)/σ in this order: folded into x A + c, 1e4/0.6 − 1e4/0.6 loses four digits."""
-    torch.manual_seed(0)
-    data = mean + 0.6 * torch.randn(500, 6)
-    flow = nf.NormalizingFlow(
-        nf.distributions.DiagGaussian(6), [block(), nf.flows.Permute(6), block(), nf.flows.ActNorm(6)]
-    )
-    flow.log_prob(data)
-    truth = copy.deepcopy(flow).double().log_prob(data.double())
-    allowed = 2 * (flow.log_prob(data) - truth).abs().max()
-    converted = convert(flow)
-    assert (converted.log_prob(data) - truth).abs().max() <= allowed
-    assert [type(m) for m in converted.layers][:2] == [ActNorm, CouplingFlow]
-    accelerate(flow)
-    assert (flow.log_prob(data) - truth).abs().max() <= allowed
-    assert any(p.requires_grad for p in converted.layers[0].parameters())
-
-
-def test_one_wide_network_does_not_widen_all() -> None:
-    flow = nf.NormalizingFlow(
-        nf.distributions.DiagGaussian(6), [block((16, 16)), block((512, 512)), *[block((16, 16)) for _ in range(5)]]
-    )
-    converted = convert(flow)
-    stacked = [m for m in converted.modules() if isinstance(m, CouplingFlow)]
-    assert [m.config["hidden"][0] for m in stacked] == [16, 512, 16]
-    assert sum(p.numel() for p in converted.parameters()) < 1.2 * sum(p.numel() for p in flow.parameters())
 
 
 @pytest.mark.parametrize(

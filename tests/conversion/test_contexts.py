@@ -8,6 +8,7 @@ import torch
 from nflows import transforms as T
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
+from nflows_couplings import Net, alternating
 from torch import Tensor, nn
 
 from glf_fast.conversion import ConversionError, convert
@@ -16,19 +17,8 @@ from glf_fast.integrations import nflows as as_nflows
 from glf_fast.integrations import zuko as as_zuko
 
 
-class Net(nn.Module):
-    def __init__(self, n_in: int, n_out: int, context: int = 0) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(n_in + context, 8), nn.Tanh(), nn.Linear(8, n_out))
-        self.context = context
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.body(torch.cat([x, context], 1) if self.context else x)
-
-
 def nflows_flow(*layers: nn.Module, context: int = 0, embedding: nn.Module | None = None) -> Flow:
-    mask = torch.tensor([1, -1, 1, -1])
-    couplings = [T.AffineCouplingTransform(s * mask, lambda a, b: Net(a, b, context)) for s in (1, -1)]
+    couplings = alternating(4, 2, lambda a, b: Net(a + context, b, ignores=not context))
     return Flow(T.CompositeTransform([*couplings, *layers]), StandardNormal([4]), embedding)
 
 

@@ -1,126 +1,39 @@
-"""In float32 a fused flow is as close to the truth (the library's flow in float64) as the library's own float32."""
+"""In float32 a fused flow keeps the digits that the library keeps, where data are far from zero or matrices steep.
+
+That it is as close to the truth on the whole is in each library's own tests.
+"""
 
 import copy
 import math
+from functools import partial
 
-import FrEIA.framework as ff
-import FrEIA.modules as fm
 import nflows.distributions
 import nflows.flows
-import nflows.nn.nets
 import nflows.transforms as nt
 import normflows as nf
-import numpy as np
 import pytest
 import torch
-import zuko
+from nflows_couplings import Net, alternating
 from torch import nn
 
+from glf_fast import ActNorm, CouplingFlow
 from glf_fast.conversion import convert
 from glf_fast.conversion.accelerate import accelerate
 
 STEPS = 4
 
 
-def net(n_in, n_out, _=None):
-    return nn.Sequential(nn.Linear(n_in, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, n_out))
-
-
-def normflows_of(step):
-    def build(dim):
-        layers = [layer for k in range(STEPS) for layer in step(dim, k)]
-        return nf.NormalizingFlow(nf.distributions.DiagGaussian(dim), layers)
-
-    return build
-
-
-def freia_of(kind, **arguments):
-    def build(dim):
-        inn = ff.SequenceINN(dim)
-        for _ in range(STEPS):
-            inn.append(kind, subnet_constructor=net, **arguments)
-            inn.append(fm.PermuteRandom)
-        return inn
-
-    return build
-
-
 def nflows_of(dim):
-    class Unconditional(nn.Module):
-        def __init__(self, n_in, n_out):
-            super().__init__()
-            self.net = net(n_in, n_out)
-
-        def forward(self, x, context=None):
-            return self.net(x)
-
-    masks = [torch.tensor([(-1.0) ** (i + k) for i in range(dim)]) for k in range(STEPS)]
-    transforms = [t for m in masks for t in (nt.AffineCouplingTransform(m, Unconditional), nt.LULinear(dim))]
+    couplings = alternating(dim, STEPS, partial(Net, hidden=(32, 32), activation=nn.ReLU()))
+    transforms = [t for coupling in couplings for t in (coupling, nt.LULinear(dim))]
     return nflows.flows.Flow(nt.CompositeTransform(transforms), nflows.distributions.StandardNormal([dim]))
 
 
 def block(scale_map):
     return lambda dim, k: [
-        nf.flows.AffineCouplingBlock(net(dim - dim // 2, 2 * (dim // 2)), scale_map=scale_map),
+        nf.flows.AffineCouplingBlock(nf.nets.MLP([dim - dim // 2, 32, 32, 2 * (dim // 2)]), scale_map=scale_map),
         nf.flows.Permute(dim, "swap"),
     ]
-
-
-FLOWS = {
-    "normflows exp": normflows_of(block("exp")),
-    "normflows sigmoid": normflows_of(block("sigmoid")),
-    "normflows sigmoid_inv": normflows_of(block("sigmoid_inv")),
-    "normflows lu": normflows_of(lambda dim, k: [*block("exp")(dim, k), nf.flows.LULinearPermute(dim)]),
-    "normflows masked": normflows_of(
-        lambda dim, k: [
-            nf.flows.MaskedAffineFlow((torch.arange(dim) % 2 == k % 2).float(), net(dim, dim), net(dim, dim))
-        ]
-    ),
-    "nflows": nflows_of,
-    "zuko": lambda dim: zuko.flows.RealNVP(dim, transforms=STEPS),
-    "FrEIA GLOW": freia_of(fm.GLOWCouplingBlock),
-    "FrEIA RNVP": freia_of(fm.RNVPCouplingBlock, clamp=1.0),
-    "FrEIA NICE": freia_of(fm.NICECouplingBlock),
-    "FrEIA AllInOne": freia_of(fm.AllInOneBlock),
-    "FrEIA AllInOne soft": freia_of(fm.AllInOneBlock, permute_soft=True),
-}
-
-
-def errors(build, dim, seed):
-    """Mean errors of float32 log-densities: ours, theirs."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    flow = build(dim).eval()
-    for p in flow.parameters():
-        if p.requires_grad:
-            p.add_(0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5)
-    truth = copy.deepcopy(flow).double()
-    theirs = copy.deepcopy(flow)
-    report = accelerate(flow)
-    assert report and not report.left
-    x = torch.randn(2000, dim)
-
-    def log_prob(flow, x):
-        if isinstance(flow, ff.SequenceINN):
-            z, jac = flow(x)
-            return jac - 0.5 * z.square().sum(1)
-        return flow().log_prob(x) if isinstance(flow, zuko.lazy.Flow) else flow.log_prob(x)
-
-    wanted = log_prob(truth, x.double())
-    return [float((log_prob(f, x).double() - wanted).abs().mean()) for f in (flow, theirs)]
-
-
-@pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")
-@torch.no_grad()
-def test_float32_is_as_close_to_the_truth_as_the_library():
-    """One ratio of two sums of rounding errors scatters by 17 % (33 flows measured): each may, their mean may not."""
-    ratios = {}
-    for name, build in FLOWS.items():
-        for seed, dim in enumerate((6, 15)):
-            ours, theirs = errors(build, dim, seed)
-            ratios[name, dim] = ours / theirs
-    assert max(ratios.values()) < 1.3, ratios
-    assert math.exp(sum(map(math.log, ratios.values())) / len(ratios)) < 1.05, ratios
 
 
 def actnorm_between(dim):
@@ -154,6 +67,9 @@ def test_data_far_from_zero_keep_their_digits(name, mean, std):
     truth = copy.deepcopy(flow).double()
     wanted = truth.log_prob(data.double())
     converted, accelerated = convert(flow), copy.deepcopy(flow)
+    if name == "ActNorm":  # a layer of its own, which is trained
+        assert [type(m) for m in converted.layers][:2] == [ActNorm, CouplingFlow]
+        assert any(p.requires_grad for p in converted.layers[0].parameters())
     assert accelerate(accelerated)
     theirs = (flow.log_prob(data) - wanted).abs().mean()
     for ours in (converted, accelerated):

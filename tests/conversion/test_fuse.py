@@ -325,25 +325,10 @@ def test_flows_with_held_entries_are_saved_copied_pickled_and_compiled() -> None
     torch.testing.assert_close(layers_again(wide, context)[0], stacked(wide, context)[0])
 
 
-def test_fused_flow_compiles_into_one_graph() -> None:
-    maker, layers = mixed()
-    flow = check(maker, layers)
-    x, context = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 1, dtype=torch.float64)
-    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, context), flow.log_prob(x, context))
-
-
 def test_hold_refuses_a_mask_of_another_shape() -> None:
     flow = CouplingFlow(4, 2, (3,))
     with pytest.raises(ValueError, match=r"linear_upper's shape \(2, 4, 4\)"):
         flow.hold("linear_upper", torch.ones(4, 4, dtype=torch.bool))
-
-
-def test_fusing_leaves_the_random_generator_alone() -> None:
-    _, layers = mixed()
-    state = torch.get_rng_state()
-    fuse(layers, (5,), (1,))
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_undone_couplings_with_odd_log_scale_need_no_inverse() -> None:

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Unfusable
-from glf_fast.conversion.mlp import read_mlp, scale_u, select_inputs, select_outputs, separate, without_shift
+from glf_fast.conversion.mlp import (
+    read_mlp,
+    scale_outputs,
+    select_inputs,
+    select_outputs,
+    separate,
+    widen_inputs,
+    without_shift,
+)
 from glf_fast.reference import mlp
 
 
@@ -146,16 +154,22 @@ def test_selecting_and_joining() -> None:
     assert both.bias_roles[0].tolist() == [[TRAINED] * 4 + [FIXED] * 3, [FROZEN] * 7]
     assert (both.separate, both.n_in, both.n_out) == (True, 5, 6)
 
-    order, factor = torch.tensor([2, 0, 1]), torch.tensor([2.0, 1.0, -1.0]).double()
-    chosen = select_outputs(both, order, factor)
-    wanted = torch.cat([u(x)[:, order] * factor, t(x)[:, order] * factor], 1)
-    torch.testing.assert_close(mlp(x, chosen.weights, chosen.biases, "tanh"), wanted)
-    alone = select_outputs(read_mlp(u), order, factor)
-    torch.testing.assert_close(mlp(x, alone.weights, alone.biases, "tanh"), u(x)[:, order] * factor)
-    for scaled, T in ((scale_u(both, 3.0), 3), (scale_u(select_outputs(read_mlp(u), order[:2]), 3.0), 1)):
-        raw = mlp(x, scaled.weights, scaled.biases, "tanh")
-        wanted = out if T == 3 else u(x)[:, order[:2]]
-        torch.testing.assert_close(raw, torch.cat([3 * wanted[:, :T], wanted[:, T:]], 1))
+    order = torch.tensor([2, 0, 1])
+    chosen = select_outputs(both, order)
+    torch.testing.assert_close(
+        mlp(x, chosen.weights, chosen.biases, "tanh"), torch.cat([u(x)[:, order], t(x)[:, order]], 1)
+    )
+    pair = select_outputs(read_mlp(u), order[:2])
+    torch.testing.assert_close(mlp(x, pair.weights, pair.biases, "tanh"), u(x)[:, order[:2]])
+    for net, raw, factors in ((both, out, (3.0, -1.0)), (pair, u(x)[:, order[:2]], (3.0, 2.0)), (pair, None, (-1.0,))):
+        raw = u(x)[:, order[:2]] if raw is None else raw
+        scaled = scale_outputs(net, *factors)
+        wanted = torch.cat([f * part for f, part in zip(factors, raw.chunk(len(factors), 1), strict=True)], 1)
+        torch.testing.assert_close(mlp(x, scaled.weights, scaled.biases, "tanh"), wanted)
+    wider = widen_inputs(both, 3, (2, 0), 4)
+    given = torch.cat([x[:, :3], x[:, 4:], torch.randn(6, 1).double(), x[:, 3:4], torch.randn(6, 1).double()], 1)
+    torch.testing.assert_close(mlp(given, wider.weights, wider.biases, "tanh"), out)
+    assert not wider.roles[0][:, [4, 6]].any()
     fewer = select_inputs(read_mlp(t), torch.tensor([4, 1]))
     masked = torch.zeros_like(x).index_copy(1, torch.tensor([1, 4]), x[:, [1, 4]])
     torch.testing.assert_close(mlp(x[:, [4, 1]], fewer.weights, fewer.biases, "tanh"), t(masked))

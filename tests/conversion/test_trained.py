@@ -13,6 +13,7 @@ import zuko
 from nflows import transforms as T
 from nflows.distributions.normal import DiagonalNormal
 from nflows.flows import Flow
+from nflows_couplings import Net, alternating
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,22 +24,8 @@ from glf_fast.conversion.accelerate import accelerate
 from glf_fast.conversion.layers import TRAINED
 
 
-class Net(nn.Module):
-    def __init__(self, n_in: int, n_out: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(n_in, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, n_out))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.body(x if context is None else torch.cat([x, context], 1))
-
-
-def couplings(n: int = 2, make: Callable[..., nn.Module] = Net) -> list[nn.Module]:
-    mask = torch.tensor([1, -1, 1, -1])
-    return [T.AffineCouplingTransform((-1) ** k * mask, make) for k in range(n)]
-
-
 def flow(*layers: nn.Module, base: type = nflows.distributions.StandardNormal) -> Flow:
-    first, last = couplings()
+    first, last = alternating(4)
     return Flow(T.CompositeTransform([first, *layers, last]), base([4]))
 
 
@@ -115,7 +102,7 @@ def test_fresh_flows_with_last_layers_of_zero_are_read_by_their_scale(monkeypatc
     blocks = [nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4], init_zeros=True)) for _ in range(2)]
     original = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), blocks)
     convert(original)
-    monkeypatch.setitem(reader._SCALE_MAPS, "exp", ("tanh", 1.0, -1.0, False))
+    monkeypatch.setitem(reader._SCALE_MAPS, "exp", ("tanh", 1.0, True))
     assert not accelerate(copy.deepcopy(original))
     with pytest.raises(ConversionError, match="log_prob differs"):
         convert(original)
@@ -161,16 +148,19 @@ class FunctionalDropout(nn.Module):
 
 @pytest.mark.parametrize("make", [lambda a, b: Net(a, b, dropout=0.3), FunctionalDropout], ids=["module", "function"])
 def test_dropout_that_training_loses_is_said(make: Callable[..., nn.Module]) -> None:
-    original = Flow(T.CompositeTransform(couplings(2, make)), nflows.distributions.StandardNormal([4])).eval()
-    with pytest.warns(UserWarning, match=r"no Dropout \(p = 0.3\) in training mode"):
+    original = Flow(T.CompositeTransform(alternating(4, 2, make)), nflows.distributions.StandardNormal([4]))
+    with pytest.raises(ConversionError, match=r"dropout \(p = 0.3\) is active; convert the flow in eval mode"):
+        convert(original)
+    original.eval()
+    with pytest.warns(UserWarning, match=r"does not apply Dropout \(p = 0.3\) in training mode"):
         converted = convert(original)
     x = torch.randn(3, 4)
     torch.testing.assert_close(converted.train().log_prob(x), original.log_prob(x))
     report = accelerate(original)
-    assert report.replaced[0].lost == "Dropout (p = 0.3)" and "no Dropout (p = 0.3) in training mode any more" in str(
-        report
-    )
-    with pytest.warns(UserWarning, match="no BatchNorm in training mode"):
+    assert report.replaced[
+        0
+    ].lost == "Dropout (p = 0.3)" and "no longer applies Dropout (p = 0.3) in training mode" in str(report)
+    with pytest.warns(UserWarning, match="does not apply BatchNorm in training mode"):
         convert(flow(started(T.BatchNorm)))
 
 
@@ -178,7 +168,7 @@ def test_modes_of_kept_modules_stay() -> None:
     embedding = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).eval()
     layer = T.MaskedAffineAutoregressiveTransform(4, 8, context_features=3, dropout_probability=0.5).eval()
     original = Flow(
-        T.CompositeTransform([*couplings(2, lambda a, b: Net(a + 3, b)), layer]),
+        T.CompositeTransform([*alternating(4, 2, lambda a, b: Net(a + 3, b)), layer]),
         nflows.distributions.StandardNormal([4]), embedding,
     )  # fmt: skip
     original.train()

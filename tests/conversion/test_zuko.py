@@ -24,15 +24,16 @@ from zuko.transforms import (
 from glf_fast import CouplingFlow
 from glf_fast.conversion import ConversionError, convert
 from glf_fast.conversion.padded import Padded
+from glf_fast.conversion.zuko import LIBRARY
 
 
 @pytest.fixture
-def library(Library):
+def library(tools):
     def inverse(flow, z, context):
         base = flow.base(None).base_dist
         return flow.transform(context).inv(base.loc + z * base.scale)
 
-    return Library(lambda flow, x, context: flow(context).log_prob(x), inverse)
+    return tools.Library(LIBRARY, lambda flow, x, context: flow(context).log_prob(x), inverse)
 
 
 def standard(dim: int, buffer: bool = True) -> UnconditionalDistribution:
@@ -61,33 +62,36 @@ def mixed(dim: int, context: int) -> list:
     return [t for pair in zip(couplings(dim, context, 4), linear_layers(dim), strict=True) for t in pair]
 
 
-# name → (D, C) → flow
-FLOWS: dict[str, Callable[[int, int], nn.Module]] = {
-    "RealNVP": lambda d, c: RealNVP(d, c, transforms=4),
-    "NICE-randmask": lambda d, c: NICE(d, c, transforms=4, randmask=True, hidden_features=(9, 17)),
-    "deep-elu": lambda d, c: RealNVP(d, c, transforms=2, activation=nn.ELU, hidden_features=(5, 6, 7, 8)),
-    "masks": lambda d, c: Flow(couplings(d, c, 5), standard(d)),
-    "slope": lambda d, c: Flow(couplings(d, c, univariate=partial(MonotonicAffineTransform, slope=1e-5)), standard(d)),
-    "additive": lambda d, c: Flow(couplings(d, c, univariate=AdditiveTransform, shapes=((),)), standard(d)),
-    "linear": lambda d, c: Flow(mixed(d, c), standard(d)),
-    "trained-base": lambda d, c: Flow(couplings(d, c), standard(d, buffer=False)),
-    "inverse": lambda d, c: Flow([LazyInverse(t) for t in couplings(d, c)] + linear_layers(d)[:1], standard(d)),
-    "hybrid": lambda d, c: Flow(
-        [*couplings(d, c, 2), NSF(d, c, transforms=1).transform, *couplings(d, c, 2)], standard(d)
+# name → (D, C) → flow; steps of each CouplingFlow, and what is kept between them
+CASES: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
+    "RealNVP": (lambda d, c: RealNVP(d, c, transforms=4), "4"),
+    "NICE-randmask": (lambda d, c: NICE(d, c, transforms=4, randmask=True, hidden_features=(9, 17)), "4"),
+    "deep-elu": (lambda d, c: RealNVP(d, c, transforms=2, activation=nn.ELU, hidden_features=(5, 6, 7, 8)), "2"),
+    "masks": (lambda d, c: Flow(couplings(d, c, 5), standard(d)), "5"),
+    "slope": (
+        lambda d, c: Flow(couplings(d, c, univariate=partial(MonotonicAffineTransform, slope=1e-5)), standard(d)),
+        "3",
+    ),
+    "additive": (lambda d, c: Flow(couplings(d, c, univariate=AdditiveTransform, shapes=((),)), standard(d)), "3"),
+    "linear": (lambda d, c: Flow(mixed(d, c), standard(d)), "4"),
+    "trained-base": (lambda d, c: Flow(couplings(d, c), standard(d, buffer=False)), "3"),
+    "inverse": (lambda d, c: Flow([LazyInverse(t) for t in couplings(d, c)] + linear_layers(d)[:1], standard(d)), "3"),
+    "hybrid": (
+        lambda d, c: Flow([*couplings(d, c, 2), NSF(d, c, transforms=1).transform, *couplings(d, c, 2)], standard(d)),
+        "2 KeptTransform 2",
     ),
 }
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dim", "context"), [(2, 0), (5, 2), (6, 1)])
-def test_every_class(library, prove, shake, name: str, dim: int, context: int) -> None:
-    prove(library, shake(FLOWS[name](dim, context), 0.1), dim, context)
+def test_every_class(library, tools, name: str, dim: int, context: int) -> None:
+    make, outline = CASES[name]
+    tools.prove(library, tools.shake(make(dim, context), 0.1), dim, context, outline)
 
 
-def test_float32_is_at_least_as_close_to_the_truth(library, shake, float32_errors) -> None:
-    errors = [float32_errors(library, shake(make(5, 2), 0.1), 5, 2) for make in FLOWS.values()]
-    ratios = torch.tensor([ours / theirs for ours, theirs in errors])
-    assert ratios.log().mean().exp() <= 1, ratios
+def test_float32_is_at_least_as_close_to_the_truth(library, tools) -> None:
+    tools.as_close(library, [tools.shake(make(5, 2), 0.1) for make, _ in CASES.values()], (5,), (2,))
 
 
 def test_alternating_masks_become_one_launch() -> None:
@@ -108,34 +112,24 @@ def test_the_slope_comes_from_the_object() -> None:
         assert stacked.config["log_scale_constant"] == slope
 
 
-def test_a_trained_checkpoint_of_the_library(library, prove, tmp_path) -> None:
-    flow = RealNVP(3, 2, transforms=3, hidden_features=(32, 32))
+def test_a_trained_checkpoint_of_the_library(library, tools) -> None:
     x, context = torch.randn(512, 3).cumsum(1), torch.randn(512, 2)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
-    for _ in range(40):
-        loss = -flow(context).log_prob(x).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    torch.save(flow.state_dict(), tmp_path / "flow.pt")
-    loaded = RealNVP(3, 2, transforms=3, hidden_features=(32, 32))
-    loaded.load_state_dict(torch.load(tmp_path / "flow.pt"))
-    prove(library, loaded, 3, 2)
-    torch.testing.assert_close(convert(loaded).log_prob(x, context).mean(), -loss, rtol=0.05, atol=0.05)
+    make = partial(RealNVP, 3, 2, transforms=3, hidden_features=(32, 32))
+    tools.prove(library, tools.trained(library, make, x, context), 3, 2, "3")
 
 
-def test_frozen_parts_stay_frozen(library, prove, shake) -> None:
-    flow = shake(Flow(mixed(5, 1), standard(5)), 0.1)
+def test_frozen_parts_stay_frozen(library, tools) -> None:
+    flow = tools.shake(Flow(mixed(5, 1), standard(5)), 0.1)
     first, second = [t for t in flow.transform.transforms if isinstance(t, GeneralCouplingTransform)][:2]
     first.requires_grad_(False)
     second.hyper[0].requires_grad_(False)
-    converted = prove(library, flow, 5, 1)
+    converted = tools.prove(library, flow, 5, 1)
     frozen = convert(flow.requires_grad_(False))
     assert any(p.requires_grad for p in converted.parameters())
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
-def test_what_stays_as_it_is_says_why(library, prove, shake) -> None:
+def test_what_stays_as_it_is_says_why(library, tools) -> None:
     """Splines, trained rotations, normalizing networks and tied networks are kept within a hybrid."""
     spline = GeneralCouplingTransform(4, 0, univariate=MonotonicRQSTransform, shapes=((8,), (8,), (7,)))
     rotation = UnconditionalTransform(RotationTransform, torch.randn(4, 4))
@@ -143,10 +137,8 @@ def test_what_stays_as_it_is_says_why(library, prove, shake) -> None:
     tied = couplings(4, 0, 2)
     tied[1].hyper = tied[0].hyper
     tied[1].mask = tied[0].mask.clone()
-    flow = shake(Flow([*couplings(4, 0), spline, rotation, normalized, *tied], standard(4)), 0.1)
-    converted = prove(library, flow, 4)
-    kinds = [type(layer).__name__ for layer in converted.layers]
-    assert kinds.count("KeptTransform") == 5
+    flow = tools.shake(Flow([*couplings(4, 0), spline, rotation, normalized, *tied], standard(4)), 0.1)
+    converted = tools.prove(library, flow, 4, outline="3" + 5 * " KeptTransform")
     a, b = converted.layers[-2:]
     assert a.transform.hyper is b.transform.hyper, "tied before, tied after"
 
@@ -156,7 +148,7 @@ def test_what_stays_as_it_is_says_why(library, prove, shake) -> None:
     [
         (
             lambda: MAF(3, transforms=2),
-            "no coupling that can be fused.*MaskedAutoregressiveTransform is not a coupling",
+            "no coupling that can be fused.*MaskedAutoregressiveTransform.: no kernel covers",
         ),
         (lambda: RealNVP(3, hidden_features=(4,) * 5), "5 hidden layers; one to four"),
         (lambda: RealNVP(3, activation=nn.Softplus), "Softplus.* is neither a linear layer nor one of the activations"),
@@ -167,7 +159,7 @@ def test_what_stays_as_it_is_says_why(library, prove, shake) -> None:
             ),
             "base distribution BoxUniform",
         ),
-        (lambda: nn.Linear(2, 2), "Linear is no flow of nflows, zuko, normflows or FrEIA"),
+        (lambda: nn.Linear(2, 2), "Linear is no flow of normflows, nflows, zuko or FrEIA"),
     ],
 )
 def test_refusals_name_layer_and_reason(flow, message: str) -> None:

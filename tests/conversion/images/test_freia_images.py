@@ -1,7 +1,5 @@
 """FrEIA on images, converted: every block, conditions, down-samplings, and vectors behind a Flatten."""
 
-import copy
-
 import FrEIA.framework as ff
 import FrEIA.modules as fm
 import numpy as np
@@ -11,6 +9,7 @@ from torch import nn
 
 from glf_fast import AffineCoupling, CouplingFlow, convert
 from glf_fast.conversion import ConversionError
+from glf_fast.conversion.freia import LIBRARY
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +19,7 @@ def _seed_numpy():
 
 
 @pytest.fixture
-def library(ImageLibrary):
+def library(tools):
     def log_prob(inn, x, context):
         z, jac = inn(x, c=None if context is None else [context])
         return jac - 0.5 * (z.flatten(1).square().sum(1) + z[0].numel() * np.log(2 * np.pi))
@@ -29,7 +28,7 @@ def library(ImageLibrary):
         return inn(z.reshape(-1, *inn.shapes[-1]), c=None if context is None else [context], rev=True)[0]
 
     # Fixed matrices have inverses, and log-determinants, that were computed in float32.
-    return ImageLibrary(log_prob, inverse, tolerance=3e-5, rounded=rounded)
+    return tools.Library(LIBRARY, log_prob, inverse, tolerance=3e-5, rounded=rounded)
 
 
 def rounded(inn):
@@ -71,29 +70,28 @@ def network(name, shape, net, condition=None):
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (5, 4, 3)])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_every_block(name, shape, prove_images, library, shake, conv_net):
-    converted = prove_images(library, shake(network(name, shape, conv_net)), shape)
+def test_every_block(name, shape, library, tools):
+    converted = tools.prove(library, tools.shake_images(network(name, shape, tools.conv_net)), shape)
     one_sided = name.startswith(("AllInOne", "OneSided"))
     assert sum(isinstance(module, AffineCoupling) for module in converted.modules()) == (2 if one_sided else 4)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (6, 7, 5)])
-def test_float32_is_as_close_to_the_truth_as_the_library(shape, library, float32_errors, shake, conv_net):
+def test_float32_is_as_close_to_the_truth_as_the_library(shape, library, tools):
     """One ratio scatters, by a factor of 2 at two channels: their mean may not be above 1 by much."""
-    ratios = []
-    for seed, name in enumerate(["GLOW", "NICE", "AllInOne", "AllInOne, soft"] * 4):
+
+    def build(seed, name):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        inn = shake(network(name, shape, conv_net))
-        exact = copy.deepcopy(inn).double()
-        ours, theirs, _ = float32_errors(library, inn, convert(inn), exact, torch.randn(300, *shape), None)
-        ratios.append(ours / theirs)
-    assert np.exp(np.log(ratios).mean()) < 1.1, ratios
+        return tools.shake_images(network(name, shape, tools.conv_net))
+
+    names = ["GLOW", "NICE", "AllInOne", "AllInOne, soft"] * 4
+    tools.as_close(library, [build(seed, name) for seed, name in enumerate(names)], shape, most=1.1)
 
 
 @pytest.mark.parametrize("name", ["GLOW", "RNVP", "NICE", "AllInOne"])
-def test_conditions_that_are_images(name, prove_images, library, shake, conv_net):
-    prove_images(library, shake(network(name, (4, 3, 5), conv_net, (2, 3, 5))), (4, 3, 5), (2, 3, 5))
+def test_conditions_that_are_images(name, library, tools):
+    tools.prove(library, tools.shake_images(network(name, (4, 3, 5), tools.conv_net, (2, 3, 5))), (4, 3, 5), (2, 3, 5))
 
 
 def mlp(n_in, n_out):
@@ -101,17 +99,17 @@ def mlp(n_in, n_out):
 
 
 @pytest.mark.parametrize("down", [fm.IRevNetDownsampling, fm.HaarDownsampling])
-def test_down_samplings_and_vectors(down, prove_images, library, shake, conv_net):
+def test_down_samplings_and_vectors(down, library, tools):
     """The noise is a vector; ours has the data's shape. What stands behind the Flatten is fused as vectors are."""
     inn = ff.SequenceINN(3, 4, 6)
-    inn.append(fm.AllInOneBlock, subnet_constructor=conv_net)
+    inn.append(fm.AllInOneBlock, subnet_constructor=tools.conv_net)
     inn.append(down)
-    inn.append(fm.GLOWCouplingBlock, subnet_constructor=conv_net)
+    inn.append(fm.GLOWCouplingBlock, subnet_constructor=tools.conv_net)
     inn.append(fm.Flatten)
     for _ in range(2):
         inn.append(fm.GLOWCouplingBlock, subnet_constructor=mlp)
         inn.append(fm.PermuteRandom)
-    converted = prove_images(library, shake(inn), (3, 4, 6))
+    converted = tools.prove(library, tools.shake_images(inn), (3, 4, 6))
     names = [type(layer).__name__ for layer in converted.layers]
     names = [name for name in names if name in ("AffineCoupling", "KeptBlock", "CouplingFlow")]
     assert names[:6] == ["AffineCoupling", "KeptBlock", "AffineCoupling", "AffineCoupling", "KeptBlock", "CouplingFlow"]
@@ -135,19 +133,19 @@ def graph(net, *, vectors):
 
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("kind", ["graph", "sequence"])
-def test_in_place(kind, vectors, accelerated, shake, conv_net):
+def test_in_place(kind, vectors, tools):
     x, c = torch.randn(6, 4, 4, 6), [torch.randn(6, 2, 4, 6), torch.randn(6, 3)][: 1 + vectors]
     if kind == "graph":
-        inn = graph(conv_net, vectors=vectors)
+        inn = graph(tools.conv_net, vectors=vectors)
     else:
         inn = ff.SequenceINN(4, 4, 6)
         for _ in range(2):
-            inn.append(fm.AllInOneBlock, subnet_constructor=conv_net, cond=0, cond_shape=(2, 4, 6))
+            inn.append(fm.AllInOneBlock, subnet_constructor=tools.conv_net, cond=0, cond_shape=(2, 4, 6))
             inn.append(fm.PermuteRandom)
         if vectors:
             inn.append(fm.Flatten)
             inn.append(fm.GLOWCouplingBlock, subnet_constructor=mlp, cond=1, cond_shape=(3,))
-    inn, original, report = accelerated(shake(inn))
+    inn, original, report = tools.accelerated(tools.shake_images(inn))
     assert [r.kind for r in report.replaced] == ["AffineCoupling", "CouplingFlow"][: 1 + vectors]
     assert any(isinstance(m, CouplingFlow) for m in inn.modules()) == vectors
     z, jac = inn(x, c=c)
@@ -162,9 +160,9 @@ def test_in_place(kind, vectors, accelerated, shake, conv_net):
     assert all(p.grad is not None for p in inn.parameters() if p.requires_grad)
 
 
-def test_conditions_of_two_kinds_are_no_one_context(conv_net):
+def test_conditions_of_two_kinds_are_no_one_context(tools):
     with pytest.raises(ConversionError, match=r"condition 1 of shape \(3,\) does not fit.*accelerate"):
-        convert(graph(conv_net, vectors=True))
+        convert(graph(tools.conv_net, vectors=True))
 
 
 @pytest.mark.parametrize(
@@ -176,32 +174,23 @@ def test_conditions_of_two_kinds_are_no_one_context(conv_net):
         (fm.GLOWCouplingBlock, {"clamp_activation": torch.sin}, "none of those that are covered"),
     ],
 )
-def test_refusals(kind, options, message, conv_net):
+def test_refusals(kind, options, message, tools):
     inn = ff.SequenceINN(4, 3, 3)
     inn.append(
-        kind, subnet_constructor=conv_net if "split_len" not in options else lambda a, b: nn.Identity(), **options
+        kind, subnet_constructor=tools.conv_net if "split_len" not in options else lambda a, b: nn.Identity(), **options
     )
     with pytest.raises(ConversionError, match=f"module_list.0.*{message}"):
         convert(inn)
 
 
-def test_actnorm_that_has_seen_nothing(conv_net):
+def test_actnorm_that_has_seen_nothing(tools):
     inn = ff.SequenceINN(4, 3, 3)
     inn.append(fm.ActNorm)
-    inn.append(fm.GLOWCouplingBlock, subnet_constructor=conv_net)
+    inn.append(fm.GLOWCouplingBlock, subnet_constructor=tools.conv_net)
     with pytest.raises(ConversionError, match="ActNorm"):
         convert(inn)
 
 
-def test_checkpoint(tmp_path, prove_images, library, conv_net):
-    inn = network("AllInOne", (4, 4, 4), conv_net)
-    optimizer = torch.optim.Adam([p for p in inn.parameters() if p.requires_grad], 1e-2)
-    x = torch.randn(64, 4, 4, 4).cumsum(1)
-    for _ in range(10):
-        optimizer.zero_grad()
-        (-library.log_prob(inn, x, None).mean()).backward()
-        optimizer.step()
-    torch.save(inn.state_dict(), tmp_path / "inn.pt")
-    loaded = network("AllInOne", (4, 4, 4), conv_net)
-    loaded.load_state_dict(torch.load(tmp_path / "inn.pt"))
-    prove_images(library, loaded, (4, 4, 4))
+def test_trained_checkpoint(library, tools):
+    build = lambda: network("AllInOne", (4, 4, 4), tools.conv_net)  # noqa: E731
+    tools.prove(library, tools.trained(library, build, torch.randn(64, 4, 4, 4).cumsum(1)), (4, 4, 4))

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from glf_fast import ActNorm, FixedLinear, InvertibleLinear, Squeeze, convert
-from glf_fast.conversion.images.build import on_channels
-from glf_fast.conversion.images.modules import OnChannels
+from glf_fast.conversion.images import OnChannels, on_channels
 from glf_fast.conversion.layers import Dense, Diagonal, Permutation
 from glf_fast.flow.folding import Product, folded
 

@@ -12,15 +12,16 @@ from torch import nn
 
 from glf_fast import AffineCoupling, accelerate, convert
 from glf_fast.conversion import ConversionError
+from glf_fast.conversion.nflows import LIBRARY
 
 
 @pytest.fixture
-def library(ImageLibrary):
+def library(tools):
     def inverse(flow, z, context):
         embedded = None if context is None else flow._embedding_net(context)
         return flow._transform.inverse(z.reshape(-1, *flow._distribution._shape), embedded)[0]
 
-    return ImageLibrary(lambda flow, x, context: flow.log_prob(x, context), inverse)
+    return tools.Library(LIBRARY, lambda flow, x, context: flow.log_prob(x, context), inverse)
 
 
 def coupling(C, net=None, kind="Affine"):
@@ -60,24 +61,26 @@ STEPS = {
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (6, 4, 2), (5, 3, 5)])
 @pytest.mark.parametrize("step", STEPS)
-def test_every_layer(step, shape, prove_images, library, shake):
-    flow = shake(started(flow_of(shape, *(layer for _ in range(2) for layer in STEPS[step](shape[0]))), shape))
-    converted = prove_images(library, flow, shape)
+def test_every_layer(step, shape, library, tools):
+    flow = tools.shake_images(
+        started(flow_of(shape, *(layer for _ in range(2) for layer in STEPS[step](shape[0]))), shape)
+    )
+    converted = tools.prove(library, flow, shape)
     kinds = {type(layer).__name__ for layer in converted.layers}
     assert "AffineCoupling" in kinds and kinds <= {"ActNorm", "AffineCoupling", "FixedLinear", "InvertibleLinear"}
 
 
-def test_squeezes_stay(prove_images, library, shake):
+def test_squeezes_stay(library, tools):
     C = 3
     layers = [*STEPS["Glow"](C), nt.SqueezeTransform(), *STEPS["Glow"](4 * C), nt.SqueezeTransform(factor=3)]
-    flow = shake(started(flow_of((C, 6, 12), *layers, noise=(36 * C, 1, 2)), (C, 6, 12)))
-    assert prove_images(library, flow, (C, 6, 12)).sample(2).shape == (2, C, 6, 12)
+    flow = tools.shake_images(started(flow_of((C, 6, 12), *layers, noise=(36 * C, 1, 2)), (C, 6, 12)))
+    assert tools.prove(library, flow, (C, 6, 12)).sample(2).shape == (2, C, 6, 12)
 
 
-def test_contexts_that_are_images(prove_images, library, shake):
+def test_contexts_that_are_images(library, tools):
     net = lambda n_in, n_out: residual(n_in, n_out, context_channels=2)  # noqa: E731
     flow = flow_of((4, 3, 5), *(layer for _ in range(2) for layer in (coupling(4, net), nt.OneByOneConvolution(4))))
-    converted = prove_images(library, shake(flow), (4, 3, 5), (2, 3, 5))
+    converted = tools.prove(library, tools.shake_images(flow), (4, 3, 5), (2, 3, 5))
     context = torch.randn(3, 2, 3, 5)
     p = converted.distribution(context)
     assert p.sample((6,)).shape == (6, 3, 4, 3, 5) and p.log_prob(torch.randn(3, 4, 3, 5)).shape == (3,)
@@ -119,8 +122,8 @@ class Optional(nn.Module):
         return self.body(x) if context is None else self.body(x) + context[:, :1]
 
 
-def test_contexts_reach_networks_that_nobody_knows_to_take_them(accelerated):
-    flow, original, report = accelerated(flow_of((4, 3, 5), coupling(4, Optional), nt.OneByOneConvolution(4)))
+def test_contexts_reach_networks_that_nobody_knows_to_take_them(tools):
+    flow, original, report = tools.accelerated(flow_of((4, 3, 5), coupling(4, Optional), nt.OneByOneConvolution(4)))
     assert report
     x, context = torch.randn(6, 4, 3, 5), torch.randn(6, 1, 3, 5)
     for given in (None, context):
@@ -128,11 +131,11 @@ def test_contexts_reach_networks_that_nobody_knows_to_take_them(accelerated):
         torch.testing.assert_close(flow.log_prob(x, given), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_convolutions_without_a_coupling(accelerated, shake):
+def test_convolutions_without_a_coupling(tools):
     """Replaced, because nflows' own take longer."""
     spline = nt.PiecewiseRationalQuadraticCDF((4, 3, 3), num_bins=3, tails="linear", tail_bound=9.0)
     layers = [nt.OneByOneConvolution(4), nt.RandomPermutation(4), spline, nt.ReversePermutation(4)]
-    flow, original, report = accelerated(shake(flow_of((4, 3, 3), *layers)))
+    flow, original, report = tools.accelerated(tools.shake_images(flow_of((4, 3, 3), *layers)))
     assert [(r.couplings, r.flows, r.affine) for r in report.replaced] == [(0, 0, 1)]
     assert "  0          1 affine\n" in str(report)
     x = torch.randn(5, 4, 3, 3)
@@ -149,12 +152,12 @@ def multiscale():
     return Flow(scales, nflows.distributions.StandardNormal([3 * 12 * 24]))
 
 
-def test_multiscale_in_place(accelerated, shake):
+def test_multiscale_in_place(tools):
     x = torch.randn(7, 3, 12, 24)
-    flow = shake(started(multiscale(), x.shape[1:]), 0.02).eval()
+    flow = tools.shake(started(multiscale(), x.shape[1:]), 0.02).eval()
     norms = [module for module in flow.modules() if isinstance(module, nn.BatchNorm2d)]
     norms[0].train()
-    flow, original, report = accelerated(flow)
+    flow, original, report = tools.accelerated(flow)
     assert [(r.couplings, r.kind) for r in report.replaced] == [(2, "AffineCoupling")] * 2
     assert {id(m) for m in flow.modules()} >= {id(m) for m in norms} and norms[0].training and not norms[1].training
     norms[0].eval()
@@ -169,32 +172,19 @@ def test_multiscale_in_place(accelerated, shake):
     assert all(p.grad is not None for p in flow.parameters())
 
 
-def test_a_layer_before_the_scales(accelerated, shake):
+def test_a_layer_before_the_scales(tools):
     inner = multiscale()
     preprocess = nt.CompositeTransform([nt.OneByOneConvolution(3), coupling(3), inner._transform])
-    flow = shake(Flow(preprocess, inner._distribution), 0.02)
+    flow = tools.shake(Flow(preprocess, inner._distribution), 0.02)
     x = torch.randn(7, 3, 12, 24)
-    flow, original, report = accelerated(started(flow, x.shape[1:]).eval())
+    flow, original, report = tools.accelerated(started(flow, x.shape[1:]).eval())
     assert [r.couplings for r in report.replaced] == [1, 2, 2]
     torch.testing.assert_close(flow.log_prob(x), original.eval().log_prob(x.double()).float(), rtol=1e-4, atol=1e-3)
 
 
-def test_trained_checkpoint(tmp_path, prove_images, library):
-    shape = (4, 4, 4)
-    build = lambda: flow_of(shape, *(layer for _ in range(2) for layer in STEPS["Glow"](4)))  # noqa: E731
-    x = torch.randn(64, *shape).cumsum(1)
-    flow = build()
-    flow.log_prob(x)
-    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
-    for _ in range(15):
-        optimizer.zero_grad()
-        (-flow.log_prob(x).mean()).backward()
-        optimizer.step()
-    torch.save(flow.state_dict(), tmp_path / "flow.pt")
-    loaded = build()
-    loaded.load_state_dict(torch.load(tmp_path / "flow.pt"))
-    converted = prove_images(library, loaded, shape)
-    torch.testing.assert_close(converted.log_prob(x), flow.log_prob(x), rtol=1e-4, atol=1e-3)
+def test_trained_checkpoint(library, tools):
+    build = lambda: flow_of((4, 4, 4), *(layer for _ in range(2) for layer in STEPS["Glow"](4)))  # noqa: E731
+    tools.prove(library, tools.trained(library, build, torch.randn(64, 4, 4, 4).cumsum(1)), (4, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -215,10 +205,10 @@ def test_refusals(make, message):
         convert(make())
 
 
-def test_splines_stay_between(prove_images, library, shake):
+def test_splines_stay_between(library, tools):
     """And a coupling that shares its network with another one."""
     spline = nt.PiecewiseRationalQuadraticCDF((4, 3, 3), num_bins=3, tails="linear", tail_bound=9.0)
-    flow = shake(flow_of((4, 3, 3), coupling(4), spline, coupling(4)))
+    flow = tools.shake_images(flow_of((4, 3, 3), coupling(4), spline, coupling(4)))
     converted = convert(flow)
     assert sum(isinstance(module, AffineCoupling) for module in converted.modules()) == 2
     x = torch.randn(5, 4, 3, 3)

@@ -1,4 +1,4 @@
-"""normflows on images, converted: every coupling, 1 × 1 convolution and base; multi-scale flows accelerated in place."""
+"""normflows on images, converted: every coupling, 1 × 1 convolution and base; multi-scale flows tools.accelerated in place."""
 
 import copy
 
@@ -8,14 +8,14 @@ import torch
 
 from glf_fast import AffineCoupling, accelerate, convert
 from glf_fast.conversion import ConversionError
-from glf_fast.conversion.images import normflows as reader
+from glf_fast.conversion import normflows as reader
 from glf_fast.flow.folding import Product, folded
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # called by normflows
 
 
 @pytest.fixture
-def library(ImageLibrary):
+def library(tools):
     def inverse(flow, z, context):
         base = flow.q0
         z = z.reshape(-1, *base.shape)
@@ -28,7 +28,7 @@ def library(ImageLibrary):
             mean, log_scale = base.loc, base.log_scale
         return flow(mean + log_scale.exp() * z)
 
-    return ImageLibrary(lambda flow, x, context: flow.log_prob(x), inverse)
+    return tools.Library(reader.LIBRARY, lambda flow, x, context: flow.log_prob(x), inverse)
 
 
 def block(C, net, scale=True, scale_map="exp", split_mode="channel"):
@@ -59,9 +59,9 @@ def flow_of(step, shape, net, base=nf.distributions.DiagGaussian):
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (6, 4, 2), (5, 3, 5)])
 @pytest.mark.parametrize("step", STEPS)
-def test_every_layer(step, shape, prove_images, library, shake, conv_net):
-    flow = shake(flow_of(step, shape, conv_net))
-    converted = prove_images(library, flow, shape)
+def test_every_layer(step, shape, library, tools):
+    flow = tools.shake_images(flow_of(step, shape, tools.conv_net))
+    converted = tools.prove(library, flow, shape)
     couplings = sum(isinstance(module, AffineCoupling) for module in converted.modules())
     assert couplings == (6 if step in ("both halves", "additive") else 3)
     if step.startswith("Glow"):  # ActNorm and convolution are one product
@@ -70,40 +70,29 @@ def test_every_layer(step, shape, prove_images, library, shake, conv_net):
 
 
 @pytest.mark.parametrize("base", ["glow", "fixed", "trained"])
-def test_bases_and_squeezes(base, prove_images, library, shake, conv_net):
+def test_bases_and_squeezes(base, library, tools):
     """The noise is a squeezed image; ours has the data's shape."""
     kinds = {
         "glow": nf.distributions.GlowBase,
         "fixed": lambda shape: nf.distributions.DiagGaussian(shape, trainable=False),
         "trained": nf.distributions.DiagGaussian,
     }
-    layers = [block(8, conv_net), nf.flows.Squeeze(), nf.flows.GlowBlock(2, 6), nf.flows.Invertible1x1Conv(2)]
+    layers = [block(8, tools.conv_net), nf.flows.Squeeze(), nf.flows.GlowBlock(2, 6), nf.flows.Invertible1x1Conv(2)]
     flow = nf.NormalizingFlow(kinds[base]((8, 2, 3)), layers)
     flow.log_prob(torch.randn(20, 2, 4, 6))
-    converted = prove_images(library, shake(flow), (2, 4, 6))
+    converted = tools.prove(library, tools.shake_images(flow), (2, 4, 6))
     assert converted.sample(3).shape == (3, 2, 4, 6)
 
 
-def test_trained_checkpoint(tmp_path, prove_images, library, conv_net):
-    """Trained and saved by the library, loaded into a fresh flow, then converted."""
-    flow = flow_of("Glow", (4, 4, 4), conv_net)
-    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
-    x = torch.randn(64, 4, 4, 4).cumsum(1)
-    for _ in range(15):
-        optimizer.zero_grad()
-        flow.forward_kld(x).backward()
-        optimizer.step()
-    flow.save(tmp_path / "flow.pt")
-    loaded = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 4, 4)), [nf.flows.GlowBlock(4, 6) for _ in range(3)])
-    loaded.load(tmp_path / "flow.pt")
-    converted = prove_images(library, loaded, (4, 4, 4))
-    torch.testing.assert_close(-converted.log_prob(x).mean(), flow.forward_kld(x))
+def test_trained_checkpoint(library, tools):
+    build = lambda: flow_of("Glow", (4, 4, 4), tools.conv_net)  # noqa: E731
+    tools.prove(library, tools.trained(library, build, torch.randn(64, 4, 4, 4).cumsum(1)), (4, 4, 4))
 
 
-def test_training_takes_the_same_path(conv_net, shake):
+def test_training_takes_the_same_path(tools):
     """Without 1 × 1 convolutions the parameters are the library's: SGD makes the same steps."""
-    layers = [layer for _ in range(2) for layer in (block(4, conv_net), nf.flows.Permute(4, "shuffle"))]
-    flow = shake(nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 5)), layers)).double()
+    layers = [layer for _ in range(2) for layer in (block(4, tools.conv_net), nf.flows.Permute(4, "shuffle"))]
+    flow = tools.shake_images(nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 5)), layers)).double()
     converted = convert(flow)
     x = torch.randn(40, 4, 3, 5).double()
     for model in (flow, converted):
@@ -130,11 +119,11 @@ def multiscale(class_cond):
 
 
 @pytest.mark.parametrize("class_cond", [False, True])
-def test_multiscale_in_place(class_cond, accelerated, shake):
+def test_multiscale_in_place(class_cond, tools):
     flow = multiscale(class_cond)
     x, y = torch.randn(8, 3, 16, 8), torch.randint(4, (8,)) if class_cond else None
     flow.log_prob(x, y)
-    flow, original, report = accelerated(shake(flow, 0.05))
+    flow, original, report = tools.accelerated(tools.shake(flow, 0.05))
     assert [(r.couplings, r.flows, r.affine) for r in report.replaced] == [(2, 2, 2), (2, 2, 2)]
     assert "2 AffineCoupling + 2 affine" in str(report) and "Squeeze" in str(report)
     assert type(flow) is nf.MultiscaleFlow and [len(level) for level in flow.flows] == [2, 2]
@@ -173,12 +162,12 @@ class Fixed(torch.nn.Module):
         return self.layer(x.flatten(1)).view(len(x), self.n_out, *x.shape[2:]).tanh()
 
 
-def test_networks_of_one_size_are_compared_on_that(accelerated):
+def test_networks_of_one_size_are_compared_on_that(tools):
     flow = nf.NormalizingFlow(
         nf.distributions.DiagGaussian((2, 12, 10)), [block(2, lambda a, b: Fixed(a, b, 120)) for _ in range(2)]
     )
     x = torch.randn(5, 2, 12, 10)
-    flow, original, report = accelerated(flow)
+    flow, original, report = tools.accelerated(flow)
     assert report.replaced[0].couplings == 2
     torch.testing.assert_close(flow.log_prob(x), original.log_prob(x.double()).float(), rtol=1e-4, atol=1e-3)
 
@@ -208,14 +197,14 @@ def test_networks_of_one_size_are_compared_on_that(accelerated):
         ),
     ],
 )
-def test_refusals(make, message, conv_net):
+def test_refusals(make, message, tools):
     with pytest.raises(ConversionError, match=message):
-        convert(make(conv_net))
+        convert(make(tools.conv_net))
 
 
-def test_constants_for_each_pixel_stay(conv_net, shake):
-    layers = [block(4, conv_net), nf.flows.AffineConstFlow((4, 3, 3)), block(4, conv_net)]
-    flow = shake(nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 3)), layers))
+def test_constants_for_each_pixel_stay(tools):
+    layers = [block(4, tools.conv_net), nf.flows.AffineConstFlow((4, 3, 3)), block(4, tools.conv_net)]
+    flow = tools.shake_images(nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 3)), layers))
     report = accelerate(copy.deepcopy(flow))
     assert [r.couplings for r in report.replaced] == [1, 1]
     assert "its shape (4, 3, 3) is not one number for each of 4 channels" in str(report)

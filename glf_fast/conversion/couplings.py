@@ -1,0 +1,76 @@
+"""The declaration of a coupling, the same for vectors and images, whatever library it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast.conversion.images import Outputs
+from glf_fast.conversion.layers import Conditioner, Coupling, NetworkCoupling, Unfusable
+from glf_fast.conversion.library import ContextColumns, Part
+from glf_fast.conversion.mlp import read_mlp, scale_outputs, select_outputs, separate, widen_inputs
+
+__all__ = ["DeclaredCoupling"]
+
+
+@dataclass(frozen=True)
+class DeclaredCoupling:
+    """v → v·e^ℓ + t with ℓ = f(u), or as `add_first` and `undo` say (see `Coupling`); u and t are a network's outputs.
+
+    passive, transformed: columns, or channels, that stay (P) and that are changed (T).
+    network: given the passive columns; a pair of networks, of u and of t, for two.
+    layout: order of its outputs: "ut" [u | t], "tu" [t | u], "tutu" t₀, u₀, t₁, u₁, …, or "t": t alone, no scale.
+    log_scale, constant: f, by the names of `glf_fast.reference.log_scale`.
+    factor_u, factor_t: what the library multiplies u and t by.
+    context: what else the network is given: "none", the context as its second "argument", or those of its columns
+        that are behind the passive ones in one input.
+    """
+
+    passive: Tensor
+    transformed: Tensor
+    network: nn.Module | tuple[nn.Module, nn.Module]
+    layout: str
+    log_scale: str = "exp"
+    constant: float | None = None
+    factor_u: float = 1.0
+    factor_t: float = 1.0
+    add_first: bool = False
+    undo: bool = False
+    context: str | ContextColumns = "argument"
+
+    def read(self, part: Part) -> Coupling | NetworkCoupling:
+        """The layer that it is: with an MLP on vectors, with the library's own network on images; raises Unfusable."""
+        options = (self.log_scale, self.constant, self.add_first, self.undo)
+        if len(part.shape) == 1:
+            return Coupling(self.passive, self.transformed, self._mlp(), *options)
+        if not len(self.passive) or not len(self.transformed):
+            raise Unfusable("its mask leaves no channel to condition on, or none to transform")
+        return NetworkCoupling(self.passive, self.transformed, self._outputs(), *options)
+
+    def _mlp(self) -> Conditioner:
+        """The network as an MLP with outputs [u | t] or t."""
+        net = separate(*map(read_mlp, self.network)) if isinstance(self.network, tuple) else read_mlp(self.network)
+        P, T = len(self.passive), len(self.transformed)
+        inputs = P + len(self.context.columns) if isinstance(self.context, ContextColumns) else P
+        outputs = T if self.layout == "t" else 2 * T
+        if net.n_out != outputs or (net.n_in < P if self.context == "argument" else net.n_in != inputs):
+            wanted = f"{inputs} to {outputs}"
+            raise Unfusable(f"its network maps {net.n_in} columns to {net.n_out} where {wanted} are meant")
+        order = torch.arange(outputs, device=self.transformed.device)
+        if self.layout == "tu":
+            net = select_outputs(net, order.roll(T))
+        elif self.layout == "tutu":
+            net = select_outputs(net, torch.cat([order[1::2], order[0::2]]))
+        if (self.factor_u, self.factor_t) != (1.0, 1.0):
+            net = scale_outputs(net, *[self.factor_u] * (self.layout != "t"), self.factor_t)
+        if isinstance(self.context, ContextColumns):
+            net = widen_inputs(net, P, self.context.columns, self.context.width)
+        return net
+
+    def _outputs(self) -> Outputs:
+        """The network as (p, context) → (u, t)."""
+        networks = self.network if isinstance(self.network, tuple) else (self.network,)
+        context = self.context if isinstance(self.context, str) else self.context.index()
+        return Outputs(networks, self.layout, self.factor_u, self.factor_t, context)

@@ -1,0 +1,187 @@
+"""FrEIA: `SequenceINN`, and a `GraphINN` that is a chain from one input to one output.
+
+It knows no base distribution; N(0, I) is meant. Its conditions become one context: those that some block uses, concatenated
+in the order of their indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from glf_fast.conversion.freia.modules import FreiaLayer, KeptBlock, PassedOn, block_shape, own_context
+from glf_fast.conversion.freia.readers import ON_IMAGES, ON_VECTORS
+from glf_fast.conversion.images import OnChannels
+from glf_fast.conversion.layers import ConversionError, Dense
+from glf_fast.conversion.library import (
+    Base,
+    Chain,
+    ContextColumns,
+    Library,
+    Part,
+    Replacement,
+    Shape,
+    module_list,
+    replaced,
+)
+from glf_fast.flow import Flow
+from glf_fast.reference import log_normal
+
+__all__ = ["LIBRARY"]
+
+
+def _chains(flow: Any) -> list[Chain]:
+    """One; raises ConversionError for a graph that is none."""
+    if _is_sequence(flow):
+        parts = [
+            Part(f"module_list.{i}", module, block_shape(module), () if index is None else (index,))
+            for i, (module, index) in enumerate(zip(flow.module_list, flow.conditions, strict=True))
+        ]
+        return [Chain(parts, partial(_put_in_sequence, flow, parts))]
+    nodes = [node for node in flow.node_list if node not in flow.in_nodes + flow.out_nodes + flow.condition_nodes]
+    expected: Any = flow.in_nodes[0]
+    if len(flow.in_nodes) != 1 or len(flow.out_nodes) != 1:
+        raise ConversionError(f"a GraphINN with {len(flow.in_nodes)} inputs and {len(flow.out_nodes)} outputs")
+    for node in [*nodes, flow.out_nodes[0]]:
+        if node.inputs != [(expected, 0)] or len(node.outputs) > 1:
+            raise ConversionError(f"GraphINN's node {node.name!r} does not follow on {expected.name!r} alone")
+        expected = node
+    parts = [
+        Part(
+            f"node {node.name!r}", node.module, block_shape(node.module),
+            tuple(flow.condition_nodes.index(c) for c in node.conditions),
+        )
+        for node in nodes
+    ]  # fmt: skip
+    return [Chain(parts, partial(_put_in_graph, flow))]
+
+
+def _in_one_context(parts: list[Part]) -> list[Part]:
+    """With the places of each part's conditions in the one context."""
+    widths = _condition_widths(parts)
+    start, columns = 0, dict[int, range]()
+    for index in sorted(widths):
+        columns[index] = range(start, start + widths[index])
+        start += widths[index]
+    return [
+        replace(p, context=ContextColumns(tuple(c for i in p.conditions for c in columns[i]), start)) for p in parts
+    ]
+
+
+def _fused(fused: Flow | OnChannels, parts: Sequence[Part]) -> nn.Module:
+    """With the conditions of the parts that have some: these have the same."""
+    dims_c = next((part.module.dims_c for part in parts if part.module.dims_c), ())
+    return FreiaLayer(fused, [parts[0].shape], dims_c)
+
+
+def _base(flow: Any) -> Base:
+    """N(0, I), of the shape that comes out; vectors stay vectors."""
+    shape = tuple(flow.shapes[0]) if _is_sequence(flow) else tuple(flow.in_nodes[0].output_dims[0])
+    for part in _chains(flow)[0].parts:
+        if len(shape) > 1:
+            (shape,) = part.module.output_dims([shape])
+    return Base(tuple(shape))
+
+
+def _log_prob(flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
+    z, jac = _run(flow, x, context, rev=False)
+    return jac + log_normal(z)
+
+
+def _run(flow: Any, x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Tensor, Tensor]:
+    widths = _condition_widths(_chains(flow)[0].parts)
+    n = max(1 + max(widths, default=-1), len(getattr(flow, "condition_nodes", ())))
+    conditions = [x.new_zeros(len(x), 0)] * n
+    if context is not None:
+        for index, part in zip(sorted(widths), context.split([widths[i] for i in sorted(widths)], 1), strict=True):
+            conditions[index] = part
+    out, jac = flow(x, c=conditions, rev=rev)
+    return (out if isinstance(out, Tensor) else out[0]), jac + x.new_zeros(len(x))
+
+
+def _context_shape(parts: Sequence[Part]) -> Shape:
+    """Of the conditions side by side."""
+    part = next((part for part in parts if part.module.dims_c), None)
+    return () if part is None else ((part.context or own_context(part.module)).width, *part.module.dims_c[0][1:])
+
+
+def _is_sequence(flow: nn.Module) -> bool:
+    """A SequenceINN, or a class made of it, and no GraphINN."""
+    return any(kind.__name__ == "SequenceINN" for kind in type(flow).__mro__)
+
+
+def _condition_widths(parts: Sequence[Part]) -> dict[int, int]:
+    """Columns of each condition, by its index; raises ConversionError where they cannot be one context."""
+    widths: dict[int, int] = {}
+    pixels: Shape = ()
+    for part in parts:
+        for index, dims in zip(part.conditions, part.module.dims_c, strict=True):
+            pixels = pixels if widths else tuple(dims[1:])
+            if widths.setdefault(index, dims[0]) != dims[0] or tuple(dims[1:]) != pixels:
+                raise ConversionError(
+                    f"{part.name}: condition {index} of shape {tuple(dims)} does not fit beside the others in one context; "
+                    "accelerate leaves the conditions as they are"
+                )
+    return widths
+
+
+def _put_in_sequence(flow: Any, parts: Sequence[Part], replacements: Sequence[Replacement]) -> None:
+    """In a `SequenceINN`, which keeps conditions and shapes beside its modules."""
+    conditions: list[int | None] = []
+    starts = {start: stop for start, stop, _ in replacements}
+    shapes, i = [flow.shapes[0]], 0
+    while i < len(parts):
+        stop = starts.get(i, i + 1)
+        given = [index for part in parts[i:stop] for index in part.conditions]
+        conditions.append(given[0] if given else None)
+        shapes.append(flow.shapes[stop])
+        i = stop
+    flow.module_list = module_list(replaced([part.module for part in parts], replacements), flow.module_list)
+    flow.conditions, flow.shapes = conditions, shapes
+
+
+def _put_in_graph(flow: Any, replacements: Sequence[Replacement]) -> None:
+    """The node that is given the conditions gets the fused module, the others hand on what they get."""
+    chain = [node for node in flow.node_list if node.module is not None]
+    originals = [node.module for node in chain]
+    for start, stop, fused in replacements:
+        holder = next((i for i in range(start, stop) if chain[i].conditions), start)
+        for i in range(start, stop):
+            originals[i] = fused if i == holder else PassedOn().train(fused.training)
+    for node, module in zip(chain, originals, strict=True):
+        node.module = module
+    flow.module_list = module_list(originals, flow.module_list)
+
+
+LIBRARY = Library(
+    package="FrEIA",
+    flows=("SequenceINN", "GraphINN"),
+    packages=("FrEIA.framework", "FrEIA.modules"),
+    chains=_chains,
+    base=_base,
+    log_prob=_log_prob,
+    generate=lambda flow, noise, context: _run(flow, noise, context, rev=True)[0],
+    kept=KeptBlock,
+    fused=_fused,
+    on_vectors=ON_VECTORS,
+    on_images=ON_IMAGES,
+    refused={
+        **dict.fromkeys(("Split", "Concat"), "only one sample after the other can be converted"),
+        **dict.fromkeys(
+            ("InvAutoActFixed", "InvAutoActTwoSided", "InvAutoConv2D", "InvAutoFC"), "has no tractable log-determinant"
+        ),
+        "IResNetLayer": "its log-determinant is a random estimate",
+    },
+    own_hooks=frozenset(
+        {"OrthogonalTransform"}
+    ),  # re-orthogonalises a matrix that is trained, and read where it is not
+    any_size=False,
+    context_shape=_context_shape,
+    in_one_context=_in_one_context,
+    # The inverse of a rotation is its transpose, to float32.
+    invertible=lambda parts, layers: not any(isinstance(layer, Dense) and not layer.trained for layer in layers),
+)
