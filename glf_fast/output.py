@@ -24,19 +24,20 @@ class Output:
     """
 
     def __init__(self, stream: Any, may_vanish: bool = False) -> None:
-        self._stream, self._ignored = stream or open(os.devnull, "w"), OSError if may_vanish else ()  # noqa: SIM115
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self._ignored: tuple[type[OSError], ...] = (OSError,) if may_vanish else ()
         if hasattr(self._stream, "reconfigure"):
             self._stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
         """Write text."""
-        with contextlib.suppress(self._ignored):
+        with contextlib.suppress(*self._ignored):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Write what is held back."""
-        with contextlib.suppress(self._ignored):
+        with contextlib.suppress(*self._ignored):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:

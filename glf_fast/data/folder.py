@@ -44,7 +44,8 @@ def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_u
         UserError: no images, different sizes, a folder that cannot be read, or, without `skip_unusable`, files that cannot be
             read as images. The message names the first ones of all such files.
     """
-    files, others = [], []
+    files: list[File] = []
+    others: list[File] = []
     for file in _files(path):
         (files if _is_picture(file[0]) else others).append(file)
     if others and split == "train":
@@ -90,7 +91,7 @@ def _files(path: Path) -> Iterator[File]:
     """Every file that is not hidden, sorted by name; nothing is unpacked to disk."""
     if path.is_dir():
         for name in sorted(_below(path)):
-            yield name, partial((path / name).open, "rb")
+            yield name, partial(open, path / name, "rb")
         return
     try:
         archive = zipfile.ZipFile(path)

@@ -244,7 +244,7 @@ class FeatureStats:
         if self._root is not None:
             tensors["root"] = self._root
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        header = {
+        header: dict[str, Any] = {
             "n": self.n,
             "keep": self.keep,
             "extractor": self.extractor,

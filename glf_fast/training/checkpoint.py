@@ -115,7 +115,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def check_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Raise UserError unless the state of a checkpoint has what every run writes into it."""
-    kinds = {"epoch": (int, float), "minutes": (int, float), "data": str}
+    kinds: dict[str, Any] = {"epoch": (int, float), "minutes": (int, float), "data": str}
     if missing := [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]:
         raise UserError(f"{folder / _INDEX} is damaged: its state has no {', '.join(missing)}; {_remedy(folder)}")
 
