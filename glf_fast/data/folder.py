@@ -91,7 +91,7 @@ def _files(path: Path) -> Iterator[File]:
     """Every file that is not hidden, sorted by name; nothing is unpacked to disk."""
     if path.is_dir():
         for name in sorted(_below(path)):
-            yield name, partial(open, path / name, "rb")
+            yield name, partial(_open_file, path / name)
         return
     try:
         archive = zipfile.ZipFile(path)
@@ -101,6 +101,10 @@ def _files(path: Path) -> Iterator[File]:
         name = member.filename.replace("\\", "/")  # old zips of Windows
         if PurePosixPath(name).name and not (name.endswith("/") or _hidden(name)):
             yield name, partial(_open_member, archive, member)
+
+
+def _open_file(path: Path) -> BinaryIO:
+    return path.open("rb")
 
 
 def _open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> BinaryIO:
