@@ -27,13 +27,13 @@ def test_narrow_windows_closed_streams_and_readers_that_go_away() -> None:
     done = shell(
         "$PYTHON -m glf_fast.sample --help > /dev/null && echo narrow;"
         " $PYTHON -m glf_fast.data list 2>&- | wc -l;"
-        " $PYTHON -m glf_fast.train --help | head -1; echo ${PIPESTATUS[0]};"
+        " $PYTHON -m glf_fast.train --help | true; echo ${PIPESTATUS[0]};"
         " ($PYTHON -m glf_fast.train --preset smoke --dry-run --model.hiden 3 3>&1 1>&2 2>&3) | true; echo ${PIPESTATUS[0]}",
         COLUMNS="1",
     )
     lines = done.stdout.split("\n")
-    assert lines[0] == "narrow" and int(lines[1]) > 5 and lines[2].startswith("usage")
-    assert lines[3] == "141" and lines[4] == "2" and not done.stderr
+    assert lines[0] == "narrow" and int(lines[1]) > 5
+    assert lines[2:4] == ["141", "2"] and not done.stderr
 
 
 @pytest.mark.parametrize(
