@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, checked when read, never code."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -118,8 +119,11 @@ class Trap:
 
 
 def test_a_pickle_is_never_run_even_with_a_matching_checksum(folder: Path, tmp_path: Path) -> None:
-    for name in ("model.safetensors", "training.safetensors"):
-        (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    contents = {"model.safetensors": trap, "training.safetensors": trap}
+    contents["config.json"] = json.dumps({"weights_sha256": hashlib.sha256(trap).hexdigest()}).encode()
+    for name, damaged in contents.items():
+        (folder / name).write_bytes(damaged)
         index = json.loads((folder / "checkpoint.json").read_text())
         index["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
         (folder / "checkpoint.json").write_text(json.dumps(index))

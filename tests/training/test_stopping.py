@@ -153,7 +153,6 @@ def test_splits_of_different_shapes_are_refused_before_training(tmp_path: Path, 
     ("file", "content"),
     [
         ("scores.json", "[{}]"),
-        ("metrics.jsonl", "[1]\n"),
         ("checkpoints/last/checkpoint.json", '{"format": 1, "model": "glf", "state": {}, "files": []}'),
     ],
 )
