@@ -2,7 +2,7 @@
 
     make gate                                    # all of them, for sm_80, 90 and 100, with both Triton versions
     python tools/compile_gate.py                 # the installed version alone; --triton DIR adds another
-    python tools/compile_gate.py --every 24      # a spread of them; tests/kernels/test_compile.py does that
+    python tools/compile_gate.py --every 24      # a spread of them; tests/tools/test_compile_gate.py does that
 
 Prints registers a thread, spilled bytes a thread, bytes of shared memory a program, buffers of loops.
 kernels/launch_table.json holds what every kernel took when the launches were chosen, by Triton version: no version may spill

@@ -1,21 +1,19 @@
-"""How launches are ranked, listed and written; what they take is test_compile.py's, how fast they are a GPU's business."""
+"""How launches are ranked, listed and written; what they take is test_compile_gate.py's, how fast they are a GPU's business."""
 
 from dataclasses import replace
-from pathlib import Path
 
+import launch_file
 import pytest
+from flow_candidates import FLOWS as TUNED
+from flow_candidates import MOST, candidates, case, keys, shared_limit, tuned_keys
+from flow_costs import LATENCY, PORT, PROCESSORS, Cost, clocks, loop, program, shared_bytes
+from shipped import FLOWS, OPERANDS, shipped
+from tune_flow import FIRST, in_order
 
-from glf_fast.kernels.launch_table import Launch, entries
-
-
-@pytest.fixture(autouse=True)
-def _tools(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+from glf_fast.kernels.launch_table import Launch, entries, key_for
 
 
 def test_a_loop_takes_as_long_as_its_arithmetic_where_that_hides_the_loads() -> None:
-    from flow_costs import LATENCY, PORT, Cost, loop
-
     n, moved = 100, 64 * PORT
     for work in (100.0, 1_000.0, 10_000.0):
         serial, *overlapped = (loop(n, moved, Cost(work), stages).clocks / n for stages in (2, 3, 4))
@@ -28,9 +26,6 @@ def test_a_loop_takes_as_long_as_its_arithmetic_where_that_hides_the_loads() -> 
 
 
 def test_predictions_keep_what_the_arithmetic_fixes() -> None:
-    from flow_candidates import case
-    from flow_costs import PORT, PROCESSORS, clocks, program
-
     flow = case("forward medium tf32 few")
     how = Launch(16, 64, 64, False, 8, 3)
     step = program(flow, how)
@@ -47,9 +42,6 @@ def test_predictions_keep_what_the_arithmetic_fixes() -> None:
 
 
 def test_candidates_fit_and_hold_what_was_found_by_hand() -> None:
-    from flow_candidates import MOST, candidates, case, keys, shared_limit
-    from flow_costs import shared_bytes
-
     for arch in ("80", "90", "100"):
         for key in keys():
             found = candidates(key, arch)
@@ -69,9 +61,6 @@ def test_candidates_fit_and_hold_what_was_found_by_hand() -> None:
 
 
 def test_the_table_has_all_keys_and_tuning_some() -> None:
-    from flow_candidates import keys, tuned_keys
-    from shipped import shipped
-
     for arch in (80, 90, 100):
         assert {key for key, _ in entries(arch)} == set(keys())
         names = {spec.name for _, spec in shipped(arch)}  # what the compile gate compiles
@@ -81,12 +70,6 @@ def test_the_table_has_all_keys_and_tuning_some() -> None:
 
 
 def test_the_named_flows_run_what_is_tuned() -> None:
-    from flow_candidates import FLOWS as TUNED
-    from flow_candidates import tuned_keys
-    from shipped import FLOWS, OPERANDS
-
-    from glf_fast.kernels.launch_table import key_for
-
     for dim, hidden, _, rows in FLOWS.values():
         for backward in (False, True):
             for _, precision in OPERANDS.values():
@@ -102,16 +85,11 @@ def test_the_named_flows_run_what_is_tuned() -> None:
 
 
 def test_the_table_is_written_as_it_is_committed(tmp_path) -> None:
-    import launch_file
-
     launch_file.write(tmp_path / "table.json", launch_file.read())
     assert (tmp_path / "table.json").read_text() == launch_file.TABLE.read_text()
 
 
 def test_every_launch_comes_up_once_and_the_promising_ones_of_all_keys_first() -> None:
-    from flow_candidates import candidates, tuned_keys
-    from tune_flow import FIRST, in_order
-
     jobs = [(key, how) for key, launches in in_order("90") for how in launches]
     assert sorted(jobs) == sorted((key, how) for key in tuned_keys() for how in candidates(key, "90"))
     first = jobs[: FIRST * len(tuned_keys())]

@@ -5,38 +5,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import shipped
+from compile_gate import complaint
+from triton_resources import Resources
+
+from bench.cases import FLOWS
 
 TOOLS = Path(__file__).parents[2] / "tools"
 # Processes of their own: where kernels are interpreted they cannot be compiled.
 COMPILED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import compile_gate
-
-    return compile_gate
-
-
-def test_figures_beyond_a_bound_are_refused(gate) -> None:
-    from triton_resources import Resources
-
-    assert not gate.complaint(Resources(255, 64, 99 << 10, 2), 80, 0, False)
-    assert not gate.complaint(Resources(255, 64, 227 << 10, None), 90, 0, False)
-    assert "does not compile" in gate.complaint(None, 80, 0, False)
-    assert "256 registers" in gate.complaint(Resources(256, 0, 0, 2), 90, 0, False)
-    assert "65 bytes spilled; the launch was chosen at 0" in gate.complaint(Resources(255, 65, 0, 2), 90, 0, False)
-    assert "sm_80 has" in gate.complaint(Resources(128, 0, (99 << 10) + 1, 2), 80, 0, False)
+def test_figures_beyond_a_bound_are_refused() -> None:
+    assert not complaint(Resources(255, 64, 99 << 10, 2), 80, 0, False)
+    assert not complaint(Resources(255, 64, 227 << 10, None), 90, 0, False)
+    assert "does not compile" in complaint(None, 80, 0, False)
+    assert "256 registers" in complaint(Resources(256, 0, 0, 2), 90, 0, False)
+    assert "65 bytes spilled; the launch was chosen at 0" in complaint(Resources(255, 65, 0, 2), 90, 0, False)
+    assert "sm_80 has" in complaint(Resources(128, 0, (99 << 10) + 1, 2), 80, 0, False)
 
 
-def test_loops_that_wait_for_their_loads_are_refused_unless_they_were_measured(gate) -> None:
-    from triton_resources import Resources
-
+def test_loops_that_wait_for_their_loads_are_refused_unless_they_were_measured() -> None:
     for buffers in (0, 1):
-        assert f"{buffers} buffers" in gate.complaint(Resources(128, 0, 0, buffers), 90, 0, False)
-        assert not gate.complaint(Resources(128, 0, 0, buffers), 90, 0, True)
+        assert f"{buffers} buffers" in complaint(Resources(128, 0, 0, buffers), 90, 0, False)
+        assert not complaint(Resources(128, 0, 0, buffers), 90, 0, True)
 
 
 def test_stages_are_counted_as_buffers() -> None:
@@ -97,12 +89,7 @@ for spec in packings:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_named_flows_are_those_of_the_benchmarks(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import shipped
-
-    from bench.cases import FLOWS
-
+def test_the_named_flows_are_those_of_the_benchmarks() -> None:
     assert {name: (c.dim, c.hidden, c.context_dim, c.batch) for name, c in FLOWS.items()} == shipped.FLOWS
 
 
