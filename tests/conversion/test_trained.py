@@ -180,12 +180,9 @@ def test_inference_mode_does_not_matter() -> None:
         assert all(p.grad is not None for p in converted.parameters() if p.requires_grad)
 
 
-def accelerated(flow: nn.Module) -> nn.Module:
-    assert accelerate(flow)
-    return flow
-
-
-@pytest.mark.parametrize("make", [accelerated, convert], ids=["accelerate", "convert"])
+@pytest.mark.parametrize(
+    "make", [lambda flow: flow if accelerate(flow) else None, convert], ids=["accelerate", "convert"]
+)
 def test_a_flow_that_was_frozen_may_be_unfrozen(make: Callable[[nn.Module], nn.Module]) -> None:
     """What is padded, or was never a parameter, stays what it is: else log_prob is no density any more."""
     torch.manual_seed(0)
