@@ -30,7 +30,7 @@ __all__ = [
     "Replacement",
     "Shape",
     "check_shape",
-    "context_features",
+    "declared_context",
     "module_list",
     "put_transform",
     "replaced",
@@ -106,16 +106,14 @@ def check_shape(what: str, shape: Shape) -> None:
         )
 
 
-def context_features(modules: Iterable[nn.Module]) -> int:
-    """The columns of the context that networks of nflows and normflows were made for; 0 if none says so."""
-    for module in modules:
-        features = getattr(module, "context_features", None)
-        if isinstance(features, int):
-            return features
+def declared_context(parts: Sequence[Part]) -> Shape:
+    """The columns of the context that some network on vectors says that it was made for; () if none does."""
+    for module in (module for part in parts if len(part.shape) == 1 for module in part.module.modules()):
         layer = getattr(module, "context_layer", None)  # of a MADE
-        if isinstance(layer, nn.Linear):
-            return layer.in_features
-    return 0
+        features = layer.in_features if isinstance(layer, nn.Linear) else getattr(module, "context_features", None)
+        if isinstance(features, int):
+            return (features,)
+    return ()
 
 
 class FusedLayer(nn.Module):
@@ -193,7 +191,7 @@ class Library:
     any_size: bool = True
     shape_before: Callable[[Any, Shape], Shape] = lambda module, shape: shape
     embedding: Callable[[Any], nn.Module | None] = lambda flow: None
-    context_shape: Callable[[Sequence[Part]], Shape] = lambda parts: ()
+    context_shape: Callable[[Sequence[Part]], Shape] = declared_context
     in_one_context: Callable[[list[Part]], list[Part]] = lambda parts: parts
     invertible: Callable[[Sequence[Part], Sequence[Layer]], bool] = lambda parts, layers: True
     prepare: Callable[[nn.Module], None] = lambda copied: None

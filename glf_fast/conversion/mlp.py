@@ -19,6 +19,11 @@ from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Unfu
 from glf_fast.conversion.reading import parameters_of
 
 __all__ = [
+    "KNOWN",
+    "Step",
+    "activation_name",
+    "linear_step",
+    "network_steps",
     "read_mlp",
     "scale_outputs",
     "select_inputs",
@@ -38,6 +43,8 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.relu: "relu",
     torch.tanh: "tanh",
 }
+# Networks of libraries that torch.fx cannot follow: full name of the class → what it applies. The libraries' files add theirs.
+KNOWN: dict[str, Callable[[Any], Iterator[Step]]] = {}
 # The constants of the activations; other keywords (inplace) change nothing.
 _CONSTANTS = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none"}
 _METHODS = ("relu", "tanh")
@@ -46,13 +53,13 @@ _METHODS = ("relu", "tanh")
 def read_mlp(network: nn.Module) -> Conditioner:
     """The MLP that `network` is, on rows [passive columns, context], with its outputs in the network's own order.
 
-    Reads Sequentials of linear layers and activations, nested or not, the MLP classes of normflows, zuko and nflows,
-    and by torch.fx any module whose forward is such a chain, on one input or on the concatenation of several.
+    Reads Sequentials of linear layers and activations, nested or not, what is in `KNOWN`, and by torch.fx
+    any module whose forward is such a chain, on one input or on the concatenation of several.
 
     Raises Unfusable, with the reason, for anything else.
     """
     name = type(network).__name__
-    steps = list(_steps(network))
+    steps = list(network_steps(network))
     dropouts = [step for step in steps if isinstance(step, float)]
     steps = [step for step in steps if not isinstance(step, float)]
     linears = [step for step in steps if isinstance(step, tuple)]
@@ -168,7 +175,19 @@ def _filled(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     return F.pad(tensor, [n for more in grow for n in (0, more)])
 
 
-def _steps(module: nn.Module) -> Iterator[Step]:
+def full_name(module: nn.Module) -> str:
+    """Of its class."""
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def linear_step(module: Any) -> Iterator[Step]:
+    """Of a linear layer with `weight` and `bias`; raises Unfusable for a stack of them."""
+    if module.weight.ndim != 2:
+        raise Unfusable(f"{type(module).__name__} is a stack of linear layers")
+    yield module.weight, module.bias
+
+
+def network_steps(module: nn.Module) -> Iterator[Step]:
     """What `module` applies to its input, one after the other."""
     name = type(module).__name__
     if hooks := [h for h in ("_forward_hooks", "_forward_pre_hooks", "parametrizations") if getattr(module, h, None)]:
@@ -181,35 +200,18 @@ def _steps(module: nn.Module) -> Iterator[Step]:
     activation = _activation(module)
     if activation is not None:
         yield activation
-    elif _is_compiled(module):
-        yield from _steps(module._orig_mod)  # type: ignore[arg-type]
-    elif _is_linear(module):
-        assert isinstance(module.weight, Tensor) and (module.bias is None or isinstance(module.bias, Tensor))
-        if module.weight.ndim != 2:
-            raise Unfusable(f"{name} is a stack of linear layers")
-        yield module.weight, module.bias
+    elif name == "OptimizedModule":  # torch.compile's; its module takes seconds to import
+        yield from network_steps(module._orig_mod)  # type: ignore[arg-type]
+    elif type(module) is nn.Linear or full_name(module) in KNOWN:
+        yield from KNOWN.get(full_name(module), linear_step)(module)
     elif type(module).forward is nn.Sequential.forward:
         for child in module._modules.values():  # children() leaves out a module that comes again, as activations do
             assert child is not None
-            yield from _steps(child)
-    elif _is_nflows_mlp(module):
-        yield from _nflows_mlp(module)
+            yield from network_steps(child)
     elif next(module.children(), None) is None:
         raise Unfusable(f"{module} is neither a linear layer nor one of the activations that are covered")
     else:
         yield from _traced_steps(module)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or (type(module).__module__, type(module).__name__) == ("zuko.nn", "Linear")
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule"  # torch.compile's; its module takes seconds to import
-
-
-def _is_nflows_mlp(module: nn.Module) -> bool:
-    return (type(module).__module__, type(module).__name__) == ("nflows.nn.nets.mlp", "MLP")
 
 
 def _activation(module: nn.Module) -> str | None:
@@ -227,27 +229,12 @@ def _activation(module: nn.Module) -> str | None:
     return names.get(kind)
 
 
-def _function(function: Callable[..., Any]) -> str:
-    name = _FUNCTIONS.get(function)
+def activation_name(activation: Any) -> str:
+    """Of a module or a function; raises Unfusable."""
+    name = _activation(activation) if isinstance(activation, nn.Module) else _FUNCTIONS.get(activation)
     if name is None:
-        raise Unfusable(f"the activation {getattr(function, '__name__', function)!r} is not covered")
+        raise Unfusable(f"the activation {getattr(activation, '__name__', activation)!r} is not covered")
     return name
-
-
-def _nflows_mlp(module: Any) -> Iterator[Step]:
-    """Its forward compares shapes, which torch.fx cannot follow."""
-    if len(module._in_shape) != 1 or len(module._out_shape) != 1:
-        raise Unfusable("an nflows MLP on something other than vectors")
-    activation = module._activation
-    act = _activation(activation) if isinstance(activation, nn.Module) else _function(activation)
-    if act is None:
-        raise Unfusable(f"the activation {activation} is not covered")
-    for linear in (module._input_layer, *module._hidden_layers):
-        yield from _steps(linear)
-        yield act
-    yield from _steps(module._output_layer)
-    if module._activate_output:
-        yield act
 
 
 def _traced_steps(module: nn.Module) -> Iterator[Step]:
@@ -259,7 +246,7 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
         raise Unfusable(f"{name} is residual; plain MLPs are fused")
     tracer = fx.Tracer()
     # Layers that are known are not traced into.
-    tracer.is_leaf_module = lambda m, _: m.__module__.startswith("torch.nn") or _is_linear(m) or _is_nflows_mlp(m)  # type: ignore
+    tracer.is_leaf_module = lambda m, _: m.__module__.startswith("torch.nn") or full_name(m) in KNOWN  # type: ignore
     try:
         graph = tracer.trace(module)
     except Exception as error:  # whatever a user's forward does with a proxy
@@ -284,9 +271,9 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
         if node.args != (last,) or constants:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
         if node.op == "call_module":
-            yield from _steps(modules[str(node.target)])
+            yield from network_steps(modules[str(node.target)])
         elif node.op == "call_function":
-            yield _function(node.target)  # type: ignore[arg-type]
+            yield activation_name(node.target)
         elif node.op == "call_method" and node.target in _METHODS:
             yield str(node.target)
         else:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion import mlp
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
@@ -22,12 +23,28 @@ from glf_fast.conversion.library import (
     Reader,
     Shape,
     check_shape,
-    context_features,
+    declared_context,
     put_transform,
 )
 from glf_fast.reference import log_scale
 
 __all__ = ["LIBRARY"]
+
+
+def _mlp(module: Any) -> Iterator[mlp.Step]:
+    """Its forward compares shapes, which torch.fx cannot follow."""
+    if len(module._in_shape) != 1 or len(module._out_shape) != 1:
+        raise Unfusable("an nflows MLP on something other than vectors")
+    activation = mlp.activation_name(module._activation)
+    for linear in (module._input_layer, *module._hidden_layers):
+        yield from mlp.network_steps(linear)
+        yield activation
+    yield from mlp.network_steps(module._output_layer)
+    if module._activate_output:
+        yield activation
+
+
+mlp.KNOWN["nflows.nn.nets.mlp.MLP"] = _mlp
 
 
 # -- one function per class --------------------------------------------------------------------------------------------
@@ -187,14 +204,11 @@ def _generate(flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _context_shape(parts: Sequence[Part]) -> Shape:
-    """What the networks say that they were made for; on images a `ConvResidualNet`."""
+    """On images what a `ConvResidualNet` says."""
     modules = [module for part in parts for module in part.module.modules()]
-    if not parts or len(parts[0].shape) == 1:
-        columns = context_features(modules)
-        return (columns,) if columns else ()
     channels = (getattr(module, "context_channels", None) for module in modules)
     found = next((n for n in channels if isinstance(n, int)), None)
-    return () if found is None else (found, *parts[0].shape[1:])
+    return declared_context(parts) if found is None else (found, *parts[0].shape[1:])
 
 
 def _invertible(parts: Sequence[Part], layers: Sequence[Layer]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -32,7 +32,6 @@ from glf_fast.conversion.library import (
     Part,
     Reader,
     Shape,
-    context_features,
     module_list,
     replaced,
 )
@@ -277,12 +276,6 @@ def _base(flow: Any) -> Base:
     return Base(tuple(base.shape), layers, lambda z: normal.inverse(z)[0])
 
 
-def _context_shape(parts: Sequence[Part]) -> Shape:
-    """What networks on vectors say that they were made for."""
-    columns = context_features(m for part in parts if len(part.shape) == 1 for m in part.module.modules())
-    return (columns,) if columns else ()
-
-
 def _given(flow: Any, context: Tensor | None) -> list[Tensor | None]:
     """The context, for a flow that takes one."""
     return [context] if any(kind.__name__ == "ConditionalNormalizingFlow" for kind in type(flow).__mro__) else []
@@ -338,5 +331,4 @@ LIBRARY: Library = Library(
         ),
     },
     shape_before=_shape_before,
-    context_shape=_context_shape,
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from glf_fast.conversion import mlp
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
@@ -19,6 +20,8 @@ from glf_fast.flow import Flow
 from glf_fast.reference import log_scale
 
 __all__ = ["LIBRARY"]
+
+mlp.KNOWN["zuko.nn.Linear"] = mlp.linear_step
 
 
 class KeptTransform(nn.Module):

@@ -161,10 +161,12 @@ def test_selecting_and_joining() -> None:
     )
     pair = select_outputs(read_mlp(u), order[:2])
     torch.testing.assert_close(mlp(x, pair.weights, pair.biases, "tanh"), u(x)[:, order[:2]])
-    for net, raw, factors in ((both, out, (3.0, -1.0)), (pair, u(x)[:, order[:2]], (3.0, 2.0)), (pair, None, (-1.0,))):
-        raw = u(x)[:, order[:2]] if raw is None else raw
+    for net, factors, wanted in (
+        (both, (3.0, -1.0), torch.cat([3 * u(x), -t(x)], 1)),
+        (pair, (3.0, 2.0), u(x)[:, order[:2]] * torch.tensor([3.0, 2.0])),
+        (pair, (-1.0,), -u(x)[:, order[:2]]),
+    ):
         scaled = scale_outputs(net, *factors)
-        wanted = torch.cat([f * part for f, part in zip(factors, raw.chunk(len(factors), 1), strict=True)], 1)
         torch.testing.assert_close(mlp(x, scaled.weights, scaled.biases, "tanh"), wanted)
     wider = widen_inputs(both, 3, (2, 0), 4)
     given = torch.cat([x[:, :3], x[:, 4:], torch.randn(6, 1).double(), x[:, 3:4], torch.randn(6, 1).double()], 1)

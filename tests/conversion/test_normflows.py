@@ -180,8 +180,6 @@ def cold(flow):
         (lambda: flow_of(block(4), nf.flows.BatchNorm()), r"BatchNorm.: it normalises"),
         (lambda: flow_of(nf.flows.Split(), nf.flows.Merge()), "use an AffineCouplingBlock"),
         (lambda: flow_of(nf.flows.Permute(4)), "no coupling"),
-        (lambda: nf.ClassCondFlow(nf.distributions.DiagGaussian(4), [block(4)]), "ClassCondFlow"),
-        (lambda: nn.ModuleList(), "no flow of"),
     ],
 )
 def test_refusals(make, message):

@@ -33,10 +33,6 @@ def steps(flow: nn.Module) -> list[int]:
     return [m.config["steps"] for m in flow.modules() if isinstance(m, CouplingFlow)]
 
 
-def size(flow: nn.Module) -> int:
-    return sum(p.numel() for p in flow.parameters())
-
-
 @pytest.mark.parametrize("scale_map", ["exp", "sigmoid_inv"])
 @pytest.mark.parametrize(
     ("widths", "runs"),
@@ -52,7 +48,7 @@ def test_a_wide_network_does_not_widen_the_narrow_ones(widths: list[int], runs: 
     converted = convert(flow)  # which compares it, in float64
     assert steps(converted) == runs
     if len(runs) > 1:
-        assert size(converted) == size(flow)
+        assert sum(p.numel() for p in converted.parameters()) == sum(p.numel() for p in flow.parameters())
     assert accelerate(flow)
     assert sorted(steps(flow)) == sorted(runs)
 

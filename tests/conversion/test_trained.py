@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import nflows.distributions
 import normflows as nf
@@ -15,7 +16,6 @@ from nflows.distributions.normal import DiagonalNormal
 from nflows.flows import Flow
 from nflows_couplings import Net, alternating
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import glf_fast
 from glf_fast.conversion import ConversionError, convert, mlp
@@ -135,20 +135,9 @@ def test_a_network_shared_with_the_embedding_stays_one() -> None:
 # -- modes -------------------------------------------------------------------------------------------------------------
 
 
-class FunctionalDropout(nn.Module):
-    """Dropout that is no module."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(n_in, 8), nn.Linear(8, n_out)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.b(F.dropout(self.a(x).relu(), 0.3, self.training))
-
-
-@pytest.mark.parametrize("make", [lambda a, b: Net(a, b, dropout=0.3), FunctionalDropout], ids=["module", "function"])
-def test_dropout_that_training_loses_is_said(make: Callable[..., nn.Module]) -> None:
-    original = Flow(T.CompositeTransform(alternating(4, 2, make)), nflows.distributions.StandardNormal([4]))
+def test_dropout_that_training_loses_is_said() -> None:
+    couplings = alternating(4, 2, partial(Net, dropout=0.3))
+    original = Flow(T.CompositeTransform(couplings), nflows.distributions.StandardNormal([4]))
     with pytest.raises(ConversionError, match=r"dropout \(p = 0.3\) is active; convert the flow in eval mode"):
         convert(original)
     original.eval()
@@ -181,7 +170,7 @@ def test_modes_of_kept_modules_stay() -> None:
     assert torch.equal(converted.embedding[1].running_mean, mean)
 
 
-def test_inference_mode_and_default_devices_do_not_matter() -> None:
+def test_inference_mode_does_not_matter() -> None:
     made = {"zuko": zuko.flows.RealNVP(4, 2), "nflows": flow(T.RandomPermutation(4))}
     for original in made.values():
         with torch.inference_mode():
@@ -189,17 +178,11 @@ def test_inference_mode_and_default_devices_do_not_matter() -> None:
         given = (torch.randn(5, 2),) if original is made["zuko"] else ()
         converted.log_prob(torch.randn(5, 4), *given).sum().backward()
         assert all(p.grad is not None for p in converted.parameters() if p.requires_grad)
-        with torch.device("meta"):
-            assert {p.device.type for p in convert(original).parameters()} == {"cpu"}
-            assert accelerate(copy.deepcopy(original))
 
 
-def accelerated(flow: nn.Module) -> nn.Module:
-    assert accelerate(flow)
-    return flow
-
-
-@pytest.mark.parametrize("make", [accelerated, convert], ids=["accelerate", "convert"])
+@pytest.mark.parametrize(
+    "make", [lambda flow: flow if accelerate(flow) else None, convert], ids=["accelerate", "convert"]
+)
 def test_a_flow_that_was_frozen_may_be_unfrozen(make: Callable[[nn.Module], nn.Module]) -> None:
     """What is padded, or was never a parameter, stays what it is: else log_prob is no density any more."""
     torch.manual_seed(0)

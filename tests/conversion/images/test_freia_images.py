@@ -183,14 +183,6 @@ def test_refusals(kind, options, message, tools):
         convert(inn)
 
 
-def test_actnorm_that_has_seen_nothing(tools):
-    inn = ff.SequenceINN(4, 3, 3)
-    inn.append(fm.ActNorm)
-    inn.append(fm.GLOWCouplingBlock, subnet_constructor=tools.conv_net)
-    with pytest.raises(ConversionError, match="ActNorm"):
-        convert(inn)
-
-
 def test_trained_checkpoint(library, tools):
     build = lambda: network("AllInOne", (4, 4, 4), tools.conv_net)  # noqa: E731
     tools.prove(library, tools.trained(library, build, torch.randn(64, 4, 4, 4).cumsum(1)), (4, 4, 4))

@@ -89,21 +89,6 @@ def test_trained_checkpoint(library, tools):
     tools.prove(library, tools.trained(library, build, torch.randn(64, 4, 4, 4).cumsum(1)), (4, 4, 4))
 
 
-def test_training_takes_the_same_path(tools):
-    """Without 1 × 1 convolutions the parameters are the library's: SGD makes the same steps."""
-    layers = [layer for _ in range(2) for layer in (block(4, tools.conv_net), nf.flows.Permute(4, "shuffle"))]
-    flow = tools.shake_images(nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 5)), layers)).double()
-    converted = convert(flow)
-    x = torch.randn(40, 4, 3, 5).double()
-    for model in (flow, converted):
-        optimizer = torch.optim.SGD(model.parameters(), 0.003, momentum=0.9)
-        for _ in range(10):
-            optimizer.zero_grad()
-            (-model.log_prob(x).mean()).backward()
-            optimizer.step()
-    torch.testing.assert_close(converted.log_prob(x), flow.log_prob(x), rtol=1e-9, atol=1e-9)
-
-
 def multiscale(class_cond):
     """Two levels of two blocks on images (3, 16, 8)."""
     base = (
