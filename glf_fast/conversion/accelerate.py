@@ -10,12 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import Chain, Part, Replacement, Shape
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, NetworkCoupling, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
-from glf_fast.conversion.library import Chain, FusedLayer, Library, Part, Replacement, Shape
+from glf_fast.conversion.library import FusedLayer, Library
 from glf_fast.conversion.reading import Reading, check_precision, copied, fused_context, lost_in_training, read_parts
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow

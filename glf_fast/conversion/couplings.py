@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import ContextColumns, Part
 from glf_fast.conversion.images import Outputs
 from glf_fast.conversion.layers import Conditioner, Coupling, NetworkCoupling, Unfusable
-from glf_fast.conversion.library import ContextColumns, Part
 from glf_fast.conversion.mlp import read_mlp, scale_outputs, select_outputs, separate, widen_inputs
 
 __all__ = ["DeclaredCoupling"]

@@ -11,21 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion import mlp
+from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
-from glf_fast.conversion.library import (
-    Base,
-    Chain,
-    FusedLayer,
-    Library,
-    Part,
-    Reader,
-    Shape,
-    check_shape,
-    declared_context,
-    put_transform,
-)
+from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, check_shape, declared_context
 from glf_fast.reference import log_scale
 
 __all__ = ["LIBRARY"]

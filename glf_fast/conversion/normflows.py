@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import Chain, Part, Shape, module_list, replaced
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.layers import (
     Conditioner,
@@ -24,17 +25,7 @@ from glf_fast.conversion.layers import (
     Unfusable,
     trained_together,
 )
-from glf_fast.conversion.library import (
-    Base,
-    Chain,
-    FusedLayer,
-    Library,
-    Part,
-    Reader,
-    Shape,
-    module_list,
-    replaced,
-)
+from glf_fast.conversion.library import Base, FusedLayer, Library, Reader
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
 
 __all__ = ["LIBRARY"]

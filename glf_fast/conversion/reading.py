@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import Part, Shape
 from glf_fast.conversion.images import Reshaped
 from glf_fast.conversion.layers import (
     Conditioner,
@@ -22,7 +23,7 @@ from glf_fast.conversion.layers import (
     NetworkCoupling,
     Unfusable,
 )
-from glf_fast.conversion.library import Base, Library, Part, Shape, check_shape
+from glf_fast.conversion.library import Base, Library, check_shape
 from glf_fast.conversion.padding import check_padding
 
 __all__ = [

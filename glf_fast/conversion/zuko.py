@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from glf_fast.conversion import mlp
+from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
-from glf_fast.conversion.library import Base, Chain, FusedLayer, Library, Part, Shape, put_transform
+from glf_fast.conversion.library import Base, FusedLayer, Library
 from glf_fast.flow import Flow
 from glf_fast.reference import log_scale
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glf_fast.conversion.chains import Part
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.freia.clamps import LogScale, recognised
 from glf_fast.conversion.freia.modules import check_initialised, own_context
 from glf_fast.conversion.layers import Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
-from glf_fast.conversion.library import Part, Reader
+from glf_fast.conversion.library import Reader
 
 __all__ = ["ON_IMAGES", "ON_VECTORS"]
 

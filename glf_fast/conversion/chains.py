@@ -1,0 +1,78 @@
+"""Where a library's flow has its layers, and how others are put in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Chain", "ContextColumns", "Part", "Replacement", "Shape", "module_list", "put_transform", "replaced"]
+
+Shape = tuple[int, ...]
+# Layers start … stop − 1, and the module that takes their place.
+Replacement = tuple[int, int, nn.Module]
+
+
+@dataclass(frozen=True)
+class ContextColumns:
+    """The columns, or channels, of a context of that width that a layer is given, in its own order."""
+
+    columns: tuple[int, ...]
+    width: int
+
+    def index(self) -> slice | list[int]:
+        """Of the columns, in the context."""
+        return slice(None) if self.columns == tuple(range(self.width)) else list(self.columns)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer of a library's flow.
+
+    name: for messages.
+    shape: of one sample that it is given, (D,) or (C, H, W).
+    conditions: the indices of those that it is given, where that differs from layer to layer (FrEIA).
+    context: which columns of the flow's context these are; None for the layer on its own, whose context they are.
+    """
+
+    name: str
+    module: Any
+    shape: Shape
+    conditions: tuple[int, ...] = ()
+    context: ContextColumns | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Layers that work one after the other; `put(replacements)` puts others in the places parts[start:stop]."""
+
+    parts: list[Part]
+    put: Callable[[Sequence[Replacement]], None]
+
+
+def put_transform(holder: nn.Module, name: str, chain: str, parts: list[Part], new: Sequence[Replacement]) -> None:
+    """Put replacements where holder.`name` is one transform, or has its transforms in a list called `chain`."""
+    modules, transform = replaced([part.module for part in parts], new), getattr(holder, name)
+    if len(parts) == 1 and transform is parts[0].module:
+        (module,) = modules
+        setattr(holder, name, module)
+    else:
+        setattr(transform, chain, module_list(modules, getattr(transform, chain)))
+
+
+def module_list(modules: Iterable[nn.Module], instead_of: nn.Module) -> nn.ModuleList:
+    """In the same mode; the modules keep theirs."""
+    new = nn.ModuleList(modules)
+    new.training = instead_of.training
+    return new
+
+
+def replaced(modules: Sequence[nn.Module], replacements: Sequence[Replacement]) -> list[nn.Module]:
+    """The modules, with the replacements in their places."""
+    result, position = [], 0
+    for start, stop, new in replacements:
+        result += [*modules[position:start], new]
+        position = stop
+    return [*result, *modules[position:]]
