@@ -1,4 +1,4 @@
-"""What is measured, by name, and what the arithmetic and the memory traffic of a pass cost at least."""
+"""Cases by name, with the arithmetic and the memory traffic that a pass needs at least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became slower: `python -m bench.compare A B`, each a kept file of bench/results or one of pytest-benchmark's.
+"""Find what became slower: `python -m bench.compare A B`, each a kept file of bench/results or one of pytest-benchmark's.
 
 Times are taken relative to the swing of the machine, so that a busier one is no regression: the median over the providers of
 how their times changed, which a provider that moved alone has no say in. Baselines that moved by themselves are named, too.
@@ -35,7 +35,7 @@ Swings = dict[int, float]  # run → log-time
 
 @dataclass(frozen=True)
 class Change:
-    """Of a provider's time in one case and mode: 0.1 is 10 % slower."""
+    """The change of a provider's time in one case and mode: 0.1 is 10 % slower."""
 
     key: Key
     provider: str
@@ -104,12 +104,12 @@ def swings_of(pairs: Iterable[tuple[Rows, Rows]]) -> tuple[Swings, Swings]:
 
 
 def _logs(row: Result) -> dict[int, float]:
-    """Of its runs that have a time."""
+    """Log-times of the runs that have a time."""
     return {i: math.log(seconds) for i, seconds in enumerate(row.medians) if seconds}
 
 
 def compare(before: Results, after: Results) -> list[Change]:
-    """Of all cases and providers that both have; a baseline's only where there are others to tell that it moved.
+    """Changes in all cases and providers that both files have; a baseline's only where there are others to tell that it moved.
 
     Raises:
         ValueError: neither has repeated runs of a suite, so its noise is not known.

@@ -36,7 +36,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """What has no time, and why: failed and skipped tests, by their reasons."""
+    """Add the rows without a time and their reasons: failed and skipped tests."""
     found: dict[str, list[str]] = {}
     terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
     reports = terminal.stats

@@ -76,7 +76,7 @@ def _job(name: str, case: ConversionCase, mode: str, clock: Clock) -> Job:
         flow.module.train(mode in ("train", "step"))
 
     def check(found: Tensor) -> str:
-        """Of the converted flow's results, against the original's."""
+        """Compare the converted flow's results with the original's."""
         if name == "original":
             return ""
         wanted = both["original"].run(mode, *case.of.inputs())

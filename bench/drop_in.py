@@ -1,4 +1,4 @@
-"""What converted flows gain: the tables of docs/drop-in.md."""
+"""The tables of docs/drop-in.md: how much faster converted flows are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["converted", "lines"]
 
 
 def converted(machines: Sequence[Results]) -> Iterator[str]:
-    """All machines'."""
+    """Tables of all machines."""
     for found in machines:
         yield from lines(found)
 

@@ -53,7 +53,7 @@ class Flow:
             return loss.detach()
 
     def results(self, mode: str, out: Tensor) -> list[Tensor]:
-        """What a pass returned, and the gradients that it left."""
+        """The output of a pass, and the gradients that it left."""
         gradients = (p.grad for p in self.module.parameters() if mode in ("train", "step"))
         return [out, *(g for g in gradients if g is not None)]
 
@@ -134,7 +134,7 @@ def library_flow(library: Library, case: FlowCase, mode: str, device: str) -> Fl
 
 
 def _library_job(library: Library, case: FlowCase, mode: str, clock: Clock) -> Job:
-    """Of a library's flow only shapes are checked, and that all is finite."""
+    """Passes of a library's flow, checked for shapes and finite values alone."""
     shape = {"log_prob": (case.batch,), "sample": (case.batch, case.dim)}.get(mode, ())
 
     def check(out: Tensor) -> str:

@@ -48,7 +48,7 @@ LEAST = 5  # measurements of each work
 
 
 def name() -> str:
-    """Of the GPU."""
+    """The GPU's name."""
     return torch.cuda.get_device_name()
 
 
@@ -160,7 +160,7 @@ def call_times(works: Mapping[str, Work], seconds: float) -> dict[str, Calls | E
 
 
 def _seconds(work: Work, warmup: int = WARMUP) -> float:
-    """Of a call, roughly, after some that warm it."""
+    """Seconds of a call, roughly, after some that warm it."""
     for _ in range(warmup):
         work()
     torch.cuda.synchronize()

@@ -36,7 +36,7 @@ class Record:
             self._write()
 
     def untried(self, race: Race) -> list[str]:
-        """Those of a race that have neither a time nor a reason to have none."""
+        """Providers of a race that have neither a time nor a reason to have none."""
         timed = {(*result.key, result.provider) for result in self.rows.results}
         return [
             name
@@ -86,6 +86,6 @@ def _label(suite: str, case: str, mode: str, name: str) -> str:
 
 
 def untimed(found: Results, race: Race) -> list[str]:
-    """Those of a race that have no time in a file, whatever the reason."""
+    """Providers of a race that have no time in a file, whatever the reason."""
     timed = {result.provider for result in found.results if result.key == race.key}
     return [name for name in race.names if name not in timed]

@@ -59,7 +59,7 @@ class Goal:
         return f"{self.least:g} ×" if self.against else f"{self.least:.0%} of the time"
 
     def ratios(self, rows: Rows) -> list[float]:
-        """Of one case, run by run; none where it was not measured."""
+        """Ratios in one case, run by run; none where it was not measured."""
         if self.ours not in rows:
             return []
         own = self.needs(rows[self.ours])
@@ -76,7 +76,7 @@ class Goal:
         return dict(sorted(((k, r) for k, r in found.items() if r), key=lambda item: statistics.median(item[1])))
 
     def cells(self, groups: dict[Key, Rows]) -> list[str]:
-        """What was measured, and what that makes of the goal: by the median of the runs, in the case that is worst."""
+        """The measured ratios and the verdict: by the median of the runs, in the case that is worst."""
         measured = self.measured(groups)
         if not measured:
             return [NOT_MEASURED, ""]
@@ -115,7 +115,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Flat(Goal):
-    """What glf_fast needs in the last of two cases is at most `least` times what it needs in the first."""
+    """A goal that glf_fast needs in the last of two cases at most `least` times what it needs in the first."""
 
     @property
     def limit(self) -> str:

@@ -87,7 +87,7 @@ def _slogdet_inverse(name: str, W: Tensor) -> list[Tensor]:
 
 @lru_cache(maxsize=1)
 def exact_linear(case: LinearCase, mode: str, device: str) -> list[Tensor]:
-    """What a pass should give, in float64: once for all providers of a case."""
+    """The exact results of a pass, in float64: once for all providers of a case."""
     exact = case.inputs(device).detach().double().requires_grad_()
     truth = list(reference.slogdet_inverse(exact)[1:3])
     if mode == "train":
@@ -96,7 +96,7 @@ def exact_linear(case: LinearCase, mode: str, device: str) -> list[Tensor]:
 
 
 def gradients(case: LinearCase, device: str) -> list[Tensor]:
-    """Of log|det| (K,) and inverse (K, D, D)."""
+    """Gradients for log|det| (K,) and inverse (K, D, D)."""
     torch.manual_seed(1)
     return [torch.randn(case.count, device=device), torch.randn(case.count, case.dim, case.dim, device=device)]
 

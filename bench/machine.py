@@ -1,4 +1,4 @@
-"""What a number needs beside it: versions, threads, commit, and whether the tests were green."""
+"""The description of a machine beside its numbers: versions, threads, commit, and whether the tests were green."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def measure(backend: str, reversible: bool, case: MemoryCase, clock: Clock) -> J
 
 
 def wrong_gradients(flow: glf_fast.CouplingFlow, x: torch.Tensor) -> str:
-    """What is wrong with the gradients of some rows, against the reference in float64, or ""."""
+    """Say what is wrong with the gradients of some rows, against the reference in float64, or ""."""
     rows = 0.5 + 1.5 * x[:CHECKED]  # off the minimum that the flow started from, where gradients are rounding
     found = _gradients(flow, rows)
     with glf_fast.use_backend("reference"):

@@ -1,4 +1,4 @@
-"""What is measured on a GPU, and in which order: groups of races, and the two calls that a lent machine has time for.
+"""The races on a GPU, and their order: groups of races, and the two calls that a lent machine has time for.
 
 A call gives each of its groups so many of its seconds. What a group leaves is the next one's; races that came too late for
 their group's end are run last, if there is time.
@@ -39,7 +39,7 @@ DENSE = tuple(f"{name}{how}" for name in ("glf_fast", "torch.linalg") for how in
 def race(
     suite: str, case: Case, mode: str, providers: Mapping[str, Provider], names: Iterable[str], **options: Any
 ) -> Race:
-    """Of the providers with these names; with GRAPHED behind a name, of the graph of its call."""
+    """A race of the providers with these names; GRAPHED behind a name stands for the graph of its call."""
     chosen = [
         graphed(providers[name.removesuffix(GRAPHED)]) if name.endswith(GRAPHED) else providers[name] for name in names
     ]
@@ -103,7 +103,7 @@ def _linear(counts: Sequence[int], dims: Sequence[int], names: Sequence[str] = D
 
 
 def _layers() -> Iterator[Race]:
-    """What flows do with their layers beside the whole-flow kernels, and backwards."""
+    """Operations of flows on their layers beside the whole-flow kernels, and their backward."""
     for factors in assemble.CASES:
         for mode in ("forward", "train"):
             yield race("assemble", factors, mode, assemble.PROVIDERS, OURS_AND_EAGER)
@@ -211,7 +211,7 @@ def races(call: str, before: Results | None, shrink: Shrink = list) -> dict[str,
 
 
 def _cut(before: Results | None, shrink: Shrink) -> list[Race]:
-    """What the first call should have measured, and has no time of; nothing where nobody says what it measured."""
+    """Races of the first call that have no time; none where its results are not known."""
     planned = [race for group in FIRST for race in shrink(GROUPS[group]())] if before else []
     rest = [(race, untimed(before, race)) for race in planned if before]
     return [race.only(names) for race, names in rest if names]

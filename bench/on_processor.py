@@ -1,4 +1,4 @@
-"""What is measured on a processor: `pytest bench --benchmark-only` runs all of it in less than twelve minutes on two cores."""
+"""The races on a processor: `pytest bench --benchmark-only` runs all of it in less than twelve minutes on two cores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def race(
 
 
 def races() -> Iterator[Race]:
-    """All of them."""
+    """Every race, the long ones last."""
     yield from _conversions()
     yield from _couplings()
     yield from _flows()

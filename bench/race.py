@@ -41,15 +41,15 @@ GRAPHED = ", graphed"  # after a provider's name: its call is captured once as a
 
 
 class Case(Protocol):
-    """What is measured, by name."""
+    """A size of a problem, by name."""
 
     @property
     def name(self) -> str:
-        """As results have it."""
+        """The name in results."""
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What results say about it."""
+        """Sizes that results repeat, such as the batch."""
 
     def operations(self, mode: str) -> int:
         """Floating-point operations of a pass, or 0."""
@@ -66,7 +66,7 @@ class Calls(NamedTuple):
 
 
 class Clock(Protocol):
-    """What times passes on a device: the module `processor_clock`, or a `GraphClock`."""
+    """A clock that times passes on a device: the module `processor_clock`, or a `GraphClock`."""
 
     DEVICE: str
     GPU: bool  # it is a `GraphClock`
@@ -91,10 +91,10 @@ class Clock(Protocol):
 
 
 class GraphClock(Clock, Protocol):
-    """A GPU's, whose kernels can be timed without the host: the modules `gpu_clock` and `rehearsal`."""
+    """The clock of a GPU, whose kernels can be timed without the host: the modules `gpu_clock` and `rehearsal`."""
 
     def name(self) -> str:
-        """Of the GPU."""
+        """The GPU's name."""
 
     def kernel_times(self, works: Sequence[Work]) -> Mapping[str, list[float]]:
         """Seconds of a pass's kernels alone, from one graph over passes: "cold", and of one pass "warm" caches, too."""
@@ -123,7 +123,7 @@ class Timed(NamedTuple):
 
 
 class Missing(Exception):
-    """What cannot be measured here, and why."""
+    """A provider cannot be measured here; the message says why."""
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Job:
         return self.call(*self.inputs)
 
     def why_wrong(self) -> str:
-        """What is wrong with a pass's result, or ""."""
+        """Say what is wrong with a pass's result, or ""."""
         torch.manual_seed(SEED)
         return self.check(self.run())
 
@@ -217,12 +217,12 @@ class Race:
 
     @property
     def key(self) -> Key:
-        """As results have it."""
+        """Suite, case and mode in results."""
         return self.suite, self.case.name, self.label or self.mode
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the providers."""
+        """Names of the providers."""
         return tuple(provider.name for provider in self.providers)
 
     def only(self, names: Iterable[str]) -> Race:

@@ -37,7 +37,7 @@ GPU = True
 
 
 def name() -> str:
-    """Not of a GPU."""
+    """A name that no GPU has."""
     return "rehearsal on a processor"
 
 
@@ -62,7 +62,7 @@ def _times(work: Work) -> list[float]:
 
 
 def kernel_times(works: Sequence[Work]) -> dict[str, list[float]]:
-    """Those of the first pass."""
+    """Times of the first pass."""
     return {"cold": _times(works[0])} | ({"warm": _times(works[0])} if len(works) == 1 else {})
 
 

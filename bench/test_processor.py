@@ -30,11 +30,11 @@ class Tape:
     """A timer that shows durations one after the other: each begins where the last one ended."""
 
     def insert(self, seconds: Sequence[float]) -> None:
-        """What is shown next."""
+        """Durations that are shown next."""
         self.ticks = chain.from_iterable(pairwise(accumulate(seconds, initial=0.0)))
 
     def __call__(self) -> float:
-        """What time it is."""
+        """The time."""
         return next(self.ticks)
 
 

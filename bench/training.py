@@ -64,7 +64,7 @@ class Step:
             return self.trainer.step(self.images)
 
     def check(self, losses: dict[str, Tensor]) -> str:
-        """What is wrong with the first step's loss, or the flow's gradients in it, or ""."""
+        """Say what is wrong with the first step's loss, or the flow's gradients in it, or ""."""
         gradients = [p.grad for p in self._flow_parameters() if p.grad is not None]
         return why_wrong([losses["loss"], *gradients], self.exact)
 

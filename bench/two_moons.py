@@ -107,7 +107,7 @@ class MoonsCase(Unrated):
 
 @cache
 def runs(case: MoonsCase) -> dict[str, list[dict[str, Any]]]:
-    """What each estimator's runs took and gave."""
+    """Times and scores of each estimator's runs."""
     from glf_fast.integrations.sbi import coupling_flow
 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in PROVIDERS}

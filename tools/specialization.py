@@ -39,7 +39,7 @@ def _signature(kernel: Any, constants: Mapping[str, Any], usual: str, others: Ma
 def forward(
     name: str, dim: int, hidden: Sequence[int], context_dim: int, options: FlowOptions, save: bool, how: Launch
 ) -> Specialization:
-    """What `flow_forward` launches for float32 tensors, the packing apart."""
+    """The kernel that `flow_forward` launches for float32 tensors, the packing apart."""
     constants = {**sizes(dim, hidden, context_dim), **options.constants(), "SAVE": save, "STAGED": how.staged}
     return _flow(name, flow_kernel, constants, ("weights", "hidden"), ("density", "rows", "steps"), options, how)
 
@@ -47,7 +47,7 @@ def forward(
 def backward(
     name: str, dim: int, hidden: Sequence[int], context_dim: int, options: FlowOptions, saved: bool, how: Launch
 ) -> Specialization:
-    """What `flow_backward` launches for float32 tensors, the packing and the sums apart."""
+    """The kernel that `flow_backward` launches for float32 tensors, the packing and the sums apart."""
     constants = {**sizes(dim, hidden, context_dim), **options.constants(), "SAVED": saved}
     numbers = ("density", "more", "rows", "batch", "steps")
     return _flow(name, flow_backward_kernel, constants, ("weights", "hidden", "slopes"), numbers, options, how)
@@ -74,7 +74,7 @@ def _operands(options: FlowOptions) -> str:
 
 
 def packing(name: str, constants: dict[str, Any], maps: int, options: FlowOptions) -> Specialization:
-    """What `pack` launches for float32 tensors."""
+    """The kernel that `pack` launches for float32 tensors."""
     layers = ("*fp32",) * (len(constants["HIDDEN"]) + 1)
     constants = {**constants, "BLOCKS": packed._blocks(constants, maps), "MAPS": maps}
     constants |= {"MAP": options.map_precision, "MLP": options.mlp_precision, "BLOCK": packed.BLOCK}
@@ -90,7 +90,7 @@ def packing(name: str, constants: dict[str, Any], maps: int, options: FlowOption
 
 
 def sums(name: str, sizes: dict[str, Any], kept: str) -> Specialization:
-    """What a flow of these `sizes` launches for float32 tensors and a workspace of `kept`, "*bf16" or "*fp32"."""
+    """The kernel that sums gradients of a flow of these `sizes` in float32; its workspace is `kept`, "*bf16" or "*fp32"."""
     constants = {**summed._constants(sizes, True), "BM": summed.ROWS, "BN": summed.COLUMNS}
     totals = ("*fp32",) * len(constants["WIDTHS"])
     others = {"map_grad": "*fp32", "grad_logdet": "*fp32", "slopes": kept, "totals": totals}
@@ -99,7 +99,7 @@ def sums(name: str, sizes: dict[str, Any], kept: str) -> Specialization:
 
 
 def couplings() -> Iterator[Specialization]:
-    """What is launched for float32 operands of vectors and of images in both orders, with the default log-scale.
+    """Kernels that are launched for float32 operands of vectors and of images in both orders, with the default log-scale.
 
     Channels of a half: 24 in large batches; 12 and 6, as in the first two levels of a Glow on 32 × 32 images, in small ones.
     Numbers must not be specialized: of those that are, the launcher would compile a kernel for multiples of 16, and one for 1.

@@ -1,4 +1,4 @@
-"""What a library brings to the benchmarks, and the networks that all have in common."""
+"""A library as the benchmarks see it, and the networks that all libraries' flows have in common."""
 
 from __future__ import annotations
 

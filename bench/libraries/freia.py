@@ -57,7 +57,7 @@ def _net(case: FlowCase, n_in: int, n_out: int, zero_last: bool = False) -> nn.M
 
 
 def _of(block: str, case: FlowCase, couplings: int = 2, **options: Any) -> Density:
-    """Of as many blocks of `couplings` couplings as make the case's steps."""
+    """A flow of as many blocks of `couplings` couplings as make the case's steps."""
     return _density(block, [case.dim], case.steps // couplings, partial(_net, case), **options)
 
 
