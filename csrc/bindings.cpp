@@ -151,6 +151,7 @@ glf::Channels<T> channels(const Tensor& t) {
   STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) == 1, "glf_fast: channels must be contiguous");
   STD_TORCH_CHECK(t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
                   "glf_fast: a kernel got tensors of several dtypes");
+  check_not_freed(t);
   return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), last == 2 ? t.stride(1) : t.size(1)};
 }
 
@@ -194,6 +195,7 @@ bool identical(Tensors a, Tensors b) {
   for (size_t i = 0; i < a.size(); ++i) {
     if (!a[i].is_contiguous() || !b[i].is_contiguous()) return false;
     if (a[i].scalar_type() != b[i].scalar_type() || !a[i].sizes().equals(b[i].sizes())) return false;
+    check_storage(a[i]), check_storage(b[i]);
     if (std::memcmp(a[i].const_data_ptr(), b[i].const_data_ptr(), a[i].numel() * a[i].element_size())) return false;
   }
   return true;

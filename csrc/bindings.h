@@ -43,12 +43,29 @@ inline void check_place(const Tensor& t) {
 #endif
 }
 
+// What lies behind a tensor whose storage was freed (FSDP does it) is no longer its own.
+inline void check_storage(const Tensor& t) {
+  int64_t bytes, offset;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  STD_TORCH_CHECK(t.numel() == 0 || (offset + t.numel()) * static_cast<int64_t>(t.element_size()) <= bytes,
+                  "glf_fast: a kernel got a tensor whose storage was freed or is too small");
+}
+
+// The same for a tensor of any strides, as far as its storage is not there at all.
+inline void check_not_freed(const Tensor& t) {
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  STD_TORCH_CHECK(t.numel() == 0 || bytes > 0, "glf_fast: a kernel got a tensor whose storage was freed");
+}
+
 template <class T>
 const T* read(const Tensor& t) {
   check_place(t);
   STD_TORCH_CHECK(t.is_contiguous(), "glf_fast: a kernel got a tensor that is not contiguous");
   STD_TORCH_CHECK(t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
                   "glf_fast: a kernel got tensors of several dtypes");
+  check_storage(t);
   return static_cast<const T*>(t.const_data_ptr());
 }
 
@@ -104,6 +121,7 @@ inline const int64_t* read_permutation(const Tensor& t) {
   check_place(t);
   STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Long,
                   "glf_fast: permutation must be contiguous int64");
+  check_storage(t);
   return static_cast<const int64_t*>(t.const_data_ptr());
 }
 

@@ -13,7 +13,17 @@ from glf_fast.reference import log_normal
 if TYPE_CHECKING:
     from glf_fast.flow.distribution import FlowDistribution
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "any_parameter"]
+
+
+def any_parameter(module: nn.Module) -> Tensor:
+    """A parameter of a module, for device and dtype; an empty tensor of torch's defaults where there is none."""
+    for parameter in module.parameters():
+        return parameter
+    for part in module.modules():  # the replicas of nn.DataParallel have copies in place of their parameters
+        for copy in getattr(part, "_former_parameters", {}).values():
+            return copy
+    return torch.empty(0)
 
 
 class Flow(nn.Module):
@@ -70,9 +80,10 @@ class Flow(nn.Module):
             raise ValueError(f"n must be ≥ 0; got {n}")
         if temperature < 0:
             raise ValueError(f"temperature must be ≥ 0; got {temperature}")
-        like = next(self.parameters(), None)
-        device, dtype = (None, None) if like is None else (like.device, like.dtype)
-        noise = torch.randn((n, *self.event_shape), generator=generator, device=device, dtype=dtype)
+        like = any_parameter(self)
+        size, options = (n, *self.event_shape), {"device": like.device, "dtype": like.dtype}
+        # Even generator=None keeps torch.compile from making n dynamic.
+        noise = torch.randn(size, **options) if generator is None else torch.randn(size, generator=generator, **options)
         return self.inverse(noise if temperature == 1 else temperature * noise, context)[0]
 
     def distribution(self, context: Tensor | None = None, validate_args: bool | None = None) -> FlowDistribution:

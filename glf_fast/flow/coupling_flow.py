@@ -257,7 +257,7 @@ class CouplingFlow(Flow):
             if saved in state_dict:
                 self.hold(name, torch.ones_like(parameter, dtype=torch.bool))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._started = not self.config["actnorm"] or bool(self.actnorm_initialized.all())
+        self._started = not self.config["actnorm"] or _all_set(self.actnorm_initialized)
 
     # -- stacked parameters ⇄ layers -----------------------------------------------------------------------------------
 
@@ -273,7 +273,7 @@ class CouplingFlow(Flow):
         self.mlp_weights, self.mlp_biases = nn.ParameterList(values.weights), nn.ParameterList(values.biases)
         self._layer_names = tuple(str(i) for i in range(len(values.weights)))
         # The same as a Python bool: reading the buffer would synchronise with the GPU at every step.
-        self._started = not values.actnorm or bool(self.actnorm_initialized.all())
+        self._started = not values.actnorm or _all_set(self.actnorm_initialized)
 
     @classmethod
     def from_layers(cls, flow: SequentialFlow) -> CouplingFlow:
@@ -305,3 +305,8 @@ class CouplingFlow(Flow):
     def extra_repr(self) -> str:
         """Shown by repr: the constructor's arguments."""
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+
+def _all_set(flags: Tensor) -> bool:
+    """Whether all flags are set; on "meta" there are none yet, and a state that is loaded later brings them."""
+    return flags.device.type != "meta" and bool(flags.all())

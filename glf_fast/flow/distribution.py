@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
 from glf_fast import ops
-from glf_fast.flow.base import Flow
+from glf_fast.flow.base import Flow, any_parameter
 from glf_fast.flow.embedded import Embedded
 
 __all__ = ["FlowDistribution", "FlowTransform"]
@@ -73,7 +73,7 @@ class FlowDistribution(Distribution):
         return f"{type(self).__name__}({_shapes(self.flow)}, batch_shape={tuple(self.batch_shape)})"
 
     def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor, Tensor]:
-        like = next(self.flow.parameters(), torch.empty(0))
+        like = any_parameter(self.flow)
         z = torch.randn(self._extended_shape(torch.Size(sample_shape)), device=like.device, dtype=like.dtype)
         return z, *_by_rows(self.flow, z, self.context, inverse=True)
 

@@ -14,6 +14,7 @@ __all__ = [
     "check_alike",
     "check_choice",
     "check_device",
+    "check_fake",
     "check_floating",
     "check_hidden_layers",
     "check_log_scale",
@@ -108,3 +109,12 @@ def check_hidden_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], ste
             check_shape(f"weights[{i}]", weight, (*stack, n_in, width), f"({names}, in, out)")
             check_shape(f"biases[{i}]", bias, (*stack, width), f"({names}, out)")
         n_in = width
+
+
+def check_fake(tensor: Tensor) -> None:
+    """Raise RuntimeError for a real tensor in the fake implementation of an operation.
+
+    torch calls that implementation, too, when one of the arguments is on "meta", and would return uninitialised memory.
+    """
+    if tensor.device.type != "meta" and type(tensor) in (Tensor, torch.nn.Parameter):
+        raise RuntimeError(f"some arguments are on {tensor.device}, others on meta, where tensors have no data")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from glf_fast.ops.affine_coupling.call import AffineOptions, Call
 from glf_fast.ops.backends import CPP
+from glf_fast.ops.checks import check_fake
 from glf_fast.ops.codes import LOG_SCALE_CODES
 
 __all__ = ["BACKENDS", "backward", "forward", "refuses"]
@@ -71,7 +72,8 @@ if not CPP.missing:
     def _(
         v: Tensor, u: Tensor, t: Tensor, log_scale: int, constant: float, add_first: bool, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        return v.new_empty(v.shape), v.new_empty(len(v))
+        check_fake(v)
+        return v.new_empty(v.shape), v.new_empty(v.shape[0])
 
     @torch.library.register_fake("glf_fast::cpu_affine_coupling_backward")
     def _(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glf_fast.ops.affine_coupling.call import AffineOptions, Call
 from glf_fast.ops.backends import TRITON
+from glf_fast.ops.checks import check_fake
 
 __all__ = ["BACKENDS", "backward", "forward", "refuses"]
 
@@ -61,8 +62,9 @@ def _like(v: Tensor, dtype: torch.dtype) -> Tensor:
 def _(
     v: Tensor, u: Tensor, t: Tensor, log_scale: str, constant: float, add_first: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    check_fake(v)
     dtype = torch.promote_types(v.dtype, torch.float32)
-    return _like(v, dtype), v.new_empty(len(v), dtype=dtype)
+    return _like(v, dtype), v.new_empty(v.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake("glf_fast::triton_affine_coupling_backward")

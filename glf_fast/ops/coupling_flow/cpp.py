@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from glf_fast.ops.backends import CPP
+from glf_fast.ops.checks import check_fake
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.reference import COUPLINGS
@@ -129,8 +130,9 @@ if not CPP.missing:
         coupling: int, activation: int, log_scale: int, constant: float, add_first: bool, inverse: bool, density: bool,
         save: int, record: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix), len(x), record)
-        return torch.empty_like(x), x.new_empty(len(x)), saved
+        check_fake(x)
+        saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix), x.shape[0], record)
+        return torch.empty_like(x), x.new_empty(x.shape[0]), saved
 
     @torch.library.register_fake("glf_fast::cpu_coupling_flow_backward")
     def _(

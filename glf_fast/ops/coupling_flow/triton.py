@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glf_fast.ops.backends import TRITON
+from glf_fast.ops.checks import check_fake
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.ops.coupling_flow.networks import KINDS, as_one_network, hidden_widths
 
@@ -87,8 +88,9 @@ def _(
     context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
     density: bool, autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_fake(x)
     saved = x.new_empty((len(matrix), *x.shape) if save else 0)
-    return torch.empty_like(x), x.new_empty(len(x)), saved
+    return torch.empty_like(x), x.new_empty(x.shape[0]), saved
 
 
 @torch.library.register_fake("glf_fast::triton_coupling_flow_backward")

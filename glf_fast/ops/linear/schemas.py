@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glf_fast.ops.checks import check_fake
+
 __all__: list[str] = []
 
 _library = torch.library.Library("glf_fast", "FRAGMENT")
@@ -28,6 +30,7 @@ def _(
     permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tensor, sign: Tensor, log_scale: Tensor | None,
     bias: Tensor | None, need_inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check_fake(lower)
     inverse = torch.empty_like(lower) if need_inverse else lower.new_empty(0)
     return torch.empty_like(lower), inverse, torch.empty_like(log_diag), lower.new_empty(len(lower))
 
