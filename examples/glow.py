@@ -3,8 +3,7 @@
     python examples/glow.py [--quick] [--out FOLDER]
 
 Handwritten digits, 8 × 8 with 16 grey levels (scikit-learn's, nothing is downloaded), squeezed to 4 channels of 4 × 4. Glow is
-arXiv:1807.03039; our coupling takes any network as its conditioner and does the rest in one fused operation, and what is
-affine between two couplings is one product.
+arXiv:1807.03039; a coupling takes any network and does the rest in one fused operation, all between two is one product.
 """
 
 import argparse

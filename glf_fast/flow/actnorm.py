@@ -57,7 +57,7 @@ class ActNorm(nn.Module):
         self.far = self._is_far()
 
     def starts_next(self) -> bool:
-        """Whether `forward` is going to set scale and shift from its input, so that nobody knows them before."""
+        """Whether the next `forward` sets scale and shift from its input: their values are not known before."""
         return self.training and not self._started
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
-from glf_fast.flow.masks import ChannelMask, Checkerboard
+from glf_fast.flow.linear import InvertibleLinear
+from glf_fast.flow.masks import ChannelHalves, Checkerboard
 from glf_fast.ops.checks import check_log_scale, check_shape
 from glf_fast.reference import LOG_SCALES
 
@@ -29,8 +30,8 @@ class AffineCoupling(nn.Module):
     Args:
         dim: channels D of the input (B, D) or (B, D, H, W); at least 2, unless pixels are masked.
         conditioner: any network from [p, context] (B, P + C, …) to [u, t] (B, 2·T, …), or to the pair (u, t); to t alone if
-            `additive`. Images may come with their channels side by side in memory (`torch.channels_last`), which convolutions
-            like on a processor: a network of your own should `reshape` them where it might `view`.
+            `additive`. On a processor images may come in `torch.channels_last` order, in which convolutions are faster: a
+            network should `reshape` them where it might `view`.
         additive: z_v = v + t, NICE (arXiv:1410.8516): no scale, logdet 0. The log-scale and `add_first` mean nothing then.
         log_scale, log_scale_constant: name and constant of f, see `glf_fast.reference.log_scale`.
         add_first: z_v = (v + t)·e^f(u), as in Glow (arXiv:1807.03039).
@@ -73,20 +74,43 @@ class AffineCoupling(nn.Module):
         self.undo = undo
         self.pass_context = pass_context
         self.mask = mask if isinstance(mask, str) else tuple(map(bool, mask))
-        self._channels = None if mask == "checkerboard" else ChannelMask(_transformed(dim, self.mask, flip))
+        self._halves: ChannelHalves | None = None
+        # Channels that do not lie together are brought together. A `SequentialFlow` leaves that to matrices before and behind.
+        self.order: InvertibleLinear | None = None
+        self.restore: InvertibleLinear | None = None
+        if mask == "checkerboard":
+            return
+        transformed = _transformed(dim, self.mask, flip)
+        T = sum(transformed)
+        v_first = transformed == tuple(sorted(transformed, reverse=True))
+        self._halves = ChannelHalves(*((T, dim - T) if v_first else (dim - T, T)), v_first=v_first)
+        if not v_first and transformed != tuple(sorted(transformed)):
+            order = sorted(range(dim), key=lambda channel: transformed[channel])
+            restore = sorted(range(dim), key=lambda channel: order[channel])
+            self.order, self.restore = (
+                InvertibleLinear(dim, linear="permutation", permutation=channels) for channels in (order, restore)
+            )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, D, …) → z like x, logdet (B,)."""
-        return self._couple(x, context, inverse=self.undo)
+        return self._run(x, context, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data: z (B, D, …) → x like z, logdet (B,)."""
-        return self._couple(z, context, inverse=not self.undo)
+        return self._run(z, context, inverse=True)
 
-    def _couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        if self.order is None or self.restore is None:
+            return self.couple(x, context, inverse=inverse)
+        z, logdet = self.couple(self.order(x)[0], context, inverse=inverse)
+        return self.restore(z)[0], logdet
+
+    def couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """`forward`, or `inverse`, of channels that `order` has brought together, and left in that order."""
+        inverse = inverse != self.undo
         if x.ndim < 2 or x.shape[1] != self.dim:  # what is wanted is made only for the error
             check_shape("x", x, (None, self.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
-        parts = Checkerboard(x, even=self.flip) if self._channels is None else self._channels
+        parts = Checkerboard(x, even=self.flip) if self._halves is None else self._halves
         p, v = parts.divide(x)
         u, t = self._conditioned(p, context, parts.outputs)
         u, t = None if u is None else parts.of_v(u), parts.of_v(t)

@@ -13,7 +13,7 @@ __all__ = ["FixedLinear"]
 
 
 class FixedLinear(nn.Module):
-    """y = x W over the channels of vectors (B, D) or images (B, D, H, W), with a W that nobody trains.
+    """y = x W over the channels of vectors (B, D) or images (B, D, H, W), with a W that is not trained.
 
     log|det J| = pixels·log|det W|.
 

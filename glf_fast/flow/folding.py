@@ -14,7 +14,7 @@ from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.fixed_linear import FixedLinear
 from glf_fast.flow.linear import LINEAR_TENSORS, InvertibleLinear, assemble
 
-__all__ = ["Product", "Step", "assembled", "folded"]
+__all__ = ["InOrder", "Product", "Step", "assembled", "folded"]
 
 # x A + c: A, A⁻¹ or None, c, log|det A|; of K maps each with K in front.
 _Maps = tuple[Tensor, Tensor | None, Tensor, Tensor]
@@ -23,12 +23,24 @@ _Maps = tuple[Tensor, Tensor | None, Tensor, Tensor]
 class Product:
     """Affine layers of one width, one after the other, with a matrix among them: together x A + c over the channels.
 
-    `level` counts the layers before it that may change the number of pixels.
+    Args:
+        layers: first to last.
+        level: counts the layers before these that may change the number of pixels.
+        follows, precedes: the couplings before and behind, where their masks bring channels together: x comes in the order of
+            the one, and y goes in the order of the other.
     """
 
-    def __init__(self, layers: Sequence[Any], level: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        level: int,
+        follows: AffineCoupling | None,
+        precedes: AffineCoupling | None,
+    ) -> None:
         self.layers = tuple(layers)
         self.level = level
+        self.follows = follows
+        self.precedes = precedes
         self.dim: int = layers[0].dim
 
     def pattern(self) -> tuple[object, ...]:
@@ -36,35 +48,62 @@ class Product:
         return self.level, self.dim, *map(_kind, self.layers)
 
 
-Step = nn.Module | Product
+class InOrder:
+    """A coupling whose channels the layers before it have brought together, and those behind it put back."""
+
+    def __init__(self, coupling: AffineCoupling) -> None:
+        self.coupling = coupling
+
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → noise, as `AffineCoupling`."""
+        return self.coupling.couple(x, context, inverse=False)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise → data, as `AffineCoupling`."""
+        return self.coupling.couple(z, context, inverse=True)
+
+
+Step = nn.Module | Product | InOrder
 
 
 def folded(layers: Iterable[nn.Module], *, inverse: bool) -> list[Step]:
     """The layers, first to last, with every run of affine ones that holds a matrix as a `Product`.
 
-    Layers with hooks are applied by themselves, so that the hooks run; ActNorms that are `far`, to keep the digits; and
-    all layers in a forward pass that sets scales and shifts of ActNorms, which nobody knows before.
+    The orders of channels for which couplings with masks ask are taken over by products before and behind. Layers with hooks
+    are applied by themselves, so that the hooks run; ActNorms that are `far`, to keep the digits; and all layers in a
+    forward pass that sets scales and shifts of ActNorms, whose values are not known yet.
     """
     steps: list[Step] = []
     run: list[Any] = []
+    follows: Any = None  # the coupling before the run whose channels are still in the order of its mask
     level = 0
 
-    def close() -> None:
+    def close(precedes: Any = None) -> None:
+        nonlocal follows
         if any(_kind(layer) not in ("actnorm", "permutation") for layer in run):
-            steps.append(Product(run, level))
+            steps.append(Product(run, level, follows, precedes))
         else:
+            steps.extend([] if follows is None else [follows.restore])
             steps.extend(run)
+            steps.extend([] if precedes is None else [precedes.order])
         run.clear()
+        follows = None
 
     layer: Any
     for layer in layers:
         if type(layer) is ActNorm and layer.starts_next() and not inverse:
             return list(layers)
         folds = _folds(layer)
-        if run and not (folds and run[-1].dim == layer.dim):
+        ordered = type(layer) is AffineCoupling and layer.order is not None and not _has_hooks(layer)
+        last = run[-1] if run else follows
+        if last is not None and not ((folds or ordered) and last.dim == layer.dim):
             close()
         if folds:
             run.append(layer)
+        elif ordered:
+            close(layer)
+            steps.append(InOrder(layer))
+            follows = layer
         else:
             steps.append(layer)
             level += not isinstance(layer, ActNorm | InvertibleLinear | FixedLinear | AffineCoupling)
@@ -76,7 +115,11 @@ def _folds(layer: Any) -> bool:
     """Whether it may be part of a product."""
     if type(layer) not in (ActNorm, InvertibleLinear, FixedLinear):  # subclasses may do something else
         return False
-    return not (layer._forward_hooks or layer._forward_pre_hooks or (type(layer) is ActNorm and layer.far))
+    return not (_has_hooks(layer) or (type(layer) is ActNorm and layer.far))
+
+
+def _has_hooks(layer: Any) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _kind(layer: Any) -> str:
@@ -130,7 +173,9 @@ def _assembled_together(products: Sequence[Any], *, inverse: bool) -> _Maps:
         actnorm = (None, None)
         maps = linear if maps is None else _both(maps, linear)
     assert maps is not None
-    return maps if actnorm[0] is None else _scaled(maps, *actnorm)
+    if actnorm[0] is not None:
+        maps = _scaled(maps, *actnorm)
+    return _ordered(maps, [product.follows for product in products], [product.precedes for product in products])
 
 
 def _dtype(product: Product) -> torch.dtype:
@@ -166,6 +211,27 @@ def _scaled(maps: _Maps, log_scale: Tensor, bias: Tensor) -> _Maps:
     scale = torch.exp(log_scale)
     A_inv = None if A_inv is None else torch.exp(-log_scale).unsqueeze(-1) * A_inv
     return A * scale.unsqueeze(-2), A_inv, (c + bias) * scale, logabsdet + log_scale.sum(-1)
+
+
+def _ordered(maps: _Maps, follows: Sequence[Any], precedes: Sequence[Any]) -> _Maps:
+    """The maps from the orders of channels of the couplings before them to those of the couplings behind."""
+    A, A_inv, c, logabsdet = maps
+    if any(coupling is not None for coupling in follows):
+        rows = _orders(follows, c)
+        A = A.gather(-2, rows.unsqueeze(-1).expand_as(A))
+        A_inv = None if A_inv is None else A_inv.gather(-1, rows.unsqueeze(-2).expand_as(A_inv))
+    if any(coupling is not None for coupling in precedes):
+        columns = _orders(precedes, c)
+        A, c = A.gather(-1, columns.unsqueeze(-2).expand_as(A)), c.gather(-1, columns)
+        A_inv = None if A_inv is None else A_inv.gather(-2, columns.unsqueeze(-1).expand_as(A_inv))
+    return A, A_inv, c, logabsdet
+
+
+def _orders(couplings: Sequence[Any], c: Tensor) -> Tensor:
+    """The order of each, shaped as c."""
+    same = torch.arange(c.shape[-1], device=c.device)
+    orders = [same if coupling is None else coupling.order.permutation for coupling in couplings]
+    return orders[0] if len(orders) == 1 else torch.stack(orders)
 
 
 def _stacked(layers: Sequence[Any], name: str) -> Tensor:

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
-
 import torch
 from torch import Tensor
 
-__all__ = ["ChannelMask", "Checkerboard"]
+__all__ = ["ChannelHalves", "Checkerboard"]
 
 
-class ChannelMask:
-    """p and v are channels; the network is given p, and what it returns belongs to v.
+class ChannelHalves:
+    """p and v are the first and the last channels, or the other way round; a network's u and t belong to v.
 
-    Channels that lie together are split off and put back in one piece, so that a mask of two halves costs one split and one
-    `cat`. The gradient of a split is one copy; that of two slices is two buffers of zeros, two copies and a sum.
+    The gradient of a split is one copy; that of two slices is two buffers of zeros, two copies and a sum.
 
     Args:
-        transformed: for each channel whether it is one of v.
+        first, last: channels of the two.
+        v_first: v is the first.
     """
 
-    def __init__(self, transformed: Sequence[bool]) -> None:
-        runs = [(is_v, len(list(run))) for is_v, run in groupby(transformed)]
-        self.v_first = runs[0][0]
-        self.runs = [n for _, n in runs]
-        self.p_runs, self.v_runs = ([n for is_v, n in runs if is_v == wanted] for wanted in (False, True))
-        self.outputs = sum(self.v_runs)
+    def __init__(self, first: int, last: int, *, v_first: bool) -> None:
+        self.sizes = (first, last)
+        self.v_first = v_first
+        self.outputs = first if v_first else last
 
     def divide(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, D, …) → p (B, D − T, …), v (B, T, …)."""
-        pieces = x.split(self.runs, 1)
-        p, v = pieces[self.v_first :: 2], pieces[not self.v_first :: 2]
-        return (p[0], v[0]) if len(pieces) == 2 else (torch.cat(p, 1), torch.cat(v, 1))
+        first, last = x.split(self.sizes, 1)
+        return (last, first) if self.v_first else (first, last)
 
     def of_v(self, output: Tensor) -> Tensor:
         """The part of a network's u or t that belongs to v: all."""
@@ -40,11 +34,7 @@ class ChannelMask:
 
     def join(self, p: Tensor, w: Tensor) -> Tensor:
         """p (B, D − T, …) and w (B, T, …) in their places (B, D, …)."""
-        if len(self.runs) == 2:
-            return torch.cat((w, p) if self.v_first else (p, w), 1)
-        p_pieces, w_pieces = iter(p.split(self.p_runs, 1)), iter(w.split(self.v_runs, 1))
-        # What comes next is of v at every second place.
-        return torch.cat([next(w_pieces if i % 2 != self.v_first else p_pieces) for i in range(len(self.runs))], 1)
+        return torch.cat((w, p) if self.v_first else (p, w), 1)
 
 
 class Checkerboard:

@@ -38,7 +38,7 @@ class Squeeze(nn.Module):
         self.order = order
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """(C, H, W) → (C·f², H/f, W/f); raises ValueError if that does not come out even."""
+        """(C, H, W) → (C·f², H/f, W/f); raises ValueError where H or W is no multiple of f."""
         f = self.factor
         if len(shape) != 3 or shape[1] % f or shape[2] % f:
             raise ValueError(
@@ -51,7 +51,7 @@ class Squeeze(nn.Module):
         channels, height, width = self.output_shape(tuple(x.shape[1:]))
         f = self.factor
         blocks = x.unflatten(3, (width, f)).unflatten(2, (height, f))  # (B, C, H/f, i, W/f, j)
-        # Channels that lie together in memory stay so.
+        # The order of memory stays.
         rows = blocks.permute(0, 2, 4, 1, 3, 5) if self.order == "channels" else blocks.permute(0, 2, 4, 3, 5, 1)
         if _channels_last(x):
             return rows.reshape(len(x), height, width, channels).movedim(-1, 1), x.new_zeros(len(x))
