@@ -12,6 +12,7 @@ from torch.distributions import Distribution, Transform, constraints
 from glf_fast import ops
 from glf_fast.flow.base import Flow, any_parameter
 from glf_fast.flow.embedded import Embedded
+from glf_fast.ops.backends import ordinary
 
 __all__ = ["FlowDistribution", "FlowTransform"]
 
@@ -169,8 +170,7 @@ class FlowTransform(Transform):
         self._values: list[Tensor] = []  # copies of the pair and of all tensors on which it depends
 
     def _keep(self, noise: Tensor, data: Tensor, logdet: Tensor, *, by_inverse: bool) -> None:
-        # Tensors of torch.func and torch.compile have no values to compare.
-        if self._cache_size and not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()):
+        if self._cache_size and ordinary():  # else there are no values to compare
             tensors = self._tensors(noise, data)
             self._pair, self._made_by_inverse, self._recorded = (noise, data, logdet), by_inverse, _recorded(tensors)
             self._values = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
