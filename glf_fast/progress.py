@@ -20,11 +20,11 @@ _SECONDS = 10.0
 class Progress:
     """Display of progress on stderr: images seen of `total`, images per second without pauses, losses, and the time left."""
 
-    def __init__(self, total: int, images: int, images_per_epoch: int) -> None:
-        self.total, self.images, self.images_per_epoch = total, images, images_per_epoch
+    def __init__(self, total: int, images: int, images_per_epoch: int, items: str = "images") -> None:
+        self.total, self.images, self.images_per_epoch, self.items = total, images, images_per_epoch, items
         self.speed = 0.0
         self._clock = self._shown = time.monotonic()
-        form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} images, {elapsed} < {remaining}{postfix}"
+        form = f"{{percentage:3.0f}}% {{bar}} {{n_fmt}}/{{total_fmt}} {items}, {{elapsed}} < {{remaining}}{{postfix}}"
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=images, unit_scale=True, bar_format=form) if terminal else None
 
@@ -44,15 +44,15 @@ class Progress:
         self._clock = now
         values = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self.speed:,.0f} images/s  {values}", refresh=False)
+            self._bar.set_postfix_str(f"{self.speed:,.0f} {self.items}/s  {values}", refresh=False)
             self._bar.update(new)
         elif now - self._shown >= _SECONDS or images >= self.total:
             self._shown = now
             epoch = (images - 1) // self.images_per_epoch + 1
             left = time.strftime("%H:%M:%S", time.gmtime((self.total - images) / self.speed))
             self.say(
-                f"epoch {epoch}/{self.total // self.images_per_epoch}  {images:,}/{self.total:,} images  "
-                f"{self.speed:,.0f} images/s  {values}  {left} left"
+                f"epoch {epoch}/{self.total // self.images_per_epoch}  {images:,}/{self.total:,} {self.items}  "
+                f"{self.speed:,.0f} {self.items}/s  {values}  {left} left"
             )
 
     def say(self, message: str) -> None:

@@ -45,8 +45,8 @@ def main() -> None:
     with runs.lock(folder):
         runs.check_folder(folder, config)  # which another process may have begun meanwhile
         runs.sweep(folder)
-        runs.write_config(folder, config)
         run.resume()
+        runs.write_config(folder, config)
         if run.finished:
             print(f"{folder} is finished ({run.trainer.images:,} images)", file=sys.stderr)
         else:

@@ -87,6 +87,10 @@ def load(
         raise UserError(f"image_size must be ≥ 1; got {image_size}")
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a folder")
+    if skip_unusable and (source in SOURCES or Path(source).suffix.lower() in _READERS):
+        raise UserError(
+            f"skip_unusable is for folders and zips of images; {source} is neither, so leave the option out"
+        )
     if source in SOURCES:
         return SOURCES[source].load(split, data_dir, image_size=image_size, download=download)
     path = _find(source, data_dir)

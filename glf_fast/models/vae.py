@@ -52,17 +52,19 @@ class VAE(GenerativeModel):
     groups = ("autoencoder",)
     words = Words(
         "VAE",
-        curves={"reconstruction": "squared error per image", "loss": "negative ELBO in nats per image"},
+        curves={"reconstruction": "squared error per image", "loss": "β·KL − log-likelihood, in nats per image"},
         likelihood="lower bound (ELBO), one sample of the posterior",
     )
     settings: VAESettings
     variance: Tensor
+    batches: Tensor
 
     def __init__(self, shape: Sequence[int], settings: VAESettings = VAESettings()) -> None:
         super().__init__(check_image_shape(shape), settings)
         self.encoder = Encoder(shape, 2 * settings.latent_dim, settings.width, settings.hidden)
         self.decoder = Decoder(shape, settings.latent_dim, settings.width, settings.hidden)
         self.register_buffer("variance", torch.ones(()))
+        self.register_buffer("batches", torch.zeros(()))
 
     def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Scalars of a batch x (B, C, H, W) in [0, 1]: the loss, and its terms per image."""
@@ -71,8 +73,9 @@ class VAE(GenerativeModel):
         error, divergence = errors.mean(), divergences.mean()
         # The variance of rounding to grey levels is the least variance that data can have.
         variance = error.detach() / x[0].numel() + 255**-2 / 12
-        if self.training:
-            self.variance.lerp_(variance, 0.01)
+        if self.training:  # a young average forgets faster: the first batch replaces the 1 above
+            self.variance.lerp_(variance, (10 / (10 + self.batches)).clamp(min=0.01))
+            self.batches += 1
         loss = _nll(error, x[0].numel(), variance) + self.settings.beta * divergence
         return {"loss": loss, "reconstruction": error, "divergence": divergence}
 

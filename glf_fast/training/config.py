@@ -120,6 +120,7 @@ class Config(Settings):
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "epochs": POSITIVE,
+        "seed": (lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits"),
         "batch_size": AT_LEAST_2,
         "ema": (lambda value: 0 <= value < 1, "in [0, 1)"),
         "max_minutes": NOT_NEGATIVE,
@@ -131,7 +132,12 @@ class Config(Settings):
 def default(model: str) -> Config:
     """The default settings of a run with this model; raises UserError if there is no such model."""
     kind = models.kind(model)
-    return Config(model=kind.Settings(), optimizers={group: OptimizerConfig() for group in kind.groups})
+    config = Config(model=kind.Settings(), optimizers={group: OptimizerConfig() for group in kind.groups})
+    own = settings.tables(config.model)
+    names = ["data", "model", "score", "optimizer", *own, *(f"{group}_optimizer" for group in kind.groups)]
+    assert len(names) == len(set(names)), f"tables and groups of {model} have names that collide: {names}"
+    assert not any(map(settings.tables, own.values())), f"tables of {model} must not hold tables"
+    return config
 
 
 def tables(config: Config) -> dict[str, Settings]:
@@ -154,7 +160,8 @@ def with_table(config: Config, name: str, table: Any) -> Config:
     """`config` with its table `name` replaced."""
     if name in settings.tables(config.model):
         return replace(config, model=replace(config.model, **{name: table}))
-    if (group := name.removesuffix("_optimizer")) in config.optimizers:
+    group = name.removesuffix("_optimizer")
+    if name != group and group in config.optimizers:
         return replace(config, optimizers={**config.optimizers, group: table})
     return replace(config, **{name: table})
 

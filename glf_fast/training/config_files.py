@@ -103,5 +103,7 @@ def _updated(config: Config, content: Mapping[str, Any], where: str) -> Config:
             config = replace(config, **{key: settings.converted(value, kinds[key], where, key)})
         elif key != _FOR_ALL:
             known = [*scalars(config), *tables(config), _FOR_ALL]
-            raise settings.unknown(key, known, for_model)
+            error = settings.unknown(key, known, for_model)
+            owners = [name for name in models.names() if key in tables(default(name))]
+            raise UserError(f"{error}; it belongs to model {' or '.join(owners)}") if owners else error
     return config

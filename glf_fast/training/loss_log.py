@@ -40,7 +40,8 @@ class LossLog:
         steps, self._steps = self._steps, []
         names = list(dict.fromkeys(name for step in steps for name in step))
         # All losses are transferred at once.
-        flat = torch.stack([loss.float() for step in steps for loss in step.values()]).tolist()
+        losses = [loss.float() for step in steps for loss in step.values()]
+        flat = torch.stack(losses).tolist() if losses else []  # there are none if all phases rest
         values = iter(flat)
         rows = [dict(zip(step, values, strict=False)) for step in steps]
         for back, row in zip(range(len(rows) - 1, -1, -1), rows, strict=True):

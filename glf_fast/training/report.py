@@ -53,11 +53,11 @@ def write(run: Path) -> Path:
     finished = any(record.get("finished") and record["images"] == seen["images"] for record in records)
     kind = models.kind(config.model.name)
     what = ", ".join(filter(None, (kind.words.title, config.model.summary())))
-    state = "finished" if finished else f"{seen['epoch']:.3g} of {config.epochs} epochs"
+    state = "finished" if finished else f"{seen['epoch']:.3g} epochs so far"
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(run.resolve().name),
         subtitle=html.escape(f"{what}, on {config.data.source}. {seen['images']:,} images seen, {state}."),
-        samples=_picture(latest_picture(run, "samples"), "Samples"),
+        samples=_picture(path, "Samples") if (path := latest_picture(run, "samples")) else "No samples yet.",
         scores="".join(_score_card(score, kind.sampling_modes) for score in scores) or _score_so_far(records),
         sections=_growth(run) + _test_pictures(run, kind.words) + _curves(records, kind.words),
         config=html.escape((run / "config.toml").read_text(encoding="utf-8")),
@@ -123,9 +123,7 @@ def _score_so_far(records: Sequence[dict[str, Any]]) -> str:
 # -- pictures -------------------------------------------------------------------------------------------------------------
 
 
-def _picture(path: Path | None, caption: str) -> str:
-    if path is None:
-        return f"<figure><figcaption>{caption}: none yet</figcaption></figure>"
+def _picture(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     text = f"{caption}, after {int(path.stem):,} training images"
     return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
@@ -196,7 +194,9 @@ def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    about = "Losses are means over training batches. Scores compare generated images with test images."
+    about = "Losses are means over training batches."
+    if scored:
+        about += " Scores compare generated images with test images."
     text = html.escape(f"{about} {words.about_curves}".rstrip())
     return f'<h2>Curves</h2><p>{text}</p><div class="card">{svg}</div>'
 

@@ -49,6 +49,7 @@ class Run:
             )
         self.last, self.best = (runs.checkpoint_folder(folder, which) for which in ("last", "best"))
         self.of_images = train.kind == "images"
+        self.items = "images" if self.of_images else "items"
         self.extractors = load_extractors(config.score.extractors, device) if self.of_images else []
         self.minutes_before, self.started = 0.0, time.monotonic()
 
@@ -57,9 +58,12 @@ class Run:
         if checkpoint.exists(self.last):
             state = self.trainer.restore(self.last)
             checkpoint.check_state(self.last, state)
+            if self.trainer.images > self.total:
+                done = self.trainer.images / self.images_per_epoch
+                raise UserError(f"{self.folder} has trained for {done:.4g} epochs already; ask for as many, or more")
             if state["data"] != self.train_set.fingerprint:
                 raise UserError(
-                    f"{self.folder} was trained on other images than {self.train_set.name} holds now; "
+                    f"{self.folder} was trained on other data than {self.train_set.name} holds now; "
                     "choose another --out, or restore the data"
                 )
             self.minutes_before = state["minutes"]
@@ -96,10 +100,11 @@ class Run:
     def train(self, board: Board) -> None:
         """Train all stages; exit the process, with a checkpoint, when a signal asks for a stop."""
         trainer = self.trainer
-        how = f"resuming after {trainer.images:,} images" if trainer.images else "starting a new run"
-        print(f"{self.folder}: {how}, training up to {self.total:,} images", file=sys.stderr)
+        how = f"resuming after {trainer.images:,} {self.items}" if trainer.images else "starting a new run"
+        print(f"{self.folder}: {how}, training up to {self.total:,} {self.items}", file=sys.stderr)
         runs.cut_metrics(self.folder, trainer.images)
-        with stop_on_signals() as stop, Progress(self.total, trainer.images, self.images_per_epoch) as progress:
+        progress = Progress(self.total, trainer.images, self.images_per_epoch, self.items)
+        with stop_on_signals() as stop, progress:
             self._train_stage(board, progress, stop)
             while not (stop.signal or self.done):
                 trainer.advance()
@@ -110,7 +115,9 @@ class Run:
             if latest_picture(self.folder, "samples") is None:
                 self._pictures(board)
             report.write(self.folder)
-            print(f"stopped after {trainer.images:,} images; run the same command again to resume", file=sys.stderr)
+            print(
+                f"stopped after {trainer.images:,} {self.items}; run the same command again to resume", file=sys.stderr
+            )
             sys.exit(128 + stop.signal)
 
     def _train_stage(self, board: Board, progress: Progress, stop: Stop) -> None:
@@ -169,7 +176,9 @@ class Run:
             print(f"no scores: {self.train_set.name} holds {CONTENTS[self.train_set.kind]}, and scores need images")
             print(f"\nreport    {self.folder / 'report.html'}")
             return
-        print(table([score for score in runs.read_scores(self.folder) if score["checkpoint"]["name"] == "best"]))
+        about = {"name": "best", "images": checkpoint.read_state(self.best)["images"]}
+        scores = [s for s in runs.read_scores(self.folder) if about.items() <= s["checkpoint"].items()]
+        print(table(scores))
         print(f"\nreport    {self.folder / 'report.html'}\nsamples   {latest_picture(self.folder, 'samples')}")
         print(f"more      python -m glf_fast.sample {shlex.quote(str(self.folder))} --n 64 --out samples.png")
 
@@ -190,6 +199,8 @@ class Run:
         if not self.of_images:
             return
         pictures = draw_pictures(trainer.best_model, self.test_set.items.to(self.device), self.config.seed)
+        if not trainer.in_last_stage:
+            del pictures["samples"]  # which mean nothing yet
         for kind, picture in pictures.items():
             save_picture(self.folder, kind, picture, trainer.images)
             board.image(kind, picture, trainer.images)

@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+# The last line of a config.toml, without which the file was cut off.
+_END = "# end of the settings\n"
+
+
 def _changeable(config: Config) -> set[str]:
     """Settings that may change when a run is resumed, because they affect its length and its files, but not what is learnt."""
     free = {"max_minutes", "checkpoint_minutes", "pictures_every"}
@@ -84,7 +88,7 @@ def write_config(folder: Path, config: Config) -> None:
     """Write the settings to the run's config.toml, with their number, by which `read_config` sees whether all are there."""
     text = to_toml(config)
     with atomic_write(folder / "config.toml") as temporary:
-        temporary.write_text(f"# {_settings(tomllib.loads(text))} settings\n{text}", encoding="utf-8")
+        temporary.write_text(f"# {_settings(tomllib.loads(text))} settings\n{text}{_END}", encoding="utf-8")
 
 
 def sweep(folder: Path) -> None:
@@ -131,7 +135,7 @@ def read_config(folder: Path) -> Config:
     text = path.read_text(encoding="utf-8-sig")
     counted = re.match(r"# (\d+) settings\n", text)
     # Version 0.1.0 wrote no number, and this table last.
-    whole = _settings(tomllib.loads(text)) >= int(counted[1]) if counted else "\n[score]\n" in text
+    whole = _settings(tomllib.loads(text)) >= int(counted[1]) and _END in text if counted else "\n[score]\n" in text
     if not whole:
         raise UserError(
             f"{path} is damaged: settings are missing; restore it from a copy, or train again with another --out"

@@ -136,12 +136,12 @@ def table(scores: Sequence[dict[str, Any]]) -> str:
     densities: dict[str, None] = {}
     for score in scores:
         samples, floors, rebuilt = score["samples"], score["samples"]["floors"], score["reconstructions"]
-        interval, kid, mode = samples["interval"], samples["kid"], score["settings"]["mode"]
+        interval, kid = samples["interval"], samples["kid"]
         if density := score["likelihood"]:
             densities[likelihood_line(density)] = None  # the same for all extractors
         rows.append(
             (
-                samples["metric"] + (f" ({mode})" if mode else ""),
+                samples["metric"] + _special(score["settings"]),
                 f"{samples['value']:.2f}",
                 f"{interval[0]:.2f} … {interval[1]:.2f}" if interval else "",
                 f"{kid['mean']:.4f}" if kid else "",
@@ -158,6 +158,15 @@ def table(scores: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     return "\n".join([*lines, *densities])
+
+
+def _special(settings: dict[str, Any]) -> str:
+    """The settings of sampling that are not the usual ones, in brackets."""
+    usual = {"mode": "", "temperature": 1, "seed": 0}
+    special = {name: settings[name] for name, value in usual.items() if settings[name] != value}
+    return (
+        f" ({', '.join(str(v) if name == 'mode' else f'{name} {v}' for name, v in special.items())})" if special else ""
+    )
 
 
 def likelihood_line(density: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,12 @@ class Trainer:
         kind = models.kind(config.model.name)
         if train.kind not in kind.takes:
             wanted = " or ".join(words for content, words in CONTENTS.items() if content in kind.takes)
+            others = [name for name in models.names() if train.kind in models.kind(name).takes]
+            remedy = (
+                f"choose --model.name {' or '.join(others)}" if others else "no model takes these, so choose other data"
+            )
             raise UserError(
-                f"model {config.model.name!r} takes {wanted}, but {train.name} holds {CONTENTS[train.kind]}; "
-                "choose another --data.source or --model.name"
+                f"model {config.model.name!r} takes {wanted}, but {train.name} holds {CONTENTS[train.kind]}; {remedy}"
             )
         self.images_per_epoch = len(train) // config.batch_size * config.batch_size
         if not self.images_per_epoch:
@@ -60,8 +64,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         try:
             self.model = kind(train.shape, config.model).to(device)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"model {config.model.name!r} cannot be built for {train.name}: {error}") from error
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # and sizes that no memory has
+            reason = str(error).splitlines()[0]
+            raise UserError(f"model {config.model.name!r} cannot be built for {train.name}: {reason}") from error
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else None
         groups = self.model.parameter_groups()
         assert tuple(groups) == kind.groups, (
@@ -76,6 +81,8 @@ class Trainer:
             epochs = 0 if stage.fit else config.epochs if stage.epochs is None else stage.epochs
             self.ends.append((self.ends or [0])[-1] + epochs * self.images_per_epoch)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        self._start: dict[str, Tensor] = {}  # the weights with which this stage's inputs are computed, if it has inputs
+        self._logged: set[str] = set()  # names of losses that were checked
 
     @property
     def best_model(self) -> models.GenerativeModel:
@@ -94,6 +101,9 @@ class Trainer:
         if self.average is not None:
             self.model.load_state_dict(self.average.state_dict())
         self.stage += 1
+        self._start = (
+            {name: value.clone() for name, value in self.model.state_dict().items()} if self._stage.inputs else {}
+        )
         if fit := self._stage.fit:
             with torch.no_grad():
                 fit(self.inputs())
@@ -101,13 +111,20 @@ class Trainer:
                 self.average.load_state_dict(self.model.state_dict())
 
     def inputs(self) -> Tensor:
-        """The tensor from which batches of this stage are taken, on the device: the training set, or the stage's inputs."""
+        """The tensor from which batches of this stage are taken, on the device: the training set, or the stage's inputs.
+
+        Inputs are computed with the weights with which the stage began, so that a resumed stage has the same ones.
+        """
         # The whole set is one tensor on the device, so steps need no worker processes and no copies.
         items, compute = self.train.items.to(self.device), self._stage.inputs
         if compute is None:
             return items
+        present = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self._start or present)
         with self.model.evaluating():
-            return torch.cat([compute(_to_model(batch)) for batch in items.split(_CHUNK)])
+            found = torch.cat([compute(_to_model(batch)) for batch in items.split(_CHUNK)])
+        self.model.load_state_dict(present)
+        return found
 
     @property
     def _stage(self) -> Stage:
@@ -123,6 +140,7 @@ class Trainer:
     def step(self, batch: Tensor) -> dict[str, Tensor]:
         """Train on a batch (B, …) of `inputs`; returns the losses of all phases, without waiting for a GPU."""
         noise = seeds.generator(self.config.seed, "step", 0, self.images, device=self.device)
+        torch.manual_seed(noise.initial_seed())  # for Dropout and whatever else has no generator of its own
         steps, x = (self.images - self._begin) // self.config.batch_size, _to_model(batch)
         losses: dict[str, Tensor] = {}
         self.model.train()
@@ -136,6 +154,9 @@ class Trainer:
             found[phase.minimises].backward()
             for name in phase.moves:
                 self._update(name)
+            if not self._logged.issuperset(found):
+                _check_names(found, losses)
+                self._logged |= found.keys()
             losses |= {name: loss.detach() for name, loss in found.items()}
         self.images += len(batch)
         if self.average is not None and steps % _AVERAGE_EVERY == 0:
@@ -190,6 +211,7 @@ class Trainer:
                 training |= checkpoint.optimizer_tensors(optimizer, self._names)
             if self.average is not None:
                 training |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
+            training |= {f"start.{name}": value for name, value in self._start.items()}
         for name, value in {**weights, **training}.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise UserError(
@@ -212,8 +234,7 @@ class Trainer:
                 f"{folder} has finished stage {stage} of its training, so the epochs of this stage cannot change any more; "
                 "use the same epochs as before, or choose another --out"
             )
-        prefix = "model."
-        raw = {name.removeprefix(prefix): v for name, v in saved.training.items() if name.startswith(prefix)}
+        raw, self._start = (_below(prefix, saved.training) for prefix in ("model.", "start."))
         self.model.load_state_dict(raw or saved.weights)
         if self.average is not None:
             self.average.load_state_dict(saved.weights)
@@ -221,6 +242,20 @@ class Trainer:
             checkpoint.restore_optimizer(optimizer, self._names, saved.training)
         self.images, self.stage = saved.state["images"], stage
         return saved.state
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _check_names(found: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the losses of a phase have names that the log, and the phases before, leave free."""
+    taken = {"images", "epoch", "score", "finished", "images_per_second", *before}
+    if wrong := [name for name in found if name in taken or name.startswith("lr_")]:
+        raise ValueError(
+            f"a phase has the losses {', '.join(found)}; {', '.join(wrong)} is a name of the log, or of another phase's loss"
+        )
 
 
 def _to_model(batch: Tensor) -> Tensor:

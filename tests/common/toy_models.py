@@ -22,6 +22,8 @@ class AdversarialSettings(ModelSettings):
     """Name of the model."""
     latent_dim: int = 4
     """Numbers in a code."""
+    dropout: float = 0.0
+    """Probability with which the discriminator does not see a pixel."""
 
 
 class Adversarial(GenerativeModel):
@@ -35,13 +37,14 @@ class Adversarial(GenerativeModel):
         super().__init__(shape, settings)
         self.generator = nn.Sequential(nn.Linear(settings.latent_dim, 16), nn.ReLU(), nn.Linear(16, 64), nn.Sigmoid())
         self.discriminator = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.dropout = nn.Dropout(settings.dropout)
 
     def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         return self.generator(torch.randn(n, self.settings.latent_dim, generator=generator))
 
     def discriminate(self, x: Tensor, generator: torch.Generator | None = None) -> Losses:
         false = self.discriminator(self.draw(len(x), generator))
-        return {"discriminator": (softplus(-self.discriminator(x.flatten(1))) + softplus(false)).mean()}
+        return {"discriminator": (softplus(-self.discriminator(self.dropout(x.flatten(1)))) + softplus(false)).mean()}
 
     def deceive(self, x: Tensor, generator: torch.Generator | None = None) -> Losses:
         return {"generator": softplus(-self.discriminator(self.draw(len(x), generator))).mean()}
@@ -67,7 +70,7 @@ class StagedSettings(ModelSettings):
     name: str = "staged"
     """Name of the model."""
     density: str = "gradient"
-    """gradient or closed: how the distribution is fitted."""
+    """gradient, closed or joint: how the distribution is fitted; joint: the encoder changes meanwhile."""
     density_epochs: int = 2
     """gradient: passes over the codes."""
 
@@ -93,6 +96,9 @@ class Staged(GenerativeModel):
     def likelihood(self, z: Tensor, generator: torch.Generator | None = None) -> Losses:
         return {"loss": (self.log_std + 0.5 * ((z - self.mean) / self.log_std.exp()).square()).sum(1).mean()}
 
+    def both(self, z: Tensor, generator: torch.Generator | None = None) -> Losses:
+        return {"loss": self.likelihood(z)["loss"] + self.encoder.weight.square().sum()}
+
     def fit(self, z: Tensor) -> None:
         self.mean.copy_(z.mean(0))
         self.log_std.copy_(z.std(0).log())
@@ -102,6 +108,8 @@ class Staged(GenerativeModel):
         if self.settings.density == "closed":
             return first, Stage(inputs=self.encode, fit=self.fit)
         phases = (Phase(self.likelihood, moves=("density",)),)
+        if self.settings.density == "joint":
+            phases = (Phase(self.both, moves=self.groups),)
         return first, Stage(phases, epochs=self.settings.density_epochs, inputs=self.encode)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from toy_models import Adversarial, Rows, Staged
 
 from glf_fast import data, models, sample, seeds, train
 from glf_fast.errors import UserError
 from glf_fast.models import GenerativeModel
-from glf_fast.training import runs
+from glf_fast.training import checkpoint, runs
 from glf_fast.training.arguments import parse_train
-from glf_fast.training.config import Config, OptimizerConfig, default
+from glf_fast.training.config import Config, OptimizerConfig, ScoreConfig, default, with_table
+from glf_fast.training.loss_log import LossLog
+from glf_fast.training.pictures import draw_pictures
 from glf_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -100,9 +103,10 @@ EPOCH = 12 * 128
 @pytest.mark.parametrize(
     ("name", "more", "crashes"),
     [
-        ("adversarial", [], [5 * 128]),
+        ("adversarial", ["--model.dropout", "0.2"], [5 * 128]),
         ("staged", [], [5 * 128, 2 * EPOCH, 2 * EPOCH + 5 * 128]),
         ("staged", ["--model.density", "closed"], [5 * 128]),
+        ("staged", ["--model.density", "joint"], [2 * EPOCH + 5 * 128]),
     ],
 )
 def test_runs_resume_bit_for_bit(
@@ -146,6 +150,49 @@ def test_the_second_stage_fits_the_codes_and_leaves_the_networks_alone(density: 
     torch.testing.assert_close(codes, model.encode(DIGITS.images / 255).detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.mean.detach(), codes.mean(0), atol=0.1 * codes.std().item(), rtol=0.1)
     torch.testing.assert_close(model.log_std.detach().exp(), codes.std(0), atol=0.0, rtol=0.2)
+
+
+def test_samples_are_drawn_when_the_density_is_there(tmp_path: Path, call: Call) -> None:
+    folder = tmp_path / "r"
+    call(train, *arguments("staged", folder, "--model.density", "closed", "--pictures-every", "1", "--ema", "0"))
+    [picture] = (folder / "samples").iterdir()
+    model, _ = checkpoint.load_model(folder / "checkpoints" / "best", CPU)
+    with Image.open(picture) as drawn:
+        wanted = draw_pictures(model, data.load("digits", "test").items, 0)["samples"]
+        scale = drawn.width // wanted.shape[-1]
+        assert np.array_equal(np.asarray(drawn)[::scale, ::scale], wanted[0].numpy())
+
+
+def test_names_of_losses_are_those_of_one_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Trainer(config("adversarial"), DIGITS, CPU)
+    for name in ("discriminator", "lr_x", "epoch"):
+        monkeypatch.setattr(Adversarial, "deceive", lambda self, x, generator=None, name=name: {
+            name: self.draw(2, generator).sum(), "generator": self.draw(2, generator).sum()})  # fmt: skip
+        one._logged.clear()
+        one.images = 0
+        with pytest.raises(ValueError, match=f"{name} is a name of the log, or of another phase's loss"):
+            one.step(DIGITS.images[:128])
+
+
+def test_a_step_may_have_no_phase(tmp_path: Path) -> None:
+    assert LossLog().flush(0, 1, tmp_path) == {}
+
+
+def test_groups_and_tables_do_not_collide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Staged, "groups", ("autoencoder", "score"))
+    changed = with_table(default("staged"), "score", ScoreConfig(samples=7))
+    assert changed.score.samples == 7 and changed.optimizers["score"] == OptimizerConfig()
+    monkeypatch.setattr(Staged, "groups", ("x", "x"))
+    with pytest.raises(AssertionError, match="collide"):
+        default("staged")
+
+
+def test_epochs_that_are_over_cannot_be_taken_back(tmp_path: Path, call: Call) -> None:
+    call(train, *arguments("adversarial", tmp_path / "r"))
+    before = (tmp_path / "r" / "config.toml").read_text()
+    with pytest.raises(UserError, match="has trained for 2 epochs already"):
+        call(train, *arguments("adversarial", tmp_path / "r", "--epochs", "1"))
+    assert (tmp_path / "r" / "config.toml").read_text() == before
 
 
 def test_epochs_of_a_stage_that_is_over_cannot_change(tmp_path: Path, call: Call) -> None:
@@ -214,7 +261,8 @@ def test_a_model_of_rows_trains_on_a_table(tmp_path: Path, call: Call, capsys: p
     with pytest.raises(UserError, match="this Toy of rows was trained on data of shape"):
         call(sample, tmp_path / "r", "--out", tmp_path / "x.png")
     with pytest.raises(
-        UserError, match=r"model 'adversarial' takes images, but .*rows.npy holds rows of a table; choose another"
+        UserError,
+        match=r"model 'adversarial' takes images, but .*rows.npy holds rows of a table; choose --model.name rows",
     ):
         call(train, *table, "--model.name", "adversarial", "--out", tmp_path / "s")
     assert not (tmp_path / "s").exists()
