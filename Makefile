@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
 
-# One process per core, each with one thread: the tests are many and small.
+# One process per core, each with one thread: the tests are many and small. ARGS="-m long" runs those that take minutes.
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto $(ARGS)
 

@@ -3,8 +3,7 @@
     python examples/glow.py [--quick] [--out FOLDER]
 
 The images are scikit-learn's handwritten digits, 8 × 8 with 16 grey levels, squeezed to 4 channels of 4 × 4; nothing is
-downloaded. Glow is arXiv:1807.03039. `AffineCoupling` takes any network as its conditioner and computes the coupling in one
-fused operation; all affine maps between two couplings are one product.
+downloaded. Glow is arXiv:1807.03039. `AffineCoupling` takes any network; all affine maps between two couplings are one product.
 """
 
 import argparse

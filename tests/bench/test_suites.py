@@ -81,6 +81,7 @@ def test_what_is_wrong_fails_and_has_no_time(bench) -> None:
     assert "glf_fast" in providers and "eager" not in providers
 
 
+@pytest.mark.long
 def test_what_grows_with_depth_is_gradients_where_activations_are_rebuilt() -> None:
     """README's claim: of 24 more steps the reversible backward keeps nothing, but their gradients as they are summed."""
     if not glf_fast.backends()["cpp"].startswith("ready"):

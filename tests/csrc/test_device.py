@@ -38,7 +38,7 @@ def test_the_device_code_is_right_on_the_host(order: list[str], tmp_path: Path) 
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", [75, 80, 90, 100])
+@pytest.mark.parametrize("architecture", [90, *(pytest.param(n, marks=pytest.mark.long) for n in (75, 80, 100))])
 def test_kernels_keep_their_rows_in_registers(architecture: int, tmp_path: Path) -> None:
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", target, "-c", str(ROOT / "csrc" / "cuda" / "linear.cu")]

@@ -30,6 +30,7 @@ def run_driver(compiler: str, flags: Sequence[str], folder: Path, emulator: Sequ
     assert (done.returncode, done.stdout.strip()) == (0, "all agree"), done.stdout + done.stderr
 
 
+@pytest.mark.long  # compiling takes a minute
 def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"

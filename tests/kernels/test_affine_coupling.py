@@ -150,6 +150,7 @@ import re, sys, torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from glf_fast.kernels import affine_coupling
+from specialization import couplings
 from triton_resources import compiled
 
 class Target:
@@ -162,7 +163,7 @@ launched = []
 def launch(kernel, programs, device, *arguments, **constants):
     launched.append(kernel.warmup(*arguments, **constants, enable_fp_fusion=True, grid=(programs,)))
 affine_coupling.launch = launch
-gate = {spec.name: spec for spec in affine_coupling.specializations()}
+gate = {spec.name: spec for spec in couplings()}
 for name, shape, wide in (
     ("channels-last images", (4096, 24, 16, 16), 4),
     ("few channels-last images", (64, 12, 16, 16), 4),
