@@ -1,4 +1,4 @@
-"""Flows of other libraries as ours: `convert` makes a new flow, with every run of layers that the kernels cover fused."""
+"""Flows of other libraries: `convert` makes a new flow, with every run of layers that the kernels cover fused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.layers import ConversionError, Coupling, Kept, NetworkCoupling
+from glf_fast.conversion.layers import ConversionError, Coupling, Kept
 from glf_fast.conversion.libraries import library_of
 from glf_fast.conversion.reading import Reading, check_precision, copied, lost_in_training, read_flow
 from glf_fast.conversion.stack import Sources
@@ -32,11 +32,11 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     and SVD, becomes free), and keeps dtype, device, `requires_grad` and train or eval mode. Constants are read from the
     object itself. FrEIA's conditions become one context: those that some block uses, by their index, side by side.
 
-    Before it is returned it is compared with the original, in float64, on random inputs: log_prob, inverse, and the
-    gradients of inputs and of all parameters, to 1e-6. The work is done in float64 on the processor.
+    Before it is returned it is compared with the original, in float64 on the processor, on random inputs: log_prob,
+    inverse, and the gradients of inputs and of all parameters, to 1e-6.
 
     Args:
-        flow: of one of the four libraries, on vectors or images (C, H, W).
+        flow: a flow of one of the four libraries, on vectors or images (C, H, W).
         context: an example (B, …) of its context, one row or more, with which the two flows are compared. Needed only
             where no layer of the flow says what a context is: an embedding net that starts with a convolution, or that
             takes classes, or a network of one's own on images.
@@ -81,7 +81,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
 
 def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, Sources]:
     """The flow that was read, in float64."""
-    couplings = [layer for layer in reading.layers if isinstance(layer, Coupling | NetworkCoupling)]
+    couplings = [layer for layer in reading.layers if isinstance(layer, Coupling)]
     if not couplings:
         reasons = [layer.reason for layer in reading.layers if isinstance(layer, Kept)]
         raise ConversionError(f"{name} has no coupling that can be fused. " + "; ".join(reasons))
@@ -92,7 +92,7 @@ def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, 
             "example, convert(flow, context=…)"
         )
     if embedding is None:
-        if len(shape) > 1 and any(isinstance(layer, Coupling) for layer in couplings):
+        if len(shape) > 1 and any(layer.is_mlp for layer in couplings):
             raise ConversionError(f"without an embedding_net a context is one vector for each sample, not {shape}")
         return fuse(reading.layers, reading.event_shape, shape)
     try:

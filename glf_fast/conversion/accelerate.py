@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,35 +14,29 @@ from glf_fast.conversion.chains import Chain, Part, Replacement, Shape
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images import OnChannels
-from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, NetworkCoupling, Unfusable
+from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
 from glf_fast.conversion.library import FusedLayer, Library
 from glf_fast.conversion.reading import Reading, check_precision, copied, fused_context, lost_in_training, read_parts
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
 from glf_fast.flow.folding import folded
-from glf_fast.reference import log_normal
 
 __all__ = ["Report", "accelerate"]
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """Layers `first` to `last` of the flow at `where` (their names, data → noise), and what they have become.
+    """Layers `first` to `last` (their names, data → noise) of a flow, and what they have become."""
 
-    `couplings`: how many they held; `flows`: how many CouplingFlows, one launch each, compute them now, or on images
-    AffineCouplings, which is `kind`; `affine`: linear layers and ActNorms beside those, which fold into none of them;
-    `lost`: what they did in training mode alone, dropout say, and no longer do.
-    """
-
-    where: str
-    what: str
+    where: str  # the flow's name in the model
+    what: str  # its class
     first: str
     last: str
-    couplings: int
-    flows: int
-    affine: int
-    lost: str
+    couplings: int  # in those layers
+    flows: int  # CouplingFlows, one launch each, that compute them now, or on images AffineCouplings
+    affine: int  # linear layers and ActNorms beside those, which fold into none of them
+    lost: str  # what they did in training mode alone, dropout say, and no longer do
     kind: str = "CouplingFlow"
 
 
@@ -57,7 +51,7 @@ class Left:
 
 @dataclass
 class Report:
-    """What `accelerate` did. `print(report)` shows it as a table; a report is true if anything was replaced."""
+    """The result of `accelerate`. `print(report)` shows it as a table; a report is true if anything was replaced."""
 
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
@@ -66,16 +60,11 @@ class Report:
         return bool(self.replaced)
 
     def __str__(self) -> str:
-        lines = []
-        if self.replaced:
-            rows = [("flow", "kind", "layers", "couplings", "fused into")]
-            for r in self.replaced:
-                layers = r.first if r.first == r.last else f"{r.first} … {r.last}"
-                parts = [f"{r.flows} {r.kind}"] * bool(r.flows) + [f"{r.affine} affine"] * bool(r.affine)
-                rows.append((r.where, r.what, layers, str(r.couplings), " + ".join(parts)))
-            lines += ["Replaced:", *_table(rows)]
-        else:
-            lines.append("Nothing was replaced.")
+        rows = [("flow", "kind", "layers", "couplings", "fused into")]
+        for r in self.replaced:
+            parts = [f"{r.flows} {r.kind}"] * bool(r.flows) + [f"{r.affine} affine"] * bool(r.affine)
+            rows.append((r.where, r.what, _span(r.first, r.last), str(r.couplings), " + ".join(parts)))
+        lines = ["Replaced:", *_table(rows)] if self.replaced else ["Nothing was replaced."]
         lines += [f"{r.where} no longer applies {r.lost} in training mode." for r in self.replaced if r.lost]
         if self.left:
             lines += ["Left as they are:", *(f"  {x.where} ({x.what}): {x.reason}" for x in self.left)]
@@ -89,16 +78,16 @@ class Report:
 def accelerate(model: nn.Module) -> Report:
     """Replace what can be fused in the flows of normflows, nflows, zuko and FrEIA anywhere in `model`, in place.
 
-    The library's flow stays what it is, with its class, its base distribution and all its methods; every run of its
-    layers that the kernels cover becomes one layer that computes the same. Each run is compared with the original in
-    float64 before it is put in (forward, inverse, gradients of all parameters); one that differs is left alone. On images
-    the networks stay the originals, and the layers around them are replaced, level by level in multi-scale flows.
+    The library's flow keeps its class, its base distribution and all its methods; every run of its layers that the
+    kernels cover becomes one layer that computes the same. Each run is compared with the original in float64 before it is
+    put in (forward, inverse, gradients of all parameters); one that differs is left alone. On images the networks stay the
+    originals, and the layers around them are replaced, level by level in multi-scale flows.
 
-    Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: make
-    the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict are
-    others. A layer whose parameters, or which itself, is used elsewhere in the model, too, stays as it is. Code that has the
-    layers in a plain list of its own, though, goes on with the old ones: walk the flow's. Values between the layers of a
-    replaced run, as FrEIA's `intermediate_outputs` gives them, are no longer there.
+    Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: create
+    the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict
+    change. A layer that, or whose parameters, the model uses elsewhere, too, stays as it is. A plain list of layers outside
+    the flow keeps the old ones. Values between the layers of a replaced run, as FrEIA's `intermediate_outputs` gives them,
+    are lost.
 
     Args:
         model: any module: a flow, or a model with flows in it. Changed in place. Of an sbi posterior give its
@@ -113,16 +102,18 @@ def accelerate(model: nn.Module) -> Report:
         Nothing was replaced.
         There is no flow of normflows, nflows, zuko or FrEIA in this model.
     """
-    _check_module(model)
+    if not isinstance(model, nn.Module):
+        hint = ": give its posterior_estimator" * hasattr(model, "posterior_estimator")  # type: ignore[unreachable]
+        raise TypeError(f"accelerate takes a torch.nn.Module; got {type(model).__name__}{hint}")
     report = Report()
-    seen: list[str] = []  # flows, and layers outside of flows, that are in the report
+    reported: list[str] = []  # names of flows, and of layers outside of flows
     for where, module in list(model.named_modules()):
-        inside = any(not outer or where.startswith(f"{outer}.") for outer in seen)
+        inside = any(not outer or where.startswith(f"{outer}.") for outer in reported)
         name, kind = where or "the model", type(module).__name__
         host = host_of(module)
         if host is not None:
             library, base = host
-            seen.append(where)
+            reported.append(where)
             before = len(report.replaced) + len(report.left)
             try:
                 _check_methods(type(module), base, library)
@@ -135,15 +126,9 @@ def accelerate(model: nn.Module) -> Report:
             if len(report.replaced) + len(report.left) == before:
                 report.left.append(Left(name, kind, "there is no coupling in it that could be fused"))
         elif is_layer(module) and not inside:
-            seen.append(where)
+            reported.append(where)
             report.left.append(Left(name, kind, "not in a flow whose layers can be replaced"))
     return report
-
-
-def _check_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        hint = ": give its posterior_estimator" if hasattr(model, "posterior_estimator") else ""
-        raise TypeError(f"accelerate takes a torch.nn.Module; got {type(model).__name__}{hint}")
 
 
 def _check_methods(kind: type, base: type, library: Library) -> None:
@@ -161,37 +146,36 @@ def _check_methods(kind: type, base: type, library: Library) -> None:
 def _accelerate_chain(
     model: nn.Module, flow: nn.Module, where: str, library: Library, chain: Chain, report: Report
 ) -> None:
+    """Replace the runs of a chain's layers that can be fused; `where` is the flow's name in the report."""
     found = _read(model, flow, library, chain.parts)
     what = type(flow).__name__
     replacements: list[Replacement] = []
     for start, stop in _runs(found, chain.parts):
         parts = chain.parts[start:stop]
         layers = [layer for part in found[start:stop] for layer in part]
-        couplings = sum(isinstance(layer, Coupling | NetworkCoupling) for layer in layers)
+        couplings = sum(isinstance(layer, Coupling) for layer in layers)
         if not couplings and not any(type(part.module).__name__ in library.alone for part in parts):
             continue
+        names = parts[0].name, parts[-1].name
         try:
             fused = _fused(library, parts)
         except (Unfusable, ConversionError) as reason:
-            span = parts[0].name if len(parts) == 1 else f"{parts[0].name} … {parts[-1].name}"
-            report.left.append(Left(where, what, f"{span}: {reason}"))
+            report.left.append(Left(where, what, f"{_span(*names)}: {reason}"))
             continue
-        flows, affine = _counts(fused)
         kind = "AffineCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
-        names = parts[0].name, parts[-1].name
-        lost = lost_in_training(layers)
-        report.replaced.append(Replaced(where, what, *names, couplings, flows, affine, lost, kind))
+        report.replaced.append(
+            Replaced(where, what, *names, couplings, *_counts(fused), lost_in_training(layers), kind)
+        )
         adapter = library.fused(fused, parts)
         adapter.training = parts[0].module.training
         replacements.append((start, stop, adapter))
-    reasons = [layer.reason for part in found for layer in part if isinstance(layer, Kept)]
-    report.left += [Left(where, what, reason) for reason in reasons]
+    report.left += [Left(where, what, layer.reason) for part in found for layer in part if isinstance(layer, Kept)]
     if replacements:
         chain.put(replacements)
 
 
 def _counts(fused: Flow | OnChannels) -> tuple[int, int]:
-    """How many CouplingFlows there are, or AffineCouplings on images, and affine maps beside them."""
+    """The numbers of CouplingFlows, or on images of AffineCouplings, and of affine maps beside them."""
     if isinstance(fused, OnChannels):
         steps = folded(fused.layers, inverse=False)
         couplings = sum(isinstance(step, AffineCoupling) for step in steps)
@@ -208,12 +192,12 @@ def _read(model: nn.Module, flow: nn.Module, library: Library, parts: Sequence[P
         if isinstance(part.module, FusedLayer):
             raise Unfusable("fused before")
         for module in part.module.modules():
-            own = type(module).__name__ in library.own_hooks
-            on_parameters = any(
-                p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters(recurse=False)
-            )
-            backward = module._backward_hooks and not own
-            if module._forward_hooks or module._forward_pre_hooks or backward or on_parameters:
+            hooks = [module._forward_hooks, module._forward_pre_hooks]
+            if type(module).__name__ not in library.own_hooks:
+                hooks.append(module._backward_hooks)
+            for p in module.parameters(recurse=False):
+                hooks += [p._backward_hooks, p._post_accumulate_grad_hooks]
+            if any(hooks):
                 raise Unfusable("has hooks, which would no longer run")
         if _used_elsewhere(model, flow, part):
             raise Unfusable("used elsewhere in the model, too: a copy would not stay equal")
@@ -227,7 +211,7 @@ def _read(model: nn.Module, flow: nn.Module, library: Library, parts: Sequence[P
 
 
 def _runs(found: Sequence[Sequence[Layer]], parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
-    """Longest ranges of parts that are all read, and of which those with conditions have the same ones."""
+    """Longest ranges of parts without a kept layer, and of which those with conditions have the same ones."""
     start = 0
     given: tuple[int, ...] = ()
     for i, (layers, part) in enumerate(zip(found, parts, strict=True)):
@@ -243,7 +227,7 @@ def _runs(found: Sequence[Sequence[Layer]], parts: Sequence[Part]) -> Iterator[t
 
 
 def _fused(library: Library, parts: Sequence[Part]) -> Flow | OnChannels:
-    """Those parts as one flow of ours, compared with copies of them in float64, with their dtype, device and mode.
+    """A flow of those parts, proven on copies of them in float64, with their dtype, device and mode.
 
     A network that stays is the original itself, with its parameters, buffers, hooks and modes.
     """
@@ -253,17 +237,19 @@ def _fused(library: Library, parts: Sequence[Part]) -> Flow | OnChannels:
     copies = copied(modules).cpu().double().eval()
     library.prepare(copies)
     shape = parts[0].shape
-    # A few pixels say as much as many, where the networks take them.
-    cheaper = len(shape) == 3 and library.any_size and shape[1] * shape[2] > 100
     fused = None
-    if cheaper:
-        with suppress(Unfusable, ConversionError):
+    if len(shape) == 3 and library.any_size and shape[1] * shape[2] > 100:
+        with suppress(Unfusable, ConversionError):  # a few pixels say as much as many, where the networks take them
             _, fused = proven(copies, partial(_build, library, parts, (shape[0], 4, 6)))
     if fused is None:
         _, fused = proven(copies, partial(_build, library, parts, shape))
     fused = fused.to(like.device, like.dtype).train(modules[0].training)
-    _restore(fused, dict(zip(copies.modules(), modules.modules(), strict=True)))
-    # What says no shape takes any number of pixels.
+    originals = dict(zip(copies.modules(), modules.modules(), strict=True))
+    for module in list(fused.modules()):
+        for name, child in module._modules.items():
+            if child in originals:
+                module._modules[name] = originals[child]
+    # OnChannels has no event_shape: it takes any number of pixels.
     return OnChannels(fused.layers) if isinstance(fused, SequentialFlow) and len(fused.event_shape) == 3 else fused
 
 
@@ -274,39 +260,21 @@ def _build(
     parts = [replace(part, module=copy) for part, copy in zip(originals, copies.children(), strict=True)]
     layers = [layer for part in parts for layer in library.read(part)]
     columns = fused_context(layers)
-    if columns or len(event_shape) == 1:
-        context_shape: Shape = (columns,) if columns else ()
-    else:
+    context_shape: Shape = (columns,) if columns else ()
+    if not columns and len(event_shape) == 3:
         context_shape = library.context_shape([replace(part, shape=event_shape) for part in parts])
-    chain = [library.keep(part) for part in parts]
-
-    def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
-        logdet = x.new_zeros(len(x))
-        for module in chain:
-            x, ldj = module(x, context)
-            logdet = logdet + ldj
-        return logdet + log_normal(x)
+    chain = SequentialFlow(map(library.keep, parts), event_shape, context_shape=context_shape)
 
     def inverse(z: Tensor, context: Tensor | None) -> Tensor:
-        for module in reversed(chain):
-            z, _ = module.inverse(z, context)  # type: ignore[operator]
-        return z
+        return chain.inverse(z, context)[0]
 
     invert = inverse if library.invertible(parts, layers) else None
-    reading = Reading(layers, event_shape, log_prob, invert, context_shape=context_shape)
+    reading = Reading(layers, event_shape, chain.log_prob, invert, context_shape=context_shape)
     return reading, *fuse(layers, event_shape, context_shape)
 
 
-def _restore(fused: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
-    """Put originals in the places of their copies."""
-    for module in list(fused.modules()):
-        for name, child in module._modules.items():
-            if child is not None and child in originals:
-                module._modules[name] = originals[child]
-
-
 def _used_elsewhere(model: nn.Module, flow: nn.Module, part: Part) -> bool:
-    """Whether a parameter of the layer can be reached in another way than through the flow's list of layers."""
+    """True if a parameter of the layer can be reached in another way than through the flow's list of layers."""
     named = dict(model.named_modules(remove_duplicate=False))
     flows = tuple(f"{name}." if name else "" for name, module in named.items() if module is flow)
     own = {id(p) for p in part.module.parameters()}
@@ -320,6 +288,10 @@ def _used_elsewhere(model: nn.Module, flow: nn.Module, part: Part) -> bool:
         id(p) in own and not name.startswith(tuple(places))
         for name, p in model.named_parameters(remove_duplicate=False)
     )
+
+
+def _span(first: str, last: str) -> str:
+    return first if first == last else f"{first} … {last}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

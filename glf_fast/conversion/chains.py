@@ -23,24 +23,19 @@ class ContextColumns:
     width: int
 
     def index(self) -> slice | list[int]:
-        """Of the columns, in the context."""
+        """The index of the columns in the context."""
         return slice(None) if self.columns == tuple(range(self.width)) else list(self.columns)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One layer of a library's flow.
+    """One layer of a library's flow."""
 
-    name: for messages.
-    shape: of one sample that it is given, (D,) or (C, H, W).
-    conditions: the indices of those that it is given, where that differs from layer to layer (FrEIA).
-    context: which columns of the flow's context these are; None for the layer on its own, whose context they are.
-    """
-
-    name: str
+    name: str  # for messages
     module: Any
-    shape: Shape
-    conditions: tuple[int, ...] = ()
+    shape: Shape  # of one sample that it is given, (D,) or (C, H, W)
+    conditions: tuple[int, ...] = ()  # their indices, where layers are given different ones (FrEIA)
+    # The columns of these in the flow's context; None for a layer on its own, whose context they are.
     context: ContextColumns | None = None
 
 
@@ -56,14 +51,13 @@ def put_transform(holder: nn.Module, name: str, chain: str, parts: list[Part], n
     """Put replacements where holder.`name` is one transform, or has its transforms in a list called `chain`."""
     modules, transform = replaced([part.module for part in parts], new), getattr(holder, name)
     if len(parts) == 1 and transform is parts[0].module:
-        (module,) = modules
-        setattr(holder, name, module)
+        setattr(holder, name, modules[0])
     else:
         setattr(transform, chain, module_list(modules, getattr(transform, chain)))
 
 
 def module_list(modules: Iterable[nn.Module], instead_of: nn.Module) -> nn.ModuleList:
-    """In the same mode; the modules keep theirs."""
+    """A list in the mode of the one that it replaces; the modules keep their modes."""
     new = nn.ModuleList(modules)
     new.training = instead_of.training
     return new

@@ -1,4 +1,4 @@
-"""The proof of a conversion: the library's flow and ours, on the same random inputs, in float64."""
+"""The proof of a conversion: the library's flow and the converted one, on the same random inputs, in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.layers import ConversionError
-from glf_fast.conversion.reading import Reading, networks, parameters_of
+from glf_fast.conversion.reading import Map, Reading, networks, parameters_of
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Flow
 
@@ -22,12 +22,13 @@ __all__ = ["check", "proven"]
 
 # Relative to the larger of 1 and the row's largest entry: float64 misses it by 1e-9, a wrong formula by far.
 TOLERANCE = 1e-6
-# What this relative change of the input changes is what float64 leaves open, with some digits to spare.
+# A relative change of the input; what it changes is what float64 leaves open, with some digits to spare.
 NUDGE = 1e-12
 _BATCH = 16
 _IMAGES = 4  # of which every pixel says as much
 _SCALES = (1.0, 0.3, 3.0, None, 0.05)
 _MISREAD = "Please report this flow: it is of a kind that was misread"
+_EXAMPLE = "give an example: convert(flow, context=…)"
 
 Build = Callable[[nn.Module], tuple[Reading, Flow, Sources]]
 
@@ -37,11 +38,11 @@ class Incomparable(ConversionError):
 
 
 def proven(library: nn.Module, build: Build) -> tuple[Reading, Flow]:
-    """What `build` makes of the library's flow (float64), in eval mode, once it has stood two comparisons.
+    """The result of `build` for the library's flow (float64), in eval mode, once it has stood two comparisons.
 
     The second is of copies whose fused parameters are a little off: fresh flows have last layers of zeros, which would
     hide what is made of their outputs. It shows besides which entries are functions of what the library trains: no
-    others may be trained here.
+    others may be trained in the converted flow.
 
     Raises ConversionError.
     """
@@ -62,7 +63,7 @@ def proven(library: nn.Module, build: Build) -> tuple[Reading, Flow]:
 
 
 def _shake(other: nn.Module, library: nn.Module, fused: set[int]) -> None:
-    """Move the parameters of a copy that are fused or networks of couplings, of which the originals' ids are given."""
+    """Move the parameters of a copy of the library's flow whose originals have these ids."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in library.named_parameters():
@@ -73,24 +74,20 @@ def _shake(other: nn.Module, library: nn.Module, fused: set[int]) -> None:
 
 
 def check(
-    library: nn.Module,
-    reading: Reading,
-    flow: Flow,
-    sources: Sources,
-    scales: Sequence[float | None] = _SCALES,
+    library: nn.Module, reading: Reading, flow: Flow, sources: Sources, scales: Sequence[float | None] = _SCALES
 ) -> None:
     """Raise ConversionError unless `flow` is the flow that was read: density, sampling, gradients.
 
     Compared in float64: log_prob; its gradient with respect to inputs and to every parameter that the library trains,
-    taken back from our parameters to theirs by autograd; the inverse, or where the library has none, our inverse of our
-    forward. What differs counts only where the library agrees with itself: where 1e-12 more or less of the input changes
-    its own result by less than the tolerance.
+    taken back from the converted flow's parameters by autograd; the inverse, or where the library has none, the inverse
+    of the converted flow's forward. A difference counts only where the library agrees with itself: where 1e-12 more or
+    less of the input changes its own result by less than the tolerance.
 
     Args:
         library: the flow that was read, in float64 and eval mode.
         reading: what it was read into.
-        flow, sources: what `fuse` made of it, in eval mode.
-        scales: of the normal inputs; None for samples. What is far from the data of a trained flow says little about it.
+        flow, sources: the result of `fuse`, in eval mode.
+        scales: of the normal inputs; None for samples. Inputs far from the data of a trained flow say little about it.
     """
     generator = torch.Generator().manual_seed(0)
     parameters = {name: p for name, p in library.named_parameters() if p.requires_grad and p.numel()}
@@ -112,8 +109,8 @@ def check(
         try:
             wanted = theirs(x, context)
         except Exception as error:  # whatever a library raises outside of a bounded domain: its own samples are inside
-            x, wanted = _evaluate_samples(invert, theirs, x, context, error, known=bool(reading.context_shape))
-        rows = wanted.log_prob.isfinite().all(1) & wanted.of_x.isfinite().all(1)
+            x, wanted = _evaluate_samples(reading, theirs, x, context, error)
+        rows = torch.stack([value.isfinite().all(1) for value in wanted.each.values()]).all(0)
         finite += int(rows.sum())
         if not rows.any():
             continue
@@ -121,28 +118,25 @@ def check(
             x, z, context = _select(rows, x, z, context)
             wanted = theirs(x, context)
         got, doubtful = ours(x, context), set[str]()
-        if not got.is_close(wanted):  # misread, or the library is not certain itself
-            nudged = [theirs(a, context) for a in _nudged(x)]
-            rows = _agree(wanted.log_prob, *(n.log_prob for n in nudged)) & _agree(
-                wanted.of_x, *(n.of_x for n in nudged)
-            )
+        if not wanted.agreeing(got).all() or wanted.differing(got):  # misread, or the library is not certain itself
+            rows = wanted.agreeing(*(theirs(a, context) for a in _nudged(x)))
             if not rows.any():
                 continue
             x, z, context = _select(rows, x, z, context)
-            wanted, got, nudged = theirs(x, context), ours(x, context), [theirs(a, context) for a in _nudged(x)]
-            doubtful = {name for name in parameters if not _agree(wanted.of[name], *(n.of[name] for n in nudged)).all()}
-        _compare("log_prob", got.log_prob, wanted.log_prob)
-        _compare("the gradient of log_prob with respect to x", got.of_x, wanted.of_x)
+            wanted, got = theirs(x, context), ours(x, context)
+            doubtful = wanted.differing(*(theirs(a, context) for a in _nudged(x)))
+        for what, value in wanted.each.items():
+            _compare(what, got.each[what], value)
         for name in parameters:
             if name not in doubtful:
-                _compare(f"the gradient of log_prob with respect to {name}", got.of[name], wanted.of[name])
+                _compare(f"the gradient of log_prob with respect to {name}", got.summed[name], wanted.summed[name])
         unused -= wanted.used
         uncertain &= doubtful
         compared += len(x)
         with torch.no_grad():
             if invert is None:
-                z, truth = encode(x, context), partial(_constant, x)
-                _compare_inverse("the inverse of the converted flow's forward", decode, truth, z, context)
+                what = "the inverse of the converted flow's forward"
+                _compare_inverse(what, decode, lambda z, context, x=x: x, encode(x, context), context)  # type: ignore
             else:
                 inverted += _compare_inverse("the inverse", decode, invert, z, context)
     if not compared or uncertain or (invert is not None and not inverted):
@@ -152,38 +146,35 @@ def check(
         kept = {id(p) for network in networks(reading.layers) for p in network.parameters()}
         silent = [name for name in sorted(unused) if id(parameters[name]) in kept]
         if silent:
-            raise ConversionError(
-                f"{silent[0]} takes no part in log_prob(x): if the flow has a context, give an example of it: "
-                "convert(flow, context=…)"
-            )
+            raise ConversionError(f"{silent[0]} takes no part in log_prob(x): if the flow has a context, {_EXAMPLE}")
 
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """log_prob (B, 1), its gradients with respect to x (B, D) and, summed over the rows, to each of the library's
-    parameters, (1, n); the names of those that it is a function of.
-    """
+    """log_prob and its gradients."""
 
-    log_prob: Tensor
-    of_x: Tensor
-    of: dict[str, Tensor]
-    used: set[str]
+    each: dict[str, Tensor]  # of each sample: log_prob (B, 1), and its gradient with respect to x (B, D)
+    summed: dict[str, Tensor]  # over the samples: the gradients with respect to the library's parameters, (1, n)
+    used: set[str]  # names of the parameters that log_prob is a function of
 
-    def is_close(self, wanted: _Evaluation) -> bool:
-        """Whether nothing differs."""
-        pairs = [(wanted.log_prob, self.log_prob), (wanted.of_x, self.of_x)]
-        pairs += [(wanted.of[name], gradient) for name, gradient in self.of.items()]
-        return all(bool(_agree(truth, got).all()) for truth, got in pairs)
+    def agreeing(self, *others: _Evaluation) -> Tensor:
+        """The samples (B,) for which all others have the same values."""
+        pairs = [(truth, *(other.each[what] for other in others)) for what, truth in self.each.items()]
+        return torch.stack([_agree(*pair) for pair in pairs]).all(0)
+
+    def differing(self, *others: _Evaluation) -> set[str]:
+        """The parameters for which some other has another gradient."""
+        return {n for n, truth in self.summed.items() if not _agree(truth, *(o.summed[n] for o in others)).all()}
 
 
 def _evaluate(
-    log_prob: Callable[[Tensor, Tensor | None], Tensor],
+    log_prob: Map,
     x: Tensor,
     context: Tensor | None,
     parameters: Mapping[str, nn.Parameter],
     sources: Sources | tuple[()] = (),
 ) -> _Evaluation:
-    """With `sources`, gradients reach the library's parameters through ours; directly in the layers that are kept."""
+    """Gradients reach the library's parameters directly and, with `sources`, through the converted flow's."""
     x = x.detach().requires_grad_()
     value = log_prob(x, context)
     theirs = list(parameters.values())
@@ -195,46 +186,35 @@ def _evaluate(
     if pairs and theirs:
         values, cotangents = zip(*pairs, strict=True)
         through = torch.autograd.grad(values, theirs, cotangents, allow_unused=True, retain_graph=True)
-    of, used = {}, set()
-    for (name, p), a, b in zip(parameters.items(), direct, through, strict=True):
-        parts = [g for g in (a, b) if g is not None]
-        of[name] = sum(parts, torch.zeros_like(p)).reshape(1, -1)
-        used |= {name} if parts else set()
-    return _Evaluation(value.detach()[:, None], of_x, of, used)
+    parts = {
+        name: [gradient for gradient in both if gradient is not None]
+        for name, *both in zip(parameters, direct, through, strict=True)
+    }
+    summed = {name: sum(parts[name], torch.zeros_like(p)).reshape(1, -1) for name, p in parameters.items()}
+    each = {"log_prob": value.detach()[:, None], "the gradient of log_prob with respect to x": of_x}
+    return _Evaluation(each, summed, {name for name, found in parts.items() if found})
 
 
 def _evaluate_samples(
-    inverse: Callable[[Tensor, Tensor | None], Tensor] | None,
-    evaluate: Callable[[Tensor, Tensor | None], _Evaluation],
-    noise: Tensor,
-    context: Tensor | None,
-    error: Exception,
-    *,
-    known: bool,
+    reading: Reading, evaluate: Callable[..., _Evaluation], noise: Tensor, context: Tensor | None, error: Exception
 ) -> tuple[Tensor, _Evaluation]:
     """Samples by the library itself, and their evaluation; raises ConversionError, with the first error, if that fails."""
     try:
-        if inverse is None:
+        if reading.inverse is None:
             raise error
         with torch.no_grad():
-            x = inverse(noise, context)
+            x = _on_rows(reading.inverse, reading.event_shape)(noise, context)
         return x, evaluate(x, context)
     except Exception:
-        hint = "" if known else "; if it needs a context, give an example: convert(flow, context=…)"
+        hint = "" if reading.context_shape else f"; if it needs a context, {_EXAMPLE}"
         reason = f"{type(error).__name__} {error}".strip()
         raise ConversionError(f"the library's own flow fails on random inputs: {reason}{hint}") from error
 
 
-def _compare_inverse(
-    what: str,
-    decode: Callable[[Tensor, Tensor | None], Tensor],
-    inverse: Callable[[Tensor, Tensor | None], Tensor],
-    z: Tensor,
-    context: Tensor | None,
-) -> int:
-    """Compares with the inverse that is true; returns the number of rows compared.
+def _compare_inverse(what: str, decode: Map, inverse: Map, z: Tensor, context: Tensor | None) -> int:
+    """Compares `decode` with the true `inverse`; returns the number of rows compared.
 
-    A trained flow may be so steep that float64 cannot invert it: what a nudge of z changes, here or there, is allowed, too.
+    A trained flow may be so steep that float64 cannot invert it: what a nudge of z changes in either is allowed, too.
     """
     got, truth = decode(z, context), inverse(z, context)
     usable = got.isfinite().all(1) & truth.isfinite().all(1)
@@ -248,27 +228,23 @@ def _compare_inverse(
 
 
 def _compare_trained(flow: Flow, sources: Sources, others: Sources) -> None:
-    """Whether each entry that is trained here is a function of what the library trains: whether it followed that."""
+    """Raise ConversionError for a trained entry that did not follow the library's: it is no function of what that trains."""
     names = {id(p): name for name, p in flow.named_parameters()}
     for (parameter, value, trained), (_, other, _) in zip(sources, others, strict=True):
         name = names[id(parameter)]
-        # Of these only a triangle is read.
+        # Only a triangle of these is read.
         if not name.endswith(("lower", "upper")) and bool((trained & (value == other)).any()):
-            raise ConversionError(f"the converted flow would train what the original holds ({name}). {_MISREAD}")
+            raise ConversionError(f"the converted flow would train what is frozen in the original ({name}). {_MISREAD}")
 
 
-def _on_rows(function: Callable[[Tensor, Tensor | None], Tensor], shape: tuple[int, ...]) -> Callable[..., Tensor]:
-    """A function of (B, *shape) as one of rows (B, n); what it returns becomes rows, too, or numbers (B,)."""
+def _on_rows(function: Map, shape: tuple[int, ...]) -> Map:
+    """A function of (B, *shape) as one of rows (B, n); its values become rows, too, or numbers (B,)."""
 
     def on_rows(x: Tensor, context: Tensor | None) -> Tensor:
         out = function(x.clone().reshape(-1, *shape), context)  # some libraries write to what they are given
         return out.flatten(1) if out.ndim > 1 else out
 
     return on_rows
-
-
-def _constant(x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
-    return x
 
 
 def _nudged(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,7 +259,7 @@ def _select(rows: Tensor, x: Tensor, z: Tensor, context: Tensor | None) -> tuple
 
 
 def _agree(truth: Tensor, *others: Tensor, slack: Tensor | float = 0.0) -> Tensor:
-    """Which rows of all others are those of truth (B, n), to the tolerance and `slack` (B,); none with a NaN is."""
+    """The rows in which all others equal truth (B, n), to the tolerance and `slack` (B,); none with a NaN does."""
     allowed = TOLERANCE * truth.abs().amax(1).clamp(min=1) + slack
     return torch.stack([(other - truth).abs().amax(1) <= allowed for other in others]).all(0)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.chains import ContextColumns, Part
 from glf_fast.conversion.images import Outputs
-from glf_fast.conversion.layers import Conditioner, Coupling, NetworkCoupling, Unfusable
+from glf_fast.conversion.layers import Conditioner, Coupling, Unfusable
 from glf_fast.conversion.mlp import read_mlp, scale_outputs, select_outputs, separate, widen_inputs
 
 __all__ = ["DeclaredCoupling"]
@@ -19,35 +19,30 @@ __all__ = ["DeclaredCoupling"]
 class DeclaredCoupling:
     """v → v·e^ℓ + t with ℓ = f(u), or as `add_first` and `undo` say (see `Coupling`); u and t are a network's outputs.
 
-    passive, transformed: columns, or channels, that stay (P) and that are changed (T).
-    network: given the passive columns; a pair of networks, of u and of t, for two.
-    layout: order of its outputs: "ut" [u | t], "tu" [t | u], "tutu" t₀, u₀, t₁, u₁, …, or "t": t alone, no scale.
-    log_scale, constant: f, by the names of `glf_fast.reference.log_scale`.
-    factor_u, factor_t: what the library multiplies u and t by.
-    context: what else the network is given: "none", the context as its second "argument", or those of its columns
-        that are behind the passive ones in one input.
+    The network is given, besides p, the context as its second "argument", "none" of it, or some of its columns in one
+    input, behind the passive ones.
     """
 
-    passive: Tensor
-    transformed: Tensor
-    network: nn.Module | tuple[nn.Module, nn.Module]
-    layout: str
-    log_scale: str = "exp"
+    passive: Tensor  # columns, or channels, that stay (P)
+    transformed: Tensor  # those that are changed (T)
+    network: nn.Module | tuple[nn.Module, nn.Module]  # two: one for u and one for t
+    layout: str  # of one's outputs: "ut" [u | t], "tu" [t | u], "tutu" t₀, u₀, t₁, u₁, …, or "t": t alone, no scale
+    log_scale: str = "exp"  # f, by the names of `glf_fast.reference.log_scale`
     constant: float | None = None
-    factor_u: float = 1.0
+    factor_u: float = 1.0  # the library multiplies u by it, and t by the next
     factor_t: float = 1.0
     add_first: bool = False
     undo: bool = False
     context: str | ContextColumns = "argument"
 
-    def read(self, part: Part) -> Coupling | NetworkCoupling:
+    def read(self, part: Part) -> Coupling:
         """The layer that it is: with an MLP on vectors, with the library's own network on images; raises Unfusable."""
-        options = (self.log_scale, self.constant, self.add_first, self.undo)
-        if len(part.shape) == 1:
-            return Coupling(self.passive, self.transformed, self._mlp(), *options)
-        if not len(self.passive) or not len(self.transformed):
+        images = len(part.shape) > 1
+        if images and not (len(self.passive) and len(self.transformed)):
             raise Unfusable("its mask leaves no channel to condition on, or none to transform")
-        return NetworkCoupling(self.passive, self.transformed, self._outputs(), *options)
+        conditioner = self._outputs() if images else self._mlp()
+        options = (self.log_scale, self.constant, self.add_first, self.undo)
+        return Coupling(self.passive, self.transformed, conditioner, *options)
 
     def _mlp(self) -> Conditioner:
         """The network as an MLP with outputs [u | t] or t."""
@@ -56,8 +51,7 @@ class DeclaredCoupling:
         inputs = P + len(self.context.columns) if isinstance(self.context, ContextColumns) else P
         outputs = T if self.layout == "t" else 2 * T
         if net.n_out != outputs or (net.n_in < P if self.context == "argument" else net.n_in != inputs):
-            wanted = f"{inputs} to {outputs}"
-            raise Unfusable(f"its network maps {net.n_in} columns to {net.n_out} where {wanted} are meant")
+            raise Unfusable(f"its network maps {net.n_in} columns to {net.n_out} where {inputs} to {outputs} are meant")
         order = torch.arange(outputs, device=self.transformed.device)
         if self.layout == "tu":
             net = select_outputs(net, order.roll(T))

@@ -22,7 +22,7 @@ __all__ = ["fuse"]
 # The log-scales with f(−u) = −f(u).
 _ODD = ("atan", "exp", "softclip", "tanh")
 
-# The same (REACH) between two couplings, where it costs a launch.
+# As REACH, but between two couplings, where a layer of its own costs a launch.
 _REACH_BETWEEN = 32.0
 
 
@@ -41,8 +41,7 @@ def fuse(
     """The flow, in float64, and where its parameters come from.
 
     A bare CouplingFlow if that is all there is, else a SequentialFlow (or, where splits are uneven or directions
-    reversed, the wrapper of one). Layers on images become those of a SequentialFlow. Which entries are trained is what
-    the layers say. Layers that are kept stay as they are.
+    reversed, the wrapper of one).
 
     Args:
         layers: first to last, data → noise.
@@ -56,28 +55,20 @@ def fuse(
             modules += [layer.module for layer in run if isinstance(layer, Kept)]
         else:
             read = [_odd_turned(layer) for layer in run if not isinstance(layer, Kept)]
-            if len(event_shape) == 3 and not any(isinstance(layer, Coupling) for layer in read):
+            if len(event_shape) == 3 and all(not layer.is_mlp for layer in read if isinstance(layer, Coupling)):
                 modules += on_channels(read, sources)
             else:
-                modules += _fuse_run(read, width(read[0]), sum(context_shape), sources)
+                for segment in _segments(read):
+                    modules += _build(segment, width(read[0]), sum(context_shape), sources)
     if len(modules) == 1 and isinstance(modules[0], Flow):
         return modules[0], sources
     return SequentialFlow(modules, event_shape, context_shape=context_shape), sources
 
 
-def _fuse_run(run: Iterable[Coupling | Piece], dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:
-    segments, loose = _segments(run)
-    modules = [module for segment in segments for module in _build(segment, dim, context_dim, sources)]
-    if loose:
-        for affine in fold(loose, dim):
-            modules += standalone(affine, sources)
-    return modules
-
-
-def _segments(run: Iterable[Coupling | Piece]) -> tuple[list[_Segment], list[Piece]]:
+def _segments(run: Iterable[Coupling | Piece]) -> list[_Segment]:
     """Couplings grouped by kind and size; affine layers between two groups go where they fold into a step.
 
-    That is before a coupling, or after one that is undone. Affine layers without any coupling come back as they are.
+    That is before a coupling, or after one that is undone. Affine layers alone are one segment without a coupling.
     """
     couplings: list[Coupling] = []
     gaps: list[list[Piece]] = [[]]  # before each coupling, and after the last
@@ -94,10 +85,9 @@ def _segments(run: Iterable[Coupling | Piece]) -> tuple[list[_Segment], list[Pie
             if segments and segments[-1].couplings[-1].undo:
                 segments[-1].after, before[0] = before[0], []
             segments.append(_Segment(part, before))
-    if not segments:
-        return [], gaps[0]
+    segments = segments or [_Segment([], [])]
     segments[-1].after = gaps[0]
-    return segments, []
+    return segments
 
 
 def _odd_turned(layer: Any) -> Any:
@@ -108,7 +98,7 @@ def _odd_turned(layer: Any) -> Any:
 
 
 def _kind(coupling: Coupling) -> tuple[object, ...]:
-    """What couplings of one CouplingFlow have in common."""
+    """The properties that couplings of one CouplingFlow have in common."""
     mlp = coupling.conditioner
     return (
         coupling.kind(), mlp.activation, len(mlp.weights), coupling.log_scale, coupling.log_scale_constant,
@@ -118,10 +108,10 @@ def _kind(coupling: Coupling) -> tuple[object, ...]:
 
 def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:
     modules: list[nn.Module] = []
-    if segment.couplings[0].undo:
+    if segment.couplings and segment.couplings[0].undo:
         first = fold(segment.gaps[0], dim)
         if any(affine.reach() > REACH for affine in first):
-            modules = [module for affine in first for module in standalone(affine, sources)]
+            modules += standalone(first, sources)
             segment = replace(segment, gaps=[[], *segment.gaps[1:]])
         turned = _build(_turned(segment), dim, context_dim, sources)
         flow = turned[0] if len(turned) == 1 else SequentialFlow(turned, (dim,), context_dim)
@@ -136,14 +126,14 @@ def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> l
                 modules.append(flow)
                 maps = split_far_shifts(fold([Permutation(restore), *pieces], dim), REACH)
                 steps = []
-            for affine in maps[:-1]:
-                modules += standalone(affine, sources)
+            modules += standalone(maps[:-1], sources)
         steps.append(Step(maps[-1], coupling))
-    flow, restore = stack(steps, context_dim, sources)
-    modules.append(flow)
-    for affine in fold([Permutation(restore), *segment.after], dim):
-        modules += standalone(affine, sources)
-    return modules
+    after = segment.after
+    if steps:
+        flow, restore = stack(steps, context_dim, sources)
+        modules.append(flow)
+        after = [Permutation(restore), *after]
+    return modules + standalone(fold(after, dim), sources)
 
 
 def _turned(segment: _Segment) -> _Segment:

@@ -8,17 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from glf_fast.conversion.layers import (
-    Coupling,
-    Dense,
-    Diagonal,
-    Kept,
-    Layer,
-    NetworkCoupling,
-    Permutation,
-    Piece,
-    Unfusable,
-)
+from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, Permutation, Piece, Unfusable
 
 __all__ = ["REACH", "Affine", "fold", "identity", "inverted", "inverted_layers", "split_far_shifts"]
 
@@ -50,6 +40,14 @@ class Affine:
     c_trained: bool = False
     W_trained: bool = False
     regular: bool = True
+
+    def scales(self) -> bool:
+        """False if (x + b)·e^s = x, for good."""
+        return self.s_trained or self.b_trained or bool(self.s.any()) or bool(self.b.any())
+
+    def mixes(self) -> bool:
+        """False if every column stays in its place."""
+        return self.W is not None or not torch.equal(self.order, torch.arange(len(self.order)).to(self.order))
 
     def matrix(self) -> Tensor:
         """W (D, D), also of a permutation."""
@@ -117,7 +115,7 @@ def _has_shift(piece: Dense) -> bool:
 
 
 def _absorbs(affine: Affine, piece: Piece) -> bool:
-    """Whether the product of both, with what is trained in each, is an `Affine` that can settle its c."""
+    """True if the product of both, with what is trained in each, is an `Affine` that can settle its c."""
     if isinstance(piece, Permutation):
         return True
     fixed_matrix = affine.W is not None and not affine.W_trained
@@ -144,13 +142,11 @@ def _append(affine: Affine, piece: Piece) -> Affine:
         return replace(affine, s=s, c=c, c_trained=c_trained, s_trained=affine.s_trained or piece.trained)
     if W is None:  # its shift can move before it without a solve
         affine = _settled(affine)
-    c = affine.c @ piece.W + piece.shift
-    shift_trained = piece.trained and _has_shift(piece)
     return replace(
         affine,
         W=affine.matrix() @ piece.W,
-        c=c,
-        c_trained=affine.c_trained or shift_trained,
+        c=affine.c @ piece.W + piece.shift,
+        c_trained=affine.c_trained or (piece.trained and _has_shift(piece)),
         W_trained=affine.W_trained or piece.trained,
         regular=affine.regular and (piece.regular or not piece.trained),
     )
@@ -170,21 +166,16 @@ def _settle(affine: Affine) -> list[Affine]:
 
 
 def _settled(affine: Affine) -> Affine:
-    """With c moved before W: b + c W⁻¹ e^−s."""
+    """The same map with c moved before W: b + c W⁻¹ e^−s."""
     if not (affine.c_trained or affine.c.any()):
         return affine
     if affine.W is None:
         moved = torch.zeros_like(affine.c).index_copy(0, affine.order, affine.c)
     else:
         moved = torch.linalg.solve(affine.W.T, affine.c)
-    b_trained = affine.b_trained or affine.c_trained
-    return replace(
-        affine,
-        b=affine.b + moved * torch.exp(-affine.s),
-        c=torch.zeros_like(affine.c),
-        b_trained=b_trained,
-        c_trained=False,
-    )
+    b = affine.b + moved * torch.exp(-affine.s)
+    trained = affine.b_trained or affine.c_trained
+    return replace(affine, b=b, c=torch.zeros_like(affine.c), b_trained=trained, c_trained=False)
 
 
 def inverted_layers(layers: Sequence[Layer]) -> list[Layer]:
@@ -193,8 +184,5 @@ def inverted_layers(layers: Sequence[Layer]) -> list[Layer]:
     for layer in reversed(layers):
         if isinstance(layer, Kept):
             raise Unfusable(layer.reason)
-        if isinstance(layer, Coupling | NetworkCoupling):
-            turned.append(replace(layer, undo=not layer.undo))
-        else:
-            turned.append(inverted(layer))
+        turned.append(replace(layer, undo=not layer.undo) if isinstance(layer, Coupling) else inverted(layer))
     return turned

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import Affine, fold
-from glf_fast.conversion.layers import NetworkCoupling, Permutation, Piece, width
+from glf_fast.conversion.layers import Bijection, Coupling, Permutation, Piece, width
 from glf_fast.conversion.stack import Sources, standalone
 from glf_fast.flow import AffineCoupling, FixedLinear
 from glf_fast.flow.sequential import run_layers
@@ -17,7 +17,7 @@ from glf_fast.flow.sequential import run_layers
 __all__ = ["OnChannels", "Outputs", "Reshaped", "on_channels"]
 
 
-def on_channels(layers: Iterable[NetworkCoupling | Piece], sources: Sources) -> list[nn.Module]:
+def on_channels(layers: Iterable[Coupling | Piece], sources: Sources) -> list[nn.Module]:
     """The layers, first to last, in float64; what is trained of their affine maps is added to `sources`.
 
     A coupling wants its channels in two pieces, passive and transformed, in any order of the two: where they are not,
@@ -26,54 +26,51 @@ def on_channels(layers: Iterable[NetworkCoupling | Piece], sources: Sources) -> 
     modules: list[nn.Module] = []
     gap: list[Piece] = []
     for layer in layers:
-        if not isinstance(layer, NetworkCoupling):
+        if not isinstance(layer, Coupling):
             gap.append(layer)
             continue
         orders = torch.cat([layer.passive, layer.transformed]), torch.cat([layer.transformed, layer.passive])
         ways = [fold([*gap, Permutation(order)], width(layer)) for order in orders]
-        flip = _keeps_places(ways[1][-1]) and not _keeps_places(ways[0][-1])
-        modules += [module for affine in ways[flip] for module in _modules(affine, sources)]
+        flip = ways[0][-1].mixes() and not ways[1][-1].mixes()
+        modules += _modules(ways[flip], sources)
         modules.append(_coupling(layer, flip))
         gap = [Permutation(orders[flip].argsort())]
     if gap:
-        modules += [module for affine in fold(gap, width(gap[0])) for module in _modules(affine, sources)]
+        modules += _modules(fold(gap, width(gap[0])), sources)
     return modules
 
 
-def _coupling(layer: NetworkCoupling, flip: bool) -> AffineCoupling:
-    """Of the last channels given the first, or if `flip` of the first given the last."""
+def _coupling(layer: Coupling, flip: bool) -> AffineCoupling:
+    """The coupling of the last channels given the first, or if `flip` of the first given the last."""
     P, T = len(layer.passive), len(layer.transformed)
     return AffineCoupling(
-        P + T, layer.network, additive=isinstance(layer.network, Outputs) and layer.network.layout == "t",
+        P + T, layer.conditioner, additive=layer.conditioner.layout == "t",
         log_scale=layer.log_scale, log_scale_constant=layer.log_scale_constant, add_first=layer.add_first,
         mask=[True] * T + [False] * P if flip else [False] * P + [True] * T, undo=layer.undo, pass_context=True,
     )  # fmt: skip
 
 
-def _keeps_places(affine: Affine) -> bool:
-    """Whether every channel stays in its place."""
-    return affine.W is None and torch.equal(affine.order, torch.arange(len(affine.order), device=affine.order.device))
-
-
-def _modules(affine: Affine, sources: Sources) -> list[nn.Module]:
-    """[ActNorm,] [InvertibleLinear or FixedLinear]."""
-    if affine.W is None or affine.W_trained:
-        return standalone(affine, sources)
-    order = torch.arange(len(affine.W), device=affine.W.device)
-    return [*standalone(replace(affine, W=None, order=order), sources), FixedLinear(affine.W.detach())]
+def _modules(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
+    """[ActNorm,] [InvertibleLinear or FixedLinear] of each map."""
+    modules: list[nn.Module] = []
+    for affine in maps:
+        if affine.W is None or affine.W_trained:
+            modules += standalone([affine], sources)
+        else:
+            scale = replace(affine, W=None, order=torch.arange(len(affine.W), device=affine.W.device))
+            modules += [*standalone([scale], sources), FixedLinear(affine.W.detach())]
+    return modules
 
 
 class Outputs(nn.Module):
-    """(p, context) → (u, t), or t alone, of networks of the library: what an `AffineCoupling` asks for.
+    """(p, context) → (u, t), or t alone, by networks of the library, as the conditioner of an `AffineCoupling`.
 
     The networks stay as they are, with all their parameters, buffers and modes.
 
     Args:
         networks: one, or one for u and one for t; from (B, P + …, …) to (B, 2T or T, …).
-        layout: order of one's output channels: "ut" [u | t], "tu" [t | u], "tutu" t₀, u₀, t₁, u₁, …, or "t": t alone.
-        factor_u, factor_t: what the library multiplies them by.
-        context: they are given p and the context as an "argument", p alone ("none"), or p and these channels of the
-            context in one input.
+        layout, factor_u, factor_t: as in `DeclaredCoupling`.
+        context: as there; an index of channels of the context, which are given in one input behind p.
     """
 
     def __init__(
@@ -125,33 +122,23 @@ def _times(x: Tensor, factor: float) -> Tensor:
     return -x if factor == -1 else factor * x
 
 
-class OnChannels(nn.Module):
+class OnChannels(Bijection):
     """A `SequentialFlow` in a library's flow: of any number of pixels, with a context of any kind for all layers."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise: x (B, C, …) → z like x, logdet (B,)."""
-        return run_layers(self.layers, x, context, [], inverse=False)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: z (B, C, …) → x like z, logdet (B,)."""
-        return run_layers(self.layers, z, context, [], inverse=True)
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        return run_layers(self.layers, x, context, [], inverse=inverse)
 
 
-class Reshaped(nn.Module):
+class Reshaped(Bijection):
     """Noise (B, *noise) as (B, *event_shape): a squeezed image, or a vector, with the shape of the data."""
 
     def __init__(self, noise: tuple[int, ...], event_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.noise, self.event_shape = noise, event_shape
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, *noise) → (B, *event_shape), logdet 0."""
-        return x.reshape(-1, *self.event_shape), x.new_zeros(len(x))
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, *event_shape) → (B, *noise), logdet 0."""
-        return z.reshape(-1, *self.noise), z.new_zeros(len(z))
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        return x.reshape(-1, *(self.noise if inverse else self.event_shape)), x.new_zeros(len(x))

@@ -1,4 +1,4 @@
-"""What a flow of any library is read into: affine maps, couplings, and layers that stay as they are.
+"""The layers that a flow of any library is read into: affine maps, couplings, and layers that stay as they are.
 
 Readers (one file per library) return a list of these, first to last in the direction data → noise; `fuse` makes
 modules of it. All are on vectors x (B, D), row vectors, or on the D channels of images x (B, D, H, W). Tensors keep the
@@ -9,6 +9,7 @@ autograd take gradients of the converted flow back to the library's parameters, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ __all__ = [
     "FIXED",
     "FROZEN",
     "TRAINED",
+    "Bijection",
     "Conditioner",
     "ConversionError",
     "Coupling",
@@ -23,7 +25,6 @@ __all__ = [
     "Diagonal",
     "Kept",
     "Layer",
-    "NetworkCoupling",
     "Permutation",
     "Piece",
     "Unfusable",
@@ -32,8 +33,8 @@ __all__ = [
 ]
 
 
-# What an entry of a network is: no parameter at all, as padding is; a parameter that the library does not train now; one that
-# it trains. The last two may change places later, the first keeps its value for ever.
+# The role of an entry of a network: no parameter at all, as padding is; a parameter that the library does not train now; one
+# that it trains. The last two may change places later, the first keeps its value for ever.
 FIXED, FROZEN, TRAINED = 0, 1, 2
 
 
@@ -119,43 +120,48 @@ class Coupling:
     stays.
 
     `passive` (P,) and `transformed` (T,) hold each of 0 … D−1 once; the output's columns keep the places of the
-    input's. `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose
+    input's. `conditioner`: an MLP, which is stacked with those of other couplings, or the library's own network on images,
+    `Outputs`. `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose
     formula cannot be turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0.
     """
 
     passive: Tensor
     transformed: Tensor
-    conditioner: Conditioner
+    conditioner: Any
     log_scale: str
     log_scale_constant: float | None
     add_first: bool
     undo: bool = False
 
+    @property
+    def is_mlp(self) -> bool:
+        """True if the conditioner is an MLP."""
+        return isinstance(self.conditioner, Conditioner)
+
     def context_dim(self) -> int:
-        """C, columns of the context that the conditioner takes."""
+        """C, columns of the context that the MLP takes."""
         return self.conditioner.n_in - len(self.passive)
 
     def kind(self) -> str:
-        """As in CouplingFlow: "affine", "separate" or "additive"."""
+        """As in CouplingFlow, of a coupling with an MLP: "affine", "separate" or "additive"."""
         if self.conditioner.separate:
             return "separate"
         return "additive" if self.conditioner.n_out == len(self.transformed) else "affine"
 
 
-@dataclass(frozen=True)
-class NetworkCoupling:
-    """The same on the channels of images, with any network as its conditioner, which stays the library's own.
+class Bijection(nn.Module):
+    """A layer whose subclasses compute both directions in one method, `_run`."""
 
-    `network(p, context)` returns u and t with T channels each; u = None is an additive coupling.
-    """
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → noise: x (B, …) → z, logdet (B,)."""
+        return self._run(x, context, inverse=False)
 
-    passive: Tensor
-    transformed: Tensor
-    network: nn.Module
-    log_scale: str
-    log_scale_constant: float | None
-    add_first: bool
-    undo: bool = False
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise → data: z (B, …) → x, logdet (B,)."""
+        return self._run(z, context, inverse=True)
+
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -171,10 +177,10 @@ class Kept:
 
 
 Piece = Permutation | Diagonal | Dense
-Layer = Piece | Coupling | NetworkCoupling | Kept
+Layer = Piece | Coupling | Kept
 
 
-def width(layer: Piece | Coupling | NetworkCoupling) -> int:
+def width(layer: Piece | Coupling) -> int:
     """D, the columns or channels that a layer works on."""
     match layer:
         case Permutation():
@@ -187,7 +193,7 @@ def width(layer: Piece | Coupling | NetworkCoupling) -> int:
 
 
 def trained_together(*parameters: Tensor) -> bool:
-    """Whether the library trains them; raises Unfusable if it trains some alone."""
+    """True if the library trains them, False if not; raises Unfusable if it trains some alone."""
     trained = {p.requires_grad for p in parameters}
     if len(trained) > 1:
         raise Unfusable("only some of its parameters are trained")

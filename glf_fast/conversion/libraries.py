@@ -1,4 +1,4 @@
-"""The libraries that are known, and whose a flow is."""
+"""The libraries that are known, and which of them a flow comes from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def library_of(flow: nn.Module) -> Library:
 
 
 def host_of(module: nn.Module) -> tuple[Library, type] | None:
-    """The library and its class of which `module` is, if `accelerate` replaces layers in such; None else."""
+    """A library and its class that `module` is an instance of, if `accelerate` replaces layers in those; None else."""
     for kind in type(module).__mro__:
         for library in LIBRARIES:
             if library.owns(kind) and kind.__name__ in (*library.flows, *library.hosts):
@@ -44,6 +44,6 @@ def host_of(module: nn.Module) -> tuple[Library, type] | None:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether `module` is a flow or a flow's layer of one of the libraries, not a network or a distribution."""
+    """True for a flow or a flow's layer of one of the libraries, not for its networks and distributions."""
     package = ".".join(type(module).__module__.split(".")[:2])
     return any(package in library.packages for library in LIBRARIES)

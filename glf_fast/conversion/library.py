@@ -1,9 +1,7 @@
 """The protocol of a library: all that the conversion knows of one is in one object, in one file.
 
-What does not depend on the library (accelerate, check, fuse, reading, …) asks its `Library` and names none. A new one is a file
-with a `LIBRARY`, and an entry in `libraries.py`. It says where a flow has its layers (`Part`) and how others are put in their
-place (`Chain`), how each layer is read, and what a whole flow computes. A coupling is declared once for vectors and images
-(`couplings.py`).
+The rest (accelerate, check, fuse, reading, …) asks the `Library` of a flow and names none. A new library is a file with a
+`LIBRARY`, and an entry in `libraries.py`. A coupling is declared once for vectors and images (`couplings.py`).
 """
 
 from __future__ import annotations
@@ -25,11 +23,11 @@ __all__ = ["Base", "FusedLayer", "Library", "Reader", "check_shape", "declared_c
 
 @dataclass(frozen=True)
 class Base:
-    """The base distribution: its shape, the layers from it to N(0, I), and N(0, I) noise → noise of the base."""
+    """The base distribution of a flow."""
 
     shape: Shape
-    layers: list[Layer] = field(default_factory=list)
-    noise: Callable[[Tensor], Tensor] = lambda z: z
+    layers: list[Layer] = field(default_factory=list)  # from it to N(0, I)
+    noise: Callable[[Tensor], Tensor] = lambda z: z  # N(0, I) → noise of the base
 
     @classmethod
     def normal(cls, name: str, loc: Tensor, log_scale: Tensor, *parameters: Tensor) -> Base:
@@ -38,9 +36,10 @@ class Base:
             trained = trained_together(*parameters)
         except Unfusable as reason:
             raise ConversionError(f"base distribution {name}: {reason}") from None
-        standard = not (trained or loc.any() or log_scale.any())
-        layers = [] if standard else [Diagonal(-log_scale, -loc * torch.exp(-log_scale), trained)]
-        return cls(tuple(loc.shape), list(layers), lambda z: loc + log_scale.exp() * z)
+        layers: list[Layer] = []
+        if trained or loc.any() or log_scale.any():
+            layers.append(Diagonal(-log_scale, -loc * torch.exp(-log_scale), trained))
+        return cls(tuple(loc.shape), layers, lambda z: loc + log_scale.exp() * z)
 
 
 def check_shape(what: str, shape: Shape) -> None:
@@ -92,53 +91,33 @@ Reader = Callable[[Part], list[Layer]]
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """What the conversion knows of a library.
+    """A library, as far as the conversion knows it. Classes of its layers are given by name."""
 
-    package: its name when it is imported. Only its own flows import it, never this project.
-    flows: names of the classes that `convert` takes.
-    hosts: of those besides, in whose objects `accelerate` replaces layers.
-    packages: modules whose classes are flows and layers.
-    chains: where a flow has its layers; several where it is multi-scale. Raises ConversionError.
-    base: its base distribution. Raises ConversionError where `convert` cannot take it, or the flow for another reason.
-    log_prob: (flow, x, context) → log p (B,), and generate: (flow, noise of the base, context) → data, by the library itself.
-    kept: a part as (x, context) → (z, logdet (B,)), data → noise, and `inverse` back.
-    fused: a fused flow, in place of some parts, as a layer of the library.
-    on_vectors, on_images: class of a layer → its reader.
-    compositions: class of a layer made of layers → the name of its list.
-    refused: class of a layer → why it cannot even be kept.
-    alone: classes of layers that are worth replacing where there is no coupling beside them.
-    own_hooks: classes whose backward hooks are the library's own.
-    any_size: whether the layers on images work on another number of pixels.
-    shape_before: of what a layer is given that returns that shape.
-    embedding: the network of a flow that the context goes through first.
-    context_shape: of one context, behind that network, that parts say they take.
-    in_one_context: the parts of a flow of one chain with `context`, where they are given different conditions.
-    invertible: whether the library's inverse of parts, read into layers, is one to compare with.
-    prepare: makes a copy in float64, of a flow or of layers, one to compare with.
-    """
-
-    package: str
-    flows: tuple[str, ...]
-    hosts: tuple[str, ...] = ()
-    packages: tuple[str, ...]
-    chains: Callable[[Any], list[Chain]]
-    base: Callable[[Any], Base]
-    log_prob: Callable[[Any, Tensor, Tensor | None], Tensor]
-    generate: Callable[[Any, Tensor, Tensor | None], Tensor]
-    kept: Callable[[Part], nn.Module]
-    fused: Callable[[Flow | OnChannels, Sequence[Part]], nn.Module]
+    package: str  # its name when it is imported; only its own flows import it, never this project
+    flows: tuple[str, ...]  # classes that `convert` takes
+    hosts: tuple[str, ...] = ()  # further classes in whose objects `accelerate` replaces layers
+    packages: tuple[str, ...]  # modules whose classes are flows and layers
+    chains: Callable[[Any], list[Chain]]  # where a flow has its layers, several if multi-scale; raises ConversionError
+    base: Callable[[Any], Base]  # raises ConversionError where `convert` cannot take it, or the flow for another reason
+    log_prob: Callable[[Any, Tensor, Tensor | None], Tensor]  # (flow, x, context) → log p (B,)
+    generate: Callable[[Any, Tensor, Tensor | None], Tensor]  # (flow, noise of the base, context) → data
+    kept: Callable[[Part], nn.Module]  # a part as a layer of this project, see `Kept`
+    fused: Callable[[Flow | OnChannels, Sequence[Part]], nn.Module]  # a flow, in place of parts, as the library's layer
     on_vectors: Mapping[str, Reader]
     on_images: Mapping[str, Reader] = field(default_factory=dict)
-    compositions: Mapping[str, str] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    alone: frozenset[str] = frozenset()
-    own_hooks: frozenset[str] = frozenset()
-    any_size: bool = True
-    shape_before: Callable[[Any, Shape], Shape] = lambda module, shape: shape
-    embedding: Callable[[Any], nn.Module | None] = lambda flow: None
-    context_shape: Callable[[Sequence[Part]], Shape] = declared_context
+    compositions: Mapping[str, str] = field(default_factory=dict)  # class made of layers → the name of its list
+    refused: Mapping[str, str] = field(default_factory=dict)  # class → why it cannot even be kept
+    alone: frozenset[str] = frozenset()  # classes that are worth replacing where there is no coupling beside them
+    own_hooks: frozenset[str] = frozenset()  # classes whose backward hooks are the library's own
+    any_size: bool = True  # the layers on images work on any number of pixels
+    shape_before: Callable[[Any, Shape], Shape] = lambda module, shape: shape  # (layer, output's shape) → its input's
+    embedding: Callable[[Any], nn.Module | None] = lambda flow: None  # the network that a context goes through first
+    context_shape: Callable[[Sequence[Part]], Shape] = declared_context  # of one context behind it, as the parts say
+    # The parts of a flow of one chain with `context`, where they are given different conditions.
     in_one_context: Callable[[list[Part]], list[Part]] = lambda parts: parts
+    # True if the library's inverse of parts, read into layers, is one to compare with.
     invertible: Callable[[Sequence[Part], Sequence[Layer]], bool] = lambda parts, layers: True
+    # Makes a copy in float64, of a flow or of layers, one to compare with.
     prepare: Callable[[nn.Module], None] = lambda copied: None
 
     def keep(self, part: Part) -> nn.Module:
@@ -149,11 +128,11 @@ class Library:
         return self.kept(part)
 
     def owns(self, kind: type) -> bool:
-        """Whether a class comes from the library."""
+        """True for a class of the library."""
         return kind.__module__.partition(".")[0] == self.package
 
     def read(self, part: Part) -> list[Layer]:
-        """The layers that one part is; raises Unfusable."""
+        """The layers of one part; raises Unfusable."""
         kind = type(part.module)
         images = len(part.shape) > 1
         reader = (self.on_images if images else self.on_vectors).get(kind.__name__)

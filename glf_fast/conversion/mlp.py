@@ -1,4 +1,4 @@
-"""What networks of other libraries compute, as the weights and biases of one MLP.
+"""Networks of other libraries as the weights and biases of one MLP.
 
 Nothing is detached: a weight of the result is a function of the library's parameters (a transpose, a choice of
 columns, two blocks side by side), which autograd can take back.
@@ -33,8 +33,7 @@ __all__ = [
     "without_shift",
 ]
 
-# What a network applies, in order: a linear layer (weight (out, in), bias or None), an activation by name, or a dropout, p,
-# that is not active.
+# A step of a network: a linear layer (weight (out, in), bias or None), an activation by name, or an inactive dropout, p.
 Linear = tuple[Tensor, Tensor | None]
 Step = Linear | str | float
 
@@ -43,7 +42,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.relu: "relu",
     torch.tanh: "tanh",
 }
-# Networks of libraries that torch.fx cannot follow: full name of the class → what it applies. The libraries' files add theirs.
+# Networks of libraries that torch.fx cannot follow: full name of the class → its steps. The libraries' files add to it.
 KNOWN: dict[str, Callable[[Any], Iterator[Step]]] = {}
 # The constants of the activations; other keywords (inplace) change nothing.
 _CONSTANTS = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none"}
@@ -61,10 +60,10 @@ def read_mlp(network: nn.Module) -> Conditioner:
     name = type(network).__name__
     steps = list(network_steps(network))
     dropouts = [step for step in steps if isinstance(step, float)]
-    steps = [step for step in steps if not isinstance(step, float)]
     linears = [step for step in steps if isinstance(step, tuple)]
     activations = [step for step in steps if isinstance(step, str)]
-    if [isinstance(step, tuple) for step in steps] != [i % 2 == 0 for i in range(2 * len(linears) - 1)]:
+    kinds = [type(step) for step in steps if not isinstance(step, float)]
+    if kinds != [tuple, *[str, tuple] * (len(linears) - 1)]:
         raise Unfusable(f"{name} is not linear → activation → … → linear")
     if not 2 <= len(linears) <= 5:
         raise Unfusable(f"{name} has {len(linears) - 1} hidden layers; one to four are covered")
@@ -87,16 +86,14 @@ def read_mlp(network: nn.Module) -> Conditioner:
 
 
 def _role(parameter: Tensor | None, shape: Tensor) -> Tensor:
-    """What each entry of a parameter is, as a tensor of `shape`'s shape."""
+    """The role of a parameter's entries, as a tensor of `shape`'s shape."""
     role = FIXED if parameter is None else TRAINED if parameter.requires_grad else FROZEN
     return torch.full_like(shape, role, dtype=torch.uint8)
 
 
 def select_inputs(mlp: Conditioner, columns: Tensor) -> Conditioner:
-    """The MLP on x[:, columns] only; what it sees of the rest is taken to be zero."""
-    weights, roles = list(mlp.weights), list(mlp.roles)
-    weights[0], roles[0] = weights[0][columns], roles[0][columns]
-    return replace(mlp, weights=weights, roles=roles)
+    """The MLP on x[:, columns] only; the other columns are taken to be zero."""
+    return _with_first(mlp, lambda first: first[columns])
 
 
 def widen_inputs(mlp: Conditioner, passive: int, columns: Sequence[int], width: int) -> Conditioner:
@@ -106,11 +103,15 @@ def widen_inputs(mlp: Conditioner, passive: int, columns: Sequence[int], width: 
     """
     if tuple(columns) == tuple(range(width)):
         return mlp
-    weights, roles = list(mlp.weights), list(mlp.roles)
-    rows = torch.tensor([*range(passive), *(passive + c for c in columns)], device=weights[0].device)
-    shape = (*weights[0].shape[:-2], passive + width, weights[0].shape[-1])
-    for tensors in (weights, roles):
-        tensors[0] = tensors[0].new_zeros(shape).index_copy(-2, rows, tensors[0])
+    first = mlp.weights[0]
+    rows = torch.tensor([*range(passive), *(passive + c for c in columns)], device=first.device)
+    shape = (*first.shape[:-2], passive + width, first.shape[-1])
+    return _with_first(mlp, lambda first: first.new_zeros(shape).index_copy(-2, rows, first))
+
+
+def _with_first(mlp: Conditioner, change: Callable[[Tensor], Tensor]) -> Conditioner:
+    """The MLP with `change` of its first layer's weights and their roles."""
+    weights, roles = ([change(tensors[0]), *tensors[1:]] for tensors in (mlp.weights, mlp.roles))
     return replace(mlp, weights=weights, roles=roles)
 
 
@@ -121,12 +122,11 @@ def select_outputs(mlp: Conditioner, columns: Tensor) -> Conditioner:
 
 def scale_outputs(mlp: Conditioner, *factors: float) -> Conditioner:
     """The MLP with its outputs, in as many equal parts as there are factors ([u | t] or t), times these."""
-    weights, biases = list(mlp.weights), list(mlp.biases)
-    scales = torch.ones_like(biases[-1])  # (2T), (T) or (2, T)
+    scales = torch.ones_like(mlp.biases[-1])  # (2T), (T) or (2, T)
     for part, factor in zip(scales.view(len(factors), -1), factors, strict=True):
         part.fill_(factor)
-    weights[-1], biases[-1] = weights[-1] * scales.unsqueeze(-2), biases[-1] * scales
-    return replace(mlp, weights=weights, biases=biases)
+    weights = [*mlp.weights[:-1], mlp.weights[-1] * scales.unsqueeze(-2)]
+    return replace(mlp, weights=weights, biases=[*mlp.biases[:-1], mlp.biases[-1] * scales])
 
 
 def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
@@ -141,14 +141,9 @@ def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
         raise Unfusable("its networks for scale and shift differ in their numbers of columns")
     if parameters_of(*net_u.weights, *net_u.biases) & parameters_of(*net_t.weights, *net_t.biases):
         raise Unfusable("its networks for scale and shift share parameters")
-    return Conditioner(
-        weights=list(map(_pair, net_u.weights, net_t.weights)),
-        biases=list(map(_pair, net_u.biases, net_t.biases)),
-        roles=list(map(_pair, net_u.roles, net_t.roles)),
-        bias_roles=list(map(_pair, net_u.bias_roles, net_t.bias_roles)),
-        activation=net_u.activation,
-        dropout=max(net_u.dropout, net_t.dropout),
-    )
+    names = ("weights", "biases", "roles", "bias_roles")
+    pairs: dict[str, Any] = {name: list(map(_pair, getattr(net_u, name), getattr(net_t, name))) for name in names}
+    return replace(net_u, dropout=max(net_u.dropout, net_t.dropout), **pairs)
 
 
 def without_shift(net_u: Conditioner) -> Conditioner:
@@ -167,38 +162,36 @@ def _with_last(mlp: Conditioner, change: Callable[[Tensor], Tensor]) -> Conditio
 def _pair(a: Tensor, b: Tensor) -> Tensor:
     """Both in one tensor, each filled up with zeros (FIXED) to the larger of their sizes."""
     sizes = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
-    return torch.stack([_filled(a, sizes), _filled(b, sizes)])
-
-
-def _filled(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    grow = [sizes[i] - tensor.shape[i] for i in reversed(range(tensor.ndim))]
-    return F.pad(tensor, [n for more in grow for n in (0, more)])
+    filled = []
+    for tensor in (a, b):
+        missing = [size - n for size, n in zip(sizes, tensor.shape, strict=True)]
+        filled.append(F.pad(tensor, [n for count in reversed(missing) for n in (0, count)]))
+    return torch.stack(filled)
 
 
 def full_name(module: nn.Module) -> str:
-    """Of its class."""
+    """The full name of its class."""
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
 def linear_step(module: Any) -> Iterator[Step]:
-    """Of a linear layer with `weight` and `bias`; raises Unfusable for a stack of them."""
+    """The step of a linear layer with `weight` and `bias`; raises Unfusable for a stack of them."""
     if module.weight.ndim != 2:
         raise Unfusable(f"{type(module).__name__} is a stack of linear layers")
     yield module.weight, module.bias
 
 
 def network_steps(module: nn.Module) -> Iterator[Step]:
-    """What `module` applies to its input, one after the other."""
+    """The steps that `module` applies to its input, in order."""
     name = type(module).__name__
     if hooks := [h for h in ("_forward_hooks", "_forward_pre_hooks", "parametrizations") if getattr(module, h, None)]:
         raise Unfusable(f"{name} has {hooks[0].strip('_').replace('_', ' ')}, which may change what it computes")
     if type(module) is nn.Identity:
         return
+    activation = _activation(module)
     if isinstance(module, nn.Dropout):
         yield _dropout(module.p, module.training)
-        return
-    activation = _activation(module)
-    if activation is not None:
+    elif activation is not None:
         yield activation
     elif name == "OptimizedModule":  # torch.compile's; its module takes seconds to import
         yield from network_steps(module._orig_mod)  # type: ignore[arg-type]
@@ -215,7 +208,7 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
 
 
 def _activation(module: nn.Module) -> str | None:
-    """The activation's name; None if the module is not one. Raises Unfusable for one with other constants than ours."""
+    """The activation's name; None if the module is not one. Raises Unfusable for one with constants that are not covered."""
     kind = type(module)
     if kind is nn.LeakyReLU:
         if module.negative_slope not in (0.0, 0.01):
@@ -230,7 +223,7 @@ def _activation(module: nn.Module) -> str | None:
 
 
 def activation_name(activation: Any) -> str:
-    """Of a module or a function; raises Unfusable."""
+    """The name of an activation, a module or a function; raises Unfusable."""
     name = _activation(activation) if isinstance(activation, nn.Module) else _FUNCTIONS.get(activation)
     if name is None:
         raise Unfusable(f"the activation {getattr(activation, '__name__', activation)!r} is not covered")
@@ -238,9 +231,7 @@ def activation_name(activation: Any) -> str:
 
 
 def _traced_steps(module: nn.Module) -> Iterator[Step]:
-    """By torch.fx: from the inputs, one or concatenated, through a chain of linear layers and activations to the
-    output.
-    """
+    """The chain of layers between the inputs, one or concatenated, and the output, found by torch.fx."""
     name = type(module).__name__
     if "Residual" in name or "ResNet" in name:  # likely, and worth a reason of its own
         raise Unfusable(f"{name} is residual; plain MLPs are fused")
@@ -267,21 +258,18 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
         if node.op == "call_function" and node.target is F.dropout:
             yield _functional_dropout(*node.args, **node.kwargs)  # type: ignore[arg-type]
             continue
-        constants = {key: value for key, value in node.kwargs.items() if _CONSTANTS.get(key, value) != value}
-        if node.args != (last,) or constants:
+        constants = any(_CONSTANTS.get(key, value) != value for key, value in node.kwargs.items())
+        covered = node.op in ("call_module", "call_function") or (node.op == "call_method" and node.target in _METHODS)
+        if node.args != (last,) or constants or not covered:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
         if node.op == "call_module":
             yield from network_steps(modules[str(node.target)])
-        elif node.op == "call_function":
-            yield activation_name(node.target)
-        elif node.op == "call_method" and node.target in _METHODS:
-            yield str(node.target)
         else:
-            raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
+            yield activation_name(node.target) if node.op == "call_function" else str(node.target)
 
 
 def _in_other_mode(module: nn.Module, tracer: fx.Tracer) -> fx.Graph | None:
-    """What it does in training mode, if it is in eval mode, and the other way round; None where that cannot be followed."""
+    """The graph in the mode that `module` is not in, training or eval; None where that cannot be followed."""
     modes = {part: part.training for part in module.modules()}
     try:
         return tracer.trace(module.train(not module.training))

@@ -45,9 +45,9 @@ def _coupling(part: Part) -> list[Layer]:
     if transform.unconditional_transform is not None:
         raise Unfusable("its passive columns are transformed, too")
     halves = transform.identity_features, transform.transform_features
-    if type(transform).__name__ == "AdditiveCouplingTransform":
-        return [DeclaredCoupling(*halves, transform.transform_net, "t").read(part)]
-    return [DeclaredCoupling(*halves, transform.transform_net, "tu", *_read_log_scale(transform)).read(part)]
+    additive = type(transform).__name__ == "AdditiveCouplingTransform"
+    options = ("t",) if additive else ("tu", *_read_log_scale(transform))
+    return [DeclaredCoupling(*halves, transform.transform_net, *options).read(part)]
 
 
 def _read_log_scale(transform: Any) -> tuple[str, float]:
@@ -80,7 +80,7 @@ def _one_by_one(part: Part) -> list[Layer]:
 def _householder(part: Part) -> list[Layer]:
     transform, (dim,) = part.module, part.shape
     if any(p.requires_grad for p in transform.parameters()):
-        raise Unfusable("a trained matrix of ours would not stay orthogonal")
+        raise Unfusable("a trained matrix would not stay orthogonal in the converted flow")
     W = transform(torch.eye(dim, dtype=transform.q_vectors.dtype))[0]
     return [Dense(W, W.new_zeros(dim), False, True)]
 
@@ -125,7 +125,7 @@ def _chains(flow: Any) -> list[Chain]:
 
 
 def _chains_of(holder: nn.Module, name: str, path: str, noise: Shape) -> list[Chain]:
-    """Of holder.`name`, one transform or a composition."""
+    """The chains of holder.`name`, one transform or a composition."""
     named = list(LIBRARY.flattened(getattr(holder, name), path))
     scales = [
         chain
@@ -194,7 +194,7 @@ def _generate(flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _context_shape(parts: Sequence[Part]) -> Shape:
-    """On images what a `ConvResidualNet` says."""
+    """The channels that a `ConvResidualNet` declares, or the columns of a network on vectors."""
     modules = [module for part in parts for module in part.module.modules()]
     channels = (getattr(module, "context_channels", None) for module in modules)
     found = next((n for n in channels if isinstance(n, int)), None)
@@ -207,7 +207,7 @@ def _invertible(parts: Sequence[Part], layers: Sequence[Layer]) -> bool:
 
 
 def _prepare(copied: nn.Module) -> None:
-    """What caches hold is of the original, in its dtype; ½ D ln 2π was rounded where a flow was in half precision."""
+    """Caches hold the original's tensors, in its dtype; ½ D ln 2π was rounded where a flow was in half precision."""
     for module in copied.modules():
         if hasattr(module, "using_cache"):
             module.using_cache = False  # type: ignore[assignment]
@@ -248,7 +248,7 @@ LIBRARY: Library = Library(
     },
     on_images={**_ON_BOTH, "OneByOneConvolution": _one_by_one, "MultiscaleCompositeTransform": _multiscale},
     compositions={"CompositeTransform": "_transforms"},
-    # 1.1 to 2.8 times as fast (12 and 48 channels, 64 to 8,192 pixels, one core); normflows' own is not slower than ours.
+    # 1.1 to 2.8 times as fast (12 and 48 channels, 64 to 8,192 pixels, one core); normflows' layer is as fast as the fused one.
     alone=frozenset({"OneByOneConvolution"}),
     shape_before=_shape_before,
     embedding=lambda flow: None if type(flow._embedding_net) is nn.Identity else flow._embedding_net,

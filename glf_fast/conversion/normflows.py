@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from glf_fast.conversion.chains import Chain, Part, Shape, module_list, replaced
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.layers import (
+    Bijection,
     Conditioner,
     ConversionError,
     Coupling,
@@ -31,22 +32,15 @@ from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, sep
 __all__ = ["LIBRARY"]
 
 
-class KeptLayer(nn.Module):
+class KeptLayer(Bijection):
     """A normflows layer with its directions exchanged: forward is data → noise."""
 
     def __init__(self, part: Part) -> None:
         super().__init__()
         self.layer = part.module
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise."""
-        return self._run(self.layer.inverse, x, context)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data."""
-        return self._run(self.layer.forward, z, context)
-
-    def _run(self, direction: Callable[..., Any], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        direction = self.layer.forward if inverse else self.layer.inverse
         takes_context = "context" in inspect.signature(direction).parameters
         y, logdet = direction(x, context=context) if takes_context else direction(x)
         return y, logdet + x.new_zeros(len(x))  # some return one number for the whole batch
@@ -167,25 +161,21 @@ def check_initialised(module: nn.Module) -> None:
         raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
 
 
-class NormalBase(nn.Module):
-    """A normal base distribution of images, with a mean and a scale for every pixel or channel, as the map to N(0, I)."""
+class NormalBase(Bijection):
+    """A normal base of images, with a mean and a scale for every pixel or channel, as the map (x − μ)/σ to N(0, I)."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()
         self.base = base
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(x − μ)/σ and its logdet (B,)."""
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         mean, log_scale = self._moments()
-        return (x - mean) * torch.exp(-log_scale), self._logdet(x, -log_scale)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """μ + σ·z and its logdet (B,)."""
-        mean, log_scale = self._moments()
-        return mean + log_scale.exp() * z, self._logdet(z, log_scale)
+        y = mean + log_scale.exp() * x if inverse else (x - mean) * torch.exp(-log_scale)
+        logdet = (log_scale if inverse else -log_scale).expand(len(x), *x.shape[1:])
+        return y, logdet.flatten(1).sum(1)
 
     def is_identity(self) -> bool:
-        """Whether it is N(0, I), and stays that."""
+        """True if it is N(0, I), and is not trained."""
         trained = any(p.requires_grad for p in self.base.parameters())
         return not (trained or any(bool(moment.any()) for moment in self._moments()))
 
@@ -195,10 +185,6 @@ class NormalBase(nn.Module):
             return base.loc, base.log_scale
         factor = base.logscale_factor
         return base.loc * torch.exp(factor * base.loc_logs), base.log_scale * torch.exp(factor * base.log_scale_logs)
-
-    @staticmethod
-    def _logdet(x: Tensor, log_scale: Tensor) -> Tensor:
-        return log_scale.expand(len(x), *x.shape[1:]).flatten(1).sum(1)
 
 
 def _chains(flow: Any) -> list[Chain]:

@@ -1,4 +1,4 @@
-"""What stacking costs: a CouplingFlow has one width for all its steps, and halves of D′ − D′//2 and D′//2 columns.
+"""The cost of stacking: a CouplingFlow has one width for all its steps, and halves of D′ − D′//2 and D′//2 columns.
 
 Everything else is padded with zeros, which take time like other numbers. Costs are multiply-adds for each sample: those of
 the affine maps and of the networks.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from glf_fast.conversion.layers import TRAINED, Coupling, Unfusable
+from glf_fast.conversion.layers import TRAINED, Coupling, Unfusable, width
 
 __all__ = ["check_padding", "divided", "hidden_widths", "padded_dim"]
 
 # One launch more is worth so many multiply-adds: 65 µs forward, 180 µs with backward, on one core with 256 samples.
 _LAUNCH = 10_000
-# What a library's own layer costs besides its multiply-adds, in the same unit: dozens of small operations, passes over D
+# The cost of a library's own layer besides its multiply-adds, in the same unit: dozens of small operations, passes over D
 # columns, and over every hidden unit. Measured on one core with 256 samples, eighteen couplings of 20 to 784 columns and 8
 # to 1,000 hidden units: those that cost more, fused, were 0.1 to 0.8 times as fast as the library's, the others 0.95 to 2.5.
 _LAYER, _COLUMN, _UNIT = 10_000, 200, 150
@@ -58,7 +58,7 @@ def check_padding(coupling: Coupling) -> None:
     """
     mlp = coupling.conditioner
     own = sum(int(((W != 0) | (roles == TRAINED)).sum()) for W, roles in zip(mlp.weights, mlp.roles, strict=True))
-    dim = len(coupling.passive) + len(coupling.transformed)
+    dim = width(coupling)
     fused = _cost([coupling])
     networks = 2 if mlp.separate else 1
     if fused > own + _UNIT * networks * sum(hidden_widths([coupling])) + _COLUMN * dim + _LAYER:
@@ -70,10 +70,9 @@ def check_padding(coupling: Coupling) -> None:
 
 def _cost(couplings: Sequence[Coupling]) -> int:
     """Multiply-adds for each sample of those couplings, stacked."""
-    first = couplings[0]
-    width = padded_dim(len(first.passive) + len(first.transformed), couplings)
+    kind, dim = couplings[0].kind(), padded_dim(width(couplings[0]), couplings)
     context = max(coupling.context_dim() for coupling in couplings)
-    outputs = (2 if first.kind() == "affine" else 1) * (width // 2)
-    widths = [width - width // 2 + context, *hidden_widths(couplings), outputs]
-    networks = 2 if first.kind() == "separate" else 1
-    return len(couplings) * (width**2 + networks * sum(a * b for a, b in itertools.pairwise(widths)))
+    outputs = (2 if kind == "affine" else 1) * (dim // 2)
+    widths = [dim - dim // 2 + context, *hidden_widths(couplings), outputs]
+    networks = 2 if kind == "separate" else 1
+    return len(couplings) * (dim**2 + networks * sum(a * b for a, b in itertools.pairwise(widths)))

@@ -13,20 +13,12 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.chains import Part, Shape
 from glf_fast.conversion.images import Reshaped
-from glf_fast.conversion.layers import (
-    Conditioner,
-    ConversionError,
-    Coupling,
-    Diagonal,
-    Kept,
-    Layer,
-    NetworkCoupling,
-    Unfusable,
-)
-from glf_fast.conversion.library import Base, Library, check_shape
+from glf_fast.conversion.layers import Conditioner, ConversionError, Coupling, Diagonal, Kept, Layer, Unfusable
+from glf_fast.conversion.library import Library, check_shape
 from glf_fast.conversion.padding import check_padding
 
 __all__ = [
+    "Map",
     "Reading",
     "check_precision",
     "copied",
@@ -38,27 +30,22 @@ __all__ = [
     "read_parts",
 ]
 
+# A function of (x, context or None).
+Map = Callable[[Tensor, Tensor | None], Tensor]
+
 
 @dataclass(frozen=True)
 class Reading:
-    """A flow of some library, as it was read.
+    """A flow of some library, as it was read, with its own functions to compare with."""
 
-    layers: first to last, data → N(0, I); a diagonal normal base is a `Diagonal` at the end.
-    event_shape: of the data, (D,) or (C, H, W).
-    log_prob: (x (B, *event_shape), context or None) → log p (B,) by the library itself, to compare with.
-    inverse: (z like x from N(0, I), context or None) → x by the library itself; None where the library cannot.
-    embedding: the network that the library sends the context through first, if any.
-    context_shape: of one sample's context before the embedding; () without context, None where nothing says what it is.
-    example: contexts (N, *context_shape) to compare with; random ones if None.
-    """
-
-    layers: list[Layer]
-    event_shape: tuple[int, ...]
-    log_prob: Callable[[Tensor, Tensor | None], Tensor]
-    inverse: Callable[[Tensor, Tensor | None], Tensor] | None = None
-    embedding: nn.Module | None = None
-    context_shape: tuple[int, ...] | None = ()
-    example: Tensor | None = None
+    layers: list[Layer]  # first to last, data → N(0, I); a diagonal normal base is a `Diagonal` at the end
+    event_shape: Shape  # of the data, (D,) or (C, H, W)
+    log_prob: Map  # x (B, *event_shape) → log p (B,)
+    inverse: Map | None = None  # z from N(0, I) → x; None where the library cannot
+    embedding: nn.Module | None = None  # the network that the library sends the context through first
+    # One sample's, before the embedding; () without context, None where nothing says what it is.
+    context_shape: Shape | None = ()
+    example: Tensor | None = None  # contexts (N, *context_shape) to compare with; random ones if None
 
     def contexts(self, n: int, generator: torch.Generator) -> Tensor | None:
         """n contexts to compare with; None if there is none."""
@@ -85,7 +72,10 @@ def read_flow(library: Library, flow: nn.Module, device: str = "cpu") -> Reading
     context_shape: Shape | None = (columns,) if columns else library.context_shape(parts)
     if embedding is not None:
         context_shape = _embedded_shape(embedding, context_shape) if len(event_shape) == 1 else None
-    invert = partial(_generate, library, flow, base)
+
+    def invert(z: Tensor, context: Tensor | None) -> Tensor:
+        return library.generate(flow, base.noise(z.reshape(-1, *base.shape)), context)
+
     return Reading(
         layers=layers,
         event_shape=event_shape,
@@ -96,12 +86,8 @@ def read_flow(library: Library, flow: nn.Module, device: str = "cpu") -> Reading
     )
 
 
-def _generate(library: Library, flow: nn.Module, base: Base, z: Tensor, context: Tensor | None) -> Tensor:
-    return library.generate(flow, base.noise(z.reshape(-1, *base.shape)), context)
-
-
 def _embedded_shape(embedding: nn.Module, embedded: Shape | None) -> Shape | None:
-    """Of a context before the embedding: what its first layer with parameters says; without one, as behind it."""
+    """The shape of a context before the embedding, from its first layer with parameters; without one, as behind it."""
     first = next((m for m in embedding.modules() if next(m.parameters(recurse=False), None) is not None), None)
     if first is None:
         return embedded or None
@@ -110,7 +96,7 @@ def _embedded_shape(embedding: nn.Module, embedded: Shape | None) -> Shape | Non
 
 def fused_context(layers: Iterable[Layer]) -> int:
     """Columns of the context that the MLPs of couplings take; 0 without."""
-    return max((layer.context_dim() for layer in layers if isinstance(layer, Coupling)), default=0)
+    return max((layer.context_dim() for layer in layers if isinstance(layer, Coupling) and layer.is_mlp), default=0)
 
 
 def read_parts(
@@ -122,12 +108,12 @@ def read_parts(
 ) -> list[list[Layer]]:
     """The layers of each part, in the order given (data → noise): `Kept` where it cannot be fused.
 
-    A module whose trained parameters are another's, too, is kept: stacking copies, and copies would not stay equal.
+    A module that shares trained parameters with another one is kept: stacking copies, and copies would not stay equal.
 
     Args:
         device: the type of device on which the flow will run: padding is not worth its time on a "cpu" alone.
-        others: what else there is in the flow: its base, its embedding net.
-        read: in place of `library.read`; with it nothing is made of what is kept.
+        others: the flow's other modules: its base, its embedding net.
+        read: replaces `library.read`; a module that is kept then stays itself, without an adapter.
     """
     modules = [*(part.module for part in parts), *others]
     owners = Counter(p for module in modules for p in {id(p) for p in module.parameters() if p.requires_grad})
@@ -140,7 +126,7 @@ def read_parts(
                 )
             layers = (read or library.read)(part)
             for layer in layers:
-                if isinstance(layer, Coupling) and device == "cpu":
+                if isinstance(layer, Coupling) and layer.is_mlp and device == "cpu":
                     check_padding(layer)
             uses = Counter(p for layer in layers for p in parameters_of(*_tensors(layer)))
             if uses and max(uses.values()) > 1:
@@ -182,17 +168,17 @@ def check_precision(dtype: torch.dtype) -> None:
 def networks(layers: Iterable[Layer], *, kept: bool = True) -> Iterable[nn.Module]:
     """The networks of the library that stay in a flow of these layers: of couplings and, with `kept`, whole layers."""
     for layer in layers:
-        if isinstance(layer, NetworkCoupling):
-            yield layer.network
+        if isinstance(layer, Coupling) and not layer.is_mlp:
+            yield layer.conditioner
         elif kept and isinstance(layer, Kept):
             yield layer.module
 
 
 def lost_in_training(layers: Iterable[Layer]) -> str:
-    """What the library's layers do in training mode alone, and fused ones do not: "" if nothing."""
+    """Operations that the library's layers apply in training mode alone, and fused ones do not: "" if none."""
     names = set()
     for layer in layers:
-        if isinstance(layer, Coupling) and layer.conditioner.dropout:
+        if isinstance(layer, Coupling) and layer.is_mlp and layer.conditioner.dropout:
             names.add(f"Dropout (p = {layer.conditioner.dropout:g})")
         if isinstance(layer, Diagonal) and layer.statistics:
             names.add("BatchNorm")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
 
     The kernels change the last D // 2 columns given the first. Gathers and scatters of other splits are permutations,
     which go into the affine maps on both sides. Where the split has other sizes, D′ − D zero columns fill the halves
-    up; they stay zero, because the weights towards them are zero and held.
+    up; they stay zero, because the weights towards them are zero and frozen.
     """
     dim = len(steps[0].affine.s)
     couplings = [step.coupling for step in steps]
@@ -53,7 +53,7 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
     first = couplings[0]
     maps = [step.affine for step in steps]
     linear = _parametrisation(maps, padded=width > dim)
-    actnorm = any(m.s_trained or m.b_trained or bool(m.s.any()) or bool(m.b.any()) for m in maps)
+    actnorm = any(m.scales() for m in maps)
     with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
         flow = CouplingFlow(
             width, len(steps), hidden_widths(couplings), context_dim, coupling=first.kind(),
@@ -67,22 +67,21 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
     return flow, slots[-1].argsort()
 
 
-def standalone(affine: Affine, sources: Sources) -> list[nn.Module]:
-    """The map as layers of their own: [ActNorm,] [InvertibleLinear], float64; none for the identity."""
-    dim = len(affine.s)
+def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
+    """The maps as layers of their own: [ActNorm,] [InvertibleLinear] each, float64; none for the identity."""
     layers: list[nn.Module] = []
-    if affine.s_trained or affine.b_trained or affine.s.any() or affine.b.any():
-        layers.append(_actnorm(affine, sources))
-    if affine.W is None and torch.equal(affine.order, torch.arange(dim, device=affine.order.device)):
-        return layers
-    with torch.random.fork_rng(devices=[]):
-        layer = InvertibleLinear(dim, linear=_parametrisation([affine], padded=False)).double()
-    layers.append(layer)
-    if affine.W is None:
-        layer.get_buffer("permutation").copy_(affine.order)
-        return layers
-    for name, value in _linear_tensors(layer.linear, affine.W[None]).items():
-        _install(layer, name, value[0], _roles(value[0], affine.W_trained), sources)
+    for affine in maps:
+        dim = len(affine.s)
+        if affine.scales():
+            layers.append(_actnorm(affine, sources))
+        if affine.W is not None:
+            with torch.random.fork_rng(devices=[]):
+                layer = InvertibleLinear(dim, linear=_parametrisation([affine], padded=False)).double()
+            for name, value in _linear_tensors(layer.linear, affine.W[None]).items():
+                _install(layer, name, value[0], _roles(value[0], affine.W_trained), sources)
+            layers.append(layer)
+        elif affine.mixes():
+            layers.append(InvertibleLinear(dim, linear="permutation", permutation=affine.order))
     return layers
 
 
@@ -204,15 +203,15 @@ def _u_of_zero(log_scale: str, constant: float | None) -> float:
 
 
 def _roles(like: Tensor, trained: bool) -> Tensor:
-    """Of parameters of that shape."""
+    """The roles of parameters of that shape."""
     return torch.full_like(like, TRAINED if trained else FROZEN, dtype=torch.uint8)
 
 
 def _install(module: nn.Module, name: str, value: Tensor, roles: Tensor, sources: Sources) -> None:
-    """Give a parameter or buffer its value, and hold the entries that must keep it.
+    """Give a parameter or buffer its value, and freeze the entries that must keep it.
 
-    Where some are trained, those are all others. Where none is, the parameter is frozen; a user may unfreeze it, and only
-    what is FIXED is held then.
+    If some are trained, those are all the others. If none is, the parameter is frozen as a whole; a user may unfreeze it,
+    all but the FIXED entries.
     """
     owner, _, leaf = name.rpartition(".")
     tensor = getattr(module.get_submodule(owner), leaf)

@@ -8,14 +8,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from glf_fast.conversion import mlp
 from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
-from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
+from glf_fast.conversion.layers import (
+    Bijection,
+    ConversionError,
+    Dense,
+    Diagonal,
+    Layer,
+    Permutation,
+    Unfusable,
+    trained_together,
+)
 from glf_fast.conversion.library import Base, FusedLayer, Library
 from glf_fast.flow import Flow
 from glf_fast.reference import log_scale
@@ -25,24 +34,16 @@ __all__ = ["LIBRARY"]
 mlp.KNOWN["zuko.nn.Linear"] = mlp.linear_step
 
 
-class KeptTransform(nn.Module):
+class KeptTransform(Bijection):
     """A lazy transform as it is, as a layer: one evaluation for output and logdet."""
 
     def __init__(self, part: Part) -> None:
         super().__init__()
         self.transform = part.module
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise: output (B, D), logdet (B,)."""
-        return self._apply_transform(self.transform(context), x)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: output (B, D), logdet (B,)."""
-        return self._apply_transform(self.transform(context).inv, z)
-
-    @staticmethod
-    def _apply_transform(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj = transform.call_and_ladj(x)
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        transform = self.transform(context)
+        y, ladj = (transform.inv if inverse else transform).call_and_ladj(x)
         return y, ladj.sum(1) if ladj.ndim == 2 else ladj  # per column for elementwise transforms
 
 
@@ -71,7 +72,7 @@ class _Given(Transform):
         return self._run(self.flow, x)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of data → noise at x, (…)."""
+        """log|det| (…) of data → noise at x."""
         return self._run(self.flow, x)[1]
 
     def _call(self, x: Tensor) -> Tensor:
@@ -128,8 +129,8 @@ def _lu(eager: Any, dim: int, trained: bool) -> Layer:
 
 def _rotation(eager: Any, dim: int, trained: bool) -> Layer:
     if trained:
-        raise Unfusable("a trained matrix of ours would not stay a rotation")
-    return Dense(eager.R.T, eager.R.new_zeros(dim), False, True)
+        raise Unfusable("a trained matrix would not stay a rotation in the converted flow")
+    return Dense(eager.R.T, eager.R.new_zeros(dim), trained, regular=True)
 
 
 def _affine(eager: Any, dim: int, trained: bool) -> Layer:
@@ -139,26 +140,24 @@ def _affine(eager: Any, dim: int, trained: bool) -> Layer:
     return Diagonal(scale.log(), loc, trained)
 
 
-def _monotonic_affine(eager: Any, dim: int, trained: bool) -> Layer:
-    return Diagonal(eager.log_scale.expand(dim), eager.shift.expand(dim), trained)
-
-
 _UNCONDITIONAL: dict[str, Callable[[Any, int, bool], Layer]] = {
     "PermutationTransform": lambda eager, dim, trained: Permutation(eager.order),
     "LULinearTransform": _lu,
     "RotationTransform": _rotation,
     "AffineTransform": _affine,
-    "MonotonicAffineTransform": _monotonic_affine,
+    "MonotonicAffineTransform": lambda eager, dim, trained: Diagonal(
+        eager.log_scale.expand(dim), eager.shift.expand(dim), trained
+    ),
 }
 
 
 def _unconditional(part: Part) -> list[Layer]:
-    """What it makes is a transform of its own kind."""
+    """Reads the transform that the part makes."""
     eager = part.module()
-    reader = _UNCONDITIONAL.get(type(eager).__name__)
-    if reader is None:
-        raise Unfusable(f"{type(eager).__name__} is neither linear nor a permutation")
-    return [reader(eager, part.shape[0], trained_together(*part.module.parameters()))]
+    kind = type(eager).__name__
+    if kind not in _UNCONDITIONAL:
+        raise Unfusable(f"{kind} is neither linear nor a permutation")
+    return [_UNCONDITIONAL[kind](eager, part.shape[0], trained_together(*part.module.parameters()))]
 
 
 def _chains(flow: Any) -> list[Chain]:
@@ -186,7 +185,7 @@ def _base(flow: Any) -> Base:
 
 
 def _context_shape(parts: Sequence[Part]) -> Shape:
-    """By the inputs of the networks, of fused transforms and others."""
+    """The context's columns, from the inputs of the networks of fused transforms and others."""
     columns = max((_context_columns(m, part.shape[0]) for part in parts for m in part.module.modules()), default=0)
     return (columns,) if columns else ()
 

@@ -93,7 +93,7 @@ def test_what_would_train_too_much_is_not_returned(monkeypatch: pytest.MonkeyPat
         return torch.full_like(joined, TRAINED) if joined.dtype == torch.uint8 else joined
 
     monkeypatch.setattr(mlp, "_pair", all_trained)
-    with pytest.raises(ConversionError, match=r"would train what the original holds \(.*mlp_weights"):
+    with pytest.raises(ConversionError, match=r"would train what is frozen in the original \(.*mlp_weights"):
         convert(original)
 
 

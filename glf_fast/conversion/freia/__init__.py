@@ -52,19 +52,18 @@ def _chains(flow: Any) -> list[Chain]:
 
 
 def _in_one_context(parts: list[Part]) -> list[Part]:
-    """With the places of each part's conditions in the one context."""
-    widths = _condition_widths(parts)
+    """The parts with the places of their conditions in the one context."""
     start, columns = 0, dict[int, range]()
-    for index in sorted(widths):
-        columns[index] = range(start, start + widths[index])
-        start += widths[index]
+    for index, width in _condition_widths(parts).items():
+        columns[index] = range(start, start + width)
+        start += width
     return [
         replace(p, context=ContextColumns(tuple(c for i in p.conditions for c in columns[i]), start)) for p in parts
     ]
 
 
 def _fused(fused: Flow | OnChannels, parts: Sequence[Part]) -> nn.Module:
-    """With the conditions of the parts that have some: these have the same."""
+    """The flow as a FrEIA module with the conditions of its parts: those that have some have the same."""
     dims_c = next((part.module.dims_c for part in parts if part.module.dims_c), ())
     return FreiaLayer(fused, [parts[0].shape], dims_c)
 
@@ -88,14 +87,14 @@ def _run(flow: Any, x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Te
     n = max(1 + max(widths, default=-1), len(getattr(flow, "condition_nodes", ())))
     conditions = [x.new_zeros(len(x), 0)] * n
     if context is not None:
-        for index, part in zip(sorted(widths), context.split([widths[i] for i in sorted(widths)], 1), strict=True):
+        for index, part in zip(widths, context.split(list(widths.values()), 1), strict=True):
             conditions[index] = part
     out, jac = flow(x, c=conditions, rev=rev)
     return (out if isinstance(out, Tensor) else out[0]), jac + x.new_zeros(len(x))
 
 
 def _context_shape(parts: Sequence[Part]) -> Shape:
-    """Of the conditions side by side."""
+    """The shape of the conditions, concatenated."""
     part = next((part for part in parts if part.module.dims_c), None)
     return () if part is None else ((part.context or own_context(part.module)).width, *part.module.dims_c[0][1:])
 
@@ -106,7 +105,7 @@ def _is_sequence(flow: nn.Module) -> bool:
 
 
 def _condition_widths(parts: Sequence[Part]) -> dict[int, int]:
-    """Columns of each condition, by its index; raises ConversionError where they cannot be one context."""
+    """Columns of each condition, in the order of their indices; raises ConversionError where they cannot be one context."""
     widths: dict[int, int] = {}
     pixels: Shape = ()
     for part in parts:
@@ -117,18 +116,17 @@ def _condition_widths(parts: Sequence[Part]) -> dict[int, int]:
                     f"{part.name}: condition {index} of shape {tuple(dims)} does not fit beside the others in one context; "
                     "accelerate leaves the conditions as they are"
                 )
-    return widths
+    return dict(sorted(widths.items()))
 
 
 def _put_in_sequence(flow: Any, parts: Sequence[Part], replacements: Sequence[Replacement]) -> None:
-    """In a `SequenceINN`, which keeps conditions and shapes beside its modules."""
+    """Replaces layers of a `SequenceINN`, which keeps conditions and shapes beside its modules."""
     conditions: list[int | None] = []
-    starts = {start: stop for start, stop, _ in replacements}
+    stops = {start: stop for start, stop, _ in replacements}
     shapes, i = [flow.shapes[0]], 0
     while i < len(parts):
-        stop = starts.get(i, i + 1)
-        given = [index for part in parts[i:stop] for index in part.conditions]
-        conditions.append(given[0] if given else None)
+        stop = stops.get(i, i + 1)
+        conditions.append(next((index for part in parts[i:stop] for index in part.conditions), None))
         shapes.append(flow.shapes[stop])
         i = stop
     flow.module_list = module_list(replaced([part.module for part in parts], replacements), flow.module_list)
@@ -167,9 +165,7 @@ LIBRARY = Library(
         ),
         "IResNetLayer": "its log-determinant is a random estimate",
     },
-    own_hooks=frozenset(
-        {"OrthogonalTransform"}
-    ),  # re-orthogonalises a matrix that is trained, and read where it is not
+    own_hooks=frozenset({"OrthogonalTransform"}),  # re-orthogonalises a trained matrix; a matrix is read if it is not
     any_size=False,
     context_shape=_context_shape,
     in_one_context=_in_one_context,

@@ -1,4 +1,4 @@
-"""Which of the log-scale functions here a library's clamp is, asked of the function itself.
+"""Recognises a library's clamp among this project's log-scale functions, by its values.
 
 What FrEIA's clamps compute has changed between releases without a trace in the state_dict, and may be a user's function.
 """

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.chains import ContextColumns, Part, Shape
 from glf_fast.conversion.images import OnChannels
-from glf_fast.conversion.layers import ConversionError
+from glf_fast.conversion.layers import Bijection, ConversionError
 from glf_fast.conversion.library import FusedLayer
 from glf_fast.flow import Flow
 
 __all__ = ["FreiaLayer", "KeptBlock", "PassedOn", "block_shape", "own_context"]
 
 
-class KeptBlock(nn.Module):
+class KeptBlock(Bijection):
     """A FrEIA module as a layer: (x, context) → (z, logdet (B,)), with the context split into its conditions."""
 
     def __init__(self, part: Part) -> None:
@@ -30,20 +30,12 @@ class KeptBlock(nn.Module):
         self.index = (part.context or own_context(block)).index()
         self.widths = [dims[0] for dims in block.dims_c]
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise."""
-        return self._run(x, context, rev=False)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data."""
-        return self._run(z, context, rev=True)
-
-    def _run(self, x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         if self.widths:
             assert context is not None
-            (y,), jac = self.block((x,), c=list(context[:, self.index].split(self.widths, 1)), rev=rev)
+            (y,), jac = self.block((x,), c=list(context[:, self.index].split(self.widths, 1)), rev=inverse)
         else:
-            (y,), jac = self.block((x,), rev=rev)
+            (y,), jac = self.block((x,), rev=inverse)
         return y, jac + x.new_zeros(len(x))  # some return one number for the whole batch
 
 
@@ -57,13 +49,13 @@ def check_initialised(block: nn.Module) -> None:
 
 
 def own_context(module: Any) -> ContextColumns:
-    """For a module on its own: the context is its own conditions, in its own order."""
+    """The context of a module on its own: its conditions, in its own order."""
     width = sum(dims[0] for dims in module.dims_c)
     return ContextColumns(tuple(range(width)), width)
 
 
 def block_shape(module: Any) -> Shape:
-    """Of one sample that a module is given; () for a module of several inputs."""
+    """Shape of one sample that a module is given; () for a module of several inputs."""
     shapes = module.dims_in
     if isinstance(shapes[0], int):  # ActNorm keeps the one shape itself
         return tuple(shapes)
@@ -71,11 +63,7 @@ def block_shape(module: Any) -> Shape:
 
 
 class FreiaLayer(FusedLayer):
-    """An invertible module.
-
-    Args:
-        dims_in, dims_c: shapes of a sample and of its conditions, as FrEIA gives them to its modules.
-    """
+    """An invertible module; dims_in and dims_c are the shapes that FrEIA gives its modules: of a sample, of its conditions."""
 
     def __init__(
         self, flow: Flow | OnChannels | None, dims_in: Sequence[Shape] = (), dims_c: Sequence[Shape] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,13 +46,13 @@ def _one_sided(part: Part) -> list[Layer]:
 def _coupling(
     part: Part, passive: Tensor, transformed: Tensor, network: Any, scale: LogScale | None, factor_t: float = 1.0
 ) -> Layer:
-    """With outputs [u | t]; an additive one without log-scale."""
-    seen = part.context or own_context(part.module)
-    context = "none" if len(part.shape) == 3 and not seen.columns else seen
+    """A coupling with outputs [u | t]; an additive one without log-scale."""
+    given = part.context or own_context(part.module)
+    context = "none" if len(part.shape) == 3 and not given.columns else given
+    declared = partial(DeclaredCoupling, passive, transformed, network, context=context)
     if scale is None:
-        return DeclaredCoupling(passive, transformed, network, "t", context=context).read(part)
-    options = (scale.name, scale.constant, scale.factor, factor_t)
-    return DeclaredCoupling(passive, transformed, network, "ut", *options, context=context).read(part)
+        return declared("t").read(part)
+    return declared("ut", scale.name, scale.constant, scale.factor, factor_t).read(part)
 
 
 def _halves(module: Any) -> tuple[Tensor, Tensor]:
@@ -90,16 +91,16 @@ def _all_in_one(part: Part) -> list[Layer]:
     ]
 
 
-# -- log-scales: what they are is asked of the live object, since they changed between releases ------------------------
+# -- log-scales, asked of the live object, since they changed between releases -----------------------------------------
 
 
 def _log_scale(module: Any) -> LogScale:
-    """What the block makes of u."""
+    """The block's log-scale, a function of u."""
     return recognised(lambda u: module.clamp * module.f_clamp(u))
 
 
 def _probe_all_in_one(module: Any, n: int) -> tuple[LogScale, float]:
-    """Its log-scale, and what the shift is multiplied by: 0.2 and later releases differ in the former."""
+    """Its log-scale, in which release 0.2 and later ones differ, and the factor of its shift."""
     device = module.global_scale.device
 
     def affine(u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
