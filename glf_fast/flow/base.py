@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -81,9 +81,9 @@ class Flow(nn.Module):
         if temperature < 0:
             raise ValueError(f"temperature must be ≥ 0; got {temperature}")
         like = any_parameter(self)
-        size, options = (n, *self.event_shape), {"device": like.device, "dtype": like.dtype}
         # Even generator=None keeps torch.compile from making n dynamic.
-        noise = torch.randn(size, **options) if generator is None else torch.randn(size, generator=generator, **options)
+        source: Any = {} if generator is None else {"generator": generator}
+        noise = torch.randn((n, *self.event_shape), device=like.device, dtype=like.dtype, **source)
         return self.inverse(noise if temperature == 1 else temperature * noise, context)[0]
 
     def distribution(self, context: Tensor | None = None, validate_args: bool | None = None) -> FlowDistribution:
