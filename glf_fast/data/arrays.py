@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -68,8 +67,13 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         if isinstance(file, np.ndarray):
             return {"rows" if file.ndim == 2 else "images": file}
         with file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            arrays = {name: file[name] for name in file.files}
+            if foreign := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"its member {foreign[0]} is no array")
+            return arrays
+    except (
+        Exception
+    ) as error:  # numpy, zipfile and zlib raise whatever they run into, MemoryError for sizes that are not true
         if isinstance(error, OSError) and not path.is_file():
             raise
         raise UserError(

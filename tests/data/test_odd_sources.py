@@ -184,6 +184,29 @@ def test_a_zip_in_an_unknown_method_says_how_to_go_on(tmp_path: Path) -> None:
         load(str(source))
 
 
+def header(text: bytes) -> bytes:
+    """A .npy file of this header alone."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.npy", header(b"[")),
+        ("a.npy", header(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000000,), }\n")),
+        ("a.npz", None),
+    ],
+    ids=["header", "size", "member"],
+)
+def test_damaged_arrays_are_one_line(name: str, content: bytes | None, tmp_path: Path) -> None:
+    if content is None:
+        write_zip(tmp_path / name, {"notes.txt": b"hello"})
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} cannot be read as plain numpy arrays"):
+        load(str(tmp_path / name))
+
+
 def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     folder(tmp_path / "elsewhere", 20)
     source = tmp_path / "source"
