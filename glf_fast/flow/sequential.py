@@ -19,7 +19,6 @@ from glf_fast.flow.folding import InOrder, Product, assembled, folded
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.split import Split
 from glf_fast.flow.squeeze import Squeeze
-from glf_fast.ops.checks import check_shape
 from glf_fast.reference import log_normal
 
 __all__ = ["SequentialFlow", "run_layers"]
@@ -133,8 +132,6 @@ def run_layers(
         elif convolves and _gains_from_channels_last(x):
             x, reordered = x.movedim(1, -1).contiguous().movedim(-1, 1), True
         if isinstance(step, Product):
-            if x.ndim < 2 or x.shape[1] != step.dim:  # what is wanted is made only for the error
-                check_shape("x", x, (None, step.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
             pixels[place] = x.shape[2:].numel()
             x = ops.channel_map(x, *maps[place], inverse=inverse)
             continue

@@ -14,13 +14,22 @@ from torch import Tensor
 
 from glf_fast import reference
 from glf_fast.ops.backends import CPP, TRITON, usable
+from glf_fast.ops.checks import check_shape
 from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 
 __all__ = ["actnorm_log_prob"]
 
 
 def actnorm_log_prob(x: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
-    """log N((x + b)·e^s; 0, I) + Σ s in nats, (B,), of x (B, D), with `log_scale` s and `bias` b (D,) of x's dtype."""
+    """log N((x + b)·e^s; 0, I) + Σ s in nats, (B,), of x (B, D), with `log_scale` s and `bias` b (D,) of x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.ndim != 2 or log_scale.shape != x.shape[1:] or bias.shape != x.shape[1:]:
+        check_shape("x", x, (None, None), "(batch, D)")
+        check_shape("log_scale", log_scale, x.shape[1:], "(D,)")
+        check_shape("bias", bias, x.shape[1:], "(D,)")
     if not (usable(TRITON, x) or usable(CPP, x)):
         return reference.actnorm_log_prob(x, log_scale, bias)
     return _ActNormLogProb.apply(x, log_scale, bias)

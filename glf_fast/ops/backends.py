@@ -96,6 +96,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the operations inside the `with` block on one backend: "auto" (the fastest there is), "reference" or one of
     `backends()`.
 
+    The choice holds for all threads of the process, so that blocks in several threads must not overlap.
     $GLF_FAST_BACKEND sets the same for a whole process. What a backend cannot run falls back to the reference.
 
     Raises:

@@ -124,3 +124,16 @@ def test_replicas_of_data_parallel_draw() -> None:
                 setattr(twin, key, tensor)
     assert next(replica.parameters(recurse=False), None) is None
     assert any_parameter(replica).dtype == torch.float64
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    x, D = torch.randn(5, 2), torch.eye(2)
+    for run, message in (
+        (lambda: ops.actnorm_log_prob(x[:, :, None], x[0], x[0]), r"x must have shape \(batch, D\)"),
+        (lambda: ops.actnorm_log_prob(x, x[0, :1], x[0]), r"log_scale must have shape \(D,\) = \(2\)"),
+        (lambda: ops.channel_map(x, D[0], x[0]), r"matrix must have shape \(D, D\)"),
+        (lambda: ops.channel_map(x, D[:, :, None], x[0]), r"matrix must have shape \(D, D\)"),
+        (lambda: ops.channel_map(x, torch.eye(3), torch.zeros(3)), r"x must have shape \(batch, D, …\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run()

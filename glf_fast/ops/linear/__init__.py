@@ -92,11 +92,6 @@ def invertible_linear(
 
     Source: Glow (arXiv:1807.03039), section 3.2.
     """
-    dim = matrix.shape[-1]
-    check_shape("matrix", matrix, (dim, dim), "(D, D)")
-    check_shape("offset", offset, (dim,), "(D,)")
-    if x.ndim < 2 or x.shape[1] != dim:  # what is wanted is made only for the error
-        check_shape("x", x, (None, dim, *(None,) * (x.ndim - 2)), "(batch, D, …)")
     y = channel_map(x, matrix, offset, inverse=inverse)
     pixels = x.shape[2:].numel()
     logdet = -logabsdet if inverse else logabsdet
@@ -105,6 +100,11 @@ def invertible_linear(
 
 def channel_map(x: Tensor, matrix: Tensor, offset: Tensor, *, inverse: bool = False) -> Tensor:
     """The y of `invertible_linear`, for layers that add up their determinants before they multiply by the pixels."""
+    dim = matrix.shape[-1]
+    check_shape("matrix", matrix, (dim, dim), "(D, D)")
+    check_shape("offset", offset, (dim,), "(D,)")
+    if x.ndim < 2 or x.shape[1] != dim:  # what is wanted is made only for the error
+        check_shape("x", x, (None, dim, *(None,) * (x.ndim - 2)), "(batch, D, …)")
     x = check_state("x", x, matrix)
     if not (usable(CPP, x) or usable(CUDA, x)):
         return reference.invertible_linear(x, matrix, offset, matrix.new_zeros(()), inverse=inverse)[0]
