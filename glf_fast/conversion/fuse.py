@@ -92,7 +92,7 @@ def _segments(run: Iterable[Coupling | Piece]) -> list[_Segment]:
 
 def _odd_turned(layer: Any) -> Any:
     """A coupling that is undone, with odd f, as one that is not: (v − t)·e^−f(u) has −u, −t and the other order."""
-    if not (isinstance(layer, Coupling) and layer.undo and layer.log_scale in _ODD):
+    if not (isinstance(layer, Coupling) and layer.is_mlp and layer.undo and layer.log_scale in _ODD):
         return layer
     return replace(layer, conditioner=scale_outputs(layer.conditioner, -1.0), add_first=not layer.add_first, undo=False)
 

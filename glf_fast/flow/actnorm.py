@@ -53,8 +53,9 @@ class ActNorm(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._started = bool(self.initialized)
-        self.far = self._is_far()
+        if self.bias.device.type != "meta":
+            self._started = bool(self.initialized)
+            self.far = self._is_far()
 
     def starts_next(self) -> bool:
         """Whether the next `forward` sets scale and shift from its input: their values are not known before."""
@@ -69,6 +70,13 @@ class ActNorm(nn.Module):
         self._started = True
         if not torch.compiler.is_compiling():  # which stops at what a tensor's value decides
             self.far = self._is_far()
+
+    def train(self, mode: bool = True) -> ActNorm:
+        """Set the mode, and find `far` again: values may have been set by hand, averaged or broadcast since."""
+        super().train(mode)
+        if self.bias.device.type != "meta":
+            self.far = self._is_far()
+        return self
 
     def _is_far(self) -> bool:
         return bool((self.bias * self.log_scale.exp()).detach().abs().max() > _FAR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,7 @@ class AffineCoupling(nn.Module):
     Args:
         dim: channels D of the input (B, D) or (B, D, H, W); at least 2, unless pixels are masked.
         conditioner: any network from [p, context] (B, P + C, …) to [u, t] (B, 2·T, …), or to the pair (u, t); to t alone if
-            `additive`. On a processor images may come in `torch.channels_last` order, in which convolutions are faster: a
-            network should `reshape` them where it might `view`.
+            `additive`. On a processor images may come in `torch.channels_last` order, in which convolutions are faster.
         additive: z_v = v + t, NICE (arXiv:1410.8516): no scale, logdet 0. The log-scale and `add_first` mean nothing then.
         log_scale, log_scale_constant: name and constant of f, see `glf_fast.reference.log_scale`.
         add_first: z_v = (v + t)·e^f(u), as in Glow (arXiv:1807.03039).
@@ -47,6 +47,8 @@ class AffineCoupling(nn.Module):
         >>> z.shape, logdet.shape
         (torch.Size([4, 6]), torch.Size([4]))
     """
+
+    _views = False  # the conditioner fails on images in channels_last order
 
     def __init__(
         self,
@@ -105,6 +107,15 @@ class AffineCoupling(nn.Module):
         z, logdet = self.couple(self.order(x)[0], context, inverse=inverse)
         return self.restore(z)[0], logdet
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        saved = state_dict.get(f"{prefix}order.permutation")
+        if saved is not None and self.order is not None and not torch.equal(saved.cpu(), self.order.permutation.cpu()):
+            errors.append(f"{prefix or 'the coupling'} has the mask of another coupling")
+
     def couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         """`forward`, or `inverse`, of channels that `order` has brought together, and left in that order."""
         inverse = inverse != self.undo
@@ -132,13 +143,17 @@ class AffineCoupling(nn.Module):
 
     def _conditioned(self, p: Tensor, context: Tensor | None, channels: int) -> tuple[Tensor | None, Tensor]:
         """u, or None if `additive`, and t, of so many channels each."""
-        if self.pass_context:
-            raw = self.conditioner(p, context)
-        elif context is None:
-            raw = self.conditioner(p)
-        else:
+        if not self.pass_context and context is not None:
             pixels = context.view(*context.shape, *(1,) * (p.ndim - context.ndim)).expand(-1, -1, *p.shape[2:])
-            raw = self.conditioner(torch.cat([p, pixels.to(p.dtype)], 1))
+            p = torch.cat([p, pixels.to(p.dtype)], 1)
+        rest = (context,) if self.pass_context else ()
+        try:
+            raw = self.conditioner(p.contiguous() if self._views else p, *rest)
+        except RuntimeError as error:
+            if p.is_contiguous() or "view size is not compatible" not in str(error):
+                raise
+            self._views = True  # from now on
+            raw = self.conditioner(p.contiguous(), *rest)
         if isinstance(raw, tuple):
             return raw
         wanted = (len(p), channels if self.additive else 2 * channels, *p.shape[2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,13 @@ class FixedLinear(nn.Module):
             self.weight_inverse = _inverse(self.weight)
             self.logabsdet = torch.linalg.slogdet(self.weight)[1]
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        saved = state_dict.get(f"{prefix}weight_inverse")
+        if saved is not None and saved.dtype.itemsize < self.weight.dtype.itemsize:
+            self.weight_inverse = _inverse(self.weight)
+            self.logabsdet = torch.linalg.slogdet(self.weight)[1]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x W and its logdet (B,); the context is not used."""

@@ -22,7 +22,7 @@ class LogScale(NamedTuple):
     prepare: Callable[[float], float] = float  # the constant as the function takes it, here and in the kernels
 
 
-# A new function is an entry here, one in csrc/cpu/log_scale.h and one in kernels/math.py.
+# A new function is an entry here, one in csrc/cpu/flow.h, one in csrc/cpu/elementwise.h and one in kernels/math.py.
 LOG_SCALE_FUNCTIONS: dict[str, LogScale] = {
     "tanh": LogScale(lambda u, s: s * torch.tanh(u / s), 2.0),
     "exp": LogScale(lambda u, _: u),
