@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from glf_fast.output import Output, one_line
 
-__all__ = ["UserError", "did_you_mean", "run_command"]
+__all__ = ["UserError", "did_you_mean", "lacks_memory", "run_command"]
 
 
 class UserError(ValueError):
@@ -45,7 +45,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
+        if not lacks_memory(error):
             raise
         remedy = "make the model, the batch or the number of images smaller"
         print(f"error: there is not enough memory for this ({_asked_for(error)}); {remedy}", file=sys.stderr)
@@ -56,7 +56,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _lacks_memory(error: BaseException) -> bool:
+def lacks_memory(error: BaseException) -> bool:
     """Whether an error is Python's, torch's allocator's or a GPU's lack of memory."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "alloc_cpu" in str(error)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glf_fast import models, seeds
 from glf_fast.data import CONTENTS, Dataset
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, lacks_memory
 from glf_fast.images import to_float
 from glf_fast.models import Stage
 from glf_fast.training import checkpoint
@@ -65,6 +65,8 @@ class Trainer:
         try:
             self.model = kind(train.shape, config.model).to(device)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # and sizes that no memory has
+            if lacks_memory(error):
+                raise
             reason = str(error).splitlines()[0]
             raise UserError(f"model {config.model.name!r} cannot be built for {train.name}: {reason}") from error
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else None

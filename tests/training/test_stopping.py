@@ -184,7 +184,7 @@ def test_changed_images_are_noticed(tmp_path: Path, call: Call) -> None:
     ]
     call(train, *arguments, "--epochs", "1")
     np.save(tmp_path / "own.npy", images[::-1])
-    with pytest.raises(UserError, match="was trained on other images"):
+    with pytest.raises(UserError, match="was trained on other data"):
         call(train, *arguments, "--epochs", "2")
 
 
