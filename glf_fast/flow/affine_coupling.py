@@ -113,7 +113,11 @@ class AffineCoupling(nn.Module):
     ) -> None:  # fmt: skip
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         saved = state_dict.get(f"{prefix}order.permutation")
-        if saved is not None and self.order is not None and not torch.equal(saved.cpu(), self.order.permutation.cpu()):
+        if (
+            saved is not None
+            and self.order is not None
+            and not torch.equal(saved.cpu(), self.order.get_buffer("permutation").cpu())
+        ):
             errors.append(f"{prefix or 'the coupling'} has the mask of another coupling")
 
     def couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
