@@ -116,7 +116,7 @@ def test_subclasses_are_applied_as_they_are() -> None:
 
 def test_a_width_that_does_not_fit_is_named() -> None:
     flow = SequentialFlow([ActNorm(5), InvertibleLinear(4)], (5, 2, 2)).eval()
-    with pytest.raises(ValueError, match=r"x must have shape \(batch, dim, …\) = \(any, 4, any, any\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, D, …\) = \(any, 4, any, any\)"):
         flow(torch.randn(3, 5, 2, 2))
 
 
