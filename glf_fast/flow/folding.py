@@ -1,4 +1,4 @@
-"""What is affine between two couplings, as one product of the channels."""
+"""Folding of the affine layers between two couplings into one product of the channels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Product:
         self.dim: int = layers[0].dim
 
     def pattern(self) -> tuple[object, ...]:
-        """What products that are assembled together have in common."""
+        """The properties that products share if they are assembled together."""
         return self.level, self.dim, *map(_kind, self.layers)
 
 
@@ -112,7 +112,7 @@ def folded(layers: Iterable[nn.Module], *, inverse: bool) -> list[Step]:
 
 
 def _folds(layer: Any) -> bool:
-    """Whether it may be part of a product."""
+    """Whether a layer may be part of a product."""
     if type(layer) not in (ActNorm, InvertibleLinear, FixedLinear):  # subclasses may do something else
         return False
     return not (_has_hooks(layer) or (type(layer) is ActNorm and layer.far))

@@ -9,7 +9,7 @@ __all__ = ["FrozenEntries"]
 
 
 class FrozenEntries(nn.Module):
-    """Which entries of a parameter are trained, and the values of the others.
+    """Mask of the entries of a parameter that are trained, and the values of the others.
 
     Args:
         name: the parameter's, for errors.

@@ -1,4 +1,4 @@
-"""Which backends this installation has, how to get the others, and which one takes a call."""
+"""The backends of this installation, how to get the others, and the choice of a backend for a call."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BACKENDS: dict[str, Backend] = {}
 
 @dataclass(frozen=True)
 class Backend:
-    """What kernels are written in: which tensors it takes, whether it is there, and how to get it."""
+    """A way to run kernels: the tensors that it takes, whether it is there, and how to get it."""
 
     name: str
     device: str

@@ -1,4 +1,4 @@
-"""What is affine between two couplings runs as one product, and nothing else changes."""
+"""Affine layers between two couplings run as one product, and nothing else changes."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What stands before and behind the flow's kernels: packed parameters, portions of the backward, sums over rows."""
+"""The work before and behind the flow's kernels: packed parameters, portions of the backward, sums over rows."""
 
 import itertools
 

@@ -112,7 +112,7 @@ def test_the_number_of_samples_is_dynamic_under_compile() -> None:
 
 
 def test_replicas_of_data_parallel_draw() -> None:
-    """What nn.DataParallel makes on each GPU: modules whose parameters are plain tensors."""
+    """Replicas that nn.DataParallel makes on each GPU: modules whose parameters are plain tensors."""
     one = CouplingFlow(4, 2, (8,), actnorm=False).double()
     replica = one._replicate_for_data_parallel()
     for name, part in one.named_modules():

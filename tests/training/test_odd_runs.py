@@ -31,7 +31,7 @@ def run(smoke: Path, tmp_path: Path) -> Path:
 
 
 def read_everything(run: Path) -> None:
-    """What `evaluate` reads, and the report that it writes."""
+    """Read all that `evaluate` reads, and write the report."""
     runs.read_config(run)
     for which in ("best", "last"):
         folder = runs.checkpoint_folder(run, which)

@@ -35,7 +35,7 @@ def run(kernels: AffineKernels, call: Call) -> tuple[Tensor, Tensor]:
 
 
 class _AffineCoupling(torch.autograd.Function):
-    """With all views of the operands inside: as nodes of the graph they cost more than the kernels on a few small images."""
+    """The coupling and all views of its operands as one node: separate nodes cost more than the kernels on few images."""
 
     @staticmethod
     def forward(

@@ -60,7 +60,7 @@ def _samples(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def _image(samples: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
-    """What `_samples` made of an image, as an image again."""
+    """The inverse of `_samples`: rows as an image again."""
     return (samples.mT if channels_last else samples).view(shape)
 
 

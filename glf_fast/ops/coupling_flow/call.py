@@ -13,7 +13,7 @@ __all__ = ["Call", "CallOptions", "Maps"]
 
 
 class CallOptions(NamedTuple):
-    """What is computed, by the names that `glf_fast.reference` uses."""
+    """The options of a flow, by the names that `glf_fast.reference` uses."""
 
     coupling: str
     activation: str

@@ -32,7 +32,7 @@ def as_one_network(call: Call) -> Call:
 
 
 def hidden_widths(call: Call) -> list[int]:
-    """Of the hidden layers of that one network."""
+    """Widths of the hidden layers of that one network."""
     networks = COUPLINGS[call.options.coupling].networks
     return [networks * weight.shape[-1] for weight in call.weights[:-1]]
 
