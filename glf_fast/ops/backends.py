@@ -70,7 +70,11 @@ class Kernels(Protocol):
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
-_choice = os.environ.get("GLF_FAST_BACKEND", "auto")
+_default = os.environ.get("GLF_FAST_BACKEND", "auto")
+_blocks: list[list[str]] = []  # the names of the `use_backend` blocks that run now, in the order in which they began
+# The last of them, or the default. Global, because torch.compile cannot trace a ContextVar and watches neither that nor a
+# thread's own variables; and because backwards on a GPU run in threads of autograd, which have no context.
+_choice = _default
 _warned: set[str] = set()
 
 
@@ -96,8 +100,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the operations inside the `with` block on one backend: "auto" (the fastest there is), "reference" or one of
     `backends()`.
 
-    The choice holds for all threads of the process, so that blocks in several threads must not overlap.
-    $GLF_FAST_BACKEND sets the same for a whole process. What a backend cannot run falls back to the reference.
+    The choice holds for all threads of the process. Where blocks in several threads overlap, the one that began last decides
+    until it ends. $GLF_FAST_BACKEND sets the same for a whole process. What a backend cannot run falls back to the reference.
 
     Raises:
         ValueError: an unknown name. RuntimeError: that backend is not there; the message says why.
@@ -106,11 +110,14 @@ def use_backend(name: str) -> Iterator[None]:
     check_choice("backend", name, _choices())
     if name in BACKENDS and (why := BACKENDS[name].missing):
         raise RuntimeError(f"backend {name!r} cannot run here: {why}")
-    before, _choice = _choice, name
+    block = [name]
+    _blocks.append(block)
+    _choice = name
     try:
         yield
     finally:
-        _choice = before
+        del _blocks[next(i for i, other in enumerate(_blocks) if other is block)]
+        _choice = _blocks[-1][0] if _blocks else _default
 
 
 def transformed() -> bool:

@@ -54,6 +54,19 @@ def test_kernels_say_why_they_refuse() -> None:
 
 
 @has_cpp
+def test_blocks_of_several_threads_leave_the_choice_as_it_was() -> None:
+    state = sys.modules["glf_fast.ops.backends"]
+    before = state._choice
+    first, second, third = use_backend("reference"), use_backend("cpp"), use_backend("reference")
+    for block, choice in ((first, "reference"), (second, "cpp"), (third, "reference")):
+        block.__enter__()
+        assert state._choice == choice
+    for block, choice in ((first, "reference"), (third, "cpp"), (second, before)):
+        block.__exit__(None, None, None)
+        assert state._choice == choice
+
+
+@has_cpp
 def test_the_first_that_takes_a_call_is_chosen() -> None:
     small, deep = call(4, (3,)), call(4, (3,) * 8)
     assert kernels_for(small.x, small, triton, layered, cpp) is cpp
