@@ -210,6 +210,10 @@ class GenerativeModel(
         raise NotImplementedError
 
     def _check_batch(self, name: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor; got {type(x).__name__} (torch.as_tensor converts lists and arrays)"
+            )
         if not x.is_floating_point():
             raise TypeError(
                 f"{name} must be floating-point, with pixels in [0, 1]; got {x.dtype} "
@@ -277,6 +281,7 @@ class GenerativeModel(
     ) -> M:
         """The model that `save_pretrained` wrote to a folder, or that has this name on the Hugging Face hub, in eval mode.
 
+        Its dtypes are those that were saved: float64 stays float64, and bfloat16 needs `.float()` before flows can use it.
         A folder is read without network. The state of the global random numbers does not change.
 
         Args:

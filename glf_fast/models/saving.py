@@ -92,7 +92,19 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Put the weights of a folder into the model that its configuration describes; raises UserError if they do not fit."""
+    """Put the weights of a folder into the model that its configuration describes, which takes their dtypes.
+
+    Raises UserError if they do not fit.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        saved = weights.get(name)
+        if (
+            saved is not None
+            and saved.is_floating_point()
+            and tensor.is_floating_point()
+            and saved.dtype != tensor.dtype
+        ):
+            tensor.data = tensor.data.to(saved.dtype)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

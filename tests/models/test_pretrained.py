@@ -42,6 +42,15 @@ def test_round_trip(small_glf: Build, images: Tensor, tmp_path: Path, flow: dict
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("change", [GLF.double, GLF.bfloat16, lambda model: model.encoder.double() and model])
+def test_dtypes_come_back_as_they_were_saved(small_glf: Build, tmp_path: Path, change: Callable[[GLF], GLF]) -> None:
+    model = change(small_glf())
+    model.save_pretrained(tmp_path)
+    loaded = GLF.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == tensor.dtype and torch.equal(loaded.state_dict()[name], tensor), name
+
+
 def test_a_copy_is_independent_and_equal(small_glf: Build, images: Tensor) -> None:
     model = small_glf()
     model.losses(images)
