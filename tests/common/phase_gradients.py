@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed import barrier, destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 from glf_fast.models import GenerativeModel
@@ -35,4 +36,7 @@ def compare_in_a_group(rank: int, meeting: str, models: Sequence[GenerativeModel
             assert found and set(found) == set(first)
             for name, gradient in found.items():
                 torch.testing.assert_close(gradient, (first[name] + second[name]) / 2)
+    del wrapped  # a wrapper that outlives its group, or a process that leaves before the other, may wait for ever
+    gc.collect()
+    barrier()
     destroy_process_group()
