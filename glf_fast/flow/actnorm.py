@@ -8,25 +8,50 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
-from glf_fast.ops.checks import check_shape, check_state
+from glf_fast.flow.moments import active_processes, moments, not_traced
+from glf_fast.ops.checks import check_channels, check_state
 from glf_fast.reference import log_normal
 
-__all__ = ["ActNorm", "data_dependent_start"]
+__all__ = ["ActNorm", "data_dependent_start", "set_by_another_process"]
 
 # In standard deviations of the output. Folded into a matrix behind it, an ActNorm that takes a mean of 2 σ away makes float32
 # errors of log_prob 1.1 times as large (of samples 1.4 times), one of 100 σ ten times.
 _FAR = 2.0
 
 
-def data_dependent_start(x: Tensor) -> tuple[Tensor, Tensor]:
+def data_dependent_start(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """log-scale s and bias b (D,) with which (x + b)·e^s has mean 0 and variance 1 in every channel of x (B, D, …).
+
+    Inside of DistributedDataParallel, of the batches of all processes together. None where they have no variance, of one value.
 
     A channel that does not vary (σ ≤ 1e-6, a dead unit or an image border) keeps scale 1: dividing by its σ would amplify
     the first sample that differs a million times.
     """
-    rows = x.detach().movedim(1, -1).flatten(0, -2)
-    std = rows.std(0, correction=0)
-    return -torch.where(std > 1e-6, std, torch.ones_like(std)).log(), -rows.mean(0)
+    found = moments(x)
+    if found is None:
+        return None
+    mean, std = found
+    return -torch.where(std > 1e-6, std, torch.ones_like(std)).log(), -mean
+
+
+def set_by_another_process(initialized: Tensor, log_scale: Tensor, bias: Tensor) -> bool:
+    """Whether another process has set these ActNorms, whose values DistributedDataParallel has brought here.
+
+    Raises RuntimeError where it has brought the flags alone, because the other process went on without this one.
+    """
+    return active_processes() is not None and _set_elsewhere(initialized, log_scale, bias)
+
+
+@not_traced
+def _set_elsewhere(initialized: Tensor, log_scale: Tensor, bias: Tensor) -> bool:
+    if not initialized.all():
+        return False
+    if not (log_scale.any() or bias.any()):
+        raise RuntimeError(
+            "one process has given ActNorms their start by itself: call the DistributedDataParallel in all processes, not the "
+            "module inside of it in one, or send a first batch through the module before wrapping it"
+        )
+    return True
 
 
 class ActNorm(nn.Module):
@@ -47,7 +72,8 @@ class ActNorm(nn.Module):
         self.dim = dim
         self.log_scale = nn.Parameter(torch.zeros(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
-        self.register_buffer("initialized", torch.tensor(False))
+        # 0 or 1: tools that average buffers cannot subtract bools.
+        self.register_buffer("initialized", torch.zeros(()))
         # The same as a Python bool: reading the buffer would synchronise with the GPU at every step and break graph capture.
         self._started = False
 
@@ -63,10 +89,14 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:
-        log_scale, bias = data_dependent_start(x)
-        self.log_scale.copy_(log_scale)
-        self.bias.copy_(bias)
-        self.initialized.fill_(True)
+        if not set_by_another_process(self.initialized, self.log_scale, self.bias):
+            found = data_dependent_start(x)
+            if found is None:
+                return
+            done = self.initialized > 0  # in an averaged copy of a flow
+            for parameter, value in zip((self.log_scale, self.bias), found, strict=True):
+                parameter.copy_(torch.where(done, parameter, value))
+            self.initialized.fill_(1)
         self._started = True
         if not torch.compiler.is_compiling():  # which stops at what a tensor's value decides
             self.far = self._is_far()
@@ -89,14 +119,14 @@ class ActNorm(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log N(y; 0, I) + log|det J| in nats, (B,): the density of a flow that ends here. The context is not used."""
-        if x.ndim != 2:
+        if isinstance(x, Tensor) and x.ndim != 2:
             y, logdet = self(x)
             return log_normal(y) + logdet
         return ops.actnorm_log_prob(self._begin(x), self.log_scale, self.bias)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z·e^−s − b and its logdet (B,)."""
-        z = self._check(z)
+        z = self._check("z", z)
         x = z * self._channels(torch.exp(-self.log_scale), z) - self._channels(self.bias, z)
         return x, -self._logdet(z)
 
@@ -110,14 +140,14 @@ class ActNorm(nn.Module):
 
     def _begin(self, x: Tensor) -> Tensor:
         """Check x, and start from it if it is the first training batch."""
-        x = self._check(x)
-        if self.starts_next() and x.numel() >= 2 * self.dim:
+        x = self._check("x", x)
+        if self.starts_next() and (x.numel() >= 2 * self.dim or active_processes() is not None):
             self._start(x)
         return x
 
-    def _check(self, x: Tensor) -> Tensor:
-        check_shape("x", x, (None, self.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
-        return check_state("x", x, self.bias)
+    def _check(self, name: str, x: Tensor) -> Tensor:
+        check_channels(name, x, self.dim)
+        return check_state(name, x, self.bias)
 
     def extra_repr(self) -> str:
         """Shown by repr."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glf_fast import ops
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.masks import ChannelHalves, Checkerboard
-from glf_fast.ops.checks import check_log_scale, check_shape
+from glf_fast.ops.checks import check_channels, check_log_scale, check_shape, check_tensors
 from glf_fast.reference import LOG_SCALES
 
 __all__ = ["AffineCoupling"]
@@ -123,8 +123,7 @@ class AffineCoupling(nn.Module):
     def couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         """`forward`, or `inverse`, of channels that `order` has brought together, and left in that order."""
         inverse = inverse != self.undo
-        if x.ndim < 2 or x.shape[1] != self.dim:  # what is wanted is made only for the error
-            check_shape("x", x, (None, self.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
+        check_channels("x", x, self.dim)
         parts = Checkerboard(x, even=self.flip) if self._halves is None else self._halves
         p, v = parts.divide(x)
         u, t = self._conditioned(p, context, parts.outputs)
@@ -148,6 +147,7 @@ class AffineCoupling(nn.Module):
     def _conditioned(self, p: Tensor, context: Tensor | None, channels: int) -> tuple[Tensor | None, Tensor]:
         """u, or None if `additive`, and t, of so many channels each."""
         if not self.pass_context and context is not None:
+            check_tensors(context=context)
             pixels = context.view(*context.shape, *(1,) * (p.ndim - context.ndim)).expand(-1, -1, *p.shape[2:])
             p = torch.cat([p, pixels.to(p.dtype)], 1)
         rest = (context,) if self.pass_context else ()

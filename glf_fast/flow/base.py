@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from glf_fast.ops.checks import check_tensors
 from glf_fast.reference import log_normal
 
 if TYPE_CHECKING:
@@ -97,18 +98,22 @@ class Flow(nn.Module):
 
         return FlowDistribution(self, context, validate_args)
 
-    def _check_event(self, name: str, x: Tensor) -> None:
+    def _check_event(self, name: str, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            check_tensors(**{name: x})
         if x.shape[1:] != self.event_shape:
             wanted = ", ".join(map(str, self.event_shape))
             raise ValueError(f"{name} must have shape (batch, {wanted}); got {tuple(x.shape)}")
 
-    def _expand_context(self, context: Tensor | None, batch: int) -> Tensor | None:
+    def _expand_context(self, context: Any, batch: int) -> Tensor | None:
         """The context as (batch, *context_shape): checked, and one row repeated for all samples."""
         one = self.context_shape
         if context is None:
             if one:
                 raise ValueError(f"this flow is conditional: give a context of shape {(batch, *one)} or {one}")
             return None
+        if not isinstance(context, Tensor):
+            check_tensors(context=context)
         if not one:
             raise ValueError(f"this flow has context_dim=0 but a context of shape {tuple(context.shape)} was given")
         if context.shape == one:

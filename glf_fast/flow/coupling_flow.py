@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
-from glf_fast.flow.actnorm import data_dependent_start
+from glf_fast.flow.actnorm import data_dependent_start, set_by_another_process
 from glf_fast.flow.assembled import AssembledMaps
 from glf_fast.flow.base import Flow
 from glf_fast.flow.frozen import FrozenEntries
+from glf_fast.flow.indices import Indices
 from glf_fast.flow.linear import LINEAR_TENSORS
+from glf_fast.flow.moments import active_processes
 from glf_fast.flow.sequential import SequentialFlow
 from glf_fast.flow.stacking import Stacked, configuration, fill_step, new_step, stacked
-from glf_fast.ops.checks import check_choice, check_log_scale, check_shape, check_state
+from glf_fast.ops.checks import check_choice, check_log_scale, check_shape, check_state, check_tensors
 from glf_fast.reference import COUPLINGS as KINDS
 from glf_fast.reference import LOG_SCALES, Plu
 
@@ -127,7 +129,7 @@ class CouplingFlow(Flow):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data: z (B, D) → x (B, D), logdet (B,)."""
         if context is not None or self.context_shape:
-            context = self._context(context, z)
+            context = self._context("z", z, context)
         weights, biases = self._mlp()
         _, A_inv, c, logabsdet = self._affine(weights[0].dtype, need_inverse=True)
         assert A_inv is not None
@@ -149,13 +151,21 @@ class CouplingFlow(Flow):
     def _begin(self, x: Tensor, context: Tensor | None) -> Tensor | None:
         """The context as (B, C); gives ActNorms their start where this is the first training batch."""
         if context is not None or self.context_shape:
-            context = self._context(context, x)
-        if not self._started and self.training and x.ndim == 2 and len(x) >= 2:
-            self._start(x, context)
+            context = self._context("x", x, context)
+        if not self._started and self.training:
+            check_tensors(x=x)
+            if x.ndim == 2 and (len(x) >= 2 or active_processes() is not None):
+                self._start(x, context)
         return context
 
-    def _context(self, context: Tensor | None, x: Tensor) -> Tensor | None:
-        return self._expand_context(context, len(x) if x.ndim else 0)  # what x must be, the operation says
+    def _context(self, name: str, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """The context as (B, C), for an input of this name."""
+        try:
+            batch = len(x) if x.ndim else 0  # what x must be, the operation says
+        except AttributeError:
+            check_tensors(**{name: x})
+            raise
+        return self._expand_context(context, batch)
 
     def _affine(self, dtype: torch.dtype, *, need_inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """A, A⁻¹, c (K, …) of all steps and Σ log|det A|."""
@@ -173,6 +183,14 @@ class CouplingFlow(Flow):
         """
         config = self.config
         parameters, buffers, found = self._parameters, self._buffers, []
+        indices, order = self._indices, buffers.get("linear_permutation")
+        if (  # `Indices.check` asks the same; a call of it shows at B = 1
+            indices is not None
+            and order is not None
+            and not torch.compiler.is_compiling()
+            and (order is not indices.seen or (indices.version is not None and indices.version != order._version))
+        ):
+            indices.check(order)
         for name in STORED[config["linear"], config["actnorm"]]:
             # nn.Module's own way to a tensor takes 0.6 µs, seven times a call.
             tensor: Tensor | None = parameters.get(name)
@@ -236,28 +254,45 @@ class CouplingFlow(Flow):
         """Give every ActNorm its start, step by step: each one sees what the steps before it make of x."""
         check_shape("x", x, (None, self.config["dim"]), "(batch, dim)")
         x = check_state("x", x, self.mlp_weights[0])
+        if set_by_another_process(self.actnorm_initialized, self.actnorm_log_scale, self.actnorm_bias):
+            self._started = True
+            return
         weights, biases = self._mlp()
         for k in range(self.config["steps"]):
-            log_scale, bias = data_dependent_start(x)
-            done = self.actnorm_initialized[k]
-            self.actnorm_log_scale[k] = torch.where(done, self.actnorm_log_scale[k], log_scale)
-            self.actnorm_bias[k] = torch.where(done, self.actnorm_bias[k], bias)
+            found = data_dependent_start(x)
+            if found is None:
+                return
+            done = (
+                self.actnorm_initialized[k] > 0
+            )  # of a layer that came with its start, or in an averaged copy of a flow
+            for parameter, value in zip((self.actnorm_log_scale, self.actnorm_bias), found, strict=True):
+                parameter[k] = torch.where(done, parameter[k], value)
             A, _, c, _ = self._affine(x.dtype, need_inverse=False)
             step = slice(k, k + 1)
             x, _ = ops.coupling_flow(
                 x, A[step], c[step], [w[step] for w in weights], [b[step] for b in biases], context, **self._options
             )
-        self.actnorm_initialized.fill_(True)
+        self.actnorm_initialized.fill_(1)
         self._started = True
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._indices is not None:
+            self._indices.check(self.get_buffer("linear_permutation"))
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
         # `held` is not in the config: a flow that is rebuilt from its config learns what is frozen from the values saved.
         for name, parameter in self.named_parameters():
             saved = f"{prefix}held.{name.replace('.', '_')}.trained"
             if saved in state_dict:
                 self.hold(name, torch.ones_like(parameter, dtype=torch.bool))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self._started = not self.config["actnorm"] or _all_set(self.actnorm_initialized)
+        if self._indices is not None:
+            self._indices.load(self.get_buffer("linear_permutation"), errors)
 
     # -- stacked parameters ⇄ layers -----------------------------------------------------------------------------------
 
@@ -272,6 +307,8 @@ class CouplingFlow(Flow):
                     self.register_buffer(f"{kind}_{name}", tensor)
         self.mlp_weights, self.mlp_biases = nn.ParameterList(values.weights), nn.ParameterList(values.biases)
         self._layer_names = tuple(str(i) for i in range(len(values.weights)))
+        order = values.linear.get("permutation")
+        self._indices = None if order is None else Indices("linear_permutation", order)
         # The same as a Python bool: reading the buffer would synchronise with the GPU at every step.
         self._started = not values.actnorm or _all_set(self.actnorm_initialized)
 

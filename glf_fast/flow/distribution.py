@@ -13,6 +13,7 @@ from glf_fast import ops
 from glf_fast.flow.base import Flow, any_parameter
 from glf_fast.flow.embedded import Embedded
 from glf_fast.ops.backends import ordinary
+from glf_fast.ops.checks import check_tensors
 
 __all__ = ["FlowDistribution", "FlowTransform"]
 
@@ -55,6 +56,7 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value) in nats, of the shape to which `value` broadcasts, without the event dimensions."""
+        check_tensors(value=value)
         if self._validate_args:
             self._validate_sample(value)
         value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
@@ -196,6 +198,7 @@ def _recorded(tensors: list[Tensor]) -> list[bool]:
 
 
 def _check_context(flow: Flow, context: Tensor | None) -> None:
+    check_tensors(context=context)
     shape = flow.context_shape
     if (context is None) != (not shape) or (context is not None and context.shape[-len(shape) :] != shape):
         given = None if context is None else tuple(context.shape)
@@ -220,6 +223,7 @@ def _rows(flow: Flow, value: Tensor, context: Tensor | None) -> tuple[Flow, Tens
     Returns:
         The flow to call, rows (B, *event_shape), contexts (B, *context_shape) or None, and the batch shape of the result.
     """
+    check_tensors(value=value)
     if isinstance(flow, Embedded) and context is not None:  # once for each context, not for each sample
         return _rows(flow.flow, value, flow.embed(context))
     event = flow.event_shape

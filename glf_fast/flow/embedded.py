@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from glf_fast.flow.base import Flow
+from glf_fast.ops.checks import check_tensors
 
 __all__ = ["Embedded"]
 
@@ -27,6 +28,7 @@ class Embedded(Flow):
 
     def embed(self, context: Tensor) -> Tensor:
         """Embedded contexts (…, *flow.context_shape) of contexts (…, *context_shape)."""
+        check_tensors(context=context)
         batch = context.shape[: context.ndim - len(self.context_shape)]
         if context.shape[len(batch) :] != self.context_shape:
             wanted = ", ".join(map(str, self.context_shape))

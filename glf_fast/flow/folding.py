@@ -233,10 +233,10 @@ def _ordered(maps: _Maps, follows: Sequence[Any], precedes: Sequence[Any]) -> _M
 def _orders(couplings: Sequence[Any], c: Tensor) -> Tensor:
     """The order of each, shaped as c."""
     same = torch.arange(c.shape[-1], device=c.device)
-    orders = [same if coupling is None else coupling.order.permutation for coupling in couplings]
+    orders = [same if coupling is None else coupling.order.indices() for coupling in couplings]
     return orders[0] if len(orders) == 1 else torch.stack(orders)
 
 
 def _stacked(layers: Sequence[Any], name: str) -> Tensor:
-    tensors = [getattr(layer, name) for layer in layers]
+    tensors = [layer.indices() if name == "permutation" else getattr(layer, name) for layer in layers]
     return tensors[0] if len(tensors) == 1 else torch.stack(tensors)

@@ -14,7 +14,8 @@ class FrozenEntries(nn.Module):
     Args:
         name: the parameter's, for errors.
         parameter: with the values at which entries are frozen.
-        trained: bool, of the parameter's shape; False where an entry is frozen.
+        trained: bool, of the parameter's shape; False where an entry is frozen. The buffer of this name holds 1 and 0, because
+            tools that average buffers cannot subtract bools.
     """
 
     value: Tensor
@@ -28,8 +29,8 @@ class FrozenEntries(nn.Module):
                 f"got {trained.dtype} {tuple(trained.shape)}"
             )
         self.register_buffer("value", parameter.detach().clone())
-        self.register_buffer("trained", trained.to(parameter.device))
+        self.register_buffer("trained", trained.to(parameter.detach()))
 
     def forward(self, parameter: Tensor) -> Tensor:
         """The parameter with its frozen entries at their values; they get no gradient."""
-        return torch.where(self.trained, parameter, self.value)
+        return torch.lerp(self.value, parameter, self.trained)  # exactly one of the two where the weight is 0 or 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
-from glf_fast.ops.checks import check_choice, check_shape
+from glf_fast.flow.indices import Indices
+from glf_fast.ops.checks import check_channels, check_choice
 
 __all__ = ["LINEAR_TENSORS", "InvertibleLinear", "assemble"]
 
@@ -91,11 +93,13 @@ class InvertibleLinear(nn.Module):
         check_choice("linear", linear, LINEAR_TENSORS)
         self.dim = dim
         self.linear = linear
+        self._indices: Indices | None = None
         if linear == "permutation":
             if permutation is not None and sorted(map(int, permutation)) != list(range(dim)):
                 raise ValueError(f"permutation must hold each of 0 … {dim - 1} once; got {list(permutation)}")
             order = torch.randperm(dim) if permutation is None else torch.tensor([int(i) for i in permutation])
             self.register_buffer("permutation", order)
+            self._indices = Indices("permutation", order)
             return
         if permutation is not None:
             raise ValueError(f'permutation is the order of linear="permutation"; got one with linear={linear!r}')
@@ -111,29 +115,54 @@ class InvertibleLinear(nn.Module):
         self.log_diag = nn.Parameter(diag.abs().log().to(dtype))
         self.register_buffer("sign", diag.sign().to(dtype))
         self.register_buffer("permutation", P.argmax(1))
+        self._indices = Indices("permutation", self.get_buffer("permutation"))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x W and its logdet (B,); the context is not used."""
         if self.linear == "permutation":
-            return self._permute(x, self.get_buffer("permutation"))
-        W, _, c, logabsdet = assemble(self.linear, self.tensors(), x.dtype, need_inverse=False)
+            return self._permute("x", x, self.indices())
+        W, _, c, logabsdet = self._assembled(need_inverse=False)
         return ops.invertible_linear(x, W, c, logabsdet)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z W⁻¹ and its logdet (B,)."""
         if self.linear == "permutation":
-            return self._permute(z, self.get_buffer("permutation").argsort())
-        _, W_inv, c, logabsdet = assemble(self.linear, self.tensors(), z.dtype)
+            return self._permute("z", z, self.indices().argsort())
+        _, W_inv, c, logabsdet = self._assembled(need_inverse=True)
         assert W_inv is not None
         return ops.invertible_linear(z, W_inv, c, logabsdet, inverse=True)
 
+    def indices(self) -> Tensor:
+        """The permutation (D,) of "plu" and "permutation", with its values also where they were averaged."""
+        assert self._indices is not None
+        return self._indices.check(self.get_buffer("permutation"))
+
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and buffers of this parametrisation, by name."""
-        return {name: getattr(self, name) for name in LINEAR_TENSORS[self.linear]}
+        names = LINEAR_TENSORS[self.linear]
+        return {name: self.indices() if name == "permutation" else getattr(self, name) for name in names}
 
-    def _permute(self, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        check_shape("x", x, (None, self.dim, *(None,) * (x.ndim - 2)), "(batch, dim, …)")
+    def _assembled(self, *, need_inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        tensors = self.tensors()
+        dtype = next(iter(tensors.values())).dtype
+        return assemble(self.linear, tensors, dtype, need_inverse=need_inverse)
+
+    def _permute(self, name: str, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        check_channels(name, x, self.dim)
         return x.index_select(1, order), x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._indices is not None:
+            self.indices()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self._indices is not None:
+            self._indices.load(self.get_buffer("permutation"), errors)
 
     def extra_repr(self) -> str:
         """Shown by repr."""

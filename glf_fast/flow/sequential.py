@@ -60,7 +60,7 @@ class SequentialFlow(Flow):
     ) -> None:
         super().__init__(event_shape, context_dim, context_shape=context_shape)
         self.layers = nn.ModuleList(layers)
-        self._noise_shapes()  # raises an error for sides that cannot be squeezed
+        self._noise_shapes()  # raises an error for shapes that cannot be squeezed or split
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, *event_shape) → z like x, logdet (B,)."""
@@ -84,7 +84,10 @@ class SequentialFlow(Flow):
         while layers and isinstance(layers[-1], InvertibleLinear) and layers[-1].linear == "permutation":
             layers.pop()
         last = layers[-1] if layers else None
-        if not (isinstance(last, Flow) or (type(last) is ActNorm and x.ndim == 2)) or self._noise_shapes():
+        if (
+            not (isinstance(last, Flow) or (type(last) is ActNorm and len(self.event_shape) == 1))
+            or self._noise_shapes()
+        ):
             z, logdet = self._run(layers, x, context)
             return log_normal(z) + logdet
         x, logdet = self._run(layers[:-1], x, context)
@@ -107,6 +110,7 @@ class SequentialFlow(Flow):
             if isinstance(layer, Squeeze):
                 shape, changed = layer.output_shape(shape), True
             elif isinstance(layer, Split):
+                layer.check("samples", shape)
                 shapes.append((layer.sizes[1], *shape[1:]))
                 shape, changed = (layer.sizes[0], *shape[1:]), True
         return [*shapes, shape] if changed else []
@@ -124,13 +128,15 @@ def run_layers(
     pixels: dict[int, int] = {}
     logdets: list[Tensor] = []
     convolves = any(isinstance(step, AffineCoupling | InOrder) for step in steps)
-    reordered = False
+    as_given = x.ndim != 4 or (x.stride(1) == 1 and not x.is_contiguous())  # in channels_last order, too
+    if not as_given and x.requires_grad and torch.is_grad_enabled() and x.is_contiguous():
+        x = x.flatten().view(x.shape)  # whose gradient is contiguous, in whatever order the layers leave it
     for place in reversed(range(len(steps))) if inverse else range(len(steps)):
         step = steps[place]
         if not isinstance(step, _ANY_ORDER):
-            x, reordered = (x.contiguous() if reordered else x), False
+            x = x if as_given else x.contiguous()
         elif convolves and _gains_from_channels_last(x):
-            x, reordered = x.movedim(1, -1).contiguous().movedim(-1, 1), True
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         if isinstance(step, Product):
             pixels[place] = x.shape[2:].numel()
             x = ops.channel_map(x, *maps[place], inverse=inverse)
@@ -143,7 +149,7 @@ def run_layers(
             x, z = x.split(step.sizes, 1)
             factored_out.append(z)
     of_products = [_of_pixels(logabsdet, pixels[place], len(x), inverse=inverse) for place, logabsdet in logabsdets]
-    return x.contiguous() if reordered else x, _sum([*of_products, *logdets], x)
+    return x if as_given else x.contiguous(), _sum([*of_products, *logdets], x)
 
 
 def _gains_from_channels_last(x: Tensor) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.flow.affine_coupling import AffineCoupling
+from glf_fast.ops.checks import check_tensors
 
 __all__ = ["Split"]
 
@@ -53,19 +54,35 @@ class Split(nn.Module):
                 dim, convolution, log_scale=log_scale, log_scale_constant=log_scale_constant, undo=True
             )
 
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless this is the shape (D, H, W) of images that can be split; of vectors, too, if not learned."""
+        dim = sum(self.sizes)
+        if not shape or shape[0] != dim or (self.prior is not None and len(shape) != 3):
+            wanted = f"({dim}, …)" if self.prior is None else f"({dim}, height, width)"
+            raise ValueError(f"a split of {dim} channels needs {name} of shape {wanted} per sample; got {shape}")
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, D, H, W) → [p, (v − μ)/σ] like x, logdet (B,)."""
-        return _unchanged(x) if self.prior is None else self.prior(x, self._used(context))
+        check_tensors(x=x)
+        self.check("x", tuple(x.shape[1:]))
+        return _unchanged(x) if self.prior is None else self.prior(x, self._used(x, context))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data: z (B, D, H, W) → [p, μ + σ·v] like z, logdet (B,)."""
-        return _unchanged(z) if self.prior is None else self.prior.inverse(z, self._used(context))
+        check_tensors(z=z)
+        self.check("z", tuple(z.shape[1:]))
+        return _unchanged(z) if self.prior is None else self.prior.inverse(z, self._used(z, context))
 
-    def _used(self, context: Tensor | None) -> Tensor | None:
+    def _used(self, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """The context, if the prior depends on one."""
         if not self.context_dim:
             return None
         if context is None:
             raise ValueError(f"this prior is conditional: give a context of {self.context_dim} columns or channels")
+        check_tensors(context=context)
+        vectors, images = (len(x), self.context_dim), (len(x), self.context_dim, *x.shape[2:])
+        if context.shape not in (vectors, images):
+            raise ValueError(f"context must have shape {vectors} or {images}; got {tuple(context.shape)}")
         return context
 
     def extra_repr(self) -> str:

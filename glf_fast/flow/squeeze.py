@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from glf_fast.ops.checks import check_choice
+from glf_fast.ops.checks import check_choice, check_tensors
 
 __all__ = ["Squeeze"]
 
@@ -48,6 +48,7 @@ class Squeeze(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, C, H, W) → (B, C·f², H/f, W/f) and its logdet (B,), 0; the context is not used."""
+        check_tensors(x=x)
         channels, height, width = self.output_shape(tuple(x.shape[1:]))
         f = self.factor
         blocks = x.unflatten(3, (width, f)).unflatten(2, (height, f))  # (B, C, H/f, i, W/f, j)
@@ -59,6 +60,7 @@ class Squeeze(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise → data: z (B, C·f², H, W) → (B, C, H·f, W·f) and its logdet (B,), 0; the context is not used."""
+        check_tensors(z=z)
         f = self.factor
         if z.ndim != 4 or z.shape[1] % (f * f):
             raise ValueError(f"z must have shape (batch, a multiple of {f * f}, height, width); got {tuple(z.shape)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glf_fast import reference
 from glf_fast.ops.backends import CPP, TRITON, usable
-from glf_fast.ops.checks import check_shape
+from glf_fast.ops.checks import check_floating, check_shape
 from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 
 __all__ = ["actnorm_log_prob"]
@@ -26,7 +26,8 @@ def actnorm_log_prob(x: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
     """
-    if x.ndim != 2 or log_scale.shape != x.shape[1:] or bias.shape != x.shape[1:]:
+    if not isinstance(x, Tensor) or x.ndim != 2 or log_scale.shape != x.shape[1:] or bias.shape != x.shape[1:]:
+        check_floating("x", x)
         check_shape("x", x, (None, None), "(batch, D)")
         check_shape("log_scale", log_scale, x.shape[1:], "(D,)")
         check_shape("bias", bias, x.shape[1:], "(D,)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from glf_fast.reference import LOG_SCALES
 
 __all__ = [
     "check_alike",
+    "check_channels",
     "check_choice",
     "check_device",
     "check_fake",
@@ -20,6 +22,7 @@ __all__ = [
     "check_log_scale",
     "check_shape",
     "check_state",
+    "check_tensors",
 ]
 
 
@@ -41,10 +44,26 @@ def check_log_scale(name: str, constant: float | None) -> None:
         raise ValueError(f"log_scale_constant of {name!r} must be between {low} and {high}; got {constant}")
 
 
+def check_tensors(**named: Any) -> None:
+    """Raise TypeError unless all are tensors; a context may be None.
+
+    Asked where an attribute was missing: asking before every call would take longer than the other checks.
+    """
+    for name, value in named.items():
+        if not isinstance(value, Tensor) and not (value is None and name == "context"):
+            raise TypeError(
+                f"{name} must be a torch.Tensor; got {type(value).__name__} (torch.as_tensor converts lists and arrays)"
+            ) from None
+
+
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], meaning: str) -> None:
     """Raise ValueError unless the tensor has this shape; None stands for any size. `meaning` is the shape in symbols."""
-    if tensor.shape == shape:  # the common case, ten times faster than what follows
-        return
+    try:
+        if tensor.shape == shape:  # the common case, ten times faster than what follows
+            return
+    except AttributeError:
+        check_tensors(**{name: tensor})
+        raise
     if tensor.ndim != len(shape) or any(
         want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
     ):
@@ -52,9 +71,21 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], meaning:
         raise ValueError(f"{name} must have shape {meaning} = ({wanted}); got {tuple(tensor.shape)}")
 
 
+def check_channels(name: str, tensor: Tensor, dim: int) -> None:
+    """Raise ValueError unless the tensor is (batch, dim, …)."""
+    if not (isinstance(tensor, Tensor) and tensor.ndim >= 2 and tensor.shape[1] == dim):
+        check_tensors(**{name: tensor})
+        check_shape(name, tensor, (None, dim, *(None,) * (tensor.ndim - 2)), "(batch, dim, …)")
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless the tensor is floating-point."""
-    if not tensor.is_floating_point():
+    try:
+        floating = tensor.is_floating_point()
+    except AttributeError:
+        check_tensors(**{name: tensor})
+        raise
+    if not floating:
         raise TypeError(f"{name} must be floating-point; got {tensor.dtype} (convert it with .float())")
 
 
@@ -77,8 +108,10 @@ def check_state(name: str, tensor: Tensor, parameters: Tensor) -> Tensor:
 
 def check_device(named: Iterable[tuple[str, Tensor | None]], device: torch.device) -> None:
     """Raise ValueError unless all tensors are on this device; None is nowhere."""
-    for name, tensor in named:
-        if tensor is not None and tensor.device != device:
+    given = {name: tensor for name, tensor in named if tensor is not None}
+    check_tensors(**given)  # arrays have a device, too
+    for name, tensor in given.items():
+        if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but the rest is on {device}: move one of them with .to()")
 
 

@@ -116,7 +116,7 @@ def test_subclasses_are_applied_as_they_are() -> None:
 
 def test_a_width_that_does_not_fit_is_named() -> None:
     flow = SequentialFlow([ActNorm(5), InvertibleLinear(4)], (5, 2, 2)).eval()
-    with pytest.raises(ValueError, match=r"x must have shape \(batch, D, …\) = \(any, 4, any, any\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, dim, …\) = \(any, 4, any, any\)"):
         flow(torch.randn(3, 5, 2, 2))
 
 
@@ -129,14 +129,16 @@ class Contiguous(nn.Module):
     inverse = forward
 
 
-@pytest.mark.parametrize("pixels", [(4, 6), (9, 10)])
+@pytest.mark.parametrize("pixels", [(1, 3), (4, 6), (9, 10)])
 @pytest.mark.parametrize("make", [lambda: nn.Identity(), Contiguous], ids=["ours", "with a layer of another kind"])
 def test_the_order_of_memory_stays(pixels: tuple[int, int], make: Callable[[], nn.Module]) -> None:
     between = [] if isinstance(make(), nn.Identity) else [make()]
     flow = SequentialFlow([*coupling_step(4), *between, *coupling_step(4)], (4, *pixels)).eval()
-    x = torch.randn(3, 4, *pixels)
+    x = torch.randn(3, 4, *pixels, requires_grad=True)
     for direction in (flow, flow.inverse):
-        assert direction(x)[0].is_contiguous()
+        z, logdet = direction(x)
+        assert z.is_contiguous()
+        assert torch.autograd.grad(z.sum() + logdet.sum(), x)[0].is_contiguous()
     if not between:
         last = x.to(memory_format=torch.channels_last)
         for direction in (flow, flow.inverse):

@@ -85,6 +85,22 @@ def test_a_fixed_matrix_is_inverted_in_the_precision_that_it_is_used_in() -> Non
         (lambda: Split(1), "at least two channels"),
         (lambda: Split(4, learned=False, context_dim=2), "takes no context"),
         (lambda: Split(4, context_dim=2)(torch.zeros(1, 4, 2, 2)), "give a context of 2"),
+        (
+            lambda: Split(4)(torch.zeros(1, 5, 2, 2)),
+            r"split of 4 channels needs x of shape \(4, height, width\) .* \(5, 2, 2\)",
+        ),
+        (lambda: Split(4)(torch.zeros(1, 4)), r"needs x of shape \(4, height, width\) per sample; got \(4,\)"),
+        (
+            lambda: Split(4, learned=False).inverse(torch.zeros(1, 3)),
+            r"needs z of shape \(4, …\) per sample; got \(3,\)",
+        ),
+        (
+            lambda: Split(4, context_dim=2)(torch.zeros(1, 4, 2, 2), torch.zeros(1, 3)),
+            r"context must have shape \(1, 2\) or \(1, 2, 2, 2\); got \(1, 3\)",
+        ),
+        (lambda: SequentialFlow([Squeeze(), Split(6)], (1, 4, 4)), r"a split of 6 channels needs .* got \(4, 2, 2\)"),
+        (lambda: SequentialFlow([Split(4)], (4,)), r"a split of 4 channels needs .* got \(4,\)"),
+        (lambda: Squeeze()(torch.zeros(1, 4)), r"needs images .* got \(4,\)"),
         (lambda: FixedLinear(torch.zeros(2, 3)), r"square matrix \(dim, dim\); got \(2, 3\)"),
         (lambda: InvertibleLinear(3, linear="permutation", permutation=[0, 0, 1]), "each of 0 … 2 once"),
         (lambda: InvertibleLinear(3, permutation=[0, 2, 1]), "linear='plu'"),

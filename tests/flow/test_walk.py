@@ -41,21 +41,22 @@ def walk(backend: str, linear: str = "plu") -> list[tuple[str, str]]:
     return entered
 
 
-@pytest.mark.parametrize(("backend", "functions"), [("cpp", 30), ("reference", 40)])
-def test_the_walk_is_short(backend: str, functions: int) -> None:
+# Permutations pass through the cache of maps, flow/assembled.py, and are assembled in flow/linear.py; dense layers are inverted
+# by an operation, which has two files more.
+@pytest.mark.parametrize(("linear", "way"), [("plu", 6), ("permutation", 7), ("dense", 9)])
+@pytest.mark.parametrize(("backend", "functions"), [("cpp", 35), ("reference", 40)])
+def test_the_walk_is_short(backend: str, functions: int, linear: str, way: int) -> None:
     """The reference's own files are the formulas of the flow, and not counted as files of the way to them."""
-    entered = walk(backend)
+    entered = walk(backend, linear)
     files = {file for file, _ in entered if not file.startswith("reference/")}
-    assert len(entered) <= functions, entered
-    assert len(files) <= 6, files
+    assert len(entered) <= (30 if (backend, linear) == ("cpp", "plu") else functions), entered
+    assert len(files) <= way, files
 
 
 @pytest.mark.parametrize("linear", ["plu", "dense", "permutation"])
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_functions_of_checks_are_called_for_errors_alone(backend: str, linear: str) -> None:
-    """But for the scalar log-determinant of maps that are assembled apart."""
-    names = [name for file, name in walk(backend, linear) if file == "ops/checks.py"]
-    assert names == [] if linear == "plu" else ["check_shape"]
+    assert not [name for file, name in walk(backend, linear) if file == "ops/checks.py"]
 
 
 @pytest.mark.parametrize("linear", ["plu", "permutation"])

@@ -3,13 +3,28 @@
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from flow_values import tensors
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from glf_fast import CouplingFlow, ops
+from glf_fast import (
+    MLP,
+    ActNorm,
+    AffineCoupling,
+    CouplingFlow,
+    FixedLinear,
+    FlowTransform,
+    Inverse,
+    InvertibleLinear,
+    SequentialFlow,
+    Split,
+    Squeeze,
+    ops,
+)
+from glf_fast.flow import Embedded
 from glf_fast.flow.base import any_parameter
 
 
@@ -133,7 +148,86 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         (lambda: ops.actnorm_log_prob(x, x[0, :1], x[0]), r"log_scale must have shape \(D,\) = \(2\)"),
         (lambda: ops.channel_map(x, D[0], x[0]), r"matrix must have shape \(D, D\)"),
         (lambda: ops.channel_map(x, D[:, :, None], x[0]), r"matrix must have shape \(D, D\)"),
-        (lambda: ops.channel_map(x, torch.eye(3), torch.zeros(3)), r"x must have shape \(batch, D, …\)"),
+        (lambda: ops.channel_map(x, torch.eye(3), torch.zeros(3)), r"x must have shape \(batch, dim, …\)"),
     ):
         with pytest.raises(ValueError, match=message):
             run()
+
+
+def linears(linear: str) -> InvertibleLinear:
+    return InvertibleLinear(4, linear=linear)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    **{kind: (lambda kind=kind: linears(kind)) for kind in ("plu", "dense", "permutation")},
+    "actnorm": lambda: ActNorm(4),
+    "actnorm in eval mode": lambda: ActNorm(4).eval(),
+    "affine coupling": lambda: AffineCoupling(4, MLP(2, [8], 4)),
+    "fixed": lambda: FixedLinear(torch.eye(4)),
+    "split": lambda: Split(4),
+    "squeeze": lambda: Squeeze(),
+    "coupling flow": lambda: CouplingFlow(4, 2, (8,)),
+    "in eval mode": lambda: CouplingFlow(4, 2, (8,)).eval(),
+    "dense flow": lambda: CouplingFlow(4, 2, (8,), linear="dense", actnorm=False),
+    "inverse": lambda: Inverse(CouplingFlow(4, 2, (8,))),
+    "layers": lambda: CouplingFlow(4, 2, (8,)).to_layers(),
+    "ends in an actnorm": lambda: SequentialFlow([linears("dense"), ActNorm(4)], (4,)),
+    "conditional": lambda: CouplingFlow(4, 2, (8,), context_dim=2),
+    "embedded": lambda: Embedded(CouplingFlow(4, 2, (8,), context_dim=3), nn.Linear(2, 3), (2,)),
+}
+VALUES = {"list": [[0.0] * 4] * 3, "ndarray": np.zeros((3, 4), np.float32), "NoneType": None, "int": 3}
+
+
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_no_tensor_is_named(name: str, graded: bool) -> None:
+    layer = LAYERS[name]()
+    context = torch.zeros(3, 2) if name in ("conditional", "embedded") else None
+    for kind, value in VALUES.items():
+        for method in ("forward", "inverse", "log_prob"):
+            if hasattr(layer, method):
+                expected = f"^(x|z) must be a torch.Tensor; got {kind} "
+                with pytest.raises(TypeError, match=expected), torch.set_grad_enabled(graded):
+                    getattr(layer, method)(value, context)
+        if context is not None and value is not None:
+            with pytest.raises(TypeError, match=f"^context must be a torch.Tensor; got {kind} "):
+                layer.log_prob(torch.zeros(3, 4), value)
+            with pytest.raises(TypeError, match=f"^context must be a torch.Tensor; got {kind} "):
+                layer.distribution(value)
+    if isinstance(layer, CouplingFlow) and context is None:
+        for run in (layer.distribution(validate_args=False).log_prob, FlowTransform(layer), FlowTransform(layer).inv):
+            with pytest.raises(TypeError, match=r"^value must be a torch.Tensor; got ndarray "):
+                run(VALUES["ndarray"])
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, "actnorm", "linear", "plu"])
+@pytest.mark.parametrize("graded", [False, True])
+def test_what_is_no_tensor_is_named_by_operations(name: str, graded: bool) -> None:
+    vectors = {
+        "actnorm": (ops.actnorm_log_prob, lambda: [torch.zeros(3, 4), torch.zeros(4), torch.zeros(4)]),
+        "linear": (ops.channel_map, lambda: [torch.zeros(3, 4), torch.eye(4), torch.zeros(4)]),
+        "plu": (ops.plu_assemble, lambda: [torch.arange(3), torch.eye(3), torch.eye(3), torch.zeros(3), torch.ones(3)]),
+    }
+    run, make = {**OPERATIONS, **vectors}[name]
+    places = range(len(make())) if name in ("coupling", "slogdet", "plu") else (0,)
+    for i in places:
+        for change in (Tensor.tolist, Tensor.numpy):
+            given = [t.detach() for t in make()]
+            given[i] = change(given[i])
+            expected = r"^\w+ must be a torch.Tensor; got (list|ndarray) "
+            with pytest.raises(TypeError, match=expected), torch.set_grad_enabled(graded):
+                run(*given)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "name", ["plu", "dense", "permutation", "affine coupling", "in eval mode", "dense flow", "layers"]
+)
+def test_flows_are_traced_without_gradients(name: str) -> None:
+    """With them torch compares two graphs, of which it makes the second without."""
+    layer, x = LAYERS[name]().eval(), torch.randn(5, 4)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        x = torch.randn(5, 4)
+        for got, wanted in zip(traced(x), layer(x), strict=True):
+            torch.testing.assert_close(got, wanted)

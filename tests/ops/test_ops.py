@@ -196,7 +196,7 @@ def test_linear_errors() -> None:
     eye, zero = torch.eye(3), torch.zeros(3)
     with pytest.raises(ValueError, match=r"W must be square matrices \(…, D, D\); got \(2, 3\)"):
         ops.slogdet_inverse(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"x must have shape \(batch, D, …\) = \(any, 3\); got \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, dim, …\) = \(any, 3\); got \(5, 4\)"):
         ops.invertible_linear(torch.zeros(5, 4), eye, zero, zero[0])
     with pytest.raises(ValueError, match=r"upper must have shape \(…, D, D\) = \(3, 3\)"):
         ops.plu_assemble(torch.arange(3), eye, eye[:2], zero, zero)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from glf_fast.ops.backends import kernels_for
-from glf_fast.ops.checks import check_alike, check_choice, check_floating, check_log_scale, check_shape, check_state
+from glf_fast.ops.checks import (
+    check_alike,
+    check_choice,
+    check_floating,
+    check_log_scale,
+    check_shape,
+    check_state,
+    check_tensors,
+)
 from glf_fast.ops.coupling_flow import autograd, cpp, layered, plain, triton
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.ops.linear import plu as plu_layers
@@ -131,7 +139,12 @@ def plu_flow_log_prob(
     plu = Plu(*plu)
     plu_layers.check(plu)
     options = _options(coupling, activation, log_scale, log_scale_constant, add_first, False, reversible, True, True)
-    call = _checked(Call(x, context, plu, weights, biases, options))
+    call = Call(x, context, plu, weights, biases, options)
+    try:
+        call = _checked(call)
+    except AttributeError:
+        _check_tensors(call)
+        raise
     kernels = kernels_for(call.x, call, *KERNELS)
     whole = kernels is None or (kernels is not layered and torch.is_grad_enabled())
     if not whole or (kernels and not kernels_for(plu.lower, plu, plu_layers)):  # then the layers are assembled apart
@@ -171,9 +184,13 @@ def _options(
 def _run(call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone, of maps x A + c."""
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if not recorded and kernels_for(call.x, call, cpp) and (found := cpp.unchecked(call)):
-        return found
-    call = _checked(call)
+    try:
+        if not recorded and kernels_for(call.x, call, cpp) and (found := cpp.unchecked(call)):
+            return found
+        call = _checked(call)
+    except AttributeError:
+        _check_tensors(call)
+        raise
     return _by(kernels_for(call.x, call, *KERNELS), call)
 
 
@@ -182,6 +199,16 @@ def _by(kernels: Any, call: Call) -> tuple[Tensor, ...]:
     if kernels is None:
         return plain.run(call)
     return layered.run(call) if kernels is layered else autograd.run(kernels, call)
+
+
+def _check_tensors(call: Call) -> None:
+    """Raise TypeError where an argument is no tensor."""
+    x, context, maps, weights, biases, options = call
+    check_tensors(**{"z" if options.inverse else "x": x}, context=context)
+    check_tensors(**{name: t for name, t in maps._asdict().items() if t is not None})
+    check_tensors(
+        **{f"weights[{i}]": w for i, w in enumerate(weights)}, **{f"biases[{i}]": b for i, b in enumerate(biases)}
+    )
 
 
 def _checked(call: Call) -> Call:
@@ -203,7 +230,7 @@ def _checked(call: Call) -> Call:
             check_shape("A_inv" if options.inverse else "A", like, (steps, dim, dim), "(steps, dim, dim)")
         if maps.offset.shape != (steps, dim):
             check_shape("c", maps.offset, (steps, dim), "(steps, dim)")
-        if options.density and maps.logabsdet is not None:
+        if options.density and maps.logabsdet is not None and maps.logabsdet.shape != ():
             check_shape("logabsdet", maps.logabsdet, (), "()")
     if not steps:
         raise ValueError("A holds no step; a flow has one or more")

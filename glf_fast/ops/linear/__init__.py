@@ -8,7 +8,7 @@ from torch import Tensor
 
 from glf_fast import reference
 from glf_fast.ops.backends import CPP, CUDA, CUPY, kernels_for, usable
-from glf_fast.ops.checks import check_floating, check_shape, check_state
+from glf_fast.ops.checks import check_channels, check_floating, check_shape, check_state
 from glf_fast.ops.linear import dense, plu
 from glf_fast.reference import Plu, fold_actnorm
 
@@ -74,7 +74,8 @@ def slogdet_inverse(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _check_square(W: Tensor) -> None:
-    check_floating("W", W)
+    if not isinstance(W, Tensor) or not W.is_floating_point():
+        check_floating("W", W)
     if W.ndim < 2 or W.shape[-1] != W.shape[-2]:
         raise ValueError(f"W must be square matrices (…, D, D); got {tuple(W.shape)}")
 
@@ -103,8 +104,7 @@ def channel_map(x: Tensor, matrix: Tensor, offset: Tensor, *, inverse: bool = Fa
     dim = matrix.shape[-1]
     check_shape("matrix", matrix, (dim, dim), "(D, D)")
     check_shape("offset", offset, (dim,), "(D,)")
-    if x.ndim < 2 or x.shape[1] != dim:  # what is wanted is made only for the error
-        check_shape("x", x, (None, dim, *(None,) * (x.ndim - 2)), "(batch, D, …)")
+    check_channels("x", x, dim)
     x = check_state("x", x, matrix)
     if not (usable(CPP, x) or usable(CUDA, x)):
         return reference.invertible_linear(x, matrix, offset, matrix.new_zeros(()), inverse=inverse)[0]

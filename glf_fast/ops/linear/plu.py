@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glf_fast import reference
 from glf_fast.ops.backends import CPP, CUDA, usable
-from glf_fast.ops.checks import check_device, check_shape
+from glf_fast.ops.checks import check_device, check_shape, check_tensors
 from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 from glf_fast.ops.linear import schemas  # noqa: F401 — which defines the operations
 from glf_fast.reference import Plu
@@ -27,8 +27,13 @@ operations = torch.ops.glf_fast
 def check(plu: Plu) -> None:
     """Raise ValueError or TypeError unless shapes, devices and indices of these arguments of `plu_assemble` fit."""
     permutation, lower, upper, *given = plu
-    device = lower.device
-    if any(t is not None and t.device != device for t in plu):
+    try:
+        device = lower.device
+        alike = all(t is None or t.device == device for t in plu)
+    except AttributeError:
+        check_tensors(**{name: t for name, t in plu._asdict().items() if t is not None})
+        raise
+    if not alike:
         check_device(zip(Plu._fields, plu, strict=True), device)
     if permutation.dtype != torch.int64:
         raise TypeError(f"permutation must be int64; got {permutation.dtype} (convert it with .long())")

@@ -1,0 +1,57 @@
+"""Means and standard deviations of a batch, also of one that DistributedDataParallel has divided among processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["active_processes", "moments", "not_traced"]
+
+# torch.compiler.disable as torch's own modules use it, which imports dynamo and triton when it is called, not where it stands.
+not_traced = torch._disable_dynamo
+
+
+def active_processes() -> Any | None:
+    """The process group of the DistributedDataParallel whose `forward` is running; None outside of one.
+
+    Only inside of it do all processes make the same calls, so that they can wait for each other.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return _active_group()
+
+
+@not_traced
+def _active_group() -> Any | None:
+    # A private name, which torch has had since 1.11; without it every process would start from its own batch, as it did before.
+    active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return None if active is None else active.process_group
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation (D,) of every channel of x (B, D, …), over the batches of all active processes.
+
+    None where these have fewer than two values of a channel. Only x of other processes may be empty or a single row.
+    """
+    rows = x.detach().movedim(1, -1).flatten(0, -2)
+    processes = active_processes()
+    if processes is None:
+        return rows.mean(0), rows.std(0, correction=0)
+    return _moments_of_all(rows, processes)
+
+
+@not_traced
+def _moments_of_all(rows: Tensor, processes: Any) -> tuple[Tensor, Tensor] | None:
+    wide = rows.double()
+    sums = torch.cat([wide.sum(0), wide.new_tensor([len(rows)])])
+    dist.all_reduce(sums, group=processes)
+    mean, count = sums[:-1] / sums[-1], sums[-1]
+    squares = (wide - mean).square().sum(0)
+    dist.all_reduce(squares, group=processes)
+    if count < 2:
+        return None
+    return mean.to(rows.dtype), (squares / count).sqrt().to(rows.dtype)
