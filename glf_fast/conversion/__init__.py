@@ -66,7 +66,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         original = copied(flow).to("cpu", torch.float64)
         modes = [(module, module.training) for module in original.modules()]
-        reading, converted = proven(original, build)
+        reading, converted, _ = proven(original, build)
         lost = lost_in_training(reading.layers)
         if lost:
             warnings.warn(

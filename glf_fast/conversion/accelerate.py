@@ -16,8 +16,16 @@ from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
-from glf_fast.conversion.library import FusedLayer, Library
-from glf_fast.conversion.reading import Reading, check_precision, copied, fused_context, lost_in_training, read_parts
+from glf_fast.conversion.library import FusedLayer, Library, Unpacked
+from glf_fast.conversion.reading import (
+    Reading,
+    check_precision,
+    copied,
+    fused_context,
+    lost_in_training,
+    read_parts,
+    reason_of,
+)
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
 from glf_fast.flow.folding import folded
@@ -37,6 +45,9 @@ class Replaced:
     flows: int  # CouplingFlows, one launch each, that compute them now, or on images AffineCouplings
     affine: int  # linear layers and ActNorms beside those, which fold into none of them
     lost: str  # what they did in training mode alone, dropout say, and no longer do
+    reparametrised: (
+        str  # classes of layers of which other parameters are trained, to which an optimizer takes other steps
+    )
     kind: str = "CouplingFlow"
 
 
@@ -66,6 +77,10 @@ class Report:
             rows.append((r.where, r.what, _span(r.first, r.last), str(r.couplings), " + ".join(parts)))
         lines = ["Replaced:", *_table(rows)] if self.replaced else ["Nothing was replaced."]
         lines += [f"{r.where} no longer applies {r.lost} in training mode." for r in self.replaced if r.lost]
+        lines += [
+            f"{where} trains other parameters for {kinds}: optimizers take other steps than in the original."
+            for where, kinds in dict.fromkeys((r.where, r.reparametrised) for r in self.replaced if r.reparametrised)
+        ]
         if self.left:
             lines += ["Left as they are:", *(f"  {x.where} ({x.what}): {x.reason}" for x in self.left)]
         elif not self.replaced:
@@ -121,8 +136,8 @@ def accelerate(model: nn.Module) -> Report:
                 with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
                     for chain in library.chains(module):
                         _accelerate_chain(model, module, name, library, chain, report)
-            except ConversionError as reason:
-                report.left.append(Left(name, kind, str(reason)))
+            except Exception as error:  # a graph, or a class, that is made in another way than is known
+                report.left.append(Left(name, kind, reason_of(error)))
             if len(report.replaced) + len(report.left) == before:
                 report.left.append(Left(name, kind, "there is no coupling in it that could be fused"))
         elif is_layer(module) and not inside:
@@ -158,13 +173,13 @@ def _accelerate_chain(
             continue
         names = parts[0].name, parts[-1].name
         try:
-            fused = _fused(library, parts)
-        except (Unfusable, ConversionError) as reason:
-            report.left.append(Left(where, what, f"{_span(*names)}: {reason}"))
+            fused, changed = _fused(library, parts)
+        except Exception as error:  # a proof calls whatever classes, of whatever version, have in their methods
+            report.left.append(Left(where, what, f"{_span(*names)}: {reason_of(error)}"))
             continue
         kind = "AffineCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
         report.replaced.append(
-            Replaced(where, what, *names, couplings, *_counts(fused), lost_in_training(layers), kind)
+            Replaced(where, what, *names, couplings, *_counts(fused), lost_in_training(layers), changed, kind)
         )
         adapter = library.fused(fused, parts)
         adapter.training = parts[0].module.training
@@ -226,10 +241,11 @@ def _runs(found: Sequence[Sequence[Layer]], parts: Sequence[Part]) -> Iterator[t
         yield start, len(parts)
 
 
-def _fused(library: Library, parts: Sequence[Part]) -> Flow | OnChannels:
+def _fused(library: Library, parts: Sequence[Part]) -> tuple[Flow | OnChannels, str]:
     """A flow of those parts, proven on copies of them in float64, with their dtype, device and mode.
 
-    A network that stays is the original itself, with its parameters, buffers, hooks and modes.
+    Returns besides the classes of the parts of which other parameters are trained. A network that stays is the original itself,
+    with its parameters, buffers, hooks and modes.
     """
     modules = nn.ModuleList(part.module for part in parts)
     like = next(p for p in modules.parameters() if p.is_floating_point())
@@ -237,20 +253,22 @@ def _fused(library: Library, parts: Sequence[Part]) -> Flow | OnChannels:
     copies = copied(modules).cpu().double().eval()
     library.prepare(copies)
     shape = parts[0].shape
-    fused = None
+    found = None
     if len(shape) == 3 and library.any_size and shape[1] * shape[2] > 100:
         with suppress(Unfusable, ConversionError):  # a few pixels say as much as many, where the networks take them
-            _, fused = proven(copies, partial(_build, library, parts, (shape[0], 4, 6)))
-    if fused is None:
-        _, fused = proven(copies, partial(_build, library, parts, shape))
+            found = proven(copies, partial(_build, library, parts, (shape[0], 4, 6)))
+    _, fused, changed = found or proven(copies, partial(_build, library, parts, shape))
+    kinds = {type(parts[int(name.partition(".")[0])].module).__name__ for name in changed}
     fused = fused.to(like.device, like.dtype).train(modules[0].training)
     originals = dict(zip(copies.modules(), modules.modules(), strict=True))
     for module in list(fused.modules()):
         for name, child in module._modules.items():
             if child in originals:
                 module._modules[name] = originals[child]
-    # OnChannels has no event_shape: it takes any number of pixels.
-    return OnChannels(fused.layers) if isinstance(fused, SequentialFlow) and len(fused.event_shape) == 3 else fused
+    result: Flow | OnChannels = fused
+    if isinstance(fused, SequentialFlow) and len(fused.event_shape) == 3:
+        result = OnChannels(fused.layers)  # has no event_shape: it takes any number of pixels
+    return result, ", ".join(sorted(kinds))
 
 
 def _build(
@@ -281,7 +299,8 @@ def _used_elsewhere(model: nn.Module, flow: nn.Module, part: Part) -> bool:
     places = []
     for name, module in named.items():
         holder, _, last = name.rpartition(".")
-        listed = isinstance(named.get(holder), nn.ModuleList) or (named.get(holder) is flow and last == part.name)
+        listed = isinstance(named.get(holder), nn.ModuleList | Unpacked)
+        listed = listed or (named.get(holder) is flow and last == part.name)
         if module is part.module and name.startswith(flows) and listed:
             places.append(f"{name}.")
     return any(

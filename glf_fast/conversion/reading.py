@@ -28,6 +28,7 @@ __all__ = [
     "parameters_of",
     "read_flow",
     "read_parts",
+    "reason_of",
 ]
 
 # A function of (x, context or None).
@@ -131,11 +132,21 @@ def read_parts(
             uses = Counter(p for layer in layers for p in parameters_of(*_tensors(layer)))
             if uses and max(uses.values()) > 1:
                 raise Unfusable("uses a network more than once; stacking would untie the uses")
-        except Unfusable as reason:
+        except ConversionError:
+            raise
+        except Exception as error:  # attributes of another release or class than is known raise whatever they like
             module = part.module if read else library.keep(part)
-            layers = [Kept(module, f"{part.name} ({type(part.module).__name__}): {reason}")]
+            layers = [Kept(module, f"{part.name} ({type(part.module).__name__}): {reason_of(error)}")]
         found.append(layers)
     return found
+
+
+def reason_of(error: Exception) -> str:
+    """Why something stays as it is, in one line."""
+    if isinstance(error, Unfusable | ConversionError):
+        return str(error)
+    lines = str(error).splitlines() or [""]
+    return f"cannot be read: {type(error).__name__} {lines[0]}".strip()
 
 
 def copied(module: nn.Module) -> nn.Module:
