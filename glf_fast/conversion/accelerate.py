@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.chains import Chain, Part, Replacement, Shape
@@ -23,6 +24,7 @@ from glf_fast.conversion.reading import (
     copied,
     fused_context,
     lost_in_training,
+    on_processor,
     read_parts,
     reason_of,
 )
@@ -31,6 +33,8 @@ from glf_fast.flow import ActNorm, AffineCoupling, CouplingFlow, Flow, Invertibl
 from glf_fast.flow.folding import folded
 
 __all__ = ["Report", "accelerate"]
+
+_LONG = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,7 @@ def accelerate(model: nn.Module) -> Report:
             before = len(report.replaced) + len(report.left)
             try:
                 _check_methods(type(module), base, library)
-                # Gradients are compared and graphs followed, wherever this is called.
-                with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+                with on_processor(), _patience(name, kind):
                     for chain in library.chains(module):
                         _accelerate_chain(model, module, name, library, chain, report)
             except Exception as error:  # a graph, or a class, that is made in another way than is known
@@ -144,6 +147,19 @@ def accelerate(model: nn.Module) -> Report:
             reported.append(where)
             report.left.append(Left(name, kind, "not in a flow whose layers can be replaced"))
     return report
+
+
+@contextmanager
+def _patience(where: str, what: str) -> Iterator[None]:
+    """A line on stderr where the block takes long, so that nobody thinks that it hangs."""
+    line = f"glf_fast: comparing the layers of {where} ({what}) with the fused ones; deep flows take up to a minute"
+    timer = threading.Timer(_LONG, print, (line,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _check_methods(kind: type, base: type, library: Library) -> None:

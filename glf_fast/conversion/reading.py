@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -25,6 +26,7 @@ __all__ = [
     "fused_context",
     "lost_in_training",
     "networks",
+    "on_processor",
     "parameters_of",
     "read_flow",
     "read_parts",
@@ -165,6 +167,15 @@ def copied(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module, memo)
     except RuntimeError as error:
         raise ConversionError(f"cannot be copied to compare with ({error})") from error
+
+
+@contextmanager
+def on_processor() -> Iterator[None]:
+    """Inside the block, gradients are recorded and new tensors are on the processor, wherever it is entered."""
+    # A device's context costs every call of torch, a third of all time, and is seldom needed.
+    elsewhere = torch.get_default_device().type != "cpu"
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu") if elsewhere else nullcontext():
+        yield
 
 
 def check_precision(dtype: torch.dtype) -> None:

@@ -91,10 +91,10 @@ class _Builder:
         of, given = self.names
         values, condition = (theta, x) if of == "theta" else (x, theta)
         if values.ndim != 2 or values.shape[1] < 2:
-            what, sbi = ("parameters", "'nsf' or 'mdn'") if of == "theta" else ("columns", "'nsf'")
+            what, sbi = ("parameter", "'nsf' or 'mdn'") if of == "theta" else ("column", "'nsf'")
             raise ValueError(
-                f"a coupling flow is a density of vectors of two or more {what}; {of} has shape {tuple(values.shape)}: use "
-                f"sbi's {sbi} for one"
+                f"a coupling flow is a density of vectors of two or more {what}s; {of} has shape {tuple(values.shape)}: use "
+                f"sbi's {sbi} for one {what}"
             )
         standardise, structured = self._z_score(given)
         network = self._network()
