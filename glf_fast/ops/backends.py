@@ -30,6 +30,7 @@ __all__ = [
     "Kernels",
     "backends",
     "check_environment",
+    "exporting_onnx",
     "kernels_for",
     "ordinary",
     "transformed",
