@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.chains import Chain, Part, Replacement, Shape
@@ -137,6 +138,8 @@ def accelerate(model: nn.Module) -> Report:
             try:
                 _check_methods(type(module), base, library)
                 with on_processor(), _patience(name, kind):
+                    if not library.owns(base):
+                        _check_copy(module, library)
                     for chain in library.chains(module):
                         _accelerate_chain(model, module, name, library, chain, report)
             except Exception as error:  # a graph, or a class, that is made in another way than is known
@@ -172,6 +175,29 @@ def _check_methods(kind: type, base: type, library: Library) -> None:
             f"{kind.__name__} has its own {', '.join(changed)}, which may read the layers: give convert the flow, or move "
             "them to a module around it"
         )
+
+
+def _check_copy(flow: nn.Module, library: Library) -> None:
+    """Raise ConversionError where a copy of a library's class does with its layers what the class of its name does not.
+
+    The layers are compared before they are replaced; this compares the whole density, of a copy of the flow.
+    """
+    original, trial = (copied(flow).cpu().double().eval() for _ in range(2))
+    library.prepare(original)
+    library.prepare(trial)
+    chains = library.chains(trial)
+    columns = fused_context(layer for part in _read(trial, trial, library, chains[0].parts) for layer in part)
+    for chain in chains:
+        _accelerate_chain(trial, trial, "", library, chain, Report())
+    generator = torch.Generator().manual_seed(0)
+    x, context = (
+        torch.randn(8, *shape, dtype=torch.float64, generator=generator)
+        for shape in (library.chains(original)[0].parts[0].shape, (columns,))
+    )
+    with torch.no_grad():
+        wanted, got = (library.log_prob(f, x, context if columns else None) for f in (original, trial))
+    if not torch.allclose(got, wanted, rtol=1e-6, atol=1e-6):
+        raise ConversionError("has another density with fused layers: it is no copy of the class whose name it has")
 
 
 def _accelerate_chain(

@@ -230,6 +230,13 @@ def test_copies_and_empty_subclasses_are_replaced(make: Any) -> None:
             lambda: of_nflows(copied_class(nt.AffineCouplingTransform, "mine", "scale + shift", "scale + 2 * shift")),
             "differs",
         ),
+        (
+            lambda: of_normflows(
+                nf.flows.AffineCouplingBlock,
+                copied_class(nf.NormalizingFlow, "mine.core", "log_q += log_det", "log_q += log_det / len(self.flows)"),
+            ),
+            "it is no copy of the class whose name it has",
+        ),
     ],
 )
 def test_what_computes_something_else_stays(make: Any, reason: str) -> None:

@@ -38,9 +38,7 @@ def operations(program: torch.export.ExportedProgram) -> set[str]:
 
 @pytest.mark.parametrize("linear", ["plu", "permutation"])
 @pytest.mark.parametrize("method", ["log_prob", "forward", "inverse"])
-def test_onnx_gets_plain_operations(
-    method: str, linear: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_onnx_gets_plain_operations(method: str, linear: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, x = Of(method, linear=linear).eval(), torch.randn(4, 5)
     wanted = model(x)
     assert "glf_fast" in operations(torch.export.export(model, (x,)))
