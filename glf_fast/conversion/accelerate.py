@@ -18,7 +18,7 @@ from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
-from glf_fast.conversion.library import FusedLayer, Library, Unpacked
+from glf_fast.conversion.library import Library, Unpacked
 from glf_fast.conversion.reading import (
     Reading,
     check_precision,
@@ -105,9 +105,9 @@ def accelerate(model: nn.Module) -> Report:
 
     Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: create
     the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict
-    change. A layer that, or whose parameters, the model uses elsewhere, too, stays as it is. A plain list of layers outside
-    the flow keeps the old ones. Values between the layers of a replaced run, as FrEIA's `intermediate_outputs` gives them,
-    are lost.
+    change. An optimizer takes the same steps as in the original, but for the layers that the report names. A layer that, or
+    whose parameters, the model uses elsewhere, too, stays as it is. A plain list of layers outside the flow keeps the old
+    ones. Values between the layers of a replaced run, as FrEIA's `intermediate_outputs` gives them, are lost.
 
     Args:
         model: any module: a flow, or a model with flows in it. Changed in place. Of an sbi posterior give its
@@ -246,8 +246,6 @@ def _read(model: nn.Module, flow: nn.Module, library: Library, parts: Sequence[P
     """The layers of each part, with `Kept` for what stays."""
 
     def read(part: Part) -> list[Layer]:
-        if isinstance(part.module, FusedLayer):
-            raise Unfusable("fused before")
         for module in part.module.modules():
             hooks = [module._forward_hooks, module._forward_pre_hooks]
             if type(module).__name__ not in library.own_hooks:

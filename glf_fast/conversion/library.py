@@ -163,9 +163,10 @@ class Library:
 
     def host(self, module: nn.Module, names: Sequence[str]) -> type | None:
         """The class of a flow, of those names, that `module` is an instance of: the library's, or a copy of it; or None."""
-        for kind in type(module).__mro__:
-            copy = all(hasattr(module, mark) for mark in self.marks) and not kind.__module__.startswith("glf_fast.")
-            if kind.__name__ in names and (copy or self.owns(kind)):
+        for kind in (kind for kind in type(module).__mro__ if kind.__name__ in names):
+            if self.owns(kind):
+                return kind
+            if not kind.__module__.startswith("glf_fast.") and all(hasattr(module, mark) for mark in self.marks):
                 return kind
         return None
 
@@ -181,6 +182,8 @@ class Library:
 
     def read(self, part: Part) -> list[Layer]:
         """The layers of one part; raises Unfusable."""
+        if isinstance(part.module, FusedLayer):
+            raise Unfusable("fused before")
         images = len(part.shape) > 1
         reader = (self.on_images if images else self.on_vectors).get(self.name_of(type(part.module)))
         if reader is None:
