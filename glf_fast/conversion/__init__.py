@@ -13,7 +13,7 @@ from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.layers import ConversionError, Coupling, Kept
 from glf_fast.conversion.libraries import library_of
-from glf_fast.conversion.reading import Reading, check_precision, copied, lost_in_training, read_flow
+from glf_fast.conversion.reading import Reading, check_precision, copied, lost_in_training, on_processor, read_flow
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Embedded, Flow
 
@@ -63,10 +63,10 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
             reading = replace(reading, context_shape=tuple(context.shape[1:]), example=example)
         return reading, *_converted(type(flow).__name__, original, reading)
 
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+    with on_processor():
         original = copied(flow).to("cpu", torch.float64)
         modes = [(module, module.training) for module in original.modules()]
-        reading, converted = proven(original, build)
+        reading, converted, _ = proven(original, build)
         lost = lost_in_training(reading.layers)
         if lost:
             warnings.warn(

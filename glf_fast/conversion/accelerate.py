@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,13 +18,24 @@ from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
-from glf_fast.conversion.library import FusedLayer, Library
-from glf_fast.conversion.reading import Reading, check_precision, copied, fused_context, lost_in_training, read_parts
+from glf_fast.conversion.library import Library, Unpacked
+from glf_fast.conversion.reading import (
+    Reading,
+    check_precision,
+    copied,
+    fused_context,
+    lost_in_training,
+    on_processor,
+    read_parts,
+    reason_of,
+)
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
 from glf_fast.flow.folding import folded
 
 __all__ = ["Report", "accelerate"]
+
+_LONG = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,9 @@ class Replaced:
     flows: int  # CouplingFlows, one launch each, that compute them now, or on images AffineCouplings
     affine: int  # linear layers and ActNorms beside those, which fold into none of them
     lost: str  # what they did in training mode alone, dropout say, and no longer do
+    reparametrised: (
+        str  # classes of layers of which other parameters are trained, to which an optimizer takes other steps
+    )
     kind: str = "CouplingFlow"
 
 
@@ -66,6 +82,10 @@ class Report:
             rows.append((r.where, r.what, _span(r.first, r.last), str(r.couplings), " + ".join(parts)))
         lines = ["Replaced:", *_table(rows)] if self.replaced else ["Nothing was replaced."]
         lines += [f"{r.where} no longer applies {r.lost} in training mode." for r in self.replaced if r.lost]
+        lines += [
+            f"{where} trains other parameters for {kinds}: optimizers take other steps than in the original."
+            for where, kinds in dict.fromkeys((r.where, r.reparametrised) for r in self.replaced if r.reparametrised)
+        ]
         if self.left:
             lines += ["Left as they are:", *(f"  {x.where} ({x.what}): {x.reason}" for x in self.left)]
         elif not self.replaced:
@@ -85,9 +105,9 @@ def accelerate(model: nn.Module) -> Report:
 
     Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: create
     the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict
-    change. A layer that, or whose parameters, the model uses elsewhere, too, stays as it is. A plain list of layers outside
-    the flow keeps the old ones. Values between the layers of a replaced run, as FrEIA's `intermediate_outputs` gives them,
-    are lost.
+    change. An optimizer takes the same steps as in the original, but for the layers that the report names. A layer that, or
+    whose parameters, the model uses elsewhere, too, stays as it is. A plain list of layers outside the flow keeps the old
+    ones. Values between the layers of a replaced run, as FrEIA's `intermediate_outputs` gives them, are lost.
 
     Args:
         model: any module: a flow, or a model with flows in it. Changed in place. Of an sbi posterior give its
@@ -117,18 +137,32 @@ def accelerate(model: nn.Module) -> Report:
             before = len(report.replaced) + len(report.left)
             try:
                 _check_methods(type(module), base, library)
-                # Gradients are compared and graphs followed, wherever this is called.
-                with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+                with on_processor(), _patience(name, kind):
+                    if not library.owns(base):
+                        _check_copy(module, library)
                     for chain in library.chains(module):
                         _accelerate_chain(model, module, name, library, chain, report)
-            except ConversionError as reason:
-                report.left.append(Left(name, kind, str(reason)))
+            except Exception as error:  # a graph, or a class, that is made in another way than is known
+                report.left.append(Left(name, kind, reason_of(error)))
             if len(report.replaced) + len(report.left) == before:
                 report.left.append(Left(name, kind, "there is no coupling in it that could be fused"))
         elif is_layer(module) and not inside:
             reported.append(where)
             report.left.append(Left(name, kind, "not in a flow whose layers can be replaced"))
     return report
+
+
+@contextmanager
+def _patience(where: str, what: str) -> Iterator[None]:
+    """A line on stderr where the block takes long, so that nobody thinks that it hangs."""
+    line = f"glf_fast: comparing the layers of {where} ({what}) with the fused ones; deep flows take up to a minute"
+    timer = threading.Timer(_LONG, print, (line,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _check_methods(kind: type, base: type, library: Library) -> None:
@@ -141,6 +175,29 @@ def _check_methods(kind: type, base: type, library: Library) -> None:
             f"{kind.__name__} has its own {', '.join(changed)}, which may read the layers: give convert the flow, or move "
             "them to a module around it"
         )
+
+
+def _check_copy(flow: nn.Module, library: Library) -> None:
+    """Raise ConversionError where a copy of a library's class does with its layers what the class of its name does not.
+
+    The layers are compared before they are replaced; this compares the whole density, of a copy of the flow.
+    """
+    original, trial = (copied(flow).cpu().double().eval() for _ in range(2))
+    library.prepare(original)
+    library.prepare(trial)
+    chains = library.chains(trial)
+    columns = fused_context(layer for part in _read(trial, trial, library, chains[0].parts) for layer in part)
+    for chain in chains:
+        _accelerate_chain(trial, trial, "", library, chain, Report())
+    generator = torch.Generator().manual_seed(0)
+    x, context = (
+        torch.randn(8, *shape, dtype=torch.float64, generator=generator)
+        for shape in (library.chains(original)[0].parts[0].shape, (columns,))
+    )
+    with torch.no_grad():
+        wanted, got = (library.log_prob(f, x, context if columns else None) for f in (original, trial))
+    if not torch.allclose(got, wanted, rtol=1e-6, atol=1e-6):
+        raise ConversionError("has another density with fused layers: it is no copy of the class whose name it has")
 
 
 def _accelerate_chain(
@@ -158,13 +215,13 @@ def _accelerate_chain(
             continue
         names = parts[0].name, parts[-1].name
         try:
-            fused = _fused(library, parts)
-        except (Unfusable, ConversionError) as reason:
-            report.left.append(Left(where, what, f"{_span(*names)}: {reason}"))
+            fused, changed = _fused(library, parts)
+        except Exception as error:  # a proof calls whatever classes, of whatever version, have in their methods
+            report.left.append(Left(where, what, f"{_span(*names)}: {reason_of(error)}"))
             continue
         kind = "AffineCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
         report.replaced.append(
-            Replaced(where, what, *names, couplings, *_counts(fused), lost_in_training(layers), kind)
+            Replaced(where, what, *names, couplings, *_counts(fused), lost_in_training(layers), changed, kind)
         )
         adapter = library.fused(fused, parts)
         adapter.training = parts[0].module.training
@@ -189,8 +246,6 @@ def _read(model: nn.Module, flow: nn.Module, library: Library, parts: Sequence[P
     """The layers of each part, with `Kept` for what stays."""
 
     def read(part: Part) -> list[Layer]:
-        if isinstance(part.module, FusedLayer):
-            raise Unfusable("fused before")
         for module in part.module.modules():
             hooks = [module._forward_hooks, module._forward_pre_hooks]
             if type(module).__name__ not in library.own_hooks:
@@ -226,10 +281,11 @@ def _runs(found: Sequence[Sequence[Layer]], parts: Sequence[Part]) -> Iterator[t
         yield start, len(parts)
 
 
-def _fused(library: Library, parts: Sequence[Part]) -> Flow | OnChannels:
+def _fused(library: Library, parts: Sequence[Part]) -> tuple[Flow | OnChannels, str]:
     """A flow of those parts, proven on copies of them in float64, with their dtype, device and mode.
 
-    A network that stays is the original itself, with its parameters, buffers, hooks and modes.
+    Returns besides the classes of the parts of which other parameters are trained. A network that stays is the original itself,
+    with its parameters, buffers, hooks and modes.
     """
     modules = nn.ModuleList(part.module for part in parts)
     like = next(p for p in modules.parameters() if p.is_floating_point())
@@ -237,20 +293,22 @@ def _fused(library: Library, parts: Sequence[Part]) -> Flow | OnChannels:
     copies = copied(modules).cpu().double().eval()
     library.prepare(copies)
     shape = parts[0].shape
-    fused = None
+    found = None
     if len(shape) == 3 and library.any_size and shape[1] * shape[2] > 100:
         with suppress(Unfusable, ConversionError):  # a few pixels say as much as many, where the networks take them
-            _, fused = proven(copies, partial(_build, library, parts, (shape[0], 4, 6)))
-    if fused is None:
-        _, fused = proven(copies, partial(_build, library, parts, shape))
+            found = proven(copies, partial(_build, library, parts, (shape[0], 4, 6)))
+    _, fused, changed = found or proven(copies, partial(_build, library, parts, shape))
+    kinds = {type(parts[int(name.partition(".")[0])].module).__name__ for name in changed}
     fused = fused.to(like.device, like.dtype).train(modules[0].training)
     originals = dict(zip(copies.modules(), modules.modules(), strict=True))
     for module in list(fused.modules()):
         for name, child in module._modules.items():
             if child in originals:
                 module._modules[name] = originals[child]
-    # OnChannels has no event_shape: it takes any number of pixels.
-    return OnChannels(fused.layers) if isinstance(fused, SequentialFlow) and len(fused.event_shape) == 3 else fused
+    result: Flow | OnChannels = fused
+    if isinstance(fused, SequentialFlow) and len(fused.event_shape) == 3:
+        result = OnChannels(fused.layers)  # has no event_shape: it takes any number of pixels
+    return result, ", ".join(sorted(kinds))
 
 
 def _build(
@@ -281,7 +339,8 @@ def _used_elsewhere(model: nn.Module, flow: nn.Module, part: Part) -> bool:
     places = []
     for name, module in named.items():
         holder, _, last = name.rpartition(".")
-        listed = isinstance(named.get(holder), nn.ModuleList) or (named.get(holder) is flow and last == part.name)
+        listed = isinstance(named.get(holder), nn.ModuleList | Unpacked)
+        listed = listed or (named.get(holder) is flow and last == part.name)
         if module is part.module and name.startswith(flows) and listed:
             places.append(f"{name}.")
     return any(

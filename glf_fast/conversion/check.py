@@ -37,8 +37,10 @@ class Incomparable(ConversionError):
     """The library's flow gives nothing certain to compare with."""
 
 
-def proven(library: nn.Module, build: Build) -> tuple[Reading, Flow]:
+def proven(library: nn.Module, build: Build) -> tuple[Reading, Flow, list[str]]:
     """The result of `build` for the library's flow (float64), in eval mode, once it has stood two comparisons.
+
+    Returns besides the names of the library's parameters that are `_reparametrised`.
 
     The second is of copies whose fused parameters are a little off: fresh flows have last layers of zeros, which would
     hide what is made of their outputs. It shows besides which entries are functions of what the library trains: no
@@ -51,15 +53,16 @@ def proven(library: nn.Module, build: Build) -> tuple[Reading, Flow]:
         other = copy.deepcopy(library)  # before anything is called: some modules keep what cannot be copied
         reading, flow, sources = build(library)
         check(library.eval(), reading, flow.eval(), sources)
-        changed = parameters_of(*(value for _, value, _ in sources))
-        changed |= {id(p) for network in networks(reading.layers, kept=False) for p in network.parameters()}
-        _shake(other, library, changed)
+        fused = parameters_of(*(value for _, value, _ in sources))
+        fused |= {id(p) for network in networks(reading.layers, kept=False) for p in network.parameters()}
+        _shake(other, library, fused)
         other_reading, other_flow, other_sources = build(other)
         with suppress(Incomparable):  # nobody's flow
             check(other.eval(), other_reading, other_flow.eval(), other_sources, (1.0, 0.1))
     if [value.shape for _, value, _ in sources] == [value.shape for _, value, _ in other_sources]:
         _compare_trained(flow, sources, other_sources)
-    return reading, flow
+    changed = dict.fromkeys([*_reparametrised(library, sources), *_reparametrised(other, other_sources)])
+    return reading, flow, list(changed)
 
 
 def _shake(other: nn.Module, library: nn.Module, fused: set[int]) -> None:
@@ -235,6 +238,32 @@ def _compare_trained(flow: Flow, sources: Sources, others: Sources) -> None:
         # Only a triangle of these is read.
         if not name.endswith(("lower", "upper")) and bool((trained & (value == other)).any()):
             raise ConversionError(f"the converted flow would train what is frozen in the original ({name}). {_MISREAD}")
+
+
+def _reparametrised(library: nn.Module, sources: Sources) -> list[str]:
+    """Names of the library's parameters of which something else is trained than ± the entries themselves.
+
+    An optimizer then takes other steps than with the original. With random cotangents r of all trained values, Jᵀr² equals
+    ±(Jᵀr)² in the entries of which J holds a single ±1, and nowhere else.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parameters = {name: p for name, p in library.named_parameters() if p.requires_grad}
+    pairs = [
+        (value, trained * torch.randn(value.shape, dtype=value.dtype, generator=generator))
+        for _, value, trained in sources
+        if value.requires_grad
+    ]
+    if not pairs or not parameters:
+        return []
+    values, r = zip(*pairs, strict=True)
+    once, squared = (
+        torch.autograd.grad(
+            values, list(parameters.values()), [a**power for a in r], allow_unused=True, retain_graph=True
+        )
+        for power in (1, 2)
+    )
+    found = zip(parameters, once, squared, strict=True)
+    return [n for n, a, b in found if a is not None and not torch.allclose(a**2, b.abs(), rtol=1e-6, atol=1e-9)]
 
 
 def _on_rows(function: Map, shape: tuple[int, ...]) -> Map:

@@ -86,15 +86,17 @@ class Conditioner:
 
     weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]; or n_last = T:
     t alone, of an additive coupling; or weights[i] (2, nᵢ, nᵢ₊₁), biases[i] (2, nᵢ₊₁) with n_last = T: a network for u and
-    one for t. Whatever the library multiplies u or t by is in the last layer already. `roles[i]`, as weights[i], and
-    `bias_roles[i]`, as biases[i], say what each entry is: FIXED, FROZEN or TRAINED. `dropout`: the largest p of those that
-    the network has in training mode, and the fused one has not.
+    one for t. `roles[i]`, as weights[i], and `bias_roles[i]`, as biases[i], say what each entry is: FIXED, FROZEN or
+    TRAINED. `factors`, as biases[-1], positive: what the library multiplies u and t by, which stays beside the last layer,
+    because in it an optimizer would take other steps; a sign does not matter to optimizers and is in the last layer.
+    `dropout`: the largest p of those that the network has in training mode, and the fused one has not.
     """
 
     weights: list[Tensor]
     biases: list[Tensor]
     roles: list[Tensor]
     bias_roles: list[Tensor]
+    factors: Tensor
     activation: str
     dropout: float = 0.0
 

@@ -6,6 +6,7 @@ The rest (accelerate, check, fuse, reading, …) asks the `Library` of a flow an
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Diagonal, Layer, Unfusable, trained_together
 from glf_fast.flow import Flow
 
-__all__ = ["Base", "FusedLayer", "Library", "Reader", "check_shape", "declared_context"]
+__all__ = ["Base", "FusedLayer", "Library", "Reader", "Unpacked", "check_shape", "declared_context"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,27 @@ def declared_context(parts: Sequence[Part]) -> Shape:
     return ()
 
 
+class Unpacked(nn.Module):
+    """A layer that was in a composition, in the place of a layer of the flow itself.
+
+    Compositions of some libraries take one log-determinant for a whole batch, where their flows need one for each sample.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer: Any = layer
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """The layer's result, with logdet (B,)."""
+        y, logdet = self.layer(x, *arguments, **options)
+        return y, logdet + x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """The layer's inverse, with logdet (B,)."""
+        x, logdet = self.layer.inverse(y, *arguments, **options)
+        return x, logdet + y.new_zeros(len(y))
+
+
 class FusedLayer(nn.Module):
     """A fused flow as a layer of a library: what `Library.fused` returns. `forward` is data → noise.
 
@@ -86,6 +108,12 @@ class FusedLayer(nn.Module):
         return context if isinstance(self.flow, OnChannels) or self.flow.context_dim else None
 
 
+def overridden(kind: type, base: type) -> list[str]:
+    """The methods of `base` that its subclass `kind` has replaced, without constructors."""
+    methods = (name for name in dir(base) if inspect.isfunction(getattr(base, name)) and name != "__init__")
+    return [name for name in methods if getattr(kind, name) is not getattr(base, name)]
+
+
 Reader = Callable[[Part], list[Layer]]
 
 
@@ -97,6 +125,7 @@ class Library:
     flows: tuple[str, ...]  # classes that `convert` takes
     hosts: tuple[str, ...] = ()  # further classes in whose objects `accelerate` replaces layers
     packages: tuple[str, ...]  # modules whose classes are flows and layers
+    marks: tuple[str, ...]  # attributes that its flows have, by which copies of their classes are known
     chains: Callable[[Any], list[Chain]]  # where a flow has its layers, several if multi-scale; raises ConversionError
     base: Callable[[Any], Base]  # raises ConversionError where `convert` cannot take it, or the flow for another reason
     log_prob: Callable[[Any, Tensor, Tensor | None], Tensor]  # (flow, x, context) → log p (B,)
@@ -128,15 +157,36 @@ class Library:
         return self.kept(part)
 
     def owns(self, kind: type) -> bool:
-        """True for a class of the library."""
-        return kind.__module__.partition(".")[0] == self.package
+        """True for a class of the library, or of a copy of its package inside of another one."""
+        root, *path = kind.__module__.split(".")
+        return root == self.package or (self.package in path and root != "glf_fast")
+
+    def host(self, module: nn.Module, names: Sequence[str]) -> type | None:
+        """The class of a flow, of those names, that `module` is an instance of: the library's, or a copy of it; or None."""
+        for kind in (kind for kind in type(module).__mro__ if kind.__name__ in names):
+            if self.owns(kind):
+                return kind
+            if not kind.__module__.startswith("glf_fast.") and all(hasattr(module, mark) for mark in self.marks):
+                return kind
+        return None
+
+    def name_of(self, kind: type) -> str:
+        """The name under which the library knows a layer's class, its own, an empty subclass of one, or a copy; else "".
+
+        A class of that name that is no copy fails to be read, or in the proof of the conversion.
+        """
+        for base in kind.__mro__:
+            if any(base.__name__ in names for names in (self.on_vectors, self.on_images, self.compositions)):
+                return "" if overridden(kind, base) else base.__name__
+        return ""
 
     def read(self, part: Part) -> list[Layer]:
         """The layers of one part; raises Unfusable."""
-        kind = type(part.module)
+        if isinstance(part.module, FusedLayer):
+            raise Unfusable("fused before")
         images = len(part.shape) > 1
-        reader = (self.on_images if images else self.on_vectors).get(kind.__name__)
-        if reader is None or not self.owns(kind):
+        reader = (self.on_images if images else self.on_vectors).get(self.name_of(type(part.module)))
+        if reader is None:
             raise Unfusable(f"no kernel covers this kind of layer{' on images' if images else ''}")
         if len(part.shape) not in (1, 3):
             raise Unfusable(f"it works on {part.shape or 'several samples'}, not on one vector or image")
@@ -162,7 +212,9 @@ class Library:
 
     def flattened(self, module: Any, name: str) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of the layers in `module`, one by one, in nested compositions, too."""
-        inner = self.compositions.get(type(module).__name__) if self.owns(type(module)) else None
+        if isinstance(module, Unpacked):
+            module = module.layer
+        inner = self.compositions.get(self.name_of(type(module)))
         if inner is None:
             yield name, module
             return

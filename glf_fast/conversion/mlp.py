@@ -80,6 +80,7 @@ def read_mlp(network: nn.Module) -> Conditioner:
         biases=biases,
         roles=[_role(W, W.T) for W, _ in linears],
         bias_roles=[_role(b, W.new_zeros(len(W))) for W, b in linears],
+        factors=torch.ones_like(biases[-1], requires_grad=False),
         activation=activations[0],
         dropout=max(dropouts, default=0.0),
     )
@@ -122,11 +123,15 @@ def select_outputs(mlp: Conditioner, columns: Tensor) -> Conditioner:
 
 def scale_outputs(mlp: Conditioner, *factors: float) -> Conditioner:
     """The MLP with its outputs, in as many equal parts as there are factors ([u | t] or t), times these."""
-    scales = torch.ones_like(mlp.biases[-1])  # (2T), (T) or (2, T)
+    scales = torch.ones_like(mlp.factors)  # (2T), (T) or (2, T)
     for part, factor in zip(scales.view(len(factors), -1), factors, strict=True):
         part.fill_(factor)
-    weights = [*mlp.weights[:-1], mlp.weights[-1] * scales.unsqueeze(-2)]
-    return replace(mlp, weights=weights, biases=[*mlp.biases[:-1], mlp.biases[-1] * scales])
+    signs = scales.sign()
+    weights, biases = (
+        [*tensors[:-1], tensors[-1] * sign]
+        for tensors, sign in ((mlp.weights, signs.unsqueeze(-2)), (mlp.biases, signs))
+    )
+    return replace(mlp, weights=weights, biases=biases, factors=mlp.factors * scales.abs())
 
 
 def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
@@ -143,7 +148,8 @@ def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
         raise Unfusable("its networks for scale and shift share parameters")
     names = ("weights", "biases", "roles", "bias_roles")
     pairs: dict[str, Any] = {name: list(map(_pair, getattr(net_u, name), getattr(net_t, name))) for name in names}
-    return replace(net_u, dropout=max(net_u.dropout, net_t.dropout), **pairs)
+    factors = torch.stack([net_u.factors, net_t.factors])
+    return replace(net_u, dropout=max(net_u.dropout, net_t.dropout), factors=factors, **pairs)
 
 
 def without_shift(net_u: Conditioner) -> Conditioner:
@@ -152,11 +158,12 @@ def without_shift(net_u: Conditioner) -> Conditioner:
 
 
 def _with_last(mlp: Conditioner, change: Callable[[Tensor], Tensor]) -> Conditioner:
-    """The MLP with `change` of the tensors of its last layer: weights, biases and their roles."""
+    """The MLP with `change` of the tensors of its last layer: weights, biases, their roles, and factors."""
     weights, biases, roles, bias_roles = (
         [*tensors[:-1], change(tensors[-1])] for tensors in (mlp.weights, mlp.biases, mlp.roles, mlp.bias_roles)
     )
-    return replace(mlp, weights=weights, biases=biases, roles=roles, bias_roles=bias_roles)
+    factors = change(mlp.factors)
+    return replace(mlp, weights=weights, biases=biases, roles=roles, bias_roles=bias_roles, factors=factors)
 
 
 def _pair(a: Tensor, b: Tensor) -> Tensor:
@@ -169,9 +176,10 @@ def _pair(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(filled)
 
 
-def full_name(module: nn.Module) -> str:
-    """The full name of its class."""
-    return f"{type(module).__module__}.{type(module).__name__}"
+def _known(module: nn.Module) -> Callable[[Any], Iterator[Step]] | None:
+    """The entry of KNOWN for its class, or for one of that full name in a copy of the library inside of another package."""
+    path = f".{type(module).__module__}.{type(module).__name__}"
+    return next((steps for name, steps in KNOWN.items() if path.endswith(f".{name}")), None)
 
 
 def linear_step(module: Any) -> Iterator[Step]:
@@ -195,8 +203,10 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
         yield activation
     elif name == "OptimizedModule":  # torch.compile's; its module takes seconds to import
         yield from network_steps(module._orig_mod)  # type: ignore[arg-type]
-    elif type(module) is nn.Linear or full_name(module) in KNOWN:
-        yield from KNOWN.get(full_name(module), linear_step)(module)
+    elif type(module) is nn.Linear:
+        yield from linear_step(module)
+    elif (steps := _known(module)) is not None:
+        yield from steps(module)
     elif type(module).forward is nn.Sequential.forward:
         for child in module._modules.values():  # children() leaves out a module that comes again, as activations do
             assert child is not None
@@ -237,7 +247,7 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
         raise Unfusable(f"{name} is residual; plain MLPs are fused")
     tracer = fx.Tracer()
     # Layers that are known are not traced into.
-    tracer.is_leaf_module = lambda m, _: m.__module__.startswith("torch.nn") or full_name(m) in KNOWN  # type: ignore
+    tracer.is_leaf_module = lambda m, _: m.__module__.startswith("torch.nn") or _known(m) is not None  # type: ignore
     try:
         graph = tracer.trace(module)
     except Exception as error:  # whatever a user's forward does with a proxy

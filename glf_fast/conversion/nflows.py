@@ -45,7 +45,7 @@ def _coupling(part: Part) -> list[Layer]:
     if transform.unconditional_transform is not None:
         raise Unfusable("its passive columns are transformed, too")
     halves = transform.identity_features, transform.transform_features
-    additive = type(transform).__name__ == "AdditiveCouplingTransform"
+    additive = LIBRARY.name_of(type(transform)) == "AdditiveCouplingTransform"
     options = ("t",) if additive else ("tu", *_read_log_scale(transform))
     return [DeclaredCoupling(*halves, transform.transform_net, *options).read(part)]
 
@@ -67,7 +67,7 @@ def _linear(part: Part) -> list[Layer]:
     eye = torch.eye(part.shape[0], dtype=transform.bias.dtype)
     W = transform.forward_no_cache(eye)[0] - transform.bias
     trained = trained_together(*transform.parameters())
-    return [Dense(W, transform.bias, trained, regular=type(transform).__name__ != "NaiveLinear")]
+    return [Dense(W, transform.bias, trained, regular=LIBRARY.name_of(type(transform)) != "NaiveLinear")]
 
 
 def _one_by_one(part: Part) -> list[Layer]:
@@ -231,6 +231,7 @@ LIBRARY: Library = Library(
     package="nflows",
     flows=("Flow",),
     packages=("nflows.flows", "nflows.transforms"),
+    marks=("_transform", "_distribution"),
     chains=_chains,
     base=_base,
     log_prob=lambda flow, x, context: flow.log_prob(x, context=context),

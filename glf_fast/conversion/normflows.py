@@ -26,7 +26,7 @@ from glf_fast.conversion.layers import (
     Unfusable,
     trained_together,
 )
-from glf_fast.conversion.library import Base, FusedLayer, Library, Reader
+from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, Unpacked
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
 
 __all__ = ["LIBRARY"]
@@ -227,7 +227,8 @@ def _chain(
 ) -> Chain:
     """`put` takes the list that comes in place of `layers`."""
     parts = LIBRARY.placed(named, noise)
-    modules = [part.module for part in parts]
+    own = {module for layer in layers for module in (layer, getattr(layer, "layer", None))}
+    modules = [part.module if part.module in own else Unpacked(part.module) for part in parts]
     return Chain(parts, lambda new: put(module_list(reversed(replaced(modules, new)), layers)))
 
 
@@ -286,6 +287,7 @@ LIBRARY: Library = Library(
     flows=("NormalizingFlow", "ConditionalNormalizingFlow"),
     hosts=("ClassCondFlow", "MultiscaleFlow", "NormalizingFlowVAE"),
     packages=("normflows.core", "normflows.flows"),
+    marks=("flows", "q0"),
     chains=_chains,
     base=_base,
     log_prob=lambda flow, x, context: flow.log_prob(x, *_given(flow, context)),

@@ -38,6 +38,8 @@ def hidden_widths(couplings: Sequence[Coupling]) -> list[int]:
 
 def divided(couplings: Sequence[Coupling]) -> list[list[Coupling]]:
     """Couplings of one kind in runs, so that padding and launches together cost the least."""
+    if len({_sizes(coupling) for coupling in couplings}) == 1:  # nothing is padded for another coupling
+        return [list(couplings)]
     # best[j]: the cost of the first j couplings, and where the last of their runs starts.
     best = [(0, 0)]
     for stop in range(1, len(couplings) + 1):
@@ -66,6 +68,11 @@ def check_padding(coupling: Coupling) -> None:
             f"transforms {len(coupling.transformed)} of {dim} columns with {own:,} multiply-adds for each sample; fused it "
             f"would take {fused:,}, which on a processor is slower"
         )
+
+
+def _sizes(coupling: Coupling) -> tuple[int, ...]:
+    """All that padding depends on."""
+    return len(coupling.passive), len(coupling.transformed), coupling.context_dim(), *hidden_widths([coupling])
 
 
 def _cost(couplings: Sequence[Coupling]) -> int:

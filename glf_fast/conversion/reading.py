@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -25,9 +26,11 @@ __all__ = [
     "fused_context",
     "lost_in_training",
     "networks",
+    "on_processor",
     "parameters_of",
     "read_flow",
     "read_parts",
+    "reason_of",
 ]
 
 # A function of (x, context or None).
@@ -131,11 +134,21 @@ def read_parts(
             uses = Counter(p for layer in layers for p in parameters_of(*_tensors(layer)))
             if uses and max(uses.values()) > 1:
                 raise Unfusable("uses a network more than once; stacking would untie the uses")
-        except Unfusable as reason:
+        except ConversionError:
+            raise
+        except Exception as error:  # attributes of another release or class than is known raise whatever they like
             module = part.module if read else library.keep(part)
-            layers = [Kept(module, f"{part.name} ({type(part.module).__name__}): {reason}")]
+            layers = [Kept(module, f"{part.name} ({type(part.module).__name__}): {reason_of(error)}")]
         found.append(layers)
     return found
+
+
+def reason_of(error: Exception) -> str:
+    """Why something stays as it is, in one line."""
+    if isinstance(error, Unfusable | ConversionError):
+        return str(error)
+    lines = str(error).splitlines() or [""]
+    return f"cannot be read: {type(error).__name__} {lines[0]}".strip()
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -154,6 +167,15 @@ def copied(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module, memo)
     except RuntimeError as error:
         raise ConversionError(f"cannot be copied to compare with ({error})") from error
+
+
+@contextmanager
+def on_processor() -> Iterator[None]:
+    """Inside the block, gradients are recorded and new tensors are on the processor, wherever it is entered."""
+    # A device's context costs every call of torch, a third of all time, and is seldom needed.
+    elsewhere = torch.get_default_device().type != "cpu"
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu") if elsewhere else nullcontext():
+        yield
 
 
 def check_precision(dtype: torch.dtype) -> None:

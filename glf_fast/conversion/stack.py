@@ -159,6 +159,12 @@ def _install_conditioners(
     widths = [P + flow.context_dim, *flow.config["hidden"], (2 if kind == "affine" else 1) * T]
     last = len(widths) - 2
     zero = _u_of_zero(flow.config["log_scale"], flow.config["log_scale_constant"])
+    padded = [_pad_outputs(c.conditioner.factors, T - len(c.transformed), kind) for c in couplings]
+    factors = torch.stack(padded)
+    factors = torch.where(factors == 0, 1.0, factors)  # of what is padded, or no output of the library
+    if not bool((factors == 1).all()):
+        flow.multiply(f"mlp_weights.{last}", factors.unsqueeze(-2))
+        flow.multiply(f"mlp_biases.{last}", factors)
     for i in range(len(widths) - 1):
         weights, biases, roles, bias_roles = [], [], [], []
         for coupling in couplings:

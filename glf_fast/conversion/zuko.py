@@ -108,7 +108,7 @@ def _coupling(part: Part) -> list[Layer]:
     halves = transform.mask.nonzero().squeeze(1), (~transform.mask).nonzero().squeeze(1)
     shapes = [tuple(shape) for shape in transform.shapes]
     kind = transform.univariate.func if isinstance(transform.univariate, partial) else transform.univariate
-    name = getattr(kind, "__name__", repr(kind)) if getattr(kind, "__module__", "") == "zuko.transforms" else repr(kind)
+    name = kind.__name__ if isinstance(kind, type) else repr(kind)
     if name == "AdditiveTransform" and shapes == [()]:
         return [DeclaredCoupling(*halves, transform.hyper, "t").read(part)]
     if name != "MonotonicAffineTransform" or shapes != [(), ()]:
@@ -194,6 +194,7 @@ LIBRARY: Library = Library(
     package="zuko",
     flows=("Flow",),
     packages=("zuko.flows", "zuko.lazy"),
+    marks=("transform", "base"),
     chains=_chains,
     base=_base,
     log_prob=lambda flow, x, context: flow(context).log_prob(x),

@@ -12,7 +12,7 @@ from glf_fast import ops
 from glf_fast.flow.actnorm import data_dependent_start, set_by_another_process
 from glf_fast.flow.assembled import AssembledMaps
 from glf_fast.flow.base import Flow
-from glf_fast.flow.frozen import FrozenEntries
+from glf_fast.flow.frozen import FixedFactor, FrozenEntries
 from glf_fast.flow.indices import Indices
 from glf_fast.flow.linear import LINEAR_TENSORS
 from glf_fast.flow.moments import active_processes
@@ -113,7 +113,8 @@ class CouplingFlow(Flow):
         names = ("coupling", "activation", "log_scale", "log_scale_constant", "add_first", "reversible")
         self._options = {name: self.config[name] for name in names}
         self.held = nn.ModuleDict()  # FrozenEntries by parameter, filled by `hold`
-        self._holds = False  # the same as bool(self.held), which takes longer to ask than a small MLP to run
+        self.factors = nn.ModuleDict()  # FixedFactor by parameter, filled by `multiply`
+        self._adjusts = False  # whether one of the two has an entry, which takes longer to ask than a small MLP to run
         self._take([layer for _ in range(steps) for layer in new_step(self.config)])
 
     # -- the flow as a function ----------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ class CouplingFlow(Flow):
     def _map_tensors(self) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | tuple[None, None]]:
         """The tensors of the linear layers, by the names of LINEAR_TENSORS, and log-scale and bias of the ActNorms.
 
-        Frozen entries are at their values.
+        Frozen entries are at their values, and fixed factors are applied.
         """
         config = self.config
         parameters, buffers, found = self._parameters, self._buffers, []
@@ -198,12 +199,12 @@ class CouplingFlow(Flow):
                 tensor = buffers.get(name)
             if tensor is None:  # parametrized, or sharded
                 tensor = getattr(self, name)
-            found.append(self._effective(name, tensor) if self._holds else tensor)
+            found.append(self._effective(name, tensor) if self._adjusts else tensor)
         actnorm = (found[-2], found[-1]) if config["actnorm"] else (None, None)
         return dict(zip(LINEAR_TENSORS[config["linear"]], found, strict=False)), actnorm
 
     def _mlp(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and biases of the networks, by layer, frozen entries at their values."""
+        """Weights and biases of the networks, by layer, with frozen entries and fixed factors."""
         # nn.Module's way to a ParameterList, and its iteration, which builds every name anew, show at B = 1.
         modules: dict[str, Any] = self._modules
         found = []
@@ -213,7 +214,7 @@ class CouplingFlow(Flow):
                 tensors = list(own.values())
             else:  # pruned or parametrized
                 tensors = [modules[name][i] for i in range(len(self._layer_names))]
-            if self._holds:
+            if self._adjusts:
                 tensors = [self._effective(f"{name}_{i}", tensor) for i, tensor in enumerate(tensors)]
             found.append(tensors)
         return found[0], found[1]
@@ -226,7 +227,7 @@ class CouplingFlow(Flow):
                 weight.data = weight.data.contiguous()
         return self
 
-    # -- frozen entries ------------------------------------------------------------------------------------------------
+    # -- frozen entries and fixed factors ------------------------------------------------------------------------------
 
     def hold(self, parameter: str, trained: Tensor) -> None:
         """Freeze the entries of a stacked parameter where `trained` (its shape, bool) is False at their present values.
@@ -238,13 +239,29 @@ class CouplingFlow(Flow):
         Args:
             parameter: its name in `named_parameters()`, such as "mlp_weights.0" or "linear_upper".
         """
-        frozen = FrozenEntries(parameter, self.get_parameter(parameter), trained)
-        self.held[parameter.replace(".", "_")] = frozen
-        self._holds = True
+        name = parameter.replace(".", "_")
+        self.held[name] = FrozenEntries(parameter, self._effective(name, self.get_parameter(parameter)), trained)
+        self._adjusts = True
+
+    def multiply(self, parameter: str, factor: Tensor) -> None:
+        """Use a stacked parameter times a fixed factor from now on: gradients and an optimizer's steps are of what is stored.
+
+        Whether a factor is in the parameter or beside it makes no difference to the flow's values, but to its training:
+        Adam moves a parameter of a tenth of the size as far as one of the whole size.
+
+        Args:
+            parameter: its name, as in `hold`, before which a factor must be given.
+            factor: broadcasts to the parameter's shape.
+        """
+        self.factors[parameter.replace(".", "_")] = FixedFactor(factor)
+        self._adjusts = True
 
     def _effective(self, name: str, parameter: Tensor) -> Tensor:
-        """The parameter with its frozen entries at their values."""
-        frozen = self.held._modules.get(name)
+        """The parameter times its factor, with its frozen entries at their values."""
+        modules: dict[str, Any] = self._modules
+        factor, frozen = modules["factors"]._modules.get(name), modules["held"]._modules.get(name)
+        if factor is not None:
+            parameter = parameter * factor._buffers["factor"]  # called as a module it takes twice as long
         return parameter if frozen is None else frozen(parameter)
 
     # -- data-dependent start ------------------------------------------------------------------------------------------
@@ -284,10 +301,12 @@ class CouplingFlow(Flow):
         self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
         unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        # `held` is not in the config: a flow that is rebuilt from its config learns what is frozen from the values saved.
+        # Neither is in the config: a flow that is rebuilt from its config learns of them from the values saved.
         for name, parameter in self.named_parameters():
-            saved = f"{prefix}held.{name.replace('.', '_')}.trained"
-            if saved in state_dict:
+            flat = name.replace(".", "_")
+            if (factor := state_dict.get(f"{prefix}factors.{flat}.factor")) is not None:
+                self.multiply(name, torch.ones_like(factor).to(parameter))
+            if f"{prefix}held.{flat}.trained" in state_dict:
                 self.hold(name, torch.ones_like(parameter, dtype=torch.bool))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self._started = not self.config["actnorm"] or _all_set(self.actnorm_initialized)

@@ -1,11 +1,11 @@
-"""Parameters of which some entries are frozen at their values."""
+"""What a flow uses in place of a parameter that it stores: with some entries frozen, or times a fixed factor."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FrozenEntries"]
+__all__ = ["FixedFactor", "FrozenEntries"]
 
 
 class FrozenEntries(nn.Module):
@@ -34,3 +34,21 @@ class FrozenEntries(nn.Module):
     def forward(self, parameter: Tensor) -> Tensor:
         """The parameter with its frozen entries at their values; they get no gradient."""
         return torch.lerp(self.value, parameter, self.trained)  # exactly one of the two where the weight is 0 or 1
+
+
+class FixedFactor(nn.Module):
+    """A factor of a parameter that no optimizer sees.
+
+    Args:
+        factor: not trained; it broadcasts to the parameter's shape.
+    """
+
+    factor: Tensor
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor.detach().clone())
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """The parameter times the factor."""
+        return parameter * self.factor

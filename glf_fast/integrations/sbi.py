@@ -1,10 +1,11 @@
-"""A density estimator for sbi: `NPE(density_estimator=coupling_flow())`. Needs sbi (https://sbi-dev.github.io/sbi)."""
+"""Density estimators for sbi (https://sbi-dev.github.io/sbi), which it needs: `NPE(density_estimator=coupling_flow())`,
+`NLE(density_estimator=coupling_likelihood())`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributions import Distribution
 from glf_fast.flow import CouplingFlow, FlowDistribution, SequentialFlow
 from glf_fast.integrations.unconstrained import Unconstrained
 
-__all__ = ["CouplingFlowEstimator", "coupling_flow"]
+__all__ = ["CouplingFlowEstimator", "coupling_flow", "coupling_likelihood"]
 
 START = 4096  # number of pairs (θ, x) from which the ActNorms are initialised
 
@@ -31,7 +32,7 @@ def coupling_flow(
     embedding_net: nn.Module | None = None,
     **options: Any,
 ) -> Callable[[Tensor, Tensor], CouplingFlowEstimator]:
-    """A builder of estimators of q(θ | x), for the argument `density_estimator` of sbi's NPE.
+    """A builder of estimators of q(θ | x), for the argument `density_estimator` of sbi's NPE. For NLE: `coupling_likelihood`.
 
     Args:
         steps, hidden, **options: arguments of `glf_fast.CouplingFlow`.
@@ -41,71 +42,113 @@ def coupling_flow(
             outside of the support and sbi rejects no sample.
         prior: prior of θ for "transform_to_unconstrained"; `sbi.neural_nets.posterior_nn` calls it x_dist.
         embedding_net: network that maps standardised x (B, …) to the context (B, C). If None, the context is x, which must be a
-            vector. The network is copied: the trained copy is `estimator.embedding_net`, and retraining from scratch starts
-            from the network given here.
+            vector. The network itself is trained, as sbi trains it. When the builder is called again, as for retraining from
+            scratch, it takes a copy of the network as the network was at first.
     """
-    return partial(
-        _build, steps=steps, hidden=tuple(hidden), z_score_theta=z_score_theta, z_score_x=z_score_x, prior=prior,
-        embedding_net=nn.Identity() if embedding_net is None else embedding_net, **options,
+    return _Builder(
+        ("theta", "x"), {"theta": z_score_theta, "x": z_score_x}, prior, embedding_net,
+        {"steps": steps, "hidden": tuple(hidden), **options},
     )  # fmt: skip
 
 
-def _build(
-    theta: Tensor,
-    x: Tensor,
+def coupling_likelihood(
     *,
-    z_score_theta: str | None,
-    z_score_x: str | None,
-    prior: Distribution | None,
-    embedding_net: nn.Module,
+    steps: int = 12,
+    hidden: Sequence[int] = (50, 50),
+    z_score_theta: str | None = "independent",
+    z_score_x: str | None = "independent",
+    embedding_net: nn.Module | None = None,
     **options: Any,
-) -> CouplingFlowEstimator:
-    """The estimator for simulations theta (N, D) and x (N, …), on the CPU."""
-    if theta.ndim != 2 or theta.shape[1] < 2:
-        raise ValueError(
-            "a coupling flow is a density of vectors of two or more parameters; "
-            f"theta has shape {tuple(theta.shape)}: use sbi's 'nsf' or 'mdn' for one parameter"
-        )
-    network = deepcopy(embedding_net)  # retraining from scratch must start from an untrained network
-    standardise, structured = _z_score("z_score_x", z_score_x)
-    if standardise:
-        network = nn.Sequential(standardizing_net(x, structured), network)
-    with torch.no_grad():
-        context = network.eval()(x[:START])
-    network.train()
-    if context.ndim != 2:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and becomes a context of shape {tuple(context.shape)}, but a context must have "
-            "shape (batch, columns); give an embedding_net that maps x to vectors"
-        )
-    dim = theta.shape[1]
-    layers: list[nn.Module] = []
-    free = theta
-    if z_score_theta == "transform_to_unconstrained":
-        if prior is None:
-            raise ValueError("z_score_theta='transform_to_unconstrained' needs the prior; pass coupling_flow(prior=…)")
-        layers.append(Unconstrained.of(prior, dim).to(theta))
-        free, logdet = layers[0](theta)
-        if not logdet.isfinite().all():
+) -> Callable[[Tensor, Tensor], CouplingFlowEstimator]:
+    """A builder of estimators of q(x | θ), for the argument `density_estimator` of sbi's NLE.
+
+    The arguments are those of `coupling_flow`, but that x must be a vector of two or more columns, and that the
+    `embedding_net` maps θ to the context.
+    """
+    return _Builder(
+        ("x", "theta"), {"theta": z_score_theta, "x": z_score_x}, None, embedding_net,
+        {"steps": steps, "hidden": tuple(hidden), **options},
+    )  # fmt: skip
+
+
+class _Builder:
+    """Makes estimators of the density of simulations `names[0]` given `names[1]`, on the CPU."""
+
+    def __init__(
+        self,
+        names: tuple[str, str],
+        z_scores: dict[str, str | None],
+        prior: Distribution | None,
+        embedding_net: nn.Module | None,
+        options: dict[str, Any],
+    ) -> None:
+        self.names, self.z_scores, self.prior, self.options = names, z_scores, prior, options
+        self.embedding_net = nn.Identity() if embedding_net is None else embedding_net
+        self._untrained: nn.Module | None = None  # the network as it was when the first estimator was made
+
+    def __call__(self, theta: Tensor, x: Tensor) -> CouplingFlowEstimator:
+        """The estimator for simulations theta (N, …) and x (N, …)."""
+        of, given = self.names
+        values, condition = (theta, x) if of == "theta" else (x, theta)
+        if values.ndim != 2 or values.shape[1] < 2:
+            what, sbi = ("parameter", "'nsf' or 'mdn'") if of == "theta" else ("column", "'nsf'")
             raise ValueError(
-                f"{int((~logdet.isfinite()).sum())} of {len(theta)} simulated θ are outside the prior's support"
+                f"a coupling flow is a density of vectors of two or more {what}s; {of} has shape {tuple(values.shape)}: use "
+                f"sbi's {sbi} for one {what}"
             )
-        z_score_theta = "independent"
-    standardise, structured = _z_score("z_score_theta", z_score_theta)
-    if standardise:
-        mean, std = z_standardization(free, structured)
-        layers.append(_Standardise(mean.expand(dim), std.expand(dim)))
-    layers.append(CouplingFlow(dim, context_dim=context.shape[1], **options))
-    flow = SequentialFlow(layers, (dim,), context.shape[1])
-    with torch.no_grad():  # initialises the ActNorms; the first call by sbi would do it with two rows
-        flow(theta[:START], context)
-    return CouplingFlowEstimator(flow, theta.shape[1:], x.shape[1:], network)
+        standardise, structured = self._z_score(given)
+        network = self._network()
+        if standardise:
+            network = nn.Sequential(standardizing_net(condition, structured), network)
+        with torch.no_grad():
+            context = network.eval()(condition[:START])
+        network.train()
+        if context.ndim != 2:
+            raise ValueError(
+                f"{given} has shape {tuple(condition.shape)} and becomes a context of shape {tuple(context.shape)}, but a "
+                f"context must have shape (batch, columns); give an embedding_net that maps {given} to vectors"
+            )
+        dim = values.shape[1]
+        layers: list[nn.Module] = []
+        free = values
+        if of == "theta" and self.z_scores[of] == "transform_to_unconstrained":
+            layers.append(self._unconstrained(values))
+            free = layers[0](values)[0]
+        standardise, structured = self._z_score(of)
+        if standardise:
+            mean, std = z_standardization(free, structured)
+            layers.append(_Standardise(mean.expand(dim), std.expand(dim)))
+        layers.append(CouplingFlow(dim, context_dim=context.shape[1], **self.options))
+        flow = SequentialFlow(layers, (dim,), context.shape[1])
+        with torch.no_grad():  # initialises the ActNorms; the first call by sbi would do it with two rows
+            flow(values[:START], context)
+        return CouplingFlowEstimator(flow, values.shape[1:], condition.shape[1:], network)._expecting(values, condition)
 
+    def _network(self) -> nn.Module:
+        """The embedding net for a new estimator."""
+        if self._untrained is None:
+            self._untrained = deepcopy(self.embedding_net)
+            return self.embedding_net
+        return deepcopy(self._untrained)
 
-def _z_score(name: str, kind: str | None) -> tuple[bool, bool]:
-    if kind not in ("independent", "structured", "none", None):
-        raise ValueError(f"{name} must be 'independent', 'structured' or 'none'; got {kind!r}")
-    return z_score_parser(kind)
+    def _z_score(self, name: str) -> tuple[bool, bool]:
+        """Whether to standardise theta or x, and whether all columns alike."""
+        kind = self.z_scores[name]
+        if kind == "transform_to_unconstrained" and name == self.names[0] == "theta":
+            kind = "independent"  # of what is unconstrained
+        if kind not in ("independent", "structured", "none", None):
+            raise ValueError(f"z_score_{name} must be 'independent', 'structured' or 'none'; got {kind!r}")
+        return z_score_parser(kind)
+
+    def _unconstrained(self, theta: Tensor) -> Unconstrained:
+        """The map of θ from the prior's support."""
+        if self.prior is None:
+            raise ValueError("z_score_theta='transform_to_unconstrained' needs the prior; pass coupling_flow(prior=…)")
+        layer = Unconstrained.of(self.prior, theta.shape[1]).to(theta)
+        outside = ~layer(theta)[1].isfinite()
+        if outside.any():
+            raise ValueError(f"{int(outside.sum())} of {len(theta)} simulated θ are outside the prior's support")
+        return layer
 
 
 class _Standardise(nn.Module):
@@ -128,6 +171,8 @@ class _Standardise(nn.Module):
 class CouplingFlowEstimator(ConditionalDensityEstimator):
     """Estimator of q(θ | x) with sbi's interface: shapes (samples, batch, …), `input` for θ and `condition` for x.
 
+    In an estimator of a likelihood q(x | θ), θ and x have changed places, here and below.
+
     Args:
         flow: density of θ given the context.
         input_shape, condition_shape: shapes of one θ and one x.
@@ -140,6 +185,7 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
     ) -> None:
         super().__init__(flow, input_shape, condition_shape)
         self._embedding_net = embedding_net
+        self._expected: tuple[Tensor, Tensor] | None = None
 
     @property
     def embedding_net(self) -> nn.Module:
@@ -154,6 +200,7 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
 
     def loss(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
         """−log q(θ | x), (batch,), of θ (batch, D) and x (batch, …), or one x for all."""
+        self._check_places(input)
         self._check_input_shape(input)
         context = self._context(condition)
         return -self.net.log_prob(input, context if len(context) == len(input) else context.expand(len(input), -1))
@@ -173,6 +220,28 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
         rows = input.expand(*batch, -1).reshape(-1, input.shape[-1])
         context = context.expand(*batch, context.shape[-1]).reshape(len(rows), context.shape[-1])
         return self.net(rows, context)[0].reshape(*batch, rows.shape[-1])
+
+    def _expecting(self, values: Tensor, condition: Tensor) -> CouplingFlowEstimator:
+        """The estimator, which from the first loss on knows whether sbi takes it for what it is."""
+        if self.input_shape == self.condition_shape:
+            self._expected = values[:, 0], condition[:, 0]
+        return self
+
+    def _check_places(self, input: Tensor) -> None:
+        """Raise ValueError where NLE trains an estimator of a posterior, or NPE one of a likelihood.
+
+        Both call a builder with (θ, x) and differ in what they give to the estimator alone. Where θ and x have one shape, the
+        first loss tells by the values of the simulations.
+        """
+        swapped = input.shape[-1:] != self.input_shape and input.shape[-1:] == self.condition_shape
+        if self._expected is not None:
+            own, others = (torch.isin(input[..., 0].cpu(), values).all() for values in self._expected)
+            self._expected, swapped = None, bool(others and not own)
+        if swapped:
+            raise ValueError(
+                "θ and x have changed places: NPE takes coupling_flow(), an estimator of q(θ | x), and NLE takes "
+                "coupling_likelihood(), an estimator of q(x | θ)"
+            )
 
     def _posterior(self, condition: Tensor) -> FlowDistribution:
         assert isinstance(self.net, SequentialFlow)

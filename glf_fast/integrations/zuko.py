@@ -42,3 +42,11 @@ class Flow(nn.Module):
     def forward(self, c: Tensor | None = None) -> NormalizingFlow:
         """p(x | c), with one distribution for each row of c (*batch_shape, C)."""
         return NormalizingFlow(self.flow, c)
+
+    def transform(self, c: Tensor | None = None) -> Transform:
+        """The map from data to noise given c, as `flow(c).transform`."""
+        return self(c).transform
+
+    def base(self, c: Tensor | None = None) -> Independent:
+        """N(0, I), as `flow(c).base`."""
+        return self(c).base

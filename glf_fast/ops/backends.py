@@ -30,6 +30,7 @@ __all__ = [
     "Kernels",
     "backends",
     "check_environment",
+    "exporting_onnx",
     "kernels_for",
     "ordinary",
     "transformed",
@@ -125,6 +126,12 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def exporting_onnx() -> bool:
+    """Whether torch.onnx.export follows the call: ONNX has no kernels of ours, plain PyTorch it can translate."""
+    tracing = torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
+    return tracing and torch.onnx.is_in_onnx_export()
+
+
 def ordinary() -> bool:
     """Whether tensors now have values that may be compared and cached: nothing traces, transforms or replaces them."""
     return not (
@@ -156,7 +163,7 @@ def kernels_for(x: Tensor, call: Any, *candidates: Kernels) -> Any:
 
 def usable(backend: Backend, x: Tensor) -> bool:
     """Whether this backend runs for tensors like x here and now. Where it would and is missing, says so once."""
-    if _choice not in ("auto", backend.name) or transformed():
+    if _choice not in ("auto", backend.name) or transformed() or exporting_onnx():
         return False
     device, dtype = x.device.type, x.dtype
     if device != backend.device:

@@ -62,3 +62,11 @@ def test_what_is_no_module_is_refused(what: str) -> None:
     message = "got Posterior: give its posterior_estimator" if what == "posterior" else "got list$"
     with pytest.raises(TypeError, match=message):
         accelerate(given)
+
+
+def test_a_line_where_it_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert accelerate(flow())
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("glf_fast.conversion.accelerate._LONG", 0.0)
+    assert accelerate(flow())
+    assert "glf_fast: comparing the layers of the model (NormalizingFlow)" in capsys.readouterr().err

@@ -67,7 +67,8 @@ class Maker:
         bias_masks = [torch.full_like(b, role, dtype=torch.uint8) for b in biases]
         defaults = {"log_scale": "tanh", "log_scale_constant": None, "add_first": False, "activation": "tanh"}
         options = {**defaults, **options}
-        conditioner = Conditioner(weights, biases, masks, bias_masks, options.pop("activation"))
+        factors = 0.5 + torch.rand_like(biases[-1], requires_grad=False)
+        conditioner = Conditioner(weights, biases, masks, bias_masks, factors, options.pop("activation"))
         return Coupling(order[:P], order[P:], conditioner, **options)
 
 
@@ -86,7 +87,9 @@ def apply(layers: list[Layer], x: Tensor, context: Tensor | None = None) -> tupl
         else:
             c, p, v = layer.conditioner, x[:, layer.passive], x[:, layer.transformed]
             h = p if context is None else torch.cat([p, context], 1)
-            raw = mlp(h, c.weights, c.biases, c.activation)
+            *weights, last = c.weights
+            weights, biases = [*weights, last * c.factors.unsqueeze(-2)], [*c.biases[:-1], c.biases[-1] * c.factors]
+            raw = mlp(h, weights, biases, c.activation)
             if raw.shape == v.shape:  # additive
                 v, ldj = v - raw if layer.undo else v + raw, 0.0
             else:

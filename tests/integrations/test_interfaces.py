@@ -65,6 +65,26 @@ def test_nflows_values(pair: tuple[CouplingFlow, torch.Tensor | None]) -> None:
         torch.testing.assert_close(values, made.log_prob(rows, None if context is None else context[m]))
 
 
+def test_nflows_parts_and_a_context_that_is_not_used(pair: tuple[CouplingFlow, torch.Tensor | None]) -> None:
+    """Code that composes a flow of its parts, and nflows' custom to give unconditional flows a context."""
+    made, context = pair
+    ours, x = ours_as_nflows.Flow(made), torch.randn(4, 3)
+    z, logdet = ours._transform(x, context=ours._embedding_net(context))
+    torch.testing.assert_close(ours._distribution.log_prob(z) + logdet, ours.log_prob(x, context))
+    torch.testing.assert_close(ours._transform.inverse(z, context=context)[0], x, rtol=1e-4, atol=1e-4)
+    assert ours._distribution.sample(5, torch.zeros(2, 1)).shape == (2, 5, 3)
+    assert ours._distribution.sample(5).shape == (5, 3)
+    with pytest.raises(NotImplementedError, match="average samples"):
+        ours.mean(context)
+    if context is None:
+        unused = torch.randn(4, 7)
+        torch.testing.assert_close(ours.log_prob(x, unused), ours.log_prob(x))
+        torch.testing.assert_close(ours.transform_to_noise(x, unused), z)
+        samples, log_prob = ours.sample_and_log_prob(6, unused)
+        assert samples.shape == (4, 6, 3) and log_prob.shape == (4, 6)
+        torch.testing.assert_close(log_prob[2], made.log_prob(samples[2]))
+
+
 def test_nflows_batches_of_none_are_refused() -> None:
     with pytest.raises(ValueError, match="batch_size must be ≥ 1"):
         ours_as_nflows.Flow(flow(0)).sample(5, batch_size=0)
@@ -99,6 +119,9 @@ def test_zuko_latents(pair: tuple[CouplingFlow, torch.Tensor | None]) -> None:
     torch.testing.assert_close(ours.transform.log_abs_det_jacobian(x, z), logdet)
     torch.testing.assert_close(ours.transform.inv(z), x, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.base.log_prob(z) + logdet, ours.log_prob(x))
+    flow = ours_as_zuko.Flow(made)
+    torch.testing.assert_close(flow.transform(c)(x), z)
+    assert flow.base(c).batch_shape == ours.base.batch_shape
     assert ours.expand((2, 4)).base.batch_shape == (2, 4)
     assert (ours.base.batch_shape, ours.base.event_shape) == (theirs.base.batch_shape, theirs.base.event_shape)
     assert ours.transform(x).shape == theirs.transform(x).shape

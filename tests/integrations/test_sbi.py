@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from sbi.inference import NPE
+from sbi.inference import NLE, NPE
 from sbi.utils import BoxUniform, MultipleIndependent
 from torch import nn
 from torch.distributions import Dirichlet, Distribution, Gamma, Normal, Uniform
 
-from glf_fast.integrations.sbi import CouplingFlowEstimator, coupling_flow
+from glf_fast.integrations.sbi import CouplingFlowEstimator, coupling_flow, coupling_likelihood
 from glf_fast.integrations.unconstrained import Unconstrained
 
 PRIOR = BoxUniform(-torch.ones(3), torch.ones(3))
@@ -186,9 +186,10 @@ def test_embedding_net() -> None:
     )
     with pytest.warns(UserWarning, match="not yet fully converged"):
         estimator = trainer.append_simulations(theta, x).train(max_num_epochs=3)
-    trained = dict(estimator.embedding_net[1].named_parameters())
-    assert all(not torch.equal(p, before[name]) for name, p in trained.items())
-    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())  # a copy was trained
+    assert estimator.embedding_net[1] is net  # as with sbi's own estimators
+    assert all(not torch.equal(p, before[name]) for name, p in net.named_parameters())
+    again = trainer._build_neural_net(theta, x).embedding_net[1]  # for retraining from scratch
+    assert again is not net and all(torch.equal(p, before[name]) for name, p in again.named_parameters())
     assert trainer.build_posterior().sample((5,), x=x[:1], show_progress_bars=False).shape == (5, 3)
 
 
@@ -265,6 +266,37 @@ def test_unconstrained_posteriors_stay_inside_the_prior() -> None:
         posterior.log_prob(drawn, x=x[:1]), posterior.log_prob(drawn, x=x[:1], norm_posterior=False)
     )
     assert (trained.log_prob(torch.full((1, 3), 1.5), x[:1]) == -torch.inf).all()
+
+
+def shifted(theta: torch.Tensor) -> torch.Tensor:
+    """x of as many columns as θ: 1000 + 100·(θ + 0.3·noise)."""
+    return 1000 + 100 * (theta + 0.3 * torch.randn_like(theta))
+
+
+def test_likelihood_is_the_true_one() -> None:
+    """NLE, whose x given θ is known: a Gaussian with mean 1000 + 100·θ and deviation 30."""
+    torch.manual_seed(0)
+    prior = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
+    theta = prior.sample((2000,))
+    builder = coupling_likelihood(steps=4, hidden=(32,))
+    trainer = NLE(prior, density_estimator=builder, show_progress_bars=False)
+    estimator = trainer.append_simulations(theta, shifted(theta)).train(learning_rate=3e-3, stop_after_epochs=5)
+    at = torch.tensor([[0.5, -0.5]])
+    x = estimator.sample(torch.Size((5000,)), at)[:, 0]
+    torch.testing.assert_close(x.mean(0), 1000 + 100 * at[0], rtol=0, atol=6)
+    torch.testing.assert_close(x.std(0), torch.tensor([30.0, 30]), rtol=0.15, atol=0)
+    posterior = trainer.build_posterior(sample_with="rejection")
+    samples = posterior.sample((500,), x=1000 + 100 * at, show_progress_bars=False)
+    torch.testing.assert_close(samples.mean(0), at[0], rtol=0, atol=0.08)
+    torch.testing.assert_close(samples.std(0), torch.tensor([0.3, 0.3]), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize(("trainer", "builder"), [(NLE, coupling_flow), (NPE, coupling_likelihood)])
+def test_estimators_in_the_wrong_place_are_refused(trainer: type, builder: Callable[..., Any]) -> None:
+    theta = PRIOR.sample((200,))
+    wrong = trainer(PRIOR, density_estimator=builder(steps=2, hidden=(8,)), show_progress_bars=False)
+    with pytest.raises(ValueError, match="θ and x have changed places: NPE takes coupling_flow"):
+        wrong.append_simulations(theta, shifted(theta)).train(max_num_epochs=1)
 
 
 def test_loss_broadcasts_one_condition_and_checks_shapes() -> None:

@@ -35,6 +35,9 @@ def _chains(flow: Any) -> list[Chain]:
         return [Chain(parts, partial(_put_in_sequence, flow, parts))]
     nodes = [node for node in flow.node_list if node not in flow.in_nodes + flow.out_nodes + flow.condition_nodes]
     expected: Any = flow.in_nodes[0]
+    conditions = [
+        [c[0] if isinstance(c, tuple) else c for c in node.conditions] for node in nodes
+    ]  # (node, 0) after 0.2
     if len(flow.in_nodes) != 1 or len(flow.out_nodes) != 1:
         raise ConversionError(f"a GraphINN with {len(flow.in_nodes)} inputs and {len(flow.out_nodes)} outputs")
     for node in [*nodes, flow.out_nodes[0]]:
@@ -44,9 +47,9 @@ def _chains(flow: Any) -> list[Chain]:
     parts = [
         Part(
             f"node {node.name!r}", node.module, block_shape(node.module),
-            tuple(flow.condition_nodes.index(c) for c in node.conditions),
+            tuple(map(flow.condition_nodes.index, given)),
         )
-        for node in nodes
+        for node, given in zip(nodes, conditions, strict=True)
     ]  # fmt: skip
     return [Chain(parts, partial(_put_in_graph, flow))]
 
@@ -150,6 +153,7 @@ LIBRARY = Library(
     package="FrEIA",
     flows=("SequenceINN", "GraphINN"),
     packages=("FrEIA.framework", "FrEIA.modules"),
+    marks=("module_list",),
     chains=_chains,
     base=_base,
     log_prob=_log_prob,

@@ -44,7 +44,8 @@ def check_initialised(block: nn.Module) -> None:
 
     Any call, a comparison's too, would initialise it with what happens to come first.
     """
-    if getattr(block, "init_on_next_batch", False):
+    # A buffer in releases after 0.2.
+    if getattr(block, "init_on_next_batch", False) or not bool(getattr(block, "is_initialized", True)):
         raise ConversionError("an ActNorm has not been initialised: send a batch of data through the network first")
 
 

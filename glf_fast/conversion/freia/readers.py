@@ -75,7 +75,10 @@ def _all_in_one(part: Part) -> list[Layer]:
         rotation = module.w_perm
     if rotation.requires_grad:
         raise Unfusable("its rotation is trained, away from the transpose that it takes for its inverse")
-    rotation = rotation.view(module.in_channels, module.in_channels)
+    n = module.in_channels
+    if rotation.numel() == n:  # the indices of a hard permutation, in releases after 0.2
+        rotation = torch.eye(n, device=rotation.device)[rotation.flatten()]
+    rotation = rotation.view(n, n)
     n_passive, n_transformed = module.splits
     if not n_transformed:
         raise Unfusable("one column is too few for a coupling")

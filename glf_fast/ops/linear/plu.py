@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import reference
-from glf_fast.ops.backends import CPP, CUDA, usable
+from glf_fast.ops.backends import CPP, CUDA, exporting_onnx, usable
 from glf_fast.ops.checks import check_device, check_shape, check_tensors
 from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 from glf_fast.ops.linear import schemas  # noqa: F401 — which defines the operations
@@ -65,7 +65,31 @@ def run(plu: Plu, need_inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Te
     """`reference.plu_assemble` of factors that fit each other, by the kernels where they take them."""
     if any(usable(backend, plu.lower) for backend in BACKENDS) and not refuses(plu):
         return assemble(plu, need_inverse)
+    if need_inverse and exporting_onnx():
+        return _by_products(plu)
     return reference.plu_assemble(*plu, need_inverse=need_inverse)
+
+
+def _by_products(plu: Plu) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with A⁻¹, of operations that ONNX knows, which has no triangular solve.
+
+    With T = D (I − N) and N strictly triangular, T⁻¹ = (I + N)(I + N²)(I + N⁴)… D⁻¹.
+    """
+    A, _, c, logabsdet = reference.plu_assemble(*plu, need_inverse=False)
+    dim = plu.lower.shape[-1]
+    eye = torch.eye(dim, dtype=plu.lower.dtype, device=plu.lower.device)
+    diagonal = plu.sign * torch.exp(plu.log_diag)
+
+    def inverse(N: Tensor) -> Tensor:
+        found, power = eye + N, N
+        for _ in range((dim - 1).bit_length() - 1):
+            power = power @ power
+            found = found @ (eye + power)
+        return found
+
+    U_inv = inverse(-plu.upper.triu(1) / diagonal.unsqueeze(-1)) / diagonal.unsqueeze(-2)
+    W_inv = U_inv @ inverse(-plu.lower.tril(-1)) @ reference.permutation_matrix(plu.permutation, eye.dtype).mT
+    return A, W_inv if plu.log_scale is None else W_inv * torch.exp(-plu.log_scale).unsqueeze(-2), c, logabsdet
 
 
 def assemble(plu: Plu, need_inverse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -136,6 +136,24 @@ def test_multiscale_in_place(class_cond, tools):
     assert not accelerate(flow)  # fused before
 
 
+def test_multiscale_before_its_actnorms_have_seen_data(tools):
+    """The natural order: a fresh model, accelerate, then training. Each ActNorm stays, and gives one number for a batch."""
+    flow = multiscale(False)
+    for block in (m for m in flow.modules() if isinstance(m, nf.flows.GlowBlock)):
+        for p in block.flows[0].parameters():
+            p.data.add_(0.05 * torch.randn_like(p))
+    original = copy.deepcopy(flow)
+    report = accelerate(flow)
+    assert len(report.replaced) == 4 and str(report).count("an ActNorm has not been initialised") == 4
+    x = torch.randn(8, 3, 16, 8)
+    wanted = original.log_prob(x, None)  # starts the ActNorms of both by the same batch
+    torch.testing.assert_close(flow.log_prob(x, None), wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(flow.forward_kld(x), -wanted.mean(), rtol=1e-4, atol=1e-3)
+    assert flow.sample(3)[0].shape == (3, 3, 16, 8)
+    assert not accelerate(flow)  # what is between them was fused before
+    torch.testing.assert_close(flow.log_prob(x, None), wanted, rtol=1e-4, atol=1e-3)
+
+
 class Fixed(torch.nn.Module):
     """A network that only takes images of one size."""
 
