@@ -279,9 +279,8 @@ class CouplingFlow(Flow):
             found = data_dependent_start(x)
             if found is None:
                 return
-            done = (
-                self.actnorm_initialized[k] > 0
-            )  # of a layer that came with its start, or in an averaged copy of a flow
+            # Of a layer that came with its start, or in an averaged copy of a flow.
+            done = self.actnorm_initialized[k] > 0
             for parameter, value in zip((self.actnorm_log_scale, self.actnorm_bias), found, strict=True):
                 parameter[k] = torch.where(done, parameter[k], value)
             A, _, c, _ = self._affine(x.dtype, need_inverse=False)
