@@ -36,17 +36,26 @@ def cache_dir() -> Path:
         raise UserError(f"the cache folder {path} has no place ({error}); set GLF_FAST_CACHE to a folder") from error
 
 
+# The mark of a file that is being written: whoever finds such a file older than an hour finds what a killed process left.
+_UNFINISHED = re.compile(r"\..+-[a-z0-9_]{8}\.partial(\.\w+)?")
+_swept: set[Path] = set()
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; if the block succeeds, flush the temporary file to disk and rename it to `path`.
 
     A reader sees the old file or the whole new file, never a part. If the block fails (exception, disk full), the temporary
-    file is removed and `path` stays as it was. Parent folders are created.
+    file is removed and `path` stays as it was. Parent folders are created. At the first write into a folder, a process removes
+    the temporary files that killed processes left there more than an hour ago.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        sweep(path.parent, seconds=3600)
     # The suffix is kept last: some writers (numpy, Pillow) choose the format by it.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".partial{path.suffix}", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -62,14 +71,16 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what `atomic_write` left in a folder when its process was killed; files of the last minute may be in use."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        left = re.fullmatch(r"\..+-[a-z0-9_]{8}(\.\w+)?", path.name) and path.is_file() and not path.is_symlink()
-        if left and time.time() - path.stat().st_mtime > 60:
-            path.unlink(missing_ok=True)
+def sweep(folder: Path, *, seconds: float = 60) -> None:
+    """Remove what `atomic_write` left in a folder when its process was killed; younger files may be in use.
+
+    Files that cannot be removed stay, because they do no harm.
+    """
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            left = _UNFINISHED.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+            if left and time.time() - path.stat().st_mtime > seconds:
+                path.unlink(missing_ok=True)
 
 
 def sha256(path: Path | str) -> str:

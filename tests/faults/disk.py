@@ -59,9 +59,13 @@ def _full(run: SmallRun, place: Path, kilobytes: int) -> Outcome:
 
         def limited() -> None:
             before()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 8, resource.RLIM_INFINITY))  # the largest file is smaller
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (kilobytes << 8, resource.RLIM_INFINITY)
+            )  # the largest file is smaller
 
-        return Outcome(LIMITED, f"{kilobytes << 8} bytes", *_verdict(run, place, children.run(train, *command, before=limited)))
+        return Outcome(
+            LIMITED, f"{kilobytes << 8} bytes", *_verdict(run, place, children.run(train, *command, before=limited))
+        )
     with _mounted(place, kilobytes):
         ended = children.run(train, *command, before=before)
         _mount("-o", "remount,size=64m", str(place))
