@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,13 +14,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from glf_fast.errors import UserError
 
-__all__ = ["atomic_write", "cache_dir", "file_digest", "read_json", "save_tensors", "sha256", "sweep", "write_json"]
+__all__ = [
+    "atomic_write",
+    "cache_dir",
+    "errors_name",
+    "file_digest",
+    "read_json",
+    "save_tensors",
+    "sha256",
+    "sweep",
+    "write_json",
+]
 
 
 def cache_dir() -> Path:
@@ -39,6 +49,8 @@ def cache_dir() -> Path:
 # The mark of a file that is being written: whoever finds such a file older than an hour finds what a killed process left.
 _UNFINISHED = re.compile(r"\..+-[a-z0-9_]{8}\.partial(\.\w+)?")
 _swept: set[Path] = set()
+# Errors of a disk. A block that writes a file may also meet errors of a network, which are not the file's.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -59,9 +71,10 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        with errors_name(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         # mkstemp makes the file private; give it the permissions that a plain open() would have given.
         umask = os.umask(0)
         os.umask(umask)
@@ -69,6 +82,17 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Add the file's name to errors of the disk inside the block: those of writing say "No space left on device" alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _DISK:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
 
 
 def sweep(folder: Path, *, seconds: float = 60) -> None:
@@ -106,12 +130,12 @@ def write_json(path: Path | str, content: Any) -> None:
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, atomically; raises OSError when it cannot be written (disk full …)."""
+    # channels_last weights are not contiguous, and safetensors refuses such tensors.
+    content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
+    # Not by save_file, which wraps the errors of the system, and writes to a hidden file of its own (.tmpXXXXXX) that stays
+    # after a kill; the price is the content in memory.
     with atomic_write(path) as temporary:
-        try:
-            # channels_last weights are not contiguous, and safetensors refuses such tensors.
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:  # safetensors wraps the errors of the system
-            raise OSError(f"{path}: {error}") from error
+        temporary.write_bytes(content)
 
 
 def read_json(path: Path | str) -> Any:

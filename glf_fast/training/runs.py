@@ -181,7 +181,8 @@ def pick_checkpoint(folder: Path, which: str) -> str:
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:
     """Add one line to the run's log; raises ValueError for NaN."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    path = folder / "metrics.jsonl"
+    with files.errors_name(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 

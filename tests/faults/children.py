@@ -125,7 +125,7 @@ def _become(
         for number in (nothing, *out, *err):
             os.close(number)
         for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
         # As in a new process, whatever the parent has installed.
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)

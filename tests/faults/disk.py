@@ -46,6 +46,8 @@ def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
 def _verdict(run: SmallRun, place: Path, ended: Ended) -> tuple[Verdict, str]:
     """One line or survived, and then the same command goes on."""
     first = judge(ended)
+    if first is Verdict.REFUSED and str(place) not in ended.error_lines[-1]:
+        first = Verdict.UNCLEAR  # it does not say where
     if first not in (Verdict.SURVIVED, Verdict.REFUSED):
         return first, ended.err
     verdict, detail = run.finish(place)
