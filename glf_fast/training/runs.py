@@ -132,7 +132,8 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        held.release()
+        with contextlib.suppress(OSError):  # the system releases the lock at the end of the process
+            held.release()
 
 
 def read_config(folder: Path) -> Config:

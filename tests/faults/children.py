@@ -81,8 +81,12 @@ def run(
     out, err = os.pipe(), os.pipe()
     started = time.monotonic()
     sys.stdout.flush(), sys.stderr.flush()
+    # An interrupt waits until the child can take it as a command does.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     child = os.fork()
-    if not child:
+    if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+    else:
         _become(module, [str(argument) for argument in arguments], before, out, err)
     # Both set the child's group, so that it exists whoever comes first.
     with contextlib.suppress(OSError):
@@ -130,12 +134,16 @@ def _become(
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         sys.argv = [module.__name__, *arguments]
+
+        def main() -> None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            module.main()
+
         if before:
             before()
         try:
-            run_command(module.main)
+            run_command(main)
         except SystemExit as end:
             if isinstance(end.code, str):
                 print(end.code, file=sys.stderr)

@@ -28,7 +28,7 @@ _NUMBERS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES, er
 
 def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
     """Let `count` runs fail, every eighth one on a disk that is really full."""
-    run, chance = small_run(folder.parent), random.Random(f"disk {seed}")
+    run, chance = small_run(folder.parent, "glf"), random.Random(f"disk {seed}")
     size = sum(path.stat().st_blocks for path in run.whole.rglob("*")) // 2  # kB
     for i in range(count):
         place = folder / str(i)

@@ -25,7 +25,7 @@ _ENDS = {
 
 def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
     """Send `count` signals, every second one at a file operation."""
-    run, chance = small_run(folder.parent), random.Random(f"signals {seed}")
+    run, chance = small_run(folder.parent, "glf"), random.Random(f"signals {seed}")
     for i in range(count):
         place = folder / str(i)
         place.mkdir(parents=True)

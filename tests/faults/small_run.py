@@ -92,7 +92,7 @@ class SmallRun:
 
 
 @functools.cache
-def small_run(folder: Path, model: str = "glf") -> SmallRun:
+def small_run(folder: Path, model: str) -> SmallRun:
     """The small run of this process with a model, below a folder that campaigns share."""
     return SmallRun(folder / f"{model}-{os.getpid()}", model)
 

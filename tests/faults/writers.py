@@ -66,7 +66,7 @@ class Writer:
 
 def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
     """Kill `count` writers, one after the other; every tenth time two of them fill one cache instead."""
-    run, chance = small_run(folder.parent), random.Random(f"writers {seed}")
+    run, chance = small_run(folder.parent, "glf"), random.Random(f"writers {seed}")
     folder.mkdir(parents=True)
     with _served(folder / "served") as url:
         writers = [_saving(), _evaluating(run), _sampling(run), _reference(run), _fetching(url, folder / "served")]

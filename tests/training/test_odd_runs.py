@@ -140,6 +140,10 @@ def test_a_file_system_without_locks_is_told(
     with runs.lock(tmp_path / "run"):
         pass
     assert "file system without locks" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(FileLock, "release", acquire)
+    with runs.lock(tmp_path / "run"):
+        pass
 
 
 def test_a_checkpoint_may_be_a_link_to_another_disk(run: Path, tmp_path: Path, call: Call) -> None:
