@@ -158,9 +158,13 @@ def _accept_vgg16(path: Path, target: Path, given_by_user: bool = False) -> Path
 
 def _vgg16_from_mirror(target: Path) -> Path:
     file = target.with_name("vgg16-397923af.pth")
+
+    def convert(temporary: Path) -> None:
+        _accept_vgg16(temporary, target)
+
     try:
         # Converted and verified before the file has its name: a kill leaves nothing that no later fetch would remove.
-        download(TORCHVISION_VGG16, file, lambda file: _accept_vgg16(file, target), limit=600_000_000)
+        download(TORCHVISION_VGG16, file, convert, limit=600_000_000)
         return target
     finally:
         file.unlink(missing_ok=True)
