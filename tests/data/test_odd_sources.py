@@ -41,7 +41,7 @@ def pgm(levels: np.ndarray, top: int) -> bytes:
 
 
 def read(content: bytes, image_size: int | None = None) -> np.ndarray:
-    return pixels.read_pixels(io.BytesIO(content), image_size)
+    return pixels.read_pixels(io.BytesIO(content), image_size)[0]
 
 
 def saved(image: Image.Image, kind: str) -> bytes:
@@ -238,3 +238,44 @@ def test_a_relative_path_may_be_one_below_data_dir(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"no data set or path 'images' in .*elsewhere"):
         load("images")
     assert len(load("images", data_dir=tmp_path)) == 18
+
+
+def moving(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    frames = [Image.new("L", (8, 8), level) for level in (10, 200)]
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def test_of_several_frames_and_pages_the_first_is_taken_and_they_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folder(tmp_path / "a", 8)
+    for kind in ("GIF", "TIFF", "PNG", "WEBP"):
+        (source / f"moving.{kind.lower()}").write_bytes(moving(kind))
+    assert sizes(source) == [10, 2]
+    assert capsys.readouterr().err == (
+        f"{source}: of 4 files (moving.gif, moving.png, moving.tiff, moving.webp) the first of several frames or pages is "
+        "taken\n"
+    )
+    (tmp_path / "b").mkdir()
+    for name in "abcd":
+        (tmp_path / "b" / f"{name}.tiff").write_bytes(moving("TIFF"))
+    assert (load(str(tmp_path / "b")).images == 10).all()
+
+
+def test_files_belong_to_the_outermost_split_and_the_rest_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, n in (("train", 6), ("train/test", 4), ("test/train", 3), ("val", 2), ("plane", 1)):
+        folder(tmp_path / "a" / name, n)
+    assert sizes(tmp_path / "a") == [10, 3]
+    left_out = "3 files (plane/0.png, val/0.png, val/1.png) beside the folders train and test left out"
+    assert capsys.readouterr().err == f"{tmp_path / 'a'}: {left_out}\n"
+
+
+def test_names_of_files_are_told_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "a")
+    (source / "new\nline\x1b[31m.txt").write_bytes(b"")
+    assert sizes(source) == [3, 1]
+    assert r"1 file (new line\u001b[31m.txt) passed over" in capsys.readouterr().err
