@@ -110,7 +110,7 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
         ),
         (["calc", "one.npy", "a.npy", "--extractor", "tiny"], "at least two"),
         (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "does not end in .safetensors, but statistics"),
-        (["calc", "a.npy", "a.npy", "--extractor", "tiny", "--device", "nowhere"], "--device nowhere"),
+        (["calc", "a.npy", "a.npy", "--extractor", "tiny", "--device", "nowhere"], "--device 'nowhere'"),
     ],
 )
 def test_mistakes_are_one_line(
