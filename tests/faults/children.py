@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import importlib
 import os
 import select
 import signal
@@ -10,7 +14,19 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
+
+import torch
+from PIL import Image
+
+from glf_fast.errors import run_command
+
+# What commands import only when they need it.
+_LATE = (
+    *(f"glf_fast.{name}" for name in ("train", "sample", "evaluate", "info", "data.__main__", "metrics.__main__")),
+    *("matplotlib.backends.backend_svg", "matplotlib.font_manager", "torch.utils.tensorboard", "sklearn.datasets"),
+)
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -25,31 +41,63 @@ class Ended:
 
     @property
     def error_lines(self) -> list[str]:
-        """Lines on standard error that are no progress and no warning."""
+        """The lines on standard error, without empty ones."""
         return [line for line in self.err.splitlines() if line.strip()]
 
 
-def run(
-    module: ModuleType, *arguments: object, before: Callable[[], None] | None = None, seconds: float = 60.0
-) -> Ended:
-    """Run `module.main` with these arguments in a child, as `python -m` would; stop it after `seconds`.
+def warm() -> None:
+    """Import whatever a command imports, for all later children.
 
-    `before` runs in the child, before the command: it sets limits, environment, or the injector.
+    torch gets one thread here and in the children: locks that other threads hold at a fork stay locked in the child.
+    """
+    torch.set_num_threads(1)
+    for name in _LATE:
+        importlib.import_module(name)
+    Image.init()
+    gc.collect()
+    gc.freeze()  # the collector would write to the memory that children share
+
+
+def run(
+    module: Any,
+    *arguments: object,
+    before: Callable[[], None] | None = None,
+    seconds: float = 60.0,
+    interrupt: tuple[float, int] | None = None,
+) -> Ended:
+    """Run `module.main` with these arguments in a child, as `python -m` would; kill it after `seconds`.
+
+    Args:
+        module: whatever has a `main` and a `__name__`.
+        before: called in the child before the command; sets limits, environment, or the injector.
+        interrupt: (seconds, signal): send the child this signal after so many seconds.
     """
     out, err = os.pipe(), os.pipe()
     started = time.monotonic()
+    sys.stdout.flush(), sys.stderr.flush()
     child = os.fork()
     if not child:
         _become(module, [str(argument) for argument in arguments], before, out, err)
-    for _, writer in (out, err):
-        os.close(writer)
-    texts, hung = _read([out[0], err[0]], child, started + seconds)
-    _, status = os.waitpid(child, 0)
+    # Both set the child's group, so that it exists whoever comes first.
+    with contextlib.suppress(OSError):
+        os.setpgid(child, child)
+    try:
+        for _, writer in (out, err):
+            os.close(writer)
+        due = None if interrupt is None else (started + interrupt[0], interrupt[1])
+        texts, hung = _read([out[0], err[0]], child, started + seconds, due)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            if sys.exc_info()[0] or hung:
+                os.killpg(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # its own children, if there are any
     return Ended(os.waitstatus_to_exitcode(status), *texts, time.monotonic() - started, hung)
 
 
 def _become(
-    module: ModuleType,
+    module: Any,
     arguments: list[str],
     before: Callable[[], None] | None,
     out: tuple[int, int],
@@ -58,7 +106,8 @@ def _become(
     """The child: never returns."""
     status = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the campaign
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (out[1], 1), (err[1], 2)):
             os.dup2(source, target)
@@ -66,13 +115,16 @@ def _become(
             os.close(number)
         for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+        # As in a new process, whatever the parent has installed.
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         sys.argv = [module.__name__, *arguments]
         if before:
             before()
         try:
-            module.main()
-            status = 0
+            run_command(module.main)
         except SystemExit as end:
             if isinstance(end.code, str):
                 print(end.code, file=sys.stderr)
@@ -85,17 +137,24 @@ def _become(
         os._exit(status)
 
 
-def _read(pipes: list[int], child: int, deadline: float) -> tuple[list[str], bool]:
-    """All that the child writes, until it ends or is stopped at the deadline."""
+def _read(
+    pipes: list[int], child: int, deadline: float, interrupt: tuple[float, int] | None
+) -> tuple[list[str], bool]:
+    """All that the child writes until it ends or is killed at the deadline; sends the interrupting signal when it is due."""
     texts = {pipe: bytearray() for pipe in pipes}
     open_pipes, hung = list(pipes), False
     while open_pipes:
-        ready, _, _ = select.select(open_pipes, [], [], max(0.0, deadline - time.monotonic()))
-        if not ready and not hung:
-            hung, deadline = True, time.monotonic() + 5.0
+        now = time.monotonic()
+        if interrupt is not None and now >= interrupt[0]:
+            os.kill(child, interrupt[1])  # a zombie at worst: it is waited for later
+            interrupt = None
+        due = deadline if interrupt is None else min(deadline, interrupt[0])
+        ready, _, _ = select.select(open_pipes, [], [], max(0.0, due - now))
+        if not ready and time.monotonic() >= deadline:
+            if hung:
+                break
+            hung, deadline = True, deadline + 5.0
             os.killpg(child, signal.SIGKILL)
-        elif not ready:
-            break
         for pipe in ready:
             if chunk := os.read(pipe, 1 << 16):
                 texts[pipe] += chunk

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from tests.faults.children import Ended
+
 
 class Verdict(enum.Enum):
     """What a command made of a fault. Only the first two are right."""
@@ -22,6 +24,22 @@ class Verdict(enum.Enum):
 
 
 RIGHT = (Verdict.SURVIVED, Verdict.REFUSED)
+
+
+def judge(ended: Ended) -> Verdict:
+    """The verdict on a command's end alone: whether its output is right is the campaign's to say.
+
+    A refusal is exit status 2 and exactly one line that begins with "error: ", the last one. Notices may precede it.
+    """
+    if ended.hung:
+        return Verdict.HUNG
+    if ended.status < 0 or "Traceback (most recent call last)" in ended.err or "Exception ignored" in ended.err:
+        return Verdict.TRACEBACK
+    if ended.status == 0:
+        return Verdict.SURVIVED
+    errors = [line for line in ended.error_lines if line.startswith("error: ")]
+    clear = errors == ended.error_lines[-1:] and all(map(str.isprintable, ended.error_lines)) and len(errors[0]) > 15
+    return Verdict.REFUSED if ended.status == 2 and clear else Verdict.UNCLEAR
 
 
 @dataclass(frozen=True)
@@ -54,10 +72,15 @@ class Table:
             if outcome.verdict not in RIGHT:
                 self.wrong.append(outcome)
 
+    @property
+    def total(self) -> int:
+        """Number of faults."""
+        return sum(count.total() for count in self.counts.values())
+
     def markdown(self) -> str:
         """The table: a row a campaign; a column for each right verdict, and one for all that are wrong."""
         lines = ["| fault | tried | survived | refused in one line | wrong |", "|---|---|---|---|---|"]
-        for campaign, count in self.counts.items():
+        for campaign, count in sorted(self.counts.items()):
             survived, refused = (count[verdict] for verdict in RIGHT)
             wrong = ", ".join(f"{n} {verdict.value}" for verdict, n in count.items() if verdict not in RIGHT) or "0"
             lines.append(f"| {campaign} | {count.total():,} | {survived:,} | {refused:,} | {wrong} |")

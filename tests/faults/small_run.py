@@ -1,0 +1,124 @@
+"""The smallest training run that passes through every writer of a run, and what must be equal between two of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from glf_fast import train
+from tests.faults import children, injector
+from tests.faults.injector import Fault, Met
+from tests.faults.verdicts import Verdict, judge
+
+# Two steps an epoch, a checkpoint after each; pictures and a score in the middle, and both again at the end.
+SETTINGS = """
+--preset smoke --epochs 3 --batch-size 20 --checkpoint-minutes 0 --pictures-every 2 --score.every 2 --score.samples 20
+--model.latent-dim 4 --model.width 4 --model.hidden 8 --flow.steps 2 --flow.hidden 8
+""".split()
+
+
+class SmallRun:
+    """The run's data, and an undisturbed run with its number of file operations.
+
+    Every run lives in a folder PLACE of its own: the run in PLACE/run, its cache in PLACE/cache.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (52, 8, 8), np.uint8)
+        np.savez(folder / "data.npz", train=pixels[:40], test=pixels[40:])
+        self.whole = folder / "whole"
+        met = self.start(self.whole, Fault())
+        assert judge(met.ended) is Verdict.SURVIVED and not left_over(self.whole), met
+        self.operations, self.seconds = met.operations, met.ended.seconds
+
+    def command(self, place: Path) -> list[object]:
+        """The arguments of `train`."""
+        return [*SETTINGS, "--data.source", self.folder / "data.npz", "--out", place / "run"]
+
+    def start(self, place: Path, fault: Fault) -> Met:
+        """Run the command, or run it again, with this fault below `place`."""
+        return injector.meet(fault, place, train, *self.command(place), before=with_cache(place / "cache"))
+
+    def interrupt(self, place: Path, seconds: float, number: int) -> children.Ended:
+        """Run the command, and send it a signal after so many seconds."""
+        before = with_cache(place / "cache")
+        return children.run(train, *self.command(place), before=before, interrupt=(seconds, number))
+
+    def finish(self, place: Path) -> tuple[Verdict, str]:
+        """Run the command once more, undisturbed, and compare with the run that nobody disturbed."""
+        age(place)
+        ended = self.start(place, Fault()).ended
+        verdict = judge(ended)
+        if verdict is not Verdict.SURVIVED:
+            return (Verdict.STUCK if verdict is Verdict.REFUSED else verdict), ended.err
+        return self.compare(place)
+
+    def compare(self, place: Path) -> tuple[Verdict, str]:
+        """Whether a finished run is equal to the undisturbed one, and leaves nothing behind."""
+        if differing := different(contents(self.whole / "run"), contents(place / "run")):
+            return Verdict.UNEQUAL, ", ".join(differing)
+        caches = [contents(root / "cache") for root in (self.whole, place)]
+        # Statistics that could not be cached are computed again, with a notice.
+        if differing := [name for name, value in caches[1].items() if caches[0].get(name) != value]:
+            return Verdict.UNEQUAL, ", ".join(differing)
+        if left := left_over(place):
+            return Verdict.LEFTOVER, ", ".join(left)
+        return Verdict.SURVIVED, ""
+
+
+@functools.cache
+def small_run(folder: Path) -> SmallRun:
+    """The small run of this process, below a folder that campaigns share."""
+    return SmallRun(folder / f"small-{os.getpid()}")
+
+
+def with_cache(cache: Path) -> Callable[[], None]:
+    """Sets the cache folder, in a child."""
+    return lambda: os.environ.update(GLF_FAST_CACHE=str(cache))
+
+
+def contents(run: Path) -> dict[str, object]:
+    """All files of a folder by their names, without what depends on the time.
+
+    This is: the images per second of the log, the minutes in a checkpoint's state, and TensorBoard's log, of which each process
+    writes its own file. Hidden files are no content.
+    """
+    found: dict[str, object] = {}
+    for path in sorted(run.rglob("*")):
+        name = path.relative_to(run)
+        if path.is_dir() or name.parts[0] == "tensorboard" or any(part.startswith(".") for part in name.parts):
+            continue
+        if path.name == "metrics.jsonl":
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            found[str(name)] = [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+        elif path.name == "checkpoint.json":
+            index = json.loads(path.read_text())
+            assert index["state"].pop("minutes") >= 0
+            found[str(name)] = index
+        else:
+            found[str(name)] = path.read_bytes()
+    return found
+
+
+def different(a: dict[str, object], b: dict[str, object]) -> list[str]:
+    """The names of files that differ or that only one side has."""
+    return [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+
+
+def left_over(place: Path) -> list[str]:
+    """Hidden files and folders below a place, but for the run's lock."""
+    hidden = (path for path in place.rglob(".*") if path.name != ".lock")
+    return sorted(str(path.relative_to(place)) for path in hidden)
+
+
+def age(place: Path) -> None:
+    """Make hidden files old: younger ones may belong to a process that is alive, and stay."""
+    for path in place.rglob(".*"):
+        os.utime(path, (0, 0), follow_symlinks=False)
