@@ -42,7 +42,9 @@ class Output:
     def write(self, text: str) -> int:
         """Write text."""
         with contextlib.suppress(*self._ignored):
-            self.stream.write(_printable(text, "\n\r\t"))
+            # Progress bars write over themselves: they alone begin with a carriage return.
+            start = text[:1] if text.startswith("\r") else ""
+            self.stream.write(start + _printable(text[len(start) :], "\n\t"))
         return len(text)
 
     def flush(self) -> None:

@@ -19,7 +19,7 @@ import tyro
 from torch import Tensor
 
 from glf_fast.command_line import parse, pick_device
-from glf_fast.data import SPLITS, as_images, load
+from glf_fast.data import SOURCES, SPLITS, as_images, load
 from glf_fast.errors import UserError, run_command
 from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, extractor
@@ -156,10 +156,26 @@ def _real(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.float64))
 
 
+def _options(source: str, command: Ref | Calc) -> dict[str, Any]:
+    """The options of loading that are for this source; an option that is for no source of the command is given to all."""
+    sources = [command.a, command.b] if isinstance(command, Calc) else [source]
+
+    def takes(source: str, option: str) -> bool:
+        data_set = SOURCES.get(source.rpartition(":")[0])
+        resizes = option == "image_size" and data_set is not None and data_set.resizes
+        return resizes or Path(source).is_dir() or Path(source).suffix.lower() == ".zip"
+
+    return {
+        option: getattr(command, option)
+        for option in ("image_size", "skip_unusable")
+        if takes(source, option) or not any(takes(other, option) for other in sources)
+    }
+
+
 def from_images(source: str, network: Extractor | None, command: Ref | Calc) -> FeatureStats:
     """Statistics of a data set's split (cached) or of all images at a path."""
     assert network is not None
-    options: Any = {"image_size": command.image_size, "skip_unusable": command.skip_unusable}
+    options = _options(source, command)
     if Path(source).exists():
         # `load` splits a tenth off for testing; the distance is about all images.
         parts = [as_images(load(source, split, **options)) for split in SPLITS]
