@@ -44,7 +44,7 @@ class Output:
         with contextlib.suppress(*self._ignored):
             # Progress bars write over themselves: they alone begin with a carriage return.
             start = text[:1] if text.startswith("\r") else ""
-            self.stream.write(start + _printable(text[len(start) :], "\n\t"))
+            self.stream.write(start + _printable(text[len(start) :], "\n"))
         return len(text)
 
     def flush(self) -> None:

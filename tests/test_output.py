@@ -84,7 +84,7 @@ def test_names_cannot_command_a_terminal() -> None:
 def test_printed_names_cannot_command_a_terminal_either() -> None:
     stream = io.StringIO()
     print("a\x1b[31m\u202eb\xa0\U000e0001\tc\r", file=Output(stream))
-    assert stream.getvalue() == "a\\u001b[31m\\u202eb\\u00a0\\U000e0001\tc\\u000d\n"
+    assert stream.getvalue() == "a\\u001b[31m\\u202eb\\u00a0\\U000e0001\\u0009c\\u000d\n"
 
 
 @pytest.mark.parametrize(

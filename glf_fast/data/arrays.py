@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         if isinstance(error, OSError) and not path.is_file():
             raise
         raise UserError(
-            f"{path} cannot be read as plain numpy arrays ({error}); pickled objects are never loaded, "
+            f"{path} cannot be read as plain numpy arrays ({str(error)[:200]}); pickled objects are never loaded, "
             "because they can execute code; save numbers with numpy.save"
         ) from error
 

@@ -192,9 +192,8 @@ def _read(path: Path, files: Sequence[File], image_size: int | None) -> _Picture
         except NotImplementedError as error:  # how zipfile reports a method that it does not know
             unusable[name] = f"{error}: unpack the zip with another program, and give the folder"
         except Exception as error:  # of reading: permissions, a link to nothing, damaged zips of many kinds
-            unusable[name] = (
-                (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-            )
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+            unusable[name] = reason[:200]
     return found
 
 

@@ -145,7 +145,7 @@ def from_statistics(source: str) -> FeatureStats | None:
             raise UserError(f"{source}: {error}") from error
         except Exception as error:  # numpy and zipfile raise whatever they run into
             raise UserError(
-                f"{source} holds neither readable statistics nor images ({error}); write it again"
+                f"{source} holds neither readable statistics nor images ({str(error)[:200]}); write it again"
             ) from error
     return None
 

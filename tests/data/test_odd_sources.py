@@ -193,18 +193,20 @@ def header(text: bytes) -> bytes:
     ("name", "content"),
     [
         ("a.npy", header(b"[")),
+        ("a.npy", header(b"1" * 5000)),
         ("a.npy", header(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000000,), }\n")),
         ("a.npz", None),
     ],
-    ids=["header", "size", "member"],
+    ids=["header", "long-header", "size", "member"],
 )
 def test_damaged_arrays_are_one_line(name: str, content: bytes | None, tmp_path: Path) -> None:
     if content is None:
         write_zip(tmp_path / name, {"notes.txt": b"hello"})
     else:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} cannot be read as plain numpy arrays"):
+    with pytest.raises(UserError, match=rf"{name} cannot be read as plain numpy arrays") as error:
         load(str(tmp_path / name))
+    assert len(str(error.value)) < 600
 
 
 def test_links_to_folders_are_followed(tmp_path: Path) -> None:
@@ -279,3 +281,19 @@ def test_names_of_files_are_told_on_one_line(tmp_path: Path, capsys: pytest.Capt
     (source / "new\nline\x1b[31m.txt").write_bytes(b"")
     assert sizes(source) == [3, 1]
     assert r"1 file (new line\u001b[31m.txt) passed over" in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    source = folder(tmp_path / "a")
+    os.mkfifo(source / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe.png in .* \(a pipe, a socket or a device, not a file\)"):
+        load(str(source))
+
+
+@pytest.mark.parametrize(
+    "labels", [np.full(4, np.inf), np.full(4, 1e300), np.full(4, 2**64 - 1, np.uint64), np.full(4, 1j)]
+)
+def test_labels_that_are_no_class_numbers_are_refused(labels: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((4, 8, 8), np.uint8), labels=labels)
+    with pytest.raises(UserError, match="that are not class numbers"):
+        load(str(tmp_path / "a.npz"))

@@ -32,7 +32,7 @@ WORDS = (
     "cpu", "cuda", "cuda:1", "cpu:99", "meta", "mps", "vulkan", "rnvp", "vae", "glf", "digits", "digits:test",
     "data.npy", "no/such/path", ".", "~nosuchuser/x", "/dev/null", "run", "a b", "é", "\N{GRINNING FACE}",
     "\u202egnp", "\x1b[31m", "new\nline", "\udcff", "%s", "{}", "$HOME", "-", "--", "-1", "--n", "=", "x" * 300,
-    "x" * 5000, "{None}", "error: x", "l'été", "@x",
+    "x" * 1200, "{None}", "error: x", "l'été", "@x",
 )  # fmt: skip
 SETTINGS = (
     "--epochs", "--batch-size", "--seed", "--precision", "--ema", "--max-minutes", "--checkpoint-minutes",

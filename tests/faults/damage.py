@@ -249,8 +249,7 @@ def prepare(root: Path) -> None:
         run(SimpleNamespace(__name__="save", main=_save), place=root),
     ):
         assert ended.status == 0, ended.err
-    for folder in ("tensorboard", "samples", "reconstructions", "interpolations"):
-        shutil.rmtree(root / "run" / folder)
+    shutil.rmtree(root / "run" / "tensorboard")
 
 
 def _save() -> None:
@@ -301,7 +300,9 @@ def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
         whole = (place / reader.file).read_bytes()
         (place / reader.file).write_bytes(damaged(whole, chance, reader.text))
         ended = run(reader.module, *reader.arguments, place=place, before=reader.before)
-        equal = not reader.checked or result(reader, ended) == right[key]
+        # A damaged name in a zip is another name, perhaps that of no picture, as the command says.
+        said = reader.file.endswith(".zip") and "passed over" in ended.err
+        equal = not reader.checked or said or result(reader, ended) == right[key]
         verdict, detail = judge(ended, equal=equal, named=Path(reader.file).name)
         return reader.row, verdict, f"{reader.file}: {detail}" if detail else ""
 

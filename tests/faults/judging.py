@@ -38,7 +38,7 @@ def judge(ended: Ended, *, equal: bool = True, named: str = "") -> tuple[Verdict
         named: what a line that refuses must name.
     """
     verdict = verdicts.judge(ended)
-    clean = all(c.isprintable() or c in "\n\t" for c in ended.out + ended.err) and "Warning: " not in ended.err
+    clean = all(c.isprintable() or c == "\n" for c in ended.out + ended.err) and "Warning: " not in ended.err
     if verdict in RIGHT and not clean:
         verdict = Verdict.UNCLEAR
     elif verdict is Verdict.SURVIVED and not equal:
