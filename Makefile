@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint bench gate gpu gpu-again gpu-here clean
+.PHONY: train test faults lint bench gate gpu gpu-again gpu-here clean
 
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
@@ -17,6 +17,11 @@ train: $(VENV)/train.stamp
 # One process per core, each with one thread: the tests are many and small. ARGS="-m long" runs those that take minutes.
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto $(ARGS)
+
+# Half an hour on two cores: kills, failing disks, damaged files and odd input, and a table of what became of them.
+# ARGS="--only kills --minutes 5"; what went wrong is printed with the command that repeats it.
+faults: $(VENV)/test.stamp
+	$(RUN) tests/faults $(ARGS)
 
 # Alone on the machine: a neighbour falsifies every time.
 bench: $(VENV)/bench.stamp

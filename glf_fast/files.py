@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,13 +14,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from glf_fast.errors import UserError
 
-__all__ = ["atomic_write", "cache_dir", "file_digest", "read_json", "save_tensors", "sha256", "sweep", "write_json"]
+__all__ = [
+    "atomic_write",
+    "cache_dir",
+    "errors_name",
+    "file_digest",
+    "read_json",
+    "save_tensors",
+    "sha256",
+    "sweep",
+    "write_json",
+]
 
 
 def cache_dir() -> Path:
@@ -36,23 +46,35 @@ def cache_dir() -> Path:
         raise UserError(f"the cache folder {path} has no place ({error}); set GLF_FAST_CACHE to a folder") from error
 
 
+# The mark of a file that is being written: whoever finds such a file older than an hour finds what a killed process left.
+_UNFINISHED = re.compile(r"\..+-[a-z0-9_]{8}\.partial(\.\w+)?")
+_swept: set[Path] = set()
+# Errors of a disk. A block that writes a file may also meet errors of a network, which are not the file's.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; if the block succeeds, flush the temporary file to disk and rename it to `path`.
 
     A reader sees the old file or the whole new file, never a part. If the block fails (exception, disk full), the temporary
-    file is removed and `path` stays as it was. Parent folders are created.
+    file is removed and `path` stays as it was. Parent folders are created. At the first write into a folder, a process removes
+    the temporary files that killed processes left there more than an hour ago.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        sweep(path.parent, seconds=3600)
     # The suffix is kept last: some writers (numpy, Pillow) choose the format by it.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".partial{path.suffix}", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        with errors_name(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         # mkstemp makes the file private; give it the permissions that a plain open() would have given.
         umask = os.umask(0)
         os.umask(umask)
@@ -62,14 +84,27 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what `atomic_write` left in a folder when its process was killed; files of the last minute may be in use."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        left = re.fullmatch(r"\..+-[a-z0-9_]{8}(\.\w+)?", path.name) and path.is_file() and not path.is_symlink()
-        if left and time.time() - path.stat().st_mtime > 60:
-            path.unlink(missing_ok=True)
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Add the file's name to errors of the disk inside the block: those of writing say "No space left on device" alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _DISK:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+
+
+def sweep(folder: Path, *, seconds: float = 60) -> None:
+    """Remove what `atomic_write` left in a folder when its process was killed; younger files may be in use.
+
+    Files that cannot be removed stay, because they do no harm.
+    """
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            left = _UNFINISHED.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+            if left and time.time() - path.stat().st_mtime > seconds:
+                path.unlink(missing_ok=True)
 
 
 def sha256(path: Path | str) -> str:
@@ -95,12 +130,12 @@ def write_json(path: Path | str, content: Any) -> None:
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, atomically; raises OSError when it cannot be written (disk full …)."""
+    # channels_last weights are not contiguous, and safetensors refuses such tensors.
+    content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
+    # Not by save_file, which wraps the errors of the system, and writes to a hidden file of its own (.tmpXXXXXX) that stays
+    # after a kill; the price is the content in memory.
     with atomic_write(path) as temporary:
-        try:
-            # channels_last weights are not contiguous, and safetensors refuses such tensors.
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:  # safetensors wraps the errors of the system
-            raise OSError(f"{path}: {error}") from error
+        temporary.write_bytes(content)
 
 
 def read_json(path: Path | str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from glf_fast.command_line import pick_device
 from glf_fast.errors import run_command
 from glf_fast.output import one_line
-from glf_fast.training import runs
+from glf_fast.training import report, runs
 from glf_fast.training.arguments import parse_train
 from glf_fast.training.board import Board
 from glf_fast.training.config_files import to_toml
@@ -47,6 +47,7 @@ def main() -> None:
         runs.write_config(folder, config)
         if run.finished:
             print(f"{folder} is finished ({run.trainer.images:,} images)", file=sys.stderr)
+            report.write(folder)  # which a kill may have prevented
         else:
             with Board(folder / "tensorboard", run.trainer.images) as board:
                 run.train(board)

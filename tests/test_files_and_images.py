@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_tensors_on_a_full_disk_raise_oserror(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"a\.safetensors: .*File too large"):
+        with pytest.raises(OSError, match=r"File too large: .*a\.safetensors"):
             save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -86,15 +87,19 @@ def test_leftovers_of_killed_writers_are_swept(tmp_path: Path) -> None:
     with atomic_write(tmp_path / "a.png") as temporary:
         temporary.write_bytes(b"x")
         name = temporary.name
-    names = [name, name.removesuffix(".png"), ".hidden", ".lock", "b.png", ".new-000000001.png"]
-    for name in [*names, ".young-abcd1234.png"]:
-        (tmp_path / name).write_bytes(b"x")
-    for name in names:
-        os.utime(tmp_path / name, (0, 0))
+    left, foreign = [name, name.removesuffix(".png")], [".hidden", ".lock", "b.png", ".my-settings", ".a-abcd1234.png"]
+    young = ".young-abcd1234.partial.png"
+    for path in [*left, *foreign, young]:
+        (tmp_path / path).write_bytes(b"x")
+    for path in [*left, *foreign]:
+        os.utime(tmp_path / path, (0, 0))
+    shutil.copytree(tmp_path, tmp_path / "another")
     sweep(tmp_path)
     sweep(tmp_path / "none")
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"a.png", ".hidden", ".lock", "b.png", ".new-000000001.png", ".young-abcd1234.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", *foreign, young, "another"}
+    with atomic_write(tmp_path / "another" / "c.png"):  # the first write of this process into this folder
+        pass
+    assert {path.name for path in (tmp_path / "another").iterdir()} == {"a.png", "c.png", *foreign, young}
 
 
 def test_json_with_a_mark_and_json_without_end(tmp_path: Path) -> None:

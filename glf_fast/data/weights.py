@@ -159,8 +159,9 @@ def _accept_vgg16(path: Path, target: Path, given_by_user: bool = False) -> Path
 def _vgg16_from_mirror(target: Path) -> Path:
     file = target.with_name("vgg16-397923af.pth")
     try:
-        download(TORCHVISION_VGG16, file, lambda file: None, limit=600_000_000)  # the convolutions are verified below
-        return _accept_vgg16(file, target)
+        # Converted and verified before the file has its name: a kill leaves nothing that no later fetch would remove.
+        download(TORCHVISION_VGG16, file, lambda file: _accept_vgg16(file, target), limit=600_000_000)
+        return target
     finally:
         file.unlink(missing_ok=True)
 

@@ -36,6 +36,7 @@ __all__ = [
     "optimizer_tensors",
     "read",
     "restore_optimizer",
+    "sweep",
     "write",
 ]
 
@@ -70,13 +71,15 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     checkpoint exists.
 
     Raises:
+        UserError: the folder holds something else than a checkpoint, which stays.
         OSError: the checkpoint could not be written (disk full …); the old checkpoint stays.
     """
-    if folder.is_symlink():  # to another disk, perhaps; the folder there is the checkpoint
-        folder = folder.resolve()
+    folder = _behind_links(folder)
+    if folder.exists() and not (folder / _INDEX).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} would be replaced by a checkpoint, but holds something else; move it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    previous, temporary = _previous(folder), folder.with_name(f".{folder.name}-new")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    sweep(folder)
+    previous, temporary = _previous(folder), _new(folder)
     try:
         temporary.mkdir()
         saving.write(temporary, checkpoint.config, checkpoint.weights)
@@ -91,7 +94,6 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         _flush(temporary)
         # No portable system call swaps folders, so the old folder is renamed first; `read` looks for it under that name, too.
         if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
         temporary.rename(folder)
         _flush(folder.parent)
@@ -104,6 +106,14 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process left beside a checkpoint when it was killed while it wrote one."""
+    folder = _behind_links(folder)
+    if folder.is_dir():  # otherwise the previous checkpoint is the one to read
+        shutil.rmtree(_previous(folder), ignore_errors=True)
+    shutil.rmtree(_new(folder), ignore_errors=True)
 
 
 def exists(folder: Path) -> bool:
@@ -183,7 +193,17 @@ def restore_optimizer(
 
 
 def _previous(folder: Path) -> Path:
+    folder = _behind_links(folder)
     return folder.with_name(f".{folder.name}-previous")
+
+
+def _new(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-new")
+
+
+def _behind_links(folder: Path) -> Path:
+    """The folder that holds the checkpoint: `folder` may be a link to another disk."""
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def _complete(folder: Path) -> Path:

@@ -201,7 +201,8 @@ class Run:
         pictures = draw_pictures(trainer.best_model, self.test_set.items.to(self.device), self.config.seed)
         if not trainer.in_last_stage:
             del pictures["samples"]  # which mean nothing yet
-        for kind, picture in pictures.items():
+        # Samples last: `finish` takes them for a sign that all pictures are there, even after a kill.
+        for kind, picture in reversed(pictures.items()):
             save_picture(self.folder, kind, picture, trainer.images)
             board.image(kind, picture, trainer.images)
 
@@ -224,7 +225,6 @@ class Run:
         score = {k: samples[k] for k in ("metric", "value")} | {
             "reconstructions": rebuilt["value"] if rebuilt else None
         }
-        runs.append_metrics(self.folder, {"images": trainer.images, "epoch": self.epoch, "score": score})
         board.scalar(f"{score['metric']} of samples", score["value"], trainer.images)
         line = f"epoch {self.epoch:.4g}: {score['metric']} {score['value']:.2f}"
         if rebuilt:
@@ -237,5 +237,7 @@ class Run:
         best = before is None or before["metric"] != score["metric"] or score["value"] < before["value"]
         if best:
             trainer.save(self.best, {**state, "score": score}, for_resuming=False)
+        # Last: a score in the log says that the best checkpoint is right, even to a process that goes on after a kill.
+        runs.append_metrics(self.folder, {"images": trainer.images, "epoch": self.epoch, "score": score})
         report.write(self.folder)
         return line + ("  best so far" if best else "")

@@ -46,6 +46,8 @@ __all__ = [
 
 # The last line of a config.toml, without which the file was cut off.
 _END = "# end of the settings\n"
+# The folders of a run that must be its own: a run that somebody else has made could write anywhere through links.
+_INSIDE = ("samples", "reconstructions", "interpolations", "tensorboard")
 
 
 def _changeable(config: Config) -> set[str]:
@@ -68,11 +70,18 @@ def default_folder(config: Config, base: Config, label: str) -> Path:
 
 
 def check_folder(folder: Path, config: Config) -> None:
-    """Check that the run's folder is missing, empty, or holds a run with the same settings.
+    """Check that the run's folder is missing, empty, or holds a run with the same settings, and writes nowhere else.
 
     Raises:
-        UserError: the folder holds something else, or another run; the message names the settings that differ.
+        UserError: the folder holds something else, or another run; the message names the settings that differ. Or a folder in
+            it, other than that of the checkpoints, is a link to a place outside.
     """
+    for path in (folder / name for name in _INSIDE):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, outside of the run's folder; remove the link, so that a folder can be "
+                "written there (only checkpoints may be on another disk)"
+            )
     if (folder / "config.toml").is_file():
         changed = {k: v for k, v in differences(read_config(folder), config).items() if k not in _changeable(config)}
         if changed:
@@ -92,9 +101,11 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a run's folder and in its folders of pictures."""
+    """Remove what killed processes left in a run's folder, in its folders of pictures and beside its checkpoints."""
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
         files.sweep(place)
+    for which in ("last", "best"):
+        checkpoint.sweep(checkpoint_folder(folder, which))
 
 
 @contextlib.contextmanager
@@ -170,7 +181,8 @@ def pick_checkpoint(folder: Path, which: str) -> str:
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:
     """Add one line to the run's log; raises ValueError for NaN."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    path = folder / "metrics.jsonl"
+    with files.errors_name(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 

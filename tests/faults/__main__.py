@@ -1,4 +1,4 @@
-"""python -m tests.faults [--minutes 30] [--only kills,disk] [--seed 0]: campaigns of faults, and the table of what became of them.
+"""python tests/faults [--minutes 30] [--only kills,disk] [--seed 0]: campaigns of faults, and the table of what became of them.
 
 A campaign is a module with `campaign(seed, count, folder)`, which yields an Outcome for each fault. It is done in shares, one
 after the other; share k of a campaign has the seed SEED + k, and repeats exactly. Shares run in two processes that are forked
@@ -21,9 +21,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
-from tests.faults import children, injector
-from tests.faults.verdicts import Outcome, Table
+HERE = Path(__file__).resolve().parent
+# Some packages install a module `tests` of their own.
+sys.modules["tests"] = ModuleType("tests")
+sys.modules["tests"].__path__ = [str(HERE.parent)]
+sys.path[0] = str(HERE.parent.parent)
+
+from tests.faults import children, injector  # noqa: E402
+from tests.faults.verdicts import Outcome, Table  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,9 @@ def main() -> None:
     """Parse the command line, preload the injector, and run the campaigns."""
     options = _options()
     if _FOLDER in os.environ:
-        sys.exit(_run(options, Path(os.environ[_FOLDER])))
+        status = _run(options, Path(os.environ[_FOLDER]))
+        sys.stdout.flush()
+        os._exit(status)  # Triton complains at an orderly exit
     if sys.platform != "linux":
         sys.exit("error: faults are injected with LD_PRELOAD, which this system does not have; run them on Linux")
     # Memory, where there is one: what a kill leaves behind does not depend on the disk.
@@ -59,12 +68,12 @@ def main() -> None:
         library = injector.build(Path(folder))
         settings = {_LIBRARY: str(library), _FOLDER: folder, "OMP_NUM_THREADS": "1"}
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child gets it, too, and ends; then the folder is removed
-        done = subprocess.run([sys.executable, "-m", "tests.faults", *sys.argv[1:]], env={**os.environ, **settings})
+        done = subprocess.run([sys.executable, str(HERE), *sys.argv[1:]], env={**os.environ, **settings})
     sys.exit(done.returncode)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").split("\n\n")[1])
+    parser = argparse.ArgumentParser(prog="python tests/faults", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--minutes", type=float, default=30.0, help="start no new share after so many minutes (30)")
     parser.add_argument("--only", default="", help=f"names of campaigns, separated by commas: {', '.join(CAMPAIGNS)}")
     parser.add_argument("--seed", type=int, default=0, help="seed of each campaign's first share (0)")
@@ -72,13 +81,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=0, help="number of faults in a share, by default the campaign's")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="shares at a time (2)")
     options = parser.parse_args()
-    options.names = options.only.split(",") if options.only else [name for name in CAMPAIGNS if _exists(name)]
-    if unknown := [name for name in options.names if name not in CAMPAIGNS or not _exists(name)]:
+    options.names = options.only.split(",") if options.only else [name for name in CAMPAIGNS if exists(name)]
+    if unknown := [name for name in options.names if name not in CAMPAIGNS or not exists(name)]:
         parser.error(f"no campaign {', '.join(unknown)}; the campaigns are {', '.join(CAMPAIGNS)}")
     return options
 
 
-def _exists(name: str) -> bool:
+def exists(name: str) -> bool:
+    """Whether a campaign is there."""
     return importlib.util.find_spec(f"tests.faults.{name}") is not None
 
 
@@ -102,14 +112,20 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
                 wrong = len(table.wrong)
                 table.add(outcomes)
                 minutes = (time.monotonic() - started) / 60
-                print(f"{minutes:5.1f} min  {table.total:6,} faults  {len(table.wrong)} wrong  ({name}, seed {seed})", flush=True)
+                print(
+                    f"{minutes:5.1f} min  {table.total:6,} faults  {len(table.wrong)} wrong  ({name}, seed {seed})",
+                    flush=True,
+                )
                 for outcome in table.wrong[wrong:]:
-                    print(f"\nWRONG: {outcome.verdict.value}: {outcome.campaign}: {outcome.fault}\n{outcome.detail.rstrip()}")
+                    print(
+                        f"\nWRONG: {outcome.verdict.value}: {outcome.campaign}: {outcome.fault}\n{outcome.detail.rstrip()}"
+                    )
                     again = f"--only {name} --seed {seed} --shares 1 --count {count}"
-                    print(f"repeat: python -m tests.faults {again}\n", flush=True)
+                    print(f"repeat: python tests/faults {again}\n", flush=True)
             if time.monotonic() - started > 60 * options.minutes:
                 waiting.clear()
-    print(f"\n{table.markdown()}\n\n{table.total:,} faults in {(time.monotonic() - started) / 60:.1f} minutes, seed {options.seed}")
+    minutes = (time.monotonic() - started) / 60
+    print(f"\n{table.markdown()}\n\n{table.total:,} faults in {minutes:.1f} minutes, seed {options.seed}")
     return 1 if table.wrong else 0
 
 

@@ -24,7 +24,13 @@ from glf_fast.errors import run_command
 # What commands import only when they need it.
 _LATE = (
     *(f"glf_fast.{name}" for name in ("train", "sample", "evaluate", "info", "data.__main__", "metrics.__main__")),
-    *("matplotlib.backends.backend_svg", "matplotlib.font_manager", "torch.utils.tensorboard", "sklearn.datasets"),
+    *(
+        "matplotlib.backends.backend_svg",
+        "matplotlib.font_manager",
+        "torch.utils.tensorboard",
+        "torch._dynamo",
+        "sklearn.datasets",
+    ),
 )
 _PR_SET_PDEATHSIG = 1
 
@@ -96,6 +102,11 @@ def run(
     return Ended(os.waitstatus_to_exitcode(status), *texts, time.monotonic() - started, hung)
 
 
+def die_with_parent() -> None:
+    """Let this child end with its parent, so that nothing outlives a campaign that is interrupted."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _become(
     module: Any,
     arguments: list[str],
@@ -107,14 +118,14 @@ def _become(
     status = 1
     try:
         os.setpgid(0, 0)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the campaign
+        die_with_parent()
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (out[1], 1), (err[1], 2)):
             os.dup2(source, target)
         for number in (nothing, *out, *err):
             os.close(number)
         for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
         # As in a new process, whatever the parent has installed.
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
@@ -137,9 +148,7 @@ def _become(
         os._exit(status)
 
 
-def _read(
-    pipes: list[int], child: int, deadline: float, interrupt: tuple[float, int] | None
-) -> tuple[list[str], bool]:
+def _read(pipes: list[int], child: int, deadline: float, interrupt: tuple[float, int] | None) -> tuple[list[str], bool]:
     """All that the child writes until it ends or is killed at the deadline; sends the interrupting signal when it is due."""
     texts = {pipe: bytearray() for pipe in pipes}
     open_pipes, hung = list(pipes), False

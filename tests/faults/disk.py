@@ -46,6 +46,8 @@ def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
 def _verdict(run: SmallRun, place: Path, ended: Ended) -> tuple[Verdict, str]:
     """One line or survived, and then the same command goes on."""
     first = judge(ended)
+    if first is Verdict.REFUSED and str(place) not in ended.error_lines[-1]:
+        first = Verdict.UNCLEAR  # it does not say where
     if first not in (Verdict.SURVIVED, Verdict.REFUSED):
         return first, ended.err
     verdict, detail = run.finish(place)
@@ -59,9 +61,13 @@ def _full(run: SmallRun, place: Path, kilobytes: int) -> Outcome:
 
         def limited() -> None:
             before()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 8, resource.RLIM_INFINITY))  # the largest file is smaller
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (kilobytes << 8, resource.RLIM_INFINITY)
+            )  # the largest file is smaller
 
-        return Outcome(LIMITED, f"{kilobytes << 8} bytes", *_verdict(run, place, children.run(train, *command, before=limited)))
+        return Outcome(
+            LIMITED, f"{kilobytes << 8} bytes", *_verdict(run, place, children.run(train, *command, before=limited))
+        )
     with _mounted(place, kilobytes):
         ended = children.run(train, *command, before=before)
         _mount("-o", "remount,size=64m", str(place))

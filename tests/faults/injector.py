@@ -83,7 +83,17 @@ def build(folder: Path) -> Path:
     if compiler is None:
         raise SystemExit("error: faults are injected by a C library, and there is no C compiler (cc, gcc or $CC)")
     library = folder / "injector.so"
-    command = [*compiler.split(), "-shared", "-fPIC", "-O1", "-U_FORTIFY_SOURCE", "-o", str(library), str(SOURCE), "-ldl"]
+    command = [
+        *compiler.split(),
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-o",
+        str(library),
+        str(SOURCE),
+        "-ldl",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr}")

@@ -1,4 +1,4 @@
-"""kill -9 before, in the middle of and after file operations of a training run, several in a row; then the same command again."""
+"""kill -9 at file operations of a training run, several in a row; then the same command again."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _LONGEST = 6
 
 
 def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
-    """Kill `count` times. Consecutive seeds go through all operations of the run before any of them comes again."""
-    run, chance = small_run(folder.parent), random.Random(f"kills {seed}")
+    """Kill `count` times. Seeds 2 k (GLF) and 2 k + 1 (two stages) go through all operations before any of them comes again."""
+    run = small_run(folder.parent, ("glf", "staged")[seed % 2])
+    chance = random.Random(f"kills {seed}")
     places = [(at, how) for at in range(1, run.operations + 1) for how in KILLS]
     random.Random(0).shuffle(places)
     killed = drawn = 0
@@ -26,7 +27,7 @@ def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
         place, faults, wrong = folder / str(killed), [], None
         place.mkdir(parents=True)
         while len(faults) < _LONGEST and wrong is None:
-            at, how = places[(seed * count + drawn) % len(places)]
+            at, how = places[(seed // 2 * count + drawn) % len(places)]
             if faults and chance.random() < 0.3:
                 at = chance.randrange(1, 60)  # resuming itself
             else:

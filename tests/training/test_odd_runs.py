@@ -1,5 +1,6 @@
 """Runs as crashes, disks and people leave them: nothing is lost, and nothing wrong is taken for right."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -16,7 +17,7 @@ from filelock import FileLock
 
 from glf_fast import evaluate, sample, train
 from glf_fast.errors import UserError
-from glf_fast.training import checkpoint, report, runs
+from glf_fast.training import checkpoint, pictures, report, runs
 from glf_fast.training.arguments import parse_train
 from glf_fast.training.board import Board
 
@@ -108,7 +109,7 @@ def test_names_in_the_log_are_no_formulas(run: Path) -> None:
 
 
 def test_temporary_files_of_killed_writers_do_no_harm(run: Path, call: Call) -> None:
-    left = [".config-abcd1234.toml", "samples/.000003072-abcd1234.png", ".scores-abcd1234.json"]
+    left = [".config-abcd1234.partial.toml", "samples/.000003072-abcd1234.partial.png", ".scores-abcd1234.partial.json"]
     for name in left:
         (run / name).write_bytes(b"")
         os.utime(run / name, (0, 0))
@@ -117,7 +118,7 @@ def test_temporary_files_of_killed_writers_do_no_harm(run: Path, call: Call) -> 
     assert not any((run / name).exists() for name in left)
     only = run.parent / "only"
     only.mkdir()
-    (only / ".config-abcd1234.toml").write_bytes(b"")
+    (only / ".config-abcd1234.partial.toml").write_bytes(b"")
     runs.check_folder(only, runs.read_config(run))
 
 
@@ -189,3 +190,107 @@ def test_another_model_does_not_need_a_preset() -> None:
     assert runs.default_folder(command.config, command.base, command.label) == Path("runs/vae-model.latent_dim=7")
     assert parse_train([]).label == "quick" and parse_train(["--model.name", "glf"]).label == "quick"
     assert dataclasses.replace(parse_train([]).config, epochs=1).model.name == "glf"
+
+
+# -- links ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["samples", "reconstructions", "interpolations", "tensorboard"])
+def test_nothing_is_written_through_links_out_of_the_folder(name: str, run: Path, tmp_path: Path, call: Call) -> None:
+    shutil.move(run / name, tmp_path / "elsewhere")
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    before = sorted(path.name for path in (tmp_path / "elsewhere").iterdir())
+    with pytest.raises(UserError, match=rf"/{name} is a link to .*/elsewhere, outside of the run's folder"):
+        call(train, "--preset", "smoke", "--epochs", "5", "--out", run)
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == before
+
+
+def test_the_whole_folder_and_its_checkpoints_may_be_links(run: Path, tmp_path: Path, call: Call) -> None:
+    shutil.move(run / "checkpoints", tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    shutil.move(run / "samples", run / "more")
+    (run / "samples").symlink_to("more")  # which stays within the folder
+    (tmp_path / "link").symlink_to(run)
+    call(train, "--preset", "smoke", "--epochs", "5", "--out", tmp_path / "link")
+    assert checkpoint.read_state(tmp_path / "disk" / "last")["epoch"] == 5
+
+
+def test_a_linked_checkpoint_survives_a_kill_between_its_two_renames(run: Path, tmp_path: Path) -> None:
+    last = run / "checkpoints" / "last"
+    shutil.move(last, tmp_path / "disk")
+    last.symlink_to(tmp_path / "disk")
+    (tmp_path / "disk").rename(tmp_path / ".disk-previous")
+    assert checkpoint.exists(last) and checkpoint.read_state(last)["epoch"] == 4
+
+
+def test_a_checkpoint_replaces_checkpoints_alone(run: Path, tmp_path: Path, call: Call) -> None:
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("x")
+    shutil.rmtree(run / "checkpoints" / "best")
+    (run / "checkpoints" / "best").symlink_to(tmp_path / "papers")
+    with pytest.raises(UserError, match=r"checkpoint.json is missing"):
+        call(train, "--preset", "smoke", "--epochs", "5", "--out", run)
+    content = checkpoint.read(run / "checkpoints" / "last")
+    with pytest.raises(UserError, match="papers would be replaced by a checkpoint, but holds something else"):
+        checkpoint.write(run / "checkpoints" / "best", content)
+    assert (tmp_path / "papers" / "thesis.tex").read_text() == "x"
+
+
+# -- kills between two writes ---------------------------------------------------------------------------------------------
+
+
+def test_what_a_kill_leaves_beside_checkpoints_is_removed(run: Path, call: Call) -> None:
+    checkpoints = run / "checkpoints"
+    for name in (".last-previous", ".best-previous", ".last-new"):
+        shutil.copytree(checkpoints / "last", checkpoints / name)
+    call(train, "--preset", "smoke", "--out", run)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best", "last"]
+
+
+def test_the_last_score_is_not_logged_before_its_checkpoint_is_saved(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed while it saves the best checkpoint at the end of training scores again when it goes on."""
+    arguments = ["--preset", "smoke", "--epochs", "1", "--score.every", "2"]  # so the only score is that at the end
+    call(train, *arguments, "--out", tmp_path / "whole")
+    write = checkpoint.write
+    monkeypatch.setattr(
+        checkpoint, "write", lambda folder, content: 1 / (folder.name != "best") and write(folder, content)
+    )
+    with pytest.raises(ZeroDivisionError):
+        call(train, *arguments, "--out", tmp_path / "killed")
+    monkeypatch.undo()
+    monkeypatch.setenv("GLF_FAST_CACHE", str(tmp_path / "cache"))
+    call(train, *arguments, "--out", tmp_path / "killed")
+    whole, killed = (checkpoint.read(tmp_path / name / "checkpoints" / "best") for name in ("whole", "killed"))
+    assert all(torch.equal(value, killed.weights[name]) for name, value in whole.weights.items())
+
+
+def test_a_report_that_a_kill_prevented_is_written_by_the_same_command(run: Path, call: Call) -> None:
+    report.write(run)
+    whole = (run / "report.html").read_text()
+    (run / "report.html").write_text("without scores")
+    call(train, "--preset", "smoke", "--out", run)
+    assert (run / "report.html").read_text() == whole
+
+
+def test_pictures_that_a_kill_prevented_are_drawn_by_the_same_command(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--preset", "smoke", "--epochs", "1", "--score.samples", "20", "--out", tmp_path / "run"]
+    save, kinds = pictures.save_png, {"samples", "reconstructions", "interpolations"}
+    for first in range(1, 4):
+
+        def dies(path: Path, picture: torch.Tensor, scale: int, *, after: list[int] = [first]) -> None:  # noqa: B006
+            if not after[0]:
+                raise ZeroDivisionError
+            after[0] -= 1
+            save(path, picture, scale)
+
+        monkeypatch.setattr(pictures, "save_png", dies)
+        with contextlib.suppress(ZeroDivisionError):
+            call(train, *arguments)
+        monkeypatch.setattr(pictures, "save_png", save)
+        call(train, *arguments)
+        assert kinds <= {path.name for path in (tmp_path / "run").iterdir()}
+        shutil.rmtree(tmp_path / "run")
