@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -42,7 +43,9 @@ def parse(
     options: dict[str, Any] = {"prog": program, "default": default, "description": description}
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):  # tyro's errors come in a box of many lines
+        # tyro's errors come in a box of many lines; its help is coloured on a terminal, which `Output` would not let through.
+        terminal = getattr(sys.stdout, "stream", sys.stdout)
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(terminal):
             command, unknown = tyro.cli(kind, args=arguments, return_unknown_args=True, **options)
     except SystemExit as stop:
         if not stop.code:
@@ -66,7 +69,8 @@ def parse(
     for word in [word for word in words if word.replace("_", "-") not in known] + unknown:
         hint = did_you_mean(word, sorted(known)).rstrip() or f"{program} --help lists all options"
         raise UserError(f"{'unknown option' if word.startswith('-') else 'unexpected argument'} {word}; {hint}")
-    raise UserError(f"{_one_line(errors.getvalue())}; {program} --help explains the options")
+    text = _one_line(errors.getvalue())
+    raise UserError(f"{text}{_as_list(text, arguments)}; {program} --help explains the options")
 
 
 def _one_line(box: str) -> str:
@@ -83,16 +87,32 @@ def _one_line(box: str) -> str:
     return text + (f" (wanted: {form[1].replace('[', '')})" if form else "")
 
 
+def _as_list(error: str, arguments: Sequence[str]) -> str:
+    """A hint for the option that the error is about, if its value is a list with commas, as files have it."""
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for option, value in itertools.pairwise(words):
+        items = re.findall(r"[^\s,\[\]()]+", value)
+        if option.startswith("--") and "," in value and len(items) > 1 and f"{option}:" in error:
+            return f"; a list is written with spaces: {option} {' '.join(items)}"
+    return ""
+
+
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; for "" the GPU if there is one, else the CPU. Raises UserError if the device does not exist."""
+    """The device called `name`; for "" the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: the device does not exist, or holds no values, like meta.
+    """
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("the CPU is one device, cpu")  # torch takes any number
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise UserError(
-            f"cannot use device {name!r} ({reason}); without --device the GPU is used if there is one, else the CPU"
+            f"cannot use --device {name!r} ({reason}); without --device the GPU is used if there is one, else the CPU"
         ) from error
     return device

@@ -7,6 +7,7 @@ import platform
 import torch
 
 import glf_fast
+from glf_fast.errors import run_command
 from glf_fast.files import cache_dir
 from glf_fast.ops.backends import BACKENDS
 
@@ -37,6 +38,11 @@ def _cost(name: str) -> str:
     return f"{COSTS[name]}. To change this, {BACKENDS[name].remedy}"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print all of it."""
     for name, value in info().items():
         print(f"{name:18} {value}")
+
+
+if __name__ == "__main__":
+    run_command(main)

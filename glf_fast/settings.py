@@ -19,6 +19,7 @@ __all__ = [
     "AT_LEAST_2",
     "NOT_NEGATIVE",
     "POSITIVE",
+    "SEED",
     "Rule",
     "Settings",
     "as_table",
@@ -36,6 +37,7 @@ Rule = tuple[Callable[[Any], bool], str]
 POSITIVE: Rule = (lambda value: value > 0, "positive")
 NOT_NEGATIVE: Rule = (lambda value: value >= 0, "0 or more")
 AT_LEAST_2: Rule = (lambda value: value >= 2, "2 or more")
+SEED: Rule = (lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 
 from glf_fast.command_line import pick_device
 from glf_fast.errors import run_command
+from glf_fast.output import one_line
 from glf_fast.training import report, runs
 from glf_fast.training.arguments import parse_train
 from glf_fast.training.board import Board
@@ -23,18 +24,15 @@ from glf_fast.training.splits import load_splits
 def main() -> None:
     """Run the command."""
     command = parse_train(sys.argv[1:])
-    config = command.config
+    config, device = command.config, pick_device(command.device)
     if command.print_config:
         print(to_toml(config), end="")
         return
-    device = pick_device(command.device)
     if device.type == "cpu":
         print(f"training on the CPU ({torch.get_num_threads()} threads)", file=sys.stderr)
     train, test = load_splits(config.data, command.data_dir)
-    print(
-        f"{config.data.source}: {len(train):,} training and {len(test):,} test items{f' ({test.policy})' * bool(test.policy)}",
-        file=sys.stderr,
-    )
+    split = f" ({one_line(test.policy)})" if test.policy else ""
+    print(f"{config.data.source}: {len(train):,} training and {len(test):,} test items{split}", file=sys.stderr)
     if command.dry_run:
         dry_run(config, train, test, device)
         return

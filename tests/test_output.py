@@ -1,14 +1,16 @@
 """Commands on terminals, pipes and machines as they are: encodings, readers that go away, narrow windows, little memory."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from glf_fast.errors import run_command
-from glf_fast.output import one_line
+from glf_fast.output import Output, one_line
 
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +78,28 @@ def test_bugs_keep_their_traceback() -> None:
 
 
 def test_names_cannot_command_a_terminal() -> None:
-    assert one_line("a\nb\x1b[31m\u202ec\udcff ×") == r"a b\x1b[31m\u202ec\udcff ×"
+    assert one_line("a\nb\x1b[31m\u202ec\udcff ×") == r"a b\u001b[31m\u202ec\udcff ×"
+
+
+def test_printed_names_cannot_command_a_terminal_either() -> None:
+    stream = io.StringIO()
+    print("a\x1b[31m\u202eb\xa0\U000e0001\tc\r", file=Output(stream))
+    assert stream.getvalue() == "a\\u001b[31m\\u202eb\\u00a0\\U000e0001\\u0009c\\u000d\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "wanted"), [("BACKEND", "cdua", "'cpp'"), ("BACKEND", "cuda", ""), ("ISA", "mmx", "'avx2'")]
+)
+def test_a_wrong_environment_is_one_line(variable: str, value: str, wanted: str) -> None:
+    if value == "cuda" and torch.version.cuda:
+        pytest.skip("this torch has CUDA")
+    name = f"GLF_FAST_{variable}"
+    for command in ("$PYTHON -m glf_fast.data list", "$PYTHON -mglf_fast.train --help"):
+        done = shell(command, **{name: value})
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and wanted in done.stderr
+        assert done.stderr.startswith(f"error: ${name} ") and done.stderr.endswith("to another value, or unset it\n")
+    done = shell("$PYTHON -c 'import glf_fast' -m glf_fast.train", **{name: value})
+    assert done.returncode == 1 and "Traceback" in done.stderr
 
 
 def test_a_cache_folder_without_a_place_is_one_line() -> None:

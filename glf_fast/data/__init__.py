@@ -118,7 +118,7 @@ def _find(source: str, data_dir: Path | None) -> Path:
         if not (data_dir / path).exists():
             raise UserError(f"there is no data set and no path {source!r} in --data-dir {data_dir}")
         return data_dir / path
-    if not path.exists():
+    if not source or not path.exists():
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise UserError(
             f"no data set or path {source!r}{where}; {did_you_mean(source, SOURCES)}there are {', '.join(SOURCES)}, and paths "

@@ -22,6 +22,7 @@ from glf_fast.command_line import parse
 from glf_fast.data import CONTENTS, SOURCES, SPLITS, Dataset, Source, TableDataset, TokenDataset, load, weights
 from glf_fast.data.fetch import NotFound
 from glf_fast.errors import UserError, did_you_mean, run_command
+from glf_fast.output import one_line
 
 # Titles, licences and citations by name.
 ABOUT: dict[str, Source | weights.About] = {**SOURCES, **weights.ABOUT}
@@ -108,7 +109,7 @@ def _report_files(command: Fetch, online: bool) -> None:
         print(f"{data.split:9} {tuple(data.items.shape)} {dtype}, fingerprint {data.fingerprint[:16]}")
     _report_details(train)
     if test.policy:
-        print(f"policy    {test.policy}")
+        print(f"policy    {one_line(test.policy)}")
     source = SOURCES.get(command.name)
     if source is not None and command.data_dir is None and source.cache.is_dir():
         print(f"cache     {source.cache}")
@@ -120,7 +121,7 @@ def _report_details(data: Dataset) -> None:
         width = data.shape[0]
         names = data.columns or [str(i + 1) for i in range(width)]
         for name, mean, std in list(zip(names, data.mean.tolist(), data.std.tolist(), strict=True))[:COLUMNS]:
-            print(f"column    {name}: mean {mean:.4g}, standard deviation {std:.4g}")
+            print(f"column    {one_line(name)}: mean {mean:.4g}, standard deviation {std:.4g}")
         if width > COLUMNS:
             print(f"          … and {width - COLUMNS} more columns")
     elif isinstance(data, TokenDataset):

@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         if isinstance(error, OSError) and not path.is_file():
             raise
         raise UserError(
-            f"{path} cannot be read as plain numpy arrays ({error}); pickled objects are never loaded, "
+            f"{path} cannot be read as plain numpy arrays ({str(error)[:200]}); pickled objects are never loaded, "
             "because they can execute code; save numbers with numpy.save"
         ) from error
 
@@ -97,7 +97,7 @@ def _dataset(
     if labels is not None and len(labels) != len(items):
         raise UserError(f"{where} holds {len(items)} items but {len(labels)} labels")
     if whole:
-        items, labels = split_off_test(items, labels, split)
+        items, labels = split_off_test(str(path), items, labels, split)
         policy += "; test: a tenth of a fixed random order"
     if array.ndim != 2:
         return ImageDataset.of(str(path), split, items, labels, policy)
@@ -120,7 +120,8 @@ def _labels(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, ...]) -
     if name is None:
         return None
     array = arrays[name]
-    if array.dtype.kind not in "iufb" or (array != np.round(array)).any():
+    whole = array.dtype.kind in "iufb" and (array == np.round(array)) & (np.abs(array.astype(np.float64)) < 2**63)
+    if not np.all(whole):
         raise UserError(f"{path} ({name}) holds {array.dtype} that are not class numbers; rename or remove the array")
     return torch.from_numpy(array.astype(np.int64).reshape(-1))
 

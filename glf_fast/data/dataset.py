@@ -206,17 +206,17 @@ def check_split(split: str) -> None:
         raise UserError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
 
 
-def split_off_test(items: Tensor, labels: Tensor | None, split: str) -> tuple[Tensor, Tensor | None]:
+def split_off_test(name: str, items: Tensor, labels: Tensor | None, split: str) -> tuple[Tensor, Tensor | None]:
     """The split of a source without a test split: a tenth (rounded up) of a fixed random order is "test", the rest "train".
 
-    Both splits keep the order of the files.
+    Both splits keep the order of the files. Raises UserError, which names the source, for fewer than two items.
     """
     n = len(items)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     test = -(-n // 10)
     chosen = (order[n - test :] if split == "test" else order[: n - test]).sort().values
     if not len(chosen):
-        raise UserError(f"{n} item(s) cannot be split into a training and a test split; at least two items are needed")
+        raise UserError(f"{name} holds {n} item(s); at least two are needed")
     return items[chosen], None if labels is None else labels[chosen]
 
 

@@ -21,7 +21,7 @@ def read_digits(files: Files, split: str, image_size: int | None) -> ImageDatase
         raise UserError('the digits come with scikit-learn: pip install "glf_fast[digits]"') from error
     bunch = datasets.load_digits()
     images = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
-    images, labels = split_off_test(images, torch.from_numpy(bunch.target), split)
+    images, labels = split_off_test("digits", images, torch.from_numpy(bunch.target), split)
     return ImageDataset.of("digits", split, images, labels, POLICY)
 
 

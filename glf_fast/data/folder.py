@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from glf_fast.data.dataset import SPLITS, ImageDataset, split_off_test
 from glf_fast.data.pixels import ENDINGS, Unreadable, read_pixels
 from glf_fast.errors import UserError
+from glf_fast.output import one_line
 
 __all__ = ["load_folder"]
 
@@ -33,9 +34,10 @@ def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_u
     `image_size` with Pillow's antialiased LANCZOS filter. Without `image_size` images are neither cropped nor resized, and all
     must have the same size. The images have one channel if all files are grey, else three.
 
-    Sub-folders `train` and `test` are the splits if both exist; otherwise a tenth of a fixed random order is the test split.
+    Sub-folders `train` and `test` are the splits if both exist; otherwise a tenth of a fixed random order is the test split. A
+    file belongs to the outermost of them that it is in; a line on stderr counts the files that are in neither.
     Hidden files are ignored; files whose ending is not one of a picture are passed over, and a line on stderr counts them.
-    Links are followed.
+    Links are followed. Of an animation, and of several pages, the first is taken, and a line on stderr counts such files.
 
     Args:
         skip_unusable: leave files out that cannot be read as images; a line on stderr and the policy count them.
@@ -50,17 +52,24 @@ def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_u
         (files if _is_picture(file[0]) else others).append(file)
     if others and split == "train":
         print(f"{path}: {_counted([name for name, _ in others])} passed over: no pictures", file=sys.stderr)
-    groups = {name: [f for f in files if name in PurePosixPath(f[0]).parts[:-1]] for name in SPLITS}
-    has_splits = all(groups.values())
+    groups: dict[str, list[File]] = {name: [] for name in (*SPLITS, "")}
+    for file in files:
+        groups[_split(file[0])].append(file)
+    has_splits = all(groups[name] for name in SPLITS)
+    if has_splits and groups[""] and split == "train":
+        beside = _counted([name for name, _ in groups[""]])
+        print(f"{path}: {beside} beside the folders train and test left out", file=sys.stderr)
     chosen = groups[split] if has_splits else files
     if not chosen:
         raise UserError(f"{path} holds no pictures; give a folder or zip of images")
-    arrays, unusable = _read(path, chosen, image_size)
+    arrays, unusable, several = _read(path, chosen, image_size)
     if unusable and not skip_unusable:
-        rest = [file for file in files if has_splits and file[0] not in {name for name, _ in chosen}]
-        raise UserError(_complaint(path, {**unusable, **_read(path, rest, image_size)[1]}))
+        rest = [file for name in SPLITS if has_splits and name != split for file in groups[name]]
+        raise UserError(_complaint(path, {**unusable, **_read(path, rest, image_size).unusable}))
     if unusable:
         print(f"{path}: {_counted(list(unusable))} left out of the {split} split: not usable", file=sys.stderr)
+    if several and (has_splits or split == "train"):
+        print(f"{path}: of {_counted(several)} the first of several frames or pages is taken", file=sys.stderr)
     if not arrays:
         raise UserError(f"{path} holds no usable pictures for the {split} split; the first one: {_first(unusable)}")
     sizes = {array.shape[:2] for array in arrays}
@@ -79,7 +88,7 @@ def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_u
     if unusable:
         policy += f"; {len(unusable)} unusable files left out"
     if not has_splits:
-        images, _ = split_off_test(images, None, split)
+        images, _ = split_off_test(str(path), images, None, split)
         policy += "; test: a tenth of a fixed random order"
     return ImageDataset.of(str(path), split, images, None, policy)
 
@@ -104,6 +113,8 @@ def _files(path: Path) -> Iterator[File]:
 
 
 def _open_file(path: Path) -> BinaryIO:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer for ever
+        raise Unreadable("a pipe, a socket or a device, not a file")
     return path.open("rb")
 
 
@@ -146,6 +157,11 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
+def _split(name: str) -> str:
+    """The split that a file belongs to by the outermost folder of such a name, or ""."""
+    return next((part for part in PurePosixPath(name).parts[:-1] if part in SPLITS), "")
+
+
 def _is_picture(name: str) -> bool:
     """By its ending; a name without one may be a picture's."""
     ending = PurePosixPath(name).suffix.lower()
@@ -155,22 +171,30 @@ def _is_picture(name: str) -> bool:
 # -- reading --------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, files: Sequence[File], image_size: int | None) -> tuple[list[np.ndarray], dict[str, str]]:
-    """The pixels of all usable files, and the reasons of all others by their names."""
-    arrays, unusable = [], {}
+class _Pictures(NamedTuple):
+    """The pixels of usable files, the reasons of all others by their names, and the names of those with several frames."""
+
+    arrays: list[np.ndarray]
+    unusable: dict[str, str]
+    several: list[str]
+
+
+def _read(path: Path, files: Sequence[File], image_size: int | None) -> _Pictures:
+    arrays, unusable, several = found = _Pictures([], {}, [])
     for name, open_file in tqdm(files, "reading images", disable=len(files) < 2000):
         try:
             with open_file() as file:
-                arrays.append(read_pixels(file, image_size))
+                pixels, more = read_pixels(file, image_size)
+            arrays.append(pixels)
+            several += [name] * more
         except Unreadable as error:
             unusable[name] = str(error)
         except NotImplementedError as error:  # how zipfile reports a method that it does not know
             unusable[name] = f"{error}: unpack the zip with another program, and give the folder"
         except Exception as error:  # of reading: permissions, a link to nothing, damaged zips of many kinds
-            unusable[name] = (
-                (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-            )
-    return arrays, unusable
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+            unusable[name] = reason[:200]
+    return found
 
 
 def _complaint(path: Path, unusable: dict[str, str]) -> str:
@@ -195,5 +219,5 @@ def _first(unusable: dict[str, str]) -> str:
 
 def _counted(names: Sequence[str]) -> str:
     """A number of files, with the first names."""
-    some = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    some = ", ".join(map(one_line, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
     return f"{len(names)} file{'s' * (len(names) > 1)} ({some})"

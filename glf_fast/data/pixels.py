@@ -29,11 +29,13 @@ class Unreadable(Exception):
     """A file is no image that can be used; the message says why."""
 
 
-def read_pixels(file: BinaryIO, image_size: int | None = None) -> np.ndarray:
-    """An open image file as uint8 (H, W, 1 or 3): upright (EXIF), on white where it is transparent, grey if the file is.
+def read_pixels(file: BinaryIO, image_size: int | None = None) -> tuple[np.ndarray, bool]:
+    """The pixels of an open image file, uint8 (H, W, 1 or 3), and whether they are the first of several frames or pages.
+
+    The pixels are turned upright (EXIF), laid on white where they are transparent, and grey if the file is.
 
     Grey levels of 16 bits are scaled to 8. With `image_size` the central square is resized with Pillow's antialiased LANCZOS
-    filter. Of an animation the first frame is taken.
+    filter.
 
     Raises:
         Unreadable: no picture, a damaged one, one without a defined range (floating point), or one that needs more memory
@@ -54,7 +56,7 @@ def read_pixels(file: BinaryIO, image_size: int | None = None) -> np.ndarray:
                     f"its {image.width} × {image.height} pixels need {needed / 2**30:.1f} GiB of memory, and there are "
                     f"{available / 2**30:.1f}"
                 )
-            return _as_pixels(image, image_size)
+            return _as_pixels(image, image_size), _has_more(image)
     except Unreadable:
         raise
     except UnidentifiedImageError:  # Pillow's own message names the buffer that it was given, by its address
@@ -63,6 +65,14 @@ def read_pixels(file: BinaryIO, image_size: int | None = None) -> np.ndarray:
         raise Unreadable(str(error) or type(error).__name__) from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _has_more(image: Image.Image) -> bool:
+    """Whether an image is an animation, or has further pages; a second frame that is damaged does not count."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False
 
 
 def _as_pixels(image: Image.Image, image_size: int | None) -> np.ndarray:

@@ -126,7 +126,7 @@ def load_parquet(path: Path, split: str) -> TableDataset:
 
 
 def _split(path: Path, rows: Tensor, columns: Sequence[str], split: str) -> TableDataset:
-    rows, _ = split_off_test(rows, None, split)
+    rows, _ = split_off_test(str(path), rows, None, split)
     return TableDataset.of(str(path), split, rows, None, POLICY, columns)
 
 

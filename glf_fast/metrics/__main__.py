@@ -18,8 +18,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from glf_fast.command_line import parse
-from glf_fast.data import SPLITS, as_images, load
+from glf_fast.command_line import parse, pick_device
+from glf_fast.data import SOURCES, SPLITS, as_images, load
 from glf_fast.errors import UserError, run_command
 from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, extractor
@@ -42,7 +42,7 @@ class Ref:
     """Number of images to use, drawn at random with a fixed seed; by default all."""
     weights: Path | None = None
     """Local weights file of the extractor."""
-    device: str | None = None
+    device: str = ""
     """Device to compute on (cpu, cuda, cuda:1); by default a GPU if there is one."""
     image_size: int | None = None
     """Folders, zips and CelebA: resize the central square of each image to this many pixels."""
@@ -65,7 +65,7 @@ class Calc:
     """Number of images to use of each set that is not saved statistics, drawn at random with a fixed seed; by default all."""
     weights: Path | None = None
     """Local weights file of the extractor."""
-    device: str | None = None
+    device: str = ""
     """Device to compute on (cpu, cuda, cuda:1); by default a GPU if there is one."""
     image_size: int | None = None
     """Folders, zips and CelebA: resize the central square of each image to this many pixels."""
@@ -93,7 +93,8 @@ def ref(command: Ref) -> None:
         raise UserError(
             f"--out {command.out} does not end in .safetensors, but statistics are saved in this format; choose another name"
         )
-    stats = from_images(command.source, make_extractor(command.extractor, command), command)
+    network = extractor(command.extractor, device=pick_device(command.device), weights=command.weights)
+    stats = from_images(command.source, network, command)
     stats.root()
     stats.save(command.out)
     print(f"{command.out}: {stats.n} images, {stats.dim} features of {command.extractor}")
@@ -104,13 +105,14 @@ def calc(command: Calc) -> None:
     given = [from_statistics(source) for source in (command.a, command.b)]  # finds errors in files before the long work
     network: Extractor | None = None
     if None not in given:
-        for option in ("extractor", "n", "weights", "image_size", "skip_unusable"):
-            if getattr(command, option) not in (None, False):
+        for option in ("extractor", "n", "weights", "device", "image_size", "skip_unusable"):
+            if getattr(command, option) not in (None, "", False):
                 name = option.replace("_", "-")
                 raise UserError(f"{command.a} and {command.b} are saved statistics already; leave --{name} out")
     else:
         known = [stats.extractor["name"] for stats in given if stats is not None and stats.extractor is not None]
-        network = make_extractor(command.extractor or (known or ["vgg16"])[0], command)
+        name = command.extractor or (known or ["vgg16"])[0]
+        network = extractor(name, device=pick_device(command.device), weights=command.weights)
         for stats in given:
             if stats is not None:
                 stats.check_comparable(FeatureStats(network.dim, extractor=network.identity))
@@ -120,20 +122,11 @@ def calc(command: Calc) -> None:
     )
     result = compare(a, b)
     if command.json:
-        print(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False))
+        print(json.dumps(result, indent=2, allow_nan=False))
     else:
         print(summary(result))
         for note in result["notes"]:
             print(f"note: {note}")
-
-
-def make_extractor(name: str, command: Ref | Calc) -> Extractor:
-    """The extractor on the command's device."""
-    device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return extractor(name, device=device, weights=command.weights)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def from_statistics(source: str) -> FeatureStats | None:
@@ -152,7 +145,7 @@ def from_statistics(source: str) -> FeatureStats | None:
             raise UserError(f"{source}: {error}") from error
         except Exception as error:  # numpy and zipfile raise whatever they run into
             raise UserError(
-                f"{source} holds neither readable statistics nor images ({error}); write it again"
+                f"{source} holds neither readable statistics nor images ({str(error)[:200]}); write it again"
             ) from error
     return None
 
@@ -163,10 +156,26 @@ def _real(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.float64))
 
 
+def _options(source: str, command: Ref | Calc) -> dict[str, Any]:
+    """The options of loading that are for this source; an option that is for no source of the command is given to all."""
+    sources = [command.a, command.b] if isinstance(command, Calc) else [source]
+
+    def takes(source: str, option: str) -> bool:
+        data_set = SOURCES.get(source.rpartition(":")[0])
+        resizes = option == "image_size" and data_set is not None and data_set.resizes
+        return resizes or Path(source).is_dir() or Path(source).suffix.lower() == ".zip"
+
+    return {
+        option: getattr(command, option)
+        for option in ("image_size", "skip_unusable")
+        if takes(source, option) or not any(takes(other, option) for other in sources)
+    }
+
+
 def from_images(source: str, network: Extractor | None, command: Ref | Calc) -> FeatureStats:
     """Statistics of a data set's split (cached) or of all images at a path."""
     assert network is not None
-    options: Any = {"image_size": command.image_size, "skip_unusable": command.skip_unusable}
+    options = _options(source, command)
     if Path(source).exists():
         # `load` splits a tenth off for testing; the distance is about all images.
         parts = [as_images(load(source, split, **options)) for split in SPLITS]

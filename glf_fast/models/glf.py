@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,12 +15,14 @@ from glf_fast.flow import CouplingFlow, Flow, rnvp_flow
 from glf_fast.models.autoencoder import Decoder, Encoder, check_image_shape
 from glf_fast.models.model import GenerativeModel, ModelSettings, Phase, Words
 from glf_fast.models.reconstruction import reconstruction_loss
-from glf_fast.settings import NOT_NEGATIVE, POSITIVE, Rule, Settings, shown
+from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, SEED, Rule, Settings, shown
 
 __all__ = ["GLF", "FlowSettings", "GLFSettings"]
 
 # Batch size of sampling. It bounds memory, and is part of the authors' protocol, which uses batch statistics.
 _SAMPLE_BATCH = 500
+# Of a deeper flow nothing would be seen for minutes but that it is being built.
+_DEPTH: Rule = (lambda value: 0 < value <= 1000, "between 1 and 1000")
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ class FlowSettings(Settings):
 
     CHOICE: ClassVar[str] = "kind"
     RULES: ClassVar[Mapping[str, Rule]] = {
-        "hidden": (lambda value: len(value) > 0 and min(value) > 0, "one or more positive widths"),
-        "steps": POSITIVE,
-        "blocks": POSITIVE,
+        "hidden": (lambda value: 1 <= len(value) <= 4 and min(value) > 0, "one to four positive widths"),
+        "steps": _DEPTH,
+        "blocks": _DEPTH,
         "clamp": POSITIVE,
+        "seed": SEED,
     }
 
     def effective(self) -> dict[str, Any]:
@@ -71,9 +74,14 @@ class FlowSettings(Settings):
         }
 
     def mistake(self) -> str:
-        """A message if the widths do not suit the kind, else ""."""
+        """A message if the flow cannot be built with these settings, else ""."""
         if self.kind == "rnvp" and (len(self.hidden) != 2 or self.hidden[0] != self.hidden[1]):
             return f'hidden = {shown(self.hidden)} must be two equal widths for flow.kind = "rnvp"'
+        try:
+            with torch.random.fork_rng(devices=[]):
+                replace(self, steps=1, blocks=1, hidden=(1,) * len(self.hidden)).build(2)
+        except (ValueError, TypeError) as error:
+            return str(error)
         return ""
 
     def build(self, dim: int) -> Flow:
@@ -109,7 +117,7 @@ class GLFSettings(ModelSettings):
     flow: FlowSettings = FlowSettings()
 
     RULES: ClassVar[Mapping[str, Rule]] = {
-        "latent_dim": POSITIVE,
+        "latent_dim": AT_LEAST_2,  # a coupling needs two halves
         "width": POSITIVE,
         "hidden": POSITIVE,
         "beta": POSITIVE,

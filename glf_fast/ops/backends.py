@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ class Kernels(Protocol):
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
-_default = os.environ.get("GLF_FAST_BACKEND", "auto")
+_default = os.environ.get("GLF_FAST_BACKEND") or "auto"
 _blocks: list[list[str]] = []  # the names of the `use_backend` blocks that run now, in the order in which they began
 # The last of them, or the default. Global, because torch.compile cannot trace a ContextVar and watches neither that nor a
 # thread's own variables; and because backwards on a GPU run in threads of autograd, which have no context.
@@ -84,10 +85,20 @@ def _choices() -> tuple[str, ...]:
 
 
 def check_environment() -> None:
-    """Raise ValueError or RuntimeError unless the backend that $GLF_FAST_BACKEND names exists and can run here."""
-    check_choice("$GLF_FAST_BACKEND", _choice, _choices())
-    if _choice in BACKENDS and (why := BACKENDS[_choice].missing):
-        raise RuntimeError(f"$GLF_FAST_BACKEND is {_choice!r}, which cannot run here: {why}")
+    """Raise ValueError or RuntimeError unless $GLF_FAST_BACKEND and $GLF_FAST_ISA name what exists and can run here.
+
+    A command (`python -m glf_fast.…`), before whose own code the package is imported, ends with one line instead.
+    """
+    try:
+        check_choice("$GLF_FAST_ISA", os.environ.get("GLF_FAST_ISA", ""), ("", "avx512", "avx2", "generic"))
+        check_choice("$GLF_FAST_BACKEND", _choice, _choices())
+        if _choice in BACKENDS and (why := BACKENDS[_choice].missing):
+            raise RuntimeError(f"$GLF_FAST_BACKEND is {_choice!r}, which cannot run here: {why}")
+    except (ValueError, RuntimeError) as error:
+        if sys.argv[:1] != ["-m"] or not re.search(r"\0-m\0?glf_fast\.", "\0".join(sys.orig_argv)):
+            raise
+        print(f"error: {error}; set the variable to another value, or unset it", file=sys.stderr)
+        sys.exit(2)
 
 
 def backends() -> dict[str, str]:
@@ -223,8 +234,6 @@ def _users_level() -> int:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 VECTORS = {64: "AVX-512", 32: "AVX2", 16: "the processor's basic vectors (128 bits)"}
 AGAIN = "in glf_fast's folder: pip install -v --no-build-isolation --no-deps -e ."
-
-check_choice("$GLF_FAST_ISA", os.environ.get("GLF_FAST_ISA", ""), ("", "avx512", "avx2", "generic"))
 
 
 def _load(pattern: str, why: str) -> str:

@@ -3,12 +3,14 @@
 model.safetensors      the weights to use: the averaged weights, if there is an average
 config.json            the model's shape and settings; with these two, `from_pretrained(folder)` of the model opens the folder
 training.safetensors   what resuming needs in addition: optimizer states, and the raw weights if there is an average
-checkpoint.json        the model's name, the state of training, the version of glf_fast, size and SHA-256 of each other file
+checkpoint.json        model, state of training, version of glf_fast, size and SHA-256 of each other file, SHA-256 of all this
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -41,6 +43,7 @@ __all__ = [
 # Format 2 added the key "version" and changed config.json; models read the configurations of both formats.
 _FORMAT, _READABLE = 2, (1, 2)
 _TRAINING, _INDEX = "training.safetensors", "checkpoint.json"
+_DIGEST = "sha256"
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         }
         index = {"format": _FORMAT, "version": version("glf_fast"), "model": checkpoint.model}
         index |= {"state": checkpoint.state, "files": files}
-        write_json(temporary / _INDEX, index)
+        write_json(temporary / _INDEX, index | {_DIGEST: _digest(index)})
         _flush(temporary)
         # No portable system call swaps folders, so the old folder is renamed first; `read` looks for it under that name, too.
         if folder.exists():
@@ -232,7 +235,14 @@ def _index(folder: Path) -> dict[str, Any]:
         or not isinstance(index["state"].get("images"), int)
     ):
         raise UserError(f"{folder / _INDEX} is not the index of a checkpoint; {_remedy(folder)}")
+    recorded = index.pop(_DIGEST, None)  # version 0.1.0 wrote none
+    if recorded is not None and recorded != _digest(index):
+        raise UserError(f"{folder / _INDEX} is damaged: its checksum differs; {_remedy(folder)}")
     return index
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(folder: Path) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from glf_fast import models, settings
+from glf_fast import metrics, models, settings
+from glf_fast.errors import did_you_mean
 from glf_fast.models import ModelSettings
-from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Rule, Settings
+from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, SEED, Rule, Settings
 
 __all__ = ["Config", "DataConfig", "OptimizerConfig", "ScoreConfig", "check", "default", "differences", "tables"]
 
@@ -26,6 +27,11 @@ class DataConfig(Settings):
     """Resize images to this many pixels a side; by default they keep their size."""
     skip_unusable: bool = False
     """Leave out files of a folder or zip that cannot be read as images; by default they are an error."""
+
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "source": (lambda value: bool(value.strip()), "a name or a path"),
+        "image_size": POSITIVE,
+    }
 
     def effective(self) -> dict[str, Any]:
         """The fields that have an effect, by name."""
@@ -92,6 +98,14 @@ class ScoreConfig(Settings):
         "every": NOT_NEGATIVE,
     }
 
+    def mistake(self) -> str:
+        """A message if a network does not exist, else ""."""
+        wrong = [name for name in self.extractors if name not in metrics.names()]
+        if not wrong:
+            return ""
+        hint = did_you_mean(wrong[0], metrics.names())
+        return f"extractors: there is no extractor {wrong[0]!r}; {hint}the extractors are {', '.join(metrics.names())}"
+
 
 @dataclass(frozen=True)
 class Config(Settings):
@@ -120,7 +134,7 @@ class Config(Settings):
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "epochs": POSITIVE,
-        "seed": (lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits"),
+        "seed": SEED,
         "batch_size": AT_LEAST_2,
         "ema": (lambda value: 0 <= value < 1, "in [0, 1)"),
         "max_minutes": NOT_NEGATIVE,

@@ -78,8 +78,8 @@ def _read(file: Path) -> dict[str, Any]:
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    # JSON writes strings, booleans and finite numbers as TOML does.
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # JSON writes strings, booleans and finite numbers as TOML does, but for one control character.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def _updated(config: Config, content: Mapping[str, Any], where: str) -> Config:

@@ -44,15 +44,16 @@ def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0,
             f"images cannot be drawn: this {model.words.title} was trained on data of shape {model.shape}, not on images"
         )
     device = next(model.parameters()).device
-    chunks, broken = [], torch.zeros((), dtype=torch.int64, device=device)
+    images = torch.empty((n, *model.shape), dtype=torch.uint8, device=device)  # fails at once where there is no memory
+    broken = torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, n, _CHUNK):
         generator = seeds.generator(seed, "sample", start // _CHUNK, device=device)
         x = model.sample(_CHUNK, temperature=temperature, generator=generator, mode=mode)[: n - start]
         broken += (~x.isfinite().flatten(1).all(1)).sum()
-        chunks.append(to_uint8(x.nan_to_num(0.0, 0.0, 0.0)))
+        images[start : start + _CHUNK] = to_uint8(x.nan_to_num(0.0, 0.0, 0.0))
     if broken:
         print(f"{int(broken)} of {n} samples are not finite and have black pixels", file=sys.stderr)
-    return torch.cat(chunks)
+    return images
 
 
 def draw_pictures(model: GenerativeModel, test_images: Tensor, seed: int) -> dict[str, Tensor]:

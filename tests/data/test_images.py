@@ -48,7 +48,7 @@ def test_npz_with_splits_and_labels(tmp_path: Path) -> None:
         (lambda p: np.save(p, np.zeros((4, 8, 8, 5), np.uint8)), r"has shape \(4, 8, 8, 5\)"),
         (lambda p: np.save(p, np.array([object()]), allow_pickle=True), "pickled objects are never loaded"),
         (lambda p: p.write_bytes(b"\x93NUMPY\x01"), "cannot be read as plain numpy arrays"),
-        (lambda p: np.save(p, np.zeros((1, 8, 8), np.uint8)), "at least two items are needed"),
+        (lambda p: np.save(p, np.zeros((1, 8, 8), np.uint8)), r"a.npy holds 1 item\(s\); at least two are needed"),
     ],
 )
 def test_bad_npy(tmp_path: Path, save, message: str) -> None:

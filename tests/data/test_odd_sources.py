@@ -41,7 +41,7 @@ def pgm(levels: np.ndarray, top: int) -> bytes:
 
 
 def read(content: bytes, image_size: int | None = None) -> np.ndarray:
-    return pixels.read_pixels(io.BytesIO(content), image_size)
+    return pixels.read_pixels(io.BytesIO(content), image_size)[0]
 
 
 def saved(image: Image.Image, kind: str) -> bytes:
@@ -193,18 +193,20 @@ def header(text: bytes) -> bytes:
     ("name", "content"),
     [
         ("a.npy", header(b"[")),
+        ("a.npy", header(b"1" * 5000)),
         ("a.npy", header(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000000,), }\n")),
         ("a.npz", None),
     ],
-    ids=["header", "size", "member"],
+    ids=["header", "long-header", "size", "member"],
 )
 def test_damaged_arrays_are_one_line(name: str, content: bytes | None, tmp_path: Path) -> None:
     if content is None:
         write_zip(tmp_path / name, {"notes.txt": b"hello"})
     else:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} cannot be read as plain numpy arrays"):
+    with pytest.raises(UserError, match=rf"{name} cannot be read as plain numpy arrays") as error:
         load(str(tmp_path / name))
+    assert len(str(error.value)) < 600
 
 
 def test_links_to_folders_are_followed(tmp_path: Path) -> None:
@@ -238,3 +240,60 @@ def test_a_relative_path_may_be_one_below_data_dir(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"no data set or path 'images' in .*elsewhere"):
         load("images")
     assert len(load("images", data_dir=tmp_path)) == 18
+
+
+def moving(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    frames = [Image.new("L", (8, 8), level) for level in (10, 200)]
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def test_of_several_frames_and_pages_the_first_is_taken_and_they_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folder(tmp_path / "a", 8)
+    for kind in ("GIF", "TIFF", "PNG", "WEBP"):
+        (source / f"moving.{kind.lower()}").write_bytes(moving(kind))
+    assert sizes(source) == [10, 2]
+    assert capsys.readouterr().err == (
+        f"{source}: of 4 files (moving.gif, moving.png, moving.tiff, moving.webp) the first of several frames or pages is "
+        "taken\n"
+    )
+    (tmp_path / "b").mkdir()
+    for name in "abcd":
+        (tmp_path / "b" / f"{name}.tiff").write_bytes(moving("TIFF"))
+    assert (load(str(tmp_path / "b")).images == 10).all()
+
+
+def test_files_belong_to_the_outermost_split_and_the_rest_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, n in (("train", 6), ("train/test", 4), ("test/train", 3), ("val", 2), ("plane", 1)):
+        folder(tmp_path / "a" / name, n)
+    assert sizes(tmp_path / "a") == [10, 3]
+    left_out = "3 files (plane/0.png, val/0.png, val/1.png) beside the folders train and test left out"
+    assert capsys.readouterr().err == f"{tmp_path / 'a'}: {left_out}\n"
+
+
+def test_names_of_files_are_told_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "a")
+    (source / "new\nline\x1b[31m.txt").write_bytes(b"")
+    assert sizes(source) == [3, 1]
+    assert r"1 file (new line\u001b[31m.txt) passed over" in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    source = folder(tmp_path / "a")
+    os.mkfifo(source / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe.png in .* \(a pipe, a socket or a device, not a file\)"):
+        load(str(source))
+
+
+@pytest.mark.parametrize(
+    "labels", [np.full(4, np.inf), np.full(4, 1e300), np.full(4, 2**64 - 1, np.uint64), np.full(4, 1j)]
+)
+def test_labels_that_are_no_class_numbers_are_refused(labels: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((4, 8, 8), np.uint8), labels=labels)
+    with pytest.raises(UserError, match="that are not class numbers"):
+        load(str(tmp_path / "a.npz"))

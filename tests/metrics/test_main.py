@@ -78,6 +78,20 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
     assert result["protocol"]["reference"]["n"] == "unknown"
 
 
+def test_options_for_folders_leave_arrays_alone(run, blobs: Make, tmp_path: Path) -> None:
+    """A folder of pictures of another size, one of them no picture, against an array."""
+    a, folder = save_npy(tmp_path / "a.npy", blobs(20, 0)), tmp_path / "folder"
+    for i, image in enumerate(blobs(20, 1)):
+        save_png(folder / f"{i}.png", image, scale=2)
+    (folder / "x.png").write_bytes(b"no picture")
+    size = blobs(1, 0).shape[-1]
+    options = ("--image-size", size, "--skip-unusable", "--extractor", "tiny", "--json")
+    for pair in ((a, folder), (folder, a)):
+        assert json.loads(run("calc", *pair, *options))["protocol"]["n"] == 20
+    with pytest.raises(UserError, match=r"a.npy is neither"):
+        run("calc", a, a, *options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,7 +124,7 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
         ),
         (["calc", "one.npy", "a.npy", "--extractor", "tiny"], "at least two"),
         (["ref", "a.npy", "--out", "a.npz", "--extractor", "tiny"], "does not end in .safetensors, but statistics"),
-        (["calc", "a.npy", "a.npy", "--extractor", "tiny", "--device", "nowhere"], "--device nowhere"),
+        (["calc", "a.npy", "a.npy", "--extractor", "tiny", "--device", "nowhere"], "--device 'nowhere'"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -102,6 +102,15 @@ def test_an_index_of_another_kind_is_refused(folder: Path, text: str, message: s
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("changes", [{"images": 1}, {"epoch": 7.5}, {"data": "other"}])
+def test_a_changed_state_is_noticed(folder: Path, changes: dict[str, object]) -> None:
+    index = json.loads((folder / "checkpoint.json").read_text())
+    index["state"] |= changes
+    (folder / "checkpoint.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"checkpoint.json is damaged: its checksum differs; restore it from a copy"):
+        checkpoint.read_state(folder)
+
+
 def test_no_checkpoint_is_named(tmp_path: Path) -> None:
     assert not checkpoint.exists(tmp_path / "last")
     with pytest.raises(UserError, match="there is no checkpoint"):
@@ -125,6 +134,7 @@ def test_a_pickle_is_never_run_even_with_a_matching_checksum(folder: Path, tmp_p
     for name, damaged in contents.items():
         (folder / name).write_bytes(damaged)
         index = json.loads((folder / "checkpoint.json").read_text())
+        index.pop("sha256", None)  # version 0.1.0 wrote none
         index["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
         (folder / "checkpoint.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="does not hold readable safetensors"):

@@ -136,7 +136,7 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
         ("--ema 1", "ema = 1.0 must be in [0, 1)"),
         ("--flow-optimizer.lr nan", "flow_optimizer.lr = nan must be finite"),
         ("--flow-optimizer.betas 0.9 1.5", "flow_optimizer.betas = [0.9, 1.5] must be in [0, 1)"),
-        ("--flow.hidden", "flow.hidden = [] must be one or more positive widths"),
+        ("--flow.hidden", "flow.hidden = [] must be one to four positive widths"),
         (
             "--flow.clamp 3",
             'flow.clamp = 3.0 has no effect with flow.kind = "coupling"; set it back to its default, 2.0',
@@ -150,6 +150,15 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
             "--flow-optimizer.schedule cosine --flow-optimizer.decay-every 3",
             'decay_every = 3 has no effect with flow_optimizer.schedule = "cosine"; set it back to its default, 50',
         ),
+        ("--flow.activation nonsense", "flow.activation must be one of 'relu', 'leaky_relu', "),
+        ("--flow.log-scale 😀", "flow.log_scale must be one of 'tanh', 'exp', "),
+        ("--flow.log-scale-constant -5", "flow.log_scale_constant of 'tanh' must be between 0.0 and inf; got -5.0"),
+        ("--flow.hidden 8 8 8 8 8", "flow.hidden = [8, 8, 8, 8, 8] must be one to four positive widths"),
+        ("--flow.hidden 16,24", "; a list is written with spaces: --flow.hidden 16 24; "),
+        ("--model.latent-dim 1", "model.latent_dim = 1 must be 2 or more"),
+        ("--data.image-size 0", "data.image_size = 0 must be positive"),
+        ("--data.source=", 'data.source = "" must be a name or a path'),
+        ("--score.extractors tinny", "score.extractors: there is no extractor 'tinny'; did you mean 'tiny'?"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments: str, message: str) -> None:
@@ -191,6 +200,6 @@ def test_help_explains_settings(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_device_that_is_not_there_is_named() -> None:
     assert pick_device("cpu").type == "cpu"
-    for name in ("cuda:99", "gpu"):
+    for name in ("cuda:99", "gpu", "cpu:9", "meta"):
         with pytest.raises(UserError, match=name):
             pick_device(name)
