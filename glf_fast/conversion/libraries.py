@@ -17,10 +17,10 @@ NAMES = ", ".join(library.package for library in LIBRARIES[:-1]) + f" or {LIBRAR
 def library_of(flow: nn.Module) -> Library:
     """The library that a flow comes from, if `convert` takes its class; else raises ConversionError."""
     name = type(flow).__name__
-    for library in LIBRARIES:
-        if library.host(flow, library.flows):
-            return library
-    library = next((library for library in LIBRARIES if any(map(library.owns, type(flow).__mro__))), None)
+    for known in LIBRARIES:
+        if known.host(flow, known.flows):
+            return known
+    library = next((known for known in LIBRARIES if any(map(known.owns, type(flow).__mro__))), None)
     if library is None:
         raise ConversionError(
             f"{type(flow).__module__}.{name} is no flow of {NAMES}: those libraries' flows are converted; for a flow inside "

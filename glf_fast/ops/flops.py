@@ -26,14 +26,14 @@ def _products(rows: int, matrix: Shape, weights: Sequence[Shape]) -> int:
     return 2 * rows * sum(map(math.prod, (matrix, *weights)))
 
 
-@register_flop_formula(operations.triton_coupling_flow)  # type: ignore[untyped-decorator]
+@register_flop_formula(operations.triton_coupling_flow)
 def _(
     x: Shape, matrix: Shape, offset: Shape, logabsdet: Shape | None, weights: Sequence[Shape], *_: Any, **__: Any
 ) -> int:
     return _products(x[0], matrix, weights)
 
 
-@register_flop_formula(operations.triton_coupling_flow_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(operations.triton_coupling_flow_backward)
 def _(
     grad: Shape, grad_logdet: Shape, state: Shape, matrix: Shape, unmatrix: Shape | None, offset: Shape,
     weights: Sequence[Shape], *_: Any, **__: Any,
@@ -43,11 +43,11 @@ def _(
 
 if not CPP.missing:
 
-    @register_flop_formula(operations.cpu_coupling_flow)  # type: ignore[untyped-decorator]
+    @register_flop_formula(operations.cpu_coupling_flow)
     def _(x: Shape, matrix: Shape, offset: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
         return _products(x[0], matrix, weights)
 
-    @register_flop_formula(operations.cpu_coupling_flow_backward)  # type: ignore[untyped-decorator]
+    @register_flop_formula(operations.cpu_coupling_flow_backward)
     def _(
         grad: Shape | None, grad_logdet: Shape, out: Shape, saved: Shape, matrix: Shape, unmatrix: Shape | None,
         offset: Shape, weights: Sequence[Shape], *_: Any, **__: Any,
@@ -55,11 +55,11 @@ if not CPP.missing:
         return 2 * _products(grad_logdet[0], matrix, weights)
 
 
-@register_flop_formula(operations.plu_assemble)  # type: ignore[untyped-decorator]
+@register_flop_formula(operations.plu_assemble)
 def _(permutation: Shape, lower: Shape, *_: Any, **__: Any) -> int:
     return _products(lower[-1], lower, ())
 
 
-@register_flop_formula(operations.plu_assemble_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(operations.plu_assemble_backward)
 def _(permutation: Shape, lower: Shape, *_: Any, **__: Any) -> int:
     return 2 * _products(lower[-1], lower, ())

@@ -167,7 +167,9 @@ def test_selecting_and_joining() -> None:
         (pair, (-1.0,), -u(x)[:, order[:2]]),
     ):
         scaled = scale_outputs(net, *factors)
-        torch.testing.assert_close(mlp(x, scaled.weights, scaled.biases, "tanh"), wanted)
+        out_scaled = scaled.factors.flatten() * mlp(x, scaled.weights, scaled.biases, "tanh")
+        torch.testing.assert_close(out_scaled, wanted)
+        assert torch.equal(scaled.weights[-1].abs(), net.weights[-1].abs())  # a size that optimizers see
     wider = widen_inputs(both, 3, (2, 0), 4)
     given = torch.cat([x[:, :3], x[:, 4:], torch.randn(6, 1).double(), x[:, 3:4], torch.randn(6, 1).double()], 1)
     torch.testing.assert_close(mlp(given, wider.weights, wider.biases, "tanh"), out)
