@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,13 +20,13 @@ from unittest import mock
 
 from glf_fast.errors import run_command
 
-__all__ = ["Child", "command", "compiler", "ended", "program"]
+__all__ = ["Child", "command", "compiler", "ended", "program", "script"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The commands, and what they import only when they read digits, draw or write a log.
+# The commands, and what they import only when they train, read digits or draw.
 _CONTEXT.set_forkserver_preload(
     ["glf_fast.train", "glf_fast.sample", "glf_fast.evaluate", "glf_fast.data.__main__", "glf_fast.metrics.__main__",
-     "sklearn.datasets", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"]
+     "torch._dynamo", "sklearn.datasets", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"]
 )  # fmt: skip
 
 
@@ -91,6 +92,12 @@ def program(code: str) -> None:
     exec(code, {"__name__": "__main__"})
 
 
+def script(path: Path, *arguments: str) -> None:
+    """`python path …`."""
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+
+
 def compiler(code: str) -> subprocess.CompletedProcess[str]:
     """A program that compiles Triton's kernels with the scripts of tools/: a process that interprets them cannot."""
     tools = str(Path(__file__).parents[2] / "tools")
@@ -106,11 +113,12 @@ def _call(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(Path(printed) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-        setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+        setattr(sys, name, os.fdopen(number, "w", encoding=encoding, closefd=False))
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     try:
