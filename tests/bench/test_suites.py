@@ -27,7 +27,7 @@ from bench.training import Step
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "flow-sbi-sample-glf_fast or flow-sbi-sample-eager or flow-sbi-sample-normflows or grid-4-32-1-train or depth-2-train or "
-    "depth-4-train-glf_fast or (64x48x4x4 and forward and not compile) or (memory and 8) or "
+    "depth-4-train-glf_fast or (64x48x4x4 and forward and not compile) or (memory and 8 and reversible) or "
     "linear-8-4-forward or linear-8-8-forward or (256x20 and inverse) or (64x12x16x16 and channels and train) or "
     "plu-5-8 or (grid-4-32-16-train and not FrEIA)"  # whose eager is made wrong
 )
