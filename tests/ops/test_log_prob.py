@@ -61,12 +61,12 @@ def of_maps(op, **options):
 
 
 def values_of_plu(batch: int, D: int, C: int, actnorm: bool = True, coupling: str = "affine") -> list[Tensor | None]:
-    x, _, _, context, *layers = tensors(batch, 3, D, C, (7, 4), coupling=coupling)
-    return [*plu(3, D, actnorm), x, context, *layers]
+    x, _, _, context, *layers = tensors(batch, 2, D, C, (7, 4), coupling=coupling)
+    return [*plu(2, D, actnorm), x, context, *layers]
 
 
 def values_of_maps(batch: int, D: int, C: int, coupling: str = "affine") -> list[Tensor | None]:
-    x, A, c, context, *layers = tensors(batch, 3, D, C, (7, 4), coupling=coupling)
+    x, A, c, context, *layers = tensors(batch, 2, D, C, (7, 4), coupling=coupling)
     return [x, A, c, context, torch.tensor(0.7, dtype=torch.float64, requires_grad=True), *layers]
 
 
@@ -80,7 +80,7 @@ def single(values: list[Tensor | None]) -> list[Tensor | None]:
 
 @pytest.mark.parametrize("reversible", [False, True])
 @pytest.mark.parametrize("actnorm", [False, True])
-@pytest.mark.parametrize(("batch", "D", "C"), [(5, 5, 2), (1, 2, 0), (0, 4, 0), (33, 8, 0)])
+@pytest.mark.parametrize(("batch", "D", "C"), [(5, 5, 2), (1, 2, 0), (0, 4, 0), (17, 8, 0)])
 def test_plu_flows_match_the_reference(batch: int, D: int, C: int, actnorm: bool, reversible: bool) -> None:
     values, options = values_of_plu(batch, D, C, actnorm), {"activation": "silu", "log_scale": "atan"}
     want = run_op(of_plu(reference.plu_flow_log_prob, **options), values)
@@ -92,7 +92,7 @@ def test_plu_flows_match_the_reference(batch: int, D: int, C: int, actnorm: bool
 
 @pytest.mark.parametrize("reversible", [False, True])
 @pytest.mark.parametrize("coupling", COUPLINGS)
-@pytest.mark.parametrize(("batch", "D", "C"), [(5, 5, 2), (1, 2, 0), (0, 4, 0), (33, 8, 0)])
+@pytest.mark.parametrize(("batch", "D", "C"), [(5, 5, 2), (1, 2, 0), (0, 4, 0), (17, 8, 0)])
 def test_flows_of_any_maps_match_the_reference(batch: int, D: int, C: int, coupling: str, reversible: bool) -> None:
     values, options = (
         values_of_maps(batch, D, C, coupling),
@@ -202,13 +202,15 @@ def test_many_gradients_at_once(linear: str) -> None:
 
 @pytest.mark.parametrize("linear", ["plu", "permutation"])
 @pytest.mark.filterwarnings("ignore:.*_prims_common.check:FutureWarning")  # raised inside inductor
-def test_compiled_without_graph_breaks(linear: str) -> None:
+def test_compiled_without_graph_breaks(linear: str, backend: str) -> None:
     torch.compiler.reset()
     torch.use_deterministic_algorithms(False)  # inductor would refuse to fill memory
     torch.manual_seed(0)
     flow = CouplingFlow(5, 2, (9,), linear=linear)
     flow(torch.randn(20, 5))
-    compiled = torch.compile(flow.log_prob, fullgraph=True, dynamic=True)
+    # aot_eager traces as inductor does, which then compiles C++ for seconds.
+    compiler = "inductor" if (backend, linear) == ("cpp", "plu") else "aot_eager"
+    compiled = torch.compile(flow.log_prob, fullgraph=True, dynamic=True, backend=compiler)
     for batch in (4, 7):
         x = torch.randn(batch, 5)
         a, b = (torch.autograd.grad(f(x).mean(), list(flow.parameters())) for f in (compiled, flow.log_prob))
