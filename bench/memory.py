@@ -99,6 +99,7 @@ def _job(backend: str, reversible: bool, case: MemoryCase, mode: str, clock: Clo
     if clock.GPU:
         return measure(backend, reversible, case, clock)
     program = [sys.executable, "-m", "bench.memory", backend.replace("auto", "cpp"), str(case.steps)]
+    program += ["--batch", str(case.batch)]
     root, environment = Path(__file__).parent.parent, os.environ | ENVIRONMENT
     flags = ["--reversible"] if reversible else []
     done = subprocess.run([*program, *flags], cwd=root, env=environment, capture_output=True, text=True)
@@ -123,9 +124,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
     parser.add_argument("backend", choices=("reference", "cpp"))
     parser.add_argument("steps", type=int)
+    parser.add_argument("--batch", type=int, default=MemoryCase.batch)
     parser.add_argument("--reversible", action="store_true")
     arguments = parser.parse_args()
-    job = measure(arguments.backend, arguments.reversible, MemoryCase(arguments.steps), processor_clock)
+    job = measure(
+        arguments.backend, arguments.reversible, MemoryCase(arguments.steps, arguments.batch), processor_clock
+    )
     start = time.perf_counter()
     job.run()
     seconds = time.perf_counter() - start

@@ -122,7 +122,7 @@ def matrix_rate(precision: str = "highest") -> float:
 
     Tried in turn, so that a stretch in which the machine is slow meets all of them and spoils none.
     """
-    products = {shape: partial(torch.mm, *_operands(*shape)) for shape in PRODUCTS}
+    products = {shape: partial(torch.mm, *_operands(*shape)) for shape in (PRODUCTS[:1] if _quick else PRODUCTS)}
     return max(2 * math.prod(shape) / best for shape, best in _best(products, 3.0 / len(PRODUCTS)).items())
 
 

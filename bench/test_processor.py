@@ -5,7 +5,7 @@
 
 A test a row. The times are those of bench/processor_clock.py, played to pytest-benchmark as its timer: it measures one function
 after the other, and a machine's noise, which comes in stretches, would fall into the ratios. The first test of a race checks
-and times all of its providers. What is wrong fails, and has no time.
+and times all of its providers that were chosen. What is wrong fails, and has no time.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import on_processor, processor_clock
-from bench.race import Job, Missing, Race, Timed
+from bench.memory import MemoryCase
+from bench.race import Case, Job, Missing, Race, Timed
 from bench.two_moons import MoonsCase
 
 RACES = list(on_processor.races())
+# What `--quick` takes where the suite's own cases take seconds.
+QUICK: dict[str, Case] = {"memory": MemoryCase(2, batch=256), "two_moons": MoonsCase(500, seeds=2)}
 
 
 class Tape:
@@ -39,6 +42,17 @@ class Tape:
 
 
 TAPE = Tape()
+
+
+@cache
+def chosen(session: pytest.Session) -> dict[Race, tuple[str, ...]]:
+    """The providers of each race whose tests were not deselected."""
+    found: dict[Race, tuple[str, ...]] = {}
+    for item in session.items:
+        if isinstance(item, pytest.Function) and item.originalname == "test_row":
+            race = item.callspec.params["race"]
+            found[race] = (*found.get(race, ()), item.callspec.params["name"])
+    return found
 
 
 @cache
@@ -60,12 +74,13 @@ def outcomes(race: Race) -> dict[str, Timed | Exception]:
     ("race", "name"),
     [pytest.param(race, name, id="-".join((*race.key, name))) for race in RACES for name in race.names],
 )
-def test_row(race: Race, name: str, benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> None:
-    if race.suite in on_processor.LONG:
-        if pytestconfig.getoption("--quick"):
-            race = replace(race, case=MoonsCase(500, seeds=2))
-        elif not pytestconfig.getoption("--long"):
-            pytest.skip(f"{race.suite} takes minutes: --long")
+def test_row(race: Race, name: str, benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> None:
+    wanted = request.config.getoption("--quick") or request.config.getoption("--long")
+    if race.suite in on_processor.LONG and not wanted:
+        pytest.skip(f"{race.suite} takes minutes: --long")
+    race = race.only(chosen(request.session)[race])
+    if request.config.getoption("--quick"):
+        race = replace(race, case=QUICK.get(race.suite, race.case))
     found = outcomes(race)[name]
     if isinstance(found, Missing):
         pytest.skip(str(found))

@@ -1,11 +1,13 @@
 """Fixtures for all tests: real data and weights, fetched once into the cache by the package's own fetchers."""
 
 import fcntl
+import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ import torch
 # before anything imports glf_fast or triton: a test that compiles, in whichever worker, may do so at any time.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        interpreter.patch_once_a_launch()
 os.environ["GLF_FAST_POISON"] = "1"  # what the processor's kernels leave unwritten is NaN; read at their first call
 
 from glf_fast.data import weights
@@ -21,23 +25,40 @@ from glf_fast.files import cache_dir
 
 
 @contextmanager
-def one_worker_at_a_time() -> Iterator[None]:
-    """Several test workers share one cache: the first one fetches, the others find."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with (cache_dir() / ".lock").open("w") as lock:
+def one_worker_at_a_time(folder: Path) -> Iterator[None]:
+    """Several test workers share one folder: the first one makes what the others find."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """once(name, make): the path of that name after make(path), which one of all test workers has called."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        with one_worker_at_a_time(shared / f"once-{name}"):
+            path, done = (shared / f"once-{name}" / part for part in (name, "done"))
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="session")
 def fashion_mnist_dir() -> Path:
     """Folder with the verified files of Fashion-MNIST."""
-    with one_worker_at_a_time():
+    with one_worker_at_a_time(cache_dir()):
         return FASHION_MNIST.find()
 
 
 @pytest.fixture(scope="session")
 def vgg16_weights() -> Path:
     """Verified VGG16 weights as safetensors."""
-    with one_worker_at_a_time():
+    with one_worker_at_a_time(cache_dir()):
         return weights.fetch("vgg16")

@@ -1,10 +1,8 @@
 """Every example runs, says what it gained, and stays under 100 lines."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -12,16 +10,10 @@ PICTURES = {"convert_normflows": "normflows.pt"}  # what it leaves, where that i
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_example(path: Path, tmp_path: Path) -> None:
+def test_example(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(path.read_text().splitlines()) < 100
-    done = subprocess.run(
-        [sys.executable, "-W", "error", path, "--quick", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
+    monkeypatch.chdir(tmp_path)
+    done = forked.ended(forked.script, path, "--quick", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "gained: " in done.stdout
     left = tmp_path / PICTURES.get(path.stem, f"{path.stem}.png")

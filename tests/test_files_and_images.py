@@ -5,10 +5,9 @@ import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -49,7 +48,7 @@ def main():
         temporary.write_bytes(bytes(5000))
 run_command(main)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = forked.ended(forked.program, code)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
@@ -156,7 +155,7 @@ def test_grid_and_png(tmp_path: Path) -> None:
 )
 def test_commands_turn_mistakes_into_one_line(raised: str, code: int, text: str) -> None:
     program = f"from glf_fast.errors import *\ndef main(): raise {raised}\nrun_command(main)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = forked.ended(forked.program, program)
     assert done.returncode == code
     assert done.stderr.startswith(text)
 

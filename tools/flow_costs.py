@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 from glf_fast.kernels.flow_options import sizes
 from glf_fast.kernels.launch_table import Launch
@@ -204,6 +205,7 @@ def program(case: Case, how: Launch) -> Cost:
     return replace(step, clocks=_period(step.clocks, step.bytes, stages)) if whole else step
 
 
+@cache
 def clocks(case: Case, how: Launch) -> float:
     """Clocks of all steps for all rows."""
     step = program(case, how)
@@ -220,6 +222,7 @@ def clocks(case: Case, how: Launch) -> float:
     )
 
 
+@cache
 def shared_bytes(case: Case, how: Launch) -> int:
     """Bytes of shared memory of a program, at least: the tiles of its largest loop, and the rows that these multiply."""
     constants = sizes(case.dim, case.hidden, 0)

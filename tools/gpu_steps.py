@@ -22,6 +22,7 @@ SITE = WORK / "site"  # packages for this run alone
 LOST = 75  # exit code of a benchmark to which the GPU does not answer any more: bench/gpu.py
 STARTS = 4  # of one step, at the most
 MARGIN = 12  # seconds before its end in which a command that watches the clock begins nothing more
+PATIENCE = 8  # seconds from an interrupt to the end of what does not hear it, and again until it is given up
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,9 @@ def _start(command: list[str], log: Path, environment: dict[str, str]) -> subpro
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """With all that they have started, in 8 seconds: interrupted first, so that pytest says what failed."""
+    """With all that they have started: interrupted first, so that pytest says what failed, then killed."""
     for how in (signal.SIGINT, signal.SIGKILL):
-        end = time.monotonic() + 8
+        end = time.monotonic() + PATIENCE
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, how)

@@ -215,13 +215,10 @@ inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 
 // f(i) for i < n, which on a GPU run at once: none may need what another does. Tests go through them backwards, too.
+inline bool backwards = false;
 template <class F>
 void all_of(int n, F f) {
-#ifdef GLF_BACKWARDS
-  for (int i = n - 1; i >= 0; --i) f(i);
-#else
-  for (int i = 0; i < n; ++i) f(i);
-#endif
+  for (int i = 0; i < n; ++i) f(backwards ? n - 1 - i : i);
 }
 
 template <class X>

@@ -3,14 +3,14 @@
 import gzip
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from glf_fast import train
 from glf_fast.data.idx import FASHION_MNIST
 
 ROOT = Path(__file__).parents[2]
@@ -73,12 +73,24 @@ def test_a_training_run_takes_the_data_that_are_there(script, tmp_path, monkeypa
     assert preset_for(tmp_path / "data")[0] == "smoke"
 
 
-def test_a_training_run_ends_in_time_with_its_speed_and_scores(tmp_path) -> None:
-    command = [sys.executable, "tools/gpu_train.py", str(tmp_path), "--seconds", "30"]
-    own = os.environ | {"GLF_FAST_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    run = [*command, "--data", str(tmp_path / "nothing"), "--run", str(tmp_path / "run")]
-    done = subprocess.run(run, cwd=ROOT, env=own, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_a_training_run_ends_in_time_with_its_speed_and_scores(script, tmp_path, monkeypatch) -> None:
+    """Training has what the start and the scores leave of the time; here it then gets half a second of its five."""
+    gpu_train = script("gpu_train")
+
+    def train_here(command: list[str]) -> SimpleNamespace:
+        at = command.index("--max-minutes") + 1
+        assert command[:3] == [sys.executable, "-m", "glf_fast.train"] and command[at] == f"{5 / 60:.3f}"
+        monkeypatch.setattr(sys, "argv", [*command[2:at], "0.008", *command[at + 1 :]])
+        train.main()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setenv("GLF_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_train, "subprocess", SimpleNamespace(run=train_here))
+    options = ["--seconds", "30", "--data", tmp_path / "nothing", "--run", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", ["gpu_train.py", *map(str, [tmp_path, *options])])
+    with pytest.raises(SystemExit) as end:
+        gpu_train.main()
+    assert end.value.code == 0
     found = json.loads((tmp_path / "training.json").read_text())
     assert found["preset"] == "smoke" and found["images"] > 0 and found["images_per_second"] > 0
     assert [score["settings"]["extractor"] for score in found["scores"]] == ["tiny"]

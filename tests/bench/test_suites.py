@@ -27,15 +27,21 @@ from bench.training import Step
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "flow-sbi-sample-glf_fast or flow-sbi-sample-eager or flow-sbi-sample-normflows or grid-4-32-1-train or depth-2-train or "
-    "depth-4-train-glf_fast or (64x48x4x4 and forward and not compile) or (memory and 8) or "
+    "depth-4-train-glf_fast or (64x48x4x4 and forward and not compile) or (memory and 8 and reversible) or "
     "linear-8-4-forward or linear-8-8-forward or (256x20 and inverse) or (64x12x16x16 and channels and train) or "
-    "plu-5-8"
+    "plu-5-8 or (grid-4-32-16-train and not FrEIA)"  # whose eager is made wrong
 )
 
 
-def test_the_suites_run_and_become_tables_and_figures(bench, tmp_path) -> None:
-    done = bench(SMALL)[0]
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_the_suites_run_and_become_tables_and_figures_and_what_is_wrong_has_no_time(bench, tmp_path) -> None:
+    done, written = bench(SMALL, "-p", "wrong_eager")
+    assert done.returncode == 1 and " 1 failed" in done.stdout, done.stdout[-3000:]
+    assert "eager is wrong in grid-4-32-16, train" in done.stdout and "is off by" in done.stdout
+    # Pages and comparisons show the line. Ours next to it is right, and is timed.
+    (line,) = (line for line in written["wrong"] if "is off by" in line)
+    assert line.startswith("grid-grid-4-32-16-train-eager: ")
+    rows = [row["extra_info"] for row in written["benchmarks"]]
+    assert {row["provider"] for row in rows if row["case"] == "grid-4-32-16"} == {"glf_fast"}
     assert "normflows' AffineCouplingBlock takes no context" in done.stdout  # not in silence
     assert "CuPy needs a GPU" in done.stdout
     found = read(tmp_path / "bench.json")
@@ -68,17 +74,6 @@ def test_a_whole_step() -> None:
     step = Step("glf_fast", "mnist", batch=8)
     step.exact[-1] *= 1.1
     assert "off by" in step.check(step.run())
-
-
-def test_what_is_wrong_fails_and_has_no_time(bench) -> None:
-    """Ours next to it is right, and is timed."""
-    done, written = bench("grid-4-32-1-train", "-p", "wrong_eager")
-    assert done.returncode == 1
-    assert "eager is wrong in grid-4-32-1, train" in done.stdout and "is off by" in done.stdout
-    (line,) = written["wrong"]  # which pages and comparisons show
-    assert line.startswith("grid-grid-4-32-1-train-eager: ") and "is off by" in line
-    providers = {row["extra_info"]["provider"] for row in written["benchmarks"]}
-    assert "glf_fast" in providers and "eager" not in providers
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""A pytest plugin: one bias of the flow in plain PyTorch is not what it should be."""
+"""A pytest plugin: in one case a bias of the flow in plain PyTorch is not what it should be."""
 
 from functools import partial
 
@@ -10,8 +10,9 @@ from bench.race import Provider
 
 def _wrong(case, device):
     made = flows.MAKERS["eager"](case, device)
-    with torch.no_grad():
-        made.module.mlp_biases[0][0, 0] += 0.5
+    if case.name == "grid-4-32-16":
+        with torch.no_grad():
+            made.module.mlp_biases[0][0, 0] += 0.5
     return made
 
 

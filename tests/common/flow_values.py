@@ -7,7 +7,7 @@ from torch import Tensor
 
 from glf_fast import ops, reference
 
-__all__ = ["DIRECTIONS", "compare", "error", "run", "run_op", "tensors"]
+__all__ = ["DIRECTIONS", "compare", "derivatives", "error", "run", "run_op", "tensors"]
 
 DIRECTIONS = {"forward": "coupling_flow", "inverse": "coupling_flow_inverse"}
 
@@ -42,6 +42,23 @@ def run_op(op, values: list[Tensor | None]) -> tuple[Tensor, ...]:
     varying, grads = zip(*((t, g) for t, g in zip(outputs, grads, strict=True) if t.requires_grad), strict=True)
     found = torch.autograd.grad(varying, [t for t in values if t is not None and t.requires_grad], grads)
     return *(t.detach() for t in outputs), *found
+
+
+def derivatives(op, values: list[Tensor | None]) -> list[Tensor]:
+    """Gradients of each output of op(*values) alone, and derivatives of a fixed combination of all outputs' gradients."""
+    leaves = [t for t in values if t is not None and t.requires_grad]
+    outputs = op(*values)
+    g = torch.Generator().manual_seed(1)
+    grads = [torch.randn(t.shape, dtype=t.dtype, generator=g) for t in outputs]
+    alone = [
+        torch.autograd.grad(t, leaves, grad, retain_graph=True, allow_unused=True)
+        for t, grad in zip(outputs, grads, strict=True)
+    ]
+    first = torch.autograd.grad(outputs, leaves, grads, create_graph=True)
+    combined = sum((torch.randn(t.shape, dtype=t.dtype, generator=g) * t).sum() for t in first)
+    second = torch.autograd.grad(combined, leaves, allow_unused=True)
+    pairs = [pair for found in (*alone, second) for pair in zip(found, leaves, strict=True)]
+    return [torch.zeros_like(leaf) if found is None else found for found, leaf in pairs]
 
 
 def run(op, values: list[Tensor | None], **options) -> tuple[Tensor, ...]:

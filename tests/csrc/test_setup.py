@@ -1,23 +1,31 @@
 """setup.py on machines unlike this one: an nvcc that is broken, foreign, a script, or missing where sources are packed."""
 
-import os
 import runpy
 import shutil
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[2]
 # As in a torch with CUDA, which says where nvcc is; one without hides it.
 SETUP = """
-import runpy, sys
+import runpy, sys, warnings
+warnings.simplefilter("ignore")
 from torch.utils import cpp_extension
-cpp_extension.CUDA_HOME = sys.argv.pop(1)
+cpp_extension.CUDA_HOME = {home!r}
+sys.argv = ["setup.py", *{arguments!r}]
 runpy.run_path("setup.py", run_name="__main__")
 """
+
+
+def setup(folder: Path, *arguments: str, home: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`python setup.py …` in a folder, with the CUDA toolkit at `home`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return forked.ended(forked.program, SETUP.format(home=home, arguments=arguments))
 
 
 def sources(folder: Path) -> Path:
@@ -91,25 +99,26 @@ def test_the_static_runtime_may_lie_in_a_target_or_with_torch(toolkit, place: st
         ),
     ],
 )
-def test_the_processors_kernels_are_built_whatever_nvcc_does(tmp_path: Path, nvcc: str, said: str) -> None:
+def test_the_processors_kernels_are_built_whatever_nvcc_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvcc: str, said: str
+) -> None:
     home = tmp_path / "cuda"
     compiler = script(home / "bin" / "nvcc", nvcc.replace("HOME", str(home)))
     for path in (home / "include" / "cuda_runtime.h", home / "lib64" / "libcudart_static.a"):
         script(path, "")
     folder = tmp_path / "sources"
     folder.mkdir()
-    command = [sys.executable, "-W", "ignore", "-c", SETUP, str(compiler.parents[1]), "-q", "build_ext", "--inplace"]
-    environment = {**os.environ, "MAX_JOBS": "1"}
-    done = subprocess.run(command, cwd=sources(folder), env=environment, capture_output=True, text=True)
+    monkeypatch.setenv("MAX_JOBS", "1")
+    done = setup(sources(folder), "-q", "build_ext", "--inplace", home=str(compiler.parents[1]))
     assert done.returncode == 0 and said in done.stderr, done.stdout + done.stderr
     assert "NOT BUILT: glf_fast._cpu" not in done.stderr
     assert [path.name for path in (folder / "glf_fast").glob("*.so")] == ["_cpu.abi3.so"]
 
 
-def test_without_a_compiler_nothing_is_built_and_nothing_fails(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"]
-    environment = {**os.environ, "CC": "false", "CXX": "false"}
-    done = subprocess.run(command, cwd=sources(tmp_path), env=environment, capture_output=True, text=True)
+def test_without_a_compiler_nothing_is_built_and_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("CXX", "false")
+    done = setup(sources(tmp_path), "-q", "build_ext", "--inplace")
     assert done.returncode == 0 and "NOT BUILT: glf_fast._cpu, what it serves will be slow" in done.stderr, done.stderr
     assert not list((tmp_path / "glf_fast").glob("*.so"))
 
@@ -120,8 +129,8 @@ def test_a_source_distribution_has_all_sources(tmp_path: Path) -> None:
     folder.mkdir()
     sources(folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
-    command = [sys.executable, "-W", "ignore", "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
-    subprocess.run(command, cwd=folder, capture_output=True, check=True)
+    done = setup(folder, "-q", "sdist", "--dist-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}

@@ -1,12 +1,12 @@
 """python -m glf_fast.metrics: what it prints, and its one-line errors."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -146,15 +146,11 @@ def test_mistakes_are_one_line(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_full_disk_costs_the_cache_alone(tmp_path: Path) -> None:
-    """Statistics that cannot be written: the shell limits files to 50 kB, less than statistics of 128 features."""
-    command = [sys.executable, "-m", "glf_fast.metrics", "calc", "digits:test", "digits:train", "--extractor", "tiny"]
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 50; exec "$@"', "-", *command],
-        env=os.environ | {"GLF_FAST_CACHE": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+def test_a_full_disk_costs_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics that cannot be written: the system limits files to 50 kB, less than statistics of 128 features."""
+    monkeypatch.setenv("GLF_FAST_CACHE", str(tmp_path))
+    arguments = ["calc", "digits:test", "digits:train", "--extractor", "tiny"]
+    done = forked.ended(forked.command, "metrics.__main__", *arguments, file_size=50_000)
     assert done.returncode == 0 and done.stdout.startswith("FD[tiny]"), done.stderr
     assert "could not be cached" in done.stderr and "File too large" in done.stderr
     assert not list((tmp_path / "stats").iterdir()), "nothing half-written"

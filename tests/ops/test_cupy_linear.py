@@ -23,14 +23,13 @@ DTYPES = (torch.float32, torch.float64)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> ctypes.CDLL:
+def library(once) -> ctypes.CDLL:
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"
-    target = tmp_path_factory.mktemp("host") / "host_kernels.so"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
     source = ROOT / "tests" / "csrc" / "host_kernels.cpp"
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o"]
+    return ctypes.CDLL(str(once("host_kernels.so", lambda target: subprocess.run([*command, target], check=True))))
 
 
 @pytest.fixture(params=[227 << 10, 4 << 10], ids=["227 KiB", "4 KiB"])

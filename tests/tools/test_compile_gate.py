@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import shipped
 from compile_gate import complaint
 from triton_resources import Resources
@@ -12,7 +13,7 @@ from triton_resources import Resources
 from bench.cases import FLOWS
 
 TOOLS = Path(__file__).parents[2] / "tools"
-# Processes of their own: where kernels are interpreted they cannot be compiled.
+# A process of its own: where kernels are interpreted they cannot be compiled.
 COMPILED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
@@ -43,7 +44,7 @@ for key in ("forward small tf32 few", "backward small bf16 few"):
         found = resources(of_entry(key, Launch(16, 32, 32, key.startswith("backward"), 4, stages)), 90)
         assert found.buffers == stages - 1, (key, stages, found)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, env=COMPILED, capture_output=True, text=True)
+    done = forked.compiler(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -58,7 +59,7 @@ for arch in compile_gate.ARCHITECTURES:
     why = compile_gate.complaint(resources(spec, arch), arch, 0, False)
     assert not why, why
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, env=COMPILED, capture_output=True, text=True)
+    done = forked.compiler(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -85,7 +86,7 @@ assert len(packings) == 2
 for spec in packings:
     assert "cvt.rna.tf32.f32" in compiled(spec, 80).asm["ptx"]
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, env=COMPILED, capture_output=True, text=True)
+    done = forked.compiler(code)
     assert done.returncode == 0, done.stderr
 
 

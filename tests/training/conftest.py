@@ -5,19 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import forked
 import pytest
 
 from glf_fast import train
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(once: Once) -> Path:
     """Where reference statistics go here; nothing here is downloaded."""
-    return tmp_path_factory.mktemp("cache")
+    return once("cache", Path.mkdir)
 
 
 @pytest.fixture(autouse=True)
@@ -37,15 +40,27 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def command() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def command() -> Iterator[Callable[..., forked.Child]]:
     """Starts `python -m glf_fast.{module} …` as a process of its own, one thread, warnings as errors."""
     with contextlib.ExitStack() as stack:
 
-        def start(module: str, *arguments: str | Path, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+        def start(module: str, *arguments: str | Path, file_size: int | None = None) -> forked.Child:
+            child = forked.Child(forked.command, module, *map(str, arguments), file_size=file_size)
+            return stack.enter_context(contextlib.closing(child))
+
+        yield start
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """The same, started by the shell's means: it takes seconds longer."""
+    with contextlib.ExitStack() as stack:
+
+        def start(module: str, *arguments: str | Path) -> subprocess.Popen[str]:
             program = [sys.executable, "-W", "error", "-m", f"glf_fast.{module}", *map(str, arguments)]
             one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            process = subprocess.Popen([*before, *program], env=one_thread, text=True, **pipes)
+            process = subprocess.Popen(program, env=one_thread, text=True, **pipes)
             stack.enter_context(process)
             stack.callback(process.kill)  # before the wait that leaving the process's own context means
             return process
@@ -54,14 +69,16 @@ def command() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+def smoke(once: Once, cache: Path) -> Path:
     """A finished run of preset smoke; not to be changed."""
-    folder = tmp_path_factory.mktemp("runs") / "smoke"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLF_FAST_CACHE", str(cache))
-        patch.setattr(sys, "argv", ["train", "--preset", "smoke", "--out", str(folder)])
-        train.main()
-    return folder
+
+    def finished(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GLF_FAST_CACHE", str(cache))
+            patch.setattr(sys, "argv", ["train", "--preset", "smoke", "--out", str(folder)])
+            train.main()
+
+    return once("smoke", finished)
 
 
 @pytest.fixture

@@ -4,10 +4,9 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -155,7 +154,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 big = Checkpoint("glf", {{}}, {{"a": torch.zeros(100_000)}}, {{}}, {{}})
 run_command(lambda: checkpoint.write(Path({str(folder)!r}), big))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = forked.ended(forked.program, code)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {folder} could not be written") and "File too large" in result.stderr
     assert result.stderr.count("\n") == 1

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from glf_fast.training.config_files import load, preset_path
 from glf_fast.training.pictures import draw
 
 Call = Callable[..., None]
-Start = Callable[..., subprocess.Popen[str]]
 
 
 def lines(run: Path) -> list[dict[str, object]]:
@@ -133,13 +131,14 @@ def test_a_model_without_periodic_scores_ends_with_the_last_as_the_best(tmp_path
 
 def test_a_time_limit_ends_a_run_with_scores(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--preset", "smoke", "--out", tmp_path / "r", "--epochs", "100000"]
-    call(train, *arguments, "--max-minutes", "0.01")
+    call(train, *arguments, "--max-minutes", "0.001")
     images = lines(tmp_path / "r")[-1]["images"]
     assert 0 < images < 100000 * 12 * 128  # type: ignore[operator]
     assert "FD[tiny]" in capsys.readouterr().out
-    call(train, *arguments, "--max-minutes", "0.01")
+    call(train, *arguments, "--max-minutes", "0.001")
     assert "is finished" in capsys.readouterr().err
-    call(train, *arguments, "--max-minutes", "0.06")
+    more = checkpoint.read_state(tmp_path / "r" / "checkpoints" / "last")["minutes"] + 0.005
+    call(train, *arguments, "--max-minutes", f"{more:.4f}")
     assert lines(tmp_path / "r")[-1]["images"] > images  # type: ignore[operator]
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from glf_fast.errors import UserError
 from glf_fast.training import checkpoint, runs
 
 Call = Callable[..., None]
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., forked.Child]
 
 
 def lines(run: Path) -> list[dict[str, object]]:
@@ -27,22 +28,22 @@ def lines(run: Path) -> list[dict[str, object]]:
 
 # -- stopping and going on ------------------------------------------------------------------------------------------------
 
-# A checkpoint after every step.
+# A checkpoint after every step, twelve in an epoch.
 LONG = [
     "--preset",
     "smoke",
     "--epochs",
-    "12",
-    "--score.every",
-    "4",
-    "--pictures-every",
     "4",
     "--checkpoint-minutes",
     "0",
+    "--score.every",
+    "1",
+    "--pictures-every",
+    "1",
 ]
 
 
-def wait_for_images(folder: Path, images: int, process: subprocess.Popen[str]) -> None:
+def wait_for_images(folder: Path, images: int, process: forked.Child) -> None:
     """Until the run's last checkpoint has seen so many images."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
@@ -52,24 +53,26 @@ def wait_for_images(folder: Path, images: int, process: subprocess.Popen[str]) -
         except UserError:  # not there yet, or replaced while being read
             pass
         time.sleep(0.01)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     raise AssertionError(f"no checkpoint with {images} images: {process.communicate()}")
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, command: Start) -> None:
-    """Killed twice, in the middle of epochs, with kill -9; against a run that nobody disturbed."""
-    whole = command("train", *LONG, "--out", tmp_path / "whole")
-    for images in (2_000, 10_000):
-        process = command("train", *LONG, "--out", tmp_path / "killed")
-        wait_for_images(tmp_path / "killed", images, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+def test_a_killed_run_goes_on_bit_for_bit(
+    tmp_path: Path, command: Start, process: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Killed twice, in the middle of epochs, with kill -9; against a run that nobody disturbed, of a shell's process."""
+    whole = process("train", *LONG, "--out", tmp_path / "whole")
+    for images in (600, 2_000):
+        killed = command("train", *LONG, "--out", tmp_path / "killed")
+        wait_for_images(tmp_path / "killed", images, killed)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
         assert not any(record.get("finished") for record in runs.read_metrics(tmp_path / "killed"))
     last = command("train", *LONG, "--out", tmp_path / "killed")
-    for process in (whole, last):
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+    for done in (whole, last):
+        _, errors = done.communicate()
+        assert done.returncode == 0, errors
     for name in ("last/model", "last/training", "best/model"):
         ours, theirs = (
             load_file(tmp_path / run / "checkpoints" / f"{name}.safetensors") for run in ("whole", "killed")
@@ -77,7 +80,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, command: Start) -> Non
         assert ours.keys() == theirs.keys() and len(ours) > 10
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
     scores = [[r for r in lines(tmp_path / run) if "score" in r] for run in ("whole", "killed")]
-    assert scores[0] == scores[1] and len(scores[0]) == 3
+    assert scores[0] == scores[1] and len(scores[0]) == 4
     pictures = [sorted((tmp_path / run / "samples").iterdir()) for run in ("whole", "killed")]
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
     seen = [record["images"] for record in lines(tmp_path / "killed")]
@@ -88,18 +91,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, command: Start) -> Non
 def test_a_signal_stops_with_a_checkpoint(
     number: signal.Signals, tmp_path: Path, command: Start, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        *LONG[:2],
-        "--epochs",
-        "100000",
-        "--score.every",
-        "0",
-        "--pictures-every",
-        "99999",
-        "--out",
-        tmp_path / "r",
-    ]
-    process = command("train", *arguments, "--checkpoint-minutes", "0.001")
+    rarely = ["--score.every", "0", "--pictures-every", "99999", "--checkpoint-minutes", "0.001"]
+    process = command("train", *LONG[:2], "--epochs", "100000", *rarely, "--out", tmp_path / "r")
     wait_for_images(tmp_path / "r", 1, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -205,10 +198,10 @@ def test_a_loss_that_explodes_stops_and_keeps_the_last_good_checkpoint(tmp_path:
 
 
 def test_a_full_disk_stops_in_one_line_and_the_same_command_goes_on(run: Path, tmp_path: Path, command: Start) -> None:
-    """A real failure: the shell limits every file of the process to 100 kB, less than training.safetensors."""
+    """A real failure: the system limits every file of the process to 100 kB, less than training.safetensors."""
     arguments = ["--preset", "smoke", "--out", str(run), "--epochs", "5"]
     before = (run / "checkpoints" / "last" / "training.safetensors").read_bytes()
-    limited = command("train", *arguments, before=["bash", "-c", 'ulimit -f 100; exec "$@"', "-"])
+    limited = command("train", *arguments, file_size=100_000)
     _, errors = limited.communicate()
     assert limited.returncode == 2
     message = errors.splitlines()[-1]
@@ -242,8 +235,8 @@ def test_a_missing_data_set_and_a_run_that_is_none_are_named(tmp_path: Path, cal
             call(module, tmp_path)
 
 
-def test_errors_reach_the_shell_as_one_line(command: Start) -> None:
-    process = command("train", "--preset", "quik")
-    output, errors = process.communicate()
-    assert process.returncode == 2 and output == ""
+def test_errors_reach_the_shell_as_one_line(process: Callable[..., subprocess.Popen[str]]) -> None:
+    done = process("train", "--preset", "quik")
+    output, errors = done.communicate()
+    assert done.returncode == 2 and output == ""
     assert re.fullmatch(r"error: no preset 'quik'; did you mean 'quick'\? the presets are .*\n", errors)
