@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -50,8 +51,8 @@ def chosen(session: pytest.Session) -> dict[Race, tuple[str, ...]]:
     found: dict[Race, tuple[str, ...]] = {}
     for item in session.items:
         if isinstance(item, pytest.Function) and item.originalname == "test_row":
-            race = item.callspec.params["race"]
-            found[race] = (*found.get(race, ()), item.callspec.params["name"])
+            row: Any = item.callspec.params
+            found[row["race"]] = (*found.get(row["race"], ()), row["name"])
     return found
 
 
