@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import tyro
@@ -38,6 +38,12 @@ def parse(
         SystemExit: after --help.
     """
     program = f"python -m {module}"
+    commands = [
+        rule.name for one in get_args(kind) for rule in getattr(one, "__metadata__", ()) if hasattr(rule, "name")
+    ]
+    if commands and (not arguments or (arguments[0] not in commands and not arguments[0].startswith("-"))):
+        given = f"there is no command {arguments[0]!r}; {did_you_mean(arguments[0], commands)}" if arguments else ""
+        raise UserError(f"{given}the commands are {', '.join(commands)}; {program} --help explains them")
     # tyro never returns from drawing its boxes into fewer columns than they need.
     os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
     options: dict[str, Any] = {"prog": program, "default": default, "description": description}
@@ -84,6 +90,9 @@ def _one_line(box: str) -> str:
     paragraph = itertools.takewhile(lambda row: not line(row), itertools.dropwhile(line, rows))
     form = re.search(r"Argument helptext: +(--\S+ \S+)", " ".join(rows))
     text = " ".join(" ".join(paragraph).split()).rstrip(".")
+    if missing := re.match(r"Missing from (.+?): ", text):  # each argument with its help, which ends in (required)
+        names = [part.split()[0] for part in text[missing.end() :].split("(required)") if part.strip()]
+        return f"{missing[1]} needs {' and '.join(names)}"
     return text + (f" (wanted: {form[1].replace('[', '')})" if form else "")
 
 

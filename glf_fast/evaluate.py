@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -21,7 +21,7 @@ from glf_fast.training.splits import load_splits
 class Command:
     """Score a trained model against the test images of its data set."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint of the run to use."""

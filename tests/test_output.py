@@ -14,9 +14,9 @@ from glf_fast.errors import run_command
 from glf_fast.output import Output, one_line
 
 
-def shell(command: str) -> subprocess.CompletedProcess[str]:
+def shell(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A shell's command, in which PYTHON is this interpreter."""
-    variables = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True, timeout=60)
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -22,6 +22,7 @@ from glf_fast.errors import run_command
 
 __all__ = ["Child", "command", "compiler", "ended", "program", "script"]
 
+_ROOT = Path(__file__).parents[2]
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The commands, and what they import only when they train, read digits or draw.
 _CONTEXT.set_forkserver_preload(
@@ -37,7 +38,8 @@ class Child:
     """
 
     def __init__(self, function: Callable[..., None], *arguments: object, file_size: int | None = None) -> None:
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="error"):
+        with _as_started(), mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="error"):
+            os.environ.pop("TRITON_INTERPRET", None)  # with it Triton is imported for its interpreter, for good
             forkserver.ensure_running()
         self._printed = tempfile.TemporaryDirectory()
         about = (dict(os.environ), os.getcwd(), self._printed.name, file_size)
@@ -104,6 +106,17 @@ def compiler(code: str) -> subprocess.CompletedProcess[str]:
     with mock.patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)
         return ended(program, f"import sys\nsys.path.insert(0, {tools!r})\n{code}")
+
+
+@contextlib.contextmanager
+def _as_started() -> Iterator[None]:
+    """The folder in which the tests run, where a test has gone elsewhere: the server imports from where it starts."""
+    here = os.getcwd()
+    os.chdir(_ROOT)
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 def _call(

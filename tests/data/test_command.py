@@ -41,7 +41,7 @@ def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             2,
             "error: no data set, weights or path 'digit'; did you mean 'digits'? give one of fashion-mnist, ",
         ),
-        (["fetch"], 2, "Missing from python -m glf_fast.data fetch"),
+        (["fetch"], 2, "error: python -m glf_fast.data fetch needs NAME; "),
         (["fetch", "digits", "--data-dr", "x"], 2, "error: unknown option --data-dr; did you mean '--data-dir'?"),
         (["info", "digits", "--foo"], 2, "error: unknown option --foo; python -m glf_fast.data --help lists"),
         (["info", "digits", "--data-dir", "/nope"], 2, "error: --data-dir /nope is not a folder"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -81,15 +80,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=0, help="number of faults in a share, by default the campaign's")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="shares at a time (2)")
     options = parser.parse_args()
-    options.names = options.only.split(",") if options.only else [name for name in CAMPAIGNS if exists(name)]
-    if unknown := [name for name in options.names if name not in CAMPAIGNS or not exists(name)]:
+    options.names = options.only.split(",") if options.only else list(CAMPAIGNS)
+    if unknown := [name for name in options.names if name not in CAMPAIGNS]:
         parser.error(f"no campaign {', '.join(unknown)}; the campaigns are {', '.join(CAMPAIGNS)}")
     return options
-
-
-def exists(name: str) -> bool:
-    """Whether a campaign is there."""
-    return importlib.util.find_spec(f"tests.faults.{name}") is not None
 
 
 def _run(options: argparse.Namespace, folder: Path) -> int:

@@ -105,8 +105,8 @@ def with_cache(cache: Path) -> Callable[[], None]:
 def contents(run: Path) -> dict[str, object]:
     """All files of a folder by their names, without what depends on the time.
 
-    This is: the images per second of the log, the minutes in a checkpoint's state, and TensorBoard's log, of which each process
-    writes its own file. Hidden files are no content.
+    This is: the images per second of the log, the minutes in a checkpoint's state (and so the checksum of both), and
+    TensorBoard's log, of which each process writes its own file. Hidden files are no content.
     """
     found: dict[str, object] = {}
     for path in sorted(run.rglob("*")):
@@ -119,6 +119,7 @@ def contents(run: Path) -> dict[str, object]:
         elif path.name == "checkpoint.json":
             index = json.loads(path.read_text())
             assert index["state"].pop("minutes") >= 0
+            del index["sha256"]
             found[str(name)] = index
         else:
             found[str(name)] = path.read_bytes()
