@@ -14,6 +14,9 @@ from glf_fast.output import Output, one_line
 __all__ = ["UserError", "did_you_mean", "lacks_memory", "run_command"]
 
 
+_LONGEST = 1200  # characters of an error
+
+
 class UserError(ValueError):
     """A mistake in the user's input (name, path, file, configuration).
 
@@ -42,7 +45,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to flush at exit
         sys.exit(128 + 13)  # as a process that SIGPIPE ended
     except (UserError, OSError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print(f"error: {_shortened(one_line(str(error)))}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
@@ -54,6 +57,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _shortened(line: str) -> str:
+    """A line of bearable length: values that it quotes may come from a damaged file."""
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST * 2 // 3]} … {line[-_LONGEST // 3 :]}"
 
 
 def lacks_memory(error: BaseException) -> bool:

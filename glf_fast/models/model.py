@@ -293,7 +293,10 @@ class GenerativeModel(
         """
         folder = saving.find(pretrained_model_name_or_path, **download)
         config, weights = saving.read(folder)
-        with torch.random.fork_rng(devices=[]):
-            model = cls.from_config(config)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model = cls.from_config(config)
+        except UserError as error:
+            raise UserError(f"{folder / saving.CONFIG_FILE}: {error}") from error
         saving.load_weights(model, weights, folder)
         return model.to(map_location).eval()

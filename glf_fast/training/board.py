@@ -23,29 +23,32 @@ class Board:
     """
 
     def __init__(self, folder: Path, images: int) -> None:
-        self._folder, self._writer = folder, None
-        with self._as_far_as_possible():
-            self._writer = SummaryWriter(str(folder), purge_step=images)
+        self._folder, self._images = folder, images
+        self._writer: SummaryWriter | None = None
+        self._failed = False
 
     def scalar(self, name: str, value: float, images: int) -> None:
         """Log a number after so many training images."""
         with self._as_far_as_possible():
-            if self._writer is not None:
+            if self._writer is not None and not self._failed:
                 self._writer.add_scalar(name, value, images)
 
     def image(self, name: str, picture: Tensor, images: int) -> None:
         """Log a uint8 picture (C, H, W) after so many training images."""
         with self._as_far_as_possible():
-            if self._writer is not None:
+            if self._writer is not None and not self._failed:
                 self._writer.add_image(name, picture, images)
 
     def __enter__(self) -> Board:
+        # First, because the writer's thread may fail at once.
         self._hook, threading.excepthook = threading.excepthook, self._in_thread
+        with self._as_far_as_possible():
+            self._writer = SummaryWriter(str(self._folder), purge_step=self._images)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         with self._as_far_as_possible():
-            if self._writer is not None:
+            if self._writer is not None and not self._failed:
                 self._writer.close()
         threading.excepthook = self._hook
 
@@ -64,6 +67,6 @@ class Board:
             self._give_up(error)
 
     def _give_up(self, error: BaseException | None) -> None:
-        if self._writer is not None or not self._folder.is_dir():
+        if not self._failed:
             print(f"{self._folder} cannot be written ({error}); training goes on without it", file=sys.stderr)
-        self._writer = None
+        self._failed = True

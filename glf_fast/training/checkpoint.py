@@ -224,8 +224,9 @@ def _index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / _INDEX} is missing; {_remedy(folder)}") from None
     if isinstance(index, dict) and "format" in index and index["format"] not in _READABLE:
         raise UserError(
-            f"{folder} was written by glf_fast {index.get('version', 'of an unknown version')} in format {index['format']}; "
-            f"this is {version('glf_fast')}, which reads {' and '.join(map(str, _READABLE))}: use the version that wrote it"
+            f"{folder / _INDEX} was written by glf_fast {index.get('version', 'of an unknown version')} in format "
+            f"{index['format']}; this is {version('glf_fast')}, which reads {' and '.join(map(str, _READABLE))}: use the "
+            "version that wrote it, or, if the file is damaged, a copy of it"
         )
     kinds = {"model": str, "state": dict, "files": dict}
     if (

@@ -87,7 +87,8 @@ def check_folder(folder: Path, config: Config) -> None:
         if changed:
             listed = "; ".join(f"{key} = {shown(old)}, now {shown(new)}" for key, (old, new) in changed.items())
             raise UserError(
-                f"{folder} holds a run with other settings ({listed}); choose another --out, or delete the folder"
+                f"{folder} holds a run with other settings in its config.toml ({listed}); choose another --out, or delete "
+                "the folder"
             )
     elif folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise UserError(f"{folder} is not a run's folder (no config.toml) and is not empty; choose another --out")

@@ -99,7 +99,9 @@ def test_a_finished_run_goes_on_when_given_more_epochs(run: Path, call: Call) ->
 def test_a_folder_with_another_run_is_left_alone(run: Path, call: Call) -> None:
     with pytest.raises(UserError) as error:
         call(train, "--preset", "smoke", "--out", run, "--flow.steps", "3", "--seed", "1", "--epochs", "9")
-    assert "holds a run with other settings (seed = 0, now 1; flow.steps = 2, now 3)" in str(error.value)
+    assert "holds a run with other settings in its config.toml (seed = 0, now 1; flow.steps = 2, now 3)" in str(
+        error.value
+    )
     assert runs.read_config(run) == load(preset_path("smoke"))
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from torch.utils.tensorboard import SummaryWriter
 
 from glf_fast import evaluate, sample, train
 from glf_fast.errors import UserError
+from glf_fast.training import board as board_module
 from glf_fast.training import checkpoint, pictures, report, runs
 from glf_fast.training.arguments import parse_train
 from glf_fast.training.board import Board
@@ -156,7 +158,9 @@ def test_a_checkpoint_may_be_a_link_to_another_disk(run: Path, tmp_path: Path, c
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["last"]
 
 
-def test_tensorboard_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensorboard_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_bytes(b"")
     before = threading.excepthook
     with Board(tmp_path / "file" / "tensorboard", 0) as board:
@@ -167,8 +171,18 @@ def test_tensorboard_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
         failing.join()
         board.scalar("loss", 1.0, 0)
         board.image("samples", torch.zeros(1, 8, 8, dtype=torch.uint8), 0)
+
+    def writer(*arguments: object, **options: object) -> SummaryWriter:
+        failing = threading.Thread(target=os.write, args=(-1, b"x"))  # the thread writes before the writer is there
+        failing.start()
+        failing.join()
+        return SummaryWriter(*arguments, **options)
+
+    monkeypatch.setattr(board_module, "SummaryWriter", writer)
+    with Board(tmp_path / "again", 0) as board:
+        board.scalar("loss", 1.0, 0)
     printed = capsys.readouterr().err
-    assert printed.count("cannot be written") == 2 and "Traceback" not in printed
+    assert printed.count("cannot be written") == 3 and "Traceback" not in printed
     assert threading.excepthook is before
 
 
