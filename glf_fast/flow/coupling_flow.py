@@ -253,7 +253,7 @@ class CouplingFlow(Flow):
             parameter: its name, as in `hold`, before which a factor must be given.
             factor: broadcasts to the parameter's shape.
         """
-        self.factors[parameter.replace(".", "_")] = FixedFactor(factor)
+        self.factors[parameter.replace(".", "_")] = FixedFactor(factor.to(self.get_parameter(parameter)))
         self._adjusts = True
 
     def _effective(self, name: str, parameter: Tensor) -> Tensor:
