@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,12 @@ def accelerate(model: nn.Module) -> Report:
     for where, module in list(model.named_modules()):
         inside = any(not outer or where.startswith(f"{outer}.") for outer in reported)
         name, kind = where or "the model", type(module).__name__
-        host = host_of(module)
+        try:
+            host = host_of(module)
+        except Exception as error:  # of a property with the name of a library's attribute
+            reported.append(where)
+            report.left.append(Left(name, kind, reason_of(error)))
+            continue
         if host is not None:
             library, base = host
             reported.append(where)
@@ -247,7 +253,7 @@ def _read(model: nn.Module, flow: nn.Module, library: Library, parts: Sequence[P
 
     def read(part: Part) -> list[Layer]:
         for module in part.module.modules():
-            hooks = [module._forward_hooks, module._forward_pre_hooks]
+            hooks: list[Any] = [module._forward_hooks, module._forward_pre_hooks, module._backward_pre_hooks]
             if type(module).__name__ not in library.own_hooks:
                 hooks.append(module._backward_hooks)
             for p in module.parameters(recurse=False):

@@ -47,6 +47,13 @@ class Padded(Flow):
         x, logdet = self.flow.inverse(padded.index_select(1, self._indices[0].check(self.order)), context)
         return torch.narrow(x, 1, 0, z.shape[1]), logdet
 
+    def train(self, mode: bool = True) -> Padded:
+        """Set the mode; averaged indices are restored, as in CouplingFlow."""
+        super().train(mode)
+        for indices, buffer in zip(self._indices, (self.order, self.restore), strict=True):
+            indices.check(buffer)
+        return self
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for indices, buffer in zip(self._indices, (self.order, self.restore), strict=True):
             indices.check(buffer)

@@ -191,7 +191,7 @@ class CouplingFlow(Flow):
             and not torch.compiler.is_compiling()
             and (order is not indices.seen or (indices.version is not None and indices.version != order._version))
         ):
-            indices.check(order)
+            indices.check(order, buffers.get("linear_sign"))
         for name in STORED[config["linear"], config["actnorm"]]:
             # nn.Module's own way to a tensor takes 0.6 µs, seven times a call.
             tensor: Tensor | None = parameters.get(name)
@@ -291,9 +291,16 @@ class CouplingFlow(Flow):
         self.actnorm_initialized.fill_(1)
         self._started = True
 
+    def train(self, mode: bool = True) -> CouplingFlow:
+        """Set the mode. Averaged permutations are restored here, too: in compiled and exported calls they cannot be."""
+        super().train(mode)
+        if self._indices is not None:
+            self._indices.check(self.get_buffer("linear_permutation"), self._buffers.get("linear_sign"))
+        return self
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self._indices is not None:
-            self._indices.check(self.get_buffer("linear_permutation"))
+            self._indices.check(self.get_buffer("linear_permutation"), self._buffers.get("linear_sign"))
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(

@@ -135,7 +135,14 @@ class InvertibleLinear(nn.Module):
     def indices(self) -> Tensor:
         """The permutation (D,) of "plu" and "permutation", with its values also where they were averaged."""
         assert self._indices is not None
-        return self._indices.check(self.get_buffer("permutation"))
+        return self._indices.check(self.get_buffer("permutation"), self._buffers.get("sign"))
+
+    def train(self, mode: bool = True) -> InvertibleLinear:
+        """Set the mode. An averaged permutation is restored here, too: in compiled and exported calls it cannot be."""
+        super().train(mode)
+        if self._indices is not None:
+            self.indices()
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and buffers of this parametrisation, by name."""

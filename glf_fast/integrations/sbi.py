@@ -224,7 +224,7 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
     def _expecting(self, values: Tensor, condition: Tensor) -> CouplingFlowEstimator:
         """The estimator, which from the first loss on knows whether sbi takes it for what it is."""
         if self.input_shape == self.condition_shape:
-            self._expected = values[:, 0], condition[:, 0]
+            self._expected = values, condition
         return self
 
     def _check_places(self, input: Tensor) -> None:
@@ -235,7 +235,11 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
         """
         swapped = input.shape[-1:] != self.input_shape and input.shape[-1:] == self.condition_shape
         if self._expected is not None:
-            own, others = (torch.isin(input[..., 0].cpu(), values).all() for values in self._expected)
+            # By all columns: θ and x may share some.
+            own, others = (
+                all(torch.isin(input[..., i].cpu(), values[:, i]).all() for i in range(values.shape[1]))
+                for values in self._expected
+            )
             self._expected, swapped = None, bool(others and not own)
         if swapped:
             raise ValueError(

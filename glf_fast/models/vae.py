@@ -115,16 +115,17 @@ class VAE(GenerativeModel):
         self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
     ) -> Tensor:
         """n images D(z), z ~ temperature·N(0, I): (n, C, H, W) in [0, 1], in eval mode and without gradients."""
-        device = next(self.parameters()).device
+        like = next(self.parameters())
         with self.evaluating():
-            z = torch.randn(n, self.settings.latent_dim, generator=generator, device=device)
+            shape = (n, self.settings.latent_dim)
+            z = torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
             return self.decoder(temperature * z)
 
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
         """Images (B, steps, C, H, W) on a line between the mean codes, from each reconstructed x0 to its x1 (B, C, H, W)."""
         with self.evaluating():
             z0, z1 = (self.encode(x)[:, None] for x in (x0, x1))
-            z = torch.lerp(z0, z1, torch.linspace(0, 1, steps, device=z0.device)[:, None])
+            z = torch.lerp(z0, z1, torch.linspace(0, 1, steps, device=z0.device, dtype=z0.dtype)[:, None])
             return self.decoder(z.flatten(0, 1)).unflatten(0, (len(x0), steps))
 
 

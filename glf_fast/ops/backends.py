@@ -144,11 +144,14 @@ def exporting_onnx() -> bool:
     return tracing and torch.onnx.is_in_onnx_export()
 
 
-def ordinary() -> bool:
-    """Whether tensors now have values that may be compared and cached: nothing traces, transforms or replaces them."""
+def ordinary(*, transforms: bool = False) -> bool:
+    """Whether tensors now have values that may be compared and cached: nothing traces, transforms or replaces them.
+
+    With `transforms` a function transform may run, for tensors that it does not replace.
+    """
     return not (
         torch.compiler.is_compiling()
-        or transformed()
+        or (not transforms and transformed())
         or torch._C._len_torch_dispatch_stack()  # fake tensors
         or torch.jit.is_tracing()
     )
