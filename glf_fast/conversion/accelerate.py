@@ -226,10 +226,10 @@ def _accelerate_chain(
             report.left.append(Left(where, what, f"{_span(*names)}: {reason_of(error)}"))
             continue
         kind = "AffineCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
+        adapter = library.fused(fused, parts)
         report.replaced.append(
             Replaced(where, what, *names, couplings, *_counts(fused), lost_in_training(layers), changed, kind)
         )
-        adapter = library.fused(fused, parts)
         adapter.training = parts[0].module.training
         replacements.append((start, stop, adapter))
     report.left += [Left(where, what, layer.reason) for part in found for layer in part if isinstance(layer, Kept)]

@@ -252,6 +252,9 @@ class CouplingFlow(Flow):
         Args:
             parameter: its name, as in `hold`, before which a factor must be given.
             factor: broadcasts to the parameter's shape.
+
+        Raises:
+            AttributeError: there is no parameter of this name.
         """
         self.factors[parameter.replace(".", "_")] = FixedFactor(factor.to(self.get_parameter(parameter)))
         self._adjusts = True
@@ -350,7 +353,7 @@ class CouplingFlow(Flow):
     def to_layers(self) -> SequentialFlow:
         """The same flow layer by layer, with copies of the values: for surgery, reading, or mixing with other layers.
 
-        Frozen entries come with their values, as ordinary parameters.
+        Frozen entries come with their values, and fixed factors are multiplied in: all is ordinary parameters that are trained.
         """
         linear, (log_scale, bias) = self._map_tensors()
         actnorm: dict[str, Tensor] = {}

@@ -76,8 +76,6 @@ class Indices:
             return
         if torch._C._functorch.is_functorch_wrapped_tensor(buffer) or not ordinary(transforms=True):
             return
-        if signs is not None:
-            _round(self.name, signs)
         found, right = buffer.detach().to("cpu", copy=True), self.right
         if right is not None and right.shape == found.shape and _averaged(found, right):
             buffer.copy_(right)
@@ -89,6 +87,8 @@ class Indices:
                 "averages weights average it? Average parameters alone (AveragedModel with use_buffers=False), or load the "
                 "state of a flow that was not averaged"
             )
+        if signs is not None:
+            _round(self.name, signs)
         self.seen, self.version = buffer, None if buffer.is_inference() else buffer._version
 
 
@@ -97,8 +97,8 @@ def _round(name: str, signs: Tensor) -> None:
     size = signs.abs()
     if size.max() - size.min() > 1e-5:
         raise ValueError(
-            f"the signs beside {name} are no longer 1 and -1: a tool has averaged the states of different flows. Average again, "
-            "beginning with a copy of the flow that is trained"
+            f"the signs beside {name} are no longer 1 and -1: a tool has averaged the states of different flows. Average "
+            "again, beginning with a copy of the flow that is trained"
         )
     if size.max() != 1:
         signs.copy_(signs.sign())

@@ -268,11 +268,13 @@ def test_one_layer_used_twice_stays():
     assert sum("shares parameters" in left.reason for left in report.left) == 2
 
 
-@pytest.mark.parametrize("of", ["layer", "parameter"])
+@pytest.mark.parametrize("of", ["layer", "gradient", "parameter"])
 def test_hooks_are_not_lost(of):
     flow = normflows_flow()
     if of == "layer":
         flow.flows[0].register_forward_hook(lambda *_: None)
+    elif of == "gradient":
+        flow.flows[0].register_full_backward_pre_hook(lambda *_: None)
     else:
         next(flow.flows[0].parameters()).register_hook(lambda g: 2 * g)
     report = accelerate(flow)

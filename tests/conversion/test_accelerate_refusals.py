@@ -36,6 +36,16 @@ class Annealed(nf.NormalizingFlow):
         return log_q + self.q0.log_prob(x)
 
 
+def test_a_property_that_raises_is_a_reason() -> None:
+    class Flow(nn.Module):  # the name of nflows' class
+        @property
+        def _transform(self) -> nn.Module:
+            raise RuntimeError("made at the first call")
+
+    report = accelerate(nn.ModuleList([Flow(), flow()]))
+    assert report.replaced and "RuntimeError made at the first call" in str(report)
+
+
 def test_flows_with_methods_of_their_own_stay() -> None:
     made = flow(Annealed)
     x = torch.randn(5, 4)

@@ -93,6 +93,36 @@ def test_an_averaged_flow_is_the_flow(name: str, tool: str) -> None:
     torch.testing.assert_close(other.eval().log_prob(x), flow.log_prob(x))
 
 
+@pytest.mark.parametrize("name", ["plu", "permutation", "rnvp", "layers", "padded"])
+def test_compiled_and_transformed_averages_are_the_flow(name: str) -> None:
+    torch.manual_seed(0)
+    flow, x = FLOWS[name]().double(), torch.randn(5, D, dtype=torch.float64)
+    flow(x)
+    wanted = flow.eval().log_prob(x).detach()
+    average, update = TOOLS["ema, all at once"](flow)
+    for transformed in (False, True):
+        for _ in range(5):
+            update(flow)
+        if transformed:
+            found = torch.func.vmap(lambda row: average.log_prob(row[None])[0])(x)
+        else:
+            found = torch.compile(average.eval().log_prob, backend="eager")(x)
+        torch.testing.assert_close(found.detach(), wanted)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_averages_of_different_flows_are_told_by_their_signs(decay: float) -> None:
+    torch.manual_seed(0)
+    average, other = (CouplingFlow(16, 2, (4,), actnorm=False).eval() for _ in range(2))
+    x = torch.randn(3, 16)
+    average(x)
+    with torch.no_grad():
+        for mean, new in zip(average.buffers(), other.buffers(), strict=True):
+            mean.copy_(decay * mean + (1 - decay) * new)
+    with pytest.raises(ValueError, match=r"averaged the states of different flows|averages weights average it"):
+        average(x)
+
+
 def test_an_average_that_was_made_before_the_first_batch_does_not_start_again() -> None:
     torch.manual_seed(0)
     x = torch.randn(50, 4)

@@ -292,11 +292,15 @@ def test_likelihood_is_the_true_one() -> None:
 
 
 @pytest.mark.parametrize(("trainer", "builder"), [(NLE, coupling_flow), (NPE, coupling_likelihood)])
-def test_estimators_in_the_wrong_place_are_refused(trainer: type, builder: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("common", [False, True])
+def test_estimators_in_the_wrong_place_are_refused(trainer: type, builder: Callable[..., Any], common: bool) -> None:
     theta = PRIOR.sample((200,))
+    x = shifted(theta)
+    if common:
+        x[:, 0] = theta[:, 0]
     wrong = trainer(PRIOR, density_estimator=builder(steps=2, hidden=(8,)), show_progress_bars=False)
     with pytest.raises(ValueError, match="θ and x have changed places: NPE takes coupling_flow"):
-        wrong.append_simulations(theta, shifted(theta)).train(max_num_epochs=1)
+        wrong.append_simulations(theta, x).train(max_num_epochs=1)
 
 
 def test_loss_broadcasts_one_condition_and_checks_shapes() -> None:

@@ -106,6 +106,17 @@ def test_use_leaves_the_model_as_it_was(model: GenerativeModel, images: Tensor) 
     assert model.sample(0).shape == (0, 1, 8, 8)
 
 
+def test_double_precision_is_kept(model: GenerativeModel, images: Tensor) -> None:
+    model.double()
+    x = images[:2].double()
+    made = [model.sample(2)]
+    if isinstance(model, Reconstructs):
+        made.append(model.reconstruct(x))
+    if isinstance(model, Interpolates):
+        made.append(model.interpolate(x[:1], x[1:], 3))
+    assert all(x.dtype == torch.float64 for x in made)
+
+
 def test_temperature_zero_leaves_no_variety(model: GenerativeModel, images: Tensor) -> None:
     model(images, seeded())
     still = model.sample(3, temperature=0.0)
