@@ -44,7 +44,10 @@ def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0,
             f"images cannot be drawn: this {model.words.title} was trained on data of shape {model.shape}, not on images"
         )
     device = next(model.parameters()).device
-    images = torch.empty((n, *model.shape), dtype=torch.uint8, device=device)  # fails at once where there is no memory
+    try:
+        images = torch.empty((n, *model.shape), dtype=torch.uint8, device=device)  # fails at once where there is no memory
+    except (RuntimeError, TypeError) as error:  # of sizes beyond 64 bits torch says that they overflow
+        raise MemoryError(f"{n} images") from error
     broken = torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, n, _CHUNK):
         generator = seeds.generator(seed, "sample", start // _CHUNK, device=device)
