@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +28,6 @@ from tests.faults.verdicts import Outcome, Verdict, judge
 
 READ = "checkpoint.read beside checkpoint.write"
 SAMPLE = "sample beside training"
-# What a reader may say as long as there is no run, or no checkpoint yet.
-_EARLY = ("is not a run's folder (no config.toml)", "there is no checkpoint")
 
 
 def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
@@ -91,13 +90,23 @@ def _samples(run: SmallRun, folder: Path, count: int, seed: int) -> Iterator[Out
     with _beside(train):
         for i in range(count):
             which = ("last", "best")[i % 2]
-            newest = max(place.iterdir(), key=lambda path: int(path.name))
-            arguments = [newest / "run", "--n", "4", "--out", folder / f"{i}.png", "--checkpoint", which]
+            arguments = [_newest(place, which) / "run", "--n", "4", "--out", folder / f"{i}.png", "--checkpoint", which]
             ended = children.run(sample, *arguments, before=with_cache(folder / "cache"))
             verdict = judge(ended)
-            if verdict is Verdict.REFUSED and not any(words in ended.err for words in _EARLY):
+            if verdict is Verdict.REFUSED:  # an intact checkpoint
                 verdict = Verdict.UNCLEAR
             yield Outcome(SAMPLE, f"seed {seed}, sample {i} of {which}", verdict, ended.err)
+
+
+def _newest(place: Path, which: str) -> Path:
+    """The newest run with a checkpoint, which is probably being replaced; raises TimeoutError if there is none for a minute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = [path for path in place.iterdir() if checkpoint.exists(path / "run" / "checkpoints" / which)]
+        if found:
+            return max(found, key=lambda path: int(path.name))
+        time.sleep(0.01)
+    raise TimeoutError(f"no run in {place} has written its checkpoint {which}")
 
 
 @contextlib.contextmanager
