@@ -45,6 +45,7 @@ CAMPAIGNS = {
     "signals": Campaign(300, 20),
     "disk": Campaign(400, 20),
     "writers": Campaign(600, 40),
+    "readers": Campaign(2000, 200),
     "damage": Campaign(6000, 500),
     "sources": Campaign(1500, 100),
     "command_lines": Campaign(3500, 100),

@@ -37,13 +37,17 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: `status` is its exit status, or minus the signal that ended it."""
+    """How a command ended: `status` is its exit status, or minus the signal that ended it.
+
+    `before` is what it had written to standard error when it was interrupted; None if it was not, or had ended already.
+    """
 
     status: int
     out: str
     err: str
     seconds: float
     hung: bool = False
+    before: str | None = None
 
     @property
     def error_lines(self) -> list[str]:
@@ -95,7 +99,7 @@ def run(
         for _, writer in (out, err):
             os.close(writer)
         due = None if interrupt is None else (started + interrupt[0], interrupt[1])
-        texts, hung = _read([out[0], err[0]], child, started + seconds, due)
+        texts, hung, so_far = _read([out[0], err[0]], child, started + seconds, due)
     finally:
         with contextlib.suppress(ProcessLookupError):
             if sys.exc_info()[0] or hung:
@@ -103,7 +107,7 @@ def run(
         _, status = os.waitpid(child, 0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # its own children, if there are any
-    return Ended(os.waitstatus_to_exitcode(status), *texts, time.monotonic() - started, hung)
+    return Ended(os.waitstatus_to_exitcode(status), *texts, time.monotonic() - started, hung, so_far)
 
 
 def die_with_parent() -> None:
@@ -156,13 +160,17 @@ def _become(
         os._exit(status)
 
 
-def _read(pipes: list[int], child: int, deadline: float, interrupt: tuple[float, int] | None) -> tuple[list[str], bool]:
+def _read(
+    pipes: list[int], child: int, deadline: float, interrupt: tuple[float, int] | None
+) -> tuple[list[str], bool, str | None]:
     """All that the child writes until it ends or is killed at the deadline; sends the interrupting signal when it is due."""
     texts = {pipe: bytearray() for pipe in pipes}
-    open_pipes, hung = list(pipes), False
+    open_pipes, hung, before = list(pipes), False, None
     while open_pipes:
         now = time.monotonic()
         if interrupt is not None and now >= interrupt[0]:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                before = texts[pipes[1]].decode(errors="replace")
             os.kill(child, interrupt[1])  # a zombie at worst: it is waited for later
             interrupt = None
         due = deadline if interrupt is None else min(deadline, interrupt[0])
@@ -179,4 +187,4 @@ def _read(pipes: list[int], child: int, deadline: float, interrupt: tuple[float,
                 open_pipes.remove(pipe)
     for pipe in pipes:
         os.close(pipe)
-    return [texts[pipe].decode(errors="replace") for pipe in pipes], hung
+    return [texts[pipe].decode(errors="replace") for pipe in pipes], hung, before

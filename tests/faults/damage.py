@@ -45,22 +45,24 @@ OTHERS = (
     b"", b"\0", b"[]\n", b"{}\n", b"null\n", b"3\n", b'"text"\n', b"[[1]]\n", b"NaN\n", b"1e999\n",
     b"{\"format\": 99}\n", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe\x00", b"\xef\xbb\xbf{}",
     b"a = " + b"[" * 100_000, b"\r\n" * 100, b"\x89PNG\r\n\x1a\n", b"PK\x05\x06" + bytes(18), b"\x93NUMPY\x01\x00",
-    b"\xff" * 8 + b"{}", b"9" * 5000,
+    b"\xff" * 8 + b"{}", b"9" * 400, b"9" * 5000,
+    *(len(header).to_bytes(8, "little") + header for header in (b"3", b"null", b'"x"', b"[]", b'{"a":3}', b'{"a":null}')),
 )  # fmt: skip
 # Values that take the place of a number, a string or a name in a text.
 VALUES = (
-    b"null", b"true", b'"x"', b"[1]", b"{}", b"-1", b"0", b"1e400", b"-1e400", b"NaN", b"9" * 30, b"9" * 5000, b"1.5",
+    b"null", b"true", b'"x"', b"[1]", b"{}", b"-1", b"0", b"3", b"1e400", b"-1e400", b"NaN", b"9" * 30, b"9" * 400,
+    b"9" * 5000, b"1.5",
     b'""', "\"\\u0000\u202e\"".encode(), b'"\xff"', b"\x1b[31m",
 )  # fmt: skip
 TOKEN = re.compile(rb'-?\d[\d.eE+-]*|"[^"\n]*"|\b(?:true|false|null|[a-z_]{3,})\b')
 
 
-def damaged(whole: bytes, chance: random.Random, text: bool) -> bytes:
-    """The content of a file, damaged in one of many ways."""
+def damaged(whole: bytes, chance: random.Random, text: bool, header: bool) -> bytes:
+    """The content of a file, damaged in one of many ways; `header`: it is a safetensors file, which begins with JSON."""
     content = bytearray(whole)
     at = chance.randrange(len(whole))
     size = min(len(whole) - at, chance.choice((1, 2, 7, 40, 512, 4096)))
-    match chance.randrange(12 if text else 9):
+    match chance.randrange(13 if text or header else 9):
         case 0:
             content[at] ^= 1 << chance.randrange(8)
         case 1:
@@ -81,10 +83,20 @@ def damaged(whole: bytes, chance: random.Random, text: bool) -> bytes:
         case 8:
             near = min(len(whole) - 1, chance.choice((16, 64, 256)))  # headers stand at the beginning
             content[chance.randrange(near)] = chance.randrange(256)
+        case 9 if text:
+            content[:] = b"".join(whole.splitlines(keepends=True)[chance.choice((1, 2, 5)) :])
+        case _ if text:
+            content[:] = _with_another_value(whole, chance)
         case _:
-            token = chance.choice(list(TOKEN.finditer(whole)))
-            content[token.start() : token.end()] = chance.choice(VALUES)
+            end = 8 + int.from_bytes(whole[:8], "little")
+            values = _with_another_value(whole[8:end], chance)
+            content[:] = len(values).to_bytes(8, "little") + values + whole[end:]
     return bytes(content)
+
+
+def _with_another_value(text: bytes, chance: random.Random) -> bytes:
+    token = chance.choice(list(TOKEN.finditer(text)))
+    return text[: token.start()] + chance.choice(VALUES) + text[token.end() :]
 
 
 # -- what reads files -----------------------------------------------------------------------------------------------------
@@ -112,6 +124,11 @@ class Reader:
     text: bool = False
 
     @property
+    def kind(self) -> str:
+        """The first of KINDS with which the file's name begins."""
+        return next(kind for kind in KINDS if self.file.startswith(kind))
+
+    @property
     def row(self) -> str:
         """The row of the table."""
         name = re.sub(r"^.*/", "", self.file) if self.file.startswith("run/") else Path(self.file).suffix or self.file
@@ -134,6 +151,8 @@ TRAINED = (
     "--score.every", "1", "--out", "run", "--device", "cpu",
 )  # fmt: skip
 RUN = ("data.npy", "run", "cache")
+# Kinds of files: checkpoints, statistics, a run's other files, weights, a downloaded data set, pictures, and all others.
+KINDS = ("run/checkpoints/", "cache/stats/", "run/", "model/", "mnist/", "pictures/", "")
 
 
 def small_mnist() -> None:
@@ -272,6 +291,7 @@ def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
     root, place = folder / "whole", folder / "case"
     prepare(root)
     everything = [reader for reader in readers(root) if (root / reader.file).is_file()]
+    kinds = [[reader for reader in everything if reader.kind == kind] for kind in KINDS]
     right: dict[str, tuple[str, ...]] = {}
 
     def result(reader: Reader, ended: Ended) -> tuple[str, ...]:
@@ -290,7 +310,9 @@ def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
 
     def one(number: int) -> tuple[str, Verdict, str]:
         chance = random.Random(f"{seed} {number}")
-        reader = chance.choice(everything)
+        # The first numbers of a seed go round the kinds of files, so that a small sample has each.
+        among = kinds[number] if number < len(kinds) else everything
+        reader = chance.choice(among)
         if (key := f"{reader.row} {reader.file} {reader.arguments}") not in right:
             begin(reader)
             ended = run(reader.module, *reader.arguments, place=place, before=reader.before)
@@ -298,7 +320,7 @@ def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
             right[key] = result(reader, ended)
         begin(reader)
         whole = (place / reader.file).read_bytes()
-        (place / reader.file).write_bytes(damaged(whole, chance, reader.text))
+        (place / reader.file).write_bytes(damaged(whole, chance, reader.text, reader.file.endswith(".safetensors")))
         ended = run(reader.module, *reader.arguments, place=place, before=reader.before)
         # A damaged name in a zip is another name, perhaps that of no picture, as the command says.
         said = reader.file.endswith(".zip") and "passed over" in ended.err

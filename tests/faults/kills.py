@@ -14,11 +14,16 @@ from tests.faults.verdicts import Outcome, Verdict, judge
 NAME = "training: kill -9 at the n-th file operation"
 # Kills in a row before the run is left alone.
 _LONGEST = 6
+# What consecutive shares train: most write a checkpoint after each step, so that each operation can be met again.
+_RUNS = ("glf", "staged", "glf", "staged", "seldom")
 
 
 def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
-    """Kill `count` times. Seeds 2 k (GLF) and 2 k + 1 (two stages) go through all operations before any of them comes again."""
-    run = small_run(folder.parent, ("glf", "staged")[seed % 2])
+    """Kill `count` times. The shares of one kind of run go through all operations before any of them comes again."""
+    turn, position = divmod(seed, len(_RUNS))
+    model = _RUNS[position]
+    earlier = turn * _RUNS.count(model) + _RUNS[:position].count(model)  # shares of the same kind of run
+    run = small_run(folder.parent, model)
     chance = random.Random(f"kills {seed}")
     places = [(at, how) for at in range(1, run.operations + 1) for how in KILLS]
     random.Random(0).shuffle(places)
@@ -27,7 +32,7 @@ def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
         place, faults, wrong = folder / str(killed), [], None
         place.mkdir(parents=True)
         while len(faults) < _LONGEST and wrong is None:
-            at, how = places[(seed // 2 * count + drawn) % len(places)]
+            at, how = places[(earlier * count + drawn) % len(places)]
             if faults and chance.random() < 0.3:
                 at = chance.randrange(1, 60)  # resuming itself
             else:

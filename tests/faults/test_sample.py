@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 # Campaigns that share a process, and the number of faults of each: about half a minute.
-SAMPLES = {"kills,signals,disk,writers": 8, "damage,sources,command_lines": 25}
+SAMPLES = {"kills,signals,disk,writers": 8, "readers,damage,sources,command_lines": 25}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="faults are injected with LD_PRELOAD")

@@ -69,7 +69,10 @@ def campaign(seed: int, count: int, folder: Path) -> Iterator[Outcome]:
     run, chance = small_run(folder.parent, "glf"), random.Random(f"writers {seed}")
     folder.mkdir(parents=True)
     with _served(folder / "served") as url:
-        writers = [_saving(), _evaluating(run), _sampling(run), _reference(run), _fetching(url, folder / "served")]
+        writers = [
+            _saving(), _evaluating(run), _sampling(run), _sampling_folder(run), _reference(run),
+            _fetching(url, folder / "served"),
+        ]  # fmt: skip
         whole = {writer.row: _undisturbed(writer, folder / f"whole-{i}") for i, writer in enumerate(writers)}
         for i in range(count):
             place = folder / str(i)
@@ -209,6 +212,17 @@ def _sampling(run: SmallRun) -> Writer:
 
     arguments = lambda place: [run.whole / "run", "--n", "9", "--out", place / "grid.png"]  # noqa: E731
     return Writer("sample --out: kills", prepare, lambda place: sample, arguments, lambda p: _digest(p / "grid.png"))
+
+
+def _sampling_folder(run: SmallRun) -> Writer:
+    """`sample --out FOLDER`: the folder is absent or empty, or has all images."""
+
+    def read(place: Path) -> str:
+        files = sorted((place / "images").rglob("[!.]*"))
+        return " ".join(f"{path.name} {_digest(path)}" for path in files)
+
+    arguments = lambda place: [run.whole / "run", "--n", "5", "--out", place / "images"]  # noqa: E731
+    return Writer("sample --out FOLDER: kills", lambda place: None, lambda place: sample, arguments, read)
 
 
 def _reference(run: SmallRun) -> Writer:
