@@ -29,6 +29,7 @@ from glf_fast.errors import UserError
 from glf_fast.files import parse_json, save_tensors, sha256, write_json
 from glf_fast.models import saving
 from glf_fast.models.saving import CONFIG_FILE, WEIGHTS_FILE
+from glf_fast.settings import fits
 
 __all__ = [
     "Checkpoint",
@@ -79,12 +80,16 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         UserError: the folder holds something else than a checkpoint, which stays.
         OSError: the checkpoint could not be written (disk full …); the old checkpoint stays.
     """
-    folder = _behind_links(folder)
+    place, folder = folder, _behind_links(folder)
     if folder.exists() and not (folder / _INDEX).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} would be replaced by a checkpoint, but holds something else; move it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    sweep(place)
     previous, temporary = _previous(folder), _new(folder)
+    if temporary.exists():
+        raise UserError(
+            f"{temporary} is where a checkpoint is written; move it away, or delete it if a killed process left it"
+        )
     try:
         temporary.mkdir()
         saving.write(temporary, checkpoint.config, checkpoint.weights)
@@ -114,11 +119,16 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a process left beside a checkpoint when it was killed while it wrote one."""
-    folder = _behind_links(folder)
-    if folder.is_dir():  # otherwise the previous checkpoint is the one to read
+    """Remove what a process left beside a checkpoint when it was killed while it wrote one.
+
+    Where a link leads to a folder that holds no checkpoint, what is beside it is somebody else's.
+    """
+    place, folder = folder, _behind_links(folder)
+    holds = (folder / _INDEX).is_file()
+    if holds:  # otherwise the previous checkpoint may be the one to read
         shutil.rmtree(_previous(folder), ignore_errors=True)
-    shutil.rmtree(_new(folder), ignore_errors=True)
+    if holds or not place.is_symlink():
+        shutil.rmtree(_new(folder), ignore_errors=True)
 
 
 def exists(folder: Path) -> bool:
@@ -228,8 +238,8 @@ def _behind_links(folder: Path) -> Path:
 
 def _is_filled(folder: Path) -> bool:
     try:
-        return any(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+        return folder.is_dir() and any(folder.iterdir())
+    except FileNotFoundError:  # it is being replaced
         return False
 
 
@@ -295,6 +305,7 @@ def _index(folder: Path, content: bytes) -> dict[str, Any]:
         or not all(isinstance(index.get(name), kind) for name, kind in kinds.items())
         or not all(isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in index["files"].values())
         or not isinstance(index["state"].get("images"), int)
+        or not all(map(fits, index["state"].values()))
     ):
         raise UserError(f"{folder / _INDEX} is not the index of a checkpoint; {_remedy(folder)}")
     recorded = index.pop(_DIGEST, None)  # version 0.1.0 wrote none

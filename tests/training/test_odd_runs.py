@@ -254,6 +254,58 @@ def test_a_checkpoint_replaces_checkpoints_alone(run: Path, tmp_path: Path, call
     assert (tmp_path / "papers" / "thesis.tex").read_text() == "x"
 
 
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize("which", ["checkpoints", "checkpoints/last", "checkpoints/best"])
+@pytest.mark.parametrize("instead", ["link to nowhere", "link to itself", "file", "empty folder of another disk"])
+def test_missing_disks_do_not_start_a_run_anew(which: str, instead: str, run: Path, tmp_path: Path, call: Call) -> None:
+    shutil.move(run / which, tmp_path / "unmounted")
+    if instead == "file":
+        (run / which).write_bytes(b"")
+    else:
+        (run / which).symlink_to(run / which if "itself" in instead else tmp_path / "disk")
+    if "empty" in instead:
+        (tmp_path / "disk").mkdir()
+    before = snapshot(run)
+    refused = "is not a folder" if "empty" not in instead else "where there is no checkpoint, but"
+    for command in [(train, "--preset", "smoke", "--epochs", "5", "--out", run), (evaluate, run)]:
+        if command[0] is evaluate and "empty" in instead:
+            continue
+        with pytest.raises(UserError, match=refused) as error:
+            call(*command)
+        assert "\n" not in str(error.value) and str(run / which) in str(error.value)
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("name", ["samples", "tensorboard", ".lock"])
+def test_links_in_circles_are_named(name: str, run: Path, call: Call) -> None:
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(name)
+    with pytest.raises(UserError, match=rf"/{name} is a link[ ,].*; (mount|delete)"):
+        call(train, "--preset", "smoke", "--epochs", "5", "--out", run)
+
+
+def test_nothing_is_removed_beside_a_folder_that_holds_no_checkpoint(run: Path, tmp_path: Path, call: Call) -> None:
+    for name in ("docs", ".docs-new", ".docs-previous"):
+        (tmp_path / "victim" / name).mkdir(parents=True)
+        (tmp_path / "victim" / name / "thesis.tex").write_text("x")
+    shutil.rmtree(run / "checkpoints" / "best")
+    (run / "checkpoints" / "best").symlink_to(tmp_path / "victim" / "docs")
+    before = snapshot(tmp_path / "victim")
+    with pytest.raises(UserError, match="missing"):
+        call(train, "--preset", "smoke", "--epochs", "5", "--out", run)
+    content = checkpoint.read(run / "checkpoints" / "last")
+    (tmp_path / "victim" / "docs" / "thesis.tex").unlink()
+    with pytest.raises(UserError, match=r"\.docs-new is where a checkpoint is written; move it away"):
+        checkpoint.write(run / "checkpoints" / "best", content)
+    assert snapshot(tmp_path / "victim").items() <= before.items() and len(snapshot(tmp_path / "victim")) == 2
+
+
 # -- kills between two writes ---------------------------------------------------------------------------------------------
 
 
