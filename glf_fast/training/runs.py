@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,16 +158,23 @@ def lock(folder: Path) -> Iterator[None]:
         UserError: another process is training in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock", timeout=0)
+    held, locks = FileLock(folder / ".lock", timeout=0), True
     try:
-        held.acquire()
+        with warnings.catch_warnings(record=True) as fallback:  # without flock, filelock 4 takes a weaker lock
+            warnings.simplefilter("always")
+            held.acquire()
+        locks = not fallback
     except Timeout:
         raise UserError(
             f"another process is training in {folder}; wait until it ends, or choose another --out"
         ) from None
+    except NotImplementedError:  # filelock 3 without flock
+        locks = False
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
+        locks = False
+    if not locks:
         print(f"{folder} is on a file system without locks: let no other process train in it", file=sys.stderr)
     try:
         yield

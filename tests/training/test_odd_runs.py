@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import random
@@ -83,7 +84,8 @@ def test_damaged_files_are_one_line_or_harmless(file: str, run: Path) -> None:
 def test_a_config_with_missing_settings_is_not_filled_up(text: str, run: Path, call: Call) -> None:
     whole = (run / "config.toml").read_text()
     shorter = "".join(line for line in whole.splitlines(True) if not line.startswith("samples ="))
-    for content in (text, shorter):
+    without_number = whole.split("\n", 1)[1]
+    for content in (text, shorter, without_number, f"# {'9' * 5000} settings\n{without_number}"):
         (run / "config.toml").write_text(content)
         with pytest.raises(UserError, match=r"config.toml is damaged: settings are missing"):
             call(evaluate, run)
@@ -96,11 +98,13 @@ def test_one_damaged_line_of_the_log_costs_no_other(run: Path, capsys: pytest.Ca
         b'{"images": 5}\n',
         b'{"images": 5, "epoch": 1, "nll": "x"}\n',
         b'{"images": 5, "epoch": NaN}\n',
+        b'{"images": 5, "epoch": 1, "nll": %s}\n' % (b"9" * 400),
+        b'{"images": %s, "epoch": 1}\n' % (b"9" * 400),
     ]
     (run / "metrics.jsonl").write_bytes(b"".join([*lines[:2], *bad, *lines[2:], b'{"images": 99']))
     records = runs.read_metrics(run)
     assert [json.loads(line) for line in lines] == records
-    assert "metrics.jsonl: damaged lines are left out (3, 4, 5, 6)" in capsys.readouterr().err
+    assert "metrics.jsonl: damaged lines are left out (3, 4, 5, 6, 7, …)" in capsys.readouterr().err
 
 
 def test_names_in_the_log_are_no_formulas(run: Path) -> None:
@@ -129,6 +133,31 @@ def test_a_second_process_changes_nothing(run: Path, call: Call) -> None:
     with FileLock(run / ".lock"), pytest.raises(UserError, match="another process is training"):
         call(train, "--preset", "smoke", "--max-minutes", "0.01", "--out", run)
     assert (run / "config.toml").read_text() == before
+
+
+def test_scores_that_cannot_be_written_are_printed(
+    run: Path, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(path: Path, content: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(runs, "write_json", refuses)
+    with pytest.raises(OSError, match=r"Read-only file system: .*scores.json"):
+        call(evaluate, run, "--n", "20")
+    assert "FD[tiny]" in capsys.readouterr().out
+
+
+def test_flock_that_does_not_exist_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with runs.lock(tmp_path / "run"):
+        pass
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 1 and "file system without locks" in printed
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
