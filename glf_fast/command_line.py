@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from glf_fast.errors import UserError, did_you_mean
+from glf_fast.settings import check_integers
 
 __all__ = ["parse", "pick_device"]
 
@@ -59,6 +60,7 @@ def parse(
         unknown = []
     else:
         if not unknown:
+            check_integers(command)
             return command
 
     help_text = io.StringIO()

@@ -65,9 +65,9 @@ def main() -> None:
         mode=command.mode,
         about={"name": which, "images": state["images"], "epoch": state["epoch"], "ema": config.ema},
     )
+    print(table(scores), flush=True)  # first: on a disk that is full or read-only they are not lost
     runs.write_scores(command.run, scores)
     report.write(command.run)
-    print(table(scores))
     print(f"\nscores    {command.run / 'scores.json'} (with their protocol)\nreport    {command.run / 'report.html'}")
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "cache_dir",
     "errors_name",
     "file_digest",
+    "parse_json",
     "read_json",
     "save_tensors",
     "sha256",
@@ -140,7 +141,12 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict
 
 def read_json(path: Path | str) -> Any:
     """Read a JSON file; raises `UserError` naming the file when it is not JSON."""
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def parse_json(content: bytes, path: Path | str) -> Any:
+    """The JSON in the bytes of a file; raises `UserError` naming the file when they are not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors of Windows begin files with a mark
+        return json.loads(content.decode("utf-8-sig"))  # editors of Windows begin files with a mark
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); delete it or restore it from a copy") from error

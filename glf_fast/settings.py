@@ -19,12 +19,13 @@ __all__ = [
     "AT_LEAST_2",
     "NOT_NEGATIVE",
     "POSITIVE",
-    "SEED",
     "Rule",
     "Settings",
     "as_table",
     "check",
+    "check_integers",
     "converted",
+    "fits",
     "shown",
     "table",
     "tables",
@@ -32,12 +33,12 @@ __all__ = [
     "updated",
 ]
 
+_INTEGER = "an integer of 64 bits"
 # A rule of a field: a function that says whether a value is allowed, and a description of allowed values for messages.
 Rule = tuple[Callable[[Any], bool], str]
 POSITIVE: Rule = (lambda value: value > 0, "positive")
 NOT_NEGATIVE: Rule = (lambda value: value >= 0, "0 or more")
 AT_LEAST_2: Rule = (lambda value: value >= 2, "2 or more")
-SEED: Rule = (lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def converted(value: Any, kind: Any, where: str, key: str) -> Any:
     try:
         return _converted(value, kind)
     except TypeError as error:
-        raise UserError(f"{where}: {key} = {shown(value)} must be {error}") from None
+        raise UserError(f"{where}: {key} = {_cut(value)} must be {error}") from None
 
 
 def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
@@ -139,6 +140,8 @@ def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
         if isinstance(value, Settings):
             if nested:
                 check(value, f"{key}.")
+        elif not all(map(fits, value if isinstance(value, tuple) else (value,))):
+            raise UserError(f"{key} = {_cut(value)} must be {_INTEGER}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} = {value} must be finite")
         elif isinstance(value, str) and not _is_text(value):
@@ -157,6 +160,24 @@ def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
             )
     if mistake := settings.mistake():
         raise UserError(f"{prefix}{mistake}")
+
+
+def check_integers(options: Any) -> None:
+    """Raise UserError for an integer of more than 64 bits among the options of a command, a dataclass that may be nested."""
+    for name, value in vars(options).items():
+        if dataclasses.is_dataclass(value):
+            check_integers(value)
+        elif not all(map(fits, value if isinstance(value, tuple) else (value,))):
+            raise UserError(f"--{name.replace('_', '-')} {_cut(value)} must be {_INTEGER}")
+
+
+def fits(value: Any) -> bool:
+    """Whether a value is anything but an integer of more than 64 bits, which neither torch nor a float can hold."""
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
+
+
+def _cut(value: Any) -> str:
+    return text if len(text := shown(value)) <= 60 else f"{text[:60]}…"
 
 
 def _is_text(value: str) -> bool:
@@ -200,6 +221,8 @@ def _converted(value: Any, kind: Any) -> Any:
             return tuple(_converted(item, items[0]) for item in value)
         except TypeError:
             raise TypeError(wanted) from None
+    if not fits(value):
+        raise TypeError(_INTEGER if kind is int else "a number of at most 64 bits")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):

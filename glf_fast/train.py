@@ -42,8 +42,8 @@ def main() -> None:
     run = Run(folder, config, train, test, device)
     with runs.lock(folder):
         runs.check_folder(folder, config)  # which another process may have begun meanwhile
-        runs.sweep(folder)
         run.resume()
+        runs.sweep(folder)  # once the last checkpoint has been read and found whole
         runs.write_config(folder, config)
         if run.finished:
             print(f"{folder} is finished ({run.trainer.images:,} images)", file=sys.stderr)

@@ -15,7 +15,7 @@ from glf_fast.flow import CouplingFlow, Flow, rnvp_flow
 from glf_fast.models.autoencoder import Decoder, Encoder, check_image_shape
 from glf_fast.models.model import GenerativeModel, ModelSettings, Phase, Words
 from glf_fast.models.reconstruction import reconstruction_loss
-from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, SEED, Rule, Settings, shown
+from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Rule, Settings, shown
 
 __all__ = ["GLF", "FlowSettings", "GLFSettings"]
 
@@ -60,7 +60,6 @@ class FlowSettings(Settings):
         "steps": _DEPTH,
         "blocks": _DEPTH,
         "clamp": POSITIVE,
-        "seed": SEED,
     }
 
     def effective(self) -> dict[str, Any]:

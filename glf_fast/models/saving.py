@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import tempfile
 import time
@@ -13,13 +14,13 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from glf_fast.errors import UserError
-from glf_fast.files import read_json, save_tensors, sha256, write_json
+from glf_fast.files import parse_json, save_tensors, sha256, write_json
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "beside", "find", "load_weights", "read", "read_tensors", "write"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "beside", "decode", "decode_tensors", "find", "load_weights", "read", "write"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -69,22 +70,27 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UserError(f"{folder} has no {file}{_pickles_in(folder)}; save_pretrained writes this file")
-    config = read_json(folder / CONFIG_FILE)
+    return decode(folder, (folder / CONFIG_FILE).read_bytes(), (folder / WEIGHTS_FILE).read_bytes())
+
+
+def decode(folder: Path, config_bytes: bytes, weights_bytes: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights from the bytes of both files, so that those checked are those used; errors as in `read`."""
+    config = parse_json(config_bytes, folder / CONFIG_FILE)
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG_FILE} does not hold a model's settings; restore it from a copy")
     digest = config.pop(_DIGEST, None)  # version 0.1.0 wrote none
-    if digest is not None and digest != sha256(folder / WEIGHTS_FILE):
+    if digest is not None and digest != hashlib.sha256(weights_bytes).hexdigest():
         raise UserError(
             f"{folder / WEIGHTS_FILE} is corrupt, or not the file that {CONFIG_FILE} was written with: its SHA-256 differs; "
             "restore both from a copy"
         )
-    return config, read_tensors(folder / WEIGHTS_FILE)
+    return config, decode_tensors(folder / WEIGHTS_FILE, weights_bytes)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises UserError if the file is not readable as safetensors."""
+def decode_tensors(file: Path, content: bytes) -> dict[str, Tensor]:
+    """The tensors in the bytes of a safetensors file; raises UserError, naming the file, if they are not readable as such."""
     try:
-        return load_file(file)
+        return load(content)
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
             f"{file} is corrupt: it does not hold readable safetensors ({error}); restore it from a copy"

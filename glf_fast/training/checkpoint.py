@@ -8,25 +8,28 @@ checkpoint.json        model, state of training, version of glf_fast, size and S
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
 from glf_fast import models
 from glf_fast.errors import UserError
-from glf_fast.files import read_json, save_tensors, sha256, write_json
+from glf_fast.files import parse_json, save_tensors, sha256, write_json
 from glf_fast.models import saving
 from glf_fast.models.saving import CONFIG_FILE, WEIGHTS_FILE
+from glf_fast.settings import fits
 
 __all__ = [
     "Checkpoint",
@@ -44,6 +47,9 @@ __all__ = [
 _FORMAT, _READABLE = 2, (1, 2)
 _TRAINING, _INDEX = "training.safetensors", "checkpoint.json"
 _DIGEST = "sha256"
+_TRIES = 10  # of a reader beside a writer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,16 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         UserError: the folder holds something else than a checkpoint, which stays.
         OSError: the checkpoint could not be written (disk full …); the old checkpoint stays.
     """
-    folder = _behind_links(folder)
+    place, folder = folder, _behind_links(folder)
     if folder.exists() and not (folder / _INDEX).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} would be replaced by a checkpoint, but holds something else; move it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    sweep(place)
     previous, temporary = _previous(folder), _new(folder)
+    if temporary.exists():
+        raise UserError(
+            f"{temporary} is where a checkpoint is written; move it away, or delete it if a killed process left it"
+        )
     try:
         temporary.mkdir()
         saving.write(temporary, checkpoint.config, checkpoint.weights)
@@ -109,21 +119,27 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a process left beside a checkpoint when it was killed while it wrote one."""
-    folder = _behind_links(folder)
-    if folder.is_dir():  # otherwise the previous checkpoint is the one to read
+    """Remove what a process left beside a checkpoint when it was killed while it wrote one.
+
+    Where a link leads to a folder that holds no checkpoint, what is beside it is somebody else's.
+    """
+    place, folder = folder, _behind_links(folder)
+    holds = (folder / _INDEX).is_file()
+    if holds:  # otherwise the previous checkpoint may be the one to read
         shutil.rmtree(_previous(folder), ignore_errors=True)
-    shutil.rmtree(_new(folder), ignore_errors=True)
+    if holds or not place.is_symlink():
+        shutil.rmtree(_new(folder), ignore_errors=True)
 
 
 def exists(folder: Path) -> bool:
-    """Whether there is a checkpoint in `folder`."""
-    return folder.is_dir() or _previous(folder).is_dir()
+    """Whether there is a checkpoint, whole or damaged, in `folder`; an empty folder is none."""
+    # Twice, because the folder may be replaced between the two looks.
+    return _is_filled(folder) or _previous(folder).is_dir() or _is_filled(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint, without its tensors; raises UserError as `read` does."""
-    return _index(_complete(folder))["state"]
+    return _settled(folder, lambda place: _index(place, _bytes(place, _INDEX)))["state"]
 
 
 def check_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -134,21 +150,35 @@ def check_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path, *, training: bool = False) -> Checkpoint:
-    """Read a checkpoint, with the tensors for resuming if `training`; every file is compared with its checksum first.
+    """Read a checkpoint, with the tensors for resuming if `training`; the bytes read are compared with their checksums first.
+
+    Another process may replace the checkpoint meanwhile: what is returned is one checkpoint, the old or the new one.
 
     Raises:
         UserError: the checkpoint is missing or corrupt, or was written without the tensors for resuming.
     """
-    folder = _complete(folder)
-    index = _index(folder)
-    for name in [WEIGHTS_FILE, CONFIG_FILE, *([_TRAINING] if training else [])]:
-        file, recorded = folder / name, index["files"].get(name)
-        if recorded is None or not file.is_file():
-            raise UserError(f"{file} is missing; {_remedy(folder)}")
-        if file.stat().st_size != recorded["bytes"] or sha256(file) != recorded["sha256"]:
-            raise UserError(f"{file} is corrupt: its size or SHA-256 is not the one in {_INDEX}; {_remedy(folder)}")
-    config, weights = saving.read(folder)
-    more = saving.read_tensors(folder / _TRAINING) if training else {}
+    return _settled(folder, lambda place: _read(place, training))
+
+
+def _read(folder: Path, training: bool) -> Checkpoint:
+    names = [CONFIG_FILE, WEIGHTS_FILE, *([_TRAINING] if training else [])]
+    with contextlib.ExitStack() as stack:
+        # All are opened at once: a file that is open stays when a newer checkpoint replaces its folder.
+        files = {name: stack.enter_context(_opened(folder, name)) for name in (_INDEX, *names)}
+        index = _index(folder, files[_INDEX].read())
+
+        def checked(name: str) -> bytes:
+            recorded, content = index["files"].get(name), files[name].read()
+            if recorded is None:
+                raise UserError(f"{folder / name} is not in {_INDEX}; {_remedy(folder)}")
+            if (len(content), hashlib.sha256(content).hexdigest()) != (recorded["bytes"], recorded["sha256"]):
+                raise UserError(
+                    f"{folder / name} is corrupt: its size or SHA-256 is not the one in {_INDEX}; {_remedy(folder)}"
+                )
+            return content
+
+        config, weights = saving.decode(folder, checked(CONFIG_FILE), checked(WEIGHTS_FILE))
+        more = saving.decode_tensors(folder / _TRAINING, checked(_TRAINING)) if training else {}
     return Checkpoint(index["model"], config, weights, more, index["state"])
 
 
@@ -203,7 +233,14 @@ def _new(folder: Path) -> Path:
 
 def _behind_links(folder: Path) -> Path:
     """The folder that holds the checkpoint: `folder` may be a link to another disk."""
-    return folder.resolve() if folder.is_symlink() else folder
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder  # resolve() fails in circles of links
+
+
+def _is_filled(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and any(folder.iterdir())
+    except FileNotFoundError:  # it is being replaced
+        return False
 
 
 def _complete(folder: Path) -> Path:
@@ -217,11 +254,45 @@ def _remedy(folder: Path) -> str:
     return f"restore it from a copy, or delete {folder} and train again"
 
 
-def _index(folder: Path) -> dict[str, Any]:
+def _settled(folder: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of the folder of the complete checkpoint; it is asked again if the checkpoint was replaced meanwhile.
+
+    An error counts if the index was the same before and after it, or if the tenth try fails, too.
+    """
+    for tried in range(_TRIES):
+        before = _mark(folder)
+        try:
+            return read(_complete(folder))
+        except UserError:
+            if tried == _TRIES - 1 or (before is not None and before == _mark(folder)):
+                raise
+            time.sleep(0.001 * 2**tried)  # half a second in all
+    raise AssertionError
+
+
+def _mark(folder: Path) -> bytes | None:
+    """The bytes of the index, by which a checkpoint is told from another one; None at the moment of a rename."""
     try:
-        index = read_json(folder / _INDEX)
-    except FileNotFoundError:
-        raise UserError(f"{folder / _INDEX} is missing; {_remedy(folder)}") from None
+        return (_complete(folder) / _INDEX).read_bytes()
+    except (UserError, OSError):
+        return None
+
+
+def _opened(folder: Path, name: str) -> BinaryIO:
+    try:
+        return (folder / name).open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder / name} is missing; {_remedy(folder)}") from None
+
+
+def _bytes(folder: Path, name: str) -> bytes:
+    with _opened(folder, name) as file:
+        return file.read()
+
+
+def _index(folder: Path, content: bytes) -> dict[str, Any]:
+    """The index in the bytes of its file."""
+    index = parse_json(content, folder / _INDEX)
     if isinstance(index, dict) and "format" in index and index["format"] not in _READABLE:
         raise UserError(
             f"{folder / _INDEX} was written by glf_fast {index.get('version', 'of an unknown version')} in format "
@@ -234,6 +305,7 @@ def _index(folder: Path) -> dict[str, Any]:
         or not all(isinstance(index.get(name), kind) for name, kind in kinds.items())
         or not all(isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in index["files"].values())
         or not isinstance(index["state"].get("images"), int)
+        or not all(map(fits, index["state"].values()))
     ):
         raise UserError(f"{folder / _INDEX} is not the index of a checkpoint; {_remedy(folder)}")
     recorded = index.pop(_DIGEST, None)  # version 0.1.0 wrote none

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from glf_fast import metrics, models, settings
 from glf_fast.errors import did_you_mean
 from glf_fast.models import ModelSettings
-from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, SEED, Rule, Settings
+from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Rule, Settings
 
 __all__ = ["Config", "DataConfig", "OptimizerConfig", "ScoreConfig", "check", "default", "differences", "tables"]
 
@@ -134,7 +134,6 @@ class Config(Settings):
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "epochs": POSITIVE,
-        "seed": SEED,
         "batch_size": AT_LEAST_2,
         "ema": (lambda value: 0 <= value < 1, "in [0, 1)"),
         "max_minutes": NOT_NEGATIVE,

@@ -11,8 +11,10 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from filelock import FileLock, Timeout
 from glf_fast import files
 from glf_fast.errors import UserError
 from glf_fast.files import atomic_write, read_json, write_json
-from glf_fast.settings import shown
+from glf_fast.settings import fits, shown
 from glf_fast.training import checkpoint
 from glf_fast.training.config import Config, differences
 from glf_fast.training.config_files import load, to_toml, tomllib
@@ -74,13 +76,27 @@ def check_folder(folder: Path, config: Config) -> None:
 
     Raises:
         UserError: the folder holds something else, or another run; the message names the settings that differ. Or a folder in
-            it, other than that of the checkpoints, is a link to a place outside.
+            it, other than that of the checkpoints, is a link to a place outside. Or a link leads nowhere: a run whose
+            checkpoints are on a disk that is not mounted must not start anew.
     """
+    _check_links(folder)
     for path in (folder / name for name in _INSIDE):
+        _check_is_folder(path)
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(
                 f"{path} is a link to {path.resolve()}, outside of the run's folder; remove the link, so that a folder can be "
                 "written there (only checkpoints may be on another disk)"
+            )
+    for which, sign in (
+        ("last", "images"),
+        ("best", "score"),
+    ):  # a record with the sign: there was a checkpoint, or nearly
+        place = checkpoint_folder(folder, which)
+        linked = next((path for path in (place, place.parent) if path.is_symlink()), None)
+        if linked and not checkpoint.exists(place) and any(record.get(sign) for record in read_metrics(folder)):
+            raise UserError(
+                f"{linked} is a link to {linked.resolve()}, where there is no checkpoint, but {folder} has been trained; mount "
+                "the disk that holds it, or delete metrics.jsonl to start anew"
             )
     if (folder / "config.toml").is_file():
         changed = {k: v for k, v in differences(read_config(folder), config).items() if k not in _changeable(config)}
@@ -92,6 +108,29 @@ def check_folder(folder: Path, config: Config) -> None:
             )
     elif folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise UserError(f"{folder} is not a run's folder (no config.toml) and is not empty; choose another --out")
+
+
+def _check_links(folder: Path) -> None:
+    """Raise UserError where a link, or something that is no folder, is in the place of a run's checkpoint or lock."""
+    lasting = checkpoint_folder(folder, "last"), checkpoint_folder(folder, "best")
+    if folder.is_symlink():
+        _check_is_folder(folder)
+    _check_is_folder(folder / "checkpoints")
+    for path in lasting:
+        if not checkpoint.exists(path):  # a killed process may have left it under another name
+            _check_is_folder(path)
+    if (lock := folder / ".lock").is_symlink():
+        raise UserError(f"{lock} is a link, through which no lock is taken; delete it")
+
+
+def _check_is_folder(path: Path) -> None:
+    """Raise UserError if there is something other than a folder, or a link to a folder."""
+    if path.is_symlink() and not path.is_dir():
+        raise UserError(
+            f"{path} is a link to {os.readlink(path)}, which is not a folder; mount the disk that holds it, or delete the link"
+        )
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is not a folder; move it away")
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -119,16 +158,23 @@ def lock(folder: Path) -> Iterator[None]:
         UserError: another process is training in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock", timeout=0)
+    held, locks = FileLock(folder / ".lock", timeout=0), True
     try:
-        held.acquire()
+        with warnings.catch_warnings(record=True) as fallback:  # without flock, filelock 4 takes a weaker lock
+            warnings.simplefilter("always")
+            held.acquire()
+        locks = not fallback
     except Timeout:
         raise UserError(
             f"another process is training in {folder}; wait until it ends, or choose another --out"
         ) from None
+    except NotImplementedError:  # filelock 3 without flock
+        locks = False
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
+        locks = False
+    if not locks:
         print(f"{folder} is on a file system without locks: let no other process train in it", file=sys.stderr)
     try:
         yield
@@ -146,9 +192,11 @@ def read_config(folder: Path) -> Config:
         )
     config = load(path)
     text = path.read_text(encoding="utf-8-sig")
-    counted = re.match(r"# (\d+) settings\n", text)
-    # Version 0.1.0 wrote no number, and this table last.
-    whole = _settings(tomllib.loads(text)) >= int(counted[1]) and _END in text if counted else "\n[score]\n" in text
+    counted, ended = re.match(r"# (\d{1,9}) settings\n", text), _END in text
+    # Version 0.1.0 wrote neither number nor end, and this table last.
+    whole = (
+        ended and _settings(tomllib.loads(text)) >= int(counted[1]) if counted else not ended and "\n[score]\n" in text
+    )
     if not whole:
         raise UserError(
             f"{path} is damaged: settings are missing; restore it from a copy, or train again with another --out"
@@ -167,7 +215,12 @@ def checkpoint_folder(folder: Path, which: str) -> Path:
 
 
 def pick_checkpoint(folder: Path, which: str) -> str:
-    """`which`, or "last", with a line on stderr, if the run was stopped before it had a best checkpoint."""
+    """`which`, or "last", with a line on stderr, if the run was stopped before it had a best checkpoint.
+
+    Raises:
+        UserError: a link in the place of a checkpoint leads nowhere.
+    """
+    _check_links(folder)
     if (
         which == "best"
         and not checkpoint.exists(checkpoint_folder(folder, "best"))
@@ -217,7 +270,8 @@ def _record(line: str) -> dict[str, Any] | None:
             numbers += [score["value"], 0 if score["reconstructions"] is None else score["reconstructions"]]
             numbers += [] if isinstance(score["metric"], str) else [math.nan]
             record["score"] = score
-        whole = type(record["images"]) is int and record["images"] >= 0 and all(map(math.isfinite, numbers))
+        whole = type(record["images"]) is int and record["images"] >= 0
+        whole = whole and all(fits(number) and math.isfinite(number) for number in numbers)
         return record if whole else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
@@ -267,7 +321,7 @@ def _check_score(score: dict[str, Any]) -> None:
         numbers += [density["value"], *density["interval"]] if density["value"] is not None else []
         _ = density["what"] + density["metric"]
     _ = "".join([*samples["notes"], samples["metric"], settings["mode"], settings["extractor"], about["name"]])
-    if not all(isinstance(number, (int, float)) for number in numbers):
+    if not all(isinstance(number, (int, float)) and fits(number) for number in numbers):
         raise TypeError("scores are numbers")
 
 

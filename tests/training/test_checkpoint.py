@@ -1,9 +1,12 @@
 """Checkpoints: whole or not there, checked when read, never code."""
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import forked
@@ -190,3 +193,41 @@ def test_an_optimizer_goes_on_as_if_never_saved(tmp_path: Path) -> None:
         step(other, other_optimizer)
     assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
     assert other_optimizer.param_groups[1]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_reader_beside_a_writer_finds_one_checkpoint(
+    through_a_link: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # so that the writer is as fast as it can be
+    if through_a_link:
+        folder.rename(tmp_path / "disk")
+        folder.symlink_to(tmp_path / "disk")
+    done = threading.Event()
+
+    def write() -> None:
+        for save in itertools.count(1):
+            if done.is_set():
+                return
+            new = content(float(save))
+            checkpoint.write(folder, dataclasses.replace(new, state={"images": save}))
+
+    writer = threading.Thread(target=write)
+    checkpoint.write(folder, content(5.0))  # whose state says 5 images, too
+    writer.start()
+    found: set[int] = set()
+    try:
+        for i in itertools.count():
+            if i >= 200 and len(found) >= 20:
+                break
+            assert checkpoint.exists(folder)
+            if i % 4 == 0:
+                found.add(checkpoint.read_state(folder)["images"])
+                continue
+            read = checkpoint.read(folder, training=i % 2 == 0)
+            values = {float(tensor.flatten()[0]) for tensor in (read.weights["a.weight"], *read.training.values())}
+            assert values == {float(read.state["images"])}
+            found.add(read.state["images"])
+    finally:
+        done.set()
+        writer.join()

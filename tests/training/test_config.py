@@ -203,3 +203,33 @@ def test_a_device_that_is_not_there_is_named() -> None:
     for name in ("cuda:99", "gpu", "cpu:9", "meta"):
         with pytest.raises(UserError, match=name):
             pick_device(name)
+
+
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(
+    "text", [f"ema = {HUGE}", f"epochs = {HUGE}", f"[flow]\nhidden = [{HUGE}]", "seed = 9223372036854775808"]
+)
+def test_integers_of_more_than_64_bits_are_refused_in_files(text: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"must be (an integer of 64 bits|a number of at most|a list of integers)"
+    ) as error:
+        parse_train(["--config", str(toml(tmp_path, text))])
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--epochs", "--seed", "--model.latent-dim", "--flow.hidden", "--score.samples", "--flow-optimizer.warmup-steps"],
+)
+def test_integers_of_more_than_64_bits_are_refused_as_options(option: str) -> None:
+    with pytest.raises(UserError, match=r"9… must be an integer of 64 bits|9…\] must be|\[9+… must be an") as error:
+        parse_train(["--preset", "quick", option, HUGE])
+    assert len(str(error.value)) < 300
+    assert parse_train(["--seed", str(2**63 - 1)]).config.seed == 2**63 - 1
+
+
+def test_a_model_of_huge_integers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"latent_dim = 9+… must be an integer of 64 bits"):
+        models.build("glf", {"shape": [1, 8, 8], "latent_dim": int(HUGE)})

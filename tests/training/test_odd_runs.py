@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import random
@@ -83,7 +84,8 @@ def test_damaged_files_are_one_line_or_harmless(file: str, run: Path) -> None:
 def test_a_config_with_missing_settings_is_not_filled_up(text: str, run: Path, call: Call) -> None:
     whole = (run / "config.toml").read_text()
     shorter = "".join(line for line in whole.splitlines(True) if not line.startswith("samples ="))
-    for content in (text, shorter):
+    without_number = whole.split("\n", 1)[1]
+    for content in (text, shorter, without_number, f"# {'9' * 5000} settings\n{without_number}"):
         (run / "config.toml").write_text(content)
         with pytest.raises(UserError, match=r"config.toml is damaged: settings are missing"):
             call(evaluate, run)
@@ -96,11 +98,13 @@ def test_one_damaged_line_of_the_log_costs_no_other(run: Path, capsys: pytest.Ca
         b'{"images": 5}\n',
         b'{"images": 5, "epoch": 1, "nll": "x"}\n',
         b'{"images": 5, "epoch": NaN}\n',
+        b'{"images": 5, "epoch": 1, "nll": %s}\n' % (b"9" * 400),
+        b'{"images": %s, "epoch": 1}\n' % (b"9" * 400),
     ]
     (run / "metrics.jsonl").write_bytes(b"".join([*lines[:2], *bad, *lines[2:], b'{"images": 99']))
     records = runs.read_metrics(run)
     assert [json.loads(line) for line in lines] == records
-    assert "metrics.jsonl: damaged lines are left out (3, 4, 5, 6)" in capsys.readouterr().err
+    assert "metrics.jsonl: damaged lines are left out (3, 4, 5, 6, 7, …)" in capsys.readouterr().err
 
 
 def test_names_in_the_log_are_no_formulas(run: Path) -> None:
@@ -129,6 +133,31 @@ def test_a_second_process_changes_nothing(run: Path, call: Call) -> None:
     with FileLock(run / ".lock"), pytest.raises(UserError, match="another process is training"):
         call(train, "--preset", "smoke", "--max-minutes", "0.01", "--out", run)
     assert (run / "config.toml").read_text() == before
+
+
+def test_scores_that_cannot_be_written_are_printed(
+    run: Path, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(path: Path, content: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(runs, "write_json", refuses)
+    with pytest.raises(OSError, match=r"Read-only file system: .*scores.json"):
+        call(evaluate, run, "--n", "20")
+    assert "FD[tiny]" in capsys.readouterr().out
+
+
+def test_flock_that_does_not_exist_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with runs.lock(tmp_path / "run"):
+        pass
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 1 and "file system without locks" in printed
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
@@ -252,6 +281,58 @@ def test_a_checkpoint_replaces_checkpoints_alone(run: Path, tmp_path: Path, call
     with pytest.raises(UserError, match="papers would be replaced by a checkpoint, but holds something else"):
         checkpoint.write(run / "checkpoints" / "best", content)
     assert (tmp_path / "papers" / "thesis.tex").read_text() == "x"
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize("which", ["checkpoints", "checkpoints/last", "checkpoints/best"])
+@pytest.mark.parametrize("instead", ["link to nowhere", "link to itself", "file", "empty folder of another disk"])
+def test_missing_disks_do_not_start_a_run_anew(which: str, instead: str, run: Path, tmp_path: Path, call: Call) -> None:
+    shutil.move(run / which, tmp_path / "unmounted")
+    if instead == "file":
+        (run / which).write_bytes(b"")
+    else:
+        (run / which).symlink_to(run / which if "itself" in instead else tmp_path / "disk")
+    if "empty" in instead:
+        (tmp_path / "disk").mkdir()
+    before = snapshot(run)
+    refused = "is not a folder" if "empty" not in instead else "where there is no checkpoint, but"
+    for command in [(train, "--preset", "smoke", "--epochs", "5", "--out", run), (evaluate, run)]:
+        if command[0] is evaluate and "empty" in instead:
+            continue
+        with pytest.raises(UserError, match=refused) as error:
+            call(*command)
+        assert "\n" not in str(error.value) and str(run / which) in str(error.value)
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("name", ["samples", "tensorboard", ".lock"])
+def test_links_in_circles_are_named(name: str, run: Path, call: Call) -> None:
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(name)
+    with pytest.raises(UserError, match=rf"/{name} is a link[ ,].*; (mount|delete)"):
+        call(train, "--preset", "smoke", "--epochs", "5", "--out", run)
+
+
+def test_nothing_is_removed_beside_a_folder_that_holds_no_checkpoint(run: Path, tmp_path: Path, call: Call) -> None:
+    for name in ("docs", ".docs-new", ".docs-previous"):
+        (tmp_path / "victim" / name).mkdir(parents=True)
+        (tmp_path / "victim" / name / "thesis.tex").write_text("x")
+    shutil.rmtree(run / "checkpoints" / "best")
+    (run / "checkpoints" / "best").symlink_to(tmp_path / "victim" / "docs")
+    before = snapshot(tmp_path / "victim")
+    with pytest.raises(UserError, match="missing"):
+        call(train, "--preset", "smoke", "--epochs", "5", "--out", run)
+    content = checkpoint.read(run / "checkpoints" / "last")
+    (tmp_path / "victim" / "docs" / "thesis.tex").unlink()
+    with pytest.raises(UserError, match=r"\.docs-new is where a checkpoint is written; move it away"):
+        checkpoint.write(run / "checkpoints" / "best", content)
+    assert snapshot(tmp_path / "victim").items() <= before.items() and len(snapshot(tmp_path / "victim")) == 2
 
 
 # -- kills between two writes ---------------------------------------------------------------------------------------------
