@@ -142,7 +142,7 @@ def _below(folder: Path) -> Iterator[str]:
         )
 
     # The real paths of each folder that is still to be walked, and of the folders on the path to it.
-    paths = {str(folder): (os.path.realpath(folder),)}
+    paths: dict[str, tuple[str, ...]] = {str(folder): (os.path.realpath(folder),)}
     found: Counter[str] = Counter()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=stop):
         path = paths.pop(root)
