@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from glf_fast.output import Output, one_line
 
-__all__ = ["UserError", "did_you_mean", "lacks_memory", "run_command"]
+__all__ = ["UserError", "check_text", "did_you_mean", "lacks_memory", "run_command"]
 
 
 _LONGEST = 1200  # characters of an error
@@ -24,10 +24,22 @@ class UserError(ValueError):
     """
 
 
+def check_text(option: str, value: str) -> None:
+    """Raise UserError for a path that is not UTF-8, in which Python holds the wrong bytes as halves of characters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{option} {value!r} is not UTF-8, so that files cannot hold it; choose another name or path"
+        ) from error
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "did you mean 'x'? " for the known word x nearest to a wrong one, "" if none is near."""
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"did you mean {close[0]!r}? " if close else ""
+    # Without the hyphens of options, which would make --n similar to --json.
+    bare = {name.lstrip("-"): name for name in known}
+    close = difflib.get_close_matches(word.lstrip("-"), list(bare), 1)
+    return f"did you mean {bare[close[0]]!r}? " if close else ""
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

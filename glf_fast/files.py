@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 from glf_fast.errors import UserError
 
 __all__ = [
+    "atomic_folder",
     "atomic_write",
     "cache_dir",
     "errors_name",
@@ -47,7 +49,7 @@ def cache_dir() -> Path:
         raise UserError(f"the cache folder {path} has no place ({error}); set GLF_FAST_CACHE to a folder") from error
 
 
-# The mark of a file that is being written: whoever finds such a file older than an hour finds what a killed process left.
+# The mark of a file or folder that is being written. One that is older than an hour was left by a killed process.
 _UNFINISHED = re.compile(r"\..+-[a-z0-9_]{8}\.partial(\.\w+)?")
 _swept: set[Path] = set()
 # Errors of a disk. A block that writes a file may also meet errors of a network, which are not the file's.
@@ -63,10 +65,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     the temporary files that killed processes left there more than an hour ago.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.parent not in _swept:
-        _swept.add(path.parent)
-        sweep(path.parent, seconds=3600)
+    _prepare(path.parent)
     # The suffix is kept last: some writers (numpy, Pillow) choose the format by it.
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".partial{path.suffix}", dir=path.parent)
     os.close(handle)
@@ -76,13 +75,55 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the permissions that a plain open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        _publish(temporary, 0o666)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; if the block succeeds, rename it to `path`, else remove it.
+
+    `path` may be an empty folder; hidden files in it are kept. Leftovers of killed processes are removed as in `atomic_write`.
+    Where the folder `path` cannot be replaced (a mount point, the working directory, a parent without write permission), the
+    temporary folder is a hidden one in it, and its files are moved out of it at the end, one by one.
+    """
+    target = Path(os.path.realpath(path))
+    fixed = target.is_dir() and (
+        os.path.ismount(target) or target.samefile(Path.cwd()) or not os.access(target.parent, os.W_OK)
+    )
+    room = target if fixed else target.parent
+    _prepare(room)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=room))
+    try:
+        yield temporary
+        if fixed:
+            for file in sorted(temporary.iterdir()):
+                file.replace(target / file.name)
+            return
+        if target.is_dir():
+            for hidden in target.iterdir():
+                hidden.replace(temporary / hidden.name)
+        _publish(temporary, 0o777)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _prepare(folder: Path) -> None:
+    """Create a folder; at its first use by this process, remove what killed processes left in it over an hour ago."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder not in _swept:
+        _swept.add(folder)
+        sweep(folder, seconds=3600)
+
+
+def _publish(temporary: Path, mode: int) -> None:
+    """Give a temporary file or folder, which `tempfile` makes private, the permissions of any new one."""
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(mode & ~umask)
 
 
 @contextlib.contextmanager
@@ -97,15 +138,18 @@ def errors_name(path: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, *, seconds: float = 60) -> None:
-    """Remove what `atomic_write` left in a folder when its process was killed; younger files may be in use.
+    """Remove what `atomic_write` and `atomic_folder` left in a folder when their process was killed.
 
-    Files that cannot be removed stay, because they do no harm.
+    Younger files may be in use. Files that cannot be removed stay, because they do no harm.
     """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            left = _UNFINISHED.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+            left = _UNFINISHED.fullmatch(path.name) and not path.is_symlink()
             if left and time.time() - path.stat().st_mtime > seconds:
-                path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def sha256(path: Path | str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from glf_fast.files import atomic_write
 
-__all__ = ["grid", "save_png", "to_float", "to_uint8"]
+__all__ = ["grid", "save_npy", "save_png", "to_float", "to_uint8"]
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -42,6 +43,15 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
         left = padding + (i % columns) * (width + padding)
         picture[:, top : top + height, left : left + width] = image
     return picture
+
+
+def save_npy(path: Path | str, images: Tensor) -> None:
+    """Write a tensor as .npy, atomically; raises OSError, which names the file and the reason, when the disk is full."""
+    array = np.ascontiguousarray(images.cpu().numpy())
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        # Not by numpy.save, whose errors are "256000 requested and 40832 written".
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 def save_png(path: Path | str, image: Tensor, scale: int = 1) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 
 from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, run_command
-from glf_fast.files import atomic_write
-from glf_fast.images import grid, save_png
+from glf_fast.files import atomic_folder
+from glf_fast.images import grid, save_npy, save_png
 from glf_fast.training import checkpoint, runs
 from glf_fast.training.pictures import draw
 
@@ -43,27 +43,36 @@ class Command:
 def main() -> None:
     """Run the command."""
     command = parse(Command, sys.argv[1:], "glf_fast.sample")
-    if not command.out.suffix and command.out.is_dir() and any(command.out.iterdir()):
-        raise UserError(
-            f"the folder --out {command.out} is not empty, and its images would mix; empty it or choose another"
-        )
+    _check_out(command.out)
     runs.read_config(command.run)  # raises UserError if this is not a run's folder
     model, _ = checkpoint.load_model(
         runs.checkpoint_folder(command.run, runs.pick_checkpoint(command.run, command.checkpoint)),
         pick_device(command.device),
     )
+    if command.n * math.prod(model.shape) >= 2**63:  # the largest tensor that torch can describe
+        raise UserError(f"--n {command.n} images are more than any memory holds; draw fewer")
     images = draw(model, command.n, seed=command.seed, temperature=command.temperature, mode=command.mode).cpu()
     if command.out.suffix == ".png":
         save_png(command.out, grid(images), scale=max(1, 64 // images.shape[-1]))
     elif command.out.suffix == ".npy":
-        with atomic_write(command.out) as temporary:
-            np.save(temporary, images.numpy())
-    elif command.out.suffix:
-        raise UserError(f"--out {command.out} must end in .png or .npy, or be a folder (a name without suffix)")
+        save_npy(command.out, images)
     else:
-        for i, image in enumerate(images):
-            save_png(command.out / f"{i:06d}.png", image)
+        with atomic_folder(command.out) as folder:  # a part of the images would look like a whole sample
+            for i, image in enumerate(images):
+                save_png(folder / f"{i:06d}.png", image)
     print(f"wrote {command.n} images to {command.out}")
+
+
+def _check_out(out: Path) -> None:
+    """Raise UserError unless `out` is a .png, a .npy, or a folder that is new or empty but for hidden files."""
+    if out.suffix not in ("", ".png", ".npy"):
+        raise UserError(f"--out {out} must end in .png or .npy, or be a folder (a name without suffix)")
+    if out.suffix:
+        return
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, not a folder; remove it or choose another name")
+    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise UserError(f"the folder --out {out} is not empty, and its images would mix; empty it or choose another")
 
 
 if __name__ == "__main__":

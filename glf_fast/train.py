@@ -10,7 +10,7 @@ import sys
 import torch
 
 from glf_fast.command_line import pick_device
-from glf_fast.errors import run_command
+from glf_fast.errors import check_text, run_command
 from glf_fast.output import one_line
 from glf_fast.training import report, runs
 from glf_fast.training.arguments import parse_train
@@ -37,6 +37,8 @@ def main() -> None:
         dry_run(config, train, test, device)
         return
     folder = command.out or runs.default_folder(config, command.base, command.label)
+    for path in (folder, folder.resolve().name):  # TensorBoard needs the one, the report shows the other
+        check_text("--out", str(path))
     # Before anything is written: what is refused leaves nothing behind.
     runs.check_folder(folder, config)
     run = Run(folder, config, train, test, device)

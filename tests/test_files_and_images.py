@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from glf_fast.errors import UserError, did_you_mean
-from glf_fast.files import atomic_write, cache_dir, read_json, save_tensors, sha256, sweep, write_json
-from glf_fast.images import grid, save_png, to_float, to_uint8
+from glf_fast.files import atomic_folder, atomic_write, cache_dir, read_json, save_tensors, sha256, sweep, write_json
+from glf_fast.images import grid, save_npy, save_png, to_float, to_uint8
 from glf_fast.info import COSTS, info
 
 
@@ -71,6 +71,57 @@ def test_tensors_on_a_full_disk_raise_oserror(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
 
+@pytest.mark.parametrize("writer", ["save_npy", "save_png"])
+def test_images_on_a_full_disk_name_the_file_and_the_reason(writer: str, tmp_path: Path) -> None:
+    shape = "300, 1, 32, 32" if writer == "save_npy" else "1, 500, 500"
+    program = (
+        f"import torch\nfrom glf_fast.images import {writer} as write\nfrom glf_fast.errors import run_command\n"
+        f"run_command(lambda: write({str(tmp_path / 'a.out')!r}, torch.randint(256, ({shape}), dtype=torch.uint8)))"
+    )
+    done = forked.ended(forked.program, program, file_size=50_000)
+    assert done.returncode == 2
+    assert done.stderr == f"error: [Errno 27] File too large: '{tmp_path / 'a.out'}'\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_npy_is_numpys(tmp_path: Path) -> None:
+    images = torch.randint(256, (3, 1, 4, 5), dtype=torch.uint8)
+    for given in (images, images.transpose(0, 3), images[:0]):
+        save_npy(tmp_path / "a.npy", given)
+        assert np.array_equal(np.load(tmp_path / "a.npy"), given.numpy())
+
+
+@pytest.mark.parametrize("place", ["new", "empty", "hidden", "link", "working directory"])
+def test_atomic_folder_is_all_or_nothing(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    if place != "new":
+        (tmp_path / "real" if place == "link" else path).mkdir()
+    if place == "link":
+        path.symlink_to("real")
+    if place == "hidden":
+        (path / ".DS_Store").write_text("x")
+    if place == "working directory":
+        monkeypatch.chdir(path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="full"), atomic_folder(path) as temporary:
+        (temporary / "0.png").write_text("0")
+        raise OSError("full")
+    assert sorted(tmp_path.rglob("*")) == before
+    with atomic_folder(path) as temporary:
+        for name in ("0.png", "1.png"):
+            (temporary / name).write_text(name)
+        assert not path.exists() or all(file.name.startswith(".") for file in path.iterdir())
+        assert re.fullmatch(r"\..+-[a-z0-9_]{8}\.partial", temporary.name)
+    assert {file.name for file in path.iterdir()} == {"0.png", "1.png"} | (
+        {".DS_Store"} if place == "hidden" else set()
+    )
+    assert path.is_symlink() == (place == "link")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert path.stat().st_mode == plain.stat().st_mode
+    assert len(list(tmp_path.iterdir())) == 2 + (place == "link"), "nothing beside it"
+
+
 def test_json_round_trip_and_damage(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"ä": [1, 2.5, None]})
     assert read_json(tmp_path / "a.json") == {"ä": [1, 2.5, None]}
@@ -90,7 +141,9 @@ def test_leftovers_of_killed_writers_are_swept(tmp_path: Path) -> None:
     young = ".young-abcd1234.partial.png"
     for path in [*left, *foreign, young]:
         (tmp_path / path).write_bytes(b"x")
-    for path in [*left, *foreign]:
+    (tmp_path / ".images-abcd1234.partial").mkdir()
+    (tmp_path / ".images-abcd1234.partial" / "0.png").write_bytes(b"x")
+    for path in [*left, *foreign, ".images-abcd1234.partial"]:
         os.utime(tmp_path / path, (0, 0))
     shutil.copytree(tmp_path, tmp_path / "another")
     sweep(tmp_path)
@@ -163,6 +216,8 @@ def test_commands_turn_mistakes_into_one_line(raised: str, code: int, text: str)
 def test_the_nearest_known_word() -> None:
     assert did_you_mean("minst", ("mnist", "digits")) == "did you mean 'mnist'? "
     assert did_you_mean("celeba", ("mnist", "digits")) == ""
+    assert did_you_mean("--json", ("--n", "--out")) == ""  # their hyphens are alike, and nothing else
+    assert did_you_mean("--nn", ("--n", "--out")) == "did you mean '--n'? "
 
 
 def test_info_says_what_is_measured() -> None:

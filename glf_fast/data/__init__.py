@@ -24,7 +24,7 @@ from glf_fast.data.folder import load_folder
 from glf_fast.data.idx import FASHION_MNIST, MNIST
 from glf_fast.data.source import Source
 from glf_fast.data.tables import load_csv, load_parquet
-from glf_fast.errors import UserError, did_you_mean
+from glf_fast.errors import UserError, check_text, did_you_mean
 
 __all__ = [
     "CONTENTS",
@@ -87,6 +87,8 @@ def load(
         raise UserError(f"image_size must be ≥ 1; got {image_size}")
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a folder")
+    if data_dir is not None:
+        check_text("--data-dir", str(data_dir))  # protocols of scores hold it
     if skip_unusable and (source in SOURCES or Path(source).suffix.lower() in _READERS):
         raise UserError(
             f"skip_unusable is for folders and zips of images; {source} is neither, so leave the option out"

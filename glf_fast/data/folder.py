@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,8 @@ __all__ = ["load_folder"]
 # A file's path below the folder or in the zip, and a function that opens it.
 File = tuple[str, Callable[[], BinaryIO]]
 _NAMED = 5  # of many files, a message names so many
+# Links may lead to one folder on so many paths. Their number doubles with each level of two links, up to 2^40.
+_PATHS = 1000
 
 
 def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_unusable: bool = False) -> ImageDataset:
@@ -66,8 +69,9 @@ def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_u
     if unusable and not skip_unusable:
         rest = [file for name in SPLITS if has_splits and name != split for file in groups[name]]
         raise UserError(_complaint(path, {**unusable, **_read(path, rest, image_size).unusable}))
-    if unusable:
-        print(f"{path}: {_counted(list(unusable))} left out of the {split} split: not usable", file=sys.stderr)
+    if unusable and (has_splits or split == "train"):
+        of = f" of the {split} split" if has_splits else ""
+        print(f"{path}: {_counted(list(unusable))} left out{of}: not usable", file=sys.stderr)
     if several and (has_splits or split == "train"):
         print(f"{path}: of {_counted(several)} the first of several frames or pages is taken", file=sys.stderr)
     if not arrays:
@@ -124,10 +128,12 @@ def _open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> BinaryIO:
 
 
 def _below(folder: Path) -> Iterator[str]:
-    """Names of the files below a folder; links are followed, but not into a folder that the link is in.
+    """Names of the files below a folder; links are followed, but not into a folder that the path to the link is in.
+
+    The files of a folder to which several links lead are found on each of these paths.
 
     Raises:
-        UserError: a folder that cannot be read.
+        UserError: a folder that cannot be read, or one to which more than 1,000 paths lead.
     """
 
     def stop(error: OSError) -> None:
@@ -135,13 +141,19 @@ def _below(folder: Path) -> Iterator[str]:
             f"the folder {error.filename} cannot be read ({error.strerror}); change its permissions or remove it"
         )
 
+    # The real paths of each folder that is still to be walked, and of the folders on the path to it.
+    paths: dict[str, tuple[str, ...]] = {str(folder): (os.path.realpath(folder),)}
+    found: Counter[str] = Counter()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=stop):
-        real = os.path.realpath(root)
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and not _contains(os.path.realpath(os.path.join(root, name)), real)
-        ]
+        path = paths.pop(root)
+        found[path[-1]] += 1
+        if found[path[-1]] > _PATHS:
+            raise UserError(
+                f"links in {folder} lead to {path[-1]} on more than {_PATHS:,} paths; remove links that lead to each other"
+            )
+        targets = {name: os.path.realpath(os.path.join(path[-1], name)) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, real in targets.items() if not any(_contains(real, outer) for outer in path)]
+        paths |= {os.path.join(root, name): (*path, targets[name]) for name in folders}
         for name in names:
             inner = Path(root, name).relative_to(folder).as_posix()
             if not _hidden(inner):

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 __all__ = ["ENDINGS", "FORMATS", "Unreadable", "read_pixels"]
 
@@ -76,12 +77,18 @@ def _has_more(image: Image.Image) -> bool:
 
 
 def _as_pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
+    if image.format == "TIFF" and image.mode == "I":  # other formats, and I;16 of TIFF, have at most 16 bits
+        raise Unreadable(
+            "32-bit or signed levels have no defined white; save such images with 16 bits or as uint8 .npy"
+        )
+    # Pillow scales the levels of all other formats with 9 to 16 bits to 16; it gives those of a TIFF with 12 bits as they are.
+    bits = image.tag_v2.get(258, (16,))[0] if isinstance(image, TiffImageFile) else 16
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     elif image.mode.startswith("I"):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+        image = Image.fromarray(_eight_bits(np.asarray(image), bits))
     elif image.mode == "F":
         raise Unreadable("floating-point levels have no defined white; save such images as uint8 .npy")
     elif image.mode not in ("1", "L"):
@@ -94,12 +101,12 @@ def _as_pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _eight_bits(levels: np.ndarray) -> np.ndarray:
-    """Levels of 0 … 65535, to which Pillow scales all files of 9 to 16 bits, as uint8."""
-    low, high = int(levels.min()), int(levels.max())
-    if low < 0 or high > 65535:
+def _eight_bits(levels: np.ndarray, bits: int) -> np.ndarray:
+    """Levels of 0 … 2^bits − 1 (9 to 16 bits) as uint8."""
+    low, high, white = int(levels.min()), int(levels.max()), 2**bits - 1
+    if low < 0 or high > white:
         raise Unreadable(f"integer levels of {low} … {high} have no defined white; save such images as uint8 .npy")
-    return (levels // 257).astype(np.uint8)
+    return (levels.astype(np.int64) * 255 // white).astype(np.uint8)
 
 
 def _available_memory() -> int:

@@ -121,6 +121,7 @@ def calc(command: Calc) -> None:
         for stats, source in zip(given, (command.a, command.b), strict=True)
     )
     result = compare(a, b)
+    result["protocol"]["samples"] = a.source
     if command.json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
@@ -136,7 +137,10 @@ def from_statistics(source: str) -> FeatureStats | None:
         return FeatureStats.load(path)
     if path.suffix == ".npz" and path.is_file():
         try:
-            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            with path.open("rb") as opened:
+                file = np.load(opened, allow_pickle=False)
+                if isinstance(file, np.ndarray):
+                    raise UserError(f"by its content this is a .npy, one array; rename it to {path.stem}.npy")
                 if {"mu", "sigma"} <= set(file.files):
                     mean, cov = _real(file["mu"]), _real(file["sigma"])
                     # The file does not say from how many images; a large n avoids the special path for few samples.
@@ -187,7 +191,7 @@ def from_images(source: str, network: Extractor | None, command: Ref | Calc) -> 
         origin: dict[str, Any] = {
             "name": source,
             "fingerprints": [part.fingerprint for part in parts],
-            "policy": parts[0].policy,
+            "policies": [part.policy for part in parts],
         }
         stats = collect(subset(images, total), network, source=origin)
         stats.source["n"] = stats.n

@@ -65,7 +65,9 @@ def reference(train: ImageDataset, test: ImageDataset, extractor: Extractor, *, 
     held_out = dataset_stats(test, extractor, n=n)
     floors = {"train/train": frechet_distance(first, second), "train/test": frechet_distance(first, held_out)}
     counts = {"train/train": [first.n, second.n], "train/test": [first.n, held_out.n]}
-    return Reference(held_out, floors, {"reference": held_out.source, "floors": counts})
+    return Reference(
+        held_out, floors, {"reference": held_out.source, "floors": counts, "training_policy": train.policy}
+    )
 
 
 def dataset_stats(dataset: ImageDataset, extractor: Extractor, *, n: int | None = None, part: int = 0) -> FeatureStats:
@@ -77,13 +79,21 @@ def dataset_stats(dataset: ImageDataset, extractor: Extractor, *, n: int | None 
     """
     total = len(dataset.images)
     n = total if n is None else min(n, total)
-    source = {"name": dataset.name, "split": dataset.split, "fingerprint": dataset.fingerprint, "n": n, "part": part}
+    source = {
+        "name": dataset.name,
+        "split": dataset.split,
+        "fingerprint": dataset.fingerprint,
+        "policy": dataset.policy,
+        "n": n,
+        "part": part,
+    }
     key = hashlib.sha256(json.dumps([source, extractor.identity, _code()], sort_keys=True).encode()).hexdigest()
     name = f"{Path(dataset.name).name}-{dataset.split}-{n}-{part}-{extractor.name}-{key[:16]}.safetensors"
     path = cache_dir() / "stats" / name
     try:
         stats = FeatureStats.load(path)
-        if stats.extractor == extractor.identity and stats.n == n:
+        same = all(stats.source.get(key) == value for key, value in source.items())
+        if same and stats.extractor == extractor.identity and stats.n == n:
             return stats
         _notice(f"{path} holds other statistics than its name says; computing the statistics again")
     except FileNotFoundError:

@@ -276,6 +276,8 @@ class FeatureStats:
                     f"{path} was written by version 0.1.0, with an incomplete checksum; compute it again with `ref`"
                 )
             header = json.loads(metadata[_FORMAT])
+            if not isinstance(header, dict):
+                raise ValueError(f"the header must be an object, got {header!r}")
             if header.pop("sha256") != _digest(header, tensors):
                 raise UserError(f"{path} is damaged: its checksum differs; delete it and compute it again with `ref`")
             stats = cls(

@@ -87,7 +87,10 @@ def test_options_for_folders_leave_arrays_alone(run, blobs: Make, tmp_path: Path
     size = blobs(1, 0).shape[-1]
     options = ("--image-size", size, "--skip-unusable", "--extractor", "tiny", "--json")
     for pair in ((a, folder), (folder, a)):
-        assert json.loads(run("calc", *pair, *options))["protocol"]["n"] == 20
+        protocol = json.loads(run("calc", *pair, *options))["protocol"]
+        assert protocol["n"] == 20
+        told = protocol["samples" if pair[0] is folder else "reference"]["policies"]
+        assert len(told) == 2 and all("1 unusable files left out" in policy for policy in told)
     with pytest.raises(UserError, match=r"a.npy is neither"):
         run("calc", a, a, *options)
 
@@ -121,6 +124,11 @@ def test_options_for_folders_leave_arrays_alone(run, blobs: Make, tmp_path: Path
         (["calc", "a.npy", "missing.safetensors"], "no statistics at missing.safetensors"),
         (["calc", "a.npy", "vgg.safetensors", "--extractor", "tiny"], "different extractors"),
         (["calc", "a.npy", "broken.npz", "--extractor", "tiny"], "broken.npz"),
+        (["calc", "a.npy", "really.npz", "--extractor", "tiny"], "this is a .npy, one array; rename it to really.npy"),
+        (
+            ["ref", "a.npy", "--out", "b.safetensors", "--json"],
+            "unknown option --json; python -m glf_fast.metrics --help",
+        ),
         (["calc", "a.npy", "lopsided.npz", "--extractor", "tiny"], "lopsided.npz"),
         (
             ["calc", "a.npy", "nan.npz", "--extractor", "tiny"],
@@ -143,6 +151,7 @@ def test_mistakes_are_one_line(
     other.update(torch.rand(9, 4))
     other.save("vgg.safetensors")
     Path("broken.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    Path("a.npy").with_name("really.npz").write_bytes(Path("a.npy").read_bytes())
     np.savez("nan.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
     np.savez("lopsided.npz", mu=np.zeros(128), sigma=np.zeros((128, 64)))
     with pytest.raises((UserError, FileNotFoundError)) as caught:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,18 @@ def test_reference_statistics_are_computed_once(dataset, tiny, private_cache: Pa
     assert first.protocol["floors"] == {"train/train": [150, 150], "train/test": [150, 100]}
 
 
+def test_the_protocol_tells_what_was_left_out(dataset, tiny, private_cache: Path) -> None:
+    left_out = [f"as they are; {number} unusable files left out" for number in (3, 2)]
+    train, test = (
+        replace(dataset(split, 20, seed), policy=policy)
+        for seed, (split, policy) in enumerate(zip(("train", "test"), left_out, strict=True))
+    )
+    protocol = metrics.score(dataset("test", 10, 2).images, metrics.reference(train, test, tiny, n=10), tiny)[
+        "protocol"
+    ]
+    assert [protocol["training_policy"], protocol["reference"]["policy"]] == left_out
+
+
 def test_the_cache_key_is_the_content(dataset, tiny, vgg16_weights: Path, private_cache: Path) -> None:
     some = dataset("test", 50, 0)
     metrics.dataset_stats(some, tiny)
@@ -132,6 +145,20 @@ def test_a_damaged_cache_file_is_computed_again(dataset, tiny, private_cache: Pa
     (notice, _) = capsys.readouterr().err.splitlines()
     assert path.name in notice and "computing" in notice
     assert torch.equal(after.cov, before.cov) and path.read_bytes() == good
+
+
+def test_a_cache_file_under_the_name_of_another_is_computed_again(dataset, tiny, private_cache: Path, capsys) -> None:
+    some = dataset("test", 50, 0)
+    others = [(dataset("train", 50, 0), 0), (dataset("test", 50, 1), 0), (some, 1)]
+    before = metrics.dataset_stats(some, tiny, n=25)
+    (path,) = (private_cache / "stats").glob("*")
+    for other, part in others:
+        metrics.dataset_stats(other, tiny, n=25, part=part)
+        (wrong,) = set((private_cache / "stats").glob("*")) - {path}
+        wrong.replace(path)
+        capsys.readouterr()
+        assert torch.equal(metrics.dataset_stats(some, tiny, n=25).cov, before.cov)
+        assert f"{path} holds other statistics than its name says" in capsys.readouterr().err
 
 
 def test_an_unwritable_cache_costs_time_only(dataset, tiny, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -116,6 +116,14 @@ def test_damaged_and_foreign_files_are_named(tmp_path) -> None:
         FeatureStats.load(path)
 
 
+@pytest.mark.parametrize("header", ["3", "null", '"x"', "[]", "{}"])
+def test_a_header_of_another_kind_is_damage(header: str, tmp_path) -> None:
+    path = tmp_path / "stats.safetensors"
+    save_file({"mean": torch.zeros(3)}, path, {"glf_fast.FeatureStats 2": header})
+    with pytest.raises(UserError, match=r"stats\.safetensors is damaged or holds no feature statistics"):
+        FeatureStats.load(path)
+
+
 def test_no_damaged_byte_is_taken(tmp_path) -> None:
     path = tmp_path / "stats.safetensors"
     seen(features(10), extractor={"name": "x"}, source={"n": 10}).save(path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,16 @@ def test_missing_weights_of_an_extractor_cost_only_its_scores(
         call(train, "--preset", "smoke", "--out", tmp_path / "s", "--score.extractors", "tinny")
 
 
+@pytest.mark.parametrize(("option", "made"), [("--out", False), ("--data-dir", True)])
+def test_folders_whose_name_is_no_text_are_refused(option: str, made: bool, tmp_path: Path, call: Call) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
+    if made:
+        folder.mkdir()
+    with pytest.raises(UserError, match=f"{option} '.*' is not UTF-8"):
+        call(train, "--preset", "smoke", option, folder)
+    assert folder.exists() == made
+
+
 # -- sample, evaluate, from Python ----------------------------------------------------------------------------------------
 
 
@@ -211,6 +222,9 @@ def test_samples_as_a_grid_and_as_a_folder(smoke: Path, tmp_path: Path, call: Ca
     ("arguments", "message"),
     [
         (["--n", "0"], "n = 0 images"),
+        (["--n", str(10**18)], "more than any memory holds; draw fewer"),
+        (["--n", "9" * 20], "more than any memory holds; draw fewer"),
+        (["--n", "9" * 40], "more than any memory holds; draw fewer"),
         (["--temperature", "-1"], "temperature = -1.0"),
         (["--temperature", "nan"], "temperature = nan"),
         (["--out", "grid.jpg"], "must end in .png or .npy"),

@@ -222,6 +222,28 @@ def test_samples_of_two_calls_do_not_mix(run: Path, tmp_path: Path, call: Call) 
     assert len(list((tmp_path / "images").iterdir())) == 3
 
 
+def test_a_sample_that_ends_early_leaves_nothing(
+    run: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "images"
+    save = sample.save_png
+
+    def full(path: Path, image: object) -> None:
+        if path.name == "000002.png":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, image)
+
+    monkeypatch.setattr(sample, "save_png", full)
+    with pytest.raises(OSError, match="No space left"):
+        call(sample, run, "--n", "4", "--out", out)
+    assert not out.exists() and not list(tmp_path.glob(".images*"))
+    monkeypatch.undo()
+    out.mkdir()
+    (out / ".000000-abcd1234.partial.png").write_bytes(b"left by a kill")
+    call(sample, run, "--n", "4", "--out", out)
+    assert len(list(out.glob("[!.]*"))) == 4
+
+
 def test_other_data_than_the_runs_are_not_scored(run: Path, call: Call) -> None:
     index = json.loads((run / "checkpoints/best/checkpoint.json").read_text())
     del index["sha256"]  # version 0.1.0 wrote none
