@@ -101,8 +101,7 @@ def picture(chance: random.Random, side: int = SIDE) -> Item:
             wrong = chance.choice((".jpg", ".gif", ".bmp", ""))  # the content decides, not the ending
             return Item(wrong, saved(image, "PNG"), grey[:, :, None])
         case _:
-            known = Image.fromarray(wide.astype(np.int32))
-            return Item(".tif", saved(known, "TIFF"), (wide // 257).astype(np.uint8)[:, :, None])
+            return Item(".pgm", saved(Image.fromarray(wide), "PPM"), (wide // 257).astype(np.uint8)[:, :, None])
 
 
 def no_picture(chance: random.Random) -> Item:

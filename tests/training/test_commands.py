@@ -223,8 +223,8 @@ def test_samples_as_a_grid_and_as_a_folder(smoke: Path, tmp_path: Path, call: Ca
     [
         (["--n", "0"], "n = 0 images"),
         (["--n", str(10**18)], "more than any memory holds; draw fewer"),
-        (["--n", "9" * 20], "more than any memory holds; draw fewer"),
-        (["--n", "9" * 40], "more than any memory holds; draw fewer"),
+        (["--n", "9" * 20], "must be an integer of 64 bits"),
+        (["--n", "9" * 40], "must be an integer of 64 bits"),
         (["--temperature", "-1"], "temperature = -1.0"),
         (["--temperature", "nan"], "temperature = nan"),
         (["--out", "grid.jpg"], "must end in .png or .npy"),
