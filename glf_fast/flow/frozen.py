@@ -1,4 +1,4 @@
-"""What a flow uses in place of a parameter that it stores: with some entries frozen, or times a fixed factor."""
+"""Stored parameters as a flow uses them: with some entries frozen, or times a fixed factor."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ operations = torch.ops.glf_fast
 
 
 def _products(rows: int, matrix: Shape, weights: Sequence[Shape]) -> int:
-    """Of rows times all matrices of a flow."""
+    """Operations of rows times all matrices of a flow."""
     return 2 * rows * sum(map(math.prod, (matrix, *weights)))
 
 

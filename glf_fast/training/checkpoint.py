@@ -255,7 +255,7 @@ def _remedy(folder: Path) -> str:
 
 
 def _settled(folder: Path, read: Callable[[Path], T]) -> T:
-    """What `read` makes of the folder of the complete checkpoint; it is asked again if the checkpoint was replaced meanwhile.
+    """The result of `read` for the folder of the complete checkpoint; asked again if the checkpoint was replaced meanwhile.
 
     An error counts if the index was the same before and after it, or if the tenth try fails, too.
     """

@@ -45,9 +45,8 @@ def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0,
         )
     device = next(model.parameters()).device
     try:
-        images = torch.empty(
-            (n, *model.shape), dtype=torch.uint8, device=device
-        )  # fails at once where there is no memory
+        # All at once, so that it fails now where there is no memory.
+        images = torch.empty((n, *model.shape), dtype=torch.uint8, device=device)
     except (RuntimeError, TypeError) as error:  # of sizes beyond 64 bits torch says that they overflow
         raise MemoryError(f"{n} images") from error
     broken = torch.zeros((), dtype=torch.int64, device=device)

@@ -149,7 +149,7 @@ class Same(nt.AdditiveCouplingTransform):
 
 
 class Other(nt.AffineCouplingTransform):
-    """That scales by half as much."""
+    """A copy that scales by half as much."""
 
     def _scale_and_shift(self, params: Tensor) -> tuple[Tensor, Tensor]:
         scale, shift = super()._scale_and_shift(params)
@@ -252,7 +252,7 @@ def test_what_computes_something_else_stays(make: Any, reason: str) -> None:
 
 
 class Raising:
-    """That raises whatever is asked of it."""
+    """A layer that raises whatever is asked of it."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copies ask for these

@@ -1,4 +1,4 @@
-"""What became of each fault, counted: the figures of docs/reliability.md."""
+"""Verdicts on faults, counted: the figures of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.faults.children import Ended
 
 
 class Verdict(enum.Enum):
-    """What a command made of a fault. Only the first two are right."""
+    """The end of a command that met a fault. Only the first two are right."""
 
     SURVIVED = "survived"  # the result is that of a command that met no fault
     REFUSED = "refused in one line"  # nothing else was written, and the line says what to do

@@ -1,4 +1,4 @@
-"""What other programs make of a flow: ONNX from plain operations, and a count of its floating-point operations."""
+"""Flows in other programs: ONNX from plain operations, and a count of floating-point operations."""
 
 from __future__ import annotations
 
