@@ -76,11 +76,15 @@ def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_u
         print(f"{path}: of {_counted(several)} the first of several frames or pages is taken", file=sys.stderr)
     if not arrays:
         raise UserError(f"{path} holds no usable pictures for the {split} split; the first one: {_first(unusable)}")
-    sizes = {array.shape[:2] for array in arrays}
+    sizes: dict[tuple[int, ...], list[str]] = {}
+    for name, array in zip((name for name, _ in chosen if name not in unusable), arrays, strict=True):
+        sizes.setdefault(array.shape[:2], []).append(name)
     if len(sizes) > 1:
-        some = ", ".join(f"{width}×{height}" for height, width in sorted(sizes)[:3])
+        rarest = sorted(sizes.items(), key=lambda item: len(item[1]))
+        some = "; ".join(f"{width}×{height}: {_counted(names)}" for (height, width), names in rarest[:_NAMED])
+        more = "; …" if len(rarest) > _NAMED else ""
         raise UserError(
-            f"the images of {path} have {len(sizes)} different sizes ({some} …); choose one, to which they are resized "
+            f"the images of {path} have {len(sizes)} different sizes: {some}{more}; choose one, to which they are resized "
             "(--data.image-size in training, --image-size elsewhere)"
         )
     grey = all(array.shape[2] == 1 for array in arrays)
