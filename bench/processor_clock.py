@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from bench.race import Calls, in_turn
+from bench.race import Bursts, Calls, in_turn
 
 __all__ = [
     "DEVICE",
@@ -46,7 +46,7 @@ def quick() -> None:
     _quick = True
 
 
-def call_times(works: Mapping[Name, Work], seconds: float) -> dict[Name, Calls | Exception]:
+def call_times(works: Mapping[Name, Work | Bursts], seconds: float) -> dict[Name, Calls | Exception]:
     """Time all works in turn, burst after burst, `seconds` for each: seconds of each call, or what a work raised.
 
     A machine's noise comes in stretches: what is measured in turn is slowed down together, so ratios hold. In bursts of
@@ -58,10 +58,14 @@ def call_times(works: Mapping[Name, Work], seconds: float) -> dict[Name, Calls |
     end = 0.0
 
     def turn(name: Name) -> None:
-        if name in long:
-            _burst(works[name], long[name], times[name])
+        work = works[name]
+        if not callable(work):
+            burst = work.burst(0 if _quick else BURST)
+            times[name] += burst[len(burst) > 1 :]
+        elif name in long:
+            _burst(work, long[name], times[name])
         else:  # the first round only warms
-            long[name] = _warm(works[name]) > BURST
+            long[name] = _warm(work) > BURST
 
     def going(rounds: int) -> bool:
         nonlocal end

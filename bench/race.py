@@ -20,6 +20,7 @@ from bench.results import Key, Result, stats
 __all__ = [
     "GRAPHED",
     "SEED",
+    "Bursts",
     "Calls",
     "Case",
     "Clock",
@@ -71,7 +72,7 @@ class Clock(Protocol):
     DEVICE: str
     GPU: bool  # it is a `GraphClock`
 
-    def call_times(self, works: Mapping[str, Work], seconds: float) -> Mapping[str, Calls | Exception]:
+    def call_times(self, works: Mapping[str, Work | Bursts], seconds: float) -> Mapping[str, Calls | Exception]:
         """Times of calls, the works in turn, `seconds` for each; or what a work raised."""
 
     def matrix_rate(self, precision: str) -> float:
@@ -122,6 +123,13 @@ class Timed(NamedTuple):
     seconds: list[float]
 
 
+class Bursts(Protocol):
+    """Passes that are timed where they run, in another process."""
+
+    def burst(self, seconds: float) -> list[float]:
+        """Call for so long, at least once; returns the seconds of each call."""
+
+
 class Missing(Exception):
     """A provider cannot be measured here; the message says why."""
 
@@ -132,6 +140,7 @@ class Job:
 
     Attributes:
         call: one pass over the inputs; returns what is checked. None where there is nothing to time.
+        bursts: the same pass in another process, where it is timed.
         check: says what is wrong with a pass's result, or "".
         inputs: what a program brings to each call.
         info: what results say beside the case's sizes and the times.
@@ -151,6 +160,12 @@ class Job:
     alone: bool = False
     again: Callable[[], Job] | None = None
     in_graph: bool = False
+    bursts: Bursts | None = None
+
+    @property
+    def work(self) -> Work | Bursts:
+        """What a clock times."""
+        return self.bursts or self.run
 
     def run(self) -> Any:
         """One pass."""
@@ -272,7 +287,7 @@ class Race:
         Who got no turn before the device was lost has neither.
         """
         torch.set_float32_matmul_precision(self.precision)
-        calls = clock.call_times({name: job.run for name, job in jobs.items() if job.call}, self.seconds)
+        calls = clock.call_times({name: job.work for name, job in jobs.items() if job.call}, self.seconds)
         found: dict[str, Timed | Exception] = {}
         for name, job in jobs.items():
             taken = calls.get(name) if job.call else Calls(list(job.seconds))

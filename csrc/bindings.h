@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/flow.h"
+#include "cpu/pool.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -23,15 +24,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// torch's own threads: a second pool would fight with it for the cores.
-inline const glf::Parallel& parallel() {
-  thread_local glf::Parallel p{1, [](int tasks, void (*task)(void*, int), void* context) {
-                                 torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-                                   for (int64_t i = begin; i < end; ++i) task(context, static_cast<int>(i));
-                                 });
-                               }};
-  p.threads = static_cast<int>(torch::stable::get_num_threads());
-  return p;
+// As many threads as torch.set_num_threads says, but not torch's own, see cpu/pool.cpp.
+inline glf::Parallel parallel() {
+  return {static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), glf::most_tasks)), glf::run_together};
 }
 
 // A pointer into another device's memory would be read all the same: as garbage, or as the end of the GPU's context.

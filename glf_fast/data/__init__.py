@@ -113,7 +113,7 @@ def load(
 
 def _find(source: str, data_dir: Path | None) -> Path:
     """The user's data at the path `source`; a relative path is one from here, or from `data_dir` if that is given."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # of Path, the method raises for users that do not exist
     if data_dir is not None:
         if path.is_absolute():
             raise UserError(f"{source} has no files to look for in --data-dir {data_dir}; leave the option out")

@@ -49,7 +49,12 @@ def load(*files: Path, model: str = "") -> Config:
     contents = {str(file): _read(file) for file in files}
     for where, content in contents.items() if not model else ():
         chosen = settings.as_table(content.get("model", {}), where, "model")
-        model = settings.converted(chosen.get("name", model), str, where, "model.name")
+        if "name" in chosen:
+            model = settings.converted(chosen["name"], str, where, "model.name")
+            try:
+                models.kind(model)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
     config = default(model or models.names()[0])
     for where, content in contents.items():
         config = _updated(config, content, where)

@@ -1,0 +1,70 @@
+"""flowjax, compiled by XLA: couplings alone between random permutations, as jitted passes over arrays."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from bench.cases import FlowCase
+
+__all__ = ["passes", "why_not"]
+
+
+def why_not() -> str:
+    """Why it cannot be measured, or ""."""
+    return "" if importlib.util.find_spec("flowjax") else "flowjax is not installed (glf_fast[bench] has it)"
+
+
+def passes(case: FlowCase, mode: str) -> Callable[[], Any]:
+    """One pass of a flow of a case's size, which returns when it is done; its compilation is over.
+
+    Raises:
+        ValueError: hidden layers of several widths, or a mode that it does not have. AssertionError: what is wrong with a pass.
+    """
+    import equinox
+    import jax
+    import paramax
+    from flowjax.distributions import Normal
+    from flowjax.flows import coupling_flow
+
+    if len({*case.hidden}) != 1:
+        raise ValueError(f"hidden layers of one width are needed; got {case.hidden}")
+    flow = coupling_flow(
+        jax.random.key(0),
+        base_dist=Normal(jax.numpy.zeros(case.dim)),
+        cond_dim=case.context_dim or None,
+        flow_layers=case.steps,
+        nn_width=case.hidden[0],
+        nn_depth=len(case.hidden),
+    )
+    parameters, rest = equinox.partition(
+        flow, equinox.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
+    )
+    x, context = (None if t is None else jax.numpy.asarray(t.numpy()) for t in case.inputs())
+
+    def log_prob(parameters: Any, x: Any, context: Any) -> Any:
+        return paramax.unwrap(equinox.combine(parameters, rest)).log_prob(x, context)
+
+    def sample(parameters: Any, x: Any, context: Any) -> Any:
+        shape = (case.batch,) if context is None else ()
+        return paramax.unwrap(equinox.combine(parameters, rest)).sample(jax.random.key(1), shape, context)
+
+    functions = {
+        "log_prob": log_prob,
+        "sample": sample,
+        "train": jax.value_and_grad(lambda *arguments: -log_prob(*arguments).mean()),
+    }
+    if mode not in functions:
+        raise ValueError(f"flowjax has no mode {mode}; it has {', '.join(functions)}")
+    compiled = jax.jit(functions[mode])
+
+    def one() -> Any:
+        return jax.block_until_ready(compiled(parameters, x, context))
+
+    out = one()
+    shapes = {"log_prob": (case.batch,), "sample": (case.batch, case.dim), "train": ()}
+    value = out[0] if mode == "train" else out
+    assert value.shape == shapes[mode], f"shape {value.shape}"
+    assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(out)), "not all finite"
+    return one

@@ -1,0 +1,74 @@
+"""Several processes at once on one machine, as notebooks, joblib's workers and tests in parallel are.
+
+Each of so many processes makes the same pass over and over, with as many threads as the machine has cores. Of a machine that is
+fair to them and loses nothing, each has cores/processes cores, and at most one counts: its pass takes as long as alone on one
+thread, times processes/cores where that is more than 1. `share` says how many times that long passes take on average, and
+`worst` how many times the median the longest one takes.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from bench import elsewhere, processor_clock
+from bench.cases import FLOWS, Unrated
+from bench.elsewhere import Elsewhere
+from bench.race import Clock, Job, Provider
+
+__all__ = ["PROVIDERS", "NeighboursCase"]
+
+
+@dataclass(frozen=True)
+class NeighboursCase(Unrated):
+    """So many processes that run a flow of `FLOWS`, for so many seconds."""
+
+    flow: str
+    processes: int
+    seconds: float = 2.0
+
+    @property
+    def name(self) -> str:
+        """sbi-2: two processes."""
+        return f"{self.flow}-{self.processes}"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """For results."""
+        return FLOWS[self.flow].sizes | {"processes": self.processes}
+
+
+def together(name: str, case: NeighboursCase, mode: str, threads: int) -> list[float]:
+    """Seconds of all calls of all processes."""
+    with ExitStack() as stack:
+        several = [
+            stack.enter_context(closing(Elsewhere(name, case.flow, mode, threads))) for _ in range(case.processes)
+        ]
+        for process in several:
+            process.start(case.seconds)
+        return [seconds for process in several for seconds in process.finish()]
+
+
+@cache
+def alone(name: str, flow: str, mode: str, seconds: float) -> float:
+    """Mean seconds of a pass of one process on one thread."""
+    return statistics.fmean(together(name, NeighboursCase(flow, 1, seconds), mode, 1))
+
+
+def _job(name: str, case: NeighboursCase, mode: str, clock: Clock) -> Job:
+    cores = len(os.sched_getaffinity(0))
+    fair = alone(name, case.flow, mode, case.seconds) * max(1.0, case.processes / cores)
+    seconds = together(name, case, mode, processor_clock.THREADS)
+    mean = statistics.fmean(seconds)
+    info = {"mean": mean, "share": mean / fair, "worst": max(seconds) / statistics.median(seconds)}
+    return Job(None, lambda _: "", seconds=seconds, info=info)
+
+
+PROVIDERS = {
+    name: Provider(name, partial(_job, name), lambda case, mode, device, name=name: elsewhere.why_not(name))  # type: ignore[misc]
+    for name in elsewhere.NAMES
+}

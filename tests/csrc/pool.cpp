@@ -1,0 +1,103 @@
+// The pool of threads under load: more helpers than cores, several callers, tasks that throw, and a fork.
+#include "cpu/pool.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include <sys/wait.h>
+#include <unistd.h>
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
+namespace {
+
+void expect(bool right, const char* what) {
+  if (right) return;
+  std::printf("wrong: %s\n", what);
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
+template <class F>
+void run(int tasks, F f) {
+  glf::run_together(tasks, [](void* context, int i) { (*static_cast<F*>(context))(i); }, &f);
+}
+
+// Every task is done once, and what it wrote is seen.
+void many(int jobs) {
+  for (int job = 0; job < jobs; ++job) {
+    const int tasks = 1 + job % 9;
+    std::vector<int> done(tasks);
+    run(tasks, [&](int i) { done[i] += i + job; });
+    for (int i = 0; i < tasks; ++i) expect(done[i] == i + job, "a task was left out, or done twice");
+  }
+}
+
+void callers_at_once() {
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i) callers.emplace_back(many, 2000);
+  for (auto& caller : callers) caller.join();
+}
+
+void failures() {
+  for (int job = 0; job < 300; ++job) {
+    std::atomic<int> done{0};
+    try {
+      run(6, [&](int i) {
+        ++done;
+        if (i % 2 == job % 2) throw std::runtime_error("failed");
+      });
+      expect(false, "a failure is lost");
+    } catch (const std::runtime_error&) {
+    }
+    expect(done == 6, "a failure stops other tasks");
+  }
+}
+
+// Pauses in which helpers fall asleep.
+void pauses() {
+  for (int job = 0; job < 30; ++job) {
+    usleep(job * 200);
+    many(20);
+  }
+}
+
+void rounding() {
+#ifdef __SSE2__
+  const unsigned before = _mm_getcsr(), wanted = before ^ 0x8040;  // flush to zero, denormals are zero
+  _mm_setcsr(wanted);
+  run(8, [&](int) { expect((_mm_getcsr() & 0x8040) == (wanted & 0x8040), "a helper rounds as it likes"); });
+  _mm_setcsr(before);
+  run(8, [&](int) { expect((_mm_getcsr() & 0x8040) == (before & 0x8040), "a helper rounds as the caller before"); });
+#endif
+}
+
+void forks() {
+  for (int i = 0; i < 20; ++i) {
+    const pid_t child = fork();
+    if (!child) {
+      many(200);
+      std::_Exit(0);
+    }
+    many(50);
+    int status = 1;
+    expect(waitpid(child, &status, 0) == child && status == 0, "a child has no helpers");
+  }
+}
+
+}  // namespace
+
+int main(int count, char**) {
+  many(20000);
+  callers_at_once();
+  failures();
+  pauses();
+  rounding();
+  if (count > 1) forks();  // ThreadSanitizer does not follow
+  std::puts("all right");
+}
