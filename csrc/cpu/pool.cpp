@@ -108,28 +108,42 @@ class Pool {
       for (int i = 0; i < tasks; ++i) task(context, i);
       return;
     }
-    hire(tasks - 1);
     task_ = task;
     context_ = context;
     read(rounding_);
-    const int offers = std::min(tasks - 1, hired_.load());
+    const int offers = alone_ ? 0 : hire(tasks - 1);
     for (int i = 0; i < offers; ++i) {
       helpers_[i].mail = Mail::offered;
       helpers_[i].bed.wake();
     }
+    const auto begun = Clock::now();
     perform(0);
+    const auto ended = Clock::now();
     for (int i = offers; i < tasks - 1; ++i) perform(i + 1);
     take_all(offers);
-    const auto finished = [&] {
-      return std::all_of(helpers_.get(), helpers_.get() + offers, [](const Helper& h) { return h.mail == Mail::none; });
-    };
-    if (!look(grace, finished)) bed_.sleep_until(finished);
+    if (alone_)
+      --alone_;
+    else
+      wait(offers, ended - begun);
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
-  // As many helpers as the system allows.
-  void hire(int wanted) {
+  // For helpers that are at work. If they take longer than half a task more, the cores have other users, and the next calls go
+  // without helpers: one, then three, up to 63.
+  void wait(int offers, Clock::duration task) {
+    const auto begun = Clock::now();
+    const auto finished = [&] {
+      return std::all_of(helpers_.get(), helpers_.get() + offers, [](const Helper& h) { return h.mail == Mail::none; });
+    };
+    if (!look(grace, finished)) bed_.sleep_until(finished);
+    const bool late = Clock::now() - begun > task / 2 + grace;
+    lateness_ = late ? std::min(2 * lateness_ + 1, 63) : lateness_ / 2;
+    if (late) alone_ = lateness_;
+  }
+
+  // As many helpers as are wanted, or as the system allows.
+  int hire(int wanted) {
     try {
       for (int i = hired_; i < wanted; ++i) {
         std::thread([this, i] { help(i); }).detach();
@@ -137,6 +151,7 @@ class Pool {
       }
     } catch (const std::system_error&) {
     }
+    return std::min(wanted, hired_.load());
   }
 
   [[noreturn]] void help(int self) {
@@ -178,6 +193,7 @@ class Pool {
   Rounding rounding_{};
   std::exception_ptr failure_;
   std::atomic<int> hired_{0};
+  int alone_ = 0, lateness_ = 0;  // calls without helpers: still to come, and when one is late again
   Bed bed_;  // the caller's
   const std::unique_ptr<Helper[]> helpers_{new Helper[most_tasks - 1]};
 };

@@ -128,7 +128,10 @@ def test_bad_folders(tmp_path: Path) -> None:
         load(str(folder))
     folder = write_images(tmp_path / "sizes")
     Image.new("L", (9, 9)).save(folder / "odd.png")
-    with pytest.raises(UserError, match=r"2 different sizes: 9×9: 1 file \(odd.png\); 8×8: .*; choose one.*--data.image-size in training"):
+    with pytest.raises(
+        UserError,
+        match=r"2 different sizes: 9×9: 1 file \(odd.png\); 8×8: .*; choose one.*--data.image-size in training",
+    ):
         load(str(folder))
     folder = write_images(tmp_path / "cut")
     (folder / "000.png").write_bytes((folder / "001.png").read_bytes()[:50])
