@@ -16,6 +16,7 @@ __all__ = [
     "COUPLING_MODES",
     "DEPTH",
     "FLOWS",
+    "FLOWS_BY_NAME",
     "GLOW",
     "GRID",
     "MODES",
@@ -176,6 +177,7 @@ GRID = {
     for d, h in ((4, 32), (16, 64), (64, 256), (128, 512))
     for b in (1, 16, 64, 256, 1024, 4096)
 }
+FLOWS_BY_NAME = FLOWS | SMALL_BATCH | DEPTH | GRID
 COUPLINGS = [
     CouplingCase(shape, order)
     for shape in ((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4))

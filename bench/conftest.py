@@ -12,7 +12,11 @@ from bench import machine, processor_clock
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="time each pass once or so: only to see that everything runs")
-    parser.addoption("--long", action="store_true", help="also sbi's NPE on two moons: minutes for one comparison")
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="also several processes at once, and sbi's NPE on two moons: minutes for each",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,13 +9,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import processor_clock
-from bench.cases import FLOWS, MODES
+from bench.cases import FLOWS_BY_NAME, MODES
 from bench.libraries import flowjax
 from bench.race import WARMUP
 
@@ -33,18 +35,27 @@ def why_not(name: str) -> str:
 class Elsewhere:
     """A provider's passes over a case in a mode, in a process with so many threads.
 
-    Raises:
-        AssertionError: what is wrong with its results.
+    Methods raise AssertionError with the process's last words if it has failed.
     """
 
     def __init__(self, name: str, case: str, mode: str, threads: int = processor_clock.THREADS) -> None:
-        # Of torch, of OpenMP, and of XLA, which would otherwise count the machine's cores.
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill
+        # Threads of torch and of XLA, which would otherwise count the machine's cores.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.elsewhere", name, case, mode],
-            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, text=True,
         )  # fmt: skip
+        self.close = weakref.finalize(self, _end, self._process)
+
+    def wait(self) -> None:
+        """Until its passes are right and warm, once, before anything else."""
         self._answer()
+
+    def burst(self, seconds: float) -> list[float]:
+        """Call for so long, at least once; returns the seconds of each call."""
+        self.start(seconds)
+        return self.finish()
 
     def start(self, seconds: float) -> None:
         """Let it call its pass for so long, at least once."""
@@ -56,24 +67,27 @@ class Elsewhere:
         """The seconds of each call since `start`."""
         return self._answer()["seconds"]
 
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout
         if not (line := self._process.stdout.readline()):
-            raise AssertionError(self._process.communicate()[1].strip()[-500:])
+            self.close()
+            self._complaints.seek(0)
+            raise AssertionError(self._complaints.read().strip()[-500:])
         return json.loads(line)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Let it read the end of its input, and wait for it."""
+    process.communicate()
 
 
 def _work(name: str, case: str, mode: str) -> Callable[[], object]:
     """A pass whose results are right."""
     if name == "flowjax":
-        return flowjax.passes(FLOWS[case], mode)
+        return flowjax.passes(FLOWS_BY_NAME[case], mode)
     from bench.flows import PROVIDERS
 
-    job = PROVIDERS[name].job(FLOWS[case], mode, processor_clock)
+    job = PROVIDERS[name].job(FLOWS_BY_NAME[case], mode, processor_clock)
     if wrong := job.why_wrong():
         raise AssertionError(wrong)
     return job.run
@@ -82,16 +96,16 @@ def _work(name: str, case: str, mode: str) -> Callable[[], object]:
 def main() -> None:
     """Make the passes, say that they are ready, and time as many as each line of the input asks for."""
     name, case, mode = sys.argv[1:]
-    if name not in NAMES or case not in FLOWS or mode not in MODES:
-        raise SystemExit(
-            f"usage: python -m bench.elsewhere {{{','.join(NAMES)}}} {{{','.join(FLOWS)}}} {{{','.join(MODES)}}}"
-        )
+    if name not in NAMES or case not in FLOWS_BY_NAME or mode not in MODES:
+        raise SystemExit(f"usage: python -m bench.elsewhere {{{','.join(NAMES)}}} CASE {{{','.join(MODES)}}}")
     work = _work(name, case, mode)
     for _ in range(WARMUP):
         work()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        end, times, last = time.perf_counter() + float(line), [], time.perf_counter()
+        times: list[float] = []
+        last = time.perf_counter()
+        end = last + float(line)
         while not times or last < end:
             work()
             now = time.perf_counter()

@@ -14,7 +14,8 @@ import glf_fast
 from bench.cases import FlowCase, ImageCase
 from bench.check import exact_flow, why_wrong
 from bench.compiler import compiled
-from bench.libraries import LIBRARIES, Density, Library
+from bench.elsewhere import Elsewhere
+from bench.libraries import LIBRARIES, Density, Library, flowjax
 from bench.race import Clock, Job, Provider
 
 __all__ = ["ALONE", "COMPILED", "PROVIDERS", "Flow", "flow_job", "library_flow"]
@@ -150,6 +151,16 @@ def _library(library: Library) -> Provider:
     )
 
 
+def _flowjax_job(case: FlowCase, mode: str, clock: Clock) -> Job:
+    process = Elsewhere("flowjax", case.name, mode)
+    process.wait()
+    return Job(None, lambda _: "", bursts=process)
+
+
+def _why_not_flowjax(case: FlowCase, mode: str, device: str) -> str:
+    return flowjax.why_not() or ("" if device == "cpu" else "jax is compared on a processor")
+
+
 MAKERS: dict[str, Callable[[FlowCase, str], Density]] = {
     "glf_fast": _ours,
     "eager": _ours,
@@ -159,4 +170,5 @@ MAKERS: dict[str, Callable[[FlowCase, str], Density]] = {
 PROVIDERS: dict[str, Provider] = {
     **{name: Provider(name, partial(flow_job, name, make)) for name, make in MAKERS.items()},
     **{library.name: _library(library) for library in LIBRARIES.values()},
+    "flowjax": Provider("flowjax", _flowjax_job, _why_not_flowjax),
 }

@@ -49,6 +49,8 @@ def together(name: str, case: NeighboursCase, mode: str, threads: int) -> list[f
             stack.enter_context(closing(Elsewhere(name, case.flow, mode, threads))) for _ in range(case.processes)
         ]
         for process in several:
+            process.wait()
+        for process in several:
             process.start(case.seconds)
         return [seconds for process in several for seconds in process.finish()]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from bench import assemble, conversion, coupling, flows, linear, memory, training, two_moons
+from bench import assemble, conversion, coupling, flows, linear, memory, neighbours, training, two_moons
 from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, MODES, SMALL_BATCH
 from bench.libraries import LIBRARIES
 from bench.linear import LinearCase
@@ -14,13 +14,13 @@ __all__ = ["LONG", "races"]
 
 # The large cases are for those who come near the machine's rate. FrEIA stands for the libraries where there are many cases: it
 # is the fastest of them nearly everywhere.
-ALL, FEW = ("glf_fast", "eager", "compile", *LIBRARIES), ("glf_fast", "eager", "FrEIA")
+ALL, FEW = ("glf_fast", "eager", "compile", *LIBRARIES, "flowjax"), ("glf_fast", "eager", "FrEIA")
 # torch.compile takes longer to compile a case than all take to run it, so at B = 16, between 1 and 64, it is left out.
 BETWEEN = tuple(name for name in ALL if name != "compile")
 COMPILED = (64, 24, 8, 8)  # the shape of images for which torch.compile is there
 # The backward is two products and their transposes: where many matrices are small, and where few are large.
 TRAINED = {LinearCase(32, 192), LinearCase(1024, 8), LinearCase(1024, 16), LinearCase(1024, 32), LinearCase(1024, 64)}
-LONG = ("two_moons",)  # suites that take minutes
+LONG = ("neighbours", "two_moons")  # suites that take minutes
 
 
 def race(
@@ -41,6 +41,10 @@ def races() -> Iterator[Race]:
         yield race("memory", memory.MemoryCase(steps), "train", memory.PROVIDERS, 0.0)
     for preset in training.IMAGES:
         yield race("train_step", training.PresetCase(preset), "step", training.PROVIDERS, 6.0)
+    for flow in ("sbi", "glf-mnist"):
+        for processes in (1, 2, 4, 8):
+            case = neighbours.NeighboursCase(flow, processes)
+            yield race("neighbours", case, "train", neighbours.PROVIDERS, 0.0)
     yield race("two_moons", two_moons.MoonsCase(), "npe", two_moons.PROVIDERS, 0.0)
 
 

@@ -163,9 +163,9 @@ class Job:
     bursts: Bursts | None = None
 
     @property
-    def work(self) -> Work | Bursts:
-        """What a clock times."""
-        return self.bursts or self.run
+    def work(self) -> Work | Bursts | None:
+        """What a clock times, if anything."""
+        return self.bursts or (self.run if self.call else None)
 
     def run(self) -> Any:
         """One pass."""
@@ -262,9 +262,10 @@ class Race:
                 job.run()
             if wrong := job.why_wrong():
                 raise AssertionError(wrong)
-            job.info |= self._yardstick(clock)
             if clock.GPU and not job.in_graph and "peak_bytes" not in job.info:
                 job.info["peak_bytes"] = clock.peak_memory(job.run)
+        if job.work:
+            job.info |= self._yardstick(clock)
         return job
 
     def _yardstick(self, clock: Clock) -> dict[str, Any]:
@@ -287,10 +288,10 @@ class Race:
         Who got no turn before the device was lost has neither.
         """
         torch.set_float32_matmul_precision(self.precision)
-        calls = clock.call_times({name: job.work for name, job in jobs.items() if job.call}, self.seconds)
+        calls = clock.call_times({name: work for name, job in jobs.items() if (work := job.work)}, self.seconds)
         found: dict[str, Timed | Exception] = {}
         for name, job in jobs.items():
-            taken = calls.get(name) if job.call else Calls(list(job.seconds))
+            taken = calls.get(name) if job.work else Calls(list(job.seconds))
             if isinstance(taken, Exception):
                 found[name] = taken
             elif taken is not None:

@@ -99,6 +99,18 @@ def _peak(rows: dict[str, Result], name: str) -> str:
     return f"{mebibytes(rows[name].info, 'peak_bytes')}{times}, {time(rows[name].median)}"
 
 
+def neighbours(groups: Groups) -> Iterator[str]:
+    """A row a flow and number of processes, a column a provider: mean time of a pass, and how it compares with a fair share."""
+    names = _names(groups)
+    yield from header(["flow-processes", *names])
+    for (_, case, mode), rows in groups.items():
+        yield line([f"{case}, {mode}", *(_share(rows[n].info) if n in rows else "" for n in names)])
+
+
+def _share(info: Mapping[str, Any]) -> str:
+    return f"{time(info['mean'])}, {info['share']:.2f} × its share; longest {info['worst']:.1f} × the median"
+
+
 def launches(groups: Groups) -> Iterator[str]:
     """A row a case and mode, a column a provider: how many kernels, copies and fills a pass is."""
     names = _names(groups)
@@ -219,6 +231,7 @@ HEADINGS = {
     "apply": "Linear layers applied to vectors and images",
     "train_step": "Whole GLF steps: autoencoder, flow and optimizer of the presets",
     "launches": "Launches of a pass: kernels, copies and fills",
+    "neighbours": "Several processes at once: mean time of a pass, against a fair share of the cores",
     "memory": "Peak extra memory of a training pass: D 64, two hidden layers of 256, batch 4,096",
 }
 TABLES: dict[str, Callable[[Groups], Iterator[str]]] = {
@@ -226,6 +239,7 @@ TABLES: dict[str, Callable[[Groups], Iterator[str]]] = {
     "coupling": coupling,
     "train_step": train_step,
     "memory": memory,
+    "neighbours": neighbours,
     "launches": launches,
 }
 # Of a case's table; those of a GPU alone where they were measured.

@@ -1,7 +1,8 @@
 """The benchmarks on a processor, for pytest-benchmark, which chooses, groups, tabulates, stores and compares them.
 
     pytest bench --benchmark-only                  # all; -k linear: one suite; -k glf-cifar-train: one case and mode
-    pytest bench --benchmark-only --long -s        # sbi's NPE on two moons, too: some minutes, alone on the machine
+    pytest bench --benchmark-only --long -s        # several processes at once, and sbi's NPE on two moons, too: some
+                                                   # minutes each, alone on the machine
 
 A test a row. The times are those of bench/processor_clock.py, played to pytest-benchmark as its timer: it measures one function
 after the other, and a machine's noise, which comes in stretches, would fall into the ratios. The first test of a race checks
@@ -22,12 +23,17 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import on_processor, processor_clock
 from bench.memory import MemoryCase
+from bench.neighbours import NeighboursCase
 from bench.race import Case, Job, Missing, Race, Timed
 from bench.two_moons import MoonsCase
 
 RACES = list(on_processor.races())
 # What `--quick` takes where the suite's own cases take seconds.
-QUICK: dict[str, Case] = {"memory": MemoryCase(2, batch=256), "two_moons": MoonsCase(500, seeds=2)}
+QUICK: dict[str, Case] = {
+    "memory": MemoryCase(2, batch=256),
+    "neighbours": NeighboursCase("sbi", 2, seconds=0.05),
+    "two_moons": MoonsCase(500, seeds=2),
+}
 
 
 class Tape:

@@ -20,10 +20,11 @@ def passes(case: FlowCase, mode: str) -> Callable[[], Any]:
     """One pass of a flow of a case's size, which returns when it is done; its compilation is over.
 
     Raises:
-        ValueError: hidden layers of several widths, or a mode that it does not have. AssertionError: what is wrong with a pass.
+        ValueError: hidden layers of several widths. AssertionError: what is wrong with a pass.
     """
     import equinox
     import jax
+    import optax
     import paramax
     from flowjax.distributions import Normal
     from flowjax.flows import coupling_flow
@@ -50,21 +51,33 @@ def passes(case: FlowCase, mode: str) -> Callable[[], Any]:
         shape = (case.batch,) if context is None else ()
         return paramax.unwrap(equinox.combine(parameters, rest)).sample(jax.random.key(1), shape, context)
 
-    functions = {
-        "log_prob": log_prob,
-        "sample": sample,
-        "train": jax.value_and_grad(lambda *arguments: -log_prob(*arguments).mean()),
-    }
-    if mode not in functions:
-        raise ValueError(f"flowjax has no mode {mode}; it has {', '.join(functions)}")
-    compiled = jax.jit(functions[mode])
+    def loss(parameters: Any, x: Any, context: Any) -> Any:
+        return -log_prob(parameters, x, context).mean()
 
-    def one() -> Any:
-        return jax.block_until_ready(compiled(parameters, x, context))
+    optimizer = optax.adam(1e-9)  # as in bench.flows
 
+    def step(parameters: Any, state: Any, x: Any, context: Any) -> Any:
+        value, gradients = jax.value_and_grad(loss)(parameters, x, context)
+        updates, state = optimizer.update(gradients, state)
+        return value, equinox.apply_updates(parameters, updates), state
+
+    stepped = jax.jit(step, donate_argnums=(0, 1))
+    state = optimizer.init(parameters)
+
+    def one_step() -> Any:
+        nonlocal parameters, state
+        value, parameters, state = jax.block_until_ready(stepped(parameters, state, x, context))
+        return value
+
+    functions = {"log_prob": log_prob, "sample": sample, "train": jax.value_and_grad(loss)}
+    if mode == "step":
+        one = one_step
+    else:
+        compiled = jax.jit(functions[mode])
+        one = lambda: jax.block_until_ready(compiled(parameters, x, context))  # noqa: E731
     out = one()
-    shapes = {"log_prob": (case.batch,), "sample": (case.batch, case.dim), "train": ()}
+    shapes = {"log_prob": (case.batch,), "sample": (case.batch, case.dim)}
     value = out[0] if mode == "train" else out
-    assert value.shape == shapes[mode], f"shape {value.shape}"
+    assert value.shape == shapes.get(mode, ()), f"shape {value.shape}"
     assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(out)), "not all finite"
     return one

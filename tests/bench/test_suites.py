@@ -16,8 +16,10 @@ from bench import assemble, flows, on_processor, processor_clock
 from bench.assemble import PluCase
 from bench.cases import FLOWS, FlowCase
 from bench.check import CHUNK, exact_flow
+from bench.elsewhere import Elsewhere
 from bench.libraries import LIBRARIES
 from bench.memory import DIM, ENVIRONMENT, MemoryCase, wrong_gradients
+from bench.neighbours import PROVIDERS, NeighboursCase
 from bench.plots import draw
 from bench.race import Clock, Job, Provider
 from bench.results import read
@@ -48,6 +50,7 @@ def test_the_suites_run_and_become_tables_and_figures_and_what_is_wrong_has_no_t
     assert {r.suite for r in found.results} == {race.suite for race in on_processor.races()} - {
         "train_step",
         "convert",
+        "neighbours",
         "two_moons",
     }
     assert {(r.mode, r.provider) for r in found.suite("assemble")} == {
@@ -74,6 +77,14 @@ def test_a_whole_step() -> None:
     step = Step("glf_fast", "mnist", batch=8)
     step.exact[-1] *= 1.1
     assert "off by" in step.check(step.run())
+
+
+def test_processes_at_once() -> None:
+    found = PROVIDERS["glf_fast"].job(NeighboursCase("sbi", 2, seconds=0.05), "log_prob", processor_clock)
+    assert found.call is None and len(found.seconds) >= 2 and min(found.seconds) > 0
+    assert found.info["mean"] > 0 and found.info["share"] > 0 and found.info["worst"] >= 1
+    with pytest.raises(AssertionError, match=r"usage: python -m bench\.elsewhere"):
+        Elsewhere("glf_fast", "sbi", "nonsense").wait()
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 // AddressSanitizer and UndefinedBehaviorSanitizer with GLF_POISON (scratch memory full of NaN). Each buffer is exactly as
 // long as its tensor. What must agree: the round trip, the three memory modes, thread counts, instruction sets.
 #include "cpu/flow.h"
+#include "cpu/pool.h"
 #include "cpu/record.h"
 
 #include <algorithm>
@@ -9,7 +10,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
-#include <thread>
 #include <vector>
 
 namespace glf {
@@ -28,13 +28,7 @@ namespace {
 template <class T>
 using Buffer = std::vector<T>;
 
-glf::Parallel threads(int n) {
-  return {n, [](int tasks, void (*task)(void*, int), void* context) {
-            std::vector<std::thread> pool;
-            for (int i = 0; i < tasks; ++i) pool.emplace_back(task, context, i);
-            for (auto& t : pool) t.join();
-          }};
-}
+glf::Parallel threads(int n) { return {n, glf::run_together}; }
 
 struct Shape {
   int steps, dim, context_dim;

@@ -196,3 +196,9 @@ class Case:
 @pytest.fixture(params=FLOWS)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
+
+
+@pytest.fixture(params=[name for name in FLOWS if not name.startswith(("activation-", "log-scale-"))])
+def structure(request: pytest.FixtureRequest) -> Case:
+    """Cases with graphs of their own: the name of an activation or a log-scale is a constant in that of "coupling"."""
+    return Case(request.param)

@@ -89,7 +89,8 @@ def test_copies_are_equal_and_independent(case, copy_of) -> None:
     close(case.flow.log_prob(*inputs), expected, 0)
 
 
-def test_compiles_to_one_graph_with_equal_values_and_gradients(case) -> None:
+def test_compiles_to_one_graph_with_equal_values_and_gradients(structure) -> None:
+    case = structure
     torch.compiler.reset()
     case.flow.double()
     inputs = case.inputs(6, torch.float64)
