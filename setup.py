@@ -16,7 +16,8 @@ from setuptools import find_packages, setup
 
 # The LibTorch Stable ABI of torch 2.10: one binary serves that version and all later ones, on every Python.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-CXX = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", TORCH_TARGET]
+THREADS = [] if os.name == "nt" else ["-pthread"]
+CXX = ["-O3", "-g0", "-std=c++17", *THREADS, "-Wall", "-Wextra", "-Wno-unused-parameter", TORCH_TARGET]
 # Turing, Ampere, Hopper, Blackwell; each serves later chips of its generation, and PTX of the first all that come after.
 ARCHITECTURES = ("75", "80", "90", "100")
 
@@ -114,6 +115,7 @@ def kernels() -> dict[str, Any]:
         include_dirs=["csrc"],
         depends=headers,
         extra_compile_args=CXX,
+        extra_link_args=THREADS,
         py_limited_api=True,
     )
     extensions = [cpu]

@@ -5,6 +5,7 @@ For flowjax, since jax and torch in one process share its threads' cores, and fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -60,8 +61,9 @@ class Elsewhere:
     def start(self, seconds: float) -> None:
         """Let it call its pass for so long, at least once."""
         assert self._process.stdin
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # `finish` says why
+            self._process.stdin.write(f"{seconds}\n")
+            self._process.stdin.flush()
 
     def finish(self) -> list[float]:
         """The seconds of each call since `start`."""
@@ -77,8 +79,12 @@ class Elsewhere:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Let it read the end of its input, and wait for it."""
-    process.communicate()
+    """Let it read the end of its input, and wait for it, but not for ever."""
+    try:
+        process.communicate(timeout=30)
+    except (subprocess.TimeoutExpired, BrokenPipeError):
+        process.kill()
+        process.wait()
 
 
 def _work(name: str, case: str, mode: str) -> Callable[[], object]:

@@ -1,14 +1,13 @@
 """Several processes at once on one machine, as notebooks, joblib's workers and tests in parallel are.
 
-Each of so many processes makes the same pass over and over, with as many threads as the machine has cores. Of a machine that is
-fair to them and loses nothing, each has cores/processes cores, and at most one counts: its pass takes as long as alone on one
-thread, times processes/cores where that is more than 1. `share` says how many times that long passes take on average, and
-`worst` how many times the median the longest one takes.
+Each of so many processes makes the same pass over and over, with as many threads as the machine has cores (or
+OMP_NUM_THREADS). Its fair share is the time of a pass alone on one thread, times processes/threads where that is more than 1.
+`share` says how many times that long a pass takes: the mean of each process, and of these means the mean, so that a starved
+process counts as much as one that was served. `worst` says how many times the median the longest pass takes.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -42,8 +41,8 @@ class NeighboursCase(Unrated):
         return FLOWS[self.flow].sizes | {"processes": self.processes}
 
 
-def together(name: str, case: NeighboursCase, mode: str, threads: int) -> list[float]:
-    """Seconds of all calls of all processes."""
+def together(name: str, case: NeighboursCase, mode: str, threads: int) -> list[list[float]]:
+    """Seconds of all calls of each process."""
     with ExitStack() as stack:
         several = [
             stack.enter_context(closing(Elsewhere(name, case.flow, mode, threads))) for _ in range(case.processes)
@@ -52,20 +51,21 @@ def together(name: str, case: NeighboursCase, mode: str, threads: int) -> list[f
             process.wait()
         for process in several:
             process.start(case.seconds)
-        return [seconds for process in several for seconds in process.finish()]
+        return [process.finish() for process in several]
 
 
 @cache
 def alone(name: str, flow: str, mode: str, seconds: float) -> float:
     """Mean seconds of a pass of one process on one thread."""
-    return statistics.fmean(together(name, NeighboursCase(flow, 1, seconds), mode, 1))
+    return statistics.fmean(*together(name, NeighboursCase(flow, 1, seconds), mode, 1))
 
 
 def _job(name: str, case: NeighboursCase, mode: str, clock: Clock) -> Job:
-    cores = len(os.sched_getaffinity(0))
-    fair = alone(name, case.flow, mode, case.seconds) * max(1.0, case.processes / cores)
-    seconds = together(name, case, mode, processor_clock.THREADS)
-    mean = statistics.fmean(seconds)
+    threads = processor_clock.THREADS
+    fair = alone(name, case.flow, mode, case.seconds) * max(1.0, case.processes / threads)
+    processes = together(name, case, mode, threads)
+    seconds = [second for process in processes for second in process]
+    mean = statistics.fmean(map(statistics.fmean, processes))
     info = {"mean": mean, "share": mean / fair, "worst": max(seconds) / statistics.median(seconds)}
     return Job(None, lambda _: "", seconds=seconds, info=info)
 

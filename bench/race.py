@@ -343,7 +343,7 @@ def in_turn(
                 try:
                     turn(name)
                 except Exception as error:  # one work's failure must not cost the others
-                    failed[name] = error
+                    failed[name] = error.with_traceback(None)  # which would keep all works alive
                     if not alive():
                         return failed
         rounds += 1

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from glf_fast.errors import UserError, did_you_mean
+from glf_fast.errors import UserError, check_text, did_you_mean
 
 __all__ = [
     "AT_LEAST_2",
@@ -137,6 +137,8 @@ def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
     """
     for name, value in vars(settings).items():
         key = prefix + name
+        if isinstance(value, str):
+            check_text(f"{key} =", value)
         if isinstance(value, Settings):
             if nested:
                 check(value, f"{key}.")
@@ -144,10 +146,6 @@ def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
             raise UserError(f"{key} = {_cut(value)} must be {_INTEGER}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} = {value} must be finite")
-        elif isinstance(value, str) and not _is_text(value):
-            raise UserError(
-                f"{key} = {value!r} is not UTF-8, so that files cannot hold it; choose another name or path"
-            )
         elif name in settings.RULES and value is not None and not settings.RULES[name][0](value):
             raise UserError(f"{key} = {shown(value)} must be {settings.RULES[name][1]}")
     for field in dataclasses.fields(settings):
@@ -178,14 +176,6 @@ def fits(value: Any) -> bool:
 
 def _cut(value: Any) -> str:
     return text if len(text := shown(value)) <= 60 else f"{text[:60]}…"
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a character, as Python holds bytes of a path that are not UTF-8
-        return False
-    return True
 
 
 def shown(value: Any) -> str:

@@ -47,9 +47,9 @@ def passes(case: FlowCase, mode: str) -> Callable[[], Any]:
     def log_prob(parameters: Any, x: Any, context: Any) -> Any:
         return paramax.unwrap(equinox.combine(parameters, rest)).log_prob(x, context)
 
-    def sample(parameters: Any, x: Any, context: Any) -> Any:
+    def sample(parameters: Any, key: Any, context: Any) -> Any:
         shape = (case.batch,) if context is None else ()
-        return paramax.unwrap(equinox.combine(parameters, rest)).sample(jax.random.key(1), shape, context)
+        return paramax.unwrap(equinox.combine(parameters, rest)).sample(key, shape, context)
 
     def loss(parameters: Any, x: Any, context: Any) -> Any:
         return -log_prob(parameters, x, context).mean()
@@ -74,7 +74,8 @@ def passes(case: FlowCase, mode: str) -> Callable[[], Any]:
         one = one_step
     else:
         compiled = jax.jit(functions[mode])
-        one = lambda: jax.block_until_ready(compiled(parameters, x, context))  # noqa: E731
+        given = jax.random.key(1) if mode == "sample" else x
+        one = lambda: jax.block_until_ready(compiled(parameters, given, context))  # noqa: E731
     out = one()
     shapes = {"log_prob": (case.batch,), "sample": (case.batch, case.dim)}
     value = out[0] if mode == "train" else out

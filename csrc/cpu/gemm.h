@@ -17,12 +17,12 @@ inline constexpr int MR = 6;
 // Vectors in a panel of B.
 inline constexpr int NR = 2;
 
-// One register block: C (MR_ × cols) = bias (or 0, or C when `accumulate`) + A B.
+// One register block: C (MR_ × cols) = bias (or 0) + A B, or C += A B when `accumulate`.
 template <class T, int MR_, int NV>
 __attribute__((noinline)) void block(idx K, const T* a, idx a_m, idx a_k, const T* b, idx b_k, T* c, idx c_m, idx cols,
                                      const T* bias, bool accumulate) {
   constexpr idx L = lanes<T>;
-  // Whole vectors apart from parts, and the branches outside the loops: 2 % where K is some 50.
+  // Whole vectors apart from parts, and the branches outside the loop over K: 2 % where K is some 50.
   const bool whole = cols >= NV * L;
   // What C holds comes from far away; it is added last, when it has arrived: 8 % of a backward at D = 64, H = 256.
   if (accumulate)

@@ -12,7 +12,6 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <utility>
 #ifdef __SSE2__
@@ -111,35 +110,33 @@ class Pool {
     task_ = task;
     context_ = context;
     read(rounding_);
-    const int offers = alone_ ? 0 : hire(tasks - 1);
+    const auto begun = Clock::now();
+    const int offers = begun < alone_until_ ? 0 : hire(std::min(tasks, most_tasks) - 1);
     for (int i = 0; i < offers; ++i) {
       helpers_[i].mail = Mail::offered;
       helpers_[i].bed.wake();
     }
-    const auto begun = Clock::now();
     perform(0);
-    const auto ended = Clock::now();
+    const auto task_took = Clock::now() - begun;
     for (int i = offers; i < tasks - 1; ++i) perform(i + 1);
     take_all(offers);
-    if (alone_)
-      --alone_;
-    else
-      wait(offers, ended - begun);
+    if (offers) wait(offers, task_took);
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
-  // For helpers that are at work. If they take longer than half a task more, the cores have other users, and the next calls go
-  // without helpers: one, then three, up to 63.
-  void wait(int offers, Clock::duration task) {
+  // For helpers that are at work. If that costs half of what they save, the cores have other users, and calls go without helpers
+  // for a while: as long as the wait, three times as long when it happens again, up to 63 times.
+  void wait(int offers, Clock::duration task_took) {
     const auto begun = Clock::now();
     const auto finished = [&] {
       return std::all_of(helpers_.get(), helpers_.get() + offers, [](const Helper& h) { return h.mail == Mail::none; });
     };
     if (!look(grace, finished)) bed_.sleep_until(finished);
-    const bool late = Clock::now() - begun > task / 2 + grace;
+    const auto now = Clock::now();
+    const bool late = now - begun > offers * task_took / 2 + grace;
     lateness_ = late ? std::min(2 * lateness_ + 1, 63) : lateness_ / 2;
-    if (late) alone_ = lateness_;
+    if (late) alone_until_ = now + lateness_ * (now - begun);
   }
 
   // As many helpers as are wanted, or as the system allows.
@@ -149,7 +146,7 @@ class Pool {
         std::thread([this, i] { help(i); }).detach();
         hired_ = i + 1;
       }
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {  // no thread, or no memory for one
     }
     return std::min(wanted, hired_.load());
   }
@@ -193,28 +190,31 @@ class Pool {
   Rounding rounding_{};
   std::exception_ptr failure_;
   std::atomic<int> hired_{0};
-  int alone_ = 0, lateness_ = 0;  // calls without helpers: still to come, and when one is late again
+  int lateness_ = 0;
+  Clock::time_point alone_until_{};
   Bed bed_;  // the caller's
   const std::unique_ptr<Helper[]> helpers_{new Helper[most_tasks - 1]};
 };
 
-// Never destroyed: its threads end with the process. After a fork the child has none of them, and gets a pool of its own.
+// Never destroyed: its threads end with the process. After a fork the child has none of them, and makes a pool of its own.
 std::atomic<Pool*> pool{nullptr};
+#ifndef _WIN32
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });
+#endif
 
 Pool& here() {
-  static const bool once = [] {
-    pool = new Pool;
-#ifndef _WIN32
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
-#endif
-    return true;
-  }();
-  (void)once;
-  return *pool;
+  Pool* found = pool;
+  if (!found) {
+    auto made = std::make_unique<Pool>();
+    if (pool.compare_exchange_strong(found, made.get())) found = made.release();
+  }
+  return *found;
 }
 
 }  // namespace
 
-void run_together(int tasks, void (*task)(void*, int), void* context) { here().run(tasks, task, context); }
+void run_together(int tasks, void (*task)(void*, int), void* context) {
+  if (tasks > 0) here().run(tasks, task, context);
+}
 
 }  // namespace glf

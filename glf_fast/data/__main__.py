@@ -74,7 +74,7 @@ def main() -> None:
 
 def _report(command: Fetch, online: bool) -> None:
     about = ABOUT.get(command.name)
-    if about is None and not os.path.exists(os.path.expanduser(command.name)):
+    if about is None and not os.path.exists((command.data_dir or Path()) / os.path.expanduser(command.name)):
         hint = did_you_mean(command.name, ABOUT)
         raise UserError(
             f"no data set, weights or path {command.name!r}; {hint}give one of {', '.join(ABOUT)}, or a path of your own data"

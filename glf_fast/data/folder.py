@@ -65,7 +65,7 @@ def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_u
     chosen = groups[split] if has_splits else files
     if not chosen:
         raise UserError(f"{path} holds no pictures; give a folder or zip of images")
-    arrays, unusable, several = _read(path, chosen, image_size)
+    names, arrays, unusable, several = _read(path, chosen, image_size)
     if unusable and not skip_unusable:
         rest = [file for name in SPLITS if has_splits and name != split for file in groups[name]]
         raise UserError(_complaint(path, {**unusable, **_read(path, rest, image_size).unusable}))
@@ -77,11 +77,11 @@ def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_u
     if not arrays:
         raise UserError(f"{path} holds no usable pictures for the {split} split; the first one: {_first(unusable)}")
     sizes: dict[tuple[int, ...], list[str]] = {}
-    for name, array in zip((name for name, _ in chosen if name not in unusable), arrays, strict=True):
+    for name, array in zip(names, arrays, strict=True):
         sizes.setdefault(array.shape[:2], []).append(name)
     if len(sizes) > 1:
         rarest = sorted(sizes.items(), key=lambda item: len(item[1]))
-        some = "; ".join(f"{width}×{height}: {_counted(names)}" for (height, width), names in rarest[:_NAMED])
+        some = "; ".join(f"{width}×{height}: {_counted(same)}" for (height, width), same in rarest[:_NAMED])
         more = "; …" if len(rarest) > _NAMED else ""
         raise UserError(
             f"the images of {path} have {len(sizes)} different sizes: {some}{more}; choose one, to which they are resized "
@@ -188,28 +188,30 @@ def _is_picture(name: str) -> bool:
 
 
 class _Pictures(NamedTuple):
-    """The pixels of usable files, the reasons of all others by their names, and the names of those with several frames."""
+    """Names and pixels of usable files, the reasons of all others by name, and the names of those with several frames."""
 
+    names: list[str]
     arrays: list[np.ndarray]
     unusable: dict[str, str]
     several: list[str]
 
 
 def _read(path: Path, files: Sequence[File], image_size: int | None) -> _Pictures:
-    arrays, unusable, several = found = _Pictures([], {}, [])
+    found = _Pictures([], [], {}, [])
     for name, open_file in tqdm(files, "reading images", disable=len(files) < 2000):
         try:
             with open_file() as file:
                 pixels, more = read_pixels(file, image_size)
-            arrays.append(pixels)
-            several += [name] * more
+            found.names.append(name)
+            found.arrays.append(pixels)
+            found.several.extend([name] * more)
         except Unreadable as error:
-            unusable[name] = str(error)
+            found.unusable[name] = str(error)
         except NotImplementedError as error:  # how zipfile reports a method that it does not know
-            unusable[name] = f"{error}: unpack the zip with another program, and give the folder"
+            found.unusable[name] = f"{error}: unpack the zip with another program, and give the folder"
         except Exception as error:  # of reading: permissions, a link to nothing, damaged zips of many kinds
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-            unusable[name] = reason[:200]
+            found.unusable[name] = reason[:200]
     return found
 
 

@@ -38,6 +38,13 @@ void many(int jobs) {
   }
 }
 
+void odd_numbers() {
+  run(0, [](int) { expect(false, "a task of none"); });
+  std::vector<int> done(600);
+  run(600, [&](int i) { ++done[i]; });
+  expect(done == std::vector<int>(600, 1), "more tasks than threads");
+}
+
 void callers_at_once() {
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i) callers.emplace_back(many, 2000);
@@ -77,7 +84,9 @@ void rounding() {
 #endif
 }
 
+// While another thread calls, too.
 void forks() {
+  std::thread other(many, 3000);
   for (int i = 0; i < 20; ++i) {
     const pid_t child = fork();
     if (!child) {
@@ -88,12 +97,14 @@ void forks() {
     int status = 1;
     expect(waitpid(child, &status, 0) == child && status == 0, "a child has no helpers");
   }
+  other.join();
 }
 
 }  // namespace
 
 int main(int count, char**) {
   many(20000);
+  odd_numbers();
   callers_at_once();
   failures();
   pauses();

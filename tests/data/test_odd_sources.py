@@ -183,6 +183,13 @@ def test_files_beside_the_pictures_are_counted_and_passed_over(
     assert "1 file (dataset.json) passed over: no pictures" in capsys.readouterr().err
 
 
+def test_one_of_two_members_of_a_name_may_be_left_out(tmp_path: Path) -> None:
+    source = write_zip(
+        tmp_path / "a.zip", {"a/b.png": b"nothing", "a\\b.png": png(), **{f"{i}.png": png() for i in range(9)}}
+    )
+    assert len(load(str(source), skip_unusable=True).images) == 9
+
+
 def test_a_zip_in_an_unknown_method_says_how_to_go_on(tmp_path: Path) -> None:
     source = write_zip(tmp_path / "a.zip", {"a.png": png(), "b.png": png()})
     content = bytearray(source.read_bytes())
