@@ -126,7 +126,8 @@ class Pool {
 
  private:
   // For helpers that are at work. If that costs half of what they save, the cores have other users, and calls go without helpers
-  // for a while: as long as the wait, three times as long when it happens again, up to 63 times.
+  // for a while: as long as this call, three times as long when it happens again, up to 63 times. That is forgotten slowly: a second
+  // process on two cores is in the way of every other call.
   void wait(int offers, Clock::duration task_took) {
     const auto begun = Clock::now();
     const auto finished = [&] {
@@ -135,8 +136,8 @@ class Pool {
     if (!look(grace, finished)) bed_.sleep_until(finished);
     const auto now = Clock::now();
     const bool late = now - begun > offers * task_took / 2 + grace;
-    lateness_ = late ? std::min(2 * lateness_ + 1, 63) : lateness_ / 2;
-    if (late) alone_until_ = now + lateness_ * (now - begun);
+    lateness_ = late ? std::min(2 * lateness_ + 1, 63) : std::max(lateness_ - 1, 0);
+    if (late) alone_until_ = now + lateness_ * (task_took + (now - begun));
   }
 
   // As many helpers as are wanted, or as the system allows.
