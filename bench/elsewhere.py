@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bench import processor_clock
 from bench.cases import FLOWS_BY_NAME, MODES
@@ -47,7 +47,7 @@ class Elsewhere:
             [sys.executable, "-m", "bench.elsewhere", name, case, mode],
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, text=True,
         )  # fmt: skip
-        self.close = weakref.finalize(self, _end, self._process)
+        self.close = weakref.finalize(self, _end, self._process, self._complaints)
 
     def wait(self) -> None:
         """Until its passes are right and warm, once, before anything else."""
@@ -72,19 +72,22 @@ class Elsewhere:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout
         if not (line := self._process.stdout.readline()):
-            self.close()
+            self._process.wait(timeout=30)
             self._complaints.seek(0)
-            raise AssertionError(self._complaints.read().strip()[-500:])
+            complaints = self._complaints.read().strip()[-500:]
+            self.close()
+            raise AssertionError(complaints)
         return json.loads(line)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str], complaints: IO[str]) -> None:
     """Let it read the end of its input, and wait for it, but not for ever."""
     try:
         process.communicate(timeout=30)
     except (subprocess.TimeoutExpired, BrokenPipeError):
         process.kill()
         process.wait()
+    complaints.close()
 
 
 def _work(name: str, case: str, mode: str) -> Callable[[], object]:
