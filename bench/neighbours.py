@@ -70,7 +70,8 @@ def _job(name: str, case: NeighboursCase, mode: str, clock: Clock) -> Job:
     return Job(None, lambda _: "", seconds=seconds, info=info)
 
 
-PROVIDERS = {
-    name: Provider(name, partial(_job, name), lambda case, mode, device, name=name: elsewhere.why_not(name))  # type: ignore[misc]
-    for name in elsewhere.NAMES
-}
+def _why_not(name: str, case: NeighboursCase, mode: str, device: str) -> str:
+    return elsewhere.why_not(name)
+
+
+PROVIDERS = {name: Provider(name, partial(_job, name), partial(_why_not, name)) for name in elsewhere.NAMES}

@@ -1,4 +1,4 @@
-"""The races on a processor: `pytest bench --benchmark-only` runs all of it in less than twelve minutes on two cores."""
+"""The races on a processor. `pytest bench --benchmark-only` runs all of them but those of `LONG`."""
 
 from __future__ import annotations
 

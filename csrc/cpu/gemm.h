@@ -24,7 +24,7 @@ __attribute__((noinline)) void block(idx K, const T* a, idx a_m, idx a_k, const 
   constexpr idx L = lanes<T>;
   // Whole vectors apart from parts, and the branches outside the loop over K: 2 % where K is some 50.
   const bool whole = cols >= NV * L;
-  // What C holds comes from far away; it is added last, when it has arrived: 8 % of a backward at D = 64, H = 256.
+  // What C holds comes from far away; it is added last, when it has arrived: 8 % of a backward at D = 64, H = 256 (Zen 3).
   if (accumulate)
     for (int m = 0; m < MR_; ++m) __builtin_prefetch(c + m * c_m, 1);
   vec<T> acc[MR_][NV];
