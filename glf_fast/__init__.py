@@ -28,6 +28,7 @@ from glf_fast.flow import (
     rnvp_flow,
 )
 from glf_fast.ops import backends, use_backend
+from glf_fast.reference import Spline
 
 if TYPE_CHECKING:
     from glf_fast import integrations
@@ -51,6 +52,7 @@ __all__ = [
     "InvertibleLinear",
     "SeparateNetworks",
     "SequentialFlow",
+    "Spline",
     "Split",
     "Squeeze",
     "accelerate",
