@@ -2,6 +2,7 @@
 // Checks that keep memory safe, and unwrapping; the Python side (glf_fast/ops) explains to users what does not fit.
 #include "bindings.h"
 
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -9,6 +10,16 @@
 namespace {
 
 using namespace glf::bindings;
+
+// A spline from the numbers of glf_fast.reference.PreparedSpline.
+template <class T>
+glf::Spline<T> spline_of(const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 11 && numbers[0] >= 2 && numbers[0] <= glf::most_bins && std::abs(numbers[1]) <= 1,
+                  "glf_fast: unknown kind of spline");
+  const auto number = [&](int i) { return static_cast<T>(numbers[i]); };
+  return {static_cast<int>(numbers[0]), static_cast<glf::Tails>(static_cast<int>(numbers[1])), numbers[2] != 0,
+          number(3), number(4), number(5), number(6), number(7), number(8), number(9), number(10)};
+}
 
 // What all calls share, as it comes from Python.
 struct Arguments {
@@ -18,7 +29,9 @@ struct Arguments {
   const std::optional<Tensor>& context;
   int64_t coupling, activation, log_scale;
   double constant;
-  bool add_first, inverse, density;
+  bool add_first;
+  const std::vector<double>& spline;
+  bool inverse, density;
 
   template <class T>
   glf::Flow<T> flow(const Tensor& x) const {
@@ -39,6 +52,7 @@ struct Arguments {
     f.context_dim = context ? context->size(1) : 0;
     f.layers = static_cast<int>(weights.size());
     f.kind = static_cast<glf::Kind>(coupling);
+    if (f.kind == glf::Kind::spline) f.spline = spline_of<T>(spline);
     f.networks = networks_of(f.kind);
     const bool apart = f.networks > 1;
     f.width[0] = f.passive() + f.context_dim;
@@ -56,8 +70,8 @@ struct Arguments {
       f.weight[i] = read<T>(weights[i]);
       f.bias[i] = read<T>(biases[i]);
     }
-    STD_TORCH_CHECK(f.width[f.layers] == columns_of(f.kind) * f.transformed(), "glf_fast: the MLP must end in ",
-                    columns_of(f.kind), "·(D//2) columns; got ", f.width[f.layers]);
+    STD_TORCH_CHECK(f.width[f.layers] == f.columns() * f.transformed(), "glf_fast: the MLP must end in ", f.columns(),
+                    "·(D//2) columns; got ", f.width[f.layers]);
     f.activation = static_cast<glf::Activation>(activation);
     f.log_scale = static_cast<glf::LogScale>(log_scale);
     f.constant = static_cast<T>(constant);
@@ -75,11 +89,11 @@ struct Arguments {
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
                                                  Tensors biases, std::optional<Tensor> context, int64_t coupling,
-                                                 int64_t activation, int64_t log_scale, double constant, bool add_first, bool inverse,
-                                                 bool density, int64_t save, int64_t record) {
+                                                 int64_t activation, int64_t log_scale, double constant, bool add_first,
+                                                 std::vector<double> spline, bool inverse, bool density, int64_t save, int64_t record) {
   const std::optional<Tensor> none;
   const Arguments arguments{matrix,   offset,     none,      weights,  biases,    context, coupling,
-                            activation, log_scale, constant, add_first, inverse, density};
+                            activation, log_scale, constant, add_first, spline, inverse, density};
   const int64_t batch = x.size(0), steps = matrix.size(0);
   const auto mode = static_cast<glf::Save>(save);
   Tensor out = alike(x), logdet = empty(x, {batch});
@@ -101,9 +115,10 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
 Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
                                std::optional<Tensor> context, int64_t coupling, int64_t activation, int64_t log_scale,
-                               double constant, bool add_first, bool inverse, int64_t save, bool parameters) {
+                               double constant, bool add_first, std::vector<double> spline, bool inverse, int64_t save,
+                               bool parameters) {
   const Arguments arguments{matrix,     offset,    unmatrix, weights,   biases,  context, coupling,
-                            activation, log_scale, constant, add_first, inverse, !grad_out};
+                            activation, log_scale, constant, add_first, spline, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
   STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
   Tensors grads{alike(out), context ? alike(*context) : empty(out, {0})};
@@ -163,7 +178,7 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor v, Tensor u, Tensor t, int64_t
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
     const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(log_scale), static_cast<T>(constant),
-                              add_first, inverse};
+                              add_first, inverse, {}};
     glf::kernels<T>().coupling(op, v.size(0), pixels, v.size(last), channels<T>(v), channels<T>(u), channels<T>(t),
                                write<T>(w), write<T>(logdet), parallel());
   });
@@ -181,12 +196,43 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_w, Tenso
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
     const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(log_scale), static_cast<T>(constant),
-                              add_first, inverse};
+                              add_first, inverse, {}};
     glf::kernels<T>().coupling_backward(op, v.size(0), pixels, v.size(last), channels<T>(v), channels<T>(u),
                                         channels<T>(t), read<T>(grad_w), read<T>(grad_logdet), write<T>(grad_v),
                                         write<T>(grad_u), write<T>(grad_t), parallel());
   });
   return {grad_v, grad_u, grad_t};
+}
+
+void check_splines(const Tensor& x, const Tensor& parameters, const std::vector<double>& options) {
+  STD_TORCH_CHECK(x.dim() == 2 && parameters.dim() == 3 && parameters.size(0) == x.size(0) &&
+                      parameters.size(1) == x.size(1) && parameters.size(2) == spline_of<double>(options).columns(),
+                  "glf_fast: parameters of splines do not fit");
+}
+
+std::tuple<Tensor, Tensor> spline(Tensor x, Tensor parameters, std::vector<double> options, bool inverse) {
+  check_splines(x, parameters, options);
+  Tensor y = alike(x), logdet = empty(x, {x.size(0)});
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    glf::kernels<T>().spline(spline_of<T>(options), inverse, x.size(0), x.size(1), read<T>(x), read<T>(parameters),
+                             write<T>(y), write<T>(logdet), parallel());
+  });
+  return {y, logdet};
+}
+
+std::tuple<Tensor, Tensor> spline_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor parameters,
+                                           std::vector<double> options, bool inverse) {
+  check_splines(x, parameters, options);
+  STD_TORCH_CHECK(grad_y.sizes().equals(x.sizes()) && grad_logdet.numel() == x.size(0), "glf_fast: gradients do not fit");
+  Tensor grad_x = alike(x), grad_parameters = alike(parameters);
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    glf::kernels<T>().spline_backward(spline_of<T>(options), inverse, x.size(0), x.size(1), read<T>(x),
+                                      read<T>(parameters), read<T>(grad_y), read<T>(grad_logdet), write<T>(grad_x),
+                                      write<T>(grad_parameters), parallel());
+  });
+  return {grad_x, grad_parameters};
 }
 
 // Whether two lists of tensors are contiguous and the same: shapes, dtypes, bytes.
@@ -211,18 +257,22 @@ int64_t vector_bytes() { return glf::vector_bytes(); }
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
-      "int coupling, int activation, int log_scale, float constant, bool add_first, bool inverse, bool density, int save, int record)"
+      "int coupling, int activation, int log_scale, float constant, bool add_first, float[] spline, bool inverse, bool density, int save, int record)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
       "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int activation, "
-      "int log_scale, float constant, bool add_first, bool inverse, int save, bool parameters) -> Tensor[]");
+      "int log_scale, float constant, bool add_first, float[] spline, bool inverse, int save, bool parameters) -> Tensor[]");
   m.def(
       "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"
       " -> (Tensor, Tensor)");
   m.def(
       "cpu_affine_coupling_backward(Tensor grad_w, Tensor grad_logdet, Tensor v, Tensor u, Tensor t, int log_scale, "
       "float constant, bool add_first, bool inverse) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_spline(Tensor x, Tensor parameters, float[] options, bool inverse) -> (Tensor, Tensor)");
+  m.def(
+      "cpu_spline_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor parameters, float[] options, bool inverse)"
+      " -> (Tensor, Tensor)");
   m.def("cpu_identical(Tensor[] a, Tensor[] b) -> bool");
   m.def("cpu_code(str table, str name) -> int");
   m.def("cpu_vector_bytes() -> int");
@@ -233,6 +283,8 @@ STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
   m.impl("cpu_coupling_flow_backward", TORCH_BOX(&coupling_flow_backward));
   m.impl("cpu_affine_coupling", TORCH_BOX(&affine_coupling));
   m.impl("cpu_affine_coupling_backward", TORCH_BOX(&affine_coupling_backward));
+  m.impl("cpu_spline", TORCH_BOX(&spline));
+  m.impl("cpu_spline_backward", TORCH_BOX(&spline_backward));
   m.impl("cpu_identical", TORCH_BOX(&identical));
 }
 
