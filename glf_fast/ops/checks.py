@@ -22,6 +22,7 @@ __all__ = [
     "check_log_scale",
     "check_shape",
     "check_spline",
+    "check_spline_of",
     "check_state",
     "check_tensors",
 ]
@@ -68,6 +69,15 @@ def check_spline(options: Spline) -> None:
             raise ValueError(
                 f"{name} of {options.bins} bins must be at least 0 and less than 1/{options.bins}; got {given}"
             )
+
+
+def check_spline_of(coupling: str, spline: Spline | None) -> None:
+    """Raise ValueError or TypeError unless a coupling of this name can have such a spline; None is the default one."""
+    if spline is None:
+        return
+    check_spline(spline)
+    if coupling != "spline":
+        raise ValueError(f'spline is for coupling="spline"; got {spline!r} with coupling={coupling!r}')
 
 
 def check_tensors(**named: Any) -> None:

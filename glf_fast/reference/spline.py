@@ -52,9 +52,10 @@ class Spline(NamedTuple):
     def prepared(self) -> PreparedSpline:
         """The constants of the formulas."""
         form = PARAMETRIZATIONS[self.parametrization]
+        given = (self.min_width, self.min_height, self.min_derivative)
+        defaults = (form.min_width, form.min_height, form.min_derivative)
         min_width, min_height, min_derivative = (
-            default if given is None else given
-            for given, default in zip(self[5:8], form[2:], strict=True)  # fmt: skip
+            default if least is None else least for least, default in zip(given, defaults, strict=True)
         )
         factor = 1 / (min_derivative + math.log(2)) if form.identity_at_zero else 1.0
         clip = math.log(min_derivative) if form.soft_clip else 0.0
@@ -84,9 +85,7 @@ class PreparedSpline(NamedTuple):
         return [float(TAILS[self.tails]) if name == "tails" else float(value) for name, value in self._asdict().items()]
 
 
-def spline(
-    x: Tensor, parameters: Tensor, options: Spline = Spline(), *, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
+def spline(x: Tensor, parameters: Tensor, options: Spline, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
     """y(x), elementwise, and log y'(x); with `inverse` x(y) and its log-derivative. In float32 or better.
 
     A bin from the knot (X, Y) to the knot (X + w, Y + h), with slopes δ₀ and δ₁ there, s = h/w and ξ = (x − X)/w:

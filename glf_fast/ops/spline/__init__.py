@@ -18,7 +18,7 @@ KERNELS = (cpp,)  # in the order of preference
 
 
 def spline(
-    x: Tensor, parameters: Tensor, options: Spline = Spline(), *, inverse: bool = False, event_dims: int = 0
+    x: Tensor, parameters: Tensor, options: Spline, *, inverse: bool = False, event_dims: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Monotonic rational-quadratic splines, elementwise: y(x) and log y'(x), or with `inverse` x(y) and log x'(y).
 
