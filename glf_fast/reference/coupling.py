@@ -16,7 +16,9 @@ __all__ = ["COUPLINGS", "Coupling"]
 class Transform(Protocol):
     """(v (B, T), raw (B, n·T)) → w (B, T) and log|det ∂w/∂v| (B,); with `inverse` back. `options` are the flow's."""
 
-    def __call__(self, v: Tensor, raw: Tensor, *, inverse: bool, **options: Any) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, v: Tensor, raw: Tensor, *, inverse: bool, spline: Spline | None, **options: Any
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class Coupling(NamedTuple):

@@ -49,7 +49,7 @@ def coupling_flow(
     Returns z (B, D) and Σ_k Σ ℓ (B,), both float32 or better: the caller adds Σ_k log|det A_k|, which no sample changes.
     """
     transform = COUPLINGS[coupling].transform
-    options = {
+    options: dict[str, Any] = {
         "log_scale": log_scale,
         "log_scale_constant": log_scale_constant,
         "add_first": add_first,
@@ -92,7 +92,7 @@ def coupling_flow_inverse(
     Returns x (B, D) and −Σ_k Σ ℓ (B,).
     """
     transform = COUPLINGS[coupling].transform
-    options = {
+    options: dict[str, Any] = {
         "log_scale": log_scale,
         "log_scale_constant": log_scale_constant,
         "add_first": add_first,
