@@ -98,7 +98,11 @@ def _begin() -> None:
             if (ours := _proof(functions.proved, value)) is not None:
                 _originals[id(value)] = value, ours
         kind: Any = names.get(transforms.NAME)
-        if transforms.takes(kind) and kind not in _constructors and (ours := _proof(transforms.proved, kind)) is not None:
+        if (
+            transforms.takes(kind)
+            and kind not in _constructors
+            and (ours := _proof(transforms.proved, kind)) is not None
+        ):
             _constructors[kind] = kind.__init__, ours
     for kind, (_, ours) in _constructors.items():
         kind.__init__ = ours

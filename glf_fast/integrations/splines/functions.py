@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glf_fast import ops
 from glf_fast.integrations.splines.parameters import covered, joined
+from glf_fast.ops.backends import ordinary
 from glf_fast.reference import Spline
 
 __all__ = ["NAMES", "proved", "takes"]
@@ -73,10 +74,10 @@ def _in_box(original: Function) -> Function:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         parts = (unnormalized_widths, unnormalized_heights, unnormalized_derivatives)
         numbers = (left, right, bottom, top, min_bin_width, min_bin_height, min_derivative)
-        # Libraries disagree on what happens outside of the box, but it is always an error. To ask is to wait for a GPU, as
-        # the libraries do; under torch.compile it would break the graph.
+        # Outside of the box each library has an error of its own. To look is to wait for a GPU, as nflows does; torch.compile,
+        # vmap and the like cannot look.
         if (
-            not more and not others and not torch.compiler.is_compiling()
+            not more and not others and ordinary()
             and _alike(inputs, parts, 1) and _usual(numbers, parts) and (bottom, top) == (left, right)
             and inputs.numel() and bool(((inputs >= left) & (inputs <= right)).all())
         ):  # fmt: skip

@@ -16,8 +16,8 @@ HALF = (torch.float16, torch.bfloat16)
 def covered(x: Tensor, *parameters: Tensor) -> bool:
     """Whether `ops.spline` has the precision that a library has with these tensors, on one device.
 
-    That is float32 or float64 throughout, or under autocast a float32 x with parameters in half precision, which libraries
-    compute in float32 from the softmax on.
+    That is float32 or float64 throughout, or under autocast a float32 x with parameters in half precision: the spline is then
+    computed in float32, as the libraries do on a GPU from the softmax on, and more exactly than they do on a processor.
     """
     dtype, device = parameters[0].dtype, parameters[0].device
     if x.device != device or any(p.dtype != dtype or p.device != device for p in parameters):
@@ -31,31 +31,32 @@ def joined(*parts: Tensor) -> Tensor:
     """The parts (…, n₁), (…, n₂) … as one tensor (…, n₁ + n₂ + …).
 
     Without a copy where the parts are all columns of one contiguous tensor, in order, as where a library has sliced the output
-    of its network. It does not matter if the slices were changed in place: the tensor under a view has the history of it.
+    of its network. It does not matter if the slices were changed in place: the tensor under a view has the history of it. Gradients
+    then go to that tensor: slices that are to keep theirs, or have hooks, are concatenated.
     """
-    width = sum(part.shape[-1] for part in parts)
-    shape = (*parts[0].shape[:-1], width)
-    if ordinary():  # compilers and transforms of functions do not follow `_base`
-        base = parts[0]._base
-        if base is not None and base.is_contiguous() and _columns(base, shape, parts) and _connected(base, parts):
-            return base.view(shape)
+    base = parts[0]._base
+    if base is not None and ordinary():  # compilers and transforms of functions do not follow `_base`
+        whole = _whole(base, parts)
+        if whole is not None:
+            return whole
     return torch.cat(parts, -1)
 
 
-def _columns(base: Tensor, shape: tuple[int, ...], parts: tuple[Tensor, ...]) -> bool:
-    """Whether the parts are the columns of `base` in that shape."""
-    whole = torch.Size(shape)
-    if base.numel() != whole.numel():
-        return False
-    strides = tuple(whole[i + 1 :].numel() for i in range(len(whole)))
-    offset = base.storage_offset()
+def _whole(base: Tensor, parts: tuple[Tensor, ...]) -> Tensor | None:
+    """The tensor `base` in the shape in which the parts are its columns, if they are."""
+    first, offset = parts[0], base.storage_offset()
+    stride = first.stride()
     for part in parts:
-        if part._base is not base or part.dtype != base.dtype or part.storage_offset() != offset:
-            return False
-        if any(n > 1 and a != b for n, a, b in zip(part.shape, part.stride(), strides, strict=True)):
-            return False
+        if part._base is not base or part.stride() != stride or part.storage_offset() != offset:
+            return None
         offset += part.shape[-1]
-    return True
+    batch, width = first.shape[:-1], offset - base.storage_offset()
+    if base.numel() != batch.numel() * width or base.dtype != first.dtype or not base.is_contiguous():
+        return None
+    if not _connected(base, parts):
+        return None
+    whole = base.view(*batch, width)
+    return whole if whole.stride() == stride else None
 
 
 def _connected(base: Tensor, parts: tuple[Tensor, ...]) -> bool:

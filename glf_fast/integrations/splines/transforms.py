@@ -27,7 +27,7 @@ def takes(kind: Any) -> bool:
     """Whether this is a class of that name with the library's parameters and methods."""
     if not isinstance(kind, type) or kind.__name__ != NAME or "__init__" not in vars(kind):
         return False
-    names = tuple(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
+    names = tuple(inspect.signature(vars(kind)["__init__"]).parameters)
     return names[:6] == PARAMETERS and all(hasattr(kind, name) for name in ("_call", "_inverse", "call_and_ladj"))
 
 
