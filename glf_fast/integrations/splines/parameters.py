@@ -31,8 +31,8 @@ def joined(*parts: Tensor) -> Tensor:
     """The parts (…, n₁), (…, n₂) … as one tensor (…, n₁ + n₂ + …).
 
     Without a copy where the parts are all columns of one contiguous tensor, in order, as where a library has sliced the output
-    of its network. It does not matter if the slices were changed in place: the tensor under a view has the history of it. Gradients
-    then go to that tensor: slices that are to keep theirs, or have hooks, are concatenated.
+    of its network. It does not matter if the slices were changed in place: the tensor under a view has the history of it.
+    Gradients then go to that tensor: slices that are to keep theirs, or have hooks, are concatenated.
     """
     base = parts[0]._base
     if base is not None and ordinary():  # compilers and transforms of functions do not follow `_base`

@@ -57,7 +57,7 @@ def proved(kind: Any) -> Constructor | None:
 def _fast(kind: Any, original: Constructor) -> type:
     """The class of the library's objects that were made with the replaced constructor. They go on working without it."""
 
-    class MonotonicRQSTransform(kind):  # type: ignore[misc]
+    class MonotonicRQSTransform(kind):
         _parameters: Tensor
         _options: Spline
 
