@@ -62,7 +62,7 @@ def _read_log_scale(transform: Any) -> tuple[str, float]:
 
 
 def splines(part: Part, transform: Any) -> list[Layer]:
-    """A coupling of splines in nflows and normflows, and the splines that its passive half may have, which depend on nothing."""
+    """A coupling of splines in nflows or normflows, and splines that its passive half may have, which depend on nothing."""
     if not isinstance(transform.tails, str) or isinstance(transform.tail_bound, Tensor):
         raise Unfusable(
             f"tails {transform.tails!r} of bound {transform.tail_bound}: one name and one number are covered"

@@ -211,15 +211,15 @@ def _identity(coupling: Coupling) -> Tensor:
     """A network's outputs (columns,), or (2, 1) of two, that leave a column of zeros as it is, at no log-determinant."""
     kind = coupling.kind()
     if coupling.spline is not None:
-        outputs = torch.zeros(coupling.columns())
+        outputs = torch.zeros(coupling.columns(), dtype=torch.float64)
         form = coupling.spline.prepared()
         if not form.soft_clip:  # of equal bins, with slopes of 1
             outputs[2 * form.bins :] = math.log(math.expm1(1 / form.factor - form.min_derivative))
         return outputs
     if kind == "additive":
-        return torch.zeros(1)
+        return torch.zeros(1, dtype=torch.float64)
     u = _u_of_zero(coupling.log_scale, coupling.log_scale_constant)
-    return torch.tensor([u, 0.0]) if kind == "affine" else torch.tensor([[u], [0.0]])
+    return torch.tensor([u, 0.0] if kind == "affine" else [[u], [0.0]], dtype=torch.float64)
 
 
 def _u_of_zero(log_scale: str, constant: float | None) -> float:
