@@ -31,9 +31,7 @@ def refuses(call: Call) -> str:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y like x, and the sums of log-derivatives (rows,)."""
-    return operations.triton_spline.default(
-        call.x, call.parameters, call.options.prepared().numbers(), call.inverse
-    )
+    return operations.triton_spline.default(call.x, call.parameters, call.options.prepared().numbers(), call.inverse)
 
 
 def backward(call: Call, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor, Tensor]:
