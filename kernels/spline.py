@@ -28,11 +28,11 @@ from glf_fast.kernels.launch import launch
 from glf_fast.kernels.math import log_sigmoid, sigmoid
 
 __all__ = [
-    "backward_kernel",
     "constants",
-    "forward_kernel",
     "spline",
     "spline_backward",
+    "spline_backward_kernel",
+    "spline_kernel",
     "splines_backward",
     "splines_forward",
 ]
@@ -317,7 +317,7 @@ def store_tile(parameters, x, place, live, AT: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "parts"])
-def forward_kernel(
+def spline_kernel(
     x, parameters, y, logdet, rows, columns, parts,
     SPLINE: tl.constexpr, INVERSE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -338,7 +338,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "parts"])
-def backward_kernel(
+def spline_backward_kernel(
     grad_y, grad_logdet, x, parameters, grad_x, grad_parameters, rows, columns, parts,
     SPLINE: tl.constexpr, INVERSE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -375,7 +375,7 @@ def splines_forward(x: Tensor, parameters: Tensor, numbers: Sequence[float], inv
     rows, columns = x.shape
     programs, parts, made = _launch(x, numbers, inverse, LARGEST)
     y, logdet = torch.empty_like(x), x.new_empty((rows, parts))
-    launch(forward_kernel, programs, x, x, parameters, y, logdet, rows, columns, parts, **made)
+    launch(spline_kernel, programs, x, x, parameters, y, logdet, rows, columns, parts, **made)
     if columns == 0:
         logdet.zero_()
     return y, logdet.view(rows) if parts == 1 else logdet.sum(1)
@@ -389,7 +389,7 @@ def splines_backward(
     programs, parts, made = _launch(x, numbers, inverse, WARP)
     grad_x, grad_parameters = torch.empty_like(x), torch.empty_like(parameters)
     launch(
-        backward_kernel, programs, x, grad_y, grad_logdet, x, parameters, grad_x, grad_parameters, rows, columns, parts,
+        spline_backward_kernel, programs, x, grad_y, grad_logdet, x, parameters, grad_x, grad_parameters, rows, columns, parts,
         **made,
     )  # fmt: skip
     return grad_x, grad_parameters

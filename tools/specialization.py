@@ -141,8 +141,8 @@ def splines() -> Iterator[Specialization]:
     ):
         x = torch.empty((4096, columns), device="meta")
         for direction, kernel, largest in (
-            ("forward", spline.forward_kernel, spline.LARGEST),
-            ("backward", spline.backward_kernel, spline.WARP),
+            ("forward", spline.spline_kernel, spline.LARGEST),
+            ("backward", spline.spline_backward_kernel, spline.WARP),
         ):
             for inverse in (False, True):
                 _, _, constants = spline._launch(x, options.prepared().numbers(), inverse, largest)

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from glf_fast import ops, use_backend
 from glf_fast.kernels.launch import count_launches, launch
-from glf_fast.kernels.spline import backward_kernel, constants, forward_kernel, splines_backward, splines_forward
+from glf_fast.kernels.spline import constants, spline_backward_kernel, spline_kernel, splines_backward, splines_forward
 from glf_fast.reference import PARAMETRIZATIONS, TAILS, Spline
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -55,7 +55,7 @@ def test_every_formula(parametrization: str, tails: str, inverse: bool, bins: in
     exact = passes("reference", x, parameters, options, inverse)
     with count_launches() as launches:
         ours = passes("triton", x, parameters, options, inverse)
-    assert launches == ["forward_kernel", "backward_kernel"]
+    assert launches == ["spline_kernel", "spline_backward_kernel"]
     for mine, truth in zip(ours, exact, strict=True):
         assert mine.shape == truth.shape and error(mine, truth) < 1e-12
     # In float32, with an error of the plain formulas' size.
@@ -178,7 +178,7 @@ def test_numbers_beyond_2_to_the_31_are_reached() -> None:
     y, logdet, grad_x, grad_parameters = far((2, 2)), torch.empty(2), far((2, 2)), far((2, 2, 5))
     made = {"SPLINE": constants(numbers), "INVERSE": False, "BM": 1, "BC": 2, "num_warps": 1}
     sizes = (2, columns, 1)
-    launch(forward_kernel, 2, x, x, parameters, y, logdet, *sizes, **made)
-    launch(backward_kernel, 2, x, grad_y, near_grads[1], x, parameters, grad_x, grad_parameters, *sizes, **made)
+    launch(spline_kernel, 2, x, x, parameters, y, logdet, *sizes, **made)
+    launch(spline_backward_kernel, 2, x, grad_y, near_grads[1], x, parameters, grad_x, grad_parameters, *sizes, **made)
     for mine, truth in zip((y, logdet, grad_x, grad_parameters), wanted, strict=True):
         assert torch.equal(mine, truth)

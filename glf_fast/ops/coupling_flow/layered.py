@@ -46,7 +46,8 @@ def run(call: Call) -> tuple[Tensor, ...]:
         h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
         raw = reference.mlp(h, [w[k] for w in weights], [b[k] for b in biases], options.activation)
         if options.spline is None:
-            w, logdet = autograd.run(triton, AffineCall(v, *raw.chunk(2, 1), options.affine()))
+            u, t = raw.chunk(2, 1)
+            w, logdet = autograd.run(triton, AffineCall(v, u, t, options.affine()))
         else:
             parameters = raw.to(v.dtype).view(*v.shape, options.spline.columns)
             given = SplineCall(v.contiguous(), parameters, options.spline, options.inverse)
