@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from bench import assemble, conversion, coupling, flows, linear, memory, neighbours, training, two_moons
-from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, MODES, SMALL_BATCH
+from bench import assemble, conversion, coupling, flows, linear, memory, neighbours, splines, training, two_moons
+from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, MODES, SMALL_BATCH, SPLINES
 from bench.libraries import LIBRARIES
 from bench.linear import LinearCase
 from bench.race import Case, Provider, Race
@@ -61,12 +61,18 @@ def _couplings() -> Iterator[Race]:
         names = [name for name in coupling.PROVIDERS if name != "compile" or case.shape == COMPILED]
         for mode in COUPLING_MODES:
             yield race("coupling", case, mode, coupling.PROVIDERS, 1.0, names)
+    for splines_of in SPLINES:
+        for mode in COUPLING_MODES:
+            yield race("spline", splines_of, mode, splines.PROVIDERS, 0.5)
 
 
 def _flows() -> Iterator[Race]:
     for name in ("glf-cifar", "glf-mnist", "sbi"):
         for mode in MODES:
             yield race("flow", FLOWS[name], mode, flows.PROVIDERS, 4.0, ALL)
+    for name in ("splines", "sbi-splines"):
+        for mode in MODES:
+            yield race("flow", FLOWS[name], mode, flows.PROVIDERS, 2.0, ALL)
     for case in SMALL_BATCH.values():
         for mode in ("log_prob", "sample"):
             yield race("flow", case, mode, flows.PROVIDERS, 3.0, BETWEEN if case.batch == 16 else ALL)
@@ -75,7 +81,7 @@ def _flows() -> Iterator[Race]:
             yield race("flow", FLOWS[name], mode, flows.PROVIDERS, 3.0, FEW)
     for suite, cases in (("depth", DEPTH), ("grid", GRID)):
         for case in cases.values():
-            yield race(suite, case, "train", flows.PROVIDERS, 1.0, FEW)
+            yield race(suite, case, "train", flows.PROVIDERS, 0.5, FEW)
 
 
 def _layers() -> Iterator[Race]:
