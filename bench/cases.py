@@ -65,8 +65,8 @@ class FlowCase:
         The deeper the flow, the less: as far off as at 8 steps, 64 amplify rounding until float32 has no digit left.
         """
         torch.manual_seed(0)
-        kind = {"coupling": "spline", "spline": Spline(self.bins)} if self.bins else {}
-        flow = CouplingFlow(self.dim, self.steps, self.hidden, self.context_dim, **kind)
+        coupling, spline = ("spline", Spline(self.bins)) if self.bins else ("affine", None)
+        flow = CouplingFlow(self.dim, self.steps, self.hidden, self.context_dim, coupling=coupling, spline=spline)
         flow(torch.randn(256, self.dim), torch.randn(256, self.context_dim) if self.context_dim else None)
         with torch.no_grad():
             for p in flow.parameters():

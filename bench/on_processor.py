@@ -64,7 +64,7 @@ def _couplings() -> Iterator[Race]:
             yield race("coupling", case, mode, coupling.PROVIDERS, 1.0, names)
     for splines_of in SPLINES:
         for mode in COUPLING_MODES:
-            yield race("spline", splines_of, mode, splines.PROVIDERS, 0.5)
+            yield race("spline", splines_of, mode, splines.PROVIDERS, 1.0)
 
 
 def _flows() -> Iterator[Race]:

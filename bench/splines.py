@@ -65,10 +65,8 @@ def _zuko(x: Tensor, parameters: Tensor, options: Spline, inverse: bool = False)
     return (transform.inv if inverse else transform).call_and_ladj(x)
 
 
-PROVIDERS: dict[str, Provider] = {
-    **{name: Provider(name, partial(_job, name)) for name in OURS},
-    **{
-        name: Provider(name, partial(_job, name), lambda case, mode, device, name=name: ALL_LIBRARIES[name].why_not())
-        for name in LIBRARIES
-    },
-}
+def _why_not(name: str, case: SplineCase, mode: str, device: str) -> str:
+    return ALL_LIBRARIES[name].why_not() if name in LIBRARIES else ""
+
+
+PROVIDERS = {name: Provider(name, partial(_job, name), partial(_why_not, name)) for name in (*OURS, *LIBRARIES)}
