@@ -141,25 +141,33 @@ double sum_of_squares(Int n, const T* x) {
   return total;
 }
 
-// torch.optim.AdamW's step of one parameter, with the gradient times `shrink`.
+// What AdamW multiplies by in one step.
 template <class T>
-void adamw(const Trained<T>& p, const AdamW& by, double rate, Int step, double shrink, const Parallel& parallel) {
-  const T keep = static_cast<T>(1 - rate * by.weight_decay), scale = static_cast<T>(shrink);
-  const T size = static_cast<T>(rate / (1 - std::pow(by.beta1, static_cast<double>(step))));
-  const T root = static_cast<T>(1 / std::sqrt(1 - std::pow(by.beta2, static_cast<double>(step))));
-  const T fresh1 = static_cast<T>(1 - by.beta1), fresh2 = static_cast<T>(1 - by.beta2);
-  const T beta2 = static_cast<T>(by.beta2), epsilon = static_cast<T>(by.epsilon);
-  over_elements(p.size, parallel, [=](Int first, Int end) {
-    T *__restrict value = p.value, *__restrict mean = p.mean, *__restrict square = p.square;
-    const T* __restrict grad = p.grad;
-    for (Int i = first; i < end; ++i) {
-      const T g = scale * grad[i];
-      const T m = mean[i] + fresh1 * (g - mean[i]), v = beta2 * square[i] + fresh2 * g * g;
-      mean[i] = m;
-      square[i] = v;
-      value[i] = keep * value[i] - size * m / (std::sqrt(v) * root + epsilon);
-    }
-  });
+struct AdamWFactors {
+  T shrink;          // of the gradient
+  T fresh1, fresh2;  // 1 − β₁, 1 − β₂
+  T beta2, keep, size, root, epsilon;
+
+  AdamWFactors(const AdamW& by, double rate, Int step, double shrink_)
+      : shrink(static_cast<T>(shrink_)), fresh1(static_cast<T>(1 - by.beta1)), fresh2(static_cast<T>(1 - by.beta2)),
+        beta2(static_cast<T>(by.beta2)), keep(static_cast<T>(1 - rate * by.weight_decay)),
+        size(static_cast<T>(rate / (1 - std::pow(by.beta1, static_cast<double>(step))))),
+        root(static_cast<T>(1 / std::sqrt(1 - std::pow(by.beta2, static_cast<double>(step))))),
+        epsilon(static_cast<T>(by.epsilon)) {}
+};
+
+// torch.optim.AdamW's step of n numbers. A function of its own: inlined into others it is not vectorised, and was 11 % of a
+// step of D = 8, H = 50 (Zen 3) where it is 2 %.
+template <class T>
+__attribute__((noinline)) void adamw(Int n, T* __restrict value, T* __restrict mean, T* __restrict square,
+                                     const T* __restrict grad, const AdamWFactors<T> f) {
+  for (Int i = 0; i < n; ++i) {
+    const T g = f.shrink * grad[i];
+    const T m = mean[i] + f.fresh1 * (g - mean[i]), v = f.beta2 * square[i] + f.fresh2 * g * g;
+    mean[i] = m;
+    square[i] = v;
+    value[i] = f.keep * value[i] - f.size * m / (std::sqrt(v) * f.root + f.epsilon);
+  }
 }
 
 // The rows that are trained on: x (N, D), context (N, C), weights (N,); the last two may be null.
@@ -217,8 +225,12 @@ class Training {
       if (p.mean) squares += sum_of_squares(p.size, p.grad);
     if (!std::isfinite(squares)) return false;
     const double shrink = std::min(1.0, by.clip / (std::sqrt(squares) + 1e-6));  // as torch.nn.utils.clip_grad_norm_
+    const AdamWFactors<T> factors(by, rate, number, shrink);
     for (const Trained<T>& p : parameters_)
-      if (p.mean) adamw(p, by, rate, number, shrink, parallel);
+      if (p.mean)
+        over_elements(p.size, parallel, [&](Int first, Int end) {
+          adamw(end - first, p.value + first, p.mean + first, p.square + first, p.grad + first, factors);
+        });
     return true;
   }
 

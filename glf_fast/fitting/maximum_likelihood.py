@@ -91,7 +91,9 @@ def fit(
     if batch_size > len(data.train):
         raise ValueError(f"batch_size={batch_size} is larger than the {len(data.train)} rows to train on")
     settings = {
-        "data": data.digest, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "clip": clip, "seed": seed,
+        "flow": [(name, tuple(t.shape)) for name, t in (*flow.named_parameters(), *flow.named_buffers())],
+        "data": data.digest,
+        "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "clip": clip, "seed": seed,
         "schedule": schedule, "epochs": epochs if schedule else None,
         "validation": validation if isinstance(validation, int | float) else "rows",
     }  # fmt: skip
@@ -136,9 +138,11 @@ def _check(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number ≥ 1; got {value!r}")
-    for name, number, least in (("lr", lr, 0.0), ("weight_decay", weight_decay, 0.0), ("clip", clip, 0.0)):
-        if number is not None and not (least <= number < math.inf and (number > 0 or name == "weight_decay")):
-            raise ValueError(f"{name} must be finite and {'≥' if name == 'weight_decay' else '>'} 0; got {number!r}")
+    for name, number in (("lr", lr), ("clip", clip)):
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite; got {number!r}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be ≥ 0 and finite; got {weight_decay!r}")
     if patience is not None and validation == 0:
         raise ValueError(
             "patience looks at the validation loss, and there is none: give validation rows, or a fraction"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from glf_fast.files import atomic_write
 __all__ = ["ProgressFile"]
 
 FORMAT = 1
+OTHER = {"data": "other data", "flow": "another flow"}  # settings whose values tell nobody anything
 SECONDS = 10.0  # between two writes at least, and twenty times as long as the last one took
 
 
@@ -23,7 +25,7 @@ class ProgressFile:
 
     Args:
         path: its path; None: nothing is read or written.
-        settings: what must be the same for a run to go on, JSON-like.
+        settings: what must be the same for a run to go on, by name; plain values.
     """
 
     def __init__(self, path: Path | str | None, settings: dict[str, Any]) -> None:
@@ -40,17 +42,18 @@ class ProgressFile:
         if self.path is None or not self.path.exists():
             return None
         remedy = "delete it, or give another path to start from the beginning"
+        content = self.path.read_bytes()
         try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             settings = found["settings"]
             known = found["format"] == FORMAT
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path} is damaged or not a file of glf_fast.fit; {remedy}") from error
         if not known:
             raise UserError(f"{self.path} was written by another version of glf_fast; {remedy}")
         for name, value in self.settings.items():
             if settings.get(name) != value:
-                what = "other data" if name == "data" else f"{name}={settings.get(name)!r}, not {value!r}"
+                what = OTHER.get(name) or f"{name}={settings.get(name)!r}, not {value!r}"
                 raise UserError(f"the run in {self.path} has {what}; {remedy}")
         return found["state"]
 
