@@ -120,7 +120,7 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
             run(make, **other | options)
     for damaged in (b"", written[:1000], written[:-200] + bytes(200), b"{}"):
         file.write_bytes(damaged)
-        with pytest.raises(UserError, match="is damaged or not a file of glf_fast.fit"):
+        with pytest.raises(UserError, match=r"is damaged or not a file of glf_fast\.fit"):
             run(plain, **other)
 
 
