@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import seeds
-from glf_fast.flow import Flow
+from glf_fast.flow import CouplingFlow, Flow
 from glf_fast.flow.base import any_parameter
 from glf_fast.ops.checks import check_floating, check_tensors
 
@@ -46,14 +46,12 @@ class Dataset:
     Attributes:
         rows, train: all rows, and the indices of those to train on, whose weights have a mean of 1.
         held_out, validation: the rows that have those to validate on, and their indices; none, if there is no validation.
-        digest: SHA-256 of everything.
     """
 
     rows: Rows
     train: Tensor
     held_out: Rows
     validation: Tensor
-    digest: str
 
     def order(self, seed: int, epoch: int, batch_size: int) -> Tensor:
         """The rows of each batch of an epoch (steps, batch_size), which depend on seed and epoch alone.
@@ -63,6 +61,16 @@ class Dataset:
         shuffled = torch.randperm(len(self.train), generator=seeds.generator(seed, "order", epoch))
         steps = len(self.train) // batch_size
         return self.train[shuffled[: steps * batch_size]].view(steps, batch_size)
+
+    def digest(self) -> str:
+        """SHA-256 of all rows."""
+        found = hashlib.sha256()
+        others = () if self.held_out.x is self.rows.x else (self.held_out.x, self.held_out.context)
+        for t in (self.rows.x, self.rows.context, self.rows.weights, *others):
+            found.update(repr(None if t is None else (t.dtype, tuple(t.shape))).encode())
+            if t is not None:
+                found.update(t.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
 
 def dataset(
@@ -81,12 +89,10 @@ def dataset(
     x, context = _checked(flow, x, context, "")
     if weights is not None:
         weights = _checked_weights(weights, len(x))
-    given: tuple[Tensor, Tensor | None] | tuple[()] = ()
     if isinstance(validation, tuple | list):
         if len(validation) != 2:
             raise ValueError(f"validation rows must be a pair (x, context or None); got {len(validation)} items")
-        given = _checked(flow, *validation, "validation ")
-        held_out = Rows(*given, weights=None)
+        held_out = Rows(*_checked(flow, *validation, "validation "), weights=None)
         train, kept = torch.arange(len(x)), torch.arange(len(held_out.x))
     elif not isinstance(validation, int | float):
         raise TypeError(
@@ -103,7 +109,7 @@ def dataset(
         train, kept = shuffled[n:], shuffled[:n]
         held_out = Rows(x, context, weights)
     rows = Rows(x, context, None if weights is None else _of_mean_one(weights, train))
-    return Dataset(rows, train, held_out, kept, _digest(x, context, weights, *given))
+    return Dataset(rows, train, held_out, kept)
 
 
 def _checked(flow: Flow, x: Tensor, context: Tensor | None, of: str) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +128,7 @@ def _checked(flow: Flow, x: Tensor, context: Tensor | None, of: str) -> tuple[Te
             raise ValueError(f"{name} must have shape (rows, {_shape(shape)}); got {tuple(tensor.shape)}")
         if len(tensor) != len(x):
             raise ValueError(f"{of}x has {len(x)} rows but {name} has {len(tensor)}")
-        if name.endswith("x"):
+        if tensor is x or isinstance(flow, CouplingFlow):  # embeddings take contexts of any dtype
             check_floating(name, tensor)
             if tensor.dtype != like.dtype and tensor.dtype.itemsize >= 4:
                 raise TypeError(
@@ -156,12 +162,3 @@ def _of_mean_one(weights: Tensor, train: Tensor) -> Tensor:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return ", ".join(map(str, shape))
-
-
-def _digest(*tensors: Tensor | None) -> str:
-    digest = hashlib.sha256()
-    for t in tensors:
-        digest.update(repr(None if t is None else (t.dtype, tuple(t.shape))).encode())
-        if t is not None:
-            digest.update(t.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

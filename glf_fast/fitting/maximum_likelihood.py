@@ -92,7 +92,7 @@ def fit(
         raise ValueError(f"batch_size={batch_size} is larger than the {len(data.train)} rows to train on")
     settings = {
         "flow": [(name, tuple(t.shape)) for name, t in (*flow.named_parameters(), *flow.named_buffers())],
-        "data": data.digest,
+        "data": data.digest() if resume is not None else "",
         "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "clip": clip, "seed": seed,
         "schedule": schedule, "epochs": epochs if schedule else None,
         "validation": validation if isinstance(validation, int | float) else "rows",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from glf_fast.files import atomic_write
 __all__ = ["ProgressFile"]
 
 FORMAT = 1
+DIGEST = 32  # bytes of SHA-256 at the file's end: torch.load does not notice a wrong byte
 OTHER = {"data": "other data", "flow": "another flow"}  # settings whose values tell nobody anything
 SECONDS = 10.0  # between two writes at least, and twenty times as long as the last one took
 
@@ -42,18 +43,15 @@ class ProgressFile:
         if self.path is None or not self.path.exists():
             return None
         remedy = "delete it, or give another path to start from the beginning"
-        content = self.path.read_bytes()
-        try:
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            settings = found["settings"]
-            known = found["format"] == FORMAT
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.path} is damaged or not a file of glf_fast.fit; {remedy}") from error
-        if not known:
+        content, digest = (file := self.path.read_bytes())[:-DIGEST], file[-DIGEST:]
+        if hashlib.sha256(content).digest() != digest:
+            raise UserError(f"{self.path} is damaged or not a file of glf_fast.fit; {remedy}")
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if found["format"] != FORMAT:
             raise UserError(f"{self.path} was written by another version of glf_fast; {remedy}")
         for name, value in self.settings.items():
-            if settings.get(name) != value:
-                what = OTHER.get(name) or f"{name}={settings.get(name)!r}, not {value!r}"
+            if (its := found["settings"][name]) != value:
+                what = OTHER.get(name) or f"{name}={its!r}, not {value!r}"
                 raise UserError(f"the run in {self.path} has {what}; {remedy}")
         return found["state"]
 
@@ -66,7 +64,10 @@ class ProgressFile:
         if self.path is None:
             return
         start = time.monotonic()
+        buffer = io.BytesIO()
+        torch.save({"format": FORMAT, "settings": self.settings, "state": state}, buffer)
+        content = buffer.getvalue()
         with atomic_write(self.path) as temporary:
-            torch.save({"format": FORMAT, "settings": self.settings, "state": state}, temporary)
+            temporary.write_bytes(content + hashlib.sha256(content).digest())
         end = time.monotonic()
         self._due = end + max(SECONDS, 20 * (end - start))

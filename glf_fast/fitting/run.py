@@ -65,16 +65,20 @@ class Run:
         self._losses: list[float] = []  # of the epoch's steps so far
         self._order = torch.empty(0, dtype=torch.int64)  # its batches
         self._best: dict[str, Any] | None = None  # the flow's state after the best epoch
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
         on_gpu = [self._device] if self._device.type == "cuda" else []
-        self._stack.enter_context(torch.random.fork_rng(on_gpu))
-        torch.manual_seed(seeds.generator(self.seed, "noise").initial_seed())
-        if state := self.file.read():
-            self._restore(state)
+        devices = [torch.device("cpu"), *on_gpu]
+        state = self.file.read()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(on_gpu))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            self._set_random(*(seeds.generator(self.seed, "noise", device=d).get_state() for d in devices))
+            if state is not None:
+                self._restore(state)
+            self._stack = stack.pop_all()
         self._began = time.perf_counter() - self.result.seconds
-        self.flow.train()
         return self
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -109,6 +113,7 @@ class Run:
         result = self.result
         if self.at_epoch_end or not len(self._order):
             self._order = self.data.order(self.seed, self.epoch, self.batch_size)
+            self.flow.train()  # a callback may have drawn samples in evaluation mode
         losses, wrong = self._steps.run(self._order[len(self._losses) :], rates)
         self._losses += losses
         result.steps += len(losses)
@@ -163,7 +168,6 @@ class Run:
             log_prob = self.flow.log_prob(x, context).double()
             total -= float(log_prob.sum() if weights is None else weights.double() @ log_prob)
             weight += float(len(index) if weights is None else weights.double().sum())
-        self.flow.train()
         return total / weight if weight else math.nan
 
     # -- the file ------------------------------------------------------------------------------------------------------
@@ -183,6 +187,10 @@ class Run:
         self.flow.load_state_dict(state["flow"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.result, self._losses, self._best = FitResult(**state["result"]), state["losses"], state["best"]
-        torch.set_rng_state(state["random"])
-        if self._device.type == "cuda" and state["random_on_gpu"] is not None:
-            torch.cuda.set_rng_state(state["random_on_gpu"], self._device)
+        self._set_random(state["random"], state["random_on_gpu"])
+
+    def _set_random(self, on_cpu: Tensor, on_gpu: Tensor | None = None) -> None:
+        """Set the states of torch's global generators: not by torch.manual_seed, which sets those of all devices."""
+        torch.set_rng_state(on_cpu)
+        if self._device.type == "cuda" and on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, self._device)

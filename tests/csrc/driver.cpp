@@ -142,6 +142,7 @@ struct Case {
 }  // namespace
 
 #include "linear.h"
+#include "training.h"
 
 namespace {
 
@@ -221,5 +222,7 @@ int main() {
     walk(glf::avx512::kernels_f64, glf::generic::kernels_f64, 1e-12);
   }
 #endif
+  walk_training<float>(1e-4);
+  walk_training<double>(1e-10);
   std::puts("all agree");
 }

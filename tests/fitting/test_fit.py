@@ -271,6 +271,8 @@ CONDITIONAL = flow(context_dim=3)
         (CONDITIONAL, [X], {}, r"this flow is conditional: give a context of shape \(rows, 3\)"),
         (CONDITIONAL, [X, X[:, :2]], {}, r"context must have shape \(rows, 3\); got \(40, 2\)"),
         (CONDITIONAL, [X, X[:39, :3]], {}, "x has 40 rows but context has 39"),
+        (CONDITIONAL, [X, X[:, :3].double()], {}, "context is torch.float64 but the flow is torch.float32"),
+        (CONDITIONAL, [X, X[:, :3].long()], {}, "context must be floating-point"),
         (CONDITIONAL, [X, X[:, :3] * math.nan], {}, "context has NaN or infinity in 40"),
         (flow(), [X], {"weights": torch.ones(39)}, r"weights must have shape \(rows,\) = \(40,\); got \(39,\)"),
         (flow(), [X], {"weights": -torch.ones(40)}, "weights must be finite and ≥ 0"),
