@@ -1,6 +1,6 @@
 // The processor kernels as torch operations, through the LibTorch Stable ABI: one binary for every torch from 2.10 on.
 // Checks that keep memory safe, and unwrapping; the Python side (glf_fast/ops) explains to users what does not fit.
-#include "bindings.h"
+#include "bindings_flow.h"
 
 #include <cstring>
 #include <string>
@@ -11,75 +11,36 @@ namespace {
 using namespace glf::bindings;
 
 // What all calls share, as it comes from Python.
-struct Arguments {
+struct Arguments : Networks {
   const Tensor &matrix, &offset;
-  const std::optional<Tensor>& unmatrix;
-  const Tensors &weights, &biases;
-  const std::optional<Tensor>& context;
-  int64_t coupling, activation, log_scale;
-  double constant;
-  bool add_first, inverse, density;
+  const Maybe &unmatrix, &context;
+  bool inverse, density;
 
   template <class T>
   glf::Flow<T> flow(const Tensor& x) const {
-    STD_TORCH_CHECK(coupling >= 0 && coupling < glf::kinds && activation >= 0 && activation < glf::activations &&
-                        log_scale >= 0 && log_scale < glf::log_scales,
-                    "glf_fast: unknown functions");
     STD_TORCH_CHECK(x.dim() == 2 && matrix.dim() == 3 && matrix.size(0) > 0 && matrix.size(1) == x.size(1) &&
                         matrix.size(2) == x.size(1) && offset.dim() == 2 && offset.size(0) == matrix.size(0) &&
                         offset.size(1) == x.size(1) &&
                         (!unmatrix || unmatrix->numel() == matrix.numel()) &&
                         (!context || (context->dim() == 2 && context->size(0) == x.size(0))),
                     "glf_fast: shapes of the rows, the maps and the context do not fit");
-    STD_TORCH_CHECK(!weights.empty() && weights.size() <= glf::max_layers && weights.size() == biases.size(),
-                    "glf_fast: an MLP of 1 to ", glf::max_layers, " layers is needed; got ", weights.size());
-    glf::Flow<T> f{};
-    f.steps = matrix.size(0);
-    f.dim = matrix.size(1);
-    f.context_dim = context ? context->size(1) : 0;
-    f.layers = static_cast<int>(weights.size());
-    f.kind = static_cast<glf::Kind>(coupling);
-    f.networks = networks_of(f.kind);
-    const bool apart = f.networks > 1;
-    f.width[0] = f.passive() + f.context_dim;
+    glf::Flow<T> f = Networks::flow<T>(matrix.size(0), matrix.size(1), context);
     f.matrix = read<T>(matrix);
-    f.unmatrix = unmatrix ? read<T>(*unmatrix) : nullptr;
+    f.unmatrix = read<T>(unmatrix);
     f.offset = read<T>(offset);
-    for (int i = 0; i < f.layers; ++i) {
-      const int64_t dims = apart ? 4 : 3;  // (K, networks, …) or (K, …)
-      STD_TORCH_CHECK(weights[i].dim() == dims && biases[i].dim() == dims - 1 && weights[i].size(0) == f.steps &&
-                          biases[i].size(0) == f.steps && (!apart || (weights[i].size(1) == f.networks && biases[i].size(1) == f.networks)) &&
-                          weights[i].size(dims - 2) == f.width[i] &&
-                          biases[i].size(dims - 2) == weights[i].size(dims - 1),
-                      "glf_fast: the widths of the MLP's layers do not chain");
-      f.width[i + 1] = weights[i].size(dims - 1);
-      f.weight[i] = read<T>(weights[i]);
-      f.bias[i] = read<T>(biases[i]);
-    }
-    STD_TORCH_CHECK(f.width[f.layers] == columns_of(f.kind) * f.transformed(), "glf_fast: the MLP must end in ",
-                    columns_of(f.kind), "·(D//2) columns; got ", f.width[f.layers]);
-    f.activation = static_cast<glf::Activation>(activation);
-    f.log_scale = static_cast<glf::LogScale>(log_scale);
-    f.constant = static_cast<T>(constant);
-    f.add_first = add_first;
     f.inverse = inverse;
     f.density = density;
     return f;
-  }
-
-  template <class T>
-  const T* context_data() const {
-    return context ? read<T>(*context) : nullptr;
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
                                                  Tensors biases, std::optional<Tensor> context, int64_t coupling,
-                                                 int64_t activation, int64_t log_scale, double constant, bool add_first, bool inverse,
-                                                 bool density, int64_t save, int64_t record) {
-  const std::optional<Tensor> none;
-  const Arguments arguments{matrix,   offset,     none,      weights,  biases,    context, coupling,
-                            activation, log_scale, constant, add_first, inverse, density};
+                                                 int64_t activation, int64_t log_scale, double constant, bool add_first,
+                                                 std::vector<double> spline, bool inverse, bool density, int64_t save, int64_t record) {
+  const Maybe none;
+  const Arguments arguments{{weights, biases, coupling, activation, log_scale, constant, add_first, spline},
+                            matrix, offset, none, context, inverse, density};
   const int64_t batch = x.size(0), steps = matrix.size(0);
   const auto mode = static_cast<glf::Save>(save);
   Tensor out = alike(x), logdet = empty(x, {batch});
@@ -90,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
     const int64_t width = mode == glf::Save::records ? glf::record_width(flow) : flow.dim;
     STD_TORCH_CHECK(mode == glf::Save::nothing || record == width, "glf_fast: a record is ", width, " wide, not ",
                     record);
-    glf::kernels<T>().forward(flow, batch, read<T>(x), arguments.context_data<T>(), write<T>(out), write<T>(logdet),
+    glf::kernels<T>().forward(flow, batch, read<T>(x), read<T>(context), write<T>(out), write<T>(logdet),
                               mode, write<T>(saved), record, parallel());
   });
   return {out, logdet, saved};
@@ -101,9 +62,10 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
 Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
                                std::optional<Tensor> context, int64_t coupling, int64_t activation, int64_t log_scale,
-                               double constant, bool add_first, bool inverse, int64_t save, bool parameters) {
-  const Arguments arguments{matrix,     offset,    unmatrix, weights,   biases,  context, coupling,
-                            activation, log_scale, constant, add_first, inverse, !grad_out};
+                               double constant, bool add_first, std::vector<double> spline, bool inverse, int64_t save,
+                               bool parameters) {
+  const Arguments arguments{{weights, biases, coupling, activation, log_scale, constant, add_first, spline},
+                            matrix, offset, unmatrix, context, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
   STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
   Tensors grads{alike(out), context ? alike(*context) : empty(out, {0})};
@@ -131,7 +93,7 @@ Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logde
       }
     }
     const int64_t record = mode == glf::Save::nothing ? 0 : saved.size(2);
-    glf::kernels<T>().backward(flow, out.size(0), read<T>(out), arguments.context_data<T>(), mode, read<T>(saved),
+    glf::kernels<T>().backward(flow, out.size(0), read<T>(out), read<T>(context), mode, read<T>(saved),
                                record, grad_out ? read<T>(*grad_out) : nullptr, read<T>(grad_logdet), write<T>(grads[0]), write<T>(grads[1]),
                                parameters ? &target : nullptr, parallel());
   });
@@ -163,7 +125,7 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor v, Tensor u, Tensor t, int64_t
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
     const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(log_scale), static_cast<T>(constant),
-                              add_first, inverse};
+                              add_first, inverse, {}};
     glf::kernels<T>().coupling(op, v.size(0), pixels, v.size(last), channels<T>(v), channels<T>(u), channels<T>(t),
                                write<T>(w), write<T>(logdet), parallel());
   });
@@ -181,12 +143,43 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_w, Tenso
   for_dtype(v, [&](auto zero) {
     using T = decltype(zero);
     const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(log_scale), static_cast<T>(constant),
-                              add_first, inverse};
+                              add_first, inverse, {}};
     glf::kernels<T>().coupling_backward(op, v.size(0), pixels, v.size(last), channels<T>(v), channels<T>(u),
                                         channels<T>(t), read<T>(grad_w), read<T>(grad_logdet), write<T>(grad_v),
                                         write<T>(grad_u), write<T>(grad_t), parallel());
   });
   return {grad_v, grad_u, grad_t};
+}
+
+void check_splines(const Tensor& x, const Tensor& parameters, const std::vector<double>& options) {
+  STD_TORCH_CHECK(x.dim() == 2 && parameters.dim() == 3 && parameters.size(0) == x.size(0) &&
+                      parameters.size(1) == x.size(1) && parameters.size(2) == spline_of<double>(options).columns(),
+                  "glf_fast: parameters of splines do not fit");
+}
+
+std::tuple<Tensor, Tensor> spline(Tensor x, Tensor parameters, std::vector<double> options, bool inverse) {
+  check_splines(x, parameters, options);
+  Tensor y = alike(x), logdet = empty(x, {x.size(0)});
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    glf::kernels<T>().spline(spline_of<T>(options), inverse, x.size(0), x.size(1), read<T>(x), read<T>(parameters),
+                             write<T>(y), write<T>(logdet), parallel());
+  });
+  return {y, logdet};
+}
+
+std::tuple<Tensor, Tensor> spline_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor parameters,
+                                           std::vector<double> options, bool inverse) {
+  check_splines(x, parameters, options);
+  STD_TORCH_CHECK(grad_y.sizes().equals(x.sizes()) && grad_logdet.numel() == x.size(0), "glf_fast: gradients do not fit");
+  Tensor grad_x = alike(x), grad_parameters = alike(parameters);
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    glf::kernels<T>().spline_backward(spline_of<T>(options), inverse, x.size(0), x.size(1), read<T>(x),
+                                      read<T>(parameters), read<T>(grad_y), read<T>(grad_logdet), write<T>(grad_x),
+                                      write<T>(grad_parameters), parallel());
+  });
+  return {grad_x, grad_parameters};
 }
 
 // Whether two lists of tensors are contiguous and the same: shapes, dtypes, bytes.
@@ -211,18 +204,22 @@ int64_t vector_bytes() { return glf::vector_bytes(); }
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
-      "int coupling, int activation, int log_scale, float constant, bool add_first, bool inverse, bool density, int save, int record)"
+      "int coupling, int activation, int log_scale, float constant, bool add_first, float[] spline, bool inverse, bool density, int save, int record)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
       "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int activation, "
-      "int log_scale, float constant, bool add_first, bool inverse, int save, bool parameters) -> Tensor[]");
+      "int log_scale, float constant, bool add_first, float[] spline, bool inverse, int save, bool parameters) -> Tensor[]");
   m.def(
       "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"
       " -> (Tensor, Tensor)");
   m.def(
       "cpu_affine_coupling_backward(Tensor grad_w, Tensor grad_logdet, Tensor v, Tensor u, Tensor t, int log_scale, "
       "float constant, bool add_first, bool inverse) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_spline(Tensor x, Tensor parameters, float[] options, bool inverse) -> (Tensor, Tensor)");
+  m.def(
+      "cpu_spline_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor parameters, float[] options, bool inverse)"
+      " -> (Tensor, Tensor)");
   m.def("cpu_identical(Tensor[] a, Tensor[] b) -> bool");
   m.def("cpu_code(str table, str name) -> int");
   m.def("cpu_vector_bytes() -> int");
@@ -233,6 +230,8 @@ STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
   m.impl("cpu_coupling_flow_backward", TORCH_BOX(&coupling_flow_backward));
   m.impl("cpu_affine_coupling", TORCH_BOX(&affine_coupling));
   m.impl("cpu_affine_coupling_backward", TORCH_BOX(&affine_coupling_backward));
+  m.impl("cpu_spline", TORCH_BOX(&spline));
+  m.impl("cpu_spline_backward", TORCH_BOX(&spline_backward));
   m.impl("cpu_identical", TORCH_BOX(&identical));
 }
 

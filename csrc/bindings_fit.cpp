@@ -1,5 +1,5 @@
 // Training as a torch operation: many steps of a flow's optimizer in one call.
-#include "bindings.h"
+#include "bindings_flow.h"
 #include "cpu/fit.h"
 
 #include <chrono>
@@ -27,50 +27,12 @@ struct Room {
   }
 };
 
-// The tensors of a flow and of its optimizer, as they come from Python.
+// The tensors of a flow's maps and of its optimizer, as they come from Python.
 struct Arguments {
-  const Maybe &context, &permutation, &sign;
+  const Maybe &permutation, &sign;
   const Tensors &linear;   // lower, upper, log_diag of "plu", the weight of "dense", nothing of "permutation"
   const Tensors &actnorm;  // log_scale, bias, or nothing
-  const Tensors &weights, &biases;
-  const Tensors &means, &squares;  // Adam's, of all parameters in the order above; empty where one is frozen
-  int64_t coupling, activation, log_scale;
-  double constant;
-  bool add_first;
-
-  // Everything but the affine maps.
-  template <class T>
-  glf::Flow<T> flow(const Tensor& x) const {
-    STD_TORCH_CHECK(coupling >= 0 && coupling < glf::kinds && activation >= 0 && activation < glf::activations &&
-                        log_scale >= 0 && log_scale < glf::log_scales,
-                    "glf_fast: unknown functions");
-    STD_TORCH_CHECK(!weights.empty() && weights.size() <= glf::max_layers && weights.size() == biases.size(),
-                    "glf_fast: an MLP of 1 to ", glf::max_layers, " layers is needed; got ", weights.size());
-    glf::Flow<T> f{};
-    f.steps = biases[0].size(0);
-    f.dim = x.size(1);
-    f.context_dim = context ? context->size(1) : 0;
-    f.layers = static_cast<int>(weights.size());
-    f.kind = static_cast<glf::Kind>(coupling);
-    f.networks = glf::networks_of(f.kind);
-    f.width[0] = f.passive() + f.context_dim;
-    for (int i = 0; i < f.layers; ++i) {
-      f.width[i + 1] = biases[i].size(biases[i].dim() - 1);
-      STD_TORCH_CHECK(biases[i].numel() == f.biases_before(i, f.steps, 0) &&
-                          weights[i].numel() == f.weights_before(i, f.steps, 0),
-                      "glf_fast: the widths of the MLP's layers do not chain");
-      f.weight[i] = read<T>(weights[i]);
-      f.bias[i] = read<T>(biases[i]);
-    }
-    STD_TORCH_CHECK(f.width[f.layers] == glf::columns_of(f.kind) * f.transformed(), "glf_fast: the MLP must end in ",
-                    glf::columns_of(f.kind), "·(D//2) columns; got ", f.width[f.layers]);
-    f.activation = static_cast<glf::Activation>(activation);
-    f.log_scale = static_cast<glf::LogScale>(log_scale);
-    f.constant = static_cast<T>(constant);
-    f.add_first = add_first;
-    f.density = true;
-    return f;
-  }
+  const Tensors &means, &squares;  // Adam's, of all parameters: of those above, weights, biases; empty where one is frozen
 
   // The next parameter of the optimizer, with memory for its gradient.
   template <class T>
@@ -135,12 +97,12 @@ struct Arguments {
 int64_t fit(Tensor order, Tensor rates, Tensor x, Maybe context, Maybe row_weights, Maybe permutation, Maybe sign,
             Tensors linear, Tensors actnorm, Tensors weights, Tensors biases, Tensors means, Tensors squares,
             Tensor losses, int64_t coupling, int64_t activation, int64_t log_scale, double constant, bool add_first,
-            int64_t number, double beta1, double beta2, double epsilon, double weight_decay, std::optional<double> clip,
-            int64_t records_limit, double seconds) {
+            std::vector<double> spline, int64_t number, double beta1, double beta2, double epsilon, double weight_decay,
+            std::optional<double> clip, int64_t records_limit, double seconds) {
   using Clock = std::chrono::steady_clock;
   const auto end = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-  const Arguments arguments{context, permutation, sign,     linear,     actnorm,   weights,  biases,
-                            means,   squares,     coupling, activation, log_scale, constant, add_first};
+  const Networks given{weights, biases, coupling, activation, log_scale, constant, add_first, spline};
+  const Arguments arguments{permutation, sign, linear, actnorm, means, squares};
   STD_TORCH_CHECK(order.dim() == 2 && order.size(1) > 0 && rates.numel() == order.size(0) &&
                       losses.numel() == order.size(0) && x.dim() == 2 &&
                       (!context || (context->dim() == 2 && context->size(0) == x.size(0))) &&
@@ -158,7 +120,8 @@ int64_t fit(Tensor order, Tensor rates, Tensor x, Maybe context, Maybe row_weigh
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     Room room{x, {}};
-    const auto flow = arguments.flow<T>(x);
+    auto flow = given.flow<T>(weights.empty() ? 0 : weights[0].size(0), x.size(1), context);
+    flow.density = true;
     std::vector<glf::Trained<T>> parameters;
     const auto maps = arguments.maps<T>(flow, parameters, room);
     glf::Gradients<T> networks{};
@@ -186,8 +149,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
       "cpu_fit(Tensor order, Tensor rates, Tensor x, Tensor? context, Tensor? row_weights, Tensor? permutation, "
       "Tensor? sign, Tensor(a!)[] linear, Tensor(b!)[] actnorm, Tensor(c!)[] weights, Tensor(d!)[] biases, "
       "Tensor(e!)[] means, Tensor(f!)[] squares, Tensor(g!) losses, int coupling, int activation, int log_scale, "
-      "float constant, bool add_first, int number, float beta1, float beta2, float epsilon, float weight_decay, "
-      "float? clip, int records_limit, float seconds) -> int");
+      "float constant, bool add_first, float[] spline, int number, float beta1, float beta2, float epsilon, "
+      "float weight_decay, float? clip, int records_limit, float seconds) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) { m.impl("cpu_fit", TORCH_BOX(&fit)); }

@@ -23,11 +23,13 @@ from glf_fast.flow import (
     InvertibleLinear,
     SeparateNetworks,
     SequentialFlow,
+    SplineCoupling,
     Split,
     Squeeze,
     rnvp_flow,
 )
 from glf_fast.ops import backends, use_backend
+from glf_fast.reference import Spline
 
 if TYPE_CHECKING:
     from glf_fast import integrations
@@ -53,6 +55,8 @@ __all__ = [
     "InvertibleLinear",
     "SeparateNetworks",
     "SequentialFlow",
+    "Spline",
+    "SplineCoupling",
     "Split",
     "Squeeze",
     "accelerate",

@@ -1,17 +1,11 @@
-// The affine coupling of rows: RealNVP (arXiv:1605.08803), eq. 4, in both orders and directions, and its backward.
+// The coupling of rows, and its backward: affine ones here, RealNVP (arXiv:1605.08803), eq. 4, in both orders and directions.
 #pragma once
 
 #include "elementwise.h"
+#include "rows.h"
+#include "spline.h"
 
 namespace glf::GLF_ISA {
-
-// A (rows, n) view of memory.
-template <class T>
-struct Rows {
-  T* data;
-  idx ld;
-  T* operator[](idx m) const { return data + m * ld; }
-};
 
 template <class T>
 struct Coupled {
@@ -67,17 +61,18 @@ struct Additive {
   }
 };
 
-// Calls f with what the coupling does, as a compile-time constant. A new kind of coupling has its place here.
+// Calls f with what the coupling does to single numbers v, given u and t, as a compile-time constant.
 template <class T, class F>
 void with_transform(const Coupling<T>& op, F f) {
   if (op.kind == Kind::additive) return f(Additive{});
   with_log_scale(op.log_scale, [&](auto s) { f(Affine<decltype(s)::value>{}); });
 }
 
-// out ← coupling of v, and logdet += ±Σ ℓ (or =, unless `accumulate`).
+// out ← coupling of v, and logdet += ±Σ ℓ (or =, unless `accumulate`). Of splines, u is where all parameters are.
 template <class T>
 void couple_rows(const Coupling<T>& op, idx rows, idx n, Rows<const T> v, Rows<const T> u, Rows<const T> t, Rows<T> out,
                  T* logdet, bool accumulate) {
+  if (op.kind == Kind::spline) return spline_rows<T>(op.spline, op.inverse, rows, n, v, u, out, logdet, accumulate);
   with_transform(op, [&](auto transform) {
     for (idx m = 0; m < rows; ++m) {
       vec<T> total{};
@@ -98,6 +93,8 @@ template <class T>
 void couple_rows_backward(const Coupling<T>& op, idx rows, idx n, Rows<const T> v, Rows<const T> u, Rows<const T> t,
                           Rows<const T> grad_out, const T* grad_logdet, Rows<T> grad_v, Rows<T> grad_u,
                           Rows<T> grad_t) {
+  if (op.kind == Kind::spline)
+    return spline_rows_backward<T>(op.spline, op.inverse, rows, n, v, u, grad_out, grad_logdet, grad_v, grad_u);
   with_transform(op, [&](auto transform) {
     for (idx m = 0; m < rows; ++m)
       for (idx j = 0; j < n; j += lanes<T>) {

@@ -11,7 +11,7 @@ using Int = std::ptrdiff_t;
 // What there is of each, by the names in glf_fast.reference. Python asks for a name's number (code_of).
 #define GLF_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(gelu) X(tanh) X(elu)
 #define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet)
-#define GLF_COUPLINGS(X) X(affine) X(separate) X(additive)
+#define GLF_COUPLINGS(X) X(affine) X(separate) X(additive) X(spline)
 #define GLF_ENUMERATOR(name) name,
 enum class Activation : int { GLF_ACTIVATIONS(GLF_ENUMERATOR) };
 enum class LogScale : int { GLF_LOG_SCALES(GLF_ENUMERATOR) };
@@ -28,8 +28,21 @@ inline constexpr int activations = GLF_ACTIVATIONS(GLF_ONE), log_scales = GLF_LO
 
 // MLPs of a step: one that makes all parameters of the coupling, or one for u and one for t.
 constexpr int networks_of(Kind kind) { return kind == Kind::separate ? 2 : 1; }
-// Numbers that an MLP makes for each transformed column.
-constexpr int columns_of(Kind kind) { return kind == Kind::affine ? 2 : 1; }
+
+// Slopes of a spline's knots that are given, less the number of its bins: glf_fast.reference.TAILS.
+enum class Tails : int { linear = -1, circular = 0, none = 1 };
+
+// A rational-quadratic spline with the constants of glf_fast.reference.PreparedSpline.
+template <class T>
+struct Spline {
+  int bins;
+  Tails tails;
+  bool soft_clip;
+  T low, high, min_width, min_height, min_derivative, factor, clip, scale;
+
+  Int columns() const { return 3 * bins + static_cast<int>(tails); }  // parameters
+};
+inline constexpr int most_bins = 32;
 
 // What a pass over the flow keeps for its backward.
 enum class Save : int {
@@ -48,7 +61,7 @@ struct Flow {
   Kind kind;
   int networks;                // networks_of(kind)
   int layers;                  // linear layers of an MLP: hidden layers + 1
-  Int width[max_layers + 1];   // P + C, hidden widths, columns_of(kind)·(D//2)
+  Int width[max_layers + 1];   // P + C, hidden widths, columns()·(D//2)
   const T* matrix;             // (K, D, D)
   const T* unmatrix;           // (K, D, D)
   const T* offset;             // c (K, D)
@@ -57,11 +70,14 @@ struct Flow {
   Activation activation;
   LogScale log_scale;
   T constant;                  // the log-scale's; ln m for softclip
+  Spline<T> spline;            // of that kind alone
   bool add_first, inverse;
   bool density;                // log N(out; 0, I) is added to the log-determinants
 
   Int passive() const { return dim - dim / 2; }
   Int transformed() const { return dim / 2; }
+  // Numbers that an MLP makes for each transformed column.
+  Int columns() const { return kind == Kind::spline ? spline.columns() : kind == Kind::affine ? 2 : 1; }
   // Elements of weight[i] and of bias[i] up to those of network n in step k.
   Int weights_before(int i, Int k, int n) const { return (k * networks + n) * width[i] * width[i + 1]; }
   Int biases_before(int i, Int k, int n) const { return (k * networks + n) * width[i + 1]; }
@@ -85,6 +101,7 @@ struct Coupling {
   LogScale log_scale;  // of an affine one
   T constant;  // as in Flow
   bool add_first, inverse;
+  Spline<T> spline;
 };
 
 // (B, pixels, n) in memory: channels side by side, pixels and samples as far apart as these say.
@@ -125,6 +142,12 @@ struct Kernels {
                    T* logdet, const Parallel&);
   void (*coupling_backward)(const Coupling<T>&, Int batch, Int pixels, Int n, Channels<T> v, Channels<T> u, Channels<T> t,
                             const T* grad_w, const T* grad_logdet, T* grad_v, T* grad_u, T* grad_t, const Parallel&);
+  // y (rows, n) and logdet (rows,) from x and parameters (rows, n, columns()); then from their gradients to those of x and of
+  // the parameters.
+  void (*spline)(const Spline<T>&, bool inverse, Int rows, Int n, const T* x, const T* parameters, T* y, T* logdet,
+                 const Parallel&);
+  void (*spline_backward)(const Spline<T>&, bool inverse, Int rows, Int n, const T* x, const T* parameters,
+                          const T* grad_y, const T* grad_logdet, T* grad_x, T* grad_parameters, const Parallel&);
   // A, A⁻¹ (unless null), c and log|det A| (K,); and from their gradients (null where zero) to the parameters'.
   void (*plu_assemble)(const Plu<T>&, T* A, T* A_inv, T* c, T* logabsdet, const Parallel&);
   void (*plu_assemble_backward)(const Plu<T>&, const T* A, const T* A_inv, const T* grad_A, const T* grad_A_inv,

@@ -18,8 +18,8 @@ struct Tile {
 
   Rows<T> field(idx offset) const { return {record + offset, at.width}; }
   Rows<const T> read(idx offset) const { return {record + offset, at.width}; }
-  Coupling<T> coupling(bool inverse) const { return {flow.kind, flow.log_scale, flow.constant, flow.add_first, inverse}; }
-  idx shift() const { return at.raw + (flow.kind == Kind::additive ? 0 : flow.transformed()); }  // t; u is at raw
+  Coupling<T> coupling(bool inverse) const { return {flow.kind, flow.log_scale, flow.constant, flow.add_first, inverse, flow.spline}; }
+  idx shift() const { return at.raw + (flow.kind == Kind::affine || flow.kind == Kind::separate ? flow.transformed() : 0); }  // t; u is at raw
 };
 
 // [u, t], or t, = MLP_k([p, context]), with p (rows, P) in a field of the record.

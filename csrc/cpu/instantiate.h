@@ -5,16 +5,17 @@
 #include "flow_backward.h"
 #include "lu.h"
 #include "plu.h"
+#include "spline_op.h"
 
 namespace glf::GLF_ISA {
 
 extern const Kernels<float> kernels_f32;
 extern const Kernels<double> kernels_f64;
 const Kernels<float> kernels_f32{forward<float>,      backward<float>,     coupling<float>,
-                                 coupling_backward<float>, plu_assemble<float>, plu_assemble_backward<float>,
+                                 coupling_backward<float>, spline<float>, spline_backward<float>, plu_assemble<float>, plu_assemble_backward<float>,
                                  slogdet_inverse<float>};
 const Kernels<double> kernels_f64{forward<double>,      backward<double>,     coupling<double>,
-                                  coupling_backward<double>, plu_assemble<double>, plu_assemble_backward<double>,
+                                  coupling_backward<double>, spline<double>, spline_backward<double>, plu_assemble<double>, plu_assemble_backward<double>,
                                   slogdet_inverse<double>};
 
 }  // namespace glf::GLF_ISA

@@ -21,6 +21,31 @@ inline f64 by_lane(f64 x, F f) {
 inline f32 abs(f32 x) { return (f32)((i32)x & 0x7fffffff); }
 inline f64 abs(f64 x) { return (f64)((mask<double>)x & 0x7fffffffffffffff); }
 
+// a·b + c with one rounding.
+#if GLF_VECTOR_BYTES == 64
+inline f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline f64 fma(f64 a, f64 b, f64 c) { return (f64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+inline f32 sqrt(f32 x) { return (f32)_mm512_sqrt_ps((__m512)x); }
+inline f64 sqrt(f64 x) { return (f64)_mm512_sqrt_pd((__m512d)x); }
+#elif GLF_VECTOR_BYTES == 32
+inline f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline f64 fma(f64 a, f64 b, f64 c) { return (f64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+inline f32 sqrt(f32 x) { return (f32)_mm256_sqrt_ps((__m256)x); }
+inline f64 sqrt(f64 x) { return (f64)_mm256_sqrt_pd((__m256d)x); }
+#else
+template <class V>
+inline V fma(V a, V b, V c) {
+  return a * b + c;  // in one rounding where the processor has it: NEON, but not SSE2
+}
+inline f32 sqrt(f32 x) {
+  for (int i = 0; i < lanes<float>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+inline f64 sqrt(f64 x) {
+  return by_lane(x, [](double s) { return std::sqrt(s); });
+}
+#endif
+
 // Takes the sign of `sign`.
 inline f32 copysign(f32 x, f32 sign) { return (f32)(((i32)x & 0x7fffffff) | ((i32)sign & (i32{} + INT32_MIN))); }
 

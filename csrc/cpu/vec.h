@@ -48,7 +48,7 @@ inline void store(T* p, vec<T> v) {
 }
 
 // The first n elements, 0 < n < lanes; the rest is zero. Nothing behind them is touched. The only intrinsics of the
-// kernels: small flows work on parts of vectors everywhere, and a loop over elements would be a call of memcpy.
+// kernels but for square roots: small flows work on parts of vectors everywhere, and a loop over elements would be a call of memcpy.
 #if GLF_VECTOR_BYTES == 64
 inline vec<float> load_few(const float* p, idx n) { return (vec<float>)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
 inline vec<double> load_few(const double* p, idx n) { return (vec<double>)_mm512_maskz_loadu_pd((1u << n) - 1, p); }

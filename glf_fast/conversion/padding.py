@@ -79,7 +79,7 @@ def _cost(couplings: Sequence[Coupling]) -> int:
     """Multiply-adds for each sample of those couplings, stacked."""
     kind, dim = couplings[0].kind(), padded_dim(width(couplings[0]), couplings)
     context = max(coupling.context_dim() for coupling in couplings)
-    outputs = (2 if kind == "affine" else 1) * (dim // 2)
+    outputs = couplings[0].columns() * (dim // 2)
     widths = [dim - dim // 2 + context, *hidden_widths(couplings), outputs]
     networks = 2 if kind == "separate" else 1
     return len(couplings) * (dim**2 + networks * sum(a * b for a, b in itertools.pairwise(widths)))

@@ -18,7 +18,6 @@ from glf_fast.reference import prepared_constant
 __all__ = ["FusedSteps", "why_not"]
 
 SECONDS = 0.2  # of a call, after which Ctrl-C, callbacks and the display have their turn
-COUPLINGS = ("affine", "separate", "additive")
 operations = torch.ops.glf_fast
 
 
@@ -27,7 +26,7 @@ def why_not(flow: Flow, batch_size: int) -> str:
     if type(flow) is not CouplingFlow or "log_prob" in vars(flow):
         return "not a CouplingFlow"
     options = flow.config
-    if options["reversible"] or options["coupling"] not in COUPLINGS or options["coupling"] not in COUPLING_CODES:
+    if options["reversible"] or options["coupling"] not in COUPLING_CODES:
         return "a reversible flow, or a coupling that csrc has not"
     if not flow._started and batch_size < 2:
         return "ActNorms that a batch of one row cannot start"
@@ -89,6 +88,7 @@ class FusedSteps:
             COUPLING_CODES[options["coupling"]], ACTIVATION_CODES[options["activation"]],
             LOG_SCALE_CODES[options["log_scale"]],
             prepared_constant(options["log_scale"], options["log_scale_constant"]), options["add_first"],
+            [] if options["spline"] is None else options["spline"].prepared().numbers(),
             int(counts[0]) + 1, *group["betas"], group["eps"], group["weight_decay"],
             self.clip if math.isfinite(self.clip) else None, RECORDS_LIMIT, SECONDS,
         )  # fmt: skip

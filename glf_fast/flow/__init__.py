@@ -12,6 +12,7 @@ from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.mlp import MLP, SeparateNetworks
 from glf_fast.flow.rnvp import rnvp_flow
 from glf_fast.flow.sequential import SequentialFlow
+from glf_fast.flow.spline_coupling import SplineCoupling
 from glf_fast.flow.split import Split
 from glf_fast.flow.squeeze import Squeeze
 
@@ -29,6 +30,7 @@ __all__ = [
     "InvertibleLinear",
     "SeparateNetworks",
     "SequentialFlow",
+    "SplineCoupling",
     "Split",
     "Squeeze",
     "rnvp_flow",

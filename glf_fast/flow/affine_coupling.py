@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
-from glf_fast.flow.linear import InvertibleLinear
+from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.masks import ChannelHalves, Checkerboard
-from glf_fast.ops.checks import check_channels, check_log_scale, check_shape, check_tensors
+from glf_fast.ops.checks import check_log_scale
 from glf_fast.reference import LOG_SCALES
 
 __all__ = ["AffineCoupling"]
 
 
-class AffineCoupling(nn.Module):
+class AffineCoupling(Coupling):
     """z_v = v·e^f(u) + t, z_p = p, with x in two parts (p, v) and (u, t) = conditioner([p, context]); log|det J| = Σ f(u).
 
     RealNVP (arXiv:1605.08803), eqs. 4–9. The conditioner runs once in either direction.
@@ -48,8 +47,6 @@ class AffineCoupling(nn.Module):
         (torch.Size([4, 6]), torch.Size([4]))
     """
 
-    _views = False  # the conditioner fails on images in channels_last order
-
     def __init__(
         self,
         dim: int,
@@ -64,127 +61,43 @@ class AffineCoupling(nn.Module):
         undo: bool = False,
         pass_context: bool = False,
     ) -> None:
-        super().__init__()
         check_log_scale(log_scale, log_scale_constant)
-        self.dim = dim
-        self.conditioner = conditioner
+        super().__init__(dim, conditioner, mask=mask, flip=flip, undo=undo, pass_context=pass_context)
         self.additive = additive
         self.log_scale = log_scale
         self.log_scale_constant = LOG_SCALES[log_scale] if log_scale_constant is None else log_scale_constant
         self.add_first = add_first
-        self.flip = flip
-        self.undo = undo
-        self.pass_context = pass_context
-        self.mask = mask if isinstance(mask, str) else tuple(map(bool, mask))
-        self._halves: ChannelHalves | None = None
-        # Channels that do not lie together are brought together. A `SequentialFlow` leaves that to matrices before and behind.
-        self.order: InvertibleLinear | None = None
-        self.restore: InvertibleLinear | None = None
-        if mask == "checkerboard":
-            return
-        transformed = _transformed(dim, self.mask, flip)
-        T = sum(transformed)
-        v_first = transformed == tuple(sorted(transformed, reverse=True))
-        self._halves = ChannelHalves(*((T, dim - T) if v_first else (dim - T, T)), v_first=v_first)
-        if not v_first and transformed != tuple(sorted(transformed)):
-            order = sorted(range(dim), key=lambda channel: transformed[channel])
-            restore = sorted(range(dim), key=lambda channel: order[channel])
-            self.order, self.restore = (
-                InvertibleLinear(dim, linear="permutation", permutation=channels) for channels in (order, restore)
-            )
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise: x (B, D, …) → z like x, logdet (B,)."""
-        return self._run(x, context, inverse=False)
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        """Numbers that the conditioner makes for each channel of v."""
+        return 1 if self.additive else 2
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: z (B, D, …) → x like z, logdet (B,)."""
-        return self._run(z, context, inverse=True)
-
-    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        if self.order is None or self.restore is None:
-            return self.couple(x, context, inverse=inverse)
-        z, logdet = self.couple(self.order(x)[0], context, inverse=inverse)
-        return self.restore(z)[0], logdet
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
-        unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        saved = state_dict.get(f"{prefix}order.permutation")
-        if (
-            saved is not None
-            and self.order is not None
-            and not torch.equal(saved.cpu(), self.order.get_buffer("permutation").cpu())
-        ):
-            errors.append(f"{prefix or 'the coupling'} has the mask of another coupling")
-
-    def couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        """`forward`, or `inverse`, of channels that `order` has brought together, and left in that order."""
-        inverse = inverse != self.undo
-        check_channels("x", x, self.dim)
-        parts = Checkerboard(x, even=self.flip) if self._halves is None else self._halves
-        p, v = parts.divide(x)
-        u, t = self._conditioned(p, context, parts.outputs)
-        u, t = None if u is None else parts.of_v(u), parts.of_v(t)
+    def transform(
+        self,
+        v: Tensor,
+        raw: Tensor | tuple[Tensor | None, Tensor],
+        parts: ChannelHalves | Checkerboard,
+        *,
+        inverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """v·e^f(u) + t and Σ f(u), of raw [u, t], the pair (u, t), or t alone."""
+        u, t = raw if isinstance(raw, tuple) else (None, raw) if self.additive else raw.chunk(2, 1)
         if u is None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            t, v = t.to(dtype), v.to(dtype)
-            w, logdet = v - t if inverse else v + t, v.new_zeros(len(v))
-        else:
-            w, logdet = ops.affine_coupling(
-                v,
-                u,
-                t,
-                log_scale=self.log_scale,
-                log_scale_constant=self.log_scale_constant,
-                add_first=self.add_first,
-                inverse=inverse,
-            )
-        return parts.join(p.to(w.dtype), w), logdet
+            dtype = torch.promote_types(v.dtype, torch.float32)
+            t, v = parts.of_v(t).to(dtype), v.to(dtype)
+            return v - t if inverse else v + t, v.new_zeros(len(v))
+        return ops.affine_coupling(
+            v,
+            parts.of_v(u),
+            parts.of_v(t),
+            log_scale=self.log_scale,
+            log_scale_constant=self.log_scale_constant,
+            add_first=self.add_first,
+            inverse=inverse,
+        )
 
-    def _conditioned(self, p: Tensor, context: Tensor | None, channels: int) -> tuple[Tensor | None, Tensor]:
-        """u, or None if `additive`, and t, of so many channels each."""
-        if not self.pass_context and context is not None:
-            check_tensors(context=context)
-            pixels = context.view(*context.shape, *(1,) * (p.ndim - context.ndim)).expand(-1, -1, *p.shape[2:])
-            p = torch.cat([p, pixels.to(p.dtype)], 1)
-        rest = (context,) if self.pass_context else ()
-        try:
-            raw = self.conditioner(p.contiguous() if self._views else p, *rest)
-        except RuntimeError as error:
-            if p.is_contiguous() or "view size is not compatible" not in str(error):
-                raise
-            self._views = True  # from now on
-            raw = self.conditioner(p.contiguous(), *rest)
-        if isinstance(raw, tuple):
-            return raw
-        wanted = (len(p), channels if self.additive else 2 * channels, *p.shape[2:])
-        check_shape("the conditioner's output", raw, wanted, f"(batch, {'' if self.additive else '2·'}channels, …)")
-        return (None, raw) if self.additive else raw.chunk(2, 1)
-
-    def extra_repr(self) -> str:
+    def formula(self) -> str:
         """Shown by repr."""
         constant = "" if self.log_scale_constant is None else f"({self.log_scale_constant:g})"
-        scale = "additive=True" if self.additive else f"log_scale={self.log_scale}{constant}"
-        mask = self.mask if isinstance(self.mask, str) else "".join("1" if is_v else "0" for is_v in self.mask)
-        mask = "" if mask == "channels" else f", mask={mask}"
-        names = ("add_first", "flip", "undo", "pass_context")
-        return f"{self.dim}, {scale}{mask}" + "".join(f", {name}=True" for name in names if getattr(self, name))
-
-
-def _transformed(dim: int, mask: str | tuple[bool, ...], flip: bool) -> tuple[bool, ...]:
-    """For each channel whether it is transformed."""
-    if isinstance(mask, tuple):
-        if len(mask) != dim or len(set(mask)) < 2:
-            raise ValueError(f"mask must be {dim} booleans, some True and some False; got {mask}")
-        return tuple(is_v != flip for is_v in mask)
-    if mask != "channels":
-        raise ValueError(f'mask must be "channels", "checkerboard" or {dim} booleans; got {mask!r}')
-    if dim < 2:
-        raise ValueError(
-            f"a coupling needs at least two channels, one to condition on and one to change; got dim={dim}"
-        )
-    first, last = (dim // 2, dim - dim // 2) if flip else (dim - dim // 2, dim // 2)
-    return (flip,) * first + (not flip,) * last
+        return "additive=True" if self.additive else f"log_scale={self.log_scale}{constant}"

@@ -1,8 +1,8 @@
-"""The coupling flow: K steps of ActNorm → InvertibleLinear → AffineCoupling, with stacked parameters."""
+"""The coupling flow: K steps of ActNorm → InvertibleLinear → coupling, with stacked parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from glf_fast.flow.indices import Indices
 from glf_fast.flow.linear import LINEAR_TENSORS
 from glf_fast.flow.moments import active_processes
 from glf_fast.flow.sequential import SequentialFlow
+from glf_fast.flow.spline_coupling import spline_of
 from glf_fast.flow.stacking import Stacked, configuration, fill_step, new_step, stacked
-from glf_fast.ops.checks import check_choice, check_log_scale, check_shape, check_state, check_tensors
+from glf_fast.ops.checks import check_choice, check_log_scale, check_shape, check_spline_of, check_state, check_tensors
 from glf_fast.reference import COUPLINGS as KINDS
-from glf_fast.reference import LOG_SCALES, Plu
+from glf_fast.reference import LOG_SCALES, Plu, Spline
 
 __all__ = ["CouplingFlow"]
 
@@ -35,7 +36,7 @@ STORED = {
 
 
 class CouplingFlow(Flow):
-    """K steps of ActNorm, invertible linear layer and affine coupling on vectors (B, D): Glow's step, arXiv:1807.03039.
+    """K steps of ActNorm, invertible linear layer and coupling on vectors (B, D): Glow's step, arXiv:1807.03039.
 
     Every parameter is stored stacked, (K, …), so that one kernel can walk all steps and the optimizer sees few tensors.
     `to_layers` gives the same flow layer by layer, `from_layers` stacks one.
@@ -46,7 +47,9 @@ class CouplingFlow(Flow):
         hidden: widths of the one to four hidden layers of each step's MLP.
         context_dim: columns of the context that conditions every coupling; 0 for none.
         coupling: "affine", v·e^f(u) + t with u and t from one MLP; "separate", the same with an MLP for each, as in RealNVP
-            (arXiv:1605.08803); "additive", v + t, as in NICE (arXiv:1410.8516), to which the log-scale means nothing.
+            (arXiv:1605.08803); "additive", v + t, as in NICE (arXiv:1410.8516); "spline", a rational-quadratic spline of each
+            v, as in Neural Spline Flows (arXiv:1906.04032). To the last two log-scale and `add_first` mean nothing.
+        spline: bins, box and the rest of those splines, a `glf_fast.Spline`, or the same as a mapping.
         activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh or elu.
         log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`.
         add_first: couplings add before they multiply, as Glow does.
@@ -80,6 +83,7 @@ class CouplingFlow(Flow):
         log_scale: str = "tanh",
         log_scale_constant: float | None = None,
         add_first: bool = False,
+        spline: Spline | Mapping[str, Any] | None = None,
         linear: str = "plu",
         actnorm: bool = True,
         reversible: bool = False,
@@ -95,6 +99,8 @@ class CouplingFlow(Flow):
             raise ValueError(f"context_dim must be ≥ 0; got {context_dim}")
         check_choice("coupling", coupling, COUPLINGS)
         check_log_scale(log_scale, log_scale_constant)
+        kind = None if coupling != "spline" and spline is None else spline_of(spline)
+        check_spline_of(coupling, kind)
         self._maps = AssembledMaps()
         self.config: dict[str, Any] = {
             "dim": dim,
@@ -106,12 +112,13 @@ class CouplingFlow(Flow):
             "log_scale": log_scale,
             "log_scale_constant": LOG_SCALES[log_scale] if log_scale_constant is None else log_scale_constant,
             "add_first": add_first,
+            "spline": kind and kind._asdict(),
             "linear": linear,
             "actnorm": actnorm,
             "reversible": reversible,
         }
         names = ("coupling", "activation", "log_scale", "log_scale_constant", "add_first", "reversible")
-        self._options = {name: self.config[name] for name in names}
+        self._options = {name: self.config[name] for name in names} | {"spline": kind}
         self.held = nn.ModuleDict()  # FrozenEntries by parameter, filled by `hold`
         self.factors = nn.ModuleDict()  # FixedFactor by parameter, filled by `multiply`
         self._adjusts = False  # whether one of the two has an entry, which takes longer to ask than a small MLP to run
@@ -342,7 +349,7 @@ class CouplingFlow(Flow):
 
     @classmethod
     def from_layers(cls, flow: SequentialFlow) -> CouplingFlow:
-        """Stack a flow of K equal steps ([ActNorm,] InvertibleLinear, AffineCoupling with an MLP); values are copied.
+        """Stack a flow of K equal steps ([ActNorm,] InvertibleLinear, coupling with an MLP); values are copied.
 
         Raises ValueError that names the first layer that breaks the pattern.
         """

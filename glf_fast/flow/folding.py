@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glf_fast import ops
 from glf_fast.flow.actnorm import ActNorm
-from glf_fast.flow.affine_coupling import AffineCoupling
+from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.fixed_linear import FixedLinear
 from glf_fast.flow.linear import LINEAR_TENSORS, InvertibleLinear, assemble
 
@@ -34,8 +34,8 @@ class Product:
         self,
         layers: Sequence[Any],
         level: int,
-        follows: AffineCoupling | None,
-        precedes: AffineCoupling | None,
+        follows: Coupling | None,
+        precedes: Coupling | None,
     ) -> None:
         self.layers = tuple(layers)
         self.level = level
@@ -51,15 +51,15 @@ class Product:
 class InOrder:
     """A coupling whose channels the layers before it have brought together, and those behind it put back."""
 
-    def __init__(self, coupling: AffineCoupling) -> None:
+    def __init__(self, coupling: Coupling) -> None:
         self.coupling = coupling
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → noise, as `AffineCoupling`."""
+        """Data → noise, as `Coupling`."""
         return self.coupling.couple(x, context, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data, as `AffineCoupling`."""
+        """Noise → data, as `Coupling`."""
         return self.coupling.couple(z, context, inverse=True)
 
 
@@ -94,7 +94,7 @@ def folded(layers: Iterable[nn.Module], *, inverse: bool) -> list[Step]:
         if type(layer) is ActNorm and layer.starts_next() and not inverse:
             return list(layers)
         folds = _folds(layer)
-        ordered = type(layer) is AffineCoupling and layer.order is not None and not _has_hooks(layer)
+        ordered = isinstance(layer, Coupling) and layer.order is not None and not _has_hooks(layer)
         last = run[-1] if run else follows
         if last is not None and not ((folds or ordered) and last.dim == layer.dim):
             close()
@@ -106,7 +106,7 @@ def folded(layers: Iterable[nn.Module], *, inverse: bool) -> list[Step]:
             follows = layer
         else:
             steps.append(layer)
-            level += not isinstance(layer, ActNorm | InvertibleLinear | FixedLinear | AffineCoupling)
+            level += not isinstance(layer, ActNorm | InvertibleLinear | FixedLinear | Coupling)
     close()
     return steps
 

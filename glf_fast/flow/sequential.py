@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from glf_fast import ops
 from glf_fast.flow.actnorm import ActNorm
-from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.base import Flow
+from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.fixed_linear import FixedLinear
 from glf_fast.flow.folding import InOrder, Product, assembled, folded
 from glf_fast.flow.linear import InvertibleLinear
@@ -25,7 +25,7 @@ __all__ = ["SequentialFlow", "run_layers"]
 
 _MANY_PIXELS = 64
 # Layers that take images in either order of memory.
-_ANY_ORDER = (ActNorm, InvertibleLinear, FixedLinear, AffineCoupling, InOrder, Product, Split, Squeeze)
+_ANY_ORDER = (ActNorm, InvertibleLinear, FixedLinear, Coupling, InOrder, Product, Split, Squeeze)
 
 
 class SequentialFlow(Flow):
@@ -127,7 +127,7 @@ def run_layers(
     maps, logabsdets = assembled(steps, inverse=inverse)
     pixels: dict[int, int] = {}
     logdets: list[Tensor] = []
-    convolves = any(isinstance(step, AffineCoupling | InOrder) for step in steps)
+    convolves = any(isinstance(step, Coupling | InOrder) for step in steps)
     as_given = x.ndim != 4 or (x.stride(1) == 1 and not x.is_contiguous())  # in channels_last order, too
     if not as_given and x.requires_grad and torch.is_grad_enabled() and x.is_contiguous():
         x = x.flatten().view(x.shape)  # whose gradient is contiguous, in whatever order the layers leave it

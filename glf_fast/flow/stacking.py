@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.affine_coupling import AffineCoupling
+from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.linear import LINEAR_TENSORS, InvertibleLinear
 from glf_fast.flow.mlp import MLP, SeparateNetworks
 from glf_fast.flow.sequential import SequentialFlow
+from glf_fast.flow.spline_coupling import SplineCoupling, spline_of
 from glf_fast.reference import COUPLINGS
 
 __all__ = ["Stacked", "configuration", "fill_step", "new_step", "stacked"]
@@ -28,16 +30,21 @@ class Stacked(NamedTuple):
 
 
 def new_step(config: Mapping[str, Any]) -> list[nn.Module]:
-    """The layers of one fresh step: [ActNorm,] InvertibleLinear, AffineCoupling."""
+    """The layers of one fresh step: [ActNorm,] InvertibleLinear, AffineCoupling or SplineCoupling."""
     dim, kind = config["dim"], COUPLINGS[config["coupling"]]
+    spline = spline_of(config["spline"]) if config["coupling"] == "spline" else None
 
     def mlp() -> MLP:
-        n_in, n_out = dim - dim // 2 + config["context_dim"], kind.columns * (dim // 2)
+        n_in, n_out = dim - dim // 2 + config["context_dim"], (spline.columns if spline else kind.columns) * (dim // 2)
         return MLP(n_in, config["hidden"], n_out, activation=config["activation"])
 
     conditioner = mlp() if kind.networks == 1 else SeparateNetworks(*(mlp() for _ in range(kind.networks)))
-    options = {name: config[name] for name in ("log_scale", "log_scale_constant", "add_first")}
-    coupling = AffineCoupling(dim, conditioner, additive=config["coupling"] == "additive", **options)
+    coupling: Coupling
+    if spline:
+        coupling = SplineCoupling(dim, conditioner, spline=spline)
+    else:
+        options = {name: config[name] for name in ("log_scale", "log_scale_constant", "add_first")}
+        coupling = AffineCoupling(dim, conditioner, additive=config["coupling"] == "additive", **options)
     actnorm = [ActNorm(dim)] if config["actnorm"] else []
     return [*actnorm, InvertibleLinear(dim, linear=config["linear"]), coupling]
 
@@ -47,7 +54,7 @@ def stacked(layers: Sequence[nn.Module], config: Mapping[str, Any]) -> Stacked:
     """The tensors of the layers of all steps, copied; those of parameters are parameters."""
     actnorms = [layer for layer in layers if isinstance(layer, ActNorm)]
     linears = [layer for layer in layers if isinstance(layer, InvertibleLinear)]
-    networks = [_linears(layer) for layer in layers if isinstance(layer, AffineCoupling)]
+    networks = [_linears(layer) for layer in layers if isinstance(layer, Coupling)]
     names = ("log_scale", "bias", "initialized") if actnorms else ()
     # nn.Linear stores (out, in).
     one = COUPLINGS[config["coupling"]].networks == 1
@@ -109,14 +116,14 @@ def configuration(flow: SequentialFlow) -> dict[str, Any]:
 
 def _configuration_of_step(step: Sequence[nn.Module], position: int, context_dim: int) -> dict[str, Any]:
     """The same of one step, whose first layer is at a position in the flow."""
-    kinds = (InvertibleLinear, AffineCoupling) if len(step) == 2 else (ActNorm, InvertibleLinear, AffineCoupling)
+    kinds = (InvertibleLinear, Coupling) if len(step) == 2 else (ActNorm, InvertibleLinear, Coupling)
     for i, (layer, kind) in enumerate(zip(step, kinds, strict=True)):
         if not isinstance(layer, kind):
             raise ValueError(
                 f"layer {position + i} is {type(layer).__name__}; a CouplingFlow has {kind.__name__} there"
             )
     linear, coupling = step[-2], step[-1]
-    assert isinstance(linear, InvertibleLinear) and isinstance(coupling, AffineCoupling)
+    assert isinstance(linear, InvertibleLinear) and isinstance(coupling, Coupling)
     networks = _networks(coupling)
     divides = {"flip": coupling.flip, "undo": coupling.undo, "mask": coupling.mask != "channels"}
     if any(divides.values()) or not networks:
@@ -129,28 +136,39 @@ def _configuration_of_step(step: Sequence[nn.Module], position: int, context_dim
         "dim": coupling.dim,
         "hidden": tuple(layer.out_features for layer in networks[0].linears()[:-1]),
         "context_dim": context_dim,
-        "coupling": "additive" if coupling.additive else "separate" if len(networks) == 2 else "affine",
         "activation": networks[0].activation,
-        "log_scale": coupling.log_scale,
-        "log_scale_constant": coupling.log_scale_constant,
-        "add_first": coupling.add_first,
+        **_formula(coupling, len(networks)),
         "linear": linear.linear,
         "actnorm": len(step) == 3,
     }
 
 
-def _networks(coupling: AffineCoupling) -> list[MLP]:
+def _formula(coupling: Coupling, networks: int) -> dict[str, Any]:
+    """What a coupling with so many networks does to v, as arguments of `CouplingFlow`."""
+    if isinstance(coupling, SplineCoupling):
+        return {"coupling": "spline", "spline": coupling.spline._asdict()}
+    assert isinstance(coupling, AffineCoupling)
+    return {
+        "coupling": "additive" if coupling.additive else "separate" if networks == 2 else "affine",
+        "log_scale": coupling.log_scale,
+        "log_scale_constant": coupling.log_scale_constant,
+        "add_first": coupling.add_first,
+    }
+
+
+def _networks(coupling: Coupling) -> list[MLP]:
     """The MLPs of its conditioner, one or two equal ones; none if it is something else."""
     conditioner = coupling.conditioner
     if not isinstance(conditioner, SeparateNetworks):
         return [conditioner] if isinstance(conditioner, MLP) else []
     u, t = conditioner.u, conditioner.t
-    if coupling.additive or not (isinstance(u, MLP) and isinstance(t, MLP)) or str(u) != str(t) or u is t:
+    affine = isinstance(coupling, AffineCoupling) and not coupling.additive
+    if not affine or not (isinstance(u, MLP) and isinstance(t, MLP)) or str(u) != str(t) or u is t:
         return []
     return [u, t]
 
 
 def _linears(coupling: nn.Module) -> list[tuple[nn.Linear, ...]]:
     """The linear layers of its networks side by side, first to last."""
-    assert isinstance(coupling, AffineCoupling)
+    assert isinstance(coupling, Coupling)
     return list(zip(*(network.linears() for network in _networks(coupling)), strict=True))

@@ -15,6 +15,7 @@ from glf_fast.ops.coupling_flow import (
 )
 from glf_fast.ops.identical import identical
 from glf_fast.ops.linear import channel_map, fold_actnorm, invertible_linear, plu_assemble, slogdet_inverse
+from glf_fast.ops.spline import spline
 
 __all__ = [
     "actnorm_log_prob",
@@ -30,6 +31,7 @@ __all__ = [
     "plu_assemble",
     "plu_flow_log_prob",
     "slogdet_inverse",
+    "spline",
     "use_backend",
 ]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glf_fast.reference import LOG_SCALES
+from glf_fast.reference import LOG_SCALES, PARAMETRIZATIONS, TAILS, Spline
 
 __all__ = [
     "check_alike",
@@ -21,6 +21,8 @@ __all__ = [
     "check_hidden_layers",
     "check_log_scale",
     "check_shape",
+    "check_spline",
+    "check_spline_of",
     "check_state",
     "check_tensors",
 ]
@@ -42,6 +44,40 @@ def check_log_scale(name: str, constant: float | None) -> None:
     low, high = {"softclip": (0.0, 1.0), "glow": (-math.inf, math.inf)}.get(name, (0.0, math.inf))
     if not low < constant < high:
         raise ValueError(f"log_scale_constant of {name!r} must be between {low} and {high}; got {constant}")
+
+
+def check_spline(options: Spline) -> None:
+    """Raise ValueError unless these are options that a spline can have, TypeError unless they are a `Spline`."""
+    if not isinstance(options, Spline):
+        raise TypeError(f"a spline's options must be a glf_fast.Spline, such as Spline(bins=8); got {options!r}")
+    check_choice("tails", options.tails, TAILS)
+    check_choice("parametrization", options.parametrization, PARAMETRIZATIONS)
+    if not (isinstance(options.bins, int) and 2 <= options.bins <= 32):
+        raise ValueError(f"a spline's bins must be 2 to 32; got {options.bins}")
+    if not -math.inf < options.low < options.high < math.inf:
+        raise ValueError(f"a spline's box must have low < high; got low={options.low}, high={options.high}")
+    if not 0 < options.scale < math.inf:
+        raise ValueError(f"a spline's scale must be positive; got {options.scale}")
+    form = PARAMETRIZATIONS[options.parametrization]
+    least = form.min_derivative if options.min_derivative is None else options.min_derivative
+    if not (0 < least < 1 or (least == 0 and not form.soft_clip)):
+        raise ValueError(f"min_derivative must be between 0 and 1; got {least}")
+    for name, given in (("min_width", options.min_width), ("min_height", options.min_height)):
+        if given and form.soft_clip:
+            raise ValueError(f"parametrization {options.parametrization!r} has no {name}; got {given}")
+        if not 0 <= (given or 0) * options.bins < 1:
+            raise ValueError(
+                f"{name} of {options.bins} bins must be at least 0 and less than 1/{options.bins}; got {given}"
+            )
+
+
+def check_spline_of(coupling: str, spline: Spline | None) -> None:
+    """Raise ValueError or TypeError unless a coupling of this name can have such a spline; None is the default one."""
+    if spline is None:
+        return
+    check_spline(spline)
+    if coupling != "spline":
+        raise ValueError(f'spline is for coupling="spline"; got {spline!r} with coupling={coupling!r}')
 
 
 def check_tensors(**named: Any) -> None:

@@ -24,15 +24,20 @@ from glf_fast.reference.linear import (
 )
 from glf_fast.reference.log_scale import LOG_SCALE_FUNCTIONS, LOG_SCALES, LogScale, log_scale, prepared_constant
 from glf_fast.reference.mlp import ACTIVATIONS, mlp
+from glf_fast.reference.spline import PARAMETRIZATIONS, TAILS, PreparedSpline, Spline, spline
 
 __all__ = [
     "ACTIVATIONS",
     "COUPLINGS",
     "LOG_SCALES",
     "LOG_SCALE_FUNCTIONS",
+    "PARAMETRIZATIONS",
+    "TAILS",
     "Coupling",
     "LogScale",
     "Plu",
+    "PreparedSpline",
+    "Spline",
     "actnorm_log_prob",
     "affine_coupling",
     "coupling_flow",
@@ -48,4 +53,5 @@ __all__ = [
     "plu_flow_log_prob",
     "prepared_constant",
     "slogdet_inverse",
+    "spline",
 ]

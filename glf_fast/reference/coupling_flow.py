@@ -12,6 +12,7 @@ from torch import Tensor
 from glf_fast.reference.coupling import COUPLINGS
 from glf_fast.reference.linear import Plu, plu_assemble
 from glf_fast.reference.mlp import mlp
+from glf_fast.reference.spline import Spline
 
 __all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "log_normal", "plu_flow_log_prob"]
 
@@ -29,6 +30,7 @@ def coupling_flow(
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
+    spline: Spline | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Data → noise. For k = 0 … K−1, with P = D − D//2 passive columns p and D//2 transformed columns v:
 
@@ -42,11 +44,17 @@ def coupling_flow(
     | "affine"   | v·e^f(u) + t         | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | 2·(D//2)   | one network makes [u, t]  |
     | "separate" | v·e^f(u) + t         | (K, 2, nᵢ, nᵢ₊₁)   | (K, 2, nᵢ₊₁) | D//2       | one for u, and one for t  |
     | "additive" | v + t                | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | D//2       | NICE (arXiv:1410.8516)    |
+    | "spline"   | a spline of v        | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | n·(D//2)   | n = `spline.columns`      |
 
     Returns z (B, D) and Σ_k Σ ℓ (B,), both float32 or better: the caller adds Σ_k log|det A_k|, which no sample changes.
     """
     transform = COUPLINGS[coupling].transform
-    options = {"log_scale": log_scale, "log_scale_constant": log_scale_constant, "add_first": add_first}
+    options: dict[str, Any] = {
+        "log_scale": log_scale,
+        "log_scale_constant": log_scale_constant,
+        "add_first": add_first,
+        "spline": spline,
+    }
     passive = x.shape[1] - x.shape[1] // 2
     logdet = x.new_zeros(len(x))
     for k in range(len(A)):
@@ -75,6 +83,7 @@ def coupling_flow_inverse(
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
+    spline: Spline | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: the steps of `coupling_flow` undone in reverse order, with `A_inv` (K, D, D) = A⁻¹.
 
@@ -83,7 +92,12 @@ def coupling_flow_inverse(
     Returns x (B, D) and −Σ_k Σ ℓ (B,).
     """
     transform = COUPLINGS[coupling].transform
-    options = {"log_scale": log_scale, "log_scale_constant": log_scale_constant, "add_first": add_first}
+    options: dict[str, Any] = {
+        "log_scale": log_scale,
+        "log_scale_constant": log_scale_constant,
+        "add_first": add_first,
+        "spline": spline,
+    }
     passive = z.shape[1] - z.shape[1] // 2
     logdet = z.new_zeros(len(z))
     for k in reversed(range(len(A_inv))):

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from glf_fast import ops, reference
+from glf_fast import Spline, ops, reference
 
 __all__ = ["DIRECTIONS", "compare", "derivatives", "error", "run", "run_op", "tensors"]
 
@@ -22,10 +22,13 @@ def tensors(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=g)
 
-    widths = [D - D // 2 + C, *hidden, (2 if coupling == "affine" else 1) * (D // 2)]
+    columns = Spline().columns if coupling == "spline" else reference.COUPLINGS[coupling].columns
+    widths = [D - D // 2 + C, *hidden, columns * (D // 2)]
     stack = (K, 2) if coupling == "separate" else (K,)
     A = (torch.linalg.qr(normal(K, D, D)).Q + 0.1 * normal(K, D, D) / D).contiguous()
     weights = [normal(*stack, n, m) / n**0.5 for n, m in itertools.pairwise(widths)]
+    if coupling == "spline":
+        weights[-1] *= 0.2  # parameters of 1 make slopes of 1e-3 and 1e3: what is rebuilt from outputs loses as much
     biases = [0.3 * normal(*stack, n) for n in widths[1:]]
     made = [normal(batch, D), A, normal(K, D), normal(batch, C) if C else None, *weights, *biases]
     return [None if t is None else t.to(dtype).requires_grad_() for t in made]

@@ -67,6 +67,7 @@ FUSED = {
     "separate": flow(coupling="separate", context_dim=2),
     "additive": flow(coupling="additive"),
     "silu-glow": flow(activation="silu", log_scale="glow", add_first=True),
+    "spline": flow(coupling="spline", context_dim=2),
     "frozen": frozen,
     # Parameters of which two threads take a half each.
     "large": flow(40, 4, (256,)),

@@ -21,7 +21,7 @@ has_cpp = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=b
 def call(D: int, hidden: tuple[int, ...], **changes) -> Call:
     x, A, c, context, *layers = (None if t is None else t.detach() for t in tensors(3, 1, D, 0, hidden))
     half = len(layers) // 2
-    options = CallOptions("affine", "relu", "tanh", None, *[False] * 5, 2.0)._replace(**changes)
+    options = CallOptions("affine", "relu", "tanh", None, False, None, *[False] * 4, 2.0)._replace(**changes)
     return Call(x, context, Maps(A, c, None), layers[:half], layers[half:], options)
 
 
@@ -48,7 +48,7 @@ def test_kernels_say_why_they_refuse() -> None:
     assert "no such" in cpp.refuses(call(4, (3,), log_scale="none"))
     assert triton.refuses(call(256, (512,))) == ""
     for kernels in (cpp, triton, layered):
-        assert "coupling" in kernels.refuses(call(4, (3,), coupling="spline"))
+        assert "coupling" in kernels.refuses(call(4, (3,), coupling="none"))
     for D, hidden in ((257, (8,)), (6, (513,)), (6, ()), (6, (8,) * 5)):
         assert "more than 256 columns" in triton.refuses(call(D, hidden)) and layered.refuses(call(D, hidden)) == ""
 

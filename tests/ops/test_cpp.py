@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from glf_fast import CouplingFlow, backends, ops, reference, use_backend
+from glf_fast import CouplingFlow, Spline, backends, ops, reference, use_backend
 from glf_fast.flow.coupling_flow import COUPLINGS
 from glf_fast.ops.coupling_flow import cpp
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
@@ -35,7 +35,7 @@ def on_cpp() -> Iterator[None]:
 def test_what_a_kernel_leaves_unwritten_is_nan() -> None:
     """So that all other tests see it: tests/conftest.py asks for it."""
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
-    options = CallOptions("affine", "relu", "tanh", None, *[False] * 5, 2.0)
+    options = CallOptions("affine", "relu", "tanh", None, False, None, *[False] * 4, 2.0)
     _, _, saved = cpp.forward(Call(x, context, Maps(A, c, None), layers[:2], layers[2:], options), True)
     assert saved.isnan().any()  # between the fields of a record
 
@@ -103,7 +103,7 @@ def test_opcheck() -> None:
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
     weights, biases = layers[:2], layers[2:]
     library = torch.ops.glf_fast
-    code = (0, 0, 0, 2.0, False, False)
+    code = (0, 0, 0, 2.0, False, [], False)
     for save, record in ((0, 0), (1, 5)):
         torch.library.opcheck(
             library.cpu_coupling_flow.default, (x, A, c, weights, biases, context, *code, False, save, record)
@@ -113,8 +113,12 @@ def test_opcheck() -> None:
         library.cpu_coupling_flow_backward.default,
         (out, logdet, out, saved, A, None, c, weights, biases, context, *code, 1, True),
     )
-    torch.library.opcheck(library.cpu_affine_coupling.default, (x, x, x, *code[2:]))
-    torch.library.opcheck(library.cpu_affine_coupling_backward.default, (x, logdet, x, x, x, *code[2:]))
+    formula = (0, 2.0, False, False)
+    torch.library.opcheck(library.cpu_affine_coupling.default, (x, x, x, *formula))
+    torch.library.opcheck(library.cpu_affine_coupling_backward.default, (x, logdet, x, x, x, *formula))
+    options, parameters = Spline(bins=4).prepared().numbers(), torch.randn(3, 5, 11)
+    torch.library.opcheck(library.cpu_spline.default, (x, parameters, options, False))
+    torch.library.opcheck(library.cpu_spline_backward.default, (x, logdet, x, parameters, options, True))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -278,7 +282,7 @@ def test_arguments_that_do_not_belong_together_are_refused() -> None:
 
 def test_the_operations_themselves_refuse_shapes_that_do_not_fit() -> None:
     x, A, c, _, *layers = (t if t is None else t.detach() for t in tensors(3, 2, 5, 0, (7,)))
-    code = (0, 0, 0, 2.0, False, False, False, 0, 0)
+    code = (0, 0, 0, 2.0, False, [], False, False, 0, 0)
 
     def call(**changes: Tensor) -> None:
         given = {"x": x, "A": A, "c": c, "w": layers[1], "b": layers[2], **changes}

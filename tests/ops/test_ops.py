@@ -163,7 +163,7 @@ def test_errors_of_two_networks_and_additive_couplings() -> None:
         ("additive", [W0, W1[..., :1]], [b0, b1], r"biases\[1\] .* \(steps, out\) = \(2, 1\); got \(2, 2\)"),
         ("separate", [pair[0], W1], pair[2:], r"weights\[1\] .* = \(2, 2, 4, 1\); got \(2, 4, 2\)"),
         ("affine", pair[:2], pair[2:], r"weights\[0\] must have shape \(steps, in, out\) = \(2, 2, 4\)"),
-        ("none", pair[:2], pair[2:], "coupling must be one of 'affine', 'separate', 'additive'; got 'none'"),
+        ("none", pair[:2], pair[2:], "coupling must be one of 'affine', 'separate', 'additive', 'spline'; got 'none'"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.coupling_flow(x, A, c, weights, biases, coupling=coupling)

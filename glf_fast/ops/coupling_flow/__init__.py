@@ -15,13 +15,14 @@ from glf_fast.ops.checks import (
     check_floating,
     check_log_scale,
     check_shape,
+    check_spline_of,
     check_state,
     check_tensors,
 )
 from glf_fast.ops.coupling_flow import autograd, cpp, layered, plain, triton
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.ops.linear import plu as plu_layers
-from glf_fast.reference import ACTIVATIONS, COUPLINGS, Plu, prepared_constant
+from glf_fast.reference import ACTIVATIONS, COUPLINGS, Plu, Spline, prepared_constant
 
 __all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "plu_flow_log_prob"]
 
@@ -41,6 +42,7 @@ def coupling_flow(
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
+    spline: Spline | None = None,
     reversible: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Data → noise through K steps of affine map and affine coupling.
@@ -54,7 +56,9 @@ def coupling_flow(
         context: (B, C) or None.
         coupling: "affine", weights (K, nᵢ, nᵢ₊₁) and biases (K, nᵢ₊₁) to 2·(D//2) columns; "separate", (K, 2, nᵢ, nᵢ₊₁) and
             (K, 2, nᵢ₊₁) to D//2 columns: a network for u and one for t; "additive", v + t, as "affine" but to D//2 columns: the
-            log-scale means nothing then.
+            log-scale means nothing then; "spline", as "affine" but to spline.columns·(D//2) columns, those of one v side by
+            side: a rational-quadratic spline of each.
+        spline: its kind, see `glf_fast.reference.spline`; for that coupling alone, where None is `Spline()`.
         activation: of the hidden layers. The other options are those of `affine_coupling`.
         reversible: keep nothing for the backward but the output, which rebuilds the steps' inputs by undoing the steps:
             memory independent of K. For the kernels; the reference keeps what autograd keeps.
@@ -65,7 +69,9 @@ def coupling_flow(
     Raises:
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
-    options = _options(coupling, activation, log_scale, log_scale_constant, add_first, False, reversible, False, False)
+    options = _options(
+        coupling, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, False, False
+    )
     z, logdet = _run(Call(x, context, Maps(A, c, None), weights, biases, options))
     return z, logdet
 
@@ -83,13 +89,16 @@ def coupling_flow_inverse(
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
+    spline: Spline | None = None,
     reversible: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: undoes `coupling_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
 
     Returns x (B, D) and −Σ ℓ (B,).
     """
-    options = _options(coupling, activation, log_scale, log_scale_constant, add_first, True, reversible, False, False)
+    options = _options(
+        coupling, activation, log_scale, log_scale_constant, add_first, spline, True, reversible, False, False
+    )
     x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options))
     return x, logdet
 
@@ -108,13 +117,16 @@ def coupling_flow_log_prob(
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
+    spline: Spline | None = None,
     reversible: bool = False,
 ) -> Tensor:
     """log p(x) = log N(z; 0, I) + Σ ℓ + `logabsdet` in nats, (B,), with z and Σ ℓ of `coupling_flow`.
 
     `logabsdet` is Σ_k log|det A_k|, a scalar tensor; all else as in `coupling_flow`.
     """
-    options = _options(coupling, activation, log_scale, log_scale_constant, add_first, False, reversible, True, False)
+    options = _options(
+        coupling, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False
+    )
     return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options))[-1]
 
 
@@ -130,6 +142,7 @@ def plu_flow_log_prob(
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
+    spline: Spline | None = None,
     reversible: bool = False,
 ) -> Tensor:
     """`coupling_flow_log_prob` with the affine maps that `plu_assemble` makes of `plu`, its arguments for all K layers.
@@ -138,7 +151,9 @@ def plu_flow_log_prob(
     """
     plu = Plu(*plu)
     plu_layers.check(plu)
-    options = _options(coupling, activation, log_scale, log_scale_constant, add_first, False, reversible, True, True)
+    options = _options(
+        coupling, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, True
+    )
     call = Call(x, context, plu, weights, biases, options)
     try:
         call = _checked(call)
@@ -163,19 +178,23 @@ def _options(
     log_scale: str,
     log_scale_constant: float | None,
     add_first: bool,
+    spline: Spline | None,
     inverse: bool,
     reversible: bool,
     density: bool,
     plu: bool,
 ) -> CallOptions:
-    given = (coupling, activation, log_scale, log_scale_constant, add_first, inverse, reversible, density, plu)
+    given = (coupling, activation, log_scale, log_scale_constant, add_first, spline, inverse, reversible, density, plu)
     compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
     if not compiling and (known := _known.get(given)):
         return known
     check_choice("coupling", coupling, COUPLINGS)
     check_choice("activation", activation, ACTIVATIONS)
     check_log_scale(log_scale, log_scale_constant)
+    check_spline_of(coupling, spline)
     options = CallOptions(*given, prepared_constant(log_scale, log_scale_constant))
+    if coupling == "spline":
+        options = options._replace(spline=spline or Spline())
     if not compiling:
         _known[given] = options
     return options
@@ -252,9 +271,10 @@ def _checked(call: Call) -> Call:
     kind, layers = COUPLINGS[options.coupling], len(weights)
     if layers != len(biases) or not layers:
         raise ValueError(f"weights and biases must be two lists of one length ≥ 1; got {layers} and {len(biases)}")
+    columns = kind.columns if options.spline is None else options.spline.columns
     stack = (steps,) if kind.networks == 1 else (steps, kind.networks)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        width = kind.columns * n_v if i == layers - 1 else weight.shape[-1]
+        width = columns * n_v if i == layers - 1 else weight.shape[-1]
         if weight.shape != (*stack, n_in, width) or bias.shape != (*stack, width):
             names = "steps" if kind.networks == 1 else "steps, networks"
             check_shape(f"weights[{i}]", weight, (*stack, n_in, width), f"({names}, in, out)")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from glf_fast.ops.affine_coupling.call import AffineOptions
+from glf_fast.reference import Spline
 
 __all__ = ["Call", "CallOptions", "Maps"]
 
@@ -20,6 +21,7 @@ class CallOptions(NamedTuple):
     log_scale: str
     log_scale_constant: float | None
     add_first: bool
+    spline: Spline | None  # of a coupling "spline" alone
     inverse: bool
     reversible: bool  # the backward rebuilds the steps' inputs from the output
     density: bool  # log N(out; 0, I) and the maps' log-determinants are added to the steps'
@@ -29,7 +31,7 @@ class CallOptions(NamedTuple):
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the reference's flows, whose direction is in their name."""
-        names = ("coupling", "activation", "log_scale", "log_scale_constant", "add_first")
+        names = ("coupling", "activation", "log_scale", "log_scale_constant", "add_first", "spline")
         return {name: getattr(self, name) for name in names}
 
     def affine(self) -> AffineOptions:

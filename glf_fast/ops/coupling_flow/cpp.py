@@ -107,8 +107,8 @@ def record_width(call: Call) -> int:
     return line * (lines | 1)
 
 
-def _numbers(options: CallOptions) -> tuple[int, int, int, float, bool, bool]:
-    """coupling, activation, log_scale, constant, add_first, inverse, as the operations take them."""
+def _numbers(options: CallOptions) -> tuple[int, int, int, float, bool, list[float], bool]:
+    """coupling, activation, log_scale, constant, add_first, spline, inverse, as the operations take them."""
     coupling, activation = COUPLING_CODES[options.coupling], ACTIVATION_CODES[options.activation]
     return (
         coupling,
@@ -116,6 +116,7 @@ def _numbers(options: CallOptions) -> tuple[int, int, int, float, bool, bool]:
         LOG_SCALE_CODES[options.log_scale],
         options.constant,
         options.add_first,
+        [] if options.spline is None else options.spline.prepared().numbers(),
         options.inverse,
     )
 
@@ -127,8 +128,8 @@ if not CPP.missing:
     @torch.library.register_fake("glf_fast::cpu_coupling_flow")
     def _(
         x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-        coupling: int, activation: int, log_scale: int, constant: float, add_first: bool, inverse: bool, density: bool,
-        save: int, record: int,
+        coupling: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float], inverse: bool,
+        density: bool, save: int, record: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_fake(x)
         saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix), x.shape[0], record)
@@ -138,8 +139,8 @@ if not CPP.missing:
     def _(
         grad_out: Tensor | None, grad_logdet: Tensor, out: Tensor, saved: Tensor, matrix: Tensor,
         unmatrix: Tensor | None, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-        coupling: int, activation: int, log_scale: int, constant: float, add_first: bool, inverse: bool, save: int,
-        parameters: bool,
+        coupling: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
+        inverse: bool, save: int, parameters: bool,
     ) -> list[Tensor]:  # fmt: skip
         grads = [torch.empty_like(out), out.new_empty(0) if context is None else torch.empty_like(context)]
         return grads + [torch.empty_like(t) for t in (matrix, offset, *weights, *biases) if parameters]
