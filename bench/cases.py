@@ -15,6 +15,8 @@ __all__ = [
     "COUPLINGS",
     "COUPLING_MODES",
     "DEPTH",
+    "FIT_EPOCHS",
+    "FIT_ROWS",
     "FLOWS",
     "FLOWS_BY_NAME",
     "GLOW",
@@ -31,6 +33,8 @@ __all__ = [
 
 # log_prob and sample without gradients; train: log_prob's mean, forward and backward; step: train, and Adam.
 MODES = ("log_prob", "sample", "train", "step")
+# fit: a run of training of so many epochs over so many rows, see bench.fitting.
+FIT_ROWS, FIT_EPOCHS = 10_000, 10
 # forward and inverse without gradients; train: forward and backward.
 COUPLING_MODES = ("forward", "inverse", "train")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bench import processor_clock
-from bench.cases import FLOWS_BY_NAME, MODES
+from bench.cases import FIT_EPOCHS, FIT_ROWS, FLOWS_BY_NAME, MODES
 from bench.libraries import flowjax
 from bench.race import WARMUP
 
@@ -92,6 +92,8 @@ def _end(process: subprocess.Popen[str], complaints: IO[str]) -> None:
 
 def _work(name: str, case: str, mode: str) -> Callable[[], object]:
     """A pass whose results are right."""
+    if name == "flowjax" and mode == "fit":
+        return flowjax.fits(FLOWS_BY_NAME[case], FIT_ROWS, FIT_EPOCHS)
     if name == "flowjax":
         return flowjax.passes(FLOWS_BY_NAME[case], mode)
     from bench.flows import PROVIDERS
@@ -105,8 +107,9 @@ def _work(name: str, case: str, mode: str) -> Callable[[], object]:
 def main() -> None:
     """Make the passes, say that they are ready, and time as many as each line of the input asks for."""
     name, case, mode = sys.argv[1:]
-    if name not in NAMES or case not in FLOWS_BY_NAME or mode not in MODES:
-        raise SystemExit(f"usage: python -m bench.elsewhere {{{','.join(NAMES)}}} CASE {{{','.join(MODES)}}}")
+    modes = (*MODES, "fit") if name == "flowjax" else MODES
+    if name not in NAMES or case not in FLOWS_BY_NAME or mode not in modes:
+        raise SystemExit(f"usage: python -m bench.elsewhere {{{','.join(NAMES)}}} CASE {{{','.join(modes)}}}")
     work = _work(name, case, mode)
     for _ in range(WARMUP):
         work()

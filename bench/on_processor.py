@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from bench import assemble, conversion, coupling, flows, linear, memory, neighbours, splines, training, two_moons
+from bench import (
+    assemble,
+    conversion,
+    coupling,
+    fitting,
+    flows,
+    linear,
+    memory,
+    neighbours,
+    splines,
+    training,
+    two_moons,
+)
 from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, MODES, SMALL_BATCH, SPLINES
 from bench.libraries import LIBRARIES
 from bench.linear import LinearCase
@@ -42,6 +54,7 @@ def races() -> Iterator[Race]:
         yield race("memory", memory.MemoryCase(steps), "train", memory.PROVIDERS, 0.0)
     for preset in training.IMAGES:
         yield race("train_step", training.PresetCase(preset), "step", training.PROVIDERS, 6.0)
+    yield race("fit", fitting.FitCase("sbi"), "fit", fitting.PROVIDERS, 4.0)
     for flow in ("sbi", "glf-mnist"):
         for processes in (1, 2, 4, 8):
             case = neighbours.NeighboursCase(flow, processes)

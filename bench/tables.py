@@ -129,6 +129,11 @@ def train_step(groups: Groups) -> Iterator[str]:
     yield from plain(groups, ("images/s", lambda row: f"{row.info['images_per_s']:,.0f}"))
 
 
+def fit(groups: Groups) -> Iterator[str]:
+    """The plain table, and epochs per second."""
+    yield from plain(groups, ("epochs/s", lambda row: f"{row.info['epochs_per_s']:,.1f}"))
+
+
 def worth_a_gpu(machines: Sequence[Results]) -> Iterator[str]:
     """A row a width and batch of the suite "grid": times of a training pass on each processor and GPU with results."""
     on = {False: [m for m in machines if "gpu" not in m.machine], True: [m for m in machines if "gpu" in m.machine]}
@@ -231,6 +236,7 @@ HEADINGS = {
     "assemble": "PLU factors of a flow's layers as matrices, with inverses; train: forward and backward (plu-K-D)",
     "apply": "Linear layers applied to vectors and images",
     "train_step": "Whole GLF steps: autoencoder, flow and optimizer of the presets",
+    "fit": "Whole runs of training: 10 epochs over 10,000 rows, a tenth of them held out",
     "launches": "Launches of a pass: kernels, copies and fills",
     "neighbours": "Several processes at once: mean time of a pass, against a fair share of the cores",
     "memory": "Peak extra memory of a training pass: D 64, two hidden layers of 256, batch 4,096",
@@ -239,6 +245,7 @@ TABLES: dict[str, Callable[[Groups], Iterator[str]]] = {
     "flow": by_case,
     "coupling": coupling,
     "spline": coupling,
+    "fit": fit,
     "train_step": train_step,
     "memory": memory,
     "neighbours": neighbours,

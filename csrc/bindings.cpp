@@ -1,8 +1,7 @@
 // The processor kernels as torch operations, through the LibTorch Stable ABI: one binary for every torch from 2.10 on.
 // Checks that keep memory safe, and unwrapping; the Python side (glf_fast/ops) explains to users what does not fit.
-#include "bindings.h"
+#include "bindings_flow.h"
 
-#include <cmath>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -11,79 +10,27 @@ namespace {
 
 using namespace glf::bindings;
 
-// A spline from the numbers of glf_fast.reference.PreparedSpline.
-template <class T>
-glf::Spline<T> spline_of(const std::vector<double>& numbers) {
-  STD_TORCH_CHECK(numbers.size() == 11 && numbers[0] >= 2 && numbers[0] <= glf::most_bins && std::abs(numbers[1]) <= 1,
-                  "glf_fast: unknown kind of spline");
-  const auto number = [&](int i) { return static_cast<T>(numbers[i]); };
-  return {static_cast<int>(numbers[0]), static_cast<glf::Tails>(static_cast<int>(numbers[1])), numbers[2] != 0,
-          number(3), number(4), number(5), number(6), number(7), number(8), number(9), number(10)};
-}
-
 // What all calls share, as it comes from Python.
-struct Arguments {
+struct Arguments : Networks {
   const Tensor &matrix, &offset;
-  const std::optional<Tensor>& unmatrix;
-  const Tensors &weights, &biases;
-  const std::optional<Tensor>& context;
-  int64_t coupling, activation, log_scale;
-  double constant;
-  bool add_first;
-  const std::vector<double>& spline;
+  const Maybe &unmatrix, &context;
   bool inverse, density;
 
   template <class T>
   glf::Flow<T> flow(const Tensor& x) const {
-    STD_TORCH_CHECK(coupling >= 0 && coupling < glf::kinds && activation >= 0 && activation < glf::activations &&
-                        log_scale >= 0 && log_scale < glf::log_scales,
-                    "glf_fast: unknown functions");
     STD_TORCH_CHECK(x.dim() == 2 && matrix.dim() == 3 && matrix.size(0) > 0 && matrix.size(1) == x.size(1) &&
                         matrix.size(2) == x.size(1) && offset.dim() == 2 && offset.size(0) == matrix.size(0) &&
                         offset.size(1) == x.size(1) &&
                         (!unmatrix || unmatrix->numel() == matrix.numel()) &&
                         (!context || (context->dim() == 2 && context->size(0) == x.size(0))),
                     "glf_fast: shapes of the rows, the maps and the context do not fit");
-    STD_TORCH_CHECK(!weights.empty() && weights.size() <= glf::max_layers && weights.size() == biases.size(),
-                    "glf_fast: an MLP of 1 to ", glf::max_layers, " layers is needed; got ", weights.size());
-    glf::Flow<T> f{};
-    f.steps = matrix.size(0);
-    f.dim = matrix.size(1);
-    f.context_dim = context ? context->size(1) : 0;
-    f.layers = static_cast<int>(weights.size());
-    f.kind = static_cast<glf::Kind>(coupling);
-    if (f.kind == glf::Kind::spline) f.spline = spline_of<T>(spline);
-    f.networks = networks_of(f.kind);
-    const bool apart = f.networks > 1;
-    f.width[0] = f.passive() + f.context_dim;
+    glf::Flow<T> f = Networks::flow<T>(matrix.size(0), matrix.size(1), context);
     f.matrix = read<T>(matrix);
-    f.unmatrix = unmatrix ? read<T>(*unmatrix) : nullptr;
+    f.unmatrix = read<T>(unmatrix);
     f.offset = read<T>(offset);
-    for (int i = 0; i < f.layers; ++i) {
-      const int64_t dims = apart ? 4 : 3;  // (K, networks, …) or (K, …)
-      STD_TORCH_CHECK(weights[i].dim() == dims && biases[i].dim() == dims - 1 && weights[i].size(0) == f.steps &&
-                          biases[i].size(0) == f.steps && (!apart || (weights[i].size(1) == f.networks && biases[i].size(1) == f.networks)) &&
-                          weights[i].size(dims - 2) == f.width[i] &&
-                          biases[i].size(dims - 2) == weights[i].size(dims - 1),
-                      "glf_fast: the widths of the MLP's layers do not chain");
-      f.width[i + 1] = weights[i].size(dims - 1);
-      f.weight[i] = read<T>(weights[i]);
-      f.bias[i] = read<T>(biases[i]);
-    }
-    STD_TORCH_CHECK(f.width[f.layers] == f.columns() * f.transformed(), "glf_fast: the MLP must end in ", f.columns(),
-                    "·(D//2) columns; got ", f.width[f.layers]);
-    f.activation = static_cast<glf::Activation>(activation);
-    f.log_scale = static_cast<glf::LogScale>(log_scale);
-    f.constant = static_cast<T>(constant);
-    f.add_first = add_first;
     f.inverse = inverse;
     f.density = density;
     return f;
-  }
-
-  template <class T>
-  const T* context_data() const {
-    return context ? read<T>(*context) : nullptr;
   }
 };
 
@@ -91,9 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
                                                  Tensors biases, std::optional<Tensor> context, int64_t coupling,
                                                  int64_t activation, int64_t log_scale, double constant, bool add_first,
                                                  std::vector<double> spline, bool inverse, bool density, int64_t save, int64_t record) {
-  const std::optional<Tensor> none;
-  const Arguments arguments{matrix,   offset,     none,      weights,  biases,    context, coupling,
-                            activation, log_scale, constant, add_first, spline, inverse, density};
+  const Maybe none;
+  const Arguments arguments{{weights, biases, coupling, activation, log_scale, constant, add_first, spline},
+                            matrix, offset, none, context, inverse, density};
   const int64_t batch = x.size(0), steps = matrix.size(0);
   const auto mode = static_cast<glf::Save>(save);
   Tensor out = alike(x), logdet = empty(x, {batch});
@@ -104,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
     const int64_t width = mode == glf::Save::records ? glf::record_width(flow) : flow.dim;
     STD_TORCH_CHECK(mode == glf::Save::nothing || record == width, "glf_fast: a record is ", width, " wide, not ",
                     record);
-    glf::kernels<T>().forward(flow, batch, read<T>(x), arguments.context_data<T>(), write<T>(out), write<T>(logdet),
+    glf::kernels<T>().forward(flow, batch, read<T>(x), read<T>(context), write<T>(out), write<T>(logdet),
                               mode, write<T>(saved), record, parallel());
   });
   return {out, logdet, saved};
@@ -117,8 +64,8 @@ Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logde
                                std::optional<Tensor> context, int64_t coupling, int64_t activation, int64_t log_scale,
                                double constant, bool add_first, std::vector<double> spline, bool inverse, int64_t save,
                                bool parameters) {
-  const Arguments arguments{matrix,     offset,    unmatrix, weights,   biases,  context, coupling,
-                            activation, log_scale, constant, add_first, spline, inverse, !grad_out};
+  const Arguments arguments{{weights, biases, coupling, activation, log_scale, constant, add_first, spline},
+                            matrix, offset, unmatrix, context, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
   STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
   Tensors grads{alike(out), context ? alike(*context) : empty(out, {0})};
@@ -146,7 +93,7 @@ Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logde
       }
     }
     const int64_t record = mode == glf::Save::nothing ? 0 : saved.size(2);
-    glf::kernels<T>().backward(flow, out.size(0), read<T>(out), arguments.context_data<T>(), mode, read<T>(saved),
+    glf::kernels<T>().backward(flow, out.size(0), read<T>(out), read<T>(context), mode, read<T>(saved),
                                record, grad_out ? read<T>(*grad_out) : nullptr, read<T>(grad_logdet), write<T>(grads[0]), write<T>(grads[1]),
                                parameters ? &target : nullptr, parallel());
   });

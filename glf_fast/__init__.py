@@ -1,7 +1,7 @@
 """glf_fast: fast affine-coupling normalizing flows, and Generative Latent Flow on top of them.
 
-Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert`, `accelerate` and `integrations`
-are loaded when first asked for.
+Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert`, `accelerate`, `fit` and
+`integrations` are loaded when first asked for.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from glf_fast import integrations
     from glf_fast.conversion import ConversionError, convert
     from glf_fast.conversion.accelerate import accelerate
+    from glf_fast.fitting import FitResult, fit
     from glf_fast.models.glf import GLF
 
 __version__ = _version("glf_fast")
@@ -45,6 +46,7 @@ __all__ = [
     "AffineCoupling",
     "ConversionError",
     "CouplingFlow",
+    "FitResult",
     "FixedLinear",
     "Flow",
     "FlowDistribution",
@@ -60,6 +62,7 @@ __all__ = [
     "accelerate",
     "backends",
     "convert",
+    "fit",
     "integrations",
     "rnvp_flow",
     "use_backend",
@@ -69,9 +72,11 @@ __all__ = [
 # Loaded when first asked for, and where from: most programs need none of them.
 _LAZY = {
     "ConversionError": "glf_fast.conversion",
+    "FitResult": "glf_fast.fitting",
     "GLF": "glf_fast.models.glf",
     "accelerate": "glf_fast.conversion.accelerate",
     "convert": "glf_fast.conversion",
+    "fit": "glf_fast.fitting",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from types import FrameType, TracebackType
@@ -74,10 +75,16 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Inside the block, the first Ctrl-C or SIGTERM only sets the yielded `Stop`; a second signal acts as usual."""
+def stop_on_signals(*numbers: int) -> Iterator[Stop]:
+    """Inside the block, the first of these signals only sets the yielded `Stop`; a second one acts as usual.
+
+    Python handles signals in its main thread, so that in another thread nothing is set.
+    """
     stop = Stop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number: int, frame: FrameType | None) -> None:
         stop.signal = number

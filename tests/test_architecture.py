@@ -26,6 +26,7 @@ ALLOWED = {
     "flow": {"ops", "reference"},
     "conversion": {"flow", "ops", "reference"},
     "integrations": {"flow", "ops", "reference"},
+    "fitting": {"flow", "ops", "reference"},
     "data": set(),
     "metrics": {"data"},
     "models": {"flow", "metrics"},
@@ -130,11 +131,13 @@ except glf_fast.ConversionError:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules([str(PACKAGE / "flow")])])
+@pytest.mark.parametrize(
+    "name", [f"{room}.{m.name}" for room in ("flow", "fitting") for m in pkgutil.iter_modules([str(PACKAGE / room)])]
+)
 def test_docstring_examples_run(name: str) -> None:
     import torch
 
-    module = importlib.import_module(f"glf_fast.flow.{name}")
+    module = importlib.import_module(f"glf_fast.{name}")
     names = {"torch": torch, **{key: getattr(glf_fast, key) for key in glf_fast.__all__}}
     assert doctest.testmod(module, extraglobs=names).failed == 0
 

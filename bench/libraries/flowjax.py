@@ -3,17 +3,71 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from bench.cases import FlowCase
 
-__all__ = ["passes", "why_not"]
+__all__ = ["fits", "passes", "why_not"]
 
 
 def why_not() -> str:
     """Why it cannot be measured, or ""."""
     return "" if importlib.util.find_spec("flowjax") else "flowjax is not installed (glf_fast[bench] has it)"
+
+
+def _flow(case: FlowCase) -> Any:
+    """A flow of a case's size.
+
+    Raises:
+        ValueError: hidden layers of several widths.
+    """
+    import jax
+    from flowjax.bijections import RationalQuadraticSpline
+    from flowjax.distributions import Normal
+    from flowjax.flows import coupling_flow
+
+    if len({*case.hidden}) != 1:
+        raise ValueError(f"hidden layers of one width are needed; got {case.hidden}")
+    return coupling_flow(
+        jax.random.key(0),
+        base_dist=Normal(jax.numpy.zeros(case.dim)),
+        # So many inner knots, and two at the ends, whose slopes the network makes, too; None is affine.
+        transformer=RationalQuadraticSpline(knots=case.bins - 1, interval=5) if case.bins else None,
+        cond_dim=case.context_dim or None,
+        flow_layers=case.steps,
+        nn_width=case.hidden[0],
+        nn_depth=len(case.hidden),
+    )
+
+
+def fits(case: FlowCase, rows: int, epochs: int) -> Callable[[], Any]:
+    """Runs of `fit_to_data` over so many rows in batches of a case's size; the compilation is over.
+
+    Raises:
+        ValueError: hidden layers of several widths. AssertionError: what is wrong with a run.
+    """
+    import jax
+    import optax
+    from flowjax.train import fit_to_data
+    from flowjax.train.losses import MaximumLikelihoodLoss
+
+    flow = _flow(case)
+    data = tuple(jax.numpy.asarray(t.numpy()) for t in replace(case, batch=rows).inputs() if t is not None)
+    loss, optimizer = MaximumLikelihoodLoss(), optax.adam(1e-9)  # others would be compiled again
+
+    def run() -> Any:
+        fitted, losses = fit_to_data(
+            jax.random.key(1), flow, data, loss_fn=loss, optimizer=optimizer, max_epochs=epochs, max_patience=epochs,
+            batch_size=case.batch, show_progress=False,
+        )  # fmt: skip
+        return jax.block_until_ready(jax.tree.leaves(fitted)), losses["val"]
+
+    _, losses = run()
+    assert len(losses) == epochs and all(map(math.isfinite, losses)), f"losses {losses}"
+    return run
 
 
 def passes(case: FlowCase, mode: str) -> Callable[[], Any]:
@@ -26,22 +80,8 @@ def passes(case: FlowCase, mode: str) -> Callable[[], Any]:
     import jax
     import optax
     import paramax
-    from flowjax.bijections import RationalQuadraticSpline
-    from flowjax.distributions import Normal
-    from flowjax.flows import coupling_flow
 
-    if len({*case.hidden}) != 1:
-        raise ValueError(f"hidden layers of one width are needed; got {case.hidden}")
-    flow = coupling_flow(
-        jax.random.key(0),
-        base_dist=Normal(jax.numpy.zeros(case.dim)),
-        # So many inner knots, and two at the ends, whose slopes the network makes, too; None is affine.
-        transformer=RationalQuadraticSpline(knots=case.bins - 1, interval=5) if case.bins else None,
-        cond_dim=case.context_dim or None,
-        flow_layers=case.steps,
-        nn_width=case.hidden[0],
-        nn_depth=len(case.hidden),
-    )
+    flow = _flow(case)
     parameters, rest = equinox.partition(
         flow, equinox.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
     )

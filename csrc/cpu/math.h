@@ -25,8 +25,9 @@ inline f64 abs(f64 x) { return (f64)((mask<double>)x & 0x7fffffffffffffff); }
 #if GLF_VECTOR_BYTES == 64
 inline f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline f64 fma(f64 a, f64 b, f64 c) { return (f64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
-inline f32 sqrt(f32 x) { return (f32)_mm512_sqrt_ps((__m512)x); }
-inline f64 sqrt(f64 x) { return (f64)_mm512_sqrt_pd((__m512d)x); }
+// Of all lanes; without a mask GCC 12 warns of its own header.
+inline f32 sqrt(f32 x) { return (f32)_mm512_maskz_sqrt_ps(0xffff, (__m512)x); }
+inline f64 sqrt(f64 x) { return (f64)_mm512_maskz_sqrt_pd(0xff, (__m512d)x); }
 #elif GLF_VECTOR_BYTES == 32
 inline f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline f64 fma(f64 a, f64 b, f64 c) { return (f64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ class Run:
         print(f"{self.folder}: {how}, training up to {self.total:,} {self.items}", file=sys.stderr)
         runs.cut_metrics(self.folder, trainer.images)
         progress = Progress(self.total, trainer.images, self.images_per_epoch, self.items)
-        with stop_on_signals() as stop, progress:
+        with stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop, progress:
             self._train_stage(board, progress, stop)
             while not (stop.signal or self.done):
                 trainer.advance()

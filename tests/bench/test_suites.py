@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import glf_fast
-from bench import assemble, flows, on_processor, processor_clock, splines
+from bench import assemble, fitting, flows, on_processor, processor_clock, splines
 from bench.assemble import PluCase
 from bench.cases import COUPLING_MODES, FLOWS, FlowCase, SplineCase
 from bench.check import CHUNK, exact_flow
 from bench.elsewhere import Elsewhere
+from bench.fitting import FitCase
 from bench.libraries import LIBRARIES
 from bench.memory import DIM, ENVIRONMENT, MemoryCase, wrong_gradients
 from bench.neighbours import PROVIDERS, NeighboursCase
@@ -49,6 +50,7 @@ def test_the_suites_run_and_become_tables_and_figures_and_what_is_wrong_has_no_t
     found = read(tmp_path / "bench.json")
     assert {r.suite for r in found.results} == {race.suite for race in on_processor.races()} - {
         "train_step",
+        "fit",
         "convert",
         "neighbours",
         "two_moons",
@@ -85,6 +87,13 @@ def test_processes_at_once() -> None:
     assert found.info["mean"] > 0 and found.info["share"] > 0 and found.info["worst"] >= 1
     with pytest.raises(AssertionError, match=r"usage: python -m bench\.elsewhere"):
         Elsewhere("glf_fast", "sbi", "nonsense").wait()
+
+
+@pytest.mark.parametrize("name", ["glf_fast", "glf_fast, loop", "zuko"])
+def test_runs_of_training(name: str) -> None:
+    if name != "zuko" or importlib.util.find_spec("zuko"):
+        made = job(fitting.PROVIDERS[name], FitCase("sbi", rows=600, epochs=2), "fit")
+        assert made.why_wrong() == "" and made.rate == ("epochs", 2)
 
 
 @pytest.mark.long

@@ -79,6 +79,7 @@ struct Case {
     flow.networks = glf::networks_of(flow.kind);
     flow.constant = flow.log_scale == glf::LogScale::softclip ? T(-6.9) : flow.log_scale == glf::LogScale::nflows ? T(1e-3) : T(2);
     flow.add_first = option % 2;
+    flow.spline = {5, glf::Tails::linear, false, T(-4), T(4), T(1e-3), T(1e-3), T(1e-3), T(1.4406), T(0), T(1)};
     // A cyclic shift with scales: its inverse is known.
     matrix.assign(K * D * D, 0);
     inverse.assign(K * D * D, 0);
@@ -94,7 +95,7 @@ struct Case {
     context = random<T>(s.batch * s.context_dim, 1, rng);
     flow.width[0] = flow.passive() + flow.context_dim;
     for (int i = 0; i < flow.layers; ++i) {
-      flow.width[i + 1] = i + 1 < flow.layers ? s.hidden[i] : glf::columns_of(flow.kind) * flow.transformed();
+      flow.width[i + 1] = i + 1 < flow.layers ? s.hidden[i] : flow.columns() * flow.transformed();
       weights.push_back(random<T>(flow.weights_before(i, K, 0), 0.5 / std::sqrt(double(flow.width[i])), rng));
       biases.push_back(random<T>(flow.biases_before(i, K, 0), 0.1, rng));
     }
@@ -142,6 +143,7 @@ struct Case {
 }  // namespace
 
 #include "linear.h"
+#include "training.h"
 
 namespace {
 
@@ -172,7 +174,7 @@ void walk_couplings(const glf::Kernels<T>& kernels, const glf::Kernels<T>& gener
     for (int option = 0; option < glf::log_scales; ++option) {
       const auto log_scale = static_cast<glf::LogScale>(option);
       const T constant = log_scale == glf::LogScale::nflows ? T(0.001) : T(2);
-      const glf::Coupling<T> op{glf::Kind::affine, log_scale, constant, option % 2 == 0, option % 3 == 0};
+      const glf::Coupling<T> op{glf::Kind::affine, log_scale, constant, option % 2 == 0, option % 3 == 0, {}};
       const Buffer<T> expected = couple(generic, op, B, pixels, n, 0, 1);
       for (const int gap : {0, 1, n, 19})
         for (const int count : {1, 3}) check("coupling", couple(kernels, op, B, pixels, n, gap, count), expected, tolerance);
@@ -221,5 +223,7 @@ int main() {
     walk(glf::avx512::kernels_f64, glf::generic::kernels_f64, 1e-12);
   }
 #endif
+  walk_training<float>(1e-4);
+  walk_training<double>(1e-10);
   std::puts("all agree");
 }

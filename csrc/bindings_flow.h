@@ -1,0 +1,66 @@
+// The networks of a flow and what it does with them, from Python: what the operations on flows share.
+#pragma once
+
+#include "bindings.h"
+
+#include <cmath>
+
+namespace glf::bindings {
+
+// A spline from the numbers of glf_fast.reference.PreparedSpline.
+template <class T>
+glf::Spline<T> spline_of(const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 11 && numbers[0] >= 2 && numbers[0] <= glf::most_bins && std::abs(numbers[1]) <= 1,
+                  "glf_fast: unknown kind of spline");
+  const auto number = [&](int i) { return static_cast<T>(numbers[i]); };
+  return {static_cast<int>(numbers[0]), static_cast<glf::Tails>(static_cast<int>(numbers[1])), numbers[2] != 0,
+          number(3), number(4), number(5), number(6), number(7), number(8), number(9), number(10)};
+}
+
+struct __attribute__((visibility("hidden"))) Networks {  // as torch::stable::Tensor is
+  const Tensors &weights, &biases;
+  int64_t coupling, activation, log_scale;
+  double constant;
+  bool add_first;
+  const std::vector<double>& spline;
+
+  // A flow that is complete but for its affine maps and its direction.
+  template <class T>
+  glf::Flow<T> flow(int64_t steps, int64_t dim, const Maybe& context) const {
+    STD_TORCH_CHECK(coupling >= 0 && coupling < glf::kinds && activation >= 0 && activation < glf::activations &&
+                        log_scale >= 0 && log_scale < glf::log_scales,
+                    "glf_fast: unknown functions");
+    STD_TORCH_CHECK(!weights.empty() && weights.size() <= glf::max_layers && weights.size() == biases.size(),
+                    "glf_fast: an MLP of 1 to ", glf::max_layers, " layers is needed; got ", weights.size());
+    glf::Flow<T> f{};
+    f.steps = steps;
+    f.dim = dim;
+    f.context_dim = context ? context->size(1) : 0;
+    f.layers = static_cast<int>(weights.size());
+    f.kind = static_cast<glf::Kind>(coupling);
+    if (f.kind == glf::Kind::spline) f.spline = spline_of<T>(spline);
+    f.networks = networks_of(f.kind);
+    const bool apart = f.networks > 1;
+    f.width[0] = f.passive() + f.context_dim;
+    for (int i = 0; i < f.layers; ++i) {
+      const int64_t dims = apart ? 4 : 3;  // (K, networks, …) or (K, …)
+      STD_TORCH_CHECK(weights[i].dim() == dims && biases[i].dim() == dims - 1 && weights[i].size(0) == f.steps &&
+                          biases[i].size(0) == f.steps && (!apart || (weights[i].size(1) == f.networks && biases[i].size(1) == f.networks)) &&
+                          weights[i].size(dims - 2) == f.width[i] &&
+                          biases[i].size(dims - 2) == weights[i].size(dims - 1),
+                      "glf_fast: the widths of the MLP's layers do not chain");
+      f.width[i + 1] = weights[i].size(dims - 1);
+      f.weight[i] = read<T>(weights[i]);
+      f.bias[i] = read<T>(biases[i]);
+    }
+    STD_TORCH_CHECK(f.width[f.layers] == f.columns() * f.transformed(), "glf_fast: the MLP must end in ", f.columns(),
+                    "·(D//2) columns; got ", f.width[f.layers]);
+    f.activation = static_cast<glf::Activation>(activation);
+    f.log_scale = static_cast<glf::LogScale>(log_scale);
+    f.constant = static_cast<T>(constant);
+    f.add_first = add_first;
+    return f;
+  }
+};
+
+}  // namespace glf::bindings

@@ -1,0 +1,6 @@
+"""Training a flow on a data set of tensors: `fit`, whose result is a `FitResult`."""
+
+from glf_fast.fitting.maximum_likelihood import fit
+from glf_fast.fitting.run import FitResult
+
+__all__ = ["FitResult", "fit"]
