@@ -79,6 +79,19 @@ inline f64 exp(f64 x) {
   return by_lane(x, [](double s) { return std::exp(s); });
 }
 
+// exp for x ≤ 0, as a softmax has it; what would be less than 2⁻¹²⁶ is about that.
+inline f32 exp_of_negative(f32 x) {
+  const f32 y = x < -87.3f ? broadcast(-87.3f) : x;
+  const float shift = 12582912.0f;
+  const f32 shifted = y * 1.44269504f + shift;
+  const f32 n = shifted - shift;
+  const f32 r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+  const f32 p = r * r * polynomial(r, 0.5f, 0.16666573f, 0.041666862f, 0.0083637405f, 0.0013901471f) + r + 1.0f;
+  const f32 scaled = (f32)((i32)p + ((i32)shifted << 23));  // p lies between √½ and √2: its exponent has room
+  return x == x ? scaled : x;
+}
+inline f64 exp_of_negative(f64 x) { return exp(x); }
+
 // log(w) + correction, for normal positive w; the correction is a small addend lost when w was rounded.
 inline f32 log_of(f32 w, f32 correction) {
   // w = 2ᵉ·(1 + f), with 1 + f in [√½, √2).

@@ -69,7 +69,7 @@ struct Sides {
       part[j] = clipped(op, raw[j]);
       most = part[j] > most ? part[j] : most;
     }
-    for (idx j = 0; j < op.bins; ++j) total.add(part[j] = exp(part[j] - most));
+    for (idx j = 0; j < op.bins; ++j) total.add(part[j] = exp_of_negative(part[j] - most));
   }
 
   static vec<T> clipped(const Spline<T>& op, vec<T> raw) {
