@@ -27,7 +27,7 @@ struct Arguments {
   const std::optional<Tensor>& unmatrix;
   const Tensors &weights, &biases;
   const std::optional<Tensor>& context;
-  int64_t coupling, activation, log_scale;
+  int64_t coupling, network, activation, log_scale;
   double constant;
   bool add_first;
   const std::vector<double>& spline;
@@ -35,7 +35,7 @@ struct Arguments {
 
   template <class T>
   glf::Flow<T> flow(const Tensor& x) const {
-    STD_TORCH_CHECK(coupling >= 0 && coupling < glf::kinds && activation >= 0 && activation < glf::activations &&
+    STD_TORCH_CHECK(coupling >= 0 && coupling < glf::kinds && network >= 0 && network < glf::network_kinds && activation >= 0 && activation < glf::activations &&
                         log_scale >= 0 && log_scale < glf::log_scales,
                     "glf_fast: unknown functions");
     STD_TORCH_CHECK(x.dim() == 2 && matrix.dim() == 3 && matrix.size(0) > 0 && matrix.size(1) == x.size(1) &&
@@ -45,7 +45,7 @@ struct Arguments {
                         (!context || (context->dim() == 2 && context->size(0) == x.size(0))),
                     "glf_fast: shapes of the rows, the maps and the context do not fit");
     STD_TORCH_CHECK(!weights.empty() && weights.size() <= glf::max_layers && weights.size() == biases.size(),
-                    "glf_fast: an MLP of 1 to ", glf::max_layers, " layers is needed; got ", weights.size());
+                    "glf_fast: a network of 1 to ", glf::max_layers, " layers is needed; got ", weights.size());
     glf::Flow<T> f{};
     f.steps = matrix.size(0);
     f.dim = matrix.size(1);
@@ -53,8 +53,12 @@ struct Arguments {
     f.layers = static_cast<int>(weights.size());
     f.kind = static_cast<glf::Kind>(coupling);
     if (f.kind == glf::Kind::spline) f.spline = spline_of<T>(spline);
+    f.network = static_cast<glf::Network>(network);
     f.networks = networks_of(f.kind);
     const bool apart = f.networks > 1;
+    const bool residual = f.network == glf::Network::residual;
+    STD_TORCH_CHECK(!residual || (!apart && f.layers >= 2 && (f.layers - 2) % f.layers_of_block() == 0),
+                    "glf_fast: ", f.layers, " layers do not make a residual network");
     f.width[0] = f.passive() + f.context_dim;
     f.matrix = read<T>(matrix);
     f.unmatrix = unmatrix ? read<T>(*unmatrix) : nullptr;
@@ -63,14 +67,15 @@ struct Arguments {
       const int64_t dims = apart ? 4 : 3;  // (K, networks, …) or (K, …)
       STD_TORCH_CHECK(weights[i].dim() == dims && biases[i].dim() == dims - 1 && weights[i].size(0) == f.steps &&
                           biases[i].size(0) == f.steps && (!apart || (weights[i].size(1) == f.networks && biases[i].size(1) == f.networks)) &&
-                          weights[i].size(dims - 2) == f.width[i] &&
+                          weights[i].size(dims - 2) == f.inputs(i) &&
+                          (!residual || i == 0 || i + 1 == f.layers || weights[i].size(dims - 1) == f.width[1]) &&
                           biases[i].size(dims - 2) == weights[i].size(dims - 1),
-                      "glf_fast: the widths of the MLP's layers do not chain");
+                      "glf_fast: the widths of the network's layers do not chain");
       f.width[i + 1] = weights[i].size(dims - 1);
       f.weight[i] = read<T>(weights[i]);
       f.bias[i] = read<T>(biases[i]);
     }
-    STD_TORCH_CHECK(f.width[f.layers] == f.columns() * f.transformed(), "glf_fast: the MLP must end in ", f.columns(),
+    STD_TORCH_CHECK(f.width[f.layers] == f.columns() * f.transformed(), "glf_fast: the network must end in ", f.columns(),
                     "·(D//2) columns; got ", f.width[f.layers]);
     f.activation = static_cast<glf::Activation>(activation);
     f.log_scale = static_cast<glf::LogScale>(log_scale);
@@ -89,10 +94,10 @@ struct Arguments {
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
                                                  Tensors biases, std::optional<Tensor> context, int64_t coupling,
-                                                 int64_t activation, int64_t log_scale, double constant, bool add_first,
+                                                 int64_t network, int64_t activation, int64_t log_scale, double constant, bool add_first,
                                                  std::vector<double> spline, bool inverse, bool density, int64_t save, int64_t record) {
   const std::optional<Tensor> none;
-  const Arguments arguments{matrix,   offset,     none,      weights,  biases,    context, coupling,
+  const Arguments arguments{matrix,   offset,     none,      weights,  biases,    context, coupling, network,
                             activation, log_scale, constant, add_first, spline, inverse, density};
   const int64_t batch = x.size(0), steps = matrix.size(0);
   const auto mode = static_cast<glf::Save>(save);
@@ -114,10 +119,10 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
 // Without ∂out it is that of the density: out is read.
 Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
-                               std::optional<Tensor> context, int64_t coupling, int64_t activation, int64_t log_scale,
+                               std::optional<Tensor> context, int64_t coupling, int64_t network, int64_t activation, int64_t log_scale,
                                double constant, bool add_first, std::vector<double> spline, bool inverse, int64_t save,
                                bool parameters) {
-  const Arguments arguments{matrix,     offset,    unmatrix, weights,   biases,  context, coupling,
+  const Arguments arguments{matrix,     offset,    unmatrix, weights,   biases,  context, coupling, network,
                             activation, log_scale, constant, add_first, spline, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
   STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
@@ -257,11 +262,11 @@ int64_t vector_bytes() { return glf::vector_bytes(); }
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
-      "int coupling, int activation, int log_scale, float constant, bool add_first, float[] spline, bool inverse, bool density, int save, int record)"
+      "int coupling, int network, int activation, int log_scale, float constant, bool add_first, float[] spline, bool inverse, bool density, int save, int record)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
-      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int activation, "
+      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int network, int activation, "
       "int log_scale, float constant, bool add_first, float[] spline, bool inverse, int save, bool parameters) -> Tensor[]");
   m.def(
       "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"

@@ -6,12 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glf_fast.ops.coupling_flow.call import Call
+from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.reference import COUPLINGS
 
-__all__ = ["KINDS", "as_one_network", "hidden_widths"]
+__all__ = ["as_one_network", "hidden_widths", "refuses"]
 
 KINDS = ("affine", "separate", "additive")  # of coupling, of which one network that makes [u, t] can be made
+
+
+def refuses(options: CallOptions) -> str:
+    """Why the GPU's kernels know no flow of these options; "" where they do."""
+    if options.network != "mlp":
+        return "a network other than an MLP"
+    return "" if options.coupling in KINDS else f"a coupling other than {', '.join(KINDS)}"
 
 
 def as_one_network(call: Call) -> Call:
