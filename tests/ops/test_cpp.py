@@ -290,6 +290,27 @@ def test_arguments_that_do_not_belong_together_are_refused() -> None:
         ops.affine_coupling(x, x.to("meta"), x)
 
 
+def test_layers_that_make_no_residual_network_are_refused() -> None:
+    x, A, c, context, *layers = tensors(3, 2, 5, 2, (7, 7), network="residual")
+    half = len(layers) // 2
+    weights, biases = layers[:half], layers[half:]
+    options = {"network": "residual"}
+    with pytest.raises(ValueError, match="must be two and 3 for each block; got 7"):
+        ops.coupling_flow(x, A, c, weights[:-1], biases[:-1], context, **options)
+    for i, (wrong, shape) in enumerate(zip((5, 6, 6), ((7, 7), (7, 7), (2, 7)), strict=True)):
+        bad = [*weights[: i + 1], torch.zeros(2, wrong, 7).double(), *weights[i + 2 :]]
+        for grad in (True, False):  # with and without the path that checks in C++ first
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises(
+                    ValueError, match=rf"weights\[{i + 1}\] must have shape .* = \(2, {shape[0]}, {shape[1]}\)"
+                ),
+            ):
+                ops.coupling_flow(x, A, c, bad, biases, context, **options)
+    with pytest.raises(ValueError, match="coupling='separate' has two MLPs"):
+        ops.coupling_flow(x, A, c, weights, biases, context, coupling="separate", **options)
+
+
 def test_the_operations_themselves_refuse_shapes_that_do_not_fit() -> None:
     x, A, c, _, *layers = (t if t is None else t.detach() for t in tensors(3, 2, 5, 0, (7,)))
     code = (0, 0, 0, 0, 2.0, False, [], False, False, 0, 0)
