@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glf_fast import CouplingFlow
+from glf_fast import CouplingFlow, Spline
 
 __all__ = [
     "COUPLINGS",
@@ -21,9 +21,11 @@ __all__ = [
     "GRID",
     "MODES",
     "SMALL_BATCH",
+    "SPLINES",
     "CouplingCase",
     "FlowCase",
     "ImageCase",
+    "SplineCase",
     "Unrated",
 ]
 
@@ -47,7 +49,7 @@ class Unrated:
 
 @dataclass(frozen=True)
 class FlowCase:
-    """A coupling flow of K = `steps` steps at batch size B."""
+    """A coupling flow of K = `steps` steps at batch size B: affine, or with `bins` of rational-quadratic splines."""
 
     name: str
     dim: int
@@ -55,6 +57,7 @@ class FlowCase:
     steps: int
     batch: int
     context_dim: int = 0
+    bins: int = 0
 
     def flow(self, device: str = "cpu") -> CouplingFlow:
         """A flow of this size, as after its data-dependent start, with parameters a little off their initial values.
@@ -62,7 +65,8 @@ class FlowCase:
         The deeper the flow, the less: as far off as at 8 steps, 64 amplify rounding until float32 has no digit left.
         """
         torch.manual_seed(0)
-        flow = CouplingFlow(self.dim, self.steps, self.hidden, self.context_dim)
+        coupling, spline = ("spline", Spline(self.bins)) if self.bins else ("affine", None)
+        flow = CouplingFlow(self.dim, self.steps, self.hidden, self.context_dim, coupling=coupling, spline=spline)
         flow(torch.randn(256, self.dim), torch.randn(256, self.context_dim) if self.context_dim else None)
         with torch.no_grad():
             for p in flow.parameters():
@@ -83,13 +87,14 @@ class FlowCase:
     @property
     def sizes(self) -> dict[str, Any]:
         """For results."""
-        return {"batch": self.batch, "dim": self.dim, "hidden": self.hidden, "steps": self.steps}
+        return {"batch": self.batch, "dim": self.dim, "hidden": self.hidden, "steps": self.steps, "bins": self.bins}
 
     @property
     def weights(self) -> int:
         """Numbers in all matrices: one multiply-add of each per row and pass."""
         transformed = self.dim // 2
-        widths = [self.dim - transformed + self.context_dim, *self.hidden, 2 * transformed]
+        columns = Spline(self.bins).columns if self.bins else 2
+        widths = [self.dim - transformed + self.context_dim, *self.hidden, columns * transformed]
         mlp = sum(a * b for a, b in itertools.pairwise(widths))
         return self.steps * (self.dim**2 + mlp)
 
@@ -142,6 +147,46 @@ class CouplingCase:
 
 
 @dataclass(frozen=True)
+class SplineCase:
+    """Rational-quadratic splines of numbers x (B, D), each with its own parameters; the box is [-5, 5], with linear tails."""
+
+    batch: int
+    dim: int
+    bins: int
+
+    @property
+    def name(self) -> str:
+        """Shape and bins."""
+        return f"{self.batch}x{self.dim}-{self.bins}-bins"
+
+    @property
+    def columns(self) -> int:
+        """Parameters of one spline."""
+        return Spline(self.bins).columns
+
+    def inputs(self, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
+        """x (B, D), one in 80 of it outside the box, and parameters (B, D, n), which ask for gradients."""
+        torch.manual_seed(seed)
+        x, parameters = 2 * torch.randn(self.batch, self.dim), torch.randn(self.batch, self.dim, self.columns)
+        return x.to(device).requires_grad_(), parameters.to(device).requires_grad_()
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """For results."""
+        return {"batch": self.batch}
+
+    def operations(self, mode: str) -> int:
+        """None that count: the yardstick is a copy."""
+        return 0
+
+    def bytes(self, mode: str) -> int:
+        """Least traffic in float32: x and parameters read, y and log y' written; backward ∂y, ∂log y', x and parameters read
+        and two gradients written."""
+        numbers = 3 + self.columns
+        return 4 * (numbers if mode != "train" else 2 * numbers + 1 + self.columns) * self.batch * self.dim
+
+
+@dataclass(frozen=True)
 class ImageCase:
     """K = `steps` steps of Glow on images (C, H, W), with convolutional networks of that width, at batch size B."""
 
@@ -166,6 +211,8 @@ FLOWS = {
         FlowCase("sbi", 8, (50, 50), 5, 200, context_dim=16),
         FlowCase("throughput", 64, (256, 256), 8, 65536),
         FlowCase("wide", 128, (512, 512), 16, 4096),
+        FlowCase("splines", 20, (64, 64), 8, 256, bins=8),
+        FlowCase("sbi-splines", 8, (50, 50), 5, 200, context_dim=16, bins=10),
     )
 }
 SMALL_BATCH = {f"small-batch-{b}": FlowCase(f"small-batch-{b}", 64, (256, 256), 8, b) for b in (1, 16, 64)}
@@ -183,3 +230,4 @@ COUPLINGS = [
     for shape in ((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4))
     for order in ("contiguous", "channels-last")
 ]
+SPLINES = [SplineCase(4096, 8, 8)]

@@ -88,8 +88,7 @@ def _job(name: str, case: ConversionCase, mode: str, clock: Clock) -> Job:
 
 
 def _why_not(case: ConversionCase, mode: str, device: str) -> str:
-    context_dim = case.of.context_dim if isinstance(case.of, FlowCase) else 0
-    return LIBRARIES[case.kind.partition(" ")[0]].why_not(context_dim)
+    return LIBRARIES[case.kind.partition(" ")[0]].why_not(case.of if isinstance(case.of, FlowCase) else None)
 
 
 PROVIDERS = {name: Provider(name, partial(_job, name), _why_not) for name in ("original", "glf_fast")}

@@ -146,9 +146,7 @@ def _library_job(library: Library, case: FlowCase, mode: str, clock: Clock) -> J
 
 
 def _library(library: Library) -> Provider:
-    return Provider(
-        library.name, partial(_library_job, library), lambda case, mode, device: library.why_not(case.context_dim)
-    )
+    return Provider(library.name, partial(_library_job, library), lambda case, mode, device: library.why_not(case))
 
 
 def _flowjax_job(case: FlowCase, mode: str, clock: Clock) -> Job:

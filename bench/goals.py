@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from bench import on_gpu, on_processor
+from bench import on_gpu, on_processor, splines
+from bench.cases import SPLINES
 from bench.judge import Flat, Goal, activations, kernels, peaks, table
 from bench.libraries import KINDS, LIBRARIES
 from bench.on_gpu import BATCHES, FLOW_MODES, NAMED
@@ -22,6 +23,8 @@ def _of_flow(case: str, mode: str) -> tuple[Key]:
     return (("flow", case, mode),)
 
 
+SPLINE = tuple(("spline", case.name, "train") for case in SPLINES)
+
 PROCESSOR: tuple[Goal, ...] = (
     Goal("glf-cifar, train: the best library", 1.7, _of_flow("glf-cifar", "train"), (*LIBRARIES,)),
     Goal("glf-cifar, train: torch.compile", 1.7, _of_flow("glf-cifar", "train"), ("compile",)),
@@ -34,6 +37,20 @@ PROCESSOR: tuple[Goal, ...] = (
         Goal(f"D 64, H 256, K 8, B = {batch}, {mode}: eager", least, _of_flow(f"small-batch-{batch}", mode), ("eager",))
         for batch, least in ((1, 10.0), (16, 5.0), (64, 3.0))
         for mode in ("log_prob", "sample")
+    ),
+    Goal("splines alone, train: the best library", 8.0, SPLINE, (*splines.LIBRARIES,)),
+    Goal("splines alone, train: torch.compile", 3.0, SPLINE, ("compile",)),
+    *(
+        Goal(f"{case}, {mode}: {who}", least, _of_flow(case, mode), against)
+        for case, modes, libraries in (
+            ("splines", ("train", "log_prob", "sample"), 6.0),
+            ("sbi-splines", ("train",), 8.0),
+        )
+        for mode in modes
+        for who, least, against in (
+            ("the best library", libraries, ("nflows", "normflows", "zuko")),
+            ("flowjax", 2.0, ("flowjax",)),
+        )
     ),
     Goal("peak memory of train at K = 64, B 4,096: eager", 4.0, (("memory", "memory-64", "train"),), ("eager",), peaks),
     Goal(

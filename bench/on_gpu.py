@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bench import assemble, coupling, flows, linear, memory, training
-from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, SMALL_BATCH, CouplingCase, FlowCase
+from bench import assemble, coupling, flows, linear, memory, splines, training
+from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, SMALL_BATCH, SPLINES, CouplingCase, FlowCase
 from bench.gpu_record import untimed
 from bench.libraries import LIBRARIES
 from bench.linear import BACKENDS, LinearCase
@@ -96,6 +96,14 @@ def _couplings(names: Sequence[str] = OURS_AND_EAGER) -> Iterator[Race]:
             yield race("coupling", case, mode, coupling.PROVIDERS, names)
 
 
+def _splines() -> Iterator[Race]:
+    """Splines alone, and a flow of them."""
+    for case in SPLINES:
+        for mode in COUPLING_MODES:
+            yield race("spline", case, mode, splines.PROVIDERS, splines.PROVIDERS)
+    yield from _flows([FLOWS["splines"]], FLOW_MODES, WITH_GRAPHS)
+
+
 def _linear(counts: Sequence[int], dims: Sequence[int], names: Sequence[str] = DENSE) -> Iterator[Race]:
     for count in counts:
         for dim in dims:
@@ -173,6 +181,7 @@ GROUPS: dict[str, Callable[[], Iterator[Race]]] = {
         _linear, (16384, 1024, 32, 8), (32, 64, 8, 16, 4, 128, 192), (*DENSE[:1], *BACKENDS, "CuPy")
     ),
     "coupling-compiled": partial(_couplings, tuple(coupling.PROVIDERS)),
+    "splines": _splines,
     "memory-more": partial(_memory, 32, 16),
     "depth": partial(_flows, DEPTH.values(), ("train",), OURS_AND_EAGER, suite="depth"),
     "bf16": partial(_flows, NAMED, FLOW_MODES, OURS_AND_EAGER, "medium"),
@@ -188,8 +197,8 @@ FIRST: dict[str, float] = {"named": 30, "batches": 18, "compiled": 57, "large": 
 # Of 130. "cut" is what the first call has no time of; the goals' rows follow, once more for the spread.
 SECOND: dict[str, float] = {
     "cut": 20, "named": 22, "compiled-more": 35, "large": 15, "linear": 6, "coupling": 6, "grid": 10, "train_step": 16,
-    "wide": 6, "step": 4, "layers": 6, "linear-more": 6, "coupling-compiled": 6, "memory-more": 3, "depth": 4, "bf16": 4,
-    "float32": 4, "libraries": 8, "launches": 4, "compiled": 1, "batches": 1,
+    "wide": 6, "step": 4, "layers": 6, "linear-more": 6, "coupling-compiled": 6, "splines": 6, "memory-more": 3, "depth": 4,
+    "bf16": 4, "float32": 4, "libraries": 8, "launches": 4, "compiled": 1, "batches": 1,
 }  # fmt: skip
 
 Shrink = Callable[[Iterable[Race]], Iterable[Race]]

@@ -226,6 +226,7 @@ HEADINGS = {
     "depth": "Depth: D 64, two hidden layers of 256, batch 256",
     "grid": "Batch against width: 8 steps, two hidden layers (grid-D-H-batch)",
     "coupling": "Elementwise coupling of images (the yardstick is a copy of as many bytes)",
+    "spline": "Rational-quadratic splines of single numbers, linear tails (the yardstick is a copy of as many bytes)",
     "linear": "log|det| and inverse of batches of dense matrices (linear-K-D)",
     "assemble": "PLU factors of a flow's layers as matrices, with inverses; train: forward and backward (plu-K-D)",
     "apply": "Linear layers applied to vectors and images",
@@ -237,6 +238,7 @@ HEADINGS = {
 TABLES: dict[str, Callable[[Groups], Iterator[str]]] = {
     "flow": by_case,
     "coupling": coupling,
+    "spline": coupling,
     "train_step": train_step,
     "memory": memory,
     "neighbours": neighbours,

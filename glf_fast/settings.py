@@ -59,6 +59,10 @@ class Settings:
         """The fields that have an effect, by name, in their order."""
         return dict(vars(self))
 
+    def choice(self, name: str) -> str:
+        """The field that decides whether the field `name` has an effect."""
+        return self.CHOICE
+
     def mistake(self) -> str:
         """A message, to be put after a prefix, if several fields do not fit together, else ""."""
         return ""
@@ -151,7 +155,8 @@ def check(settings: Settings, prefix: str = "", *, nested: bool = True) -> None:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if field.name not in settings.effective() and value != field.default:
-            choice = f"{prefix}{settings.CHOICE} = {shown(getattr(settings, settings.CHOICE))}"
+            decides = settings.choice(field.name)
+            choice = f"{prefix}{decides} = {shown(getattr(settings, decides))}"
             raise UserError(
                 f"{prefix}{field.name} = {shown(value)} has no effect with {choice}; "
                 f"set it back to its default, {shown(field.default)}, where it is set (a preset, a file or the command line)"

@@ -25,7 +25,7 @@ ALLOWED = {
     "ops": {"reference", "kernels"},
     "flow": {"ops", "reference"},
     "conversion": {"flow", "ops", "reference"},
-    "integrations": {"flow", "ops"},
+    "integrations": {"flow", "ops", "reference"},
     "data": set(),
     "metrics": {"data"},
     "models": {"flow", "metrics"},

@@ -76,6 +76,7 @@ def beside() -> Iterator[Specialization]:
         for kept in ("*fp32", "*bf16"):
             yield specialization.sums(f"{name} sums of {kept[1:]}", constants, kept)
     yield from specialization.couplings()
+    yield from specialization.splines()
 
 
 def shipped(arch: int) -> Iterator[tuple[str, Specialization]]:

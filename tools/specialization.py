@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glf_fast.kernels import affine_coupling
+from glf_fast.kernels import affine_coupling, spline
 from glf_fast.kernels import packing as packed
 from glf_fast.kernels import sums as summed
 from glf_fast.kernels.coupling_flow import flow_kernel
 from glf_fast.kernels.coupling_flow_backward import flow_backward_kernel
 from glf_fast.kernels.flow_options import FlowOptions, sizes
 from glf_fast.kernels.launch_table import Launch
+from glf_fast.reference import Spline
 
-__all__ = ["Specialization", "backward", "couplings", "forward", "packing", "sums"]
+__all__ = ["Specialization", "backward", "couplings", "forward", "packing", "splines", "sums"]
 
 
 class Specialization(NamedTuple):
@@ -127,3 +128,27 @@ def couplings() -> Iterator[Specialization]:
             }
             signature = _signature(call.kernel, constants, "i32", tensors)
             yield Specialization(f"coupling {direction} {name}", call.kernel, signature, constants, warps, stages)
+
+
+def splines() -> Iterator[Specialization]:
+    """Kernels that are launched for float32 elements with 8 bins, and with the most bins, in short and in long rows."""
+    for options, columns in (
+        (Spline(8), 8),
+        (Spline(8, tails="circular", parametrization="zuko"), 3),
+        (Spline(10, tails="none", parametrization="nflows"), 200),
+        (Spline(32, parametrization="zuko"), 200),
+        (Spline(32, tails="none"), 8),
+    ):
+        x = torch.empty((4096, columns), device="meta")
+        for direction, kernel, largest in (
+            ("forward", spline.spline_kernel, spline.LARGEST),
+            ("backward", spline.spline_backward_kernel, spline.WARP),
+        ):
+            for inverse in (False, True):
+                _, _, constants = spline._launch(x, options.prepared().numbers(), inverse, largest)
+                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+                numbers = dict.fromkeys(("rows", "columns", "parts"), "i32")
+                way = f"{direction} inverse" if inverse else direction
+                name = f"spline {way} {options.parametrization} {options.bins} {options.tails}"
+                signature = _signature(kernel, constants, "*fp32", numbers)
+                yield Specialization(name, kernel, signature, constants, warps, stages)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Density", "Library", "convolutions", "mlp", "standard_normal"]
+__all__ = ["Density", "Library", "NetOfBoth", "convolutions", "mlp", "standard_normal"]
 
 
 class Density(NamedTuple):
@@ -33,13 +34,13 @@ class Library:
     flow: Callable[[Any, str], Density]  # case, device
     kinds: Mapping[str, Callable[[Any], Density]]
     image_kinds: Mapping[str, Callable[[Any], Density]] = field(default_factory=dict)
-    no_context: str = ""  # why it takes none
+    refuses: Callable[[Any], str] = lambda case: ""  # why it has no flow of a `FlowCase`, or ""
 
-    def why_not(self, context_dim: int = 0) -> str:
-        """Why it cannot be measured, or ""."""
+    def why_not(self, case: Any = None) -> str:
+        """Why it, or its flow of a `FlowCase`, cannot be measured, or ""."""
         if importlib.util.find_spec(self.name) is None:
             return f"{self.name} is not installed (glf_fast[bench] has it)"
-        return self.no_context if context_dim else ""
+        return self.refuses(case) if case else ""
 
 
 def mlp(widths: Sequence[int], *, zero_last: bool = False) -> nn.Sequential:
@@ -51,6 +52,22 @@ def mlp(widths: Sequence[int], *, zero_last: bool = False) -> nn.Sequential:
         nn.init.zeros_(layers[-2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
     return nn.Sequential(*layers[:-1])
+
+
+class NetOfBoth(nn.Module):
+    """A coupling's network as nflows and normflows call it, with the context beside its input.
+
+    By the root of `hidden_features` they divide what becomes widths and heights of splines.
+    """
+
+    def __init__(self, layers: nn.Module, hidden_features: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.hidden_features = hidden_features
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Its output, from x and the context together."""
+        return self.layers(x if context is None else torch.cat([x, context], 1))
 
 
 def convolutions(n_in: int, n_out: int, width: int) -> nn.Sequential:

@@ -26,6 +26,7 @@ def passes(case: FlowCase, mode: str) -> Callable[[], Any]:
     import jax
     import optax
     import paramax
+    from flowjax.bijections import RationalQuadraticSpline
     from flowjax.distributions import Normal
     from flowjax.flows import coupling_flow
 
@@ -34,6 +35,8 @@ def passes(case: FlowCase, mode: str) -> Callable[[], Any]:
     flow = coupling_flow(
         jax.random.key(0),
         base_dist=Normal(jax.numpy.zeros(case.dim)),
+        # So many inner knots, and two at the ends, whose slopes the network makes, too; None is affine.
+        transformer=RationalQuadraticSpline(knots=case.bins - 1, interval=5) if case.bins else None,
         cond_dim=case.context_dim or None,
         flow_layers=case.steps,
         nn_width=case.hidden[0],

@@ -77,4 +77,5 @@ FREIA = Library(
         "AllInOneBlock, soft permutation": partial(_of, "AllInOneBlock", couplings=1, permute_soft=True),
     },
     {"AllInOneBlock, soft permutation": _images},
+    refuses=lambda case: "FrEIA 0.2 has no splines" if case.bins else "",
 )

@@ -9,20 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import FlowCase, ImageCase
-from bench.libraries.density import Density, Library, convolutions, mlp
+from bench.libraries.density import Density, Library, NetOfBoth, convolutions, mlp
 
 __all__ = ["NFLOWS"]
-
-
-class _Net(nn.Module):
-    """A coupling's network, which gets the context beside its input."""
-
-    def __init__(self, layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layers(x if context is None else torch.cat([x, context], 1))
 
 
 def _density(layers: Iterable[nn.Module], shape: Sequence[int]) -> Density:
@@ -41,23 +30,31 @@ def _density(layers: Iterable[nn.Module], shape: Sequence[int]) -> Density:
 
 def _flow(case: FlowCase, device: str) -> Density:
     """ActNorm, LULinear and coupling: all that we do."""
-    from nflows.transforms import ActNorm, AffineCouplingTransform, LULinear
+    from nflows import transforms
 
     def net(n_in: int, n_out: int) -> nn.Module:
-        return _Net(mlp((n_in + case.context_dim, *case.hidden, n_out), zero_last=True))
+        return NetOfBoth(mlp((n_in + case.context_dim, *case.hidden, n_out), zero_last=True), case.hidden[-1])
 
     mask = torch.zeros(case.dim)
     mask[case.dim - case.dim // 2 :] = 1
-    transforms: list[nn.Module] = []
+    coupling = (
+        partial(
+            transforms.PiecewiseRationalQuadraticCouplingTransform, num_bins=case.bins, tails="linear", tail_bound=5.0
+        )
+        if case.bins
+        else transforms.AffineCouplingTransform
+    )
+    layers: list[nn.Module] = []
     for _ in range(case.steps):
-        transforms += [ActNorm(case.dim), LULinear(case.dim, identity_init=True), AffineCouplingTransform(mask, net)]
-    return _density(transforms, [case.dim])
+        linear = transforms.LULinear(case.dim, identity_init=True)
+        layers += [transforms.ActNorm(case.dim), linear, coupling(mask, net)]
+    return _density(layers, [case.dim])
 
 
 def _of(kind: str, mask: Callable[[FlowCase, int], Tensor], case: FlowCase) -> Density:
     from nflows import transforms
 
-    net = lambda n_in, n_out: _Net(mlp((n_in, *case.hidden, n_out)))  # noqa: E731
+    net = lambda n_in, n_out: NetOfBoth(mlp((n_in, *case.hidden, n_out)), case.hidden[-1])  # noqa: E731
     return _density([getattr(transforms, kind)(mask(case, k), net) for k in range(case.steps)], [case.dim])
 
 
@@ -73,7 +70,7 @@ def _images(case: ImageCase) -> Density:
     from nflows import transforms
 
     C = case.shape[0]
-    net = lambda n_in, n_out: _Net(convolutions(n_in, n_out, case.width))  # noqa: E731
+    net = lambda n_in, n_out: NetOfBoth(convolutions(n_in, n_out, case.width), case.width)  # noqa: E731
     layers: list[nn.Module] = []
     for k in range(case.steps):
         layers += [transforms.ActNorm(C), transforms.OneByOneConvolution(C)]

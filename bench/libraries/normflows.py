@@ -1,4 +1,4 @@
-"""normflows: couplings of blocks, ActNorm and permutations, without a context."""
+"""normflows: couplings of blocks, ActNorm and permutations, without a context; couplings of splines, with one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench.cases import FlowCase, ImageCase
-from bench.libraries.density import Density, Library, mlp
+from bench.libraries.density import Density, Library, NetOfBoth, mlp
 
 __all__ = ["NORMFLOWS"]
 
@@ -26,6 +26,8 @@ def _flow(case: FlowCase, device: str) -> Density:
     """ActNorm, coupling, and a fixed shuffle where we have a learned matrix."""
     import normflows as nf
 
+    if case.bins:
+        return _splines(case)
     passive, transformed = case.dim - case.dim // 2, case.dim // 2
     flows: list[nn.Module] = []
     for _ in range(case.steps):
@@ -33,6 +35,41 @@ def _flow(case: FlowCase, device: str) -> Density:
         flows += [nf.flows.AffineCouplingBlock(net), nf.flows.Permute(case.dim, mode="shuffle")]
         flows += [nf.flows.ActNorm(case.dim)]
     return _density(flows, case.dim)
+
+
+class _Coupling(nn.Module):
+    """A coupling as normflows' CoupledRationalQuadraticSpline holds it: from data to noise is forward."""
+
+    def __init__(self, coupling: nn.Module) -> None:
+        super().__init__()
+        self.coupling = coupling
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.coupling.inverse(z, context)  # type: ignore[operator]
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.coupling(x, context)
+
+
+def _splines(case: FlowCase) -> Density:
+    """Coupling and a fixed shuffle: its ActNorm takes no context.
+
+    The coupling inside CoupledRationalQuadraticSpline, with our MLP in place of the residual network, which would make another
+    size, and without splines of the passive half.
+    """
+    import normflows as nf
+    from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
+
+    def net(n_in: int, n_out: int) -> nn.Module:
+        return NetOfBoth(mlp((n_in + case.context_dim, *case.hidden, n_out), zero_last=True), case.hidden[-1])
+
+    mask = torch.arange(case.dim) >= case.dim - case.dim // 2
+    flows: list[nn.Module] = []
+    for _ in range(case.steps):
+        coupling = PiecewiseRationalQuadraticCoupling(mask, net, num_bins=case.bins, tails="linear", tail_bound=5.0)
+        flows += [_Coupling(coupling), nf.flows.Permute(case.dim, mode="shuffle")]
+    model = nf.ConditionalNormalizingFlow(nf.distributions.DiagGaussian(case.dim, trainable=False), flows)
+    return Density(model, model.log_prob, lambda n, context: model.sample(n, context)[0])
 
 
 def _of(layers: Callable[[FlowCase, int], Iterable[nn.Module]], case: FlowCase) -> Density:
@@ -71,5 +108,7 @@ NORMFLOWS = Library(
         "MaskedAffineFlow, two networks": partial(_of, _masked),
     },
     {"GlowBlock": _images},
-    no_context="normflows' AffineCouplingBlock takes no context",
+    refuses=lambda case: (
+        "normflows' AffineCouplingBlock takes no context" if case.context_dim and not case.bins else ""
+    ),
 )

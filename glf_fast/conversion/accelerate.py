@@ -31,7 +31,16 @@ from glf_fast.conversion.reading import (
     reason_of,
 )
 from glf_fast.conversion.stack import Sources
-from glf_fast.flow import ActNorm, AffineCoupling, CouplingFlow, Flow, InvertibleLinear, SequentialFlow
+from glf_fast.flow import (
+    ActNorm,
+    AffineCoupling,
+    CouplingFlow,
+    FixedLinear,
+    Flow,
+    InvertibleLinear,
+    SequentialFlow,
+    SplineCoupling,
+)
 from glf_fast.flow.folding import folded
 
 __all__ = ["Report", "accelerate"]
@@ -48,13 +57,18 @@ class Replaced:
     first: str
     last: str
     couplings: int  # in those layers
-    flows: int  # CouplingFlows, one launch each, that compute them now, or on images AffineCouplings
-    affine: int  # linear layers and ActNorms beside those, which fold into none of them
+    # What computes them now, and how many: CouplingFlows, one launch each, or couplings with the library's own networks; and
+    # "affine", linear layers and ActNorms beside those, which fold into none of them.
+    into: dict[str, int]
     lost: str  # what they did in training mode alone, dropout say, and no longer do
     reparametrised: (
         str  # classes of layers of which other parameters are trained, to which an optimizer takes other steps
     )
-    kind: str = "CouplingFlow"
+
+    @property
+    def flows(self) -> int:
+        """How many launches, or couplings, compute them."""
+        return sum(self.into.values()) - self.into["affine"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Report:
     def __str__(self) -> str:
         rows = [("flow", "kind", "layers", "couplings", "fused into")]
         for r in self.replaced:
-            parts = [f"{r.flows} {r.kind}"] * bool(r.flows) + [f"{r.affine} affine"] * bool(r.affine)
+            parts = [f"{number} {name}" for name, number in r.into.items() if number]
             rows.append((r.where, r.what, _span(r.first, r.last), str(r.couplings), " + ".join(parts)))
         lines = ["Replaced:", *_table(rows)] if self.replaced else ["Nothing was replaced."]
         lines += [f"{r.where} no longer applies {r.lost} in training mode." for r in self.replaced if r.lost]
@@ -225,10 +239,9 @@ def _accelerate_chain(
         except Exception as error:  # a proof calls whatever classes, of whatever version, have in their methods
             report.left.append(Left(where, what, f"{_span(*names)}: {reason_of(error)}"))
             continue
-        kind = "AffineCoupling" if isinstance(fused, OnChannels) else "CouplingFlow"
         adapter = library.fused(fused, parts)
         report.replaced.append(
-            Replaced(where, what, *names, couplings, *_counts(fused), lost_in_training(layers), changed, kind)
+            Replaced(where, what, *names, couplings, _counts(fused), lost_in_training(layers), changed)
         )
         adapter.training = parts[0].module.training
         replacements.append((start, stop, adapter))
@@ -237,15 +250,14 @@ def _accelerate_chain(
         chain.put(replacements)
 
 
-def _counts(fused: Flow | OnChannels) -> tuple[int, int]:
-    """The numbers of CouplingFlows, or on images of AffineCouplings, and of affine maps beside them."""
+def _counts(fused: Flow | OnChannels) -> dict[str, int]:
+    """What is in it, by kind, see `Replaced`."""
+    kinds = (CouplingFlow, AffineCoupling, SplineCoupling)
+    counts = {kind.__name__: sum(isinstance(module, kind) for module in fused.modules()) for kind in kinds}
     if isinstance(fused, OnChannels):
-        steps = folded(fused.layers, inverse=False)
-        couplings = sum(isinstance(step, AffineCoupling) for step in steps)
-        return couplings, len(steps) - couplings
-    modules = list(fused.modules())
-    flows = sum(isinstance(module, CouplingFlow) for module in modules)
-    return flows, sum(isinstance(module, ActNorm | InvertibleLinear) for module in modules)
+        return {**counts, "affine": len(folded(fused.layers, inverse=False)) - sum(counts.values())}
+    affine = sum(isinstance(module, ActNorm | InvertibleLinear | FixedLinear) for module in fused.modules())
+    return {**counts, "affine": affine}
 
 
 def _read(model: nn.Module, flow: nn.Module, library: Library, parts: Sequence[Part]) -> list[list[Layer]]:
@@ -325,7 +337,7 @@ def _build(
     layers = [layer for part in parts for layer in library.read(part)]
     columns = fused_context(layers)
     context_shape: Shape = (columns,) if columns else ()
-    if not columns and len(event_shape) == 3:
+    if not columns and any(isinstance(layer, Coupling) and not layer.is_mlp for layer in layers):
         context_shape = library.context_shape([replace(part, shape=event_shape) for part in parts])
     chain = SequentialFlow(map(library.keep, parts), event_shape, context_shape=context_shape)
 

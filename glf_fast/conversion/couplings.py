@@ -12,6 +12,8 @@ from glf_fast.conversion.images import Outputs
 from glf_fast.conversion.layers import Conditioner, Coupling, Unfusable
 from glf_fast.conversion.mlp import scale_outputs, select_outputs, separate, widen_inputs
 from glf_fast.conversion.residual import read_network
+from glf_fast.ops.checks import check_spline
+from glf_fast.reference import Spline
 
 __all__ = ["DeclaredCoupling"]
 
@@ -27,7 +29,9 @@ class DeclaredCoupling:
     passive: Tensor  # columns, or channels, that stay (P)
     transformed: Tensor  # those that are changed (T)
     network: nn.Module | tuple[nn.Module, nn.Module]  # two: one for u and one for t
-    layout: str  # of one's outputs: "ut" [u | t], "tu" [t | u], "tutu" t₀, u₀, t₁, u₁, …, or "t": t alone, no scale
+    # Of one's outputs: "ut" [u | t], "tu" [t | u], "tutu" t₀, u₀, t₁, u₁, …, "t": t alone, no scale, or "spline": the
+    # parameters of each column's spline side by side.
+    layout: str
     log_scale: str = "exp"  # f, by the names of `glf_fast.reference.log_scale`
     constant: float | None = None
     factor_u: float = 1.0  # the library multiplies u by it, and t by the next
@@ -35,14 +39,26 @@ class DeclaredCoupling:
     add_first: bool = False
     undo: bool = False
     context: str | ContextColumns = "argument"
+    spline: Spline | None = None
 
     def read(self, part: Part) -> Coupling:
-        """The layer that it is: with a `Conditioner` on vectors, with the library's own network on images; raises Unfusable."""
+        """The layer that it is: with a `Conditioner` on vectors, with the library's own network on images; raises Unfusable.
+
+        Splines on vectors, too, have the library's own network where no `Conditioner` is read: they take most of the time.
+        """
+        if self.spline is not None:
+            check_spline(self.spline)
         images = len(part.shape) > 1
         if images and not (len(self.passive) and len(self.transformed)):
             raise Unfusable("its mask leaves no channel to condition on, or none to transform")
-        conditioner = self._outputs() if images else self._conditioner()
-        options = (self.log_scale, self.constant, self.add_first, self.undo)
+        conditioner: Conditioner | Outputs
+        try:
+            conditioner = self._outputs() if images else self._conditioner()
+        except Unfusable:
+            if self.spline is None or self.context != "argument" or not (len(self.passive) and len(self.transformed)):
+                raise
+            conditioner = self._outputs()
+        options = (self.log_scale, self.constant, self.add_first, self.undo, self.spline)
         return Coupling(self.passive, self.transformed, conditioner, *options)
 
     def _conditioner(self) -> Conditioner:
@@ -54,7 +70,7 @@ class DeclaredCoupling:
         )
         P, T = len(self.passive), len(self.transformed)
         inputs = P + len(self.context.columns) if isinstance(self.context, ContextColumns) else P
-        outputs = T if self.layout == "t" else 2 * T
+        outputs = T if self.layout == "t" else 2 * T if self.spline is None else self.spline.columns * T
         if net.n_out != outputs or (net.n_in < P if self.context == "argument" else net.n_in != inputs):
             raise Unfusable(f"its network maps {net.n_in} columns to {net.n_out} where {inputs} to {outputs} are meant")
         if net.blocks and (isinstance(self.context, ContextColumns) or net.gated != (net.n_in > P)):

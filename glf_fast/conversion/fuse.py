@@ -55,14 +55,33 @@ def fuse(
             modules += [layer.module for layer in run if isinstance(layer, Kept)]
         else:
             read = [_odd_turned(layer) for layer in run if not isinstance(layer, Kept)]
-            if len(event_shape) == 3 and all(not layer.is_mlp for layer in read if isinstance(layer, Coupling)):
-                modules += on_channels(read, sources)
-            else:
-                for segment in _segments(read):
+            for layer_run, mlps in _by_network(read, images=len(event_shape) == 3):
+                if not mlps:
+                    modules += on_channels(layer_run, sources)
+                    continue
+                for segment in _segments(layer_run):
                     modules += _build(segment, width(read[0]), sum(context_shape), sources)
     if len(modules) == 1 and isinstance(modules[0], Flow):
         return modules[0], sources
     return SequentialFlow(modules, event_shape, context_shape=context_shape), sources
+
+
+def _by_network(run: Iterable[Any], *, images: bool) -> list[tuple[list[Any], bool]]:
+    """The layers in runs, and of each whether its couplings have MLPs, not the library's own networks.
+
+    Affine layers go with the coupling before them. Where there is no coupling, those on images go with the library's networks.
+    """
+    runs: list[tuple[list[Any], bool]] = []
+    before: list[Any] = []
+    for layer in run:
+        if not isinstance(layer, Coupling):
+            (runs[-1][0] if runs else before).append(layer)
+        elif runs and runs[-1][1] == layer.is_mlp:
+            runs[-1][0].append(layer)
+        else:
+            runs.append(([*before, layer], layer.is_mlp))
+            before = []
+    return runs or [(before, not images)]
 
 
 def _segments(run: Iterable[Coupling | Piece]) -> list[_Segment]:
@@ -94,6 +113,8 @@ def _odd_turned(layer: Any) -> Any:
     """A coupling that is undone, with odd f, as one that is not: (v − t)·e^−f(u) has −u, −t and the other order."""
     if not (isinstance(layer, Coupling) and layer.is_mlp and layer.undo and layer.log_scale in _ODD):
         return layer
+    if layer.spline is not None:
+        return layer
     return replace(layer, conditioner=scale_outputs(layer.conditioner, -1.0), add_first=not layer.add_first, undo=False)
 
 
@@ -102,7 +123,7 @@ def _kind(coupling: Coupling) -> tuple[object, ...]:
     mlp = coupling.conditioner
     return (
         coupling.kind(), mlp.network, mlp.activation, len(mlp.hidden), coupling.log_scale, coupling.log_scale_constant,
-        coupling.add_first, coupling.undo,
+        coupling.add_first, coupling.undo, coupling.spline,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Layers on the channels of images → flow layers. Networks stay the library's; what is affine between them becomes little."""
+"""Layers with networks that stay the library's → flow layers: on images, and splines on vectors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glf_fast.conversion.gaps import Affine, fold
 from glf_fast.conversion.layers import Bijection, Coupling, Permutation, Piece, width
 from glf_fast.conversion.stack import Sources, standalone
-from glf_fast.flow import AffineCoupling, FixedLinear
+from glf_fast.flow import AffineCoupling, FixedLinear, SplineCoupling
 from glf_fast.flow.sequential import run_layers
 
 __all__ = ["OnChannels", "Outputs", "Reshaped", "on_channels"]
@@ -40,13 +40,18 @@ def on_channels(layers: Iterable[Coupling | Piece], sources: Sources) -> list[nn
     return modules
 
 
-def _coupling(layer: Coupling, flip: bool) -> AffineCoupling:
+def _coupling(layer: Coupling, flip: bool) -> AffineCoupling | SplineCoupling:
     """The coupling of the last channels given the first, or if `flip` of the first given the last."""
     P, T = len(layer.passive), len(layer.transformed)
+    mask = [True] * T + [False] * P if flip else [False] * P + [True] * T
+    if layer.spline is not None:
+        return SplineCoupling(
+            P + T, layer.conditioner, spline=layer.spline, mask=mask, undo=layer.undo, pass_context=True
+        )
     return AffineCoupling(
         P + T, layer.conditioner, additive=layer.conditioner.layout == "t",
         log_scale=layer.log_scale, log_scale_constant=layer.log_scale_constant, add_first=layer.add_first,
-        mask=[True] * T + [False] * P if flip else [False] * P + [True] * T, undo=layer.undo, pass_context=True,
+        mask=mask, undo=layer.undo, pass_context=True,
     )  # fmt: skip
 
 
@@ -63,12 +68,12 @@ def _modules(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
 
 
 class Outputs(nn.Module):
-    """(p, context) → (u, t), or t alone, by networks of the library, as the conditioner of an `AffineCoupling`.
+    """(p, context) → (u, t), t alone, or splines' parameters, by networks of the library, as the conditioner of a coupling.
 
     The networks stay as they are, with all their parameters, buffers and modes.
 
     Args:
-        networks: one, or one for u and one for t; from (B, P + …, …) to (B, 2T or T, …).
+        networks: one, or one for u and one for t; from (B, P + …, …) to (B, 2T, T or n·T, …).
         layout, factor_u, factor_t: as in `DeclaredCoupling`.
         context: as there; an index of channels of the context, which are given in one input behind p.
     """
@@ -99,6 +104,8 @@ class Outputs(nn.Module):
         factor_u, factor_t = self.factor_u, self.factor_t
         if second:
             return _times(raw, factor_u), _times(second[0], factor_t)
+        if self.layout == "spline":
+            return raw
         if factor_u == factor_t or self.layout == "t":  # in one pass
             raw, factor_u, factor_t = _times(raw, factor_t), 1.0, 1.0
         if self.layout == "t":

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from glf_fast.reference import COUPLINGS, Spline
+
 __all__ = [
     "FIXED",
     "FROZEN",
@@ -142,7 +144,8 @@ class Coupling:
     `passive` (P,) and `transformed` (T,) hold each of 0 … D−1 once; the output's columns keep the places of the
     input's. `conditioner`: a `Conditioner`, which is stacked with others, or the library's own network on images, `Outputs`.
     `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose formula cannot be
-    turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0.
+    turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0. With `spline`, v is put through
+    splines of that kind, and the conditioner makes the parameters of each side by side.
     """
 
     passive: Tensor
@@ -152,6 +155,7 @@ class Coupling:
     log_scale_constant: float | None
     add_first: bool
     undo: bool = False
+    spline: Spline | None = None
 
     @property
     def is_mlp(self) -> bool:
@@ -163,10 +167,16 @@ class Coupling:
         return self.conditioner.n_in - len(self.passive)
 
     def kind(self) -> str:
-        """As in CouplingFlow: "affine", "separate" or "additive"."""
+        """As in CouplingFlow: "affine", "separate", "additive" or "spline"."""
+        if self.spline is not None:
+            return "spline"
         if self.conditioner.separate:
             return "separate"
         return "additive" if self.conditioner.n_out == len(self.transformed) else "affine"
+
+    def columns(self) -> int:
+        """Numbers that one network makes for each transformed column."""
+        return self.spline.columns if self.spline is not None else COUPLINGS[self.kind()].columns
 
 
 class Bijection(nn.Module):

@@ -16,9 +16,9 @@ from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
 from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, check_shape, declared_context
-from glf_fast.reference import log_scale
+from glf_fast.reference import Spline, log_scale
 
-__all__ = ["LIBRARY"]
+__all__ = ["LIBRARY", "splines"]
 
 
 def _mlp(module: Any) -> Iterator[mlp.Step]:
@@ -59,6 +59,42 @@ def _read_log_scale(transform: Any) -> tuple[str, float]:
         if torch.allclose(scale, log_scale(u, name, constant).exp(), rtol=1e-12, atol=1e-16):
             return name, constant
     raise Unfusable("its scale is not σ(u + 2) + ε")
+
+
+def splines(part: Part, transform: Any) -> list[Layer]:
+    """A coupling of splines in nflows or normflows, and splines that its passive half may have, which depend on nothing."""
+    if not isinstance(transform.tails, str) or isinstance(transform.tail_bound, Tensor):
+        raise Unfusable(
+            f"tails {transform.tails!r} of bound {transform.tail_bound}: one name and one number are covered"
+        )
+    network = transform.transform_net
+    hidden = next(
+        (getattr(network, name) for name in ("hidden_features", "hidden_channels") if hasattr(network, name)), 1
+    )
+    kind = Spline(
+        transform.num_bins, -float(transform.tail_bound), float(transform.tail_bound), transform.tails, "nflows",
+        transform.min_bin_width, transform.min_bin_height, transform.min_derivative, hidden**-0.5,
+    )  # fmt: skip
+    halves = transform.identity_features, transform.transform_features
+    layers: list[Layer] = [DeclaredCoupling(*halves, network, "spline", spline=kind).read(part)]
+    if (own := transform.unconditional_transform) is not None:
+        given = DeclaredCoupling(*halves[::-1], OwnParameters(own), "spline", spline=kind._replace(scale=1.0))
+        layers.append(given.read(part))
+    return layers
+
+
+class OwnParameters(nn.Module):
+    """The parameters of splines that depend on nothing, as a network: (B, …) → (B, n·T)."""
+
+    def __init__(self, splines: nn.Module) -> None:
+        super().__init__()
+        self.splines: Any = splines
+
+    def forward(self, p: Tensor, context: Tensor | None = None) -> Tensor:
+        """The same for every row."""
+        own = self.splines
+        parts = own.unnormalized_widths, own.unnormalized_heights, own.unnormalized_derivatives
+        return torch.cat(parts, -1).flatten().expand(len(p), -1)
 
 
 def _linear(part: Part) -> list[Layer]:
@@ -218,6 +254,7 @@ def _prepare(copied: nn.Module) -> None:
 _ON_BOTH: dict[str, Reader] = {
     "AffineCouplingTransform": _coupling,
     "AdditiveCouplingTransform": _coupling,
+    "PiecewiseRationalQuadraticCouplingTransform": lambda part: splines(part, part.module),
     "ActNorm": _actnorm,
     "Permutation": _permutation,
     "RandomPermutation": _permutation,

@@ -28,6 +28,7 @@ from glf_fast.conversion.layers import (
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, Unpacked
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
+from glf_fast.conversion.nflows import splines
 
 __all__ = ["LIBRARY"]
 
@@ -269,6 +270,8 @@ def _columns_of(module: Any) -> int | None:
         return module.num_channels
     if kind == "LULinearPermute":
         return module.linear.features
+    if kind == "CoupledRationalQuadraticSpline":
+        return module.prqct.features
     if kind == "AffineCouplingBlock":
         with suppress(Unfusable):
             net = read_mlp(module.flows[1].param_map)
@@ -297,6 +300,7 @@ LIBRARY: Library = Library(
     on_vectors={
         **_ON_BOTH,
         "InvertibleAffine": _invertible_matrix,
+        "CoupledRationalQuadraticSpline": lambda part: splines(part, part.module.prqct),
         "LULinearPermute": _lu_linear_permute,
         "MaskedAffineFlow": _masked_affine_flow,
     },

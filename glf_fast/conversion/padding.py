@@ -78,7 +78,7 @@ def _cost(couplings: Sequence[Coupling]) -> int:
     """Multiply-adds for each sample of those couplings, stacked."""
     kind, dim = couplings[0].kind(), padded_dim(width(couplings[0]), couplings)
     context = max(coupling.context_dim() for coupling in couplings)
-    outputs = (2 if kind == "affine" else 1) * (dim // 2)
+    outputs = couplings[0].columns() * (dim // 2)
     hidden = hidden_widths(couplings)
     if couplings[0].conditioner.blocks:
         H = hidden[0]

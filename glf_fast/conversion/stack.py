@@ -58,7 +58,8 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
         flow = CouplingFlow(
             width, len(steps), hidden_widths(couplings), context_dim, coupling=first.kind(), network=first.conditioner.network,
             activation=first.conditioner.activation, log_scale=first.log_scale,
-            log_scale_constant=first.log_scale_constant, add_first=first.add_first, linear=linear, actnorm=actnorm,
+            log_scale_constant=first.log_scale_constant, add_first=first.add_first, spline=first.spline, linear=linear,
+            actnorm=actnorm,
         ).double()  # fmt: skip
     _install_affine(flow, maps, slots, sources)
     _install_conditioners(flow, couplings, (P, T), sources)
@@ -155,11 +156,9 @@ def _install_conditioners(
 ) -> None:
     """All networks, zero-padded to the flow's widths; what is padded is never trained."""
     P, T = halves
-    kind = flow.config["coupling"]
     last = len(flow.mlp_weights) - 1
     networks = [_with_gates(coupling.conditioner, flow.context_dim) for coupling in couplings]
-    zero = _u_of_zero(flow.config["log_scale"], flow.config["log_scale_constant"])
-    padded = [_pad_outputs(c.conditioner.factors, T - len(c.transformed), kind) for c in couplings]
+    padded = [_pad_outputs(c.conditioner.factors, c, T) for c in couplings]
     factors = torch.stack(padded)
     factors = torch.where(factors == 0, 1.0, factors)  # of what is padded, or no output of the library
     if not bool((factors == 1).all()):
@@ -169,16 +168,13 @@ def _install_conditioners(
         n_in, n_out = parameter.shape[-2:]
         weights, biases, roles, bias_roles = [], [], [], []
         for coupling, mlp in zip(couplings, networks, strict=True):
-            missing = T - len(coupling.transformed)
             W, b, W_roles, b_roles = mlp.weights[i], mlp.biases[i], mlp.roles[i], mlp.bias_roles[i]
             if i == 0:
                 passive = len(coupling.passive)
                 W, W_roles = (_insert_rows(t, passive, P - passive) for t in (W, W_roles))
             if i == last:
-                W, b, W_roles, b_roles = (_pad_outputs(t, missing, kind) for t in (W, b, W_roles, b_roles))
-                if missing and kind != "additive":
-                    b = b.clone()
-                    b.view(2, T)[0, T - missing :] = zero
+                b = _pad_outputs(b, coupling, T, _identity(coupling))
+                W, W_roles, b_roles = (_pad_outputs(t, coupling, T) for t in (W, W_roles, b_roles))
             grow = (0, n_out - W.shape[-1], 0, n_in - W.shape[-2])
             weights.append(F.pad(W, grow))
             roles.append(F.pad(W_roles, grow))
@@ -216,10 +212,36 @@ def _insert_rows(W: Tensor, position: int, count: int) -> Tensor:
     return torch.cat([W[..., :position, :], zeros, W[..., position:, :]], -2)
 
 
-def _pad_outputs(outputs: Tensor, missing: int, kind: str) -> Tensor:
-    """The last dimension with `missing` columns more in t and, where it holds both as [u | t], in u."""
-    parts = outputs.chunk(2, -1) if kind == "affine" else [outputs]
-    return torch.cat([F.pad(part, (0, missing)) for part in parts], -1)
+def _pad_outputs(outputs: Tensor, coupling: Coupling, T: int, fill: Tensor | None = None) -> Tensor:
+    """The last dimension, of a network's outputs, with those of T columns: 0, or `fill`, for the columns that are missing.
+
+    Affine couplings have all u before all t; the parameters of one spline lie side by side.
+    """
+    columns, own = coupling.columns(), len(coupling.transformed)
+    apart = coupling.spline is None  # (…, columns, T) and not (…, T, columns)
+    shape = (columns, own) if apart else (own, columns)
+    parts = outputs.unflatten(-1, shape)
+    parts = parts if apart else parts.mT
+    missing = parts.new_zeros(*parts.shape[:-1], T - own)
+    if fill is not None:
+        missing = missing + fill.to(missing).unsqueeze(-1)
+    whole = torch.cat([parts, missing], -1)
+    return (whole if apart else whole.mT).flatten(-2)
+
+
+def _identity(coupling: Coupling) -> Tensor:
+    """A network's outputs (columns,), or (2, 1) of two, that leave a column of zeros as it is, at no log-determinant."""
+    kind = coupling.kind()
+    if coupling.spline is not None:
+        outputs = torch.zeros(coupling.columns(), dtype=torch.float64)
+        form = coupling.spline.prepared()
+        if not form.soft_clip:  # of equal bins, with slopes of 1
+            outputs[2 * form.bins :] = math.log(math.expm1(1 / form.factor - form.min_derivative))
+        return outputs
+    if kind == "additive":
+        return torch.zeros(1, dtype=torch.float64)
+    u = _u_of_zero(coupling.log_scale, coupling.log_scale_constant)
+    return torch.tensor([u, 0.0] if kind == "affine" else [[u], [0.0]], dtype=torch.float64)
 
 
 def _u_of_zero(log_scale: str, constant: float | None) -> float:

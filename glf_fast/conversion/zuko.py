@@ -27,7 +27,7 @@ from glf_fast.conversion.layers import (
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library
 from glf_fast.flow import Flow
-from glf_fast.reference import log_scale
+from glf_fast.reference import Spline, log_scale
 
 __all__ = ["LIBRARY"]
 
@@ -111,8 +111,10 @@ def _coupling(part: Part) -> list[Layer]:
     name = kind.__name__ if isinstance(kind, type) else repr(kind)
     if name == "AdditiveTransform" and shapes == [()]:
         return [DeclaredCoupling(*halves, transform.hyper, "t").read(part)]
+    if name == "MonotonicRQSTransform" and len(shapes) == 3:
+        return [DeclaredCoupling(*halves, transform.hyper, "spline", spline=_spline(transform, shapes)).read(part)]
     if name != "MonotonicAffineTransform" or shapes != [(), ()]:
-        raise Unfusable(f"its transformation {name} is not affine")
+        raise Unfusable(f"its transformation {name} is neither affine nor a rational-quadratic spline")
     # ℓ → |ln slope| as a → ∞: the slope of this object, whose default differs from release to release.
     probe = torch.tensor([1e300, -40.0, -3.0, -0.1, 0.0, 0.2, 5.0, 30.0], dtype=torch.float64)
     log_scales = transform.univariate(torch.zeros_like(probe), probe).log_scale
@@ -120,6 +122,16 @@ def _coupling(part: Part) -> list[Layer]:
     if not torch.allclose(log_scales, log_scale(probe, "softclip", slope), rtol=1e-9, atol=1e-12):
         raise Unfusable("its log-scale is not a / (1 + |a / ln slope|)")
     return [DeclaredCoupling(*halves, transform.hyper, "tutu", "softclip", slope).read(part)]
+
+
+def _spline(transform: Any, shapes: list[tuple[int, ...]]) -> Spline:
+    """The kind of its splines, with the bound and the slope of this object, whose defaults may be anything."""
+    (bins,), _, (slopes,) = shapes
+    parameters = [torch.zeros(bins, dtype=torch.float64) for _ in range(2)]
+    probe = transform.univariate(*parameters, torch.full((slopes,), 1e300, dtype=torch.float64))
+    bound = float(f"{probe.horizontal[-1].item():.12g}")
+    slope = float(f"{1 / probe.derivatives[1].item():.12g}")  # c → ∞ makes 1/slope
+    return Spline(bins, -bound, bound, "linear", "zuko", min_derivative=slope)
 
 
 def _lu(eager: Any, dim: int, trained: bool) -> Layer:

@@ -1,9 +1,14 @@
-"""glf_fast's flows with the interfaces of other libraries, one file for each library, imported when it is first used."""
+"""glf_fast's flows with the interfaces of other libraries, one file for each library, imported when it is first used.
+
+`fast_splines` needs none of them: it replaces the splines of libraries whose flows stay as they are.
+"""
 
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["nflows", "sbi", "zuko"]
+from glf_fast.integrations.splines import fast_splines
+
+__all__ = ["fast_splines", "nflows", "sbi", "zuko"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -37,6 +37,13 @@ class FlowSettings(Settings):
     """For kind coupling: number of steps."""
     activation: str = "relu"
     """For kind coupling: activation of the networks: relu, leaky_relu, silu, gelu, tanh or elu."""
+    coupling: Literal["affine", "separate", "additive", "spline"] = "affine"
+    """For kind coupling: what becomes of the transformed half v. affine: v·e^s + t, with one network for s and t; separate: the
+    same with one for each; additive: v + t; spline: a rational-quadratic spline of each number."""
+    bins: int = 8
+    """For coupling spline: bins of a spline."""
+    bound: float = 5.0
+    """For coupling spline: the splines act on numbers between -bound and bound."""
     log_scale: str = "tanh"
     """For kind coupling: the function that gives the log-scales: tanh, exp, glow, nflows, atan, softclip or jet."""
     log_scale_constant: float | None = None
@@ -58,19 +65,28 @@ class FlowSettings(Settings):
     RULES: ClassVar[Mapping[str, Rule]] = {
         "hidden": (lambda value: 1 <= len(value) <= 4 and min(value) > 0, "one to four positive widths"),
         "steps": _DEPTH,
+        "bins": (lambda value: 2 <= value <= 32, "between 2 and 32"),
+        "bound": POSITIVE,
         "blocks": _DEPTH,
         "clamp": POSITIVE,
     }
 
     def effective(self) -> dict[str, Any]:
         """The fields that have an effect with this kind, by name."""
-        shared = ("kind", "hidden")
-        rnvp = ("blocks", "clamp", "seed")
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name in shared or (name in rnvp) == (self.kind == "rnvp")
-        }
+        rnvp, splines = ("blocks", "clamp", "seed"), ("bins", "bound")
+        scales = ("log_scale", "log_scale_constant", "add_first")
+        without = {"affine": splines, "separate": splines, "additive": splines + scales, "spline": scales}[
+            self.coupling
+        ]
+        fields = dict(vars(self))
+        if self.kind == "rnvp":
+            return {name: fields[name] for name in ("kind", "hidden", *rnvp)}
+        return {name: value for name, value in fields.items() if name not in (*rnvp, *without)}
+
+    def choice(self, name: str) -> str:
+        """The field that decides whether the field `name` has an effect."""
+        of_coupling = name in ("bins", "bound", "log_scale", "log_scale_constant", "add_first")
+        return "coupling" if of_coupling and self.kind == "coupling" else "kind"
 
     def mistake(self) -> str:
         """A message if the flow cannot be built with these settings, else ""."""
@@ -88,6 +104,9 @@ class FlowSettings(Settings):
         options = {name: value for name, value in self.effective().items() if name != "kind"}
         if self.kind == "rnvp":
             return rnvp_flow(dim, **{**options, "hidden": self.hidden[0]})
+        if self.coupling == "spline":
+            bound = options.pop("bound")
+            options["spline"] = {"bins": options.pop("bins"), "low": -bound, "high": bound}
         return CouplingFlow(dim, **options)
 
 

@@ -116,7 +116,9 @@ def test_where_the_goals_stand(made) -> None:
     assert "5.00, the least: glf-mnist of zuko; not measured: " in converted and converted.endswith("|  |")
     assert rows["sbi, train: torch.compile"].endswith(f"| 2.5 × | {NOT_MEASURED} |  |")
     lines = list(processor_goals([found]))
-    assert any(line.startswith("Suites that were not measured there yet: coupling, depth, grid") for line in lines)
+    assert any(
+        line.startswith("Suites that were not measured there yet: coupling, spline, depth, grid") for line in lines
+    )
     assert not list(processor_goals([made({}, gpu="H200")]))
 
 

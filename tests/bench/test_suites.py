@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import glf_fast
-from bench import assemble, flows, on_processor, processor_clock
+from bench import assemble, flows, on_processor, processor_clock, splines
 from bench.assemble import PluCase
-from bench.cases import FLOWS, FlowCase
+from bench.cases import COUPLING_MODES, FLOWS, FlowCase, SplineCase
 from bench.check import CHUNK, exact_flow
 from bench.elsewhere import Elsewhere
 from bench.libraries import LIBRARIES
@@ -31,7 +31,7 @@ SMALL = (
     "flow-sbi-sample-glf_fast or flow-sbi-sample-eager or flow-sbi-sample-normflows or grid-4-32-1-train or depth-2-train or "
     "depth-4-train-glf_fast or (64x48x4x4 and forward and not compile) or (memory and 8 and reversible) or "
     "linear-8-4-forward or linear-8-8-forward or (256x20 and inverse) or (64x12x16x16 and channels and train) or "
-    "plu-5-8 or (grid-4-32-16-train and not FrEIA)"  # whose eager is made wrong
+    "(4096x8-8-bins and not compile) or plu-5-8 or (grid-4-32-16-train and not FrEIA)"  # whose eager is made wrong
 )
 
 
@@ -141,12 +141,16 @@ def test_assembled_layers_are_checked(name: str, case: PluCase) -> None:
         assert "off by" in made.check([1.1 * t for t in found])
 
 
+@pytest.mark.parametrize("of", ["glf-mnist", "splines", "sbi-splines"])
 @pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.filterwarnings("ignore:.*triangular_solve:UserWarning")  # nflows'
-def test_a_library_s_flow_is_of_our_size(name: str) -> None:
-    case = FLOWS["glf-mnist"]
+def test_a_library_s_flow_is_of_our_size(name: str, of: str) -> None:
+    case = FLOWS[of]
     if importlib.util.find_spec(name) is None:
         assert name in LIBRARIES[name].why_not()
+        return
+    if name == "FrEIA" and case.bins:
+        assert LIBRARIES[name].why_not(case) == "FrEIA 0.2 has no splines"
         return
     ours = sum(p.numel() for p in case.flow().parameters())
     for mode in ("log_prob", "sample", "train"):
@@ -167,9 +171,21 @@ def test_the_suites_beside_conversion_ask_for_three_minutes_at_most() -> None:
     assert sum(race.seconds * len(race.providers) for race in races) <= 180
 
 
+@pytest.mark.parametrize("name", [name for name in splines.PROVIDERS if name != "compile"])
+def test_splines_are_checked_against_the_formulas_of_their_library(name: str) -> None:
+    if name in LIBRARIES and importlib.util.find_spec(name) is None:
+        return
+    for mode in COUPLING_MODES:
+        made = job(splines.PROVIDERS[name], SplineCase(16, 3, 8), mode)
+        found = made.run()
+        assert len(found) == 2 and made.check(found) == ""
+        assert "off by" in made.check([1.1 * t for t in found])
+
+
+@pytest.mark.parametrize("bins", [0, 4])
 @pytest.mark.parametrize("context", [0, 3])
-def test_float64_in_chunks_is_float64_at_once(context: int) -> None:
-    case = FlowCase("chunks", 4, (8,), 2, 2 * CHUNK + 5, context)
+def test_float64_in_chunks_is_float64_at_once(context: int, bins: int) -> None:
+    case = FlowCase("chunks", 4, (8,), 2, 2 * CHUNK + 5, context, bins)
     flow = case.flow().double()
     x, c = case.inputs()
     loss = -flow.log_prob(x.double(), None if c is None else c.double()).mean()
@@ -178,9 +194,10 @@ def test_float64_in_chunks_is_float64_at_once(context: int) -> None:
         torch.testing.assert_close(found, truth)
 
 
+@pytest.mark.parametrize("bins", [0, 4])
 @pytest.mark.parametrize("mode", ["log_prob", "sample", "train"])
-def test_our_flow_is_checked_in_every_mode(mode: str) -> None:
-    made = job(flows.PROVIDERS["glf_fast"], FlowCase("tiny", 5, (16, 16), 2, 10, context_dim=3), mode)
+def test_our_flow_is_checked_in_every_mode(mode: str, bins: int) -> None:
+    made = job(flows.PROVIDERS["glf_fast"], FlowCase("tiny", 5, (16, 16), 2, 10, context_dim=3, bins=bins), mode)
     assert made.why_wrong() == ""
     made.inputs[-1].add_(1)  # the context
     assert "off by" in made.why_wrong()

@@ -11,7 +11,7 @@ from matrix_units import DEPTH, TruncatingUnits
 
 from glf_fast import ops, reference
 from glf_fast.kernels.launch import count_launches
-from glf_fast.reference import ACTIVATIONS
+from glf_fast.reference import ACTIVATIONS, PARAMETRIZATIONS, TAILS, Spline
 
 pytestmark = pytest.mark.gpu
 
@@ -115,6 +115,40 @@ def test_the_elementwise_coupling(
     assert results[0][0].is_contiguous(memory_format=order)
     for ours, theirs in zip(*results, strict=True):
         assert error(ours, theirs) < (5e-3 if ours.dtype == torch.bfloat16 else 1e-5)
+
+
+def running_sums(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """cumsum in x's own precision: on a processor PyTorch's sums float32 in float64."""
+    sums = [x.select(dim, 0)]
+    for i in range(1, x.shape[dim]):
+        sums.append(sums[-1] + x.select(dim, i))
+    return torch.stack(sums, dim)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("bins", [2, 8, 32])
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+def test_splines(parametrization: str, tails: str, bins: int, inverse: bool, device, poisoned, monkeypatch) -> None:
+    """With several rows in a program, and several programs in a row; at most five times the error of plain PyTorch."""
+    monkeypatch.setattr(torch.Tensor, "cumsum", running_sums)
+    options = Spline(bins, tails=tails, parametrization=parametrization)
+    for rows, columns in ((9, 6), (3, 150)) if rehearsed(device) else ((1001, 6), (300, 150)):
+        g = torch.Generator().manual_seed(0)
+        values = 3 * torch.randn(rows, columns, generator=g), torch.randn(rows, columns, options.columns, generator=g)
+        results = []
+        for op, dtype in ((ops, torch.float32), (reference, torch.float32), (reference, torch.float64)):
+            leaves = [t.to(device, dtype).requires_grad_() for t in values]
+            if op is ops:
+                y, logdet = ops.spline(*leaves, options, inverse=inverse, event_dims=1)
+            else:
+                y, log_slope = reference.spline(*leaves, options, inverse=inverse)
+                logdet = log_slope.sum(1)
+            weights = torch.linspace(-1, 1, rows, device=device)
+            grads = torch.autograd.grad(y.sin().sum() + (weights * logdet).sum(), leaves)
+            results.append([t.detach() for t in (y, logdet, *grads)])
+        for ours, plain, exact in zip(*results, strict=True):
+            assert error(ours, exact) < 1e-6 + 5 * error(plain, exact)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, in rehearsals

@@ -21,8 +21,15 @@ def gradients(model: nn.Module, scalar: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("flow", [{"steps": 2, "hidden": [8]}, {"kind": "rnvp", "blocks": 2, "hidden": 8}])
-@pytest.mark.parametrize("reconstruction", ["mse", "bce", "l1"])
+@pytest.mark.parametrize(
+    ("flow", "reconstruction"),
+    [
+        ({"steps": 2, "hidden": [8]}, "mse"),
+        ({"steps": 2, "hidden": [8]}, "bce"),
+        ({"kind": "rnvp", "blocks": 2, "hidden": 8}, "l1"),
+        ({"steps": 2, "hidden": [8], "coupling": "spline", "bins": 4, "bound": 8.0}, "mse"),
+    ],
+)
 def test_training_lowers_both_losses(small_glf: Build, images: Tensor, reconstruction: str, flow: dict) -> None:
     model = small_glf(reconstruction=reconstruction, flow=flow, latent_noise=0.05)
     settings = [{"params": group, "lr": 1e-2} for group in model.parameter_groups().values()]

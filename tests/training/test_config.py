@@ -145,6 +145,12 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
             "--flow.kind rnvp --flow.steps 3",
             'flow.steps = 3 has no effect with flow.kind = "rnvp"; set it back to its default, 8',
         ),
+        ("--flow.bins 4", 'flow.bins = 4 has no effect with flow.coupling = "affine"; set it back to its default, 8'),
+        (
+            "--flow.coupling spline --flow.add-first",
+            'flow.add_first = true has no effect with flow.coupling = "spline"',
+        ),
+        ("--flow.coupling spline --flow.bins 1", "flow.bins = 1 must be between 2 and 32"),
         ("--flow.kind rnvp --flow.hidden 8", "flow.hidden = [8] must be two equal widths"),
         (
             "--flow-optimizer.schedule cosine --flow-optimizer.decay-every 3",

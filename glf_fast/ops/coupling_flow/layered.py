@@ -1,4 +1,4 @@
-"""Flows that are too wide for one launch: step by step, matrix products of the library and the fused elementwise coupling."""
+"""Flows that one launch cannot take: step by step, matrix products of the library and the fused elementwise coupling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from glf_fast.ops.backends import TRITON
 from glf_fast.ops.coupling_flow import networks
 from glf_fast.ops.coupling_flow.autograd import call_of, contiguous
 from glf_fast.ops.coupling_flow.call import Call
-from glf_fast.ops.coupling_flow.networks import as_one_network
+from glf_fast.ops.coupling_flow.networks import KINDS, as_one_network
+from glf_fast.ops.spline import autograd as spline_autograd
+from glf_fast.ops.spline import triton as spline_triton
+from glf_fast.ops.spline.call import Call as SplineCall
 
 __all__ = ["BACKENDS", "refuses", "run"]
 
@@ -21,7 +24,7 @@ BACKENDS = (TRITON,)
 
 def refuses(call: Call) -> str:
     """Why the steps cannot be taken one by one; "" where they can."""
-    return networks.refuses(call.options)
+    return networks.refuses(call.options, (*KINDS, "spline"))
 
 
 def run(call: Call) -> tuple[Tensor, ...]:
@@ -29,7 +32,8 @@ def run(call: Call) -> tuple[Tensor, ...]:
 
     At these widths the products are what takes time; the coupling saves the reference's eight passes over u, t and v.
     """
-    call = as_one_network(call)
+    if call.options.spline is None:
+        call = as_one_network(call)
     x, context, (matrix, offset, logabsdet), weights, biases, options = call_of(call.options, contiguous(call))
     passive = x.shape[1] - x.shape[1] // 2
     logdets = []
@@ -41,8 +45,13 @@ def run(call: Call) -> tuple[Tensor, ...]:
         p, v = y[:, :passive], y[:, passive:]
         h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
         raw = reference.mlp(h, [w[k] for w in weights], [b[k] for b in biases], options.activation)
-        u, t = raw.chunk(2, 1)
-        w, logdet = autograd.run(triton, AffineCall(v, u, t, options.affine()))
+        if options.spline is None:
+            u, t = raw.chunk(2, 1)
+            w, logdet = autograd.run(triton, AffineCall(v, u, t, options.affine()))
+        else:
+            parameters = raw.to(v.dtype).view(*v.shape, options.spline.columns)
+            given = SplineCall(v.contiguous(), parameters, options.spline, options.inverse)
+            w, logdet = spline_autograd.run(spline_triton, given)
         logdets.append(logdet)
         x = torch.cat([p, w], 1)
         if options.inverse:

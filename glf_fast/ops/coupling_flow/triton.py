@@ -37,7 +37,7 @@ operations = torch.ops.glf_fast
 
 def refuses(call: Call) -> str:
     """Why these kernels cannot take the call; "" where they can. Wider flows go layer by layer."""
-    if why := networks.refuses(call.options):
+    if why := networks.refuses(call.options, networks.KINDS):
         return why
     hidden, dim = hidden_widths(call), call.x.shape[1]
     if dim <= MAX_DIM and 1 <= len(hidden) <= MAX_LAYERS and max(hidden) <= MAX_HIDDEN:

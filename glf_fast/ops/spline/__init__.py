@@ -7,14 +7,14 @@ from torch import Tensor
 
 from glf_fast.ops.backends import kernels_for
 from glf_fast.ops.checks import check_alike, check_floating, check_spline
-from glf_fast.ops.spline import cpp
+from glf_fast.ops.spline import cpp, triton
 from glf_fast.ops.spline.autograd import plain, run
 from glf_fast.ops.spline.call import Call
 from glf_fast.reference import Spline
 
 __all__ = ["spline"]
 
-KERNELS = (cpp,)  # in the order of preference
+KERNELS = (triton, cpp)  # in the order of preference
 
 
 def spline(

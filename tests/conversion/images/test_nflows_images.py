@@ -136,7 +136,7 @@ def test_convolutions_without_a_coupling(tools):
     spline = nt.PiecewiseRationalQuadraticCDF((4, 3, 3), num_bins=3, tails="linear", tail_bound=9.0)
     layers = [nt.OneByOneConvolution(4), nt.RandomPermutation(4), spline, nt.ReversePermutation(4)]
     flow, original, report = tools.accelerated(tools.shake_images(flow_of((4, 3, 3), *layers)))
-    assert [(r.couplings, r.flows, r.affine) for r in report.replaced] == [(0, 0, 1)]
+    assert [(r.couplings, r.flows, r.into["affine"]) for r in report.replaced] == [(0, 0, 1)]
     assert "  0          1 affine\n" in str(report)
     x = torch.randn(5, 4, 3, 3)
     torch.testing.assert_close(flow.log_prob(x), original.log_prob(x.double()).float(), rtol=1e-4, atol=1e-4)
@@ -158,7 +158,7 @@ def test_multiscale_in_place(tools):
     norms = [module for module in flow.modules() if isinstance(module, nn.BatchNorm2d)]
     norms[0].train()
     flow, original, report = tools.accelerated(flow)
-    assert [(r.couplings, r.kind) for r in report.replaced] == [(2, "AffineCoupling")] * 2
+    assert [(r.couplings, r.into["AffineCoupling"]) for r in report.replaced] == [(2, 2)] * 2
     assert {id(m) for m in flow.modules()} >= {id(m) for m in norms} and norms[0].training and not norms[1].training
     norms[0].eval()
     original.eval()

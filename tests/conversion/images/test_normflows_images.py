@@ -109,7 +109,7 @@ def test_multiscale_in_place(class_cond, tools):
     x, y = torch.randn(8, 3, 16, 8), torch.randint(4, (8,)) if class_cond else None
     flow.log_prob(x, y)
     flow, original, report = tools.accelerated(tools.shake(flow, 0.05))
-    assert [(r.couplings, r.flows, r.affine) for r in report.replaced] == [(2, 2, 2), (2, 2, 2)]
+    assert [(r.couplings, r.flows, r.into["affine"]) for r in report.replaced] == [(2, 2, 2), (2, 2, 2)]
     assert "2 AffineCoupling + 2 affine" in str(report) and "Squeeze" in str(report)
     assert type(flow) is nf.MultiscaleFlow and [len(level) for level in flow.flows] == [2, 2]
     wanted = original.log_prob(x.double(), y).float()
