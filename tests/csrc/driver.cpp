@@ -182,7 +182,7 @@ void walk_couplings(const glf::Kernels<T>& kernels, const glf::Kernels<T>& gener
     for (int option = 0; option < glf::log_scales; ++option) {
       const auto log_scale = static_cast<glf::LogScale>(option);
       const T constant = log_scale == glf::LogScale::nflows ? T(0.001) : T(2);
-      const glf::Coupling<T> op{glf::Kind::affine, log_scale, constant, option % 2 == 0, option % 3 == 0};
+      const glf::Coupling<T> op{glf::Kind::affine, log_scale, constant, option % 2 == 0, option % 3 == 0, {}};
       const Buffer<T> expected = couple(generic, op, B, pixels, n, 0, 1);
       for (const int gap : {0, 1, n, 19})
         for (const int count : {1, 3}) check("coupling", couple(kernels, op, B, pixels, n, gap, count), expected, tolerance);
