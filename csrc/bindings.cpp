@@ -36,10 +36,11 @@ struct Arguments : Networks {
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
                                                  Tensors biases, std::optional<Tensor> context, int64_t coupling,
-                                                 int64_t activation, int64_t log_scale, double constant, bool add_first,
+                                                 int64_t network, int64_t activation, int64_t log_scale, double constant,
+                                                 bool add_first,
                                                  std::vector<double> spline, bool inverse, bool density, int64_t save, int64_t record) {
   const Maybe none;
-  const Arguments arguments{{weights, biases, coupling, activation, log_scale, constant, add_first, spline},
+  const Arguments arguments{{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
                             matrix, offset, none, context, inverse, density};
   const int64_t batch = x.size(0), steps = matrix.size(0);
   const auto mode = static_cast<glf::Save>(save);
@@ -61,10 +62,10 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
 // Without ∂out it is that of the density: out is read.
 Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
-                               std::optional<Tensor> context, int64_t coupling, int64_t activation, int64_t log_scale,
-                               double constant, bool add_first, std::vector<double> spline, bool inverse, int64_t save,
+                               std::optional<Tensor> context, int64_t coupling, int64_t network, int64_t activation,
+                               int64_t log_scale, double constant, bool add_first, std::vector<double> spline, bool inverse, int64_t save,
                                bool parameters) {
-  const Arguments arguments{{weights, biases, coupling, activation, log_scale, constant, add_first, spline},
+  const Arguments arguments{{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
                             matrix, offset, unmatrix, context, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
   STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
@@ -204,11 +205,12 @@ int64_t vector_bytes() { return glf::vector_bytes(); }
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
-      "int coupling, int activation, int log_scale, float constant, bool add_first, float[] spline, bool inverse, bool density, int save, int record)"
+      "int coupling, int network, int activation, int log_scale, float constant, bool add_first, float[] spline, "
+      "bool inverse, bool density, int save, int record)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
-      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int activation, "
+      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int network, int activation, "
       "int log_scale, float constant, bool add_first, float[] spline, bool inverse, int save, bool parameters) -> Tensor[]");
   m.def(
       "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"

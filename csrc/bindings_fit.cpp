@@ -96,12 +96,12 @@ struct Arguments {
 // Returns the number of steps, n, or −1 − n where the next one's loss or gradient is not finite, which is left out.
 int64_t fit(Tensor order, Tensor rates, Tensor x, Maybe context, Maybe row_weights, Maybe permutation, Maybe sign,
             Tensors linear, Tensors actnorm, Tensors weights, Tensors biases, Tensors means, Tensors squares,
-            Tensor losses, int64_t coupling, int64_t activation, int64_t log_scale, double constant, bool add_first,
-            std::vector<double> spline, int64_t number, double beta1, double beta2, double epsilon, double weight_decay,
+            Tensor losses, int64_t coupling, int64_t network, int64_t activation, int64_t log_scale, double constant,
+            bool add_first, std::vector<double> spline, int64_t number, double beta1, double beta2, double epsilon, double weight_decay,
             std::optional<double> clip, int64_t records_limit, double seconds) {
   using Clock = std::chrono::steady_clock;
   const auto end = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-  const Networks given{weights, biases, coupling, activation, log_scale, constant, add_first, spline};
+  const Networks given{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline};
   const Arguments arguments{permutation, sign, linear, actnorm, means, squares};
   STD_TORCH_CHECK(order.dim() == 2 && order.size(1) > 0 && rates.numel() == order.size(0) &&
                       losses.numel() == order.size(0) && x.dim() == 2 &&
@@ -148,7 +148,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_fit(Tensor order, Tensor rates, Tensor x, Tensor? context, Tensor? row_weights, Tensor? permutation, "
       "Tensor? sign, Tensor(a!)[] linear, Tensor(b!)[] actnorm, Tensor(c!)[] weights, Tensor(d!)[] biases, "
-      "Tensor(e!)[] means, Tensor(f!)[] squares, Tensor(g!) losses, int coupling, int activation, int log_scale, "
+      "Tensor(e!)[] means, Tensor(f!)[] squares, Tensor(g!) losses, int coupling, int network, int activation, int log_scale, "
       "float constant, bool add_first, float[] spline, int number, float beta1, float beta2, float epsilon, "
       "float weight_decay, float? clip, int records_limit, float seconds) -> int");
 }

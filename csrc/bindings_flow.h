@@ -19,7 +19,7 @@ glf::Spline<T> spline_of(const std::vector<double>& numbers) {
 
 struct __attribute__((visibility("hidden"))) Networks {  // as torch::stable::Tensor is
   const Tensors &weights, &biases;
-  int64_t coupling, activation, log_scale;
+  int64_t coupling, network, activation, log_scale;
   double constant;
   bool add_first;
   const std::vector<double>& spline;
@@ -27,11 +27,11 @@ struct __attribute__((visibility("hidden"))) Networks {  // as torch::stable::Te
   // A flow that is complete but for its affine maps and its direction.
   template <class T>
   glf::Flow<T> flow(int64_t steps, int64_t dim, const Maybe& context) const {
-    STD_TORCH_CHECK(coupling >= 0 && coupling < glf::kinds && activation >= 0 && activation < glf::activations &&
-                        log_scale >= 0 && log_scale < glf::log_scales,
+    STD_TORCH_CHECK(coupling >= 0 && coupling < glf::kinds && network >= 0 && network < glf::network_kinds &&
+                        activation >= 0 && activation < glf::activations && log_scale >= 0 && log_scale < glf::log_scales,
                     "glf_fast: unknown functions");
     STD_TORCH_CHECK(!weights.empty() && weights.size() <= glf::max_layers && weights.size() == biases.size(),
-                    "glf_fast: an MLP of 1 to ", glf::max_layers, " layers is needed; got ", weights.size());
+                    "glf_fast: a network of 1 to ", glf::max_layers, " layers is needed; got ", weights.size());
     glf::Flow<T> f{};
     f.steps = steps;
     f.dim = dim;
@@ -39,21 +39,25 @@ struct __attribute__((visibility("hidden"))) Networks {  // as torch::stable::Te
     f.layers = static_cast<int>(weights.size());
     f.kind = static_cast<glf::Kind>(coupling);
     if (f.kind == glf::Kind::spline) f.spline = spline_of<T>(spline);
+    f.network = static_cast<glf::Network>(network);
     f.networks = networks_of(f.kind);
-    const bool apart = f.networks > 1;
+    const bool apart = f.networks > 1, residual = f.network == glf::Network::residual;
+    STD_TORCH_CHECK(!residual || (!apart && f.layers >= 2 && (f.layers - 2) % f.layers_of_block() == 0),
+                    "glf_fast: ", f.layers, " layers do not make a residual network");
     f.width[0] = f.passive() + f.context_dim;
     for (int i = 0; i < f.layers; ++i) {
       const int64_t dims = apart ? 4 : 3;  // (K, networks, …) or (K, …)
       STD_TORCH_CHECK(weights[i].dim() == dims && biases[i].dim() == dims - 1 && weights[i].size(0) == f.steps &&
                           biases[i].size(0) == f.steps && (!apart || (weights[i].size(1) == f.networks && biases[i].size(1) == f.networks)) &&
-                          weights[i].size(dims - 2) == f.width[i] &&
+                          weights[i].size(dims - 2) == f.inputs(i) &&
+                          (!residual || i == 0 || i + 1 == f.layers || weights[i].size(dims - 1) == f.width[1]) &&
                           biases[i].size(dims - 2) == weights[i].size(dims - 1),
-                      "glf_fast: the widths of the MLP's layers do not chain");
+                      "glf_fast: the widths of the network's layers do not chain");
       f.width[i + 1] = weights[i].size(dims - 1);
       f.weight[i] = read<T>(weights[i]);
       f.bias[i] = read<T>(biases[i]);
     }
-    STD_TORCH_CHECK(f.width[f.layers] == f.columns() * f.transformed(), "glf_fast: the MLP must end in ", f.columns(),
+    STD_TORCH_CHECK(f.width[f.layers] == f.columns() * f.transformed(), "glf_fast: the network must end in ", f.columns(),
                     "·(D//2) columns; got ", f.width[f.layers]);
     f.activation = static_cast<glf::Activation>(activation);
     f.log_scale = static_cast<glf::LogScale>(log_scale);

@@ -60,6 +60,7 @@ int code_of(const char* table, const char* name) {
   static constexpr const char* activation[] = {GLF_ACTIVATIONS(GLF_NAME)};
   static constexpr const char* log_scale[] = {GLF_LOG_SCALES(GLF_NAME)};
   static constexpr const char* coupling[] = {GLF_COUPLINGS(GLF_NAME)};
+  static constexpr const char* network[] = {GLF_NETWORKS(GLF_NAME)};
 #undef GLF_NAME
   const auto find = [name](const auto& names) {
     int code = 0;
@@ -71,7 +72,8 @@ int code_of(const char* table, const char* name) {
   };
   if (!std::strcmp(table, "activation")) return find(activation);
   if (!std::strcmp(table, "log_scale")) return find(log_scale);
-  return std::strcmp(table, "coupling") ? -1 : find(coupling);
+  if (!std::strcmp(table, "coupling")) return find(coupling);
+  return std::strcmp(table, "network") ? -1 : find(network);
 }
 
 int vector_bytes() { return choice().vector_bytes; }

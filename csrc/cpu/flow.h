@@ -12,21 +12,23 @@ using Int = std::ptrdiff_t;
 #define GLF_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(gelu) X(tanh) X(elu)
 #define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet)
 #define GLF_COUPLINGS(X) X(affine) X(separate) X(additive) X(spline)
+#define GLF_NETWORKS(X) X(mlp) X(residual)
 #define GLF_ENUMERATOR(name) name,
 enum class Activation : int { GLF_ACTIVATIONS(GLF_ENUMERATOR) };
 enum class LogScale : int { GLF_LOG_SCALES(GLF_ENUMERATOR) };
 enum class Kind : int { GLF_COUPLINGS(GLF_ENUMERATOR) };  // of coupling
+enum class Network : int { GLF_NETWORKS(GLF_ENUMERATOR) };
 #undef GLF_ENUMERATOR
 
-// The number of a name in a table ("activation", "log_scale", "coupling"), or −1.
+// The number of a name in a table ("activation", "log_scale", "coupling", "network"), or −1.
 int code_of(const char* table, const char* name);
 // Names in each table.
 #define GLF_ONE(name) +1
 inline constexpr int activations = GLF_ACTIVATIONS(GLF_ONE), log_scales = GLF_LOG_SCALES(GLF_ONE),
-                     kinds = GLF_COUPLINGS(GLF_ONE);
+                     kinds = GLF_COUPLINGS(GLF_ONE), network_kinds = GLF_NETWORKS(GLF_ONE);
 #undef GLF_ONE
 
-// MLPs of a step: one that makes all parameters of the coupling, or one for u and one for t.
+// Networks of a step: one that makes all parameters of the coupling, or one for u and one for t.
 constexpr int networks_of(Kind kind) { return kind == Kind::separate ? 2 : 1; }
 
 // Slopes of a spline's knots that are given, less the number of its bins: glf_fast.reference.TAILS.
@@ -47,11 +49,12 @@ inline constexpr int most_bins = 32;
 // What a pass over the flow keeps for its backward.
 enum class Save : int {
   nothing,  // only the output: the backward rebuilds every step's input by undoing the step
-  inputs,   // each step's input, (K, B, D): the backward recomputes the MLPs
+  inputs,   // each step's input, (K, B, D): the backward recomputes the networks
   records,  // all intermediate values, (K, B, record): the backward recomputes nothing
 };
 
-inline constexpr int max_layers = 8;
+inline constexpr int max_layers = 17;  // of a residual network of five blocks with gates
+inline constexpr int max_blocks = (max_layers - 2) / 2;
 
 // K steps with stacked, contiguous parameters, see glf_fast.reference.coupling_flow. The direction in which the op runs
 // is `inverse`; `matrix` is A (forward) or A⁻¹ (inverse), `unmatrix` the other one, needed only to rebuild inputs.
@@ -59,14 +62,15 @@ template <class T>
 struct Flow {
   Int steps, dim, context_dim;
   Kind kind;
+  Network network;
   int networks;                // networks_of(kind)
-  int layers;                  // linear layers of an MLP: hidden layers + 1
+  int layers;                  // linear layers of a network
   Int width[max_layers + 1];   // P + C, hidden widths, columns()·(D//2)
   const T* matrix;             // (K, D, D)
   const T* unmatrix;           // (K, D, D)
   const T* offset;             // c (K, D)
-  const T* weight[max_layers]; // (K, networks, width[i], width[i+1])
-  const T* bias[max_layers];   // (K, networks, width[i+1])
+  const T* weight[max_layers]; // (K, networks, inputs(i), outputs(i))
+  const T* bias[max_layers];   // (K, networks, outputs(i))
   Activation activation;
   LogScale log_scale;
   T constant;                  // the log-scale's; ln m for softclip
@@ -76,11 +80,19 @@ struct Flow {
 
   Int passive() const { return dim - dim / 2; }
   Int transformed() const { return dim / 2; }
-  // Numbers that an MLP makes for each transformed column.
+  // The linear layers of a residual network are the first, for each block its two and, with a context, its gate's, and the
+  // last: see glf_fast.reference.residual. All widths but those of its ends are equal.
+  int layers_of_block() const { return context_dim ? 3 : 2; }
+  int blocks() const { return network == Network::residual ? (layers - 2) / layers_of_block() : 0; }
+  bool is_gate(int i) const { return network == Network::residual && context_dim && i && i % 3 == 0; }
+  // Columns of linear layer i. A gate's are given the context, all others what the layer before them makes.
+  Int inputs(int i) const { return is_gate(i) ? context_dim : width[i]; }
+  Int outputs(int i) const { return width[i + 1]; }
+  // Numbers that a network makes for each transformed column.
   Int columns() const { return kind == Kind::spline ? spline.columns() : kind == Kind::affine ? 2 : 1; }
   // Elements of weight[i] and of bias[i] up to those of network n in step k.
-  Int weights_before(int i, Int k, int n) const { return (k * networks + n) * width[i] * width[i + 1]; }
-  Int biases_before(int i, Int k, int n) const { return (k * networks + n) * width[i + 1]; }
+  Int weights_before(int i, Int k, int n) const { return (k * networks + n) * inputs(i) * outputs(i); }
+  Int biases_before(int i, Int k, int n) const { return (k * networks + n) * outputs(i); }
 };
 
 // Gradients of the parameters, shaped like them. All are written, none is read.

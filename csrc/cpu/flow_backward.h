@@ -6,79 +6,13 @@
 
 namespace glf::GLF_ISA {
 
-// The gradients that one row carries: offsets as in Record.
-struct GradientRecord {
-  Int out;        // ∂ of the step's output, then of its input
-  Int y;          // ∂y
-  Int raw;        // ∂[u, t], or ∂t alone
-  Int hidden[2];  // ∂ of a hidden layer and of the one before it
-  Int input;      // ∂[p, context]
-  Int state;      // the flow's state itself, where inputs are rebuilt
-  Int width;
-
-  template <class T>
-  static GradientRecord of(const Flow<T>& flow) {
-    constexpr Int line = 64 / sizeof(T);
-    Int end = 0;
-    const auto field = [&end](Int n) {
-      const Int start = end;
-      end += round_up(n, line) + line;
-      return start;
-    };
-    GradientRecord r{};
-    r.out = field(flow.dim);
-    r.y = field(flow.dim);
-    r.raw = field(flow.networks * flow.width[flow.layers]);
-    Int widest = 0;
-    for (int i = 1; i < flow.layers; ++i) widest = std::max(widest, flow.width[i]);
-    r.hidden[0] = field(widest);
-    r.hidden[1] = field(widest);
-    r.input = field(flow.width[0]);
-    r.state = field(flow.dim);
-    r.width = end / line % 2 ? end : end + line;
-    return r;
-  }
-};
-
+// From ∂[u, t] to ∂[p, context] and the gradients of step k's networks.
 template <class T>
-struct BackwardTile : Tile<T> {
-  const GradientRecord& grad;
-  T* gradient;                     // (rows, grad.width)
-  const Gradients<T>* parameters;  // null where only the inputs' gradients are wanted
-  bool accumulate;                 // onto what earlier tiles of this thread have left there
-
-  Rows<T> gradient_of(idx offset) const { return {gradient + offset, grad.width}; }
-};
-
-// From ∂[u, t] to ∂[p, context], which both networks share, and the gradients of step k's MLPs.
-template <class T>
-void mlp_backward(const BackwardTile<T>& tile, idx k) {
-  const Flow<T>& flow = tile.flow;
-  const Record& at = tile.at;
-  const GradientRecord& grad = tile.grad;
-  for (int n = 0; n < flow.networks; ++n) {
-    idx g = grad.raw + n * flow.width[flow.layers];
-    for (int i = flow.layers - 1; i >= 0; --i) {
-      const idx n_in = flow.width[i], n_out = flow.width[i + 1];
-      const idx before = i ? n * at.hidden[i - 1] : 0;  // of this network, in a hidden layer's field
-      if (tile.parameters) {
-        const idx input = i ? at.value[i - 1] + before : at.input;
-        outer_sum(tile.rows, n_in, n_out, tile.record + input, at.width, tile.gradient + g, grad.width,
-                  tile.parameters->weight[i] + flow.weights_before(i, k, n), tile.accumulate);
-        column_sum(tile.rows, n_out, T(1), tile.gradient + g, grad.width,
-                   tile.parameters->bias[i] + flow.biases_before(i, k, n), tile.accumulate);
-      }
-      const idx next = i ? grad.hidden[i % 2] : grad.input;
-      const auto finish = [&](T* block, idx row, idx col, idx rows, idx cols) {
-        if (i)
-          activate_backward(flow.activation, rows, cols, tile.read(at.argument[i - 1] + before)[row] + col, at.width,
-                            block, grad.width);
-      };
-      multiply<T>(tile.rows, n_in, n_out, tile.gradient + g, grad.width, flow.weight[i] + flow.weights_before(i, k, n),
-                  true, tile.gradient + next, grad.width, nullptr, tile.panel, finish, i == 0 && n > 0);
-      g = next;
-    }
-  }
+void network_backward(const BackwardTile<T>& tile, idx k) {
+  if (tile.flow.network == Network::residual)
+    residual_backward(tile, k);
+  else
+    mlp_backward(tile, k);
 }
 
 // From ∂ of the transformed output to ∂[u, t] and ∂ of the transformed input.
@@ -92,7 +26,7 @@ void coupling_backward(const BackwardTile<T>& tile, idx v, idx from, idx to, con
                           tile.gradient_of(tile.grad.raw), tile.gradient_of(tile.grad.raw + shift));
 }
 
-// The passive columns pass through and enter the MLP: their gradient is the sum. The context's gathers over the steps.
+// The passive columns pass through and enter the network: their gradient is the sum. The context's gathers over the steps.
 template <class T>
 void add_input_gradient(const BackwardTile<T>& tile, idx from, idx to, T* grad_context, bool first_step) {
   const idx P = tile.flow.passive(), C = tile.flow.context_dim;
@@ -123,7 +57,7 @@ void step_backward(const BackwardTile<T>& tile, idx k, const T* grad_logdet, T* 
   };
   if (!flow.inverse) {
     coupling_backward(tile, at.y, grad.out, grad.y, grad_logdet);
-    mlp_backward(tile, k);
+    network_backward(tile, k);
     add_input_gradient(tile, grad.out, grad.y, grad_context, first_step);
     affine_parameters(at.x, grad.y, T(1));
     multiply<T>(tile.rows, D, D, tile.gradient + grad.y, grad.width, matrix, true, tile.gradient + grad.out, grad.width,
@@ -133,7 +67,7 @@ void step_backward(const BackwardTile<T>& tile, idx k, const T* grad_logdet, T* 
                 nullptr, tile.panel);
     affine_parameters(at.y, grad.out, T(-1));
     coupling_backward(tile, at.x, grad.y, grad.out, grad_logdet);
-    mlp_backward(tile, k);
+    network_backward(tile, k);
     add_input_gradient(tile, grad.y, grad.out, grad_context, first_step);
   }
 }
@@ -148,7 +82,7 @@ void rebuild_record(const BackwardTile<T>& tile, idx k) {
   const T* unmatrix = flow.unmatrix + k * D * D;
   if (!flow.inverse) {
     copy_rows<T>(tile.rows, P, state.data, ld, tile.record + at.y, at.width);
-    run_mlp(tile, k, at.y);
+    run_network(tile, k, at.y);
     run_coupling<T>(tile, true, {state.data + P, ld}, tile.field(at.y + P), nullptr, false);
     add_offset<T>(tile, k, T(-1), tile.read(at.y), state);
     multiply<T>(tile.rows, D, D, state.data, ld, unmatrix, false, tile.record + at.x, at.width, nullptr, tile.panel);
@@ -156,7 +90,7 @@ void rebuild_record(const BackwardTile<T>& tile, idx k) {
     multiply<T>(tile.rows, D, D, state.data, ld, unmatrix, false, tile.record + at.y, at.width, flow.offset + k * D,
                 tile.panel);
     copy_rows<T>(tile.rows, P, tile.record + at.y, at.width, tile.record + at.x, at.width);
-    run_mlp(tile, k, at.x);
+    run_network(tile, k, at.x);
     run_coupling<T>(tile, false, tile.read(at.y + P), tile.field(at.x + P), nullptr, false);
     add_offset<T>(tile, k, T(-1), tile.read(at.y), tile.field(at.y));
   }

@@ -1,55 +1,28 @@
 // A tile of rows through the steps of a flow.
 #pragma once
 
-#include "coupling.h"
-#include "tile.h"
+#include "mlp.h"
+#include "residual.h"
 
 namespace glf::GLF_ISA {
 
-// A tile's place in memory during one step.
+// [u, t], or t, = network_k([p, context]), with p (rows, P) in a field of the record.
 template <class T>
-struct Tile {
-  const Flow<T>& flow;
-  const Record& at;
-  idx rows;
-  const T* context;  // (rows, C), contiguous
-  T* record;         // (rows, at.width)
-  T* panel;
-
-  Rows<T> field(idx offset) const { return {record + offset, at.width}; }
-  Rows<const T> read(idx offset) const { return {record + offset, at.width}; }
-  Coupling<T> coupling(bool inverse) const { return {flow.kind, flow.log_scale, flow.constant, flow.add_first, inverse, flow.spline}; }
-  idx shift() const { return at.raw + (flow.kind == Kind::affine || flow.kind == Kind::separate ? flow.transformed() : 0); }  // t; u is at raw
-};
-
-// [u, t], or t, = MLP_k([p, context]), with p (rows, P) in a field of the record.
-template <class T>
-void run_mlp(const Tile<T>& tile, idx k, idx p) {
+void run_network(const Tile<T>& tile, idx k, idx p) {
   const Flow<T>& flow = tile.flow;
-  const Record& at = tile.at;
   idx input = p;
   if (flow.context_dim) {
-    input = at.input;
+    input = tile.at.input;
     for (idx m = 0; m < tile.rows; ++m) {
       T* row = tile.field(input)[m];
       std::copy_n(tile.read(p)[m], flow.passive(), row);
       std::copy_n(tile.context + m * flow.context_dim, flow.context_dim, row + flow.passive());
     }
   }
-  for (int n = 0; n < flow.networks; ++n)
-    for (int i = 0; i < flow.layers; ++i) {
-      const bool last = i + 1 == flow.layers;
-      const idx n_in = flow.width[i], n_out = flow.width[i + 1];
-      const idx from = i ? at.value[i - 1] + n * at.hidden[i - 1] : input;
-      const idx out = last ? at.raw + n * n_out : at.argument[i] + n * at.hidden[i];
-      const auto finish = [&](T* block, idx row, idx col, idx rows, idx cols) {
-        if (last) return;
-        T* value = tile.field(at.value[i] + n * at.hidden[i])[row] + col;
-        activate(flow.activation, rows, cols, block, value, at.width);
-      };
-      multiply(tile.rows, n_out, n_in, tile.record + from, at.width, flow.weight[i] + flow.weights_before(i, k, n),
-               false, tile.record + out, at.width, flow.bias[i] + flow.biases_before(i, k, n), tile.panel, finish);
-    }
+  if (flow.network == Network::residual)
+    run_residual(tile, k, input);
+  else
+    run_mlp(tile, k, input);
 }
 
 // Couple v (field) into out, leaving the passive columns: logdet may be null.
@@ -78,9 +51,9 @@ void fill_record(const Tile<T>& tile, idx k, T* logdet, bool accumulate) {
   if (!flow.inverse) {
     multiply(tile.rows, D, D, tile.record + at.x, at.width, flow.matrix + k * D * D, false, tile.record + at.y,
              at.width, flow.offset + k * D, tile.panel);
-    run_mlp(tile, k, at.y);
+    run_network(tile, k, at.y);
   } else {
-    run_mlp(tile, k, at.x);
+    run_network(tile, k, at.x);
     copy_rows<T>(tile.rows, P, tile.record + at.x, at.width, tile.record + at.y, at.width);
     run_coupling(tile, true, tile.read(at.x + P), tile.field(at.y + P), logdet, accumulate);
     add_offset<T>(tile, k, T(-1), tile.read(at.y), tile.field(at.y));

@@ -90,7 +90,7 @@ struct Tiling {
   template <class T>
   Tiling(const Flow<T>& flow, const Record& record, idx batch, const Parallel& parallel) {
     idx work = flow.dim * flow.dim;  // multiply-adds of a row
-    for (int i = 0; i < flow.layers; ++i) work += flow.networks * flow.width[i] * flow.width[i + 1];
+    for (int i = 0; i < flow.layers; ++i) work += flow.networks * flow.inputs(i) * flow.outputs(i);
     work *= flow.steps * batch;
     // A thread is woken for at least half a million multiply-adds: some 5 µs.
     threads = static_cast<int>(std::clamp<idx>(std::min<idx>(work >> 19, (batch + MR - 1) / MR), 1, parallel.threads));

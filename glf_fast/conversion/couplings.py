@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from glf_fast.conversion.chains import ContextColumns, Part
 from glf_fast.conversion.images import Outputs
 from glf_fast.conversion.layers import Conditioner, Coupling, Unfusable
-from glf_fast.conversion.mlp import read_mlp, scale_outputs, select_outputs, separate, widen_inputs
+from glf_fast.conversion.mlp import scale_outputs, select_outputs, separate, widen_inputs
+from glf_fast.conversion.residual import read_network
 from glf_fast.ops.checks import check_spline
 from glf_fast.reference import Spline
 
@@ -41,9 +42,9 @@ class DeclaredCoupling:
     spline: Spline | None = None
 
     def read(self, part: Part) -> Coupling:
-        """The layer that it is: with an MLP on vectors, with the library's own network on images; raises Unfusable.
+        """The layer that it is: with a `Conditioner` on vectors, with the library's own network on images; raises Unfusable.
 
-        Splines on vectors, too, have the library's own network where it is no MLP: they are what takes most of the time.
+        Splines on vectors, too, have the library's own network where no `Conditioner` is read: they take most of the time.
         """
         if self.spline is not None:
             check_spline(self.spline)
@@ -52,7 +53,7 @@ class DeclaredCoupling:
             raise Unfusable("its mask leaves no channel to condition on, or none to transform")
         conditioner: Conditioner | Outputs
         try:
-            conditioner = self._outputs() if images else self._mlp()
+            conditioner = self._outputs() if images else self._conditioner()
         except Unfusable:
             if self.spline is None or self.context != "argument" or not (len(self.passive) and len(self.transformed)):
                 raise
@@ -60,14 +61,20 @@ class DeclaredCoupling:
         options = (self.log_scale, self.constant, self.add_first, self.undo, self.spline)
         return Coupling(self.passive, self.transformed, conditioner, *options)
 
-    def _mlp(self) -> Conditioner:
-        """The network as an MLP with outputs [u | t] or t."""
-        net = separate(*map(read_mlp, self.network)) if isinstance(self.network, tuple) else read_mlp(self.network)
+    def _conditioner(self) -> Conditioner:
+        """The network with outputs [u | t] or t."""
+        net = (
+            separate(*map(read_network, self.network))
+            if isinstance(self.network, tuple)
+            else read_network(self.network)
+        )
         P, T = len(self.passive), len(self.transformed)
         inputs = P + len(self.context.columns) if isinstance(self.context, ContextColumns) else P
         outputs = T if self.layout == "t" else 2 * T if self.spline is None else self.spline.columns * T
         if net.n_out != outputs or (net.n_in < P if self.context == "argument" else net.n_in != inputs):
             raise Unfusable(f"its network maps {net.n_in} columns to {net.n_out} where {inputs} to {outputs} are meant")
+        if net.blocks and (isinstance(self.context, ContextColumns) or net.gated != (net.n_in > P)):
+            raise Unfusable("its residual network takes the context as further inputs, without gates")
         order = torch.arange(outputs, device=self.transformed.device)
         if self.layout == "tu":
             net = select_outputs(net, order.roll(T))

@@ -122,7 +122,7 @@ def _kind(coupling: Coupling) -> tuple[object, ...]:
     """The properties that couplings of one CouplingFlow have in common."""
     mlp = coupling.conditioner
     return (
-        coupling.kind(), mlp.activation, len(mlp.weights), coupling.log_scale, coupling.log_scale_constant,
+        coupling.kind(), mlp.network, mlp.activation, len(mlp.hidden), coupling.log_scale, coupling.log_scale_constant,
         coupling.add_first, coupling.undo, coupling.spline,
     )  # fmt: skip
 

@@ -83,8 +83,10 @@ class Dense:
 
 @dataclass(frozen=True)
 class Conditioner:
-    """An MLP: (u, t) of T columns each from P passive columns and C of context; `activation` after all layers but the
-    last.
+    """An MLP or a residual network: (u, t) of T columns each from P passive columns and C of context.
+
+    Of an MLP, `activation` follows all layers but the last. A residual network of so many `blocks` has its layers in the order
+    of `glf_fast.reference.residual`, and gates if it takes a context.
 
     weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]; or n_last = T:
     t alone, of an additive coupling; or weights[i] (2, nᵢ, nᵢ₊₁), biases[i] (2, nᵢ₊₁) with n_last = T: a network for u and
@@ -101,6 +103,22 @@ class Conditioner:
     factors: Tensor
     activation: str
     dropout: float = 0.0
+    blocks: int = 0
+
+    @property
+    def network(self) -> str:
+        """As in CouplingFlow: "mlp" or "residual"."""
+        return "residual" if self.blocks else "mlp"
+
+    @property
+    def gated(self) -> bool:
+        """A residual network whose blocks have gates."""
+        return self.blocks > 0 and len(self.weights) == 2 + 3 * self.blocks
+
+    @property
+    def hidden(self) -> list[int]:
+        """As in CouplingFlow: widths of the hidden layers, or of the blocks."""
+        return [W.shape[-1] for W in (self.weights[:1] * self.blocks or self.weights[:-1])]
 
     @property
     def separate(self) -> bool:
@@ -124,10 +142,10 @@ class Coupling:
     stays.
 
     `passive` (P,) and `transformed` (T,) hold each of 0 … D−1 once; the output's columns keep the places of the
-    input's. `conditioner`: an MLP, which is stacked with those of other couplings, or the library's own network on images,
-    `Outputs`. `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose
-    formula cannot be turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0. With `spline`,
-    v is put through splines of that kind, and the conditioner makes the parameters of each side by side.
+    input's. `conditioner`: a `Conditioner`, which is stacked with others, or the library's own network on images, `Outputs`.
+    `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose formula cannot be
+    turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0. With `spline`, v is put through
+    splines of that kind, and the conditioner makes the parameters of each side by side.
     """
 
     passive: Tensor
@@ -141,15 +159,15 @@ class Coupling:
 
     @property
     def is_mlp(self) -> bool:
-        """True if the conditioner is an MLP."""
+        """True if the conditioner is an MLP or a residual network, not the library's own."""
         return isinstance(self.conditioner, Conditioner)
 
     def context_dim(self) -> int:
-        """C, columns of the context that the MLP takes."""
+        """C, columns of the context that the conditioner takes."""
         return self.conditioner.n_in - len(self.passive)
 
     def kind(self) -> str:
-        """As in CouplingFlow, of a coupling with an MLP: "affine", "separate", "additive" or "spline"."""
+        """As in CouplingFlow: "affine", "separate", "additive" or "spline"."""
         if self.spline is not None:
             return "spline"
         if self.conditioner.separate:

@@ -22,6 +22,9 @@ __all__ = [
     "KNOWN",
     "Step",
     "activation_name",
+    "assemble",
+    "check_hooks",
+    "is_class",
     "linear_step",
     "network_steps",
     "read_mlp",
@@ -69,20 +72,26 @@ def read_mlp(network: nn.Module) -> Conditioner:
         raise Unfusable(f"{name} has {len(linears) - 1} hidden layers; one to four are covered")
     if len(set(activations)) > 1:
         raise Unfusable(f"{name} has different activations: {', '.join(sorted(set(activations)))}")
+    if any(len(a) != b.shape[1] for (a, _), (b, _) in itertools.pairwise(linears)):
+        raise Unfusable(f"{name} has linear layers that do not follow each other")
+    return assemble(name, linears, activations[0], max(dropouts, default=0.0))
+
+
+def assemble(name: str, linears: Sequence[Linear], activation: str, dropout: float, blocks: int = 0) -> Conditioner:
+    """The conditioner of these linear layers; raises Unfusable where the network, of that name, uses one twice."""
     parameters = [id(t) for linear in linears for t in linear if t is not None]
     if len(set(parameters)) < len(parameters):
         raise Unfusable(f"{name} uses a linear layer more than once: its copies would not stay equal in training")
-    weights, biases = [W.T for W, _ in linears], [W.new_zeros(len(W)) if b is None else b for W, b in linears]
-    if any(a.shape[1] != b.shape[0] for a, b in itertools.pairwise(weights)):
-        raise Unfusable(f"{name} has linear layers that do not follow each other")
+    biases = [W.new_zeros(len(W)) if b is None else b for W, b in linears]
     return Conditioner(
-        weights=weights,
+        weights=[W.T for W, _ in linears],
         biases=biases,
         roles=[_role(W, W.T) for W, _ in linears],
         bias_roles=[_role(b, W.new_zeros(len(W))) for W, b in linears],
         factors=torch.ones_like(biases[-1], requires_grad=False),
-        activation=activations[0],
-        dropout=max(dropouts, default=0.0),
+        activation=activation,
+        dropout=dropout,
+        blocks=blocks,
     )
 
 
@@ -140,6 +149,8 @@ def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
 
     Raises Unfusable if depth, activation or numbers of columns differ, or if they share parameters.
     """
+    if net_u.blocks or net_t.blocks:
+        raise Unfusable("it has two networks, for scale and shift, of which one is residual")
     if len(net_u.weights) != len(net_t.weights) or net_u.activation != net_t.activation:
         raise Unfusable("its networks for scale and shift differ in depth or activation")
     if (net_u.n_in, net_u.n_out) != (net_t.n_in, net_t.n_out):
@@ -178,8 +189,20 @@ def _pair(a: Tensor, b: Tensor) -> Tensor:
 
 def _known(module: nn.Module) -> Callable[[Any], Iterator[Step]] | None:
     """The entry of KNOWN for its class, or for one of that full name in a copy of the library inside of another package."""
-    path = f".{type(module).__module__}.{type(module).__name__}"
-    return next((steps for name, steps in KNOWN.items() if path.endswith(f".{name}")), None)
+    return next((steps for name, steps in KNOWN.items() if is_class(module, name)), None)
+
+
+def is_class(module: nn.Module, name: str) -> bool:
+    """Whether its class has that full name, or is one of that name in a copy of the library inside of another package."""
+    return f".{type(module).__module__}.{type(module).__name__}".endswith(f".{name}")
+
+
+def check_hooks(module: nn.Module) -> None:
+    """Raise Unfusable for a module that may compute something else than its class does."""
+    if hooks := [h for h in ("_forward_hooks", "_forward_pre_hooks", "parametrizations") if getattr(module, h, None)]:
+        raise Unfusable(
+            f"{type(module).__name__} has {hooks[0].strip('_').replace('_', ' ')}, which may change what it computes"
+        )
 
 
 def linear_step(module: Any) -> Iterator[Step]:
@@ -192,8 +215,7 @@ def linear_step(module: Any) -> Iterator[Step]:
 def network_steps(module: nn.Module) -> Iterator[Step]:
     """The steps that `module` applies to its input, in order."""
     name = type(module).__name__
-    if hooks := [h for h in ("_forward_hooks", "_forward_pre_hooks", "parametrizations") if getattr(module, h, None)]:
-        raise Unfusable(f"{name} has {hooks[0].strip('_').replace('_', ' ')}, which may change what it computes")
+    check_hooks(module)
     if type(module) is nn.Identity:
         return
     activation = _activation(module)
@@ -244,7 +266,7 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
     """The chain of layers between the inputs, one or concatenated, and the output, found by torch.fx."""
     name = type(module).__name__
     if "Residual" in name or "ResNet" in name:  # likely, and worth a reason of its own
-        raise Unfusable(f"{name} is residual; plain MLPs are fused")
+        raise Unfusable(f"{name} is residual; MLPs and the ResidualNet of nflows are fused")
     tracer = fx.Tracer()
     # Layers that are known are not traced into.
     tracer.is_leaf_module = lambda m, _: m.__module__.startswith("torch.nn") or _known(m) is not None  # type: ignore

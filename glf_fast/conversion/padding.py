@@ -31,9 +31,8 @@ def padded_dim(dim: int, couplings: Sequence[Coupling]) -> int:
 
 
 def hidden_widths(couplings: Sequence[Coupling]) -> list[int]:
-    """The widest of each hidden layer."""
-    shapes = [[W.shape[-1] for W in coupling.conditioner.weights[:-1]] for coupling in couplings]
-    return [max(widths) for widths in zip(*shapes, strict=True)]
+    """The widest of each hidden layer, or of the blocks."""
+    return [max(widths) for widths in zip(*(coupling.conditioner.hidden for coupling in couplings), strict=True)]
 
 
 def divided(couplings: Sequence[Coupling]) -> list[list[Coupling]]:
@@ -62,8 +61,8 @@ def check_padding(coupling: Coupling) -> None:
     own = sum(int(((W != 0) | (roles == TRAINED)).sum()) for W, roles in zip(mlp.weights, mlp.roles, strict=True))
     dim = width(coupling)
     fused = _cost([coupling])
-    networks = 2 if mlp.separate else 1
-    if fused > own + _UNIT * networks * sum(hidden_widths([coupling])) + _COLUMN * dim + _LAYER:
+    units = (2 if mlp.separate else 1) * sum(W.shape[-1] for W in mlp.weights[:-1])
+    if fused > own + _UNIT * units + _COLUMN * dim + _LAYER:
         raise Unfusable(
             f"transforms {len(coupling.transformed)} of {dim} columns with {own:,} multiply-adds for each sample; fused it "
             f"would take {fused:,}, which on a processor is slower"
@@ -80,6 +79,11 @@ def _cost(couplings: Sequence[Coupling]) -> int:
     kind, dim = couplings[0].kind(), padded_dim(width(couplings[0]), couplings)
     context = max(coupling.context_dim() for coupling in couplings)
     outputs = couplings[0].columns() * (dim // 2)
-    widths = [dim - dim // 2 + context, *hidden_widths(couplings), outputs]
-    networks = 2 if kind == "separate" else 1
-    return len(couplings) * (dim**2 + networks * sum(a * b for a, b in itertools.pairwise(widths)))
+    hidden = hidden_widths(couplings)
+    if couplings[0].conditioner.blocks:
+        H = hidden[0]
+        network = H * (dim - dim // 2 + context + len(hidden) * (2 * H + context) + outputs)
+    else:
+        widths = [dim - dim // 2 + context, *hidden, outputs]
+        network = (2 if kind == "separate" else 1) * sum(a * b for a, b in itertools.pairwise(widths))
+    return len(couplings) * (dim**2 + network)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import Affine
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Coupling
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Coupling
 from glf_fast.conversion.padded import Padded
 from glf_fast.conversion.padding import hidden_widths, padded_dim
 from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
@@ -56,7 +56,7 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
     actnorm = any(m.scales() for m in maps)
     with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
         flow = CouplingFlow(
-            width, len(steps), hidden_widths(couplings), context_dim, coupling=first.kind(),
+            width, len(steps), hidden_widths(couplings), context_dim, coupling=first.kind(), network=first.conditioner.network,
             activation=first.conditioner.activation, log_scale=first.log_scale,
             log_scale_constant=first.log_scale_constant, add_first=first.add_first, spline=first.spline, linear=linear,
             actnorm=actnorm,
@@ -154,21 +154,20 @@ def _linear_tensors(linear: str, W: Tensor) -> dict[str, Tensor]:
 def _install_conditioners(
     flow: CouplingFlow, couplings: Sequence[Coupling], halves: tuple[int, int], sources: Sources
 ) -> None:
-    """All MLPs, zero-padded to the flow's widths; what is padded is never trained."""
+    """All networks, zero-padded to the flow's widths; what is padded is never trained."""
     P, T = halves
-    columns = couplings[0].columns()
-    widths = [P + flow.context_dim, *flow.config["hidden"], columns * T]
-    last = len(widths) - 2
+    last = len(flow.mlp_weights) - 1
+    networks = [_with_gates(coupling.conditioner, flow.context_dim) for coupling in couplings]
     padded = [_pad_outputs(c.conditioner.factors, c, T) for c in couplings]
     factors = torch.stack(padded)
     factors = torch.where(factors == 0, 1.0, factors)  # of what is padded, or no output of the library
     if not bool((factors == 1).all()):
         flow.multiply(f"mlp_weights.{last}", factors.unsqueeze(-2))
         flow.multiply(f"mlp_biases.{last}", factors)
-    for i in range(len(widths) - 1):
+    for i, parameter in enumerate(flow.mlp_weights):
+        n_in, n_out = parameter.shape[-2:]
         weights, biases, roles, bias_roles = [], [], [], []
-        for coupling in couplings:
-            mlp = coupling.conditioner
+        for coupling, mlp in zip(couplings, networks, strict=True):
             W, b, W_roles, b_roles = mlp.weights[i], mlp.biases[i], mlp.roles[i], mlp.bias_roles[i]
             if i == 0:
                 passive = len(coupling.passive)
@@ -176,13 +175,36 @@ def _install_conditioners(
             if i == last:
                 b = _pad_outputs(b, coupling, T, _identity(coupling))
                 W, W_roles, b_roles = (_pad_outputs(t, coupling, T) for t in (W, W_roles, b_roles))
-            grow = (0, widths[i + 1] - W.shape[-1], 0, widths[i] - W.shape[-2])
+            grow = (0, n_out - W.shape[-1], 0, n_in - W.shape[-2])
             weights.append(F.pad(W, grow))
             roles.append(F.pad(W_roles, grow))
             biases.append(F.pad(b, grow[:2]))
             bias_roles.append(F.pad(b_roles, grow[:2]))
         _install(flow, f"mlp_weights.{i}", torch.stack(weights), torch.stack(roles), sources)
         _install(flow, f"mlp_biases.{i}", torch.stack(biases), torch.stack(bias_roles), sources)
+
+
+def _with_gates(network: Conditioner, width: int) -> Conditioner:
+    """A residual network for a flow with a context of so many columns; one that has no gates gets gates of 1.
+
+    They are never trained. σ(40) is 1 in float64.
+    """
+    if network.gated or not network.blocks or not width:
+        return network
+
+    def insert(tensors: list[Tensor], rows: tuple[int, ...], value: float) -> list[Tensor]:
+        first, *inner, last = tensors
+        gate = first.new_full((*rows, first.shape[-1]), value)
+        pairs = zip(inner[::2], inner[1::2], strict=True)
+        return [first, *(tensor for pair in pairs for tensor in (*pair, gate)), last]
+
+    return replace(
+        network,
+        weights=insert(network.weights, (width,), 0.0),
+        biases=insert(network.biases, (), 40.0),
+        roles=insert(network.roles, (width,), FIXED),
+        bias_roles=insert(network.bias_roles, (), FIXED),
+    )
 
 
 def _insert_rows(W: Tensor, position: int, count: int) -> Tensor:

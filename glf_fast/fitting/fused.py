@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glf_fast.fitting.dataset import Rows
 from glf_fast.flow import CouplingFlow, Flow
 from glf_fast.ops.backends import CPP, usable
-from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES
+from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 from glf_fast.ops.coupling_flow.cpp import RECORDS_LIMIT
 from glf_fast.reference import prepared_constant
 
@@ -85,7 +85,7 @@ class FusedSteps:
             order.contiguous(), torch.tensor(rates, dtype=torch.float64), rows.x, rows.context, rows.weights,
             buffers.get("linear_permutation"), buffers.get("linear_sign"),
             *([t.detach() for t in part] for part in parts), means, squares, losses,
-            COUPLING_CODES[options["coupling"]], ACTIVATION_CODES[options["activation"]],
+            COUPLING_CODES[options["coupling"]], NETWORK_CODES[options["network"]], ACTIVATION_CODES[options["activation"]],
             LOG_SCALE_CODES[options["log_scale"]],
             prepared_constant(options["log_scale"], options["log_scale_constant"]), options["add_first"],
             [] if options["spline"] is None else options["spline"].prepared().numbers(),

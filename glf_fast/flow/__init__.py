@@ -10,6 +10,7 @@ from glf_fast.flow.fixed_linear import FixedLinear
 from glf_fast.flow.inverse import Inverse
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.mlp import MLP, SeparateNetworks
+from glf_fast.flow.residual import ResidualNet
 from glf_fast.flow.rnvp import rnvp_flow
 from glf_fast.flow.sequential import SequentialFlow
 from glf_fast.flow.spline_coupling import SplineCoupling
@@ -28,6 +29,7 @@ __all__ = [
     "FlowTransform",
     "Inverse",
     "InvertibleLinear",
+    "ResidualNet",
     "SeparateNetworks",
     "SequentialFlow",
     "SplineCoupling",

@@ -19,7 +19,15 @@ from glf_fast.flow.moments import active_processes
 from glf_fast.flow.sequential import SequentialFlow
 from glf_fast.flow.spline_coupling import spline_of
 from glf_fast.flow.stacking import Stacked, configuration, fill_step, new_step, stacked
-from glf_fast.ops.checks import check_choice, check_log_scale, check_shape, check_spline_of, check_state, check_tensors
+from glf_fast.ops.checks import (
+    check_choice,
+    check_log_scale,
+    check_network_of,
+    check_shape,
+    check_spline_of,
+    check_state,
+    check_tensors,
+)
 from glf_fast.reference import COUPLINGS as KINDS
 from glf_fast.reference import LOG_SCALES, Plu, Spline
 
@@ -44,11 +52,13 @@ class CouplingFlow(Flow):
     Args:
         dim: D, at least 2; odd is fine (the passive half is the larger one).
         steps: K.
-        hidden: widths of the one to four hidden layers of each step's MLP.
+        hidden: widths of the one to four hidden layers of each step's MLP, or the width of each of one to five residual
+            blocks, all equal.
         context_dim: columns of the context that conditions every coupling; 0 for none.
         coupling: "affine", v·e^f(u) + t with u and t from one MLP; "separate", the same with an MLP for each, as in RealNVP
             (arXiv:1605.08803); "additive", v + t, as in NICE (arXiv:1410.8516); "spline", a rational-quadratic spline of each
             v, as in Neural Spline Flows (arXiv:1906.04032). To the last two log-scale and `add_first` mean nothing.
+        network: "mlp", or "residual", a `ResidualNet` with the context as a gate, for all couplings but "separate".
         spline: bins, box and the rest of those splines, a `glf_fast.Spline`, or the same as a mapping.
         activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh or elu.
         log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`.
@@ -79,6 +89,7 @@ class CouplingFlow(Flow):
         context_dim: int = 0,
         *,
         coupling: str = "affine",
+        network: str = "mlp",
         activation: str = "relu",
         log_scale: str = "tanh",
         log_scale_constant: float | None = None,
@@ -98,6 +109,7 @@ class CouplingFlow(Flow):
         if context_dim < 0:
             raise ValueError(f"context_dim must be ≥ 0; got {context_dim}")
         check_choice("coupling", coupling, COUPLINGS)
+        check_network_of(coupling, network)
         check_log_scale(log_scale, log_scale_constant)
         kind = None if coupling != "spline" and spline is None else spline_of(spline)
         check_spline_of(coupling, kind)
@@ -108,6 +120,7 @@ class CouplingFlow(Flow):
             "hidden": tuple(hidden),
             "context_dim": context_dim,
             "coupling": coupling,
+            "network": network,
             "activation": activation,
             "log_scale": log_scale,
             "log_scale_constant": LOG_SCALES[log_scale] if log_scale_constant is None else log_scale_constant,
@@ -117,7 +130,7 @@ class CouplingFlow(Flow):
             "actnorm": actnorm,
             "reversible": reversible,
         }
-        names = ("coupling", "activation", "log_scale", "log_scale_constant", "add_first", "reversible")
+        names = ("coupling", "network", "activation", "log_scale", "log_scale_constant", "add_first", "reversible")
         self._options = {name: self.config[name] for name in names} | {"spline": kind}
         self.held = nn.ModuleDict()  # FrozenEntries by parameter, filled by `hold`
         self.factors = nn.ModuleDict()  # FixedFactor by parameter, filled by `multiply`
@@ -349,7 +362,7 @@ class CouplingFlow(Flow):
 
     @classmethod
     def from_layers(cls, flow: SequentialFlow) -> CouplingFlow:
-        """Stack a flow of K equal steps ([ActNorm,] InvertibleLinear, coupling with an MLP); values are copied.
+        """Stack a flow of K equal steps ([ActNorm,] InvertibleLinear, coupling with an MLP or ResidualNet); values are copied.
 
         Raises ValueError that names the first layer that breaks the pattern.
         """

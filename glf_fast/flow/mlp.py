@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from glf_fast.ops.checks import check_choice
 from glf_fast.reference import ACTIVATIONS
 
-__all__ = ["MLP", "SeparateNetworks"]
+__all__ = ["ACTIVATION_MODULES", "MLP", "SeparateNetworks"]
 
-_MODULES: dict[str, type[nn.Module]] = {
+ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
     "silu": nn.SiLU,
@@ -21,7 +21,7 @@ _MODULES: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "elu": nn.ELU,
 }
-assert _MODULES.keys() == ACTIVATIONS.keys()
+assert ACTIVATION_MODULES.keys() == ACTIVATIONS.keys()
 
 
 class MLP(nn.Sequential):
@@ -35,13 +35,13 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, in_features: int, hidden: Sequence[int], out_features: int, *, activation: str = "relu") -> None:
-        check_choice("activation", activation, _MODULES)
+        check_choice("activation", activation, ACTIVATION_MODULES)
         if not 1 <= len(hidden) <= 4 or min(hidden) < 1:
             raise ValueError(f"hidden must be one to four widths ≥ 1; got {tuple(hidden)}")
         widths = [in_features, *hidden, out_features]
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
-            layers += [nn.Linear(n_in, n_out), _MODULES[activation]()]
+            layers += [nn.Linear(n_in, n_out), ACTIVATION_MODULES[activation]()]
         super().__init__(*layers[:-1])
         nn.init.zeros_(layers[-2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.linear import LINEAR_TENSORS, InvertibleLinear
 from glf_fast.flow.mlp import MLP, SeparateNetworks
+from glf_fast.flow.residual import ResidualNet
 from glf_fast.flow.sequential import SequentialFlow
 from glf_fast.flow.spline_coupling import SplineCoupling, spline_of
 from glf_fast.reference import COUPLINGS
@@ -34,17 +35,24 @@ def new_step(config: Mapping[str, Any]) -> list[nn.Module]:
     dim, kind = config["dim"], COUPLINGS[config["coupling"]]
     spline = spline_of(config["spline"]) if config["coupling"] == "spline" else None
 
-    def mlp() -> MLP:
-        n_in, n_out = dim - dim // 2 + config["context_dim"], (spline.columns if spline else kind.columns) * (dim // 2)
-        return MLP(n_in, config["hidden"], n_out, activation=config["activation"])
+    residual, context_dim = config["network"] == "residual", config["context_dim"]
 
-    conditioner = mlp() if kind.networks == 1 else SeparateNetworks(*(mlp() for _ in range(kind.networks)))
+    def network() -> MLP | ResidualNet:
+        n_in, n_out = dim - dim // 2, (spline.columns if spline else kind.columns) * (dim // 2)
+        hidden, activation = config["hidden"], config["activation"]
+        if residual:
+            return ResidualNet(n_in, hidden, n_out, context_dim=context_dim, activation=activation)
+        return MLP(n_in + context_dim, hidden, n_out, activation=activation)
+
+    conditioner = network() if kind.networks == 1 else SeparateNetworks(*(network() for _ in range(kind.networks)))
+    pass_context = residual and context_dim > 0
     coupling: Coupling
     if spline:
-        coupling = SplineCoupling(dim, conditioner, spline=spline)
+        coupling = SplineCoupling(dim, conditioner, spline=spline, pass_context=pass_context)
     else:
         options = {name: config[name] for name in ("log_scale", "log_scale_constant", "add_first")}
-        coupling = AffineCoupling(dim, conditioner, additive=config["coupling"] == "additive", **options)
+        additive = config["coupling"] == "additive"
+        coupling = AffineCoupling(dim, conditioner, additive=additive, pass_context=pass_context, **options)
     actnorm = [ActNorm(dim)] if config["actnorm"] else []
     return [*actnorm, InvertibleLinear(dim, linear=config["linear"]), coupling]
 
@@ -125,22 +133,36 @@ def _configuration_of_step(step: Sequence[nn.Module], position: int, context_dim
     linear, coupling = step[-2], step[-1]
     assert isinstance(linear, InvertibleLinear) and isinstance(coupling, Coupling)
     networks = _networks(coupling)
-    divides = {"flip": coupling.flip, "undo": coupling.undo, "mask": coupling.mask != "channels"}
-    if any(divides.values()) or not networks:
-        option = next((f"{name}={getattr(coupling, name)}" for name, is_set in divides.items() if is_set), None)
+    gated = context_dim if networks and isinstance(networks[0], ResidualNet) else 0
+    unlike = {
+        "flip": coupling.flip,
+        "undo": coupling.undo,
+        "mask": coupling.mask != "channels",
+        "pass_context": coupling.pass_context != (gated > 0),
+    }
+    if any(unlike.values()) or not networks or getattr(networks[0], "context_dim", 0) != gated:
+        option = next((f"{name}={getattr(coupling, name)}" for name, is_set in unlike.items() if is_set), None)
         what = f"has {option}" if option else f"has a {type(coupling.conditioner).__name__} as conditioner"
         raise ValueError(
-            f"layer {position + len(step) - 1} {what}; a CouplingFlow's couplings are unflipped, with an MLP or two equal ones"
+            f"layer {position + len(step) - 1} {what}; a CouplingFlow's couplings are unflipped, with an MLP or two equal ones "
+            "or a ResidualNet with the flow's context"
         )
     return {
         "dim": coupling.dim,
-        "hidden": tuple(layer.out_features for layer in networks[0].linears()[:-1]),
+        "hidden": _hidden(networks[0]),
         "context_dim": context_dim,
+        "network": "mlp" if isinstance(networks[0], MLP) else "residual",
         "activation": networks[0].activation,
         **_formula(coupling, len(networks)),
         "linear": linear.linear,
         "actnorm": len(step) == 3,
     }
+
+
+def _hidden(network: MLP | ResidualNet) -> tuple[int, ...]:
+    """Widths of its hidden layers, or of its blocks."""
+    inner = network.linears()[:-1] if isinstance(network, MLP) else [network.first] * len(network.blocks)
+    return tuple(layer.out_features for layer in inner)
 
 
 def _formula(coupling: Coupling, networks: int) -> dict[str, Any]:
@@ -156,11 +178,11 @@ def _formula(coupling: Coupling, networks: int) -> dict[str, Any]:
     }
 
 
-def _networks(coupling: Coupling) -> list[MLP]:
-    """The MLPs of its conditioner, one or two equal ones; none if it is something else."""
+def _networks(coupling: Coupling) -> Sequence[MLP | ResidualNet]:
+    """The networks of its conditioner: an MLP, two equal ones or a residual network; none if it is something else."""
     conditioner = coupling.conditioner
     if not isinstance(conditioner, SeparateNetworks):
-        return [conditioner] if isinstance(conditioner, MLP) else []
+        return [conditioner] if isinstance(conditioner, MLP | ResidualNet) else []
     u, t = conditioner.u, conditioner.t
     affine = isinstance(coupling, AffineCoupling) and not coupling.additive
     if not affine or not (isinstance(u, MLP) and isinstance(t, MLP)) or str(u) != str(t) or u is t:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glf_fast.reference import LOG_SCALES, PARAMETRIZATIONS, TAILS, Spline
+from glf_fast.reference import COUPLINGS, LOG_SCALES, NETWORKS, PARAMETRIZATIONS, TAILS, Spline
 
 __all__ = [
     "check_alike",
@@ -20,6 +20,7 @@ __all__ = [
     "check_floating",
     "check_hidden_layers",
     "check_log_scale",
+    "check_network_of",
     "check_shape",
     "check_spline",
     "check_spline_of",
@@ -44,6 +45,13 @@ def check_log_scale(name: str, constant: float | None) -> None:
     low, high = {"softclip": (0.0, 1.0), "glow": (-math.inf, math.inf)}.get(name, (0.0, math.inf))
     if not low < constant < high:
         raise ValueError(f"log_scale_constant of {name!r} must be between {low} and {high}; got {constant}")
+
+
+def check_network_of(coupling: str, network: str) -> None:
+    """Raise ValueError unless `network` is a kind of network, and one that a coupling of this name can have."""
+    check_choice("network", network, NETWORKS)
+    if network != "mlp" and COUPLINGS[coupling].networks > 1:
+        raise ValueError(f"coupling={coupling!r} has two MLPs; got network={network!r}, which is for one network")
 
 
 def check_spline(options: Spline) -> None:

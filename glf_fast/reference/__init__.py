@@ -24,6 +24,8 @@ from glf_fast.reference.linear import (
 )
 from glf_fast.reference.log_scale import LOG_SCALE_FUNCTIONS, LOG_SCALES, LogScale, log_scale, prepared_constant
 from glf_fast.reference.mlp import ACTIVATIONS, mlp
+from glf_fast.reference.networks import NETWORKS, Network
+from glf_fast.reference.residual import layers_of_block, residual
 from glf_fast.reference.spline import PARAMETRIZATIONS, TAILS, PreparedSpline, Spline, spline
 
 __all__ = [
@@ -31,10 +33,12 @@ __all__ = [
     "COUPLINGS",
     "LOG_SCALES",
     "LOG_SCALE_FUNCTIONS",
+    "NETWORKS",
     "PARAMETRIZATIONS",
     "TAILS",
     "Coupling",
     "LogScale",
+    "Network",
     "Plu",
     "PreparedSpline",
     "Spline",
@@ -45,6 +49,7 @@ __all__ = [
     "coupling_flow_log_prob",
     "fold_actnorm",
     "invertible_linear",
+    "layers_of_block",
     "log_normal",
     "log_scale",
     "mlp",
@@ -52,6 +57,7 @@ __all__ = [
     "plu_assemble",
     "plu_flow_log_prob",
     "prepared_constant",
+    "residual",
     "slogdet_inverse",
     "spline",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glf_fast.reference.coupling import COUPLINGS
 from glf_fast.reference.linear import Plu, plu_assemble
-from glf_fast.reference.mlp import mlp
+from glf_fast.reference.networks import NETWORKS
 from glf_fast.reference.spline import Spline
 
 __all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "log_normal", "plu_flow_log_prob"]
@@ -26,6 +26,7 @@ def coupling_flow(
     context: Tensor | None = None,
     *,
     coupling: str = "affine",
+    network: str = "mlp",
     activation: str = "relu",
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
@@ -34,7 +35,7 @@ def coupling_flow(
 ) -> tuple[Tensor, Tensor]:
     """Data → noise. For k = 0 … K−1, with P = D − D//2 passive columns p and D//2 transformed columns v:
 
-        y = x A_k + c_k;   (p, v) = y[:, :P], y[:, P:];   (u, t) = MLP_k([p, context]);   x ← [p, v·e^f(u) + t]
+        y = x A_k + c_k;   (p, v) = y[:, :P], y[:, P:];   (u, t) = network_k([p, context]);   x ← [p, v·e^f(u) + t]
 
     `x` (B, D); `A` (K, D, D), `c` (K, D); `context` (B, C) or None; the options as in `affine_coupling` and `mlp`.
     `coupling` says what the networks make, and so the shapes of `weights[i]` and `biases[i]`, from n₀ = P + C columns on:
@@ -46,9 +47,11 @@ def coupling_flow(
     | "additive" | v + t                | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | D//2       | NICE (arXiv:1410.8516)    |
     | "spline"   | a spline of v        | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | n·(D//2)   | n = `spline.columns`      |
 
+    These are the shapes of `network` "mlp". Those of "residual", which is no network of "separate", are in `residual`.
+
     Returns z (B, D) and Σ_k Σ ℓ (B,), both float32 or better: the caller adds Σ_k log|det A_k|, which no sample changes.
     """
-    transform = COUPLINGS[coupling].transform
+    transform, conditioner = COUPLINGS[coupling].transform, NETWORKS[network]
     options: dict[str, Any] = {
         "log_scale": log_scale,
         "log_scale_constant": log_scale_constant,
@@ -62,8 +65,9 @@ def coupling_flow(
         with torch.autocast(x.device.type, enabled=False):
             y = x @ A[k] + c[k]
         p, v = y[:, :passive], y[:, passive:]
-        h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
-        raw = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation)
+        given = None if context is None else context.to(p.dtype)
+        h = p if given is None else torch.cat([p, given], 1)
+        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation)
         v, ldj = transform(v, raw, inverse=False, **options)
         x = torch.cat([p, v], 1)
         logdet = logdet + ldj
@@ -79,6 +83,7 @@ def coupling_flow_inverse(
     context: Tensor | None = None,
     *,
     coupling: str = "affine",
+    network: str = "mlp",
     activation: str = "relu",
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
@@ -87,11 +92,11 @@ def coupling_flow_inverse(
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: the steps of `coupling_flow` undone in reverse order, with `A_inv` (K, D, D) = A⁻¹.
 
-        (p, v) = z[:, :P], z[:, P:];   (u, t) = MLP_k([p, context]);   z ← ([p, (v − t)·e^−f(u)] − c_k) A_k⁻¹
+        (p, v) = z[:, :P], z[:, P:];   (u, t) = network_k([p, context]);   z ← ([p, (v − t)·e^−f(u)] − c_k) A_k⁻¹
 
     Returns x (B, D) and −Σ_k Σ ℓ (B,).
     """
-    transform = COUPLINGS[coupling].transform
+    transform, conditioner = COUPLINGS[coupling].transform, NETWORKS[network]
     options: dict[str, Any] = {
         "log_scale": log_scale,
         "log_scale_constant": log_scale_constant,
@@ -102,8 +107,9 @@ def coupling_flow_inverse(
     logdet = z.new_zeros(len(z))
     for k in reversed(range(len(A_inv))):
         p, v = z[:, :passive], z[:, passive:]
-        h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
-        raw = mlp(h, [w[k] for w in weights], [b[k] for b in biases], activation)
+        given = None if context is None else context.to(p.dtype)
+        h = p if given is None else torch.cat([p, given], 1)
+        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation)
         v, ldj = transform(v, raw, inverse=True, **options)
         with torch.autocast(z.device.type, enabled=False):
             z = (torch.cat([p, v], 1) - c[k]) @ A_inv[k]

@@ -14,22 +14,25 @@ DIRECTIONS = {"forward": "coupling_flow", "inverse": "coupling_flow_inverse"}
 
 def tensors(
     batch: int, K: int, D: int, C: int, hidden: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0,
-    coupling: str = "affine",
+    coupling: str = "affine", network: str = "mlp",
 ) -> list[Tensor | None]:  # fmt: skip
-    """x, A, c, context, W₀ …, b₀ …; `coupling` as in CouplingFlow."""
+    """x, A, c, context, W₀ …, b₀ …; `hidden`, `coupling` and `network` as in CouplingFlow."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=g)
 
     columns = Spline().columns if coupling == "spline" else reference.COUPLINGS[coupling].columns
-    widths = [D - D // 2 + C, *hidden, columns * (D // 2)]
+    shapes = list(itertools.pairwise([D - D // 2 + C, *hidden, columns * (D // 2)]))
+    if network == "residual":
+        block = [(hidden[0], hidden[0])] * 2 + [(C, hidden[0])] * (C > 0)
+        shapes = [shapes[0], *block * len(hidden), shapes[-1]]
     stack = (K, 2) if coupling == "separate" else (K,)
     A = (torch.linalg.qr(normal(K, D, D)).Q + 0.1 * normal(K, D, D) / D).contiguous()
-    weights = [normal(*stack, n, m) / n**0.5 for n, m in itertools.pairwise(widths)]
+    weights = [normal(*stack, n, m) / n**0.5 for n, m in shapes]
     if coupling == "spline":
         weights[-1] *= 0.2  # parameters of 1 make slopes of 1e-3 and 1e3: what is rebuilt from outputs loses as much
-    biases = [0.3 * normal(*stack, n) for n in widths[1:]]
+    biases = [0.3 * normal(*stack, n) for _, n in shapes]
     made = [normal(batch, D), A, normal(K, D), normal(batch, C) if C else None, *weights, *biases]
     return [None if t is None else t.to(dtype).requires_grad_() for t in made]
 

@@ -16,7 +16,7 @@ from glf_fast.conversion.layers import FROZEN, TRAINED, Conditioner, Coupling, D
 from glf_fast.conversion.padded import Padded
 from glf_fast.flow import CouplingFlow, Flow, Inverse, SequentialFlow
 from glf_fast.flow.coupling_flow import COUPLINGS
-from glf_fast.reference import ACTIVATIONS, LOG_SCALES, affine_coupling, mlp
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES, NETWORKS, affine_coupling
 
 
 @dataclass
@@ -53,22 +53,29 @@ class Maker:
         hidden: tuple[int, ...] = (7, 5),
         trained: bool = True,
         kind: str = "affine",
+        blocks: int = 0,
+        given_context: bool = True,
         **options,
     ) -> Coupling:
+        """With `blocks` a residual network of the first of the hidden widths."""
         P = self.dim - self.dim // 2 if passive is None else passive
         order = torch.randperm(self.dim)
         T = self.dim - P
-        widths = [P + self.context_dim, *hidden, (2 if kind == "affine" else 1) * T]
+        C = self.context_dim if given_context else 0
+        shapes = list(itertools.pairwise([P + C, *hidden, (2 if kind == "affine" else 1) * T]))
+        if blocks:
+            H = hidden[0]
+            shapes = [(P + C, H), *[(H, H), (H, H), *[(C, H)] * (C > 0)] * blocks, (H, shapes[-1][1])]
         stack = (2,) if kind == "separate" else ()
-        weights = [self.leaf(*stack, a, b, trained=trained) for a, b in itertools.pairwise(widths)]
-        biases = [self.leaf(*stack, b, trained=trained) for b in widths[1:]]
+        weights = [self.leaf(*stack, a, b, trained=trained) for a, b in shapes]
+        biases = [self.leaf(*stack, b, trained=trained) for _, b in shapes]
         role = TRAINED if trained else FROZEN
         masks = [torch.full_like(w, role, dtype=torch.uint8) for w in weights]
         bias_masks = [torch.full_like(b, role, dtype=torch.uint8) for b in biases]
         defaults = {"log_scale": "tanh", "log_scale_constant": None, "add_first": False, "activation": "tanh"}
         options = {**defaults, **options}
         factors = 0.5 + torch.rand_like(biases[-1], requires_grad=False)
-        conditioner = Conditioner(weights, biases, masks, bias_masks, factors, options.pop("activation"))
+        conditioner = Conditioner(weights, biases, masks, bias_masks, factors, options.pop("activation"), blocks=blocks)
         return Coupling(order[:P], order[P:], conditioner, **options)
 
 
@@ -86,10 +93,11 @@ def apply(layers: list[Layer], x: Tensor, context: Tensor | None = None) -> tupl
             x, ldj = layer.module(x, context)
         else:
             c, p, v = layer.conditioner, x[:, layer.passive], x[:, layer.transformed]
-            h = p if context is None else torch.cat([p, context], 1)
+            given = context if layer.context_dim() else None
+            h = p if given is None else torch.cat([p, given], 1)
             *weights, last = c.weights
             weights, biases = [*weights, last * c.factors.unsqueeze(-2)], [*c.biases[:-1], c.biases[-1] * c.factors]
-            raw = mlp(h, weights, biases, c.activation)
+            raw = NETWORKS[c.network](h, weights, biases, given, c.activation)
             if raw.shape == v.shape:  # additive
                 v, ldj = v - raw if layer.undo else v + raw, 0.0
             else:
@@ -226,6 +234,16 @@ def test_one_segment_of_uneven_splits_is_one_padded_flow(log_scale: str, dim: in
 def test_a_coupling_given_the_context_alone() -> None:
     maker = Maker(3, 2)
     check(maker, [maker.coupling(0), maker.coupling(2)])
+
+
+def test_residual_networks_of_several_widths_are_one_run() -> None:
+    """A network without the flow's context gets gates of 1; MLPs, and another number of blocks, are other runs."""
+    maker = Maker(5, 2)
+    gated, plain = maker.coupling(2, (9,), blocks=2), maker.coupling(3, (6,), blocks=2, given_context=False)
+    flow = check(maker, [gated, maker.dense(), plain, maker.coupling(), maker.coupling(blocks=1)])
+    configs = [m.config for m in flow.modules() if isinstance(m, CouplingFlow)]
+    found = [(c["network"], c["steps"], c["hidden"]) for c in configs]
+    assert found == [("residual", 2, (9, 9)), ("mlp", 1, (7, 5)), ("residual", 1, (7,))]
 
 
 def test_glow_steps_become_one_coupling_flow_with_plu() -> None:

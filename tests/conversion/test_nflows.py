@@ -57,6 +57,13 @@ def coupling(dim: int, context: int, k: int, kind: type = T.AffineCouplingTransf
     return kind(mask, lambda n_in, n_out: Net(n_in + context, n_out, hidden, activation))
 
 
+def residual(dim: int, context: int, k: int, blocks: int = 2) -> nn.Module:
+    """A coupling with nflows' default network, of another width and mask for each k."""
+    options = {"context_features": context or None, "num_blocks": blocks, "activation": F.elu}
+    mask = torch.where(torch.randperm(dim) < 1 + k % (dim - 1), 1, -1)
+    return T.AffineCouplingTransform(mask, lambda n_in, n_out: ResidualNet(n_in, n_out, 7 + k, **options))
+
+
 def alternating(dim: int, context: int, n: int = 4) -> list[nn.Module]:
     return list(every_other(dim, n, lambda n_in, n_out: Net(n_in + context, n_out, (16, 16), nn.ReLU())))
 
@@ -111,6 +118,12 @@ CASES: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
             T.InverseTransform(T.CompositeTransform([T.LULinear(d), coupling(d, c, 1)])),
         ),
         "2",
+    ),
+    "residual": (
+        lambda d, c: flow(
+            d, *[residual(d, c, k) for k in range(3)], *alternating(d, c, 1), residual(d, c, 0, blocks=5)
+        ),
+        "3 1 1",
     ),
     "autoregressive": (
         lambda d, c: between(d, c, T.MaskedAffineAutoregressiveTransform(d, 16, context_features=c or None)),
@@ -227,7 +240,10 @@ def tied() -> Flow:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SimpleRealNVP(4, 8, 2, 1), r"_transforms.0 \(AffineCouplingTransform\): ResidualNet is residual"),
+        (
+            lambda: SimpleRealNVP(4, 8, 2, 1, batch_norm_within_layers=True),
+            r"_transforms.0 \(AffineCouplingTransform\): ResidualNet with batch norm is not covered",
+        ),
         (tied, "shares parameters with another layer"),
         (lambda: flow(4, T.ActNorm(4), *alternating(4, 0)), "ActNorm has not seen data yet: run one training batch"),
         (
@@ -247,11 +263,17 @@ def test_refusals_name_layer_and_reason(make, message: str) -> None:
         convert(make())
 
 
-def test_residual_conditioners_stay_in_a_hybrid(library, tools) -> None:
+def test_other_residual_conditioners_stay_in_a_hybrid(library, tools) -> None:
     mask = torch.tensor([1, -1, 1, -1, 1])
-    residual = T.AffineCouplingTransform(mask, lambda a, b: ResidualNet(a, b, 8, num_blocks=1))
+    residual = T.AffineCouplingTransform(mask, lambda a, b: ResidualNet(a, b, 8, num_blocks=1, activation=F.softplus))
     made = tools.shake(flow(5, *alternating(5, 0), residual, *alternating(5, 0)))
     tools.prove(library, made, 5, outline="4 AffineCouplingTransform 4")
+
+
+def test_its_own_flow_with_residual_networks(library, tools) -> None:
+    for additive in (False, True):
+        made = SimpleRealNVP(4, 8, 3, 2, use_volume_preserving=additive)
+        tools.prove(library, tools.shake(made), 4, outline="3")
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zuko
+from nflows.nn.nets import ResidualNet
 from nflows_couplings import Net
 from torch import Tensor, nn
 
@@ -52,10 +53,23 @@ def masked() -> nn.Module:
     return nf.flows.MaskedAffineFlow(mask, *(nf.nets.MLP([DIM, 12, DIM]) for _ in range(2)))
 
 
-def of_nflows(*layers: Make, kind: type = nt.AffineCouplingTransform, base: type = nd.StandardNormal) -> Make:
+def mlp_of_nflows(n_in: int, n_out: int) -> nn.Module:
+    return Net(n_in, n_out, (12,), nn.Tanh())
+
+
+def residual(n_in: int, n_out: int) -> nn.Module:
+    return ResidualNet(n_in, n_out, 12, activation=torch.tanh)
+
+
+def of_nflows(
+    *layers: Make,
+    kind: type = nt.AffineCouplingTransform,
+    base: type = nd.StandardNormal,
+    net: Callable[[int, int], nn.Module] = mlp_of_nflows,
+) -> Make:
     def make() -> nn.Module:
         masks = [torch.tensor([(-1) ** (i + k) for i in range(DIM)]) for k in range(2)]
-        couplings = [kind(mask, lambda n_in, n_out: Net(n_in, n_out, (12,), nn.Tanh())) for mask in masks]
+        couplings = [kind(mask, net) for mask in masks]
         transforms = [t for coupling in couplings for t in (*(layer() for layer in layers), coupling)]
         return nflows.flows.Flow(nt.CompositeTransform(transforms), base([DIM]))
 
@@ -120,6 +134,8 @@ CASES: dict[str, tuple[Make, str]] = {
     ),
     "nflows affine": (of_nflows(), ""),
     "nflows additive": (of_nflows(kind=nt.AdditiveCouplingTransform), ""),
+    "nflows residual": (of_nflows(net=residual), ""),
+    "nflows additive residual": (of_nflows(net=residual, kind=nt.AdditiveCouplingTransform), ""),
     "nflows permutation": (of_nflows(lambda: nt.RandomPermutation(DIM)), ""),
     "nflows trained base": (of_nflows(base=nd.DiagonalNormal), ""),
     "nflows LULinear": (of_nflows(lambda: nt.LULinear(DIM)), "LULinear"),

@@ -87,7 +87,9 @@ FLOWS: dict[str, tuple[Callable[[], nn.Module], int, set[type]]] = {  # flow, co
     "nflows, batch norm": (
         lambda: nflows_flow(lambda a, b: residual(a, b, C, use_batch_norm=True)), C, {SplineCoupling}
     ),
-    "normflows": (normflows_flow, 0, {SplineCoupling}),
+    "nflows, residual": (lambda: nflows_flow(residual), 0, {CouplingFlow}),
+    "nflows, residual with a context": (lambda: nflows_flow(lambda a, b: residual(a, b, C)), C, {CouplingFlow}),
+    "normflows": (normflows_flow, 0, {CouplingFlow, SplineCoupling}),  # those of passive columns
     "zuko": (zuko_flow, 0, {CouplingFlow}),
     "zuko with a context": (lambda: zuko_flow(C), C, {CouplingFlow}),
 }  # fmt: skip

@@ -34,7 +34,14 @@ struct Shape {
   int steps, dim, context_dim;
   std::vector<int> hidden;
   int batch;
+  bool residual = false;
 };
+
+// glf_fast.Spline() as glf_fast.reference.PreparedSpline has it.
+template <class T>
+glf::Spline<T> spline_of() {
+  return {8, glf::Tails::linear, false, T(-5), T(5), T(1e-3), T(1e-3), T(1e-3), T(1.4406166703628092), T(0), T(1)};
+}
 
 template <class T>
 Buffer<T> random(std::size_t n, double scale, std::mt19937& rng) {
@@ -71,15 +78,17 @@ struct Case {
     flow.steps = K;
     flow.dim = D;
     flow.context_dim = s.context_dim;
-    flow.layers = static_cast<int>(s.hidden.size()) + 1;
+    flow.layers = static_cast<int>(s.hidden.size()) + 1;  // of a residual network `hidden` has the width of each linear layer
     flow.activation = static_cast<glf::Activation>(option % glf::activations);
     flow.log_scale = static_cast<glf::LogScale>(option % glf::log_scales);
     // Every log-scale has its turn with the first kind, then every other kind.
     flow.kind = static_cast<glf::Kind>(std::max(option - glf::log_scales + 1, 0) % glf::kinds);
+    if (s.residual && flow.kind == glf::Kind::separate) flow.kind = glf::Kind::affine;
+    if (flow.kind == glf::Kind::spline) flow.spline = spline_of<T>();
+    flow.network = s.residual ? glf::Network::residual : glf::Network::mlp;
     flow.networks = glf::networks_of(flow.kind);
     flow.constant = flow.log_scale == glf::LogScale::softclip ? T(-6.9) : flow.log_scale == glf::LogScale::nflows ? T(1e-3) : T(2);
     flow.add_first = option % 2;
-    flow.spline = {5, glf::Tails::linear, false, T(-4), T(4), T(1e-3), T(1e-3), T(1e-3), T(1.4406), T(0), T(1)};
     // A cyclic shift with scales: its inverse is known.
     matrix.assign(K * D * D, 0);
     inverse.assign(K * D * D, 0);
@@ -96,7 +105,7 @@ struct Case {
     flow.width[0] = flow.passive() + flow.context_dim;
     for (int i = 0; i < flow.layers; ++i) {
       flow.width[i + 1] = i + 1 < flow.layers ? s.hidden[i] : flow.columns() * flow.transformed();
-      weights.push_back(random<T>(flow.weights_before(i, K, 0), 0.5 / std::sqrt(double(flow.width[i])), rng));
+      weights.push_back(random<T>(flow.weights_before(i, K, 0), 0.5 / std::sqrt(double(flow.inputs(i))), rng));
       biases.push_back(random<T>(flow.biases_before(i, K, 0), 0.1, rng));
     }
     for (int i = 0; i < flow.layers; ++i) {
@@ -184,7 +193,8 @@ void walk_couplings(const glf::Kernels<T>& kernels, const glf::Kernels<T>& gener
 template <class T>
 void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
   const Shape shapes[] = {{2, 2, 0, {5}, 1},     {3, 3, 1, {4}, 2},      {2, 5, 2, {}, 7},       {2, 7, 3, {16, 9}, 13},
-                          {2, 20, 0, {64, 64}, 37}, {2, 33, 0, {17, 31, 8, 40}, 50}, {1, 64, 5, {70, 33}, 140}, {2, 6, 0, {8}, 0}};
+                          {2, 20, 0, {64, 64}, 37}, {2, 33, 0, {17, 31, 8, 40}, 50}, {1, 64, 5, {70, 33}, 140}, {2, 6, 0, {8}, 0},
+                          {2, 5, 0, {9, 9, 9}, 3, true}, {2, 7, 3, {20, 20, 20, 20, 20, 20, 20}, 41, true}};
   for (int option = 0; option < glf::log_scales + glf::kinds - 1; ++option)
     for (const Shape& shape : shapes) {
       Case<T> c(shape, option);

@@ -110,6 +110,8 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     },
     "coupling-separate": lambda: CouplingFlow(5, 2, (8, 9), context_dim=2, coupling="separate"),
     "coupling-additive": lambda: CouplingFlow(5, 2, (8, 9), context_dim=2, coupling="additive"),
+    "coupling-residual": lambda: CouplingFlow(5, 2, (8, 8), network="residual"),
+    "coupling-residual-context": lambda: CouplingFlow(5, 2, (8,), context_dim=2, network="residual"),
     "coupling-held": lambda: holding(CouplingFlow(5, 2, (8,)), "actnorm_bias", "linear_upper", "mlp_weights.1"),
     "inverse": lambda: Inverse(CouplingFlow(5, 2, (8,), context_dim=2)),
     "log-scale-constant": lambda: CouplingFlow(4, 2, (8,), log_scale_constant=0.7),

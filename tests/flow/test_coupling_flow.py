@@ -10,7 +10,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
-from glf_fast import MLP, ActNorm, AffineCoupling, CouplingFlow, InvertibleLinear, SeparateNetworks, SequentialFlow
+from glf_fast import (
+    MLP,
+    ActNorm,
+    AffineCoupling,
+    CouplingFlow,
+    InvertibleLinear,
+    ResidualNet,
+    SeparateNetworks,
+    SequentialFlow,
+)
 from glf_fast.flow.coupling_flow import COUPLINGS
 from glf_fast.flow.linear import assemble
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES, fold_actnorm, permutation_matrix
@@ -27,9 +36,15 @@ def shaken(flow: CouplingFlow, scale: float = 0.3) -> CouplingFlow:
 @given(
     dim=st.integers(2, 9),
     steps=st.integers(1, 4),
-    hidden=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    networks=st.one_of(
+        st.tuples(st.just("mlp"), st.sampled_from(COUPLINGS), st.lists(st.integers(1, 12), min_size=1, max_size=4)),
+        st.tuples(
+            st.just("residual"),
+            st.sampled_from([name for name in COUPLINGS if name != "separate"]),
+            st.builds(lambda width, blocks: [width] * blocks, st.integers(1, 12), st.integers(1, 5)),
+        ),
+    ),
     context_dim=st.integers(0, 3),
-    coupling=st.sampled_from(COUPLINGS),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     log_scale=st.sampled_from(sorted(LOG_SCALES)),
     add_first=st.booleans(),
@@ -38,7 +53,8 @@ def shaken(flow: CouplingFlow, scale: float = 0.3) -> CouplingFlow:
     batch=st.integers(0, 5),
     seed=st.integers(0, 2**16),
 )
-def test_stacked_flow_and_its_layers_are_the_same_map(seed, batch, **arguments) -> None:
+def test_stacked_flow_and_its_layers_are_the_same_map(seed, batch, networks, **arguments) -> None:
+    arguments |= dict(zip(("network", "coupling", "hidden"), networks, strict=True))
     if arguments["coupling"] == "spline":  # these mean nothing to it, and its layers do not keep them
         arguments |= {"log_scale": "tanh", "add_first": False}
     torch.manual_seed(seed)
@@ -57,8 +73,10 @@ def test_stacked_flow_and_its_layers_are_the_same_map(seed, batch, **arguments) 
     assert CouplingFlow.from_layers(layers).config == flow.config
 
 
-def test_configuration_rebuilds_the_flow() -> None:
-    flow = shaken(CouplingFlow(5, 2, (8, 9), 2, log_scale="softclip", add_first=True, linear="dense"))
+@pytest.mark.parametrize(("hidden", "network"), [((8, 9), "mlp"), ((8, 8), "residual")])
+def test_configuration_rebuilds_the_flow(hidden, network: str) -> None:
+    options = {"network": network, "log_scale": "softclip", "add_first": True, "linear": "dense"}
+    flow = shaken(CouplingFlow(5, 2, hidden, 2, **options))
     again = CouplingFlow(**flow.config)
     again.load_state_dict(flow.state_dict())
     x, context = torch.randn(3, 5), torch.randn(3, 2)
@@ -197,6 +215,10 @@ def test_learns_a_density_it_can_sample() -> None:
         ({"activation": "rleu"}, "activation must be one of 'relu'"),
         ({"log_scale": "tahn"}, "log_scale must be one of 'tanh'"),
         ({"coupling": "nice"}, "coupling must be one of 'affine', 'separate', 'additive', 'spline'; got 'nice'"),
+        ({"network": "resnet"}, "network must be one of 'mlp', 'residual'; got 'resnet'"),
+        ({"network": "residual", "hidden": (8, 9)}, "one width ≥ 1 for each of one to five blocks"),
+        ({"network": "residual", "hidden": (8,) * 6}, "each of one to five blocks"),
+        ({"network": "residual", "coupling": "separate"}, "coupling='separate' has two MLPs; got network='residual'"),
         ({"linear": "lu"}, "linear must be one of 'plu', 'dense', 'permutation'; got 'lu'"),
     ],
 )
@@ -252,6 +274,10 @@ def test_from_layers_names_the_layer_that_does_not_fit() -> None:
     unequal = SeparateNetworks(MLP(2, [8], 2), MLP(2, [9], 2))
     with pytest.raises(ValueError, match=r"layer 2 has a SeparateNetworks as conditioner; .* an MLP or two equal ones"):
         stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, unequal))
+    for gated in ({"context_dim": 3}, {}):  # the flow has no context, and the network none that it passes
+        net = ResidualNet(2, [8], 4, **gated)
+        with pytest.raises(ValueError, match=r"layer 2 has .* or a ResidualNet with the flow's context"):
+            stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, net, pass_context=not gated))
     shared = MLP(2, [8], 2)
     with pytest.raises(ValueError, match="layer 2 has a SeparateNetworks as conditioner"):
         stack(ActNorm(4), InvertibleLinear(4), AffineCoupling(4, SeparateNetworks(shared, shared)))

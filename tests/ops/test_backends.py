@@ -10,10 +10,10 @@ from torch import Tensor
 
 from glf_fast import backends, ops, reference, use_backend
 from glf_fast.ops.backends import BACKENDS, Backend, kernels_for, ordinary, transformed
-from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES
+from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 from glf_fast.ops.coupling_flow import cpp, layered, plain, triton
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
-from glf_fast.reference import ACTIVATIONS, COUPLINGS, LOG_SCALES
+from glf_fast.reference import ACTIVATIONS, COUPLINGS, LOG_SCALES, NETWORKS
 
 has_cpp = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=backends()["cpp"])
 
@@ -21,7 +21,7 @@ has_cpp = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=b
 def call(D: int, hidden: tuple[int, ...], **changes) -> Call:
     x, A, c, context, *layers = (None if t is None else t.detach() for t in tensors(3, 1, D, 0, hidden))
     half = len(layers) // 2
-    options = CallOptions("affine", "relu", "tanh", None, False, None, *[False] * 4, 2.0)._replace(**changes)
+    options = CallOptions("affine", "mlp", "relu", "tanh", None, False, None, *[False] * 4, 2.0)._replace(**changes)
     return Call(x, context, Maps(A, c, None), layers[:half], layers[half:], options)
 
 
@@ -31,6 +31,7 @@ def test_every_name_of_the_reference_is_known_to_the_library_by_a_number() -> No
         (ACTIVATION_CODES, ACTIVATIONS),
         (COUPLING_CODES, COUPLINGS),
         (LOG_SCALE_CODES, LOG_SCALES),
+        (NETWORK_CODES, NETWORKS),
     ):
         assert codes.keys() == names.keys() and sorted(codes.values()) == list(range(len(names)))
     for table, name in (("log_scale", "relu"), ("coupling", ""), ("", "tanh")):
@@ -44,11 +45,12 @@ def test_kernels_follow_the_protocol(op: str) -> None:
 
 
 def test_kernels_say_why_they_refuse() -> None:
-    assert cpp.refuses(call(4, (3,) * 7)) == "" and "more than 8 layers" in cpp.refuses(call(4, (3,) * 8))
+    assert cpp.refuses(call(4, (3,) * 16)) == "" and "more than 17 layers" in cpp.refuses(call(4, (3,) * 17))
     assert "no such" in cpp.refuses(call(4, (3,), log_scale="none"))
     assert triton.refuses(call(256, (512,))) == ""
     for kernels in (cpp, triton, layered):
         assert "coupling" in kernels.refuses(call(4, (3,), coupling="none"))
+        assert "network" in kernels.refuses(call(4, (3,), network="none"))
     for D, hidden in ((257, (8,)), (6, (513,)), (6, ()), (6, (8,) * 5)):
         assert "more than 256 columns" in triton.refuses(call(D, hidden)) and layered.refuses(call(D, hidden)) == ""
 
@@ -68,7 +70,7 @@ def test_blocks_of_several_threads_leave_the_choice_as_it_was() -> None:
 
 @has_cpp
 def test_the_first_that_takes_a_call_is_chosen() -> None:
-    small, deep = call(4, (3,)), call(4, (3,) * 8)
+    small, deep = call(4, (3,)), call(4, (3,) * 17)
     assert kernels_for(small.x, small, triton, layered, cpp) is cpp
     assert kernels_for(deep.x, deep, triton, layered, cpp) is None
     with use_backend("reference"):

@@ -18,7 +18,7 @@ from glf_fast import CouplingFlow, Spline, backends, ops, reference, use_backend
 from glf_fast.flow.coupling_flow import COUPLINGS
 from glf_fast.ops.coupling_flow import cpp
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
-from glf_fast.reference import ACTIVATIONS, LOG_SCALES
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES, NETWORKS
 
 pytestmark = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=backends()["cpp"])
 
@@ -35,7 +35,7 @@ def on_cpp() -> Iterator[None]:
 def test_what_a_kernel_leaves_unwritten_is_nan() -> None:
     """So that all other tests see it: tests/conftest.py asks for it."""
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
-    options = CallOptions("affine", "relu", "tanh", None, False, None, *[False] * 4, 2.0)
+    options = CallOptions("affine", "mlp", "relu", "tanh", None, False, None, *[False] * 4, 2.0)
     _, _, saved = cpp.forward(Call(x, context, Maps(A, c, None), layers[:2], layers[2:], options), True)
     assert saved.isnan().any()  # between the fields of a record
 
@@ -46,10 +46,15 @@ def test_everything_matches_the_float64_reference(data) -> None:
     draw = data.draw
     K, D = draw(st.integers(1, 3)), draw(st.integers(2, 35))
     C = draw(st.sampled_from([0, 0, 1, 3, 16]))
-    hidden = tuple(draw(st.lists(st.integers(1, 70), min_size=0, max_size=4)))
+    network = draw(st.sampled_from(list(NETWORKS)))
+    if network == "residual":
+        hidden = (draw(st.integers(1, 70)),) * draw(st.integers(1, 5))
+    else:
+        hidden = tuple(draw(st.lists(st.integers(1, 70), min_size=0, max_size=4)))
     batch = draw(st.sampled_from([0, 1, 2, 5, 8, 9, 16, 33, 130, 300]))
     options = {
-        "coupling": draw(st.sampled_from(COUPLINGS)),
+        "coupling": draw(st.sampled_from([name for name in COUPLINGS if network == "mlp" or name != "separate"])),
+        "network": network,
         "activation": draw(st.sampled_from(list(ACTIVATIONS))),
         "log_scale": draw(st.sampled_from(list(LOG_SCALES))),
         "add_first": draw(st.booleans()),
@@ -59,7 +64,7 @@ def test_everything_matches_the_float64_reference(data) -> None:
     inverse, reversible = draw(st.booleans()), draw(st.booleans())
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     torch.set_num_threads(draw(st.sampled_from([1, 2])))
-    exact = tensors(batch, K, D, C, hidden, coupling=options["coupling"])
+    exact = tensors(batch, K, D, C, hidden, coupling=options["coupling"], network=network)
     if inverse:
         exact[1] = torch.linalg.inv(exact[1].detach()).requires_grad_()
     given_ = [None if t is None else t.detach().to(dtype).requires_grad_() for t in exact]
@@ -85,15 +90,19 @@ def test_everything_matches_the_float64_reference(data) -> None:
         assert error(mine, truth) <= max(4 * error(theirs, truth), floor)
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
+# Every coupling with an MLP, and a residual network of two blocks.
+KINDS = {**{name: {"coupling": name} for name in COUPLINGS}, "residual": {"network": "residual"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reversible", [False, True])
 @pytest.mark.parametrize("op", [ops.coupling_flow, ops.coupling_flow_inverse])
-def test_gradcheck(op, reversible: bool, coupling: str) -> None:
-    values = tensors(3, 2, 5, 2, (7, 4), coupling=coupling)
+def test_gradcheck(op, reversible: bool, kind: str) -> None:
+    values = tensors(3, 2, 5, 2, (7, 7), **KINDS[kind])
 
     def flow(x, A, c, context, *layers):
         half = len(layers) // 2
-        options = {"coupling": coupling, "activation": "silu", "reversible": reversible}
+        options = {**KINDS[kind], "activation": "silu", "reversible": reversible}
         return op(x, A, c, layers[:half], layers[half:], context, **options)
 
     assert gradcheck(flow, values, fast_mode=True)
@@ -103,7 +112,7 @@ def test_opcheck() -> None:
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
     weights, biases = layers[:2], layers[2:]
     library = torch.ops.glf_fast
-    code = (0, 0, 0, 2.0, False, [], False)
+    code = (0, 0, 0, 0, 2.0, False, [], False)
     for save, record in ((0, 0), (1, 5)):
         torch.library.opcheck(
             library.cpu_coupling_flow.default, (x, A, c, weights, biases, context, *code, False, save, record)
@@ -146,10 +155,11 @@ def test_results_repeat_exactly(threads: int) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
-def test_every_way_of_saving_gives_the_same_gradients(monkeypatch, coupling: str) -> None:
-    values = tensors(50, 3, 7, 2, (16, 16), torch.float32, coupling=coupling)
-    options = {"coupling": coupling, "activation": "gelu"}
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ["gelu", "elu"])
+def test_every_way_of_saving_gives_the_same_gradients(monkeypatch, kind: str, activation: str) -> None:
+    values = tensors(50, 3, 7, 2, (16, 16), torch.float32, **KINDS[kind])
+    options = {**KINDS[kind], "activation": activation}
     records = run(ops.coupling_flow, values, **options)
     monkeypatch.setattr(cpp, "RECORDS_LIMIT", 0)
     inputs = run(ops.coupling_flow, values, **options)
@@ -280,9 +290,30 @@ def test_arguments_that_do_not_belong_together_are_refused() -> None:
         ops.affine_coupling(x, x.to("meta"), x)
 
 
+def test_layers_that_make_no_residual_network_are_refused() -> None:
+    x, A, c, context, *layers = tensors(3, 2, 5, 2, (7, 7), network="residual")
+    half = len(layers) // 2
+    weights, biases = layers[:half], layers[half:]
+    options = {"network": "residual"}
+    with pytest.raises(ValueError, match="must be two and 3 for each block; got 7"):
+        ops.coupling_flow(x, A, c, weights[:-1], biases[:-1], context, **options)
+    for i, (wrong, shape) in enumerate(zip((5, 6, 6), ((7, 7), (7, 7), (2, 7)), strict=True)):
+        bad = [*weights[: i + 1], torch.zeros(2, wrong, 7).double(), *weights[i + 2 :]]
+        for grad in (True, False):  # with and without the path that checks in C++ first
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises(
+                    ValueError, match=rf"weights\[{i + 1}\] must have shape .* = \(2, {shape[0]}, {shape[1]}\)"
+                ),
+            ):
+                ops.coupling_flow(x, A, c, bad, biases, context, **options)
+    with pytest.raises(ValueError, match="coupling='separate' has two MLPs"):
+        ops.coupling_flow(x, A, c, weights, biases, context, coupling="separate", **options)
+
+
 def test_the_operations_themselves_refuse_shapes_that_do_not_fit() -> None:
     x, A, c, _, *layers = (t if t is None else t.detach() for t in tensors(3, 2, 5, 0, (7,)))
-    code = (0, 0, 0, 2.0, False, [], False, False, 0, 0)
+    code = (0, 0, 0, 0, 2.0, False, [], False, False, 0, 0)
 
     def call(**changes: Tensor) -> None:
         given = {"x": x, "A": A, "c": c, "w": layers[1], "b": layers[2], **changes}

@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from nflows.nn.nets import resnet
 from torch import Tensor
 
 from glf_fast import reference
@@ -85,6 +86,23 @@ def test_mlp_is_a_chain_of_linears() -> None:
     expected = linears[2](F.silu(linears[1](F.silu(linears[0](x)))))
     got = reference.mlp(x, [layer.weight.T for layer in linears], [layer.bias for layer in linears], "silu")
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("blocks", [1, 5])
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_residual_is_the_network_of_nflows(context_dim: int, blocks: int, activation: str) -> None:
+    torch.manual_seed(0)
+    options = {"context_features": context_dim or None, "num_blocks": blocks, "activation": getattr(F, activation)}
+    net = resnet.ResidualNet(3, 4, 6, **options).double()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, context = torch.randn(7, 3).double(), torch.randn(7, context_dim).double() if context_dim else None
+    inner = [m for b in net.blocks for m in (*b.linear_layers, *([b.context_layer] if context_dim else []))]
+    linears = [net.initial_layer, *inner, net.final_layer]
+    h = x if context is None else torch.cat([x, context], 1)
+    got = reference.residual(h, [m.weight.T for m in linears], [m.bias for m in linears], context, activation)
+    torch.testing.assert_close(got, net(x, context), rtol=1e-13, atol=1e-13)
 
 
 def plu_parameters(K: int, D: int, seed: int = 0) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from glf_fast.ops.checks import (
     check_choice,
     check_floating,
     check_log_scale,
+    check_network_of,
     check_shape,
     check_spline_of,
     check_state,
@@ -22,7 +23,7 @@ from glf_fast.ops.checks import (
 from glf_fast.ops.coupling_flow import autograd, cpp, layered, plain, triton
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.ops.linear import plu as plu_layers
-from glf_fast.reference import ACTIVATIONS, COUPLINGS, Plu, Spline, prepared_constant
+from glf_fast.reference import ACTIVATIONS, COUPLINGS, Plu, Spline, layers_of_block, prepared_constant
 
 __all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "plu_flow_log_prob"]
 
@@ -38,6 +39,7 @@ def coupling_flow(
     context: Tensor | None = None,
     *,
     coupling: str = "affine",
+    network: str = "mlp",
     activation: str = "relu",
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
@@ -48,16 +50,18 @@ def coupling_flow(
     """Data → noise through K steps of affine map and affine coupling.
 
     Step k computes y = x A_k + c_k, splits it into P = D − D//2 passive and D//2 transformed columns (p, v), and returns
-    [p, v·e^f(u) + t] with (u, t) = MLP_k([p, context]).
+    [p, v·e^f(u) + t] with (u, t) = network_k([p, context]).
 
     Args:
         x: (B, D). A: (K, D, D) and c: (K, D), from `plu_assemble` or any affine maps.
-        weights, biases: per layer of the MLPs, from P + C columns on, of shapes that `coupling` decides.
+        weights, biases: per linear layer of the networks, from P + C columns on; `coupling` and `network` decide their shapes.
         context: (B, C) or None.
         coupling: "affine", weights (K, nᵢ, nᵢ₊₁) and biases (K, nᵢ₊₁) to 2·(D//2) columns; "separate", (K, 2, nᵢ, nᵢ₊₁) and
             (K, 2, nᵢ₊₁) to D//2 columns: a network for u and one for t; "additive", v + t, as "affine" but to D//2 columns: the
             log-scale means nothing then; "spline", as "affine" but to spline.columns·(D//2) columns, those of one v side by
             side: a rational-quadratic spline of each.
+        network: "mlp", or "residual": the layers of `glf_fast.reference.residual`, weights (K, P + C, H), for each block
+            (K, H, H), (K, H, H) and with a context (K, C, H), then (K, H, out), and biases alike; not of "separate".
         spline: its kind, see `glf_fast.reference.spline`; for that coupling alone, where None is `Spline()`.
         activation: of the hidden layers. The other options are those of `affine_coupling`.
         reversible: keep nothing for the backward but the output, which rebuilds the steps' inputs by undoing the steps:
@@ -70,7 +74,7 @@ def coupling_flow(
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
     options = _options(
-        coupling, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, False, False
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, False, False
     )
     z, logdet = _run(Call(x, context, Maps(A, c, None), weights, biases, options))
     return z, logdet
@@ -85,6 +89,7 @@ def coupling_flow_inverse(
     context: Tensor | None = None,
     *,
     coupling: str = "affine",
+    network: str = "mlp",
     activation: str = "relu",
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
@@ -97,7 +102,7 @@ def coupling_flow_inverse(
     Returns x (B, D) and −Σ ℓ (B,).
     """
     options = _options(
-        coupling, activation, log_scale, log_scale_constant, add_first, spline, True, reversible, False, False
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, True, reversible, False, False
     )
     x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options))
     return x, logdet
@@ -113,6 +118,7 @@ def coupling_flow_log_prob(
     context: Tensor | None = None,
     *,
     coupling: str = "affine",
+    network: str = "mlp",
     activation: str = "relu",
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
@@ -125,7 +131,7 @@ def coupling_flow_log_prob(
     `logabsdet` is Σ_k log|det A_k|, a scalar tensor; all else as in `coupling_flow`.
     """
     options = _options(
-        coupling, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False
     )
     return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options))[-1]
 
@@ -138,6 +144,7 @@ def plu_flow_log_prob(
     context: Tensor | None = None,
     *,
     coupling: str = "affine",
+    network: str = "mlp",
     activation: str = "relu",
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
@@ -152,7 +159,7 @@ def plu_flow_log_prob(
     plu = Plu(*plu)
     plu_layers.check(plu)
     options = _options(
-        coupling, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, True
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, True
     )
     call = Call(x, context, plu, weights, biases, options)
     try:
@@ -174,6 +181,7 @@ _known: dict[tuple[object, ...], CallOptions] = {}
 
 def _options(
     coupling: str,
+    network: str,
     activation: str,
     log_scale: str,
     log_scale_constant: float | None,
@@ -184,11 +192,14 @@ def _options(
     density: bool,
     plu: bool,
 ) -> CallOptions:
-    given = (coupling, activation, log_scale, log_scale_constant, add_first, spline, inverse, reversible, density, plu)
+    given = (
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, inverse, reversible, density, plu
+    )  # fmt: skip
     compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
     if not compiling and (known := _known.get(given)):
         return known
     check_choice("coupling", coupling, COUPLINGS)
+    check_network_of(coupling, network)
     check_choice("activation", activation, ACTIVATIONS)
     check_log_scale(log_scale, log_scale_constant)
     check_spline_of(coupling, spline)
@@ -271,10 +282,18 @@ def _checked(call: Call) -> Call:
     kind, layers = COUPLINGS[options.coupling], len(weights)
     if layers != len(biases) or not layers:
         raise ValueError(f"weights and biases must be two lists of one length ≥ 1; got {layers} and {len(biases)}")
+    size = 0  # of a residual block
+    if options.network == "residual":
+        size = layers_of_block(context)
+        if layers < 2 or (layers - 2) % size:
+            raise ValueError(f"weights of a residual network must be two and {size} for each block; got {layers}")
     columns = kind.columns if options.spline is None else options.spline.columns
     stack = (steps,) if kind.networks == 1 else (steps, kind.networks)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        width = columns * n_v if i == layers - 1 else weight.shape[-1]
+        width = columns * n_v if i == layers - 1 else n_in if size and i else weight.shape[-1]
+        if size == 3 and i and i % 3 == 0:
+            assert context is not None
+            n_in = context.shape[1]
         if weight.shape != (*stack, n_in, width) or bias.shape != (*stack, width):
             names = "steps" if kind.networks == 1 else "steps, networks"
             check_shape(f"weights[{i}]", weight, (*stack, n_in, width), f"({names}, in, out)")

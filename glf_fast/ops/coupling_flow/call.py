@@ -17,6 +17,7 @@ class CallOptions(NamedTuple):
     """The options of a flow, by the names that `glf_fast.reference` uses."""
 
     coupling: str
+    network: str
     activation: str
     log_scale: str
     log_scale_constant: float | None
@@ -31,7 +32,7 @@ class CallOptions(NamedTuple):
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the reference's flows, whose direction is in their name."""
-        names = ("coupling", "activation", "log_scale", "log_scale_constant", "add_first", "spline")
+        names = ("coupling", "network", "activation", "log_scale", "log_scale_constant", "add_first", "spline")
         return {name: getattr(self, name) for name in names}
 
     def affine(self) -> AffineOptions:
@@ -53,6 +54,6 @@ class Call(NamedTuple):
     x: Tensor  # data, or for the inverse noise (B, D)
     context: Tensor | None  # (B, C)
     maps: Any  # Maps, or the factors, Plu, where options.plu says so
-    weights: Sequence[Tensor]  # by layer of the networks: (K, nᵢ, nᵢ₊₁), or (K, 2, nᵢ, nᵢ₊₁) for "separate"
+    weights: Sequence[Tensor]  # by linear layer of the networks: (K, nᵢ, nᵢ₊₁), or (K, 2, nᵢ, nᵢ₊₁) for "separate"
     biases: Sequence[Tensor]  # (K, nᵢ₊₁), or (K, 2, nᵢ₊₁)
     options: CallOptions

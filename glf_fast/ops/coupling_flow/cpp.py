@@ -7,14 +7,14 @@ from torch import Tensor
 
 from glf_fast.ops.backends import CPP
 from glf_fast.ops.checks import check_fake
-from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES
+from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
-from glf_fast.reference import COUPLINGS
+from glf_fast.reference import COUPLINGS, layers_of_block
 
 __all__ = ["BACKENDS", "MAX_LAYERS", "adapt", "backward", "forward", "refuses", "unchecked"]
 
 BACKENDS = (CPP,)
-MAX_LAYERS = 8  # of an MLP
+MAX_LAYERS = 17  # of a network: a residual one of five blocks with gates
 # What the forward keeps (csrc/cpu/flow.h, Save).
 NOTHING, INPUTS, RECORDS = 0, 1, 2
 # Keeping every hidden layer saves the backward a third of its arithmetic, as long as it stays in the last-level cache.
@@ -29,10 +29,11 @@ def refuses(call: Call) -> str:
         return f"a network of more than {MAX_LAYERS} layers"
     if not (
         options.coupling in COUPLING_CODES
+        and options.network in NETWORK_CODES
         and options.activation in ACTIVATION_CODES
         and options.log_scale in LOG_SCALE_CODES
     ):
-        return "csrc has no such coupling, activation or log-scale"
+        return "csrc has no such coupling, network, activation or log-scale"
     return ""
 
 
@@ -99,20 +100,26 @@ def record_width(call: Call) -> int:
     x, context, _, weights, _, options = call
     line = 64 // x.itemsize
     networks = COUPLINGS[options.coupling].networks
-    layers = 2 if options.activation in ("silu", "gelu") else 1
+    argument = options.activation in ("silu", "gelu")  # is kept besides the value
     dim, context_dim = x.shape[1], 0 if context is None else context.shape[1]
     padded = [dim, dim, *([dim - dim // 2 + context_dim] if context_dim else []), networks * weights[-1].shape[-1]]
-    hidden = sum(-(-w.shape[-1] // line) for w in weights[:-1])
-    lines = sum(-(-n // line) + 1 for n in padded) + layers * networks * hidden
+    if options.network == "residual":
+        blocks, gated = (len(weights) - 2) // layers_of_block(context), context_dim > 0
+        # h, a(h), the two of the activation inside, the branch and the gate: of each block, or in one place for all
+        fields = (1 + blocks * argument) + blocks + (1 + argument) * blocks + (2 * blocks if gated else min(blocks, 1))
+        hidden = fields * -(-weights[0].shape[-1] // line)
+    else:
+        hidden = (1 + argument) * networks * sum(-(-w.shape[-1] // line) for w in weights[:-1])
+    lines = sum(-(-n // line) + 1 for n in padded) + hidden
     return line * (lines | 1)
 
 
-def _numbers(options: CallOptions) -> tuple[int, int, int, float, bool, list[float], bool]:
-    """coupling, activation, log_scale, constant, add_first, spline, inverse, as the operations take them."""
-    coupling, activation = COUPLING_CODES[options.coupling], ACTIVATION_CODES[options.activation]
+def _numbers(options: CallOptions) -> tuple[int, int, int, int, float, bool, list[float], bool]:
+    """coupling, network, activation, log_scale, constant, add_first, spline, inverse, as the operations take them."""
     return (
-        coupling,
-        activation,
+        COUPLING_CODES[options.coupling],
+        NETWORK_CODES[options.network],
+        ACTIVATION_CODES[options.activation],
         LOG_SCALE_CODES[options.log_scale],
         options.constant,
         options.add_first,
@@ -128,8 +135,8 @@ if not CPP.missing:
     @torch.library.register_fake("glf_fast::cpu_coupling_flow")
     def _(
         x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-        coupling: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float], inverse: bool,
-        density: bool, save: int, record: int,
+        coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
+        inverse: bool, density: bool, save: int, record: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_fake(x)
         saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix), x.shape[0], record)
@@ -139,7 +146,7 @@ if not CPP.missing:
     def _(
         grad_out: Tensor | None, grad_logdet: Tensor, out: Tensor, saved: Tensor, matrix: Tensor,
         unmatrix: Tensor | None, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-        coupling: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
+        coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
         inverse: bool, save: int, parameters: bool,
     ) -> list[Tensor]:  # fmt: skip
         grads = [torch.empty_like(out), out.new_empty(0) if context is None else torch.empty_like(context)]

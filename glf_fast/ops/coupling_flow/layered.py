@@ -9,6 +9,7 @@ from glf_fast import reference
 from glf_fast.ops.affine_coupling import autograd, triton
 from glf_fast.ops.affine_coupling.call import Call as AffineCall
 from glf_fast.ops.backends import TRITON
+from glf_fast.ops.coupling_flow import networks
 from glf_fast.ops.coupling_flow.autograd import call_of, contiguous
 from glf_fast.ops.coupling_flow.call import Call
 from glf_fast.ops.coupling_flow.networks import KINDS, as_one_network
@@ -23,8 +24,7 @@ BACKENDS = (TRITON,)
 
 def refuses(call: Call) -> str:
     """Why the steps cannot be taken one by one; "" where they can."""
-    kinds = (*KINDS, "spline")
-    return "" if call.options.coupling in kinds else f"a coupling other than {', '.join(kinds)}"
+    return networks.refuses(call.options, (*KINDS, "spline"))
 
 
 def run(call: Call) -> tuple[Tensor, ...]:

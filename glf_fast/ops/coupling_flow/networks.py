@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glf_fast.ops.coupling_flow.call import Call
+from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.reference import COUPLINGS
 
-__all__ = ["KINDS", "as_one_network", "hidden_widths"]
+__all__ = ["KINDS", "as_one_network", "hidden_widths", "refuses"]
 
 KINDS = ("affine", "separate", "additive")  # of coupling, of which one network that makes [u, t] can be made
+
+
+def refuses(options: CallOptions, kinds: Sequence[str]) -> str:
+    """Why kernels of MLPs and couplings of these kinds know no flow of these options; "" where they do."""
+    if options.network != "mlp":
+        return "a network other than an MLP"
+    return "" if options.coupling in kinds else f"a coupling other than {', '.join(kinds)}"
 
 
 def as_one_network(call: Call) -> Call:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from glf_fast.ops.backends import TRITON
 from glf_fast.ops.checks import check_fake
+from glf_fast.ops.coupling_flow import networks
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
-from glf_fast.ops.coupling_flow.networks import KINDS, as_one_network, hidden_widths
+from glf_fast.ops.coupling_flow.networks import as_one_network, hidden_widths
 
 if TYPE_CHECKING:
     from glf_fast.kernels.flow_options import FlowOptions
@@ -36,8 +37,8 @@ operations = torch.ops.glf_fast
 
 def refuses(call: Call) -> str:
     """Why these kernels cannot take the call; "" where they can. Wider flows go layer by layer."""
-    if call.options.coupling not in KINDS:
-        return f"a coupling other than {', '.join(KINDS)}"
+    if why := networks.refuses(call.options, networks.KINDS):
+        return why
     hidden, dim = hidden_widths(call), call.x.shape[1]
     if dim <= MAX_DIM and 1 <= len(hidden) <= MAX_LAYERS and max(hidden) <= MAX_HIDDEN:
         return ""
