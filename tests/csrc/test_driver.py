@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-DGLF_POISON", f"-I{ROOT / 'csrc'}"]
+# Under sanitizers GCC 12 takes a variable in its own avx512fintrin.h for uninitialised.
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-maybe-uninitialized",
+    "-DGLF_POISON",
+    f"-I{ROOT / 'csrc'}",
+]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 
