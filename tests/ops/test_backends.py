@@ -38,7 +38,7 @@ def test_every_name_of_the_reference_is_known_to_the_library_by_a_number() -> No
         assert torch.ops.glf_fast.cpu_code(table, name) == -1
 
 
-@pytest.mark.parametrize("op", ["coupling_flow", "affine_coupling"])
+@pytest.mark.parametrize("op", ["coupling_flow", "affine_coupling", "spline"])
 def test_kernels_follow_the_protocol(op: str) -> None:
     for kernels in sys.modules[f"glf_fast.ops.{op}"].KERNELS:
         assert set(kernels.BACKENDS) <= set(BACKENDS.values()) and callable(kernels.refuses), kernels
