@@ -68,6 +68,7 @@ FUSED = {
     "additive": flow(coupling="additive"),
     "silu-glow": flow(activation="silu", log_scale="glow", add_first=True),
     "spline": flow(coupling="spline", context_dim=2),
+    "residual": flow(3, 2, (8, 8), network="residual", context_dim=2, coupling="spline"),
     "frozen": frozen,
     # Parameters of which two threads take a half each.
     "large": flow(40, 4, (256,)),

@@ -81,10 +81,10 @@ def test_the_first_that_takes_a_call_is_chosen() -> None:
 
 
 def test_what_all_kernels_refuse_is_the_reference_s() -> None:
-    values = tensors(3, 2, 4, 0, (3,) * 8)
+    values = tensors(3, 2, 4, 0, (3,) * 17)
     with torch.no_grad():
         x, A, c, _, *layers = values
-        without = ops.coupling_flow(x, A, c, layers[:9], layers[9:])
+        without = ops.coupling_flow(x, A, c, layers[:18], layers[18:])
     for mine, truth in zip(run(ops.coupling_flow, values), run(reference.coupling_flow, values), strict=True):
         assert error(mine, truth) < 1e-12
     assert error(without[0], run(reference.coupling_flow, values)[0]) < 1e-12
