@@ -40,6 +40,7 @@ class DeclaredCoupling:
     undo: bool = False
     context: str | ContextColumns = "argument"
     spline: Spline | None = None
+    joined: bool = False  # the network takes one input, p with the context behind it
 
     def read(self, part: Part) -> Coupling:
         """The layer that it is: with a `Conditioner` on vectors, with the library's own network on images; raises Unfusable.
@@ -90,4 +91,6 @@ class DeclaredCoupling:
         """The network as (p, context) → (u, t)."""
         networks = self.network if isinstance(self.network, tuple) else (self.network,)
         context = self.context if isinstance(self.context, str) else self.context.index()
+        if self.joined:
+            context = slice(None)
         return Outputs(networks, self.layout, self.factor_u, self.factor_t, context)

@@ -97,8 +97,7 @@ class Outputs(nn.Module):
         given: tuple[Tensor | None, ...] = (p,)
         if self.context == "argument":
             given = p, context
-        elif not isinstance(self.context, str):
-            assert context is not None
+        elif not isinstance(self.context, str) and context is not None:
             given = (torch.cat([p, context[:, self.context]], 1),)
         raw, *second = (network(*given) for network in self.networks)
         factor_u, factor_t = self.factor_u, self.factor_t

@@ -78,6 +78,8 @@ def splines(part: Part, transform: Any) -> list[Layer]:
     halves = transform.identity_features, transform.transform_features
     layers: list[Layer] = [DeclaredCoupling(*halves, network, "spline", spline=kind).read(part)]
     if (own := transform.unconditional_transform) is not None:
+        if len(part.shape) > 1:
+            raise Unfusable("its passive channels are transformed, too")
         given = DeclaredCoupling(*halves[::-1], OwnParameters(own), "spline", spline=kind._replace(scale=1.0))
         layers.append(given.read(part))
     return layers

@@ -112,7 +112,11 @@ def _coupling(part: Part) -> list[Layer]:
     if name == "AdditiveTransform" and shapes == [()]:
         return [DeclaredCoupling(*halves, transform.hyper, "t").read(part)]
     if name == "MonotonicRQSTransform" and len(shapes) == 3:
-        return [DeclaredCoupling(*halves, transform.hyper, "spline", spline=_spline(transform, shapes)).read(part)]
+        return [
+            DeclaredCoupling(*halves, transform.hyper, "spline", spline=_spline(transform, shapes), joined=True).read(
+                part
+            )
+        ]
     if name != "MonotonicAffineTransform" or shapes != [(), ()]:
         raise Unfusable(f"its transformation {name} is neither affine nor a rational-quadratic spline")
     # ℓ → |ln slope| as a → ∞: the slope of this object, whose default differs from release to release.

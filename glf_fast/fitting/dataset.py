@@ -109,6 +109,8 @@ def dataset(
         train, kept = shuffled[n:], shuffled[:n]
         held_out = Rows(x, context, weights)
     rows = Rows(x, context, None if weights is None else _of_mean_one(weights, train))
+    if held_out.weights is not None and len(kept) and not held_out.weights[kept.to(held_out.weights.device)].any():
+        raise ValueError("weights are 0 for all rows held out for validation: hold out more, or give validation rows")
     return Dataset(rows, train, held_out, kept)
 
 

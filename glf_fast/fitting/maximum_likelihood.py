@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -91,7 +93,7 @@ def fit(
     if batch_size > len(data.train):
         raise ValueError(f"batch_size={batch_size} is larger than the {len(data.train)} rows to train on")
     settings = {
-        "flow": [(name, tuple(t.shape)) for name, t in (*flow.named_parameters(), *flow.named_buffers())],
+        "flow": _kind(flow),
         "data": data.digest() if resume is not None else "",
         "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "clip": clip, "seed": seed,
         "schedule": schedule, "epochs": epochs if schedule else None,
@@ -121,11 +123,16 @@ def fit(
                 if shown:
                     shown.update(result.steps * batch_size, run.latest_losses())
             if shown and result.stopped == "interrupted":
-                shown.say(
-                    f"interrupted in epoch {run.epoch + 1}; the flow has the weights of epoch {result.best_epoch}"
-                )
+                weights = f"epoch {result.best_epoch}" if result.validation_loss else "the last step"
+                shown.say(f"interrupted in epoch {run.epoch + 1}; the flow has the weights of {weights}")
         run.finish()
     return result
+
+
+def _kind(flow: Flow) -> list[Any]:
+    """What a run of another flow has otherwise: the modules and their options, shapes, and what is trained."""
+    shapes = [(name, tuple(t.shape), t.requires_grad) for name, t in (*flow.named_parameters(), *flow.named_buffers())]
+    return [re.sub(r" at 0x[0-9a-f]+", "", repr(flow)), *shapes]
 
 
 def _check(
@@ -143,7 +150,7 @@ def _check(
             raise ValueError(f"{name} must be > 0 and finite; got {number!r}")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be ≥ 0 and finite; got {weight_decay!r}")
-    if patience is not None and validation == 0:
+    if patience is not None and isinstance(validation, int | float) and validation == 0:
         raise ValueError(
             "patience looks at the validation loss, and there is none: give validation rows, or a fraction"
         )

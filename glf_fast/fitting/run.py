@@ -155,7 +155,7 @@ class Run:
                 "clip, or look for outliers in the rows held out"
             )
         result.validation_loss.append(loss)
-        if loss <= min(result.validation_loss[:-1], default=loss):
+        if loss < min(result.validation_loss[:-1], default=math.inf):
             result.best_epoch = self.epoch
             self._best = copy.deepcopy(self.flow.state_dict())
 

@@ -321,6 +321,15 @@ class CouplingFlow(Flow):
             self._indices.check(self.get_buffer("linear_permutation"), self._buffers.get("linear_sign"))
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, value in (
+            ("network", "mlp"),
+            ("spline", None),
+        ):  # of a flow that was pickled before there were others
+            self.config.setdefault(name, value)
+            self._options.setdefault(name, value)
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self._indices is not None:
             self._indices.check(self.get_buffer("linear_permutation"), self._buffers.get("linear_sign"))

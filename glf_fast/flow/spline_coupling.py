@@ -52,6 +52,8 @@ class SplineCoupling(Coupling):
         self, v: Tensor, raw: Tensor, parts: ChannelHalves | Checkerboard, *, inverse: bool
     ) -> tuple[Tensor, Tensor]:
         """The splines of v and the sums of their log-derivatives."""
+        if not isinstance(raw, Tensor):
+            raise TypeError(f"the conditioner of splines must return one tensor; got {type(raw).__name__}")
         parameters = parts.of_v(raw).unflatten(1, (-1, self.columns)).movedim(2, -1)
         return ops.spline(v, parameters, self.spline, inverse=inverse, event_dims=v.ndim - 1)
 
@@ -68,7 +70,9 @@ def spline_of(given: Spline | Mapping[str, Any] | None) -> Spline:
     """
     if isinstance(given, Mapping):
         if unknown := set(given) - set(Spline._fields):
-            raise ValueError(f"a spline has no {', '.join(sorted(unknown))}; it has {', '.join(Spline._fields)}")
+            raise ValueError(
+                f"a spline has no {', '.join(sorted(map(str, unknown)))}; it has {', '.join(Spline._fields)}"
+            )
         given = Spline(**given)
     spline = Spline() if given is None else given
     check_spline(spline)

@@ -65,7 +65,7 @@ class FlowSettings(Settings):
     RULES: ClassVar[Mapping[str, Rule]] = {
         "hidden": (lambda value: 1 <= len(value) <= 4 and min(value) > 0, "one to four positive widths"),
         "steps": _DEPTH,
-        "bins": (lambda value: 2 <= value <= 32, "between 2 and 32"),
+        "bins": (lambda value: value in range(2, 33), "between 2 and 32"),
         "bound": POSITIVE,
         "blocks": _DEPTH,
         "clamp": POSITIVE,
@@ -75,9 +75,7 @@ class FlowSettings(Settings):
         """The fields that have an effect with this kind, by name."""
         rnvp, splines = ("blocks", "clamp", "seed"), ("bins", "bound")
         scales = ("log_scale", "log_scale_constant", "add_first")
-        without = {"affine": splines, "separate": splines, "additive": splines + scales, "spline": scales}[
-            self.coupling
-        ]
+        without = {"additive": splines + scales, "spline": scales}.get(self.coupling, splines)
         fields = dict(vars(self))
         if self.kind == "rnvp":
             return {name: fields[name] for name in ("kind", "hidden", *rnvp)}

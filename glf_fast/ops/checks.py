@@ -58,17 +58,26 @@ def check_spline(options: Spline) -> None:
     """Raise ValueError unless these are options that a spline can have, TypeError unless they are a `Spline`."""
     if not isinstance(options, Spline):
         raise TypeError(f"a spline's options must be a glf_fast.Spline, such as Spline(bins=8); got {options!r}")
+    for name in ("tails", "parametrization"):
+        if not isinstance(value := getattr(options, name), str):
+            raise TypeError(f"a spline's {name} must be a name; got {value!r}")
+    for name in ("low", "high", "scale", "min_width", "min_height", "min_derivative"):
+        value = getattr(options, name)
+        if not (isinstance(value, int | float) or (value is None and name.startswith("min_"))):
+            raise TypeError(f"a spline's {name} must be a number; got {value!r}")
     check_choice("tails", options.tails, TAILS)
     check_choice("parametrization", options.parametrization, PARAMETRIZATIONS)
-    if not (isinstance(options.bins, int) and 2 <= options.bins <= 32):
-        raise ValueError(f"a spline's bins must be 2 to 32; got {options.bins}")
-    if not -math.inf < options.low < options.high < math.inf:
-        raise ValueError(f"a spline's box must have low < high; got low={options.low}, high={options.high}")
+    if type(options.bins) is not int or not 2 <= options.bins <= 32:
+        raise ValueError(f"a spline's bins must be 2 to 32, an int; got {options.bins!r}")
+    if not -1e6 <= options.low < options.high <= 1e6:  # float32 has no digits left for the bins of larger boxes
+        raise ValueError(
+            f"a spline's box must have -1e6 <= low < high <= 1e6; got low={options.low}, high={options.high}"
+        )
     if not 0 < options.scale < math.inf:
         raise ValueError(f"a spline's scale must be positive; got {options.scale}")
     form = PARAMETRIZATIONS[options.parametrization]
     least = form.min_derivative if options.min_derivative is None else options.min_derivative
-    if not (0 < least < 1 or (least == 0 and not form.soft_clip)):
+    if not 0 < least < 1:
         raise ValueError(f"min_derivative must be between 0 and 1; got {least}")
     for name, given in (("min_width", options.min_width), ("min_height", options.min_height)):
         if given and form.soft_clip:

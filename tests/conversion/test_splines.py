@@ -67,8 +67,8 @@ def normflows_flow() -> nn.Module:
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(D, trainable=False), layers)
 
 
-def zuko_flow(context: int = 0) -> nn.Module:
-    kind = {"univariate": zuko.transforms.MonotonicRQSTransform, "shapes": [(4,), (4,), (3,)]}
+def zuko_flow(context: int = 0, **options) -> nn.Module:
+    kind = {"univariate": zuko.transforms.MonotonicRQSTransform, "shapes": [(4,), (4,), (3,)], **options}
     masks = [torch.arange(D) % 2 == i % 2 for i in range(3)]
     transforms = [GeneralCouplingTransform(D, context, mask, hidden_features=(12, 12), **kind) for mask in masks]
     base = zuko.lazy.UnconditionalDistribution(
@@ -92,6 +92,8 @@ FLOWS: dict[str, tuple[Callable[[], nn.Module], int, set[type]]] = {  # flow, co
     "normflows": (normflows_flow, 0, {CouplingFlow, SplineCoupling}),  # those of passive columns
     "zuko": (zuko_flow, 0, {CouplingFlow}),
     "zuko with a context": (lambda: zuko_flow(C), C, {CouplingFlow}),
+    "zuko, normalized": (lambda: zuko_flow(normalize=True), 0, {SplineCoupling}),
+    "zuko, CELU, with a context": (lambda: zuko_flow(C, activation=nn.CELU), C, {SplineCoupling}),
 }  # fmt: skip
 
 
@@ -167,11 +169,38 @@ def test_the_kind_of_spline_comes_from_the_object() -> None:
     assert scale == pytest.approx(8**-0.5)
 
 
+def test_splines_of_passive_channels_stay() -> None:
+    """The couplings beside them are replaced."""
+    net = lambda a, b: nn.Conv2d(a, b, 3, padding=1)  # noqa: E731
+
+    class Given(nn.Module):
+        def __init__(self, a: int, b: int) -> None:
+            super().__init__()
+            self.net = net(a, b)
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return self.net(x)
+
+    mask = torch.tensor([0, 1, 0, 1])
+    spline = nt.PiecewiseRationalQuadraticCouplingTransform(
+        mask, Given, num_bins=4, tails="linear", tail_bound=3.0, apply_unconditional_transform=True, img_shape=[4, 4]
+    )
+    layers = [nt.AffineCouplingTransform(mask, Given), spline, nt.AffineCouplingTransform(mask, Given)]
+    flow = nflows.flows.Flow(nt.CompositeTransform(layers), nflows.distributions.StandardNormal([4, 4, 4]))
+    flow = shaken(flow).double().eval()
+    x = torch.randn(3, 4, 4, 4).double()
+    want = flow.log_prob(x)
+    torch.testing.assert_close(convert(flow).log_prob(x), want, rtol=1e-9, atol=1e-9)
+    report = accelerate(flow)
+    assert sum(r.couplings for r in report.replaced) == 2 and "passive channels" in str(report)
+    torch.testing.assert_close(flow.log_prob(x), want, rtol=1e-9, atol=1e-9)
+
+
 def test_what_is_not_covered_says_why() -> None:
     """nflows' splines without tails raise an error outside of their box, which a fused flow would not."""
     for options, reason in (
         ({"tails": None, "tail_bound": 1.0}, "tails None"),
-        ({"num_bins": 40}, "bins must be 2 to 32; got 40"),
+        ({"num_bins": 40}, "bins must be 2 to 32, an int; got 40"),
     ):
         flow = nflows_flow(Net, steps=1, **options)
         report = accelerate(flow)

@@ -260,7 +260,8 @@ CONDITIONAL = flow(context_dim=3)
         (flow(), [X], {"schedule": "cosin"}, "schedule must be one of 'cosine'; got 'cosin'"),
         (flow(), [X], {"patience": 3, "validation": 0}, "patience looks at the validation loss"),
         (flow(), [X], {"validation": 1.0}, "validation must be a fraction of the rows from 0 to below 1; got 1.0"),
-        (flow(), [X], {"validation": X}, "validation must be a fraction of the rows, or a pair"),
+        (flow(), [X], {"validation": X, "patience": 2}, "validation must be a fraction of the rows, or a pair"),
+        (flow(), [X], {"weights": torch.eye(1, 40)[0], "validation": 0.5, "seed": 1}, "weights are 0 for all rows"),
         (flow(), [X], {"validation": (X[:, 1:], None)}, r"validation x must have shape \(rows, 5\); got \(40, 4\)"),
         (flow(), [X[:1]], {"batch_size": 1}, "leaves no row of 1 to train on"),
         (flow(), [X[:0]], {}, r"x must have shape \(rows, 5\); got \(0, 5\)"),
@@ -289,3 +290,10 @@ def test_what_does_not_fit_is_said_in_a_line(
     options = {"batch_size": 16, "progress": False, **options}
     with pytest.raises((ValueError, TypeError), match=message):
         fit(make(), *arguments, **options)
+
+
+def test_an_equal_validation_loss_is_no_better_one() -> None:
+    made_, (x, context) = made(flow(), torch.float32), data(flow()(), 100, torch.float32)
+    made_.log_prob(x)  # starts ActNorms
+    result = fit(made_, x, context, epochs=8, batch_size=20, lr=1e-30, patience=2, progress=False)
+    assert (result.stopped, result.best_epoch, len(result.validation_loss)) == ("patience", 1, 3)

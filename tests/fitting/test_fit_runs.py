@@ -30,6 +30,12 @@ def dropout() -> Flow:
     return Embedded(CouplingFlow(4, 2, (8,), context_dim=4), nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3)), (3,))
 
 
+def frozen_offsets() -> Flow:
+    flow = plain()
+    flow.actnorm_bias.requires_grad_(False)
+    return flow
+
+
 FLOWS = {"fused": plain, "dropout": dropout}
 OPTIONS: dict[str, Any] = {
     "epochs": 6,
@@ -115,6 +121,8 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
         (plain, {"batch_size": 10}, r"has batch_size=20, not 10; delete it"),
         (plain, {"validation": (torch.ones(5, 4), torch.ones(5, 3))}, "has other data"),
         (dropout, {}, "has another flow"),
+        (lambda: CouplingFlow(**{**plain().config, "activation": "tanh"}), {}, "has another flow"),
+        (frozen_offsets, {}, "has another flow"),
     ]:
         with pytest.raises(UserError, match=message):
             run(make, **other | options)

@@ -159,7 +159,7 @@ def _usual(numbers: tuple[Any, ...], parts: tuple[Tensor, ...]) -> bool:
     bins = parts[0].shape[-1]
     left, right, (width, height, derivative) = numbers[0], numbers[1], numbers[-3:]
     room = 0 <= width * bins < 1 and 0 <= height * bins < 1
-    return -math.inf < left < right < math.inf and room and 0 <= derivative < 1
+    return -1e6 <= left < right <= 1e6 and room and 0 < derivative < 1
 
 
 # -- the proof ---------------------------------------------------------------------------------------------------------

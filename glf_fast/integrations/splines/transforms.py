@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -126,7 +125,7 @@ def _covered(parts: tuple[Any, ...], bound: Any, slope: Any) -> bool:
         and heights.shape == widths.shape
         and derivatives.shape == (*batch, bins - 1)
         and widths.dtype == heights.dtype == derivatives.dtype
-        and 0 < bound < math.inf
+        and 0 < bound <= 1e6
         and 0 < slope < 1
     )
 

@@ -16,6 +16,7 @@ from glf_fast.ops.checks import (
     check_log_scale,
     check_network_of,
     check_shape,
+    check_spline,
     check_spline_of,
     check_state,
     check_tensors,
@@ -192,6 +193,8 @@ def _options(
     density: bool,
     plu: bool,
 ) -> CallOptions:
+    if spline is not None and type(spline) is not Spline:
+        check_spline(spline)
     given = (
         coupling, network, activation, log_scale, log_scale_constant, add_first, spline, inverse, reversible, density, plu
     )  # fmt: skip
