@@ -123,8 +123,8 @@ def fit(
                 if shown:
                     shown.update(result.steps * batch_size, run.latest_losses())
             if shown and result.stopped == "interrupted":
-                weights = f"epoch {result.best_epoch}" if result.validation_loss else "the last step"
-                shown.say(f"interrupted in epoch {run.epoch + 1}; the flow has the weights of {weights}")
+                when = f"epoch {result.best_epoch}" if result.validation_loss else "the last step"
+                shown.say(f"interrupted in epoch {run.epoch + 1}; the flow has the weights of {when}")
         run.finish()
     return result
 
