@@ -54,7 +54,7 @@ def races() -> Iterator[Race]:
         yield race("memory", memory.MemoryCase(steps), "train", memory.PROVIDERS, 0.0)
     for preset in training.IMAGES:
         yield race("train_step", training.PresetCase(preset), "step", training.PROVIDERS, 6.0)
-    yield race("fit", fitting.FitCase("sbi"), "fit", fitting.PROVIDERS, 4.0)
+    yield race("fit", fitting.FitCase("sbi"), "fit", fitting.PROVIDERS, 2.0)
     for flow in ("sbi", "glf-mnist"):
         for processes in (1, 2, 4, 8):
             case = neighbours.NeighboursCase(flow, processes)
@@ -77,7 +77,7 @@ def _couplings() -> Iterator[Race]:
             yield race("coupling", case, mode, coupling.PROVIDERS, 1.0, names)
     for splines_of in SPLINES:
         for mode in COUPLING_MODES:
-            yield race("spline", splines_of, mode, splines.PROVIDERS, 1.0)
+            yield race("spline", splines_of, mode, splines.PROVIDERS, 0.5)
 
 
 def _flows() -> Iterator[Race]:
