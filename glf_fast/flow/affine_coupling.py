@@ -69,7 +69,7 @@ class AffineCoupling(Coupling):
         self.add_first = add_first
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
+    def columns(self) -> int:
         """Numbers that the conditioner makes for each channel of v."""
         return 1 if self.additive else 2
 
@@ -98,6 +98,7 @@ class AffineCoupling(Coupling):
         )
 
     def formula(self) -> str:
-        """Shown by repr."""
+        """The map of v, as repr shows it."""
         constant = "" if self.log_scale_constant is None else f"({self.log_scale_constant:g})"
-        return "additive=True" if self.additive else f"log_scale={self.log_scale}{constant}"
+        scale = "additive=True" if self.additive else f"log_scale={self.log_scale}{constant}"
+        return scale + ", add_first=True" * self.add_first

@@ -1,8 +1,7 @@
-"""What couplings of all kinds share: the division of the input, the conditioner, the order of channels."""
+"""The base of all couplings: the division of the input, the conditioner, the order of channels."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +36,6 @@ class Coupling(nn.Module):
         pass_context: call conditioner(p, context), for a network with a use of its own for contexts of any shape. Without it
             the context, (B, C) or (B, C, H, W), becomes further channels of p.
     """
-
-    columns: int  # n
 
     _views = False  # the conditioner fails on images in channels_last order
 
@@ -111,14 +108,19 @@ class Coupling(nn.Module):
         w, logdet = self.transform(v, self._conditioned(p, context, parts.outputs), parts, inverse=inverse != self.undo)
         return parts.join(p.to(w.dtype), w), logdet
 
-    @abstractmethod
+    @property
+    def columns(self) -> int:
+        """Numbers n that the conditioner makes for each v."""
+        raise NotImplementedError
+
     def transform(
         self, v: Tensor, raw: Any, parts: ChannelHalves | Checkerboard, *, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        """w like v, in float32 or better, and logdet (B,), of `raw`, the conditioner's; `parts.of_v` finds what is of v."""
+        """w like v, in float32 or better, and logdet (B,), of the conditioner's output, of which `parts.of_v` is v's part."""
+        raise NotImplementedError
 
     def _conditioned(self, p: Tensor, context: Tensor | None, channels: int) -> Any:
-        """What the conditioner makes for so many channels."""
+        """The conditioner's output for so many channels."""
         if not self.pass_context and context is not None:
             check_tensors(context=context)
             pixels = context.view(*context.shape, *(1,) * (p.ndim - context.ndim)).expand(-1, -1, *p.shape[2:])
@@ -137,17 +139,17 @@ class Coupling(nn.Module):
             check_shape("the conditioner's output", raw, wanted, f"(batch, {factor}channels, …)")
         return raw
 
-    @abstractmethod
     def formula(self) -> str:
-        """What is done to v, as repr shows it."""
+        """The map of v, as repr shows it."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Shown by repr."""
         mask = self.mask if isinstance(self.mask, str) else "".join("1" if is_v else "0" for is_v in self.mask)
         mask = "" if mask == "channels" else f", mask={mask}"
-        names = ("add_first", "flip", "undo", "pass_context")
+        names = ("flip", "undo", "pass_context")
         return f"{self.dim}, {self.formula()}{mask}" + "".join(
-            f", {name}=True" for name in names if getattr(self, name, False)
+            f", {name}=True" for name in names if getattr(self, name)
         )
 
 

@@ -46,7 +46,11 @@ class SplineCoupling(Coupling):
     ) -> None:
         super().__init__(dim, conditioner, mask=mask, flip=flip, undo=undo, pass_context=pass_context)
         self.spline = spline_of(spline)
-        self.columns = self.spline.columns
+
+    @property
+    def columns(self) -> int:
+        """Numbers that the conditioner makes for each channel of v."""
+        return self.spline.columns
 
     def transform(
         self, v: Tensor, raw: Tensor, parts: ChannelHalves | Checkerboard, *, inverse: bool
@@ -58,7 +62,7 @@ class SplineCoupling(Coupling):
         return ops.spline(v, parameters, self.spline, inverse=inverse, event_dims=v.ndim - 1)
 
     def formula(self) -> str:
-        """Shown by repr."""
+        """The map of v, as repr shows it."""
         return str(self.spline)
 
 
