@@ -11,7 +11,8 @@ from glf_fast import models
 from glf_fast.command_line import pick_device
 from glf_fast.errors import UserError
 from glf_fast.metrics import names as extractor_names
-from glf_fast.models.glf import FlowSettings, GLFSettings
+from glf_fast.models.flow_settings import FlowSettings
+from glf_fast.models.glf import GLFSettings
 from glf_fast.training.arguments import parse_train
 from glf_fast.training.config import DataConfig, check, default, with_table
 from glf_fast.training.config_files import load, preset_path, presets, to_toml
