@@ -131,7 +131,8 @@ def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = Fal
 
 def table(scores: Sequence[dict[str, Any]]) -> str:
     """Scores as a table of text, one line for each score, with the distances between real images."""
-    head = ("", "samples", "95 %", "KID", "reconstructions", "train/test", "train/train", "images")
+    floors_of = ("train/test", "train/train")
+    head = ("", "samples", "95 %", "KID", "precision", "recall", "reconstructions", *floors_of, "images")
     rows = [head]
     densities: dict[str, None] = {}
     for score in scores:
@@ -145,8 +146,9 @@ def table(scores: Sequence[dict[str, Any]]) -> str:
                 f"{samples['value']:.2f}",
                 f"{interval[0]:.2f} … {interval[1]:.2f}" if interval else "",
                 f"{kid['mean']:.4f}" if kid else "",
+                *("" if samples[key] is None else f"{samples[key]:.3f}" for key in ("precision", "recall")),
                 f"{rebuilt['value']:.2f}" if rebuilt else "",
-                *(f"{floors[key]:.2f}" for key in head[5:7]),
+                *(f"{floors[key]:.2f}" for key in floors_of),
                 str(score["settings"]["n"]),
             )
         )
