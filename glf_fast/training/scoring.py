@@ -17,7 +17,7 @@ from glf_fast.metrics import Extractor
 from glf_fast.models import GenerativeModel, HasLikelihood, Reconstructs
 from glf_fast.training.pictures import draw
 
-__all__ = ["evaluate", "likelihood", "likelihood_line", "load_extractors", "reconstructions", "table"]
+__all__ = ["evaluate", "evaluate_mode", "likelihood", "likelihood_line", "load_extractors", "reconstructions", "table"]
 
 _CHUNK = 500
 
@@ -67,6 +67,29 @@ def evaluate(
                 "likelihood": density,
             }
         )
+    return results
+
+
+def evaluate_mode(
+    model: GenerativeModel,
+    train: data.ImageDataset,
+    test: data.ImageDataset,
+    extractors: Sequence[Extractor],
+    scores: Sequence[dict[str, Any]],
+    mode: str,
+) -> list[dict[str, Any]]:
+    """`scores`, a result of `evaluate` with the same model, data and extractors, for samples of another sampling mode.
+
+    Reconstructions and likelihood do not depend on the mode, so they are not computed again.
+    """
+    n, seed, temperature = (scores[0]["settings"][key] for key in ("n", "seed", "temperature"))
+    samples = draw(model, n, seed=seed, temperature=temperature, mode=mode)
+    results = []
+    for extractor, score in zip(extractors, scores, strict=True):
+        sampling = {"temperature": temperature, "mode": mode, "checkpoint": score["checkpoint"]}
+        reference = metrics.reference(train, test, extractor, n=n)
+        scored = metrics.score(samples, reference, extractor, seed=seed, sampling=sampling)
+        results.append(score | {"settings": score["settings"] | {"mode": mode}, "samples": scored})
     return results
 
 
