@@ -32,7 +32,7 @@ class Command:
     seeds: int = 1
     """Number of runs of each row, with seeds 0, 1, …; the table has mean and standard deviation of several."""
     size: str = "quick"
-    """Networks and budget: quick (minutes a row on two processor cores), paper (those of arXiv:1905.10485), or smoke (seconds)."""
+    """Networks and budget: quick (minutes a row on two processor cores), paper (as in arXiv:1905.10485) or smoke (seconds)."""
     out: Path | None = None
     """Folder of the comparison; by default comparisons/ and a name made from data, size and epochs."""
     data_dir: Path | None = None
@@ -57,16 +57,12 @@ def main() -> None:
     record = comparison.run(plan, train, test, device)
     print((plan.folder / comparison_page.MARKDOWN).read_text(encoding="utf-8"))
     print(f"page      {plan.folder / comparison_page.HTML}\nresults   {plan.folder / comparison_page.JSON}")
-    wanted = {(row, seed) for row, seed in plan.wanted}
-    failed = [
-        row["name"]
-        for row in record["rows"]
-        for run in row["runs"]
-        if run["state"] == "failed" and (row["name"], run["seed"]) in wanted
-    ]
+    failed = {
+        (row["name"], run["seed"]) for row in record["rows"] for run in row["runs"] if run["state"] == "failed"
+    }.intersection(plan.wanted)
     if failed:
-        names = ", ".join(dict.fromkeys(failed))
-        raise UserError(f"{len(failed)} of {len(wanted)} runs failed ({names}); the table has the reasons")
+        listed = ", ".join(sorted({row for row, _ in failed}))
+        raise UserError(f"{len(failed)} of {len(plan.wanted)} runs failed ({listed}); the table has the reasons")
 
 
 if __name__ == "__main__":

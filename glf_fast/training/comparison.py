@@ -241,4 +241,5 @@ def _machine(device: torch.device) -> str:
     names = Path("/proc/cpuinfo")
     lines = names.read_text(errors="replace").splitlines() if names.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name or platform.machine()}, {threads} thread{'s' * (threads > 1)}"

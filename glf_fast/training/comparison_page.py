@@ -132,7 +132,7 @@ def _protocol(record: dict[str, Any]) -> str:
     n, real = record["samples"], min(record["samples"], record["test_images"])
     first = next(iter(record["floors"]), "the first distance")
     return (
-        f"All rows were trained on {record['data']['name']} for {record['epochs']} epochs in batches of "
+        f"All rows were trained on {record['data']['name']} for {_epochs(record)} in batches of "
         f"{record['batch_size']}, with the settings of size {record['size']}. Distances compare {n:,} samples of the best "
         f"checkpoint with {real:,} test images, lower is better; intervals are for another draw of the samples. "
         f"Reconstructions, samples from N(0, I), KID, precision and recall use the features of {first}. Minutes include "
@@ -167,8 +167,12 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
+def _epochs(record: dict[str, Any]) -> str:
+    return f"{record['epochs']} epoch{'s' * (record['epochs'] > 1)}"
+
+
 def _title(record: dict[str, Any]) -> str:
-    return f"Models on {record['data']['name']}, size {record['size']}, {record['epochs']} epochs"
+    return f"Models on {record['data']['name']}, size {record['size']}, {_epochs(record)}"
 
 
 # -- HTML -----------------------------------------------------------------------------------------------------------------
@@ -192,28 +196,37 @@ def _page(folder: Path, record: dict[str, Any]) -> str:
 
 
 def _bars(record: dict[str, Any]) -> str:
-    """A bar for the first distance of each row, with a mark at the distance of its reconstructions."""
+    """A bar for the first distance of each row, with its interval, and a mark at the distance of its reconstructions."""
     metric = next(iter(record["floors"]), None)
-    drawn = []
+    if metric is None:
+        return ""
+    drawn: list[tuple[str, str, float, list[float] | None, float | None]] = []
     for row in record["rows"]:
         run = first_run(row)
-        score = next((s for s in run["scores"] if s["samples"]["metric"] == metric), None) if run else None
-        if score:
-            rebuilt = score["reconstructions"]
-            drawn.append((row["name"], score["samples"]["value"], rebuilt["value"] if rebuilt else None, "model"))
-    if not drawn or metric is None:
-        return ""
-    drawn.append((_REAL, record["floors"][metric]["train/test"], None, "real"))
-    longest = max(max(value, mark or 0) for _, value, mark, _ in drawn) or 1.0
+        for score in run["scores"] if run else ():
+            if score["samples"]["metric"] == metric:
+                samples, rebuilt = score["samples"], score["reconstructions"]
+                mark = rebuilt["value"] if rebuilt else None
+                drawn.append((row["name"], "model", samples["value"], samples["interval"], mark))
+    drawn.append((_REAL, "real", record["floors"][metric]["train/test"], None, None))
+    longest = max(max(value, mark or 0.0, *(interval or ())) for _, _, value, interval, mark in drawn) or 1.0
+
+    def place(value: float) -> str:
+        return f"{100 * max(value, 0) / longest:.1f}%"
+
     bars = ""
-    for name, value, mark, kind in drawn:
-        at = "" if mark is None else f'<b style="left:{100 * max(mark, 0) / longest:.1f}%"></b>'
+    for name, kind, value, interval, mark in drawn:
+        track = f'<i class="{kind}" style="width:{place(value)}"></i>'
+        if interval:
+            track += f'<u style="left:{place(interval[0])};width:{place(interval[1] - interval[0])}"></u>'
+        if mark is not None:
+            track += f'<b style="left:{place(mark)}"></b>'
         bars += (
-            f'<div class="bar"><span>{html.escape(name)}</span><span class="track"><i class="{kind}" '
-            f'style="width:{100 * max(value, 0) / longest:.1f}%"></i>{at}</span><span>{value:.2f}</span></div>'
+            f'<div class="bar"><span>{html.escape(name)}</span><span class="track">{track}</span>'
+            f"<span>{value:.2f}</span></div>"
         )
-    text = f"{html.escape(metric)} of samples, lower is better. The marks are the reconstructions of test images."
-    return f'<div class="card"><div class="label">{text}</div>{bars}</div>'
+    text = f"{metric} of samples with its 95 % interval, lower is better. Orange: reconstructions of test images."
+    return f'<div class="card"><div class="label">{html.escape(text)}</div>{bars}</div>'
 
 
 def _html_table(rows: list[list[str]]) -> str:
@@ -254,7 +267,7 @@ def _samples(folder: Path, record: dict[str, Any]) -> str:
             score = f"{first['metric']} {first['value']:.2f}" if first else ""
             cards += (
                 f'<figure class="card">{picture}<figcaption><strong>{html.escape(row["name"])}</strong> '
-                f'<span class="score">{html.escape(score)}</span><br>{html.escape(what)}</figcaption></figure>'
+                f'<span class="score">{html.escape(score)}</span><div>{html.escape(what)}</div></figcaption></figure>'
             )
     return f'<div class="samples">{cards}</div>' if cards else "<p>No row is finished.</p>"
 
