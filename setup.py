@@ -157,12 +157,16 @@ setup(
     packages=[
         *find_packages(include=["glf_fast", "glf_fast.*"]),
         "glf_fast.presets",
+        "glf_fast.presets.compare",
+        "glf_fast.presets.compare.published",
+        "glf_fast.presets.compare.shared",
         "glf_fast.kernels",
         "glf_fast.cuda",
     ],
     package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels", "glf_fast.cuda": "csrc/cuda"},
     package_data={
-        "glf_fast": ["py.typed", "presets/*.toml", "metrics/*.safetensors", "training/*.html"],
+        "glf_fast": ["py.typed", "metrics/*.safetensors", "training/*.html"],
+        "glf_fast.presets": ["*.toml", "compare/*.toml", "compare/order.txt", "compare/*/*.toml"],
         "glf_fast.kernels": ["launch_table.json"],
         "glf_fast.cuda": ["*.cuh"],  # what CuPy compiles where there was no nvcc
     },

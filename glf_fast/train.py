@@ -12,12 +12,11 @@ import torch
 from glf_fast.command_line import pick_device
 from glf_fast.errors import check_text, run_command
 from glf_fast.output import one_line
-from glf_fast.training import report, runs
+from glf_fast.training import runs
 from glf_fast.training.arguments import parse_train
-from glf_fast.training.board import Board
 from glf_fast.training.config_files import to_toml
 from glf_fast.training.dry_run import dry_run
-from glf_fast.training.run import Run
+from glf_fast.training.run import train_folder
 from glf_fast.training.splits import load_splits
 
 
@@ -39,22 +38,7 @@ def main() -> None:
     folder = command.out or runs.default_folder(config, command.base, command.label)
     for path in (folder, folder.resolve().name):  # TensorBoard needs the one, the report shows the other
         check_text("--out", str(path))
-    # Before anything is written: what is refused leaves nothing behind.
-    runs.check_folder(folder, config)
-    run = Run(folder, config, train, test, device)
-    with runs.lock(folder):
-        runs.check_folder(folder, config)  # which another process may have begun meanwhile
-        run.resume()
-        runs.sweep(folder)  # once the last checkpoint has been read and found whole
-        runs.write_config(folder, config)
-        if run.finished:
-            print(f"{folder} is finished ({run.trainer.images:,} images)", file=sys.stderr)
-            report.write(folder)  # which a kill may have prevented
-        else:
-            with Board(folder / "tensorboard", run.trainer.images) as board:
-                run.train(board)
-                run.finish(board)
-    run.print_summary()
+    train_folder(folder, config, train, test, device).print_summary()
 
 
 if __name__ == "__main__":

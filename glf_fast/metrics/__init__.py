@@ -1,4 +1,4 @@
-"""Scores of generated images: Fréchet distances (FID among them) and KID, on the features of several networks.
+"""Scores of generated images: Fréchet distances (FID among them), KID, precision and recall, on features of several networks.
 
     extractor = metrics.extractor("vgg16")
     reference = metrics.reference(data.load("fashion-mnist", "train"), data.load("fashion-mnist", "test"), extractor)
@@ -14,6 +14,7 @@ from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, extractor, names
 from glf_fast.metrics.frechet import frechet_distance, jackknife_interval
 from glf_fast.metrics.kid import KID, kid
+from glf_fast.metrics.precision_recall import PrecisionRecall, precision_recall
 from glf_fast.metrics.reference import Reference, dataset_stats, reference, subset
 from glf_fast.metrics.score import compare, score, summary
 from glf_fast.metrics.stats import FeatureStats
@@ -22,6 +23,7 @@ __all__ = [
     "KID",
     "Extractor",
     "FeatureStats",
+    "PrecisionRecall",
     "Reference",
     "collect",
     "compare",
@@ -31,6 +33,7 @@ __all__ = [
     "jackknife_interval",
     "kid",
     "names",
+    "precision_recall",
     "reference",
     "score",
     "subset",

@@ -1,4 +1,4 @@
-"""Scores of models: distance, interval, KID and floors (distances between real images), with their protocol."""
+"""Scores of models: distance, interval, KID, precision, recall and floors (distances between real images), with protocol."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, label
 from glf_fast.metrics.frechet import GROUPS, frechet_distance, jackknife_interval
 from glf_fast.metrics.kid import kid
+from glf_fast.metrics.precision_recall import NEIGHBOURS, precision_recall
 from glf_fast.metrics.reference import Reference
 from glf_fast.metrics.stats import FeatureStats
 
@@ -49,7 +50,10 @@ def score(
 
 
 def compare(samples: FeatureStats, reference: FeatureStats) -> dict[str, Any]:
-    """Distance between two statistics, JSON-ready; interval and KID are None if the features for them were not kept."""
+    """Distance between two statistics, JSON-ready.
+
+    Interval, KID, precision and recall are None if the features for them were not kept.
+    """
     notes = []
     value = frechet_distance(samples, reference)
     if samples.n <= samples.dim:
@@ -60,22 +64,27 @@ def compare(samples: FeatureStats, reference: FeatureStats) -> dict[str, Any]:
             f"{samples.n} samples for {samples.dim} features: the distance is computed {path}, and is biased upwards; "
             "compare it only with distances of equally many samples"
         )
-    interval = kernel = None
+    interval = kernel = precision = recall = None
     if samples.complete and samples.n >= 2 * GROUPS:
         interval = list(jackknife_interval(samples, reference))
-    if min(len(samples.kept), len(reference.kept)) >= 4:
+    kept = min(len(samples.kept), len(reference.kept))
+    if kept >= 4:  # as many as a KID of two blocks needs, and more than the neighbours
         kernel = kid(samples, reference)._asdict()
+        precision, recall, *_ = precision_recall(samples, reference)
     return {
         "metric": label(samples.extractor if reference.extractor else None),
         "value": value,
         "interval": interval,
         "kid": kernel,
+        "precision": precision,
+        "recall": recall,
         "protocol": {
             "extractor": samples.extractor,
             "reference": reference.source,
             "n": samples.source.get("n", samples.n),
             "image_shape": samples.source.get("image_shape"),
             "quantisation": "uint8",
+            "precision and recall": f"manifolds of {NEIGHBOURS} nearest neighbours, {kept} features of either set",
             "interval": f"95 %, delete-a-group jackknife over {GROUPS} groups of the samples",
         },
         "notes": notes,
@@ -83,13 +92,15 @@ def compare(samples: FeatureStats, reference: FeatureStats) -> dict[str, Any]:
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """A line to print: value, interval, KID, floors."""
+    """A line to print: value, interval, KID, precision and recall, floors."""
     text = f"{result['metric']} {result['value']:.2f}"
     if result["interval"]:
         low, high = result["interval"]
         text += f" (95 %: {low:.2f} … {high:.2f})"
     if result["kid"]:
         text += f", KID {result['kid']['mean']:.4f} ± {result['kid']['std']:.4f}"
+    if result["precision"] is not None:
+        text += f", precision {result['precision']:.3f}, recall {result['recall']:.3f}"
     if floors := result.get("floors"):
         text += "; floors: " + ", ".join(f"{name} {value:.2f}" for name, value in floors.items())
     return text

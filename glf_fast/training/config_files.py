@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -37,16 +37,17 @@ def preset_path(name: str) -> Path:
     return _FOLDER / f"{name}.toml"
 
 
-def load(*files: Path, model: str = "") -> Config:
+def load(*files: Path, model: str = "", shared: Sequence[Path] = ()) -> Config:
     """The default settings, overridden by these TOML files from left to right.
 
     Args:
         model: name of the model; by default the last name in the files, or the first of `models.names()`.
+        shared: files for several models, which `files` override. Tables that only other models have are left out.
 
     Raises:
         UserError: a file that is missing, is not TOML, or holds an unknown key or a value of the wrong type; an unknown model.
     """
-    contents = {str(file): _read(file) for file in files}
+    contents = {str(file): _read(file) for file in (*shared, *files)}
     for where, content in contents.items() if not model else ():
         chosen = settings.as_table(content.get("model", {}), where, "model")
         if "name" in chosen:
@@ -57,7 +58,7 @@ def load(*files: Path, model: str = "") -> Config:
                 raise UserError(f"{where}: {error}") from error
     config = default(model or models.names()[0])
     for where, content in contents.items():
-        config = _updated(config, content, where)
+        config = _updated(config, content, where, shared=where in map(str, shared))
     return replace(config, model=replace(config.model, name=model or models.names()[0]))
 
 
@@ -87,8 +88,8 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
 
 
-def _updated(config: Config, content: Mapping[str, Any], where: str) -> Config:
-    """`config` with the entries of a file; errors name the file and the dotted key."""
+def _updated(config: Config, content: Mapping[str, Any], where: str, *, shared: bool) -> Config:
+    """`config` with the entries of a file, which may be `shared` by models; errors name the file and the dotted key."""
     kinds, for_model = get_type_hints(Config), f"{where} (for model {config.model.name!r})"
     if _FOR_ALL in content:
         table = settings.as_table(content[_FOR_ALL], where, _FOR_ALL)
@@ -107,8 +108,10 @@ def _updated(config: Config, content: Mapping[str, Any], where: str) -> Config:
         elif key in scalars(config):
             config = replace(config, **{key: settings.converted(value, kinds[key], where, key)})
         elif key != _FOR_ALL:
+            owners = [name for name in models.names() if key in tables(default(name))]
+            if shared and owners:
+                continue
             known = [*scalars(config), *tables(config), _FOR_ALL]
             error = settings.unknown(key, known, for_model)
-            owners = [name for name in models.names() if key in tables(default(name))]
             raise UserError(f"{error}; it belongs to model {' or '.join(owners)}") if owners else error
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,16 +13,41 @@ from glf_fast.training.config import Config
 from glf_fast.training.config_files import to_toml
 from glf_fast.training.trainer import Trainer
 
-__all__ = ["dry_run"]
+__all__ = ["Preview", "dry_run", "preview"]
 
 
-def dry_run(config: Config, train: Dataset, test: Dataset, device: torch.device) -> None:
-    """Build everything, take two real steps of the first stage, and print the results."""
+@dataclass(frozen=True)
+class Preview:
+    """Two real steps of the first stage of a run.
+
+    Attributes:
+        batch: the batch of both steps.
+        losses: the losses of the second step.    seconds: its duration.
+        activations: bytes that the forward pass saves for the backward pass, without the weights.
+        parameters: number of parameters of each part of the model.    weights: bytes of all parameters.
+        steps: number of steps of the whole run.
+    """
+
+    batch: Tensor
+    losses: dict[str, float]
+    seconds: float
+    activations: int
+    parameters: dict[str, int]
+    weights: int
+    steps: int
+
+    @property
+    def minutes(self) -> float:
+        """Estimate of the minutes of the whole run, without scores."""
+        return self.seconds * self.steps / 60
+
+
+def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
+    """Build everything, and take two steps."""
     trainer = Trainer(config, train, device)
     batch = trainer.inputs()[: config.batch_size]
 
-    # Bytes of the storages that the forward pass saves for the backward pass, each storage once, without the weights.
-    kept: dict[int, int] = {}
+    kept: dict[int, int] = {}  # bytes of each storage that is saved, which is counted once
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -32,30 +58,42 @@ def dry_run(config: Config, train: Dataset, test: Dataset, device: torch.device)
     for parameter in trainer.model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     started = time.perf_counter()
-    values = {name: float(loss) for name, loss in trainer.step(batch).items()}  # float() waits for a GPU
-    seconds = time.perf_counter() - started
+    losses = {name: float(loss) for name, loss in trainer.step(batch).items()}  # float() waits for a GPU
+    return Preview(
+        batch=batch,
+        losses=losses,
+        seconds=time.perf_counter() - started,
+        activations=sum(kept.values()),
+        parameters={name: sum(p.numel() for p in part.parameters()) for name, part in trainer.model.named_children()},
+        weights=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
+        steps=trainer.ends[-1] // config.batch_size,
+    )
 
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in trainer.model.named_children()}
-    weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+
+def dry_run(config: Config, train: Dataset, test: Dataset, device: torch.device) -> None:
+    """Print the settings, and the preview of the run."""
+    seen = preview(config, train, device)
     memory = {
         "data": train.items.nbytes,
-        "weights, gradients": 2 * weights,
-        "Adam": 2 * weights,
-        "average": weights if config.ema else 0,
-        "activations": sum(kept.values()),
+        "weights, gradients": 2 * seen.weights,
+        "Adam": 2 * seen.weights,
+        "average": seen.weights if config.ema else 0,
+        "activations": seen.activations,
     }
-    steps, total = len(train) // config.batch_size, trainer.ends[-1] // config.batch_size
+    steps, parameters = len(train) // config.batch_size, seen.parameters
     print(to_toml(config))
     print(f"# data        {train.name}: {_shape(train.items)} for training, {_shape(test.items)} for scores")
-    kind = str(batch.dtype).removeprefix("torch.")
-    print(f"# batch       {_shape(batch)} {kind} on {device}, {steps} steps an epoch, {total} steps in all")
-    print(f"# parameters  {sum(parts.values()):,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
+    kind = str(seen.batch.dtype).removeprefix("torch.")
+    print(f"# batch       {_shape(seen.batch)} {kind} on {device}, {steps} steps an epoch, {seen.steps} steps in all")
+    counts = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
+    print(f"# parameters  {sum(parameters.values()):,}: {counts}")
     listed = ", ".join(f"{name} {_megabytes(size)}" for name, size in memory.items() if size)
     print(f"# memory      about {_megabytes(sum(memory.values()))}: {listed}")
     if device.type == "cuda":
         print(f"#             {_megabytes(torch.cuda.max_memory_allocated(device))} at the peak of a step")
-    print(f"# one step    {seconds:.3g} s; losses {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
-    print(f"# whole run   about {seconds * total / 60:.3g} minutes without scores; nothing was written")
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in seen.losses.items())
+    print(f"# one step    {seen.seconds:.3g} s; losses {losses}")
+    print(f"# whole run   about {seen.minutes:.3g} minutes without scores; nothing was written")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -91,6 +91,8 @@ def _score_card(score: dict[str, Any], modes: Mapping[str, str]) -> str:
         details.append(f"95 % interval {samples['interval'][0]:.2f} … {samples['interval'][1]:.2f}")
     if samples["kid"]:
         details.append(f"KID {samples['kid']['mean']:.4f} ± {samples['kid']['std']:.4f}")
+    if samples["precision"] is not None:
+        details.append(f"precision {samples['precision']:.3f}, recall {samples['recall']:.3f}")
     if settings["temperature"] != 1:
         details.append(f"temperature {settings['temperature']:g}")
     if mode := settings["mode"]:

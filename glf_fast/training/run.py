@@ -26,10 +26,35 @@ from glf_fast.training.pictures import draw_pictures, latest_picture, picture_na
 from glf_fast.training.scoring import evaluate, load_extractors, table
 from glf_fast.training.trainer import Trainer
 
-__all__ = ["Run"]
+__all__ = ["Run", "train_folder"]
 
 # Seeds of the noise for scores. They differ, so that the final score is not biased by the choice of the best checkpoint.
 _PERIODIC_SEED, _FINAL_SEED = 1, 0
+
+
+def train_folder(folder: Path, config: Config, train: Dataset, test: Dataset, device: torch.device) -> Run:
+    """Train the run in a folder to its end, from where it was left, and return it. Of a finished run the report is written.
+
+    Raises:
+        UserError: the folder holds another run, or another process trains in it; training diverged.
+        SystemExit: a signal stopped training, with a checkpoint.
+    """
+    # Before anything is written: what is refused leaves nothing behind.
+    runs.check_folder(folder, config)
+    run = Run(folder, config, train, test, device)
+    with runs.lock(folder):
+        runs.check_folder(folder, config)  # which another process may have begun meanwhile
+        run.resume()
+        runs.sweep(folder)  # once the last checkpoint has been read and found whole
+        runs.write_config(folder, config)
+        if run.finished:
+            print(f"{folder} is finished ({run.trainer.images:,} images)", file=sys.stderr)
+            report.write(folder)  # which a kill may have prevented
+        else:
+            with Board(folder / "tensorboard", run.trainer.images) as board:
+                run.train(board)
+                run.finish(board)
+    return run
 
 
 class Run:

@@ -294,6 +294,9 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     try:
         for score in scores:
             score.setdefault("likelihood", None)  # version 0.1.0 had no model with a likelihood
+            for part in filter(None, (score["samples"], score["reconstructions"])):  # nor precision and recall
+                part.setdefault("precision", None)
+                part.setdefault("recall", None)
             if "mode" not in score["settings"]:  # written by version 0.1.0, which knew one mode
                 score["settings"]["mode"] = "authors" if score["settings"].pop("authors_protocol", False) else ""
             _check_score(score)
@@ -317,6 +320,8 @@ def _check_score(score: dict[str, Any]) -> None:
     ]
     numbers += [about["epoch"], *(samples["interval"] or ()), *([rebuilt["value"]] if rebuilt else ())]
     numbers += [samples["kid"][part] for part in ("mean", "std")] if samples["kid"] else []
+    for part in filter(None, (samples, rebuilt)):
+        numbers += [] if part["precision"] is None else [part["precision"], part["recall"]]
     if density := score["likelihood"]:
         numbers += [density["value"], *density["interval"]] if density["value"] is not None else []
         _ = density["what"] + density["metric"]

@@ -17,7 +17,7 @@ from glf_fast.metrics import Extractor
 from glf_fast.models import GenerativeModel, HasLikelihood, Reconstructs
 from glf_fast.training.pictures import draw
 
-__all__ = ["evaluate", "likelihood", "likelihood_line", "load_extractors", "reconstructions", "table"]
+__all__ = ["evaluate", "evaluate_mode", "likelihood", "likelihood_line", "load_extractors", "reconstructions", "table"]
 
 _CHUNK = 500
 
@@ -67,6 +67,29 @@ def evaluate(
                 "likelihood": density,
             }
         )
+    return results
+
+
+def evaluate_mode(
+    model: GenerativeModel,
+    train: data.ImageDataset,
+    test: data.ImageDataset,
+    extractors: Sequence[Extractor],
+    scores: Sequence[dict[str, Any]],
+    mode: str,
+) -> list[dict[str, Any]]:
+    """`scores`, a result of `evaluate` with the same model, data and extractors, for samples of another sampling mode.
+
+    Reconstructions and likelihood do not depend on the mode, so they are not computed again.
+    """
+    n, seed, temperature = (scores[0]["settings"][key] for key in ("n", "seed", "temperature"))
+    samples = draw(model, n, seed=seed, temperature=temperature, mode=mode)
+    results = []
+    for extractor, score in zip(extractors, scores, strict=True):
+        sampling = {"temperature": temperature, "mode": mode, "checkpoint": score["checkpoint"]}
+        reference = metrics.reference(train, test, extractor, n=n)
+        scored = metrics.score(samples, reference, extractor, seed=seed, sampling=sampling)
+        results.append(score | {"settings": score["settings"] | {"mode": mode}, "samples": scored})
     return results
 
 
@@ -131,7 +154,8 @@ def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = Fal
 
 def table(scores: Sequence[dict[str, Any]]) -> str:
     """Scores as a table of text, one line for each score, with the distances between real images."""
-    head = ("", "samples", "95 %", "KID", "reconstructions", "train/test", "train/train", "images")
+    floors_of = ("train/test", "train/train")
+    head = ("", "samples", "95 %", "KID", "precision", "recall", "reconstructions", *floors_of, "images")
     rows = [head]
     densities: dict[str, None] = {}
     for score in scores:
@@ -145,8 +169,9 @@ def table(scores: Sequence[dict[str, Any]]) -> str:
                 f"{samples['value']:.2f}",
                 f"{interval[0]:.2f} … {interval[1]:.2f}" if interval else "",
                 f"{kid['mean']:.4f}" if kid else "",
+                *("" if samples[key] is None else f"{samples[key]:.3f}" for key in ("precision", "recall")),
                 f"{rebuilt['value']:.2f}" if rebuilt else "",
-                *(f"{floors[key]:.2f}" for key in head[5:7]),
+                *(f"{floors[key]:.2f}" for key in floors_of),
                 str(score["settings"]["n"]),
             )
         )

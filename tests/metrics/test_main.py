@@ -74,7 +74,9 @@ def test_reads_moments_that_others_wrote(run, blobs: Make, tiny, tmp_path: Path)
     result = json.loads(run("calc", a, tmp_path / "moments.npz", "--extractor", "tiny", "--json"))
     expected = metrics.frechet_distance(metrics.collect(blobs(200, 0, level=150), tiny), real)
     assert result["value"] == pytest.approx(expected, rel=1e-6)
-    assert result["metric"] == "FD" and result["kid"] is None  # the extractor of the moments is unknown
+    assert (
+        result["metric"] == "FD" and result["kid"] is result["precision"] is None
+    )  # the extractor of the moments is unknown
     assert result["protocol"]["reference"]["n"] == "unknown"
 
 

@@ -28,6 +28,7 @@ def test_a_score_tells_good_from_bad_and_says_what_it_is(reference, dataset, tin
     assert low <= good["value"] <= high
     assert good["value"] < 2 and bad["value"] > 10  # the floors for 400 images lie between 0.2 and 1.2
     assert abs(good["kid"]["mean"]) < good["kid"]["std"] and bad["kid"]["mean"] > 2 * bad["kid"]["std"]
+    assert good["precision"] > 0.7 and good["recall"] > 0.7 and bad["precision"] < 0.5 * good["precision"]
     assert good["metric"] == "FD[tiny]" and good["notes"] == []
     assert good["floors"].keys() == {"train/train", "train/test"} and min(good["floors"].values()) > 0
 
@@ -41,9 +42,8 @@ def test_a_score_tells_good_from_bad_and_says_what_it_is(reference, dataset, tin
     assert named == {"name": "blobs", "split": "test", "n": 400, "fingerprint": fingerprint}
 
     line = metrics.summary(good)
-    assert (
-        line.startswith("FD[tiny] ") and "95 %" in line and "KID" in line and "train/test" in line and "\n" not in line
-    )
+    assert line.startswith("FD[tiny] ") and "\n" not in line
+    assert all(part in line for part in ("95 %", "KID", "precision", "recall", "train/test"))
 
 
 def test_the_number_is_the_same_for_any_batch_size(reference, tiny, blobs: Make) -> None:
@@ -58,6 +58,7 @@ def test_the_number_is_the_same_for_any_batch_size(reference, tiny, blobs: Make)
 def test_few_samples_are_scored_with_a_note(reference, tiny, blobs: Make) -> None:
     few = metrics.score(blobs(30, 5), reference, tiny)
     assert few["interval"] is None and few["value"] > 0
+    assert 0 <= few["precision"] <= 1 and "30 features of either set" in few["protocol"]["precision and recall"]
     assert any("30 samples for 128 features" in note and "exact path" in note for note in few["notes"])
     assert any("are for 400 images, but this score is for 30 images" in note for note in few["notes"])
     assert "95 %" not in metrics.summary(few)

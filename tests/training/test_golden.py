@@ -39,6 +39,7 @@ def test_an_old_run_goes_on_where_it_was_left(old_run: Path, call: Call) -> None
 
 def test_an_old_run_is_sampled_and_scored(old_run: Path, tmp_path: Path, call: Call) -> None:
     before = read_scores(old_run)
+    assert before[0]["samples"]["precision"] is before[0]["reconstructions"]["recall"] is None
     call(sample, old_run, "--n", "4", "--out", tmp_path / "four.png")
     call(evaluate, old_run)
     after = read_scores(old_run)

@@ -1,0 +1,245 @@
+"""A comparison of models: each row of a table is trained in run folders of its own, with shared data, settings and scores.
+
+runs/{row}-seed-{seed}/   ordinary runs      pictures/   samples and reconstructions of each row
+comparison.json  comparison.md  comparison.html          the results, by `comparison_page`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glf_fast import models
+from glf_fast.data import ImageDataset
+from glf_fast.errors import UserError, lacks_memory
+from glf_fast.files import read_json
+from glf_fast.images import grid, save_png, to_float, to_uint8
+from glf_fast.metrics import subset
+from glf_fast.models import GenerativeModel, Reconstructs
+from glf_fast.output import one_line
+from glf_fast.training import checkpoint, comparison_page, runs
+from glf_fast.training.comparison_plan import Plan, row_file, rows, shared_files
+from glf_fast.training.dry_run import preview
+from glf_fast.training.pictures import draw
+from glf_fast.training.run import train_folder
+from glf_fast.training.scoring import evaluate_mode, load_extractors
+
+__all__ = ["PRIOR", "dry_run", "run"]
+
+# A sampling mode that shows what a fitted density of codes is worth. Models that have it are scored in it, too.
+PRIOR = "prior"
+# The settings of the scores in the table, beside extractor, mode and number of samples.
+_USUAL = {"seed": 0, "temperature": 1.0}
+_SAMPLES, _REBUILT = 36, 10  # images in the pictures of a row
+_ENLARGED = 2
+
+
+def dry_run(plan: Plan, train: ImageDataset, device: torch.device) -> None:
+    """Take two steps of each row, and print parameters, estimated time, folder and state; nothing is written."""
+    plan.check_folder()
+    total = 0.0
+    for row in plan.rows:
+        try:
+            seen = preview(plan.config(row), train, device)
+        except UserError as error:
+            print(f"{row:20} cannot be trained: {one_line(str(error))}")
+            continue
+        total += seen.minutes * plan.seeds
+        print(
+            f"{row:20} {sum(seen.parameters.values()):>12,} parameters  {seen.seconds:.3g} s a step, about "
+            f"{seen.minutes:.3g} minutes  {plan.run_folder(row, 0)} ({_state(plan.run_folder(row, 0))['state']})"
+        )
+    print(f"about {total:.3g} minutes for {len(plan.wanted)} runs, without scores; nothing was written")
+
+
+def run(plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.device) -> dict[str, Any]:
+    """Train what is not trained, write the results after each run, and return them.
+
+    A run that fails is a line of the table with its reason, and the other runs are trained.
+
+    Raises:
+        UserError: the folder holds something else, or another process works in it.
+        SystemExit: a signal stopped training, with a checkpoint.
+    """
+    plan.check_folder()
+    with runs.lock(plan.folder):
+        plan.check_folder()  # which another process may have begun meanwhile
+        (plan.folder / "runs").mkdir(exist_ok=True)
+        results = _Results(plan, train, test, device)
+        for number, (row, seed) in enumerate(plan.wanted, 1):
+            seeds = f", seed {seed}" if plan.seeds > 1 else ""
+            print(f"row {number} of {len(plan.wanted)}: {row}{seeds}", file=sys.stderr)
+            with results.noting_failure(row, seed):
+                train_folder(plan.run_folder(row, seed), plan.config(row, seed), train, test, device)
+                results.add(row, seed)
+            comparison_page.write(plan.folder, results.record())
+        return results.record()
+
+
+class _Results:
+    """The results of the runs in the folder of a comparison, of the rows to train and of others."""
+
+    def __init__(self, plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.device) -> None:
+        self.plan, self.train, self.test, self.device = plan, train, test, device
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._runs: dict[tuple[str, int], dict[str, Any]] = {}
+        self._floors: dict[str, dict[str, float]] = {}
+        pictures = plan.folder / "pictures"
+        save_png(pictures / "test.png", grid(subset(test.images, _REBUILT), columns=_REBUILT), scale=_ENLARGED)
+        before = _failures(plan.folder)
+        for row, seed in dict.fromkeys([*plan.present(), *before]):
+            with self.noting_failure(row, seed):
+                self.add(row, seed, before.get((row, seed), ""))
+
+    @contextlib.contextmanager
+    def noting_failure(self, row: str, seed: int) -> Iterator[None]:
+        """Note the user's errors and a lack of memory inside the block as the result of this run."""
+        try:
+            yield
+        except (UserError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, UserError) and not lacks_memory(error):
+                raise
+            reason = str(error) if isinstance(error, UserError) else "there is not enough memory for this model"
+            print(f"{row} failed: {one_line(reason)}", file=sys.stderr)
+            self._note(row, seed, "failed", one_line(reason))
+
+    def _note(self, row: str, seed: int, state: str, reason: str = "", **more: Any) -> None:
+        """Note the state of a run; without scores, it has none."""
+        more = {"epoch": 0.0, "minutes": 0.0, "scores": [], "prior_scores": [], **more}
+        folder = self.plan.run_folder(row, seed).relative_to(self.plan.folder).as_posix()
+        self._runs[row, seed] = {"seed": seed, "folder": folder, "state": state, "reason": reason, **more}
+
+    def add(self, row: str, seed: int, failure: str = "") -> None:
+        """Read the results of a run, and draw the pictures of the row if this run is its first.
+
+        Args:
+            failure: the reason why the run failed before, if it did.
+        """
+        folder, config = self.plan.run_folder(row, seed), self.plan.config(row, seed)
+        state = _state(folder)
+        if state["state"] != "finished":
+            reason = failure or f"trained for {state['epoch']:.3g} of {config.epochs} epochs so far"
+            self._note(row, seed, reason=reason, **state | ({"state": "failed"} if failure else {}))
+            return
+        if self._runs.get((row, seed), {}).get("state") == "finished":
+            return
+        model, about = checkpoint.load_model(runs.checkpoint_folder(folder, "best"), self.device)
+        if about["data"] != self.train.fingerprint:
+            raise UserError(
+                f"{folder} was trained on other data than {self.train.name} holds now; choose another --out, or restore "
+                "the data"
+            )
+        wanted = {**_USUAL, "n": config.score.samples}
+        scores = [
+            score
+            for score in runs.read_scores(folder)
+            if score["checkpoint"].get("name") == "best"
+            and score["checkpoint"].get("images") == about["images"]
+            and wanted.items() <= score["settings"].items()
+        ]
+        usual, prior = ([s for s in scores if s["settings"]["mode"] == mode] for mode in ("", PRIOR))
+        if PRIOR in model.sampling_modes and len(prior) < len(usual):
+            names = [score["settings"]["extractor"] for score in usual]
+            extractors = load_extractors(names, self.device, all_needed=True)
+            prior = evaluate_mode(model, self.train, self.test, extractors, usual, PRIOR)
+            runs.write_scores(folder, prior)
+        for score in usual:
+            self._floors[score["samples"]["metric"]] = score["samples"]["floors"]
+        self._note(row, seed, **state, scores=usual, prior_scores=prior)
+        first = min(s for r, s in self._runs if r == row and self._runs[r, s]["state"] == "finished")
+        if seed == first:
+            self._rows[row] = {"parameters": sum(p.numel() for p in model.parameters())}
+            self._draw(row, model)
+
+    def _draw(self, row: str, model: GenerativeModel) -> None:
+        pictures: dict[str, Tensor] = {"samples": grid(draw(model, _SAMPLES, seed=0))}
+        if isinstance(model, Reconstructs):
+            images = to_float(subset(self.test.images, _REBUILT).to(self.device))
+            pictures["reconstructions"] = grid(to_uint8(model.reconstruct(images)), columns=_REBUILT)
+        for kind, picture in pictures.items():
+            save_png(self.plan.folder / "pictures" / f"{row}-{kind}.png", picture, scale=_ENLARGED)
+
+    def record(self) -> dict[str, Any]:
+        """The results so far, JSON-ready; `comparison_page` describes them."""
+        plan, shared = self.plan, self.plan.shared
+        names = {row for row, _ in self._runs}
+        return {
+            "format": comparison_page.FORMAT,
+            "data": {"name": self.train.name, "fingerprint": self.train.fingerprint, "source": plan.data},
+            "size": plan.size,
+            "epochs": shared.epochs,
+            "batch_size": shared.batch_size,
+            "samples": shared.score.samples,
+            "test_images": len(self.test.images),
+            "extractors": list(shared.score.extractors),
+            "versions": {
+                "glf_fast": version("glf_fast"),
+                "torch": version("torch"),
+                "python": platform.python_version(),
+            },
+            "machine": _machine(self.device),
+            "settings": {path.name: path.read_text(encoding="utf-8") for path in shared_files(plan.size, plan.data)},
+            "floors": self._floors,
+            "rows": [self._row(row) for row in rows() if row in names],
+        }
+
+    def _row(self, row: str) -> dict[str, Any]:
+        config = self.plan.config(row)
+        return {
+            "name": row,
+            "title": models.kind(config.model.name).words.title,
+            "what": config.model.summary(),
+            "settings": row_file(row).read_text(encoding="utf-8"),
+            "parameters": None,
+            **self._rows.get(row, {}),
+            "runs": [self._runs[key] for key in sorted(self._runs) if key[0] == row],
+        }
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """The state of a run ("new", "unfinished", "finished"), and the epochs and minutes of its training."""
+    last = runs.checkpoint_folder(folder, "last")
+    if not checkpoint.exists(last):
+        return {"state": "new", "epoch": 0.0, "minutes": 0.0}
+    state = checkpoint.read_state(last)
+    checkpoint.check_state(last, state)
+    ended = any(r.get("finished") and r["images"] == state["images"] for r in runs.read_metrics(folder))
+    finished = ended and bool(runs.read_scores(folder))
+    return {
+        "state": "finished" if finished else "unfinished",
+        "epoch": state["epoch"],
+        "minutes": state["minutes"],
+    }
+
+
+def _failures(folder: Path) -> dict[tuple[str, int], str]:
+    """The reasons of the runs that failed in an earlier comparison in this folder, by row and seed."""
+    path = folder / comparison_page.JSON
+    if not path.is_file():
+        return {}
+    try:
+        before = read_json(path)
+        known = [row for row in before["rows"] if row["name"] in rows()]
+        failed = [(row["name"], run) for row in known for run in row["runs"] if run["state"] == "failed"]
+        return {(row, int(run["seed"])): str(run["reason"]) for row, run in failed}
+    except (UserError, KeyError, TypeError, ValueError):  # it is written again
+        return {}
+
+
+def _machine(device: torch.device) -> str:
+    """The processor or GPU on which the comparison runs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text(errors="replace").splitlines() if names.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    threads = torch.get_num_threads()
+    return f"{name or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
