@@ -18,10 +18,13 @@ from glf_fast.models.model import (
     Stage,
     Words,
 )
+from glf_fast.models.rae import RAE
 from glf_fast.models.vae import VAE
 
 __all__ = [
     "GLF",
+    "RAE",
+    "VAE",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",
@@ -40,6 +43,7 @@ __all__ = [
 _MODELS: dict[str, type[GenerativeModel]] = {
     "glf": GLF,
     "vae": VAE,
+    "rae": RAE,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from glf_fast.fitting import fit
 from glf_fast.flow import CouplingFlow
-from glf_fast.models.mixture import fit_mixture, log_densities
+from glf_fast.models.mixture import fit_mixture, least_variance, log_densities
 from glf_fast.settings import POSITIVE, Rule, Settings
 
 __all__ = ["Density", "DensitySettings", "FlowDensity", "Mixture"]
@@ -118,7 +119,11 @@ class Mixture(Density):
 
 
 class FlowDensity(Density):
-    """A coupling flow of codes that are whitened first, by the mean and the covariance of the codes it was fitted to."""
+    """A coupling flow of codes that are whitened first, by the mean and the covariance of the codes it was fitted to.
+
+    The fit adds noise to the codes, with a millionth of their variance. Without noise, a code that is constant or depends on
+    others would have no density, and the flow's likelihood would grow without bound.
+    """
 
     mean: Tensor
     factor: Tensor
@@ -136,10 +141,16 @@ class FlowDensity(Density):
         _, [mean], [factor], *_ = fit_mixture(codes, 1)
         self.mean.copy_(mean)
         self.factor.copy_(factor)
+        noise = torch.randn(codes.shape, generator=torch.Generator().manual_seed(0), dtype=codes.dtype).to(codes.device)
+        x = self._whitened(codes + least_variance(codes) ** 0.5 * noise)
+        # A tenth is held out for validation, and a batch must fit into the rest.
+        batch_size = min(256, len(x) - math.ceil(0.1 * len(x)))
         with torch.enable_grad():
             self.flow.requires_grad_(True)
-            fit(self.flow, self._whitened(codes), epochs=self.epochs, lr=2e-3, schedule="cosine", clip=10.0)
+            result = fit(self.flow, x, epochs=self.epochs, batch_size=batch_size, lr=2e-3, schedule="cosine", clip=10.0)
             self.flow.requires_grad_(False)
+        if result.stopped == "interrupted":  # by Ctrl-C, which `fit` takes for the end of training
+            raise KeyboardInterrupt
 
     def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """n codes (n, D), see `Density.sample`."""

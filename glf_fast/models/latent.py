@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.models.autoencoder import Decoder, Encoder, check_image_shape
+from glf_fast.models.convolutional import ConvolutionalDecoder, ConvolutionalEncoder
 from glf_fast.models.density import DensitySettings
 from glf_fast.models.model import GenerativeModel, ModelSettings, Phase, Stage
 from glf_fast.settings import POSITIVE, Rule
@@ -29,9 +30,18 @@ class LatentSettings(ModelSettings):
     width: int = 64
     """Channels after the encoder's first convolution."""
     hidden: int = 1024
-    """Units of the dense layer in encoder and decoder."""
+    """For networks infogan: units of the dense layer in encoder and decoder."""
+    networks: Literal["infogan", "rae"] = "infogan"
+    """Encoder and decoder. infogan: two convolutions and a dense layer (GLF's paper); rae: four convolutions (RAE's paper, with
+    width 128)."""
 
+    CHOICE: ClassVar[str] = "networks"
     RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(("latent_dim", "width", "hidden"), POSITIVE)
+
+    def effective(self) -> dict[str, Any]:
+        """The fields that have an effect with these networks, by name."""
+        without = ("hidden",) if self.networks == "rae" else ()
+        return {name: value for name, value in super().effective().items() if name not in without}
 
 
 class LatentModel(GenerativeModel):
@@ -40,7 +50,7 @@ class LatentModel(GenerativeModel):
     A subclass may replace `encode`, if E gives more than a code, `sample_codes` (by default N(0, I)) and `interpolate`.
 
     Args:
-        shape: (C, H, W) of the images, H and W multiples of 4.
+        shape: (C, H, W) of the images, H and W multiples of 4; with `networks` rae, of 8 from 64 pixels on.
         settings: of the networks.
         numbers: numbers that E gives for each dimension of a code; 2 for a mean and a log-variance.
     """
@@ -50,8 +60,13 @@ class LatentModel(GenerativeModel):
 
     def __init__(self, shape: Sequence[int], settings: LatentSettings, numbers: int = 1) -> None:
         super().__init__(check_image_shape(shape), settings)
-        self.encoder = Encoder(shape, numbers * settings.latent_dim, settings.width, settings.hidden)
-        self.decoder = Decoder(shape, settings.latent_dim, settings.width, settings.hidden)
+        dims = numbers * settings.latent_dim, settings.latent_dim
+        if settings.networks == "rae":
+            self.encoder: nn.Module = ConvolutionalEncoder(shape, dims[0], settings.width)
+            self.decoder: nn.Module = ConvolutionalDecoder(shape, dims[1], settings.width)
+        else:
+            self.encoder = Encoder(shape, dims[0], settings.width, settings.hidden)
+            self.decoder = Decoder(shape, dims[1], settings.width, settings.hidden)
 
     def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Scalars of a batch x (B, C, H, W) in [0, 1]; "loss" is to be back-propagated."""

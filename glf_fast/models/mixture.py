@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MixtureFit", "fit_mixture", "log_densities"]
+from glf_fast.errors import UserError
+
+__all__ = ["MixtureFit", "fit_mixture", "least_variance", "log_densities"]
 
 # Rows whose densities are computed at once: 16,384 × 10 components × 128 dimensions of float64 are 168 MB.
 _ROWS = 16_384
@@ -35,28 +37,32 @@ def fit_mixture(
     *,
     tolerance: float = 1e-3,
     most: int = 2000,
-    ridge: float = 1e-6,
     seed: int = 0,
     start: Tensor | None = None,
 ) -> MixtureFit:
     """The maximum-likelihood mixture of `components` normal distributions for the rows x (N, D), computed in float64.
 
-    Expectation maximisation (Dempster, Laird, Rubin, 1977) from the clusters of k-means++ and Lloyd's iterations. Steps,
-    stopping rule and constants are those of scikit-learn's GaussianMixture: from the same start both give the same numbers.
+    Expectation maximisation (Dempster, Laird, Rubin, 1977) from the clusters of k-means++ and Lloyd's iterations. Steps and
+    stopping rule are those of scikit-learn's GaussianMixture: from the same start both give the same numbers, if its reg_covar
+    is `least_variance(x)`, which is added to all variances. So columns that are constant or depend on each other are no error.
+    Components beyond the number of different rows get weights of almost 0.
 
     Args:
         tolerance: stop when a step changes the mean log-likelihood by less than this.    most: steps at most.
-        ridge: number added to the diagonals of the covariances.    seed: of the first clusters' centres.
+        seed: of the first clusters' centres.
         start: responsibilities (N, K) to begin with, in place of the clusters.
 
     Raises:
-        ValueError: fewer rows than components, rows that are not finite, or covariances that are singular.
+        UserError: rows that are not finite.
+        ValueError: no rows.
     """
-    if x.ndim != 2 or len(x) < max(components, 2):
-        raise ValueError(f"{components} components need {max(components, 2)} rows or more; got x {tuple(x.shape)}")
+    if x.ndim != 2 or not len(x):
+        raise ValueError(f"x must be (N, D) with one row or more; got {tuple(x.shape)}")
     if not x.isfinite().all():
-        raise ValueError("a mixture cannot be fitted to codes that are not finite")
-    x = x.double()
+        raise UserError(
+            "codes are not finite, so no density can be fitted to them: training has diverged; lower the learning rates"
+        )
+    ridge, x = least_variance(x), x.double()
     weights, means, factors = _maximisation(x, start if start is not None else _clusters(x, components, seed), ridge)
     before = value = -math.inf
     iterations = 0
@@ -68,6 +74,17 @@ def fit_mixture(
             break
         before = value
     return MixtureFit(weights, means, factors, value, iterations)
+
+
+def least_variance(x: Tensor) -> float:
+    """A millionth of the mean variance of the rows x (N, D), which is added to the variances of distributions fitted to them.
+
+    It is relative, unlike scikit-learn's reg_covar = 1e-6, so that a fit does not depend on the unit of codes, which an
+    encoder is free to choose. Where all rows are equal up to rounding, it is a millionth of the squared rounding error.
+    """
+    rounding = torch.finfo(x.dtype).eps * x.abs().max().item()
+    variance = x.double().var(0, correction=0).mean().item()
+    return 1e-6 * max(variance, rounding**2, torch.finfo(torch.float32).tiny)
 
 
 def log_densities(x: Tensor, weights: Tensor, means: Tensor, factors: Tensor) -> Tensor:
@@ -97,13 +114,7 @@ def _maximisation(x: Tensor, responsibilities: Tensor, ridge: float) -> tuple[Te
         covariance = (share[:, None] * centred).mT @ centred / count
         covariance.diagonal().add_(ridge)
         covariances.append(covariance)
-    factors, info = torch.linalg.cholesky_ex(torch.stack(covariances))
-    if info.any():
-        raise ValueError(
-            "a component of the mixture has a singular covariance: some code is constant or depends on the others; use fewer "
-            "components (density.components) or fewer latent dimensions"
-        )
-    return counts / counts.sum(), means, factors
+    return counts / counts.sum(), means, torch.linalg.cholesky(torch.stack(covariances))
 
 
 def _clusters(x: Tensor, count: int, seed: int) -> Tensor:

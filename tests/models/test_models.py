@@ -17,6 +17,7 @@ from glf_fast.models import Encodes, GenerativeModel, HasLikelihood, Interpolate
 SMALL = {
     "glf": ({"latent_dim": 4, "width": 4, "hidden": 16, "flow": {"steps": 2, "hidden": [8]}}, "reconstruction", 0.5),
     "vae": ({"latent_dim": 4, "width": 4, "hidden": 16}, "reconstruction", 0.7),
+    "rae": ({"latent_dim": 4, "width": 4, "hidden": 16, "regularizer": "gp"}, "reconstruction", 0.7),
 }
 Build = Callable[[], GenerativeModel]
 

@@ -46,7 +46,8 @@ def test_a_preset_is_valid_and_survives_printing(name: str, tmp_path: Path) -> N
 def test_a_preset_builds_its_model(name: str) -> None:
     config = load(preset_path(name))
     kind = models.kind(config.model.name)
-    model = kind((1, 8, 8), dataclasses.replace(config.model, width=2, hidden=4))
+    small = {name: 2 for name in ("width", "hidden") if name in config.model.effective()}
+    model = kind((1, 8, 8), dataclasses.replace(config.model, **small))
     assert tuple(model.parameter_groups()) == kind.groups == tuple(config.optimizers)
     assert models.build(config.model.name, model.config).config == model.config
 
