@@ -19,6 +19,7 @@ from glf_fast.models.model import (
     Words,
 )
 from glf_fast.models.vae import VAE
+from glf_fast.models.wae import WAE
 
 __all__ = [
     "GLF",
@@ -40,6 +41,7 @@ __all__ = [
 _MODELS: dict[str, type[GenerativeModel]] = {
     "glf": GLF,
     "vae": VAE,
+    "wae-mmd": WAE,
 }
 
 
