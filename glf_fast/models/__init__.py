@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glf_fast.errors import UserError, did_you_mean
+from glf_fast.models.glann import GLANN
 from glf_fast.models.glf import GLF
 from glf_fast.models.model import (
     Encodes,
@@ -42,6 +43,7 @@ _MODELS: dict[str, type[GenerativeModel]] = {
     "glf": GLF,
     "vae": VAE,
     "wae-mmd": WAE,
+    "glann": GLANN,
 }
 
 

@@ -56,7 +56,7 @@ class WAE(ExPostModel):
     words = Words(
         "WAE-MMD",
         curves={"reconstruction": "reconstruction", "mmd": "squared MMD between codes and N(0, I)"},
-        about_curves="The estimate of the squared MMD is unbiased, so it is negative in half of the batches when the laws agree.",
+        about_curves="The estimate of the squared MMD is unbiased, so it can be negative.",
     )
     settings: WAESettings
 
