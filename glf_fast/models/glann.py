@@ -60,7 +60,9 @@ class GLANNSettings(LatentSettings):
             UserError: the settings name another number.
         """
         if self.items not in (0, items):
-            raise UserError(f"model.items = {self.items}, but the training set has {items} images; leave model.items out")
+            raise UserError(
+                f"model.items = {self.items}, but the training set has {items} images; leave model.items out"
+            )
         return replace(self, items=items)
 
 

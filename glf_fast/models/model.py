@@ -214,7 +214,9 @@ class GenerativeModel(
         this = self.stages()[stage]
         if not this.indexed:
             return this.phases[phase].losses(x, generator)
-        return this.phases[phase].losses(x, generator, torch.arange(len(x), device=x.device) if index is None else index)
+        return this.phases[phase].losses(
+            x, generator, torch.arange(len(x), device=x.device) if index is None else index
+        )
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
