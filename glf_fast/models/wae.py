@@ -47,6 +47,9 @@ class WAE(ExPostModel):
 
     see `squared_mmd`. The default λ is that of the released code for MNIST: 10, with 0.05·‖D(E(x)) − x‖² for d.
 
+    The estimate of MMD² is unbiased for independent codes, but batch norm makes the codes of a batch dependent. After two epochs
+    on Fashion-MNIST it was −0.007 in training, and 0.005 for the same codes in eval mode.
+
     Args:
         shape: (C, H, W) of the images, H and W multiples of 4.
         settings: see `WAESettings`; `mmd_weight` is λ, `reconstruction` is d.
@@ -56,7 +59,7 @@ class WAE(ExPostModel):
     words = Words(
         "WAE-MMD",
         curves={"reconstruction": "reconstruction", "mmd": "squared MMD between codes and N(0, I)"},
-        about_curves="The estimate of the squared MMD is unbiased, so it can be negative.",
+        about_curves="The squared MMD is estimated, so it can be negative.",
     )
     settings: WAESettings
 
