@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glf_fast.errors import UserError, did_you_mean
+from glf_fast.models.glann import GLANN
 from glf_fast.models.glf import GLF
 from glf_fast.models.model import (
     Encodes,
@@ -20,6 +21,7 @@ from glf_fast.models.model import (
 )
 from glf_fast.models.rae import RAE
 from glf_fast.models.vae import VAE
+from glf_fast.models.wae import WAE
 
 __all__ = [
     "GLF",
@@ -44,6 +46,8 @@ _MODELS: dict[str, type[GenerativeModel]] = {
     "glf": GLF,
     "vae": VAE,
     "rae": RAE,
+    "wae-mmd": WAE,
+    "glann": GLANN,
 }
 
 
