@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from glf_fast.errors import UserError
 from glf_fast.models.flow_settings import FlowSettings
 from glf_fast.models.latent import SAMPLE_BATCH, LatentModel, LatentSettings
-from glf_fast.models.model import Words
+from glf_fast.models.model import Phase, Stage, Words
 from glf_fast.models.reconstruction import reconstruction_loss
 from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Rule
 
@@ -37,6 +37,8 @@ class GLFSettings(LatentSettings):
     latent_noise: float = 0.0
     """Standard deviation of the noise on codes in training, relative to the standard deviation of the codes; without
     stop_gradient, the noise has this standard deviation itself."""
+    flow_epochs: int = 0
+    """Passes over the codes of the trained autoencoder in which the flow alone is trained further, after all else."""
     flow: FlowSettings = FlowSettings()  # noqa: RUF009 - frozen
 
     RULES: ClassVar[Mapping[str, Rule]] = {
@@ -44,6 +46,7 @@ class GLFSettings(LatentSettings):
         "latent_dim": AT_LEAST_2,  # a coupling needs two halves
         "beta": POSITIVE,
         "latent_noise": NOT_NEGATIVE,
+        "flow_epochs": NOT_NEGATIVE,
     }
 
     def summary(self) -> str:
@@ -73,6 +76,8 @@ class GLF(LatentModel):
                 trains the decoder beside the surface. With stop_gradient, s is the standard deviation of each coordinate of the
                 codes over the batch, so that the encoder cannot outgrow the noise. Without it, s is 1, so that the noise cannot
                 shrink with the codes.
+            flow_epochs: the flow learns codes that move as long as the autoencoder learns, and from batches, in training mode;
+                its last epochs may be on codes at rest, in evaluation mode. The paper has none.
     """
 
     Settings = GLFSettings
@@ -122,11 +127,7 @@ class GLF(LatentModel):
             nll_vs_normal: nll minus the nll of a normal distribution with the batch's mean and variances. The difference does
                 not change when the encoder rescales its codes.
         """
-        settings, z = self.settings, self.encode(x)
-        if settings.latent_noise > 0:
-            noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-            unit = z.detach().std(0, correction=0) if settings.stop_gradient else 1.0
-            z = z + settings.latent_noise * unit * noise
+        settings, z = self.settings, self._noisy(self.encode(x), generator)
         reconstruction = reconstruction_loss(settings.reconstruction, self.decode(z), x)
         nll = -self.flow.log_prob(z.detach() if settings.stop_gradient else z).mean()
         return {
@@ -135,6 +136,27 @@ class GLF(LatentModel):
             "nll": nll,
             "nll_vs_normal": nll.detach() - _normal_nll(z.detach()),
         }
+
+    def flow_losses(self, z: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """`nll` and `nll_vs_normal` of `losses` for codes z (B, latent_dim) without noise."""
+        z = self._noisy(z, generator)
+        nll = -self.flow.log_prob(z).mean()
+        return {"nll": nll, "nll_vs_normal": nll.detach() - _normal_nll(z)}
+
+    def _noisy(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
+        """z̃ = z + σ·s·ε."""
+        settings = self.settings
+        if not settings.latent_noise:
+            return z
+        noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        unit = z.detach().std(0, correction=0) if settings.stop_gradient else 1.0
+        return z + settings.latent_noise * unit * noise
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Training of all parameters by one loss; then, with `flow_epochs`, of the flow alone on codes that no longer move."""
+        first, epochs = Stage(self.phases()), self.settings.flow_epochs
+        last = Phase(self.flow_losses, moves=("flow",), minimises="nll")
+        return (first, Stage((last,), epochs=epochs, inputs=self.encode)) if epochs else (first,)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """{"autoencoder": encoder and decoder, "flow": the flow}."""

@@ -255,3 +255,14 @@ def test_registry(small_glf: Build) -> None:
 def test_wrong_settings_are_named(name: str, config: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(name, config)
+
+
+def test_the_last_epochs_may_train_the_flow_alone(small_glf: Callable[..., GLF], images: Tensor) -> None:
+    assert len(small_glf().stages()) == 1
+    model = small_glf(flow_epochs=3).eval()
+    _, stage = model.stages()
+    assert stage.epochs == 3 and stage.inputs is not None and [phase.moves for phase in stage.phases] == [("flow",)]
+    with torch.no_grad():
+        alone = model(stage.inputs(images), None, 1)
+        both = model.losses(images)
+    assert alone == {name: both[name] for name in ("nll", "nll_vs_normal")}
