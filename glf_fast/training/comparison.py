@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from glf_fast import models
 from glf_fast.data import ImageDataset
 from glf_fast.errors import UserError, lacks_memory
-from glf_fast.files import read_json
-from glf_fast.images import grid, save_png, to_float, to_uint8
+from glf_fast.files import atomic_write, read_json
+from glf_fast.images import grid, to_float, to_uint8
 from glf_fast.metrics import subset
 from glf_fast.models import GenerativeModel, Reconstructs
 from glf_fast.output import one_line
@@ -92,8 +93,7 @@ class _Results:
         self._rows: dict[str, dict[str, Any]] = {}
         self._runs: dict[tuple[str, int], dict[str, Any]] = {}
         self._floors: dict[str, dict[str, float]] = {}
-        pictures = plan.folder / "pictures"
-        save_png(pictures / "test.png", grid(subset(test.images, _REBUILT), columns=_REBUILT), scale=_ENLARGED)
+        _save(plan.folder / "pictures" / "test.png", subset(test.images, _REBUILT), _REBUILT)
         before = _failures(plan.folder)
         for row, seed in dict.fromkeys([*plan.present(), *before]):
             with self.noting_failure(row, seed):
@@ -160,12 +160,11 @@ class _Results:
             self._draw(row, model)
 
     def _draw(self, row: str, model: GenerativeModel) -> None:
-        pictures: dict[str, Tensor] = {"samples": grid(draw(model, _SAMPLES, seed=0))}
+        pictures = self.plan.folder / "pictures"
+        _save(pictures / f"{row}-samples.png", draw(model, _SAMPLES, seed=0))
         if isinstance(model, Reconstructs):
             images = to_float(subset(self.test.images, _REBUILT).to(self.device))
-            pictures["reconstructions"] = grid(to_uint8(model.reconstruct(images)), columns=_REBUILT)
-        for kind, picture in pictures.items():
-            save_png(self.plan.folder / "pictures" / f"{row}-{kind}.png", picture, scale=_ENLARGED)
+            _save(pictures / f"{row}-reconstructions.png", to_uint8(model.reconstruct(images)), _REBUILT)
 
     def record(self) -> dict[str, Any]:
         """The results so far, JSON-ready; `comparison_page` describes them."""
@@ -232,6 +231,17 @@ def _failures(folder: Path) -> dict[tuple[str, int], str]:
         return {(row, int(run["seed"])): str(run["reason"]) for row, run in failed}
     except (UserError, KeyError, TypeError, ValueError):  # it is written again
         return {}
+
+
+def _save(path: Path, images: Tensor, columns: int | None = None) -> None:
+    """Write a grid of uint8 images (N, C, H, W) as PNG; the ground is transparent, so that it suits light and dark pages."""
+    picture = grid(images.cpu(), columns, padding=1)
+    opaque = 255 - grid(torch.zeros_like(images[:, :1], device="cpu"), columns, padding=1)
+    pixels = (
+        torch.cat([picture.expand(3, -1, -1), opaque]).repeat_interleave(_ENLARGED, 1).repeat_interleave(_ENLARGED, 2)
+    )
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
 
 def _machine(device: torch.device) -> str:

@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-__all__ = ["FORMAT", "HTML", "JSON", "MARKDOWN", "columns", "markdown", "published", "write"]
+__all__ = ["FORMAT", "HTML", "JSON", "MARKDOWN", "columns", "markdown", "published", "unfinished", "write"]
 
 FORMAT = "glf_fast.comparison 1"
 JSON, MARKDOWN, HTML = "comparison.json", "comparison.md", "comparison.html"
@@ -72,14 +72,11 @@ def columns(record: dict[str, Any]) -> list[list[str]]:
 def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
     """The texts of a row, by column."""
     run = first_run(row)
-    others = "; ".join(
-        f"seed {run['seed']} {run['state']}: {run['reason']}" for run in row["runs"] if run["state"] != "finished"
-    )
     if run is None:
-        return {"not finished": others}
+        return {f"{metrics[0]} (95 %)" if metrics else "state": row["runs"][0]["state"]}
     scores = {score["samples"]["metric"]: score for score in run["scores"]}
     line = {f"{metric} (95 %)": _distance(score["samples"]) for metric, score in scores.items()}
-    line |= {"not finished": others, "minutes": f"{run['minutes']:.1f}", "parameters": f"{row['parameters']:,}"}
+    line |= {"minutes": f"{run['minutes']:.1f}", "parameters": f"{row['parameters']:,}"}
     if not metrics or metrics[0] not in scores:
         return line
     score, prior = scores[metrics[0]], prior_of(run, metrics[0])
@@ -92,6 +89,16 @@ def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
         **{key: "" if samples[key] is None else f"{samples[key]:.3f}" for key in ("precision", "recall")},
         "bits per dimension": f"{density['value']:.3f}" if density and density["value"] is not None else "",
     }
+
+
+def unfinished(record: dict[str, Any]) -> list[str]:
+    """A line for each run without results, with the reason."""
+    return [
+        f"{row['name']}, seed {run['seed']}, {run['state']}: {run['reason']}"
+        for row in record["rows"]
+        for run in row["runs"]
+        if run["state"] != "finished"
+    ]
 
 
 def first_run(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -122,9 +129,9 @@ def _over_seeds(row: dict[str, Any], metric: str) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
-def _published_value(entry: dict[str, Any]) -> str:
-    deviation = f" ± {entry['deviation']:g}" if "deviation" in entry else ""
-    return f"{entry['value']:g}{deviation}" + (f" ({entry['what']})" if "what" in entry else "")
+def _published_cells(entry: dict[str, Any]) -> list[str]:
+    value = f"{entry['value']:g}" + (f" ± {entry['deviation']:g}" if "deviation" in entry else "")
+    return [entry["row"], value, entry.get("what", ""), entry["source"]]
 
 
 def _protocol(record: dict[str, Any]) -> str:
@@ -154,8 +161,10 @@ _OTHER_PROTOCOL = (
 def markdown(record: dict[str, Any]) -> str:
     """The table as Markdown that is also readable as plain text, with the protocol and the published numbers."""
     parts = [f"# {_title(record)}", _protocol(record), _table(columns(record))]
+    if lines := unfinished(record):
+        parts.append("\n".join(f"* {line}" for line in lines))
     if known := record["published"]:
-        rows = [["", "FID", "source"], *([e["row"], _published_value(e), e["source"]] for e in known)]
+        rows = [["", "FID", "samples", "source"], *map(_published_cells, known)]
         parts += ["## Published, FID, other protocol", _OTHER_PROTOCOL, _table(rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -188,6 +197,7 @@ def _page(folder: Path, record: dict[str, Any]) -> str:
         protocol=html.escape(_protocol(record)),
         bars=_bars(record),
         table=_html_table(columns(record)),
+        unfinished="".join(f"<p>{html.escape(line)}</p>" for line in unfinished(record)),
         published=_html_published(record),
         samples=_samples(folder, record),
         reconstructions=_reconstructions(folder, record),
@@ -233,10 +243,7 @@ def _html_table(rows: list[list[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
     body = ""
     for row in rows[1:]:
-        cells = "".join(
-            f'<td class="{"reason" if name == "not finished" else ""}">{html.escape(cell)}</td>'
-            for name, cell in zip(rows[0][1:], row[1:], strict=True)
-        )
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
         kind = ' class="real"' if row[0] == _REAL else ""
         body += f"<tr{kind}><th>{html.escape(row[0])}</th>{cells}</tr>"
     return f'<div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -245,15 +252,14 @@ def _html_table(rows: list[list[str]]) -> str:
 def _html_published(record: dict[str, Any]) -> str:
     if not record["published"]:
         return ""
-    body = "".join(
-        f"<tr><th>{html.escape(e['row'])}</th><td>{html.escape(_published_value(e))}</td>"
-        f'<td class="reason">{html.escape(e["source"])}</td></tr>'
-        for e in record["published"]
-    )
+    body = ""
+    for entry in record["published"]:
+        name, *cells = map(html.escape, _published_cells(entry))
+        body += f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    head = "".join(f"<th>{name}</th>" for name in ("", "FID", "samples", "source"))
     return (
         f"<h2>Published, FID, other protocol</h2><p>{_OTHER_PROTOCOL}</p>"
-        f'<div class="card wide published"><table><thead><tr><th></th><th>FID</th><th class="reason">source</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="card wide published"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
