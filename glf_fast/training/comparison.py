@@ -92,8 +92,12 @@ class _Results:
         self.plan, self.train, self.test, self.device = plan, train, test, device
         self._rows: dict[str, dict[str, Any]] = {}
         self._runs: dict[tuple[str, int], dict[str, Any]] = {}
-        self._floors: dict[str, dict[str, float]] = {}
+        self._floors: dict[str, tuple[str, dict[str, float]]] = {}  # by extractor: the metric and its floors
         _save(plan.folder / "pictures" / "test.png", subset(test.images, _REBUILT), _REBUILT)
+        known = {plan.run_folder(row, seed) for row, seed in plan.present()}
+        for path in sorted((plan.folder / "runs").glob("*")):
+            if path not in known and not path.name.startswith("."):
+                print(f"{path} is not a run of a known row; it is left out of the table", file=sys.stderr)
         before = _failures(plan.folder)
         for row, seed in dict.fromkeys([*plan.present(), *before]):
             with self.noting_failure(row, seed):
@@ -145,19 +149,30 @@ class _Results:
             and score["checkpoint"].get("images") == about["images"]
             and wanted.items() <= score["settings"].items()
         ]
+        scores.sort(key=lambda score: self._order(score["settings"]["extractor"]))
         usual, prior = ([s for s in scores if s["settings"]["mode"] == mode] for mode in ("", PRIOR))
+        if not usual:
+            raise UserError(
+                f"{folder} has no scores of its best checkpoint with {wanted['n']} samples; run python -m glf_fast.evaluate "
+                f"{folder}, and this command again"
+            )
         if PRIOR in model.sampling_modes and len(prior) < len(usual):
             names = [score["settings"]["extractor"] for score in usual]
             extractors = load_extractors(names, self.device, all_needed=True)
             prior = evaluate_mode(model, self.train, self.test, extractors, usual, PRIOR)
             runs.write_scores(folder, prior)
         for score in usual:
-            self._floors[score["samples"]["metric"]] = score["samples"]["floors"]
+            self._floors[score["settings"]["extractor"]] = score["samples"]["metric"], score["samples"]["floors"]
         self._note(row, seed, **state, scores=usual, prior_scores=prior)
         first = min(s for r, s in self._runs if r == row and self._runs[r, s]["state"] == "finished")
         if seed == first:
             self._rows[row] = {"parameters": sum(p.numel() for p in model.parameters())}
             self._draw(row, model)
+
+    def _order(self, extractor: str) -> int:
+        """The place of an extractor among those of the comparison: without its weights, a run may lack the first."""
+        names = self.plan.shared.score.extractors
+        return names.index(extractor) if extractor in names else len(names)
 
     def _draw(self, row: str, model: GenerativeModel) -> None:
         pictures = self.plan.folder / "pictures"
@@ -186,7 +201,7 @@ class _Results:
             },
             "machine": _machine(self.device),
             "settings": {path.name: path.read_text(encoding="utf-8") for path in shared_files(plan.size, plan.data)},
-            "floors": self._floors,
+            "floors": dict(self._floors[name] for name in sorted(self._floors, key=self._order)),
             "rows": [self._row(row) for row in rows() if row in names],
         }
 
