@@ -156,7 +156,7 @@ class _Results:
                 f"{folder} has no scores of its best checkpoint with {wanted['n']} samples; run python -m glf_fast.evaluate "
                 f"{folder}, and this command again"
             )
-        if PRIOR in model.sampling_modes and len(prior) < len(usual):
+        if len(prior) < len(usual) and _has_prior(model):
             names = [score["settings"]["extractor"] for score in usual]
             extractors = load_extractors(names, self.device, all_needed=True)
             prior = evaluate_mode(model, self.train, self.test, extractors, usual, PRIOR)
@@ -216,6 +216,14 @@ class _Results:
             **self._rows.get(row, {}),
             "runs": [self._runs[key] for key in sorted(self._runs) if key[0] == row],
         }
+
+
+def _has_prior(model: GenerativeModel) -> bool:
+    """Whether the model has samples from the prior beside its usual ones, and not the same ones, for want of a density."""
+    if PRIOR not in model.sampling_modes:
+        return False
+    usual, prior = (draw(model, _SAMPLES, seed=0, mode=mode) for mode in ("", PRIOR))
+    return not torch.equal(usual, prior)
 
 
 def _state(folder: Path) -> dict[str, Any]:
