@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glf_fast.errors import UserError, did_you_mean
+from glf_fast.models.glann import GLANN
 from glf_fast.models.glf import GLF
 from glf_fast.models.model import (
     Encodes,
@@ -18,10 +19,14 @@ from glf_fast.models.model import (
     Stage,
     Words,
 )
+from glf_fast.models.rae import RAE
 from glf_fast.models.vae import VAE
+from glf_fast.models.wae import WAE
 
 __all__ = [
     "GLF",
+    "RAE",
+    "VAE",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",
@@ -40,6 +45,9 @@ __all__ = [
 _MODELS: dict[str, type[GenerativeModel]] = {
     "glf": GLF,
     "vae": VAE,
+    "rae": RAE,
+    "wae-mmd": WAE,
+    "glann": GLANN,
 }
 
 

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 __all__ = ["Decoder", "Encoder", "check_image_shape"]
 
 
-def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    """(C, H, W) as integers; raises ValueError, with the sizes that work, unless H and W are multiples of 4."""
+def check_image_shape(image_shape: Sequence[int], multiple: int = 4) -> tuple[int, int, int]:
+    """(C, H, W) as integers; raises ValueError, with the sizes that work, unless H and W are multiples of `multiple`."""
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"image_shape must be (channels, height, width); got {tuple(image_shape)}")
     channels, height, width = map(int, image_shape)
-    if height % 4 or width % 4:
-        nearest = " × ".join(str(max(4, 4 * round(size / 4))) for size in (height, width))
+    if height % multiple or width % multiple:
+        nearest = " × ".join(str(max(multiple, multiple * round(size / multiple))) for size in (height, width))
+        sizes = ", ".join(str(size) for size in (28, 32, 64, 128) if size % multiple == 0)
         raise ValueError(
-            f"the networks halve images twice, so height and width must be multiples of 4 (28, 32, 64, …); got "
-            f"{height} × {width}: resize the images, for instance to {nearest}"
+            f"the networks' layers halve or double images, so height and width must be multiples of {multiple} ({sizes}, …); "
+            f"got {height} × {width}: resize the images, for instance to {nearest}"
         )
     return channels, height, width
 

@@ -5,121 +5,28 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from glf_fast.flow import CouplingFlow, Flow, rnvp_flow
-from glf_fast.models.autoencoder import Decoder, Encoder, check_image_shape
-from glf_fast.models.model import GenerativeModel, ModelSettings, Phase, Words
+from glf_fast.errors import UserError
+from glf_fast.models.flow_settings import FlowSettings
+from glf_fast.models.latent import SAMPLE_BATCH, LatentModel, LatentSettings
+from glf_fast.models.model import Words
 from glf_fast.models.reconstruction import reconstruction_loss
-from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Rule, Settings, shown
+from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Rule
 
-__all__ = ["GLF", "FlowSettings", "GLFSettings"]
-
-# Batch size of sampling. It bounds memory, and is part of the authors' protocol, which uses batch statistics.
-_SAMPLE_BATCH = 500
-# Of a deeper flow nothing would be seen for minutes but that it is being built.
-_DEPTH: Rule = (lambda value: 0 < value <= 1000, "between 1 and 1000")
+__all__ = ["GLF", "GLFSettings"]
 
 
 @dataclass(frozen=True)
-class FlowSettings(Settings):
-    """The normalizing flow."""
-
-    kind: Literal["coupling", "rnvp"] = "coupling"
-    """Kind of flow. coupling: Glow's steps (ActNorm, linear, coupling); rnvp: the GLF paper's blocks."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers in the couplings' networks; rnvp needs two equal widths."""
-    steps: int = 8
-    """For kind coupling: number of steps."""
-    activation: str = "relu"
-    """For kind coupling: activation of the networks: relu, leaky_relu, silu, gelu, tanh or elu."""
-    coupling: Literal["affine", "separate", "additive", "spline"] = "affine"
-    """For kind coupling: what becomes of the transformed half v. affine: v·e^s + t, with one network for s and t; separate: the
-    same with one for each; additive: v + t; spline: a rational-quadratic spline of each number."""
-    bins: int = 8
-    """For coupling spline: bins of a spline."""
-    bound: float = 5.0
-    """For coupling spline: the splines act on numbers between -bound and bound."""
-    log_scale: str = "tanh"
-    """For kind coupling: the function that gives the log-scales: tanh, exp, glow, nflows, atan, softclip or jet."""
-    log_scale_constant: float | None = None
-    """For kind coupling: constant of the log-scale function; by default the usual constant of the function."""
-    add_first: bool = False
-    """For kind coupling: compute (v + t)·e^s instead of v·e^s + t."""
-    linear: Literal["plu", "dense", "permutation"] = "plu"
-    """For kind coupling: the linear layer between couplings."""
-    actnorm: bool = True
-    """For kind coupling: begin each step with an ActNorm."""
-    blocks: int = 4
-    """For kind rnvp: number of two-sided blocks."""
-    clamp: float = 2.0
-    """For kind rnvp: bound of the log-scales."""
-    seed: int = 0
-    """For kind rnvp: random seed of the fixed permutations."""
-
-    CHOICE: ClassVar[str] = "kind"
-    RULES: ClassVar[Mapping[str, Rule]] = {
-        "hidden": (lambda value: 1 <= len(value) <= 4 and min(value) > 0, "one to four positive widths"),
-        "steps": _DEPTH,
-        "bins": (lambda value: value in range(2, 33), "between 2 and 32"),
-        "bound": POSITIVE,
-        "blocks": _DEPTH,
-        "clamp": POSITIVE,
-    }
-
-    def effective(self) -> dict[str, Any]:
-        """The fields that have an effect with this kind, by name."""
-        rnvp, splines = ("blocks", "clamp", "seed"), ("bins", "bound")
-        scales = ("log_scale", "log_scale_constant", "add_first")
-        without = {"additive": splines + scales, "spline": scales}.get(self.coupling, splines)
-        fields = dict(vars(self))
-        if self.kind == "rnvp":
-            return {name: fields[name] for name in ("kind", "hidden", *rnvp)}
-        return {name: value for name, value in fields.items() if name not in (*rnvp, *without)}
-
-    def choice(self, name: str) -> str:
-        """The field that decides whether the field `name` has an effect."""
-        of_coupling = name in ("bins", "bound", "log_scale", "log_scale_constant", "add_first")
-        return "coupling" if of_coupling and self.kind == "coupling" else "kind"
-
-    def mistake(self) -> str:
-        """A message if the flow cannot be built with these settings, else ""."""
-        if self.kind == "rnvp" and (len(self.hidden) != 2 or self.hidden[0] != self.hidden[1]):
-            return f'hidden = {shown(self.hidden)} must be two equal widths for flow.kind = "rnvp"'
-        try:
-            with torch.random.fork_rng(devices=[]):
-                replace(self, steps=1, blocks=1, hidden=(1,) * len(self.hidden)).build(2)
-        except (ValueError, TypeError) as error:
-            return str(error)
-        return ""
-
-    def build(self, dim: int) -> Flow:
-        """The flow on vectors of length `dim`."""
-        options = {name: value for name, value in self.effective().items() if name != "kind"}
-        if self.kind == "rnvp":
-            return rnvp_flow(dim, **{**options, "hidden": self.hidden[0]})
-        if self.coupling == "spline":
-            bound = options.pop("bound")
-            options["spline"] = {"bins": options.pop("bins"), "low": -bound, "high": bound}
-        return CouplingFlow(dim, **options)
-
-
-@dataclass(frozen=True)
-class GLFSettings(ModelSettings):
+class GLFSettings(LatentSettings):
     """Generative Latent Flow; the settings of its flow are a table of their own."""
 
     name: str = "glf"
     """Name of the model."""
-    latent_dim: int = 20
-    """Length of a code, the dimension of the latent space."""
-    width: int = 64
-    """Channels after the encoder's first convolution."""
-    hidden: int = 1024
-    """Units of the dense layer in encoder and decoder."""
     reconstruction: Literal["mse", "bce", "l1", "perceptual"] = "mse"
     """Distance between images and their reconstructions."""
     beta: float = 1.0
@@ -130,12 +37,11 @@ class GLFSettings(ModelSettings):
     latent_noise: float = 0.0
     """Standard deviation of the noise on codes in training, relative to the standard deviation of the codes; without
     stop_gradient, the noise has this standard deviation itself."""
-    flow: FlowSettings = FlowSettings()
+    flow: FlowSettings = FlowSettings()  # noqa: RUF009 - frozen
 
     RULES: ClassVar[Mapping[str, Rule]] = {
+        **LatentSettings.RULES,
         "latent_dim": AT_LEAST_2,  # a coupling needs two halves
-        "width": POSITIVE,
-        "hidden": POSITIVE,
         "beta": POSITIVE,
         "latent_noise": NOT_NEGATIVE,
     }
@@ -145,7 +51,7 @@ class GLFSettings(ModelSettings):
         return f"{self.latent_dim} latent dimensions, {self.reconstruction} loss, {self.flow.kind} flow"
 
 
-class GLF(GenerativeModel):
+class GLF(LatentModel):
     """Generative Latent Flow (Xiao, Yan, Amit, arXiv:1905.10485).
 
     With encoder E, decoder D, flow F, codes z = E(x) and noisy codes z̃ = z + σ·s·ε, ε ~ N(0, I), the loss of a batch is
@@ -185,15 +91,13 @@ class GLF(GenerativeModel):
         ),
     )
     sampling_modes: ClassVar[Mapping[str, str]] = {
-        "authors": "the sampling protocol of GLF's authors: batch statistics, and images stretched to [0, 1]"
+        "authors": "the sampling protocol of GLF's authors: batch statistics, and images stretched to [0, 1]",
+        "denoised": "each code without its expected latent noise, by one step along the flow's score",
     }
     settings: GLFSettings
 
     def __init__(self, shape: Sequence[int], settings: GLFSettings = GLFSettings()) -> None:
-        super().__init__(check_image_shape(shape), settings)
-        sizes = settings.latent_dim, settings.width, settings.hidden
-        self.encoder = Encoder(shape, *sizes)
-        self.decoder = Decoder(shape, *sizes)
+        super().__init__(shape, settings)
         self.flow = settings.flow.build(settings.latent_dim)
 
     @classmethod
@@ -232,32 +136,40 @@ class GLF(GenerativeModel):
             "nll_vs_normal": nll.detach() - _normal_nll(z.detach()),
         }
 
-    def phases(self) -> tuple[Phase, ...]:
-        """A single phase, which trains all parameters by the same loss."""
-        return (Phase(self.losses, moves=self.groups),)
-
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """{"autoencoder": encoder and decoder, "flow": the flow}."""
-        return {
-            "autoencoder": [*self.encoder.parameters(), *self.decoder.parameters()],
-            "flow": list(self.flow.parameters()),
-        }
+        return {**super().parameter_groups(), "flow": list(self.flow.parameters())}
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Images x (B, C, H, W) in [0, 1] → codes z (B, latent_dim)."""
-        self._check_batch("x", x)
-        return self.encoder(x)
+    def sample_codes(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
+    ) -> Tensor:
+        """n codes F⁻¹(u), u ~ temperature·N(0, I): (n, latent_dim); in mode "denoised" the `denoised` ones."""
+        z = self.flow.sample(n, temperature=temperature, generator=generator)
+        return self.denoised(z) if mode == "denoised" else z
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Codes z (B, latent_dim) → images (B, C, H, W) in [0, 1]."""
-        return self.decoder(z)
+    def denoised(self, z: Tensor) -> Tensor:
+        """E[z | z̃] = z̃ + σ²·s²·∇ log p_F(z̃) of noisy codes z̃ (B, latent_dim), by Tweedie's formula; in eval mode.
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """D(E(x)) for x (B, C, H, W) in [0, 1], in eval mode and without gradients or noise."""
+        The step is exact if p_F is the density of noisy codes. It is that of TarFlow (Zhai et al., arXiv:2412.06329). With
+        stop_gradient the variances s² of clean codes are those of 4,096 codes of the flow, of a fixed seed, over 1 + σ².
+
+        Raises:
+            UserError: the model has no latent noise.
+        """
+        settings = self.settings
+        if not settings.latent_noise:
+            raise UserError('mode "denoised" needs a GLF that was trained with latent noise (model.latent_noise > 0)')
         with self.evaluating():
-            return self.decode(self.encode(x))
+            variances: Tensor | float = settings.latent_noise**2
+            if settings.stop_gradient:
+                codes = self.flow.sample(4096, generator=torch.Generator(z.device).manual_seed(0))
+                variances = variances / (1 + variances) * codes.var(0)
+            with torch.inference_mode(False), torch.enable_grad():
+                z = z.detach().clone().requires_grad_()
+                [score] = torch.autograd.grad(self.flow.log_prob(z).sum(), z)
+            return z.detach() + variances * score
 
     def sample(
         self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
@@ -269,20 +181,17 @@ class GLF(GenerativeModel):
             generator: source of u, on the model's device; the global generator if None.
             mode: "authors" samples as the released code does. Batch norms use the statistics of 500 samples at a time, so that
                 a sample depends on the rest of its batch, and each image is stretched to [0, 1]. Both change the Fréchet
-                distance.
+                distance. "denoised" decodes the codes that `denoised` returns.
         """
-        authors = mode == "authors"
-        starts = range(0, n, _SAMPLE_BATCH) or [0]
-        # Batch statistics need whole batches; a single sample has no variance.
-        sizes = [_SAMPLE_BATCH if authors else min(_SAMPLE_BATCH, n - start) for start in starts]
-        with self.evaluating(), _batch_statistics(self) if authors else contextlib.nullcontext():
-            x = torch.cat(
-                [self.decode(self.flow.sample(k, temperature=temperature, generator=generator)) for k in sizes]
-            )[:n]
-        if authors:
-            low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-            x = (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
-        return x
+        if mode != "authors":
+            return super().sample(n, temperature=temperature, generator=generator, mode=mode)
+        with self.evaluating(), _batch_statistics(self):
+            starts = range(0, n, SAMPLE_BATCH) or [0]
+            # Whole batches, also the last one, because a sample depends on its batch.
+            codes = (self.sample_codes(SAMPLE_BATCH, temperature=temperature, generator=generator) for _ in starts)
+            x = torch.cat([self.decode(z) for z in codes])[:n]
+        low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+        return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
 
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
         """Images (B, steps, C, H, W) on an arc in the flow's base space from each reconstructed x0 to its x1 (B, C, H, W).

@@ -28,7 +28,8 @@ __all__ = [
     "Words",
 ]
 
-Losses = Callable[[Tensor, "torch.Generator | None"], dict[str, Tensor]]
+Losses = Callable[..., dict[str, Tensor]]
+S = TypeVar("S", bound="ModelSettings")
 M = TypeVar("M", bound="GenerativeModel")
 
 
@@ -43,13 +44,18 @@ class ModelSettings(Settings):
         """The settings that matter most, in a few words for the report."""
         return ""
 
+    def trained_on(self: S, items: int) -> S:
+        """These settings for a training set of `items` items, for a model that has parameters for each item."""
+        return self
+
 
 @dataclass(frozen=True)
 class Phase:
     """One update within a training step.
 
     Attributes:
-        losses: a method of the model, losses(x, generator) → scalars by name; all scalars are logged.
+        losses: a method of the model, losses(x, generator) → scalars by name; all scalars are logged. In an indexed stage its
+            third argument is the index of the batch, see `Stage`.
         moves: names of the parameter groups that the update changes; gradients of other groups are dropped.
         minimises: name of the scalar that is back-propagated.
         every: the phase takes part in every `every`-th step only.
@@ -71,12 +77,15 @@ class Stage:
         inputs: function that maps a batch to the inputs of the phases and of `fit`, for instance images to their codes. It is
             applied once, in eval mode, at the start of the stage. None if the inputs are the batches themselves.
         fit: a closed-form fit to all inputs (N, …), instead of phases; the same inputs must give the same result.
+        indexed: whether the losses also take the places (B,) of the batch's items in the training set, for a model that has
+            parameters for each item. The model learns the number of items by `ModelSettings.trained_on`.
     """
 
     phases: tuple[Phase, ...] = ()
     epochs: int | None = None
     inputs: Callable[[Tensor], Tensor] | None = None
     fit: Callable[[Tensor], None] | None = None
+    indexed: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,10 +199,24 @@ class GenerativeModel(
         return (Stage(self.phases()),)
 
     def forward(
-        self, x: Tensor, generator: torch.Generator | None = None, stage: int = 0, phase: int = 0
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        stage: int = 0,
+        phase: int = 0,
+        index: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The losses of a phase; called `forward` because DistributedDataParallel and torch.compile wrap this method."""
-        return self.stages()[stage].phases[phase].losses(x, generator)
+        """The losses of a phase; called `forward` because DistributedDataParallel and torch.compile wrap this method.
+
+        Args:
+            index: places (B,) of x in the training set, for an indexed stage; by default the first ones.
+        """
+        this = self.stages()[stage]
+        if not this.indexed:
+            return this.phases[phase].losses(x, generator)
+        return this.phases[phase].losses(
+            x, generator, torch.arange(len(x), device=x.device) if index is None else index
+        )
 
     # -- use -----------------------------------------------------------------------------------------------------------
 

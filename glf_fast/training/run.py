@@ -159,7 +159,8 @@ class Run:
             if position == 0 or not len(order):
                 shuffle = seeds.generator(config.seed, "order", epoch)
                 order = torch.randperm(len(inputs), generator=shuffle).to(self.device)
-            losses.add(trainer.step(inputs[order[position : position + config.batch_size]]))
+            index = order[position : position + config.batch_size]
+            losses.add(trainer.step(inputs[index], index))
 
             stopping = bool(stop.signal) or self.done or trainer.images >= end
             saving = stopping or time.monotonic() - saved >= 60 * config.checkpoint_minutes

@@ -63,7 +63,7 @@ class Trainer:
             )
         torch.manual_seed(config.seed)
         try:
-            self.model = kind(train.shape, config.model).to(device)
+            self.model = kind(train.shape, config.model.trained_on(len(train))).to(device)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # and sizes that no memory has
             if lacks_memory(error):
                 raise
@@ -139,8 +139,12 @@ class Trainer:
 
     # -- steps -------------------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Tensor) -> dict[str, Tensor]:
-        """Train on a batch (B, …) of `inputs`; returns the losses of all phases, without waiting for a GPU."""
+    def step(self, batch: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+        """Train on a batch (B, …) of `inputs`; returns the losses of all phases, without waiting for a GPU.
+
+        Args:
+            index: places (B,) of the batch in `inputs`; by default the first ones.
+        """
         noise = seeds.generator(self.config.seed, "step", 0, self.images, device=self.device)
         torch.manual_seed(noise.initial_seed())  # for Dropout and whatever else has no generator of its own
         steps, x = (self.images - self._begin) // self.config.batch_size, _to_model(batch)
@@ -150,7 +154,7 @@ class Trainer:
             if steps % phase.every:
                 continue
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                found = self.model(x, noise, self.stage, i)
+                found = self.model(x, noise, self.stage, i, index)
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             found[phase.minimises].backward()

@@ -103,7 +103,7 @@ def test_random_numbers_come_from_the_generator(small_glf: Build, images: Tensor
 @pytest.fixture
 def trained(small_glf: Build, images: Tensor) -> GLF:
     """In training mode, with batch norms that are far from their running statistics."""
-    model = small_glf(flow={"kind": "rnvp", "blocks": 1, "hidden": 8})
+    model = small_glf(flow={"kind": "rnvp", "blocks": 1, "hidden": 8}, latent_noise=0.2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=seeded())
@@ -115,7 +115,7 @@ def test_sampling_leaves_the_model_as_it_was(trained: GLF, images: Tensor) -> No
     trained.decoder.eval()
     modes = [module.training for module in trained.modules()]
     state = copy.deepcopy(trained.state_dict())
-    for mode in ("", "authors"):
+    for mode in ("", "authors", "denoised"):
         x = trained.sample(7, generator=seeded(), mode=mode)
         assert x.shape == (7, 1, 8, 8) and x.min() >= 0 and x.max() <= 1 and not x.requires_grad
     trained.reconstruct(images)
@@ -167,6 +167,32 @@ def test_authors_protocol_does_not_start_the_flow(small_glf: Build) -> None:
     model = small_glf()
     model.sample(8, mode="authors")
     assert not model.flow.actnorm_initialized.any()
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_denoised_codes_are_the_posterior_mean(small_glf: Build, stop_gradient: bool) -> None:
+    """Of a normal distribution: E[z | z̃] = z̃ − N·S⁻¹·(z̃ − μ), with the covariances N of the noise and S of noisy codes."""
+    model = small_glf(stop_gradient=stop_gradient, latent_noise=0.5)
+    model.flow(torch.randn(64, 4, generator=seeded()) * torch.tensor([0.5, 1.0, 2.0, 4.0]) + 1.0)  # starts the ActNorms
+    model = model.double().eval()  # the couplings of a flow that was not trained are the identity
+    matrix = torch.func.jacfwd(lambda z: model.flow(z[None])[0][0])(torch.zeros(4, dtype=torch.float64))
+    covariance = torch.linalg.inv(matrix.mT @ matrix)
+    mean = model.flow.inverse(torch.zeros(1, 4, dtype=torch.float64))[0]
+    # Noise of standard deviation σ; with stop_gradient of σ·s, where s² + σ²·s² is the variance of noisy codes.
+    noise = covariance.diagonal() * 0.25 / 1.25 if stop_gradient else torch.full((4,), 0.25, dtype=torch.float64)
+    z = model.flow.sample(300, generator=seeded())
+    expected = -noise * torch.linalg.solve(covariance, (z - mean).mT).mT
+    step = model.denoised(z) - z
+    # The variance of 4,096 codes has a standard error of 2 %.
+    torch.testing.assert_close(step, expected, rtol=0.08 if stop_gradient else 1e-6, atol=1e-7)
+    torch.testing.assert_close(model.denoised(z[:2]) - z[:2], step[:2])
+    assert not step.requires_grad and model.denoised(z[:0]).shape == (0, 4)
+    torch.testing.assert_close(model.sample(300, generator=seeded(), mode="denoised"), model.decode(model.denoised(z)))
+
+
+def test_without_latent_noise_there_is_nothing_to_remove(small_glf: Build) -> None:
+    with pytest.raises(UserError, match=r"trained with latent noise \(model.latent_noise > 0\)"):
+        small_glf().sample(3, mode="denoised")
 
 
 def test_interpolation_goes_from_one_reconstruction_to_the_other(small_glf: Build, images: Tensor) -> None:

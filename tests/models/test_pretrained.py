@@ -12,7 +12,8 @@ from torch import Tensor
 
 from glf_fast.errors import UserError
 from glf_fast.models import GLF
-from glf_fast.models.glf import FlowSettings, GLFSettings
+from glf_fast.models.flow_settings import FlowSettings
+from glf_fast.models.glf import GLFSettings
 
 Build = Callable[..., GLF]
 

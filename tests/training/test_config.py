@@ -11,7 +11,8 @@ from glf_fast import models
 from glf_fast.command_line import pick_device
 from glf_fast.errors import UserError
 from glf_fast.metrics import names as extractor_names
-from glf_fast.models.glf import FlowSettings, GLFSettings
+from glf_fast.models.flow_settings import FlowSettings
+from glf_fast.models.glf import GLFSettings
 from glf_fast.training.arguments import parse_train
 from glf_fast.training.config import DataConfig, check, default, with_table
 from glf_fast.training.config_files import load, preset_path, presets, to_toml
@@ -45,7 +46,8 @@ def test_a_preset_is_valid_and_survives_printing(name: str, tmp_path: Path) -> N
 def test_a_preset_builds_its_model(name: str) -> None:
     config = load(preset_path(name))
     kind = models.kind(config.model.name)
-    model = kind((1, 8, 8), dataclasses.replace(config.model, width=2, hidden=4))
+    small = {name: 2 for name in ("width", "hidden") if name in config.model.effective()}
+    model = kind((1, 8, 8), dataclasses.replace(config.model, **small))
     assert tuple(model.parameter_groups()) == kind.groups == tuple(config.optimizers)
     assert models.build(config.model.name, model.config).config == model.config
 

@@ -14,6 +14,7 @@ from toy_models import Adversarial, Rows, Staged
 from glf_fast import data, models, sample, seeds, train
 from glf_fast.errors import UserError
 from glf_fast.models import GenerativeModel
+from glf_fast.models.glann import GLANNSettings
 from glf_fast.training import checkpoint, runs
 from glf_fast.training.arguments import parse_train
 from glf_fast.training.config import Config, OptimizerConfig, ScoreConfig, default, with_table
@@ -87,10 +88,10 @@ def interrupted(call: Call, command: list[str], monkeypatch: pytest.MonkeyPatch,
     """The run as a crash after so many images leaves it, which is in the middle of a step."""
     step = Trainer.step
 
-    def crash(self: Trainer, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    def crash(self: Trainer, batch: torch.Tensor, index: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.images >= images:
             raise KeyboardInterrupt
-        return step(self, batch)
+        return step(self, batch, index)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", crash)
@@ -98,6 +99,7 @@ def interrupted(call: Call, command: list[str], monkeypatch: pytest.MonkeyPatch,
 
 
 EPOCH = 12 * 128
+SMALL_GLANN = ["--model.latent-dim", "4", "--model.width", "4", "--model.hidden", "16", "--model.matched", "64"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,7 @@ EPOCH = 12 * 128
         ("staged", [], [5 * 128, 2 * EPOCH, 2 * EPOCH + 5 * 128]),
         ("staged", ["--model.density", "closed"], [5 * 128]),
         ("staged", ["--model.density", "joint"], [2 * EPOCH + 5 * 128]),
+        ("glann", [*SMALL_GLANN, "--model.mapping-epochs", "2"], [5 * 128, 2 * EPOCH, 2 * EPOCH + 5 * 128]),
     ],
 )
 def test_runs_resume_bit_for_bit(
@@ -150,6 +153,19 @@ def test_the_second_stage_fits_the_codes_and_leaves_the_networks_alone(density: 
     torch.testing.assert_close(codes, model.encode(DIGITS.images / 255).detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.mean.detach(), codes.mean(0), atol=0.1 * codes.std().item(), rtol=0.1)
     torch.testing.assert_close(model.log_std.detach().exp(), codes.std(0), atol=0.0, rtol=0.2)
+
+
+def test_an_indexed_stage_moves_what_belongs_to_the_batch() -> None:
+    model = GLANNSettings(latent_dim=4, width=4, hidden=16)
+    one = Trainer(config("glann", model=model), DIGITS, CPU)
+    assert one.model.settings.items == len(DIGITS)
+    index = torch.randperm(len(DIGITS))[:128]
+    before = weights(one)["codes.weight"]
+    one.step(DIGITS.images[index], index)
+    moved = (weights(one)["codes.weight"] != before).any(1).nonzero().flatten()
+    assert torch.equal(moved, index.sort().values)
+    with pytest.raises(UserError, match=r"model.items = 7, but the training set has \d+ images; leave model.items out"):
+        Trainer(config("glann", model=dataclasses.replace(model, items=7)), DIGITS, CPU)
 
 
 def test_samples_are_drawn_when_the_density_is_there(tmp_path: Path, call: Call) -> None:
