@@ -40,7 +40,7 @@ PRIOR = "prior"
 # The settings of the scores in the table, beside extractor, mode and number of samples.
 _USUAL = {"seed": 0, "temperature": 1.0}
 _SAMPLES, _REBUILT = 36, 10  # images in the pictures of a row
-_ENLARGED = 2
+_HEIGHT = 64  # pixels to which small images are enlarged
 
 
 def dry_run(plan: Plan, train: ImageDataset, device: torch.device) -> None:
@@ -157,6 +157,7 @@ class _Results:
                 f"{folder}, and this command again"
             )
         if len(prior) < len(usual) and _has_prior(model):
+            print(f"{folder}: computing the scores of samples from N(0, I)", file=sys.stderr)
             names = [score["settings"]["extractor"] for score in usual]
             extractors = load_extractors(names, self.device, all_needed=True)
             prior = evaluate_mode(model, self.train, self.test, extractors, usual, PRIOR)
@@ -260,9 +261,8 @@ def _save(path: Path, images: Tensor, columns: int | None = None) -> None:
     """Write a grid of uint8 images (N, C, H, W) as PNG; the ground is transparent, so that it suits light and dark pages."""
     picture = grid(images.cpu(), columns, padding=1)
     opaque = 255 - grid(torch.zeros_like(images[:, :1], device="cpu"), columns, padding=1)
-    pixels = (
-        torch.cat([picture.expand(3, -1, -1), opaque]).repeat_interleave(_ENLARGED, 1).repeat_interleave(_ENLARGED, 2)
-    )
+    scale = max(1, _HEIGHT // images.shape[2])
+    pixels = torch.cat([picture.expand(3, -1, -1), opaque]).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     with atomic_write(path) as temporary:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 

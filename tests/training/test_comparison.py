@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -44,12 +45,12 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "comparison"))
 
 
-def results(folder: Path) -> dict[str, dict[str, object]]:
+def results(folder: Path) -> dict[str, Any]:
     return {row["name"]: row for row in json.loads((folder / "comparison.json").read_text())["rows"]}
 
 
 def states(folder: Path) -> dict[str, list[str]]:
-    return {name: [run["state"] for run in row["runs"]] for name, row in results(folder).items()}  # type: ignore[attr-defined]
+    return {name: [run["state"] for run in row["runs"]] for name, row in results(folder).items()}
 
 
 # -- rows -----------------------------------------------------------------------------------------------------------------
@@ -208,9 +209,9 @@ def test_the_page_needs_nothing_else_and_shows_everything(finished: Path) -> Non
     assert len(pictures) == 2 + 3, "samples of two rows; test images, and two rows of reconstructions"
     assert all(source and source.startswith("data:image/png;base64,") for source in pictures)
     for row in results(finished).values():
-        value = row["runs"][0]["scores"][0]["samples"]["value"]  # type: ignore[index]
+        value = row["runs"][0]["scores"][0]["samples"]["value"]
         assert page.text.count(f"{value:.2f}") >= 3, "a bar, the table and the caption"
-        assert f"{row['parameters']:,}" in page.text and row["what"] in page.text  # type: ignore[operator]
+        assert f"{row['parameters']:,}" in page.text and row["what"] in page.text
 
 
 def test_the_table_is_markdown(finished: Path) -> None:
@@ -249,7 +250,7 @@ def test_more_seeds_extend_the_table(folder: Path, call: Call, capsys: pytest.Ca
     assert "row 2 of 2: vae, seed 1" in text.err
     assert states(folder) == {"glf": ["finished"], "vae": ["finished"] * 2}
     assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "nothing is trained twice"
-    values = [run["scores"][0]["samples"]["value"] for run in results(folder)["vae"]["runs"]]  # type: ignore[attr-defined]
+    values = [run["scores"][0]["samples"]["value"] for run in results(folder)["vae"]["runs"]]
     mean, half = sum(values) / 2, abs(values[0] - values[1]) / 2
     assert f"{mean:.2f} ± {half * 2**0.5:.2f} (2)" in text.out and half > 0
     table = [line.split("|")[1].strip() for line in text.out.splitlines() if line.startswith("|")]
@@ -283,11 +284,11 @@ def test_a_prior_is_scored_beside_the_fitted_density(
     ))  # fmt: skip
     for _ in range(2):
         call(compare, *SMOKE, "--models", "vae", "--out", folder)
-        [usual], [prior] = (results(folder)["vae"]["runs"][0][key] for key in ("scores", "prior_scores"))  # type: ignore[index]
+        [usual], [prior] = (results(folder)["vae"]["runs"][0][key] for key in ("scores", "prior_scores"))
         assert usual == ours and prior["settings"] == usual["settings"] | {"mode": "prior"}
         assert prior["samples"]["value"] != usual["samples"]["value"]
         assert prior["reconstructions"] == usual["reconstructions"]
-        assert results(folder)["glf"]["runs"][0]["prior_scores"] == []  # type: ignore[index]
+        assert results(folder)["glf"]["runs"][0]["prior_scores"] == []
         text = capsys.readouterr().out
         assert "| from N(0, I)" in text and f"| {prior['samples']['value']:.2f} " in text
         monkeypatch.setattr(comparison, "evaluate_mode", None)
@@ -313,13 +314,13 @@ def test_a_row_that_fails_is_a_line_with_its_reason(
     assert "diverges failed: " in capsys.readouterr().err
     wanted = {"glf": ["finished"], "glf-l1": ["finished"], "vae": ["finished"], "diverges": ["failed"]}
     assert states(folder) == wanted
-    reason = results(folder)["diverges"]["runs"][0]["reason"]  # type: ignore[index]
+    reason = results(folder)["diverges"]["runs"][0]["reason"]
     assert "not finite" in reason and "\n" not in reason
     for name in ("comparison.md", "comparison.html"):
         assert "not finite" in (folder / name).read_text()
     Page((folder / "comparison.html").read_text())
     call(compare, *SMOKE, "--models", "vae", "--out", folder)  # does not fail: that row is not asked for
-    assert states(folder) == wanted and results(folder)["diverges"]["runs"][0]["reason"] == reason  # type: ignore[index]
+    assert states(folder) == wanted and results(folder)["diverges"]["runs"][0]["reason"] == reason
 
 
 def test_runs_that_do_not_belong_are_named(folder: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,7 +367,7 @@ def test_a_killed_comparison_goes_on(
     call(compare, *arguments)
     assert (tmp_path / "c/runs/glf-seed-0/metrics.jsonl").read_bytes() == before
     ours, theirs = (
-        {name: row["runs"][0]["scores"] for name, row in results(folder).items()}  # type: ignore[index]
+        {name: row["runs"][0]["scores"] for name, row in results(folder).items()}
         for folder in (tmp_path / "c", finished)
     )
     assert ours == theirs
