@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-__all__ = ["FORMAT", "HTML", "JSON", "MARKDOWN", "columns", "markdown", "published", "unfinished", "write"]
+__all__ = ["FORMAT", "HTML", "JSON", "MARKDOWN", "columns", "markdown", "published", "write"]
 
 FORMAT = "glf_fast.comparison 1"
 JSON, MARKDOWN, HTML = "comparison.json", "comparison.md", "comparison.html"
@@ -54,14 +54,9 @@ def columns(record: dict[str, Any]) -> list[list[str]]:
     Columns in which no line has anything are left out.
     """
     metrics = list(record["floors"])
-    head = [
-        "",
-        "not finished",
-        *(f"{metric} (95 %)" for metric in metrics),
-        "over seeds, mean ± sd (n)",
-        "reconstructions",
-    ]
-    head += ["from N(0, I)", "KID", "precision", "recall", "bits per dimension", "minutes", "parameters"]
+    distances = [f"{metric} (95 %)" for metric in metrics]
+    head = ["", "state", *distances, "over seeds, mean ± sd (n)", "reconstructions", "from N(0, I)", "KID", "precision"]
+    head += ["recall", "bits per dimension", "minutes", "parameters"]
     lines = [{"": row["name"], **_line(row, metrics)} for row in record["rows"]]
     real = {f"{metric} (95 %)": f"{floors['train/test']:.2f}" for metric, floors in record["floors"].items()}
     lines += [{"": _REAL, **real}] if real else []
@@ -71,7 +66,7 @@ def columns(record: dict[str, Any]) -> list[list[str]]:
 
 def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
     """The texts of a row, by column."""
-    run = first_run(row)
+    run = _first_run(row)
     if run is None:
         return {f"{metrics[0]} (95 %)" if metrics else "state": row["runs"][0]["state"]}
     scores = {score["samples"]["metric"]: score for score in run["scores"]}
@@ -79,7 +74,7 @@ def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
     line |= {"minutes": f"{run['minutes']:.1f}", "parameters": f"{row['parameters']:,}"}
     if not metrics or metrics[0] not in scores:
         return line
-    score, prior = scores[metrics[0]], prior_of(run, metrics[0])
+    score, prior = scores[metrics[0]], _prior_of(run, metrics[0])
     samples, rebuilt, density = score["samples"], score["reconstructions"], score["likelihood"]
     return line | {
         "over seeds, mean ± sd (n)": _over_seeds(row, metrics[0]),
@@ -91,7 +86,7 @@ def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
     }
 
 
-def unfinished(record: dict[str, Any]) -> list[str]:
+def _unfinished(record: dict[str, Any]) -> list[str]:
     """A line for each run without results, with the reason."""
     return [
         f"{row['name']}, seed {run['seed']}, {run['state']}: {run['reason']}"
@@ -101,12 +96,12 @@ def unfinished(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def first_run(row: dict[str, Any]) -> dict[str, Any] | None:
+def _first_run(row: dict[str, Any]) -> dict[str, Any] | None:
     """The finished run of a row with the lowest seed, or None."""
     return next((run for run in row["runs"] if run["state"] == "finished"), None)
 
 
-def prior_of(run: dict[str, Any], metric: str) -> float | None:
+def _prior_of(run: dict[str, Any], metric: str) -> float | None:
     """The distance of samples from the standard normal prior instead of the fitted density, if the model has such samples."""
     return next((s["samples"]["value"] for s in run["prior_scores"] if s["samples"]["metric"] == metric), None)
 
@@ -161,7 +156,7 @@ _OTHER_PROTOCOL = (
 def markdown(record: dict[str, Any]) -> str:
     """The table as Markdown that is also readable as plain text, with the protocol and the published numbers."""
     parts = [f"# {_title(record)}", _protocol(record), _table(columns(record))]
-    if lines := unfinished(record):
+    if lines := _unfinished(record):
         parts.append("\n".join(f"* {line}" for line in lines))
     if known := record["published"]:
         rows = [["", "FID", "samples", "source"], *map(_published_cells, known)]
@@ -197,7 +192,7 @@ def _page(folder: Path, record: dict[str, Any]) -> str:
         protocol=html.escape(_protocol(record)),
         bars=_bars(record),
         table=_html_table(columns(record)),
-        unfinished="".join(f"<p>{html.escape(line)}</p>" for line in unfinished(record)),
+        unfinished="".join(f"<p>{html.escape(line)}</p>" for line in _unfinished(record)),
         published=_html_published(record),
         samples=_samples(folder, record),
         reconstructions=_reconstructions(folder, record),
@@ -212,7 +207,7 @@ def _bars(record: dict[str, Any]) -> str:
         return ""
     drawn: list[tuple[str, str, float, list[float] | None, float | None]] = []
     for row in record["rows"]:
-        run = first_run(row)
+        run = _first_run(row)
         for score in run["scores"] if run else ():
             if score["samples"]["metric"] == metric:
                 samples, rebuilt = score["samples"], score["reconstructions"]
@@ -266,7 +261,7 @@ def _html_published(record: dict[str, Any]) -> str:
 def _samples(folder: Path, record: dict[str, Any]) -> str:
     cards = ""
     for row in record["rows"]:
-        if run := first_run(row):
+        if run := _first_run(row):
             picture = _picture(folder / "pictures" / f"{row['name']}-samples.png", f"Samples of {row['name']}")
             what = ", ".join(filter(None, (row["title"], row["what"])))
             first = run["scores"][0]["samples"] if run["scores"] else None
@@ -281,7 +276,7 @@ def _samples(folder: Path, record: dict[str, Any]) -> str:
 def _reconstructions(folder: Path, record: dict[str, Any]) -> str:
     strips = [("test images", folder / "pictures" / "test.png")]
     strips += [(row["name"], folder / "pictures" / f"{row['name']}-reconstructions.png") for row in record["rows"]]
-    done = {row["name"] for row in record["rows"] if first_run(row)} | {"test images"}
+    done = {row["name"] for row in record["rows"] if _first_run(row)} | {"test images"}
     return "".join(
         f'<figure class="strip"><figcaption>{html.escape(name)}</figcaption>{_picture(path, f"Images of {name}")}</figure>'
         for name, path in strips
