@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from glf_fast import models
 from glf_fast.data import ImageDataset
 from glf_fast.errors import UserError, lacks_memory
-from glf_fast.files import read_json
-from glf_fast.images import grid, save_png, to_float, to_uint8
+from glf_fast.files import atomic_write, read_json
+from glf_fast.images import grid, to_float, to_uint8
 from glf_fast.metrics import subset
 from glf_fast.models import GenerativeModel, Reconstructs
 from glf_fast.output import one_line
@@ -39,7 +40,7 @@ PRIOR = "prior"
 # The settings of the scores in the table, beside extractor, mode and number of samples.
 _USUAL = {"seed": 0, "temperature": 1.0}
 _SAMPLES, _REBUILT = 36, 10  # images in the pictures of a row
-_ENLARGED = 2
+_HEIGHT = 64  # pixels to which small images are enlarged
 
 
 def dry_run(plan: Plan, train: ImageDataset, device: torch.device) -> None:
@@ -91,9 +92,12 @@ class _Results:
         self.plan, self.train, self.test, self.device = plan, train, test, device
         self._rows: dict[str, dict[str, Any]] = {}
         self._runs: dict[tuple[str, int], dict[str, Any]] = {}
-        self._floors: dict[str, dict[str, float]] = {}
-        pictures = plan.folder / "pictures"
-        save_png(pictures / "test.png", grid(subset(test.images, _REBUILT), columns=_REBUILT), scale=_ENLARGED)
+        self._floors: dict[str, tuple[str, dict[str, float]]] = {}  # by extractor: the metric and its floors
+        _save(plan.folder / "pictures" / "test.png", subset(test.images, _REBUILT), _REBUILT)
+        known = {plan.run_folder(row, seed) for row, seed in plan.present()}
+        for path in sorted((plan.folder / "runs").glob("*")):
+            if path not in known and not path.name.startswith("."):
+                print(f"{path} is not a run of a known row; it is left out of the table", file=sys.stderr)
         before = _failures(plan.folder)
         for row, seed in dict.fromkeys([*plan.present(), *before]):
             with self.noting_failure(row, seed):
@@ -145,27 +149,38 @@ class _Results:
             and score["checkpoint"].get("images") == about["images"]
             and wanted.items() <= score["settings"].items()
         ]
+        scores.sort(key=lambda score: self._order(score["settings"]["extractor"]))
         usual, prior = ([s for s in scores if s["settings"]["mode"] == mode] for mode in ("", PRIOR))
-        if PRIOR in model.sampling_modes and len(prior) < len(usual):
+        if not usual:
+            raise UserError(
+                f"{folder} has no scores of its best checkpoint with {wanted['n']} samples; run python -m glf_fast.evaluate "
+                f"{folder}, and this command again"
+            )
+        if len(prior) < len(usual) and _has_prior(model):
+            print(f"{folder}: computing the scores of samples from N(0, I)", file=sys.stderr)
             names = [score["settings"]["extractor"] for score in usual]
             extractors = load_extractors(names, self.device, all_needed=True)
             prior = evaluate_mode(model, self.train, self.test, extractors, usual, PRIOR)
             runs.write_scores(folder, prior)
         for score in usual:
-            self._floors[score["samples"]["metric"]] = score["samples"]["floors"]
+            self._floors[score["settings"]["extractor"]] = score["samples"]["metric"], score["samples"]["floors"]
         self._note(row, seed, **state, scores=usual, prior_scores=prior)
         first = min(s for r, s in self._runs if r == row and self._runs[r, s]["state"] == "finished")
         if seed == first:
             self._rows[row] = {"parameters": sum(p.numel() for p in model.parameters())}
             self._draw(row, model)
 
+    def _order(self, extractor: str) -> int:
+        """The place of an extractor among those of the comparison: without its weights, a run may lack the first."""
+        names = self.plan.shared.score.extractors
+        return names.index(extractor) if extractor in names else len(names)
+
     def _draw(self, row: str, model: GenerativeModel) -> None:
-        pictures: dict[str, Tensor] = {"samples": grid(draw(model, _SAMPLES, seed=0))}
+        pictures = self.plan.folder / "pictures"
+        _save(pictures / f"{row}-samples.png", draw(model, _SAMPLES, seed=0))
         if isinstance(model, Reconstructs):
             images = to_float(subset(self.test.images, _REBUILT).to(self.device))
-            pictures["reconstructions"] = grid(to_uint8(model.reconstruct(images)), columns=_REBUILT)
-        for kind, picture in pictures.items():
-            save_png(self.plan.folder / "pictures" / f"{row}-{kind}.png", picture, scale=_ENLARGED)
+            _save(pictures / f"{row}-reconstructions.png", to_uint8(model.reconstruct(images)), _REBUILT)
 
     def record(self) -> dict[str, Any]:
         """The results so far, JSON-ready; `comparison_page` describes them."""
@@ -187,7 +202,7 @@ class _Results:
             },
             "machine": _machine(self.device),
             "settings": {path.name: path.read_text(encoding="utf-8") for path in shared_files(plan.size, plan.data)},
-            "floors": self._floors,
+            "floors": dict(self._floors[name] for name in sorted(self._floors, key=self._order)),
             "rows": [self._row(row) for row in rows() if row in names],
         }
 
@@ -202,6 +217,14 @@ class _Results:
             **self._rows.get(row, {}),
             "runs": [self._runs[key] for key in sorted(self._runs) if key[0] == row],
         }
+
+
+def _has_prior(model: GenerativeModel) -> bool:
+    """Whether the model has samples from the prior beside its usual ones, and not the same ones, for want of a density."""
+    if PRIOR not in model.sampling_modes:
+        return False
+    usual, prior = (draw(model, _SAMPLES, seed=0, mode=mode) for mode in ("", PRIOR))
+    return not torch.equal(usual, prior)
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -232,6 +255,16 @@ def _failures(folder: Path) -> dict[tuple[str, int], str]:
         return {(row, int(run["seed"])): str(run["reason"]) for row, run in failed}
     except (UserError, KeyError, TypeError, ValueError):  # it is written again
         return {}
+
+
+def _save(path: Path, images: Tensor, columns: int | None = None) -> None:
+    """Write a grid of uint8 images (N, C, H, W) as PNG; the ground is transparent, so that it suits light and dark pages."""
+    picture = grid(images.cpu(), columns, padding=1)
+    opaque = 255 - grid(torch.zeros_like(images[:, :1], device="cpu"), columns, padding=1)
+    scale = max(1, _HEIGHT // images.shape[2])
+    pixels = torch.cat([picture.expand(3, -1, -1), opaque]).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
 
 def _machine(device: torch.device) -> str:

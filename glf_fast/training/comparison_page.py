@@ -54,14 +54,9 @@ def columns(record: dict[str, Any]) -> list[list[str]]:
     Columns in which no line has anything are left out.
     """
     metrics = list(record["floors"])
-    head = [
-        "",
-        "not finished",
-        *(f"{metric} (95 %)" for metric in metrics),
-        "over seeds, mean ± sd (n)",
-        "reconstructions",
-    ]
-    head += ["from N(0, I)", "KID", "precision", "recall", "bits per dimension", "minutes", "parameters"]
+    distances = [f"{metric} (95 %)" for metric in metrics]
+    head = ["", "state", *distances, "over seeds, mean ± sd (n)", "reconstructions", "from N(0, I)", "KID", "precision"]
+    head += ["recall", "bits per dimension", "minutes", "parameters"]
     lines = [{"": row["name"], **_line(row, metrics)} for row in record["rows"]]
     real = {f"{metric} (95 %)": f"{floors['train/test']:.2f}" for metric, floors in record["floors"].items()}
     lines += [{"": _REAL, **real}] if real else []
@@ -71,18 +66,15 @@ def columns(record: dict[str, Any]) -> list[list[str]]:
 
 def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
     """The texts of a row, by column."""
-    run = first_run(row)
-    others = "; ".join(
-        f"seed {run['seed']} {run['state']}: {run['reason']}" for run in row["runs"] if run["state"] != "finished"
-    )
+    run = _first_run(row)
     if run is None:
-        return {"not finished": others}
+        return {f"{metrics[0]} (95 %)" if metrics else "state": row["runs"][0]["state"]}
     scores = {score["samples"]["metric"]: score for score in run["scores"]}
     line = {f"{metric} (95 %)": _distance(score["samples"]) for metric, score in scores.items()}
-    line |= {"not finished": others, "minutes": f"{run['minutes']:.1f}", "parameters": f"{row['parameters']:,}"}
+    line |= {"minutes": f"{run['minutes']:.1f}", "parameters": f"{row['parameters']:,}"}
     if not metrics or metrics[0] not in scores:
         return line
-    score, prior = scores[metrics[0]], prior_of(run, metrics[0])
+    score, prior = scores[metrics[0]], _prior_of(run, metrics[0])
     samples, rebuilt, density = score["samples"], score["reconstructions"], score["likelihood"]
     return line | {
         "over seeds, mean ± sd (n)": _over_seeds(row, metrics[0]),
@@ -94,12 +86,22 @@ def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
     }
 
 
-def first_run(row: dict[str, Any]) -> dict[str, Any] | None:
+def _unfinished(record: dict[str, Any]) -> list[str]:
+    """A line for each run without results, with the reason."""
+    return [
+        f"{row['name']}, seed {run['seed']}, {run['state']}: {run['reason']}"
+        for row in record["rows"]
+        for run in row["runs"]
+        if run["state"] != "finished"
+    ]
+
+
+def _first_run(row: dict[str, Any]) -> dict[str, Any] | None:
     """The finished run of a row with the lowest seed, or None."""
     return next((run for run in row["runs"] if run["state"] == "finished"), None)
 
 
-def prior_of(run: dict[str, Any], metric: str) -> float | None:
+def _prior_of(run: dict[str, Any], metric: str) -> float | None:
     """The distance of samples from the standard normal prior instead of the fitted density, if the model has such samples."""
     return next((s["samples"]["value"] for s in run["prior_scores"] if s["samples"]["metric"] == metric), None)
 
@@ -122,9 +124,9 @@ def _over_seeds(row: dict[str, Any], metric: str) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
-def _published_value(entry: dict[str, Any]) -> str:
-    deviation = f" ± {entry['deviation']:g}" if "deviation" in entry else ""
-    return f"{entry['value']:g}{deviation}" + (f" ({entry['what']})" if "what" in entry else "")
+def _published_cells(entry: dict[str, Any]) -> list[str]:
+    value = f"{entry['value']:g}" + (f" ± {entry['deviation']:g}" if "deviation" in entry else "")
+    return [entry["row"], value, entry.get("what", ""), entry["source"]]
 
 
 def _protocol(record: dict[str, Any]) -> str:
@@ -154,8 +156,10 @@ _OTHER_PROTOCOL = (
 def markdown(record: dict[str, Any]) -> str:
     """The table as Markdown that is also readable as plain text, with the protocol and the published numbers."""
     parts = [f"# {_title(record)}", _protocol(record), _table(columns(record))]
+    if lines := _unfinished(record):
+        parts.append("\n".join(f"* {line}" for line in lines))
     if known := record["published"]:
-        rows = [["", "FID", "source"], *([e["row"], _published_value(e), e["source"]] for e in known)]
+        rows = [["", "FID", "samples", "source"], *map(_published_cells, known)]
         parts += ["## Published, FID, other protocol", _OTHER_PROTOCOL, _table(rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -188,6 +192,7 @@ def _page(folder: Path, record: dict[str, Any]) -> str:
         protocol=html.escape(_protocol(record)),
         bars=_bars(record),
         table=_html_table(columns(record)),
+        unfinished="".join(f"<p>{html.escape(line)}</p>" for line in _unfinished(record)),
         published=_html_published(record),
         samples=_samples(folder, record),
         reconstructions=_reconstructions(folder, record),
@@ -202,7 +207,7 @@ def _bars(record: dict[str, Any]) -> str:
         return ""
     drawn: list[tuple[str, str, float, list[float] | None, float | None]] = []
     for row in record["rows"]:
-        run = first_run(row)
+        run = _first_run(row)
         for score in run["scores"] if run else ():
             if score["samples"]["metric"] == metric:
                 samples, rebuilt = score["samples"], score["reconstructions"]
@@ -233,10 +238,7 @@ def _html_table(rows: list[list[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
     body = ""
     for row in rows[1:]:
-        cells = "".join(
-            f'<td class="{"reason" if name == "not finished" else ""}">{html.escape(cell)}</td>'
-            for name, cell in zip(rows[0][1:], row[1:], strict=True)
-        )
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
         kind = ' class="real"' if row[0] == _REAL else ""
         body += f"<tr{kind}><th>{html.escape(row[0])}</th>{cells}</tr>"
     return f'<div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -245,22 +247,21 @@ def _html_table(rows: list[list[str]]) -> str:
 def _html_published(record: dict[str, Any]) -> str:
     if not record["published"]:
         return ""
-    body = "".join(
-        f"<tr><th>{html.escape(e['row'])}</th><td>{html.escape(_published_value(e))}</td>"
-        f'<td class="reason">{html.escape(e["source"])}</td></tr>'
-        for e in record["published"]
-    )
+    body = ""
+    for entry in record["published"]:
+        name, *cells = map(html.escape, _published_cells(entry))
+        body += f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    head = "".join(f"<th>{name}</th>" for name in ("", "FID", "samples", "source"))
     return (
         f"<h2>Published, FID, other protocol</h2><p>{_OTHER_PROTOCOL}</p>"
-        f'<div class="card wide published"><table><thead><tr><th></th><th>FID</th><th class="reason">source</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="card wide published"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
 def _samples(folder: Path, record: dict[str, Any]) -> str:
     cards = ""
     for row in record["rows"]:
-        if run := first_run(row):
+        if run := _first_run(row):
             picture = _picture(folder / "pictures" / f"{row['name']}-samples.png", f"Samples of {row['name']}")
             what = ", ".join(filter(None, (row["title"], row["what"])))
             first = run["scores"][0]["samples"] if run["scores"] else None
@@ -275,7 +276,7 @@ def _samples(folder: Path, record: dict[str, Any]) -> str:
 def _reconstructions(folder: Path, record: dict[str, Any]) -> str:
     strips = [("test images", folder / "pictures" / "test.png")]
     strips += [(row["name"], folder / "pictures" / f"{row['name']}-reconstructions.png") for row in record["rows"]]
-    done = {row["name"] for row in record["rows"] if first_run(row)} | {"test images"}
+    done = {row["name"] for row in record["rows"] if _first_run(row)} | {"test images"}
     return "".join(
         f'<figure class="strip"><figcaption>{html.escape(name)}</figcaption>{_picture(path, f"Images of {name}")}</figure>'
         for name, path in strips

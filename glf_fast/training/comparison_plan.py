@@ -110,7 +110,7 @@ class Plan:
     def present(self) -> Iterator[tuple[str, int]]:
         """Row and seed of each run in the folder, of these rows or of others."""
         for path in sorted((self.folder / "runs").glob("*")):
-            name = re.fullmatch(r"(.+)-seed-(\d+)", path.name)
+            name = re.fullmatch(r"(.+)-seed-(0|[1-9][0-9]*)", path.name)
             if name and name[1] in rows() and (path / "config.toml").is_file():
                 yield name[1], int(name[2])
 
@@ -127,7 +127,7 @@ class Plan:
             changed = {
                 key: values for key, values in differences(before, self.config(row, seed)).items() if key not in _FREE
             }
-            if before.model.name != self.config(row).model.name or changed:
+            if changed:
                 listed = "; ".join(f"{key} = {shown(old)}, now {shown(new)}" for key, (old, new) in changed.items())
                 raise UserError(
                     f"{self.run_folder(row, seed)} was trained with other settings than this comparison has ({listed}); "
