@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glf_fast.errors import UserError, did_you_mean
+from glf_fast.models.flow_vae import FlowVAE
 from glf_fast.models.glf import GLF
 from glf_fast.models.model import (
     Encodes,
@@ -18,6 +19,7 @@ from glf_fast.models.model import (
     Stage,
     Words,
 )
+from glf_fast.models.two_stage_vae import TwoStageVAE
 from glf_fast.models.vae import VAE
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
 _MODELS: dict[str, type[GenerativeModel]] = {
     "glf": GLF,
     "vae": VAE,
+    "flow-vae": FlowVAE,
+    "two-stage-vae": TwoStageVAE,
 }
 
 
