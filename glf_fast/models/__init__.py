@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glf_fast.errors import UserError, did_you_mean
+from glf_fast.models.flow_vae import FlowVAE
 from glf_fast.models.glann import GLANN
 from glf_fast.models.glf import GLF
 from glf_fast.models.model import (
@@ -20,6 +21,7 @@ from glf_fast.models.model import (
     Words,
 )
 from glf_fast.models.rae import RAE
+from glf_fast.models.two_stage_vae import TwoStageVAE
 from glf_fast.models.vae import VAE
 from glf_fast.models.wae import WAE
 
@@ -48,6 +50,8 @@ _MODELS: dict[str, type[GenerativeModel]] = {
     "rae": RAE,
     "wae-mmd": WAE,
     "glann": GLANN,
+    "flow-vae": FlowVAE,
+    "two-stage-vae": TwoStageVAE,
 }
 
 

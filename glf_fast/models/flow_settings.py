@@ -89,12 +89,14 @@ class FlowSettings(Settings):
             return str(error)
         return ""
 
-    def build(self, dim: int) -> Flow:
-        """The flow on vectors of length `dim`."""
+    def build(self, dim: int, context_dim: int = 0) -> Flow:
+        """The flow on vectors of length `dim`, with a context of `context_dim` numbers for kind coupling."""
         options = {name: value for name, value in self.effective().items() if name != "kind"}
         if self.kind == "rnvp":
+            if context_dim:
+                raise ValueError('kind = "rnvp" has no context; use kind = "coupling"')
             return rnvp_flow(dim, **{**options, "hidden": self.hidden[0]})
         if self.coupling == "spline":
             bound = options.pop("bound")
             options["spline"] = {"bins": options.pop("bins"), "low": -bound, "high": bound}
-        return CouplingFlow(dim, **options)
+        return CouplingFlow(dim, context_dim=context_dim, **options)

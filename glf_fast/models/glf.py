@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.errors import UserError
+from glf_fast.models.arc import flow_arc
 from glf_fast.models.flow_settings import FlowSettings
 from glf_fast.models.latent import SAMPLE_BATCH, LatentModel, LatentSettings
 from glf_fast.models.model import Phase, Stage, Words
@@ -215,21 +216,9 @@ class GLF(LatentModel):
         low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
         return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
 
-    def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
-        """Images (B, steps, C, H, W) on an arc in the flow's base space from each reconstructed x0 to its x1 (B, C, H, W).
-
-        The arc is u_t = [sin((1−t)ω)·u₀ + sin(tω)·u₁] / sin ω, with the angle ω between u₀ and u₁. A straight line would cross
-        the middle of the Gaussian, where samples are very rare.
-        """
-        if steps < 2:
-            raise ValueError(f"steps counts both ends, so steps must be ≥ 2; got {steps}")
-        with self.evaluating():
-            u0, u1 = (self.flow(self.encode(x))[0][:, None] for x in (x0, x1))
-            t = torch.linspace(0, 1, steps, device=u0.device, dtype=u0.dtype)[:, None]
-            # Parallel or opposite ends leave the arc undefined; the clamp then uses a slightly different angle.
-            omega = torch.nn.functional.cosine_similarity(u0, u1, -1).clamp(-0.9999, 0.9999).acos()[..., None]
-            u = (((1 - t) * omega).sin() * u0 + (t * omega).sin() * u1) / omega.sin()
-            return self.decode(self.flow.inverse(u.flatten(0, 1))[0]).unflatten(0, (len(x0), steps))
+    def interpolate_codes(self, z0: Tensor, z1: Tensor, steps: int) -> Tensor:
+        """Codes (B, steps, latent_dim) on an arc in the flow's base space from each code z0 to its z1 (B, latent_dim)."""
+        return flow_arc(self.flow, z0, z1, steps)
 
 
 def _normal_nll(z: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class LatentSettings(ModelSettings):
 class LatentModel(GenerativeModel):
     """A model of images with an encoder E to codes, a decoder D and a distribution of codes, from which it samples.
 
-    A subclass may replace `encode`, if E gives more than a code, `sample_codes` (by default N(0, I)) and `interpolate`.
+    A subclass may replace `encode`, if E gives more than a code, `sample_codes` (by default N(0, I)) and `interpolate_codes`.
 
     Args:
         shape: (C, H, W) of the images, H and W multiples of 4; with `networks` rae, of 8 from 64 pixels on.
@@ -117,13 +117,18 @@ class LatentModel(GenerativeModel):
         with self.evaluating():
             return torch.cat([self.decode(self.sample_codes(size, **options)) for size in sizes])
 
+    def interpolate_codes(self, z0: Tensor, z1: Tensor, steps: int) -> Tensor:
+        """Codes (B, steps, latent_dim) on a line from each code z0 to its z1 (B, latent_dim)."""
+        return torch.lerp(
+            z0[:, None], z1[:, None], torch.linspace(0, 1, steps, device=z0.device, dtype=z0.dtype)[:, None]
+        )
+
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
-        """Images (B, steps, C, H, W) on a line between the codes, from each reconstructed x0 to its x1 (B, C, H, W)."""
+        """Images (B, steps, C, H, W) D(z) of `interpolate_codes`, from each reconstructed x0 to its x1 (B, C, H, W)."""
         if steps < 2:
             raise ValueError(f"steps counts both ends, so steps must be ≥ 2; got {steps}")
         with self.evaluating():
-            z0, z1 = (self.encode(x)[:, None] for x in (x0, x1))
-            z = torch.lerp(z0, z1, torch.linspace(0, 1, steps, device=z0.device, dtype=z0.dtype)[:, None])
+            z = self.interpolate_codes(self.encode(x0), self.encode(x1), steps)
             return self.decode(z.flatten(0, 1)).unflatten(0, (len(x0), steps))
 
 
@@ -138,10 +143,10 @@ class ExPostModel(LatentModel):
     """A model that draws codes from a density fitted to the codes of the training set, when the autoencoder has been trained.
 
     Ex-post density estimation, Ghosh et al., arXiv:1903.12436, section 4. It is a stage of its own, which ends training. With
-    `density.kind = "none"` codes are drawn from N(0, I).
+    `density.kind = "none"` codes are drawn from the prior, `sample_prior`.
     """
 
-    sampling_modes: ClassVar[Mapping[str, str]] = {"prior": "codes from N(0, I) instead of the fitted density"}
+    sampling_modes: ClassVar[Mapping[str, str]] = {"prior": "codes from the prior instead of the fitted density"}
     settings: ExPostSettings
 
     def __init__(self, shape: Sequence[int], settings: ExPostSettings, numbers: int = 1) -> None:
@@ -153,10 +158,14 @@ class ExPostModel(LatentModel):
         first = Stage(self.phases())
         return (first,) if self.density is None else (first, Stage(inputs=self.encode, fit=self.density.fit))
 
+    def sample_prior(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """n codes (n, latent_dim) of the prior, by default N(0, I)."""
+        return super().sample_codes(n, temperature=temperature, generator=generator)
+
     def sample_codes(
         self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
     ) -> Tensor:
-        """n codes (n, latent_dim) of the density; of N(0, I) without a density and in mode "prior"."""
+        """n codes (n, latent_dim) of the density; of the prior without a density and in mode "prior"."""
         if self.density is None or mode == "prior":
-            return super().sample_codes(n, temperature=temperature, generator=generator)
+            return self.sample_prior(n, temperature=temperature, generator=generator)
         return self.density.sample(n, temperature=temperature, generator=generator)

@@ -160,7 +160,7 @@ class GenerativeModel(
     Class attributes:
         Settings: class of the model's settings; the default of its field `name` is the model's name.
         groups: names of the parameter groups, in order; each group has an optimizer of its own.
-        words: texts of the model for log and report.
+        words: texts of the model for log and report; an instance may replace them by texts that depend on its settings.
         takes: kinds of data sets that the model can be trained on: "images", "table", "tokens".
         sampling_modes: descriptions of the other ways to sample, by name.
 
@@ -170,7 +170,7 @@ class GenerativeModel(
 
     Settings: ClassVar[type[ModelSettings]]
     groups: ClassVar[tuple[str, ...]]
-    words: ClassVar[Words]
+    words: Words
     takes: ClassVar[frozenset[str]] = frozenset({"images"})
     sampling_modes: ClassVar[Mapping[str, str]] = {}
 

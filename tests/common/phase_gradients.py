@@ -28,7 +28,7 @@ def compare_in_a_group(rank: int, meeting: str, models: Sequence[GenerativeModel
     init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     halves = images.chunk(2)
     for model in models:
-        # A phase need not reach the groups that it does not move.
+        # One of several phases need not reach every parameter, and the first stage reaches none of the next one's.
         partial = any(set(phase.moves) != set(model.groups) for phase in model.phases())
         wrapped = DistributedDataParallel(model, find_unused_parameters=partial)
         for i in range(len(model.phases())):
