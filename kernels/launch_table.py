@@ -40,12 +40,18 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def group(self) -> int:
+        """Columns whose splines a program computes at once: as many that each thread has one; two, that a tile has 16 numbers."""
+        return max(2, 32 * self.num_warps // self.rows)
+
     def constants(self) -> dict[str, Any]:
         """As the kernels' compile-time constants and launch options, but for `staged`."""
         return {
             "BM": self.rows,
             "BN": self.columns,
             "BK": self.depth,
+            "GROUP": self.group,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -75,11 +81,12 @@ def key_for(backward: bool, dim: int, hidden: Sequence[int], precision: str, bat
 
 
 def launch_for(
-    backward: bool, dim: int, hidden: Sequence[int], precision: str, batch: int, device: torch.device
-) -> Launch:
+    backward: bool, dim: int, hidden: Sequence[int], precision: str, batch: int, device: torch.device,
+    spline: Sequence[float] = (),
+) -> Launch:  # fmt: skip
     """The launch of a flow, as in `key_for`, on a device."""
     if device.type == "cpu":
-        return INTERPRETED._replace(staged=len(hidden) > 2 or max(hidden) > 64)
+        return INTERPRETED._replace(staged=bool(spline) or len(hidden) > 2 or max(hidden) > 64)
     return _table()[architecture(device.index or 0)][key_for(backward, dim, hidden, precision, batch)]
 
 
