@@ -42,7 +42,7 @@ def couple(v, t, scale, ADD_FIRST: tl.constexpr, UNDO: tl.constexpr):
 def flow_kernel(
     x, maps, weights, vectors, context, out, logdet, saved, hidden, density, rows, steps,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
-    ROW_STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, SPLINE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, N_RAW: tl.constexpr, SPLINE: tl.constexpr,
     ACTIVATION: tl.constexpr, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr, ADD_FIRST: tl.constexpr,
     INVERSE: tl.constexpr, SAVE: tl.constexpr, STAGED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,

@@ -1,31 +1,37 @@
-"""A step's last layer and its splines, a group of transformed columns at a time, and their backward.
+"""The last layer of a step and its splines, a group of transformed columns at a time, and their backward.
 
-A column of v has 3K − 1, K, or K + 1 numbers for its spline, so all of them would be as wide a tile as no program can hold.
-For GROUP columns the rows of the last hidden layer, which stand in memory (mlp.py), are multiplied with the columns of W_out
-that make their widths, then with those of the heights, then of the slopes: three tiles [BM, GROUP·bins] that become
-[bins, BM·GROUP], an element of a row and a column for each thread (`Launch.group`), and leave the chip as w and Σ log w' alone.
+A column of v has 3K − 1, 3K or 3K + 1 numbers for its spline, so that the numbers of all columns are too wide for one tile. For
+GROUP columns the rows of the last hidden layer, which stand in memory (mlp.py), are multiplied with the columns of W_out that
+make widths, heights and slopes. These three tiles [BM, GROUP·bins] become [bins, BM·GROUP], so that a thread has all numbers of
+one row's spline of one column (`Launch.group`). Only w and Σ log w' leave the chip.
 
-W_out is packed for that (packing.py): all widths, then all heights, then all slopes, of every column a power of two of them, so
-that a tile needs no mask. In the backward ∂raw lie in memory in the order of the network, like all that the products for
-weights read; what multiplies them is W_out in that order.
+W_out is packed for this (packing.py): all widths, then all heights, then all slopes, each column's padded to a power of two, so
+that no tile needs a mask. In the backward the gradients of these numbers stand in memory in the order of the network, as the
+products for the weights read them. For ∂h they are multiplied with a second copy of W_out, which is packed in that order.
 
-v and its gradient are register tiles, of which Triton can cut no columns: they pass through memory, and what becomes of them too.
+Triton cannot cut columns out of the register tiles v and ∂v: they pass through memory, and so do the coupling's results.
 """
 
 import triton
 import triton.language as tl
 
 from glf_fast.kernels.spline import BINS, TAILS, padded_bins, spline, spline_backward
-from glf_fast.kernels.tiles import load_bias, product, store_tile
+from glf_fast.kernels.tiles import COMPILED, load_bias, product, store_tile
 
 
 @triton.jit
 def load_v(rows_of, row, live, D: tl.constexpr, HALF: tl.constexpr):
-    """[BM, HALF], T columns of rows of D numbers."""
+    """T columns [BM, HALF] of rows of D numbers; zero in dead rows and padded columns."""
     T: tl.constexpr = D // 2
     half = tl.arange(0, HALF)
     mask = live[:, None] & (half < T)[None, :]
     return tl.load(rows_of + row[:, None] * D + half[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def second(a, b):
+    """The operator of a scan that changes nothing."""
+    return b
 
 
 @triton.jit
@@ -34,14 +40,20 @@ def raw_tile(
     COLUMNS_OUT: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """One kind of numbers [WIDTH, BM·GROUP] of GROUP columns from `start` on; w and b begin where this kind does."""
+    """One kind of numbers [WIDTH, BM·GROUP] of GROUP columns from `start` on; w and b point to this kind's part."""
     column = start * WIDTH + tl.arange(0, GROUP * WIDTH)
     acc = tl.zeros((BM, GROUP * WIDTH), STATE)
     acc = product(
         acc, hidden, row, live, ROW_STRIDE, w, column, N, N_PADDED, FEATURES * WIDTH, COLUMNS_OUT, 1, BK, PRECISION
     )
     acc += load_bias(b, column, FEATURES * WIDTH)
-    return tl.trans(tl.reshape(acc, (BM * GROUP, WIDTH)))
+    raw = tl.trans(tl.reshape(acc, (BM * GROUP, WIDTH)))
+    if COMPILED:
+        # A scan must have all of its numbers in one thread, in the order that new tiles have; this one takes no instruction.
+        # Without it the layout of the product's results lasts: four threads share a spline and repeat its arithmetic, 2,320
+        # instructions instead of 1,952 in the forward of 8 bins, and 84 shuffles instead of 12 (D 20, H 64, sm_90).
+        raw = tl.associative_scan(raw, 0, second)
+    return raw
 
 
 @triton.jit
@@ -81,9 +93,9 @@ def spline_coupling(
     COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, ROW_STRIDE: tl.constexpr,
     SPLINE: tl.constexpr, INVERSE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """w [BM, HALF] and Σ log w' [BM], INVERSE: v and Σ log v'. `left` rows exist; `scratch` rows of D numbers.
+    """w [BM, HALF] and Σ log w' [BM] of v; INVERSE: v and Σ log v' of w. The last hidden layer is complete in `hidden`.
 
-    The last hidden layer is complete in `hidden`, of rows of ROW_STRIDE numbers.
+    `left` rows of the program exist; `scratch` has BM rows of D numbers.
     """
     P: tl.constexpr = D - D // 2
     T: tl.constexpr = D // 2
@@ -100,15 +112,17 @@ def spline_coupling(
         exists = (e // GROUP < left) & (start + e % GROUP < T)
         at = scratch + (e // GROUP * D + start + e % GROUP)
         out, log = spline(tl.load(at + P, mask=exists, other=0.0), a, b, c, SPLINE, INVERSE)
-        tl.store(at, out, mask=exists)  # beside what is read: another thread may read the same numbers later
+        tl.store(at, out, mask=exists)  # not where v stands, which another thread may read later
         total += tl.sum(tl.reshape(tl.where(exists, log, 0.0), (BM, GROUP)), 1)
     tl.debug_barrier()
-    return load_v(scratch, row, live, D, HALF), total
+    w = load_v(scratch, row, live, D, HALF)
+    tl.debug_barrier()  # whoever writes there next waits until all is read
+    return w, total
 
 
 @triton.jit
 def store_raw(rows_of, x, row, exists, AT: tl.constexpr, WIDTH: tl.constexpr):
-    """Numbers AT … AT + WIDTH of each spline's, whose numbers begin at `row` [E]."""
+    """Writes numbers AT … AT + WIDTH of the splines whose numbers begin at `row` [E]."""
     j = tl.arange(0, x.shape[0])[:, None]
     mask = exists[None, :] & (j < WIDTH)
     tl.store(rows_of + (row[None, :] + AT + j), x.to(rows_of.dtype.element_ty), mask=mask)
@@ -121,10 +135,11 @@ def spline_coupling_backward(
     ROW_STRIDE: tl.constexpr, SPLINE: tl.constexpr, INVERSE: tl.constexpr, SAVED: tl.constexpr, GROUP: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What is on the coupling's other side than v [BM, HALF], and the gradient of its input; writes ∂raw into `slopes`.
+    """The coupling's other side and the gradient of its input [BM, HALF]; writes the gradients of its numbers into `slopes`.
 
-    v is the coupling's input if SAVED, else its output, with `INVERSE` that of the inverse; g_v the gradient of the output,
-    g_logdet [BM] that of Σ log. `scratch` and `other` are rows of D numbers.
+    v [BM, HALF] is the coupling's input if SAVED, else its output; with INVERSE both are the inverse coupling's. g_v and
+    g_logdet [BM, 1] are the gradients of its output and of Σ log. The other side of a SAVED forward coupling is not computed:
+    v is returned. `scratch` and `other` have BM rows of D numbers each.
     """
     P: tl.constexpr = D - D // 2
     T: tl.constexpr = D // 2
