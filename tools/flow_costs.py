@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from glf_fast.kernels.flow_options import sizes
 from glf_fast.kernels.launch_table import Launch
@@ -57,11 +58,6 @@ class Case:
     bins: int = 0  # of splines, as they are packed; 0: an affine coupling
 
     @property
-    def spline(self) -> tuple[int, ...]:
-        """As much of the constants of splines with linear tails as decides over sizes."""
-        return (self.bins, -1) if self.bins else ()
-
-    @property
     def item(self) -> int:
         """Bytes of a packed weight."""
         return 2 if self.precision == "bf16" else 4
@@ -86,6 +82,13 @@ class Cost:
 
     def __mul__(self, times: float) -> Cost:
         return Cost(self.clocks * times, self.bytes * times, self.units * times, self.instructions * times)
+
+
+@cache
+def shape(case: Case) -> dict[str, Any]:
+    """The sizes that the case's kernels know at compile time."""
+    spline = (case.bins, -1) if case.bins else ()  # with linear tails
+    return sizes(case.dim, case.hidden, 0, spline)
 
 
 def warp_groups(how: Launch) -> bool:
@@ -141,7 +144,7 @@ def loop(n: int, moved: float, work: Cost, stages: int) -> Cost:
 
 def program(case: Case, how: Launch) -> Cost:
     """One program through one step."""
-    constants = sizes(case.dim, case.hidden, 0, case.spline)
+    constants = shape(case)
     half: int = constants["HALF"]
     layers = [b - a for a, b in zip(constants["COLUMNS"], constants["COLUMNS"][1:])]  # noqa: B905
     maps = "tf32" if case.precision == "bf16" else case.precision
@@ -232,7 +235,7 @@ def clocks(case: Case, how: Launch) -> float:
     each = math.ceil(programs / PROCESSORS)  # programs of one multiprocessor
     busy = max(step.bytes / PORT, step.units, step.instructions / SCHEDULED)
     # Layers of the backward that stay for the products of weights go through memory.
-    raw = sizes(case.dim, case.hidden, 0, case.spline)["N_RAW"] if case.bins else 0
+    raw = shape(case)["N_RAW"] if case.bins else 0
     kept = case.rows * (sum(case.hidden) + raw) * 2 * case.item if case.backward else 0
     return case.steps * max(
         waves * step.clocks, each * busy, programs * step.bytes / L2, (kept + 12 * case.rows * case.dim) / MEMORY
@@ -242,7 +245,7 @@ def clocks(case: Case, how: Launch) -> float:
 @cache
 def shared_bytes(case: Case, how: Launch) -> int:
     """Bytes of shared memory of a program, at least: the tiles of its largest loop, and the rows that these multiply."""
-    constants = sizes(case.dim, case.hidden, 0)
+    constants = shape(case)
     half: int = constants["HALF"]
     widest = max(b - a for a, b in zip(constants["COLUMNS"], constants["COLUMNS"][1:]))  # noqa: B905
     BM, BN, BK = how.rows, how.columns, how.depth

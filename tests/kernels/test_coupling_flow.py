@@ -294,7 +294,7 @@ def test_distances_beyond_32_bits(monkeypatch) -> None:
     logdet, saved = vast(rows), vast(K, rows, D)
     options = FlowOptions("relu", "tanh", 2.0, False, False, "ieee", "ieee")
     packed = pack(A, None, c, None, layers[:3], layers[3:], sizes(D, (16, 16), 0), options)
-    constants = {**sizes(D, (16, 16), 0), **options.constants(), "BM": 16, "BN": 16, "BK": 16}
+    constants = {**sizes(D, (16, 16), 0), **options.constants(), "BM": 16, "BN": 16, "BK": 16, "GROUP": 16}
     monkeypatch.setattr(
         InterpreterBuilder,
         "create_get_program_id",

@@ -1,13 +1,16 @@
 """Flows of splines in the whole-flow kernels, interpreted, against the float64 reference."""
 
+import itertools
+
 import pytest
 import torch
 from flow_values import DIRECTIONS, compare, error, run, tensors
 
 from glf_fast import ops, reference
 from glf_fast.kernels.launch import count_launches
-from glf_fast.kernels.launch_table import Launch
-from glf_fast.reference import Spline
+from glf_fast.kernels.launch_table import Launch, keys
+from glf_fast.kernels.spline import constants
+from glf_fast.reference import TAILS, Spline
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -91,3 +94,24 @@ def test_others_go_layer_by_layer(rows: int, dim: int, hidden: tuple[int, ...], 
         with count_launches() as launches:
             ops.coupling_flow(x, A, c, layers[:half], layers[half:], coupling="spline", spline=spline)
         assert launches == ["spline_kernel"]
+
+
+def test_flows_that_are_not_refused_have_a_launch(monkeypatch) -> None:
+    from glf_fast.kernels import launch_table
+    from glf_fast.ops.coupling_flow import triton
+
+    found = set()
+    for arch in (80, 90, 100):
+        monkeypatch.setattr(launch_table, "architecture", lambda index, arch=arch: str(arch))
+        for dim, width, layers, batch, bins, tails in itertools.product(
+            (2, 32, 33, 64), (1, 64, 65, 256), (1, 4), (1, 4096, 4097, 10**6), (2, 8, 9, 16), TAILS
+        ):
+            spline, hidden = Spline(bins, tails=tails), (width,) * layers
+            if triton._refuses_splines(dim, hidden, batch, spline):
+                continue
+            given = constants(spline.prepared().numbers())
+            for backward, precision in itertools.product((False, True), launch_table.PRECISIONS):
+                how = launch_table.launch_for(backward, dim, hidden, precision, batch, torch.device("cuda"), given)
+                assert how.staged and how.rows * how.group >= 32 * how.num_warps
+                found.add((arch, launch_table.key_for(backward, dim, hidden, precision, batch, given)))
+    assert {key for _, key in found} == {key for key in keys() if "splines" in key}
