@@ -24,10 +24,10 @@ ROWS = 40  # two programs and a half
 
 def calls(device: str) -> Iterable[Iterable[Tensor]]:
     """What each call returns."""
-    kinds = ((20, "affine"), (96, "affine"), (20, "spline"))
-    for (dim, coupling), reversible in itertools.product(kinds, (False, True)):
+    kinds = ((20, "affine", (48, 33, 48)), (96, "affine", (48, 33, 48)), (20, "spline", (33,)))
+    for (dim, coupling, hidden), reversible in itertools.product(kinds, (False, True)):
         torch.manual_seed(0)
-        flow = CouplingFlow(dim, 2, (48, 33, 48), coupling=coupling, reversible=reversible).to(device)
+        flow = CouplingFlow(dim, 2, hidden, coupling=coupling, reversible=reversible).to(device)
         x = torch.randn(ROWS, dim, device=device, requires_grad=True)
         loss = -flow.log_prob(x).mean()
         yield torch.autograd.grad(loss, [x, *(p for p in flow.parameters() if p.requires_grad)])
