@@ -4,6 +4,8 @@ For k = 0 … K−1 (INVERSE: K−1 … 0), every row for itself:
 
     forward   (p, v) = x A_k + c_k;   (u, t) = MLP_k([p, context]);   x ← [p, v·e^f(u) + t]
     INVERSE   (u, t) = MLP_k([p, context]);   v = (w − t)·e^−f(u);    x ← ([p, v] − c_k) A_k⁻¹
+
+With SPLINE, which is empty for affine couplings, the MLP makes numbers of a spline for each v instead (spline_coupling.py).
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from glf_fast.kernels.flow_options import FlowOptions, operand_dtype, sizes
 from glf_fast.kernels.launch import launch
 from glf_fast.kernels.launch_table import Launch, launch_for
 from glf_fast.kernels.math import log_scale
-from glf_fast.kernels.mlp import load_first, mlp
+from glf_fast.kernels.mlp import hidden_layers, load_first, mlp
 from glf_fast.kernels.packing import pack
+from glf_fast.kernels.spline_coupling import spline_coupling
 from glf_fast.kernels.tiles import affine, keep_columns, load_bias, load_halves, load_map, store_halves
 
 __all__ = ["couple", "flow_forward", "flow_kernel"]
@@ -39,14 +42,16 @@ def couple(v, t, scale, ADD_FIRST: tl.constexpr, UNDO: tl.constexpr):
 def flow_kernel(
     x, maps, weights, vectors, context, out, logdet, saved, hidden, density, rows, steps,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
-    ROW_STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, ACTIVATION: tl.constexpr,
-    LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr, ADD_FIRST: tl.constexpr, INVERSE: tl.constexpr,
-    SAVE: tl.constexpr, STAGED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, N_RAW: tl.constexpr, SPLINE: tl.constexpr,
+    ACTIVATION: tl.constexpr, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr, ADD_FIRST: tl.constexpr,
+    INVERSE: tl.constexpr, SAVE: tl.constexpr, STAGED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows through all steps, with packed parameters. The constants are those of `sizes`."""
     LAYERS: tl.constexpr = len(HIDDEN) + 1
-    KEPT: tl.constexpr = COLUMNS[LAYERS - 2]  # numbers of a row of staged layers, all but the last one
+    SPLINES: tl.constexpr = len(SPLINE) > 0
+    # Numbers of a row of staged layers: all but the last one, or all.
+    KEPT: tl.constexpr = COLUMNS[LAYERS - 1] if SPLINES else COLUMNS[LAYERS - 2]
     # The compiler fetches a step's tiles ahead where no loop is inside the steps'; else the next map is asked for here.
     AHEAD: tl.constexpr = STAGED or COLUMNS[LAYERS - 1] - COLUMNS[LAYERS - 2] > BN or C > BK
     one = tl.full([], 1, tl.int64)  # distances between steps and programs are 64-bit products, those in a tile 32-bit
@@ -65,7 +70,7 @@ def flow_kernel(
     for i in range(steps):
         k = one * (steps - 1 - i) if INVERSE else one * i
         matrix = maps + k * (4 * HALF * HALF)
-        w = weights + k * WEIGHTS[LAYERS]
+        w = weights + k * WEIGHTS[len(WEIGHTS) - 1]
         b = vectors + k * VECTORS[LAYERS + 2]
         following = tl.maximum(k - 1, 0) if INVERSE else tl.minimum(k + 1, steps - 1)
         if SAVE:
@@ -81,23 +86,33 @@ def flow_kernel(
             v += c_v
             if AHEAD:
                 a_pp, a_pv, a_vp, a_vv = load_map(maps + following * (4 * HALF * HALF), HALF)
-        # u, t: [BM, HALF]
-        u, t = mlp(
-            p, w_first, context, w, b, hidden, hidden, row, live, D, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS, KEPT,
-            ACTIVATION, STAGED, False, BN, BK, MLP,
-        )  # fmt: skip
-        ell = keep_columns(log_scale(u, LOG_SCALE, CONSTANT), half, D // 2)  # [BM, HALF]
+        if SPLINES:
+            hidden_layers(
+                p, context, w, b, hidden, hidden, row, live, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS, KEPT, ACTIVATION,
+                LAYERS - 1, False, BN, BK, MLP,
+            )  # fmt: skip
+            v, log = spline_coupling(
+                v, hidden, w, b, scratch, row, live, rows - first, D, HALF, HIDDEN, COLUMNS, WEIGHTS, VECTORS, KEPT, SPLINE,
+                INVERSE, GROUP, BK, MLP,
+            )  # fmt: skip
+            total += log
+        else:
+            # u, t: [BM, HALF]
+            u, t = mlp(
+                p, w_first, context, w, b, hidden, hidden, row, live, D, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS, KEPT,
+                ACTIVATION, STAGED, False, BN, BK, MLP,
+            )  # fmt: skip
+            ell = keep_columns(log_scale(u, LOG_SCALE, CONSTANT), half, D // 2)  # [BM, HALF]
+            if INVERSE:
+                ell = -ell
+            v = couple(v, t, tl.exp(ell), ADD_FIRST, INVERSE)
+            total += tl.sum(ell, 1)
         if INVERSE:
-            v = couple(v, t, tl.exp(-ell), ADD_FIRST, True)
             p -= c_p
             v -= c_v
             p, v = affine(p, v, a_pp, a_pv, a_vp, a_vv, matrix, scratch, row, live, D, HALF, False, BK, MAP)
-            total -= tl.sum(ell, 1)
             if AHEAD:
                 a_pp, a_pv, a_vp, a_vv = load_map(maps + following * (4 * HALF * HALF), HALF)
-        else:
-            v = couple(v, t, tl.exp(ell), ADD_FIRST, False)
-            total += tl.sum(ell, 1)
         total += tl.load(b + VECTORS[LAYERS + 1])  # log|det A| where it was given
 
     if density:
@@ -125,7 +140,7 @@ def flow_forward(
     Contiguous tensors of one dtype on one device: `x` (B, D); `matrix` (K, D, D), A or with options.inverse A⁻¹;
     `offset` (K, D); weights (K, nᵢ, nᵢ₊₁) and biases (K, nᵢ₊₁); `context` (B, C) or None.
     `how` replaces the launch table. Two launches: the parameters are packed, then all steps follow. Where hidden layers pass
-    through memory, it holds them all but the last, of one step: B rows.
+    through memory, it holds them all, but the last one of an affine coupling, of one step: B rows.
     """
     batch, steps = len(x), len(matrix)
     out, logdet = torch.empty_like(x), x.new_empty(batch)
@@ -133,9 +148,9 @@ def flow_forward(
     if batch == 0:
         return out, logdet, saved
     widths = [w.shape[2] for w in weights[:-1]]
-    constants = sizes(x.shape[1], widths, 0 if context is None else context.shape[1])
-    how = how or launch_for(False, x.shape[1], widths, options.mlp_precision, batch, x.device)
-    kept = constants["COLUMNS"][len(widths) - 1] if how.staged else 0
+    constants = sizes(x.shape[1], widths, 0 if context is None else context.shape[1], options.spline)
+    how = how or launch_for(False, x.shape[1], widths, options.mlp_precision, batch, x.device, options.spline)
+    kept = constants["COLUMNS"][-1 if options.spline else -2] if how.staged else 0
     hidden = x.new_empty((batch, kept), dtype=operand_dtype(x, options))
     packed = pack(matrix, None, offset, logabsdet, weights, biases, constants, options)
     launch(

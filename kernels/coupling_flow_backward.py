@@ -13,6 +13,8 @@ One step forward is z = [p, v·e^ℓ + t] of [p, v] = x A + c with ℓ = f(u). G
 One step of the inverse is x = (y − c) A⁻¹ of y = [p, (w − t)·e^−ℓ]. Given ∂x and ∂logdet:
 
     ∂y = ∂x A⁻ᵀ;  ∂A⁻¹ = (y − c)ᵀ ∂x;  ∂c = −Σ ∂y;  ∂w = ∂y_v·e^−ℓ;  ∂t = −∂w;  ∂ℓ = −∂y_v·v − ∂logdet
+
+With SPLINE the gradients of the splines' numbers stand for ∂u and ∂t (spline_coupling.py).
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from glf_fast.kernels.flow_options import FlowOptions, operand_dtype, sizes
 from glf_fast.kernels.launch import launch
 from glf_fast.kernels.launch_table import Launch, launch_for
 from glf_fast.kernels.math import log_scale, log_scale_slope
-from glf_fast.kernels.mlp import mlp, mlp_backward
+from glf_fast.kernels.mlp import hidden_layers, mlp, mlp_backward, mlp_backward_of_memory
 from glf_fast.kernels.packing import pack
+from glf_fast.kernels.spline_coupling import spline_coupling_backward
 from glf_fast.kernels.sums import column_sums
 from glf_fast.kernels.tiles import affine, keep_columns, load_bias, load_halves, load_map, store_halves, store_tile
 
@@ -47,9 +50,10 @@ def flow_backward_kernel(
     grad_out, grad_logdet, grad_x, state, rebuilt, maps, unmaps, weights, vectors, context,
     hidden, slopes, map_in, map_grad, density, more, rows, batch, steps,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
-    WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, ROW_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr, ADD_FIRST: tl.constexpr, INVERSE: tl.constexpr,
-    SAVED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, ROW_STRIDE: tl.constexpr, N_RAW: tl.constexpr, SPLINE: tl.constexpr,
+    ACTIVATION: tl.constexpr, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr, ADD_FIRST: tl.constexpr,
+    INVERSE: tl.constexpr, SAVED: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows back through some steps, with packed parameters.
 
@@ -59,10 +63,10 @@ def flow_backward_kernel(
     P: tl.constexpr = D - D // 2
     T: tl.constexpr = D // 2
     LAYERS: tl.constexpr = len(HIDDEN) + 1
+    SPLINES: tl.constexpr = len(SPLINE) > 0
     SQUARE: tl.constexpr = 4 * HALF * HALF
-    RAW: tl.constexpr = COLUMNS[
-        LAYERS - 1
-    ]  # where [p, context] are in a row of `hidden`, and [∂u, ∂t] in one of `slopes`
+    # Where [p, context] are in a row of `hidden`, and [∂u, ∂t] or those of splines' numbers in one of `slopes`.
+    RAW: tl.constexpr = COLUMNS[LAYERS - 1]
     RECOMPUTED: tl.constexpr = INVERSE != SAVED  # whether a step begins with its affine map
     one = tl.full([], 1, tl.int64)
     first = tl.program_id(0) * (one * BM)
@@ -90,7 +94,7 @@ def flow_backward_kernel(
         kept = (k * rows + first) * ROW_STRIDE
         rows_of_maps = (k * rows + first) * D
         A = maps + k * SQUARE
-        w = weights + k * WEIGHTS[LAYERS]
+        w = weights + k * WEIGHTS[len(WEIGHTS) - 1]
         b = vectors + k * VECTORS[LAYERS + 2]
         c_p = load_bias(b, half, HALF)  # [1, HALF]
         c_v = load_bias(b + HALF, half, HALF)
@@ -112,21 +116,35 @@ def flow_backward_kernel(
                 mask = live[:, None] & (column < C)[None, :]
                 given = tl.load(context + row[:, None] * C + column[None, :], mask=mask, other=0.0)
                 store_tile(hidden + kept + RAW + P, given, row, live, ROW_STRIDE, column, C)
-        # u, t: [BM, HALF]
-        u, t = mlp(
-            p, w, context, w, b, hidden + kept, slopes + kept, row, live, D, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS,
-            ROW_STRIDE, ACTIVATION, True, True, BN, BK, MLP,
-        )  # fmt: skip
-        ell = keep_columns(log_scale(u, LOG_SCALE, CONSTANT), half, T)  # [BM, HALF]
-        if INVERSE == SAVED:
-            v = couple(v, t, tl.exp(-ell), ADD_FIRST, True)
+        if SPLINES:
+            hidden_layers(
+                p, context, w, b, hidden + kept, slopes + kept, row, live, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS, ROW_STRIDE,
+                ACTIVATION, LAYERS - 1, True, BN, BK, MLP,
+            )  # fmt: skip
+            # Of these the one that is written at the end has room for the coupling's results until then.
+            other = (map_in if INVERSE else map_grad) + rows_of_maps
+            found, g_scaled = spline_coupling_backward(  # [BM, HALF]
+                v, g_v, g_logdet, hidden + kept, slopes + kept + RAW, w, b, scratch, other, row, live, rows - first, D, HALF,
+                HIDDEN, COLUMNS, WEIGHTS, VECTORS, ROW_STRIDE, SPLINE, INVERSE, SAVED, GROUP, BK, MLP,
+            )  # fmt: skip
+            if INVERSE == SAVED:
+                v = found
+        else:
+            # u, t: [BM, HALF]
+            u, t = mlp(
+                p, w, context, w, b, hidden + kept, slopes + kept, row, live, D, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS,
+                ROW_STRIDE, ACTIVATION, True, True, BN, BK, MLP,
+            )  # fmt: skip
+            ell = keep_columns(log_scale(u, LOG_SCALE, CONSTANT), half, T)  # [BM, HALF]
+            if INVERSE == SAVED:
+                v = couple(v, t, tl.exp(-ell), ADD_FIRST, True)
 
         # The affine map's input [BM, HALF]; in reversible mode also what the step before this one returned.
         if INVERSE:
             store_halves(map_in + rows_of_maps, p - c_p, v - c_v, row, live, D, HALF)
             if not SAVED:
                 x_p = p
-                x_v = couple(v, t, tl.exp(ell), ADD_FIRST, False)
+                x_v = found if SPLINES else couple(v, t, tl.exp(ell), ADD_FIRST, False)
         elif not SAVED:
             U = unmaps + k * SQUARE
             b_pp, b_pv, b_vp, b_vv = load_map(U, HALF)
@@ -135,22 +153,28 @@ def flow_backward_kernel(
             x_p, x_v = affine(x_p, x_v, b_pp, b_pv, b_vp, b_vv, U, scratch, row, live, D, HALF, False, BK, MAP)
             store_halves(map_in + rows_of_maps, x_p, x_v, row, live, D, HALF)
 
-        # The coupling: g_scaled, g_t, g_ell, g_u [BM, HALF].
-        if INVERSE:
-            g_scaled = g_v * tl.exp(-ell)
-            g_t = -g_v if ADD_FIRST else -g_scaled
-            g_ell = -g_v * (v + t if ADD_FIRST else v) - g_logdet
+        if SPLINES:
+            g_p += mlp_backward_of_memory(  # [BM, HALF]
+                w, hidden + kept, slopes + kept, row, live, D, g_p.dtype, HIDDEN, COLUMNS, WEIGHTS, N_RAW, ROW_STRIDE,
+                ACTIVATION, BM, HALF, BN, BK, MLP,
+            )  # fmt: skip
         else:
-            g_scaled = g_v * tl.exp(ell)
-            g_t = g_scaled if ADD_FIRST else g_v
-            g_ell = g_scaled * (v + t if ADD_FIRST else v) + g_logdet
-        g_u = keep_columns(g_ell * log_scale_slope(u, LOG_SCALE, CONSTANT), half, T)
-        store_tile(slopes + kept + RAW, g_u, row, live, ROW_STRIDE, half, T)
-        store_tile(slopes + kept + RAW + T, g_t, row, live, ROW_STRIDE, half, T)
-        g_p += mlp_backward(  # [BM, HALF]
-            g_u, g_t, w, hidden + kept, slopes + kept, row, live, D, HIDDEN, COLUMNS, WEIGHTS, ROW_STRIDE, ACTIVATION,
-            BN, BK, MLP,
-        )  # fmt: skip
+            # The coupling: g_scaled, g_t, g_ell, g_u [BM, HALF].
+            if INVERSE:
+                g_scaled = g_v * tl.exp(-ell)
+                g_t = -g_v if ADD_FIRST else -g_scaled
+                g_ell = -g_v * (v + t if ADD_FIRST else v) - g_logdet
+            else:
+                g_scaled = g_v * tl.exp(ell)
+                g_t = g_scaled if ADD_FIRST else g_v
+                g_ell = g_scaled * (v + t if ADD_FIRST else v) + g_logdet
+            g_u = keep_columns(g_ell * log_scale_slope(u, LOG_SCALE, CONSTANT), half, T)
+            store_tile(slopes + kept + RAW, g_u, row, live, ROW_STRIDE, half, T)
+            store_tile(slopes + kept + RAW + T, g_t, row, live, ROW_STRIDE, half, T)
+            g_p += mlp_backward(  # [BM, HALF]
+                g_u, g_t, w, hidden + kept, slopes + kept, row, live, D, HIDDEN, COLUMNS, WEIGHTS, ROW_STRIDE, ACTIVATION,
+                BN, BK, MLP,
+            )  # fmt: skip
         g_v = g_scaled  # [BM, HALF]
 
         # What the end of this step reads and what the next one begins with: one wait instead of three.
@@ -197,10 +221,10 @@ def flow_backward(
     widths = [w.shape[2] for w in weights[:-1]]
     context_dim = 0 if context is None else context.shape[1]
     dtype = operand_dtype(grad_out, options)
-    constants = sizes(dim, widths, context_dim)
+    constants = sizes(dim, widths, context_dim, options.spline, backward=True)
     columns = constants["COLUMNS"]
     stride = constants["ROW_STRIDE"]
-    how = how or launch_for(True, dim, widths, options.mlp_precision, batch, grad_out.device)
+    how = how or launch_for(True, dim, widths, options.mlp_precision, batch, grad_out.device, options.spline)
     processors = _multiprocessors(grad_out.device)
     saved = unmatrix is None
     given = saved and not options.inverse  # the forward direction has its maps' inputs already where they were saved

@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from glf_fast.kernels.spline import padded_bins
+
 __all__ = ["FULL_PRECISION", "FlowOptions", "operand_dtype", "sizes"]
 
 # Full float32 as three tf32 products, at a third of the matrix units' rate. "ieee" has no matrix units at all, and spills: 632
@@ -21,7 +23,8 @@ class FlowOptions(NamedTuple):
     """Options of a flow, by the names that `glf_fast.reference` uses.
 
     `constant` of the log-scale (ln m for softclip). Precisions of the operands of products, of the affine maps ("ieee",
-    "tf32x3", "tf32") and of the MLPs (these and "bf16"); everything else is in the dtype of the state.
+    "tf32x3", "tf32") and of the MLPs (these and "bf16"); everything else is in the dtype of the state. `spline`, the constants
+    of the kernels' splines (spline.py), is empty for affine couplings; it is one of the `sizes`.
     """
 
     activation: str
@@ -31,6 +34,7 @@ class FlowOptions(NamedTuple):
     inverse: bool
     map_precision: str
     mlp_precision: str
+    spline: tuple[Any, ...] = ()
 
     def constants(self) -> dict[str, Any]:
         """As compile-time constants of the kernels."""
@@ -50,25 +54,43 @@ def operand_dtype(x: Tensor, options: FlowOptions) -> torch.dtype:
     return torch.bfloat16 if options.mlp_precision == "bf16" else x.dtype
 
 
-def sizes(dim: int, hidden: Sequence[int], context_dim: int) -> dict[str, Any]:
+def sizes(
+    dim: int, hidden: Sequence[int], context_dim: int, spline: tuple[Any, ...] = (), backward: bool = False
+) -> dict[str, Any]:
     """Compile-time sizes of a flow's kernels.
 
     COLUMNS: where each hidden layer starts in a row of them, and where the last one ends. ROW_STRIDE: numbers from one row
-    to the next in the backward's workspace, where [p, context] or [∂u, ∂t] follow the hidden layers. WEIGHTS and VECTORS:
-    where each matrix of an MLP and each vector starts in a packed step (packing.py), and how long a step is. Layers are
-    padded to multiples of 16 numbers, which a matrix unit multiplies at once, and which are aligned for whatever reads them.
+    to the next in the backward's workspace, where [p, context] or the N_RAW gradients of the last layer's numbers follow the
+    hidden layers. WEIGHTS and VECTORS: where each matrix of an MLP and each vector starts in a packed step (packing.py), and
+    how long a step is; the `backward` of splines has the last matrix twice. Layers are padded to multiples of 16 numbers,
+    which a matrix unit multiplies at once, and which are aligned for whatever reads them.
     """
     half = max(16, triton.next_power_of_2(dim - dim // 2))
-    padded = [-(-n // 16) * 16 for n in hidden]
-    rows = [half + -(-context_dim // 16) * 16, *padded]
+    padded = [_up(n) for n in hidden]
+    rows = [half + _up(context_dim), *padded]
     columns = [*padded, 2 * half]
+    raw = 2 * (dim // 2)
+    if spline:
+        bins, tails, *_ = spline
+        raw = (3 * bins + tails) * (dim // 2)
+        columns[-1] = _up(dim // 2) * (2 * padded_bins(bins) + padded_bins(bins + tails))
+    vectors = [2 * half, *columns, 16]
+    if spline and backward:
+        rows.append(rows[-1])
+        columns.append(_up(raw))
     return {
         "D": dim,
         "HALF": half,
         "C": context_dim,
         "HIDDEN": tuple(hidden),
         "COLUMNS": (0, *accumulate(padded)),
-        "ROW_STRIDE": sum(padded) + -(-max(2 * (dim // 2), dim - dim // 2 + context_dim) // 16) * 16,
+        "ROW_STRIDE": sum(padded) + _up(max(raw, dim - dim // 2 + context_dim)),
         "WEIGHTS": (0, *accumulate(n * m for n, m in zip(rows, columns, strict=True))),
-        "VECTORS": (0, *accumulate([2 * half, *columns, 16])),
+        "VECTORS": (0, *accumulate(vectors)),
+        "N_RAW": raw,
+        "SPLINE": spline,
     }
+
+
+def _up(n: int) -> int:
+    return -(-n // 16) * 16

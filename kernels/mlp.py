@@ -109,6 +109,23 @@ def staged_layer(
 
 
 @triton.jit
+def hidden_layers(
+    p, context, weights, vectors, hidden, slopes, row, live, C: tl.constexpr, HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, COUNT: tl.constexpr, KEEP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first COUNT hidden layers, into memory; behind it they are complete."""
+    tl.debug_barrier()  # the last step's rows have been read
+    for i in tl.static_range(COUNT):
+        staged_layer(
+            i, p, context, weights + WEIGHTS[i], vectors + VECTORS[i + 1], hidden, slopes, row, live, C, HIDDEN, COLUMNS,
+            ROW_STRIDE, ACTIVATION, KEEP, BN, BK, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()  # layer i is complete
+
+
+@triton.jit
 def mlp(
     p, w_first, context, weights, vectors, hidden, slopes, row, live, D: tl.constexpr, C: tl.constexpr,
     HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, VECTORS: tl.constexpr,
@@ -125,13 +142,10 @@ def mlp(
     half = tl.arange(0, HALF)
 
     if STAGED:
-        tl.debug_barrier()  # the last step's rows have been read
-        for i in tl.static_range(LAST):
-            staged_layer(
-                i, p, context, weights + WEIGHTS[i], vectors + VECTORS[i + 1], hidden, slopes, row, live, C, HIDDEN,
-                COLUMNS, ROW_STRIDE, ACTIVATION, KEEP, BN, BK, PRECISION,
-            )  # fmt: skip
-            tl.debug_barrier()  # layer i is complete
+        hidden_layers(
+            p, context, weights, vectors, hidden, slopes, row, live, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS, ROW_STRIDE,
+            ACTIVATION, LAST, KEEP, BN, BK, PRECISION,
+        )  # fmt: skip
     elif LAST == 1:
         WIDTH: tl.constexpr = triton.next_power_of_2(COLUMNS[1])
         whole = tl.arange(0, WIDTH)
@@ -218,7 +232,6 @@ def mlp_backward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """∂p [BM, HALF]. Turns `slopes` into the gradients of the hidden layers before their activation."""
-    P: tl.constexpr = D - D // 2
     BM: tl.constexpr = grad_u.shape[0]
     HALF: tl.constexpr = grad_u.shape[1]
     LAST: tl.constexpr = len(HIDDEN) - 1
@@ -234,16 +247,63 @@ def mlp_backward(
         grad = dot(grad_t, load_weight(w_out + HALF, half, column, HALF, N_PADDED, 1, 2 * HALF), grad, PRECISION)
         at = COLUMNS[LAST]
         times_slope(grad, hidden + at, slopes + at, row, live, ROW_STRIDE, column, HIDDEN[LAST], N_PADDED, ACTIVATION)
+    return hidden_layers_backward(
+        weights, hidden, slopes, row, live, D, grad_u.dtype, HIDDEN, COLUMNS, WEIGHTS, ROW_STRIDE, ACTIVATION, BM, HALF, BN,
+        BK, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def mlp_backward_of_memory(
+    weights, hidden, slopes, row, live, D: tl.constexpr, STATE: tl.constexpr, HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, N_RAW: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same from N_RAW gradients of the last layer's numbers that stand behind those of the hidden layers in `slopes`.
+
+    The last layer's weight is packed a second time for it, [⌈n⌉, ⌈N_RAW⌉], behind the others.
+    """
+    LAST: tl.constexpr = len(HIDDEN) - 1
+    AT: tl.constexpr = COLUMNS[LAST]
+    RAW: tl.constexpr = COLUMNS[LAST + 1]
+    PADDED: tl.constexpr = RAW - AT
+    STRIDE: tl.constexpr = (N_RAW + 15) // 16 * 16
+    tl.debug_barrier()  # the hidden layers and slopes are complete
+    w_out = weights + WEIGHTS[LAST + 2]
+    for start in range(0, PADDED, BN):
+        column = start + tl.arange(0, BN)
+        grad = tl.zeros((BM, BN), STATE)
+        grad = product(
+            grad, slopes + RAW, row, live, ROW_STRIDE, w_out, column, N_RAW, STRIDE, PADDED, 1, STRIDE, BK, PRECISION
+        )
+        times_slope(grad, hidden + AT, slopes + AT, row, live, ROW_STRIDE, column, HIDDEN[LAST], PADDED, ACTIVATION)
+    return hidden_layers_backward(
+        weights, hidden, slopes, row, live, D, STATE, HIDDEN, COLUMNS, WEIGHTS, ROW_STRIDE, ACTIVATION, BM, HALF, BN, BK,
+        PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def hidden_layers_backward(
+    weights, hidden, slopes, row, live, D: tl.constexpr, STATE: tl.constexpr, HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, ROW_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """∂p [BM, HALF], and the gradients of all hidden layers but the last, which stands in `slopes`."""
+    P: tl.constexpr = D - D // 2
+    LAST: tl.constexpr = len(HIDDEN) - 1
+    half = tl.arange(0, HALF)
     for i in tl.static_range(LAST - 1, -1, -1):
         tl.debug_barrier()  # the gradient of layer i + 1 is complete
         layer_backward(
-            i, weights + WEIGHTS[i + 1], hidden, slopes, row, live, grad_u.dtype, HIDDEN, COLUMNS, ROW_STRIDE,
-            ACTIVATION, BM, BN, BK, PRECISION,
+            i, weights + WEIGHTS[i + 1], hidden, slopes, row, live, STATE, HIDDEN, COLUMNS, ROW_STRIDE, ACTIVATION, BM,
+            BN, BK, PRECISION,
         )  # fmt: skip
     tl.debug_barrier()
     FIRST: tl.constexpr = COLUMNS[1]
     grad_p = product(
-        tl.zeros((BM, HALF), grad_u.dtype), slopes, row, live, ROW_STRIDE, weights, half, FIRST, FIRST, HALF, 1, FIRST,
-        BK, PRECISION,
+        tl.zeros((BM, HALF), STATE), slopes, row, live, ROW_STRIDE, weights, half, FIRST, FIRST, HALF, 1, FIRST, BK,
+        PRECISION,
     )  # fmt: skip
     return keep_columns(grad_p, half, P)

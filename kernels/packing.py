@@ -6,6 +6,9 @@ A step's matrices and vectors lie behind one another, so that a kernel needs thr
     weights  (K, WEIGHTS[-1])      W₀ [HALF + ⌈C⌉, ⌈n₁⌉], W₁ [⌈n₁⌉, ⌈n₂⌉], …, W_out [⌈n⌉, 2·HALF], the last as [u | t]
     vectors  (K, VECTORS[-1])      c [2·HALF], b₁ [⌈n₁⌉], …, b_out [2·HALF], log|det A| in front of 15 zeros
 
+W_out and b_out of splines have ⌈T⌉·(2·B + S) columns: all widths, all heights, all slopes, each kind filled up for each column
+of v to powers of two, B and S (`padded_bins`). For the backward W_out follows once more, [⌈n⌉, ⌈N_RAW⌉] in its own order.
+
 ⌈n⌉ is n rounded up to a multiple of 16, what a matrix unit multiplies at once: tiles are read without masks, 16 bytes at
 a time. Operands of tf32 products are rounded and those of bf16 products converted here: every program, chunk and thread of
 the flow's kernels did that before, 195 of the 422 instructions of the hot loop at D 64, H 256. 512 programs of 128 rows
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from glf_fast.kernels.flow_options import FlowOptions, operand_dtype
 from glf_fast.kernels.launch import launch
+from glf_fast.kernels.spline import BINS, TAILS, padded_bins
 from glf_fast.kernels.tiles import COMPILED, round_tf32
 
 __all__ = ["Packed", "pack", "pack_kernel"]
@@ -66,25 +70,59 @@ def pack_matrix(
 @triton.jit
 def pack_layer(
     i: tl.constexpr, weight, target, k, block, D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr,
-    HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, N_RAW: tl.constexpr, SPLINE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of layer i's weight of step k: the first layer's rows are p's and the context's, the last one's columns
-    those of u and of t."""
+    those of u and of t, or of splines; the layer behind it is that of splines as it comes."""
     P: tl.constexpr = D - D // 2
     T: tl.constexpr = D // 2
-    LAST: tl.constexpr = i == len(HIDDEN)
-    I0: tl.constexpr = P if i == 0 else HIDDEN[i - 1]
-    I0_PADDED: tl.constexpr = HALF if i == 0 else COLUMNS[i] - COLUMNS[i - 1]
-    I1: tl.constexpr = C if i == 0 else 0
-    I1_PADDED: tl.constexpr = (C + 15) // 16 * 16 if i == 0 else 0
-    J0: tl.constexpr = T if LAST else HIDDEN[i]
-    J0_PADDED: tl.constexpr = HALF if LAST else COLUMNS[i + 1] - COLUMNS[i]
-    J1: tl.constexpr = T if LAST else 0
-    J1_PADDED: tl.constexpr = HALF if LAST else 0
-    pack_matrix(
-        weight + k * ((I0 + I1) * (J0 + J1)), target, block, I0, I0_PADDED, I1, I1_PADDED, J0, J0_PADDED, J1, J1_PADDED,
-        PRECISION, BLOCK,
-    )  # fmt: skip
+    OUT: tl.constexpr = len(HIDDEN)
+    BEFORE: tl.constexpr = OUT - 1 if i > OUT else i - 1
+    I0: tl.constexpr = P if i == 0 else HIDDEN[BEFORE]
+    I0_PADDED: tl.constexpr = HALF if i == 0 else COLUMNS[BEFORE + 1] - COLUMNS[BEFORE]
+    if i == OUT and len(SPLINE) > 0:
+        pack_splines(weight + k * (I0 * N_RAW), target, block, T, I0, I0_PADDED, SPLINE, PRECISION, BLOCK)
+    else:
+        I1: tl.constexpr = C if i == 0 else 0
+        I1_PADDED: tl.constexpr = (C + 15) // 16 * 16 if i == 0 else 0
+        HALVES: tl.constexpr = i == OUT
+        J: tl.constexpr = N_RAW if i > OUT else T if HALVES else HIDDEN[i]
+        J_PADDED: tl.constexpr = (N_RAW + 15) // 16 * 16 if i > OUT else HALF if HALVES else COLUMNS[i + 1] - COLUMNS[i]
+        J1: tl.constexpr = T if HALVES else 0
+        J1_PADDED: tl.constexpr = HALF if HALVES else 0
+        pack_matrix(
+            weight + k * ((I0 + I1) * (J + J1)), target, block, I0, I0_PADDED, I1, I1_PADDED, J, J_PADDED, J1, J1_PADDED,
+            PRECISION, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def pack_splines(
+    source, target, block, T: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, SPLINE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK numbers of a matrix (ROWS, N_RAW) whose columns are numbers of T splines, one spline's side by side."""
+    K: tl.constexpr = SPLINE[BINS]
+    SLOPES: tl.constexpr = K + SPLINE[TAILS]
+    B: tl.constexpr = padded_bins(K)
+    S: tl.constexpr = padded_bins(SLOPES)
+    FEATURES: tl.constexpr = (T + 15) // 16 * 16
+    COLUMNS: tl.constexpr = FEATURES * (2 * B + S)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    i = at // COLUMNS
+    j = at % COLUMNS
+    height = j >= FEATURES * B
+    slope = j >= 2 * FEATURES * B
+    place = tl.where(slope, j - 2 * FEATURES * B, tl.where(height, j - FEATURES * B, j))
+    feature = tl.where(slope, place // S, place // B)
+    number = tl.where(slope, place % S, place % B)
+    exists = (i < ROWS) & (feature < T) & tl.where(slope, number < SLOPES, number < K)
+    from_j = feature * (2 * K + SLOPES) + tl.where(slope, 2 * K, tl.where(height, K, 0)) + number
+    w = tl.load(source + i * (T * (2 * K + SLOPES)) + from_j, mask=exists, other=0.0)
+    if COMPILED and PRECISION == "tf32":
+        w = round_tf32(w)
+    tl.store(target + at, w.to(target.dtype.element_ty), mask=at < PADDED * COLUMNS)
 
 
 @triton.jit
@@ -101,8 +139,8 @@ def pack_vector(source, target, J0: tl.constexpr, J0_PADDED: tl.constexpr, J1: t
 def pack_kernel(
     matrix, unmatrix, offset, weights, biases, logabsdet, maps, packed_weights, vectors, steps, n_logs,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
-    ROW_STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, BLOCKS: tl.constexpr, MAPS: tl.constexpr,
-    MAP: tl.constexpr, MLP: tl.constexpr, BLOCK: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, VECTORS: tl.constexpr, N_RAW: tl.constexpr, SPLINE: tl.constexpr,
+    BLOCKS: tl.constexpr, MAPS: tl.constexpr, MAP: tl.constexpr, MLP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of one matrix of one step, or all vectors of a step.
 
@@ -112,9 +150,10 @@ def pack_kernel(
     P: tl.constexpr = D - D // 2
     T: tl.constexpr = D // 2
     LAYERS: tl.constexpr = len(HIDDEN) + 1
+    MATRICES: tl.constexpr = len(WEIGHTS) - 1  # one more than layers where the last one comes twice
     one = tl.full([], 1, tl.int64)
-    k = tl.program_id(0) // BLOCKS[MAPS + LAYERS + 1] * one
-    block = tl.program_id(0) % BLOCKS[MAPS + LAYERS + 1]
+    k = tl.program_id(0) // BLOCKS[MAPS + MATRICES + 1] * one
+    block = tl.program_id(0) % BLOCKS[MAPS + MATRICES + 1]
 
     for m in tl.static_range(MAPS):
         if block >= BLOCKS[m] and block < BLOCKS[m + 1]:
@@ -123,17 +162,25 @@ def pack_kernel(
                 source + k * (D * D), maps + (k + m * one * steps) * (4 * HALF * HALF), block - BLOCKS[m],
                 P, HALF, T, HALF, P, HALF, T, HALF, MAP, BLOCK,
             )  # fmt: skip
-    for i in tl.static_range(LAYERS):
+    for i in tl.static_range(MATRICES):
         if block >= BLOCKS[MAPS + i] and block < BLOCKS[MAPS + i + 1]:
-            to = packed_weights + k * WEIGHTS[LAYERS] + WEIGHTS[i]
-            pack_layer(i, weights[i], to, k, block - BLOCKS[MAPS + i], D, HALF, C, HIDDEN, COLUMNS, MLP, BLOCK)
-    if block == BLOCKS[MAPS + LAYERS]:
+            to = packed_weights + k * WEIGHTS[MATRICES] + WEIGHTS[i]
+            weight = weights[i if i < LAYERS else LAYERS - 1]
+            pack_layer(
+                i, weight, to, k, block - BLOCKS[MAPS + i], D, HALF, C, HIDDEN, COLUMNS, N_RAW, SPLINE, MLP, BLOCK
+            )
+    if block == BLOCKS[MAPS + MATRICES]:
         to = vectors + k * VECTORS[LAYERS + 2]
         pack_vector(offset + k * D, to, P, HALF, T, HALF)
         for i in tl.static_range(LAYERS - 1):
             b = biases[i] + k * HIDDEN[i]
             pack_vector(b, to + VECTORS[i + 1], HIDDEN[i], COLUMNS[i + 1] - COLUMNS[i], 0, 0)
-        pack_vector(biases[LAYERS - 1] + k * (2 * T), to + VECTORS[LAYERS], T, HALF, T, HALF)
+        b_out = biases[LAYERS - 1] + k * N_RAW
+        if len(SPLINE) > 0:
+            for part in range((VECTORS[LAYERS + 1] - VECTORS[LAYERS] + BLOCK - 1) // BLOCK):
+                pack_splines(b_out, to + VECTORS[LAYERS], part, T, 1, 1, SPLINE, "ieee", BLOCK)
+        else:
+            pack_vector(b_out, to + VECTORS[LAYERS], T, HALF, T, HALF)
         log = tl.load(logabsdet + k, mask=k < n_logs, other=0.0)
         j = tl.arange(0, 16)
         tl.store(to + VECTORS[LAYERS + 1] + j, tl.where(j == 0, log, 0.0))

@@ -29,6 +29,7 @@ from glf_fast.kernels.math import log_sigmoid, sigmoid
 
 __all__ = [
     "constants",
+    "padded_bins",
     "spline",
     "spline_backward",
     "spline_backward_kernel",
@@ -43,6 +44,12 @@ MIN_WIDTH, MIN_HEIGHT, MIN_DERIVATIVE, FACTOR, CLIP, SCALE = (tl.constexpr(i) fo
 # where a row has as many columns, whose log-derivatives the program adds up.
 WARP = 32
 LARGEST = 128
+
+
+@triton.constexpr_function
+def padded_bins(count):
+    """Numbers of one kind of one spline as they are packed for whole flows: 8 at least, so that two splines make 16."""
+    return max(8, triton.next_power_of_2(count))
 
 
 # -- one element, whatever its memory ----------------------------------------------------------------------------------

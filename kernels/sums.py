@@ -106,7 +106,7 @@ def column_sums(steps: int, rows: int, sizes: dict[str, Any], density: bool, lik
 
 def _constants(sizes: dict[str, Any], density: bool) -> dict[str, Any]:
     dim, columns = sizes["D"], sizes["COLUMNS"]
-    widths = (*sizes["HIDDEN"], 2 * (dim // 2), dim, 1)
+    widths = (*sizes["HIDDEN"], sizes["N_RAW"], dim, 1)
     blocks = [triton.cdiv(n, COLUMNS) for n in widths[:-1]] + [int(density)]
     return {
         "WIDTHS": widths,

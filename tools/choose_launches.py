@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import TypeGuard
 
 import launch_file
-from flow_candidates import case, keys, ranked, shared_limit, tuned_keys
+from flow_candidates import case, ranked, shared_limit, tuned_keys
 from flow_costs import clocks
 from shipped import kernels, of_entry
 from triton_resources import Compilers, Resources
 
-from glf_fast.kernels.launch_table import Launch
+from glf_fast.kernels.launch_table import Launch, keys
 
 KEEP = 64  # bytes spilled that are good enough: versions of ptxas differ by as much
 SPILLED = 256

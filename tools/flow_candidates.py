@@ -8,9 +8,9 @@ from functools import cache
 
 from flow_costs import Case, clocks, shared_bytes
 
-from glf_fast.kernels.launch_table import KERNELS, PRECISIONS, SIZES, Launch
+from glf_fast.kernels.launch_table import Launch
 
-__all__ = ["MOST", "candidates", "case", "keys", "ranked", "shared_limit", "tuned_keys"]
+__all__ = ["MOST", "candidates", "case", "ranked", "shared_limit", "tuned_keys"]
 
 # Bytes of shared memory that a program can have, and a multiprocessor has, by part of the table. "80" also serves sm_86, 89
 # and 120, whose programs can have 99 KB; those of sm_80 could have 163.
@@ -27,6 +27,7 @@ FLOWS: dict[str, tuple[int, tuple[int, ...], int, int]] = {
     "huge": (256, (512, 512), 256, 4_096),
 }
 STEPS = 8
+SPLINES = [f"{kernel}-splines{bins}" for bins in (8, 16) for kernel in ("forward", "backward")]
 
 
 def tuned_keys() -> list[str]:
@@ -34,22 +35,20 @@ def tuned_keys() -> list[str]:
     orders = (
         itertools.product(("few", "many"), ("medium", "small"), ("tf32", "bf16", "tf32x3"), ("forward", "backward")),
         itertools.product(("many",), ("large",), ("tf32", "bf16", "tf32x3"), ("forward", "backward")),
+        itertools.product(("few",), ("small",), ("tf32", "bf16", "tf32x3"), SPLINES),
     )
     return [" ".join((kernel, size, precision, batch)) for batch, size, precision, kernel in itertools.chain(*orders)]
-
-
-def keys() -> list[str]:
-    """All keys of an architecture's part."""
-    return [" ".join(parts) for parts in itertools.product(KERNELS, SIZES, PRECISIONS, ("few", "many"))]
 
 
 def case(key: str) -> Case:
     """The flow and the batch that a key's launches are compared with."""
     kernel, size, precision, batch = key.split()
+    kernel, _, bins = kernel.partition("-splines")
     dim, hidden, few, many = FLOWS[size]
     if kernel == "deep":
         hidden += hidden
-    return Case(kernel == "backward", dim, hidden, STEPS, few if batch == "few" else many, precision)
+    rows = few if batch == "few" else many
+    return Case(kernel == "backward", dim, hidden, STEPS, rows, precision, int(bins or 0))
 
 
 def shared_limit(key: str, how: Launch, arch: str) -> int:
@@ -87,6 +86,7 @@ def _all(key: str) -> Iterator[Launch]:
     """Whatever a key's kernels could be launched with."""
     kernel, size, _, batch = key.split()
     dim, hidden, *_ = FLOWS[size]
+    bins = case(key).bins
     rows = (16, 32) if batch == "few" else (16, 32, 64, 128)
     # Chunks are not longer than what they divide.
     columns = [n for n in (16, 32, 64, 128, 256) if n <= hidden[0]]
@@ -98,7 +98,7 @@ def _all(key: str) -> Iterator[Launch]:
         # alone, which no case here has, a short one should not be padded to a long chunk.
         divides = staged or dim > 64 or BK == 32
         # Without a loop over chunks, num_stages has nothing to divide in kernels with barriers.
-        looped = not staged or max(hidden) > min(BN, BK)
+        looped = not staged or bins > 0 or max(hidden) > min(BN, BK)
         if divides and (looped or stages == 3):
             yield Launch(BM, BN, BK, staged, warps, stages)
 
@@ -109,5 +109,6 @@ def _accumulators(flow: Case, how: Launch) -> float:
     numbers = how.rows * (how.columns + (6 if flow.backward else 4) * half)
     if not (how.staged or flow.backward):
         numbers += how.rows * flow.hidden[0] * flow.item // 4
+    numbers += 3 * flow.bins * how.rows * how.group
     most = ACCUMULATORS if how.num_warps <= 8 else ACCUMULATORS / 2  # 16 warps share 65,536 registers, 128 a thread
     return numbers / (32 * how.num_warps) * ACCUMULATORS / most

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from glf_fast.kernels.flow_options import sizes
 from glf_fast.kernels.launch_table import Launch
@@ -37,6 +38,7 @@ TURN = 100  # clocks of a result on its way to the operand of the next product: 
 BARRIER = 40
 ELEMENT = 6  # instructions a number of a hidden layer: bias, activation, rounding, conversion, store
 COUPLING = 40  # instructions a transformed number: log-scale, exponential, coupling, sum
+SPLINE, BIN = 200, 60  # instructions a spline, and more for each of its bins: counted in kernels/spline.py's forward
 SCHEDULED = 128  # instructions of threads a clock: four schedulers
 REGISTERS = 65_536
 SHARED = 228 << 10  # bytes of shared memory of a multiprocessor
@@ -53,6 +55,7 @@ class Case:
     steps: int
     rows: int
     precision: str  # of the MLP's operands
+    bins: int = 0  # of splines, as they are packed; 0: an affine coupling
 
     @property
     def item(self) -> int:
@@ -79,6 +82,13 @@ class Cost:
 
     def __mul__(self, times: float) -> Cost:
         return Cost(self.clocks * times, self.bytes * times, self.units * times, self.instructions * times)
+
+
+@cache
+def shape(case: Case) -> dict[str, Any]:
+    """The sizes that the case's kernels know at compile time."""
+    spline = (case.bins, -1) if case.bins else ()  # with linear tails
+    return sizes(case.dim, case.hidden, 0, spline)
 
 
 def warp_groups(how: Launch) -> bool:
@@ -134,11 +144,11 @@ def loop(n: int, moved: float, work: Cost, stages: int) -> Cost:
 
 def program(case: Case, how: Launch) -> Cost:
     """One program through one step."""
-    constants = sizes(case.dim, case.hidden, 0)
+    constants = shape(case)
     half: int = constants["HALF"]
     layers = [b - a for a, b in zip(constants["COLUMNS"], constants["COLUMNS"][1:])]  # noqa: B905
     maps = "tf32" if case.precision == "bf16" else case.precision
-    staged = how.staged or case.backward
+    staged = how.staged or case.backward or case.bins > 0
     BM, BN, BK, stages = how.rows, how.columns, how.depth, how.num_stages
 
     def dot(inner: int, columns: int) -> Cost:
@@ -185,19 +195,28 @@ def program(case: Case, how: Launch) -> Cost:
         total = loop(chunks[0], half * BN * case.item, dot(half, BN) + hidden(BN), stages) + turn
         for i in range(1, len(layers)):
             each = through_memory(layers[i - 1], BN) + hidden(BN)
-            if i == len(layers) - 1:
+            if i == len(layers) - 1 and not case.bins:
                 each += waiting(BN * out * case.item) + dot(BN, out)
             total += each * chunks[i] + turn
-        return total
+        return total + splines() if case.bins else total
+
+    def splines() -> Cost:
+        """A group of columns after the other: widths, heights, slopes, then the splines."""
+        each = numbers(BM * how.group, (SPLINE + BIN * case.bins) * (3 if case.backward else 1), how)
+        each += through_memory(layers[-1], how.group * case.bins) * 3
+        return each * -(-(case.dim // 2) // how.group) + turn
 
     def back() -> Cost:
         slope = Cost(LATENCY / 2, BM * BN * case.item) + hidden(BN)
-        total = turn + loop(chunks[-1], out * BN * case.item, dot(half, BN) * 2 + slope, stages)
+        if case.bins:
+            total = turn + (through_memory(constants["N_RAW"], BN) + slope) * chunks[-1]
+        else:
+            total = turn + loop(chunks[-1], out * BN * case.item, dot(half, BN) * 2 + slope, stages)
         for i in range(len(layers) - 2, -1, -1):
             total += turn + (through_memory(layers[i + 1], BN) + slope) * chunks[i]
         return total + turn + through_memory(layers[0], half) + affine()
 
-    coupling = numbers(BM * half, COUPLING * (2 if case.backward else 1), how)
+    coupling = numbers(0 if case.bins else BM * half, COUPLING * (2 if case.backward else 1), how)
     rows = Cost(LATENCY / 4, BM * case.dim * 4 * (3 if case.backward else 1))
     step = affine() + forward() + coupling + rows
     if case.backward:
@@ -216,7 +235,8 @@ def clocks(case: Case, how: Launch) -> float:
     each = math.ceil(programs / PROCESSORS)  # programs of one multiprocessor
     busy = max(step.bytes / PORT, step.units, step.instructions / SCHEDULED)
     # Layers of the backward that stay for the products of weights go through memory.
-    kept = case.rows * sum(case.hidden) * 2 * case.item if case.backward else 0
+    raw = shape(case)["N_RAW"] if case.bins else 0
+    kept = case.rows * (sum(case.hidden) + raw) * 2 * case.item if case.backward else 0
     return case.steps * max(
         waves * step.clocks, each * busy, programs * step.bytes / L2, (kept + 12 * case.rows * case.dim) / MEMORY
     )
@@ -225,17 +245,18 @@ def clocks(case: Case, how: Launch) -> float:
 @cache
 def shared_bytes(case: Case, how: Launch) -> int:
     """Bytes of shared memory of a program, at least: the tiles of its largest loop, and the rows that these multiply."""
-    constants = sizes(case.dim, case.hidden, 0)
+    constants = shape(case)
     half: int = constants["HALF"]
     widest = max(b - a for a, b in zip(constants["COLUMNS"], constants["COLUMNS"][1:]))  # noqa: B905
     BM, BN, BK = how.rows, how.columns, how.depth
-    staged, wide = how.staged or case.backward, warp_groups(how)
+    staged, wide = how.staged or case.backward or case.bins > 0, warp_groups(how)
     # Warp groups multiply what lies in shared memory while it does, which takes one buffer more. They keep rows in registers.
     ahead = how.num_stages - (0 if wide and (case.precision == "bf16" or not staged) else 1)
     two_halves = min(BN, widest) * 2 * half
     if staged:
-        inner = ahead * (BK * BN + BM * BK) if widest > BK else 0
-        out = ahead * two_halves if case.backward and widest > BN else 0
+        columns = max(BN, how.group * case.bins)
+        inner = ahead * (BK * columns + BM * BK) if widest > BK else 0
+        out = ahead * two_halves if case.backward and widest > BN and not case.bins else 0
         mapped = (how.num_stages - 1) * (2 * half + BM) * BK * 4 if half > BK else 0
         return max(inner * case.item, out * case.item, mapped)
     if widest <= BN:  # the loop over steps: all that a step loads, with a context of one chunk

@@ -1,14 +1,15 @@
 """A few small calls of every kernel, for compute-sanitizer: `compute-sanitizer --tool memcheck python tools/gpu_sanitized.py`.
 
-Flows of registers (D 20) and of staged maps (D 96), both with staged hidden layers, forward, inverse and both backwards; PLU
-layers that end within a patch; dense matrices for a warp, for two rows a lane and for a block; the elementwise coupling. With
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation, and what lies beyond it is seen. Results are looked at only
-for being finite: tests/gpu has the values.
+Affine flows of registers (D 20) and of staged maps (D 96), with staged hidden layers, and spline flows: forward, inverse and
+both backwards. PLU layers that end within a patch; dense matrices for a warp, for two rows a lane and for a block; the
+elementwise coupling. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation, and what lies beyond it is seen.
+Results are looked at only for being finite: tests/gpu has the values.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -23,9 +24,10 @@ ROWS = 40  # two programs and a half
 
 def calls(device: str) -> Iterable[Iterable[Tensor]]:
     """What each call returns."""
-    for dim, reversible in ((20, False), (20, True), (96, False), (96, True)):
+    kinds = ((20, "affine", (48, 33, 48)), (96, "affine", (48, 33, 48)), (20, "spline", (33,)))
+    for (dim, coupling, hidden), reversible in itertools.product(kinds, (False, True)):
         torch.manual_seed(0)
-        flow = CouplingFlow(dim, 2, (48, 33, 48), reversible=reversible).to(device)
+        flow = CouplingFlow(dim, 2, hidden, coupling=coupling, reversible=reversible).to(device)
         x = torch.randn(ROWS, dim, device=device, requires_grad=True)
         loss = -flow.log_prob(x).mean()
         yield torch.autograd.grad(loss, [x, *(p for p in flow.parameters() if p.requires_grad)])

@@ -7,36 +7,49 @@ they are benchmarked, everything that users of the named flows run.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import specialization
 from specialization import Specialization
 
+from glf_fast.kernels import spline as splines
 from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions, sizes
 from glf_fast.kernels.launch_table import SIZES, Launch, entries, key_for
+from glf_fast.reference import Spline
 
-__all__ = ["FLOWS", "beside", "kernels", "of_entry", "shipped"]
+__all__ = ["FLOWS", "beside", "kernels", "of_entry", "shipped", "spline_constants"]
 
-# D, hidden widths, context, rows: those of bench/cases.py. K does not occur in a kernel, so the memory case (K = 64, 4,096
-# rows) runs those of glf-cifar.
+# D, hidden widths, context, rows, bins of splines: those of bench/cases.py. K does not occur in a kernel, so the memory case
+# (K = 64, 4,096 rows) runs those of glf-cifar.
 FLOWS = {
-    "sbi": (8, (50, 50), 16, 200),
-    "glf-mnist": (20, (64, 64), 0, 256),
-    "glf-cifar": (64, (256, 256), 0, 256),
-    "throughput": (64, (256, 256), 0, 65_536),
-    "wide": (128, (512, 512), 0, 4_096),
+    "sbi": (8, (50, 50), 16, 200, 0),
+    "glf-mnist": (20, (64, 64), 0, 256, 0),
+    "glf-cifar": (64, (256, 256), 0, 256, 0),
+    "throughput": (64, (256, 256), 0, 65_536, 0),
+    "wide": (128, (512, 512), 0, 4_096, 0),
+    "splines": (20, (64, 64), 0, 256, 8),
+    "sbi-splines": (8, (50, 50), 16, 200, 10),
 }
 # torch's matmul precision → operands of the affine maps, of the MLPs.
 OPERANDS = {"highest": (FULL_PRECISION, FULL_PRECISION), "high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}
 
 
+def spline_constants(bins: int, parametrization: str = "madnis") -> tuple[Any, ...]:
+    """The kernels' constants of splines with linear tails; empty where there are no bins."""
+    return splines.constants(Spline(bins, parametrization=parametrization).prepared().numbers()) if bins else ()
+
+
 def of_entry(key: str, how: Launch) -> Specialization:
     """The default flow (relu, tanh) of an entry's largest size: two hidden layers, "deep" ones four."""
     kernel, size, precision, _ = key.split()
+    kernel, _, bins = kernel.partition("-splines")
     dim, width = SIZES[size]
     hidden = (width,) * (4 if kernel == "deep" else 2)
     # Operands in bf16 come with a map in full precision under autocast: of the two, the one that takes more registers.
     maps = FULL_PRECISION if precision == "bf16" else precision
-    options = FlowOptions("relu", "tanh", 2.0, False, False, maps, precision)
+    options = FlowOptions(
+        "relu", "tanh", 2.0, False, False, maps, precision, spline_constants(int(bins or 0), "nflows")
+    )
     make = specialization.backward if kernel == "backward" else specialization.forward
     return make(key, dim, hidden, 0, options, True, how)
 
@@ -45,12 +58,13 @@ def of_flows(key: str, how: Launch) -> Iterator[Specialization]:
     """All kernels of the named flows that an entry launches: both directions, with what they save or without."""
     backward = key.startswith("backward")
     make = specialization.backward if backward else specialization.forward
-    for name, (dim, hidden, context_dim, rows) in FLOWS.items():
+    for name, (dim, hidden, context_dim, rows, bins) in FLOWS.items():
+        spline = spline_constants(bins)
         for precision, (maps, mlp) in OPERANDS.items():
-            if key_for(backward, dim, hidden, mlp, rows) != key:
+            if key_for(backward, dim, hidden, mlp, rows, spline) != key:
                 continue
             for inverse in (True, False):
-                options = FlowOptions("relu", "tanh", 2.0, False, inverse, maps, mlp)
+                options = FlowOptions("relu", "tanh", 2.0, False, inverse, maps, mlp, spline)
                 direction = ("backward of " if backward else "") + ("inverse" if inverse else "forward")
                 for saved in (True, False):
                     memory = "saved" if saved else "reversible" if backward else "alone"
@@ -67,8 +81,8 @@ def kernels(key: str, how: Launch, arch: int) -> Iterator[Specialization]:
 
 def beside() -> Iterator[Specialization]:
     """Kernels that have no launch to choose: those that pack the named flows' parameters and sum their gradients."""
-    for name, (dim, hidden, context_dim, _) in FLOWS.items():
-        constants = sizes(dim, hidden, context_dim)
+    for name, (dim, hidden, context_dim, _, bins) in FLOWS.items():
+        constants = sizes(dim, hidden, context_dim, spline_constants(bins), backward=True)
         for precision, (maps, mlp) in OPERANDS.items():
             options = FlowOptions("relu", "tanh", 2.0, False, False, maps, mlp)
             for stacks in (1, 2):

@@ -41,7 +41,8 @@ def forward(
     name: str, dim: int, hidden: Sequence[int], context_dim: int, options: FlowOptions, save: bool, how: Launch
 ) -> Specialization:
     """The kernel that `flow_forward` launches for float32 tensors, the packing apart."""
-    constants = {**sizes(dim, hidden, context_dim), **options.constants(), "SAVE": save, "STAGED": how.staged}
+    shape = sizes(dim, hidden, context_dim, options.spline)
+    constants = {**shape, **options.constants(), "SAVE": save, "STAGED": how.staged}
     return _flow(name, flow_kernel, constants, ("weights", "hidden"), ("density", "rows", "steps"), options, how)
 
 
@@ -49,7 +50,8 @@ def backward(
     name: str, dim: int, hidden: Sequence[int], context_dim: int, options: FlowOptions, saved: bool, how: Launch
 ) -> Specialization:
     """The kernel that `flow_backward` launches for float32 tensors, the packing and the sums apart."""
-    constants = {**sizes(dim, hidden, context_dim), **options.constants(), "SAVED": saved}
+    shape = sizes(dim, hidden, context_dim, options.spline, backward=True)
+    constants = {**shape, **options.constants(), "SAVED": saved}
     numbers = ("density", "more", "rows", "batch", "steps")
     return _flow(name, flow_backward_kernel, constants, ("weights", "hidden", "slopes"), numbers, options, how)
 
@@ -64,10 +66,11 @@ def _flow(
     how: Launch,
 ) -> Specialization:
     """A kernel of whole flows, some of whose tensors are `kept` in the type of the MLPs' operands."""
-    constants |= {"BM": how.rows, "BN": how.columns, "BK": how.depth}
+    constants |= how.constants()
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     others = dict.fromkeys(kept, _operands(options)) | dict.fromkeys(numbers, "i32")
     signature = _signature(kernel, constants, "*fp32", others)
-    return Specialization(name, kernel, signature, constants, how.num_warps, how.num_stages)
+    return Specialization(name, kernel, signature, constants, warps, stages)
 
 
 def _operands(options: FlowOptions) -> str:

@@ -32,12 +32,12 @@ import launch_file
 import torch
 import triton
 from flow_candidates import candidates, case, tuned_keys
-from shipped import kernels
+from shipped import kernels, spline_constants
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from glf_fast.kernels import coupling_flow, coupling_flow_backward
-from glf_fast.kernels.flow_options import FlowOptions
+from glf_fast.kernels.flow_options import FlowOptions, sizes
 from glf_fast.kernels.launch_table import Launch, architecture
 
 FIRST = 16  # launches of every key that are measured before the rest of any
@@ -60,7 +60,9 @@ def runner(key: str, rows: int | None = None) -> Run:
     """
     flow = case(key)
     rows = rows or flow.rows
-    widths = [flow.dim - flow.dim // 2, *flow.hidden, 2 * (flow.dim // 2)]
+    spline = spline_constants(flow.bins)
+    last = sizes(flow.dim, flow.hidden, 0, spline)["N_RAW"]
+    widths = [flow.dim - flow.dim // 2, *flow.hidden, last]
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -74,7 +76,7 @@ def runner(key: str, rows: int | None = None) -> Run:
     biases = [3.0 * normal(flow.steps, n).sign() for n in flow.hidden] + [0.1 * normal(flow.steps, widths[-1])]
     x, offset = normal(rows, flow.dim), 0.1 * normal(flow.steps, flow.dim)
     maps = "tf32" if flow.precision == "bf16" else flow.precision
-    options = FlowOptions("relu", "tanh", 2.0, False, False, maps, flow.precision)
+    options = FlowOptions("relu", "tanh", 2.0, False, False, maps, flow.precision, spline)
     state, grads = normal(flow.steps, rows, flow.dim), (normal(rows, flow.dim), normal(rows))
 
     def forward(how: Launch, whole: bool) -> list[Tensor]:

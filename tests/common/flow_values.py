@@ -14,15 +14,15 @@ DIRECTIONS = {"forward": "coupling_flow", "inverse": "coupling_flow_inverse"}
 
 def tensors(
     batch: int, K: int, D: int, C: int, hidden: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0,
-    coupling: str = "affine", network: str = "mlp",
+    coupling: str = "affine", network: str = "mlp", spline: Spline | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """x, A, c, context, W₀ …, b₀ …; `hidden`, `coupling` and `network` as in CouplingFlow."""
+    """x, A, c, context, W₀ …, b₀ …; `hidden`, `coupling`, `network` and `spline` as in CouplingFlow."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=g)
 
-    columns = Spline().columns if coupling == "spline" else reference.COUPLINGS[coupling].columns
+    columns = (spline or Spline()).columns if coupling == "spline" else reference.COUPLINGS[coupling].columns
     shapes = list(itertools.pairwise([D - D // 2 + C, *hidden, columns * (D // 2)]))
     if network == "residual":
         block = [(hidden[0], hidden[0])] * 2 + [(C, hidden[0])] * (C > 0)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import glf_fast
-from glf_fast import CouplingFlow, ops, reference, use_backend
+from glf_fast import CouplingFlow, Spline, ops, reference, use_backend
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -113,11 +113,12 @@ def test_gradients_of_one_output_and_second_derivatives(direction: str, reversib
 
 
 def test_opcheck() -> None:
-    x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
-    weights, biases = layers[:2], layers[2:]
     library = torch.ops.glf_fast
-    for density, logabsdet in ((False, None), (True, torch.rand(2))):
-        code = ("relu", "tanh", 2.0, False, False, density, "")
+    for density, logabsdet, spline in ((False, None, []), (True, torch.rand(2), Spline().prepared().numbers())):
+        given = tensors(3, 2, 5, 2, (7,), torch.float32, coupling="spline" if spline else "affine")
+        x, A, c, context, *layers = [t.detach() for t in given]
+        weights, biases = layers[:2], layers[2:]
+        code = ("relu", "tanh", 2.0, False, False, density, spline, "")
         for save in (False, True):
             arguments = (x, A, c, logabsdet, weights, biases, context, *code, save)
             torch.library.opcheck(library.triton_coupling_flow.default, arguments)
@@ -293,7 +294,7 @@ def test_distances_beyond_32_bits(monkeypatch) -> None:
     logdet, saved = vast(rows), vast(K, rows, D)
     options = FlowOptions("relu", "tanh", 2.0, False, False, "ieee", "ieee")
     packed = pack(A, None, c, None, layers[:3], layers[3:], sizes(D, (16, 16), 0), options)
-    constants = {**sizes(D, (16, 16), 0), **options.constants(), "BM": 16, "BN": 16, "BK": 16}
+    constants = {**sizes(D, (16, 16), 0), **options.constants(), "BM": 16, "BN": 16, "BK": 16, "GROUP": 16}
     monkeypatch.setattr(
         InterpreterBuilder,
         "create_get_program_id",

@@ -5,12 +5,12 @@ from dataclasses import replace
 import launch_file
 import pytest
 from flow_candidates import FLOWS as TUNED
-from flow_candidates import MOST, candidates, case, keys, shared_limit, tuned_keys
+from flow_candidates import MOST, candidates, case, shared_limit, tuned_keys
 from flow_costs import LATENCY, PORT, PROCESSORS, Cost, clocks, loop, program, shared_bytes
-from shipped import FLOWS, OPERANDS, shipped
+from shipped import FLOWS, OPERANDS, shipped, spline_constants
 from tune_flow import FIRST, in_order
 
-from glf_fast.kernels.launch_table import Launch, entries, key_for
+from glf_fast.kernels.launch_table import Launch, entries, key_for, keys
 
 
 def test_a_loop_takes_as_long_as_its_arithmetic_where_that_hides_the_loads() -> None:
@@ -70,10 +70,10 @@ def test_the_table_has_all_keys_and_tuning_some() -> None:
 
 
 def test_the_named_flows_run_what_is_tuned() -> None:
-    for dim, hidden, _, rows in FLOWS.values():
+    for dim, hidden, _, rows, bins in FLOWS.values():
         for backward in (False, True):
             for _, precision in OPERANDS.values():
-                assert key_for(backward, dim, hidden, precision, rows) in tuned_keys()
+                assert key_for(backward, dim, hidden, precision, rows, spline_constants(bins)) in tuned_keys()
     for size, few, many in (
         ("small", "glf-mnist", None),
         ("medium", "glf-cifar", "throughput"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from glf_fast.ops.checks import check_fake
 from glf_fast.ops.coupling_flow import networks
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.ops.coupling_flow.networks import as_one_network, hidden_widths
+from glf_fast.reference import Spline
 
 if TYPE_CHECKING:
     from glf_fast.kernels.flow_options import FlowOptions
@@ -20,34 +22,56 @@ __all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses"]
 
 BACKENDS = (TRITON,)
 MAX_DIM, MAX_HIDDEN, MAX_LAYERS = 256, 512, 4
+# Limits of spline flows, which are those of the launch table's entries. A program keeps all numbers of a spline in a thread's
+# registers, and those of 32 bins do not fit. It reads 23 columns of the last layer where an affine coupling has 2: at D 128,
+# H 512 the weights of a step are 4 MB, which the library's products read once, and every program of 16 rows for itself. Tiles
+# of more rows spill from D 64, H 256 on, so that many rows go layer by layer there.
+MAX_SPLINE_DIM, MAX_SPLINE_HIDDEN, MAX_SLOPES = 64, 256, 16
+ANY_ROWS_DIM, ANY_ROWS_HIDDEN, FEW_ROWS = 32, 64, 4096
 
-OPTIONS = "str activation, str log_scale, float constant, bool add_first, bool inverse, bool density, str autocast"
+OPTIONS = "str activation, str log_scale, float constant, bool add_first, bool inverse, bool density, float[] spline"
 torch.library.define(
     "glf_fast::triton_coupling_flow",
     "(Tensor x, Tensor matrix, Tensor offset, Tensor? logabsdet, Tensor[] weights, Tensor[] biases, Tensor? context, "
-    f"{OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)",
+    f"{OPTIONS}, str autocast, bool save) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "glf_fast::triton_coupling_flow_backward",
     "(Tensor grad_out, Tensor grad_logdet, Tensor state, Tensor matrix, Tensor? unmatrix, Tensor offset, "
-    f"Tensor[] weights, Tensor[] biases, Tensor? context, {OPTIONS}, bool parameters, bool of_context) -> Tensor[]",
+    f"Tensor[] weights, Tensor[] biases, Tensor? context, {OPTIONS}, str autocast, bool parameters, bool of_context) "
+    "-> Tensor[]",
 )
 operations = torch.ops.glf_fast
 
 
 def refuses(call: Call) -> str:
     """Why these kernels cannot take the call; "" where they can. Wider flows go layer by layer."""
-    if why := networks.refuses(call.options, networks.KINDS):
+    if why := networks.refuses(call.options, (*networks.KINDS, "spline")):
         return why
     hidden, dim = hidden_widths(call), call.x.shape[1]
+    if call.options.spline is not None:
+        return _refuses_splines(dim, hidden, len(call.x), call.options.spline)
     if dim <= MAX_DIM and 1 <= len(hidden) <= MAX_LAYERS and max(hidden) <= MAX_HIDDEN:
         return ""
     return f"more than {MAX_DIM} columns, or other than 1 to {MAX_LAYERS} hidden layers of up to {MAX_HIDDEN}"
 
 
+def _refuses_splines(dim: int, hidden: Sequence[int], rows: int, spline: Spline) -> str:
+    if dim < 2 or dim > MAX_SPLINE_DIM or not 1 <= len(hidden) <= MAX_LAYERS or max(hidden) > MAX_SPLINE_HIDDEN:
+        return (
+            f"splines of other than 2 to {MAX_SPLINE_DIM} columns, or other than 1 to {MAX_LAYERS} hidden layers of up to "
+            f"{MAX_SPLINE_HIDDEN}"
+        )
+    if max(spline.bins, spline.columns - 2 * spline.bins) > MAX_SLOPES:
+        return f"splines with more than {MAX_SLOPES} bins or slopes"
+    if rows > FEW_ROWS and (dim > ANY_ROWS_DIM or max(hidden) > ANY_ROWS_HIDDEN):
+        return f"splines of more than {ANY_ROWS_DIM} columns or {ANY_ROWS_HIDDEN} hidden units, of more than {FEW_ROWS} rows"
+    return ""
+
+
 def adapt(call: Call) -> Call:
     """The call with one network, and with the precision that torch.autocast asks for."""
-    call, device = as_one_network(call), call.x.device.type
+    call, device = call if call.options.spline else as_one_network(call), call.x.device.type
     if not torch.is_autocast_enabled(device):
         return call
     autocast = "bf16" if torch.get_autocast_dtype(device) == torch.bfloat16 else "fp16"
@@ -74,10 +98,11 @@ def backward(
     )  # fmt: skip
 
 
-def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, str]:
-    """The values of OPTIONS."""
+def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, list[float], str]:
+    """The values of OPTIONS, and that of autocast."""
     o = options
-    return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.density, o.autocast
+    spline = [] if o.spline is None else o.spline.prepared().numbers()
+    return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.density, spline, o.autocast
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------
@@ -87,7 +112,7 @@ def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, st
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
     context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
-    density: bool, autocast: str, save: bool,
+    density: bool, spline: list[float], autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_fake(x)
     saved = x.new_empty((len(matrix), *x.shape) if save else 0)
@@ -99,7 +124,7 @@ def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
     activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
-    autocast: str, parameters: bool, of_context: bool,
+    spline: list[float], autocast: str, parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
     grads = [
         torch.empty_like(grad_out),
@@ -113,11 +138,11 @@ def _(
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
     context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
-    density: bool, autocast: str, save: bool,
+    density: bool, spline: list[float], autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow import flow_forward
 
-    options = _kernel_options(x, (activation, log_scale, constant, add_first, inverse), autocast)
+    options = _kernel_options(x, (activation, log_scale, constant, add_first, inverse), spline, autocast)
     return flow_forward(x, matrix, offset, logabsdet, weights, biases, context, options, density, save)
 
 
@@ -126,11 +151,11 @@ def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
     activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
-    autocast: str, parameters: bool, of_context: bool,
+    spline: list[float], autocast: str, parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow_backward import flow_backward
 
-    options = _kernel_options(grad_out, (activation, log_scale, constant, add_first, inverse), autocast)
+    options = _kernel_options(grad_out, (activation, log_scale, constant, add_first, inverse), spline, autocast)
     with torch.autocast(grad_out.device.type, enabled=False):  # the precision of its products is decided here
         return flow_backward(
             grad_out,
@@ -149,17 +174,21 @@ def _(
         )
 
 
-def _kernel_options(x: Tensor, names: tuple[str, str, float, bool, bool], autocast: str) -> FlowOptions:
+def _kernel_options(
+    x: Tensor, names: tuple[str, str, float, bool, bool], spline: list[float], autocast: str
+) -> FlowOptions:
     """Names and precisions. Read here, not in Python that torch.compile traces: it cannot read the matmul precision.
 
     The affine maps stay at tf32 or better, because a bf16 A would not match its A⁻¹. Under a float16 autocast the
     conditioner's products are tf32, which has float16's mantissa and float32's range.
     """
     from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions
+    from glf_fast.kernels.spline import constants
 
+    made = constants(spline) if spline else ()
     if x.dtype == torch.float64:
-        return FlowOptions(*names, "ieee", "ieee")
+        return FlowOptions(*names, "ieee", "ieee", made)
     setting = torch.get_float32_matmul_precision()
     maps = FULL_PRECISION if setting == "highest" else "tf32"
     mlps = {"": "bf16" if setting == "medium" else maps, "bf16": "bf16", "fp16": "tf32"}[autocast]
-    return FlowOptions(*names, maps, mlps)
+    return FlowOptions(*names, maps, mlps, made)
