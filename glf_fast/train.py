@@ -11,6 +11,7 @@ import torch
 
 from glf_fast.command_line import pick_device
 from glf_fast.errors import check_text, run_command
+from glf_fast.files import lock
 from glf_fast.output import one_line
 from glf_fast.training import report, runs
 from glf_fast.training.arguments import parse_train
@@ -42,7 +43,7 @@ def main() -> None:
     # Before anything is written: what is refused leaves nothing behind.
     runs.check_folder(folder, config)
     run = Run(folder, config, train, test, device)
-    with runs.lock(folder):
+    with lock(folder):
         runs.check_folder(folder, config)  # which another process may have begun meanwhile
         run.resume()
         runs.sweep(folder)  # once the last checkpoint has been read and found whole
