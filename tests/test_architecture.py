@@ -31,7 +31,7 @@ ALLOWED = {
     "metrics": {"data"},
     "models": {"flow", "metrics", "fitting"},
     "training": {"models", "data", "metrics"},
-    "tabular": {"models", "fitting", "flow", "ops", "reference", "data"},
+    "tabular": {"models", "data", "fitting", "flow", "ops", "reference"},
 }
 # Commands may import everything but each other; nobody imports them.
 COMMANDS = {"train", "sample", "evaluate", "fit", "info"}
