@@ -112,6 +112,8 @@ def _fit(command: Fit) -> None:
     print(f"{'':10}{'train':>12}{'validation':>12}{'test':>12}")
     for name, found in evaluation.likelihoods.items():
         print(f"{name:10}" + "".join(f"{likelihood.mean:12.3f}" for likelihood in found.values()))
+    if evaluation.likelihoods["flow"]["test"].mean < evaluation.likelihoods["gaussian"]["test"].mean:
+        print("\nThe flow is no better than a normal distribution on the test rows; more rows would help.")
     print(f"\ndensity   {folder}\nreport    {folder / 'report.html'}")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
+from glf_fast import seeds
 from glf_fast.tabular.density import TableDensity
 
 __all__ = ["band", "distance", "pit"]
@@ -26,12 +28,16 @@ def pit(density: TableDensity, values: np.ndarray, context: np.ndarray | None, s
         samples = density.sample(SAMPLES, seed=seed, noisy=True)
         samples, own = (_with_log_prob(density, part, None) for part in (samples, rows))
         below = np.stack([np.searchsorted(np.sort(s), x) for s, x in zip(samples.T, own.T, strict=True)], 1)
-        return (below + np.random.default_rng(seed).random(below.shape)) / (SAMPLES + 1)
+        return (below + _uniform(below.shape, seed)) / (SAMPLES + 1)
     rows, given = values[:ROWS], context[:ROWS]
     repeated = np.repeat(given, SAMPLES_EACH, 0)
     samples = _with_log_prob(density, density.sample(len(repeated), repeated, seed=seed, noisy=True), repeated)
     below = (samples.reshape(len(rows), SAMPLES_EACH, -1) < _with_log_prob(density, rows, given)[:, None]).sum(1)
-    return (below + np.random.default_rng(seed).random(below.shape)) / (SAMPLES_EACH + 1)
+    return (below + _uniform(below.shape, seed)) / (SAMPLES_EACH + 1)
+
+
+def _uniform(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return torch.rand(shape, dtype=torch.float64, generator=seeds.generator(seed, "ranks")).numpy()
 
 
 def _with_log_prob(density: TableDensity, values: np.ndarray, context: np.ndarray | None) -> np.ndarray:

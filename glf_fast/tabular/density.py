@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from glf_fast import seeds
 from glf_fast.errors import UserError
 from glf_fast.flow import Flow
 from glf_fast.models import saving
@@ -92,7 +93,7 @@ class TableDensity:
             context = np.broadcast_to(context, (n, len(self.context)))
         given = self._encoded_context(context, n)
         device = next(self.flow.parameters()).device
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = seeds.generator(seed, "samples", device=device)
         found = []
         for start in range(0, n, ROWS):
             c = None if given is None else given[start : start + ROWS].to(device)

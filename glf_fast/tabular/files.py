@@ -15,7 +15,7 @@ from glf_fast.data.tables import Choose, NotNumbersError, Table, every_column, r
 from glf_fast.errors import UserError, did_you_mean
 from glf_fast.files import atomic_write
 
-__all__ = ["FORMATS", "as_csv", "indices_of", "names_of", "read", "write"]
+__all__ = ["FORMATS", "as_csv", "indices_of", "names_of", "place", "read", "write"]
 
 FORMATS = (".csv", ".parquet", ".npy")
 # What CSV files have in place of a number that is missing.

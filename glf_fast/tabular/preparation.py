@@ -84,6 +84,7 @@ def prepare(path: Path, options: Options, seed: int) -> Prepared:
         own = [name for name in table.columns if name not in options.context]
         if unknown := [name for name in named if name not in own]:
             raise UserError(f"{option} names {unknown[0]!r}, but the columns that have a density are {', '.join(own)}")
+    repeated: list[str] = []
     columns: dict[str, list[Column]] = {"columns": [], "context": []}
     kept: dict[str, list[np.ndarray]] = {"columns": [], "context": []}
     for i, name in enumerate(table.columns):
@@ -95,9 +96,14 @@ def prepare(path: Path, options: Options, seed: int) -> Prepared:
         if name in options.dequantise:
             column, x = _with_noise(path, column, x, seed)
         elif role == "columns":
-            notes += _ties(name, x)
+            repeated += _repeated(name, x)
         columns[role].append(_standardised(table, column, x, splits["train"]))
         kept[role].append(x)
+    if repeated:
+        notes.append(
+            f"Values are repeated in {', '.join(repeated)}: the density of such values has no bound, so likelihoods with these "
+            "columns mean little. --dequantise adds noise to columns of steps; --context conditions on columns."
+        )
     if not columns["columns"]:
         raise UserError(f"{path}: no column is left that is not constant; a constant has no density")
     found = [np.stack(part, 1) if part else np.empty((len(values), 0)) for part in kept.values()]
@@ -197,19 +203,17 @@ def _standardised(table: Table, column: Column, x: np.ndarray, train: np.ndarray
     return Column(column.name, mean, std, column.low, column.high, column.step, column.origin)
 
 
-def _ties(name: str, x: np.ndarray) -> list[str]:
+def _repeated(name: str, x: np.ndarray) -> list[str]:
+    """The column and its most frequent value, if that is too frequent for a sample of a density."""
     different, counts = np.unique(x, return_counts=True)
     most = int(counts.argmax())
-    if counts[most] < max(TIES, SHARE * len(x)):
-        return []
-    return [
-        f"Column {name!r} has {len(different)} different values in {len(x)} rows, and is {different[most]:g} in "
-        f"{counts[most]}: the density of repeated values has no bound, so likelihoods with this column mean little. "
-        f"--dequantise adds noise to a column of steps, --context conditions on it."
-    ]
+    few = counts[most] < max(TIES, SHARE * len(x))
+    return [] if few else [f"{name!r} ({different[most]:g} in {counts[most]} of {len(x)} rows)"]
 
 
 def _collinear(columns: Sequence[Column], values: np.ndarray) -> list[str]:
+    if len(values) <= len(columns):
+        return [f"{len(values)} training rows are too few for {len(columns)} columns: the density means little."]
     z, _ = encoded(columns, values)
     variances, directions = np.linalg.eigh(
         np.cov(z.astype(np.float64), rowvar=False).reshape(len(columns), len(columns))

@@ -91,6 +91,7 @@ def fit_table(
         read = time.perf_counter()
         result = _fit(density, prepared, arguments, folder / PROGRESS)
         if result.stopped == "interrupted":
+            say(f"the same command goes on from {folder / PROGRESS}")
             raise KeyboardInterrupt
         fitted = time.perf_counter()
         density.save(folder)
@@ -123,8 +124,8 @@ def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"--out {folder} is a file, not a folder; choose another name")
     if not (folder / PROGRESS).is_file():
-        has = "config.json, but no progress.fit to resume from" if (folder / CONFIG_FILE).is_file() else "other files"
-        raise UserError(f"{folder} holds {has}; choose another --out")
+        has = f"a density without its {PROGRESS}" if (folder / CONFIG_FILE).is_file() else "other files"
+        raise UserError(f"{folder} holds {has}; choose another --out, or delete the folder")
 
 
 def _new_density(settings: FlowSettings, prepared: Prepared, seed: int) -> TableDensity:
@@ -141,5 +142,8 @@ def _fit(density: TableDensity, prepared: Prepared, arguments: dict[str, Any], p
         parts[split] = z, None if given is None else torch.from_numpy(encoded(density.context, given)[0])
     try:
         return fit(density.flow, *parts["train"], validation=parts["validation"], resume=progress, **arguments)
+    except UserError as error:  # of the file of another run
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{reason}; choose another --out, or delete the folder {progress.parent}") from error
     except FloatingPointError as error:
         raise UserError(f"training failed: {error} (--lr, --bounds)") from error

@@ -105,7 +105,7 @@ def test_the_same_command_resumes(
                 fit_again(tmp_path, *options)
         else:
             stopped = fit_again(tmp_path, *options).done
-            assert stopped.code == 130 and "the flow has the weights" not in stopped.out
+            assert stopped.code == 130 and "the same command goes on from" in stopped.err
         assert [path.name for path in (tmp_path / "d").iterdir() if path.name[0] != "."] == ["progress.fit"]
     again = fit_again(tmp_path, *options)
     assert again.done.out.splitlines()[2:6] == joint.done.out.splitlines()[2:6]
@@ -119,9 +119,9 @@ def test_folders_of_something_else_are_left_alone(joint: Any, command: Callable[
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
     for out, message in (
-        (tmp_path / "thesis", "holds other files; choose another --out"),
+        (tmp_path / "thesis", "holds other files; choose another --out, or delete the folder"),
         (other, "is a file, not a folder"),
-        (joint.folder, r"the run in .*progress\.fit has (another flow|other data)"),
+        (joint.folder, r"the run in .*progress\.fit has (another flow|other data); choose another --out"),
     ):
         before = out.stat().st_mtime
         done = command(other, "--out", out)
