@@ -165,7 +165,7 @@ setup(
     ],
     package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels", "glf_fast.cuda": "csrc/cuda"},
     package_data={
-        "glf_fast": ["py.typed", "metrics/*.safetensors", "training/*.html"],
+        "glf_fast": ["py.typed", "metrics/*.safetensors", "*.html", "training/*.html"],
         "glf_fast.presets": ["*.toml", "compare/*.toml", "compare/order.txt", "compare/*/*.toml"],
         "glf_fast.kernels": ["launch_table.json"],
         "glf_fast.cuda": ["*.cuh"],  # what CuPy compiles where there was no nvcc

@@ -9,12 +9,15 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
@@ -26,6 +29,7 @@ __all__ = [
     "cache_dir",
     "errors_name",
     "file_digest",
+    "lock",
     "parse_json",
     "read_json",
     "save_tensors",
@@ -135,6 +139,41 @@ def errors_name(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno in _DISK:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Make the folder, and lock it against training by other processes.
+
+    Where the file system has no locks, a line says so, and the folder is not locked.
+
+    Raises:
+        UserError: another process is training in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held, locks = FileLock(folder / ".lock", timeout=0), True
+    try:
+        with warnings.catch_warnings(record=True) as fallback:  # without flock, filelock 4 takes a weaker lock
+            warnings.simplefilter("always")
+            held.acquire()
+        locks = not fallback
+    except Timeout:
+        raise UserError(
+            f"another process is training in {folder}; wait until it ends, or choose another --out"
+        ) from None
+    except NotImplementedError:  # filelock 3 without flock
+        locks = False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        locks = False
+    if not locks:
+        print(f"{folder} is on a file system without locks: let no other process train in it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the system releases the lock at the end of the process
+            held.release()
 
 
 def sweep(folder: Path, *, seconds: float = 60) -> None:

@@ -13,7 +13,7 @@ from glf_fast.data.dataset import SPLITS, Dataset, ImageDataset, TableDataset, T
 from glf_fast.data.tables import rows_from
 from glf_fast.errors import UserError
 
-__all__ = ["load_arrays"]
+__all__ = ["load_arrays", "read_arrays"]
 
 # Names in a .npz of the items of a split, and of items without splits. `load_arrays` has the names of labels.
 SPLIT_NAMES = ("{split}", "{split}_images", "x_{split}")
@@ -40,7 +40,7 @@ def load_arrays(path: Path, split: str) -> Dataset:
         UserError: object arrays, which hide pickles; shapes or types that fit no kind above; NaN; arrays that are missing or
             ambiguous; a damaged file.
     """
-    arrays = _read(path)
+    arrays = read_arrays(path)
     halves = {half: _first(arrays, [pattern.format(split=half) for pattern in SPLIT_NAMES]) for half in SPLITS}
     name = halves[split]
     if name is not None:
@@ -61,7 +61,12 @@ def load_arrays(path: Path, split: str) -> Dataset:
     return _dataset(path, split, arrays, name, _labels(path, arrays, ("labels", "y")), whole=True)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file by name, or the array of a .npy file, called "rows" if it has two dimensions, else "images".
+
+    Raises:
+        UserError: a damaged file, or pickled objects.
+    """
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):

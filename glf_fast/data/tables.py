@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,17 @@ from torch import Tensor
 from glf_fast.data.dataset import TableDataset, split_off_test
 from glf_fast.errors import UserError
 
-__all__ = ["load_csv", "load_parquet", "rows_from"]
+__all__ = [
+    "Choose",
+    "NotNumbersError",
+    "Table",
+    "every_column",
+    "load_csv",
+    "load_parquet",
+    "read_csv",
+    "read_parquet",
+    "rows_from",
+]
 
 POLICY = "test: a tenth of a fixed random order"
 REMEDY = "drop these rows or fill the values in"
@@ -48,11 +59,58 @@ def rows_from(where: str, table: np.ndarray, lines: Sequence[int] = (), columns:
     return torch.from_numpy(rows)
 
 
-def load_csv(path: Path, split: str) -> TableDataset:
-    """A split of the rows of a CSV file: commas, UTF-8, the same number of values in each row, one header line or none.
+@dataclass(frozen=True)
+class Table:
+    """The numbers of a file, as they are.
 
-    The first line is a header if none of its values is a number. Blank lines are ignored. A tenth of a fixed random order is
-    the test split.
+    Attributes:
+        where: path of the file, for messages.
+        values: (N, D); NaN where a value is missing, if the reader was asked to let these pass.
+        columns: the D names, or () if the file has none.
+        lines: line of each row in a text file, else ().
+    """
+
+    where: str
+    values: np.ndarray
+    columns: tuple[str, ...] = ()
+    lines: Sequence[int] = ()
+
+
+class NotNumbersError(UserError):
+    """Columns without numbers; `columns` has their indices among all columns of the file, `names` the names of all."""
+
+    def __init__(self, message: str, columns: Sequence[int], names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.columns, self.names = tuple(columns), tuple(names)
+
+
+# From the names of a file's columns, () if it has none, and their number: indices of those to read, in order.
+Choose = Callable[[tuple[str, ...], int], Sequence[int]]
+
+
+def every_column(names: tuple[str, ...], width: int) -> Sequence[int]:
+    """The choice of all columns."""
+    return range(width)
+
+
+def load_csv(path: Path, split: str) -> TableDataset:
+    """A split of the rows of a CSV file, see `read_csv`. A tenth of a fixed random order is the test split."""
+    return _split(path, read_csv(path), split)
+
+
+def load_parquet(path: Path, split: str) -> TableDataset:
+    """A split of the rows of a Parquet file, see `read_parquet`. A tenth of a fixed random order is the test split."""
+    return _split(path, read_parquet(path), split)
+
+
+def read_csv(path: Path, choose: Choose = every_column, missing: Collection[str] = ()) -> Table:
+    """The numbers of a CSV file: commas, UTF-8, the same number of values in each row, one header line or none.
+
+    The first line is a header if none of its values is a number. Blank lines are ignored.
+
+    Args:
+        choose: which columns to read. The others may hold anything.
+        missing: words, in lower case, that stand for a missing value.
 
     Raises:
         UserError: an empty file; a value that is missing or not a number; a row of another length; a first line that may be a
@@ -60,6 +118,7 @@ def load_csv(path: Path, split: str) -> TableDataset:
     """
     columns: list[str] = []
     values, lines, width = array("d"), array("q"), 0
+    chosen: Sequence[int] = ()
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
@@ -69,6 +128,7 @@ def load_csv(path: Path, split: str) -> TableDataset:
                 if not width:
                     width = len(row)
                     columns = _header(path, reader.line_num, row)
+                    chosen = choose(tuple(columns), width)
                     if columns:
                         continue
                 if len(row) != width:
@@ -76,8 +136,8 @@ def load_csv(path: Path, split: str) -> TableDataset:
                         f"{path}, line {reader.line_num} has {len(row)} value(s), but the first line has {width}; "
                         "separate values by commas, and quote text that contains a comma"
                     )
-                if (numbers := _numbers(row)) is None:
-                    raise _not_a_number(path, reader.line_num, row, columns)
+                if (numbers := _numbers([row[i] for i in chosen], missing)) is None:
+                    raise _not_a_number(path, reader.line_num, row, columns, chosen, missing)
                 values.extend(numbers)
                 lines.append(reader.line_num)
     except UnicodeDecodeError as error:
@@ -88,12 +148,16 @@ def load_csv(path: Path, split: str) -> TableDataset:
         raise UserError(
             f"{path} {'has a header but no rows' if width else 'is empty'}; a table needs at least two rows"
         )
-    rows = rows_from(str(path), np.frombuffer(values).reshape(-1, width), lines, columns)
-    return _split(path, rows, columns, split)
+    names = tuple(columns[i] for i in chosen) if columns else ()
+    return Table(str(path), np.frombuffer(values).reshape(len(lines), len(chosen)), names, lines)
 
 
-def load_parquet(path: Path, split: str) -> TableDataset:
-    """A split of the rows of a Parquet file with numeric columns. A tenth of a fixed random order is the test split.
+def read_parquet(path: Path, choose: Choose = every_column, *, nulls: bool = False) -> Table:
+    """The numbers of a Parquet file.
+
+    Args:
+        choose: which columns to read. The others may be of any type.
+        nulls: let missing values pass, as NaN.
 
     Raises:
         UserError: pyarrow is not installed; a column that is not numeric; missing values; a damaged file.
@@ -112,32 +176,40 @@ def load_parquet(path: Path, split: str) -> TableDataset:
         raise UserError(
             f"{path} has {table.num_rows} rows and {table.num_columns} columns; a table needs rows and columns"
         )
-    kinds = pyarrow.types
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        if not (kinds.is_floating(column.type) or kinds.is_integer(column.type) or kinds.is_boolean(column.type)):
-            raise UserError(
-                f"{path}: column {name!r} holds {column.type}, not numbers; remove it or encode it as numbers"
-            )
-        if column.null_count:
-            raise UserError(f"{path}: column {name!r} has {column.null_count} missing value(s); {REMEDY}")
-    values = np.column_stack([column.to_numpy() for column in table.columns])
-    rows = rows_from(str(path), values, columns=table.column_names)
-    return _split(path, rows, table.column_names, split)
+    kinds, names, arrays = pyarrow.types, table.column_names, []
+    chosen = choose(tuple(names), len(names))
+    numeric = (kinds.is_floating, kinds.is_integer, kinds.is_boolean)
+    if wrong := [i for i in chosen if not any(check(table.column(i).type) for check in numeric)]:
+        raise NotNumbersError(
+            f"{path}: column {names[wrong[0]]!r} holds {table.column(wrong[0]).type}, not numbers; remove it or encode it "
+            "as numbers",
+            wrong,
+            names,
+        )
+    for i in chosen:
+        column = table.column(i)
+        if column.null_count and not nulls:
+            raise UserError(f"{path}: column {names[i]!r} has {column.null_count} missing value(s); {REMEDY}")
+        # Booleans with nulls would become Python objects.
+        arrays.append((column.cast("int8") if kinds.is_boolean(column.type) and nulls else column).to_numpy())
+    return Table(str(path), np.column_stack(arrays), tuple(names[i] for i in chosen))
 
 
-def _split(path: Path, rows: Tensor, columns: Sequence[str], split: str) -> TableDataset:
+def _split(path: Path, table: Table, split: str) -> TableDataset:
+    rows = rows_from(str(path), table.values, table.lines, table.columns)
     rows, _ = split_off_test(str(path), rows, None, split)
-    return TableDataset.of(str(path), split, rows, None, POLICY, columns)
+    return TableDataset.of(str(path), split, rows, None, POLICY, table.columns)
 
 
-def _numbers(row: Sequence[str]) -> list[float] | None:
-    """The values of a row, or None if one of them is not a number."""
+def _numbers(row: Sequence[str], missing: Collection[str] = ()) -> list[float] | None:
+    """The values of a row, or None if one of them is neither a number nor missing."""
     if "_" in "".join(row):  # Python reads 2020_01 as 202001
         return None
     try:
         return [float(text) for text in row]
     except ValueError:
-        return None
+        filled = ["nan" if text.strip().lower() in missing else text for text in row] if missing else row
+        return None if filled == row else _numbers(filled)
 
 
 def _header(path: Path, line: int, row: list[str]) -> list[str]:
@@ -165,13 +237,19 @@ def _header(path: Path, line: int, row: list[str]) -> list[str]:
     return names
 
 
-def _not_a_number(path: Path, line: int, row: list[str], columns: Sequence[str]) -> UserError:
-    index = next(i for i, text in enumerate(row) if _numbers([text]) is None)
-    text = row[index].strip()
-    where = f"{path}, line {line}: {_column(index, columns)}"
+def _not_a_number(
+    path: Path, line: int, row: list[str], columns: Sequence[str], chosen: Sequence[int], missing: Collection[str]
+) -> UserError:
+    wrong = [i for i in chosen if _numbers([row[i]], missing) is None]
+    text = row[wrong[0]].strip()
+    where = f"{path}, line {line}: {_column(wrong[0], columns)}"
     if not text:
         return UserError(f"{where} is empty; missing values are not allowed: {REMEDY}")
-    return UserError(f"{where} is {text!r}, not a number; remove the column or encode it as numbers")
+    if len(row) == 1 and (mark := next((mark for mark in ";\t|" if mark in text), "")):
+        return UserError(f"{path}, line {line} separates values by {mark!r}; separate them by commas")
+    return NotNumbersError(
+        f"{where} is {text!r}, not a number; remove the column or encode it as numbers", wrong, columns
+    )
 
 
 def _column(index: int, columns: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from glf_fast.errors import UserError
 from glf_fast.flow import CouplingFlow, Flow, rnvp_flow
 from glf_fast.settings import POSITIVE, Rule, Settings, shown
 
@@ -90,11 +91,11 @@ class FlowSettings(Settings):
         return ""
 
     def build(self, dim: int, context_dim: int = 0) -> Flow:
-        """The flow on vectors of length `dim`, with a context of `context_dim` numbers for kind coupling."""
+        """The flow on vectors of length `dim`, given a context of length `context_dim`; raises UserError if there is none."""
         options = {name: value for name, value in self.effective().items() if name != "kind"}
         if self.kind == "rnvp":
             if context_dim:
-                raise ValueError('kind = "rnvp" has no context; use kind = "coupling"')
+                raise UserError('flow.kind = "rnvp" takes no context; choose the kind "coupling"')
             return rnvp_flow(dim, **{**options, "hidden": self.hidden[0]})
         if self.coupling == "spline":
             bound = options.pop("bound")

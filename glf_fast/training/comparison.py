@@ -21,7 +21,7 @@ from torch import Tensor
 from glf_fast import models
 from glf_fast.data import ImageDataset
 from glf_fast.errors import UserError, lacks_memory
-from glf_fast.files import atomic_write, read_json
+from glf_fast.files import atomic_write, lock, read_json
 from glf_fast.images import grid, to_float, to_uint8
 from glf_fast.metrics import subset
 from glf_fast.models import GenerativeModel, Reconstructs
@@ -71,7 +71,7 @@ def run(plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.devic
         SystemExit: a signal stopped training, with a checkpoint.
     """
     plan.check_folder()
-    with runs.lock(plan.folder):
+    with lock(plan.folder):
         plan.check_folder()  # which another process may have begun meanwhile
         (plan.folder / "runs").mkdir(exist_ok=True)
         results = _Results(plan, train, test, device)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
-from glf_fast import models
-from glf_fast.files import atomic_write
+from glf_fast import models, page
 from glf_fast.models import Words
 from glf_fast.training import runs
 from glf_fast.training.pictures import latest_picture, saved_pictures
@@ -24,26 +21,6 @@ from glf_fast.training.scoring import likelihood_line
 __all__ = ["write"]
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-# This colour is replaced by the page's text colour, so that curves suit light and dark pages.
-_INK = "#010203"
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "glf_fast",
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-}
-_BLUE, _ORANGE, _GREY = "#4f6fe8", "#e0803a", "#8a8d98"
 
 
 def write(run: Path) -> Path:
@@ -54,17 +31,15 @@ def write(run: Path) -> Path:
     kind = models.kind(config.model.name)
     what = ", ".join(filter(None, (kind.words.title, config.model.summary())))
     state = "finished" if finished else f"{seen['epoch']:.3g} epochs so far"
-    page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(run.resolve().name),
-        subtitle=html.escape(f"{what}, on {config.data.source}. {seen['images']:,} images seen, {state}."),
+    body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         samples=_picture(path, "Samples") if (path := latest_picture(run, "samples")) else "No samples yet.",
         scores="".join(_score_card(score, kind.sampling_modes) for score in scores) or _score_so_far(records),
         sections=_growth(run) + _test_pictures(run, kind.words) + _curves(records, kind.words),
         config=html.escape((run / "config.toml").read_text(encoding="utf-8")),
         protocol=html.escape(json.dumps(scores, indent=2, ensure_ascii=False)),
     )
-    with atomic_write(run / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    subtitle = f"{what}, on {config.data.source}. {seen['images']:,} images seen, {state}."
+    page.write(run / "report.html", run.resolve().name, subtitle, body)
     return run / "report.html"
 
 
@@ -172,37 +147,32 @@ def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
         name: title for name, title in (words.curves or {}).items() if sum(name in record for record in steps) > 1
     }
     terms = chosen or terms
-    with matplotlib.rc_context(_STYLE):
+    with page.style():
         figure = Figure(figsize=(10, 2.9), layout="constrained")
         axes = figure.subplots(1, len(terms) + bool(scored), squeeze=False)[0]
         for axis, (name, title) in zip(axes, terms.items(), strict=False):
             drawn = [(r["epoch"], r[name]) for r in steps if name in r]
-            axis.plot(*zip(*drawn, strict=True), color=_BLUE, linewidth=1.3)
+            axis.plot(*zip(*drawn, strict=True), color=page.BLUE, linewidth=1.3)
             # The first steps have much larger losses and would flatten the rest of the curve.
             values = sorted(value for _, value in drawn[len(drawn) // 20 :])
             margin = 0.05 * (values[-1] - values[0]) or 1.0
-            axis.set(title=_no_maths(title), xlabel="epoch", ylim=(values[0] - margin, values[-1] + margin))
+            axis.set(title=page.no_maths(title), xlabel="epoch", ylim=(values[0] - margin, values[-1] + margin))
         if scored:
             epochs = [r["epoch"] for r in scored]
-            for key, label, color in (("value", "samples", _BLUE), ("reconstructions", "reconstructions", _ORANGE)):
+            for key, label, color in (
+                ("value", "samples", page.BLUE),
+                ("reconstructions", "reconstructions", page.ORANGE),
+            ):
                 values = [r["score"][key] for r in scored]
                 if None not in values:
                     axes[-1].plot(epochs, values, "o-", label=label, color=color, markersize=3)
-            axes[-1].set(title=_no_maths(scored[-1]["score"]["metric"]), xlabel="epoch", ylim=(0, None))
+            axes[-1].set(title=page.no_maths(scored[-1]["score"]["metric"]), xlabel="epoch", ylim=(0, None))
             axes[-1].legend()
         for axis in axes:
-            axis.grid(color=_GREY, alpha=0.25, linewidth=0.5)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+            axis.grid(color=page.GREY, alpha=0.25, linewidth=0.5)
+        svg = page.svg(figure)
     about = "Losses are means over training batches."
     if scored:
         about += " Scores compare generated images with test images."
     text = html.escape(f"{about} {words.about_curves}".rstrip())
     return f'<h2>Curves</h2><p>{text}</p><div class="card">{svg}</div>'
-
-
-def _no_maths(text: str) -> str:
-    """Text that matplotlib draws as it is: it takes what is between two dollars for a formula."""
-    return text.replace("$", r"\$")

@@ -15,6 +15,7 @@ import torch
 from glf_fast import seeds
 from glf_fast.data import CONTENTS, Dataset, as_images
 from glf_fast.errors import UserError
+from glf_fast.files import lock
 from glf_fast.metrics import Extractor
 from glf_fast.models import GenerativeModel
 from glf_fast.progress import Progress, Stop, stop_on_signals
@@ -42,7 +43,7 @@ def train_folder(folder: Path, config: Config, train: Dataset, test: Dataset, de
     # Before anything is written: what is refused leaves nothing behind.
     runs.check_folder(folder, config)
     run = Run(folder, config, train, test, device)
-    with runs.lock(folder):
+    with lock(folder):
         runs.check_folder(folder, config)  # which another process may have begun meanwhile
         run.resume()
         runs.sweep(folder)  # once the last checkpoint has been read and found whole

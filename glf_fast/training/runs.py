@@ -6,20 +6,14 @@ tensorboard/
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import re
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from glf_fast import files
 from glf_fast.errors import UserError
@@ -35,7 +29,6 @@ __all__ = [
     "checkpoint_folder",
     "cut_metrics",
     "default_folder",
-    "lock",
     "pick_checkpoint",
     "read_config",
     "read_metrics",
@@ -146,41 +139,6 @@ def sweep(folder: Path) -> None:
         files.sweep(place)
     for which in ("last", "best"):
         checkpoint.sweep(checkpoint_folder(folder, which))
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Make the folder, and lock it against training by other processes.
-
-    Where the file system has no locks, a line says so, and the folder is not locked.
-
-    Raises:
-        UserError: another process is training in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    held, locks = FileLock(folder / ".lock", timeout=0), True
-    try:
-        with warnings.catch_warnings(record=True) as fallback:  # without flock, filelock 4 takes a weaker lock
-            warnings.simplefilter("always")
-            held.acquire()
-        locks = not fallback
-    except Timeout:
-        raise UserError(
-            f"another process is training in {folder}; wait until it ends, or choose another --out"
-        ) from None
-    except NotImplementedError:  # filelock 3 without flock
-        locks = False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        locks = False
-    if not locks:
-        print(f"{folder} is on a file system without locks: let no other process train in it", file=sys.stderr)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # the system releases the lock at the end of the process
-            held.release()
 
 
 def read_config(folder: Path) -> Config:

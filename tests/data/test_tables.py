@@ -106,7 +106,7 @@ CSV = [
     (",a\n0,1\n1,2\n", r"line 1: column 1 has no name; .*to_csv\(index=False\)"),
     ("0,1,2\n5,6,7\n", r"line 1 counts 0, 1, 2 …, .*to_csv\(header=False, index=False\)"),
     ("?,2,3\n4,5,6\n", r"line 1 holds numbers and text \('2', '\?' …\), so it is neither a row nor a header"),
-    ("1;2\n3;4\n5;6\n", r"line 2: column '1;2' is '3;4', not a number"),
+    ("1;2\n3;4\n5;6\n", r"line 2 separates values by ';'; separate them by commas"),
     ('1,"2\n', r"line 1 is not CSV \(unexpected end of data\)"),
     ("é,b\n1,2\n".encode("latin-1"), "is not UTF-8 text"),
 ]

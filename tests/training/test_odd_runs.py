@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from torch.utils.tensorboard import SummaryWriter
 
-from glf_fast import evaluate, sample, train
+from glf_fast import evaluate, files, sample, train
 from glf_fast.errors import UserError
 from glf_fast.training import board as board_module
 from glf_fast.training import checkpoint, pictures, report, runs
@@ -154,7 +154,7 @@ def test_flock_that_does_not_exist_is_one_line(
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with runs.lock(tmp_path / "run"):
+    with files.lock(tmp_path / "run"):
         pass
     printed = capfd.readouterr().err
     assert printed.count("\n") == 1 and "file system without locks" in printed
@@ -168,12 +168,12 @@ def test_a_file_system_without_locks_is_told(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
-    with runs.lock(tmp_path / "run"):
+    with files.lock(tmp_path / "run"):
         pass
     assert "file system without locks" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(FileLock, "release", acquire)
-    with runs.lock(tmp_path / "run"):
+    with files.lock(tmp_path / "run"):
         pass
 
 
