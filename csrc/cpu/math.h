@@ -169,6 +169,12 @@ inline vec<T> log_sigmoid(vec<T> x) {
   return (x < T(0) ? x : vec<T>{}) - log1p(exp(-abs(x)));
 }
 
+// log(1 + e^x), without cancellation.
+template <class T>
+inline vec<T> softplus(vec<T> x) {
+  return (x > T(0) ? x : vec<T>{}) + log1p(exp(-abs(x)));
+}
+
 template <class T>
 inline T sum(vec<T> x) {
   T total = 0;
