@@ -120,12 +120,36 @@ struct Fields {
   idx apart;  // elements from one panel to the next
 };
 
+// C (M × cols) = or += the sum over panels and rows of A B: A (rows of units), and B (rows of the memory `turned`).
+template <class T, int M, int V>
+__attribute__((noinline)) void gradient_cell(idx panels, const idx* vectors, Fields<T> a, const T* b, idx b_k, T* c, idx c_m,
+                                             idx cols, bool accumulate) {
+  constexpr idx W = panel_rows<T>, L = lanes<T>;
+  vec<T> acc[M][V] = {};
+  for (idx p = 0; p < panels; ++p)
+    microkernel<T, M, V>(vectors[p] * L, a.data + p * a.apart, W, 1, b + p * W * b_k, b_k, acc);
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) {
+      T* to = c + m * c_m + v * L;
+      store_part(to, accumulate ? acc[m][v] + load_part(to, cols - v * L) : acc[m][v], cols - v * L);
+    }
+}
+
+template <class T>
+using GradientCell = void (*)(idx, const idx*, Fields<T>, const T*, idx, T*, idx, idx, bool);
+
+template <class T, int V, int... M>
+inline GradientCell<T> pick_gradient_cell(idx rows, std::integer_sequence<int, M...>) {
+  static constexpr GradientCell<T> table[] = {gradient_cell<T, M + 1, V>...};
+  return table[rows - 1];
+}
+
 // Gradients of a product: G (inputs, N) = or += the sum over rows of input · g, and with `bias` the sums of sign · g. Input i
 // matters to the outputs from `from(i)` on. `turned` is memory for the rows of g.
 template <class T, class F>
 void weight_gradient(idx panels, const idx* vectors, Fields<T> input, idx inputs, Fields<T> g, idx N, F from, T* G, T* bias,
                      T sign, T* turned, bool accumulate) {
-  constexpr idx W = panel_rows<T>, L = lanes<T>, J = NR * L;
+  constexpr idx W = panel_rows<T>, L = lanes<T>, J = 2 * L;
   const idx ld = round_up(N, J);
   for (idx p = 0; p < panels; ++p)
     for (idx m = 0; m < vectors[p] * L; m += L)
@@ -145,11 +169,11 @@ void weight_gradient(idx panels, const idx* vectors, Fields<T> input, idx inputs
     }
   for (idx i = 0; i < inputs; i += MR) {
     const idx rows = std::min<idx>(MR, inputs - i);
-    for (idx j = from(i) / J * J; j < N; j += J)
-      for (idx p = 0; p < panels; ++p)
-        pick_block<T>(rows, N - j > L ? NR : 1)(vectors[p] * L, input.data + p * input.apart + i * W, W, 1,
-                                                turned + p * W * ld + j, ld, G + i * N + j, N, std::min(J, N - j), nullptr,
-                                                accumulate || p > 0);
+    for (idx j = from(i) / J * J; j < N; j += J) {
+      const GradientCell<T> run = N - j > L ? pick_gradient_cell<T, 2>(rows, std::make_integer_sequence<int, MR>{})
+                                            : pick_gradient_cell<T, 1>(rows, std::make_integer_sequence<int, MR>{});
+      run(panels, vectors, {input.data + i * W, input.apart}, turned + j, ld, G + i * N + j, N, N - j, accumulate);
+    }
   }
 }
 
@@ -256,7 +280,7 @@ void autoregressive_backward(const Autoregressive<T>& flow, Int batch, const T* 
     const AutoregressiveGradients<T>* target = !parameters ? nullptr : thread == 0 ? parameters : &own[thread - 1];
     tiling.each_tile(thread, [&](idx first, idx panels, bool first_tile) {
       const auto rows = [&](idx p) { return std::min(W, batch - (first + p) * W); };
-      idx vectors[8];
+      idx vectors[most_panels];
       for (idx p = 0; p < panels; ++p) {
         const idx row = (first + p) * W, n = rows(p);
         vectors[p] = (n + lanes<T> - 1) / lanes<T>;

@@ -47,6 +47,8 @@ void run_autoregressive_step(const Panel<T>& panel, idx k, T* out, T* logdet) {
   panel.product(step.map, 0, panel.field(at.shifted), out, nullptr, nullptr);
 }
 
+inline constexpr idx most_panels = 8;  // of a tile
+
 // Panels are split over the threads, and a thread's into tiles whose records stay in its L2 cache.
 struct PanelTiling {
   int threads;
@@ -58,7 +60,9 @@ struct PanelTiling {
     threads = static_cast<int>(std::clamp<idx>(std::min((work * batch) >> 19, panels), 1, parallel.threads));
     thread_panels = (panels + threads - 1) / threads;
     threads = static_cast<int>((panels + thread_panels - 1) / thread_panels);
-    tile_panels = std::clamp<idx>((idx{1} << 18) / (panel_size * idx(sizeof(T))), 1, 8);
+    const idx most = std::clamp<idx>((idx{1} << 18) / (panel_size * idx(sizeof(T))), 1, most_panels);
+    const idx tiles = (thread_panels + most - 1) / most;
+    tile_panels = (thread_panels + tiles - 1) / tiles;
   }
 
   // Calls f(first panel, panels, is the thread's first tile) for all tiles of one thread, in order.

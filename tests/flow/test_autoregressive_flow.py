@@ -58,7 +58,9 @@ def test_inverse_undoes_forward(dim: int, kind: str) -> None:
     torch.testing.assert_close(back_logdet, -logdet, rtol=1e-10, atol=1e-10)
 
 
-def of_nflows(transforms: list[nn.Module], dim: int, hidden: int, context_dim: int, **options: Any) -> AutoregressiveFlow:
+def of_nflows(
+    transforms: list[nn.Module], dim: int, hidden: int, context_dim: int, **options: Any
+) -> AutoregressiveFlow:
     """Ours with the weights of nflows' transforms, whose hidden units are sorted by their degrees."""
     nets = [transform.autoregressive_net for transform in transforms]
     residual = nets[0].use_residual_blocks
@@ -120,7 +122,10 @@ def test_nflows_transforms_are_these(dim: int, kind: str, context_dim: int) -> N
     theirs = nflows.CompositeTransform([transforms[0], reverse, transforms[1], reverse, transforms[2]])
     flow = of_nflows(transforms, dim, 50, context_dim, **options)
     x, context = torch.randn(20, dim).double(), torch.randn(20, context_dim).double() if context_dim else None
-    for ours, wanted in ((flow(x, context), theirs(x, context)), (flow.inverse(x, context), theirs.inverse(x, context))):
+    for ours, wanted in (
+        (flow(x, context), theirs(x, context)),
+        (flow.inverse(x, context), theirs.inverse(x, context)),
+    ):
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -151,6 +156,15 @@ def test_gradients_are_those_of_the_reference_in_both_directions() -> None:
         flow.zero_grad()
     for ours, wanted in zip(*found, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["residual", "context", "context-layer"])
+def test_one_context_for_all_rows_is_part_of_the_biases(kind: str) -> None:
+    flow = random_flow(4, 2, **KINDS[kind])
+    z, context = torch.randn(70, 4).double(), torch.randn(flow.context_dim).double()
+    with torch.no_grad():
+        for got, wanted in zip(flow.inverse(z, context), flow.inverse(z, context.repeat(70, 1)), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
 def test_degrees_survive_averaging_and_copies() -> None:

@@ -33,9 +33,7 @@ def tensors(
     residual, columns = network == "residual", Spline().columns if transform == "spline" else 2
     widths = [D, *(hidden[:1] * (1 + 2 * len(hidden)) if residual else hidden), columns * D]
     layers = len(widths) - 1
-    enters = [
-        not context_layer if i == 0 else residual and i % 2 == 1 and i + 1 < layers for i in range(layers)
-    ]
+    enters = [not context_layer if i == 0 else residual and i % 2 == 1 and i + 1 < layers for i in range(layers)]
     shapes = [(n + C * e, m) for (n, m), e in zip(itertools.pairwise(widths), enters, strict=True)]
     shapes += [(C, widths[1])] * context_layer
     weights = [normal(K, n, m) / max(n, 1) ** 0.5 for n, m in shapes]
@@ -129,9 +127,7 @@ def test_one_pass_is_the_loop_over_features() -> None:
     values, seen = tensors(5, 1, 63, 2, (50, 50))
     z, A, c, context, *layers = [t.detach() for t in values]
     half = len(layers) // 2
-    x, logdet = ops.autoregressive_flow_inverse(
-        z, torch.linalg.inv(A), c, layers[:half], layers[half:], seen, context
-    )
+    x, logdet = ops.autoregressive_flow_inverse(z, torch.linalg.inv(A), c, layers[:half], layers[half:], seen, context)
     y = torch.zeros_like(z)
     for _ in range(63):
         raw = reference.made(y, [w[0] for w in layers[:half]], [b[0] for b in layers[half:]], seen[0], context)

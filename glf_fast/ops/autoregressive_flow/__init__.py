@@ -256,7 +256,9 @@ def _checked(call: Call) -> Call:
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         enters = not own if i == 0 else residual and i % 2 == 1 and i + 1 < layers
         rows = n_in + (context_dim if enters else 0)
-        width = columns * dim if i + 1 == layers else weights[0].shape[-1] if residual or i == layers else weight.shape[-1]
+        width = (
+            columns * dim if i + 1 == layers else weights[0].shape[-1] if residual or i == layers else weight.shape[-1]
+        )
         if i == layers:
             rows = context_dim
         check_shape(f"weights[{i}]", weight, (steps, rows, width), "(steps, in, out)")
