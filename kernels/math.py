@@ -112,9 +112,11 @@ def log_scale(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
         return (CONSTANT * 0.636) * atan(u)
     elif LOG_SCALE == "softclip":
         return u / (1.0 + tl.abs(u / CONSTANT))
-    else:
-        tl.static_assert(LOG_SCALE == "jet")
+    elif LOG_SCALE == "jet":
         return 0.6931471805599453 + log_sigmoid(u)
+    else:
+        tl.static_assert(LOG_SCALE == "softplus")
+        return tl.log(CONSTANT - log_sigmoid(-u))
 
 
 @triton.jit
@@ -135,6 +137,8 @@ def log_scale_slope(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
     elif LOG_SCALE == "softclip":
         d = 1.0 + tl.abs(u / CONSTANT)
         return 1.0 / (d * d)
-    else:
-        tl.static_assert(LOG_SCALE == "jet")
+    elif LOG_SCALE == "jet":
         return sigmoid(-u)
+    else:
+        tl.static_assert(LOG_SCALE == "softplus")
+        return sigmoid(u) / (CONSTANT - log_sigmoid(-u))

@@ -32,7 +32,7 @@ struct Affine {
   }
 
   template <class T>
-  static CouplingGradients<T> backward(const Coupling<T>& op, vec<T> v, vec<T> u, vec<T> t, vec<T> g, T g_logdet) {
+  static CouplingGradients<T> backward(const Coupling<T>& op, vec<T> v, vec<T> u, vec<T> t, vec<T> g, vec<T> g_logdet) {
     const vec<T> ell = log_scale<f, T>(u, op.constant);
     const vec<T> slope = log_scale_slope<f, T>(u, ell, op.constant);
     const vec<T> ge = g * exp(op.inverse ? -ell : ell);  // ∂v
@@ -56,7 +56,7 @@ struct Additive {
   }
 
   template <class T>
-  static CouplingGradients<T> backward(const Coupling<T>& op, vec<T>, vec<T>, vec<T>, vec<T> g, T) {
+  static CouplingGradients<T> backward(const Coupling<T>& op, vec<T>, vec<T>, vec<T>, vec<T> g, vec<T>) {
     return {g, vec<T>{}, op.inverse ? -g : g};
   }
 };
@@ -101,7 +101,7 @@ void couple_rows_backward(const Coupling<T>& op, idx rows, idx n, Rows<const T> 
         const idx left = n - j;
         const auto r = decltype(transform)::template backward<T>(op, load_part(v[m] + j, left), load_part(u[m] + j, left),
                                                                  load_part(t[m] + j, left),
-                                                                 load_part(grad_out[m] + j, left), grad_logdet[m]);
+                                                                 load_part(grad_out[m] + j, left), broadcast(grad_logdet[m]));
         store_part(grad_v[m] + j, r.v, left);
         store_part(grad_u[m] + j, r.u, left);
         store_part(grad_t[m] + j, r.t, left);

@@ -1,4 +1,5 @@
 // The choice of an instruction set, once, at the first call.
+#include "autoregressive.h"
 #include "flow.h"
 #include "record.h"
 
@@ -84,5 +85,12 @@ Int record_width(const Flow<T>& flow) {
 }
 template Int record_width(const Flow<float>&);
 template Int record_width(const Flow<double>&);
+
+template <class T>
+Int record_units(const Autoregressive<T>& flow) {
+  return PanelRecord::of(flow).size;
+}
+template Int record_units(const Autoregressive<float>&);
+template Int record_units(const Autoregressive<double>&);
 
 }  // namespace glf

@@ -70,6 +70,7 @@ inline vec<T> log_scale(vec<T> u, T s) {
   if constexpr (f == S::atan) return (s * T(0.636)) * atan(u);
   if constexpr (f == S::softclip) return u / (T(1) + abs(u / s));
   if constexpr (f == S::jet) return T(0.69314718055994531) + log_sigmoid<T>(u);
+  if constexpr (f == S::softplus) return log(softplus<T>(u) + s);
 }
 
 template <LogScale f, class T>
@@ -91,6 +92,7 @@ inline vec<T> log_scale_slope(vec<T> u, vec<T> ell, T s) {
     return T(1) / (y * y);
   }
   if constexpr (f == S::jet) return sigmoid<T>(-u);
+  if constexpr (f == S::softplus) return sigmoid<T>(u) * exp(-ell);
 }
 
 // h = a(x) over a block; `from` and `to` may be the same. Rows are padded to whole vectors.

@@ -10,7 +10,7 @@ using Int = std::ptrdiff_t;
 
 // What there is of each, by the names in glf_fast.reference. Python asks for a name's number (code_of).
 #define GLF_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(gelu) X(tanh) X(elu)
-#define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet)
+#define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet) X(softplus)
 #define GLF_COUPLINGS(X) X(affine) X(separate) X(additive) X(spline)
 #define GLF_NETWORKS(X) X(mlp) X(residual)
 #define GLF_ENUMERATOR(name) name,
@@ -138,6 +138,11 @@ struct PluGradients {
   T *lower, *upper, *log_diag, *log_scale, *bias;
 };
 
+template <class T>
+struct Autoregressive;
+template <class T>
+struct AutoregressiveGradients;  // see autoregressive.h
+
 // One instruction set's kernels. Matrices are contiguous, (rows, columns).
 template <class T>
 struct Kernels {
@@ -149,6 +154,12 @@ struct Kernels {
   void (*backward)(const Flow<T>&, Int batch, const T* out, const T* context, Save save, const T* saved, Int record,
                    const T* grad_out, const T* grad_logdet, T* grad_x, T* grad_context, const Gradients<T>*,
                    const Parallel&);
+  // The same of masked autoregressive flows, whose records are those of panels of rows; ∂context is wanted unless null.
+  void (*autoregressive)(const Autoregressive<T>&, Int batch, const T* x, const T* context, T* out, T* logdet, Save save,
+                         T* saved, const Parallel&);
+  void (*autoregressive_backward)(const Autoregressive<T>&, Int batch, const T* out, const T* context, Save save,
+                                  const T* saved, const T* grad_out, const T* grad_logdet, T* grad_x, T* grad_context,
+                                  const AutoregressiveGradients<T>*, const Parallel&);
   // w (B, pixels, n) and logdet (B,) from v, u, t; then from their gradients to those of v, u, t.
   void (*coupling)(const Coupling<T>&, Int batch, Int pixels, Int n, Channels<T> v, Channels<T> u, Channels<T> t, T* w,
                    T* logdet, const Parallel&);

@@ -109,8 +109,8 @@ void each_gradient(const Flow<T>& flow, F f) {
 }
 
 // total += parts, in the order of the threads, so that the sum is the same every time.
-template <class T>
-void reduce(const Flow<T>& flow, const Gradients<T>& total, const Gradients<T>* parts, int n, const Parallel& parallel) {
+template <class T, class F, class G>
+void reduce(const F& flow, const G& total, const G* parts, int n, const Parallel& parallel) {
   in_parallel(parallel, n + 1, [&](int thread) {
     each_gradient(flow, [&](auto tensor, idx size) {
       const idx chunk = round_up((size + n) / (n + 1), 16);
@@ -191,7 +191,7 @@ void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Sa
       copy_rows<T>(rows, D, gradient + grad.out, grad.width, grad_x + first * D, D);
     });
   });
-  if (copies) reduce(flow, *parameters, own.get(), copies, parallel);
+  if (copies) reduce<T>(flow, *parameters, own.get(), copies, parallel);
 }
 
 }  // namespace glf::GLF_ISA

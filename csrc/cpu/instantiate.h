@@ -2,6 +2,7 @@
 #pragma once
 
 #include "affine_coupling.h"
+#include "autoregressive_backward.h"
 #include "flow_backward.h"
 #include "lu.h"
 #include "plu.h"
@@ -11,10 +12,10 @@ namespace glf::GLF_ISA {
 
 extern const Kernels<float> kernels_f32;
 extern const Kernels<double> kernels_f64;
-const Kernels<float> kernels_f32{forward<float>,      backward<float>,     coupling<float>,
+const Kernels<float> kernels_f32{forward<float>,      backward<float>,     autoregressive<float>, autoregressive_backward<float>, coupling<float>,
                                  coupling_backward<float>, spline<float>, spline_backward<float>, plu_assemble<float>, plu_assemble_backward<float>,
                                  slogdet_inverse<float>};
-const Kernels<double> kernels_f64{forward<double>,      backward<double>,     coupling<double>,
+const Kernels<double> kernels_f64{forward<double>,      backward<double>,     autoregressive<double>, autoregressive_backward<double>, coupling<double>,
                                   coupling_backward<double>, spline<double>, spline_backward<double>, plu_assemble<double>, plu_assemble_backward<double>,
                                   slogdet_inverse<double>};
 

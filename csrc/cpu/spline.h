@@ -108,7 +108,7 @@ struct Sides {
 template <class T>
 inline vec<T> slope_of(const Spline<T>& op, vec<T> c) {
   if (op.soft_clip) return exp(c / (T(1) + abs(c * (1 / op.clip))));
-  return op.factor * (op.min_derivative + (c > T(0) ? c : vec<T>{}) + log1p(exp(-abs(c))));
+  return op.factor * (op.min_derivative + softplus<T>(c));
 }
 
 // d(slope)/dc

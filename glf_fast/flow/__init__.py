@@ -2,6 +2,7 @@
 
 from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.affine_coupling import AffineCoupling
+from glf_fast.flow.autoregressive_flow import AutoregressiveFlow
 from glf_fast.flow.base import Flow
 from glf_fast.flow.coupling_flow import CouplingFlow
 from glf_fast.flow.distribution import FlowDistribution, FlowTransform
@@ -21,6 +22,7 @@ __all__ = [
     "MLP",
     "ActNorm",
     "AffineCoupling",
+    "AutoregressiveFlow",
     "CouplingFlow",
     "Embedded",
     "FixedLinear",

@@ -18,7 +18,7 @@ from glf_fast.flow.sequential import SequentialFlow
 from glf_fast.flow.spline_coupling import SplineCoupling, spline_of
 from glf_fast.reference import COUPLINGS
 
-__all__ = ["Stacked", "configuration", "fill_step", "new_step", "stacked"]
+__all__ = ["Stacked", "configuration", "fill_step", "new_step", "stacked", "stacked_maps"]
 
 
 class Stacked(NamedTuple):
@@ -60,10 +60,7 @@ def new_step(config: Mapping[str, Any]) -> list[nn.Module]:
 @torch.no_grad()
 def stacked(layers: Sequence[nn.Module], config: Mapping[str, Any]) -> Stacked:
     """The tensors of the layers of all steps, copied; those of parameters are parameters."""
-    actnorms = [layer for layer in layers if isinstance(layer, ActNorm)]
-    linears = [layer for layer in layers if isinstance(layer, InvertibleLinear)]
     networks = [_linears(layer) for layer in layers if isinstance(layer, Coupling)]
-    names = ("log_scale", "bias", "initialized") if actnorms else ()
     # nn.Linear stores (out, in).
     one = COUPLINGS[config["coupling"]].networks == 1
     weights, biases = [], []
@@ -72,11 +69,18 @@ def stacked(layers: Sequence[nn.Module], config: Mapping[str, Any]) -> Stacked:
         bias = torch.stack([torch.stack([linear.bias for linear in of_step]) for of_step in step])
         weights.append(weight[:, 0].contiguous() if one else weight)
         biases.append(bias[:, 0].contiguous() if one else bias)
-    return Stacked(
+    return Stacked(*stacked_maps(layers, config["linear"]), weights, biases)
+
+
+@torch.no_grad()
+def stacked_maps(layers: Sequence[nn.Module], linear: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same of their ActNorms and of their linear layers, which are of this kind."""
+    actnorms = [layer for layer in layers if isinstance(layer, ActNorm)]
+    linears = [layer for layer in layers if isinstance(layer, InvertibleLinear)]
+    names = ("log_scale", "bias", "initialized") if actnorms else ()
+    return (
         {name: _stack([getattr(layer, name) for layer in actnorms]) for name in names},
-        {name: _stack([getattr(layer, name) for layer in linears]) for name in LINEAR_TENSORS[config["linear"]]},
-        weights,
-        biases,
+        {name: _stack([getattr(layer, name) for layer in linears]) for name in LINEAR_TENSORS[linear]},
     )
 
 

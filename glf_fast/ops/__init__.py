@@ -6,6 +6,11 @@ where no kernel does.
 
 from glf_fast.ops.actnorm import actnorm_log_prob
 from glf_fast.ops.affine_coupling import affine_coupling
+from glf_fast.ops.autoregressive_flow import (
+    autoregressive_flow,
+    autoregressive_flow_inverse,
+    autoregressive_flow_log_prob,
+)
 from glf_fast.ops.backends import backends, check_environment, use_backend
 from glf_fast.ops.coupling_flow import (
     coupling_flow,
@@ -20,6 +25,9 @@ from glf_fast.ops.spline import spline
 __all__ = [
     "actnorm_log_prob",
     "affine_coupling",
+    "autoregressive_flow",
+    "autoregressive_flow_inverse",
+    "autoregressive_flow_log_prob",
     "backends",
     "channel_map",
     "coupling_flow",

@@ -43,6 +43,7 @@ def _(
 
 if not CPP.missing:
 
+    @register_flop_formula(operations.cpu_autoregressive_flow)
     @register_flop_formula(operations.cpu_coupling_flow)
     def _(x: Shape, matrix: Shape, offset: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
         return _products(x[0], matrix, weights)
@@ -51,6 +52,13 @@ if not CPP.missing:
     def _(
         grad: Shape | None, grad_logdet: Shape, out: Shape, saved: Shape, matrix: Shape, unmatrix: Shape | None,
         offset: Shape, weights: Sequence[Shape], *_: Any, **__: Any,
+    ) -> int:  # fmt: skip
+        return 2 * _products(grad_logdet[0], matrix, weights)
+
+    @register_flop_formula(operations.cpu_autoregressive_flow_backward)
+    def _(
+        grad: Shape | None, grad_logdet: Shape, out: Shape, saved: Shape, matrix: Shape, offset: Shape,
+        weights: Sequence[Shape], *_: Any, **__: Any,
     ) -> int:  # fmt: skip
         return 2 * _products(grad_logdet[0], matrix, weights)
 

@@ -5,6 +5,12 @@ test: in float64 it is what all other implementations are compared with.
 """
 
 from glf_fast.reference.affine_coupling import affine_coupling
+from glf_fast.reference.autoregressive_flow import (
+    TRANSFORMS,
+    autoregressive_flow,
+    autoregressive_flow_inverse,
+    autoregressive_flow_log_prob,
+)
 from glf_fast.reference.coupling import COUPLINGS, Coupling
 from glf_fast.reference.coupling_flow import (
     actnorm_log_prob,
@@ -23,6 +29,7 @@ from glf_fast.reference.linear import (
     slogdet_inverse,
 )
 from glf_fast.reference.log_scale import LOG_SCALE_FUNCTIONS, LOG_SCALES, LogScale, log_scale, prepared_constant
+from glf_fast.reference.made import fan_in, made
 from glf_fast.reference.mlp import ACTIVATIONS, mlp
 from glf_fast.reference.networks import NETWORKS, Network
 from glf_fast.reference.residual import layers_of_block, residual
@@ -36,6 +43,7 @@ __all__ = [
     "NETWORKS",
     "PARAMETRIZATIONS",
     "TAILS",
+    "TRANSFORMS",
     "Coupling",
     "LogScale",
     "Network",
@@ -44,14 +52,19 @@ __all__ = [
     "Spline",
     "actnorm_log_prob",
     "affine_coupling",
+    "autoregressive_flow",
+    "autoregressive_flow_inverse",
+    "autoregressive_flow_log_prob",
     "coupling_flow",
     "coupling_flow_inverse",
     "coupling_flow_log_prob",
+    "fan_in",
     "fold_actnorm",
     "invertible_linear",
     "layers_of_block",
     "log_normal",
     "log_scale",
+    "made",
     "mlp",
     "permutation_matrix",
     "plu_assemble",

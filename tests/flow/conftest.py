@@ -11,6 +11,7 @@ from glf_fast import (
     MLP,
     ActNorm,
     AffineCoupling,
+    AutoregressiveFlow,
     CouplingFlow,
     FixedLinear,
     Flow,
@@ -113,6 +114,13 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "coupling-residual": lambda: CouplingFlow(5, 2, (8, 8), network="residual"),
     "coupling-residual-context": lambda: CouplingFlow(5, 2, (8,), context_dim=2, network="residual"),
     "coupling-held": lambda: holding(CouplingFlow(5, 2, (8,)), "actnorm_bias", "linear_upper", "mlp_weights.1"),
+    "autoregressive": lambda: AutoregressiveFlow(5, 3, (9, 8)),
+    "autoregressive-context": lambda: AutoregressiveFlow(4, 2, (8,), 2, context_layer=True, log_scale="softplus"),
+    "autoregressive-residual": lambda: AutoregressiveFlow(
+        5, 2, (8,), 2, network="residual", linear="plu", actnorm=True
+    ),
+    "autoregressive-spline": lambda: AutoregressiveFlow(3, 2, (8,), transform="spline", linear="dense"),
+    "autoregressive-inverse": lambda: Inverse(AutoregressiveFlow(4, 2, (8,), linear="permutation")),
     "inverse": lambda: Inverse(CouplingFlow(5, 2, (8,), context_dim=2)),
     "log-scale-constant": lambda: CouplingFlow(4, 2, (8,), log_scale_constant=0.7),
     **{f"activation-{name}": (lambda name=name: CouplingFlow(4, 2, (8, 8), activation=name)) for name in ACTIVATIONS},

@@ -1,0 +1,120 @@
+// Panels through the steps of a masked autoregressive flow, in either direction, at the cost of one pass of the networks.
+#pragma once
+
+#include "autoregressive_panel.h"
+
+namespace glf::GLF_ISA {
+
+// Hidden layer i, as far as the stage's units go.
+template <class T>
+void run_layer(const Panel<T>& panel, idx k, const Stage& stage, int i) {
+  const Autoregressive<T>& flow = panel.flow;
+  const PanelRecord& at = panel.at;
+  const bool last = i == flow.hidden();
+  const T* in = panel.field(i ? at.value[i - 1] : at.y);
+  const T* addend = nullptr;
+  if (i == 0 && flow.context_layer) addend = panel.field(at.context_value);
+  if (i >= 2 && flow.in_stream(i)) addend = panel.field(at.argument[i - 2]);
+  T* out = panel.field(last ? at.raw : at.argument[i]);
+  panel.product(stage.blocks[i], flow.context_rows(i), in, out, flow.bias[i] + flow.biases_before(i, k), addend);
+  if (!last && flow.activated(i)) panel.activate_units(stage.units[i], out, panel.field(at.value[i]));
+}
+
+// From the step's input x to the rest of its record and to its output (forward: features; inverse: behind the affine map).
+template <class T>
+void run_autoregressive_step(const Panel<T>& panel, idx k, T* out, T* logdet) {
+  const Autoregressive<T>& flow = panel.flow;
+  const PanelRecord& at = panel.at;
+  const StepPlan<T>& step = panel.plan.steps[k];
+  const T* offset = flow.offset + k * flow.dim;
+  if (!flow.inverse) panel.product(step.map, 0, panel.field(at.x), panel.field(at.y), offset, nullptr);
+  if (flow.context_layer) {
+    const int own = flow.layers;
+    panel.product(step.context_layer, 0, panel.context, panel.field(at.context_argument),
+                  flow.bias[own] + flow.biases_before(own, k), nullptr);
+    panel.activate_units({0, flow.width[1]}, panel.field(at.context_argument), panel.field(at.context_value));
+  }
+  const T* v = panel.field(flow.inverse ? at.x : at.y);
+  T* features = flow.inverse ? panel.field(at.y) : out;
+  for (const Stage& stage : step.stages) {
+    for (int i = 0; i < flow.layers; ++i) run_layer(panel, k, stage, i);
+    transform_features(panel, stage.units[flow.hidden()], v, panel.field(at.raw), features, logdet);
+  }
+  if (!flow.inverse) return;
+  for (idx d = 0; d < flow.dim; ++d)
+    for (idx m = d * panel_rows<T>; m < (d + 1) * panel_rows<T>; ++m)
+      panel.field(at.shifted)[m] = features[m] - offset[d];
+  panel.product(step.map, 0, panel.field(at.shifted), out, nullptr, nullptr);
+}
+
+inline constexpr idx most_panels = 8;  // of a tile
+
+// Panels are split over the threads, and a thread's into tiles whose records stay in its L2 cache.
+struct PanelTiling {
+  int threads;
+  idx panels, thread_panels, tile_panels;
+
+  template <class T>
+  PanelTiling(idx work, idx batch, idx panel_size, const Parallel& parallel, T) {
+    panels = (batch + panel_rows<T> - 1) / panel_rows<T>;
+    threads = static_cast<int>(std::clamp<idx>(std::min((work * batch) >> 19, panels), 1, parallel.threads));
+    thread_panels = (panels + threads - 1) / threads;
+    threads = static_cast<int>((panels + thread_panels - 1) / thread_panels);
+    const idx most = std::clamp<idx>((idx{1} << 18) / (panel_size * idx(sizeof(T))), 1, most_panels);
+    const idx tiles = (thread_panels + most - 1) / most;
+    tile_panels = (thread_panels + tiles - 1) / tiles;
+  }
+
+  // Calls f(first panel, panels, is the thread's first tile) for all tiles of one thread, in order.
+  template <class F>
+  void each_tile(int thread, F f) const {
+    const idx begin = thread * thread_panels, end = std::min(panels, begin + thread_panels);
+    for (idx p = begin; p < end; p += tile_panels) f(p, std::min(tile_panels, end - p), p == begin);
+  }
+};
+
+template <class T>
+void autoregressive(const Autoregressive<T>& flow, Int batch, const T* x, const T* context, T* out, T* logdet, Save save,
+                    T* saved, const Parallel& parallel) {
+  if (batch == 0) return;
+  constexpr idx W = panel_rows<T>;
+  const Plan<T> plan(flow, false);
+  const PanelRecord at = PanelRecord::of(flow);
+  const idx D = flow.dim, C = flow.context_dim, K = flow.steps, record = at.size * W;
+  const PanelTiling tiling(plan.work, batch, record + (D + C) * W, parallel, T{});
+  const idx P = tiling.tile_panels;
+  const PerThread<T> memory(tiling.threads, {P * record, P * D * W, P * C * W, P * W});
+  in_parallel(parallel, tiling.threads, [&](int thread) {
+    T *scratch = memory.get(thread, 0), *ends = memory.get(thread, 1), *contexts = memory.get(thread, 2),
+      *logdets = memory.get(thread, 3);
+    tiling.each_tile(thread, [&](idx first, idx panels, bool) {
+      const auto rows = [&](idx p) { return std::min(W, batch - (first + p) * W); };
+      for (idx p = 0; p < panels; ++p) {
+        load_panel(rows(p), D, x + (first + p) * W * D, ends + p * D * W);
+        load_panel(rows(p), C, context + (first + p) * W * C, contexts + p * C * W);
+      }
+      std::fill_n(logdets, panels * W, T(0));
+      for (idx i = 0; i < K; ++i) {
+        const idx k = flow.inverse ? K - 1 - i : i;
+        for (idx p = 0; p < panels; ++p) {
+          const idx place = k * tiling.panels + first + p;
+          T* here = save == Save::records ? saved + place * record : scratch + p * record;
+          const Panel<T> panel{flow, plan, at, static_cast<int>((rows(p) + lanes<T> - 1) / lanes<T>),
+                               contexts + p * C * W, here};
+          T* end = ends + p * D * W;
+          std::copy_n(end, D * W, panel.field(at.x));
+          if (save == Save::inputs) std::copy_n(end, D * W, saved + place * D * W);
+          run_autoregressive_step(panel, k, end, logdets + p * W);
+        }
+      }
+      for (idx p = 0; p < panels; ++p) {
+        const idx row = (first + p) * W;
+        store_panel(rows(p), D, ends + p * D * W, out + row * D);
+        std::copy_n(logdets + p * W, rows(p), logdet + row);
+        if (flow.density) add_density<T>(rows(p), D, out + row * D, logdet + row);
+      }
+    });
+  });
+}
+
+}  // namespace glf::GLF_ISA

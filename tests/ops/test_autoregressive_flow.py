@@ -1,0 +1,201 @@
+"""Masked autoregressive flows: the C++ kernels against the float64 reference, over the whole table of options."""
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from flow_values import error, run_op
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from glf_fast import Spline, backends, ops, reference, use_backend
+from glf_fast.ops.autoregressive_flow import cpp
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES, NETWORKS, TRANSFORMS, fan_in
+from glf_fast.reference.made import masks
+
+needs_kernels = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=backends()["cpp"])
+NAMES = {False: "autoregressive_flow", True: "autoregressive_flow_inverse"}
+
+
+def tensors(
+    batch: int, K: int, D: int, C: int, hidden: tuple[int, ...], *, transform: str = "affine", network: str = "mlp",
+    context_layer: bool = False, ties: bool = False,
+) -> tuple[list[Tensor | None], Tensor]:  # fmt: skip
+    """x, A, c, context, W₀ …, b₀ …, and the fan-in of units of random degrees; with `ties` features share degrees."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=g)
+
+    residual, columns = network == "residual", Spline().columns if transform == "spline" else 2
+    widths = [D, *(hidden[:1] * (1 + 2 * len(hidden)) if residual else hidden), columns * D]
+    layers = len(widths) - 1
+    enters = [not context_layer if i == 0 else residual and i % 2 == 1 and i + 1 < layers for i in range(layers)]
+    shapes = [(n + C * e, m) for (n, m), e in zip(itertools.pairwise(widths), enters, strict=True)]
+    shapes += [(C, widths[1])] * context_layer
+    weights = [normal(K, n, m) / max(n, 1) ** 0.5 for n, m in shapes]
+    if transform == "spline":
+        weights[layers - 1] *= 0.2
+    seen = []
+    for _ in range(K):
+        features = sorted(torch.randint(0, D, (D,), generator=g).tolist()) if ties else list(range(1, D + 1))
+        degrees = [sorted(torch.randint(0, D + 1, (n,), generator=g).tolist()) for n in widths[1:-1]]
+        if residual:
+            degrees = degrees[:1] * len(degrees)
+        seen.append(fan_in(degrees, features))
+    A = (torch.linalg.qr(normal(K, D, D)).Q + 0.1 * normal(K, D, D) / D).contiguous()
+    values = [normal(batch, D), A, normal(K, D), normal(batch, C) if C else None, *weights]
+    values += [0.3 * normal(K, m) for _, m in shapes]
+    return [None if t is None else t.requires_grad_() for t in values], torch.tensor(seen)
+
+
+def flow_of(op, seen: Tensor, **options):
+    """The operation as a function of the list of tensors."""
+
+    def flow(x, A, c, context, *layers):
+        half = len(layers) // 2
+        return op(x, A, c, layers[:half], layers[half:], seen, context, **options)
+
+    return flow
+
+
+@needs_kernels
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_everything_matches_the_float64_reference(data) -> None:
+    draw = data.draw
+    K, D = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 10, 17]))
+    C = draw(st.sampled_from([0, 0, 1, 3, 16]))
+    options = {
+        "transform": draw(st.sampled_from(list(TRANSFORMS))),
+        "network": draw(st.sampled_from(list(NETWORKS))),
+        "context_layer": draw(st.booleans()) if C else False,
+    }
+    if options["network"] == "residual":
+        hidden = (draw(st.integers(1, 40)),) * draw(st.integers(1, 3))
+    else:
+        hidden = tuple(draw(st.lists(st.integers(1, 40), min_size=1, max_size=4)))
+    batch = draw(st.sampled_from([0, 1, 7, 8, 17, 33, 150]))
+    exact, seen = tensors(batch, K, D, C, hidden, ties=draw(st.booleans()), **options)
+    options["activation"] = draw(st.sampled_from(list(ACTIVATIONS)))
+    options["log_scale"] = draw(st.sampled_from([name for name in LOG_SCALES if name != "exp"]))
+    inverse, dtype = draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.float64]))
+    if inverse:
+        exact[1] = torch.linalg.inv(exact[1].detach()).requires_grad_()
+    given_ = [None if t is None else t.detach().to(dtype).requires_grad_() for t in exact]
+    want = run_op(flow_of(getattr(reference, NAMES[inverse]), seen, **options), exact)
+    plain = run_op(flow_of(getattr(reference, NAMES[inverse]), seen, **options), given_)
+    if draw(st.booleans()):  # strided
+        given_ = [
+            None if t is None else t.detach().mT.contiguous().mT.requires_grad_() if t.ndim > 1 else t for t in given_
+        ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(draw(st.sampled_from([1, 2])))
+    # Small flows save all they compute; with a limit of 0 only the steps' inputs, as large ones do.
+    with use_backend("cpp"), mock.patch.object(cpp, "RECORDS_LIMIT", draw(st.sampled_from([0, cpp.RECORDS_LIMIT]))):
+        got = run_op(flow_of(getattr(ops, NAMES[inverse]), seen, **options), given_)
+    torch.set_num_threads(threads)
+    for mine, theirs, truth in zip(got, plain, want, strict=True):
+        assert mine.dtype == dtype and mine.shape == truth.shape
+        # As good as plain PyTorch in this precision, up to what another order of summation may change.
+        assert error(mine, truth) <= max(4 * error(theirs, truth), 2e-5 if dtype == torch.float32 else 1e-10)
+
+
+# Every kind of transform and network, and the ways of a context.
+KINDS = {
+    "affine": {},
+    "spline": {"transform": "spline"},
+    "residual": {"network": "residual"},
+    "context-layer": {"context_layer": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inverse", NAMES)
+def test_gradcheck(kind: str, inverse: bool) -> None:
+    values, seen = tensors(3, 2, 4, 2, (6,), **KINDS[kind])
+    flow = flow_of(getattr(ops, NAMES[inverse]), seen, **KINDS[kind], activation="silu")
+    assert gradcheck(flow, values, fast_mode=True)
+    assert gradgradcheck(flow, values, fast_mode=True)
+
+
+def test_one_pass_is_the_loop_over_features() -> None:
+    """At D = 63, more features than hidden units have degrees; the kernels' inverse finds what 63 passes of nflows' loop do."""
+    values, seen = tensors(5, 1, 63, 2, (50, 50))
+    z, A, c, context, *layers = [t.detach() for t in values]
+    half = len(layers) // 2
+    x, logdet = ops.autoregressive_flow_inverse(z, torch.linalg.inv(A), c, layers[:half], layers[half:], seen, context)
+    y = torch.zeros_like(z)
+    for _ in range(63):
+        raw = reference.made(y, [w[0] for w in layers[:half]], [b[0] for b in layers[half:]], seen[0], context)
+        u, t = raw.view(5, 63, 2).unbind(2)
+        ell = reference.log_scale(u)
+        y = (z - t) * torch.exp(-ell)
+    torch.testing.assert_close(x, (y - c[0]) @ torch.linalg.inv(A[0]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logdet, -ell.sum(1), rtol=1e-9, atol=1e-9)
+
+
+def test_weights_beyond_the_fan_in_are_never_read() -> None:
+    values, seen = tensors(20, 2, 5, 2, (12, 9), ties=True)
+    x, A, c, context, *layers = [t.detach() for t in values]
+    weights, biases = layers[:3], layers[3:]
+    spoilt = []
+    for i, weight in enumerate(weights):
+        used = [masks([w[k] for w in weights], [b[k] for b in biases], seen[k], 5)[i] for k in range(2)]
+        spoilt.append(weight.masked_fill(~torch.stack(used), torch.nan).requires_grad_())
+    for inverse in NAMES:
+        op = getattr(ops, NAMES[inverse])
+        got, logdet = op(x, A, c, spoilt, biases, seen, context)
+        want, _ = op(x, A, c, weights, biases, seen, context)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        for weight, grad in zip(spoilt, torch.autograd.grad((got.sum() + logdet.sum()), spoilt), strict=True):
+            assert grad.isfinite().all() and (grad[weight.isnan()] == 0).all()
+
+
+@needs_kernels
+def test_opcheck() -> None:
+    values, seen = tensors(32, 2, 5, 2, (7,))  # whole panels: what is saved of lanes without a row is not defined
+    x, A, c, context, *layers = [t.detach().float() for t in values]
+    weights, biases = layers[:2], layers[2:]
+    library, code = torch.ops.glf_fast, (0, 0, 0, 0, 2.0, [], False)
+    for save, units in ((0, 0), (1, 5)):
+        given_ = (x, A, c, weights, biases, seen, context, *code, False, False, save, units)
+        torch.library.opcheck(library.cpu_autoregressive_flow.default, given_)
+    out, logdet, saved = library.cpu_autoregressive_flow(*given_)
+    for grad_out, of_context in ((out, True), (None, False)):
+        torch.library.opcheck(
+            library.cpu_autoregressive_flow_backward.default,
+            (grad_out, logdet, out, saved, A, c, weights, biases, seen, context, *code, False, 1, True, of_context),
+        )
+
+
+ERRORS = {
+    "x must have shape": lambda a: a.update(x=torch.randn(3, 4)),
+    r"weights\[1\] must have shape": lambda a: a.update(weights=[a["weights"][0], a["weights"][1][:, :, 1:]]),
+    r"biases\[0\] must have shape": lambda a: a.update(biases=[a["biases"][0][:1], a["biases"][1]]),
+    "two lists of two or more": lambda a: a.update(weights=a["weights"][1:], biases=a["biases"][1:]),
+    "fan_in must have shape": lambda a: a.update(fan_in=a["fan_in"][:, 1:]),
+    "fan_in must be int64": lambda a: a.update(fan_in=a["fan_in"].int()),
+    "let no feature depend on itself": lambda a: a.update(fan_in=a["fan_in"].flip(1)),
+    "context_layer=True is for": lambda a: a.update(context=None, context_layer=True),
+    'spline is for transform="spline"': lambda a: a.update(spline=Spline()),
+    "transform must be one of": lambda a: a.update(transform="cubic"),
+    "context must be a torch.Tensor": lambda a: a.update(context=[1.0]),
+    "x must be a torch.Tensor": lambda a: a.update(x=[1.0]),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_errors_say_what_is_wrong(message: str, backend: str) -> None:
+    values, seen = tensors(3, 2, 5, 2, (7,))
+    x, A, c, context, *layers = [t.detach() for t in values]
+    arguments = {
+        "x": x, "A": A, "c": c, "weights": layers[:2], "biases": layers[2:], "fan_in": seen, "context": context,
+    }  # fmt: skip
+    ERRORS[message](arguments)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message), use_backend(backend):
+        ops.autoregressive_flow(**arguments)
