@@ -44,7 +44,7 @@ SMALL: dict[str, Any] = {"latent_dim": 16, "width": 8, "hidden": 128, "flow": Fl
 def configuration(deviation: float | None, epochs: int) -> Config:
     """The run of a VAE with flow prior and this deviation s of the decoder; of GLF for None."""
     config = default("glf" if deviation is None else "flow-vae")
-    own = {} if deviation is None else {"variance": "fixed", "deviation": deviation}
+    own: dict[str, Any] = {} if deviation is None else {"variance": "fixed", "deviation": deviation}
     optimizer = OptimizerConfig(warmup_steps=50, schedule="cosine", clip=0.0)
     optimizers = {"autoencoder": optimizer, "flow": replace(optimizer, lr=3e-3, betas=(0.9, 0.99), clip=10.0)}
     model = replace(config.model, **SMALL, **own)
