@@ -156,11 +156,10 @@ class _Results:
                 f"{folder} has no scores of its best checkpoint with {wanted['n']} samples; run python -m glf_fast.evaluate "
                 f"{folder}, and this command again"
             )
-        if len(prior) < len(usual) and _has_prior(model):
-            print(f"{folder}: computing the scores of samples from N(0, I)", file=sys.stderr)
-            names = [score["settings"]["extractor"] for score in usual]
-            extractors = load_extractors(names, self.device, all_needed=True)
-            prior = evaluate_mode(model, self.train, self.test, extractors, usual, PRIOR)
+        if not prior and _has_prior(model):  # by the first extractor alone, which the table is about
+            print(f"{folder}: computing the score of samples from N(0, I)", file=sys.stderr)
+            extractors = load_extractors([usual[0]["settings"]["extractor"]], self.device, all_needed=True)
+            prior = evaluate_mode(model, self.train, self.test, extractors, usual[:1], PRIOR)
             runs.write_scores(folder, prior)
         for score in usual:
             self._floors[score["settings"]["extractor"]] = score["samples"]["metric"], score["samples"]["floors"]
