@@ -115,7 +115,7 @@ def hidden_layers(
     ACTIVATION: tl.constexpr, COUNT: tl.constexpr, KEEP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first COUNT hidden layers, into memory; behind it they are complete."""
+    """Writes the first COUNT hidden layers to memory. When it returns, they are complete."""
     tl.debug_barrier()  # the last step's rows have been read
     for i in tl.static_range(COUNT):
         staged_layer(
@@ -260,9 +260,9 @@ def mlp_backward_of_memory(
     ACTIVATION: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same from N_RAW gradients of the last layer's numbers that stand behind those of the hidden layers in `slopes`.
+    """∂p [BM, HALF], as `mlp_backward`, where the gradients of the last layer's N_RAW numbers stand in `slopes`.
 
-    The last layer's weight is packed a second time for it, [⌈n⌉, ⌈N_RAW⌉], behind the others.
+    They follow those of the hidden layers. W_out is packed a second time for them, [⌈n⌉, ⌈N_RAW⌉], behind all other weights.
     """
     LAST: tl.constexpr = len(HIDDEN) - 1
     AT: tl.constexpr = COLUMNS[LAST]
@@ -290,7 +290,7 @@ def hidden_layers_backward(
     COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, ROW_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
     BM: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """∂p [BM, HALF], and the gradients of all hidden layers but the last, which stands in `slopes`."""
+    """∂p [BM, HALF]. Writes the gradients of all hidden layers but the last one, which stand in `slopes` already."""
     P: tl.constexpr = D - D // 2
     LAST: tl.constexpr = len(HIDDEN) - 1
     half = tl.arange(0, HALF)

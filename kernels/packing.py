@@ -6,8 +6,9 @@ A step's matrices and vectors lie behind one another, so that a kernel needs thr
     weights  (K, WEIGHTS[-1])      W₀ [HALF + ⌈C⌉, ⌈n₁⌉], W₁ [⌈n₁⌉, ⌈n₂⌉], …, W_out [⌈n⌉, 2·HALF], the last as [u | t]
     vectors  (K, VECTORS[-1])      c [2·HALF], b₁ [⌈n₁⌉], …, b_out [2·HALF], log|det A| in front of 15 zeros
 
-W_out and b_out of splines have ⌈T⌉·(2·B + S) columns: all widths, all heights, all slopes, each kind filled up for each column
-of v to powers of two, B and S (`padded_bins`). For the backward W_out follows once more, [⌈n⌉, ⌈N_RAW⌉] in its own order.
+W_out and b_out of splines have ⌈T⌉·(2·B + S) columns: all widths, then all heights, then all slopes. Those of each column of v
+are padded to powers of two, B for widths and heights and S for slopes (`padded_bins`). For the backward, a second W_out
+[⌈n⌉, ⌈N_RAW⌉] follows in the network's own order.
 
 ⌈n⌉ is n rounded up to a multiple of 16, what a matrix unit multiplies at once: tiles are read without masks, 16 bytes at
 a time. Operands of tf32 products are rounded and those of bf16 products converted here: every program, chunk and thread of
@@ -74,7 +75,7 @@ def pack_layer(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of layer i's weight of step k: the first layer's rows are p's and the context's, the last one's columns
-    those of u and of t, or of splines; the layer behind it is that of splines as it comes."""
+    those of u and of t, or of splines. The layer behind the last one is W_out of splines in the network's own order."""
     P: tl.constexpr = D - D // 2
     T: tl.constexpr = D // 2
     OUT: tl.constexpr = len(HIDDEN)
@@ -102,7 +103,7 @@ def pack_splines(
     source, target, block, T: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, SPLINE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK numbers of a matrix (ROWS, N_RAW) whose columns are numbers of T splines, one spline's side by side."""
+    """BLOCK packed numbers of a matrix (ROWS, N_RAW) whose columns are the numbers of T splines, one spline after the other."""
     K: tl.constexpr = SPLINE[BINS]
     SLOPES: tl.constexpr = K + SPLINE[TAILS]
     B: tl.constexpr = padded_bins(K)

@@ -49,9 +49,9 @@ def raw_tile(
     acc += load_bias(b, column, FEATURES * WIDTH)
     raw = tl.trans(tl.reshape(acc, (BM * GROUP, WIDTH)))
     if COMPILED:
-        # A scan must have all of its numbers in one thread, in the order that new tiles have; this one takes no instruction.
-        # Without it the layout of the product's results lasts: four threads share a spline and repeat its arithmetic, 2,320
-        # instructions instead of 1,952 in the forward of 8 bins, and 84 shuffles instead of 12 (D 20, H 64, sm_90).
+        # A scan takes the layout of new tiles, in which a thread has all numbers of a spline. This scan has no instructions.
+        # Without it the layout of the product's results is kept: four threads share a spline and repeat its arithmetic. The
+        # forward of 8 bins then has 2,320 instead of 1,952 instructions, and 84 instead of 12 shuffles (D 20, H 64, sm_90).
         raw = tl.associative_scan(raw, 0, second)
     return raw
 
