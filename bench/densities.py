@@ -205,7 +205,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("LIBRARY", "DATA"), help="print the result of one fit as JSON")
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(lost(*arguments.one, arguments.seconds)))
+        provider, name = arguments.one
+        print(json.dumps(lost(provider, name, arguments.seconds)))
         return
     threads = {"OMP_NUM_THREADS": "1", "NPROC": "1", "JAX_PLATFORMS": "cpu"}
     print(f"| | {' | '.join(DATA)} |\n|---|{'---|' * len(DATA)}")
