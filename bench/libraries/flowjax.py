@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.cases import FlowCase
 
-__all__ = ["fits", "passes", "why_not"]
+__all__ = ["fits", "new_flow", "passes", "why_not"]
 
 
 def why_not() -> str:
@@ -18,7 +18,7 @@ def why_not() -> str:
     return "" if importlib.util.find_spec("flowjax") else "flowjax is not installed (glf_fast[bench] has it)"
 
 
-def _flow(case: FlowCase) -> Any:
+def new_flow(case: FlowCase) -> Any:
     """A flow of a case's size.
 
     Raises:
@@ -54,7 +54,7 @@ def fits(case: FlowCase, rows: int, epochs: int) -> Callable[[], Any]:
     from flowjax.train import fit_to_data
     from flowjax.train.losses import MaximumLikelihoodLoss
 
-    flow = _flow(case)
+    flow = new_flow(case)
     data = tuple(jax.numpy.asarray(t.numpy()) for t in replace(case, batch=rows).inputs() if t is not None)
     loss, optimizer = MaximumLikelihoodLoss(), optax.adam(1e-9)  # others would be compiled again
 
@@ -81,7 +81,7 @@ def passes(case: FlowCase, mode: str) -> Callable[[], Any]:
     import optax
     import paramax
 
-    flow = _flow(case)
+    flow = new_flow(case)
     parameters, rest = equinox.partition(
         flow, equinox.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
     )

@@ -75,24 +75,21 @@ def prepare(path: Path, options: Options, seed: int) -> Prepared:
         UserError: names of columns that are not there; missing values; too few rows; values beyond their bounds.
     """
     table, every = _read(path, options)
-    values, table, notes = _complete(table, options.drop_missing)
-    if len(values) < FEWEST:
-        raise UserError(f"{path} has {len(values)} row(s); a density needs at least {FEWEST}, and better a thousand")
-    splits = _splits(len(values), seed)
-    bounds = dict(_bound(text) for text in options.bounds)
-    for option, named in (("--bounds", [*bounds]), ("--dequantise", [*options.dequantise])):
-        own = [name for name in table.columns if name not in options.context]
-        if unknown := [name for name in named if name not in own]:
-            raise UserError(f"{option} names {unknown[0]!r}, but the columns that have a density are {', '.join(own)}")
+    table, notes = _complete(table, options.drop_missing)
+    if (n := len(table.values)) < FEWEST:
+        raise UserError(f"{path} has {n} row(s); a density needs at least {FEWEST}, and better a thousand")
+    splits, bounds = _splits(n, seed), _bounds(table, options)
     repeated: list[str] = []
     columns: dict[str, list[Column]] = {"columns": [], "context": []}
     kept: dict[str, list[np.ndarray]] = {"columns": [], "context": []}
     for i, name in enumerate(table.columns):
-        x, role = values[:, i], "context" if name in options.context else "columns"
-        if (x[splits["train"]] == x[splits["train"]][0]).all():
-            notes.append(f"Column {name!r} is constant ({x[0]:g}) and has no density; it is left out.")
+        x, role = table.values[:, i], "context" if name in options.context else "columns"
+        trained = x[splits["train"]]
+        if (trained == trained[0]).all():
+            notes.append(f"Column {name!r} is constant ({trained[0]:g}) in the training rows; it is left out.")
             continue
-        column = Column(name, low=bounds.get(name, (None, None))[0], high=bounds.get(name, (None, None))[1])
+        low, high = bounds.get(name, (None, None))
+        column = Column(name, low=low, high=high)
         if name in options.dequantise:
             column, x = _with_noise(path, column, x, seed)
         elif role == "columns":
@@ -106,7 +103,7 @@ def prepare(path: Path, options: Options, seed: int) -> Prepared:
         )
     if not columns["columns"]:
         raise UserError(f"{path}: no column is left that is not constant; a constant has no density")
-    found = [np.stack(part, 1) if part else np.empty((len(values), 0)) for part in kept.values()]
+    found = [np.stack(part, 1) if part else np.empty((n, 0)) for part in kept.values()]
     notes += _collinear([*columns["columns"], *columns["context"]], np.concatenate(found, 1)[splits["train"]])
     return Prepared(
         tuple(columns["columns"]), tuple(columns["context"]), found[0], found[1], splits, every, tuple(notes)
@@ -132,12 +129,12 @@ def _read(path: Path, options: Options) -> tuple[Table, tuple[str, ...]]:
     return table, every
 
 
-def _complete(table: Table, drop: bool) -> tuple[np.ndarray, Table, list[str]]:
-    """The rows without missing values."""
+def _complete(table: Table, drop: bool) -> tuple[Table, list[str]]:
+    """The rows without missing values, and notes."""
     missing = np.isnan(table.values)
     incomplete = missing.any(1)
     if not incomplete.any():
-        return table.values, table, []
+        return table, []
     counts = ", ".join(f"{name}: {n}" for name, n in zip(table.columns, missing.sum(0), strict=True) if n)
     text = f"{incomplete.sum()} of {len(incomplete)} rows have missing values ({counts})"
     if not drop:
@@ -146,13 +143,23 @@ def _complete(table: Table, drop: bool) -> tuple[np.ndarray, Table, list[str]]:
         )
     lines = [line for line, gone in zip(table.lines, incomplete, strict=False) if not gone]
     rest = Table(table.where, table.values[~incomplete], table.columns, lines)
-    return rest.values, rest, [f"{text[0].upper()}{text[1:]}; these rows are left out."]
+    return rest, [f"{text[0].upper()}{text[1:]}; these rows are left out."]
 
 
 def _splits(n: int, seed: int) -> dict[str, np.ndarray]:
     order = torch.randperm(n, generator=seeds.generator(seed, "split")).numpy()
     tenth = -(-n // 10)
     return {"train": order[2 * tenth :], "validation": order[tenth : 2 * tenth], "test": order[:tenth]}
+
+
+def _bounds(table: Table, options: Options) -> dict[str, tuple[float | None, float | None]]:
+    """The bounds of columns by name; also checks that these and the discrete columns are columns that have a density."""
+    bounds = dict(_bound(text) for text in options.bounds)
+    own = [name for name in table.columns if name not in options.context]
+    for option, named in (("--bounds", bounds), ("--dequantise", options.dequantise)):
+        if unknown := [name for name in named if name not in own]:
+            raise UserError(f"{option} names {unknown[0]!r}, but the columns that have a density are {', '.join(own)}")
+    return bounds
 
 
 def _bound(text: str) -> tuple[str, tuple[float | None, float | None]]:
