@@ -52,6 +52,15 @@ PROCESSOR: tuple[Goal, ...] = (
             ("flowjax", 2.0, ("flowjax",)),
         )
     ),
+    *(
+        Goal(f"{case}, {mode}: {library}", least, _of_flow(case, mode), (library,))
+        for case, mode, library, least in (
+            ("sbi-maf", "train", "nflows", 6.0),
+            ("sbi-maf-10000", "log_prob", "nflows", 6.0),
+            ("sbi-maf-10000", "sample", "nflows", 50.0),
+            ("sbi-maf-10000", "sample", "zuko", 50.0),
+        )
+    ),
     Goal("peak memory of train at K = 64, B 4,096: eager", 4.0, (("memory", "memory-64", "train"),), ("eager",), peaks),
     Goal(
         "slogdet and inverse of 1,024 matrices, D 4 … 64: torch.linalg",
@@ -105,6 +114,15 @@ ORDERS = ("contiguous", "channels-last")
 COUPLED = ("forward", "inverse", "train")
 GPU: tuple[Goal, ...] = (
     *_flows(),
+    *(
+        Goal(f"{case}, {mode}: {library}", least, _of_flow(case, mode), (library,))
+        for case, mode, library, least in (
+            ("sbi-maf", "train", "nflows", 6.0),
+            ("sbi-maf-10000", "log_prob", "nflows", 6.0),
+            ("sbi-maf-10000", "sample", "nflows", 50.0),
+            ("sbi-maf-10000", "sample", "zuko", 50.0),
+        )
+    ),
     Goal("peak memory of train at K = 64, B 4,096: eager", 5, MEMORY[1:], ("eager",), peaks),
     Flat("activations of train, reversible, K = 64 against 8", 1.1, MEMORY, (), activations, f"{OURS} reversible"),
     _faster(

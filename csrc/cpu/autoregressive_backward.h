@@ -306,7 +306,8 @@ void autoregressive_backward(const Autoregressive<T>& flow, Int batch, const T* 
           if (save == Save::inputs) {
             std::copy_n(saved + (place + p) * D * W, D * W, panel.field(at.x));
             // The output and its log-derivatives are not needed: they go where the gradients come next.
-            run_autoregressive_step<T>(panel, k, panel.grad_x(), panel.gradient_of(grad.raw));
+            T *const to = panel.grad_x(), *const sum = panel.gradient_of(grad.raw);
+            run_autoregressive_step<T>(&panel, 1, k, &to, &sum);
           }
           autoregressive_step_backward(panel, k, grad_context != nullptr, i == 0);
         }

@@ -20,31 +20,50 @@ void run_layer(const Panel<T>& panel, idx k, const Stage& stage, int i) {
   if (!last && flow.activated(i)) panel.activate_units(stage.units[i], out, panel.field(at.value[i]));
 }
 
-// From the step's input x to the rest of its record and to its output (forward: features; inverse: behind the affine map).
+// What comes before the stages: the affine map (forward), and the context's own layer.
 template <class T>
-void run_autoregressive_step(const Panel<T>& panel, idx k, T* out, T* logdet) {
+void begin_step(const Panel<T>& panel, idx k) {
   const Autoregressive<T>& flow = panel.flow;
   const PanelRecord& at = panel.at;
   const StepPlan<T>& step = panel.plan.steps[k];
-  const T* offset = flow.offset + k * flow.dim;
-  if (!flow.inverse) panel.product(step.map, 0, panel.field(at.x), panel.field(at.y), offset, nullptr);
-  if (flow.context_layer) {
-    const int own = flow.layers;
-    panel.product(step.context_layer, 0, panel.context, panel.field(at.context_argument),
-                  flow.bias[own] + flow.biases_before(own, k), nullptr);
-    panel.activate_units({0, flow.width[1]}, panel.field(at.context_argument), panel.field(at.context_value));
-  }
-  const T* v = panel.field(flow.inverse ? at.x : at.y);
-  T* features = flow.inverse ? panel.field(at.y) : out;
-  for (const Stage& stage : step.stages) {
-    for (int i = 0; i < flow.layers; ++i) run_layer(panel, k, stage, i);
-    transform_features(panel, stage.units[flow.hidden()], v, panel.field(at.raw), features, logdet);
-  }
-  if (!flow.inverse) return;
+  if (!flow.inverse)
+    panel.product(step.map, 0, panel.field(at.x), panel.field(at.y), flow.offset + k * flow.dim, nullptr);
+  if (!flow.context_layer) return;
+  const int own = flow.layers;
+  panel.product(step.context_layer, 0, panel.context, panel.field(at.context_argument),
+                flow.bias[own] + flow.biases_before(own, k), nullptr);
+  panel.activate_units({0, flow.width[1]}, panel.field(at.context_argument), panel.field(at.context_value));
+}
+
+template <class T>
+void run_stage(const Panel<T>& panel, idx k, const Stage& stage, T* out, T* logdet) {
+  const Autoregressive<T>& flow = panel.flow;
+  const PanelRecord& at = panel.at;
+  for (int i = 0; i < flow.layers; ++i) run_layer(panel, k, stage, i);
+  transform_features(panel, stage.units[flow.hidden()], panel.field(flow.inverse ? at.x : at.y), panel.field(at.raw),
+                     flow.inverse ? panel.field(at.y) : out, logdet);
+}
+
+// The affine map of the inverse.
+template <class T>
+void end_step(const Panel<T>& panel, idx k, T* out) {
+  constexpr idx W = panel_rows<T>;
+  const Autoregressive<T>& flow = panel.flow;
+  const T *offset = flow.offset + k * flow.dim, *y = panel.field(panel.at.y);
+  T* shifted = panel.field(panel.at.shifted);
   for (idx d = 0; d < flow.dim; ++d)
-    for (idx m = d * panel_rows<T>; m < (d + 1) * panel_rows<T>; ++m)
-      panel.field(at.shifted)[m] = features[m] - offset[d];
-  panel.product(step.map, 0, panel.field(at.shifted), out, nullptr, nullptr);
+    for (idx m = d * W; m < (d + 1) * W; m += lanes<T>) store(shifted + m, load(y + m) - offset[d]);
+  panel.product(panel.plan.steps[k].map, 0, shifted, out, nullptr, nullptr);
+}
+
+// Panels from the step's input x to the rest of their records and to its output. Those of an inverse take turns: each of its
+// stages is a chain in which the next operation waits for the last one.
+template <class T>
+void run_autoregressive_step(const Panel<T>* panels, idx count, idx k, T* const* out, T* const* logdet) {
+  for (idx p = 0; p < count; ++p) begin_step(panels[p], k);
+  for (const Stage& stage : panels[0].plan.steps[k].stages)
+    for (idx p = 0; p < count; ++p) run_stage(panels[p], k, stage, out[p], logdet[p]);
+  for (idx p = 0; p < count && panels[0].flow.inverse; ++p) end_step(panels[p], k, out[p]);
 }
 
 inline constexpr idx most_panels = 8;  // of a tile
@@ -96,15 +115,19 @@ void autoregressive(const Autoregressive<T>& flow, Int batch, const T* x, const 
       std::fill_n(logdets, panels * W, T(0));
       for (idx i = 0; i < K; ++i) {
         const idx k = flow.inverse ? K - 1 - i : i;
-        for (idx p = 0; p < panels; ++p) {
-          const idx place = k * tiling.panels + first + p;
-          T* here = save == Save::records ? saved + place * record : scratch + p * record;
-          const Panel<T> panel{flow, plan, at, static_cast<int>((rows(p) + lanes<T> - 1) / lanes<T>),
-                               contexts + p * C * W, here};
-          T* end = ends + p * D * W;
-          std::copy_n(end, D * W, panel.field(at.x));
-          if (save == Save::inputs) std::copy_n(end, D * W, saved + place * D * W);
-          run_autoregressive_step(panel, k, end, logdets + p * W);
+        const auto panel_of = [&](idx p) {
+          T* here = save == Save::records ? saved + (k * tiling.panels + first + p) * record : scratch + p * record;
+          return Panel<T>{flow, plan, at, static_cast<int>((rows(p) + lanes<T> - 1) / lanes<T>), contexts + p * C * W, here};
+        };
+        for (idx p = 0; p < panels; p += 2) {
+          const idx other = std::min(p + 1, panels - 1), count = other - p + 1;
+          const Panel<T> pair[] = {panel_of(p), panel_of(other)};
+          T *const end[] = {ends + p * D * W, ends + other * D * W}, *const sums[] = {logdets + p * W, logdets + other * W};
+          for (idx q = 0; q < count; ++q) {
+            std::copy_n(end[q], D * W, pair[q].field(at.x));
+            if (save == Save::inputs) std::copy_n(end[q], D * W, saved + (k * tiling.panels + first + p + q) * D * W);
+          }
+          run_autoregressive_step(pair, count, k, end, sums);
         }
       }
       for (idx p = 0; p < panels; ++p) {

@@ -55,6 +55,11 @@ class Plan {
         step.context_layer = pack(weight, H, 0, {0, H}, [C](idx) { return C; });
         if (backward) step.context_back[flow.layers] = pack_back(weight, H, 0, H, {0, C}, [C](idx) { return C; });
       }
+      for (int i = 0; i < flow.layers; ++i) {  // of each output of a layer: how many inputs it sees
+        const idx columns = i == flow.hidden() ? flow.columns() : 1;
+        sees_[i].resize(flow.outputs(i));
+        for (idx n = 0; n < flow.outputs(i); ++n) sees_[i][n] = flow.seen_by(i, k)[n / columns];
+      }
       step.stages = schedule(k);
       for (Stage& stage : step.stages) pack_stage(stage, k, backward);
       for (int i = 0; backward && i < flow.layers; ++i) {
@@ -122,8 +127,8 @@ class Plan {
     const idx columns = flow_.columns();
     for (int i = 0; i < flow_.layers; ++i) {
       const bool last = i == flow_.hidden();
-      const std::int64_t* seen = flow_.seen_by(i, k);
-      const auto fan_in = [=](idx n) { return static_cast<idx>(seen[last ? n / columns : n]); };
+      const idx* seen = sees_[i].data();
+      const auto fan_in = [seen](idx n) { return seen[n]; };
       const Span units = stage.units[i], made = last ? Span{units.begin * columns, units.end * columns} : units;
       const idx N = flow_.outputs(i), C = flow_.context_rows(i);
       stage.blocks[i] = pack(weight(i, k), N, C, made, fan_in);
@@ -139,10 +144,12 @@ class Plan {
       const idx rows = std::min<idx>(MR, units.end - n), least = fan_in(n), depth = fan_in(n + rows - 1);
       blocks_.push_back({n, rows, 0, depth, end_});
       const T* from = w + n;
-      for (idx j = 0; j < C + least; ++j, from += N, end_ += rows)
-        for (idx m = 0; m < rows; ++m) end_[m] = from[m];
-      for (idx j = least; j < depth; ++j, from += N, end_ += rows)
-        for (idx m = 0; m < rows; ++m) end_[m] = j < fan_in(n + m) ? from[m] : T(0);
+      with_rows(rows, [&](auto M) {
+        for (idx j = 0; j < C + least; ++j, from += N, end_ += M)
+          for (int m = 0; m < M; ++m) end_[m] = from[m];
+        for (idx j = least; j < depth; ++j, from += N, end_ += M)
+          for (int m = 0; m < M; ++m) end_[m] = j < fan_in(n + m) ? from[m] : T(0);
+      });
     }
     return {begin, static_cast<idx>(blocks_.size())};
   }
@@ -154,16 +161,27 @@ class Plan {
     for (idx i = units.begin; i < units.end; i += MR) {
       const idx rows = std::min<idx>(MR, units.end - i), from = first_to_see(i, outputs, fan_in);
       blocks_.push_back({i, rows, from, outputs - from, end_});
-      for (idx m = 0; m < rows; ++m) {
-        const T* row = w + (C + i + m) * N;
-        for (idx n = from; n < outputs; ++n) end_[(n - from) * rows + m] = i + m < fan_in(n) ? row[n] : T(0);
-      }
-      end_ += (outputs - from) * rows;
+      const idx by_all = first_to_see(i + rows - 1, outputs, fan_in);
+      const T* row = w + (C + i) * N;
+      with_rows(rows, [&](auto M) {
+        for (idx n = from; n < by_all; ++n, end_ += M)
+          for (int m = 0; m < M; ++m) end_[m] = i + m < fan_in(n) ? row[m * N + n] : T(0);
+        for (idx n = by_all; n < outputs; ++n, end_ += M)
+          for (int m = 0; m < M; ++m) end_[m] = row[m * N + n];
+      });
     }
     return {begin, static_cast<idx>(blocks_.size())};
   }
 
+  // Calls f(rows), for whole blocks as a compile-time constant.
+  template <class F>
+  static void with_rows(idx rows, F f) {
+    if (rows == MR) return f(std::integral_constant<int, MR>{});
+    f(static_cast<int>(rows));
+  }
+
   const Autoregressive<T>& flow_;
+  std::vector<idx> sees_[max_layers];
   std::vector<UnitBlock<T>> blocks_;
   Scratch<T> memory_;
   T* end_;

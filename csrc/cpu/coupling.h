@@ -23,11 +23,8 @@ struct Affine {
   template <class T>
   static Coupled<T> forward(const Coupling<T>& op, vec<T> v, vec<T> u, vec<T> t) {
     const vec<T> ell = log_scale<f, T>(u, op.constant);
-    if (op.inverse) {
-      const vec<T> e = exp(-ell);
-      return {op.add_first ? v * e - t : (v - t) * e, -ell};
-    }
-    const vec<T> e = exp(ell);
+    const vec<T> e = scale_of<f, T>(u, ell, op.constant, op.inverse);
+    if (op.inverse) return {op.add_first ? v * e - t : (v - t) * e, -ell};
     return {op.add_first ? (v + t) * e : v * e + t, ell};
   }
 
@@ -35,7 +32,7 @@ struct Affine {
   static CouplingGradients<T> backward(const Coupling<T>& op, vec<T> v, vec<T> u, vec<T> t, vec<T> g, vec<T> g_logdet) {
     const vec<T> ell = log_scale<f, T>(u, op.constant);
     const vec<T> slope = log_scale_slope<f, T>(u, ell, op.constant);
-    const vec<T> ge = g * exp(op.inverse ? -ell : ell);  // ∂v
+    const vec<T> ge = g * scale_of<f, T>(u, ell, op.constant, op.inverse);  // ∂v
     vec<T> gt, gl;
     if (!op.inverse) {
       gt = op.add_first ? ge : g;

@@ -73,6 +73,14 @@ inline vec<T> log_scale(vec<T> u, T s) {
   if constexpr (f == S::softplus) return log(softplus<T>(u) + s);
 }
 
+// e^ℓ, or with `inverse` e^−ℓ: some functions give it without an exponential.
+template <LogScale f, class T>
+inline vec<T> scale_of(vec<T> u, vec<T> ell, T s, bool inverse) {
+  if constexpr (f == LogScale::softplus) return inverse ? T(1) / (softplus<T>(u) + s) : softplus<T>(u) + s;
+  if constexpr (f == LogScale::nflows) return inverse ? T(1) / (sigmoid<T>(u + T(2)) + s) : sigmoid<T>(u + T(2)) + s;
+  return exp(inverse ? -ell : ell);
+}
+
 template <LogScale f, class T>
 inline vec<T> log_scale_slope(vec<T> u, vec<T> ell, T s) {
   using S = LogScale;
@@ -92,7 +100,10 @@ inline vec<T> log_scale_slope(vec<T> u, vec<T> ell, T s) {
     return T(1) / (y * y);
   }
   if constexpr (f == S::jet) return sigmoid<T>(-u);
-  if constexpr (f == S::softplus) return sigmoid<T>(u) * exp(-ell);
+  if constexpr (f == S::softplus) {  // in terms that the scale itself has, too
+    const vec<T> t = exp(-abs(u));
+    return (u > T(0) ? broadcast(T(1)) : t) / ((T(1) + t) * (softplus<T>(u) + s));
+  }
 }
 
 // h = a(x) over a block; `from` and `to` may be the same. Rows are padded to whole vectors.

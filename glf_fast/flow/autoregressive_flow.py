@@ -163,7 +163,7 @@ class AutoregressiveFlow(StackedFlow):
         n_in = self.config["dim"]
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             if rows := weight.shape[1] - n_in:
-                weights[i], biases[i] = weight[:, rows:], bias + context @ weight[:, :rows]
+                weights[i], biases[i] = weight[:, rows:].contiguous(), bias + context @ weight[:, :rows]
             n_in = weight.shape[2]
         return weights, biases
 

@@ -151,6 +151,7 @@ struct Case {
 
 }  // namespace
 
+#include "autoregressive.h"
 #include "linear.h"
 #include "training.h"
 
@@ -191,7 +192,7 @@ void walk_couplings(const glf::Kernels<T>& kernels, const glf::Kernels<T>& gener
 }
 
 template <class T>
-void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
+void walk(const glf::Kernels<T>& kernels, int bytes, const glf::Kernels<T>& generic, double tolerance) {
   const Shape shapes[] = {{2, 2, 0, {5}, 1},     {3, 3, 1, {4}, 2},      {2, 5, 2, {}, 7},       {2, 7, 3, {16, 9}, 13},
                           {2, 20, 0, {64, 64}, 37}, {2, 33, 0, {17, 31, 8, 40}, 50}, {1, 64, 5, {70, 33}, 140}, {2, 6, 0, {8}, 0},
                           {2, 5, 0, {9, 9, 9}, 3, true}, {2, 7, 3, {20, 20, 20, 20, 20, 20, 20}, 41, true}};
@@ -215,22 +216,23 @@ void walk(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double
       check("round trip", x, c.x, tolerance);
     }
   walk_couplings(kernels, generic, tolerance);
+  walk_autoregressive(kernels, bytes, generic, tolerance);
   walk_linear(kernels, generic, 10 * tolerance);  // inverses amplify rounding by their condition
 }
 
 }  // namespace
 
 int main() {
-  walk(glf::generic::kernels_f32, glf::generic::kernels_f32, 2e-4);
-  walk(glf::generic::kernels_f64, glf::generic::kernels_f64, 1e-12);
+  walk(glf::generic::kernels_f32, 16, glf::generic::kernels_f32, 2e-4);
+  walk(glf::generic::kernels_f64, 16, glf::generic::kernels_f64, 1e-12);
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    walk(glf::avx2::kernels_f32, glf::generic::kernels_f32, 2e-4);
-    walk(glf::avx2::kernels_f64, glf::generic::kernels_f64, 1e-12);
+    walk(glf::avx2::kernels_f32, 32, glf::generic::kernels_f32, 2e-4);
+    walk(glf::avx2::kernels_f64, 32, glf::generic::kernels_f64, 1e-12);
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
-    walk(glf::avx512::kernels_f32, glf::generic::kernels_f32, 2e-4);
-    walk(glf::avx512::kernels_f64, glf::generic::kernels_f64, 1e-12);
+    walk(glf::avx512::kernels_f32, 64, glf::generic::kernels_f32, 2e-4);
+    walk(glf::avx512::kernels_f64, 64, glf::generic::kernels_f64, 1e-12);
   }
 #endif
   walk_training<float>(1e-4);

@@ -14,8 +14,10 @@ from glf_fast import (
     MLP,
     ActNorm,
     AffineCoupling,
+    AutoregressiveFlow,
     CouplingFlow,
     FixedLinear,
+    Flow,
     FlowTransform,
     Inverse,
     InvertibleLinear,
@@ -43,6 +45,16 @@ def density(x: Tensor, A: Tensor, c: Tensor, context: Tensor, *layers: Tensor) -
     return ops.coupling_flow_log_prob(x, A, c, torch.zeros(()), layers[:half], layers[half:], context)
 
 
+def autoregressive(x: Tensor, A: Tensor, c: Tensor, context: Tensor, *layers: Tensor) -> tuple[Tensor, ...]:
+    fan_in = torch.tensor([[0, 1, 2, 3, 3, 4, 4, 0, 2, 3, 4, 7]] * 2)  # of 7 hidden units and 5 features
+    return ops.autoregressive_flow(x, A, c, layers[:2], layers[2:], fan_in, context)
+
+
+def autoregressive_arguments() -> list[Tensor]:
+    x, A, c, context, *_ = arguments()
+    return [x, A, c, context, *(torch.randn(2, *shape) for shape in ((7, 7), (7, 10), (7,), (10,)))]
+
+
 def coupling(v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return ops.affine_coupling(v, u, t)
 
@@ -50,6 +62,7 @@ def coupling(v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 OPERATIONS: dict[str, tuple[Callable[..., object], Callable[[], list[Tensor]]]] = {
     "flow": (flow, arguments),
     "density": (density, arguments),
+    "autoregressive": (autoregressive, autoregressive_arguments),
     "coupling": (coupling, lambda: [torch.randn(3, 4) for _ in range(3)]),
     "slogdet": (ops.slogdet_inverse, lambda: [torch.randn(3, 4, 4)]),
 }
@@ -68,7 +81,7 @@ def test_freed_storage_is_an_error(name: str, graded: bool) -> None:
             run(*given)
 
 
-@pytest.mark.parametrize("name", ["flow", "density", "coupling"])
+@pytest.mark.parametrize("name", ["flow", "density", "autoregressive", "coupling"])
 @pytest.mark.parametrize("graded", [False, True])
 def test_one_argument_without_data_is_an_error(name: str, graded: bool) -> None:
     run, make = OPERATIONS[name]
@@ -94,11 +107,14 @@ def test_a_partly_loaded_flow_is_an_error() -> None:
                 raise AssertionError(name)
 
 
-def test_flows_are_built_on_meta_and_loaded() -> None:
-    whole = CouplingFlow(4, 2, (8,))
+@pytest.mark.parametrize(
+    "make", [lambda: CouplingFlow(4, 2, (8,)), lambda: AutoregressiveFlow(4, 2, (8,), actnorm=True)]
+)
+def test_flows_are_built_on_meta_and_loaded(make: Callable[[], Flow]) -> None:
+    whole = make()
     whole.log_prob(torch.randn(30, 4))
     with torch.device("meta"):
-        empty = CouplingFlow(4, 2, (8,))
+        empty = make()
     empty.load_state_dict(whole.state_dict(), assign=True)
     x = torch.randn(5, 4)
     assert torch.equal(empty.log_prob(x), whole.log_prob(x)), "and no second start from x"

@@ -25,6 +25,7 @@ FORMULAS = {
     "atan": lambda u, s=2.0: s * 0.636 * math.atan(u),
     "softclip": lambda u, m=1e-3: u / (1 + abs(u / math.log(m))),
     "jet": lambda u: math.log(2 * sigmoid(u)),
+    "softplus": lambda u, eps=1e-3: math.log(math.log(1 + math.exp(u)) + eps),
 }
 # Beyond these, whatever u is, no log-scale goes (None: unbounded on that side).
 BOUNDS = {
@@ -34,6 +35,7 @@ BOUNDS = {
     "atan": (-2.0, 2.0),
     "softclip": (math.log(1e-3), -math.log(1e-3)),
     "jet": (None, math.log(2)),
+    "softplus": (math.log(1e-3), None),
 }
 
 

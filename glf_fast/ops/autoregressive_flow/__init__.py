@@ -179,7 +179,10 @@ def _options(
 
 def _run(call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
     try:
+        if not recorded and kernels_for(call.x, call, cpp) and (found := cpp.unchecked(call)):
+            return found
         call = _checked(call)
     except AttributeError:
         _check_tensors(call)
@@ -221,18 +224,24 @@ def _check_tensors(call: Call) -> None:
 
 
 def _checked(call: Call) -> Call:
-    """The call with x in the dtype of the maps; raises ValueError or TypeError where anything does not fit."""
+    """The call with x in the dtype of the maps; raises ValueError or TypeError where anything does not fit.
+
+    Tensors are compared in place, and functions called for errors alone, as for coupling flows.
+    """
     x, context, matrix, offset, logabsdet, fan_in, weights, biases, options = call
-    steps, dim = matrix.shape[0], matrix.shape[-1]
-    check_shape("A_inv" if options.inverse else "A", matrix, (steps, dim, dim), "(steps, dim, dim)")
+    steps, dim, dtype, device = matrix.shape[0], matrix.shape[-1], matrix.dtype, matrix.device
+    if matrix.shape != (steps, dim, dim):
+        check_shape("A_inv" if options.inverse else "A", matrix, (steps, dim, dim), "(steps, dim, dim)")
     if not steps or not dim:
         raise ValueError(f"A must be (steps, dim, dim) with one or more steps and features; got {tuple(matrix.shape)}")
-    check_shape("c", offset, (steps, dim), "(steps, dim)")
-    if logabsdet is not None:
+    if offset.shape != (steps, dim):
+        check_shape("c", offset, (steps, dim), "(steps, dim)")
+    if logabsdet is not None and logabsdet.shape != ():
         check_shape("logabsdet", logabsdet, (), "()")
     name = "z" if options.inverse else "x"
-    check_shape(name, x, (None, dim), "(batch, dim)")
-    if x.dtype != matrix.dtype or x.device != matrix.device or x.dtype not in (torch.float32, torch.float64):
+    if x.ndim != 2 or x.shape[1] != dim:
+        check_shape(name, x, (None, dim), "(batch, dim)")
+    if x.dtype != dtype or x.device != device or dtype not in (torch.float32, torch.float64):
         x = check_state(name, x, matrix)
     context_dim = 0
     if context is not None:
@@ -252,25 +261,24 @@ def _checked(call: Call) -> Call:
             f"{len(biases)}"
         )
     columns = options.spline.columns if options.spline is not None else TRANSFORMS[options.transform]
-    units, n_in = dim, dim
+    units, n_in = 0, dim
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        enters = not own if i == 0 else residual and i % 2 == 1 and i + 1 < layers
-        rows = n_in + (context_dim if enters else 0)
-        width = (
-            columns * dim if i + 1 == layers else weights[0].shape[-1] if residual or i == layers else weight.shape[-1]
-        )
-        if i == layers:
-            rows = context_dim
-        check_shape(f"weights[{i}]", weight, (steps, rows, width), "(steps, in, out)")
-        check_shape(f"biases[{i}]", bias, (steps, width), "(steps, out)")
-        if weight.dtype != x.dtype or bias.dtype != x.dtype or weight.device != x.device or bias.device != x.device:
+        enters = (not own if i == 0 else residual and i % 2 == 1 and i + 1 < layers) and context_dim
+        width = columns * dim if i + 1 == layers else (weights if residual or i == layers else (weight,))[0].shape[-1]
+        rows = context_dim if i == layers else n_in + enters
+        if weight.shape != (steps, rows, width) or bias.shape != (steps, width):
+            check_shape(f"weights[{i}]", weight, (steps, rows, width), "(steps, in, out)")
+            check_shape(f"biases[{i}]", bias, (steps, width), "(steps, out)")
+        if weight.dtype != dtype or bias.dtype != dtype or weight.device != device or bias.device != device:
             check_alike([(f"weights[{i}]", weight), (f"biases[{i}]", bias)], x)
         n_in = width
         units += width if i + 1 < layers else 0
-    if offset.dtype != x.dtype or offset.device != x.device:
+    if offset.dtype != dtype or offset.device != device:
         check_alike([("c", offset)], x)
-    check_shape("fan_in", fan_in, (steps, units), "(steps, hidden units + dim)")
+    if fan_in.shape != (steps, units + dim):
+        check_shape("fan_in", fan_in, (steps, units + dim), "(steps, hidden units + dim)")
     if fan_in.dtype != torch.int64:
         raise TypeError(f"fan_in must be int64; got {fan_in.dtype}")
-    check_device([("fan_in", fan_in)], x.device)
+    if fan_in.device != device:
+        check_device([("fan_in", fan_in)], device)
     return call if x is call.x else call._replace(x=x)
