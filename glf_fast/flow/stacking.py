@@ -26,8 +26,8 @@ class Stacked(NamedTuple):
 
     actnorm: dict[str, Tensor]  # of `ActNorm`, empty without
     linear: dict[str, Tensor]  # of LINEAR_TENSORS
-    weights: list[Tensor]  # (K, in, out), multiplied from the right, or (K, networks, in, out)
-    biases: list[Tensor]
+    weights: Sequence[Tensor]  # (K, in, out), multiplied from the right, or (K, networks, in, out)
+    biases: Sequence[Tensor]
 
 
 def new_step(config: Mapping[str, Any]) -> list[nn.Module]:

@@ -140,6 +140,6 @@ if not CPP.missing:
         activation: int, log_scale: int, constant: float, spline: list[float], context_layer: bool, inverse: bool, save: int,
         parameters: bool, of_context: bool,
     ) -> list[Tensor]:  # fmt: skip
-        given = context is not None and of_context
-        grads = [torch.empty_like(out), torch.empty_like(context) if given else out.new_empty(0)]
+        of_given = torch.empty_like(context) if context is not None and of_context else out.new_empty(0)
+        grads = [torch.empty_like(out), of_given]
         return grads + [torch.empty_like(t) for t in (matrix, offset, *weights, *biases) if parameters]
