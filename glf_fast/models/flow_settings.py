@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from glf_fast.errors import UserError
-from glf_fast.flow import CouplingFlow, Flow, rnvp_flow
+from glf_fast.flow import AutoregressiveFlow, CouplingFlow, Flow, rnvp_flow
 from glf_fast.settings import POSITIVE, Rule, Settings, shown
 
 __all__ = ["FlowSettings"]
@@ -22,31 +22,33 @@ _DEPTH: Rule = (lambda value: 0 < value <= 1000, "between 1 and 1000")
 class FlowSettings(Settings):
     """The normalizing flow."""
 
-    kind: Literal["coupling", "rnvp"] = "coupling"
-    """Kind of flow. coupling: Glow's steps (ActNorm, linear, coupling); rnvp: the GLF paper's blocks."""
+    kind: Literal["coupling", "autoregressive", "rnvp"] = "coupling"
+    """Kind of flow. coupling: Glow's steps (ActNorm, linear, coupling); autoregressive: the same with masked networks in place
+    of couplings (MAF); rnvp: the GLF paper's blocks."""
     hidden: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers in the couplings' networks; rnvp needs two equal widths."""
+    """Widths of the hidden layers in the networks; rnvp needs two equal widths."""
     steps: int = 8
-    """For kind coupling: number of steps."""
+    """Not for kind rnvp: number of steps."""
     activation: str = "relu"
-    """For kind coupling: activation of the networks: relu, leaky_relu, silu, gelu, tanh or elu."""
+    """Not for kind rnvp: activation of the networks: relu, leaky_relu, silu, gelu, tanh or elu."""
     coupling: Literal["affine", "separate", "additive", "spline"] = "affine"
-    """For kind coupling: what becomes of the transformed half v. affine: v·e^s + t, with one network for s and t; separate: the
-    same with one for each; additive: v + t; spline: a rational-quadratic spline of each number."""
+    """Not for kind rnvp: what becomes of the transformed numbers v. affine: v·e^s + t, with one network for s and t; separate:
+    the same with one for each; additive: v + t; spline: a rational-quadratic spline of each number. Kind autoregressive has
+    affine and spline."""
     bins: int = 8
     """For coupling spline: bins of a spline."""
     bound: float = 5.0
     """For coupling spline: the splines act on numbers between -bound and bound."""
     log_scale: str = "tanh"
-    """For kind coupling: the function that gives the log-scales: tanh, exp, glow, nflows, atan, softclip or jet."""
+    """Not for kind rnvp: the function that gives the log-scales: tanh, exp, glow, nflows, atan, softclip or jet."""
     log_scale_constant: float | None = None
-    """For kind coupling: constant of the log-scale function; by default the usual constant of the function."""
+    """Not for kind rnvp: constant of the log-scale function; by default the usual constant of the function."""
     add_first: bool = False
     """For kind coupling: compute (v + t)·e^s instead of v·e^s + t."""
     linear: Literal["plu", "dense", "permutation"] = "plu"
-    """For kind coupling: the linear layer between couplings."""
+    """Not for kind rnvp: the linear layer of each step."""
     actnorm: bool = True
-    """For kind coupling: begin each step with an ActNorm."""
+    """Not for kind rnvp: begin each step with an ActNorm."""
     blocks: int = 4
     """For kind rnvp: number of two-sided blocks."""
     clamp: float = 2.0
@@ -72,17 +74,22 @@ class FlowSettings(Settings):
         fields = dict(vars(self))
         if self.kind == "rnvp":
             return {name: fields[name] for name in ("kind", "hidden", *rnvp)}
+        if self.kind == "autoregressive":
+            without = (*without, "add_first")
         return {name: value for name, value in fields.items() if name not in (*rnvp, *without)}
 
     def choice(self, name: str) -> str:
         """The field that decides whether the field `name` has an effect."""
         of_coupling = name in ("bins", "bound", "log_scale", "log_scale_constant", "add_first")
-        return "coupling" if of_coupling and self.kind == "coupling" else "kind"
+        of_kind = self.kind == "rnvp" or (self.kind == "autoregressive" and name == "add_first")
+        return "coupling" if of_coupling and not of_kind else "kind"
 
     def mistake(self) -> str:
         """A message if the flow cannot be built with these settings, else ""."""
         if self.kind == "rnvp" and (len(self.hidden) != 2 or self.hidden[0] != self.hidden[1]):
             return f'hidden = {shown(self.hidden)} must be two equal widths for flow.kind = "rnvp"'
+        if self.kind == "autoregressive" and self.coupling not in ("affine", "spline"):
+            return f'coupling = "{self.coupling}" must be "affine" or "spline" for flow.kind = "autoregressive"'
         try:
             with torch.random.fork_rng(devices=[]):
                 replace(self, steps=1, blocks=1, hidden=(1,) * len(self.hidden)).build(2)
@@ -100,4 +107,6 @@ class FlowSettings(Settings):
         if self.coupling == "spline":
             bound = options.pop("bound")
             options["spline"] = {"bins": options.pop("bins"), "low": -bound, "high": bound}
+        if self.kind == "autoregressive":
+            return AutoregressiveFlow(dim, context_dim=context_dim, transform=options.pop("coupling"), **options)
         return CouplingFlow(dim, context_dim=context_dim, **options)

@@ -28,6 +28,8 @@ def gradients(model: nn.Module, scalar: Tensor) -> dict[str, Tensor]:
         ({"steps": 2, "hidden": [8]}, "bce"),
         ({"kind": "rnvp", "blocks": 2, "hidden": 8}, "l1"),
         ({"steps": 2, "hidden": [8], "coupling": "spline", "bins": 4, "bound": 8.0}, "mse"),
+        ({"kind": "autoregressive", "steps": 2, "hidden": [8]}, "mse"),
+        ({"kind": "autoregressive", "steps": 2, "hidden": [8], "coupling": "spline", "bins": 4, "bound": 8.0}, "mse"),
     ],
 )
 def test_training_lowers_both_losses(small_glf: Build, images: Tensor, reconstruction: str, flow: dict) -> None:
@@ -247,7 +249,11 @@ def test_registry(small_glf: Build) -> None:
         ("glf", {"shape": [1, 9, 8]}, "multiples of 4"),
         ("glf", {"shape": [1, 8, 8], "latent_noise": -1.0}, "latent_noise = -1.0 must be 0 or more"),
         ("glf", {"shape": [1, 8, 8], "reconstruction": "vgg"}, 'reconstruction = "vgg" must be one of'),
-        ("glf", {"shape": [1, 8, 8], "flow": {"kind": "glow"}}, 'flow.kind = "glow" must be one of "coupling", "rnvp"'),
+        (
+            "glf",
+            {"shape": [1, 8, 8], "flow": {"kind": "glow"}},
+            'flow.kind = "glow" must be one of "coupling", "autoregressive", "rnvp"',
+        ),
         ("glf", {"shape": [1, 8, 8], "flow": {"depth": 3}}, "'flow.depth'"),
         ("glf", {"shape": [1, 8, 8], "flow": {"kind": "rnvp", "steps": 3}}, "flow.steps = 3 has no effect"),
     ],

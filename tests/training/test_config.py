@@ -130,7 +130,10 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
             "--flow.steps many",
             "--flow.steps: invalid literal for int() with base 10: 'many' (wanted: --flow.steps INT)",
         ),
-        ("--flow.kind nvp", "invalid choice 'nvp' for argument '--flow.kind'. Expected one of ('coupling', 'rnvp')"),
+        (
+            "--flow.kind nvp",
+            "invalid choice 'nvp' for argument '--flow.kind'. Expected one of ('coupling', 'autoregressive', 'rnvp')",
+        ),
         ("--flow.steps", "Missing value for argument '--flow.steps'"),
         ("quick", "unexpected argument quick"),
         ("--epochs 0", "epochs = 0 must be positive"),
@@ -151,6 +154,14 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
         (
             "--flow.coupling spline --flow.add-first",
             'flow.add_first = true has no effect with flow.coupling = "spline"',
+        ),
+        (
+            "--flow.kind autoregressive --flow.coupling additive",
+            'flow.coupling = "additive" must be "affine" or "spline" for flow.kind = "autoregressive"',
+        ),
+        (
+            "--flow.kind autoregressive --flow.add-first",
+            'flow.add_first = true has no effect with flow.kind = "autoregressive"',
         ),
         ("--flow.coupling spline --flow.bins 1", "flow.bins = 1 must be between 2 and 32"),
         ("--flow.kind rnvp --flow.hidden 8", "flow.hidden = [8] must be two equal widths"),
@@ -183,7 +194,7 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments: str, message: str)
     ("arguments", "message"),
     [
         ("--flow.steps many", "base 10: 'many' (wanted: --flow.steps INT); python -m glf_fast.train --help"),
-        ("--flow.kind nvp", "one of ('coupling', 'rnvp'); python -m glf_fast.train --help"),
+        ("--flow.kind nvp", "one of ('coupling', 'autoregressive', 'rnvp'); python -m glf_fast.train --help"),
     ],
 )
 def test_boxes_of_any_encoding_become_one_line(
