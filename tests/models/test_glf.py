@@ -251,7 +251,11 @@ def test_registry(small_glf: Build) -> None:
         ("glf", {"shape": [1, 8, 8], "reconstruction": "vgg"}, 'reconstruction = "vgg" must be one of'),
         (
             "glf",
-            {"shape": [1, 8, 8], "flow": {"kind": "glow"}},
+            (
+                "glf",
+                {"shape": [1, 8, 8], "flow": {"kind": "glow"}},
+                'flow.kind = "glow" must be one of "coupling", "autoregressive", "rnvp"',
+            ),
             'flow.kind = "glow" must be one of "coupling", "autoregressive", "rnvp"',
         ),
         ("glf", {"shape": [1, 8, 8], "flow": {"depth": 3}}, "'flow.depth'"),
