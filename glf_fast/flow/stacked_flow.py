@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ class StackedFlow(Flow):
             found.append(tensors)
         return found[0], found[1]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedFlow:
         super()._apply(fn, recurse)
         # Weights (K, 2, in, out) are no images, whatever memory_format a whole model is turned to.
         for weight in self.mlp_weights:
@@ -209,7 +209,7 @@ class StackedFlow(Flow):
         self.actnorm_initialized.fill_(1)
         self._started = True
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> StackedFlow:
         """Set the mode. Averaged permutations are restored here, too: in compiled and exported calls they cannot be."""
         super().train(mode)
         if self._indices is not None:

@@ -41,9 +41,9 @@ def walk(backend: str, linear: str = "plu") -> list[tuple[str, str]]:
     return entered
 
 
-# What coupling flows share with autoregressive ones is in a file of its own, flow/stacked_flow.py. Permutations pass through the
-# cache of maps, flow/assembled.py, and are assembled in flow/linear.py; dense layers are inverted by an operation, which has two
-# files more.
+# What coupling flows share with autoregressive ones is in a file of its own, flow/stacked_flow.py. Permutations pass through
+# the cache of maps, flow/assembled.py, and are assembled in flow/linear.py; dense layers are inverted by an operation, which
+# has two files more.
 @pytest.mark.parametrize(("linear", "way"), [("plu", 7), ("permutation", 8), ("dense", 10)])
 @pytest.mark.parametrize(("backend", "functions"), [("cpp", 35), ("reference", 40)])
 def test_the_walk_is_short(backend: str, functions: int, linear: str, way: int) -> None:
