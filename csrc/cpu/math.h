@@ -122,8 +122,8 @@ inline f64 log1p(f64 x) {
 }
 
 inline f32 tanh(f32 x) {
-  // x P(x²)/Q(x²) up to 9, where 1 − tanh x is less than half an ulp; two polynomials of degree 4 and a division take half the
-  // time of an exponential and a polynomial near 0. NaN compares false and stays.
+  // x P(x²)/Q(x²) up to 9, where 1 − tanh x is less than half an ulp: an exponential, and a polynomial near 0, were half of a
+  // masked autoregressive flow's log_prob (H 50, D 10). NaN compares false and stays.
   f32 y = x > 9.0f ? broadcast(9.0f) : x;
   y = y < -9.0f ? broadcast(-9.0f) : y;
   const f32 z = y * y;

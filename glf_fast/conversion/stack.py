@@ -251,6 +251,9 @@ def _u_of_zero(log_scale: str, constant: float | None) -> float:
     if log_scale == "nflows":
         assert constant is not None
         return math.log((1 - constant) / constant) - 2
+    if log_scale == "softplus":
+        assert constant is not None
+        return math.log(math.expm1(1 - constant))
     return 0.0
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from glf_fast import seeds
-from glf_fast.flow import CouplingFlow, Flow
+from glf_fast.flow import Flow
 from glf_fast.flow.base import any_parameter
+from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.ops.checks import check_floating, check_tensors
 
 __all__ = ["Dataset", "Rows", "dataset"]
@@ -130,7 +131,7 @@ def _checked(flow: Flow, x: Tensor, context: Tensor | None, of: str) -> tuple[Te
             raise ValueError(f"{name} must have shape (rows, {_shape(shape)}); got {tuple(tensor.shape)}")
         if len(tensor) != len(x):
             raise ValueError(f"{of}x has {len(x)} rows but {name} has {len(tensor)}")
-        if tensor is x or isinstance(flow, CouplingFlow):  # embeddings take contexts of any dtype
+        if tensor is x or isinstance(flow, StackedFlow):  # embeddings take contexts of any dtype
             check_floating(name, tensor)
             if tensor.dtype != like.dtype and tensor.dtype.itemsize >= 4:
                 raise TypeError(

@@ -119,11 +119,12 @@ class AutoregressiveFlow(StackedFlow):
         actnorms = [ActNorm(dim) for _ in range(steps if actnorm else 0)]
         layers = [*actnorms, *(_linear_layer(linear, dim, k) for k in range(steps))]
         networks = [_linears(config, widths) for _ in range(steps)]
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
         with torch.no_grad():
-            weights = [
-                nn.Parameter(torch.stack([w.weight.T for w in of_depth])) for of_depth in zip(*networks, strict=True)
-            ]
-            biases = [nn.Parameter(torch.stack([w.bias for w in of_depth])) for of_depth in zip(*networks, strict=True)]
+            for of_depth in zip(*networks, strict=True):
+                weights.append(torch.stack([layer.weight.T for layer in of_depth]))
+                biases.append(torch.stack([layer.bias for layer in of_depth]))
         self._hold_stacked(Stacked(*stacked_maps(layers, self._linear), weights, biases))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

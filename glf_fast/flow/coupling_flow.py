@@ -170,7 +170,8 @@ class CouplingFlow(StackedFlow):
         """
         made = cls(**configuration(flow))
         made._take(list(flow.layers))
-        return made.train(flow.training)
+        made.train(flow.training)
+        return made
 
     def to_layers(self) -> SequentialFlow:
         """The same flow layer by layer, with copies of the values: for surgery, reading, or mixing with other layers.

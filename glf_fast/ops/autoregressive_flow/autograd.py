@@ -59,9 +59,9 @@ def _contiguous(call: Call) -> list[Tensor | None]:
 
 def _call_of(options: CallOptions, tensors: Sequence[Any]) -> Call:
     """The call of tensors that come as `_contiguous` lists them."""
-    half = (6 + len(tensors)) // 2
-    x, context, matrix, offset, logabsdet, fan_in = tensors[:6]
-    return Call(x, context, matrix, offset, logabsdet, fan_in, tensors[6:half], tensors[half:], options)
+    x, context, matrix, offset, logabsdet, fan_in, *layers = tensors
+    half = len(layers) // 2
+    return Call(x, context, matrix, offset, logabsdet, fan_in, layers[:half], layers[half:], options)
 
 
 class _AutoregressiveFlow(torch.autograd.Function):

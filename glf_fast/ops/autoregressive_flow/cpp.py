@@ -140,6 +140,6 @@ if not CPP.missing:
         activation: int, log_scale: int, constant: float, spline: list[float], context_layer: bool, inverse: bool, save: int,
         parameters: bool, of_context: bool,
     ) -> list[Tensor]:  # fmt: skip
-        of_given = torch.empty_like(context) if context is not None and of_context else out.new_empty(0)
-        grads = [torch.empty_like(out), of_given]
+        grad_context = out.new_empty(0) if context is None or not of_context else torch.empty_like(context)
+        grads = [torch.empty_like(out), grad_context]
         return grads + [torch.empty_like(t) for t in (matrix, offset, *weights, *biases) if parameters]
