@@ -1,8 +1,8 @@
 """Nats per row that flows of one size have learnt after so many seconds: `python -m bench.densities`; nobody's default suite.
 
-Three data sets have a known density p, so that what is lost, the mean of log p − log q over test rows, is known. The fourth is a
-table of scikit-learn, of which −log q alone can be said. All columns are standardised. Every library trains a coupling flow of
-splines (8 steps, 64 × 64, 8 bins) by Adam at 1e-3 on batches of 256, validates after each epoch, and keeps its best weights:
+Three data sets have a known density p, so that what is lost, the mean of log p − log q over test rows, is known. The fourth is
+a table of scikit-learn, of which −log q alone can be said. All columns are standardised. Every library trains a coupling flow
+of splines (8 steps, 64 × 64, 8 bins) by Adam at 1e-3 on batches of 256, validates after each epoch, and keeps its best weights:
 ours by `glf_fast.fit`, flowjax by a jitted step after its compilation, the others by the usual loop.
 
 Seconds are those of the processor on one thread, so that neighbours cost little; each fit is a process of its own.
