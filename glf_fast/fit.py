@@ -176,13 +176,16 @@ def _samples(command: Use, density: TableDensity) -> tuple[list[str], np.ndarray
             if names
             else "this density has no context columns; leave out --context-from"
         )
-    given = np.empty((n, 0))
+    given = np.empty((0, 0))
     if command.context_from:
         given = _read(command.context_from, density, (), density.context)[1]
         if np.isnan(given).any():
             raise UserError(f"{command.context_from} has missing values; fill them in")
-        given = np.repeat(given, n, 0)
-    values = density.sample(len(given), given if density.context else None, seed=command.seed)
+    total = n * (len(given) if density.context else 1)
+    if total * len(density.table) >= 2**60:  # bytes that torch and numpy can count
+        raise UserError(f"--sample {n}: these are more rows than any memory holds; draw fewer")
+    given = np.repeat(given, n, 0) if density.context else np.empty((n, 0))
+    values = density.sample(total, given if density.context else None, seed=command.seed)
     return [column.name for column in (*density.context, *density.columns)], np.concatenate([given, values], 1)
 
 

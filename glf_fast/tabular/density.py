@@ -94,11 +94,10 @@ class TableDensity:
         given = self._encoded_context(context, n)
         device = next(self.flow.parameters()).device
         generator = seeds.generator(seed, "samples", device=device)
-        found = []
+        z = torch.empty(n, len(self.columns))
         for start in range(0, n, ROWS):
             c = None if given is None else given[start : start + ROWS].to(device)
-            found.append(self.flow.sample(min(ROWS, n - start), c, generator=generator).cpu())
-        z = torch.cat(found) if found else torch.empty(0, len(self.columns))
+            z[start : start + ROWS] = self.flow.sample(min(ROWS, n - start), c, generator=generator)
         values = decoded(self.columns, z.numpy())
         return values if noisy else np.stack([c.rounded(values[:, i]) for i, c in enumerate(self.columns)], 1)
 
