@@ -89,7 +89,7 @@ def test_the_likelihood_is_the_integral_over_the_codes_of_both_stages() -> None:
     model(torch.rand(16, 1, 8, 8, generator=seeded()), seeded())
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=seeded(parameter.numel()))
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=seeded(parameter.numel())))
     model.double().eval()
     model.second_stage.mean.fill_(0.4)
     model.second_stage.std.fill_(1.5)

@@ -45,7 +45,7 @@ def rough(model: VariationalModel) -> VariationalModel:
     model(torch.rand(16, 1, 8, 8, generator=seeded()), seeded())
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=seeded(parameter.numel()))
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=seeded(parameter.numel())))
     return model.double().eval()
 
 
@@ -80,8 +80,8 @@ def toy(samples: int, *, spread: float = 1.0) -> tuple[VariationalModel, Multiva
     decoder = LinearDecoder(1)
     w, b = decoder.weight.detach(), decoder.bias.detach()
     precision = 1 + (w.mT @ w).item() / s**2
-    model.decoder = decoder
-    model.encoder = LinearEncoder(w.mT / s**2 / precision, b, math.log(spread**2 / precision))
+    model.decoder = decoder  # type: ignore[assignment]
+    model.encoder = LinearEncoder(w.mT / s**2 / precision, b, math.log(spread**2 / precision))  # type: ignore[assignment]
     exact = MultivariateNormal(b.double(), (w @ w.mT + s**2 * torch.eye(64)).double())
     return model.double(), exact
 
