@@ -19,7 +19,8 @@ class ConvolutionalEncoder(nn.Module):
     """Encoder of RAE (arXiv:1903.12436) as in its released code: images (B, C, H, W) in [0, 1] → codes.
 
     Four blocks Conv(stride 2)–BN–ReLU with w, 2w, 4w and 8w channels, then Linear(8w·⌈H/16⌉·⌈W/16⌉, latent); the images are
-    scaled to [−1, 1] first. Kernels are 4 × 4, and 5 × 5 for images of 64 pixels or more. Padding is TensorFlow's "same".
+    scaled to [−1, 1] first, as the released code does for MNIST and CIFAR-10, but not for CelebA. Kernels are 4 × 4, and 5 × 5
+    for images of 64 pixels or more. Padding is TensorFlow's "same".
     Weights start as Keras's do, uniform by Glorot's rule, and biases as 0.
 
     Args:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glf_fast.errors import UserError
-from glf_fast.models.autoencoder import Decoder
-from glf_fast.models.latent import SAMPLE_BATCH, LatentSettings
+from glf_fast.models.latent import SAMPLE_BATCH, LatentSettings, decoder
 from glf_fast.models.model import GenerativeModel, Phase, Stage, Words
 from glf_fast.models.reconstruction import reconstruction_loss
 from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Rule
@@ -98,7 +97,7 @@ class GLANN(GenerativeModel):
     def __init__(self, shape: Sequence[int], settings: GLANNSettings = GLANNSettings()) -> None:
         super().__init__(shape, settings)
         dim = settings.latent_dim
-        self.decoder = Decoder(shape, dim, settings.width, settings.hidden)
+        self.decoder = decoder(shape, settings)
         self.codes = nn.Embedding(settings.items, dim)
         nn.init.normal_(self.codes.weight, std=dim**-0.5)
         self.mapping = nn.Sequential(
@@ -152,6 +151,7 @@ class GLANN(GenerativeModel):
             temperature: standard deviation of e; a value below 1 gives more typical but less varied samples.
             generator: source of e, on the model's device; the global generator if None.
         """
+        self.check_mode(mode)
         sizes = [min(SAMPLE_BATCH, n - start) for start in range(0, n, SAMPLE_BATCH) or [0]]
         with self.evaluating():
             return torch.cat([self.decoder(F.normalize(self._mapped(size, temperature, generator))) for size in sizes])

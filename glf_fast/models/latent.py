@@ -15,7 +15,7 @@ from glf_fast.models.density import DensitySettings
 from glf_fast.models.model import GenerativeModel, ModelSettings, Phase, Stage
 from glf_fast.settings import POSITIVE, Rule
 
-__all__ = ["ExPostModel", "ExPostSettings", "LatentModel", "LatentSettings"]
+__all__ = ["ExPostModel", "ExPostSettings", "LatentModel", "LatentSettings", "decoder", "encoder"]
 
 # Batch size of sampling. It bounds memory, and is part of a protocol of GLF's authors, which uses batch statistics.
 SAMPLE_BATCH = 500
@@ -44,6 +44,20 @@ class LatentSettings(ModelSettings):
         return {name: value for name, value in super().effective().items() if name not in without}
 
 
+def encoder(shape: Sequence[int], settings: LatentSettings, numbers: int = 1) -> nn.Module:
+    """The encoder of these settings, which gives `numbers` numbers for each dimension of a code."""
+    if settings.networks == "rae":
+        return ConvolutionalEncoder(shape, numbers * settings.latent_dim, settings.width)
+    return Encoder(shape, numbers * settings.latent_dim, settings.width, settings.hidden)
+
+
+def decoder(shape: Sequence[int], settings: LatentSettings) -> nn.Module:
+    """The decoder of these settings."""
+    if settings.networks == "rae":
+        return ConvolutionalDecoder(shape, settings.latent_dim, settings.width)
+    return Decoder(shape, settings.latent_dim, settings.width, settings.hidden)
+
+
 class LatentModel(GenerativeModel):
     """A model of images with an encoder E to codes, a decoder D and a distribution of codes, from which it samples.
 
@@ -60,13 +74,8 @@ class LatentModel(GenerativeModel):
 
     def __init__(self, shape: Sequence[int], settings: LatentSettings, numbers: int = 1) -> None:
         super().__init__(check_image_shape(shape), settings)
-        dims = numbers * settings.latent_dim, settings.latent_dim
-        if settings.networks == "rae":
-            self.encoder: nn.Module = ConvolutionalEncoder(shape, dims[0], settings.width)
-            self.decoder: nn.Module = ConvolutionalDecoder(shape, dims[1], settings.width)
-        else:
-            self.encoder = Encoder(shape, dims[0], settings.width, settings.hidden)
-            self.decoder = Decoder(shape, dims[1], settings.width, settings.hidden)
+        self.encoder = encoder(shape, settings, numbers)
+        self.decoder = decoder(shape, settings)
 
     def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Scalars of a batch x (B, C, H, W) in [0, 1]; "loss" is to be back-propagated."""
@@ -112,6 +121,7 @@ class LatentModel(GenerativeModel):
             generator: source of the noise, on the model's device; the global generator if None.
             mode: one of `sampling_modes`, or "" for the usual way.
         """
+        self.check_mode(mode)
         options: dict[str, Any] = {"temperature": temperature, "generator": generator, "mode": mode}
         sizes = [min(SAMPLE_BATCH, n - start) for start in range(0, n, SAMPLE_BATCH) or [0]]
         with self.evaluating():

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, did_you_mean
 from glf_fast.models import saving
 from glf_fast.settings import Settings, check, table, updated
 
@@ -231,6 +231,13 @@ class GenerativeModel(
             mode: one of `sampling_modes`, or "" for the usual way.
         """
         raise NotImplementedError
+
+    def check_mode(self, mode: str) -> None:
+        """Raise UserError, with the nearest name, unless `mode` is "" or one of `sampling_modes`."""
+        if mode and mode not in self.sampling_modes:
+            known = ", ".join(self.sampling_modes) or "none"
+            hint = did_you_mean(mode, self.sampling_modes)
+            raise UserError(f"{self.words.title} has no sampling mode {mode!r}; {hint}its modes are: {known}")
 
     def _check_batch(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -127,7 +127,9 @@ class TwoStageVAE(VariationalModel):
             "second_loss": "the same of the second stage, in nats per code",
         },
     )
-    sampling_modes: ClassVar[Mapping[str, str]] = {"first-stage": "codes from N(0, I) instead of the second stage"}
+    sampling_modes: ClassVar[Mapping[str, str]] = {
+        "prior": "codes of the first stage from N(0, I) instead of the second stage"
+    }
     settings: TwoStageVAESettings
 
     def __init__(self, shape: Sequence[int], settings: TwoStageVAESettings = TwoStageVAESettings()) -> None:
@@ -161,9 +163,9 @@ class TwoStageVAE(VariationalModel):
     def sample_codes(
         self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
     ) -> Tensor:
-        """n codes (n, latent_dim) of the second stage; of N(0, I) in mode "first-stage"."""
+        """n codes (n, latent_dim) of the second stage; of N(0, I) in mode "prior"."""
         u = super().sample_codes(n, temperature=temperature, generator=generator)
-        if mode == "first-stage":
+        if mode == "prior":
             return u
         return self.second_stage.sample(u, super().sample_codes(n, temperature=temperature, generator=generator))
 

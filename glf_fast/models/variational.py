@@ -41,7 +41,6 @@ class VariationalSettings(LatentSettings):
     importance_samples: int = 1
     """Samples of the posterior for each estimate of the likelihood. 1: the ELBO; more: the tighter bound of IWAE."""
 
-    CHOICE: ClassVar[str] = "variance"
     RULES: ClassVar[Mapping[str, Rule]] = {
         **LatentSettings.RULES,
         "deviation": POSITIVE,
@@ -52,6 +51,10 @@ class VariationalSettings(LatentSettings):
     def effective(self) -> dict[str, Any]:
         """The fields that have an effect with this kind of variance, by name."""
         return {k: v for k, v in super().effective().items() if k != "deviation" or self.variance == "fixed"}
+
+    def choice(self, name: str) -> str:
+        """The field that decides whether the field `name` has an effect."""
+        return "variance" if name == "deviation" else super().choice(name)
 
     def summary(self) -> str:
         """The settings that matter most, in a few words for the report."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glf_fast.data import Dataset
+from glf_fast.images import to_float
 from glf_fast.training.config import Config
 from glf_fast.training.config_files import to_toml
 from glf_fast.training.trainer import Trainer
@@ -18,14 +19,15 @@ __all__ = ["Preview", "dry_run", "preview"]
 
 @dataclass(frozen=True)
 class Preview:
-    """Two real steps of the first stage of a run.
+    """Two real steps of each stage of a run.
 
     Attributes:
-        batch: the batch of both steps.
-        losses: the losses of the second step.    seconds: its duration.
+        batch: the batch of the first stage's steps.
+        losses: the losses of its second step.    seconds: the duration of that step.
         activations: bytes that the forward pass saves for the backward pass, without the weights.
         parameters: number of parameters of each part of the model.    weights: bytes of all parameters.
         steps: number of steps of the whole run.
+        minutes: estimate of the minutes of the whole run, without scores and closed-form fits.
     """
 
     batch: Tensor
@@ -35,15 +37,11 @@ class Preview:
     parameters: dict[str, int]
     weights: int
     steps: int
-
-    @property
-    def minutes(self) -> float:
-        """Estimate of the minutes of the whole run, without scores."""
-        return self.seconds * self.steps / 60
+    minutes: float
 
 
 def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
-    """Build everything, and take two steps."""
+    """Build everything, and take two steps of each stage."""
     trainer = Trainer(config, train, device)
     batch = trainer.inputs()[: config.batch_size]
 
@@ -57,17 +55,35 @@ def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
         trainer.step(batch)
     for parameter in trainer.model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    started = time.perf_counter()
-    losses = {name: float(loss) for name, loss in trainer.step(batch).items()}  # float() waits for a GPU
+    losses, seconds = _timed_step(trainer, batch)
+    lengths = [end - begin for begin, end in zip([0, *trainer.ends], trainer.ends, strict=False)]
+    total = seconds * lengths[0]
+    for number, stage in enumerate(trainer.model.stages()[1:], 1):
+        if not stage.phases:
+            continue
+        x = to_float(batch) if batch.dtype == torch.uint8 else batch
+        with trainer.model.evaluating():
+            x = stage.inputs(x) if stage.inputs else x
+        trainer.stage, trainer.images = number, trainer.ends[number - 1]
+        trainer.step(x)
+        total += _timed_step(trainer, x)[1] * lengths[number]
     return Preview(
         batch=batch,
         losses=losses,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         activations=sum(kept.values()),
         parameters={name: sum(p.numel() for p in part.parameters()) for name, part in trainer.model.named_children()},
         weights=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
         steps=trainer.ends[-1] // config.batch_size,
+        minutes=total / config.batch_size / 60,
     )
+
+
+def _timed_step(trainer: Trainer, batch: Tensor) -> tuple[dict[str, float], float]:
+    """The losses of a step, and its seconds."""
+    started = time.perf_counter()
+    losses = {name: float(loss) for name, loss in trainer.step(batch).items()}  # float() waits for a GPU
+    return losses, time.perf_counter() - started
 
 
 def dry_run(config: Config, train: Dataset, test: Dataset, device: torch.device) -> None:

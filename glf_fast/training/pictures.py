@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import seeds
-from glf_fast.errors import UserError, did_you_mean
+from glf_fast.errors import UserError
 from glf_fast.images import grid, save_png, to_float, to_uint8
 from glf_fast.metrics import subset
 from glf_fast.models import GenerativeModel, Interpolates, Reconstructs
@@ -35,10 +35,7 @@ def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0,
         raise UserError(f"n = {n} images cannot be drawn; n must be 1 or more")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature = {temperature} must be 0 or more")
-    if mode and mode not in model.sampling_modes:
-        known = ", ".join(model.sampling_modes) or "none"
-        hint = did_you_mean(mode, model.sampling_modes)
-        raise UserError(f"{model.words.title} has no sampling mode {mode!r}; {hint}its modes are: {known}")
+    model.check_mode(mode)
     if len(model.shape) != 3:
         raise UserError(
             f"images cannot be drawn: this {model.words.title} was trained on data of shape {model.shape}, not on images"

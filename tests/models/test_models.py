@@ -11,6 +11,7 @@ from torch import Tensor, multiprocessing
 from toy_models import Adversarial, AdversarialSettings
 
 from glf_fast import models
+from glf_fast.errors import UserError
 from glf_fast.models import Encodes, GenerativeModel, HasLikelihood, Interpolates, Reconstructs
 
 # A row for each model: settings that make it small, and how much 60 steps lower its loss, or a part of it, on 32 images.
@@ -127,6 +128,11 @@ def test_use_leaves_the_model_as_it_was(model: GenerativeModel, images: Tensor) 
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert model.sample(0).shape == (0, 1, 8, 8)
+
+
+def test_unknown_sampling_modes_are_named(model: GenerativeModel) -> None:
+    with pytest.raises(UserError, match="has no sampling mode 'priors'"):
+        model.sample(2, mode="priors")
 
 
 def test_double_precision_is_kept(model: GenerativeModel, images: Tensor) -> None:

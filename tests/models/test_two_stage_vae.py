@@ -114,4 +114,4 @@ def test_samples_come_from_the_second_stage() -> None:
     source = seeded()
     u, noise = (torch.randn(5, 3, generator=source) for _ in range(2))
     torch.testing.assert_close(codes, model.second_stage.sample(u, noise))
-    torch.testing.assert_close(model.sample_codes(5, generator=seeded(), mode="first-stage"), u)
+    torch.testing.assert_close(model.sample_codes(5, generator=seeded(), mode="prior"), u)
