@@ -33,7 +33,8 @@ struct __attribute__((visibility("hidden"))) Arguments {
     f.context_dim = context ? context->size(1) : 0;
     f.kind = kind;
     f.network = static_cast<glf::Network>(network);
-    f.context_layer = context_layer && f.context_dim > 0;
+    STD_TORCH_CHECK(!context_layer || f.context_dim > 0, "glf_fast: a context layer needs a context");
+    f.context_layer = context_layer;
     f.layers = static_cast<int>(weights.size()) - context_layer;
     STD_TORCH_CHECK(f.layers >= 2 && f.layers <= glf::max_layers && weights.size() == biases.size() &&
                         (!f.residual() || f.layers % 2 == 0),

@@ -15,7 +15,7 @@ from glf_fast.flow.spline_coupling import spline_of
 from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.flow.stacking import Stacked, stacked_maps
 from glf_fast.ops.backends import ordinary
-from glf_fast.ops.checks import check_choice, check_log_scale
+from glf_fast.ops.checks import check_alike, check_choice, check_floating, check_log_scale
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES, NETWORKS, TRANSFORMS, Spline, fan_in
 
 __all__ = ["AutoregressiveFlow"]
@@ -145,6 +145,8 @@ class AutoregressiveFlow(StackedFlow):
         assert A_inv is not None
         options = self._options
         if one is not None and one.ndim == 1 and len(z) >= 64 and _ordinary_inference(z):
+            check_floating("context", one)
+            check_alike([("context", one)], z)
             weights, biases = self._conditioned(one, weights, biases)
             context, options = None, options | {"context_layer": False}
         x, logdet = ops.autoregressive_flow_inverse(z, A_inv, c, weights, biases, self._seen(c), context, **options)
@@ -157,7 +159,7 @@ class AutoregressiveFlow(StackedFlow):
 
         With 16 columns of context, 10 features and 50 hidden units that is a fifth of all products.
         """
-        weights, biases, context = list(weights), list(biases), context.to(biases[0])
+        weights, biases, context = list(weights), list(biases), context.to(biases[0].dtype)
         if self.config["context_layer"]:
             own = context @ weights.pop() + biases.pop()
             biases[0] = biases[0] + ACTIVATIONS[self.config["activation"]](own)

@@ -167,6 +167,14 @@ def test_one_context_for_all_rows_is_part_of_the_biases(kind: str) -> None:
             torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("context", [torch.tensor([1, 2]), torch.ones(2)])
+def test_one_context_is_checked_for_few_and_for_many_rows(context: torch.Tensor) -> None:
+    flow = AutoregressiveFlow(4, 2, (8,), context_dim=2).double()
+    for rows in (3, 70):
+        with torch.no_grad(), pytest.raises(TypeError, match="context"):
+            flow.inverse(torch.randn(rows, 4).double(), context)
+
+
 def test_degrees_survive_averaging_and_copies() -> None:
     """What units see are integers that no tool may average, as AveragedModel does with buffers."""
     flow = random_flow(4, 2, (8,))

@@ -180,7 +180,8 @@ ERRORS = {
     "fan_in must have shape": lambda a: a.update(fan_in=a["fan_in"][:, 1:]),
     "fan_in must be int64": lambda a: a.update(fan_in=a["fan_in"].int()),
     "let no feature depend on itself": lambda a: a.update(fan_in=a["fan_in"].flip(1)),
-    "context_layer=True is for": lambda a: a.update(context=None, context_layer=True),
+    "context_layer=True is for .* got None": lambda a: a.update(context=None, context_layer=True),
+    "context_layer=True is for .* got shape": lambda a: a.update(context=a["context"][:, :0], context_layer=True),
     'spline is for transform="spline"': lambda a: a.update(spline=Spline()),
     "transform must be one of": lambda a: a.update(transform="cubic"),
     "context must be a torch.Tensor": lambda a: a.update(context=[1.0]),
@@ -197,5 +198,10 @@ def test_errors_say_what_is_wrong(message: str, backend: str) -> None:
         "x": x, "A": A, "c": c, "weights": layers[:2], "biases": layers[2:], "fan_in": seen, "context": context,
     }  # fmt: skip
     ERRORS[message](arguments)
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=message), use_backend(backend):
-        ops.autoregressive_flow(**arguments)
+    for gradients in (True, False):  # without gradients C++ refuses, and the check says why
+        with (
+            pytest.raises((ValueError, TypeError, RuntimeError), match=message),
+            use_backend(backend),
+            torch.set_grad_enabled(gradients),
+        ):
+            ops.autoregressive_flow(**arguments)

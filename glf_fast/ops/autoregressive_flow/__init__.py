@@ -249,8 +249,9 @@ def _checked(call: Call) -> Call:
         check_shape("context", context, (x.shape[0], None), "(batch, context_dim)")
         check_alike([("context", context)], x)
         context_dim = context.shape[1]
-    elif options.context_layer:
-        raise ValueError("context_layer=True is for networks with a context; got context=None")
+    if options.context_layer and not context_dim:
+        given = "None" if context is None else f"shape {tuple(context.shape)}"
+        raise ValueError(f"context_layer=True is for networks with a context of one or more columns; got {given}")
 
     residual, own = options.network == "residual", options.context_layer
     layers = len(weights) - own
