@@ -20,6 +20,7 @@ from glf_fast.errors import UserError, check_text, run_command
 from glf_fast.fitting import fit
 from glf_fast.models.flow_settings import FlowSettings
 from glf_fast.tabular import TableDensity, files
+from glf_fast.tabular.columns import far
 from glf_fast.tabular.preparation import Options
 from glf_fast.tabular.run import Training, fit_table
 
@@ -111,10 +112,14 @@ def _fit(command: Fit) -> None:
     print(f"log-likelihood in nats per row, after {result.steps:,} steps in {result.seconds:.1f} s\n")
     print(f"{'':10}{'train':>12}{'validation':>12}{'test':>12}")
     for name, found in evaluation.likelihoods.items():
-        print(f"{name:10}" + "".join(f"{likelihood.mean:12.3f}" for likelihood in found.values()))
+        print(f"{name:10}" + "".join(f" {_short(likelihood.mean):>11}" for likelihood in found.values()))
     if evaluation.likelihoods["flow"]["test"].mean < evaluation.likelihoods["gaussian"]["test"].mean:
         print("\nThe flow is no better than a normal distribution on the test rows; more rows would help.")
     print(f"\ndensity   {folder}\nreport    {folder / 'report.html'}")
+
+
+def _short(number: float) -> str:
+    return f"{number:.3f}" if abs(number) < 1e7 else f"{number:.6g}"
 
 
 def _check_numbers(command: Fit) -> None:
@@ -148,7 +153,7 @@ def _scores(command: Use, density: TableDensity) -> np.ndarray:
     assert command.score is not None
     if command.context_from:
         raise UserError("--context-from is for --sample; the table of --score holds the context columns itself")
-    values, given = _read(command.score, density, density.columns, density.context)
+    _, (values, given) = _read(command.score, density, density.columns, density.context)
     missing = np.isnan(values).any(1) | np.isnan(given).any(1)
     if missing.any():
         text = f"{missing.sum()} of {len(missing)} rows of {command.score} have missing values"
@@ -178,9 +183,15 @@ def _samples(command: Use, density: TableDensity) -> tuple[list[str], np.ndarray
         )
     given = np.empty((0, 0))
     if command.context_from:
-        given = _read(command.context_from, density, (), density.context)[1]
+        table, (given,) = _read(command.context_from, density, density.context)
         if np.isnan(given).any():
             raise UserError(f"{command.context_from} has missing values; fill them in")
+        for i, column in enumerate(density.context):
+            if len(rows := np.flatnonzero(far(column, given[:, i]))):
+                raise UserError(
+                    f"{command.context_from}, {files.place(table, int(rows[0]))}: column {column.name!r} is "
+                    f"{given[rows[0], i]:g}, too far from the rows that the density was fitted to; remove this row"
+                )
     total = n * (len(given) if density.context else 1)
     if total * len(density.table) >= 2**60:  # bytes that torch and numpy can count
         raise UserError(f"--sample {n}: these are more rows than any memory holds; draw fewer")
@@ -189,8 +200,8 @@ def _samples(command: Use, density: TableDensity) -> tuple[list[str], np.ndarray
     return [column.name for column in (*density.context, *density.columns)], np.concatenate([given, values], 1)
 
 
-def _read(path: Path, density: TableDensity, *parts: Sequence[Any]) -> list[np.ndarray]:
-    """The values of these columns of a file: by name, or by place where the file has no names."""
+def _read(path: Path, density: TableDensity, *parts: Sequence[Any]) -> tuple[Table, list[np.ndarray]]:
+    """A file, and its values of these columns: by name, or by place where the file has no names."""
     wanted = [column.name for part in parts for column in part]
 
     def choose(names: tuple[str, ...], width: int) -> Sequence[int]:
@@ -206,7 +217,7 @@ def _read(path: Path, density: TableDensity, *parts: Sequence[Any]) -> list[np.n
 
     table: Table = files.read(path, choose)
     widths = np.cumsum([len(part) for part in parts])[:-1]
-    return np.split(table.values, widths, axis=1)
+    return table, np.split(table.values, widths, axis=1)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +107,8 @@ def load_parquet(path: Path, split: str) -> TableDataset:
 def read_csv(path: Path, choose: Choose = every_column, missing: Collection[str] = ()) -> Table:
     """The numbers of a CSV file: commas, UTF-8, the same number of values in each row, one header line or none.
 
-    The first line is a header if none of its values is a number. Blank lines are ignored.
+    The first line is a header if none of its values is a number. Blank lines are ignored, but one between the rows
+    of a single column is a missing value, as pandas and R write it.
 
     Args:
         choose: which columns to read. The others may hold anything.
@@ -122,24 +124,22 @@ def read_csv(path: Path, choose: Choose = every_column, missing: Collection[str]
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
-            for row in reader:
-                if not row:
-                    continue
+            for line, row in _filled(reader):
                 if not width:
                     width = len(row)
-                    columns = _header(path, reader.line_num, row)
+                    columns = _header(path, line, row)
                     chosen = choose(tuple(columns), width)
                     if columns:
                         continue
                 if len(row) != width:
                     raise UserError(
-                        f"{path}, line {reader.line_num} has {len(row)} value(s), but the first line has {width}; "
+                        f"{path}, line {line} has {len(row)} value(s), but the first line has {width}; "
                         "separate values by commas, and quote text that contains a comma"
                     )
                 if (numbers := _numbers([row[i] for i in chosen], missing)) is None:
-                    raise _not_a_number(path, reader.line_num, row, columns, chosen, missing)
+                    raise _not_a_number(path, line, row, columns, chosen, missing)
                 values.extend(numbers)
-                lines.append(reader.line_num)
+                lines.append(line)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); save it as CSV in UTF-8") from error
     except csv.Error as error:
@@ -153,7 +153,7 @@ def read_csv(path: Path, choose: Choose = every_column, missing: Collection[str]
 
 
 def read_parquet(path: Path, choose: Choose = every_column, *, nulls: bool = False) -> Table:
-    """The numbers of a Parquet file.
+    """The numbers of a Parquet file. Columns that pandas wrote as the index of a frame are none of its columns.
 
     Args:
         choose: which columns to read. The others may be of any type.
@@ -170,7 +170,9 @@ def read_parquet(path: Path, choose: Choose = every_column, *, nulls: bool = Fal
     try:
         with parquet.ParquetFile(path) as file:
             table = file.read()
-    except (pyarrow.ArrowException, OSError) as error:
+        index = (table.schema.pandas_metadata or {}).get("index_columns", [])
+        table = table.select([i for i, name in enumerate(table.column_names) if name not in index])
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged or not a Parquet file ({error}); write it again") from error
     if not table.num_rows or not table.num_columns:
         raise UserError(
@@ -210,6 +212,19 @@ def _numbers(row: Sequence[str], missing: Collection[str] = ()) -> list[float] |
     except ValueError:
         filled = ["nan" if text.strip().lower() in missing else text for text in row] if missing else row
         return None if filled == row else _numbers(filled)
+
+
+def _filled(reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a csv.reader that are not blank, and their lines; of a single column also the blank ones between them."""
+    width, blank = 0, array("q")
+    for row in reader:
+        if not row:
+            blank.append(reader.line_num)
+            continue
+        if width == 1:
+            yield from ((line, [""]) for line in blank)
+        width, blank = width or len(row), array("q")
+        yield reader.line_num, row
 
 
 def _header(path: Path, line: int, row: list[str]) -> list[str]:

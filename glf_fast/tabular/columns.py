@@ -11,7 +11,7 @@ import numpy as np
 
 from glf_fast.settings import NOT_NEGATIVE, POSITIVE, Rule, Settings
 
-__all__ = ["Column", "decoded", "encoded"]
+__all__ = ["Column", "decoded", "encoded", "far"]
 
 # A flow computes in float32, in which the square of a larger number is infinite.
 _LARGEST = 1e15
@@ -79,8 +79,20 @@ class Column(Settings):
             return self.low + (self.high - self.low) / (1 + np.exp(-y))
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
-        """The nearest values that a discrete column has; those of a continuous one as they are."""
-        return x if not self.step else self.origin + self.step * np.round((x - self.origin) / self.step)
+        """The nearest values between the bounds that a discrete column has; those of a continuous one as they are."""
+        if not self.step:
+            return x
+        low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+        # A bound may be one of the values but for rounding, 0.1 + 2 · 0.1 for 0.3: a millionth of a step is none.
+        least = np.floor((low - self.origin) / self.step + 1e-6) + 1
+        most = np.ceil((high - self.origin) / self.step - 1e-6) - 1
+        return self.origin + self.step * np.clip(np.round((x - self.origin) / self.step), least, most)
+
+
+def far(column: Column, x: np.ndarray) -> np.ndarray:
+    """Whether values (N,) between the bounds are too far from the column's mean for float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return ~(np.abs(column.unbounded(x)[0] / column.std - column.mean / column.std) <= _LARGEST)
 
 
 def encoded(columns: Sequence[Column], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class TableDensity:
     def log_prob(self, values: np.ndarray, context: np.ndarray | None = None) -> np.ndarray:
         """log p(values | context) in nats per row, (N,) in float64, of the values' own units.
 
-        A row that has a value on or beyond a bound has −∞. For a discrete column this is the density of the value with noise.
+        A row that has a value on or beyond a bound has −∞, and so has one whose values or context are too far away for
+        float32. For a discrete column this is the density of the value with noise.
 
         Args:
             values: (N, D), in the order of `columns`.    context: (N, C), in the order of `context`, if it is not empty.
@@ -69,14 +71,14 @@ class TableDensity:
         """
         values = self._checked("values", values, self.columns)
         z, logdet = encoded(self.columns, values)
-        given = self._encoded_context(context, len(values))
+        given, reachable = self._encoded_context(context, len(values))
         device = next(self.flow.parameters()).device
         log_prob = np.empty(len(z))
         for start in range(0, len(z), ROWS):
             rows = slice(start, start + ROWS)
             c = None if given is None else given[rows].to(device)
             log_prob[rows] = self.flow.log_prob(torch.from_numpy(z[rows]).to(device), c).double().cpu().numpy()
-        return log_prob + logdet
+        return np.where(reachable, log_prob + logdet, -math.inf)
 
     def sample(self, n: int, context: np.ndarray | None = None, *, seed: int = 0, noisy: bool = False) -> np.ndarray:
         """n rows (n, D) in float64, in the order of `columns`.
@@ -87,11 +89,13 @@ class TableDensity:
             noisy: do not round discrete columns.
 
         Raises:
-            ValueError: a context of another shape, or NaN in it.
+            ValueError: a context of another shape, with NaN, or too far away for float32.
         """
         if context is not None and np.ndim(context) == 1:
             context = np.broadcast_to(context, (n, len(self.context)))
-        given = self._encoded_context(context, n)
+        given, reachable = self._encoded_context(context, n)
+        if not reachable.all():
+            raise ValueError(f"context holds values that are too large for float32 in row {np.argmin(reachable)}")
         device = next(self.flow.parameters()).device
         generator = seeds.generator(seed, "samples", device=device)
         z = torch.empty(n, len(self.columns))
@@ -101,11 +105,12 @@ class TableDensity:
         values = decoded(self.columns, z.numpy())
         return values if noisy else np.stack([c.rounded(values[:, i]) for i, c in enumerate(self.columns)], 1)
 
-    def _encoded_context(self, context: np.ndarray | None, n: int) -> torch.Tensor | None:
+    def _encoded_context(self, context: np.ndarray | None, n: int) -> tuple[torch.Tensor | None, np.ndarray]:
+        """The context for the flow, and whether each row's (n,) is near enough for float32."""
         if not self.context:
             if context is not None:
                 raise ValueError("this density takes no context, but one was given")
-            return None
+            return None, np.ones(n, bool)
         if context is None:
             names = ", ".join(column.name for column in self.context)
             raise ValueError(f"this density is conditional: give a context with the columns {names}")
@@ -113,9 +118,7 @@ class TableDensity:
         if len(context) != n:
             raise ValueError(f"context has {len(context)} rows, but there are {n} rows of values")
         z, logdet = encoded(self.context, context)
-        if not np.isfinite(logdet).all():
-            raise ValueError("context holds values that are too large for float32")
-        return torch.from_numpy(z)
+        return torch.from_numpy(z), np.isfinite(logdet)
 
     def _checked(self, name: str, values: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
         values = np.asarray(values, dtype=np.float64)

@@ -21,15 +21,21 @@ CENTRES, SCORED = 10_000, 5_000  # rows that a kernel density estimate has, and 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Mean log-likelihood of rows in nats, its standard error, and the number of rows."""
+    """Mean log-likelihood of rows in nats, its standard error, the number of rows, and how many have no finite one.
+
+    If there are such rows, the mean is −∞ and the error NaN.
+    """
 
     mean: float
     error: float
     rows: int
+    lost: int = 0
 
     @classmethod
     def of(cls, log_prob: np.ndarray) -> Likelihood:
         """From the log-likelihoods (N,) of rows."""
+        if lost := int((~np.isfinite(log_prob)).sum()):
+            return cls(-math.inf, math.nan, len(log_prob), lost)
         return cls(float(log_prob.mean()), float(log_prob.std() / math.sqrt(len(log_prob))), len(log_prob))
 
 
@@ -47,12 +53,21 @@ class Evaluation:
     transforms: np.ndarray
     shift: dict[str, float]
 
+    def notes(self) -> list[str]:
+        """What is not finite, in sentences."""
+        return [
+            f"{found.lost} of {found.rows} {split} rows have no finite log-likelihood ({name}): they are too far out."
+            for name, by_split in self.likelihoods.items()
+            for split, found in by_split.items()
+            if found.lost
+        ]
+
     def table(self, density: TableDensity) -> dict[str, Any]:
-        """As JSON."""
+        """As JSON; null for what is not finite."""
         names = ["log_prob", *(column.name for column in density.columns)]
         return {
             "log_likelihood": {
-                name: {split: asdict(found) for split, found in by_split.items()}
+                name: {split: _json(found) for split, found in by_split.items()}
                 for name, by_split in self.likelihoods.items()
             },
             "kde_bandwidth": self.bandwidth,
@@ -89,6 +104,10 @@ def evaluate(density: TableDensity, prepared: Prepared, seed: int) -> Evaluation
     transforms = calibration.pit(density, *prepared.rows("test"), seed)
     shift = {split: float(logdet.mean()) for split, logdet in logdets.items()}
     return Evaluation(found, kde.factor_of_silverman, transforms, shift)
+
+
+def _json(found: Likelihood) -> dict[str, Any]:
+    return {**asdict(found), **({"mean": None, "error": None} if found.lost else {})}
 
 
 def _first(part: tuple[np.ndarray, np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:

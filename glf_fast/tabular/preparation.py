@@ -14,7 +14,7 @@ from glf_fast import seeds
 from glf_fast.data.tables import Table
 from glf_fast.errors import UserError
 from glf_fast.tabular import files
-from glf_fast.tabular.columns import Column, encoded
+from glf_fast.tabular.columns import Column, encoded, far
 
 __all__ = ["Options", "Prepared", "prepare"]
 
@@ -200,6 +200,7 @@ def _standardised(table: Table, column: Column, x: np.ndarray, train: np.ndarray
         raise UserError(
             f"{table.where}: column {column.name!r}{noisy} is on or beyond its bounds {low}:{high} in {len(outside)} row(s), "
             f"the first {files.place(table, int(outside[0]))}, where it is {x[outside[0]]:g}; give wider --bounds"
+            f"{_wider(column, x) if column.step else ''}"
         )
     y, _ = column.unbounded(x[train])
     scale = np.abs(y).max()  # the squares of huge numbers would be infinite
@@ -207,7 +208,23 @@ def _standardised(table: Table, column: Column, x: np.ndarray, train: np.ndarray
         mean, std = float(scale * np.mean(y / scale)), float(scale * np.std(y / scale))
     if not std > 0:
         raise UserError(f"{table.where}: the values of column {column.name!r} are too close together; rescale them")
-    return Column(column.name, mean, std, column.low, column.high, column.step, column.origin)
+    found = Column(column.name, mean, std, column.low, column.high, column.step, column.origin)
+    if len(distant := np.flatnonzero(far(found, x))):
+        places = ", ".join(f"{files.place(table, int(row))} ({x[row]:g})" for row in distant[:5])
+        raise UserError(
+            f"{table.where}: column {column.name!r} is too far from the training rows for float32 in {len(distant)} "
+            f"row(s): {places}{', …' if len(distant) > 5 else ''}; remove these rows, or give --bounds if it spans many "
+            "orders of magnitude"
+        )
+    return found
+
+
+def _wider(column: Column, x: np.ndarray) -> str:
+    """Bounds that a discrete column with its noise is between: half a step beyond its values."""
+    half, last = column.step / 2, float(column.origin + column.step * np.round((x.max() - column.origin) / column.step))
+    low = "" if column.low is None else f"{min(column.low, column.origin - half):.12g}"
+    high = "" if column.high is None else f"{max(column.high, last + half):.12g}"
+    return f", such as {column.name}={low}:{high}, half a step beyond the values"
 
 
 def _repeated(name: str, x: np.ndarray) -> list[str]:

@@ -42,7 +42,7 @@ def write(
     with page.style():
         body = (
             f'<div class="top"><div class="card">{_likelihoods(evaluation)}</div>'
-            f'<div class="card">{_notes(prepared.notes)}{_seconds(record["seconds"], result)}</div></div>'
+            f'<div class="card">{_notes(record["notes"])}{_seconds(record["seconds"], result)}</div></div>'
             + _calibration(evaluation.transforms, names, order)
             + _pairs(density, prepared, sorted(order[:PAIRS].tolist()), seed)
             + _losses(evaluation, result)
@@ -120,7 +120,8 @@ def _pairs(density: TableDensity, prepared: Prepared, chosen: Sequence[int], see
     d, size = len(chosen), 3 if len(values) > 500 else 8
     figure = Figure(figsize=(10, 10) if d > 2 else (7, 7 if d > 1 else 3.5), layout="constrained")
     axes = figure.subplots(d, d, squeeze=False)
-    limits = [np.quantile(np.concatenate([values[:, i], samples[:, i]]), [0.002, 0.998]) for i in chosen]
+    both = np.concatenate([values, samples])
+    limits = [np.quantile(both[np.isfinite(both[:, i]), i], [0.002, 0.998]) for i in chosen]
     for row, column in itertools.product(range(d), range(d)):
         axis, (i, j) = axes[row, column], (chosen[column], chosen[row])
         if column > row:

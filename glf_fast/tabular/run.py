@@ -96,6 +96,8 @@ def fit_table(
         fitted = time.perf_counter()
         density.save(folder)
         evaluation = evaluate(density, prepared, training.seed)
+        for note in (found := evaluation.notes()):
+            say(note)
         seconds = {"reading": read - began, "training": result.seconds, "evaluation": time.perf_counter() - fitted}
         record = {
             "source": str(source),
@@ -109,7 +111,7 @@ def fit_table(
             },
             "flow": table(settings),
             "options": asdict(options),
-            "notes": list(prepared.notes),
+            "notes": [*prepared.notes, *found],
             "seconds": seconds,
         }
         write_json(folder / "result.json", record)

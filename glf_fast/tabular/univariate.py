@@ -47,7 +47,7 @@ class UnivariateFlow(Flow):
         self._check_event(name, x)
         context = self._expand_context(context, len(x))
         found = self.numbers.expand(len(x), -1) if isinstance(self.numbers, nn.Parameter) else self.numbers(context)
-        steps = found.view(len(x), self.steps, -1).unbind(1)
+        steps = found.unflatten(1, (self.steps, -1)).unbind(1)
         logdet = x.new_zeros(len(x))
         for step in reversed(steps) if inverse else steps:
             log_scale, shift, parameters = step.split([1, 1, self.spline.columns], 1)

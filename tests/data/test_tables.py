@@ -101,6 +101,7 @@ CSV = [
     ("a,b\n1,2020_01\n", r"line 2: column 'b' is '2020_01', not a number"),
     ("a,b\n1, \n", r"line 2: column 'b' is empty; missing values are not allowed"),
     ("a,b\n1,2\n\nnan,4\nnan,5\n", r"line 4: column 'a' is nan, not a finite number \(2 such value\(s\)\); drop"),
+    ("a\n1\n\n3\n\n", r"line 3: column 'a' is empty; missing values are not allowed"),
     ("1,inf\n3,4\n", r"line 1: column 2 is inf, not a finite number"),
     ("1,1e39\n3,4\n", r"line 1: column 2 is 1e\+39, too large for float32"),
     (",a\n0,1\n1,2\n", r"line 1: column 1 has no name; .*to_csv\(index=False\)"),

@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 import glf_fast
 from glf_fast.errors import UserError
 from glf_fast.fitting import fit, progress_file
+from glf_fast.models.flow_settings import FlowSettings
 from glf_fast.tabular import TableDensity, files
 from glf_fast.tabular import run as run_module
-from glf_fast.tabular.columns import encoded
+from glf_fast.tabular.columns import Column, encoded
 from glf_fast.tabular.preparation import Options, prepare
+from glf_fast.tabular.univariate import UnivariateFlow
 
 OPTIONS = Options(bounds=("share=0:2",), dequantise=("age",))
 
@@ -192,6 +194,56 @@ def test_rows_to_score_may_be_out_of_bounds_or_incomplete(
     assert "1 rows have the score -inf" in done.err
     files.write(tmp_path / "t.csv", ["x", "age"], table[2:5, [0, 2]])
     assert "has no column 'share'" in command(joint.folder, "--score", tmp_path / "t.csv").err
+
+
+def test_contexts_far_from_all_others_have_no_density_and_no_samples(
+    conditional: Any, command: Callable[..., Any], table: np.ndarray, tmp_path: Path
+) -> None:
+    table[1, 0] = 1e30
+    files.write(tmp_path / "t.csv", ["x", "share", "age"], table[:3, :3])
+    scores = command(conditional.folder, "--score", tmp_path / "t.csv").out.splitlines()[1:]
+    assert np.isfinite([float(score) for score in scores]).tolist() == [True, False, True] and scores[1] == "-inf"
+    done = command(conditional.folder, "--sample", 2, "--context-from", tmp_path / "t.csv")
+    assert done.code == 2 and re.match(r"error: .*t\.csv, line 3: column 'x' is 1e\+30, too far", done.err), done.err
+    with pytest.raises(ValueError, match="too large for float32 in row 1"):
+        TableDensity.load(conditional.folder).sample(3, table[:3, [0, 2]])
+
+
+def test_empty_lines_keep_their_place_among_the_scores(command: Callable[..., Any], tmp_path: Path) -> None:
+    density = TableDensity(FlowSettings(steps=1, hidden=(8,), coupling="spline"), [Column("a")])
+    density.save(tmp_path / "d")
+    (tmp_path / "t.csv").write_text("a\n0.5\n\n2.5\n\n")
+    done = command(tmp_path / "d", "--score", tmp_path / "t.csv", "--drop-missing")
+    first, second = density.log_prob(np.array([[0.5], [2.5]])).tolist()
+    assert done.out.splitlines() == ["log_prob", repr(first), '""', repr(second)], done.err
+
+
+def test_rows_without_a_finite_likelihood_are_reported(
+    fit_again: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scored = TableDensity.log_prob
+
+    def lost(self: TableDensity, values: np.ndarray, context: np.ndarray | None = None) -> np.ndarray:
+        found = scored(self, values, context)
+        if len(found) == 30:  # of 300 rows in validation and test
+            found[0] = -np.inf
+        return found - 123456789.125
+
+    monkeypatch.setattr(TableDensity, "log_prob", lost)
+    found = fit_again(tmp_path, "--bounds", "share=0:2")
+    assert found.done.code == 0, found.done.err
+    result = json.loads((found.folder / "result.json").read_text())
+    test = result["log_likelihood"]["flow"]["test"]
+    assert test == {"mean": None, "error": None, "rows": 30, "lost": 1}
+    assert any("1 of 30 test rows have no finite log-likelihood" in note for note in result["notes"])
+    columns = next(line for line in found.done.out.splitlines() if line.startswith("flow")).split()
+    assert columns[0] == "flow" and float(columns[1]) == pytest.approx(-123456789, rel=1e-5), "large numbers are apart"
+    assert columns[2:] == ["-inf", "-inf"] and "1 of 30 test rows" in found.done.err
+
+
+def test_densities_of_one_column_take_no_rows() -> None:
+    assert UnivariateFlow(2, (8,)).log_prob(torch.empty(0, 1)).shape == (0,)
+    assert UnivariateFlow(2, (8,), 3).log_prob(torch.empty(0, 1), torch.empty(0, 3)).shape == (0,)
 
 
 def test_samples_are_a_table_like_the_first(joint: Any, command: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tables as users have them: what is read, in which columns, and how the rest is refused in one line."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,9 @@ REFUSED = {
     "bounds of context": (text(ROWS), {"bounds": ("a=0:1",), "context": ("a",)}, "--bounds names 'a'"),
     "bounds violated": (text(ROWS), {"bounds": ("a=:0",)}, r"beyond its bounds :0 in \d+ row\(s\), the first line \d+"),
     "on a bound": (text(np.abs(ROWS).round()), {"bounds": ("a=0:9",)}, "on or beyond its bounds 0:9"),
+    "noise beyond": (text(np.arange(3.0 * N).reshape(N, 3) % 7), {"dequantise": ("a",), "bounds": ("a=0:6",)},
+        "such as a=-0.5:6.5, half a step"),
+    "empty line": ("a\n1\n2\n\n" + "3\n4\n" * N, {}, r"1 of 123 rows have missing values \(a: 1\)"),
     "no steps": (text(ROWS), {"dequantise": ("a",)}, "not a multiple of one step"),
 }  # fmt: skip
 
@@ -90,6 +94,21 @@ def test_what_has_no_density_is_refused(tmp_path: Path, case: str) -> None:
     content, options, message = REFUSED[case]
     with pytest.raises(UserError, match=message) as error:
         prepared(tmp_path, content, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("context", [(), ("b c",)])
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("value", [1e20, -1e300])
+def test_rows_far_from_the_training_rows_are_refused(
+    tmp_path: Path, split: str, context: tuple[str, ...], value: float
+) -> None:
+    rows, row = ROWS.copy(), prepared(tmp_path, text(ROWS)).splits[split][0]
+    rows[row, 1] = value
+    with pytest.raises(
+        UserError, match=rf"column 'b c' is too far .* in 1 row\(s\): line {row + 2} \(.*remove"
+    ) as error:
+        prepared(tmp_path, text(rows), context=context)
     assert "\n" not in str(error.value)
 
 
@@ -139,6 +158,32 @@ def test_noise_of_discrete_columns_fills_their_steps(tmp_path: Path) -> None:
     column, noise = found.columns[0], found.values[:, 0] - rows[:, 0]
     assert column.step == pytest.approx(0.1) and np.abs(noise).max() <= 0.05 and noise.std() > 0.02 and not found.notes
     np.testing.assert_allclose(column.rounded(found.values[:, 0]), rows[:, 0], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("column", "least", "most"),
+    [
+        (Column("n", low=-1, high=7, step=1), 0, 6),
+        (Column("n", low=-0.5, high=6.5, step=1), 0, 6),
+        (Column("n", low=0.3, high=0.9, step=0.1, origin=0.5), 0.4, 0.8),
+        (Column("n", low=-1, step=1), 0, 100),
+        (Column("n", high=7, step=1), -100, 6),
+    ],
+    ids=str,
+)
+def test_rounded_values_are_strictly_between_the_bounds(column: Column, least: float, most: float) -> None:
+    ends = np.array([-100.0 if column.low is None else column.low, 100.0 if column.high is None else column.high])
+    found = column.rounded(ends)
+    np.testing.assert_allclose(found, [least, most], atol=1e-9)
+    assert column.inside(found).all()
+
+
+def test_an_index_that_pandas_wrote_is_no_column(tmp_path: Path) -> None:
+    written = pyarrow.table({"a": [1.0, 2.0, 4.0], "__index_level_0__": [0, 1, 3]})
+    for index, columns in (("__index_level_0__", ("a",)), ({"kind": "range"}, ("a", "__index_level_0__"))):
+        described = written.replace_schema_metadata({"pandas": json.dumps({"index_columns": [index], "columns": []})})
+        parquet.write_table(described, tmp_path / "t.parquet")
+        assert files.read(tmp_path / "t.parquet").columns == columns
 
 
 @pytest.mark.parametrize("scale", [1e300, 1e150, 1.0, 1e-150, 1e-300])
