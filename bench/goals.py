@@ -114,15 +114,6 @@ ORDERS = ("contiguous", "channels-last")
 COUPLED = ("forward", "inverse", "train")
 GPU: tuple[Goal, ...] = (
     *_flows(),
-    *(
-        Goal(f"{case}, {mode}: {library}", least, _of_flow(case, mode), (library,))
-        for case, mode, library, least in (
-            ("sbi-maf", "train", "nflows", 6.0),
-            ("sbi-maf-10000", "log_prob", "nflows", 6.0),
-            ("sbi-maf-10000", "sample", "nflows", 50.0),
-            ("sbi-maf-10000", "sample", "zuko", 50.0),
-        )
-    ),
     Goal("peak memory of train at K = 64, B 4,096: eager", 5, MEMORY[1:], ("eager",), peaks),
     Flat("activations of train, reversible, K = 64 against 8", 1.1, MEMORY, (), activations, f"{OURS} reversible"),
     _faster(

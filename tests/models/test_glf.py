@@ -251,11 +251,7 @@ def test_registry(small_glf: Build) -> None:
         ("glf", {"shape": [1, 8, 8], "reconstruction": "vgg"}, 'reconstruction = "vgg" must be one of'),
         (
             "glf",
-            (
-                "glf",
-                {"shape": [1, 8, 8], "flow": {"kind": "glow"}},
-                'flow.kind = "glow" must be one of "coupling", "autoregressive", "rnvp"',
-            ),
+            {"shape": [1, 8, 8], "flow": {"kind": "glow"}},
             'flow.kind = "glow" must be one of "coupling", "autoregressive", "rnvp"',
         ),
         ("glf", {"shape": [1, 8, 8], "flow": {"depth": 3}}, "'flow.depth'"),

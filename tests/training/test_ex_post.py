@@ -73,10 +73,10 @@ def test_every_kind_trains_resumes_bit_for_bit_and_samples(
     call(train, *arguments(kind, whole))
     command, step = arguments(kind, broken), Trainer.step
 
-    def crash(self: Trainer, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    def crash(self: Trainer, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.images >= 5 * 128:
             raise KeyboardInterrupt
-        return step(self, batch)
+        return step(self, *batch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", crash)
