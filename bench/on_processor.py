@@ -87,10 +87,10 @@ def _flows() -> Iterator[Race]:
             yield race("flow", FLOWS[name], mode, flows.PROVIDERS, 4.0, ALL)
     for name in ("splines", "sbi-splines"):
         for mode in MODES:
-            yield race("flow", FLOWS[name], mode, flows.PROVIDERS, 2.0, UNCOMPILED)
+            yield race("flow", FLOWS[name], mode, flows.PROVIDERS, 1.0, UNCOMPILED)
     for name, modes in (("sbi-maf", ("train", "step")), ("sbi-maf-10000", ("log_prob", "sample"))):
         for mode in modes:
-            yield race("flow", autoregressive.CASES[name], mode, autoregressive.PROVIDERS, 1.0)
+            yield race("flow", autoregressive.CASES[name], mode, autoregressive.PROVIDERS, 2.0)
     for case in SMALL_BATCH.values():
         for mode in ("log_prob", "sample"):
             yield race("flow", case, mode, flows.PROVIDERS, 3.0, UNCOMPILED if case.batch == 16 else ALL)
