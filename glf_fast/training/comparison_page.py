@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from glf_fast import page
 from glf_fast.files import atomic_write, write_json
 
 if sys.version_info >= (3, 11):
@@ -31,9 +32,9 @@ def write(folder: Path, record: dict[str, Any]) -> None:
     """Write comparison.json, comparison.md and comparison.html from the record of a comparison and its pictures."""
     record = record | {"published": published(record)}
     write_json(folder / JSON, record)
-    for name, text in ((MARKDOWN, markdown(record)), (HTML, _page(folder, record))):
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    with atomic_write(folder / MARKDOWN) as temporary:
+        temporary.write_text(markdown(record), encoding="utf-8")
+    page.write(folder / HTML, _title(record), _protocol(record), _body(folder, record))
 
 
 def published(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -182,14 +183,12 @@ def _title(record: dict[str, Any]) -> str:
 # -- HTML -----------------------------------------------------------------------------------------------------------------
 
 
-def _page(folder: Path, record: dict[str, Any]) -> str:
+def _body(folder: Path, record: dict[str, Any]) -> str:
     settings = "".join(
         f"<h3>{html.escape(name)}</h3><pre>{html.escape(text)}</pre>"
         for name, text in [*record["settings"].items(), *((row["name"], row["settings"]) for row in record["rows"])]
     )
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(_title(record)),
-        protocol=html.escape(_protocol(record)),
         bars=_bars(record),
         table=_html_table(columns(record)),
         unfinished="".join(f"<p>{html.escape(line)}</p>" for line in _unfinished(record)),
