@@ -270,10 +270,11 @@ def _settled(folder: Path, read: Callable[[Path], T]) -> T:
     raise AssertionError
 
 
-def _mark(folder: Path) -> bytes | None:
-    """The bytes of the index, by which a checkpoint is told from another one; None at the moment of a rename."""
+def _mark(folder: Path) -> tuple[Path, bytes] | None:
+    """Place and index, by which a checkpoint is told from the next one, and from itself aside; None amid a rename."""
     try:
-        return (_complete(folder) / _INDEX).read_bytes()
+        place = _complete(folder)
+        return place, (place / _INDEX).read_bytes()
     except (UserError, OSError):
         return None
 
