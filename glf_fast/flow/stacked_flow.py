@@ -1,4 +1,4 @@
-"""What flows of equal steps share: stacked parameters, affine maps between the steps, and the start of ActNorms."""
+"""Base class of flows of equal steps: stacked parameters, affine maps between the steps, and the start of ActNorms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a density is held against: a normal distribution and a kernel density estimate, fitted to the same rows."""
+"""Baselines of a density: a normal distribution and a kernel density estimate, fitted to the same rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fitted density is worth: its log-likelihood beside those of simpler densities, and its calibration."""
+"""Evaluation of a fitted density: its log-likelihood beside those of simpler densities, and its calibration."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Evaluation:
     shift: dict[str, float]
 
     def notes(self) -> list[str]:
-        """What is not finite, in sentences."""
+        """Sentences on the likelihoods that are not finite."""
         return [
             f"{found.lost} of {found.rows} {split} rows have no finite log-likelihood ({name}): they are too far out."
             for name, by_split in self.likelihoods.items()

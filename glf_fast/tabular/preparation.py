@@ -1,4 +1,4 @@
-"""What a density is fitted to: the rows of a table that have all values, in columns that have a density."""
+"""Preparation of a table for its density: the rows of a table that have all values, in columns that have a density."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARE, TIES = 0.02, 5
 
 @dataclass(frozen=True)
 class Options:
-    """What a user says about a table.
+    """Options of the user for a table.
 
     Attributes:
         columns: columns to have a density; () for all that are not in `context`.

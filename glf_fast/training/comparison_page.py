@@ -131,7 +131,7 @@ def _published_cells(entry: dict[str, Any]) -> list[str]:
 
 
 def _protocol(record: dict[str, Any]) -> str:
-    """What all rows share, in sentences."""
+    """The settings that all rows share, in sentences."""
     n, real = record["samples"], min(record["samples"], record["test_images"])
     first = next(iter(record["floors"]), "the first distance")
     return (
