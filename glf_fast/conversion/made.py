@@ -56,7 +56,7 @@ def _read(part: Part, network: Any, columns: int, **options: Any) -> Layer:
     blocks = list(network.blocks)
     residual = getattr(network, "use_residual_blocks", True)
     own = is_class(network, "nflows.transforms.made.MADE")
-    if residual and not all(hasattr(block, "linear_layers") for block in blocks):
+    if residual and not (blocks and all(hasattr(block, "linear_layers") for block in blocks)):
         raise Unfusable("its network has no activation behind the first layer")
     if any(getattr(block, "use_batch_norm", False) or getattr(block, "batch_norm", None) for block in blocks):
         raise Unfusable("a masked network with batch norm is not covered")
