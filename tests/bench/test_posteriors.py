@@ -79,5 +79,5 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> None:
     text = (tmp_path / "posteriors.md").read_text()
     assert "| SLCP | sbi | 10.5 ± 0.7 s | 50 ± 1 | 0.500 ± 0.000 s | 1.00 | 0.600 ± 0.000 | 2 |" in text
     assert "| SLCP | glf_fast | 2.5 ± 0.7 s | 50 ± 1 | 0.500 ± 0.000 s | 3.67 |" in text
-    with pytest.raises(ValueError, match="rows of sizes .* choose another folder"):
+    with pytest.raises(ValueError, match=r"rows of sizes .* choose another folder"):
         posteriors.study(tmp_path, *names, **{**sizes, "simulations": 20})
