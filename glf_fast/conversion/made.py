@@ -70,7 +70,7 @@ def _read(part: Part, network: Any, columns: int, **options: Any) -> Layer:
         linears=[masked_linear(linear) for linear in (*linears, network.final_layer)],
         outputs=torch.arange(part.shape[0] * columns).view(-1, columns),
         activation=_one(activations),
-        blocks=len(blocks) if residual else 0,
+        network="residual" if residual else "mlp",
         context_layer=getattr(network, "context_layer", None),
         block_contexts=[block.context_layer for block in blocks if hasattr(block, "context_layer")],
         dropout=max((p for block in blocks for p in network_steps(block.dropout) if isinstance(p, float)), default=0.0),
