@@ -16,6 +16,7 @@ from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
 from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, check_shape, declared_context
+from glf_fast.conversion.made import affine_autoregressive, spline_autoregressive
 from glf_fast.reference import Spline, log_scale
 
 __all__ = ["LIBRARY", "splines"]
@@ -280,6 +281,10 @@ LIBRARY: Library = Library(
     on_vectors={
         **_ON_BOTH,
         "LULinear": _linear,
+        "MaskedAffineAutoregressiveTransform": affine_autoregressive,
+        "MaskedPiecewiseRationalQuadraticAutoregressiveTransform": lambda part: spline_autoregressive(
+            part, part.module
+        ),
         "QRLinear": _linear,
         "SVDLinear": _linear,
         "NaiveLinear": _linear,

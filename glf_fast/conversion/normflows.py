@@ -27,6 +27,7 @@ from glf_fast.conversion.layers import (
     trained_together,
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, Unpacked
+from glf_fast.conversion.made import affine_autoregressive, spline_autoregressive
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
 from glf_fast.conversion.nflows import splines
 
@@ -302,6 +303,9 @@ LIBRARY: Library = Library(
         "InvertibleAffine": _invertible_matrix,
         "CoupledRationalQuadraticSpline": lambda part: splines(part, part.module.prqct),
         "LULinearPermute": _lu_linear_permute,
+        "AutoregressiveRationalQuadraticSpline": lambda part: spline_autoregressive(part, part.module.mprqat),
+        "CircularAutoregressiveRationalQuadraticSpline": lambda part: spline_autoregressive(part, part.module.mprqat),
+        "MaskedAffineAutoregressive": partial(affine_autoregressive, undo=True),
         "MaskedAffineFlow": _masked_affine_flow,
     },
     on_images={**_ON_BOTH, "Invertible1x1Conv": _invertible_matrix},

@@ -132,7 +132,7 @@ class AutoregressiveFlow(StackedFlow):
         context = self._begin(x, context)
         weights, biases = self._mlp()
         A, _, c, logabsdet = self._affine(weights[0].dtype, need_inverse=False)
-        z, logdet = ops.autoregressive_flow(x, A, c, weights, biases, self._seen(A), context, **self._options)
+        z, logdet = ops.autoregressive_flow(x, A, c, weights, biases, self.seen(A), context, **self._options)
         return z, logdet + logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ class AutoregressiveFlow(StackedFlow):
             check_alike([("context", one)], z)
             weights, biases = self._conditioned(one, weights, biases)
             context, options = None, options | {"context_layer": False}
-        x, logdet = ops.autoregressive_flow_inverse(z, A_inv, c, weights, biases, self._seen(c), context, **options)
+        x, logdet = ops.autoregressive_flow_inverse(z, A_inv, c, weights, biases, self.seen(c), context, **options)
         return x, logdet - logabsdet
 
     def _conditioned(
@@ -176,7 +176,7 @@ class AutoregressiveFlow(StackedFlow):
         weights, biases = self._mlp()
         A, _, c, logabsdet = self._affine(weights[0].dtype, need_inverse=False)
         return ops.autoregressive_flow_log_prob(
-            x, A, c, logabsdet, weights, biases, self._seen(A), context, **self._options
+            x, A, c, logabsdet, weights, biases, self.seen(A), context, **self._options
         )
 
     def _run_step(
@@ -190,12 +190,12 @@ class AutoregressiveFlow(StackedFlow):
             c,
             [w[step] for w in weights],
             [b[step] for b in biases],
-            self._seen(A)[step],
+            self.seen(A)[step],
             context,
             **self._options,
         )[0]
 
-    def _seen(self, like: Tensor) -> Tensor:
+    def seen(self, like: Tensor) -> Tensor:
         """How many units each unit sees (K, …): integers that no tool must average, and so no buffer."""
         found = self._fan_in.get(like.device)
         if found is None:
