@@ -23,9 +23,8 @@ __all__ = ["ConversionError", "convert"]
 def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     """A flow of normflows, nflows, zuko or FrEIA as a `glf_fast.Flow`: the same density, several times faster.
 
-    The flow may be trained or fresh, with context or without; it is not changed. The result is a `CouplingFlow`, or a
-    `SequentialFlow` of those and of the library's own layers where a layer cannot be fused (splines, autoregressive
-    layers, residual conditioners). On images the networks stay the library's (copies), and everything else becomes one
+    The flow may be trained or fresh, with context or without; it is not changed. The result is a `CouplingFlow`, an
+    `AutoregressiveFlow`, or a `SequentialFlow` of those and of the library's own layers where a layer cannot be fused. On images the networks stay the library's (copies), and everything else becomes one
     operation a coupling and one product between two; noise of another shape, squeezed or flat, gets the data's.
 
     The result trains what the library's flow trains (a matrix made of fewer numbers than it has entries, as nflows' QR

@@ -57,8 +57,8 @@ class Replaced:
     what: str  # its class
     first: str
     last: str
-    couplings: int  # in those layers
-    # What computes them now, and how many: CouplingFlows, one launch each, or couplings with the library's own networks; and
+    couplings: int  # in those layers, and autoregressive ones
+    # What computes them now, and how many: CouplingFlows and AutoregressiveFlows, one launch each, or couplings with the library's own networks; and
     # "affine", linear layers and ActNorms beside those, which fold into none of them.
     into: dict[str, int]
     lost: str  # what they did in training mode alone, dropout say, and no longer do
@@ -92,7 +92,7 @@ class Report:
         return bool(self.replaced)
 
     def __str__(self) -> str:
-        rows = [("flow", "kind", "layers", "couplings", "fused into")]
+        rows = [("flow", "kind", "layers", "transforms", "fused into")]
         for r in self.replaced:
             parts = [f"{number} {name}" for name, number in r.into.items() if number]
             rows.append((r.where, r.what, _span(r.first, r.last), str(r.couplings), " + ".join(parts)))

@@ -46,7 +46,7 @@ class DeclaredAutoregressive:
     linears: Sequence[MaskedLinear]
     outputs: Tensor  # (D, n): the network's output that is each number of θ_d: u and t, or the parameters of a spline
     activation: str
-    blocks: int = 0  # residual ones; 0: an MLP
+    network: str = "mlp"  # as in AutoregressiveFlow
     log_scale: str = "exp"  # f, by the names of `glf_fast.reference.log_scale`
     constant: float | None = None
     spline: Spline | None = None
@@ -68,7 +68,8 @@ class DeclaredAutoregressive:
         given = outside.nonzero().flatten()  # the first layer's inputs that are the context
         seen = [linear.mask.cpu() != 0 for linear in linears]
         by_feature = seen[-1][self.outputs.cpu().flatten()].unflatten(0, (dim, columns)).any(1)
-        own = degrees([seen[0][:, features], *seen[1:-1], by_feature], self.blocks)
+        blocks = 0 if self.network == "mlp" else (len(linears) - 2) // 2
+        own = degrees([seen[0][:, features], *seen[1:-1], by_feature], blocks)
         orders = [layer.argsort(stable=True) for layer in own]
         ranks = [layer[order].tolist() for layer, order in zip(own, orders, strict=True)]
         inputs = [torch.cat([given, features[orders[0]]]), *orders[1:]]
@@ -86,7 +87,7 @@ class DeclaredAutoregressive:
             weights[i] = weights[i].masked_fill(frozen, 0)
             roles[i] = roles[i].masked_fill(frozen, FIXED)
         C = len(given) if self.context_layer is None else self.context_layer.in_features
-        for k in range(self.blocks if C else 0):
+        for k in range(blocks if C and self.network == "residual" else 0):
             i, order = 1 + 2 * k, orders[2 + 2 * k]
             W, role = weights[i].new_zeros(C, len(order)), roles[i].new_full((C, len(order)), FIXED)
             if self.block_contexts:
@@ -102,7 +103,7 @@ class DeclaredAutoregressive:
         factors = torch.ones_like(biases[len(linears) - 1], requires_grad=False)
         return Autoregressive(
             orders[0],
-            Conditioner(weights, biases, roles, bias_roles, factors, self.activation, self.dropout, self.blocks),
+            Conditioner(weights, biases, roles, bias_roles, factors, self.activation, self.dropout, blocks),
             tuple(map(tuple, ranks)),
             self.log_scale,
             self.constant,
@@ -110,17 +111,18 @@ class DeclaredAutoregressive:
             self.context_layer is not None,
             self.undo,
             self.spline,
+            self.network,
         )
 
     def _check(self, dim: int, columns: int) -> None:
         """Raise Unfusable for a network that a `glf_fast.AutoregressiveFlow` has not."""
-        linears, blocks = self.linears, self.blocks
+        linears, residual = self.linears, self.network != "mlp"
         inputs, *widths, outputs = [linear.weight.shape[1] for linear in linears] + [len(linears[-1].weight)]
         if [len(linear.weight) for linear in linears] != [*widths, outputs]:
             raise Unfusable("its network has linear layers that do not follow each other")
-        if blocks and (len(widths) != 1 + 2 * blocks or len(set(widths)) > 1 or blocks > 5):
+        if residual and (len(widths) not in (3, 5, 7, 9, 11) or len(set(widths)) > 1):
             raise Unfusable("its residual network is not one to five blocks of two layers of one width")
-        if not blocks and not 1 <= len(widths) <= 4:
+        if not residual and not 1 <= len(widths) <= 4:
             raise Unfusable(f"its network has {len(widths)} hidden layers; one to four are covered")
         wanted = 2 if self.spline is None else self.spline.columns
         if columns != wanted or outputs != dim * columns or inputs < dim:

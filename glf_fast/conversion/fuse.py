@@ -129,7 +129,7 @@ def _kind(transform: Transform) -> tuple[object, ...]:
     mlp = transform.conditioner
     if isinstance(transform, Autoregressive):
         return (
-            "autoregressive", mlp.network, mlp.activation, tuple(transform.hidden), transform.log_scale,
+            "autoregressive", transform.network, mlp.activation, tuple(transform.hidden), transform.log_scale,
             transform.log_scale_constant, transform.context_layer, transform.undo, transform.spline,
         )  # fmt: skip
     return (

@@ -201,6 +201,7 @@ class Autoregressive:
     context_layer: bool  # the last one: the context has a hidden layer of its own
     undo: bool = False
     spline: Spline | None = None
+    network: str = "mlp"  # as in AutoregressiveFlow
 
     is_mlp = True  # as in `Coupling`: it has no network of the library
 

@@ -56,7 +56,7 @@ def _read(part: Part, network: Any, columns: int, **options: Any) -> Layer:
     blocks = list(network.blocks)
     residual = getattr(network, "use_residual_blocks", True)
     own = is_class(network, "nflows.transforms.made.MADE")
-    if residual and not all(hasattr(block, "linear_layers") for block in blocks):
+    if residual and not (blocks and all(hasattr(block, "linear_layers") for block in blocks)):
         raise Unfusable("its network has no activation behind the first layer")
     if any(getattr(block, "use_batch_norm", False) or getattr(block, "batch_norm", None) for block in blocks):
         raise Unfusable("a masked network with batch norm is not covered")
@@ -70,7 +70,7 @@ def _read(part: Part, network: Any, columns: int, **options: Any) -> Layer:
         linears=[masked_linear(linear) for linear in (*linears, network.final_layer)],
         outputs=torch.arange(part.shape[0] * columns).view(-1, columns),
         activation=_one(activations),
-        blocks=len(blocks) if residual else 0,
+        network="residual" if residual else "mlp",
         context_layer=getattr(network, "context_layer", None),
         block_contexts=[block.context_layer for block in blocks if hasattr(block, "context_layer")],
         dropout=max((p for block in blocks for p in network_steps(block.dropout) if isinstance(p, float)), default=0.0),

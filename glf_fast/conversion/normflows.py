@@ -273,6 +273,8 @@ def _columns_of(module: Any) -> int | None:
         return module.linear.features
     if kind == "CoupledRationalQuadraticSpline":
         return module.prqct.features
+    if network := getattr(getattr(module, "mprqat", module), "autoregressive_net", None):
+        return network.initial_layer.in_features
     if kind == "AffineCouplingBlock":
         with suppress(Unfusable):
             net = read_mlp(module.flows[1].param_map)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from glf_fast.conversion import mlp
-from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
+from glf_fast.conversion.autoregressive import DeclaredAutoregressive, MaskedLinear, masked_linear
 from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
@@ -124,22 +124,36 @@ def _coupling(part: Part) -> list[Layer]:
 
 def _autoregressive(part: Part) -> list[Layer]:
     """With fewer passes than features, and with adjacency matrices, several features have one degree."""
-    transform, network = part.module, part.module.hyper
+    transform = part.module
     kind = _univariate(transform)
     if kind.layout == "t":
         raise Unfusable("its transformation AdditiveTransform is covered in couplings alone")
-    check_hooks(network)
-    if any(type(layer).__name__ == "Residual" for layer in network):
-        raise Unfusable("the residual blocks of its network have no activation before their first layer")
-    linears = [masked_linear(layer) for layer in network if hasattr(layer, "mask")]
-    activations = {activation_name(layer) for layer in network if not hasattr(layer, "mask")}
-    if len(activations) != 1 or len(network) != 2 * len(linears) - 1:
-        raise Unfusable("its network is not linear layers with one activation between")
+    network, linears, activation = _masked_network(transform.hyper)
     outputs = torch.arange(len(linears[-1].weight)).view(part.shape[0], -1)
     if kind.spline is None:  # the shift comes first
         outputs = outputs.flip(1)
     options = {"log_scale": kind.log_scale, "constant": kind.constant, "spline": kind.spline}
-    return [DeclaredAutoregressive(linears, outputs, activations.pop(), **options).read()]
+    return [DeclaredAutoregressive(linears, outputs, activation, network, **options).read()]
+
+
+def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], str]:
+    """Kind, linear layers and activation of a MaskedMLP: Linear, activation, … Linear, or Linear, residual blocks, Linear."""
+    check_hooks(mlp)
+    layers = list(mlp)
+    blocks = [layer for layer in layers if type(layer).__name__ == "Residual"]
+    network, between = "mlp", layers[1::2]
+    if blocks:
+        if blocks != layers[1:-1] or any(len(block) != 3 for block in blocks):
+            raise Unfusable("its residual network has layers of several widths")
+        for block in blocks:
+            check_hooks(block)
+        network, between = "skip", [block[1] for block in blocks]
+        layers = [layers[0], *(layer for block in blocks for layer in block), layers[-1]]
+    linears = [layer for layer in layers if hasattr(layer, "mask")]
+    names = {activation_name(layer) for layer in between}
+    if len(names) != 1 or len(layers) != len(linears) + len(between):
+        raise Unfusable("its network is not linear layers with one kind of activation between")
+    return network, [masked_linear(layer) for layer in linears], names.pop()
 
 
 def _univariate(transform: Any) -> _Univariate:

@@ -93,14 +93,18 @@ def test_training_moved_all_parameters(trained: Any, request: pytest.FixtureRequ
 
 
 def test_maf_is_of_the_kind_and_size_of_sbis() -> None:
-    """The same number of parameters, that of masked ones included, and the same flow but for its permutations and log-scales."""
+    """As many parameters, masked ones included, and the same functions; it starts as the identity of standardised θ."""
     from sbi.neural_nets import posterior_nn
 
     theirs, ours = posterior_nn("maf")(*simulations()), maf()(*simulations())
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     config = ours.net.layers[-1].config
     assert (config["steps"], config["hidden"], config["activation"]) == (5, (50, 50, 50), "tanh")
-    assert config["context_layer"] and not config["actnorm"]
+    assert config["log_scale"] == "softplus" and config["context_layer"] and not config["actnorm"]
+    theta, x = simulations(500)
+    z = ours.inverse_transform(theta, x)
+    torch.testing.assert_close(z.flip(1).mean(0), torch.zeros(3), rtol=0, atol=0.1)
+    torch.testing.assert_close(z.std(0), torch.ones(3), rtol=0.1, atol=0)
 
 
 def test_second_round(recwarn: pytest.WarningsRecorder) -> None:
