@@ -44,7 +44,7 @@ def embedded() -> Callable[..., Any]:
 def test_losses_are_those_of_sbis_loop(
     kind: type, make: Callable[[], Any], is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best loss after some epochs, of held-out rows that both draw; and the loss that the summary has is the estimator's."""
+    """The best loss after some epochs, of held-out rows; and the loss in the summary is the estimator's."""
     fused_steps: list[int] = []
     run = fused.FusedSteps.run
     monkeypatch.setattr(fused.FusedSteps, "run", lambda *a: (fused_steps.append(1), run(*a))[1])
