@@ -3,9 +3,8 @@
 import itertools
 import math
 import mmap
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -366,7 +365,8 @@ with glf_fast.use_backend("triton"):
     flow.log_prob(torch.randn(3, 4))
 assert "triton" in sys.modules
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    done = forked.fresh(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_the_interpreter_a_processor_tensor_is_refused() -> None:
@@ -379,7 +379,7 @@ print(glf_fast.backends()["triton"])
 with glf_fast.use_backend("triton"):
     glf_fast.CouplingFlow(4, 1, (8,))(torch.randn(3, 4))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forked.fresh(code)
     assert done.returncode == 1 and done.stdout.startswith("ready: float32 on CUDA")
     assert "RuntimeError: backend 'triton' was asked for, and the tensors are on the processor" in done.stderr
     assert glf_fast.backends()["triton"].startswith("ready: interpreted")

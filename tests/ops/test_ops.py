@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -227,9 +228,9 @@ with glf_fast.use_backend("cpp"):
     assert "RuntimeError: backend 'cpp' cannot run here: not built" in done.stderr
 
 
-def test_a_backend_in_the_environment_that_cannot_run_says_why() -> None:
+def test_a_backend_in_the_environment_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.version.cuda:
         pytest.skip("this torch has CUDA")
-    environment = {**os.environ, "GLF_FAST_BACKEND": "cuda"}
-    done = subprocess.run([sys.executable, "-c", "import glf_fast"], env=environment, capture_output=True, text=True)
+    monkeypatch.setenv("GLF_FAST_BACKEND", "cuda")
+    done = forked.fresh("import glf_fast")
     assert done.returncode and "GLF_FAST_BACKEND is 'cuda', which cannot run here: " in done.stderr
