@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from flow_values import derivatives, error, run_op, tensors
+from pairs import pairs
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -82,11 +83,7 @@ def single(values: list[Tensor | None]) -> list[Tensor | None]:
 SIZES = [(5, 5, 2), (1, 2, 0), (0, 4, 0), (17, 8, 0)]
 
 
-@pytest.mark.parametrize(
-    ("size", "actnorm", "reversible"),
-    # Every pair of two of the three.
-    [(size, actnorm, (i + actnorm) % 2 == 1) for i, size in enumerate(SIZES) for actnorm in (False, True)],
-)
+@pytest.mark.parametrize(("size", "actnorm", "reversible"), pairs(SIZES, [False, True], [False, True]))
 def test_plu_flows_match_the_reference(size: tuple[int, int, int], actnorm: bool, reversible: bool) -> None:
     batch, D, C = size
     values, options = values_of_plu(batch, D, C, actnorm), {"activation": "silu", "log_scale": "atan"}
@@ -97,11 +94,7 @@ def test_plu_flows_match_the_reference(size: tuple[int, int, int], actnorm: bool
             assert mine.shape == truth.shape and error(mine, truth) <= limit
 
 
-@pytest.mark.parametrize(
-    ("size", "coupling", "reversible"),
-    # Every pair of two of the three.
-    [(size, coupling, (i + k) % 2 == 1) for i, size in enumerate(SIZES) for k, coupling in enumerate(COUPLINGS)],
-)
+@pytest.mark.parametrize(("size", "coupling", "reversible"), pairs(SIZES, [*COUPLINGS], [False, True]))
 def test_flows_of_any_maps_match_the_reference(size: tuple[int, int, int], coupling: str, reversible: bool) -> None:
     batch, D, C = size
     values, options = (
