@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ class GlowFlow(SequentialFlow):
             )
 
         # In Glow's code the Gaussians' log σ is unbounded where the couplings' scale is σ(u + 2), which is not 1 at u = 0.
-        prior = {"log_scale": "exp"} if log_scale == "glow" else {"log_scale": "tanh"}
+        prior: dict[str, Any] = {"log_scale": "exp" if log_scale == "glow" else "tanh", "context_dim": context_dim}
         layers: list[nn.Module] = []
         for level in range(levels):
             layers.append(Squeeze())
@@ -165,8 +166,8 @@ class GlowFlow(SequentialFlow):
             for _ in range(steps):
                 layers += step(C)
             if level < levels - 1:
-                layers.append(Split(C, context_dim=context_dim, **prior))
+                layers.append(Split(C, **prior))
                 C -= C // 2
-        layers.append(TopPrior(C, context_dim=context_dim, **prior))
+        layers.append(TopPrior(C, **prior))
         super().__init__(layers, image_shape, context_dim, reversible=reversible)
         self.levels, self.steps = levels, steps

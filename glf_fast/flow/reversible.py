@@ -28,8 +28,8 @@ def check_reversible(layers: nn.Module) -> None:
     for name, module in layers.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
-                f"reversible=True runs each network twice a step, and the {type(module).__name__} in layers.{name} would update "
-                "its running statistics twice; use an ActNorm or a GroupNorm there, or reversible=False"
+                f"reversible=True runs each network twice a step, and the {type(module).__name__} in layers.{name} would "
+                "update its running statistics twice; use an ActNorm or a GroupNorm there, or reversible=False"
             )
 
 
@@ -161,7 +161,7 @@ def _gradients(
     gradients: tuple[Tensor, Tensor],
     inputs: tuple[Tensor, ...],
     context: Tensor | None,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     sums: dict[Tensor, Tensor],
 ) -> list[Any]:
     """Gradients of the inputs, and that of the context or None; those of parameters are added to `sums`."""
@@ -200,7 +200,7 @@ def _inverses(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _apply(step: Step, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-    return step.inverse(x, context) if inverse else step(x, context)  # type: ignore[no-any-return]
+    return step.inverse(x, context) if inverse else step(x, context)
 
 
 def _module(step: Step) -> nn.Module:

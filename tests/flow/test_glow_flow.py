@@ -27,7 +27,7 @@ def dropout(given: int, outputs: int) -> nn.Module:
 def masked(reversible: bool) -> SequentialFlow:
     layers: list[nn.Module] = []
     for mask in ("checkerboard", [True, False, True], [False, True, True]):
-        given, outputs = (3, 6) if mask == "checkerboard" else ((1, 4) if mask[0] else (1, 4))
+        given, outputs = (3, 6) if mask == "checkerboard" else (1, 4)
         layers += [ActNorm(3), InvertibleLinear(3), AffineCoupling(3, dropout(given, outputs), mask=mask)]
     return SequentialFlow(layers, (3, 4, 4), reversible=reversible)
 
