@@ -14,7 +14,7 @@ __all__ = ["GlowNetwork"]
 class GlowNetwork(nn.Module):
     """(B, channels_in, H, W) → (B, channels_out, H, W): Glow (arXiv:1807.03039), released code.
 
-    h₁ = relu(actnorm(conv 3 × 3 of [x, 1])), h₂ = relu(actnorm(conv 1 × 1 of h₁)), output = (conv 3 × 3 of [h₂, 1])·e^(factor·g)
+    h₁ = relu(actnorm(conv 3 × 3 of [x, 1])), h₂ = relu(actnorm(conv 1 × 1 of h₁)), output = e^(factor·g)·conv 3 × 3 of [h₂, 1]
 
     The channel of ones beside x and h₂ lets the convolutions see the border of the image, which is padded with zeros in all
     channels: Glow's indicator of the padding, up to the sign of its weights. Weights start as N(0, 0.05²), those of the last
@@ -47,7 +47,9 @@ class GlowNetwork(nn.Module):
         x = torch.cat([x, x.new_ones(len(x), 1, *x.shape[2:])], 1)
         h = _normed(self.first, self.first_norm, x).relu_()
         h = _normed(self.second, self.second_norm, h).relu_()
-        weight, bias, edge = self.last.weight, self.last.bias, self.edge
+        weight: Tensor = self.last.weight
+        bias: Tensor | None = self.last.bias
+        edge: Tensor = self.edge
         if self.log_gain is not None:
             gain = torch.exp(self.gain_factor * self.log_gain)
             assert bias is not None

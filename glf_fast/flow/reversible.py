@@ -58,9 +58,9 @@ def _run(
     x: Tensor,
     context: Tensor | None,
     flat: list[Tensor],
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    return _Reversible.apply(_Plan(steps, is_product, inverse, len(flat)), x, context, *flat, *parameters)  # type: ignore[no-any-return]
+    return _Reversible.apply(_Plan(steps, is_product, inverse, len(flat)), x, context, *flat, *parameters)
 
 
 class _Plan:
