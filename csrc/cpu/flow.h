@@ -143,6 +143,23 @@ struct Autoregressive;
 template <class T>
 struct AutoregressiveGradients;  // see autoregressive.h
 
+// relu(conv 3 × 3), relu(conv 1 × 1), conv 3 × 3 of images (height, width, channels), padded with zeros. Rows of `first` are
+// (tap, channel) and columns of `last` (tap, output), the taps row by row.
+template <class T>
+struct GlowNetwork {
+  Int height, width, channels, hidden, outputs;
+  const T *first, *first_bias;    // (9·channels, hidden), (hidden,)
+  const T *second, *second_bias;  // (hidden, hidden), (hidden,)
+  const T* last;                  // (hidden, 9·outputs)
+  const T* offset;                // (height, width, outputs), added to every image
+};
+
+// Of all but the offset.
+template <class T>
+struct GlowGradients {
+  T *first, *first_bias, *second, *second_bias, *last;
+};
+
 // One instruction set's kernels. Matrices are contiguous, (rows, columns).
 template <class T>
 struct Kernels {
@@ -179,6 +196,10 @@ struct Kernels {
   // inverse without meaning.
   void (*slogdet_inverse)(Int count, Int dim, const T* A, T* sign, T* logabsdet, T* inverse, std::int32_t* info,
                           const Parallel&);
+  // x (B, height, width, channels) → out (B, height, width, outputs); then ∂out to ∂x and the parameters' gradients.
+  void (*glow_network)(const GlowNetwork<T>&, Int batch, const T* x, T* out, const Parallel&);
+  void (*glow_network_backward)(const GlowNetwork<T>&, Int batch, const T* x, const T* grad_out, T* grad_x,
+                                const GlowGradients<T>&, const Parallel&);
 };
 
 // The kernels for this processor; $GLF_FAST_ISA (avx512, avx2, generic) may ask for lesser ones.

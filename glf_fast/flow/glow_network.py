@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glf_fast import ops
 from glf_fast.flow.actnorm import ActNorm
 
 __all__ = ["GlowNetwork"]
@@ -45,27 +46,27 @@ class GlowNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Raw log-scales and shifts."""
         x = torch.cat([x, x.new_ones(len(x), 1, *x.shape[2:])], 1)
-        h = _normed(self.first, self.first_norm, x).relu_()
-        h = _normed(self.second, self.second_norm, h).relu_()
-        weight: Tensor = self.last.weight
-        bias: Tensor | None = self.last.bias
-        edge: Tensor = self.edge
+        last, bias = self.last.weight, self.last.bias
+        border = F.conv2d(x.new_ones(1, *x.shape[2:]), self.edge, padding=1)  # one map for all images
+        assert bias is not None
+        offset = border + bias.view(-1, 1, 1)
         if self.log_gain is not None:
-            gain = torch.exp(self.gain_factor * self.log_gain)
-            assert bias is not None
-            weight, bias, edge = weight * gain.view(-1, 1, 1, 1), bias * gain, edge * gain.view(-1, 1, 1, 1)
-        border = F.conv2d(x.new_ones(1, 1, *x.shape[2:]), edge, padding=1)  # one map for all images
-        return F.conv2d(h, weight, bias, padding=1) + border
+            gain = torch.exp(self.gain_factor * self.log_gain).view(-1, 1, 1)
+            last, offset = last * gain.unsqueeze(-1), offset * gain
+        if self.first_norm.starts_next() or self.second_norm.starts_next():
+            h = self.first_norm(self.first(x))[0].relu()
+            h = self.second_norm(self.second(h))[0].relu()
+            return F.conv2d(h, last, padding=1) + offset
+        return ops.glow_network(
+            x, *_folded(self.first, self.first_norm), *_folded(self.second, self.second_norm), last, offset
+        )
 
     def extra_repr(self) -> str:
         """Shown by repr."""
         return f"gain_factor={self.gain_factor:g}"
 
 
-def _normed(convolution: nn.Conv2d, norm: ActNorm, x: Tensor) -> Tensor:
-    """norm(convolution(x)) = (W x + b)·e^s = (e^s W) x + b·e^s."""
-    if norm.starts_next():
-        return norm(convolution(x))[0]
+def _folded(convolution: nn.Conv2d, norm: ActNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of norm(convolution(x)) = (W x + b)·e^s = (e^s W) x + b·e^s."""
     scale = torch.exp(norm.log_scale)
-    weight = convolution.weight * scale.view(-1, 1, 1, 1)
-    return F.conv2d(x, weight, norm.bias * scale, padding=convolution.padding)
+    return convolution.weight * scale.view(-1, 1, 1, 1), norm.bias * scale

@@ -11,6 +11,7 @@ from glf_fast.models.glann import GLANN
 from glf_fast.models.glf import GLF
 from glf_fast.models.glow import Glow
 from glf_fast.models.model import (
+    Decodes,
     Encodes,
     GenerativeModel,
     HasLikelihood,
@@ -30,6 +31,7 @@ __all__ = [
     "GLF",
     "RAE",
     "VAE",
+    "Decodes",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",

@@ -164,8 +164,8 @@ class Glow(GenerativeModel):
         with self.evaluating():
             return torch.cat([self.flow.log_prob(part - 0.5) for part in x.split(_BATCH)])
 
-    def codes(self, x: Tensor) -> Tensor:
-        """Noise z (B, C, H, W) of images x (B, C, H, W) in [0, 1], in eval mode: that of the middle of each level."""
+    def encode(self, x: Tensor) -> Tensor:
+        """Noise z (B, C, H, W) of images x (B, C, H, W) in [0, 1], in eval mode: the noise of the middle of each level."""
         self._check_batch("x", x)
         middle = 255 / 256 * x + 0.5 / 256
         if self.settings.n_bits < 8:
@@ -174,7 +174,7 @@ class Glow(GenerativeModel):
             return torch.cat([self.flow(part - 0.5)[0] for part in middle.split(_BATCH)])
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] of noise z (B, C, H, W), in eval mode; the inverse of `codes`."""
+        """Images (B, C, H, W) in [0, 1] of noise z (B, C, H, W), in eval mode; the inverse of `encode`."""
         with self.evaluating():
             return self._pixels(torch.cat([self.flow.inverse(part)[0] for part in z.split(_BATCH)]))
 
@@ -206,5 +206,5 @@ class Glow(GenerativeModel):
         """Images (B, steps, C, H, W) of an arc through the noise, from each x0 to its x1 (B, C, H, W) in [0, 1]."""
         if steps < 2:
             raise ValueError(f"steps counts both ends, so steps must be ≥ 2; got {steps}")
-        z = arc(self.codes(x0).flatten(1), self.codes(x1).flatten(1), steps)
+        z = arc(self.encode(x0).flatten(1), self.encode(x1).flatten(1), steps)
         return self.decode(z.flatten(0, 1).unflatten(1, self.shape)).unflatten(0, (len(x0), steps))

@@ -34,7 +34,7 @@ def test_codes_are_decoded_to_the_same_levels(n_bits: int) -> None:
     x = torch.randint(0, 256, (9, 1, 4, 4)) / 255
     model.losses(x)
     levels = (255 * x).round() // 2 ** (8 - n_bits)
-    back = model.decode(model.codes(x))
+    back = model.decode(model.encode(x))
     torch.testing.assert_close(back * (2**n_bits - 1), levels, atol=1e-3, rtol=0)
     assert {0.0, 1.0} <= set(model.decode(40 * torch.randn(9, 1, 4, 4)).flatten().tolist())
 
