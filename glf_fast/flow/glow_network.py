@@ -36,7 +36,7 @@ class GlowNetwork(nn.Module):
         self.second = nn.Conv2d(width, width, 1, bias=False)
         self.second_norm = ActNorm(width)
         self.last = nn.Conv2d(width, channels_out, 3, padding=1)
-        self.edge = nn.Parameter(torch.zeros(channels_out, 1, 3, 3))
+        self.edge = nn.Parameter(torch.zeros(channels_out, 3, 3))  # weights of the channel of ones beside h₂
         self.log_gain = nn.Parameter(torch.zeros(channels_out)) if gain_factor else None
         nn.init.normal_(self.first.weight, std=0.05)
         nn.init.normal_(self.second.weight, std=0.05)
@@ -47,9 +47,8 @@ class GlowNetwork(nn.Module):
         """Raw log-scales and shifts."""
         x = torch.cat([x, x.new_ones(len(x), 1, *x.shape[2:])], 1)
         last, bias = self.last.weight, self.last.bias
-        border = F.conv2d(x.new_ones(1, *x.shape[2:]), self.edge, padding=1)  # one map for all images
         assert bias is not None
-        offset = border + bias.view(-1, 1, 1)
+        offset = _convolved_ones(self.edge, *x.shape[2:]) + bias.view(-1, 1, 1)
         if self.log_gain is not None:
             gain = torch.exp(self.gain_factor * self.log_gain).view(-1, 1, 1)
             last, offset = last * gain.unsqueeze(-1), offset * gain
@@ -64,6 +63,13 @@ class GlowNetwork(nn.Module):
     def extra_repr(self) -> str:
         """Shown by repr."""
         return f"gain_factor={self.gain_factor:g}"
+
+
+def _convolved_ones(weight: Tensor, height: int, width: int) -> Tensor:
+    """The convolution (O, height, width) of a channel of ones, padded with zeros, by weights (O, 3, 3)."""
+    inside = [F.pad(weight.new_ones(side), (1, 1)).unfold(0, 3, 1) for side in (height, width)]  # (side, 3)
+    with torch.autocast(weight.device.type, enabled=False):
+        return inside[0] @ weight @ inside[1].mT
 
 
 def _folded(convolution: nn.Conv2d, norm: ActNorm) -> tuple[Tensor, Tensor]:

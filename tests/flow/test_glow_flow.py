@@ -95,7 +95,7 @@ def saved_bytes(steps: int, reversible: bool, network: Callable[[int, int], nn.M
 def test_memory_does_not_grow_with_the_steps() -> None:
     kept, rebuilt = ([saved_bytes(steps, reversible) for steps in (2, 12)] for reversible in (False, True))
     assert rebuilt[0] == rebuilt[1]
-    assert kept[1] > 5 * kept[0] > 20 * rebuilt[0]
+    assert kept[1] > 4 * kept[0] > 12 * rebuilt[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,7 +33,7 @@ def test_a_run_and_what_can_be_done_with_it(tmp_path: Path, call: Call, capsys: 
     call(sample, run, "--n", "2", "--towards", "1", "7", "--out", tmp_path / "towards.npy")
     towards, ones = np.load(tmp_path / "towards.npy").reshape(2, 9, 1, 8, 8), load("digits", "test")
     assert (towards[:, 0] == ones.images[ones.labels == 1][:2].numpy()).all() and (towards[:, 8] != towards[:, 0]).any()
-    with pytest.raises(UserError, match="no training images with label 12"):
+    with pytest.raises(UserError, match="no train images with label 12"):
         call(sample, run, "--towards", "1", "12")
 
     np.save(tmp_path / "black.npy", np.zeros((40, 1, 8, 8), np.uint8))
