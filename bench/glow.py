@@ -103,7 +103,7 @@ class _TextbookNetwork(nn.Module):
         n: Any = self.network
         h = F.relu(n.first_norm(n.first(_with_ones(x)))[0])
         h = _with_ones(F.relu(n.second_norm(n.second(h))[0]))
-        out = F.conv2d(h, torch.cat([n.last.weight, n.edge.unsqueeze(1)], 1), n.last.bias, padding=1)
+        out = F.conv2d(h, torch.cat([n.last, n.edge.unsqueeze(1)], 1), n.bias, padding=1)
         return out * torch.exp(n.gain_factor * n.log_gain).view(-1, 1, 1)
 
 

@@ -1,67 +1,58 @@
 // The network of Glow's couplings as torch operations.
 #include "bindings.h"
 
-#include <tuple>
+#include <utility>
 
 namespace {
 
 using namespace glf::bindings;
 
-// x (B, H, W, C); weights as in glf::GlowNetwork; offset (H, W, O).
+// x (B, H, W, C); parameters in the order and with the shapes of glf::GlowNetwork.
 template <class T>
-glf::GlowNetwork<T> network(const Tensor& x, const Tensor& first, const Tensor& first_bias, const Tensor& second,
-                            const Tensor& second_bias, const Tensor& last, const Tensor& offset) {
-  STD_TORCH_CHECK(x.dim() == 4 && offset.dim() == 3 && first.dim() == 2 && second.dim() == 2 && last.dim() == 2,
-                  "glf_fast: a Glow network needs images");
-  const int64_t hidden = second.size(0), outputs = offset.size(2);
-  STD_TORCH_CHECK(offset.size(0) == x.size(1) && offset.size(1) == x.size(2) && first.size(0) == 9 * x.size(3) &&
-                      first.size(1) == hidden && second.size(1) == hidden && first_bias.numel() == hidden &&
-                      second_bias.numel() == hidden && last.size(0) == hidden && last.size(1) == 9 * outputs,
-                  "glf_fast: weights of a Glow network do not fit");
-  return {x.size(1),     x.size(2),           x.size(3),       hidden,        outputs,        read<T>(first),
-          read<T>(first_bias), read<T>(second), read<T>(second_bias), read<T>(last), read<T>(offset)};
+glf::GlowNetwork<T> network(const Tensor& x, const Tensors& parameters, double gain_factor) {
+  STD_TORCH_CHECK(x.dim() == 4 && parameters.size() == 10, "glf_fast: a Glow network needs images and ten parameters");
+  const int64_t channels = x.size(3), hidden = parameters[3].size(0), outputs = parameters[6].size(0);
+  const int64_t sizes[] = {hidden * (channels + 1) * 9, hidden, hidden, hidden * hidden, hidden, hidden,
+                           outputs * hidden * 9,        outputs * 9,    outputs, outputs};
+  for (int i = 0; i < 10; ++i)
+    STD_TORCH_CHECK(parameters[i].numel() == sizes[i], "glf_fast: parameters of a Glow network do not fit");
+  const auto at = [&](int i) { return read<T>(parameters[i]); };
+  return {x.size(1), x.size(2), channels, hidden, outputs, static_cast<T>(gain_factor), at(0), at(1), at(2), at(3),
+          at(4),     at(5),     at(6),    at(7),  at(8),   at(9)};
 }
 
-Tensor glow_network(Tensor x, Tensor first, Tensor first_bias, Tensor second, Tensor second_bias, Tensor last,
-                    Tensor offset) {
-  Tensor out = empty(x, {x.size(0), x.size(1), x.size(2), offset.size(2)});
+Tensor glow_network(Tensor x, Tensors parameters, double gain_factor) {
+  Tensor out = empty(x, {x.size(0), x.size(1), x.size(2), parameters[6].size(0)});
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    glf::kernels<T>().glow_network(network<T>(x, first, first_bias, second, second_bias, last, offset), x.size(0),
-                                   read<T>(x), write<T>(out), parallel());
+    glf::kernels<T>().glow_network(network<T>(x, parameters, gain_factor), x.size(0), read<T>(x), write<T>(out),
+                                   parallel());
   });
   return out;
 }
 
-// ∂x, and the gradients of first, first_bias, second, second_bias, last.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> glow_network_backward(Tensor grad_out, Tensor x, Tensor first,
-                                                                                 Tensor first_bias, Tensor second,
-                                                                                 Tensor second_bias, Tensor last,
-                                                                                 Tensor offset) {
-  STD_TORCH_CHECK(grad_out.dim() == 4 && grad_out.numel() == x.size(0) * offset.numel(),
-                  "glf_fast: the gradient of a Glow network does not fit");
-  Tensor grad_x = alike(x), to_first = alike(first), to_first_bias = alike(first_bias), to_second = alike(second);
-  Tensor to_second_bias = alike(second_bias), to_last = alike(last);
+// ∂x, then the gradients of the parameters.
+Tensors glow_network_backward(Tensor grad_out, Tensor x, Tensors parameters, double gain_factor) {
+  Tensors found{alike(x)};
+  for (const Tensor& parameter : parameters) found.push_back(alike(parameter));
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
+    const glf::GlowNetwork<T> net = network<T>(x, parameters, gain_factor);
+    STD_TORCH_CHECK(grad_out.numel() == x.size(0) * x.size(1) * x.size(2) * net.outputs,
+                    "glf_fast: the gradient of a Glow network does not fit");
+    const auto to = [&](int i) { return write<T>(found[i + 1]); };
     glf::kernels<T>().glow_network_backward(
-        network<T>(x, first, first_bias, second, second_bias, last, offset), x.size(0), read<T>(x), read<T>(grad_out),
-        write<T>(grad_x),
-        {write<T>(to_first), write<T>(to_first_bias), write<T>(to_second), write<T>(to_second_bias), write<T>(to_last)},
-        parallel());
+        net, x.size(0), read<T>(x), read<T>(grad_out), write<T>(found[0]),
+        {to(0), to(1), to(2), to(3), to(4), to(5), to(6), to(7), to(8), to(9)}, parallel());
   });
-  return {grad_x, to_first, to_first_bias, to_second, to_second_bias, to_last};
+  return found;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
-  m.def(
-      "cpu_glow_network(Tensor x, Tensor first, Tensor first_bias, Tensor second, Tensor second_bias, Tensor last, "
-      "Tensor offset) -> Tensor");
-  m.def(
-      "cpu_glow_network_backward(Tensor grad_out, Tensor x, Tensor first, Tensor first_bias, Tensor second, "
-      "Tensor second_bias, Tensor last, Tensor offset) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_glow_network(Tensor x, Tensor[] parameters, float gain_factor) -> Tensor");
+  m.def("cpu_glow_network_backward(Tensor grad_out, Tensor x, Tensor[] parameters, float gain_factor) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {

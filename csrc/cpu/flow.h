@@ -143,21 +143,21 @@ struct Autoregressive;
 template <class T>
 struct AutoregressiveGradients;  // see autoregressive.h
 
-// relu(conv 3 × 3), relu(conv 1 × 1), conv 3 × 3 of images (height, width, channels), padded with zeros. Rows of `first` are
-// (tap, channel) and columns of `last` (tap, output), the taps row by row.
+// Glow's network of images (height, width, channels): relu(actnorm(conv 3 × 3 of [x, 1])), relu(actnorm(conv 1 × 1)), and
+// e^(gain_factor·log_gain)·(conv 3 × 3 of [h, 1] + bias), padded with zeros. Weights are in torch's order.
 template <class T>
 struct GlowNetwork {
   Int height, width, channels, hidden, outputs;
-  const T *first, *first_bias;    // (9·channels, hidden), (hidden,)
-  const T *second, *second_bias;  // (hidden, hidden), (hidden,)
-  const T* last;                  // (hidden, 9·outputs)
-  const T* offset;                // (height, width, outputs), added to every image
+  T gain_factor;
+  const T *first, *first_log_scale, *first_bias;     // (hidden, channels + 1, 3, 3), (hidden,), (hidden,)
+  const T *second, *second_log_scale, *second_bias;  // (hidden, hidden), (hidden,), (hidden,)
+  const T *last, *edge, *bias, *log_gain;            // (outputs, hidden, 3, 3), (outputs, 3, 3), (outputs,), (outputs,)
 };
 
-// Of all but the offset.
+// Shaped like the parameters; all are written.
 template <class T>
 struct GlowGradients {
-  T *first, *first_bias, *second, *second_bias, *last;
+  T *first, *first_log_scale, *first_bias, *second, *second_log_scale, *second_bias, *last, *edge, *bias, *log_gain;
 };
 
 // One instruction set's kernels. Matrices are contiguous, (rows, columns).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glf_fast import ops
@@ -35,44 +34,29 @@ class GlowNetwork(nn.Module):
         self.first_norm = ActNorm(width)
         self.second = nn.Conv2d(width, width, 1, bias=False)
         self.second_norm = ActNorm(width)
-        self.last = nn.Conv2d(width, channels_out, 3, padding=1)
+        self.last = nn.Parameter(torch.zeros(channels_out, width, 3, 3))
         self.edge = nn.Parameter(torch.zeros(channels_out, 3, 3))  # weights of the channel of ones beside h₂
-        self.log_gain = nn.Parameter(torch.zeros(channels_out)) if gain_factor else None
+        self.bias = nn.Parameter(torch.zeros(channels_out))
+        gains = torch.zeros(channels_out)
+        if gain_factor:
+            self.log_gain = nn.Parameter(gains)
+        else:
+            self.register_buffer("log_gain", gains, persistent=False)
         nn.init.normal_(self.first.weight, std=0.05)
         nn.init.normal_(self.second.weight, std=0.05)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw log-scales and shifts."""
-        x = torch.cat([x, x.new_ones(len(x), 1, *x.shape[2:])], 1)
-        last, bias = self.last.weight, self.last.bias
-        assert bias is not None
-        offset = _convolved_ones(self.edge, *x.shape[2:]) + bias.view(-1, 1, 1)
-        if self.log_gain is not None:
-            gain = torch.exp(self.gain_factor * self.log_gain).view(-1, 1, 1)
-            last, offset = last * gain.unsqueeze(-1), offset * gain
-        if self.first_norm.starts_next() or self.second_norm.starts_next():
-            h = self.first_norm(self.first(x))[0].relu()
-            h = self.second_norm(self.second(h))[0].relu()
-            return F.conv2d(h, last, padding=1) + offset
+        one, two = self.first_norm, self.second_norm
+        if one.starts_next() or two.starts_next():
+            with torch.no_grad():
+                h = one(self.first(torch.cat([x, x.new_ones(len(x), 1, *x.shape[2:])], 1)))[0].relu()
+                two(self.second(h))
         return ops.glow_network(
-            x, *_folded(self.first, self.first_norm), *_folded(self.second, self.second_norm), last, offset
-        )
+            x, self.first.weight, one.log_scale, one.bias, self.second.weight, two.log_scale, two.bias,
+            self.last, self.edge, self.bias, self.log_gain, self.gain_factor,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Shown by repr."""
         return f"gain_factor={self.gain_factor:g}"
-
-
-def _convolved_ones(weight: Tensor, height: int, width: int) -> Tensor:
-    """The convolution (O, height, width) of a channel of ones, padded with zeros, by weights (O, 3, 3)."""
-    inside = [F.pad(weight.new_ones(side), (1, 1)).unfold(0, 3, 1) for side in (height, width)]  # (side, 3)
-    with torch.autocast(weight.device.type, enabled=False):
-        return inside[0] @ weight @ inside[1].mT
-
-
-def _folded(convolution: nn.Conv2d, norm: ActNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias of norm(convolution(x)) = (W x + b)·e^s = (e^s W) x + b·e^s."""
-    scale = torch.exp(norm.log_scale)
-    return convolution.weight * scale.view(-1, 1, 1, 1), norm.bias * scale

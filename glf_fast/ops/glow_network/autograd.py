@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,14 +22,15 @@ class GlowKernels(Kernels, Protocol):
     def forward(self, call: Call) -> Tensor:
         """The output (B, O, H, W)."""
 
-    def backward(self, call: Call, grad: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of all arguments."""
+    def backward(self, call: Call, grad: Tensor) -> Sequence[Tensor]:
+        """The gradients of all tensors."""
 
 
 def run(kernels: GlowKernels, call: Call) -> Tensor:
     """The network by kernels that take this call."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call):
-        return _Network.apply(kernels, *call)  # type: ignore[no-any-return]
+    *tensors, gain_factor = call
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Network.apply(kernels, gain_factor, *tensors)
     return kernels.forward(call)
 
 
@@ -36,18 +38,18 @@ class _Network(torch.autograd.Function):
     """Keeps its arguments alone: the backward computes the hidden layers again."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: GlowKernels, *tensors: Tensor) -> Tensor:
-        ctx.kernels = kernels
+    def forward(ctx: Any, kernels: GlowKernels, gain_factor: float, *tensors: Tensor) -> Tensor:
+        ctx.kernels, ctx.gain_factor = kernels, gain_factor
         ctx.save_for_backward(*tensors)
-        return kernels.forward(Call(*tensors))
+        return kernels.forward(Call(*tensors, gain_factor))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
+        tensors, gain_factor = ctx.saved_tensors, ctx.gain_factor
         if plain_gradients_wanted((grad,)):
 
             def plain(*inputs: Tensor) -> tuple[Tensor]:
-                return (reference.glow_network(*inputs),)
+                return (reference.glow_network(*inputs, gain_factor),)
 
-            return None, *differentiate(plain, tensors, ctx.needs_input_grad[1:], (grad,))
-        return None, *ctx.kernels.backward(Call(*tensors), grad)
+            return None, None, *differentiate(plain, tensors, ctx.needs_input_grad[2:], (grad,))
+        return None, None, *ctx.kernels.backward(Call(*tensors, gain_factor), grad)

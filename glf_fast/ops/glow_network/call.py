@@ -13,9 +13,14 @@ class Call(NamedTuple):
     """The arguments of `reference.glow_network`."""
 
     x: Tensor  # (B, C, H, W)
-    first: Tensor  # (N, C, 3, 3)
+    first: Tensor  # (N, C + 1, 3, 3)
+    first_log_scale: Tensor  # (N,)
     first_bias: Tensor  # (N,)
     second: Tensor  # (N, N, 1, 1)
+    second_log_scale: Tensor  # (N,)
     second_bias: Tensor  # (N,)
     last: Tensor  # (O, N, 3, 3)
-    offset: Tensor  # (O, H, W)
+    edge: Tensor  # (O, 3, 3)
+    bias: Tensor  # (O,)
+    log_gain: Tensor  # (O,)
+    gain_factor: float

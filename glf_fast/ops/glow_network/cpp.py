@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ __all__ = ["BACKENDS", "backward", "forward", "refuses"]
 
 BACKENDS = (CPP,)
 operations = torch.ops.glf_fast
-# From here on the weights, not the hidden layers, fill the cache, and torch's convolutions are as fast.
+# With more channels the weights fill the cache, not the hidden layers, and torch's convolutions take less time.
 _MOST_HIDDEN = 256
 
 
@@ -24,24 +26,17 @@ def refuses(call: Call) -> str:
 
 def forward(call: Call) -> Tensor:
     """The output (B, O, H, W), with the channels last in memory."""
-    return operations.cpu_glow_network.default(_pixels(call.x), *_matrices(call)).movedim(-1, 1)
+    x, *parameters, gain_factor = call
+    return operations.cpu_glow_network.default(_pixels(x), _contiguous(parameters), gain_factor).movedim(-1, 1)
 
 
-def backward(call: Call, grad: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of all arguments."""
-    of_x, first, first_bias, second, second_bias, last = operations.cpu_glow_network_backward.default(
-        _pixels(grad), _pixels(call.x), *_matrices(call)
+def backward(call: Call, grad: Tensor) -> Sequence[Tensor]:
+    """The gradients of all tensors."""
+    x, *parameters, gain_factor = call
+    of_x, *rest = operations.cpu_glow_network_backward.default(
+        _pixels(grad), _pixels(x), _contiguous(parameters), gain_factor
     )
-    hidden, channels = call.first.shape[:2]
-    return (
-        of_x.movedim(-1, 1),
-        first.view(3, 3, channels, hidden).permute(3, 2, 0, 1),
-        first_bias,
-        second.mT[..., None, None],
-        second_bias,
-        last.view(hidden, 3, 3, -1).permute(3, 0, 1, 2),
-        grad.sum(0),
-    )
+    return of_x.movedim(-1, 1), *rest
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -49,17 +44,8 @@ def _pixels(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous()
 
 
-def _matrices(call: Call) -> tuple[Tensor, ...]:
-    """(9·C, N), (N,), (N, N), (N,), (N, 9·O), (H, W, O): see csrc/cpu/flow.h."""
-    hidden = call.first.shape[0]
-    return (
-        call.first.permute(2, 3, 1, 0).reshape(-1, hidden),
-        call.first_bias.contiguous(),
-        call.second[..., 0, 0].mT.contiguous(),
-        call.second_bias.contiguous(),
-        call.last.permute(1, 2, 3, 0).reshape(hidden, -1),
-        call.offset.movedim(0, -1).contiguous(),
-    )
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------
@@ -67,27 +53,11 @@ def _matrices(call: Call) -> tuple[Tensor, ...]:
 if not CPP.missing:
 
     @torch.library.register_fake("glf_fast::cpu_glow_network")
-    def _(
-        x: Tensor,
-        first: Tensor,
-        first_bias: Tensor,
-        second: Tensor,
-        second_bias: Tensor,
-        last: Tensor,
-        offset: Tensor,
-    ) -> Tensor:
+    def _(x: Tensor, parameters: list[Tensor], gain_factor: float) -> Tensor:
         check_fake(x)
-        return x.new_empty(*x.shape[:3], offset.shape[2])
+        return x.new_empty(*x.shape[:3], parameters[6].shape[0])
 
     @torch.library.register_fake("glf_fast::cpu_glow_network_backward")
-    def _(
-        grad_out: Tensor,
-        x: Tensor,
-        first: Tensor,
-        first_bias: Tensor,
-        second: Tensor,
-        second_bias: Tensor,
-        last: Tensor,
-        offset: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return tuple(torch.empty_like(t) for t in (x, first, first_bias, second, second_bias, last))  # type: ignore[return-value]
+    def _(grad_out: Tensor, x: Tensor, parameters: list[Tensor], gain_factor: float) -> list[Tensor]:
+        check_fake(x)
+        return [torch.empty_like(tensor) for tensor in (x, *parameters)]
