@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from glf_fast.flow import AutoregressiveFlow, CouplingFlow, FlowDistribution, SequentialFlow
+from glf_fast.integrations.sbi_training import train
 from glf_fast.integrations.unconstrained import Unconstrained
 
-__all__ = ["FlowEstimator", "coupling_flow", "coupling_likelihood", "maf", "maf_likelihood"]
+__all__ = ["FlowEstimator", "coupling_flow", "coupling_likelihood", "maf", "maf_likelihood", "train"]
 
 START = 4096  # number of pairs (θ, x) from which the ActNorms are initialised
 # What sbi's own maf has beside its sizes.
-MAF = {"log_scale": "softplus", "context_layer": True, "linear": "permutation"}
+MAF = {"log_scale": "softplus", "context_layer": True}
 
 
 def coupling_flow(
@@ -87,7 +88,8 @@ def maf(
     """A builder of masked autoregressive estimators of q(θ | x), for the argument `density_estimator` of sbi's NPE.
 
     By default a flow of the kind and size of sbi's own "maf": five transforms, each with a masked network of three hidden
-    layers of 50 tanh units, to the first of which the context is added, and random permutations between.
+    layers of 50 tanh units, to the first of which the context is added. Between them the order of the features is reversed, where
+    sbi draws permutations, which may leave it as it is.
 
     Args:
         steps, hidden, **options: arguments of `glf_fast.AutoregressiveFlow`. `transform="spline"` is the kind of sbi's
