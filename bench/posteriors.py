@@ -1,9 +1,10 @@
 """Posteriors of sbi's NPE, with its default settings, on three tasks: `python -m bench.posteriors --out FOLDER`.
 
 The estimators are sbi's default (a masked autoregressive flow in nflows), the same one by `glf_fast.accelerate`, and
-`glf_fast.integrations.sbi.maf()`. Each is trained from the same simulations until sbi's own stopping rule, and then draws
-10,000 posterior samples for each of five observations. Quality is C2ST, which is not timed: how well a random forest tells
-2,000 of these samples from exact ones (0.5: not at all), the mean of the observations.
+`glf_fast.integrations.sbi.maf()`, trained by sbi's loop and by `glf_fast.integrations.sbi.train`. Each is trained from the same
+simulations until sbi's own stopping rule, and then draws 10,000 posterior samples for each of five observations. Quality is
+C2ST, which is not timed: how well a random forest tells 2,000 of these samples from exact ones (0.5: not at all), the mean of
+the observations.
 
 The folder gets posteriors.json, a row as soon as it is measured, and posteriors.md. The same command goes on where it was
 stopped.
@@ -53,12 +54,20 @@ def _maf() -> Callable[..., Any]:
     return maf()
 
 
-ESTIMATORS: dict[str, Callable[[], Any]] = {"sbi": lambda: "maf", "accelerate": _accelerated, "glf_fast": _maf}
+ESTIMATORS: dict[str, Callable[[], Any]] = {
+    "sbi": lambda: "maf",
+    "accelerate": _accelerated,
+    "glf_fast": _maf,
+    "glf_fast, train": _maf,
+}
 
 
 def measure(task: str, estimator: str, seed: int, simulations: int, drawn: int, judged: int) -> Row:
     """One row: seconds of training and of `drawn` samples, and C2ST of `judged` of them."""
-    posterior, run = train(TASKS[task], ESTIMATORS[estimator](), seed, simulations)
+    from glf_fast.integrations import sbi
+
+    by = sbi.train if estimator == "glf_fast, train" else None
+    posterior, run = train(TASKS[task], ESTIMATORS[estimator](), seed, simulations, by)
     seconds, samples = [], []
     for x in TASKS[task].observations():
         torch.manual_seed(seed)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from glf_fast.flow import AutoregressiveFlow, CouplingFlow, FlowDistribution, SequentialFlow
+from glf_fast.integrations.sbi_training import train
 from glf_fast.integrations.unconstrained import Unconstrained
 
-__all__ = ["FlowEstimator", "coupling_flow", "coupling_likelihood", "maf", "maf_likelihood"]
+__all__ = ["FlowEstimator", "coupling_flow", "coupling_likelihood", "maf", "maf_likelihood", "train"]
 
 START = 4096  # number of pairs (θ, x) from which the ActNorms are initialised
 # What sbi's own maf has beside its sizes.

@@ -20,6 +20,7 @@ from glf_fast.reference.coupling_flow import (
     log_normal,
     plu_flow_log_prob,
 )
+from glf_fast.reference.glow_network import glow_network
 from glf_fast.reference.linear import (
     Plu,
     fold_actnorm,
@@ -61,6 +62,7 @@ __all__ = [
     "coupling_flow_log_prob",
     "fan_in",
     "fold_actnorm",
+    "glow_network",
     "invertible_linear",
     "layers_of_block",
     "log_normal",
