@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glf_fast.ops.autoregressive_flow import autograd, cpp, plain
+from glf_fast.ops.autoregressive_flow import autograd, cpp, plain, triton
 from glf_fast.ops.autoregressive_flow.call import Call, CallOptions
 from glf_fast.ops.backends import kernels_for, ordinary
 from glf_fast.ops.checks import (
@@ -27,7 +27,7 @@ from glf_fast.reference import ACTIVATIONS, NETWORKS, TRANSFORMS, Spline, prepar
 
 __all__ = ["autoregressive_flow", "autoregressive_flow_inverse", "autoregressive_flow_log_prob"]
 
-KERNELS = (cpp,)  # in the order of preference
+KERNELS = (cpp, triton)  # in the order of preference
 
 
 def autoregressive_flow(
