@@ -1,15 +1,16 @@
 """The backward of a whole masked autoregressive flow: launches that walk the steps back, then matrix products.
 
 As that of coupling flows (coupling_flow_backward.py) it recomputes the network of each step, writes hidden layers and their
-gradients into a workspace, and makes the gradients of all weights by one batched product each. The network's input is y on both
-sides of a flow, and y is what it has saved or finds at once, so that both recompute it in one pass, without a loop over features.
+gradients into a workspace, and makes the gradients of all weights by one batched product each. The network's input is y in both
+directions. The inverse has saved y, the other finds it at once, so that both recompute the network in one pass.
 
-    forward   ∂y_d = ∂x_d·T'(y_d) + (what θ makes of y_d); ∂x = ∂y Aᵀ; ∂A = xᵀ ∂y; ∂c = Σ ∂y
-    INVERSE   ∂s = ∂x A⁻ᵀ; ∂A⁻¹ = (y − c)ᵀ ∂x; ∂c = −Σ ∂s; for d = D … 1: ∂y_d = ∂s_d + (what comes back from θ_>d), which is
-              then known, ∂z_d = ∂y_d / T'(y_d) and ∂θ_d, and from it those of the hidden units that θ_d was the first to see
+    forward   ∂y_d = ∂x_d·T'(y_d) + (what comes back from all θ);   ∂x = ∂y Aᵀ;   ∂A = xᵀ ∂y;   ∂c = Σ ∂y
+    INVERSE   ∂s = ∂x A⁻ᵀ;   ∂A⁻¹ = (y − c)ᵀ ∂x;   ∂c = −Σ ∂s;   for d = D … 1: ∂y_d = ∂s_d + (what comes back from θ_>d), which
+              is complete by then; from it ∂z_d = ∂y_d / T'(y_d) and ∂θ_d; and the gradients of the hidden units that no feature
+              before d sees
 
-The second is the triangular system of the implicit function, solved at the cost of one pass of the network, in the stages of the
-inverse, last to first.
+The second is the triangular system of the implicit function. It is solved at the cost of one pass of the network, in the stages
+of the inverse, the last one first.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from glf_fast.kernels.flow_options import FlowOptions, operand_dtype
 from glf_fast.kernels.launch import launch
 from glf_fast.kernels.launch_table import Launch
 from glf_fast.kernels.masked_mlp import (
+    add_context,
     context_layer_backward,
     copy_rows,
     map_rows,
-    add_context,
     of_network,
     reach,
     shift_rows,
@@ -111,8 +112,8 @@ def autoregressive_backward_kernel(
         copy_rows(work, WORK, h + INPUT + C, ROW_STRIDE, row, live, D, BN)
         for layer in tl.static_range(LAYERS - 1):
             units(
-                layer, zero, zero + HIDDEN[layer], work, h, g_h, row, live, w, b, s, D, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS, SEEN, WORK,
-                ROW_STRIDE, ACTIVATION, True, BM, BN, BK, MLP, STATE,
+                layer, zero, zero + HIDDEN[layer], work, h, g_h, row, live, w, b, s, D, C, HIDDEN, COLUMNS, WEIGHTS,
+                VECTORS, SEEN, WORK, ROW_STRIDE, ACTIVATION, True, BM, BN, BK, MLP, STATE,
             )  # fmt: skip
             tl.debug_barrier()
 
@@ -141,18 +142,37 @@ def autoregressive_backward_kernel(
                     tl.debug_barrier()
         else:
             features_backward(
-                zero, zero + D, work, WORK, grad_x, D, work + D, WORK, g_logdet, h, g_h, row, live, left, w, b, s, D, HIDDEN, NUMBERS,
-                COLUMNS, WEIGHTS, VECTORS, SEEN, ROW_STRIDE, SPLINE, LOG_SCALE, CONSTANT, False, GROUP, BM, BK, MLP, STATE,
+                zero, zero + D, work, WORK, grad_x, D, work + D, WORK, g_logdet, h, g_h, row, live, left, w, b, s, D,
+                HIDDEN, NUMBERS, COLUMNS, WEIGHTS, VECTORS, SEEN, ROW_STRIDE, SPLINE, LOG_SCALE, CONSTANT, False, GROUP, BM,
+                BK, MLP, STATE,
             )  # fmt: skip
             tl.debug_barrier()
             for layer in tl.static_range(LAYERS - 2, -1, -1):
                 units_backward(
-                    layer, zero, zero + HIDDEN[layer], h, g_h, row, live, w, s, D, HIDDEN, NUMBERS, COLUMNS, WEIGHTS, SEEN, ROW_STRIDE,
-                    ACTIVATION, BM, BN, BK, MLP, STATE,
+                    layer, zero, zero + HIDDEN[layer], h, g_h, row, live, w, s, D, HIDDEN, NUMBERS, COLUMNS, WEIGHTS, SEEN,
+                    ROW_STRIDE, ACTIVATION, BM, BN, BK, MLP, STATE,
                 )  # fmt: skip
                 tl.debug_barrier()
             of_network(
-                zero, zero + D, work + D, WORK, map_grad + here, D, g_h, row, live, w, s, D, HIDDEN, ROW_STRIDE, BM, BN, BK, MLP, STATE
+                zero,
+                zero + D,
+                work + D,
+                WORK,
+                map_grad + here,
+                D,
+                g_h,
+                row,
+                live,
+                w,
+                s,
+                D,
+                HIDDEN,
+                ROW_STRIDE,
+                BM,
+                BN,
+                BK,
+                MLP,
+                STATE,
             )
             tl.debug_barrier()
             map_rows(map_grad + here, D, grad_x, D, row, live, A, b, D, False, True, BM, BN, BK, MAP, STATE)
@@ -210,7 +230,13 @@ def autoregressive_backward(
         these = slice(start, min(start + group, steps))
         count = these.stop - start
         packed = pack_masked(
-            matrix[these], offset[these], [w[these] for w in weights], [b[these] for b in biases], seen[these], sizes, options
+            matrix[these],
+            offset[these],
+            [w[these] for w in weights],
+            [b[these] for b in biases],
+            seen[these],
+            sizes,
+            options,
         )
         last = start == (0 if options.inverse else starts[-1])  # of the flow: nothing has come back yet
         for first in range(0, max(batch, 1), slab):

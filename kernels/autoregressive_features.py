@@ -187,7 +187,7 @@ def features_backward(
             store_kind(of_numbers, g_c, number, exists, 2 * B)
     else:
         for start in range(begin // FEATURES * FEATURES, end, FEATURES):
-            u, t = pairs_at(
+            u, _ = pairs_at(
                 start, tl.minimum(start + FEATURES, end), hidden, row, live, weights, vectors, seen, D, HIDDEN, NUMBERS,
                 COLUMNS, WEIGHTS, VECTORS, SEEN, ROW_STRIDE, BM, BK, PRECISION, STATE,
             )  # fmt: skip

@@ -29,8 +29,8 @@ from glf_fast.kernels.masked_mlp import add_context, copy_rows, map_rows, reach,
 
 __all__ = ["autoregressive_forward", "autoregressive_kernel", "kernel_constants", "launch_of"]
 
-# Rows up to which a batch is few: programs of 16 rows, as many as there can be. Beyond, larger tiles, because every program reads
-# all weights from L2. Not tuned, and not measured: compiled for the sizes that tools/shipped.py names.
+# Rows up to which a batch is few: programs of 16 rows, as many as there can be. Beyond, larger tiles, because every program
+# reads all weights from L2. Not tuned, and not measured: compiled for the sizes that tools/shipped.py names.
 FEW = 4096
 
 
@@ -39,9 +39,10 @@ def launch_of(inverse: bool, backward: bool, rows: int, device: torch.device) ->
     if device.type == "cpu":
         return INTERPRETED
     if inverse:
-        return Launch(16, 16, 32, True, 2, 3)
-    many = 32 if backward else 64
-    return Launch(16 if rows <= FEW else many, 64, 32, True, 4, 3)
+        return Launch(16, 16, 32 if backward else 64, True, 2, 3)
+    if rows <= FEW:
+        return Launch(16, 64, 32, True, 4, 3)
+    return Launch(32, 64, 32, True, 4, 3) if backward else Launch(64, 64, 32, True, 8, 3)
 
 
 @triton.jit(do_not_specialize=["density", "rows", "steps"])
@@ -89,9 +90,9 @@ def autoregressive_kernel(
             for d in range(D):
                 for layer in tl.static_range(LAYERS - 1):
                     units(
-                        layer, reach(layer, d - 1, s, HIDDEN, SEEN), reach(layer, d, s, HIDDEN, SEEN), work, hidden, hidden, row,
-                        live, w, b, s, D, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS, SEEN, WORK, KEPT, ACTIVATION, False, BM, BN, BK,
-                        MLP, STATE,
+                        layer, reach(layer, d - 1, s, HIDDEN, SEEN), reach(layer, d, s, HIDDEN, SEEN), work, hidden, hidden,
+                        row, live, w, b, s, D, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS, SEEN, WORK, KEPT, ACTIVATION, False,
+                        BM, BN, BK, MLP, STATE,
                     )  # fmt: skip
                     tl.debug_barrier()
                 total = features(
@@ -103,9 +104,7 @@ def autoregressive_kernel(
                 copy_rows(work, WORK, saved + (k * rows + first) * D, D, row, live, D, BN)
             shift_rows(work, WORK, work + D, WORK, row, live, b, D, BN)
             tl.debug_barrier()
-            map_rows(
-                work + D, WORK, out, D, row, live, maps + k * SQUARE, b, D, False, False, BM, BN, BK, MAP, STATE
-            )
+            map_rows(work + D, WORK, out, D, row, live, maps + k * SQUARE, b, D, False, False, BM, BN, BK, MAP, STATE)
         else:
             if SAVE:
                 copy_rows(out, D, saved + (k * rows + first) * D, D, row, live, D, BN)
@@ -113,13 +112,13 @@ def autoregressive_kernel(
             tl.debug_barrier()
             for layer in tl.static_range(LAYERS - 1):
                 units(
-                    layer, zero, zero + HIDDEN[layer], work, hidden, hidden, row, live, w, b, s, D, C, HIDDEN, COLUMNS, WEIGHTS, VECTORS,
-                    SEEN, WORK, KEPT, ACTIVATION, False, BM, BN, BK, MLP, STATE,
+                    layer, zero, zero + HIDDEN[layer], work, hidden, hidden, row, live, w, b, s, D, C, HIDDEN, COLUMNS,
+                    WEIGHTS, VECTORS, SEEN, WORK, KEPT, ACTIVATION, False, BM, BN, BK, MLP, STATE,
                 )  # fmt: skip
                 tl.debug_barrier()
             total = features(
-                total, zero, zero + D, work, WORK, out, D, hidden, row, live, rows - first, w, b, s, D, HIDDEN, NUMBERS, COLUMNS, WEIGHTS,
-                VECTORS, SEEN, KEPT, SPLINE, LOG_SCALE, CONSTANT, False, GROUP, BM, BK, MLP, STATE,
+                total, zero, zero + D, work, WORK, out, D, hidden, row, live, rows - first, w, b, s, D, HIDDEN, NUMBERS,
+                COLUMNS, WEIGHTS, VECTORS, SEEN, KEPT, SPLINE, LOG_SCALE, CONSTANT, False, GROUP, BM, BK, MLP, STATE,
             )  # fmt: skip
         tl.debug_barrier()
 

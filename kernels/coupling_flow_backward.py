@@ -40,6 +40,7 @@ from glf_fast.kernels.tiles import affine, keep_columns, load_bias, load_halves,
 
 __all__ = ["flow_backward", "flow_backward_kernel"]
 
+
 @triton.jit(do_not_specialize=["density", "more", "rows", "batch", "steps"])
 def flow_backward_kernel(
     grad_out, grad_logdet, grad_x, state, rebuilt, maps, unmaps, weights, vectors, context,

@@ -83,9 +83,7 @@ def map_rows(
 
 
 @triton.jit
-def copy_rows(
-    source, STRIDE: tl.constexpr, target, TO: tl.constexpr, row, live, N: tl.constexpr, CHUNK: tl.constexpr
-):
+def copy_rows(source, STRIDE: tl.constexpr, target, TO: tl.constexpr, row, live, N: tl.constexpr, CHUNK: tl.constexpr):
     """N numbers of each row."""
     for start in range(0, N, CHUNK):
         column = start + tl.arange(0, CHUNK)

@@ -18,7 +18,9 @@ BACKENDS = (TRITON,)
 # largest for which kernels were compiled. Of splines a thread keeps all numbers in registers, as in coupling flows.
 MAX_DIM, MAX_HIDDEN, MAX_LAYERS, MAX_SLOPES = 128, 512, 4, 16
 
-OPTIONS = "str activation, str log_scale, float constant, float[] spline, bool context_layer, bool inverse, bool density"
+OPTIONS = (
+    "str activation, str log_scale, float constant, float[] spline, bool context_layer, bool inverse, bool density"
+)
 torch.library.define(
     "glf_fast::triton_autoregressive_flow",
     "(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor fan_in, Tensor? context, "
