@@ -34,8 +34,8 @@ FLOWS = {
     "splines": (20, (64, 64), 0, 256, 8),
     "sbi-splines": (8, (50, 50), 16, 200, 10),
 }
-# The same of autoregressive flows, with activation, log-scale and whether the context has its own layer: sbi's default, the same
-# in splines, and a wide one.
+# The same of autoregressive flows, with activation, log-scale and whether the context has its own layer: sbi's default, one of
+# splines, and a wide one.
 AUTOREGRESSIVE = {
     "sbi-maf": ((10, (50, 50, 50), 16, 200, 0), ("tanh", "softplus", True)),
     "sbi-maf-splines": ((10, (50, 50), 16, 200, 10), ("tanh", "tanh", True)),

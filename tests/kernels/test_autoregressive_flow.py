@@ -154,7 +154,7 @@ def test_opcheck() -> None:
 
 
 REFUSED = [
-    ((129, (8,)), {}, "more than 128 columns"),
+    ((257, (8,)), {}, "more than 256 columns"),
     ((4, (513,)), {}, "up to 512"),
     ((4, (8,) * 5), {}, "1 to 4 hidden layers"),
     ((4, (8,)), {"network": "residual"}, "other than an MLP"),

@@ -100,7 +100,7 @@ def autoregressive_flow_inverse(
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: undoes `autoregressive_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
 
-    On a processor at the cost of one pass: as soon as a feature is known, the hidden units that see it, and no others, are
+    In the kernels at the cost of one pass: as soon as a feature is known, the hidden units that see it, and no others, are
     computed. Its gradients cost one pass, too, by the implicit function: a triangular system, solved in the reverse order.
 
     Returns x (B, D) and −Σ log T' (B,).

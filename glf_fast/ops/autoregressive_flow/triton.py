@@ -16,7 +16,7 @@ __all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses"]
 BACKENDS = (TRITON,)
 # All rows and layers pass through memory, so that nothing in a kernel grows with these numbers but its loops. They are the
 # largest for which kernels were compiled. Of splines a thread keeps all numbers in registers, as in coupling flows.
-MAX_DIM, MAX_HIDDEN, MAX_LAYERS, MAX_SLOPES = 128, 512, 4, 16
+MAX_DIM, MAX_HIDDEN, MAX_LAYERS, MAX_SLOPES = 256, 512, 4, 16
 
 OPTIONS = (
     "str activation, str log_scale, float constant, float[] spline, bool context_layer, bool inverse, bool density"
