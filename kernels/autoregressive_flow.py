@@ -40,9 +40,7 @@ def launch_of(inverse: bool, backward: bool, rows: int, device: torch.device) ->
         return INTERPRETED
     if inverse:
         return Launch(16, 16, 32 if backward else 64, True, 2, 3)
-    if rows <= FEW:
-        return Launch(16, 64, 32, True, 4, 3)
-    return Launch(32, 64, 32, True, 4, 3) if backward else Launch(64, 64, 32, True, 8, 3)
+    return Launch(16, 64, 32, True, 4, 3) if rows <= FEW else Launch(32, 64, 32, True, 8, 3)
 
 
 @triton.jit(do_not_specialize=["density", "rows", "steps"])
