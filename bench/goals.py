@@ -57,6 +57,7 @@ PROCESSOR: tuple[Goal, ...] = (
         for case, mode, library, least in (
             ("sbi-maf", "train", "nflows", 6.0),
             ("sbi-maf-10000", "log_prob", "nflows", 6.0),
+            ("sbi-maf-10000", "log_prob", "flowjax", 2.0),
             ("sbi-maf-10000", "sample", "nflows", 50.0),
             ("sbi-maf-10000", "sample", "zuko", 50.0),
         )

@@ -18,7 +18,7 @@ from bench import (
     training,
     two_moons,
 )
-from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, MODES, SMALL_BATCH, SPLINES
+from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, MASKED, MODES, SMALL_BATCH, SPLINES
 from bench.libraries import LIBRARIES
 from bench.linear import LinearCase
 from bench.race import Case, Provider, Race
@@ -90,7 +90,7 @@ def _flows() -> Iterator[Race]:
             yield race("flow", FLOWS[name], mode, flows.PROVIDERS, 1.0, UNCOMPILED)
     for name, modes in (("sbi-maf", ("train", "step")), ("sbi-maf-10000", ("log_prob", "sample"))):
         for mode in modes:
-            yield race("flow", autoregressive.CASES[name], mode, autoregressive.PROVIDERS, 2.0)
+            yield race("flow", MASKED[name], mode, autoregressive.PROVIDERS, 1.6)
     for case in SMALL_BATCH.values():
         for mode in ("log_prob", "sample"):
             yield race("flow", case, mode, flows.PROVIDERS, 3.0, UNCOMPILED if case.batch == 16 else ALL)

@@ -124,8 +124,10 @@ def download(url: str, target: Path, check: Callable[[Path], None], *, limit: in
             refused the content; the message says which.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "glf_fast"})
+    # urlopen reads the proxies once in a process: a proxy that has been mended since, or set, would not be seen.
+    opener = urllib.request.build_opener()
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, atomic_write(target) as temporary:
+        with opener.open(request, timeout=TIMEOUT_S) as response, atomic_write(target) as temporary:
             size, got, started = int(response.headers.get("Content-Length") or 0), 0, time.monotonic()
             with (
                 temporary.open("wb") as file,

@@ -69,6 +69,22 @@ def test_closed_network_is_a_reason_not_a_crash(tmp_path: Path) -> None:
         download(f"{CLOSED}/file", tmp_path / "file", lambda file: None, limit=10_000)
 
 
+def test_the_proxy_of_each_download_is_that_of_the_environment(
+    mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that leads nowhere stops this download, and none that comes after it was mended."""
+    url, served = mirror
+    (served / "file").write_bytes(CONTENT)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("http_proxy", CLOSED)
+        with pytest.raises(Unavailable, match="refused"):
+            download(f"{url}/file", tmp_path / "file", lambda file: None, limit=10_000)
+    monkeypatch.delenv("http_proxy", raising=False)
+    assert download(f"{url}/file", tmp_path / "file", lambda file: None, limit=10_000).read_bytes() == CONTENT
+
+
 def test_first_success_ends_the_search_and_failures_are_all_told(tmp_path: Path) -> None:
     def absent() -> Path:
         raise Unavailable("not here")
