@@ -25,7 +25,7 @@ from torch import Tensor
 
 from glf_fast.kernels.autoregressive_features import features_backward
 from glf_fast.kernels.autoregressive_flow import kernel_constants, launch_of
-from glf_fast.kernels.autoregressive_packing import autoregressive_sizes, pack_masked, used_numbers
+from glf_fast.kernels.autoregressive_packing import autoregressive_sizes, pack_masked, up, used_numbers
 from glf_fast.kernels.flow_options import FlowOptions, operand_dtype
 from glf_fast.kernels.launch import launch
 from glf_fast.kernels.launch_table import Launch
@@ -63,7 +63,7 @@ def autoregressive_backward_kernel(
     LAYERS: tl.constexpr = len(HIDDEN) + 1
     STATE: tl.constexpr = saved.dtype.element_ty
     INPUT: tl.constexpr = COLUMNS[len(COLUMNS) - 1]  # where [context, y] are in a row of `hidden`
-    SQUARE: tl.constexpr = (D + 63) // 64 * 64 * ((D + 63) // 64 * 64)
+    SQUARE: tl.constexpr = up(D) * up(D)
     one = tl.full([], 1, tl.int64)
     zero = tl.full([], 0, tl.int32)
     first = tl.program_id(0) * (one * BM)

@@ -9,7 +9,8 @@ FEATURES or GROUP, and what lies outside of the range is neither read nor writte
 import triton
 import triton.language as tl
 
-from glf_fast.kernels.masked_mlp import masked_product, sight, up
+from glf_fast.kernels.autoregressive_packing import up
+from glf_fast.kernels.masked_mlp import masked_product, sight
 from glf_fast.kernels.math import log_scale, log_scale_slope
 from glf_fast.kernels.spline import BINS, TAILS, padded_bins, spline, spline_backward
 from glf_fast.kernels.spline_coupling import second
@@ -26,7 +27,7 @@ def numbers_at(
 ):  # fmt: skip
     """Columns [BM, J] of the last layer, none of them of a feature from `last` on that is needed."""
     LAYERS: tl.constexpr = len(HIDDEN) + 1
-    OUT: tl.constexpr = up((D + 15) // 16 * 16 * NUMBERS)
+    OUT: tl.constexpr = up(up(D, 16) * NUMBERS)
     depth = sight(seen + SEEN[LAYERS - 1], last, HIDDEN[LAYERS - 2])
     acc = tl.zeros((BM, column.shape[0]), STATE)
     acc = masked_product(

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glf_fast.kernels.autoregressive_features import features
-from glf_fast.kernels.autoregressive_packing import autoregressive_sizes, pack_masked
+from glf_fast.kernels.autoregressive_packing import autoregressive_sizes, pack_masked, up
 from glf_fast.kernels.flow_options import FlowOptions, operand_dtype
 from glf_fast.kernels.launch import launch
 from glf_fast.kernels.launch_table import INTERPRETED, Launch
@@ -59,7 +59,7 @@ def autoregressive_kernel(
     LAYERS: tl.constexpr = len(HIDDEN) + 1
     STATE: tl.constexpr = x.dtype.element_ty
     KEPT: tl.constexpr = COLUMNS[LAYERS - 1]  # numbers of a row of `hidden`
-    SQUARE: tl.constexpr = (D + 63) // 64 * 64 * ((D + 63) // 64 * 64)
+    SQUARE: tl.constexpr = up(D) * up(D)
     one = tl.full([], 1, tl.int64)  # distances between steps and programs are 64-bit products, those in a tile 32-bit
     zero = tl.full([], 0, tl.int32)
     first = tl.program_id(0) * (one * BM)

@@ -29,9 +29,11 @@ from glf_fast.kernels.launch import launch
 from glf_fast.kernels.spline import BINS, TAILS, padded_bins
 from glf_fast.kernels.tiles import COMPILED, round_tf32
 
-__all__ = ["MaskedPacked", "autoregressive_sizes", "masked_pack_kernel", "pack_masked", "packing", "used_numbers"]
+__all__ = ["MaskedPacked", "autoregressive_sizes", "masked_pack_kernel", "pack_masked", "packing", "up", "used_numbers"]
 
 BLOCK = 1024 if COMPILED else 16384  # numbers of a program
+# Places in a `_Part`, for kernels.
+SOURCE, SIZE, SKIPPED, ROWS, COLUMNS, SEEN, FEATURES, TARGET, START = (tl.constexpr(i) for i in range(9))
 
 
 class MaskedPacked(NamedTuple):
@@ -58,9 +60,9 @@ def autoregressive_sizes(
         bins, tails, *_ = spline
         numbers = 2 * padded_bins(bins) + padded_bins(bins + tails)
     # A tile of up to 16 features needs no mask.
-    widths = [_up(dim), *map(_up, hidden), _up(_up(dim, 16) * numbers)]
-    matrices = [n * m for n, m in pairwise(widths)] + [_up(context_dim) * widths[1]] * (context_dim > 0)
-    columns = (0, *accumulate(_up(n, 16) for n in (*hidden, *hidden[: int(context_layer)])))
+    widths = [up(dim), *map(up, hidden), up(up(dim, 16) * numbers)]
+    matrices = [n * m for n, m in pairwise(widths)] + [up(context_dim) * widths[1]] * (context_dim > 0)
+    columns = (0, *accumulate(up(n, 16) for n in (*hidden, *hidden[: int(context_layer)])))
     return {
         "D": dim,
         "C": context_dim,
@@ -68,8 +70,8 @@ def autoregressive_sizes(
         "HIDDEN": tuple(hidden),
         "NUMBERS": numbers,
         "COLUMNS": columns,
-        "ROW_STRIDE": columns[-1] + _up(max(numbers * dim, context_dim + dim), 16),
-        "WORK": _up(2 * dim + (hidden[0] if context_dim else 0), 16),
+        "ROW_STRIDE": columns[-1] + up(max(numbers * dim, context_dim + dim), 16),
+        "WORK": up(2 * dim + (hidden[0] if context_dim else 0), 16),
         "WEIGHTS": (0, *accumulate(matrices)),
         "VECTORS": (0, *accumulate(widths + widths[1:2] * context_layer)),
         "SEEN": (0, *accumulate((*hidden, dim))),
@@ -77,8 +79,10 @@ def autoregressive_sizes(
     }
 
 
-def _up(n: int, step: int = 64) -> int:
-    return -(-n // step) * step
+@triton.constexpr_function
+def up(n, step=64):
+    """⌈n⌉, or n rounded up to another step."""
+    return (n + step - 1) // step * step
 
 
 def used_numbers(of_features: Tensor, sizes: dict[str, Any]) -> Tensor:
@@ -108,7 +112,9 @@ class _Part(NamedTuple):
 def packing(sizes: dict[str, Any]) -> dict[str, Any]:
     """Compile-time constants of `masked_pack_kernel`, its precisions apart.
 
-    PARTS: what is packed, as `_Part`s; BLOCKS: where, among a step's blocks, each part's begin, and how many there are.
+    PARTS: what is packed, as `_Part`s; WIDTHS and PACKED: numbers of a packed row of each, and of all of it; BLOCKS: where,
+    among a step's blocks, each part's begin, and how many there are; STEPS: numbers of a step of each target, and of the
+    fan-in.
     """
     dim, context, own, hidden = (sizes[name] for name in ("D", "C", "CONTEXT_LAYER", "HIDDEN"))
     layers = len(hidden) + 1
@@ -131,64 +137,57 @@ def packing(sizes: dict[str, Any]) -> dict[str, Any]:
         parts.append(_Part(source, size, 0, context, n, -1, False, 1, sizes["WEIGHTS"][layers]))
     if own:
         parts.append(_Part(of_biases + layers, n, 0, 1, n, -1, False, 2, sizes["VECTORS"][layers + 1]))
-    blocks = [triton.cdiv(_packed_rows(p) * _packed_columns(p, sizes), BLOCK) for p in parts]
+    widths = [up(up(dim, 16) * sizes["NUMBERS"] if part.features else part.columns) for part in parts]
+    packed = [width * (1 if part.target == 2 else up(part.rows)) for part, width in zip(parts, widths, strict=True)]
     return {
         "D": dim,
         "NUMBERS": sizes["NUMBERS"],
         "SPLINE": sizes["SPLINE"],
         "PARTS": tuple(map(tuple, parts)),
-        "ROWS": tuple(map(_packed_rows, parts)),
-        "COLUMNS": tuple(_packed_columns(p, sizes) for p in parts),
-        "BLOCKS": (0, *accumulate(blocks)),
-        "STEPS": (_up(dim) ** 2, sizes["WEIGHTS"][-1], sizes["VECTORS"][-1], sizes["SEEN"][-1]),
+        "WIDTHS": tuple(widths),
+        "PACKED": tuple(packed),
+        "BLOCKS": (0, *accumulate(triton.cdiv(n, BLOCK) for n in packed)),
+        "STEPS": (up(dim) ** 2, sizes["WEIGHTS"][-1], sizes["VECTORS"][-1], sizes["SEEN"][-1]),
         "BLOCK": BLOCK,
     }
 
 
-def _packed_rows(part: _Part) -> int:
-    return 1 if part.target == 2 else _up(part.rows)
-
-
-def _packed_columns(part: _Part, sizes: dict[str, Any]) -> int:
-    return _up(_up(sizes["D"], 16) * sizes["NUMBERS"]) if part.features else _up(part.columns)
-
-
 @triton.jit
 def pack_part(
-    source, target, seen, block, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
-    NUMBERS: tl.constexpr, SPLINE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    source, target, seen, block, PART: tl.constexpr, WIDTH: tl.constexpr, NUMBERS_PACKED: tl.constexpr,
+    D: tl.constexpr, NUMBERS: tl.constexpr, SPLINE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK packed numbers of a part, which is packed to ROWS rows and COLUMNS columns."""
+    """BLOCK numbers of a part, which is packed to rows of WIDTH and NUMBERS_PACKED numbers in all."""
     at = block * BLOCK + tl.arange(0, BLOCK)
-    i = at // COLUMNS
-    unit = at % COLUMNS
-    from_column = unit
-    exists = i < PART[3]
-    if PART[6]:
+    i = at // WIDTH
+    unit = at % WIDTH
+    column = unit
+    exists = i < PART[ROWS]
+    if PART[FEATURES]:
         number = unit % NUMBERS
         unit = unit // NUMBERS
         exists &= unit < D
-        from_column = unit * (PART[4] // D) + number
+        column = unit * (PART[COLUMNS] // D) + number
         if len(SPLINE) > 0:
             K: tl.constexpr = SPLINE[BINS]
             B: tl.constexpr = padded_bins(K)
             kind = tl.minimum(number // B, 2)  # widths, heights, slopes
             exists &= number - kind * B < tl.where(kind == 2, K + SPLINE[TAILS], K)
-            from_column += kind * (K - B)
+            column += kind * (K - B)
     else:
-        exists &= unit < PART[4]
-    if PART[5] >= 0:
-        exists &= i < tl.load(seen + PART[5] + unit, mask=exists, other=0)
-    w = tl.load(source + PART[2] + i * PART[4] + from_column, mask=exists, other=0.0)
+        exists &= unit < PART[COLUMNS]
+    if PART[SEEN] >= 0:
+        exists &= i < tl.load(seen + PART[SEEN] + unit, mask=exists, other=0)
+    w = tl.load(source + PART[SKIPPED] + i * PART[COLUMNS] + column, mask=exists, other=0.0)
     if COMPILED and PRECISION == "tf32":
         w = round_tf32(w)
-    tl.store(target + PART[8] + at, w.to(target.dtype.element_ty), mask=at < ROWS * COLUMNS)
+    tl.store(target + PART[START] + at, w.to(target.dtype.element_ty), mask=at < NUMBERS_PACKED)
 
 
 @triton.jit
 def masked_pack_kernel(
     sources, seen, maps, weights, vectors, D: tl.constexpr, NUMBERS: tl.constexpr, SPLINE: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr,
+    PARTS: tl.constexpr, WIDTHS: tl.constexpr, PACKED: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr,
     MAP: tl.constexpr, MLP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of one part of one step. The constants are those of `packing`."""
@@ -198,17 +197,17 @@ def masked_pack_kernel(
     seen += k * STEPS[3]
     for p in tl.static_range(len(PARTS)):
         if block >= BLOCKS[p] and block < BLOCKS[p + 1]:
-            source = sources[PARTS[p][0]] + k * PARTS[p][1]
+            source = sources[PARTS[p][SOURCE]] + k * PARTS[p][SIZE]
             here = block - BLOCKS[p]
-            if PARTS[p][7] == 0:
+            if PARTS[p][TARGET] == 0:
                 to = maps + k * STEPS[0]
-                pack_part(source, to, seen, here, PARTS[p], ROWS[p], COLUMNS[p], D, NUMBERS, SPLINE, MAP, BLOCK)
-            elif PARTS[p][7] == 1:
+                pack_part(source, to, seen, here, PARTS[p], WIDTHS[p], PACKED[p], D, NUMBERS, SPLINE, MAP, BLOCK)
+            elif PARTS[p][TARGET] == 1:
                 to = weights + k * STEPS[1]
-                pack_part(source, to, seen, here, PARTS[p], ROWS[p], COLUMNS[p], D, NUMBERS, SPLINE, MLP, BLOCK)
+                pack_part(source, to, seen, here, PARTS[p], WIDTHS[p], PACKED[p], D, NUMBERS, SPLINE, MLP, BLOCK)
             else:
                 to = vectors + k * STEPS[2]
-                pack_part(source, to, seen, here, PARTS[p], ROWS[p], COLUMNS[p], D, NUMBERS, SPLINE, "ieee", BLOCK)
+                pack_part(source, to, seen, here, PARTS[p], WIDTHS[p], PACKED[p], D, NUMBERS, SPLINE, "ieee", BLOCK)
 
 
 def pack_masked(

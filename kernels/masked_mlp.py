@@ -16,14 +16,9 @@ function takes a range of units.
 import triton
 import triton.language as tl
 
+from glf_fast.kernels.autoregressive_packing import up
 from glf_fast.kernels.math import activate, slope_from_input, times_slope_from_output
 from glf_fast.kernels.tiles import dot
-
-
-@triton.constexpr_function
-def up(n):
-    """⌈n⌉: to multiples of 64, to which weights are packed."""
-    return (n + 63) // 64 * 64
 
 
 @triton.jit
@@ -203,7 +198,7 @@ def units_backward(
         least = tl.maximum(start, begin)
         if i == len(HIDDEN) - 1:
             first = known(after, least, D) * NUMBERS
-            OUT: tl.constexpr = up((D + 15) // 16 * 16 * NUMBERS)
+            OUT: tl.constexpr = up(up(D, 16) * NUMBERS)
             behind = slopes + COLUMNS[len(COLUMNS) - 1]
             acc = masked_product(
                 acc, behind, row, live, ROW_STRIDE, weight, column, first, D * NUMBERS, 1, OUT, BK, PRECISION
