@@ -142,14 +142,17 @@ def test_a_flow_and_its_inverse_take_the_kernels() -> None:
 
 
 def test_opcheck() -> None:
-    library = torch.ops.glf_fast
+    """Schemas and what torch.compile is told; tests/gpu compiles."""
+    library, checks = torch.ops.glf_fast, ("test_schema", "test_faketensor")
     values, seen = tensors(1, 1, 1, 1, (1,))
     x, A, c, context, *layers = [t.detach().float() for t in values]
     network = (layers[:2], layers[2:], seen, context, "relu", "tanh", 2.0, [], False, False, False, "")
-    torch.library.opcheck(library.triton_autoregressive_flow.default, (x, A, c, *network, True))
+    torch.library.opcheck(library.triton_autoregressive_flow.default, (x, A, c, *network, True), test_utils=checks)
     out, logdet, saved = library.triton_autoregressive_flow(x, A, c, *network, True)
     torch.library.opcheck(
-        library.triton_autoregressive_flow_backward.default, (out, logdet, saved, A, c, *network, True, True)
+        library.triton_autoregressive_flow_backward.default,
+        (out, logdet, saved, A, c, *network, True, True),
+        test_utils=checks,
     )
 
 

@@ -112,7 +112,7 @@ def test_the_named_flows_are_those_of_the_benchmarks() -> None:
 
 
 def test_a_spread_of_the_shipped_kernels_stays_within_its_bounds() -> None:
-    gate = [sys.executable, TOOLS / "compile_gate.py", "--every", "79"]
+    gate = [sys.executable, TOOLS / "compile_gate.py", "--every", "89"]
     done = subprocess.run(gate, env=COMPILED, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"sm_{arch}" in done.stdout for arch in (80, 90, 100))
