@@ -2,8 +2,8 @@
 
 Affine flows of registers (D 20) and of staged maps (D 96), with staged hidden layers, and spline flows: forward, inverse and
 both backwards. Autoregressive flows in both directions. PLU layers that end within a patch; dense matrices for a warp, for two
-rows a lane and for a block; the elementwise coupling. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation, and what lies beyond it is seen.
-Results are looked at only for being finite: tests/gpu has the values.
+rows a lane and for a block; the elementwise coupling. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation, and
+what lies beyond it is seen. Results are looked at only for being finite: tests/gpu has the values.
 """
 
 from __future__ import annotations
