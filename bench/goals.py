@@ -63,6 +63,13 @@ PROCESSOR: tuple[Goal, ...] = (
         )
     ),
     Goal("peak memory of train at K = 64, B 4,096: eager", 4.0, (("memory", "memory-64", "train"),), ("eager",), peaks),
+    *(
+        Goal(f"Glow, K 8, a training step: {name}", 1.4, (("glow", "glow-8", "step"),), (name,))
+        for name in ("eager", "compile", "normflows")
+    ),
+    Goal(
+        "peak memory of Glow's train at K = 32: eager", 3.0, (("glow", "glow-32, memory", "train"),), ("eager",), peaks
+    ),
     Goal(
         "slogdet and inverse of 1,024 matrices, D 4 … 64: torch.linalg",
         3.0,

@@ -11,6 +11,7 @@ from bench import (
     coupling,
     fitting,
     flows,
+    glow,
     linear,
     memory,
     neighbours,
@@ -55,6 +56,10 @@ def races() -> Iterator[Race]:
         yield race("memory", memory.MemoryCase(steps), "train", memory.PROVIDERS, 0.0)
     for preset in training.IMAGES:
         yield race("train_step", training.PresetCase(preset), "step", training.PROVIDERS, 6.0)
+    yield race("glow", glow.CASE, "step", glow.PROVIDERS, 6.0)
+    yield race(
+        "glow", glow.MEMORY, "train", glow.PROVIDERS, 0.0, [name for name in glow.PROVIDERS if name != "compile"]
+    )
     yield race("fit", fitting.FitCase("sbi"), "fit", fitting.PROVIDERS, 2.0)
     for flow in ("sbi", "glf-mnist"):
         for processes in (1, 2, 4, 8):

@@ -24,10 +24,11 @@ def tensors(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=g)
 
-    residual, columns = network == "residual", (spline or Spline()).columns if transform == "spline" else 2
+    residual, columns = network != "mlp", (spline or Spline()).columns if transform == "spline" else 2
     widths = [D, *(hidden[:1] * (1 + 2 * len(hidden)) if residual else hidden), columns * D]
     layers = len(widths) - 1
-    enters = [not context_layer if i == 0 else residual and i % 2 == 1 and i + 1 < layers for i in range(layers)]
+    in_blocks = [network == "residual" and i % 2 == 1 and i + 1 < layers for i in range(layers)]
+    enters = [not context_layer, *in_blocks[1:]]
     shapes = [(n + C * e, m) for (n, m), e in zip(itertools.pairwise(widths), enters, strict=True)]
     shapes += [(C, widths[1])] * context_layer
     weights = [normal(K, n, m) / max(n, 1) ** 0.5 for n, m in shapes]
