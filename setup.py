@@ -113,7 +113,14 @@ def kernels() -> dict[str, Any]:
     headers = sources("**/*.h", "**/*.cuh")
     cpu = cpp_extension.CppExtension(
         "glf_fast._cpu",
-        sources("bindings.cpp", "bindings_linear.cpp", "bindings_fit.cpp", "bindings_autoregressive.cpp", "cpu/*.cpp"),
+        sources(
+            "bindings.cpp",
+            "bindings_linear.cpp",
+            "bindings_fit.cpp",
+            "bindings_autoregressive.cpp",
+            "bindings_glow.cpp",
+            "cpu/*.cpp",
+        ),
         include_dirs=["csrc"],
         depends=headers,
         extra_compile_args=CXX,

@@ -1,58 +1,20 @@
-"""Masked autoregressive flows as jobs: sbi's default estimator by ours, by plain PyTorch, and in nflows and zuko."""
+"""Masked autoregressive flows as jobs: sbi's default estimator by ours, by plain PyTorch, and in nflows, zuko and flowjax."""
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.cases import FlowCase
-from bench.flows import Flow, flow_job
+from bench.flows import FLOWJAX, Flow, flow_job
 from bench.libraries.density import Density
 from bench.race import Clock, Job, Provider
-from glf_fast import AutoregressiveFlow
 
-__all__ = ["CASES", "PROVIDERS", "AutoregressiveCase"]
-
-
-@dataclass(frozen=True)
-class AutoregressiveCase(FlowCase):
-    """A masked autoregressive flow of nflows' kind: tanh, softplus scales, the context by a layer of its own."""
-
-    def flow(self, device: str = "cpu") -> AutoregressiveFlow:  # type: ignore[override]
-        """A flow of this size, with parameters a little off their initial values."""
-        torch.manual_seed(0)
-        flow = AutoregressiveFlow(
-            self.dim,
-            self.steps,
-            self.hidden,
-            self.context_dim,
-            log_scale="softplus",
-            context_layer=True,
-            linear="permutation",
-        )
-        with torch.no_grad():
-            for p in flow.parameters():
-                p.add_(0.01 * torch.randn_like(p))
-        return flow.to(device)
-
-    @property
-    def weights(self) -> int:
-        """Numbers in all matrices that are not masked: half of the networks'."""
-        made = sum(a * b for a, b in itertools.pairwise([self.dim, *self.hidden, 2 * self.dim])) // 2
-        return self.steps * (made + self.context_dim * self.hidden[0])
-
-
-# The sizes of sbi's default, maf: its training batch, and as many posterior samples as its tutorials draw.
-CASES = {
-    "sbi-maf": AutoregressiveCase("sbi-maf", 10, (50, 50, 50), 5, 200, context_dim=16),
-    "sbi-maf-10000": AutoregressiveCase("sbi-maf-10000", 10, (50, 50, 50), 5, 10_000, context_dim=16),
-}
+__all__ = ["PROVIDERS"]
 
 
 def _ours(case: FlowCase, device: str) -> Density:
@@ -114,4 +76,5 @@ PROVIDERS: dict[str, Provider] = {
         name: Provider(name, partial(_library_job, make), partial(_why_not, name))
         for name, make in {"nflows": _nflows, "zuko": _zuko}.items()
     },
+    "flowjax": FLOWJAX,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glf_fast import CouplingFlow, Spline
+from glf_fast import AutoregressiveFlow, CouplingFlow, Spline
 
 __all__ = [
     "COUPLINGS",
@@ -21,9 +21,11 @@ __all__ = [
     "FLOWS_BY_NAME",
     "GLOW",
     "GRID",
+    "MASKED",
     "MODES",
     "SMALL_BATCH",
     "SPLINES",
+    "AutoregressiveCase",
     "CouplingCase",
     "FlowCase",
     "ImageCase",
@@ -112,6 +114,34 @@ class FlowCase:
         rows = self.batch * (2 * self.dim + self.context_dim + 1)
         traffic = {"log_prob": 1, "sample": 1, "train": 3, "step": 3 + 6}[mode] * self.weights
         return 4 * (traffic + (1 if mode in ("log_prob", "sample") else 2) * rows)
+
+
+@dataclass(frozen=True)
+class AutoregressiveCase(FlowCase):
+    """A masked autoregressive flow of nflows' kind: tanh, softplus scales, the context by a layer of its own."""
+
+    def flow(self, device: str = "cpu") -> AutoregressiveFlow:  # type: ignore[override]
+        """A flow of this size, with parameters a little off their initial values."""
+        torch.manual_seed(0)
+        flow = AutoregressiveFlow(
+            self.dim,
+            self.steps,
+            self.hidden,
+            self.context_dim,
+            log_scale="softplus",
+            context_layer=True,
+            linear="permutation",
+        )
+        with torch.no_grad():
+            for p in flow.parameters():
+                p.add_(0.01 * torch.randn_like(p))
+        return flow.to(device)
+
+    @property
+    def weights(self) -> int:
+        """Numbers in all matrices that are not masked: half of the networks'."""
+        made = sum(a * b for a, b in itertools.pairwise([self.dim, *self.hidden, 2 * self.dim])) // 2
+        return self.steps * (made + self.context_dim * self.hidden[0])
 
 
 @dataclass(frozen=True)
@@ -228,7 +258,12 @@ GRID = {
     for d, h in ((4, 32), (16, 64), (64, 256), (128, 512))
     for b in (1, 16, 64, 256, 1024, 4096)
 }
-FLOWS_BY_NAME = FLOWS | SMALL_BATCH | DEPTH | GRID
+# The sizes of sbi's default, maf: its training batch, and as many posterior samples as its tutorials draw.
+MASKED = {
+    name: AutoregressiveCase(name, 10, (50, 50, 50), 5, batch, context_dim=16)
+    for name, batch in (("sbi-maf", 200), ("sbi-maf-10000", 10_000))
+}
+FLOWS_BY_NAME = FLOWS | SMALL_BATCH | DEPTH | GRID | MASKED
 COUPLINGS = [
     CouplingCase(shape, order)
     for shape in ((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4))

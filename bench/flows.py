@@ -18,7 +18,7 @@ from bench.elsewhere import Elsewhere
 from bench.libraries import LIBRARIES, Density, Library, flowjax
 from bench.race import Clock, Job, Provider
 
-__all__ = ["ALONE", "COMPILED", "PROVIDERS", "Flow", "flow_job", "library_flow"]
+__all__ = ["ALONE", "COMPILED", "FLOWJAX", "PROVIDERS", "Flow", "flow_job", "library_flow"]
 
 COMPILED = ("compile", "reduce-overhead")
 # Whose kernels are timed alone, too: a compiled flow's are those of reduce-overhead, whose own graphs nobody else can replay.
@@ -159,6 +159,7 @@ def _why_not_flowjax(case: FlowCase, mode: str, device: str) -> str:
     return flowjax.why_not() or ("" if device == "cpu" else "jax is compared on a processor")
 
 
+FLOWJAX = Provider("flowjax", _flowjax_job, _why_not_flowjax)
 MAKERS: dict[str, Callable[[FlowCase, str], Density]] = {
     "glf_fast": _ours,
     "eager": _ours,
@@ -168,5 +169,5 @@ MAKERS: dict[str, Callable[[FlowCase, str], Density]] = {
 PROVIDERS: dict[str, Provider] = {
     **{name: Provider(name, partial(flow_job, name, make)) for name, make in MAKERS.items()},
     **{library.name: _library(library) for library in LIBRARIES.values()},
-    "flowjax": Provider("flowjax", _flowjax_job, _why_not_flowjax),
+    "flowjax": FLOWJAX,
 }

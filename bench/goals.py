@@ -57,11 +57,19 @@ PROCESSOR: tuple[Goal, ...] = (
         for case, mode, library, least in (
             ("sbi-maf", "train", "nflows", 6.0),
             ("sbi-maf-10000", "log_prob", "nflows", 6.0),
+            ("sbi-maf-10000", "log_prob", "flowjax", 2.0),
             ("sbi-maf-10000", "sample", "nflows", 50.0),
             ("sbi-maf-10000", "sample", "zuko", 50.0),
         )
     ),
     Goal("peak memory of train at K = 64, B 4,096: eager", 4.0, (("memory", "memory-64", "train"),), ("eager",), peaks),
+    *(
+        Goal(f"Glow, K 8, a training step: {name}", 1.4, (("glow", "glow-8", "step"),), (name,))
+        for name in ("eager", "compile", "normflows")
+    ),
+    Goal(
+        "peak memory of Glow's train at K = 32: eager", 3.0, (("glow", "glow-32, memory", "train"),), ("eager",), peaks
+    ),
     Goal(
         "slogdet and inverse of 1,024 matrices, D 4 … 64: torch.linalg",
         3.0,

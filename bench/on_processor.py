@@ -11,6 +11,7 @@ from bench import (
     coupling,
     fitting,
     flows,
+    glow,
     linear,
     memory,
     neighbours,
@@ -18,7 +19,7 @@ from bench import (
     training,
     two_moons,
 )
-from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, MODES, SMALL_BATCH, SPLINES
+from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, MASKED, MODES, SMALL_BATCH, SPLINES
 from bench.libraries import LIBRARIES
 from bench.linear import LinearCase
 from bench.race import Case, Provider, Race
@@ -55,6 +56,10 @@ def races() -> Iterator[Race]:
         yield race("memory", memory.MemoryCase(steps), "train", memory.PROVIDERS, 0.0)
     for preset in training.IMAGES:
         yield race("train_step", training.PresetCase(preset), "step", training.PROVIDERS, 6.0)
+    yield race("glow", glow.CASE, "step", glow.PROVIDERS, 6.0)
+    yield race(
+        "glow", glow.MEMORY, "train", glow.PROVIDERS, 0.0, [name for name in glow.PROVIDERS if name != "compile"]
+    )
     yield race("fit", fitting.FitCase("sbi"), "fit", fitting.PROVIDERS, 2.0)
     for flow in ("sbi", "glf-mnist"):
         for processes in (1, 2, 4, 8):
@@ -90,7 +95,7 @@ def _flows() -> Iterator[Race]:
             yield race("flow", FLOWS[name], mode, flows.PROVIDERS, 1.0, UNCOMPILED)
     for name, modes in (("sbi-maf", ("train", "step")), ("sbi-maf-10000", ("log_prob", "sample"))):
         for mode in modes:
-            yield race("flow", autoregressive.CASES[name], mode, autoregressive.PROVIDERS, 2.0)
+            yield race("flow", MASKED[name], mode, autoregressive.PROVIDERS, 1.6)
     for case in SMALL_BATCH.values():
         for mode in ("log_prob", "sample"):
             yield race("flow", case, mode, flows.PROVIDERS, 3.0, UNCOMPILED if case.batch == 16 else ALL)

@@ -129,6 +129,12 @@ def train_step(groups: Groups) -> Iterator[str]:
     yield from plain(groups, ("images/s", lambda row: f"{row.info['images_per_s']:,.0f}"))
 
 
+def glow(groups: Groups) -> Iterator[str]:
+    """The plain table, images per second, and peaks where they were measured."""
+    per_second = "images/s", lambda row: f"{row.info['images_per_s']:,.0f}" if "images_per_s" in row.info else ""
+    yield from plain(groups, per_second, ("peak", lambda row: mebibytes(row.info, "peak_bytes")))
+
+
 def fit(groups: Groups) -> Iterator[str]:
     """The plain table, and epochs per second."""
     yield from plain(groups, ("epochs/s", lambda row: f"{row.info['epochs_per_s']:,.1f}"))
@@ -236,6 +242,7 @@ HEADINGS = {
     "assemble": "PLU factors of a flow's layers as matrices, with inverses; train: forward and backward (plu-K-D)",
     "apply": "Linear layers applied to vectors and images",
     "train_step": "Whole GLF steps: autoencoder, flow and optimizer of the presets",
+    "glow": "A training step of Glow: L 2, width 64, grey images of 28 × 28, batch 32 (glow-K)",
     "fit": "Whole runs of training: 10 epochs over 10,000 rows, a tenth of them held out",
     "launches": "Launches of a pass: kernels, copies and fills",
     "neighbours": "Several processes at once: mean time of a pass, against a fair share of the cores",
@@ -246,6 +253,7 @@ TABLES: dict[str, Callable[[Groups], Iterator[str]]] = {
     "coupling": coupling,
     "spline": coupling,
     "fit": fit,
+    "glow": glow,
     "train_step": train_step,
     "memory": memory,
     "neighbours": neighbours,

@@ -1,6 +1,5 @@
 // Masked autoregressive flows as torch operations: see bindings.cpp.
 #include "bindings_flow.h"
-#include "cpu/autoregressive.h"
 
 #include <tuple>
 
@@ -9,13 +8,10 @@ namespace {
 using namespace glf::bindings;
 
 struct __attribute__((visibility("hidden"))) Arguments {
-  const Tensor &matrix, &offset, &seen;
-  const Tensors &weights, &biases;
+  const Tensor &matrix, &offset;
+  const MaskedNetworks networks;
   const Maybe& context;
-  int64_t transform, network, activation, log_scale;
-  double constant;
-  const std::vector<double>& spline;
-  bool context_layer, inverse, density;
+  bool inverse, density;
 
   template <class T>
   glf::Autoregressive<T> flow(const Tensor& x) const {
@@ -23,48 +19,11 @@ struct __attribute__((visibility("hidden"))) Arguments {
                         matrix.size(2) == x.size(1) && offset.dim() == 2 && offset.size(0) == matrix.size(0) &&
                         offset.size(1) == x.size(1) && (!context || (context->dim() == 2 && context->size(0) == x.size(0))),
                     "glf_fast: shapes of the rows, the maps and the context do not fit");
-    const auto kind = static_cast<glf::Kind>(transform);
-    STD_TORCH_CHECK((kind == glf::Kind::affine || kind == glf::Kind::spline) && network >= 0 && network < glf::network_kinds &&
-                        activation >= 0 && activation < glf::activations && log_scale >= 0 && log_scale < glf::log_scales,
-                    "glf_fast: unknown functions");
-    glf::Autoregressive<T> f{};
-    f.steps = matrix.size(0);
-    f.dim = x.size(1);
-    f.context_dim = context ? context->size(1) : 0;
-    f.kind = kind;
-    f.network = static_cast<glf::Network>(network);
-    STD_TORCH_CHECK(!context_layer || f.context_dim > 0, "glf_fast: a context layer needs a context");
-    f.context_layer = context_layer;
-    f.layers = static_cast<int>(weights.size()) - context_layer;
-    STD_TORCH_CHECK(f.layers >= 2 && f.layers <= glf::max_layers && weights.size() == biases.size() &&
-                        (!f.residual() || f.layers % 2 == 0),
-                    "glf_fast: a network of 2 to ", glf::max_layers, " layers is needed; got ", f.layers);
-    if (kind == glf::Kind::spline) f.spline = spline_of<T>(spline);
-    f.width[0] = f.dim;
-    for (int i = 0; i < f.layers; ++i) f.width[i + 1] = weights[i].dim() == 3 ? weights[i].size(2) : 0;
-    for (int i = 0; i < f.all_layers(); ++i) {
-      STD_TORCH_CHECK(weights[i].dim() == 3 && biases[i].dim() == 2 && weights[i].size(0) == f.steps &&
-                          biases[i].size(0) == f.steps && weights[i].size(1) == f.inputs(i) &&
-                          weights[i].size(2) == f.outputs(i) && biases[i].size(1) == f.outputs(i) &&
-                          (!f.residual() || i + 1 >= f.layers || f.outputs(i) == f.width[1]),
-                      "glf_fast: the widths of the network's layers do not chain");
-      f.weight[i] = read<T>(weights[i]);
-      f.bias[i] = read<T>(biases[i]);
-    }
-    STD_TORCH_CHECK(f.width[f.layers] == f.columns() * f.dim, "glf_fast: the network must end in ", f.columns(),
-                    "·D columns; got ", f.width[f.layers]);
-    STD_TORCH_CHECK(seen.dim() == 2 && seen.size(0) == f.steps && seen.size(1) == f.seen_of_step(),
-                    "glf_fast: fan_in does not fit the network");
+    auto f = networks.flow<T>(matrix.size(0), x.size(1), context);
     f.matrix = read<T>(matrix);
     f.offset = read<T>(offset);
-    f.seen = read_permutation(seen);
-    f.activation = static_cast<glf::Activation>(activation);
-    f.log_scale = static_cast<glf::LogScale>(log_scale);
-    f.constant = static_cast<T>(constant);
     f.inverse = inverse;
     f.density = density;
-    STD_TORCH_CHECK(f.is_autoregressive(), "glf_fast: fan_in must be sorted within each layer, at most the layer before is wide, "
-                    "and let no feature depend on itself or on one behind it");
     return f;
   }
 };
@@ -81,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> autoregressive_flow(Tensor x, Tensor matrix, 
                                                        int64_t network, int64_t activation, int64_t log_scale, double constant,
                                                        std::vector<double> spline, bool context_layer, bool inverse,
                                                        bool density, int64_t save, int64_t units) {
-  const Arguments arguments{matrix, offset, fan_in, weights, biases, context, transform, network, activation, log_scale, constant,
-                            spline, context_layer, inverse, density};
+  const Arguments arguments{matrix, offset, {weights, biases, fan_in, transform, network, activation, log_scale, constant,
+                            context_layer, spline}, context, inverse, density};
   const int64_t batch = x.size(0);
   const auto mode = static_cast<glf::Save>(save);
   Tensor out = alike(x), logdet = empty(x, {batch}), saved;
@@ -106,8 +65,8 @@ Tensors autoregressive_flow_backward(std::optional<Tensor> grad_out, Tensor grad
                                      std::optional<Tensor> context, int64_t transform, int64_t network, int64_t activation,
                                      int64_t log_scale, double constant, std::vector<double> spline, bool context_layer,
                                      bool inverse, int64_t save, bool parameters, bool of_context) {
-  const Arguments arguments{matrix, offset, fan_in, weights, biases, context, transform, network, activation, log_scale, constant,
-                            spline, context_layer, inverse, !grad_out};
+  const Arguments arguments{matrix, offset, {weights, biases, fan_in, transform, network, activation, log_scale, constant,
+                            context_layer, spline}, context, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
   of_context = of_context && context;
   Tensors grads{alike(out), of_context ? alike(*context) : empty(out, {0})};

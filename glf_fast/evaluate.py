@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ from glf_fast import data
 from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, run_command
 from glf_fast.training import checkpoint, report, runs
-from glf_fast.training.scoring import evaluate, load_extractors, table
+from glf_fast.training.scoring import evaluate, load_extractors, other_likelihood, table
 from glf_fast.training.splits import load_splits
 
 
@@ -35,6 +35,8 @@ class Command:
     """Random seed of the samples."""
     mode: str = ""
     """Sampling mode of the model; empty for the usual one. A wrong name lists the modes of the model."""
+    other_data: tuple[str, ...] = ()
+    """Data sets of images of the same shape whose bits per dimension are printed, too, for a model with a likelihood."""
     data_dir: Path | None = None
     """Folder in which to look for the data set first."""
     device: str = ""
@@ -54,18 +56,25 @@ def main() -> None:
             f"{config.data.source} holds other data than {command.run} was trained on; give the folder of the original data "
             "with --data-dir"
         )
+    n = config.score.samples if command.n is None else command.n
+    others = []
+    for source in command.other_data:  # first: what is refused costs no scores
+        other = data.as_images(load_splits(replace(config.data, source=source), command.data_dir)[1])
+        others.append(other_likelihood(model, test, other, n, seed=command.seed))
     scores = evaluate(
         model,
         train,
         test,
         load_extractors(command.extractor or config.score.extractors, device, all_needed=bool(command.extractor)),
-        n=config.score.samples if command.n is None else command.n,
+        n=n,
         seed=command.seed,
         temperature=command.temperature,
         mode=command.mode,
         about={"name": which, "images": state["images"], "epoch": state["epoch"], "ema": config.ema},
     )
-    print(table(scores), flush=True)  # first: on a disk that is full or read-only they are not lost
+    print(
+        "\n".join([table(scores), *others]), flush=True
+    )  # first: on a disk that is full or read-only they are not lost
     runs.write_scores(command.run, scores)
     report.write(command.run)
     print(f"\nscores    {command.run / 'scores.json'} (with their protocol)\nreport    {command.run / 'report.html'}")

@@ -6,16 +6,19 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
+from glf_fast import data
 from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, run_command
 from glf_fast.files import atomic_folder
 from glf_fast.images import grid, save_npy, save_png
 from glf_fast.training import checkpoint, runs
-from glf_fast.training.pictures import draw
+from glf_fast.training.pictures import draw, draw_towards
+from glf_fast.training.splits import load_splits
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,20 @@ class Command:
     """Number of images."""
     out: Path = Path("samples.png")
     """Output: a .png (one grid of images), a .npy (uint8, n × C × H × W) or a folder (one PNG per image)."""
-    temperature: float = 1.0
-    """Standard deviation of the noise; smaller values give cleaner, less varied images."""
+    temperature: tuple[float, ...] = (1.0,)
+    """Standard deviation of the noise; smaller values give cleaner, less varied images. Several values draw the same noise at
+    each of them; in a grid each value has a row."""
+    towards: tuple[int, int] | None = None
+    """Two labels A B of the data set: instead of samples, a row for each of n test images of label A, whose codes move step by
+    step by the difference of the mean codes of labels B and A."""
     mode: str = ""
     """Sampling mode of the model; empty for the usual one. A wrong name lists the modes of the model."""
     seed: int = 0
     """Random seed: image i is the same for the same seed, whatever n is."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint of the run to use."""
+    data_dir: Path | None = None
+    """For --towards: folder in which to look for the data set first."""
     device: str = ""
     """Device: cpu, cuda, cuda:1, …; by default cuda if there is a GPU."""
 
@@ -44,23 +53,35 @@ def main() -> None:
     """Run the command."""
     command = parse(Command, sys.argv[1:], "glf_fast.sample")
     _check_out(command.out)
-    runs.read_config(command.run)  # raises UserError if this is not a run's folder
+    config = runs.read_config(command.run)  # raises UserError if this is not a run's folder
     model, _ = checkpoint.load_model(
         runs.checkpoint_folder(command.run, runs.pick_checkpoint(command.run, command.checkpoint)),
         pick_device(command.device),
     )
-    if command.n * math.prod(model.shape) >= 2**63:  # the largest tensor that torch can describe
+    if (
+        command.n * len(command.temperature) * math.prod(model.shape) >= 2**63
+    ):  # the largest tensor that torch can describe
         raise UserError(f"--n {command.n} images are more than any memory holds; draw fewer")
-    images = draw(model, command.n, seed=command.seed, temperature=command.temperature, mode=command.mode).cpu()
+    if command.towards:
+        splits = load_splits(config.data, command.data_dir)
+        rows = draw_towards(model, *map(data.as_images, splits), command.towards, command.n).cpu()
+    else:
+        options: dict[str, Any] = {"seed": command.seed, "mode": command.mode}
+        rows = torch.stack([draw(model, command.n, temperature=t, **options).cpu() for t in command.temperature])
+    images = rows.flatten(0, 1)
     if command.out.suffix == ".png":
-        save_png(command.out, grid(images), scale=max(1, 64 // images.shape[-1]))
+        save_png(
+            command.out,
+            grid(images, rows.shape[1] if len(rows) > 1 or command.towards else None),
+            scale=max(1, 64 // images.shape[-1]),
+        )
     elif command.out.suffix == ".npy":
         save_npy(command.out, images)
     else:
         with atomic_folder(command.out) as folder:  # a part of the images would look like a whole sample
             for i, image in enumerate(images):
                 save_png(folder / f"{i:06d}.png", image)
-    print(f"wrote {command.n} images to {command.out}")
+    print(f"wrote {len(images)} images to {command.out}")
 
 
 def _check_out(out: Path) -> None:

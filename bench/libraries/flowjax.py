@@ -1,4 +1,4 @@
-"""flowjax, compiled by XLA: couplings alone between random permutations, as jitted passes over arrays."""
+"""flowjax, compiled by XLA: couplings or masked networks between permutations, as jitted passes over arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from bench.cases import FlowCase
+from bench.cases import AutoregressiveCase, FlowCase
 
 __all__ = ["fits", "new_flow", "passes", "why_not"]
 
@@ -27,11 +27,12 @@ def new_flow(case: FlowCase) -> Any:
     import jax
     from flowjax.bijections import RationalQuadraticSpline
     from flowjax.distributions import Normal
-    from flowjax.flows import coupling_flow
+    from flowjax.flows import coupling_flow, masked_autoregressive_flow
 
     if len({*case.hidden}) != 1:
         raise ValueError(f"hidden layers of one width are needed; got {case.hidden}")
-    return coupling_flow(
+    masked = isinstance(case, AutoregressiveCase)
+    return (masked_autoregressive_flow if masked else coupling_flow)(
         jax.random.key(0),
         base_dist=Normal(jax.numpy.zeros(case.dim)),
         # So many inner knots, and two at the ends, whose slopes the network makes, too; None is affine.
@@ -40,6 +41,7 @@ def new_flow(case: FlowCase) -> Any:
         flow_layers=case.steps,
         nn_width=case.hidden[0],
         nn_depth=len(case.hidden),
+        nn_activation=jax.numpy.tanh if masked else jax.nn.relu,
     )
 
 

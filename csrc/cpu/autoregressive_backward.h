@@ -247,7 +247,7 @@ void autoregressive_backward(const Autoregressive<T>& flow, Int batch, const T* 
     return;
   }
   constexpr idx W = panel_rows<T>;
-  const Plan<T> plan(flow, true);
+  const Plan<T> plan(flow, {save == Save::inputs, true, grad_context != nullptr});
   const PanelRecord at = PanelRecord::of(flow);
   const PanelGradients grad = PanelGradients::of(flow);
   const idx D = flow.dim, C = flow.context_dim, K = flow.steps, record = at.size * W, size = grad.size * W;

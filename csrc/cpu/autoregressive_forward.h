@@ -97,7 +97,7 @@ void autoregressive(const Autoregressive<T>& flow, Int batch, const T* x, const 
                     T* saved, const Parallel& parallel) {
   if (batch == 0) return;
   constexpr idx W = panel_rows<T>;
-  const Plan<T> plan(flow, false);
+  const Plan<T> plan(flow, {true, false, false});
   const PanelRecord at = PanelRecord::of(flow);
   const idx D = flow.dim, C = flow.context_dim, K = flow.steps, record = at.size * W;
   const PanelTiling tiling(plan.work, batch, record + (D + C) * W, parallel, T{});

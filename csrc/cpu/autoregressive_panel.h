@@ -24,8 +24,9 @@ __attribute__((noinline)) void cell(idx C, const T* context, idx depth, const T*
   if (addend)
     for (int m = 0; m < M; ++m)
       for (int v = 0; v < V; ++v) acc[m][v] += load(addend + m * W + v * L);
-  microkernel<T, M, V>(C, packed, 1, M, context, W, acc);
-  microkernel<T, M, V>(depth, packed + C * M, 1, M, in, W, acc);
+  // One loop for both: with two of them the accumulators went to memory and back between.
+  for (int part = C ? 0 : 1; part < 2; ++part)
+    microkernel<T, M, V>(part ? depth : C, packed + part * C * M, 1, M, part ? in : context, W, acc);
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) store(out + m * W + v * L, acc[m][v]);
 }

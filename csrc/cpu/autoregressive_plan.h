@@ -34,26 +34,31 @@ struct StepPlan {
   Span context_back[max_layers + 1];  // ∂context from each layer that it enters
 };
 
+// What a pass multiplies by: the weights, as the forward does, their transposes, and of these those of the context's rows.
+struct Needs {
+  bool forward, backward, context;
+};
+
 template <class T>
 class Plan {
  public:
   std::vector<StepPlan<T>> steps;
   idx work = 0;  // multiply-adds of a row
 
-  Plan(const Autoregressive<T>& flow, bool backward) : flow_(flow), memory_(room(flow, backward)), end_(memory_.get()) {
+  Plan(const Autoregressive<T>& flow, Needs needs) : flow_(flow), memory_(room(flow, needs)), end_(memory_.get()) {
     steps.resize(flow.steps);
     for (idx k = 0; k < flow.steps; ++k) {
       StepPlan<T>& step = steps[k];
       const idx D = flow.dim;
       const auto all = [D](idx) { return D; };
       const T* matrix = flow.matrix + k * D * D;
-      step.map = pack(matrix, D, 0, {0, D}, all);
-      if (backward) step.map_back = pack_back(matrix, D, 0, D, {0, D}, all);
+      if (needs.forward) step.map = pack(matrix, D, 0, {0, D}, all);
+      if (needs.backward) step.map_back = pack_back(matrix, D, 0, D, {0, D}, all);
       if (flow.context_layer) {
         const T* weight = flow.weight[flow.layers] + flow.weights_before(flow.layers, k);
         const idx C = flow.context_dim, H = flow.width[1];
-        step.context_layer = pack(weight, H, 0, {0, H}, [C](idx) { return C; });
-        if (backward) step.context_back[flow.layers] = pack_back(weight, H, 0, H, {0, C}, [C](idx) { return C; });
+        if (needs.forward) step.context_layer = pack(weight, H, 0, {0, H}, [C](idx) { return C; });
+        if (needs.context) step.context_back[flow.layers] = pack_back(weight, H, 0, H, {0, C}, [C](idx) { return C; });
       }
       for (int i = 0; i < flow.layers; ++i) {  // of each output of a layer: how many inputs it sees
         const idx columns = i == flow.hidden() ? flow.columns() : 1;
@@ -61,13 +66,14 @@ class Plan {
         for (idx n = 0; n < flow.outputs(i); ++n) sees_[i][n] = flow.seen_by(i, k)[n / columns];
       }
       step.stages = schedule(k);
-      for (Stage& stage : step.stages) pack_stage(stage, k, backward);
-      for (int i = 0; backward && i < flow.layers; ++i) {
+      for (Stage& stage : step.stages) pack_stage(stage, k, needs);
+      for (int i = 0; needs.context && i < flow.layers; ++i) {
         const idx C = flow.context_rows(i);
         step.context_back[i] = pack_back(weight(i, k), flow.outputs(i), 0, flow.outputs(i), {0, C}, [C](idx) { return C; });
       }
     }
     for (const UnitBlock<T>& b : blocks_) work += b.rows * b.depth;
+    if (needs.backward && !needs.forward) work *= 2;  // the weights' gradients
   }
 
   const UnitBlock<T>* begin(Span s) const { return blocks_.data() + s.begin; }
@@ -90,10 +96,10 @@ class Plan {
   }
 
  private:
-  static idx room(const Autoregressive<T>& flow, bool backward) {
+  static idx room(const Autoregressive<T>& flow, Needs needs) {
     idx size = flow.steps * flow.dim * flow.dim;
     for (int i = 0; i < flow.all_layers(); ++i) size += flow.weights_before(i, flow.steps);
-    return backward ? 2 * size : size;
+    return (needs.forward + needs.backward) * size;
   }
 
   const T* weight(int i, idx k) const { return flow_.weight[i] + flow_.weights_before(i, k); }
@@ -123,7 +129,7 @@ class Plan {
     }
   }
 
-  void pack_stage(Stage& stage, idx k, bool backward) {
+  void pack_stage(Stage& stage, idx k, Needs needs) {
     const idx columns = flow_.columns();
     for (int i = 0; i < flow_.layers; ++i) {
       const bool last = i == flow_.hidden();
@@ -131,8 +137,8 @@ class Plan {
       const auto fan_in = [seen](idx n) { return seen[n]; };
       const Span units = stage.units[i], made = last ? Span{units.begin * columns, units.end * columns} : units;
       const idx N = flow_.outputs(i), C = flow_.context_rows(i);
-      stage.blocks[i] = pack(weight(i, k), N, C, made, fan_in);
-      if (backward) stage.back[i] = pack_back(weight(i, k), N, C, N, stage.units[i == 0 ? flow_.hidden() : i - 1], fan_in);
+      if (needs.forward) stage.blocks[i] = pack(weight(i, k), N, C, made, fan_in);
+      if (needs.backward) stage.back[i] = pack_back(weight(i, k), N, C, N, stage.units[i == 0 ? flow_.hidden() : i - 1], fan_in);
     }
   }
 

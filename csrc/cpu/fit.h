@@ -2,7 +2,7 @@
 // call. All work on rows is done by the kernels; what is here is O(parameters) a step, and belongs to no instruction set.
 #pragma once
 
-#include "flow.h"
+#include "autoregressive.h"
 
 #include <algorithm>
 #include <cmath>
@@ -176,24 +176,81 @@ struct Dataset {
   const T *x, *context, *weights;
 };
 
-// Steps of one flow at one batch size, with the memory for them.
+// The passes of a density of either kind of flow, from and to the memory of one Training.
 template <class T>
+struct Batch {
+  Int rows;
+  T *x, *context, *out, *log_prob, *grad_log_prob, *grad_x, *grad_context;  // the contexts are null without one
+  Save save;
+  Int record;  // numbers that are saved of a row and step
+  T* saved;
+};
+
+template <class T>
+void forward_pass(const Flow<T>& flow, const Batch<T>& b, const Parallel& parallel) {
+  kernels<T>().forward(flow, b.rows, b.x, b.context, b.out, b.log_prob, b.save, b.saved, b.record, parallel);
+}
+
+template <class T>
+void forward_pass(const Autoregressive<T>& flow, const Batch<T>& b, const Parallel& parallel) {
+  kernels<T>().autoregressive(flow, b.rows, b.x, b.context, b.out, b.log_prob, b.save, b.saved, parallel);
+}
+
+template <class T>
+void backward_pass(const Flow<T>& flow, const Batch<T>& b, const Gradients<T>& to, const Parallel& parallel) {
+  kernels<T>().backward(flow, b.rows, b.out, b.context, b.save, b.saved, b.record, nullptr, b.grad_log_prob, b.grad_x,
+                        b.grad_context, &to, parallel);
+}
+
+template <class T>
+void backward_pass(const Autoregressive<T>& flow, const Batch<T>& b, const AutoregressiveGradients<T>& to,
+                   const Parallel& parallel) {
+  kernels<T>().autoregressive_backward(flow, b.rows, b.out, b.context, b.save, b.saved, nullptr, b.grad_log_prob, b.grad_x,
+                                       nullptr, &to, parallel);
+}
+
+// Rows whose values are saved together, as those of a panel are; and how many numbers a row's records have.
+template <class T>
+Int saved_together(const Flow<T>&) {
+  return 1;
+}
+template <class T>
+Int saved_together(const Autoregressive<T>&) {
+  return rows_of_panel<T>();
+}
+template <class T>
+Int record_numbers(const Flow<T>& flow) {
+  return record_width(flow);
+}
+template <class T>
+Int record_numbers(const Autoregressive<T>& flow) {
+  return record_units(flow);
+}
+
+template <class T>
+Gradients<T> gradients_of(const Flow<T>&);
+template <class T>
+AutoregressiveGradients<T> gradients_of(const Autoregressive<T>&);
+template <class F>
+using GradientsOf = decltype(gradients_of(std::declval<F>()));
+
+// Steps of one flow F at one batch size, with the memory for them.
+template <class T, class F>
 class Training {
  public:
-  // take(n) gives memory for n numbers that lives as long as this does.
+  // Records are kept if all of them are at most `records_limit` bytes. take(n) gives memory for n numbers that lives as long
+  // as this does.
   template <class Take>
-  Training(const Flow<T>& flow, const Maps<T>& maps, const Gradients<T>& networks, std::vector<Trained<T>> parameters,
-           Int batch, Save save, Int record, Take take)
-      : flow_(flow), maps_(maps), grad_(networks), parameters_(std::move(parameters)), batch_(batch), save_(save),
-        record_(record) {
-    x_ = take(batch * flow.dim);
-    context_ = flow.context_dim ? take(batch * flow.context_dim) : nullptr;
-    out_ = take(batch * flow.dim);
-    log_prob_ = take(batch);
-    grad_log_prob_ = take(batch);
-    grad_x_ = take(batch * flow.dim);
-    grad_context_ = take(batch * flow.context_dim);
-    saved_ = take(flow.steps * batch * record);
+  Training(const F& flow, const Maps<T>& maps, const GradientsOf<F>& networks, std::vector<Trained<T>> parameters, Int batch,
+           Int records_limit, Take take)
+      : flow_(flow), maps_(maps), grad_(networks), parameters_(std::move(parameters)) {
+    const Int D = flow.dim, C = flow.context_dim, together = saved_together(flow), numbers = record_numbers(flow),
+              rows = (batch + together - 1) / together * together;
+    const bool records = flow.steps * batch * numbers * Int(sizeof(T)) <= records_limit;
+    const Int record = records ? numbers : D;
+    const auto context = [&] { return C ? take(batch * C) : nullptr; };
+    batch_ = {batch, take(batch * D), context(), take(batch * D), take(batch), take(batch), take(batch * D), context(),
+              records ? Save::records : Save::inputs, record, take(flow.steps * rows * record)};
     flow_.matrix = maps.matrix;
     flow_.offset = maps.offset;
     grad_.matrix = maps.grad_matrix;
@@ -202,21 +259,20 @@ class Training {
 
   // One step from a batch of rows, the `number`-th since the start; `loss` is from before it. Where the loss or its gradient
   // is not finite nothing is changed, and it returns false.
-  bool step(const Dataset<T>& rows, const std::int64_t* batch, double rate, Int number, const AdamW& by, double* loss,
+  bool step(const Dataset<T>& data, const std::int64_t* batch, double rate, Int number, const AdamW& by, double* loss,
             const Parallel& parallel) {
-    gather(rows, batch);
+    gather(data, batch);
     maps_.assemble(parallel);
-    kernels<T>().forward(flow_, batch_, x_, context_, out_, log_prob_, save_, saved_, record_, parallel);
+    forward_pass(flow_, batch_, parallel);
     double logabsdet = 0, total = 0, weight = 0;
     for (Int k = 0; k < flow_.steps; ++k) logabsdet += maps_.logabsdet[k];
-    for (Int m = 0; m < batch_; ++m) {
-      total += double(grad_log_prob_[m]) * (log_prob_[m] + logabsdet);
-      weight += grad_log_prob_[m];
+    for (Int m = 0; m < batch_.rows; ++m) {
+      total += double(batch_.grad_log_prob[m]) * (batch_.log_prob[m] + logabsdet);
+      weight += batch_.grad_log_prob[m];
     }
     *loss = total;
     if (!std::isfinite(total)) return false;
-    kernels<T>().backward(flow_, batch_, out_, context_, save_, saved_, record_, nullptr, grad_log_prob_, grad_x_,
-                          grad_context_, &grad_, parallel);
+    backward_pass(flow_, batch_, grad_, parallel);
     std::fill_n(maps_.grad_logabsdet, flow_.steps, static_cast<T>(weight));
     maps_.backward(parallel);
 
@@ -236,23 +292,20 @@ class Training {
 
  private:
   // The batch's rows side by side, and ∂loss/∂log p of each: −weight/B.
-  void gather(const Dataset<T>& rows, const std::int64_t* batch) {
+  void gather(const Dataset<T>& data, const std::int64_t* batch) {
     const Int D = flow_.dim, C = flow_.context_dim;
-    for (Int m = 0; m < batch_; ++m) {
-      std::copy_n(rows.x + batch[m] * D, D, x_ + m * D);
-      std::copy_n(rows.context + batch[m] * C, C, context_ + m * C);
-      grad_log_prob_[m] = (rows.weights ? -rows.weights[batch[m]] : T(-1)) / static_cast<T>(batch_);
+    for (Int m = 0; m < batch_.rows; ++m) {
+      std::copy_n(data.x + batch[m] * D, D, batch_.x + m * D);
+      std::copy_n(data.context + batch[m] * C, C, batch_.context + m * C);
+      batch_.grad_log_prob[m] = (data.weights ? -data.weights[batch[m]] : T(-1)) / static_cast<T>(batch_.rows);
     }
   }
 
-  Flow<T> flow_;
+  F flow_;
   Maps<T> maps_;
-  Gradients<T> grad_;
+  GradientsOf<F> grad_;
   std::vector<Trained<T>> parameters_;
-  Int batch_;
-  Save save_;
-  Int record_;
-  T *x_, *context_, *out_, *log_prob_, *grad_log_prob_, *grad_x_, *grad_context_, *saved_;
+  Batch<T> batch_;
 };
 
 }  // namespace glf

@@ -12,7 +12,7 @@ using Int = std::ptrdiff_t;
 #define GLF_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(gelu) X(tanh) X(elu)
 #define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet) X(softplus)
 #define GLF_COUPLINGS(X) X(affine) X(separate) X(additive) X(spline)
-#define GLF_NETWORKS(X) X(mlp) X(residual)
+#define GLF_NETWORKS(X) X(mlp) X(residual) X(skip)
 #define GLF_ENUMERATOR(name) name,
 enum class Activation : int { GLF_ACTIVATIONS(GLF_ENUMERATOR) };
 enum class LogScale : int { GLF_LOG_SCALES(GLF_ENUMERATOR) };
@@ -143,6 +143,23 @@ struct Autoregressive;
 template <class T>
 struct AutoregressiveGradients;  // see autoregressive.h
 
+// Glow's network of images (height, width, channels): relu(actnorm(conv 3 × 3 of [x, 1])), relu(actnorm(conv 1 × 1)), and
+// e^(gain_factor·log_gain)·(conv 3 × 3 of [h, 1] + bias), padded with zeros. Weights are in torch's order.
+template <class T>
+struct GlowNetwork {
+  Int height, width, channels, hidden, outputs;
+  T gain_factor;
+  const T *first, *first_log_scale, *first_bias;     // (hidden, channels + 1, 3, 3), (hidden,), (hidden,)
+  const T *second, *second_log_scale, *second_bias;  // (hidden, hidden), (hidden,), (hidden,)
+  const T *last, *edge, *bias, *log_gain;            // (outputs, hidden, 3, 3), (outputs, 3, 3), (outputs,), (outputs,)
+};
+
+// Shaped like the parameters; all are written.
+template <class T>
+struct GlowGradients {
+  T *first, *first_log_scale, *first_bias, *second, *second_log_scale, *second_bias, *last, *edge, *bias, *log_gain;
+};
+
 // One instruction set's kernels. Matrices are contiguous, (rows, columns).
 template <class T>
 struct Kernels {
@@ -179,6 +196,10 @@ struct Kernels {
   // inverse without meaning.
   void (*slogdet_inverse)(Int count, Int dim, const T* A, T* sign, T* logabsdet, T* inverse, std::int32_t* info,
                           const Parallel&);
+  // x (B, height, width, channels) → out (B, height, width, outputs); then ∂out to ∂x and the parameters' gradients.
+  void (*glow_network)(const GlowNetwork<T>&, Int batch, const T* x, T* out, const Parallel&);
+  void (*glow_network_backward)(const GlowNetwork<T>&, Int batch, const T* x, const T* grad_out, T* grad_x,
+                                const GlowGradients<T>&, const Parallel&);
 };
 
 // The kernels for this processor; $GLF_FAST_ISA (avx512, avx2, generic) may ask for lesser ones.

@@ -1,15 +1,17 @@
-"""Steps of training a coupling flow on a processor: many in one call of C++ (csrc/cpu/fit.h), with the GIL released."""
+"""Steps of training a stacked flow on a processor: many in one call of C++ (csrc/cpu/fit.h), with the GIL released."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.fitting.dataset import Rows
-from glf_fast.flow import CouplingFlow, Flow
+from glf_fast.flow import AutoregressiveFlow, CouplingFlow, Flow
+from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.ops.backends import CPP, usable
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 from glf_fast.ops.coupling_flow.cpp import RECORDS_LIMIT
@@ -23,10 +25,11 @@ operations = torch.ops.glf_fast
 
 def why_not(flow: Flow, batch_size: int) -> str:
     """Why the steps of this flow cannot be fused; "" where they can."""
-    if type(flow) is not CouplingFlow or "log_prob" in vars(flow):
-        return "not a CouplingFlow"
+    if type(flow) not in (CouplingFlow, AutoregressiveFlow) or "log_prob" in vars(flow):
+        return "not a CouplingFlow or an AutoregressiveFlow"
+    assert isinstance(flow, StackedFlow)
     options = flow.config
-    if options["reversible"] or options["coupling"] not in COUPLING_CODES:
+    if options.get("reversible") or options.get("coupling", options.get("transform")) not in COUPLING_CODES:
         return "a reversible flow, or a coupling that csrc has not"
     if not flow._started and batch_size < 2:
         return "ActNorms that a batch of one row cannot start"
@@ -43,12 +46,35 @@ def _plain(p: Tensor) -> bool:
     return type(p) is nn.Parameter and p.device.type == "cpu" and p.is_contiguous() and not hooked
 
 
-def _parameters(flow: CouplingFlow) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Parameters of linear layers, of ActNorms, weights and biases, as `glf_fast::cpu_fit` takes them."""
+def _parameters(flow: StackedFlow) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Parameters of linear layers, of ActNorms, weights and biases, as the operations take them."""
     linear, actnorm = flow._map_tensors()
     factors = [t for name, t in linear.items() if name not in ("sign", "permutation")]
     weights, biases = flow._mlp()
     return factors, [t for t in actnorm if t is not None], weights, biases
+
+
+def _networks(flow: StackedFlow) -> tuple[Any, list[Any]]:
+    """The operation that trains this flow, and what it takes of the networks besides their weights."""
+    options: dict[str, Any] = flow._options  # type: ignore[assignment]
+    functions = [
+        NETWORK_CODES[options["network"]],
+        ACTIVATION_CODES[options["activation"]],
+        LOG_SCALE_CODES[options["log_scale"]],
+        prepared_constant(options["log_scale"], options["log_scale_constant"]),
+    ]
+    spline = [] if options["spline"] is None else options["spline"].prepared().numbers()
+    if isinstance(flow, AutoregressiveFlow):
+        seen = flow._fan_in[torch.device("cpu")]
+        transform = COUPLING_CODES[options["transform"]]
+        return operations.cpu_autoregressive_fit.default, [
+            seen,
+            transform,
+            *functions,
+            options["context_layer"],
+            spline,
+        ]
+    return operations.cpu_fit.default, [COUPLING_CODES[options["coupling"]], *functions, options["add_first"], spline]
 
 
 class FusedSteps:
@@ -58,7 +84,7 @@ class FusedSteps:
         clip: longest gradient, over all parameters; infinity for any.
     """
 
-    def __init__(self, flow: CouplingFlow, optimizer: torch.optim.AdamW, rows: Rows, clip: float) -> None:
+    def __init__(self, flow: StackedFlow, optimizer: torch.optim.AdamW, rows: Rows, clip: float) -> None:
         self.flow, self.optimizer, self.clip = flow, optimizer, clip
         like = flow.mlp_weights[0]
         x, context, weights = (
@@ -80,15 +106,11 @@ class FusedSteps:
         means, squares = (self._moments(parameters, name) for name in ("exp_avg", "exp_avg_sq"))
         counts = [self.optimizer.state[p]["step"] for p in group["params"]]
         losses = torch.zeros(len(order), dtype=torch.float64)
-        options = flow._options
-        done = operations.cpu_fit.default(
+        operation, networks = _networks(flow)
+        done = operation(
             order.contiguous(), torch.tensor(rates, dtype=torch.float64), rows.x, rows.context, rows.weights,
             buffers.get("linear_permutation"), buffers.get("linear_sign"),
-            *([t.detach() for t in part] for part in parts), means, squares, losses,
-            COUPLING_CODES[options["coupling"]], NETWORK_CODES[options["network"]], ACTIVATION_CODES[options["activation"]],
-            LOG_SCALE_CODES[options["log_scale"]],
-            prepared_constant(options["log_scale"], options["log_scale_constant"]), options["add_first"],
-            [] if options["spline"] is None else options["spline"].prepared().numbers(),
+            *([t.detach() for t in part] for part in parts), means, squares, losses, *networks,
             int(counts[0]) + 1, *group["betas"], group["eps"], group["weight_decay"],
             self.clip if math.isfinite(self.clip) else None, RECORDS_LIMIT, SECONDS,
         )  # fmt: skip

@@ -46,10 +46,10 @@ def fit(
 ) -> FitResult:
     """Train a flow by maximum likelihood: AdamW on the mean of −log p(x | context) over random batches.
 
-    A run is that of a plain PyTorch loop with torch.optim.AdamW. A `CouplingFlow` on a processor takes many steps in one call
-    of C++, without Python, autograd or the GIL; any other flow, on any device, takes them one by one, with the same results
-    up to rounding. Each epoch goes through the rows in a new order, in batches of one size; rows that do not fill a batch are
-    left out of that epoch. ActNorms start from the first batch. The flow is left in evaluation mode.
+    A run is that of a plain PyTorch loop with torch.optim.AdamW. A `CouplingFlow` or `AutoregressiveFlow` on a processor takes
+    many steps in one call of C++, without Python, autograd or the GIL; any other flow, on any device, takes them one by one,
+    with the same results up to rounding. Each epoch goes through the rows in a new order, in batches of one size; rows that do
+    not fill a batch are left out of that epoch. ActNorms start from the first batch. The flow is left in evaluation mode.
 
     With validation the flow is left as it was after the epoch of the lowest validation loss, else as the last step made it.
     Ctrl-C ends training after the step at hand, in the same way, and the result says "interrupted".

@@ -18,7 +18,8 @@ from glf_fast.fitting.dataset import Dataset
 from glf_fast.fitting.fused import FusedSteps, why_not
 from glf_fast.fitting.progress_file import ProgressFile
 from glf_fast.fitting.steps import Steps, adamw
-from glf_fast.flow import CouplingFlow, Flow
+from glf_fast.flow import Flow
+from glf_fast.flow.stacked_flow import StackedFlow
 
 __all__ = ["FitResult", "Run"]
 
@@ -59,7 +60,7 @@ class Run:
         self.flow, self.data, self.batch_size, self.seed, self.file = flow, data, batch_size, seed, file
         self.result = FitResult()
         self._optimizer = adamw(flow, lr, weight_decay)
-        fused = isinstance(flow, CouplingFlow) and not why_not(flow, batch_size)
+        fused = isinstance(flow, StackedFlow) and not why_not(flow, batch_size)
         self._steps = (FusedSteps if fused else Steps)(flow, self._optimizer, data.rows, clip)  # type: ignore[arg-type]
         self._device: torch.device = self._optimizer.param_groups[0]["params"][0].device
         self._losses: list[float] = []  # of the epoch's steps so far

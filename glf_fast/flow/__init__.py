@@ -8,6 +8,8 @@ from glf_fast.flow.coupling_flow import CouplingFlow
 from glf_fast.flow.distribution import FlowDistribution, FlowTransform
 from glf_fast.flow.embedded import Embedded
 from glf_fast.flow.fixed_linear import FixedLinear
+from glf_fast.flow.glow_flow import GlowFlow
+from glf_fast.flow.glow_network import GlowNetwork
 from glf_fast.flow.inverse import Inverse
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.mlp import MLP, SeparateNetworks
@@ -29,6 +31,8 @@ __all__ = [
     "Flow",
     "FlowDistribution",
     "FlowTransform",
+    "GlowFlow",
+    "GlowNetwork",
     "Inverse",
     "InvertibleLinear",
     "ResidualNet",

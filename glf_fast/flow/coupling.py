@@ -103,10 +103,14 @@ class Coupling(nn.Module):
     def couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         """`forward`, or `inverse`, of channels that `order` has brought together, and left in that order."""
         check_channels("x", x, self.dim)
-        parts = Checkerboard(x, even=self.flip) if self._halves is None else self._halves
+        parts = self.parts(x)
         p, v = parts.divide(x)
-        w, logdet = self.transform(v, self._conditioned(p, context, parts.outputs), parts, inverse=inverse != self.undo)
+        w, logdet = self.transform(v, self.conditioned(p, context, parts.outputs), parts, inverse=inverse != self.undo)
         return parts.join(p.to(w.dtype), w), logdet
+
+    def parts(self, x: Tensor) -> ChannelHalves | Checkerboard:
+        """How x (B, D, …) is divided into p and v."""
+        return Checkerboard(x, even=self.flip) if self._halves is None else self._halves
 
     @property
     def columns(self) -> int:
@@ -119,7 +123,7 @@ class Coupling(nn.Module):
         """w like v, in float32 or better, and logdet (B,), of the conditioner's output, of which `parts.of_v` is v's part."""
         raise NotImplementedError
 
-    def _conditioned(self, p: Tensor, context: Tensor | None, channels: int) -> Any:
+    def conditioned(self, p: Tensor, context: Tensor | None, channels: int) -> Any:
         """The conditioner's output for so many channels."""
         if not self.pass_context and context is not None:
             check_tensors(context=context)

@@ -15,8 +15,9 @@ from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.base import Flow
 from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.fixed_linear import FixedLinear
-from glf_fast.flow.folding import InOrder, Product, assembled, folded
+from glf_fast.flow.folding import InOrder, Product, Step, assembled, folded
 from glf_fast.flow.linear import InvertibleLinear
+from glf_fast.flow.reversible import check_reversible, run_reversible
 from glf_fast.flow.split import Split
 from glf_fast.flow.squeeze import Squeeze
 from glf_fast.reference import log_normal
@@ -26,6 +27,8 @@ __all__ = ["SequentialFlow", "run_layers"]
 _MANY_PIXELS = 64
 # Layers that take images in either order of memory.
 _ANY_ORDER = (ActNorm, InvertibleLinear, FixedLinear, Coupling, InOrder, Product, Split, Squeeze)
+# Layers that a reversible backward undoes.
+_UNDONE = (ActNorm, InvertibleLinear, FixedLinear, Coupling, InOrder, Product)
 
 
 class SequentialFlow(Flow):
@@ -48,6 +51,12 @@ class SequentialFlow(Flow):
         event_shape: shape of one sample, (D,) or (C, H, W).
         context_dim: number of columns of the context, which every layer gets; 0 for no context.
         context_shape: shape of one context, instead of `context_dim`, if a context is not a vector.
+        reversible: in the backward, rebuild what goes into the couplings and affine layers by undoing them, from the output of
+            each run of such layers. Memory then does not grow with their number, but each conditioner runs twice. Gradients are
+            equal but for rounding; second derivatives are refused, and torch.compile leaves these layers as they are.
+
+    Raises:
+        ValueError: shapes that cannot be squeezed or split; `reversible` with batch norms in the conditioners.
     """
 
     def __init__(
@@ -57,9 +66,13 @@ class SequentialFlow(Flow):
         context_dim: int = 0,
         *,
         context_shape: tuple[int, ...] | None = None,
+        reversible: bool = False,
     ) -> None:
         super().__init__(event_shape, context_dim, context_shape=context_shape)
         self.layers = nn.ModuleList(layers)
+        self.reversible = reversible
+        if reversible:
+            check_reversible(self.layers)
         self._noise_shapes()  # raises an error for shapes that cannot be squeezed or split
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -75,7 +88,7 @@ class SequentialFlow(Flow):
         if shapes:
             pieces = z.flatten(1).split([math.prod(shape) for shape in shapes], 1)
             *factored_out, z = (piece.view(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True))
-        return run_layers(self.layers, z, context, factored_out, inverse=True)
+        return run_layers(self.layers, z, context, factored_out, inverse=True, reversible=self.reversible)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) = log N(z; 0, I) + logdet in nats, (B,). The last layer computes log N if it has a `log_prob`."""
@@ -97,7 +110,7 @@ class SequentialFlow(Flow):
         self._check_event("x", x)
         context = self._expand_context(context, len(x))
         factored_out: list[Tensor] = []
-        z, logdet = run_layers(layers, x, context, factored_out, inverse=False)
+        z, logdet = run_layers(layers, x, context, factored_out, inverse=False, reversible=self.reversible)
         if self._noise_shapes():
             z = torch.cat([piece.flatten(1) for piece in (*factored_out, z)], 1).view(x.shape)
         return z, logdet
@@ -117,11 +130,18 @@ class SequentialFlow(Flow):
 
 
 def run_layers(
-    layers: Iterable[nn.Module], x: Tensor, context: Tensor | None, factored_out: list[Tensor], *, inverse: bool
+    layers: Iterable[nn.Module],
+    x: Tensor,
+    context: Tensor | None,
+    factored_out: list[Tensor],
+    *,
+    inverse: bool,
+    reversible: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The layers on x (B, D, …), the last one first if `inverse`: output, logdet (B,).
 
-    What a `Split` factors out is appended to `factored_out`, and taken from its end if `inverse`.
+    What a `Split` factors out is appended to `factored_out`, and taken from its end if `inverse`. With `reversible`, runs of
+    layers that keep the shape of x have a backward that rebuilds their activations.
     """
     steps = folded(layers, inverse=inverse)
     maps, logabsdets = assembled(steps, inverse=inverse)
@@ -131,12 +151,21 @@ def run_layers(
     as_given = x.ndim != 4 or (x.stride(1) == 1 and not x.is_contiguous())  # in channels_last order, too
     if not as_given and x.requires_grad and torch.is_grad_enabled() and x.is_contiguous():
         x = x.flatten().view(x.shape)  # whose gradient is contiguous, in whatever order the layers leave it
-    for place in reversed(range(len(steps))) if inverse else range(len(steps)):
+    runs = _rebuilt_runs(steps, inverse=inverse) if reversible and torch.is_grad_enabled() else {}
+    places = iter(reversed(range(len(steps))) if inverse else range(len(steps)))
+    for place in places:
         step = steps[place]
         if not isinstance(step, _ANY_ORDER):
             x = x if as_given else x.contiguous()
         elif convolves and _gains_from_channels_last(x):
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        if run := runs.get(place):
+            pixels |= dict.fromkeys(run, x.shape[2:].numel())
+            x, logdet = run_reversible([steps[i] for i in run], [maps.get(i) for i in run], x, context, inverse=inverse)
+            logdets.append(logdet)
+            for _ in run[1:]:
+                next(places)
+            continue
         if isinstance(step, Product):
             pixels[place] = x.shape[2:].numel()
             x = ops.channel_map(x, *maps[place], inverse=inverse)
@@ -150,6 +179,20 @@ def run_layers(
             factored_out.append(z)
     of_products = [_of_pixels(logabsdet, pixels[place], len(x), inverse=inverse) for place, logabsdet in logabsdets]
     return x if as_given else x.contiguous(), _sum([*of_products, *logdets], x)
+
+
+def _rebuilt_runs(steps: list[Step], *, inverse: bool) -> dict[int, list[int]]:
+    """The runs of two or more steps that can be undone one by one, by the place of the first one: places in their order."""
+    runs: dict[int, list[int]] = {}
+    run: list[int] = []
+    for place in [*(reversed(range(len(steps))) if inverse else range(len(steps))), None]:
+        if place is not None and isinstance(steps[place], _UNDONE):
+            run.append(place)
+            continue
+        if len(run) > 1:
+            runs[run[0]] = run
+        run = []
+    return runs
 
 
 def _gains_from_channels_last(x: Tensor) -> bool:

@@ -9,7 +9,9 @@ from glf_fast.errors import UserError, did_you_mean
 from glf_fast.models.flow_vae import FlowVAE
 from glf_fast.models.glann import GLANN
 from glf_fast.models.glf import GLF
+from glf_fast.models.glow import Glow
 from glf_fast.models.model import (
+    Decodes,
     Encodes,
     GenerativeModel,
     HasLikelihood,
@@ -29,6 +31,7 @@ __all__ = [
     "GLF",
     "RAE",
     "VAE",
+    "Decodes",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",
@@ -52,6 +55,7 @@ _MODELS: dict[str, type[GenerativeModel]] = {
     "glann": GLANN,
     "flow-vae": FlowVAE,
     "two-stage-vae": TwoStageVAE,
+    "glow": Glow,
 }
 
 

@@ -17,6 +17,7 @@ from glf_fast.models import saving
 from glf_fast.settings import Settings, check, table, updated
 
 __all__ = [
+    "Decodes",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",
@@ -114,6 +115,15 @@ class Encodes(Protocol):
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes (B, …) of x (B, *shape), in the model's present mode and without random numbers."""
+        ...
+
+
+@runtime_checkable
+class Decodes(Encodes, Protocol):
+    """A model that also maps codes back to data."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Data (B, *shape) of codes z as `encode` gives them, in the model's present mode."""
         ...
 
 

@@ -40,14 +40,16 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """Adam and the schedule of its learning rate."""
+    """The optimizer and the schedule of its learning rate."""
 
+    algorithm: Literal["adam", "adamax"] = "adam"
+    """Algorithm: Adam, or Adamax, whose steps are divided by the largest gradient instead of the mean square."""
     lr: float = 1e-3
     """Learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the running averages of gradients and of squared gradients."""
     eps: float = 1e-8
-    """Number added to Adam's denominator."""
+    """Number added to the denominator."""
     weight_decay: float = 0.0
     """Factor of an L2 penalty, which is added to the gradient."""
     warmup_steps: int = 0
@@ -77,6 +79,7 @@ class OptimizerConfig(Settings):
     def effective(self) -> dict[str, Any]:
         """The fields that have an effect with this schedule, by name."""
         without = ("decay_every", "decay_factor") if self.schedule == "cosine" else ()
+        without += ("algorithm",) if self.algorithm == "adam" else ()  # files of earlier versions do not have it
         return {name: value for name, value in vars(self).items() if name not in without}
 
 

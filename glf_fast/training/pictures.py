@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from glf_fast import seeds
+from glf_fast.data import ImageDataset
 from glf_fast.errors import UserError
 from glf_fast.images import grid, save_png, to_float, to_uint8
 from glf_fast.metrics import subset
-from glf_fast.models import GenerativeModel, Interpolates, Reconstructs
+from glf_fast.models import Decodes, GenerativeModel, Interpolates, Reconstructs
 
-__all__ = ["draw", "draw_pictures", "latest_picture", "picture_name", "save_picture", "saved_pictures"]
+__all__ = ["draw", "draw_pictures", "draw_towards", "latest_picture", "picture_name", "save_picture", "saved_pictures"]
 
 # Noise is always drawn for this many images at a time, so that image i does not depend on n. A sampling mode with batch
 # statistics computes them from these images.
@@ -55,6 +56,39 @@ def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0,
     if broken:
         print(f"{int(broken)} of {n} samples are not finite and have black pixels", file=sys.stderr)
     return images
+
+
+def draw_towards(
+    model: GenerativeModel, train: ImageDataset, test: ImageDataset, labels: tuple[int, int], n: int
+) -> Tensor:
+    """Rows of uint8 images (n, 9, C, H, W): test images of one label, whose codes move in the direction of another label.
+
+    The direction is the difference of the mean codes of up to 1,000 training images of each label, as in Glow
+    (arXiv:1807.03039), section 6.1. The first image of a row is the test image as the model decodes its own code, and the last
+    one has the whole difference added.
+
+    Raises:
+        UserError: a model that does not encode and decode, data without labels, or a label that no image has.
+    """
+    if not isinstance(model, Decodes):
+        raise UserError(f"{model.words.title} does not encode and decode images, so --towards cannot be used")
+    device = next(model.parameters()).device
+
+    def images(dataset: ImageDataset, label: int, most: int) -> Tensor:
+        if dataset.labels is None:
+            raise UserError(f"{dataset.name} has no labels, which --towards needs")
+        found = dataset.images[dataset.labels == label][:most]
+        if not len(found):
+            known = ", ".join(map(str, dataset.labels.unique().tolist()[:20]))
+            raise UserError(f"{dataset.name} has no {dataset.split} images with label {label}; its labels are {known}")
+        return to_float(found.to(device))
+
+    with model.evaluating():
+        start, end = (model.encode(images(train, label, 1000)).mean(0) for label in labels)
+        z = model.encode(images(test, labels[0], n))
+        steps = torch.linspace(0, 1, 9, device=device, dtype=z.dtype).view(-1, *(1,) * (z.ndim - 1))
+        moved = z[:, None] + steps * (end - start)
+        return to_uint8(torch.stack([model.decode(row) for row in moved]).nan_to_num())
 
 
 def draw_pictures(model: GenerativeModel, test_images: Tensor, seed: int) -> dict[str, Tensor]:

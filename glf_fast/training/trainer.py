@@ -74,9 +74,8 @@ class Trainer:
         assert tuple(groups) == kind.groups, (
             f"{kind.__name__}.groups and its parameter_groups() must name the same groups"
         )
-        self.optimizers = {
-            name: torch.optim.Adam(parameters, fused=True, **_adam(config.optimizers[name]))
-            for name, parameters in groups.items()
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            name: _optimizer(parameters, config.optimizers[name]) for name, parameters in groups.items()
         }
         self.ends: list[int] = []
         for stage in self.model.stages():
@@ -269,5 +268,8 @@ def _to_model(batch: Tensor) -> Tensor:
     return to_float(batch) if batch.dtype == torch.uint8 else batch
 
 
-def _adam(settings: OptimizerConfig) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
+def _optimizer(parameters: list[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
+    if settings.algorithm == "adamax":
+        return torch.optim.Adamax(parameters, **options)
+    return torch.optim.Adam(parameters, fused=True, **options)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import glf_fast
-from bench import assemble, fitting, flows, on_processor, processor_clock, splines
+from bench import assemble, fitting, flows, glow, on_processor, processor_clock, splines
 from bench.assemble import PluCase
 from bench.cases import COUPLING_MODES, FLOWS, FlowCase, SplineCase
 from bench.check import CHUNK, exact_flow
@@ -51,6 +51,7 @@ def test_the_suites_run_and_become_tables_and_figures_and_what_is_wrong_has_no_t
     assert {r.suite for r in found.results} == {race.suite for race in on_processor.races()} - {
         "train_step",
         "fit",
+        "glow",
         "convert",
         "neighbours",
         "two_moons",
@@ -148,6 +149,18 @@ def test_assembled_layers_are_checked(name: str, case: PluCase) -> None:
         made = job(assemble.PROVIDERS[name], case, mode)
         assert len(found := made.run()) == number and made.why_wrong() == ""
         assert "off by" in made.check([1.1 * t for t in found])
+
+
+@pytest.mark.parametrize("name", [name for name in glow.PROVIDERS if name != "compile"])
+def test_steps_of_glow(name: str) -> None:
+    case = glow.GlowCase(1, width=8, batch=4)
+    provider = glow.PROVIDERS[name]
+    if provider.why_not(case, "step", "cpu"):
+        return
+    made = job(provider, case, "step")
+    assert made.why_wrong() == ""
+    if name != "normflows":  # which is another flow
+        assert "off by" in made.check(1.1 * made.run())
 
 
 @pytest.mark.parametrize("of", ["glf-mnist", "splines", "sbi-splines"])

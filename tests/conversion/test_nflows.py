@@ -125,8 +125,8 @@ CASES: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
         ),
         "3 1 1",
     ),
-    "autoregressive": (
-        lambda d, c: between(d, c, T.MaskedAffineAutoregressiveTransform(d, 16, context_features=c or None)),
+    "kept": (
+        lambda d, c: between(d, c, T.MaskedAffineAutoregressiveTransform(d, 16, c or None, activation=F.softplus)),
         "1 MaskedAffineAutoregressiveTransform 1",
     ),
 }
@@ -250,7 +250,10 @@ def tied() -> Flow:
             lambda: Flow(alternating(4, 4)[0], ConditionalDiagonalNormal([4], nn.Linear(4, 8))),
             "base distribution ConditionalDiagonalNormal",
         ),
-        (lambda: Flow(T.OneByOneConvolution(3), StandardNormal([3, 4, 4])), "no coupling that can be fused"),
+        (
+            lambda: Flow(T.OneByOneConvolution(3), StandardNormal([3, 4, 4])),
+            "no coupling or autoregressive layer that",
+        ),
         (lambda: Flow(T.ReversePermutation(3), StandardNormal([3, 4])), r"on samples of shape \(3, 4\)"),
         (
             lambda: Flow(alternating(4, 2)[0], StandardNormal([4]), nn.Conv1d(1, 1, 3)),

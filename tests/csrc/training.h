@@ -56,8 +56,8 @@ Buffer<T> train(const Shape& shape, typename glf::Maps<T>::Kind kind, bool actno
     c.flow.weight[i] = weight.value, c.flow.bias[i] = bias.value;
     networks.weight[i] = weight.grad, networks.bias[i] = bias.grad;
   }
-  const glf::Int record = save == glf::Save::records ? glf::record_width(c.flow) : D;
-  glf::Training<T> training(c.flow, maps, networks, parameters, batch, save, record, take);
+  const glf::Int limit = save == glf::Save::records ? 1 << 30 : 0;
+  glf::Training<T, glf::Flow<T>> training(c.flow, maps, networks, parameters, batch, limit, take);
   const Buffer<T> weights = random<T>(shape.batch, 1, rng);
   const glf::Dataset<T> data{c.x.data(), shape.context_dim ? c.context.data() : nullptr, actnorm ? weights.data() : nullptr};
   Buffer<T> found;

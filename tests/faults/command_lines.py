@@ -45,8 +45,18 @@ SETTINGS = (
     "--autoencoder-optimizer.warmup-steps", "--score.extractors", "--score.samples", "--score.every", "--preset",
     "--config", "--device", "--data-dir", "--out", "--no-flow.actnorm", "--no-model.stop-gradient",
 )  # fmt: skip
-DRAWS = ("--n", "--out", "--temperature", "--mode", "--seed", "--checkpoint", "--device")
-SCORES = ("--checkpoint", "--extractor", "--n", "--temperature", "--seed", "--mode", "--data-dir", "--device")
+DRAWS = ("--n", "--out", "--temperature", "--towards", "--mode", "--seed", "--checkpoint", "--data-dir", "--device")
+SCORES = (
+    "--checkpoint",
+    "--extractor",
+    "--n",
+    "--temperature",
+    "--seed",
+    "--mode",
+    "--other-data",
+    "--data-dir",
+    "--device",
+)
 DISTANCES = ("--extractor", "--n", "--weights", "--device", "--image-size", "--skip-unusable", "--json", "--out")
 DATA = ("--data-dir", "--image-size", "--skip-unusable")
 

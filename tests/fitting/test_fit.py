@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glf_fast import (
     ActNorm,
     AffineCoupling,
+    AutoregressiveFlow,
     CouplingFlow,
     Flow,
     InvertibleLinear,
@@ -52,6 +53,10 @@ def images() -> Flow:
     return SequentialFlow(layers, (1, 4, 2))
 
 
+def masked(**options: Any) -> Callable[[], Flow]:
+    return lambda: AutoregressiveFlow(4, 3, (12, 9), **options)
+
+
 class Chosen(CouplingFlow):
     """A class of a user's, whose density may be another."""
 
@@ -69,6 +74,10 @@ FUSED = {
     "silu-glow": flow(activation="silu", log_scale="glow", add_first=True),
     "spline": flow(coupling="spline", context_dim=2),
     "residual": flow(3, 2, (8, 8), network="residual", context_dim=2, coupling="spline"),
+    "masked": masked(context_dim=3, context_layer=True, log_scale="softplus"),
+    "masked-plu": masked(linear="plu", actnorm=True, context_dim=2),
+    "masked-spline": masked(transform="spline", activation="silu"),
+    "masked-residual": lambda: AutoregressiveFlow(4, 2, (8, 8), context_dim=2, network="residual", linear="dense"),
     "frozen": frozen,
     # Parameters of which two threads take a half each.
     "large": flow(40, 4, (256,)),

@@ -15,6 +15,7 @@ from glf_fast import (
     CouplingFlow,
     FixedLinear,
     Flow,
+    GlowFlow,
     Inverse,
     InvertibleLinear,
     SequentialFlow,
@@ -175,6 +176,11 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "multiscale-embedded": lambda: Inverse(
         SequentialFlow([Embedded(multiscale(8), nn.Flatten(), (2, 2, 2))], (1, 8, 4), context_shape=(2, 2, 2))
     ),
+    "glowflow": lambda: GlowFlow((1, 4, 4), 2, 1, 6),
+    "glowflow-openai": lambda: GlowFlow(
+        (3, 4, 2), 1, 1, 4, context_dim=2, linear="dense", log_scale="glow", add_first=True
+    ),
+    "glowflow-additive": lambda: GlowFlow((1, 4, 4), 2, 1, coupling="additive", linear="permutation", network=conv),
     "rnvp": lambda: rnvp_flow(6, blocks=2, hidden=8),
     "rnvp-odd": lambda: rnvp_flow(5, blocks=1, hidden=8),
 }
@@ -208,7 +214,8 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
 
-@pytest.fixture(params=[name for name in FLOWS if not name.startswith(("activation-", "log-scale-"))])
+@pytest.fixture(params=[name for name in FLOWS if not name.startswith(("activation-", "log-scale-", "glowflow-"))])
 def structure(request: pytest.FixtureRequest) -> Case:
-    """Cases with graphs of their own: the name of an activation or a log-scale is a constant in that of "coupling"."""
+    """Cases with graphs of their own: the name of an activation or a log-scale is a constant in that of "coupling", and the
+    layers of "glowflow-…" are compiled by themselves."""
     return Case(request.param)

@@ -96,6 +96,8 @@ def record_units(call: Call) -> int:
     *hidden, raw = widths
     if options.network == "residual":  # the stream is kept besides its activation, but for the last
         both = sum((1 + (argument or i % 2 == 0)) * width for i, width in enumerate(hidden[:-1])) + hidden[-1]
+    elif options.network == "skip":  # the stream has no activation
+        both = sum((1 + argument * (i % 2)) * width for i, width in enumerate(hidden))
     else:
         both = (1 + argument) * sum(hidden)
     return (3 if options.inverse else 2) * dim + own + both + raw

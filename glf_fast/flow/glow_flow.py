@@ -1,0 +1,173 @@
+"""Glow: a multi-scale flow on images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glf_fast import ops
+from glf_fast.flow.actnorm import ActNorm
+from glf_fast.flow.affine_coupling import AffineCoupling
+from glf_fast.flow.glow_network import GlowNetwork
+from glf_fast.flow.linear import InvertibleLinear
+from glf_fast.flow.sequential import SequentialFlow
+from glf_fast.flow.split import Split
+from glf_fast.flow.squeeze import Squeeze
+from glf_fast.ops.checks import check_channels, check_choice, check_log_scale, check_tensors
+
+__all__ = ["GlowFlow", "TopPrior"]
+
+COUPLINGS = ("affine", "additive")
+
+
+class TopPrior(nn.Module):
+    """z = (v − μ)/σ per channel of images (B, D, H, W): a learned prior v ~ N(μ, σ²), which a context may shift and scale.
+
+    With log σ = f(u), (u, μ) = parameters + context·weights, all of them zeros at the start: Glow (arXiv:1807.03039), released
+    code, `learntop` and `ycond`.
+
+    Args:
+        dim: D.    context_dim: columns of the context (B, C); 0 for none.
+        log_scale, log_scale_constant: name and constant of f, see `glf_fast.reference.log_scale`.
+    """
+
+    def __init__(
+        self, dim: int, *, context_dim: int = 0, log_scale: str = "tanh", log_scale_constant: float | None = None
+    ) -> None:
+        super().__init__()
+        check_log_scale(log_scale, log_scale_constant)
+        self.dim = dim
+        self.log_scale, self.log_scale_constant = log_scale, log_scale_constant
+        self.raw = nn.Parameter(torch.zeros(2 * dim))
+        self.weight = nn.Parameter(torch.zeros(context_dim, 2 * dim)) if context_dim else None
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → noise: (x − μ)/σ like x, and its logdet (B,)."""
+        return self._run("x", x, context, inverse=True)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise → data: μ + σ·z like z, and its logdet (B,)."""
+        return self._run("z", z, context, inverse=False)
+
+    def _run(self, name: str, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        check_channels(name, x, self.dim)
+        raw = self.raw.expand(len(x), -1)
+        if self.weight is not None:
+            if context is None:
+                raise ValueError(f"this prior is conditional: give a context of {len(self.weight)} columns")
+            check_tensors(context=context)
+            with torch.autocast(x.device.type, enabled=False):
+                raw = raw + context.to(raw.dtype) @ self.weight
+        u, t = (half.view(len(x), self.dim, 1, 1).expand_as(x) for half in raw.chunk(2, 1))
+        return ops.affine_coupling(
+            x, u, t, log_scale=self.log_scale, log_scale_constant=self.log_scale_constant, inverse=inverse
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by repr."""
+        return f"{self.dim}"
+
+
+class GlowFlow(SequentialFlow):
+    """Glow (Kingma and Dhariwal, arXiv:1807.03039): at each of L levels a squeeze, K steps, and a split of the channels.
+
+    A step is an `ActNorm`, an `InvertibleLinear` (the 1 × 1 convolution) and an `AffineCoupling` with a `GlowNetwork`. Each
+    level but the last one factors half of its channels out by a `Split` with a learned Gaussian; the channels left at the end
+    have a learned Gaussian, too. All these Gaussians are parts of the map, so z is standard normal, with as many numbers as x.
+
+    | convention               | default                      | as in openai/glow                             |
+    |--------------------------|------------------------------|-----------------------------------------------|
+    | scale of a coupling      | e^(2 tanh(u/2))              | σ(u + 2): `log_scale="glow"`                  |
+    | order in a coupling      | v·e^ℓ + t                    | (v + t)·e^ℓ: `add_first=True`                 |
+    | log σ of the Gaussians   | 2 tanh(u/2)                  | u, unbounded: follows from `log_scale="glow"` |
+    | log-gains of the outputs | `gain_factor=3`              | 3                                             |
+    | 1 × 1 convolution        | PLU: `linear="plu"`          | free: `linear="dense"`                        |
+    | padding                  | zeros, with a channel for it | likewise                                      |
+
+    Args:
+        image_shape: (C, H, W) of an image; H and W are multiples of 2^levels.
+        levels: L, the number of squeezes.
+        steps: K, the steps of each level.
+        width: channels of the networks' hidden layers.
+        coupling: "affine", or "additive" without a scale.
+        context_dim: columns of a context, such as a class in one-hot form, which all networks and Gaussians are given; 0 for
+            none.
+        reversible: keep the activations of one step, see `SequentialFlow`: memory does not grow with K.
+        linear: parametrisation of the 1 × 1 convolutions, see `InvertibleLinear`; "permutation" shuffles channels.
+        log_scale, log_scale_constant, add_first: of the couplings, see `AffineCoupling`.
+        gain_factor: see `GlowNetwork`.
+        network: function that makes the network of a coupling from its numbers of input and output channels; by default
+            `GlowNetwork` of this width.
+
+    Raises:
+        ValueError: an image whose sides cannot be halved L times, or an option that does not exist.
+
+    Example:
+        >>> flow = GlowFlow((1, 28, 28), levels=2, steps=2, width=16)
+        >>> z, logdet = flow(torch.rand(4, 1, 28, 28))
+        >>> z.shape, logdet.shape
+        (torch.Size([4, 1, 28, 28]), torch.Size([4]))
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        levels: int = 3,
+        steps: int = 32,
+        width: int = 512,
+        *,
+        coupling: str = "affine",
+        context_dim: int = 0,
+        reversible: bool = False,
+        linear: str = "plu",
+        log_scale: str = "tanh",
+        log_scale_constant: float | None = None,
+        add_first: bool = False,
+        gain_factor: float = 3.0,
+        network: Callable[[int, int], nn.Module] | None = None,
+    ) -> None:
+        check_choice("coupling", coupling, COUPLINGS)
+        for name, value in (("levels", levels), ("steps", steps), ("width", width)):
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more; got {value}")
+        C, H, W = image_shape
+        if C < 1 or H < 1 or H % 2**levels or W % 2**levels:
+            raise ValueError(
+                f"image_shape must be (channels, height, width) with sides that are multiples of 2^levels = {2**levels}; "
+                f"got {tuple(image_shape)}"
+            )
+        additive = coupling == "additive"
+
+        def step(dim: int) -> Iterator[nn.Module]:
+            given, changed = dim - dim // 2 + context_dim, dim // 2
+            outputs = changed if additive else 2 * changed
+            yield ActNorm(dim)
+            yield InvertibleLinear(dim, linear=linear)
+            yield AffineCoupling(
+                dim,
+                GlowNetwork(given, outputs, width, gain_factor=gain_factor)
+                if network is None
+                else network(given, outputs),
+                additive=additive,
+                log_scale=log_scale,
+                log_scale_constant=log_scale_constant,
+                add_first=add_first,
+            )
+
+        # In Glow's code the Gaussians' log σ is unbounded where the couplings' scale is σ(u + 2), which is not 1 at u = 0.
+        prior: dict[str, Any] = {"log_scale": "exp" if log_scale == "glow" else "tanh", "context_dim": context_dim}
+        layers: list[nn.Module] = []
+        for level in range(levels):
+            layers.append(Squeeze())
+            C *= 4
+            for _ in range(steps):
+                layers += step(C)
+            if level < levels - 1:
+                layers.append(Split(C, **prior))
+                C -= C // 2
+        layers.append(TopPrior(C, **prior))
+        super().__init__(layers, image_shape, context_dim, reversible=reversible)
+        self.levels, self.steps = levels, steps

@@ -1,0 +1,149 @@
+"""Glow: what is particular to it, and the backward that rebuilds activations."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from glf_fast import ActNorm, AffineCoupling, GlowFlow, InvertibleLinear, SequentialFlow
+from glf_fast.flow import GlowNetwork
+
+
+def moved(flow: nn.Module, by: float = 0.1) -> nn.Module:
+    """The flow with nothing left at its trivial start."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    return flow
+
+
+def dropout(given: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(given, 8, 3, padding=1), nn.SiLU(), nn.Dropout(0.5), nn.Conv2d(8, outputs, 1))
+
+
+def masked(reversible: bool) -> SequentialFlow:
+    layers: list[nn.Module] = []
+    for mask in ("checkerboard", [True, False, True], [False, True, True]):
+        given, outputs = (3, 6) if mask == "checkerboard" else (1, 4)
+        layers += [ActNorm(3), InvertibleLinear(3), AffineCoupling(3, dropout(given, outputs), mask=mask)]
+    return SequentialFlow(layers, (3, 4, 4), reversible=reversible)
+
+
+FLOWS: dict[str, Callable[[bool], SequentialFlow]] = {
+    "glow": lambda reversible: GlowFlow((3, 8, 8), 2, 3, 8, reversible=reversible),
+    "openai, context": lambda reversible: GlowFlow(
+        (1, 8, 8), 2, 1, 8, context_dim=3, log_scale="glow", add_first=True, linear="dense", reversible=reversible
+    ),
+    "additive": lambda reversible: GlowFlow((5, 4, 4), 1, 2, 8, coupling="additive", reversible=reversible),
+    "dropout": lambda reversible: GlowFlow((1, 8, 8), 1, 3, network=dropout, reversible=reversible),
+    "masks": masked,
+}
+
+
+def results(flow: SequentialFlow, *, inverse: bool) -> list[Tensor]:
+    """Output, log-determinant and all gradients of a pass in training mode."""
+    torch.manual_seed(2)
+    x = torch.randn(6, *flow.event_shape, dtype=torch.float64).requires_grad_()
+    context = torch.randn(6, flow.context_dim, dtype=torch.float64).requires_grad_() if flow.context_dim else None
+    out, logdet = flow.inverse(x, context) if inverse else flow(x, context)
+    after = torch.rand(1)
+    (out.square().sum() + (logdet * torch.arange(6)).sum()).backward()
+    assert torch.rand(1) != after, "random numbers go on behind the backward"
+    given = [x] if context is None else [x, context]
+    gradients = [t.grad for t in (*given, *flow.parameters())]
+    flow.zero_grad()
+    return [out.detach(), logdet.detach(), *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("name", FLOWS)
+def test_rebuilt_activations_give_the_gradients_of_kept_ones(name: str, inverse: bool) -> None:
+    flows = []
+    for reversible in (False, True):
+        torch.manual_seed(0)
+        flows.append(FLOWS[name](reversible).double())
+    for moment in ("the data-dependent start", "later"):
+        plain, rebuilt = (results(flow, inverse=inverse) for flow in flows)
+        assert len(plain) == len(rebuilt) > 10
+        for a, b in zip(plain, rebuilt, strict=True):
+            assert (a - b).norm() <= 1e-7 * max(1, a.norm()), moment
+        for flow in flows:
+            moved(flow, 0.03)
+
+
+def saved_bytes(steps: int, reversible: bool, network: Callable[[int, int], nn.Module] | None = None) -> int:
+    """Bytes of the activations that a forward keeps for its backward."""
+    flow = GlowFlow((1, 8, 8), 2, steps, 16, network=network, reversible=reversible)
+    x, found = torch.randn(16, 1, 8, 8), {}
+    flow(x)
+    own = {p.untyped_storage().data_ptr() for p in flow.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if len(tensor) == len(x) and tensor.untyped_storage().data_ptr() not in own:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = -flow.log_prob(x).mean()
+    loss.backward()
+    return sum(found.values())
+
+
+def test_memory_does_not_grow_with_the_steps() -> None:
+    kept, rebuilt = ([saved_bytes(steps, reversible) for steps in (2, 12)] for reversible in (False, True))
+    assert rebuilt[0] == rebuilt[1]
+    assert kept[1] > 4 * kept[0] > 12 * rebuilt[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_of_rebuilt_activations(dtype: torch.dtype) -> None:
+    """In float32, and with networks alone rounded to bfloat16: the state stays float32, so that it can be rebuilt."""
+    found = []
+    for reversible in (False, True):
+        torch.manual_seed(0)
+        flow = moved(GlowFlow((1, 8, 8), 2, 8, 8, reversible=reversible), 0.01)
+        x = torch.randn(16, 1, 8, 8)
+        flow(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = -flow.log_prob(1.5 * x + 0.3).mean()
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None]))
+    assert (found[0] - found[1]).norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * found[0].norm()
+
+
+def test_a_start_that_changes_nothing_but_the_channels() -> None:
+    """Zero convolutions: the flow of a Gaussian source is linear, and log_prob has its entropy."""
+    torch.manual_seed(0)
+    flow = GlowFlow((1, 8, 8), 2, 4, 8)
+    x = 3 * torch.randn(500, 1, 8, 8)
+    flow(x)
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * 9)
+    bits = -flow.eval().log_prob(3 * torch.randn(500, 1, 8, 8)).mean() / (64 * math.log(2))
+    assert bits.item() == pytest.approx(entropy, abs=0.03)
+
+
+def test_the_border_is_seen() -> None:
+    network = moved(GlowNetwork(2, 3, 4)).eval()
+    out = network(torch.zeros(1, 2, 6, 6))
+    assert not torch.allclose(out[..., 0, 0], out[..., 3, 3]) and torch.allclose(out[..., 2, 2], out[..., 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GlowFlow((1, 28, 28), 3, 1, 4), r"multiples of 2\^levels = 8; got \(1, 28, 28\)"),
+        (lambda: GlowFlow((1, 8, 8), 0), "levels must be 1 or more; got 0"),
+        (lambda: GlowFlow((1, 8, 8), coupling="spline"), "coupling must be one of 'affine', 'additive'; got 'spline'"),
+        (
+            lambda: GlowFlow((1, 4, 4), 1, 1, network=lambda i, o: nn.Sequential(nn.BatchNorm2d(i)), reversible=True),
+            "the BatchNorm2d in layers.3.conditioner.0 would update its running statistics twice",
+        ),
+        (lambda: GlowFlow((1, 4, 4), 1, 1, 4, context_dim=2)(torch.zeros(1, 1, 4, 4)), "this flow is conditional"),
+    ],
+)
+def test_refusals(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,56 @@
+"""A flow on pixels from the command line: training, resuming, samples at several temperatures, other data."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from glf_fast import evaluate, sample, train
+from glf_fast.data import load
+from glf_fast.errors import UserError
+from glf_fast.training import runs
+from glf_fast.training.config_files import load as load_config
+from glf_fast.training.config_files import preset_path
+from glf_fast.training.trainer import Trainer
+
+Call = Callable[..., None]
+
+
+def test_a_run_and_what_can_be_done_with_it(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    call(train, "--preset", "glow-digits", "--epochs", "2", "--model.steps", "1", "--out", run)
+    assert "bits per dimension" in capsys.readouterr().out
+    [score] = runs.read_scores(run)
+    assert score["likelihood"]["value"] < 8 and score["likelihood"]["what"] == "exact"
+    assert score["reconstructions"] is None and (run / "interpolations").is_dir()
+
+    for temperatures in (("0", "0.5", "1"), ("0.5",)):
+        call(sample, run, "--n", "6", "--temperature", *temperatures, "--out", tmp_path / f"{len(temperatures)}.npy")
+    rows, row = (np.load(tmp_path / f"{n}.npy") for n in (3, 1))
+    assert rows.shape == (18, 1, 8, 8) and (rows[6:12] == row).all() and (rows[0] == rows[5]).all()
+    call(sample, run, "--n", "2", "--towards", "1", "7", "--out", tmp_path / "towards.npy")
+    towards, ones = np.load(tmp_path / "towards.npy").reshape(2, 9, 1, 8, 8), load("digits", "test")
+    assert (towards[:, 0] == ones.images[ones.labels == 1][:2].numpy()).all() and (towards[:, 8] != towards[:, 0]).any()
+    with pytest.raises(UserError, match="no train images with label 12"):
+        call(sample, run, "--towards", "1", "12")
+
+    np.save(tmp_path / "black.npy", np.zeros((40, 1, 8, 8), np.uint8))
+    capsys.readouterr()
+    call(evaluate, run, "--n", "40", "--other-data", tmp_path / "black.npy")
+    assert "an image of it needs more bits than a test image with probability 0.0" in capsys.readouterr().out
+
+
+def test_resuming_with_adamax_is_exact(tmp_path: Path) -> None:
+    config, digits = load_config(preset_path("glow-digits")), load("digits", "train")
+    batches = digits.images[:640].split(128)
+    one, two = (Trainer(config, digits, torch.device("cpu")) for _ in range(2))
+    for batch in batches[:3]:
+        one.step(batch)
+    one.save(tmp_path / "last", {}, for_resuming=True)
+    two.restore(tmp_path / "last")
+    for batch in batches[3:]:
+        assert one.step(batch) == two.step(batch)
+    for ours, theirs in zip(one.model.state_dict().values(), two.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
