@@ -1,7 +1,6 @@
 """A run of preset smoke, trained once, and helpers to run the commands."""
 
 import contextlib
-import html
 import os
 import shutil
 import subprocess
@@ -14,7 +13,6 @@ import forked
 import pytest
 
 from glf_fast import train
-from glf_fast.training import report
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 
@@ -28,15 +26,6 @@ def cache(once: Once) -> Path:
 @pytest.fixture(autouse=True)
 def use_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLF_FAST_CACHE", str(cache))
-
-
-@pytest.fixture(autouse=True)
-def plain_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers of a report's curves stand for the curves, which take a quarter of a small run's time.
-
-    They are drawn in the run of `smoke` and in commands with processes of their own.
-    """
-    monkeypatch.setattr(report, "_curves", lambda records, words: html.escape(str(records)))
 
 
 @pytest.fixture
