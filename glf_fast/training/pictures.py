@@ -63,8 +63,8 @@ def draw_towards(
 ) -> Tensor:
     """Rows of uint8 images (n, 9, C, H, W): test images of one label, whose codes move in the direction of another label.
 
-    The direction is the difference of the mean codes of up to 1,000 training images of each label, as in Glow
-    (arXiv:1807.03039), section 6.1. The first image of a row is the test image as the model decodes its own code, and the last
+    The direction is the difference of the mean codes of up to 1,000 training images of each label
+    (arXiv:1807.03039, section 6.1). The first image of a row is the test image as the model decodes its own code, and the last
     one has the whole difference added.
 
     Raises:
