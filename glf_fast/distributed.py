@@ -94,10 +94,12 @@ def _join() -> Any:
     cuda = torch.cuda.is_available()
     try:
         store, number, count = next(iter(dist.rendezvous("env://", timeout=WAIT)))
+        # With --max-restarts torchrun keeps the store, in which the processes of before have left their addresses.
+        store = dist.PrefixStore(f"glf_fast {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # Numbers on the CPU are agreed upon by gloo, so that no agreement waits for a GPU.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=dist.PrefixStore("glf_fast", store),
+            store=store,
             rank=number,
             world_size=count,
             timeout=WAIT,

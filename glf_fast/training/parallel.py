@@ -12,7 +12,7 @@ from glf_fast.flow.moments import active_processes
 from glf_fast.models import GenerativeModel
 from glf_fast.models.whole_batch import whole
 
-__all__ = ["average_statistics", "share_statistics", "wrapped"]
+__all__ = ["average_statistics", "communication", "share_statistics", "wrapped"]
 
 
 def wrapped(model: GenerativeModel, stage: int, phase: int) -> DistributedDataParallel:
@@ -22,6 +22,24 @@ def wrapped(model: GenerativeModel, stage: int, phase: int) -> DistributedDataPa
     """
     # A phase may leave some of its parameters out, but always the same ones.
     return DistributedDataParallel(_Phase(model, stage, phase), gradient_as_bucket_view=True, static_graph=True)
+
+
+def communication(model: GenerativeModel, stage: int, device: torch.device, seconds: float) -> str:
+    """What a user should know if more than half of a step of so many seconds is communication, by a measurement; else ""."""
+    moved = {
+        p for phase in model.stages()[stage].phases for name in phase.moves for p in model.parameter_groups()[name]
+    }
+    count = sum(p.numel() for p in moved)
+    shared = sum(isinstance(norm, _Shared) for norm in _norms(model))
+    gradients = distributed.all_reduce_seconds(count, device)
+    statistics = 2 * shared * distributed.all_reduce_seconds(1, device) if shared else 0.0  # forward and backward
+    if gradients + statistics <= seconds / 2:
+        return ""
+    return (
+        f"communication takes {min(1, (gradients + statistics) / seconds):.0%} of a step of {1e3 * seconds:.3g} ms (sums of "
+        f"{count:,} gradients {1e3 * gradients:.3g} ms, statistics of {shared} batch norms {1e3 * statistics:.3g} ms): use "
+        f"fewer processes or a larger --batch-size{', or --local-batch-norm' if shared else ''}"
+    )
 
 
 class _Phase(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from glf_fast import seeds
+from glf_fast import distributed, seeds
 from glf_fast.data import CONTENTS, Dataset, as_images
 from glf_fast.distributed import by_main, highest
 from glf_fast.errors import UserError
@@ -21,7 +21,7 @@ from glf_fast.files import lock
 from glf_fast.metrics import Extractor
 from glf_fast.models import GenerativeModel
 from glf_fast.progress import Progress, Stop, stop_on_signals
-from glf_fast.training import checkpoint, report, runs
+from glf_fast.training import checkpoint, parallel, report, runs
 from glf_fast.training.board import Board
 from glf_fast.training.config import Config
 from glf_fast.training.loss_log import LossLog
@@ -186,7 +186,7 @@ class Run:
         if self.done or trainer.images >= end:
             return
         inputs, order = trainer.inputs(), torch.empty(0)
-        losses, saved, stopping = LossLog(), time.monotonic(), False
+        losses, saved, stopping, told = LossLog(), time.monotonic(), False, False
         while not stopping:
             epoch, position = divmod(trainer.images, self.images_per_epoch)
             if position == 0 or not len(order):
@@ -206,6 +206,12 @@ class Run:
                 curves = trainer.model.words.curves or means
                 progress.update(trainer.images, {name: means[name] for name in curves if name in means})
                 self._log(board, {**means, "images_per_second": progress.speed})
+                if distributed.size() > 1 and not told:
+                    told = True
+                    step = config.batch_size / progress.speed
+                    if line := parallel.communication(trainer.model, trainer.stage, self.device, step):
+                        progress.say(line)
+                    progress.pause()
             if epoch_ends and (epoch + 1) % config.pictures_every == 0:
                 self._pictures(board)
             if epoch_ends and self._scores_after(epoch + 1):

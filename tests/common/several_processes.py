@@ -22,6 +22,7 @@ from toy_models import Adversarial
 from glf_fast import distributed, models
 from glf_fast.data import ImageDataset
 from glf_fast.settings import updated
+from glf_fast.training import parallel
 from glf_fast.training.config import OptimizerConfig, default
 from glf_fast.training.trainer import Trainer
 
@@ -53,11 +54,8 @@ def images() -> Tensor:
     return torch.nn.functional.interpolate(noise, scale_factor=2.0, mode="bilinear")
 
 
-def curve(case: str, *, local_batch_norm: bool = False) -> dict[str, Any]:
-    """Losses of every step and final weights of a model that is trained in float64; all processes have equal states.
-
-    Float64, because Adam's first steps turn the rounding of a gradient near zero into a step of another sign.
-    """
+def trainer(case: str, *, local_batch_norm: bool = False) -> Trainer:
+    """A trainer of one of the CASES, which takes batches of 12 images."""
     name, values = CASES[case]
     with mock.patch.dict(models._MODELS, adversarial=Adversarial):
         config = default(name)
@@ -65,34 +63,39 @@ def curve(case: str, *, local_batch_norm: bool = False) -> dict[str, Any]:
         optimizers = dict.fromkeys(config.optimizers, OptimizerConfig(lr=1e-2, clip=1.0))
         model = updated(kind.Settings(), values, case)
         config = replace(config, model=model, batch_size=12, epochs=2, ema=0.9, optimizers=optimizers)
-        trainer = Trainer(config, ImageDataset("smooth", "train", images(), None, ""), CPU, **_only(local_batch_norm))
-    trainer.model.double()
-    trainer.average.double()
+        data = ImageDataset("smooth", "train", images(), None, "")
+        return Trainer(config, data, CPU, local_batch_norm=local_batch_norm)
+
+
+def curve(case: str, *, local_batch_norm: bool = False) -> dict[str, Any]:
+    """Losses of every step and final weights of a model that is trained in float64; all processes have equal states.
+
+    Float64, because Adam's first steps turn the rounding of a gradient near zero into a step of another sign.
+    """
+    one = trainer(case, local_batch_norm=local_batch_norm)
+    one.model.double()
+    one.average.double()
     losses = []
     while True:
-        inputs = trainer.inputs() if trainer.images < trainer.ends[trainer.stage] else None
-        while trainer.images < trainer.ends[trainer.stage]:
-            at = trainer.images % trainer.images_per_epoch
-            index = trainer.share(torch.arange(at, at + 12))
-            found = trainer.step(inputs[index], index)
+        inputs = one.inputs() if one.images < one.ends[one.stage] else None
+        while one.images < one.ends[one.stage]:
+            at = one.images % one.images_per_epoch
+            index = one.share(torch.arange(at, at + 12))
+            found = one.step(inputs[index], index)
             losses.append({name: distributed.mean(loss).item() for name, loss in found.items()})
-            check_equal(trainer)
-        if trainer.in_last_stage:
-            return {"losses": losses, "weights": trainer.average.state_dict()}
-        trainer.advance()
-        check_equal(trainer)
+            check_equal(one)
+        if one.in_last_stage:
+            return {"losses": losses, "weights": one.average.state_dict()}
+        one.advance()
+        check_equal(one)
 
 
-def _only(local_batch_norm: bool) -> dict[str, bool]:
-    return {"local_batch_norm": True} if local_batch_norm else {}
-
-
-def check_equal(trainer: Trainer) -> None:
+def check_equal(one: Trainer) -> None:
     """Weights, average and the state of the optimizers are those of all processes, bit for bit."""
     if distributed.size() == 1:
         return
-    tensors = [*trainer.model.state_dict().values(), *trainer.average.state_dict().values()]
-    for optimizer in trainer.optimizers.values():
+    tensors = [*one.model.state_dict().values(), *one.average.state_dict().values()]
+    for optimizer in one.optimizers.values():
         tensors += [value for state in optimizer.state.values() for value in state.values()]
     digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)).hexdigest()
     every: list[Any] = [None] * distributed.size()
@@ -104,6 +107,11 @@ def curves(cases: list[str], out: str) -> None:
     """The curves of models, of one process or several, saved by the first."""
     with distributed.launched():
         found = {case: curve(case) for case in cases}
+        if distributed.size() > 1:
+            curve(cases[0], local_batch_norm=True)
+            model = trainer(cases[0]).model
+            assert "statistics of 5 batch norms" in parallel.communication(model, 0, CPU, 1e-6)
+            assert not parallel.communication(model, 0, CPU, 1e6)
         if distributed.is_main():
             torch.save(found, out)
 
