@@ -2,6 +2,8 @@
 
 import contextlib
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,3 +120,34 @@ def test_a_process_that_does_not_answer_ends_the_others_after_a_time(tmp_path: P
         children[1].send_signal(signal.SIGKILL)
         [line] = errors(children[:1])
         assert "the 2 processes did not come together" in line or "has ended" in line
+
+
+@pytest.mark.long
+def test_torchrun_starts_killed_processes_again_and_any_number_resumes(tmp_path: Path) -> None:
+    """One process of two kills itself in its third step, once; three finish what two have begun."""
+    folder = tmp_path / "r"
+    (tmp_path / "fragile.py").write_text(
+        "import os, signal, sys\n"
+        "from glf_fast import train\n"
+        "from glf_fast.errors import run_command\n"
+        "from glf_fast.training.trainer import Trainer\n"
+        "step = Trainer.step\n"
+        "def fragile(self, *batch):\n"
+        "    if self.images == 378 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, *batch)\n"
+        "Trainer.step = fragile\n"
+        "run_command(train.main)\n"
+    )
+    base = ["--preset", "smoke", "--batch-size", "126", "--checkpoint-minutes", "0", "--score.every", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    for count, script, epochs in ((2, "fragile.py", 1), (3, "plain.py", 2)):
+        (tmp_path / "plain.py").write_text(
+            (tmp_path / "fragile.py").read_text().replace("Trainer.step = fragile\n", "")
+        )
+        command = [*torchrun, str(count), "--max-restarts", "1", str(tmp_path / script), *base, "--epochs", str(epochs)]
+        done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert checkpoint.read_state(folder / "checkpoints" / "last")["images"] == epochs * 12 * 126
+        assert done.stderr.count("error: another process of this job has ended") == (count == 2)
+        assert ("resuming after 378 images" in done.stderr) == (count == 2)
