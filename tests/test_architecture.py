@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "glf_fast"
 
 # The ground: every room may import it, and it imports nothing but itself.
-GROUND = {"errors", "output", "files", "seeds", "images", "page", "progress", "settings", "command_line"}
+GROUND = {"errors", "output", "files", "seeds", "images", "page", "progress", "settings", "command_line", "distributed"}
 # Room → the rooms that it may import.
 ALLOWED = {
     "reference": set(),
