@@ -31,7 +31,7 @@ class AutoregressiveFlow(StackedFlow):
 
     Masked Autoregressive Flow (Papamakarios et al., arXiv:1705.07057): feature d becomes T(x_d; θ_d), whose parameters
     a masked network, MADE (Germain et al., arXiv:1502.03509), makes of the features before it. `log_prob` takes one pass.
-    Sampling takes D passes in other libraries; here the hidden units are sorted by their degree, and on a processor `inverse`
+    Sampling takes D passes in other libraries; here the hidden units are sorted by their degree, and the kernels' `inverse`
     computes each of them once, for the arithmetic of one pass. Both directions have gradients: `Inverse` of this flow is an
     inverse autoregressive flow (Kingma et al., arXiv:1606.04934).
 
@@ -138,7 +138,7 @@ class AutoregressiveFlow(StackedFlow):
         return z, logdet + logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: z (B, D) → x (B, D), logdet (B,). On a processor at the cost of one pass."""
+        """Noise → data: z (B, D) → x (B, D), logdet (B,). In the kernels at the cost of one pass."""
         one = context
         if context is not None or self.context_shape:
             context = self._context("z", z, context)
@@ -267,8 +267,8 @@ def _degrees(config: Mapping[str, Any], widths: Sequence[int]) -> Sequence[Degre
 def _linears(config: Mapping[str, Any], widths: Sequence[int]) -> list[nn.Linear]:
     """Fresh linear layers of one step's network, in the order of `mlp_weights`; the last but the context's starts at zero.
 
-    With softplus a log-scale starts at 0, too: five steps of softplus(0) would begin with a sixth of every feature's size, which
-    costs 0.8 to 1.2 nats after 20 epochs of sbi's training with 2,000 simulations of five parameters.
+    With softplus a log-scale starts at 0, too: five steps of softplus(0) would begin with a sixth of every feature's size,
+    which costs 0.8 to 1.2 nats after 20 epochs of sbi's training with 2,000 simulations of five parameters.
     """
     dim, context_dim, network = config["dim"], config["context_dim"], config["network"]
     columns = Spline(**config["spline"]).columns if config["spline"] else TRANSFORMS[config["transform"]]
