@@ -31,7 +31,7 @@ class AutoregressiveFlow(StackedFlow):
 
     Masked Autoregressive Flow (Papamakarios et al., arXiv:1705.07057): feature d becomes T(x_d; θ_d), whose parameters
     a masked network, MADE (Germain et al., arXiv:1502.03509), makes of the features before it. `log_prob` takes one pass.
-    Sampling takes D passes in other libraries; here the hidden units are sorted by their degree, and on a processor `inverse`
+    Sampling takes D passes in other libraries; here the hidden units are sorted by their degree, and the kernels' `inverse`
     computes each of them once, for the arithmetic of one pass. Both directions have gradients: `Inverse` of this flow is an
     inverse autoregressive flow (Kingma et al., arXiv:1606.04934).
 
@@ -138,7 +138,7 @@ class AutoregressiveFlow(StackedFlow):
         return z, logdet + logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: z (B, D) → x (B, D), logdet (B,). On a processor at the cost of one pass."""
+        """Noise → data: z (B, D) → x (B, D), logdet (B,). In the kernels at the cost of one pass."""
         one = context
         if context is not None or self.context_shape:
             context = self._context("z", z, context)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glf_fast.ops.autoregressive_flow import autograd, cpp, plain
+from glf_fast.ops.autoregressive_flow import autograd, cpp, plain, triton
 from glf_fast.ops.autoregressive_flow.call import Call, CallOptions
 from glf_fast.ops.backends import kernels_for, ordinary
 from glf_fast.ops.checks import (
@@ -27,7 +27,7 @@ from glf_fast.reference import ACTIVATIONS, MASKED_NETWORKS, TRANSFORMS, Spline,
 
 __all__ = ["autoregressive_flow", "autoregressive_flow_inverse", "autoregressive_flow_log_prob"]
 
-KERNELS = (cpp,)  # in the order of preference
+KERNELS = (cpp, triton)  # in the order of preference
 
 
 def autoregressive_flow(
@@ -100,7 +100,7 @@ def autoregressive_flow_inverse(
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: undoes `autoregressive_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
 
-    On a processor at the cost of one pass: as soon as a feature is known, the hidden units that see it, and no others, are
+    In the kernels at the cost of one pass: as soon as a feature is known, the hidden units that see it, and no others, are
     computed. Its gradients cost one pass, too, by the implicit function: a triangular system, solved in the reverse order.
 
     Returns x (B, D) and −Σ log T' (B,).

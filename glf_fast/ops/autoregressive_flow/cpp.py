@@ -10,7 +10,7 @@ from glf_fast.ops.backends import CPP
 from glf_fast.ops.checks import check_fake
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 
-__all__ = ["BACKENDS", "backward", "forward", "refuses", "unchecked"]
+__all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses", "unchecked"]
 
 BACKENDS = (CPP,)
 MAX_LAYERS = 17  # of a network, without the context's own
@@ -34,6 +34,11 @@ def refuses(call: Call) -> str:
     ):
         return "csrc has no such transform, network, activation or log-scale"
     return ""
+
+
+def adapt(call: Call) -> Call:
+    """The call as it is: the products' precision is the state's."""
+    return call
 
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
