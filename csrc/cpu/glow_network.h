@@ -21,25 +21,30 @@ struct GlowSums {
   }
 };
 
-// The parameters as matrices: rows of `first` are (tap, channel) and columns of `last` (tap, output), the taps row by row.
+// The parameters as matrices. Rows of `first` are (tap, channel), taps row by row, and then the taps of the channel of ones; columns
+// of `last` are (tap, output), taps from the last to the first: what a pixel has for its neighbours lies in their order.
 template <class T>
 struct GlowMatrices : GlowSums<T> {
   using GlowSums<T>::taps_in, GlowSums<T>::taps_out, GlowSums<T>::hidden, GlowSums<T>::pixels;
   using GlowSums<T>::first, GlowSums<T>::first_bias, GlowSums<T>::second, GlowSums<T>::second_bias;
   using GlowSums<T>::last, GlowSums<T>::offset;
-  Scratch<T> memory;
+  Scratch<T> memory, inside_memory;
+  T* inside;  // (pixels, 9): 1 where a tap of a pixel is inside of the image, else 0
 
   static idx size(const GlowNetwork<T>& net) {
     const idx N = net.hidden;
     return 9 * (net.channels + 1) * N + N + N * N + N + N * 9 * net.outputs + net.height * net.width * net.outputs;
   }
-  GlowMatrices(const GlowNetwork<T>& net) : GlowSums<T>(net), memory(size(net)) {
+  GlowMatrices(const GlowNetwork<T>& net) : GlowSums<T>(net), memory(size(net)), inside_memory(9 * pixels) {
+    inside = inside_memory.get();
+    std::fill_n(inside, 9 * pixels, T(0));
+    each_inside(net, [&](idx tap, idx p) { inside[p * 9 + tap] = T(1); });
     this->place(memory.get());
     const idx N = hidden, C = net.channels + 1, O = net.outputs;
     for (idx n = 0; n < N; ++n) {
       const T one = std::exp(net.first_log_scale[n]), two = std::exp(net.second_log_scale[n]);
       for (idx c = 0; c < C; ++c)
-        for (idx tap = 0; tap < 9; ++tap) first[(tap * C + c) * N + n] = net.first[(n * C + c) * 9 + tap] * one;
+        for (idx tap = 0; tap < 9; ++tap) first[row(tap, c, C) * N + n] = net.first[(n * C + c) * 9 + tap] * one;
       for (idx m = 0; m < N; ++m) second[m * N + n] = net.second[n * N + m] * two;
       first_bias[n] = net.first_bias[n] * one;
       second_bias[n] = net.second_bias[n] * two;
@@ -47,11 +52,14 @@ struct GlowMatrices : GlowSums<T> {
     for (idx o = 0; o < O; ++o) {
       const T gain = std::exp(net.gain_factor * net.log_gain[o]);
       for (idx n = 0; n < N; ++n)
-        for (idx tap = 0; tap < 9; ++tap) last[n * taps_out + tap * O + o] = net.last[(o * N + n) * 9 + tap] * gain;
+        for (idx tap = 0; tap < 9; ++tap) last[n * taps_out + (8 - tap) * O + o] = net.last[(o * N + n) * 9 + tap] * gain;
       for (idx p = 0; p < pixels; ++p) offset[p * O + o] = net.bias[o] * gain;
       each_inside(net, [&](idx tap, idx p) { offset[p * O + o] += net.edge[o * 9 + tap] * gain; });
     }
   }
+
+  // Row of `first` of a tap and a channel; the last of C channels is that of ones.
+  static idx row(idx tap, idx c, idx C) { return c + 1 == C ? 9 * (C - 1) + tap : tap * (C - 1) + c; }
 
   // Calls f(tap, pixel) for every tap of a pixel that is inside of the image.
   template <class F>
@@ -72,7 +80,7 @@ struct GlowMatrices : GlowSums<T> {
       T scale_one = of.first_bias[n] * first_bias[n], scale_two = of.second_bias[n] * second_bias[n];
       for (idx c = 0; c < C; ++c)
         for (idx tap = 0; tap < 9; ++tap) {
-          const idx at = (tap * C + c) * N + n;
+          const idx at = row(tap, c, C) * N + n;
           to.first[(n * C + c) * 9 + tap] = of.first[at] * one;
           scale_one += of.first[at] * first[at];
         }
@@ -88,7 +96,7 @@ struct GlowMatrices : GlowSums<T> {
       T scale = 0, sum = 0;
       for (idx n = 0; n < N; ++n)
         for (idx tap = 0; tap < 9; ++tap) {
-          const idx at = n * taps_out + tap * O + o;
+          const idx at = n * taps_out + (8 - tap) * O + o;
           to.last[(o * N + n) * 9 + tap] = of.last[at] * gain;
           scale += of.last[at] * last[at];
         }
@@ -111,7 +119,7 @@ struct ConvolutionTile {
   const GlowMatrices<T>& matrices;
   idx pixels, taps_in, taps_out;
   idx ld_in, ld_hidden, ld_out;
-  T *unfolded, *first, *second, *products, *panel;
+  T *unfolded, *first, *second, *products, *panel, *padded;
 
   ConvolutionTile(const GlowNetwork<T>& n, const GlowMatrices<T>& m) : net(n), matrices(m) {
     constexpr idx L = lanes<T>;
@@ -122,7 +130,7 @@ struct ConvolutionTile {
   idx size() const {
     constexpr idx L = lanes<T>;
     const idx widest = std::max(taps_in, std::max(idx(net.hidden), taps_out));
-    return pixels * (ld_in + 2 * ld_hidden + ld_out) + (round_up(widest, L) + 1) * NR * L + 5 * L;
+    return pixels * (ld_in + 2 * ld_hidden + ld_out) + (round_up(widest, L) + 1) * NR * L + 7 * L + padding();
   }
   void place(T* memory) {
     constexpr idx L = lanes<T>;
@@ -130,44 +138,50 @@ struct ConvolutionTile {
     first = unfolded + pixels * ld_in + L;
     second = first + pixels * ld_hidden + L;
     products = second + pixels * ld_hidden + L;
-    panel = products + pixels * ld_out + L;
+    padded = products + pixels * ld_out + L;
+    panel = padded + padding() + L;
+  }
+  // Elements of an image, with a border of one pixel and a vector behind.
+  idx padding() const {
+    return (net.height + 2) * (net.width + 2) * std::max(net.channels, net.outputs) + lanes<T>;
   }
 
-  // Calls f(tap, pixel, pixel at the tap's offset, pixels) for all stretches of pixels whose neighbour is in the image.
-  template <class F>
-  void each_tap(F f) const {
-    for (idx tap = 0; tap < 9; ++tap) {
-      const idx dy = tap / 3 - 1, dx = tap % 3 - 1;
-      const idx from = std::max<idx>(0, -dx), to = std::min<idx>(net.width, net.width - dx);
-      for (idx y = std::max<idx>(0, -dy); y < std::min<idx>(net.height, net.height - dy); ++y)
-        if (to > from) f(tap, y * net.width + from, (y + dy) * net.width + from + dx, to - from);
-    }
-  }
-
-  // Row p of `into` has the 9 neighbours of pixel p, or those on the opposite sides, and zeros outside of the image; with `ones`,
-  // of an image with one more channel of ones.
-  void unfold(const T* image, idx channels, T* into, idx ld, bool opposite, bool ones) const {
-    std::fill_n(into, pixels * ld, T(0));
-    each_tap([&](idx tap, idx at, idx neighbour, idx count) {
-      if (opposite) std::swap(at, neighbour);
-      for (idx i = 0; i < count; ++i) {
-        T* row = into + (at + i) * ld + tap * (channels + ones);
-        std::copy_n(image + (neighbour + i) * channels, channels, row);
-        if (ones) row[channels] = T(1);
+  // Row p of `into` has the 9 neighbours of pixel p, zeros where there are none, and with `ones` those of a channel of ones. Whole
+  // vectors are copied: what they write too much is overwritten by the next.
+  void unfold(const T* image, idx channels, T* into, idx ld, bool ones) const {
+    constexpr idx L = lanes<T>;
+    const idx row = (net.width + 2) * channels, three = 3 * channels;
+    std::fill_n(padded, (net.height + 2) * row + L, T(0));
+    for (idx y = 0; y < net.height; ++y)
+      std::copy_n(image + y * net.width * channels, net.width * channels, padded + (y + 1) * row + channels);
+    const T* inside = matrices.inside;
+    for (idx y = 0; y < net.height; ++y)
+      for (idx x = 0; x < net.width; ++x, into += ld, inside += 9) {
+        for (idx dy = 0; dy < 3; ++dy)
+          for (idx i = 0; i < three; i += L)
+            store(into + dy * three + i, load(padded + (y + dy) * row + x * channels + i));
+        if (ones) std::copy_n(inside, 9, into + 3 * three);
       }
-    });
   }
 
   // The adjoint of `unfold`: adds to each pixel of the image what its neighbours hold for it.
-  void fold(const T* from, idx channels, idx ld, T* image, bool opposite, bool ones) const {
-    each_tap([&](idx tap, idx at, idx neighbour, idx count) {
-      if (opposite) std::swap(at, neighbour);
-      for (idx i = 0; i < count; ++i) {
-        const T* row = from + (at + i) * ld + tap * (channels + ones);
-        T* pixel = image + (neighbour + i) * channels;
-        for (idx c = 0; c < channels; ++c) pixel[c] += row[c];
-      }
-    });
+  void fold(const T* from, idx channels, idx ld, T* image) const {
+    constexpr idx L = lanes<T>;
+    const idx row = (net.width + 2) * channels, three = 3 * channels, whole = three / L * L;
+    T keep[L];  // of the last vector: zeros are added to what lies behind
+    for (idx i = 0; i < L; ++i) keep[i] = whole + i < three ? T(1) : T(0);
+    const mask<T> kept = load(keep) != vec<T>{};
+    std::fill_n(padded, (net.height + 2) * row + L, T(0));
+    for (idx y = 0; y < net.height; ++y)
+      for (idx x = 0; x < net.width; ++x, from += ld)
+        for (idx dy = 0; dy < 3; ++dy) {
+          const T* source = from + dy * three;
+          T* to = padded + (y + dy) * row + x * channels;
+          for (idx i = 0; i < whole; i += L) store(to + i, load(to + i) + load(source + i));
+          if (whole < three) store(to + whole, load(to + whole) + (kept ? load(source + whole) : vec<T>{}));
+        }
+    for (idx y = 0; y < net.height; ++y)
+      for (idx i = 0; i < net.width * channels; ++i) image[y * net.width * channels + i] += padded[(y + 1) * row + channels + i];
   }
 
   // Both hidden layers of an image.
@@ -176,7 +190,7 @@ struct ConvolutionTile {
       for (idx m = 0; m < rows; ++m)
         for (idx j = 0; j < cols; ++j) block[m * ld + j] = block[m * ld + j] > T(0) ? block[m * ld + j] : T(0);
     };
-    unfold(x, net.channels, unfolded, ld_in, false, true);
+    unfold(x, net.channels, unfolded, ld_in, true);
     multiply(pixels, idx(net.hidden), taps_in, unfolded, ld_in, matrices.first, false, first, ld_hidden, matrices.first_bias, panel, relu);
     multiply(pixels, idx(net.hidden), idx(net.hidden), first, ld_hidden, matrices.second, false, second, ld_hidden, matrices.second_bias, panel,
              relu);
@@ -186,14 +200,13 @@ struct ConvolutionTile {
     hidden(x);
     multiply<T>(pixels, taps_out, idx(net.hidden), second, ld_hidden, matrices.last, false, products, ld_out, nullptr, panel);
     std::copy_n(matrices.offset, pixels * net.outputs, out);
-    // out[p] = Σ over taps of h₂[p + tap]·W₃[tap]: what pixel q = p + tap has for it.
-    fold(products, net.outputs, ld_out, out, true, false);
+    fold(products, net.outputs, ld_out, out);
   }
 
   void backward(const T* x, const T* grad_out, T* grad_x, const GlowSums<T>& to, bool accumulate) {
     const idx N = net.hidden;
     hidden(x);
-    unfold(grad_out, net.outputs, products, ld_out, true, false);
+    unfold(grad_out, net.outputs, products, ld_out, false);
     outer_sum(pixels, N, taps_out, second, ld_hidden, products, ld_out, to.last, accumulate);
     through_relu(products, ld_out, taps_out, matrices.last, second);
     outer_sum(pixels, N, N, first, ld_hidden, second, ld_hidden, to.second, accumulate);
@@ -203,7 +216,7 @@ struct ConvolutionTile {
     column_sum(pixels, N, T(1), first, ld_hidden, to.first_bias, accumulate);
     multiply<T>(pixels, taps_in, N, first, ld_hidden, matrices.first, true, unfolded, ld_in, nullptr, panel);
     std::fill_n(grad_x, pixels * net.channels, T(0));
-    fold(unfolded, net.channels, ld_in, grad_x, false, true);
+    fold(unfolded, net.channels, ld_in, grad_x);
     for (idx i = 0; i < pixels * net.outputs; ++i) to.offset[i] = grad_out[i] + (accumulate ? to.offset[i] : T(0));
   }
 

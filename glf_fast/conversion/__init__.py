@@ -21,11 +21,12 @@ __all__ = ["ConversionError", "convert"]
 
 
 def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
-    """A flow of normflows, nflows, zuko or FrEIA as a `glf_fast.Flow`: the same density, several times faster.
+    """A flow of normflows, nflows, zuko, pyro or FrEIA as a `glf_fast.Flow`: the same density, several times faster.
 
     The flow may be trained or fresh, with context or without; it is not changed. The result is a `CouplingFlow`, an
-    `AutoregressiveFlow`, or a `SequentialFlow` of those and of the library's own layers where a layer cannot be fused. On images the networks stay the library's (copies), and everything else becomes one
-    operation a coupling and one product between two; noise of another shape, squeezed or flat, gets the data's.
+    `AutoregressiveFlow`, or a `SequentialFlow` of those and of the library's own layers where a layer cannot be fused. On
+    images the networks stay the library's (copies), and everything else becomes one operation a coupling and one product
+    between two; noise of another shape, squeezed or flat, gets the data's.
 
     The result trains what the library's flow trains (a matrix made of fewer numbers than it has entries, as nflows' QR
     and SVD, becomes free), and keeps dtype, device, `requires_grad` and train or eval mode. Constants are read from the
@@ -35,7 +36,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     inverse, and the gradients of inputs and of all parameters, to 1e-6.
 
     Args:
-        flow: a flow of one of the four libraries, on vectors or images (C, H, W).
+        flow: a flow of one of these libraries, on vectors or images (C, H, W).
         context: an example (B, …) of its context, one row or more, with which the two flows are compared. Needed only
             where no layer of the flow says what a context is: an embedding net that starts with a convolution, or that
             takes classes, or a network of one's own on images.

@@ -58,8 +58,8 @@ class Replaced:
     first: str
     last: str
     couplings: int  # in those layers, and autoregressive ones
-    # What computes them now, and how many: CouplingFlows and AutoregressiveFlows, one launch each, or couplings with the library's own networks; and
-    # "affine", linear layers and ActNorms beside those, which fold into none of them.
+    # What computes them now, and how many: CouplingFlows and AutoregressiveFlows, one launch each, or couplings with the
+    # library's own networks; and "affine", linear layers and ActNorms beside those, which fold into none of them.
     into: dict[str, int]
     lost: str  # what they did in training mode alone, dropout say, and no longer do
     reparametrised: (
@@ -112,7 +112,7 @@ class Report:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Replace what can be fused in the flows of normflows, nflows, zuko and FrEIA anywhere in `model`, in place.
+    """Replace what can be fused in the flows of normflows, nflows, zuko, pyro and FrEIA anywhere in `model`, in place.
 
     The library's flow keeps its class, its base distribution and all its methods; every run of its layers that the
     kernels cover becomes one layer that computes the same. Each run is compared with the original in float64 before it is
@@ -136,7 +136,7 @@ def accelerate(model: nn.Module) -> Report:
         >>> report = accelerate(torch.nn.Linear(2, 2))
         >>> print(report)
         Nothing was replaced.
-        There is no flow of normflows, nflows, zuko or FrEIA in this model.
+        There is no flow of normflows, nflows, zuko, pyro or FrEIA in this model.
     """
     if not isinstance(model, nn.Module):
         hint = ": give its posterior_estimator" * hasattr(model, "posterior_estimator")  # type: ignore[unreachable]

@@ -169,6 +169,7 @@ def copied(module: nn.Module) -> nn.Module:
     for part in module.modules():
         for value in vars(part).values():
             held = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, nn.Module) else ()
+            held = value if isinstance(value, tuple) else held
             for tensor in (value, *held):
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()

@@ -267,8 +267,8 @@ def _degrees(config: Mapping[str, Any], widths: Sequence[int]) -> Sequence[Degre
 def _linears(config: Mapping[str, Any], widths: Sequence[int]) -> list[nn.Linear]:
     """Fresh linear layers of one step's network, in the order of `mlp_weights`; the last but the context's starts at zero.
 
-    With softplus a log-scale starts at 0, too: five steps of softplus(0) would begin with a sixth of every feature's size, which
-    costs 0.8 to 1.2 nats after 20 epochs of sbi's training with 2,000 simulations of five parameters.
+    With softplus a log-scale starts at 0, too: five steps of softplus(0) would begin with a sixth of every feature's size,
+    which costs 0.8 to 1.2 nats after 20 epochs of sbi's training with 2,000 simulations of five parameters.
     """
     dim, context_dim, network = config["dim"], config["context_dim"], config["network"]
     columns = Spline(**config["spline"]).columns if config["spline"] else TRANSFORMS[config["transform"]]

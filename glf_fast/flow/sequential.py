@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.base import Flow
 from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.fixed_linear import FixedLinear
-from glf_fast.flow.folding import InOrder, Product, Step, assembled, folded
+from glf_fast.flow.folding import AssembledProducts, InOrder, Product, Step, assembled, folded
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.reversible import check_reversible, run_reversible
 from glf_fast.flow.split import Split
@@ -71,6 +72,7 @@ class SequentialFlow(Flow):
         super().__init__(event_shape, context_dim, context_shape=context_shape)
         self.layers = nn.ModuleList(layers)
         self.reversible = reversible
+        self._products = AssembledProducts()
         if reversible:
             check_reversible(self.layers)
         self._noise_shapes()  # raises an error for shapes that cannot be squeezed or split
@@ -88,7 +90,9 @@ class SequentialFlow(Flow):
         if shapes:
             pieces = z.flatten(1).split([math.prod(shape) for shape in shapes], 1)
             *factored_out, z = (piece.view(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True))
-        return run_layers(self.layers, z, context, factored_out, inverse=True, reversible=self.reversible)
+        return run_layers(
+            self.layers, z, context, factored_out, inverse=True, reversible=self.reversible, assemble=self._products.get
+        )
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) = log N(z; 0, I) + logdet in nats, (B,). The last layer computes log N if it has a `log_prob`."""
@@ -110,7 +114,9 @@ class SequentialFlow(Flow):
         self._check_event("x", x)
         context = self._expand_context(context, len(x))
         factored_out: list[Tensor] = []
-        z, logdet = run_layers(layers, x, context, factored_out, inverse=False, reversible=self.reversible)
+        z, logdet = run_layers(
+            layers, x, context, factored_out, inverse=False, reversible=self.reversible, assemble=self._products.get
+        )
         if self._noise_shapes():
             z = torch.cat([piece.flatten(1) for piece in (*factored_out, z)], 1).view(x.shape)
         return z, logdet
@@ -137,14 +143,15 @@ def run_layers(
     *,
     inverse: bool,
     reversible: bool = False,
+    assemble: Callable[..., Any] = assembled,
 ) -> tuple[Tensor, Tensor]:
     """The layers on x (B, D, …), the last one first if `inverse`: output, logdet (B,).
 
     What a `Split` factors out is appended to `factored_out`, and taken from its end if `inverse`. With `reversible`, runs of
-    layers that keep the shape of x have a backward that rebuilds their activations.
+    layers that keep the shape of x have a backward that rebuilds their activations. `assemble` is `assembled`, or a cache.
     """
     steps = folded(layers, inverse=inverse)
-    maps, logabsdets = assembled(steps, inverse=inverse)
+    maps, logabsdets = assemble(steps, inverse=inverse)
     pixels: dict[int, int] = {}
     logdets: list[Tensor] = []
     convolves = any(isinstance(step, Coupling | InOrder) for step in steps)

@@ -88,8 +88,8 @@ def maf(
     """A builder of masked autoregressive estimators of q(θ | x), for the argument `density_estimator` of sbi's NPE.
 
     By default a flow of the kind and size of sbi's own "maf": five transforms, each with a masked network of three hidden
-    layers of 50 tanh units, to the first of which the context is added. Between them the order of the features is reversed, where
-    sbi draws permutations, which may leave it as it is.
+    layers of 50 tanh units, to the first of which the context is added. Between the transforms the order of the features is
+    reversed, where sbi draws permutations, which may leave it as it is.
 
     Args:
         steps, hidden, **options: arguments of `glf_fast.AutoregressiveFlow`. `transform="spline"` is the kind of sbi's

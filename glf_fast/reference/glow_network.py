@@ -27,7 +27,7 @@ def glow_network(
 
         h₁ = relu((conv 3 × 3 of [x, 1] + b₁)·e^s₁),  h₂ = relu((conv 1 × 1 of h₁ + b₂)·e^s₂).
 
-    `x` (B, C, H, W); `first` (N, C + 1, 3, 3), `second` (N, N, 1, 1), `last` (O, N, 3, 3); b and s (N,); `edge` (O, 3, 3) are the
+    `x` (B, C, H, W); `first` (N, C + 1, 3, 3), `second` (N, N, 1, 1), `last` (O, N, 3, 3); b and s (N,); `edge` (O, 3, 3): the
     weights of the channel of ones beside h₂; `bias` and `log_gain` g (O,); γ is `gain_factor`. Images are padded with zeros, so
     that the channels of ones show where the image ends. Returns (B, O, H, W).
 

@@ -299,6 +299,8 @@ def test_random_compositions(seed: int) -> None:
         lambda: T.InverseTransform(T.CompositeTransform([T.LULinear(dim), coupling(dim, context, draw(9))])),
         lambda: T.CompositeTransform([actnorm(dim), T.ReversePermutation(dim)]),
         lambda: T.HouseholderSequence(dim, 2),
+        lambda: T.MaskedAffineAutoregressiveTransform(dim, 6, context or None, use_residual_blocks=False),
+        lambda: T.InverseTransform(T.MaskedAffineAutoregressiveTransform(dim, 6, context or None)),
     ]
     made = flow(dim, coupling(dim, context, 0), *[kinds[draw(len(kinds))]() for _ in range(8)])
     with torch.no_grad():

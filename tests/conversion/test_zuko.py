@@ -157,7 +157,7 @@ def test_what_stays_as_it_is_says_why(library, tools) -> None:
             ),
             "base distribution BoxUniform",
         ),
-        (lambda: nn.Linear(2, 2), "Linear is no flow of normflows, nflows, zuko or FrEIA"),
+        (lambda: nn.Linear(2, 2), "Linear is no flow of normflows, nflows, zuko, pyro or FrEIA"),
     ],
 )
 def test_refusals_name_layer_and_reason(flow, message: str) -> None:
