@@ -14,9 +14,10 @@ RUN := $(VENV)/bin/python
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
 
-# One process per core, each with one thread: the tests are many and small. ARGS="-m long" runs those that take minutes.
+# One process per core, each with one thread: the tests are many and small. Each process begins with neighbours, which share
+# what is imported, compiled and trained for them, and takes the others' when it has none. ARGS="-m long" runs those that take minutes.
 test: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal $(ARGS)
 
 # Half an hour on two cores: kills, failing disks, damaged files and odd input, and a table of what became of them.
 # ARGS="--only kills --minutes 5"; what went wrong is printed with the command that repeats it.

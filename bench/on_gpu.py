@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bench import assemble, coupling, flows, linear, memory, splines, training
+from bench import assemble, autoregressive, coupling, flows, linear, memory, splines, training
 from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, SMALL_BATCH, SPLINES, CouplingCase, FlowCase
 from bench.gpu_record import untimed
 from bench.libraries import LIBRARIES
@@ -104,6 +104,15 @@ def _splines() -> Iterator[Race]:
             yield race("spline", case, mode, splines.PROVIDERS, splines.PROVIDERS)
 
 
+def _autoregressive() -> Iterator[Race]:
+    """sbi's default estimator: a training batch, and as many posterior samples as its tutorials draw."""
+    for name, modes in (("sbi-maf", DENSITIES), ("sbi-maf-10000", ("log_prob", "sample"))):
+        for mode in modes:
+            case, providers = autoregressive.CASES[name], autoregressive.PROVIDERS
+            names = (*WITH_GRAPHS, "nflows", "zuko")
+            yield race("flow", case, mode, providers, names, precision="high", label=f"{mode}, {PRECISIONS['high']}")
+
+
 def _linear(counts: Sequence[int], dims: Sequence[int], names: Sequence[str] = DENSE) -> Iterator[Race]:
     for count in counts:
         for dim in dims:
@@ -182,6 +191,7 @@ GROUPS: dict[str, Callable[[], Iterator[Race]]] = {
     ),
     "coupling-compiled": partial(_couplings, tuple(coupling.PROVIDERS)),
     "splines": _splines,
+    "autoregressive": _autoregressive,
     "memory-more": partial(_memory, 32, 16),
     "depth": partial(_flows, DEPTH.values(), ("train",), OURS_AND_EAGER, suite="depth"),
     "bf16": partial(_flows, NAMED, FLOW_MODES, OURS_AND_EAGER, "medium"),
@@ -197,8 +207,8 @@ FIRST: dict[str, float] = {"named": 30, "batches": 18, "compiled": 57, "large": 
 # Of 130. "cut" is what the first call has no time of; the goals' rows follow, once more for the spread.
 SECOND: dict[str, float] = {
     "cut": 20, "named": 22, "compiled-more": 35, "large": 15, "linear": 6, "coupling": 6, "grid": 10, "train_step": 16,
-    "wide": 6, "step": 4, "layers": 6, "linear-more": 6, "coupling-compiled": 6, "splines": 9, "memory-more": 3, "depth": 4,
-    "bf16": 4, "float32": 4, "libraries": 8, "launches": 4, "compiled": 1, "batches": 1,
+    "wide": 6, "step": 4, "layers": 6, "linear-more": 6, "coupling-compiled": 6, "splines": 9, "autoregressive": 6,
+    "memory-more": 3, "depth": 4, "bf16": 4, "float32": 4, "libraries": 8, "launches": 4, "compiled": 1, "batches": 1,
 }  # fmt: skip
 
 Shrink = Callable[[Iterable[Race]], Iterable[Race]]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.assemble import PluCase
+from bench.autoregressive import AutoregressiveCase
 from bench.cases import CouplingCase, FlowCase, SplineCase
 from bench.linear import AppliedCase, LinearCase
 from bench.memory import MemoryCase
@@ -109,6 +110,7 @@ copy_bandwidth = bandwidth
 
 SMALL: dict[type, Callable[[Any], Case]] = {
     FlowCase: lambda case: replace(case, steps=2, batch=min(case.batch, 8)),
+    AutoregressiveCase: lambda case: replace(case, dim=3, hidden=(5,), steps=1, batch=4),
     CouplingCase: lambda case: replace(case, shape=(2, 4, 4, 4)),
     SplineCase: lambda case: replace(case, batch=4),
     LinearCase: lambda case: replace(case, count=3, dim=case.dim // 4),

@@ -41,6 +41,7 @@ struct __attribute__((visibility("hidden"))) Networks {  // as torch::stable::Te
     f.kind = static_cast<glf::Kind>(coupling);
     if (f.kind == glf::Kind::spline) f.spline = spline_of<T>(spline);
     f.network = static_cast<glf::Network>(network);
+    STD_TORCH_CHECK(f.network != glf::Network::skip, "glf_fast: a coupling flow has no network of this kind");
     f.networks = networks_of(f.kind);
     const bool apart = f.networks > 1, residual = f.network == glf::Network::residual;
     STD_TORCH_CHECK(!residual || (!apart && f.layers >= 2 && (f.layers - 2) % f.layers_of_block() == 0),

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args
 import torch
 import tyro
 
+from glf_fast import distributed
 from glf_fast.errors import UserError, did_you_mean
 from glf_fast.settings import check_integers
 
@@ -109,15 +110,20 @@ def _as_list(error: str, arguments: Sequence[str]) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; for "" the GPU if there is one, else the CPU.
+    """The device called `name`; for "" the GPU if there is one, else the CPU. Of several processes each has a GPU of its own.
 
     Raises:
-        UserError: the device does not exist, or holds no values, like meta.
+        UserError: the device does not exist, or holds no values, like meta, or several processes would share it.
     """
     if not name:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return distributed.own_device() if name == "cuda" and distributed.size() > 1 else torch.device(name)
     try:
         device = torch.device(name)
+        if distributed.size() > 1 and device.type == "cuda":
+            if ":" in name:
+                raise RuntimeError("each process has a GPU of its own, by its number")
+            device = distributed.own_device()
         if device.type == "cpu" and device.index:
             raise RuntimeError("the CPU is one device, cpu")  # torch takes any number
         torch.zeros(1, device=device).item()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from glf_fast import data
+from glf_fast import data, distributed
 from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, check_text, run_command
 from glf_fast.training import comparison, comparison_page
@@ -45,6 +45,11 @@ class Command:
 
 def main() -> None:
     """Run the command."""
+    with distributed.launched():
+        _compare()
+
+
+def _compare() -> None:
     command = parse(Command, sys.argv[1:], "glf_fast.compare")
     names = tuple(dict.fromkeys(name.strip() for name in command.models.split(",") if name.strip())) or rows()
     plan = Plan(names, command.data, command.size, command.epochs, command.seeds, command.out)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from glf_fast import data
+from glf_fast import data, distributed
 from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, run_command
 from glf_fast.training import checkpoint, report, runs
@@ -45,6 +45,11 @@ class Command:
 
 def main() -> None:
     """Run the command."""
+    with distributed.launched():
+        _evaluate()
+
+
+def _evaluate() -> None:
     command = parse(Command, sys.argv[1:], "glf_fast.evaluate")
     config, device = runs.read_config(command.run), pick_device(command.device)
     which = runs.pick_checkpoint(command.run, command.checkpoint)

@@ -12,6 +12,8 @@ from types import FrameType, TracebackType
 
 from tqdm import tqdm
 
+from glf_fast import distributed
+
 __all__ = ["Progress", "Stop", "stop_on_signals"]
 
 # Seconds between two lines where there is no terminal.
@@ -78,6 +80,9 @@ class Stop:
 def stop_on_signals(*numbers: int) -> Iterator[Stop]:
     """Inside the block, the first of these signals only sets the yielded `Stop`; a second one acts as usual.
 
+    Under torchrun a second one, and one after the block, changes nothing: torchrun, the terminal and Slurm all send the same
+    signal to every process.
+
     Python handles signals in its main thread, so that in another thread nothing is set.
     """
     stop = Stop()
@@ -88,6 +93,8 @@ def stop_on_signals(*numbers: int) -> Iterator[Stop]:
 
     def note(number: int, frame: FrameType | None) -> None:
         stop.signal = number
+        if distributed.together():
+            return
         for known, handler in before.items():
             signal.signal(known, handler)
 
@@ -97,4 +104,4 @@ def stop_on_signals(*numbers: int) -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if stop.signal and distributed.together() else handler)

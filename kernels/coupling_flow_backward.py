@@ -33,16 +33,12 @@ from glf_fast.kernels.launch_table import Launch, launch_for
 from glf_fast.kernels.math import log_scale, log_scale_slope
 from glf_fast.kernels.mlp import hidden_layers, mlp, mlp_backward, mlp_backward_of_memory
 from glf_fast.kernels.packing import pack
+from glf_fast.kernels.portions import bmm, multiprocessors, over_rows, portions
 from glf_fast.kernels.spline_coupling import spline_coupling_backward
 from glf_fast.kernels.sums import column_sums
 from glf_fast.kernels.tiles import affine, keep_columns, load_bias, load_halves, load_map, store_halves, store_tile
 
-__all__ = ["WORKSPACE_BYTES", "flow_backward", "flow_backward_kernel", "portions"]
-
-# What a launch may use for hidden layers and gradients: about the L2 cache of an H100 or H200 (50, 60 MB), and less than
-# the saved inputs of the flow whose memory is measured (67 MB at D 64, K 64, B 4,096). At 256 MiB for all steps that flow took
-# 725 MB in training, and eager 781.
-WORKSPACE_BYTES = 48 << 20
+__all__ = ["flow_backward", "flow_backward_kernel"]
 
 
 @triton.jit(do_not_specialize=["density", "more", "rows", "batch", "steps"])
@@ -225,7 +221,7 @@ def flow_backward(
     columns = constants["COLUMNS"]
     stride = constants["ROW_STRIDE"]
     how = how or launch_for(True, dim, widths, options.mlp_precision, batch, grad_out.device, options.spline)
-    processors = _multiprocessors(grad_out.device)
+    processors = multiprocessors(grad_out.device)
     saved = unmatrix is None
     given = saved and not options.inverse  # the forward direction has its maps' inputs already where they were saved
     row_bytes = 2 * stride * dtype.itemsize + (1 if given else 2) * dim * grad_out.itemsize
@@ -266,7 +262,7 @@ def flow_backward(
             )  # fmt: skip
             if of_context and context is not None:
                 rows_of_context = weights[0][these, dim - dim // 2 :].mT.to(dtype)
-                found = _bmm(slopes[..., : widths[0]], rows_of_context).sum(0)
+                found = bmm(slopes[..., : widths[0]], rows_of_context).sum(0)
                 grad_context[here] = found if last else grad_context[here] + found
             if sums is None:
                 continue
@@ -275,7 +271,7 @@ def flow_backward(
             inputs += [hidden[..., at : at + n] for at, n in zip(columns, widths, strict=False)]
             slopes_of = [slopes[..., at : at + w.shape[2]] for at, w in zip(columns, weights, strict=True)]
             pairs = [(map_in, map_grad), *zip(inputs, slopes_of, strict=True)]
-            found_here = [_over_rows(a, b, processors) for a, b in pairs]
+            found_here = [over_rows(a, b, processors) for a, b in pairs]
             if count == steps and rows == batch:
                 products = found_here
                 continue
@@ -292,47 +288,3 @@ def flow_backward(
         offset_grad = -torch.bmm(offset_grad.unsqueeze(1), matrix.mT).squeeze(1)
     found = [products[0], offset_grad, *([logabsdet_grad] if density else []), *products[1:], *bias_grads]
     return [grad_x, grad_context, *found]
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def portions(batch: int, steps: int, row_bytes: int, how: Launch, processors: int) -> tuple[int, int]:
-    """Rows and steps of one launch, whose workspace takes `row_bytes` for each row and step: WORKSPACE_BYTES if it can be.
-
-    Rows come first, a program for every place on a multiprocessor (a wave), then as many steps as fit beside them, and where
-    all steps do, further waves. A wave of a single step takes what it takes, some 24 MB at D 64, H 256.
-    Programs use up to 255 registers a thread: two of 4 warps have place in 65,536, or one of 8.
-    """
-    wave = how.rows * processors * max(1, 8 // how.num_warps)
-    rows = min(max(batch, 1), wave)
-    group = min(steps, max(1, WORKSPACE_BYTES // (row_bytes * rows)))
-    if group == steps:
-        rows = max(rows, min(batch, WORKSPACE_BYTES // (row_bytes * steps * wave) * wave))
-    slabs = triton.cdiv(max(batch, 1), rows)
-    # Portions of equal size: 8 slabs of 8,192 rows, not 7 of 8,448 and a small one.
-    rows = triton.cdiv(triton.cdiv(max(batch, 1), slabs), how.rows) * how.rows
-    return min(rows, max(batch, 1)), triton.cdiv(steps, triton.cdiv(steps, group))
-
-
-def _over_rows(a: Tensor, b: Tensor, processors: int) -> Tensor:
-    """aᵀ b (K, n, m) of a (K, rows, n) and b (K, rows, m).
-
-    A batched product works on tiles of its results, 128 × 128 of them a multiprocessor: 8 at D 64, K 8 and 32 at H 256, for
-    the 132 of an H200. Where that leaves most of them idle, and rows are thousands, parts of the rows are added up.
-    """
-    (steps, rows, n), m = a.shape, b.shape[2]
-    most = min(processors // (steps * -(-n // 128) * -(-m // 128)), rows // 1024)
-    parts = 1
-    while 2 * parts <= most and rows % (2 * parts) == 0:
-        parts *= 2
-    if parts == 1:
-        return _bmm(a.mT, b)
-    a, b = (t.unflatten(1, (parts, -1)).flatten(0, 1) for t in (a, b))  # (K·parts, rows/parts, …)
-    return _bmm(a.mT, b).unflatten(0, (steps, parts)).sum(1)
-
-
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product with a float32 result, whatever the operands: float32 ones follow PyTorch's matmul precision."""
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else torch.bmm(a, b)

@@ -114,6 +114,8 @@ def log_scale(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
         return u / (1.0 + tl.abs(u / CONSTANT))
     elif LOG_SCALE == "jet":
         return 0.6931471805599453 + log_sigmoid(u)
+    elif LOG_SCALE == "clamp":
+        return tl.where(u < -5.0, -5.0, tl.where(u > 3.0, 3.0, u))
     else:
         tl.static_assert(LOG_SCALE == "softplus")
         return tl.log(CONSTANT - log_sigmoid(-u))
@@ -125,7 +127,7 @@ def log_scale_slope(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
     if LOG_SCALE == "tanh":
         ratio = tanh(u / CONSTANT)
         return 1.0 - ratio * ratio
-    elif LOG_SCALE == "exp":
+    elif LOG_SCALE == "exp" or LOG_SCALE == "clamp":  # of clamp the gradient passes the bounds
         return u * 0.0 + 1.0
     elif LOG_SCALE == "glow":
         return sigmoid(-(u + CONSTANT))

@@ -16,7 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
-        interpreter.patch_once_a_launch()
+        interpreter.quicken()
 os.environ["GLF_FAST_POISON"] = "1"  # what the processor's kernels leave unwritten is NaN; read at their first call
 
 from glf_fast.data import weights

@@ -1,9 +1,9 @@
 """A few small calls of every kernel, for compute-sanitizer: `compute-sanitizer --tool memcheck python tools/gpu_sanitized.py`.
 
 Affine flows of registers (D 20) and of staged maps (D 96), with staged hidden layers, and spline flows: forward, inverse and
-both backwards. PLU layers that end within a patch; dense matrices for a warp, for two rows a lane and for a block; the
-elementwise coupling. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation, and what lies beyond it is seen.
-Results are looked at only for being finite: tests/gpu has the values.
+both backwards. Autoregressive flows in both directions. PLU layers that end within a patch; dense matrices for a warp, for two
+rows a lane and for a block; the elementwise coupling. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation, and
+what lies beyond it is seen. Results are looked at only for being finite: tests/gpu has the values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from glf_fast import CouplingFlow, ops, use_backend
+from glf_fast import AutoregressiveFlow, CouplingFlow, ops, use_backend
 
 __all__ = ["main"]
 
@@ -35,6 +35,13 @@ def calls(device: str) -> Iterable[Iterable[Tensor]]:
         yield torch.autograd.grad(z.sum() + logdet.sum(), [x])
         with torch.no_grad():
             yield flow.inverse(torch.randn(ROWS, dim, device=device))
+    for transform in ("affine", "spline"):
+        torch.manual_seed(0)
+        flow = AutoregressiveFlow(2, 1, (18,), 5, transform=transform, context_layer=True).to(device)
+        x, context = (torch.randn(17, n, device=device, requires_grad=True) for n in (2, 5))
+        yield torch.autograd.grad(-flow.log_prob(x, context).mean(), [x, context, *flow.mlp_weights])
+        z, logdet = flow.inverse(x, context)
+        yield torch.autograd.grad(z.sum() + logdet.sum(), [x, context, *flow.mlp_weights])
     flow = CouplingFlow(33, 3, (16,)).to(device)  # PLU layers of a patch and a row
     yield torch.autograd.grad(flow.log_prob(torch.randn(ROWS, 33, device=device)).sum(), list(flow.parameters()))
     for dim in (20, 64, 80):

@@ -6,18 +6,22 @@ they are benchmarked, everything that users of the named flows run.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import specialization
+import torch
 from specialization import Specialization
 
 from glf_fast.kernels import spline as splines
+from glf_fast.kernels.autoregressive_flow import launch_of
+from glf_fast.kernels.autoregressive_packing import autoregressive_sizes
 from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions, sizes
 from glf_fast.kernels.launch_table import SIZES, Launch, entries, key_for
 from glf_fast.reference import Spline
 
-__all__ = ["FLOWS", "beside", "kernels", "of_entry", "shipped", "spline_constants"]
+__all__ = ["AUTOREGRESSIVE", "FLOWS", "beside", "kernels", "of_entry", "shipped", "spline_constants"]
 
 # D, hidden widths, context, rows, bins of splines: those of bench/cases.py. K does not occur in a kernel, so the memory case
 # (K = 64, 4,096 rows) runs those of glf-cifar.
@@ -29,6 +33,13 @@ FLOWS = {
     "wide": (128, (512, 512), 0, 4_096, 0),
     "splines": (20, (64, 64), 0, 256, 8),
     "sbi-splines": (8, (50, 50), 16, 200, 10),
+}
+# The same of autoregressive flows, with activation, log-scale and whether the context has its own layer: sbi's default, one of
+# splines, and a wide one.
+AUTOREGRESSIVE = {
+    "sbi-maf": ((10, (50, 50, 50), 16, 200, 0), ("tanh", "softplus", True)),
+    "sbi-maf-splines": ((10, (50, 50), 16, 200, 10), ("tanh", "tanh", True)),
+    "maf-wide": ((32, (128, 128), 0, 200, 0), ("relu", "tanh", False)),
 }
 # torch's matmul precision → operands of the affine maps, of the MLPs.
 OPERANDS = {"highest": (FULL_PRECISION, FULL_PRECISION), "high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}
@@ -89,8 +100,31 @@ def beside() -> Iterator[Specialization]:
                 yield specialization.packing(f"{name} {precision} packing, {stacks} maps", constants, stacks, options)
         for kept in ("*fp32", "*bf16"):
             yield specialization.sums(f"{name} sums of {kept[1:]}", constants, kept)
+    yield from autoregressive()
     yield from specialization.couplings()
     yield from specialization.splines()
+
+
+def autoregressive() -> Iterator[Specialization]:
+    """Kernels of autoregressive flows: of sbi's default all, of the others those of torch's "high" precision.
+
+    Their launches are not chosen by compiling, but written down (`launch_of`).
+    """
+    for name, ((dim, hidden, context_dim, _, bins), (activation, log_scale, own)) in AUTOREGRESSIVE.items():
+        spline = spline_constants(bins)
+        sizes = autoregressive_sizes(dim, hidden, context_dim, own, spline)
+        for precision, operands in OPERANDS.items():
+            if name != "sbi-maf" and precision != "high":
+                continue
+            options = FlowOptions(activation, log_scale, 2.0, False, False, *operands, spline)
+            yield specialization.masked_packing(f"{name} {precision} packing", sizes, options)
+            for inverse, backward in itertools.product((False, True), (False, True)):
+                launches = {launch_of(inverse, backward, rows, torch.device("cuda")): rows for rows in (10**6, 1)}
+                direction = ("backward of " if backward else "") + ("inverse" if inverse else "forward")
+                for how, rows in launches.items():
+                    what = f"{name} {precision} {direction}, {'few' if rows == 1 else 'many'}"
+                    given = options._replace(inverse=inverse)
+                    yield specialization.autoregressive(what, sizes, given, backward, True, how)
 
 
 def shipped(arch: int) -> Iterator[tuple[str, Specialization]]:

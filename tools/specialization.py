@@ -8,16 +8,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glf_fast.kernels import affine_coupling, spline
+from glf_fast.kernels import affine_coupling, autoregressive_packing, spline
 from glf_fast.kernels import packing as packed
 from glf_fast.kernels import sums as summed
+from glf_fast.kernels.autoregressive_backward import autoregressive_backward_kernel
+from glf_fast.kernels.autoregressive_flow import autoregressive_kernel, kernel_constants
 from glf_fast.kernels.coupling_flow import flow_kernel
 from glf_fast.kernels.coupling_flow_backward import flow_backward_kernel
 from glf_fast.kernels.flow_options import FlowOptions, sizes
 from glf_fast.kernels.launch_table import Launch
 from glf_fast.reference import Spline
 
-__all__ = ["Specialization", "backward", "couplings", "forward", "packing", "splines", "sums"]
+__all__ = [
+    "Specialization",
+    "autoregressive",
+    "backward",
+    "couplings",
+    "forward",
+    "masked_packing",
+    "packing",
+    "splines",
+    "sums",
+]
 
 
 class Specialization(NamedTuple):
@@ -75,6 +87,31 @@ def _flow(
 
 def _operands(options: FlowOptions) -> str:
     return "*bf16" if options.mlp_precision == "bf16" else "*fp32"
+
+
+def autoregressive(
+    name: str, sizes: dict[str, Any], options: FlowOptions, backward: bool, save: bool, how: Launch
+) -> Specialization:
+    """The kernel that `autoregressive_forward` or `autoregressive_backward` launches for float32 tensors."""
+    constants = kernel_constants(sizes, options, how)
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    if not backward:
+        constants["SAVE"] = save
+    numbers = ("density", "rows", "steps", *(("batch",) if backward else ()))
+    kept = ("weights", "hidden", *(("slopes",) if backward else ()))
+    others = {"seen": "*i64"} | dict.fromkeys(kept, _operands(options)) | dict.fromkeys(numbers, "i32")
+    kernel = autoregressive_backward_kernel if backward else autoregressive_kernel
+    return Specialization(name, kernel, _signature(kernel, constants, "*fp32", others), constants, warps, stages)
+
+
+def masked_packing(name: str, sizes: dict[str, Any], options: FlowOptions) -> Specialization:
+    """The kernel that `pack_masked` launches for float32 tensors."""
+    constants = autoregressive_packing.packing(sizes)
+    sources = ("*fp32",) * (1 + max(part[0] for part in constants["PARTS"]))
+    constants |= {"MAP": options.map_precision, "MLP": options.mlp_precision}
+    others = {"sources": sources, "seen": "*i64", "weights": _operands(options)}
+    kernel = autoregressive_packing.masked_pack_kernel
+    return Specialization(name, kernel, _signature(kernel, constants, "*fp32", others), constants, 4, 1)
 
 
 def packing(name: str, constants: dict[str, Any], maps: int, options: FlowOptions) -> Specialization:

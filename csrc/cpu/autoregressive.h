@@ -36,12 +36,14 @@ struct Autoregressive {
   Int columns() const { return kind == Kind::spline ? spline.columns() : 2; }
   int hidden() const { return layers - 1; }
   // Layers 0, 2, 4 … of a residual network add to its stream, all others to nothing.
-  bool residual() const { return network == Network::residual; }
+  bool residual() const { return network != Network::mlp; }
   bool in_stream(int i) const { return residual() && i % 2 == 0 && i < hidden(); }
-  bool activated(int i) const { return i + 1 < hidden() || !residual(); }  // of hidden layers
+  bool activated(int i) const {  // of hidden layers
+    return !residual() || (network == Network::skip ? i % 2 == 1 : i + 1 < hidden());
+  }
   // Rows of the context, before those of the layer's own input.
   Int context_rows(int i) const {
-    return (i == 0 ? !context_layer : residual() && i % 2 == 1 && i < hidden()) ? context_dim : 0;
+    return (i == 0 ? !context_layer : network == Network::residual && i % 2 == 1 && i < hidden()) ? context_dim : 0;
   }
   Int inputs(int i) const { return i == layers ? context_dim : context_rows(i) + width[i]; }
   Int outputs(int i) const { return i == layers ? width[1] : width[i + 1]; }

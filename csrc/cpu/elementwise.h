@@ -71,6 +71,10 @@ inline vec<T> log_scale(vec<T> u, T s) {
   if constexpr (f == S::softclip) return u / (T(1) + abs(u / s));
   if constexpr (f == S::jet) return T(0.69314718055994531) + log_sigmoid<T>(u);
   if constexpr (f == S::softplus) return log(softplus<T>(u) + s);
+  if constexpr (f == S::clamp) {
+    const vec<T> y = u < T(-5) ? broadcast(T(-5)) : u;
+    return y > T(3) ? broadcast(T(3)) : y;
+  }
 }
 
 // e^ℓ, or with `inverse` e^−ℓ: some functions give it without an exponential.
@@ -88,7 +92,7 @@ inline vec<T> log_scale_slope(vec<T> u, vec<T> ell, T s) {
     const vec<T> y = ell / s;
     return T(1) - y * y;
   }
-  if constexpr (f == S::exp) return broadcast(T(1));
+  if constexpr (f == S::exp || f == S::clamp) return broadcast(T(1));  // of clamp the gradient passes the bounds
   if constexpr (f == S::glow) return sigmoid<T>(-u - s);
   if constexpr (f == S::nflows) {
     const vec<T> y = sigmoid<T>(u + T(2));

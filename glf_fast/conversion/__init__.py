@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.layers import ConversionError, Coupling, Kept
+from glf_fast.conversion.layers import ConversionError, Kept, Transform
 from glf_fast.conversion.libraries import library_of
 from glf_fast.conversion.reading import Reading, check_precision, copied, lost_in_training, on_processor, read_flow
 from glf_fast.conversion.stack import Sources
@@ -21,12 +21,12 @@ __all__ = ["ConversionError", "convert"]
 
 
 def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
-    """A flow of normflows, nflows, zuko or FrEIA as a `glf_fast.Flow`: the same density, several times faster.
+    """A flow of normflows, nflows, zuko, pyro or FrEIA as a `glf_fast.Flow`: the same density, several times faster.
 
-    The flow may be trained or fresh, with context or without; it is not changed. The result is a `CouplingFlow`, or a
-    `SequentialFlow` of those and of the library's own layers where a layer cannot be fused (splines, autoregressive
-    layers, residual conditioners). On images the networks stay the library's (copies), and everything else becomes one
-    operation a coupling and one product between two; noise of another shape, squeezed or flat, gets the data's.
+    The flow may be trained or fresh, with context or without; it is not changed. The result is a `CouplingFlow`, an
+    `AutoregressiveFlow`, or a `SequentialFlow` of those and of the library's own layers where a layer cannot be fused. On
+    images the networks stay the library's (copies), and everything else becomes one operation a coupling and one product
+    between two; noise of another shape, squeezed or flat, gets the data's.
 
     The result trains what the library's flow trains (a matrix made of fewer numbers than it has entries, as nflows' QR
     and SVD, becomes free), and keeps dtype, device, `requires_grad` and train or eval mode. Constants are read from the
@@ -36,7 +36,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     inverse, and the gradients of inputs and of all parameters, to 1e-6.
 
     Args:
-        flow: a flow of one of the four libraries, on vectors or images (C, H, W).
+        flow: a flow of one of these libraries, on vectors or images (C, H, W).
         context: an example (B, …) of its context, one row or more, with which the two flows are compared. Needed only
             where no layer of the flow says what a context is: an embedding net that starts with a convolution, or that
             takes classes, or a network of one's own on images.
@@ -81,10 +81,12 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
 
 def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, Sources]:
     """The flow that was read, in float64."""
-    couplings = [layer for layer in reading.layers if isinstance(layer, Coupling)]
-    if not couplings:
+    transforms = [layer for layer in reading.layers if isinstance(layer, Transform)]
+    if not transforms:
         reasons = [layer.reason for layer in reading.layers if isinstance(layer, Kept)]
-        raise ConversionError(f"{name} has no coupling that can be fused. " + "; ".join(reasons))
+        raise ConversionError(
+            f"{name} has no coupling or autoregressive layer that can be fused. " + "; ".join(reasons)
+        )
     shape, embedding = reading.context_shape, reading.embedding
     if shape is None:
         raise ConversionError(
@@ -92,7 +94,7 @@ def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, 
             "example, convert(flow, context=…)"
         )
     if embedding is None:
-        if len(shape) > 1 and any(layer.is_mlp for layer in couplings):
+        if len(shape) > 1 and any(layer.is_mlp for layer in transforms):
             raise ConversionError(f"without an embedding_net a context is one vector for each sample, not {shape}")
         return fuse(reading.layers, reading.event_shape, shape)
     try:

@@ -17,7 +17,7 @@ from glf_fast.conversion.chains import Chain, Part, Replacement, Shape
 from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images import OnChannels
-from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, Unfusable
+from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, Transform, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
 from glf_fast.conversion.library import Library, Unpacked
 from glf_fast.conversion.reading import (
@@ -34,6 +34,7 @@ from glf_fast.conversion.stack import Sources
 from glf_fast.flow import (
     ActNorm,
     AffineCoupling,
+    AutoregressiveFlow,
     CouplingFlow,
     FixedLinear,
     Flow,
@@ -56,9 +57,9 @@ class Replaced:
     what: str  # its class
     first: str
     last: str
-    couplings: int  # in those layers
-    # What computes them now, and how many: CouplingFlows, one launch each, or couplings with the library's own networks; and
-    # "affine", linear layers and ActNorms beside those, which fold into none of them.
+    couplings: int  # in those layers, and autoregressive ones
+    # What computes them now, and how many: CouplingFlows and AutoregressiveFlows, one launch each, or couplings with the
+    # library's own networks; and "affine", linear layers and ActNorms beside those, which fold into none of them.
     into: dict[str, int]
     lost: str  # what they did in training mode alone, dropout say, and no longer do
     reparametrised: (
@@ -91,7 +92,7 @@ class Report:
         return bool(self.replaced)
 
     def __str__(self) -> str:
-        rows = [("flow", "kind", "layers", "couplings", "fused into")]
+        rows = [("flow", "kind", "layers", "transforms", "fused into")]
         for r in self.replaced:
             parts = [f"{number} {name}" for name, number in r.into.items() if number]
             rows.append((r.where, r.what, _span(r.first, r.last), str(r.couplings), " + ".join(parts)))
@@ -111,7 +112,7 @@ class Report:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Replace what can be fused in the flows of normflows, nflows, zuko and FrEIA anywhere in `model`, in place.
+    """Replace what can be fused in the flows of normflows, nflows, zuko, pyro and FrEIA anywhere in `model`, in place.
 
     The library's flow keeps its class, its base distribution and all its methods; every run of its layers that the
     kernels cover becomes one layer that computes the same. Each run is compared with the original in float64 before it is
@@ -135,7 +136,7 @@ def accelerate(model: nn.Module) -> Report:
         >>> report = accelerate(torch.nn.Linear(2, 2))
         >>> print(report)
         Nothing was replaced.
-        There is no flow of normflows, nflows, zuko or FrEIA in this model.
+        There is no flow of normflows, nflows, zuko, pyro or FrEIA in this model.
     """
     if not isinstance(model, nn.Module):
         hint = ": give its posterior_estimator" * hasattr(model, "posterior_estimator")  # type: ignore[unreachable]
@@ -165,7 +166,9 @@ def accelerate(model: nn.Module) -> Report:
             except Exception as error:  # a graph, or a class, that is made in another way than is known
                 report.left.append(Left(name, kind, reason_of(error)))
             if len(report.replaced) + len(report.left) == before:
-                report.left.append(Left(name, kind, "there is no coupling in it that could be fused"))
+                report.left.append(
+                    Left(name, kind, "there is no coupling or autoregressive layer in it that could be fused")
+                )
         elif is_layer(module) and not inside:
             reported.append(where)
             report.left.append(Left(name, kind, "not in a flow whose layers can be replaced"))
@@ -230,7 +233,7 @@ def _accelerate_chain(
     for start, stop in _runs(found, chain.parts):
         parts = chain.parts[start:stop]
         layers = [layer for part in found[start:stop] for layer in part]
-        couplings = sum(isinstance(layer, Coupling) for layer in layers)
+        couplings = sum(isinstance(layer, Transform) for layer in layers)
         if not couplings and not any(type(part.module).__name__ in library.alone for part in parts):
             continue
         names = parts[0].name, parts[-1].name
@@ -252,7 +255,7 @@ def _accelerate_chain(
 
 def _counts(fused: Flow | OnChannels) -> dict[str, int]:
     """What is in it, by kind, see `Replaced`."""
-    kinds = (CouplingFlow, AffineCoupling, SplineCoupling)
+    kinds = (CouplingFlow, AutoregressiveFlow, AffineCoupling, SplineCoupling)
     counts = {kind.__name__: sum(isinstance(module, kind) for module in fused.modules()) for kind in kinds}
     if isinstance(fused, OnChannels):
         return {**counts, "affine": len(folded(fused.layers, inverse=False)) - sum(counts.values())}

@@ -244,7 +244,8 @@ def _reparametrised(library: nn.Module, sources: Sources) -> list[str]:
     """Names of the library's parameters of which something else is trained than ± the entries themselves.
 
     An optimizer then takes other steps than with the original. With random cotangents r of all trained values, Jᵀr² equals
-    ±(Jᵀr)² in the entries of which J holds a single ±1, and nowhere else.
+    ±(Jᵀr)² in the entries of which J holds a single ±1, and nowhere else. A value that is a sum of several parameters, as
+    two biases make one, is known by J in the same way: an optimizer moves it twice.
     """
     generator = torch.Generator().manual_seed(0)
     parameters = {name: p for name, p in library.named_parameters() if p.requires_grad}
@@ -256,14 +257,33 @@ def _reparametrised(library: nn.Module, sources: Sources) -> list[str]:
     if not pairs or not parameters:
         return []
     values, r = zip(*pairs, strict=True)
-    once, squared = (
-        torch.autograd.grad(
-            values, list(parameters.values()), [a**power for a in r], allow_unused=True, retain_graph=True
+    leaves = list(parameters.values())
+
+    def pulled(cotangents: Sequence[Tensor], *, again: bool = False) -> Sequence[Tensor]:
+        """Jᵀ times these."""
+        found = torch.autograd.grad(
+            values, leaves, cotangents, retain_graph=True, create_graph=again, materialize_grads=True
         )
+        return found
+
+    def single(once: Sequence[Tensor], squared: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.isclose(a**2, b.abs(), rtol=1e-6, atol=1e-9) for a, b in zip(once, squared, strict=True)]
+
+    of_leaves = single(pulled(r), pulled([a**2 for a in r]))
+    zeros = [torch.zeros_like(value, requires_grad=True) for value in values]
+    linear = pulled(zeros, again=True)  # Jᵀ times variables: its gradient with respect to these is J times a tangent
+    t = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in leaves]
+    once, squared = (
+        torch.autograd.grad(linear, zeros, [a**power for a in t], retain_graph=True, materialize_grads=True)
         for power in (1, 2)
     )
-    found = zip(parameters, once, squared, strict=True)
-    return [n for n, a, b in found if a is not None and not torch.allclose(a**2, b.abs(), rtol=1e-6, atol=1e-9)]
+    sums = [(~entries).to(value) * (a != 0) for entries, value, a in zip(single(once, squared), values, r, strict=True)]
+    in_sums = pulled(sums)
+    return [
+        name
+        for name, entries, summed in zip(parameters, of_leaves, in_sums, strict=True)
+        if not entries.all() or summed.any()
+    ]
 
 
 def _on_rows(function: Map, shape: tuple[int, ...]) -> Map:

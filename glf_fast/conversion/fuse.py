@@ -1,4 +1,4 @@
-"""Layers → a flow: every run of layers that the kernels cover becomes one CouplingFlow."""
+"""Layers → a flow: every run of layers that the kernels cover becomes one CouplingFlow or AutoregressiveFlow."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import REACH, fold, inverted, split_far_shifts
 from glf_fast.conversion.images import on_channels
-from glf_fast.conversion.layers import Coupling, Kept, Layer, Permutation, Piece, width
+from glf_fast.conversion.layers import Autoregressive, Coupling, Kept, Layer, Permutation, Piece, Transform, width
 from glf_fast.conversion.mlp import scale_outputs
 from glf_fast.conversion.padding import divided
 from glf_fast.conversion.stack import Sources, Step, stack, standalone
+from glf_fast.conversion.stack_autoregressive import stack_autoregressive
 from glf_fast.flow import Flow, Inverse, SequentialFlow
 
 __all__ = ["fuse"]
@@ -22,15 +23,15 @@ __all__ = ["fuse"]
 # The log-scales with f(−u) = −f(u).
 _ODD = ("atan", "exp", "softclip", "tanh")
 
-# As REACH, but between two couplings, where a layer of its own costs a launch.
+# As REACH, but between two transforms, where a layer of its own costs a launch.
 _REACH_BETWEEN = 32.0
 
 
 @dataclass
 class _Segment:
-    """Couplings of one kind and of like sizes, each with the affine layers before it, and those after the last."""
+    """Transforms of one kind and of like sizes, each with the affine layers before it, and those after the last."""
 
-    couplings: list[Coupling]
+    transforms: list[Transform]
     gaps: list[list[Piece]]
     after: list[Piece] = field(default_factory=list)
 
@@ -40,8 +41,8 @@ def fuse(
 ) -> tuple[Flow, Sources]:
     """The flow, in float64, and where its parameters come from.
 
-    A bare CouplingFlow if that is all there is, else a SequentialFlow (or, where splits are uneven or directions
-    reversed, the wrapper of one).
+    A bare CouplingFlow or AutoregressiveFlow if that is all there is, else a SequentialFlow (or, where splits are uneven or
+    directions reversed, the wrapper of one).
 
     Args:
         layers: first to last, data → noise.
@@ -74,7 +75,7 @@ def _by_network(run: Iterable[Any], *, images: bool) -> list[tuple[list[Any], bo
     runs: list[tuple[list[Any], bool]] = []
     before: list[Any] = []
     for layer in run:
-        if not isinstance(layer, Coupling):
+        if not isinstance(layer, Transform):
             (runs[-1][0] if runs else before).append(layer)
         elif runs and runs[-1][1] == layer.is_mlp:
             runs[-1][0].append(layer)
@@ -84,29 +85,34 @@ def _by_network(run: Iterable[Any], *, images: bool) -> list[tuple[list[Any], bo
     return runs or [(before, not images)]
 
 
-def _segments(run: Iterable[Coupling | Piece]) -> list[_Segment]:
-    """Couplings grouped by kind and size; affine layers between two groups go where they fold into a step.
+def _segments(run: Iterable[Transform | Piece]) -> list[_Segment]:
+    """Transforms grouped by kind and size; affine layers between two groups go where they fold into a step.
 
-    That is before a coupling, or after one that is undone. Affine layers alone are one segment without a coupling.
+    That is before a coupling, or after one that is undone. Affine layers alone are one segment without any.
     """
-    couplings: list[Coupling] = []
-    gaps: list[list[Piece]] = [[]]  # before each coupling, and after the last
+    transforms: list[Transform] = []
+    gaps: list[list[Piece]] = [[]]  # before each transform, and after the last
     for layer in run:
-        if isinstance(layer, Coupling):
-            couplings.append(layer)
+        if isinstance(layer, Transform):
+            transforms.append(layer)
             gaps.append([])
         else:
             gaps[-1].append(layer)
     segments: list[_Segment] = []
-    for _, alike in groupby(couplings, _kind):
-        for part in divided(list(alike)):
+    for _, alike in groupby(transforms, _kind):
+        for part in _divided(list(alike)):
             before, gaps = gaps[: len(part)], gaps[len(part) :]
-            if segments and segments[-1].couplings[-1].undo:
+            if segments and segments[-1].transforms[-1].undo:
                 segments[-1].after, before[0] = before[0], []
             segments.append(_Segment(part, before))
     segments = segments or [_Segment([], [])]
     segments[-1].after = gaps[0]
     return segments
+
+
+def _divided(alike: list[Any]) -> list[list[Any]]:
+    """Transforms of one kind in runs that padding does not make slow; autoregressive ones of a kind have one size."""
+    return divided(alike) if isinstance(alike[0], Coupling) else [alike]
 
 
 def _odd_turned(layer: Any) -> Any:
@@ -118,18 +124,23 @@ def _odd_turned(layer: Any) -> Any:
     return replace(layer, conditioner=scale_outputs(layer.conditioner, -1.0), add_first=not layer.add_first, undo=False)
 
 
-def _kind(coupling: Coupling) -> tuple[object, ...]:
-    """The properties that couplings of one CouplingFlow have in common."""
-    mlp = coupling.conditioner
+def _kind(transform: Transform) -> tuple[object, ...]:
+    """The properties that transforms of one flow have in common."""
+    mlp = transform.conditioner
+    if isinstance(transform, Autoregressive):
+        return (
+            "autoregressive", transform.network, mlp.activation, tuple(transform.hidden), transform.log_scale,
+            transform.log_scale_constant, transform.context_layer, transform.undo, transform.spline,
+        )  # fmt: skip
     return (
-        coupling.kind(), mlp.network, mlp.activation, len(mlp.hidden), coupling.log_scale, coupling.log_scale_constant,
-        coupling.add_first, coupling.undo, coupling.spline,
+        transform.kind(), mlp.network, mlp.activation, len(mlp.hidden), transform.log_scale, transform.log_scale_constant,
+        transform.add_first, transform.undo, transform.spline,
     )  # fmt: skip
 
 
 def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> list[nn.Module]:
     modules: list[nn.Module] = []
-    if segment.couplings and segment.couplings[0].undo:
+    if segment.transforms and segment.transforms[0].undo:
         first = fold(segment.gaps[0], dim)
         if any(affine.reach() > REACH for affine in first):
             modules += standalone(first, sources)
@@ -139,25 +150,31 @@ def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> l
         assert isinstance(flow, Flow)
         return [*modules, Inverse(flow)]
     steps: list[Step] = []
-    for pieces, coupling in zip(segment.gaps, segment.couplings, strict=True):
+    for pieces, transform in zip(segment.gaps, segment.transforms, strict=True):
         maps = split_far_shifts(fold(pieces, dim), _REACH_BETWEEN if steps else REACH)
         if len(maps) > 1:  # all but the last are layers of their own, which ends the flow so far
             if steps:
-                flow, restore = stack(steps, context_dim, sources)
+                flow, restore = _stack(steps, context_dim, sources)
                 modules.append(flow)
                 maps = split_far_shifts(fold([Permutation(restore), *pieces], dim), REACH)
                 steps = []
             modules += standalone(maps[:-1], sources)
-        steps.append(Step(maps[-1], coupling))
+        steps.append(Step(maps[-1], transform))
     after = segment.after
     if steps:
-        flow, restore = stack(steps, context_dim, sources)
+        flow, restore = _stack(steps, context_dim, sources)
         modules.append(flow)
         after = [Permutation(restore), *after]
     return modules + standalone(fold(after, dim), sources)
 
 
+def _stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Flow, Tensor]:
+    """One flow of all steps, see `stack` and `stack_autoregressive`."""
+    autoregressive = isinstance(steps[0].transform, Autoregressive)
+    return (stack_autoregressive if autoregressive else stack)(steps, context_dim, sources)
+
+
 def _turned(segment: _Segment) -> _Segment:
-    """The inverse of a segment of undone couplings: the same couplings not undone, everything in reverse order."""
+    """The inverse of a segment of undone transforms: the same transforms not undone, everything in reverse order."""
     gaps = [[inverted(piece) for piece in reversed(gap)] for gap in reversed([*segment.gaps, segment.after])]
-    return _Segment([replace(c, undo=False) for c in reversed(segment.couplings)], gaps[:-1], gaps[-1])
+    return _Segment([replace(t, undo=False) for t in reversed(segment.transforms)], gaps[:-1], gaps[-1])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from glf_fast.conversion.layers import Coupling, Dense, Diagonal, Kept, Layer, Permutation, Piece, Unfusable
+from glf_fast.conversion.layers import Dense, Diagonal, Kept, Layer, Permutation, Piece, Transform, Unfusable
 
 __all__ = ["REACH", "Affine", "fold", "identity", "inverted", "inverted_layers", "split_far_shifts"]
 
@@ -184,5 +184,5 @@ def inverted_layers(layers: Sequence[Layer]) -> list[Layer]:
     for layer in reversed(layers):
         if isinstance(layer, Kept):
             raise Unfusable(layer.reason)
-        turned.append(replace(layer, undo=not layer.undo) if isinstance(layer, Coupling) else inverted(layer))
+        turned.append(replace(layer, undo=not layer.undo) if isinstance(layer, Transform) else inverted(layer))
     return turned

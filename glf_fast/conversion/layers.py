@@ -1,4 +1,4 @@
-"""The layers that a flow of any library is read into: affine maps, couplings, and layers that stay as they are.
+"""The layers that a flow of any library is read into: affine maps, couplings, autoregressive layers, and layers that stay.
 
 Readers (one file per library) return a list of these, first to last in the direction data → noise; `fuse` makes
 modules of it. All are on vectors x (B, D), row vectors, or on the D channels of images x (B, D, H, W). Tensors keep the
@@ -19,6 +19,7 @@ __all__ = [
     "FIXED",
     "FROZEN",
     "TRAINED",
+    "Autoregressive",
     "Bijection",
     "Conditioner",
     "ConversionError",
@@ -29,6 +30,7 @@ __all__ = [
     "Layer",
     "Permutation",
     "Piece",
+    "Transform",
     "Unfusable",
     "trained_together",
     "width",
@@ -38,6 +40,8 @@ __all__ = [
 # The role of an entry of a network: no parameter at all, as padding is; a parameter that the library does not train now; one
 # that it trains. The last two may change places later, the first keeps its value for ever.
 FIXED, FROZEN, TRAINED = 0, 1, 2
+
+Degrees = tuple[tuple[int, ...], ...]
 
 
 class ConversionError(ValueError):
@@ -179,6 +183,39 @@ class Coupling:
         return self.spline.columns if self.spline is not None else COUPLINGS[self.kind()].columns
 
 
+@dataclass(frozen=True)
+class Autoregressive:
+    """x_d ↦ T(x_d; θ_d) of all features, whose parameters a masked network makes of the features before and of a context.
+
+    T is v·e^ℓ + t with ℓ = f(u), or a spline; `undo` as in `Coupling`. The network's layers, in `conditioner`, are those of
+    `glf_fast.reference.made`, the context's first: its features have the `order` (D,) of the data's columns, and its units are
+    sorted by their `degrees`. Its roles are FIXED also where a mask forbids what the degrees allow.
+    """
+
+    order: Tensor
+    conditioner: Conditioner
+    degrees: Degrees  # of the features, and of the units of each hidden layer
+    log_scale: str
+    log_scale_constant: float | None
+    context: int  # its columns, C, which all layers have that `AutoregressiveFlow` gives them to
+    context_layer: bool  # the last one: the context has a hidden layer of its own
+    undo: bool = False
+    spline: Spline | None = None
+    network: str = "mlp"  # as in AutoregressiveFlow
+
+    is_mlp = True  # as in `Coupling`: it has no network of the library
+
+    @property
+    def hidden(self) -> list[int]:
+        """As in AutoregressiveFlow: widths of the hidden layers, or of the blocks."""
+        widths = [len(layer) for layer in self.degrees[1:]]
+        return widths[1::2] if self.conditioner.blocks else widths
+
+    def context_dim(self) -> int:
+        """C, columns of the context that the network takes."""
+        return self.context
+
+
 class Bijection(nn.Module):
     """A layer whose subclasses compute both directions in one method, `_run`."""
 
@@ -207,10 +244,11 @@ class Kept:
 
 
 Piece = Permutation | Diagonal | Dense
-Layer = Piece | Coupling | Kept
+Transform = Coupling | Autoregressive
+Layer = Piece | Transform | Kept
 
 
-def width(layer: Piece | Coupling) -> int:
+def width(layer: Piece | Transform) -> int:
     """D, the columns or channels that a layer works on."""
     match layer:
         case Permutation():
@@ -219,6 +257,8 @@ def width(layer: Piece | Coupling) -> int:
             return len(layer.log_scale)
         case Dense():
             return len(layer.W)
+        case Autoregressive():
+            return len(layer.order)
     return len(layer.passive) + len(layer.transformed)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from glf_fast.conversion import freia, nflows, normflows, zuko
+from glf_fast.conversion import freia, nflows, normflows, pyro, zuko
 from glf_fast.conversion.layers import ConversionError
 from glf_fast.conversion.library import Library
 
 __all__ = ["NAMES", "host_of", "is_layer", "library_of"]
 
-LIBRARIES: tuple[Library, ...] = (normflows.LIBRARY, nflows.LIBRARY, zuko.LIBRARY, freia.LIBRARY)
+LIBRARIES: tuple[Library, ...] = (normflows.LIBRARY, nflows.LIBRARY, zuko.LIBRARY, pyro.LIBRARY, freia.LIBRARY)
 NAMES = ", ".join(library.package for library in LIBRARIES[:-1]) + f" or {LIBRARIES[-1].package}"
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "linear_step",
     "network_steps",
     "read_mlp",
+    "role_of",
     "scale_outputs",
     "select_inputs",
     "select_outputs",
@@ -86,8 +87,8 @@ def assemble(name: str, linears: Sequence[Linear], activation: str, dropout: flo
     return Conditioner(
         weights=[W.T for W, _ in linears],
         biases=biases,
-        roles=[_role(W, W.T) for W, _ in linears],
-        bias_roles=[_role(b, W.new_zeros(len(W))) for W, b in linears],
+        roles=[role_of(W, W.T) for W, _ in linears],
+        bias_roles=[role_of(b, W.new_zeros(len(W))) for W, b in linears],
         factors=torch.ones_like(biases[-1], requires_grad=False),
         activation=activation,
         dropout=dropout,
@@ -95,7 +96,7 @@ def assemble(name: str, linears: Sequence[Linear], activation: str, dropout: flo
     )
 
 
-def _role(parameter: Tensor | None, shape: Tensor) -> Tensor:
+def role_of(parameter: Tensor | None, shape: Tensor) -> Tensor:
     """The role of a parameter's entries, as a tensor of `shape`'s shape."""
     role = FIXED if parameter is None else TRAINED if parameter.requires_grad else FROZEN
     return torch.full_like(shape, role, dtype=torch.uint8)

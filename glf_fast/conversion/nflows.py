@@ -16,6 +16,7 @@ from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
 from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, check_shape, declared_context
+from glf_fast.conversion.made import affine_autoregressive, spline_autoregressive
 from glf_fast.reference import Spline, log_scale
 
 __all__ = ["LIBRARY", "splines"]
@@ -159,7 +160,14 @@ def _multiscale(part: Part) -> list[Layer]:
 
 def _chains(flow: Any) -> list[Chain]:
     """`flow._transform`, and the scales of what is multi-scale in it."""
-    return _chains_of(flow, "_transform", "_transform", tuple(getattr(flow._distribution, "_shape", ())))
+    base = flow._distribution
+    if not hasattr(base, "_shape") and not _is_multiscale(flow):
+        raise ConversionError(f"its base {type(base).__name__} is a model with a density of its own, not fixed noise")
+    return _chains_of(flow, "_transform", "_transform", tuple(getattr(base, "_shape", ())))
+
+
+def _is_multiscale(flow: nn.Module) -> bool:
+    return any(type(module).__name__ == "MultiscaleCompositeTransform" for module in flow.modules())
 
 
 def _chains_of(holder: nn.Module, name: str, path: str, noise: Shape) -> list[Chain]:
@@ -210,7 +218,7 @@ def _shape_before(module: Any, shape: Shape) -> Shape:
 
 def _base(flow: Any) -> Base:
     """A standard normal; on vectors a diagonal one, too."""
-    if any(type(module).__name__ == "MultiscaleCompositeTransform" for module in flow.modules()):
+    if _is_multiscale(flow):
         raise ConversionError(
             "MultiscaleCompositeTransform has noise of several shapes: it stays, and glf_fast.accelerate replaces the "
             "layers of its scales in place"
@@ -280,6 +288,10 @@ LIBRARY: Library = Library(
     on_vectors={
         **_ON_BOTH,
         "LULinear": _linear,
+        "MaskedAffineAutoregressiveTransform": affine_autoregressive,
+        "MaskedPiecewiseRationalQuadraticAutoregressiveTransform": lambda part: spline_autoregressive(
+            part, part.module
+        ),
         "QRLinear": _linear,
         "SVDLinear": _linear,
         "NaiveLinear": _linear,

@@ -27,6 +27,7 @@ from glf_fast.conversion.layers import (
     trained_together,
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, Unpacked
+from glf_fast.conversion.made import affine_autoregressive, spline_autoregressive
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
 from glf_fast.conversion.nflows import splines
 
@@ -272,6 +273,8 @@ def _columns_of(module: Any) -> int | None:
         return module.linear.features
     if kind == "CoupledRationalQuadraticSpline":
         return module.prqct.features
+    if network := getattr(getattr(module, "mprqat", module), "autoregressive_net", None):
+        return network.initial_layer.in_features
     if kind == "AffineCouplingBlock":
         with suppress(Unfusable):
             net = read_mlp(module.flows[1].param_map)
@@ -302,6 +305,9 @@ LIBRARY: Library = Library(
         "InvertibleAffine": _invertible_matrix,
         "CoupledRationalQuadraticSpline": lambda part: splines(part, part.module.prqct),
         "LULinearPermute": _lu_linear_permute,
+        "AutoregressiveRationalQuadraticSpline": lambda part: spline_autoregressive(part, part.module.mprqat),
+        "CircularAutoregressiveRationalQuadraticSpline": lambda part: spline_autoregressive(part, part.module.mprqat),
+        "MaskedAffineAutoregressive": partial(affine_autoregressive, undo=True),
         "MaskedAffineFlow": _masked_affine_flow,
     },
     on_images={**_ON_BOTH, "Invertible1x1Conv": _invertible_matrix},

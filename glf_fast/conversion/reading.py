@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.chains import Part, Shape
 from glf_fast.conversion.images import Reshaped
-from glf_fast.conversion.layers import Conditioner, ConversionError, Coupling, Diagonal, Kept, Layer, Unfusable
+from glf_fast.conversion.layers import (
+    Conditioner,
+    ConversionError,
+    Coupling,
+    Diagonal,
+    Kept,
+    Layer,
+    Transform,
+    Unfusable,
+)
 from glf_fast.conversion.library import Library, check_shape
 from glf_fast.conversion.padding import check_padding
 
@@ -98,8 +107,8 @@ def _embedded_shape(embedding: nn.Module, embedded: Shape | None) -> Shape | Non
 
 
 def fused_context(layers: Iterable[Layer]) -> int:
-    """Columns of the context that the MLPs of couplings take; 0 without."""
-    return max((layer.context_dim() for layer in layers if isinstance(layer, Coupling) and layer.is_mlp), default=0)
+    """Columns of the context that the networks of fused transforms take; 0 without."""
+    return max((layer.context_dim() for layer in layers if isinstance(layer, Transform) and layer.is_mlp), default=0)
 
 
 def read_parts(
@@ -160,6 +169,7 @@ def copied(module: nn.Module) -> nn.Module:
     for part in module.modules():
         for value in vars(part).values():
             held = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, nn.Module) else ()
+            held = value if isinstance(value, tuple) else held
             for tensor in (value, *held):
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()
@@ -200,7 +210,7 @@ def lost_in_training(layers: Iterable[Layer]) -> str:
     """Operations that the library's layers apply in training mode alone, and fused ones do not: "" if none."""
     names = set()
     for layer in layers:
-        if isinstance(layer, Coupling) and layer.is_mlp and layer.conditioner.dropout:
+        if isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.dropout:
             names.add(f"Dropout (p = {layer.conditioner.dropout:g})")
         if isinstance(layer, Diagonal) and layer.statistics:
             names.add("BatchNorm")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Coup
 from glf_fast.conversion.padded import Padded
 from glf_fast.conversion.padding import hidden_widths, padded_dim
 from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
+from glf_fast.flow.stacked_flow import StackedFlow
 
-__all__ = ["Sources", "Step", "stack", "standalone"]
+__all__ = ["Sources", "Step", "install", "install_maps", "parametrisation", "stack", "standalone"]
 
 # A parameter of the new flow, its value as a function of the library's parameters, and which entries are trained.
 Sources = list[tuple[nn.Parameter, Tensor, Tensor]]
@@ -24,10 +26,10 @@ Sources = list[tuple[nn.Parameter, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Step:
-    """y = affine(x), then the coupling, both in the library's order of columns."""
+    """y = affine(x), then the transform, both in the library's order of columns."""
 
     affine: Affine
-    coupling: Coupling
+    transform: Any  # a Coupling, or an Autoregressive in all steps
 
 
 def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Flow, Tensor]:
@@ -40,7 +42,7 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
     up; they stay zero, because the weights towards them are zero and frozen.
     """
     dim = len(steps[0].affine.s)
-    couplings = [step.coupling for step in steps]
+    couplings: list[Coupling] = [step.transform for step in steps]
     width = padded_dim(dim, couplings)
     T = width // 2
     P = width - T
@@ -52,7 +54,7 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
 
     first = couplings[0]
     maps = [step.affine for step in steps]
-    linear = _parametrisation(maps, padded=width > dim)
+    linear = parametrisation(maps, padded=width > dim)
     actnorm = any(m.scales() for m in maps)
     with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
         flow = CouplingFlow(
@@ -61,7 +63,7 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
             log_scale_constant=first.log_scale_constant, add_first=first.add_first, spline=first.spline, linear=linear,
             actnorm=actnorm,
         ).double()  # fmt: skip
-    _install_affine(flow, maps, slots, sources)
+    install_maps(flow, maps, slots, sources)
     _install_conditioners(flow, couplings, (P, T), sources)
     if width > dim:
         return Padded(flow, dim, slots[-1]), torch.arange(dim)
@@ -77,9 +79,9 @@ def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
             layers.append(_actnorm(affine, sources))
         if affine.W is not None:
             with torch.random.fork_rng(devices=[]):
-                layer = InvertibleLinear(dim, linear=_parametrisation([affine], padded=False)).double()
+                layer = InvertibleLinear(dim, linear=parametrisation([affine], padded=False)).double()
             for name, value in _linear_tensors(layer.linear, affine.W[None]).items():
-                _install(layer, name, value[0], _roles(value[0], affine.W_trained), sources)
+                install(layer, name, value[0], _roles(value[0], affine.W_trained), sources)
             layers.append(layer)
         elif affine.mixes():
             layers.append(InvertibleLinear(dim, linear="permutation", permutation=affine.order))
@@ -88,20 +90,21 @@ def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
 
 def _actnorm(affine: Affine, sources: Sources) -> ActNorm:
     layer = ActNorm(len(affine.s)).double()
-    _install(layer, "log_scale", affine.s, _roles(affine.s, affine.s_trained), sources)
-    _install(layer, "bias", affine.b, _roles(affine.b, affine.b_trained), sources)
+    install(layer, "log_scale", affine.s, _roles(affine.s, affine.s_trained), sources)
+    install(layer, "bias", affine.b, _roles(affine.b, affine.b_trained), sources)
     layer.load_state_dict({**layer.state_dict(), "initialized": torch.tensor(True)})
     return layer
 
 
-def _parametrisation(maps: Sequence[Affine], *, padded: bool) -> str:
+def parametrisation(maps: Sequence[Affine], *, padded: bool) -> str:
+    """The kind of linear layer that trains what the maps train, see `InvertibleLinear`."""
     if all(m.W is None for m in maps):
         return "permutation"
     trained = [m for m in maps if m.W_trained]
     return "plu" if trained and all(m.regular for m in trained) and not padded else "dense"
 
 
-def _install_affine(flow: CouplingFlow, maps: Sequence[Affine], slots: Sequence[Tensor], sources: Sources) -> None:
+def install_maps(flow: StackedFlow, maps: Sequence[Affine], slots: Sequence[Tensor], sources: Sources) -> None:
     """ActNorms and linear layers of all steps, from the places before a step to those of its coupling."""
     width, dim = flow.event_shape[0], len(maps[0].s)
     extra = width - dim
@@ -114,8 +117,8 @@ def _install_affine(flow: CouplingFlow, maps: Sequence[Affine], slots: Sequence[
 
     if flow.config["actnorm"]:
         s, b = vectors([m.s for m in maps]), vectors([m.b for m in maps])
-        _install(flow, "actnorm_log_scale", s, roles([m.s_trained for m in maps]), sources)
-        _install(flow, "actnorm_bias", b, roles([m.b_trained for m in maps]), sources)
+        install(flow, "actnorm_log_scale", s, roles([m.s_trained for m in maps]), sources)
+        install(flow, "actnorm_bias", b, roles([m.b_trained for m in maps]), sources)
         state = flow.state_dict()
         flow.load_state_dict({**state, "actnorm_initialized": torch.ones_like(state["actnorm_initialized"])})
     if flow.config["linear"] == "permutation":
@@ -133,7 +136,7 @@ def _install_affine(flow: CouplingFlow, maps: Sequence[Affine], slots: Sequence[
     for name, value in _linear_tensors(flow.config["linear"], torch.stack(matrices)).items():
         stacked = torch.stack(trained)
         # One row stands for a vector: with "plu" nothing is padded, so that all of a step is alike.
-        _install(flow, f"linear_{name}", value, stacked if value.ndim == 3 else stacked[:, 0], sources)
+        install(flow, f"linear_{name}", value, stacked if value.ndim == 3 else stacked[:, 0], sources)
 
 
 def _linear_tensors(linear: str, W: Tensor) -> dict[str, Tensor]:
@@ -180,8 +183,8 @@ def _install_conditioners(
             roles.append(F.pad(W_roles, grow))
             biases.append(F.pad(b, grow[:2]))
             bias_roles.append(F.pad(b_roles, grow[:2]))
-        _install(flow, f"mlp_weights.{i}", torch.stack(weights), torch.stack(roles), sources)
-        _install(flow, f"mlp_biases.{i}", torch.stack(biases), torch.stack(bias_roles), sources)
+        install(flow, f"mlp_weights.{i}", torch.stack(weights), torch.stack(roles), sources)
+        install(flow, f"mlp_biases.{i}", torch.stack(biases), torch.stack(bias_roles), sources)
 
 
 def _with_gates(network: Conditioner, width: int) -> Conditioner:
@@ -262,8 +265,10 @@ def _roles(like: Tensor, trained: bool) -> Tensor:
     return torch.full_like(like, TRAINED if trained else FROZEN, dtype=torch.uint8)
 
 
-def _install(module: nn.Module, name: str, value: Tensor, roles: Tensor, sources: Sources) -> None:
-    """Give a parameter or buffer its value, and freeze the entries that must keep it.
+def install(
+    module: nn.Module, name: str, value: Tensor, roles: Tensor, sources: Sources, used: Tensor | None = None
+) -> None:
+    """Give a parameter or buffer its value, and freeze the entries that must keep it, but for those that are never `used`.
 
     If some are trained, those are all the others. If none is, the parameter is frozen as a whole; a user may unfreeze it,
     all but the FIXED entries.
@@ -281,6 +286,8 @@ def _install(module: nn.Module, name: str, value: Tensor, roles: Tensor, sources
     if not trained.any():
         tensor.requires_grad_(False)
     free = trained if trained.any() else roles != FIXED
+    if used is not None:
+        free = free | ~used
     if not free.all():
-        assert isinstance(module, CouplingFlow)
+        assert isinstance(module, StackedFlow)
         module.hold(name, free)

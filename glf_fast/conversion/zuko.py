@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from glf_fast.conversion import mlp
+from glf_fast.conversion.autoregressive import DeclaredAutoregressive, MaskedLinear, masked_linear
 from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
@@ -26,6 +27,7 @@ from glf_fast.conversion.layers import (
     trained_together,
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library
+from glf_fast.conversion.mlp import activation_name, check_hooks
 from glf_fast.flow import Flow
 from glf_fast.reference import Spline, log_scale
 
@@ -103,20 +105,66 @@ def _context_columns(module: Any, dim: int) -> int:
     return 0
 
 
+class _Univariate(NamedTuple):
+    """A univariate transformation, in the words of `DeclaredCoupling`."""
+
+    layout: str
+    log_scale: str = "exp"
+    constant: float | None = None
+    spline: Spline | None = None
+
+
 def _coupling(part: Part) -> list[Layer]:
     transform = part.module
     halves = transform.mask.nonzero().squeeze(1), (~transform.mask).nonzero().squeeze(1)
+    kind = _univariate(transform)
+    joined = kind.spline is not None
+    return [DeclaredCoupling(*halves, transform.hyper, **kind._asdict(), joined=joined).read(part)]
+
+
+def _autoregressive(part: Part) -> list[Layer]:
+    """With fewer passes than features, and with adjacency matrices, several features have one degree."""
+    transform = part.module
+    kind = _univariate(transform)
+    if kind.layout == "t":
+        raise Unfusable("its transformation AdditiveTransform is covered in couplings alone")
+    network, linears, activation = _masked_network(transform.hyper)
+    outputs = torch.arange(len(linears[-1].weight)).view(part.shape[0], -1)
+    if kind.spline is None:  # the shift comes first
+        outputs = outputs.flip(1)
+    options = {"log_scale": kind.log_scale, "constant": kind.constant, "spline": kind.spline}
+    return [DeclaredAutoregressive(linears, outputs, activation, network, **options).read()]
+
+
+def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], str]:
+    """Kind, linear layers and activation of a MaskedMLP: Linear, activation, … Linear, or Linear, residual blocks, Linear."""
+    check_hooks(mlp)
+    layers = list(mlp)
+    blocks = [layer for layer in layers if type(layer).__name__ == "Residual"]
+    network, between = "mlp", layers[1::2]
+    if blocks:
+        if blocks != layers[1:-1] or any(len(block) != 3 for block in blocks):
+            raise Unfusable("its residual network has layers of several widths")
+        for block in blocks:
+            check_hooks(block)
+        network, between = "skip", [block[1] for block in blocks]
+        layers = [layers[0], *(layer for block in blocks for layer in block), layers[-1]]
+    linears = [layer for layer in layers if hasattr(layer, "mask")]
+    names = {activation_name(layer) for layer in between}
+    if len(names) != 1 or len(layers) != len(linears) + len(between):
+        raise Unfusable("its network is not linear layers with one kind of activation between")
+    return network, [masked_linear(layer) for layer in linears], names.pop()
+
+
+def _univariate(transform: Any) -> _Univariate:
+    """Reads the univariate transformation of this object; raises Unfusable."""
     shapes = [tuple(shape) for shape in transform.shapes]
     kind = transform.univariate.func if isinstance(transform.univariate, partial) else transform.univariate
     name = kind.__name__ if isinstance(kind, type) else repr(kind)
     if name == "AdditiveTransform" and shapes == [()]:
-        return [DeclaredCoupling(*halves, transform.hyper, "t").read(part)]
+        return _Univariate("t")
     if name == "MonotonicRQSTransform" and len(shapes) == 3:
-        return [
-            DeclaredCoupling(*halves, transform.hyper, "spline", spline=_spline(transform, shapes), joined=True).read(
-                part
-            )
-        ]
+        return _Univariate("spline", spline=_spline(transform, shapes))
     if name != "MonotonicAffineTransform" or shapes != [(), ()]:
         raise Unfusable(f"its transformation {name} is neither affine nor a rational-quadratic spline")
     # ℓ → |ln slope| as a → ∞: the slope of this object, whose default differs from release to release.
@@ -125,7 +173,7 @@ def _coupling(part: Part) -> list[Layer]:
     slope = float(f"{math.exp(-log_scales[0].item()):.12g}")  # the exponential of a logarithm is off in the last digits
     if not torch.allclose(log_scales, log_scale(probe, "softclip", slope), rtol=1e-9, atol=1e-12):
         raise Unfusable("its log-scale is not a / (1 + |a / ln slope|)")
-    return [DeclaredCoupling(*halves, transform.hyper, "tutu", "softclip", slope).read(part)]
+    return _Univariate("tutu", "softclip", slope)
 
 
 def _spline(transform: Any, shapes: list[tuple[int, ...]]) -> Spline:
@@ -219,6 +267,7 @@ LIBRARY: Library = Library(
     fused=lambda fused, parts: ZukoLayer(fused),
     on_vectors={
         "GeneralCouplingTransform": _coupling,
+        "MaskedAutoregressiveTransform": _autoregressive,
         "LazyInverse": lambda part: inverted_layers(LIBRARY.read_inside(part, part.module.transform)),
         "UnconditionalTransform": _unconditional,
     },

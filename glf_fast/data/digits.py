@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+from torch import Tensor
 
 from glf_fast.data.dataset import ImageDataset, split_off_test
 from glf_fast.data.source import Files, Source
@@ -15,14 +18,20 @@ POLICY = "scikit-learn's digits, 0 … 16 scaled to 0 … 255; test: a tenth of 
 
 def read_digits(files: Files, split: str, image_size: int | None) -> ImageDataset:
     """uint8 (1617 or 180, 1, 8, 8) with labels. Raises UserError when scikit-learn is not installed."""
+    images, labels = split_off_test("digits", *_all_digits(), split)
+    return ImageDataset.of("digits", split, images, labels, POLICY)
+
+
+@cache
+def _all_digits() -> tuple[Tensor, Tensor]:
+    """uint8 (1797, 1, 8, 8) and labels, which scikit-learn parses from text for a tenth of a second."""
     try:
         from sklearn import datasets
     except ImportError as error:
         raise UserError('the digits come with scikit-learn: pip install "glf_fast[digits]"') from error
     bunch = datasets.load_digits()
-    images = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
-    images, labels = split_off_test("digits", images, torch.from_numpy(bunch.target), split)
-    return ImageDataset.of("digits", split, images, labels, POLICY)
+    images = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
+    return images.round().to(torch.uint8), torch.from_numpy(bunch.target)
 
 
 DIGITS = Source(

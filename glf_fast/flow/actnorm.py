@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
-from glf_fast.flow.moments import active_processes, moments, not_traced
+from glf_fast.flow.moments import active_processes, moments, not_traced, refuse_shards
 from glf_fast.ops.checks import check_channels, check_state
 from glf_fast.reference import log_normal
 
@@ -89,6 +89,7 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:
+        refuse_shards(self)
         if not set_by_another_process(self.initialized, self.log_scale, self.bias):
             found = data_dependent_start(x)
             if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.flow.stacking import Stacked, stacked_maps
 from glf_fast.ops.backends import ordinary
 from glf_fast.ops.checks import check_alike, check_choice, check_floating, check_log_scale
-from glf_fast.reference import ACTIVATIONS, LOG_SCALES, NETWORKS, TRANSFORMS, Spline, fan_in
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES, MASKED_NETWORKS, TRANSFORMS, Spline, fan_in
 
 __all__ = ["AutoregressiveFlow"]
 
@@ -30,19 +31,20 @@ class AutoregressiveFlow(StackedFlow):
 
     Masked Autoregressive Flow (Papamakarios et al., arXiv:1705.07057): feature d becomes T(x_d; θ_d), whose parameters
     a masked network, MADE (Germain et al., arXiv:1502.03509), makes of the features before it. `log_prob` takes one pass.
-    Sampling takes D passes in other libraries; here the hidden units are sorted by their degree, and on a processor `inverse`
+    Sampling takes D passes in other libraries; here the hidden units are sorted by their degree, and the kernels' `inverse`
     computes each of them once, for the arithmetic of one pass. Both directions have gradients: `Inverse` of this flow is an
     inverse autoregressive flow (Kingma et al., arXiv:1606.04934).
 
     Args:
         dim: D, at least 1.
         steps: K.
-        hidden: widths of the hidden layers of each step's network: 1 to 4 of an "mlp"; of "residual" the width of each of 1 to
+        hidden: widths of the hidden layers of each step's network: 1 to 4 of an "mlp"; of the others the width of each of 1 to
             5 blocks, all equal.
         context_dim: columns of the context that conditions every step; 0 for none.
         transform: "affine", x·e^f(u) + t, or "spline", a rational-quadratic spline (arXiv:1906.04032), to which log-scales
             mean nothing.
-        network: "mlp", or "residual": Linear, blocks of two masked layers, Linear, see `glf_fast.reference.made`.
+        network: "mlp", or Linear, blocks of two masked layers, Linear: "residual" as in nflows, or "skip" as in zuko, see
+            `glf_fast.reference.made`.
         spline: bins, box and the rest of those splines, a `glf_fast.Spline`, or the same as a mapping.
         activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh or elu.
         log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`; sbi and nflows have
@@ -85,7 +87,7 @@ class AutoregressiveFlow(StackedFlow):
         if dim < 1:
             raise ValueError(f"dim must be ≥ 1; got {dim}")
         check_choice("transform", transform, TRANSFORMS)
-        check_choice("network", network, NETWORKS)
+        check_choice("network", network, MASKED_NETWORKS)
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("linear", linear, LINEAR)
         check_log_scale(log_scale, log_scale_constant)
@@ -132,11 +134,11 @@ class AutoregressiveFlow(StackedFlow):
         context = self._begin(x, context)
         weights, biases = self._mlp()
         A, _, c, logabsdet = self._affine(weights[0].dtype, need_inverse=False)
-        z, logdet = ops.autoregressive_flow(x, A, c, weights, biases, self._seen(A), context, **self._options)
+        z, logdet = ops.autoregressive_flow(x, A, c, weights, biases, self.seen(A), context, **self._options)
         return z, logdet + logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise → data: z (B, D) → x (B, D), logdet (B,). On a processor at the cost of one pass."""
+        """Noise → data: z (B, D) → x (B, D), logdet (B,). In the kernels at the cost of one pass."""
         one = context
         if context is not None or self.context_shape:
             context = self._context("z", z, context)
@@ -149,7 +151,7 @@ class AutoregressiveFlow(StackedFlow):
             check_alike([("context", one)], z)
             weights, biases = self._conditioned(one, weights, biases)
             context, options = None, options | {"context_layer": False}
-        x, logdet = ops.autoregressive_flow_inverse(z, A_inv, c, weights, biases, self._seen(c), context, **options)
+        x, logdet = ops.autoregressive_flow_inverse(z, A_inv, c, weights, biases, self.seen(c), context, **options)
         return x, logdet - logabsdet
 
     def _conditioned(
@@ -176,7 +178,7 @@ class AutoregressiveFlow(StackedFlow):
         weights, biases = self._mlp()
         A, _, c, logabsdet = self._affine(weights[0].dtype, need_inverse=False)
         return ops.autoregressive_flow_log_prob(
-            x, A, c, logabsdet, weights, biases, self._seen(A), context, **self._options
+            x, A, c, logabsdet, weights, biases, self.seen(A), context, **self._options
         )
 
     def _run_step(
@@ -190,12 +192,12 @@ class AutoregressiveFlow(StackedFlow):
             c,
             [w[step] for w in weights],
             [b[step] for b in biases],
-            self._seen(A)[step],
+            self.seen(A)[step],
             context,
             **self._options,
         )[0]
 
-    def _seen(self, like: Tensor) -> Tensor:
+    def seen(self, like: Tensor) -> Tensor:
         """How many units each unit sees (K, …): integers that no tool must average, and so no buffer."""
         found = self._fan_in.get(like.device)
         if found is None:
@@ -227,7 +229,7 @@ def _widths(config: Mapping[str, Any]) -> tuple[int, ...]:
     Raises:
         ValueError: widths that a network of this kind cannot have.
     """
-    hidden, most = config["hidden"], 5 if config["network"] == "residual" else 4
+    hidden, most = config["hidden"], 4 if config["network"] == "mlp" else 5
     if not 1 <= len(hidden) <= most or min(hidden) < 1:
         raise ValueError(f"hidden must be one to {most} widths ≥ 1; got {hidden}")
     if config["network"] == "mlp":
@@ -255,7 +257,7 @@ def _degrees(config: Mapping[str, Any], widths: Sequence[int]) -> Sequence[Degre
     for step in given:
         if any(list(layer) != sorted(layer) for layer in step):
             raise ValueError("degrees must be sorted within each layer: permute the units of the layer")
-        if config["network"] == "residual" and any(
+        if config["network"] != "mlp" and any(
             new < old for i in range(1, len(step) - 2, 2) for old, new in zip(step[i], step[i + 2], strict=True)
         ):
             raise ValueError("degrees of a residual network's stream must not shrink from block to block")
@@ -263,14 +265,22 @@ def _degrees(config: Mapping[str, Any], widths: Sequence[int]) -> Sequence[Degre
 
 
 def _linears(config: Mapping[str, Any], widths: Sequence[int]) -> list[nn.Linear]:
-    """Fresh linear layers of one step's network, in the order of `mlp_weights`; the last but the context's starts at zero."""
-    dim, context_dim, residual = config["dim"], config["context_dim"], config["network"] == "residual"
+    """Fresh linear layers of one step's network, in the order of `mlp_weights`; the last but the context's starts at zero.
+
+    With softplus a log-scale starts at 0, too: five steps of softplus(0) would begin with a sixth of every feature's size,
+    which costs 0.8 to 1.2 nats after 20 epochs of sbi's training with 2,000 simulations of five parameters.
+    """
+    dim, context_dim, network = config["dim"], config["context_dim"], config["network"]
     columns = Spline(**config["spline"]).columns if config["spline"] else TRANSFORMS[config["transform"]]
     sizes = [dim, *widths, columns * dim]
     layers = []
     for i in range(len(sizes) - 1):
-        enters = not config["context_layer"] if i == 0 else residual and i % 2 == 1 and i + 2 < len(sizes)
+        in_block = network == "residual" and i % 2 == 1 and i + 2 < len(sizes)
+        enters = in_block if i else not config["context_layer"]
         layers.append(nn.Linear(sizes[i] + context_dim * enters, sizes[i + 1]))
     nn.init.zeros_(layers[-1].weight)
     nn.init.zeros_(layers[-1].bias)
+    least = config["log_scale_constant"]
+    if config["transform"] == "affine" and config["log_scale"] == "softplus" and least < 1:
+        nn.init.constant_(layers[-1].bias[0::2], math.log(math.expm1(1 - least)))
     return [*layers, nn.Linear(context_dim, widths[0])] if config["context_layer"] else layers

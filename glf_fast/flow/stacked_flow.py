@@ -14,7 +14,7 @@ from glf_fast.flow.base import Flow
 from glf_fast.flow.frozen import FixedFactor, FrozenEntries
 from glf_fast.flow.indices import Indices
 from glf_fast.flow.linear import LINEAR_TENSORS
-from glf_fast.flow.moments import active_processes
+from glf_fast.flow.moments import active_processes, refuse_shards
 from glf_fast.flow.stacking import Stacked
 from glf_fast.ops.checks import check_shape, check_state, check_tensors
 
@@ -194,6 +194,7 @@ class StackedFlow(Flow):
         """Give every ActNorm its start, step by step: each one sees what the steps before it make of x."""
         check_shape("x", x, (None, self.config["dim"]), "(batch, dim)")
         x = check_state("x", x, self.mlp_weights[0])
+        refuse_shards(self)
         if set_by_another_process(self.actnorm_initialized, self.actnorm_log_scale, self.actnorm_bias):
             self._started = True
             return

@@ -1,9 +1,10 @@
-"""Density estimators for sbi (https://sbi-dev.github.io/sbi), which it needs: `NPE(density_estimator=coupling_flow())`,
-`NLE(density_estimator=coupling_likelihood())`.
+"""Density estimators for sbi (https://sbi-dev.github.io/sbi), which it needs: `NPE(density_estimator=maf())` or
+`coupling_flow()`, `NLE(density_estimator=maf_likelihood())` or `coupling_likelihood()`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -14,12 +15,15 @@ from sbi.utils.sbiutils import standardizing_net, z_score_parser, z_standardizat
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from glf_fast.flow import CouplingFlow, FlowDistribution, SequentialFlow
+from glf_fast.flow import AutoregressiveFlow, CouplingFlow, FlowDistribution, SequentialFlow
+from glf_fast.integrations.sbi_training import train
 from glf_fast.integrations.unconstrained import Unconstrained
 
-__all__ = ["CouplingFlowEstimator", "coupling_flow", "coupling_likelihood"]
+__all__ = ["FlowEstimator", "coupling_flow", "coupling_likelihood", "maf", "maf_likelihood", "train"]
 
 START = 4096  # number of pairs (θ, x) from which the ActNorms are initialised
+# What sbi's own maf has beside its sizes.
+MAF = {"log_scale": "softplus", "context_layer": True}
 
 
 def coupling_flow(
@@ -31,7 +35,7 @@ def coupling_flow(
     prior: Distribution | None = None,
     embedding_net: nn.Module | None = None,
     **options: Any,
-) -> Callable[[Tensor, Tensor], CouplingFlowEstimator]:
+) -> Callable[[Tensor, Tensor], FlowEstimator]:
     """A builder of estimators of q(θ | x), for the argument `density_estimator` of sbi's NPE. For NLE: `coupling_likelihood`.
 
     Args:
@@ -46,7 +50,7 @@ def coupling_flow(
             scratch, it takes a copy of the network as the network was at first.
     """
     return _Builder(
-        ("theta", "x"), {"theta": z_score_theta, "x": z_score_x}, prior, embedding_net,
+        CouplingFlow, ("theta", "x"), {"theta": z_score_theta, "x": z_score_x}, prior, embedding_net,
         {"steps": steps, "hidden": tuple(hidden), **options},
     )  # fmt: skip
 
@@ -59,43 +63,85 @@ def coupling_likelihood(
     z_score_x: str | None = "independent",
     embedding_net: nn.Module | None = None,
     **options: Any,
-) -> Callable[[Tensor, Tensor], CouplingFlowEstimator]:
+) -> Callable[[Tensor, Tensor], FlowEstimator]:
     """A builder of estimators of q(x | θ), for the argument `density_estimator` of sbi's NLE.
 
     The arguments are those of `coupling_flow`, but that x must be a vector of two or more columns, and that the
     `embedding_net` maps θ to the context.
     """
     return _Builder(
-        ("x", "theta"), {"theta": z_score_theta, "x": z_score_x}, None, embedding_net,
+        CouplingFlow, ("x", "theta"), {"theta": z_score_theta, "x": z_score_x}, None, embedding_net,
         {"steps": steps, "hidden": tuple(hidden), **options},
     )  # fmt: skip
 
 
+def maf(
+    *,
+    steps: int = 5,
+    hidden: Sequence[int] = (50, 50, 50),
+    z_score_theta: str | None = "independent",
+    z_score_x: str | None = "independent",
+    prior: Distribution | None = None,
+    embedding_net: nn.Module | None = None,
+    **options: Any,
+) -> Callable[[Tensor, Tensor], FlowEstimator]:
+    """A builder of masked autoregressive estimators of q(θ | x), for the argument `density_estimator` of sbi's NPE.
+
+    By default a flow of the kind and size of sbi's own "maf": five transforms, each with a masked network of three hidden
+    layers of 50 tanh units, to the first of which the context is added. Between the transforms the order of the features is
+    reversed, where sbi draws permutations, which may leave it as it is.
+
+    Args:
+        steps, hidden, **options: arguments of `glf_fast.AutoregressiveFlow`. `transform="spline"` is the kind of sbi's
+            "maf_rqs", for which `spline={"bins": 10, "low": -3.0, "high": 3.0}` has its bins and box.
+        z_score_theta, z_score_x, prior, embedding_net: as in `coupling_flow`.
+    """
+    return _Builder(
+        AutoregressiveFlow, ("theta", "x"), {"theta": z_score_theta, "x": z_score_x}, prior, embedding_net,
+        {"steps": steps, "hidden": tuple(hidden), **MAF, **options},
+    )  # fmt: skip
+
+
+def maf_likelihood(
+    *,
+    steps: int = 5,
+    hidden: Sequence[int] = (50, 50, 50),
+    z_score_theta: str | None = "independent",
+    z_score_x: str | None = "independent",
+    embedding_net: nn.Module | None = None,
+    **options: Any,
+) -> Callable[[Tensor, Tensor], FlowEstimator]:
+    """A builder of masked autoregressive estimators of q(x | θ), for the argument `density_estimator` of sbi's NLE.
+
+    The arguments are those of `maf`, but that x must be a vector, and that the `embedding_net` maps θ to the context.
+    """
+    return _Builder(
+        AutoregressiveFlow, ("x", "theta"), {"theta": z_score_theta, "x": z_score_x}, None, embedding_net,
+        {"steps": steps, "hidden": tuple(hidden), **MAF, **options},
+    )  # fmt: skip
+
+
 class _Builder:
-    """Makes estimators of the density of simulations `names[0]` given `names[1]`, on the CPU."""
+    """Makes estimators of the density of simulations `names[0]` given `names[1]`, by flows of one kind, on the CPU."""
 
     def __init__(
         self,
+        kind: type[CouplingFlow | AutoregressiveFlow],
         names: tuple[str, str],
         z_scores: dict[str, str | None],
         prior: Distribution | None,
         embedding_net: nn.Module | None,
         options: dict[str, Any],
     ) -> None:
-        self.names, self.z_scores, self.prior, self.options = names, z_scores, prior, options
+        self.kind, self.names, self.z_scores, self.prior, self.options = kind, names, z_scores, prior, options
         self.embedding_net = nn.Identity() if embedding_net is None else embedding_net
         self._untrained: nn.Module | None = None  # the network as it was when the first estimator was made
 
-    def __call__(self, theta: Tensor, x: Tensor) -> CouplingFlowEstimator:
+    def __call__(self, theta: Tensor, x: Tensor) -> FlowEstimator:
         """The estimator for simulations theta (N, …) and x (N, …)."""
         of, given = self.names
         values, condition = (theta, x) if of == "theta" else (x, theta)
-        if values.ndim != 2 or values.shape[1] < 2:
-            what, sbi = ("parameter", "'nsf' or 'mdn'") if of == "theta" else ("column", "'nsf'")
-            raise ValueError(
-                f"a coupling flow is a density of vectors of two or more {what}s; {of} has shape {tuple(values.shape)}: use "
-                f"sbi's {sbi} for one {what}"
-            )
+        self._check_columns(values)
         standardise, structured = self._z_score(given)
         network = self._network()
         if standardise:
@@ -118,11 +164,28 @@ class _Builder:
         if standardise:
             mean, std = z_standardization(free, structured)
             layers.append(_Standardise(mean.expand(dim), std.expand(dim)))
-        layers.append(CouplingFlow(dim, context_dim=context.shape[1], **self.options))
+        layers.append(self.kind(dim, context_dim=context.shape[1], **self.options))
         flow = SequentialFlow(layers, (dim,), context.shape[1])
         with torch.no_grad():  # initialises the ActNorms; the first call by sbi would do it with two rows
             flow(values[:START], context)
-        return CouplingFlowEstimator(flow, values.shape[1:], condition.shape[1:], network)._expecting(values, condition)
+        return FlowEstimator(flow, values.shape[1:], condition.shape[1:], network)._expecting(values, condition)
+
+    def _check_columns(self, values: Tensor) -> None:
+        """Raise ValueError if this kind of flow has no density of these simulations; warn if it has normal ones alone."""
+        of, shape = self.names[0], tuple(values.shape)
+        what = "parameter" if of == "theta" else "column"
+        spline = f"{'maf' if of == 'theta' else 'maf_likelihood'}(transform='spline')"
+        if self.kind is CouplingFlow and (values.ndim != 2 or shape[1] < 2):
+            raise ValueError(
+                f"a coupling flow is a density of vectors of two or more {what}s; {of} has shape {shape}: use {spline} for "
+                f"one {what}"
+            )
+        if values.ndim != 2 or shape[1] < 1:
+            raise ValueError(f"an autoregressive flow is a density of vectors; {of} has shape {shape}")
+        if shape[1] == 1 and self.kind is AutoregressiveFlow and self.options.get("transform") != "spline":
+            warnings.warn(
+                f"of one {what}, affine transforms make normal distributions alone: use {spline}", stacklevel=3
+            )
 
     def _network(self) -> nn.Module:
         """The embedding net for a new estimator."""
@@ -143,7 +206,7 @@ class _Builder:
     def _unconstrained(self, theta: Tensor) -> Unconstrained:
         """The map of θ from the prior's support."""
         if self.prior is None:
-            raise ValueError("z_score_theta='transform_to_unconstrained' needs the prior; pass coupling_flow(prior=…)")
+            raise ValueError("z_score_theta='transform_to_unconstrained' needs the prior; pass prior=…")
         layer = Unconstrained.of(self.prior, theta.shape[1]).to(theta)
         outside = ~layer(theta)[1].isfinite()
         if outside.any():
@@ -168,7 +231,7 @@ class _Standardise(nn.Module):
         return torch.addcmul(self.get_buffer("mean"), z, self.get_buffer("std")), -self.get_buffer("logdet")
 
 
-class CouplingFlowEstimator(ConditionalDensityEstimator):
+class FlowEstimator(ConditionalDensityEstimator):
     """Estimator of q(θ | x) with sbi's interface: shapes (samples, batch, …), `input` for θ and `condition` for x.
 
     In an estimator of a likelihood q(x | θ), θ and x have changed places, here and below.
@@ -221,7 +284,7 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
         context = context.expand(*batch, context.shape[-1]).reshape(len(rows), context.shape[-1])
         return self.net(rows, context)[0].reshape(*batch, rows.shape[-1])
 
-    def _expecting(self, values: Tensor, condition: Tensor) -> CouplingFlowEstimator:
+    def _expecting(self, values: Tensor, condition: Tensor) -> FlowEstimator:
         """The estimator, which from the first loss on knows whether sbi takes it for what it is."""
         if self.input_shape == self.condition_shape:
             self._expected = values, condition
@@ -243,8 +306,8 @@ class CouplingFlowEstimator(ConditionalDensityEstimator):
             self._expected, swapped = None, bool(others and not own)
         if swapped:
             raise ValueError(
-                "θ and x have changed places: NPE takes coupling_flow(), an estimator of q(θ | x), and NLE takes "
-                "coupling_likelihood(), an estimator of q(x | θ)"
+                "θ and x have changed places: NPE takes coupling_flow() or maf(), estimators of q(θ | x), and NLE takes "
+                "coupling_likelihood() or maf_likelihood(), estimators of q(x | θ)"
             )
 
     def _posterior(self, condition: Tensor) -> FlowDistribution:

@@ -18,8 +18,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from glf_fast import distributed
 from glf_fast.command_line import parse, pick_device
 from glf_fast.data import SOURCES, SPLITS, as_images, load
+from glf_fast.distributed import by_main
 from glf_fast.errors import UserError, run_command
 from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, extractor
@@ -77,6 +79,11 @@ class Calc:
 
 def main() -> None:
     """Parse the command line and run the command."""
+    with distributed.launched():
+        _run()
+
+
+def _run() -> None:
     commands: Any = Annotated[Ref, tyro.conf.subcommand("ref")] | Annotated[Calc, tyro.conf.subcommand("calc")]
     command: Ref | Calc = parse(commands, sys.argv[1:], "glf_fast.metrics", description=__doc__)
     if command.n is not None and command.n < 2:
@@ -95,9 +102,13 @@ def ref(command: Ref) -> None:
         )
     network = extractor(command.extractor, device=pick_device(command.device), weights=command.weights)
     stats = from_images(command.source, network, command)
-    stats.root()
-    stats.save(command.out)
+    by_main(_save)(stats, command.out)
     print(f"{command.out}: {stats.n} images, {stats.dim} features of {command.extractor}")
+
+
+def _save(stats: FeatureStats, out: Path) -> None:
+    stats.root()
+    stats.save(out)
 
 
 def calc(command: Calc) -> None:
@@ -120,7 +131,7 @@ def calc(command: Calc) -> None:
         stats if stats is not None else from_images(source, network, command)
         for stats, source in zip(given, (command.a, command.b), strict=True)
     )
-    result = compare(a, b)
+    result = by_main(compare)(a, b)
     result["protocol"]["samples"] = a.source
     if command.json:
         print(json.dumps(result, indent=2, allow_nan=False))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from glf_fast.distributed import by_main
 from glf_fast.errors import UserError
 from glf_fast.files import cache_dir
 from glf_fast.metrics.collect import collect
@@ -63,7 +64,8 @@ def reference(train: ImageDataset, test: ImageDataset, extractor: Extractor, *, 
     half = min(n, len(train.images) // 2)
     first, second = (dataset_stats(train, extractor, n=half, part=part) for part in (0, 1))
     held_out = dataset_stats(test, extractor, n=n)
-    floors = {"train/train": frechet_distance(first, second), "train/test": frechet_distance(first, held_out)}
+    distance = by_main(frechet_distance)
+    floors = {"train/train": distance(first, second), "train/test": distance(first, held_out)}
     counts = {"train/train": [first.n, second.n], "train/test": [first.n, held_out.n]}
     return Reference(
         held_out, floors, {"reference": held_out.source, "floors": counts, "training_policy": train.policy}
@@ -90,22 +92,33 @@ def dataset_stats(dataset: ImageDataset, extractor: Extractor, *, n: int | None 
     key = hashlib.sha256(json.dumps([source, extractor.identity, _code()], sort_keys=True).encode()).hexdigest()
     name = f"{Path(dataset.name).name}-{dataset.split}-{n}-{part}-{extractor.name}-{key[:16]}.safetensors"
     path = cache_dir() / "stats" / name
+    if cached := by_main(_cached)(path, source, extractor.identity):
+        return cached
+    _notice(
+        f"computing the features for {extractor.label} of {n} images of {dataset.name}:{dataset.split} "
+        f"(to be cached in {path.parent})"
+    )
+    stats = collect(subset(dataset.images, n, part), extractor, keep=KEEP, source=source)
+    return by_main(_to_cache)(stats, path)
+
+
+def _cached(path: Path, source: dict[str, Any], extractor: dict[str, Any]) -> FeatureStats | None:
+    """The statistics of this source by this extractor in a file of the cache; None where it has no such statistics."""
     try:
         stats = FeatureStats.load(path)
         same = all(stats.source.get(key) == value for key, value in source.items())
-        if same and stats.extractor == extractor.identity and stats.n == n:
+        if same and stats.extractor == extractor and stats.n == source["n"]:
             return stats
         _notice(f"{path} holds other statistics than its name says; computing the statistics again")
     except FileNotFoundError:
         pass
     except (UserError, OSError) as error:
         _notice(f"{error}; computing the statistics again")
+    return None
 
-    _notice(
-        f"computing the features for {extractor.label} of {n} images of {dataset.name}:{dataset.split} "
-        f"(to be cached in {path.parent})"
-    )
-    stats = collect(subset(dataset.images, n, part), extractor, keep=KEEP, source=source)
+
+def _to_cache(stats: FeatureStats, path: Path) -> FeatureStats:
+    """The statistics with their root, after they were written to a file of the cache, if they could be."""
     stats.root()
     try:
         stats.save(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from glf_fast.distributed import by_main
 from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, label
 from glf_fast.metrics.frechet import GROUPS, frechet_distance, jackknife_interval
@@ -29,7 +30,8 @@ def score(
     """Score generated (or reconstructed) images against real ones; the result is JSON-ready.
 
     Args:
-        samples: uint8 (N, C, H, W), N ≥ 2, or an iterable of such batches. The batch sizes do not change the result.
+        samples: uint8 (N, C, H, W), N ≥ 2, or an iterable of such batches. The batch sizes do not change the result. Of several
+            processes (`distributed`), the images of this one: all have the score of the images of all.
         reference: result of `reference()` with the same extractor.
         seed: seed of the samples, to be recorded.
         sampling: other settings of the samples (temperature, EMA, checkpoint …), JSON-ready, to be recorded.
@@ -37,7 +39,7 @@ def score(
     Raises:
         UserError: float images, fewer than two images, another extractor than the reference's, NaN features.
     """
-    result = compare(collect(samples, extractor), reference.test)
+    result = by_main(compare)(collect(samples, extractor, divided=True), reference.test)
     result["floors"] = dict(reference.floors)
     n, samples_n = reference.protocol["floors"]["train/test"][0], result["protocol"]["n"]
     if n != samples_n:

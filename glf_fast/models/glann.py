@@ -14,6 +14,7 @@ from glf_fast.errors import UserError
 from glf_fast.models.latent import SAMPLE_BATCH, LatentSettings, decoder
 from glf_fast.models.model import GenerativeModel, Phase, Stage, Words
 from glf_fast.models.reconstruction import reconstruction_loss
+from glf_fast.models.whole_batch import share, whole
 from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Rule
 
 __all__ = ["GLANN", "GLANNSettings"]
@@ -122,7 +123,7 @@ class GLANN(GenerativeModel):
         """mean_i min_j ‖T(e_j) − z_i‖² over codes that are drawn, like the e_j, from `generator`; x is not used."""
         codes, count = self.codes.weight.detach(), self.settings.matched
         chosen = torch.randint(len(codes), (count,), generator=generator, device=codes.device)
-        z, mapped = F.normalize(codes[chosen]), self._mapped(2 * count, 1.0, generator)
+        z, mapped = F.normalize(codes[share(chosen)]), whole(self._mapped(2 * count, 1.0, generator))
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             nearest = (mapped.square().sum(1) - 2 * z @ mapped.mT).argmin(1)
         return {"matching": (mapped[nearest] - z).square().sum(1).mean()}
@@ -157,8 +158,8 @@ class GLANN(GenerativeModel):
             return torch.cat([self.decoder(F.normalize(self._mapped(size, temperature, generator))) for size in sizes])
 
     def _mapped(self, n: int, temperature: float, generator: torch.Generator | None) -> Tensor:
-        """T(e) for n vectors e ~ temperature·N(0, I): (n, latent_dim), float32 or better."""
+        """T(e) for n vectors e ~ temperature·N(0, I), or this process's share of them: (n, latent_dim), float32 or better."""
         like = self.codes.weight
         e = torch.randn(n, self.settings.noise_dim, generator=generator, device=like.device, dtype=like.dtype)
         with torch.autocast(like.device.type, enabled=False):  # distances of nearby codes need their digits
-            return self.mapping(temperature * e)
+            return self.mapping(temperature * share(e))

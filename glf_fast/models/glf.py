@@ -17,6 +17,7 @@ from glf_fast.models.flow_settings import FlowSettings
 from glf_fast.models.latent import SAMPLE_BATCH, LatentModel, LatentSettings
 from glf_fast.models.model import Phase, Stage, Words
 from glf_fast.models.reconstruction import reconstruction_loss
+from glf_fast.models.whole_batch import noise_like, whole
 from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Rule
 
 __all__ = ["GLF", "GLFSettings"]
@@ -135,23 +136,22 @@ class GLF(LatentModel):
             "loss": settings.beta * reconstruction + nll,
             "reconstruction": reconstruction,
             "nll": nll,
-            "nll_vs_normal": nll.detach() - _normal_nll(z.detach()),
+            "nll_vs_normal": nll.detach() - _normal_nll(whole(z.detach())),
         }
 
     def flow_losses(self, z: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """`nll` and `nll_vs_normal` of `losses` for codes z (B, latent_dim) without noise."""
         z = self._noisy(z, generator)
         nll = -self.flow.log_prob(z).mean()
-        return {"nll": nll, "nll_vs_normal": nll.detach() - _normal_nll(z)}
+        return {"nll": nll, "nll_vs_normal": nll.detach() - _normal_nll(whole(z))}
 
     def _noisy(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
         """z̃ = z + σ·s·ε."""
         settings = self.settings
         if not settings.latent_noise:
             return z
-        noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-        unit = z.detach().std(0, correction=0) if settings.stop_gradient else 1.0
-        return z + settings.latent_noise * unit * noise
+        unit = whole(z.detach()).std(0, correction=0) if settings.stop_gradient else 1.0
+        return z + settings.latent_noise * unit * noise_like(z, generator)
 
     def stages(self) -> tuple[Stage, ...]:
         """Training of all parameters by one loss; then, with `flow_epochs`, of the flow alone on codes that no longer move."""

@@ -56,7 +56,8 @@ class Phase:
 
     Attributes:
         losses: a method of the model, losses(x, generator) → scalars by name; all scalars are logged. In an indexed stage its
-            third argument is the index of the batch, see `Stage`.
+            third argument is the index of the batch, see `Stage`. A scalar that is no mean over the items of x, and noise for
+            them, come from `models.whole_batch`, so that several processes train as one does.
         moves: names of the parameter groups that the update changes; gradients of other groups are dropped.
         minimises: name of the scalar that is back-propagated.
         every: the phase takes part in every `every`-th step only.

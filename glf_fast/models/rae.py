@@ -14,6 +14,7 @@ from glf_fast.models.latent import ExPostModel, ExPostSettings
 from glf_fast.models.model import Words
 from glf_fast.models.reconstruction import reconstruction_loss
 from glf_fast.models.spectral import spectral_norm
+from glf_fast.models.whole_batch import noise_like
 from glf_fast.settings import NOT_NEGATIVE, Rule
 
 __all__ = ["RAE", "RAESettings"]
@@ -140,7 +141,7 @@ class RAE(ExPostModel):
             if self.settings.gradient_penalty == "released":
                 outputs = x_hat.square().sum()
             else:
-                v = torch.randn(x_hat.shape, generator=generator, device=z.device, dtype=x_hat.dtype)
+                v = noise_like(x_hat, generator)
                 outputs = (v * x_hat).sum()
             [gradient] = torch.autograd.grad(outputs, z, create_graph=True)
             return x_hat, gradient.square().sum(1).mean()

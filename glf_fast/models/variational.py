@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.models.latent import LatentModel, LatentSettings
+from glf_fast.models.whole_batch import noise_like, whole
 from glf_fast.settings import POSITIVE, Rule
 
 __all__ = [
@@ -125,8 +126,12 @@ class VariationalModel(LatentModel):
         self._check_batch("x", x)
         h = self.encoder(x)
         z, log_q = self._posterior(h, generator)
-        error, divergence = self._errors(z, x).mean(), self._divergences(h, z, log_q).mean()
-        variance = self._variance() if self.settings.variance != "batch" else error.detach() / x[0].numel() + _ROUNDING
+        errors = self._errors(z, x)
+        error, divergence = errors.mean(), self._divergences(h, z, log_q).mean()
+        if self.settings.variance == "batch":
+            variance = whole(errors.detach()).mean() / x[0].numel() + _ROUNDING
+        else:
+            variance = self._variance()
         if self.training and self.settings.variance == "batch":
             # A young average forgets faster: the first batch replaces the 1 of the start.
             self.variance.lerp_(variance, (10 / (10 + self.batches)).clamp(min=0.01))
@@ -184,7 +189,7 @@ class VariationalModel(LatentModel):
 def draw(h: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A sample z of N(μ, σ²) for h = (μ, log σ²) (B, 2·D), and its log-density, (B,)."""
     mean, log_variance = h.chunk(2, 1)
-    noise = torch.randn(mean.shape, generator=generator, device=h.device, dtype=h.dtype)
+    noise = noise_like(mean, generator)
     return mean + (0.5 * log_variance).exp() * noise, log_normal(noise) - 0.5 * log_variance.sum(1)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from glf_fast.models.latent import ExPostModel, ExPostSettings
 from glf_fast.models.model import Words
 from glf_fast.models.reconstruction import reconstruction_loss
+from glf_fast.models.whole_batch import whole
 from glf_fast.settings import NOT_NEGATIVE, Rule
 
 __all__ = ["WAE", "WAESettings", "squared_mmd"]
@@ -69,9 +70,10 @@ class WAE(ExPostModel):
     def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Scalars of a batch x (B, C, H, W) in [0, 1], B ≥ 2: the loss and its two terms; `generator` is the source of e."""
         z = self.encode(x)
-        noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        codes = whole(z)
+        noise = torch.randn(codes.shape, generator=generator, device=z.device, dtype=z.dtype)
         error = reconstruction_loss(self.settings.reconstruction, self.decode(z), x)
-        mmd = squared_mmd(z, noise)
+        mmd = squared_mmd(codes, noise)
         return {"loss": error + self.settings.mmd_weight * mmd, "reconstruction": error, "mmd": mmd}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from glf_fast.ops.backends import CPP
-from glf_fast.reference import ACTIVATIONS, COUPLINGS, LOG_SCALES, NETWORKS
+from glf_fast.reference import ACTIVATIONS, COUPLINGS, LOG_SCALES, MASKED_NETWORKS, NETWORKS
 
 __all__ = ["ACTIVATION_CODES", "COUPLING_CODES", "LOG_SCALE_CODES", "NETWORK_CODES"]
 
@@ -23,4 +23,4 @@ def _codes(table: str, names: Iterable[str]) -> dict[str, int]:
 ACTIVATION_CODES = _codes("activation", ACTIVATIONS)
 COUPLING_CODES = _codes("coupling", COUPLINGS)
 LOG_SCALE_CODES = _codes("log_scale", LOG_SCALES)
-NETWORK_CODES = _codes("network", NETWORKS)
+NETWORK_CODES = _codes("network", (*NETWORKS, *MASKED_NETWORKS))

@@ -41,6 +41,18 @@ def _(
     return 2 * _products(grad_logdet[0], matrix, weights)
 
 
+@register_flop_formula(operations.triton_autoregressive_flow)
+def _(x: Shape, matrix: Shape, offset: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return _products(x[0], matrix, weights)
+
+
+@register_flop_formula(operations.triton_autoregressive_flow_backward)
+def _(
+    grad: Shape, grad_logdet: Shape, saved: Shape, matrix: Shape, offset: Shape, weights: Sequence[Shape], *_: Any, **__: Any
+) -> int:  # fmt: skip
+    return 2 * _products(grad_logdet[0], matrix, weights)
+
+
 if not CPP.missing:
 
     @register_flop_formula(operations.cpu_autoregressive_flow)

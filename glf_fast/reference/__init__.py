@@ -30,7 +30,7 @@ from glf_fast.reference.linear import (
     slogdet_inverse,
 )
 from glf_fast.reference.log_scale import LOG_SCALE_FUNCTIONS, LOG_SCALES, LogScale, log_scale, prepared_constant
-from glf_fast.reference.made import fan_in, made
+from glf_fast.reference.made import MASKED_NETWORKS, fan_in, made
 from glf_fast.reference.mlp import ACTIVATIONS, mlp
 from glf_fast.reference.networks import NETWORKS, Network
 from glf_fast.reference.residual import layers_of_block, residual
@@ -41,6 +41,7 @@ __all__ = [
     "COUPLINGS",
     "LOG_SCALES",
     "LOG_SCALE_FUNCTIONS",
+    "MASKED_NETWORKS",
     "NETWORKS",
     "PARAMETRIZATIONS",
     "TAILS",

@@ -32,6 +32,7 @@ LOG_SCALE_FUNCTIONS: dict[str, LogScale] = {
     "softclip": LogScale(lambda u, s: u / (1 + torch.abs(u / s)), 1e-3, (0.0, 1.0), math.log),
     "jet": LogScale(lambda u, _: math.log(2) + F.logsigmoid(u)),
     "softplus": LogScale(lambda u, s: torch.log(F.softplus(u) + s), 1e-3),
+    "clamp": LogScale(lambda u, _: u + (u.clamp(-5, 3) - u).detach()),
 }
 # name → default of its constant (None: it has none).
 LOG_SCALES: dict[str, float | None] = {name: f.default for name, f in LOG_SCALE_FUNCTIONS.items()}
@@ -50,6 +51,7 @@ def log_scale(u: Tensor, name: str = "tanh", constant: float | None = None) -> T
     | `softclip` | u / (1 + |u / ln m|)  [m = 1e-3]| zuko                                                |
     | `jet`      | log 2σ(u)                       | Jet (arXiv:2412.15129)                              |
     | `softplus` | log(softplus(u) + ε) [ε = 1e-3] | autoregressive transforms of nflows 0.14, sbi       |
+    | `clamp`    | min(max(u, −5), 3), slope 1     | pyro, whose gradient passes the bounds              |
     """
     f = LOG_SCALE_FUNCTIONS[name]
     return f.function(u, prepared_constant(name, constant))

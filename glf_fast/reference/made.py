@@ -9,7 +9,10 @@ from torch import Tensor
 
 from glf_fast.reference.mlp import ACTIVATIONS
 
-__all__ = ["fan_in", "made", "masks"]
+__all__ = ["MASKED_NETWORKS", "fan_in", "made", "masks"]
+
+# Kinds of masked network, see `made`.
+MASKED_NETWORKS = ("mlp", "residual", "skip")
 
 
 def made(
@@ -26,7 +29,8 @@ def made(
     """MADE (Germain et al., arXiv:1502.03509): n numbers for each feature of x, which depend on features before it alone.
 
         "mlp":       h ← a([c, x] W₀ + b₀);  h ← a(h Wᵢ + bᵢ) for every further hidden layer
-        "residual":  h ← [c, x] W₀ + b₀;     h ← h + (a([c, a(h)] W₁ + b₁) W₂ + b₂) for every block
+        "residual":  h ← [c, x] W₀ + b₀;     h ← h + (a([c, a(h)] W₁ + b₁) W₂ + b₂) for every block, as in nflows
+        "skip":      h ← [c, x] W₀ + b₀;     h ← h + (a(h W₁ + b₁) W₂ + b₂) for every block, as in zuko
 
     then h Wf + bf. Unit j of a layer sees the first `fan_in` units of the layer before (the first features, of x), and all of
     the context c: the weights beyond are not used.
@@ -58,13 +62,13 @@ def made(
 
     last = len(weights) - 1
     h = linear(0, x) + added
-    if network == "residual":
-        for i in range(1, last, 2):
-            h = h + linear(i + 1, act(linear(i, act(h))))
-    else:
+    if network == "mlp":
         h = act(h)
         for i in range(1, last):
             h = act(linear(i, h))
+    else:
+        for i in range(1, last, 2):
+            h = h + linear(i + 1, act(linear(i, act(h) if network == "residual" else h)))
     return linear(last, h)
 
 

@@ -12,11 +12,15 @@ from types import TracebackType
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from glf_fast.distributed import is_main
+
 __all__ = ["Board"]
 
 
 class Board:
-    """Scalars and pictures of a run in `folder`. After the first failure a line says so, and nothing more is written.
+    """Scalars and pictures of a run in `folder`, of the main process alone.
+
+    After the first failure a line says so, and nothing more is written.
 
     Args:
         images: so many training images are seen already; what an earlier process wrote beyond them is hidden.
@@ -43,7 +47,8 @@ class Board:
         # First, because the writer's thread may fail at once.
         self._hook, threading.excepthook = threading.excepthook, self._in_thread
         with self._as_far_as_possible():
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._images)
+            if is_main():
+                self._writer = SummaryWriter(str(self._folder), purge_step=self._images)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from glf_fast import models
 from glf_fast.data import ImageDataset
+from glf_fast.distributed import by_main
 from glf_fast.errors import UserError, lacks_memory
 from glf_fast.files import atomic_write, lock, read_json
 from glf_fast.images import grid, to_float, to_uint8
@@ -71,7 +72,8 @@ def run(plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.devic
         SystemExit: a signal stopped training, with a checkpoint.
     """
     plan.check_folder()
-    with lock(plan.folder):
+    with contextlib.ExitStack() as stack:
+        by_main(stack.enter_context)(lock(plan.folder))
         plan.check_folder()  # which another process may have begun meanwhile
         (plan.folder / "runs").mkdir(exist_ok=True)
         results = _Results(plan, train, test, device)
@@ -256,6 +258,7 @@ def _failures(folder: Path) -> dict[tuple[str, int], str]:
         return {}
 
 
+@by_main
 def _save(path: Path, images: Tensor, columns: int | None = None) -> None:
     """Write a grid of uint8 images (N, C, H, W) as PNG; the ground is transparent, so that it suits light and dark pages."""
     picture = grid(images.cpu(), columns, padding=1)

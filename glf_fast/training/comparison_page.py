@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from glf_fast import page
+from glf_fast.distributed import by_main
 from glf_fast.files import atomic_write, write_json
 
 if sys.version_info >= (3, 11):
@@ -28,6 +29,7 @@ _PUBLISHED = Path(__file__).parent.parent / "presets" / "compare" / "published" 
 _REAL = "real training images"
 
 
+@by_main
 def write(folder: Path, record: dict[str, Any]) -> None:
     """Write comparison.json, comparison.md and comparison.html from the record of a comparison and its pictures."""
     record = record | {"published": published(record)}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from glf_fast.distributed import by_main
 from glf_fast.errors import UserError, did_you_mean
 from glf_fast.settings import shown
 from glf_fast.training import runs
@@ -114,6 +115,7 @@ class Plan:
             if name and name[1] in rows() and (path / "config.toml").is_file():
                 yield name[1], int(name[2])
 
+    @by_main
     def check_folder(self) -> None:
         """Raise UserError unless the folder is missing, empty, or holds a comparison with the same shared settings."""
         folder = self.folder

@@ -43,7 +43,7 @@ class Preview:
 def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
     """Build everything, and take two steps of each stage."""
     trainer = Trainer(config, train, device)
-    batch = trainer.inputs()[: config.batch_size]
+    batch = trainer.share(trainer.inputs()[: config.batch_size])
 
     kept: dict[int, int] = {}  # bytes of each storage that is saved, which is counted once
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from glf_fast import distributed
 from glf_fast.errors import UserError
 from glf_fast.training import checkpoint
 from glf_fast.training.trainer import REMEDY
@@ -41,7 +42,7 @@ class LossLog:
         names = list(dict.fromkeys(name for step in steps for name in step))
         # All losses are transferred at once.
         losses = [loss.float() for step in steps for loss in step.values()]
-        flat = torch.stack(losses).tolist() if losses else []  # there are none if all phases rest
+        flat = distributed.mean(torch.stack(losses)).tolist() if losses else []  # there are none if all phases rest
         values = iter(flat)
         rows = [dict(zip(step, values, strict=False)) for step in steps]
         for back, row in zip(range(len(rows) - 1, -1, -1), rows, strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glf_fast import seeds
+from glf_fast import distributed, seeds
 from glf_fast.data import ImageDataset
 from glf_fast.errors import UserError
 from glf_fast.images import grid, save_png, to_float, to_uint8
@@ -23,10 +23,15 @@ __all__ = ["draw", "draw_pictures", "draw_towards", "latest_picture", "picture_n
 _CHUNK = 500
 
 
-def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0, mode: str = "") -> Tensor:
+def draw(
+    model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0, mode: str = "", divided: bool = False
+) -> Tensor:
     """n images as uint8 (n, C, H, W) on the model's device; image i depends on (seed, i) alone, not on n.
 
     Pixels that are not finite become black, and a line on stderr says so; a flow may overflow early in training.
+
+    Args:
+        divided: draw only those of the n images that are this process's part (`distributed`), which may be none.
 
     Raises:
         UserError: n < 1, a negative temperature, a sampling mode that the model does not have, or a model of other data than
@@ -42,19 +47,20 @@ def draw(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0,
             f"images cannot be drawn: this {model.words.title} was trained on data of shape {model.shape}, not on images"
         )
     device = next(model.parameters()).device
+    own = distributed.parts(n, _CHUNK)[distributed.rank()] if divided else range(n)
     try:
         # All at once, so that it fails now where there is no memory.
-        images = torch.empty((n, *model.shape), dtype=torch.uint8, device=device)
+        images = torch.empty((len(own), *model.shape), dtype=torch.uint8, device=device)
     except (RuntimeError, TypeError) as error:  # of sizes beyond 64 bits torch says that they overflow
         raise MemoryError(f"{n} images") from error
     broken = torch.zeros((), dtype=torch.int64, device=device)
-    for start in range(0, n, _CHUNK):
-        generator = seeds.generator(seed, "sample", start // _CHUNK, device=device)
-        x = model.sample(_CHUNK, temperature=temperature, generator=generator, mode=mode)[: n - start]
+    for start in range(0, len(own), _CHUNK):
+        generator = seeds.generator(seed, "sample", (own.start + start) // _CHUNK, device=device)
+        x = model.sample(_CHUNK, temperature=temperature, generator=generator, mode=mode)[: len(own) - start]
         broken += (~x.isfinite().flatten(1).all(1)).sum()
         images[start : start + _CHUNK] = to_uint8(x.nan_to_num(0.0, 0.0, 0.0))
     if broken:
-        print(f"{int(broken)} of {n} samples are not finite and have black pixels", file=sys.stderr)
+        print(f"{int(broken)} of {len(own)} samples are not finite and have black pixels", file=sys.stderr)
     return images
 
 
@@ -63,8 +69,8 @@ def draw_towards(
 ) -> Tensor:
     """Rows of uint8 images (n, 9, C, H, W): test images of one label, whose codes move in the direction of another label.
 
-    The direction is the difference of the mean codes of up to 1,000 training images of each label, as in Glow
-    (arXiv:1807.03039), section 6.1. The first image of a row is the test image as the model decodes its own code, and the last
+    The direction is the difference of the mean codes of up to 1,000 training images of each label
+    (arXiv:1807.03039, section 6.1). The first image of a row is the test image as the model decodes its own code, and the last
     one has the whole difference added.
 
     Raises:

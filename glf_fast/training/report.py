@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from glf_fast import models, page
+from glf_fast.distributed import by_main
 from glf_fast.models import Words
 from glf_fast.training import runs
 from glf_fast.training.pictures import latest_picture, saved_pictures
@@ -23,6 +24,7 @@ __all__ = ["write"]
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
+@by_main
 def write(run: Path) -> Path:
     """Write run/report.html from the present files of the run's folder; empty sections are left out."""
     config, records, scores = runs.read_config(run), runs.read_metrics(run), runs.read_scores(run)

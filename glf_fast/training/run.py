@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
 import sys
@@ -12,14 +13,15 @@ from typing import Any
 
 import torch
 
-from glf_fast import seeds
+from glf_fast import distributed, seeds
 from glf_fast.data import CONTENTS, Dataset, as_images
+from glf_fast.distributed import by_main, highest
 from glf_fast.errors import UserError
 from glf_fast.files import lock
 from glf_fast.metrics import Extractor
 from glf_fast.models import GenerativeModel
 from glf_fast.progress import Progress, Stop, stop_on_signals
-from glf_fast.training import checkpoint, report, runs
+from glf_fast.training import checkpoint, parallel, report, runs
 from glf_fast.training.board import Board
 from glf_fast.training.config import Config
 from glf_fast.training.loss_log import LossLog
@@ -33,8 +35,19 @@ __all__ = ["Run", "train_folder"]
 _PERIODIC_SEED, _FINAL_SEED = 1, 0
 
 
-def train_folder(folder: Path, config: Config, train: Dataset, test: Dataset, device: torch.device) -> Run:
+def train_folder(
+    folder: Path,
+    config: Config,
+    train: Dataset,
+    test: Dataset,
+    device: torch.device,
+    *,
+    local_batch_norm: bool = False,
+) -> Run:
     """Train the run in a folder to its end, from where it was left, and return it. Of a finished run the report is written.
+
+    Args:
+        local_batch_norm: of several processes, each normalises its part of a batch by itself.
 
     Raises:
         UserError: the folder holds another run, or another process trains in it; training diverged.
@@ -42,13 +55,14 @@ def train_folder(folder: Path, config: Config, train: Dataset, test: Dataset, de
     """
     # Before anything is written: what is refused leaves nothing behind.
     runs.check_folder(folder, config)
-    run = Run(folder, config, train, test, device)
-    with lock(folder):
+    run = Run(folder, config, train, test, device, local_batch_norm=local_batch_norm)
+    with contextlib.ExitStack() as stack:
+        by_main(stack.enter_context)(lock(folder))
         runs.check_folder(folder, config)  # which another process may have begun meanwhile
         run.resume()
         runs.sweep(folder)  # once the last checkpoint has been read and found whole
         runs.write_config(folder, config)
-        if run.finished:
+        if by_main(lambda: run.finished)():
             print(f"{folder} is finished ({run.trainer.images:,} images)", file=sys.stderr)
             report.write(folder)  # which a kill may have prevented
         else:
@@ -64,10 +78,19 @@ class Run:
     Scores and pictures exist for images only; runs on other data have a log, checkpoints and a report.
     """
 
-    def __init__(self, folder: Path, config: Config, train: Dataset, test: Dataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        train: Dataset,
+        test: Dataset,
+        device: torch.device,
+        *,
+        local_batch_norm: bool = False,
+    ) -> None:
         self.folder, self.config, self.device = folder, config, device
         self.train_set, self.test_set = train, test
-        self.trainer = Trainer(config, train, device)
+        self.trainer = Trainer(config, train, device, local_batch_norm=local_batch_norm)
         self.images_per_epoch, self.total = self.trainer.images_per_epoch, self.trainer.ends[-1]
         if config.max_minutes and len(self.trainer.ends) > 1:
             raise UserError(
@@ -79,6 +102,7 @@ class Run:
         self.items = "images" if self.of_images else "items"
         self.extractors = load_extractors(config.score.extractors, device) if self.of_images else []
         self.minutes_before, self.started = 0.0, time.monotonic()
+        self._in_time = True  # as all processes agree
 
     def resume(self) -> None:
         """Restore the last checkpoint, if there is one; raises UserError if it is corrupt or was trained on other data."""
@@ -94,7 +118,14 @@ class Run:
                     "choose another --out, or restore the data"
                 )
             self.minutes_before = state["minutes"]
+        [same, other] = highest(self.trainer.images, -self.trainer.images)
+        if same != -other:
+            raise UserError(
+                f"the processes do not find the same checkpoint in {self.folder}; choose a folder that all machines share"
+            )
         self.started = time.monotonic()
+        [late] = highest(not self._has_time())
+        self._in_time = not late
 
     # -- progress ---------------------------------------------------------------------------------------------------------
 
@@ -111,9 +142,10 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether there is nothing left to train."""
-        limit = self.config.max_minutes
-        trained = self.trainer.in_last_stage and self.trainer.images >= self.total
-        return trained or (limit > 0 and self.minutes >= limit)
+        return (self.trainer.in_last_stage and self.trainer.images >= self.total) or not self._in_time
+
+    def _has_time(self) -> bool:
+        return not 0 < self.config.max_minutes <= self.minutes
 
     @property
     def finished(self) -> bool:
@@ -133,19 +165,19 @@ class Run:
         progress = Progress(self.total, trainer.images, self.images_per_epoch, self.items)
         with stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop, progress:
             self._train_stage(board, progress, stop)
-            while not (stop.signal or self.done):
+            while not (_agreed(stop) or self.done):
                 trainer.advance()
                 trainer.save(self.last, self._state(), for_resuming=True)
                 progress.say(f"stage {trainer.stage + 1} of {len(trainer.ends)}")
                 self._train_stage(board, progress, stop)
-        if stop.signal:
-            if latest_picture(self.folder, "samples") is None:
+        if asked := _agreed(stop):
+            if by_main(latest_picture)(self.folder, "samples") is None:
                 self._pictures(board)
             report.write(self.folder)
             print(
                 f"stopped after {trainer.images:,} {self.items}; run the same command again to resume", file=sys.stderr
             )
-            sys.exit(128 + stop.signal)
+            sys.exit(128 + asked)
 
     def _train_stage(self, board: Board, progress: Progress, stop: Stop) -> None:
         """Train to the end of the stage, with log, pictures, scores and checkpoints in between."""
@@ -154,23 +186,32 @@ class Run:
         if self.done or trainer.images >= end:
             return
         inputs, order = trainer.inputs(), torch.empty(0)
-        losses, saved, stopping = LossLog(), time.monotonic(), False
+        losses, saved, stopping, told = LossLog(), time.monotonic(), False, False
         while not stopping:
             epoch, position = divmod(trainer.images, self.images_per_epoch)
             if position == 0 or not len(order):
                 shuffle = seeds.generator(config.seed, "order", epoch)
                 order = torch.randperm(len(inputs), generator=shuffle).to(self.device)
-            index = order[position : position + config.batch_size]
+            index = trainer.share(order[position : position + config.batch_size])
             losses.add(trainer.step(inputs[index], index))
 
-            stopping = bool(stop.signal) or self.done or trainer.images >= end
-            saving = stopping or time.monotonic() - saved >= 60 * config.checkpoint_minutes
+            due = time.monotonic() - saved >= 60 * config.checkpoint_minutes
+            asked, late, soon = highest(stop.signal, not self._has_time(), due)
+            self._in_time = not late
+            stopping = bool(asked) or self.done or trainer.images >= end
+            saving = stopping or bool(soon)
             epoch_ends = trainer.images % self.images_per_epoch == 0
             if losses.full or epoch_ends or saving:
                 means = losses.flush(trainer.images, config.batch_size, self.last)
                 curves = trainer.model.words.curves or means
                 progress.update(trainer.images, {name: means[name] for name in curves if name in means})
                 self._log(board, {**means, "images_per_second": progress.speed})
+                if distributed.size() > 1 and not told:
+                    told = True
+                    step = config.batch_size / progress.speed
+                    if line := parallel.communication(trainer.model, trainer.stage, self.device, step):
+                        progress.say(line)
+                    progress.pause()
             if epoch_ends and (epoch + 1) % config.pictures_every == 0:
                 self._pictures(board)
             if epoch_ends and self._scores_after(epoch + 1):
@@ -186,9 +227,9 @@ class Run:
         images = self.trainer.images
         if not (self.config.score.every and self.of_images):
             self.trainer.save(self.best, self._state(), for_resuming=False)
-        elif not any("score" in record and record["images"] == images for record in runs.read_metrics(self.folder)):
+        elif not by_main(self._is_scored)():
             print(self._score(board), file=sys.stderr)
-        if not (self.folder / "samples" / picture_name(images)).is_file():
+        if not by_main((self.folder / "samples" / picture_name(images)).is_file)():
             self._pictures(board)
         if self.of_images:
             print("computing the final scores of the best checkpoint", file=sys.stderr)
@@ -222,6 +263,7 @@ class Run:
         for name, value in values.items():
             board.scalar(name, value, self.trainer.images)
 
+    @by_main
     def _pictures(self, board: Board) -> None:
         trainer = self.trainer
         if not self.of_images:
@@ -261,11 +303,27 @@ class Run:
         if (density := result["likelihood"]) and density["value"] is not None:
             board.scalar(density["metric"], density["value"], trainer.images)
             line += f", {density['metric']} {density['value']:.3f}"
-        before = checkpoint.read_state(self.best).get("score") if checkpoint.exists(self.best) else None
-        best = before is None or before["metric"] != score["metric"] or score["value"] < before["value"]
+        best = by_main(self._is_best)(score)
         if best:
             trainer.save(self.best, {**state, "score": score}, for_resuming=False)
         # Last: a score in the log says that the best checkpoint is right, even to a process that goes on after a kill.
         runs.append_metrics(self.folder, {"images": trainer.images, "epoch": self.epoch, "score": score})
         report.write(self.folder)
         return line + ("  best so far" if best else "")
+
+    def _is_scored(self) -> bool:
+        """Whether the log has a score of the present weights."""
+        images = self.trainer.images
+        return any("score" in record and record["images"] == images for record in runs.read_metrics(self.folder))
+
+    def _is_best(self, score: dict[str, Any]) -> bool:
+        before = checkpoint.read_state(self.best).get("score") if checkpoint.exists(self.best) else None
+        return before is None or before["metric"] != score["metric"] or score["value"] < before["value"]
+
+
+def _agreed(stop: Stop) -> int:
+    """The signal that has asked one of the processes for a stop; 0 if there was none."""
+    [asked] = highest(stop.signal)
+    if asked:
+        stop.signal = asked
+    return asked

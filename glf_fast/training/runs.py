@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from glf_fast import files
+from glf_fast.distributed import by_main
 from glf_fast.errors import UserError
 from glf_fast.files import atomic_write, read_json, write_json
 from glf_fast.settings import fits, shown
@@ -64,6 +65,7 @@ def default_folder(config: Config, base: Config, label: str) -> Path:
     return Path("runs") / name
 
 
+@by_main
 def check_folder(folder: Path, config: Config) -> None:
     """Check that the run's folder is missing, empty, or holds a run with the same settings, and writes nowhere else.
 
@@ -126,6 +128,7 @@ def _check_is_folder(path: Path) -> None:
         raise UserError(f"{path} is not a folder; move it away")
 
 
+@by_main
 def write_config(folder: Path, config: Config) -> None:
     """Write the settings to the run's config.toml, with their number, by which `read_config` sees whether all are there."""
     text = to_toml(config)
@@ -133,6 +136,7 @@ def write_config(folder: Path, config: Config) -> None:
         temporary.write_text(f"# {_settings(tomllib.loads(text))} settings\n{text}{_END}", encoding="utf-8")
 
 
+@by_main
 def sweep(folder: Path) -> None:
     """Remove what killed processes left in a run's folder, in its folders of pictures and beside its checkpoints."""
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
@@ -192,6 +196,7 @@ def pick_checkpoint(folder: Path, which: str) -> str:
 # -- metrics.jsonl --------------------------------------------------------------------------------------------------------
 
 
+@by_main
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:
     """Add one line to the run's log; raises ValueError for NaN."""
     path = folder / "metrics.jsonl"
@@ -235,6 +240,7 @@ def _record(line: str) -> dict[str, Any] | None:
         return None
 
 
+@by_main
 def cut_metrics(folder: Path, images: int) -> None:
     """Remove the records after `images` images from the log, because a resumed run writes them again."""
     kept = [record for record in read_metrics(folder) if record["images"] <= images]
@@ -288,6 +294,7 @@ def _check_score(score: dict[str, Any]) -> None:
         raise TypeError("scores are numbers")
 
 
+@by_main
 def write_scores(folder: Path, scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add scores to scores.json, replacing older scores with the same settings and checkpoint; returns all scores."""
 

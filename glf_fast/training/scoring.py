@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glf_fast import data, metrics, seeds
+from glf_fast import data, distributed, metrics, seeds
 from glf_fast.errors import UserError
 from glf_fast.images import to_float, to_uint8
 from glf_fast.metrics import Extractor
@@ -46,6 +46,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Score n samples, and the reconstructions of up to n test images, against the test images, with each extractor.
 
+    Several processes (`distributed`) divide the images among themselves, and all get the scores.
+
     Args:
         mode: one of the model's sampling modes, or "".
         about: description of the checkpoint, to be recorded.
@@ -58,7 +60,7 @@ def evaluate(
         UserError: fewer than two samples or images, or a sampling mode that the model does not have.
     """
     sampling = {"temperature": temperature, "mode": mode}
-    samples = draw(model, n, seed=seed, temperature=temperature, mode=mode)
+    samples = draw(model, n, seed=seed, temperature=temperature, mode=mode, divided=True)
     density = likelihood(model, test, n, seed=seed)
     results = []
     for extractor in extractors:
@@ -93,7 +95,7 @@ def evaluate_mode(
     Reconstructions and likelihood do not depend on the mode, so they are not computed again.
     """
     n, seed, temperature = (scores[0]["settings"][key] for key in ("n", "seed", "temperature"))
-    samples = draw(model, n, seed=seed, temperature=temperature, mode=mode)
+    samples = draw(model, n, seed=seed, temperature=temperature, mode=mode, divided=True)
     results = []
     for extractor, score in zip(extractors, scores, strict=True):
         sampling = {"temperature": temperature, "mode": mode, "checkpoint": score["checkpoint"]}
@@ -104,14 +106,16 @@ def evaluate_mode(
 
 
 def reconstructions(model: Reconstructs, test_images: Tensor, n: int) -> Iterator[Tensor]:
-    """Batches of uint8 reconstructions of n uint8 test images, the same images as in `metrics.reference`.
+    """Batches of uint8 reconstructions of n uint8 test images, the same images as in `metrics.reference`, or of this process's
+    part of them.
 
     The images come in another random order than in `metrics.reference`. KID compares blocks of images pairwise, and is unbiased
     only if the two blocks of a pair share no images.
     """
     assert isinstance(model, GenerativeModel)
     device, images = next(model.parameters()).device, metrics.subset(test_images, n)
-    for batch in images.roll(len(images) // 2, 0).split(_CHUNK):
+    own = distributed.parts(len(images), _CHUNK)[distributed.rank()]
+    for batch in images.roll(len(images) // 2, 0)[own.start : own.stop].split(_CHUNK) if own else ():
         yield to_uint8(model.reconstruct(to_float(batch.to(device))))
 
 
@@ -139,13 +143,16 @@ def likelihood(model: GenerativeModel, test: data.ImageDataset, n: int, *, seed:
 def bits_per_dim(model: HasLikelihood, test: data.ImageDataset, n: int, *, seed: int = 0) -> Tensor:
     """Bits per dimension (N,) of each of up to n test images, see `likelihood`."""
     assert isinstance(model, GenerativeModel)
-    device, bits = next(model.parameters()).device, []
-    for i, batch in enumerate(metrics.subset(test.images, n).split(_CHUNK)):
+    device, images = next(model.parameters()).device, metrics.subset(test.images, n)
+    bits = [torch.empty(0, dtype=torch.float64, device=device)]
+    parts = distributed.parts(len(images), _CHUNK)
+    own = parts[distributed.rank()]
+    for i, batch in enumerate(images[own.start : own.stop].split(_CHUNK) if own else (), own.start // _CHUNK):
         noise = seeds.generator(seed, "likelihood", i, device=device)
         levels = batch.to(device).float()
         x = (levels + torch.rand(levels.shape, generator=noise, device=device)) / 256
         bits.append(8 - model.log_likelihood(x, noise).double() / (math.log(2) * x[0].numel()))
-    return torch.cat(bits)
+    return distributed.joined(torch.cat(bits), [len(part) for part in parts])
 
 
 def other_likelihood(
@@ -183,12 +190,17 @@ def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = Fal
     """
     loaded = []
     for name in names:
+        found, problem = [], "another process does not find its weights"
         try:
-            loaded.append(metrics.extractor(name, device=device))
+            found = [metrics.extractor(name, device=device)]
         except (UserError, OSError) as error:
             if all_needed or name not in metrics.names():
                 raise
-            print(f"no scores with {name}: {error}", file=sys.stderr)
+            problem = str(error)
+        if distributed.highest(not found) == [0]:
+            loaded += found
+        else:
+            print(f"no scores with {name}: {problem}", file=sys.stderr)
     return loaded or [metrics.extractor("tiny", device=device)]
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glf_fast import models, seeds
+from glf_fast import distributed, models, seeds
 from glf_fast.data import CONTENTS, Dataset
 from glf_fast.errors import UserError, lacks_memory
 from glf_fast.images import to_float
 from glf_fast.models import Stage
-from glf_fast.training import checkpoint
+from glf_fast.training import checkpoint, parallel
 from glf_fast.training.checkpoint import Checkpoint
 from glf_fast.training.config import Config, OptimizerConfig
 
@@ -33,7 +33,8 @@ REMEDY = "lower the learning rates (--optimizer.lr) or clip gradients (--optimiz
 class Trainer:
     """The state that a training step changes: weights, their average, the optimizers, and the number of items seen.
 
-    Random numbers depend on (seed, images seen) alone, so that a restored trainer continues bit for bit.
+    Random numbers depend on (seed, images seen) alone, so that a restored trainer continues bit for bit. Several processes
+    (`distributed`) each have a part of every batch, and equal states after every step.
 
     Attributes:
         model: the model in training.    average: a copy with averaged weights, in eval mode; None without `ema`.
@@ -42,8 +43,9 @@ class Trainer:
         stage: index of the stage that is being trained.    ends: value of `images` at which each stage ends.
     """
 
-    def __init__(self, config: Config, train: Dataset, device: torch.device) -> None:
+    def __init__(self, config: Config, train: Dataset, device: torch.device, *, local_batch_norm: bool = False) -> None:
         self.config, self.device, self.train = config, device, train
+        self.local_batch_norm = local_batch_norm
         self.images = self.stage = 0
         kind = models.kind(config.model.name)
         if train.kind not in kind.takes:
@@ -61,6 +63,7 @@ class Trainer:
                 f"batch_size = {config.batch_size} is more than the {len(train)} training items of {train.name}; "
                 f"use --batch-size {len(train)} or less"
             )
+        _check_share(config.batch_size, local_batch_norm)
         torch.manual_seed(config.seed)
         try:
             self.model = kind(train.shape, config.model.trained_on(len(train))).to(device)
@@ -69,6 +72,10 @@ class Trainer:
                 raise
             reason = str(error).splitlines()[0]
             raise UserError(f"model {config.model.name!r} cannot be built for {train.name}: {reason}") from error
+        if distributed.together():
+            distributed.broadcast(list(self.model.state_dict().values()))
+            if not local_batch_norm:
+                parallel.share_statistics(self.model)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else None
         groups = self.model.parameter_groups()
         assert tuple(groups) == kind.groups, (
@@ -84,6 +91,7 @@ class Trainer:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         self._start: dict[str, Tensor] = {}  # the weights with which this stage's inputs are computed, if it has inputs
         self._logged: set[str] = set()  # names of losses that were checked
+        self._losses: dict[tuple[int, int], Callable[..., dict[str, Tensor]]] = {}  # by stage and phase
 
     @property
     def best_model(self) -> models.GenerativeModel:
@@ -102,12 +110,14 @@ class Trainer:
         if self.average is not None:
             self.model.load_state_dict(self.average.state_dict())
         self.stage += 1
+        self._losses.clear()
         self._start = (
             {name: value.clone() for name, value in self.model.state_dict().items()} if self._stage.inputs else {}
         )
         if fit := self._stage.fit:
             with torch.no_grad():
                 fit(self.inputs())
+            distributed.broadcast(list(self.model.state_dict().values()))  # different machines round differently
             if self.average is not None:
                 self.average.load_state_dict(self.model.state_dict())
 
@@ -123,9 +133,11 @@ class Trainer:
         present = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self._start or present)
         with self.model.evaluating():
-            found = torch.cat([compute(_to_model(batch)) for batch in items.split(_CHUNK)])
+            parts = distributed.parts(len(items), _CHUNK)
+            own = items[parts[distributed.rank()].start : parts[distributed.rank()].stop]
+            found = torch.cat([compute(_to_model(batch)) for batch in own.split(_CHUNK)])
         self.model.load_state_dict(present)
-        return found
+        return distributed.joined(found, [len(part) for part in parts])
 
     @property
     def _stage(self) -> Stage:
@@ -142,10 +154,14 @@ class Trainer:
         """Train on a batch (B, …) of `inputs`; returns the losses of all phases, without waiting for a GPU.
 
         Args:
+            batch: of several processes, the part of this process, see `share`.
             index: places (B,) of the batch in `inputs`; by default the first ones.
         """
-        noise = seeds.generator(self.config.seed, "step", 0, self.images, device=self.device)
-        torch.manual_seed(noise.initial_seed())  # for Dropout and whatever else has no generator of its own
+        noise, own = (
+            seeds.generator(self.config.seed, "step", stream, self.images, device=self.device)
+            for stream in (0, distributed.rank())
+        )
+        torch.manual_seed(own.initial_seed())  # for Dropout and whatever else has no generator of its own
         steps, x = (self.images - self._begin) // self.config.batch_size, _to_model(batch)
         losses: dict[str, Tensor] = {}
         self.model.train()
@@ -153,7 +169,7 @@ class Trainer:
             if steps % phase.every:
                 continue
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                found = self.model(x, noise, self.stage, i, index)
+                found = self._forward(i)(x, noise, index)
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             found[phase.minimises].backward()
@@ -163,10 +179,26 @@ class Trainer:
                 _check_names(found, losses)
                 self._logged |= found.keys()
             losses |= {name: loss.detach() for name, loss in found.items()}
-        self.images += len(batch)
+        self.images += distributed.size() * len(batch)
+        if self.local_batch_norm and distributed.together():
+            parallel.average_statistics(self.model)
         if self.average is not None and steps % _AVERAGE_EVERY == 0:
             self._update_average(steps // _AVERAGE_EVERY)
         return losses
+
+    def share(self, batch: Tensor) -> Tensor:
+        """The part of a whole batch (B, …), or of its places, that this process trains on."""
+        return batch.chunk(distributed.size())[distributed.rank()]
+
+    def _forward(self, phase: int) -> Callable[..., dict[str, Tensor]]:
+        """The losses of a phase as a function of (x, generator, index)."""
+        at = self.stage, phase
+        if at not in self._losses:
+            if distributed.together():
+                self._losses[at] = parallel.wrapped(self.model, *at)
+            else:
+                self._losses[at] = lambda x, generator, index: self.model(x, generator, *at, index)
+        return self._losses[at]
 
     def _update(self, name: str) -> None:
         """Update one parameter group by its gradients."""
@@ -224,7 +256,9 @@ class Trainer:
                     "and start a new run"
                 )
         state = {"images": self.images, "stage": self.stage, "ends": self.ends, **state}
-        checkpoint.write(folder, Checkpoint(self.config.model.name, self.model.config, weights, training, state))
+        distributed.by_main(checkpoint.write)(
+            folder, Checkpoint(self.config.model.name, self.model.config, weights, training, state)
+        )
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Restore the trainer from a checkpoint, and return the `state` of the checkpoint.
@@ -247,6 +281,20 @@ class Trainer:
             checkpoint.restore_optimizer(optimizer, self._names, saved.training)
         self.images, self.stage = saved.state["images"], stage
         return saved.state
+
+
+def _check_share(batch_size: int, local_batch_norm: bool) -> None:
+    """Raise UserError unless the processes can divide a batch."""
+    count = distributed.size()
+    if batch_size % count:
+        lower, upper = batch_size // count * count, -(-batch_size // count) * count
+        fits = f"{lower} or {upper}" if lower > 1 else str(upper)
+        raise UserError(
+            f"batch_size = {batch_size}, the images of a step of all processes together, does not divide among {count} "
+            f"processes; use --batch-size {fits}"
+        )
+    if local_batch_norm and batch_size // count < 2:
+        raise UserError(f"--local-batch-norm needs two images for each of {count} processes; use a larger --batch-size")
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

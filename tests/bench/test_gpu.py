@@ -1,14 +1,13 @@
 """The GPU benchmark without a GPU: its groups rehearsed on a processor, and what becomes of rows that fail."""
 
 import contextlib
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -213,17 +212,16 @@ def dying(backend, reversible, case, clock):
         os.kill(os.getpid(), signal.SIGKILL)
     return right(backend, reversible, case, clock)
 memory.measure = dying
-sys.argv = ["bench.gpu", "memory-more", sys.argv[1], "--rehearse"]
+sys.argv = ["bench.gpu", "memory-more", {folder!r}, "--rehearse"]
 gpu.main()
 """
 
 
-def test_a_process_that_died_is_taken_over_behind_what_it_died_of(tmp_path) -> None:
+def test_a_process_that_died_is_taken_over_behind_what_it_died_of(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
     for code in (-signal.SIGKILL, 0):
-        done = subprocess.run(
-            [sys.executable, "-c", DYING, str(tmp_path)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == code
+        done = forked.ended(forked.program, DYING.format(folder=str(tmp_path)))
+        assert done.returncode == code, done.stderr
     found = read(tmp_path / "gpu.json")
     # The first was ready to be timed with it, and is in doubt, too.
     assert {r.provider for r in found.results} == {"eager"}
@@ -293,8 +291,10 @@ def test_what_the_tests_said_stands_above_the_numbers(monkeypatch, rehearse) -> 
     assert "The tests before it: failed with 1. **Tests failed: these times are not valid.**" in lines
 
 
-def test_the_tool_without_a_gpu_says_so() -> None:
+def test_the_tool_without_a_gpu_says_so(monkeypatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = subprocess.run([sys.executable, "tools/gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    done = forked.ended(forked.script, ROOT / "tools" / "gpu.py")
     assert done.returncode == 1 and "--rehearse" in done.stderr

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed import barrier, destroy_process_group, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from glf_fast import CouplingFlow, Flow
@@ -43,6 +45,7 @@ def start_together(rank: int, meeting: str, flows: Mapping[str, tuple[Flow, Tens
     torch.set_num_threads(1)
     init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     together(rank, flows, folder)
+    sharded(rank, flows)
     alone(rank)
     # A wrapper that outlives its group, or a process that leaves before the other, may wait for ever.
     gc.collect()
@@ -60,6 +63,26 @@ def together(rank: int, flows: Mapping[str, tuple[Flow, Tensor]], folder: str) -
         with torch.no_grad():  # one process has a single row, which has no variance of its own
             uneven((x[:-1], x[-1:])[rank])
         torch.save(whole.state_dict(), f"{folder}/{name}-uneven-{rank}.pt")
+
+
+def sharded(rank: int, flows: Mapping[str, tuple[Flow, Tensor]]) -> None:
+    """FSDP2 refuses to forget a start; after the same first batch in all processes it trains as one process does."""
+    mesh = init_device_mesh("cpu", (2,))
+    for name in ("coupling", "images", "converted"):
+        flow, x = flows[name]
+        if name != "converted":
+            fresh = Density(copy.deepcopy(flow))
+            fully_shard(fresh, mesh=mesh)
+            with pytest.raises(RuntimeError, match="send the same first batch"):
+                fresh(x.chunk(2)[rank])
+        mine, whole = Density(copy.deepcopy(flow)), Density(copy.deepcopy(flow))
+        for density in (mine, whole):
+            density(x)
+        fully_shard(mine, mesh=mesh)
+        train(mine, mine.flow, x.chunk(2)[rank])
+        train(whole, whole.flow, x)
+        for key, parameter in mine.named_parameters():
+            torch.testing.assert_close(parameter.full_tensor(), whole.get_parameter(key))
 
 
 def alone(rank: int) -> None:

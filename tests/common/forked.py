@@ -1,4 +1,7 @@
-"""Commands in processes of their own that start at once: forked by a server that has imported what they need."""
+"""Commands in processes of their own that start at once: forked by a server that has imported what they need.
+
+This module imports nothing of glf_fast, so that a process forked by the server of torch alone has not, either.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
-from glf_fast.errors import run_command
-
-__all__ = ["Child", "command", "compiler", "ended", "program", "script"]
+__all__ = ["Child", "command", "compiler", "ended", "fresh", "program", "script"]
 
 _ROOT = Path(__file__).parents[2]
 _CONTEXT = multiprocessing.get_context("forkserver")
+_WARM, _FRESH = forkserver.ForkServer(), forkserver.ForkServer()
 # The commands, and what they import only when they train, read digits or draw.
-_CONTEXT.set_forkserver_preload(
+_WARM.set_forkserver_preload(
     ["glf_fast.train", "glf_fast.sample", "glf_fast.evaluate", "glf_fast.data.__main__", "glf_fast.metrics.__main__",
      "torch._dynamo", "sklearn.datasets", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"]
 )  # fmt: skip
+_FRESH.set_forkserver_preload(["torch"])
 
 
 class Child:
@@ -37,14 +40,21 @@ class Child:
     It has one thread, warnings are errors, as with `python -W error`, and no file may grow beyond `file_size` bytes.
     """
 
-    def __init__(self, function: Callable[..., None], *arguments: object, file_size: int | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., None],
+        *arguments: object,
+        file_size: int | None = None,
+        server: forkserver.ForkServer = _WARM,
+    ) -> None:
         with _as_started(), mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="error"):
             os.environ.pop("TRITON_INTERPRET", None)  # with it Triton is imported for its interpreter, for good
-            forkserver.ensure_running()
+            server.ensure_running()
         self._printed = tempfile.TemporaryDirectory()
         about = (dict(os.environ), os.getcwd(), self._printed.name, file_size)
         self._process = _CONTEXT.Process(target=_call, args=(about, function, arguments))
-        self._process.start()
+        with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+            self._process.start()
 
     @property
     def returncode(self) -> int | None:
@@ -75,16 +85,24 @@ class Child:
 
 
 def ended(
-    function: Callable[..., None], *arguments: object, file_size: int | None = None
-) -> subprocess.CompletedProcess[str]:
+    function: Callable[..., None], *arguments: object, file_size: int | None = None,
+    server: forkserver.ForkServer = _WARM,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """A child that has ended, as subprocess.run returns it."""
-    with contextlib.closing(Child(function, *arguments, file_size=file_size)) as child:
+    with contextlib.closing(Child(function, *arguments, file_size=file_size, server=server)) as child:
         stdout, stderr = child.communicate()
         return subprocess.CompletedProcess([], child.returncode, stdout, stderr)
 
 
+def fresh(code: str) -> subprocess.CompletedProcess[str]:
+    """`python -W error -c code`: a process that has imported torch, and not glf_fast."""
+    return ended(program, code, server=_FRESH)
+
+
 def command(module: str, *arguments: str) -> None:
     """`python -m glf_fast.{module} …`."""
+    from glf_fast.errors import run_command
+
     sys.argv = [module, *arguments]
     run_command(importlib.import_module(f"glf_fast.{module}").main)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from glf_fast.models import GenerativeModel, ModelSettings, Phase, Stage, Words
+from glf_fast.models.whole_batch import noise_like
 
 Losses = dict[str, Tensor]
 
@@ -40,7 +41,8 @@ class Adversarial(GenerativeModel):
         self.dropout = nn.Dropout(settings.dropout)
 
     def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        return self.generator(torch.randn(n, self.settings.latent_dim, generator=generator))
+        like = self.generator[0].weight.new_empty(n, self.settings.latent_dim)
+        return self.generator(noise_like(like, generator))
 
     def discriminate(self, x: Tensor, generator: torch.Generator | None = None) -> Losses:
         false = self.discriminator(self.draw(len(x), generator))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glf_fast import CouplingFlow, Flow, accelerate
+from glf_fast import AutoregressiveFlow, CouplingFlow, Flow, accelerate
 from glf_fast.conversion import _converted, convert
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.padded import Padded
@@ -100,11 +100,16 @@ def draw(
 
 
 def outline_of(flow: nn.Module) -> str:
-    """The steps of each CouplingFlow and the classes of layers that are kept, data → noise: "3 KeptTransform 2"."""
+    """The steps of each CouplingFlow, of each AutoregressiveFlow behind an "a", and the classes of layers that are kept.
+
+    Data → noise: "3 KeptTransform a2".
+    """
     found = []
     for name, module in flow.named_modules():
         if isinstance(module, CouplingFlow):
             found.append(str(module.config["steps"]))
+        elif isinstance(module, AutoregressiveFlow):
+            found.append(f"a{module.config['steps']}")
         elif re.fullmatch(r"(flow\.)?layers\.\d+", name) and not type(module).__module__.startswith("glf_fast.flow"):
             found += [type(module).__name__] * (not isinstance(module, Padded))
     return " ".join(found)

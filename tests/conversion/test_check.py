@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 import zuko
@@ -112,4 +111,5 @@ def test_importing_glf_fast_imports_no_library() -> None:
         "print(glf_fast.convert, glf_fast.accelerate(__import__('torch').nn.Linear(1, 1)))\n"
         "assert not {'zuko', 'nflows', 'normflows', 'FrEIA'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = forked.fresh(code)
+    assert done.returncode == 0, done.stderr

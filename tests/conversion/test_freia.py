@@ -269,7 +269,7 @@ def test_matrix_that_is_not_orthogonal_is_kept():
     ],
 )
 def test_reasons_of_blocks_that_are_kept(kind, arguments, reason):
-    with pytest.raises(ConversionError, match=rf"no coupling that can be fused\. module_list\.0 .*{reason}"):
+    with pytest.raises(ConversionError, match=rf"layer that can be fused\. module_list\.0 .*{reason}"):
         convert(sequence(5, (kind, arguments)))
 
 

@@ -125,8 +125,8 @@ CASES: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
         ),
         "3 1 1",
     ),
-    "autoregressive": (
-        lambda d, c: between(d, c, T.MaskedAffineAutoregressiveTransform(d, 16, context_features=c or None)),
+    "kept": (
+        lambda d, c: between(d, c, T.MaskedAffineAutoregressiveTransform(d, 16, c or None, activation=F.softplus)),
         "1 MaskedAffineAutoregressiveTransform 1",
     ),
 }
@@ -250,7 +250,10 @@ def tied() -> Flow:
             lambda: Flow(alternating(4, 4)[0], ConditionalDiagonalNormal([4], nn.Linear(4, 8))),
             "base distribution ConditionalDiagonalNormal",
         ),
-        (lambda: Flow(T.OneByOneConvolution(3), StandardNormal([3, 4, 4])), "no coupling that can be fused"),
+        (
+            lambda: Flow(T.OneByOneConvolution(3), StandardNormal([3, 4, 4])),
+            "no coupling or autoregressive layer that",
+        ),
         (lambda: Flow(T.ReversePermutation(3), StandardNormal([3, 4])), r"on samples of shape \(3, 4\)"),
         (
             lambda: Flow(alternating(4, 2)[0], StandardNormal([4]), nn.Conv1d(1, 1, 3)),
@@ -296,6 +299,8 @@ def test_random_compositions(seed: int) -> None:
         lambda: T.InverseTransform(T.CompositeTransform([T.LULinear(dim), coupling(dim, context, draw(9))])),
         lambda: T.CompositeTransform([actnorm(dim), T.ReversePermutation(dim)]),
         lambda: T.HouseholderSequence(dim, 2),
+        lambda: T.MaskedAffineAutoregressiveTransform(dim, 6, context or None, use_residual_blocks=False),
+        lambda: T.InverseTransform(T.MaskedAffineAutoregressiveTransform(dim, 6, context or None)),
     ]
     made = flow(dim, coupling(dim, context, 0), *[kinds[draw(len(kinds))]() for _ in range(8)])
     with torch.no_grad():

@@ -13,7 +13,8 @@ struct AutoregressiveCase {
   std::vector<Buffer<T>> weights, biases;
   std::vector<std::int64_t> seen;
 
-  AutoregressiveCase(int K, int D, int C, const std::vector<int>& hidden, int batch, int option, bool residual) : batch(batch) {
+  AutoregressiveCase(int K, int D, int C, const std::vector<int>& hidden, int batch, int option, glf::Network network)
+      : batch(batch) {
     std::mt19937 rng(option);
     flow.steps = K;
     flow.dim = D;
@@ -21,7 +22,7 @@ struct AutoregressiveCase {
     flow.context_layer = C > 0 && option % 2;
     flow.kind = option % 3 == 2 ? glf::Kind::spline : glf::Kind::affine;
     if (flow.kind == glf::Kind::spline) flow.spline = spline_of<T>();
-    flow.network = residual ? glf::Network::residual : glf::Network::mlp;
+    flow.network = network;
     flow.layers = static_cast<int>(hidden.size()) + 1;
     flow.activation = static_cast<glf::Activation>(option % glf::activations);
     flow.log_scale = option % 2 ? glf::LogScale::softplus : glf::LogScale::tanh;
@@ -95,18 +96,25 @@ struct AutoregressiveCase {
 
 template <class T>
 void walk_autoregressive(const glf::Kernels<T>& kernels, int bytes, const glf::Kernels<T>& generic, double tolerance) {
+  using glf::Network;
   struct {
     int steps, dim, context_dim;
     std::vector<int> hidden;
     int batch;
-    bool residual;
-  } const shapes[] = {{2, 1, 0, {5}, 1, false},           {2, 2, 3, {4, 7}, 9, false},        {3, 5, 0, {9, 9, 9, 9}, 40, false},
-                      {2, 10, 16, {50, 50}, 300, false},  {1, 40, 2, {17, 30}, 33, false},    {2, 6, 2, {8}, 0, false},
-                      {2, 5, 0, {9, 9, 9}, 3, true},      {2, 7, 3, {12, 12, 12, 12, 12}, 41, true}};
+    Network network = Network::mlp;
+  } const shapes[] = {{2, 1, 0, {5}, 1},
+                      {2, 2, 3, {4, 7}, 9},
+                      {3, 5, 0, {9, 9, 9, 9}, 40},
+                      {2, 10, 16, {50, 50}, 300},
+                      {1, 40, 2, {17, 30}, 33},
+                      {2, 6, 2, {8}, 0},
+                      {2, 5, 0, {9, 9, 9}, 3, Network::residual},
+                      {2, 7, 3, {12, 12, 12, 12, 12}, 41, Network::residual},
+                      {2, 7, 3, {12, 12, 12, 12, 12}, 41, Network::skip}};
   const glf::Int own = bytes / sizeof(T), plain = 16 / sizeof(T);
   for (int option = 0; option < glf::activations; ++option)
     for (const auto& s : shapes) {
-      AutoregressiveCase<T> c(s.steps, s.dim, s.context_dim, s.hidden, s.batch, option, s.residual);
+      AutoregressiveCase<T> c(s.steps, s.dim, s.context_dim, s.hidden, s.batch, option, s.network);
       for (const bool inverse : {false, true}) {
         const Buffer<T> expected = c.run(generic, inverse, c.x, glf::Save::inputs, 1, plain);
         for (const glf::Save save : {glf::Save::inputs, glf::Save::records})

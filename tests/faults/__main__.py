@@ -28,7 +28,7 @@ sys.modules["tests"] = ModuleType("tests")
 sys.modules["tests"].__path__ = [str(HERE.parent)]
 sys.path[0] = str(HERE.parent.parent)
 
-from tests.faults import children, injector  # noqa: E402
+from tests.faults import library  # noqa: E402
 from tests.faults.verdicts import Outcome, Table  # noqa: E402
 
 
@@ -65,8 +65,7 @@ def main() -> None:
     # Memory, where there is one: what a kill leaves behind does not depend on the disk.
     where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="glf_fast-faults-", dir=where) as folder:
-        library = injector.build(Path(folder))
-        settings = {_LIBRARY: str(library), _FOLDER: folder, "OMP_NUM_THREADS": "1"}
+        settings = {_LIBRARY: str(library.build(Path(folder))), _FOLDER: folder, "OMP_NUM_THREADS": "1"}
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child gets it, too, and ends; then the folder is removed
         done = subprocess.run([sys.executable, str(HERE), *sys.argv[1:]], env={**os.environ, **settings})
     sys.exit(done.returncode)
@@ -91,7 +90,7 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
     """Run all shares, print progress, the table and what went wrong; returns the exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     del os.environ[_LIBRARY]  # loaded already; a command's own processes do not need it
-    children.warm()
+    importlib.import_module("tests.faults.children").warm()
     for name in options.names:
         importlib.import_module(f"tests.faults.{name}")
     started, table, waiting = time.monotonic(), Table(), _shares(options)

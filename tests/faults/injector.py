@@ -6,9 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
-import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Any
 from tests.faults import children
 from tests.faults.children import Ended
 
-SOURCE = Path(__file__).with_name("injector.c")
 # In the order of injector.c.
 ACTIONS = ("count", "kill before", "kill in the middle of", "kill after", "signal", "fail")
 KILLS = ACTIONS[1:4]
@@ -75,29 +72,6 @@ class Met:
     ended: Ended
     operations: int
     where: str
-
-
-def build(folder: Path) -> Path:
-    """Compile injector.c into a folder; raises SystemExit with a line if there is no C compiler."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise SystemExit("error: faults are injected by a C library, and there is no C compiler (cc, gcc or $CC)")
-    library = folder / "injector.so"
-    command = [
-        *compiler.split(),
-        "-shared",
-        "-fPIC",
-        "-O1",
-        "-U_FORTIFY_SOURCE",
-        "-o",
-        str(library),
-        str(SOURCE),
-        "-ldl",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr}")
-    return library
 
 
 def meet(

@@ -6,8 +6,10 @@ import enum
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from tests.faults.children import Ended
+if TYPE_CHECKING:  # it imports torch
+    from tests.faults.children import Ended
 
 
 class Verdict(enum.Enum):

@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "softplus": {"log_scale": "softplus", "hidden": (20,), "activation": "relu"},
     "spline": {"transform": "spline", "spline": {"bins": 5}, "hidden": (9, 9, 9, 9)},
     "residual": {"network": "residual", "hidden": (15, 15), "context_dim": 2},
+    "skip": {"network": "skip", "hidden": (15, 15), "context_dim": 2},
     "context": {"context_dim": 3},
     "context-layer": {"context_dim": 3, "context_layer": True, "activation": "elu"},
 }

@@ -4,11 +4,20 @@ from pathlib import Path
 
 import torch
 from first_batches import Density, start_together, train
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow as NflowsFlow
+from nflows.transforms import CompositeTransform
+from nflows_couplings import alternating
 from torch import multiprocessing
 
-from glf_fast import ActNorm, CouplingFlow, InvertibleLinear, SequentialFlow
+from glf_fast import ActNorm, CouplingFlow, InvertibleLinear, SequentialFlow, convert
 
 from .conftest import coupling_step
+
+
+def nflows_flow() -> NflowsFlow:
+    """A flow of nflows without data-dependent starts, with which it would not convert."""
+    return NflowsFlow(CompositeTransform(list(alternating(4))), StandardNormal([4]))
 
 
 def test_all_processes_start_from_the_whole_batch_and_stay_equal(tmp_path: Path) -> None:
@@ -17,6 +26,8 @@ def test_all_processes_start_from_the_whole_batch_and_stay_equal(tmp_path: Path)
         "coupling": (CouplingFlow(4, 3, (8,)), (64, 4)),
         "context": (CouplingFlow(4, 2, (8,), linear="permutation"), (64, 4)),
         "vectors": (SequentialFlow([ActNorm(4), InvertibleLinear(4), ActNorm(4)], (4,)), (64, 4)),
+        "reversible": (CouplingFlow(4, 3, (8,), reversible=True), (64, 4)),
+        "converted": (convert(nflows_flow()), (64, 4)),
         "images": (SequentialFlow([*coupling_step(4), *coupling_step(4)], (4, 3, 2)), (16, 4, 3, 2)),
     }
     cases = {

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from glf_fast import CouplingFlow
+from glf_fast import AutoregressiveFlow, CouplingFlow
 
 pytestmark = pytest.mark.gpu
 
 
-def started(device: torch.device, steps: int = 2, **options) -> CouplingFlow:
+def started(device: torch.device, steps: int = 2, kind=CouplingFlow, **options):
     """A flow after its data-dependent start, with parameters a little off their initial values."""
     torch.manual_seed(0)
-    flow = CouplingFlow(6, steps, (16, 16), **options)
+    flow = kind(6, steps, (16, 16), **options)
     flow(torch.randn(64, 6))
     with torch.no_grad():
         for p in flow.parameters():
@@ -22,7 +22,7 @@ def started(device: torch.device, steps: int = 2, **options) -> CouplingFlow:
     return flow.to(device)
 
 
-def step(f, flow: CouplingFlow, x: Tensor) -> list[Tensor]:
+def step(f, flow, x: Tensor) -> list[Tensor]:
     """z, logdet and the gradients of all parameters, copied: a graph's next replay overwrites its results."""
     z, logdet = f(x)
     grads = torch.autograd.grad(z.square().sum() / 2 - logdet.sum(), list(flow.parameters()), allow_unused=True)
@@ -34,11 +34,12 @@ def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("kind", [CouplingFlow, AutoregressiveFlow])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*TensorFloat32:UserWarning")
-def test_compiled_without_graph_breaks(mode: str, device) -> None:
+def test_compiled_without_graph_breaks(mode: str, kind, device) -> None:
     torch.compiler.reset()
-    flow = started(device)
+    flow = started(device, kind=kind)
     compiled = torch.compile(flow, fullgraph=True, dynamic=mode == "default", mode=mode)
     for batch in (8, 8, 8, 13):  # a graph is recorded at the second call and replayed from the third on
         torch.compiler.cudagraph_mark_step_begin()
@@ -47,11 +48,11 @@ def test_compiled_without_graph_breaks(mode: str, device) -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("reversible", [False, True])
-def test_captured_and_replayed(reversible: bool, device) -> None:
+@pytest.mark.parametrize("options", [{}, {"reversible": True}, {"kind": AutoregressiveFlow}])
+def test_captured_and_replayed(options, device) -> None:
     if device.type == "cpu":
         pytest.skip("CUDA graphs need a GPU")
-    flow = started(device, reversible=reversible)
+    flow = started(device, **options)
     x = torch.randn(32, 6, device=device)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

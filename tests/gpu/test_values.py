@@ -2,9 +2,11 @@
 
 from contextlib import nullcontext
 
+import autoregressive_flows
 import flow_values
 import pytest
 import torch
+from autoregressive_flows import NAMES, flow_of
 from coupling_cases import COUPLINGS
 from exact_flows import DIRECTIONS, SIZES, error, names, run, tensors
 from matrix_units import DEPTH, TruncatingUnits
@@ -116,6 +118,57 @@ def test_flows_of_splines(batch, dim, hidden, spline, direction: str, reversible
     assert launches.count("flow_kernel") == 1 and "flow_backward_kernel" in launches
     for name, ours, theirs in zip(names(values), found, exact, strict=True):
         assert error(ours, theirs) < (1e-4 if name in ("out", "logdet") else 1e-2), name
+
+
+# Rows, steps, D, context, hidden widths, how it is made: sbi's default and its samples, a wide one, splines of both.
+AUTOREGRESSIVE = [
+    ((17, 2, 3, 2, (9, 5)), {"context_layer": True}),
+    ((200, 5, 10, 16, (50, 50, 50)), {"context_layer": True}),
+    ((10_000, 2, 10, 16, (50, 50)), {}),
+    ((5_000, 2, 32, 0, (128, 128)), {"ties": True}),
+    ((300, 2, 256, 3, (512,)), {}),
+    ((17, 1, 3, 2, (5,)), {"transform": "spline"}),
+    (
+        (5_000, 2, 10, 3, (50, 50)),
+        {"transform": "spline", "spline": Spline(10, tails="none", parametrization="nflows")},
+    ),
+]
+
+
+@pytest.mark.parametrize("inverse", NAMES)
+@pytest.mark.parametrize(("shape", "made"), AUTOREGRESSIVE)
+def test_autoregressive_flows(shape, made: dict[str, object], inverse: bool, device, poisoned) -> None:
+    """In one launch each way, its inverse's implicit gradient included."""
+    if rehearsed(device) and shape[0] > 17:
+        pytest.skip("the interpreter takes minutes for this batch")
+    values, seen = autoregressive_flows.tensors(*shape, **made)
+    options = {name: value for name, value in made.items() if name != "ties"} | {"activation": "tanh"}
+    results = []
+    with count_launches() as launches:
+        for module, dtype in ((ops, torch.float32), (reference, torch.float64)):
+            op = flow_of(getattr(module, NAMES[inverse]), seen.to(device), **options)
+            given = [None if t is None else t.detach().to(device, dtype).requires_grad_() for t in values]
+            results.append(flow_values.run_op(op, given))
+    assert launches.count("autoregressive_kernel") == 1 and "autoregressive_backward_kernel" in launches
+    for i, (ours, exact) in enumerate(zip(*results, strict=True)):
+        # A number that rounding puts on the other side of a knot has another gradient.
+        assert error(ours, exact) < (1e-2 if i > 1 and "transform" in made else 1e-4), i
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_autoregressive_flows_in_low_precision(precision: str, device) -> None:
+    if rehearsed(device):
+        pytest.skip("the interpreter computes tf32 exactly, and no bfloat16")
+    values, seen = autoregressive_flows.tensors(1000, 2, 10, 16, (50, 50), context_layer=True)
+    torch.set_float32_matmul_precision(precision)
+    for name in NAMES.values():
+        results = []
+        for module, dtype in ((ops, torch.float32), (reference, torch.float64)):
+            op = flow_of(getattr(module, name), seen.to(device), activation="tanh", context_layer=True)
+            given = [t.detach().to(device, dtype).requires_grad_() for t in values]
+            results.append(flow_values.run_op(op, given))
+        for ours, exact in zip(*results, strict=True):
+            assert error(ours, exact) < (1e-2 if precision == "high" else 5e-2)
 
 
 @pytest.mark.parametrize(("log_scale", "add_first", "inverse", "layout", "low"), COUPLINGS)

@@ -1,4 +1,4 @@
-"""sbi's NPE with our density estimator."""
+"""sbi's NPE and NLE with our density estimators."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from sbi.utils import BoxUniform, MultipleIndependent
 from torch import nn
 from torch.distributions import Dirichlet, Distribution, Gamma, Normal, Uniform
 
-from glf_fast.integrations.sbi import CouplingFlowEstimator, coupling_flow, coupling_likelihood
+from glf_fast.integrations.sbi import FlowEstimator, coupling_flow, coupling_likelihood, maf, maf_likelihood, train
 from glf_fast.integrations.unconstrained import Unconstrained
 
 PRIOR = BoxUniform(-torch.ones(3), torch.ones(3))
@@ -30,21 +30,24 @@ def simulations(n: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
     return theta, simulate(theta)
 
 
-def built(**options: Any) -> CouplingFlowEstimator:
+def built(builder: Callable[..., Any] = coupling_flow, **options: Any) -> FlowEstimator:
     theta, x = simulations()
-    made = coupling_flow(**{"steps": 3, "hidden": (16,), **options})(theta, x)
+    made = builder(**{"steps": 3, "hidden": (16,), **options})(theta, x)
     with torch.no_grad():
         for p in made.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return made.eval()
 
 
-@pytest.fixture(scope="module")
-def trained() -> tuple[NPE, CouplingFlowEstimator]:
+KINDS = {"coupling": coupling_flow(steps=5, hidden=(32, 32)), "maf": maf(hidden=(32, 32))}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request: pytest.FixtureRequest) -> tuple[NPE, FlowEstimator]:
     theta, x = simulations(4000)
-    trainer = NPE(PRIOR, density_estimator=coupling_flow(steps=5, hidden=(32, 32)), show_progress_bars=False)
-    estimator = trainer.append_simulations(theta, x).train(learning_rate=2e-3, stop_after_epochs=8)
-    return trainer, estimator
+    trainer = NPE(PRIOR, density_estimator=KINDS[request.param], show_progress_bars=False).append_simulations(theta, x)
+    settings = {"learning_rate": 2e-3, "stop_after_epochs": 8}
+    return trainer, trainer.train(**settings) if request.param == "coupling" else train(trainer, **settings)
 
 
 def test_posterior_is_the_true_one(trained: Any) -> None:
@@ -82,11 +85,26 @@ def test_posterior_does_all_that_it_should(trained: Any) -> None:
     assert posterior.map(num_iter=20, num_to_optimize=5, show_progress_bars=False).shape == (1, 3)
 
 
-def test_training_moved_all_parameters(trained: Any) -> None:
+def test_training_moved_all_parameters(trained: Any, request: pytest.FixtureRequest) -> None:
     _, estimator = trained
-    fresh = coupling_flow(steps=5, hidden=(32, 32))(*simulations(4000))
+    fresh = KINDS[request.node.callspec.params["trained"]](*simulations(4000))
     for name, p in estimator.named_parameters():
         assert not torch.equal(p, dict(fresh.named_parameters())[name]), name
+
+
+def test_maf_is_of_the_kind_and_size_of_sbis() -> None:
+    """As many parameters, masked ones included, and the same functions; it starts as the identity of standardised θ."""
+    from sbi.neural_nets import posterior_nn
+
+    theirs, ours = posterior_nn("maf")(*simulations()), maf()(*simulations())
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    config = ours.net.layers[-1].config
+    assert (config["steps"], config["hidden"], config["activation"]) == (5, (50, 50, 50), "tanh")
+    assert config["log_scale"] == "softplus" and config["context_layer"] and not config["actnorm"]
+    theta, x = simulations(500)
+    z = ours.inverse_transform(theta, x)
+    torch.testing.assert_close(z.flip(1).mean(0), torch.zeros(3), rtol=0, atol=0.1)
+    torch.testing.assert_close(z.std(0), torch.ones(3), rtol=0.1, atol=0)
 
 
 def test_second_round(recwarn: pytest.WarningsRecorder) -> None:
@@ -102,11 +120,12 @@ def test_second_round(recwarn: pytest.WarningsRecorder) -> None:
     assert math.isfinite(trainer.summary["best_validation_loss"][-1])
 
 
-def test_shapes_are_sbis() -> None:
+@pytest.mark.parametrize("builder", [coupling_flow, maf])
+def test_shapes_are_sbis(builder: Callable[..., Any]) -> None:
     """Every combination that sbi's own estimator takes, and the same answer's shape."""
     from sbi.neural_nets import posterior_nn
 
-    theirs, ours = posterior_nn("maf")(*simulations()), built()
+    theirs, ours = posterior_nn("maf")(*simulations()), built(builder)
     for theta, x in (
         ((5, 4, 3), (4, 2)), ((4, 3), (4, 2)), ((5, 4, 3), (1, 2)), ((5, 1, 3), (4, 2)),
         ((5, 4, 3), (5, 4, 2)), ((1, 4, 3), (4, 2)),
@@ -195,8 +214,10 @@ def test_embedding_net() -> None:
 
 def test_refusals() -> None:
     theta, x = simulations(10)
-    with pytest.raises(ValueError, match=r"one parameter"):
+    with pytest.raises(ValueError, match=r"two or more parameters.*use maf\(transform='spline'\) for one parameter"):
         coupling_flow()(theta[:, :1], x)
+    with pytest.raises(ValueError, match=r"a density of vectors; x has shape \(10, 2, 1\)"):
+        maf_likelihood()(theta, x[..., None])
     with pytest.raises(ValueError, match=r"context of shape \(10, 2, 1\).*embedding_net"):
         coupling_flow()(theta, x[..., None])
     with pytest.raises(ValueError, match="z_score_theta must be"):
@@ -273,14 +294,33 @@ def shifted(theta: torch.Tensor) -> torch.Tensor:
     return 1000 + 100 * (theta + 0.3 * torch.randn_like(theta))
 
 
-def test_likelihood_is_the_true_one() -> None:
+def test_densities_of_one_number() -> None:
+    """Splines take any shape, here two peaks that a normal distribution cannot have; affine transforms say what they are."""
+    torch.manual_seed(0)
+    theta, x = 2 * torch.rand(500, 1) - 1, torch.randn(500, 2)
+    theta = theta.sign() * (0.5 + 0.1 * torch.randn_like(theta))
+    splines = maf(steps=2, hidden=(8,), transform="spline", spline={"bins": 10, "low": -3.0, "high": 3.0})(theta, x)
+    optimizer = torch.optim.Adam(splines.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        splines.loss(theta, x).mean().backward()
+        optimizer.step()
+    drawn = splines.sample(torch.Size((1000,)), x[:1]).abs()
+    assert 0.05 < drawn.std() < 0.2 and abs(drawn.mean() - 0.5) < 0.05
+    with pytest.warns(UserWarning, match=r"normal distributions alone: use maf\(transform='spline'\)"):
+        maf(steps=1, hidden=(8,))(theta, x)
+
+
+@pytest.mark.parametrize(
+    "builder", [coupling_likelihood(steps=4, hidden=(32,)), maf_likelihood(hidden=(32,))], ids=["coupling", "maf"]
+)
+def test_likelihood_is_the_true_one(builder: Callable[..., Any]) -> None:
     """NLE, whose x given θ is known: a Gaussian with mean 1000 + 100·θ and deviation 30."""
     torch.manual_seed(0)
     prior = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
     theta = prior.sample((2000,))
-    builder = coupling_likelihood(steps=4, hidden=(32,))
     trainer = NLE(prior, density_estimator=builder, show_progress_bars=False)
-    estimator = trainer.append_simulations(theta, shifted(theta)).train(learning_rate=3e-3, stop_after_epochs=5)
+    estimator = trainer.append_simulations(theta, shifted(theta)).train(learning_rate=3e-3, stop_after_epochs=10)
     at = torch.tensor([[0.5, -0.5]])
     x = estimator.sample(torch.Size((5000,)), at)[:, 0]
     torch.testing.assert_close(x.mean(0), 1000 + 100 * at[0], rtol=0, atol=6)
@@ -291,7 +331,7 @@ def test_likelihood_is_the_true_one() -> None:
     torch.testing.assert_close(samples.std(0), torch.tensor([0.3, 0.3]), rtol=0.2, atol=0)
 
 
-@pytest.mark.parametrize(("trainer", "builder"), [(NLE, coupling_flow), (NPE, coupling_likelihood)])
+@pytest.mark.parametrize(("trainer", "builder"), [(NLE, coupling_flow), (NPE, coupling_likelihood), (NLE, maf)])
 @pytest.mark.parametrize("common", [False, True])
 def test_estimators_in_the_wrong_place_are_refused(trainer: type, builder: Callable[..., Any], common: bool) -> None:
     theta = PRIOR.sample((200,))

@@ -3,9 +3,8 @@
 import itertools
 import math
 import mmap
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ import triton
 from flow_values import DIRECTIONS, compare, derivatives, error, run, tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairs import pairs
 from torch import Tensor
 
 import glf_fast
@@ -23,9 +23,7 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 # A formula is the same in every step, and has its tests with one; those of depths and shapes have several.
 
 
-@pytest.mark.parametrize("reversible", [False, True])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "direction", "reversible"), pairs([*ACTIVATIONS], [*DIRECTIONS], [False, True]))
 def test_every_activation(activation: str, direction: str, reversible: bool) -> None:
     compare(tensors(5, 1, 5, 1, (18, 3)), direction, 1e-12, reversible, activation=activation)
 
@@ -44,19 +42,21 @@ def test_constants(log_scale: str, direction: str) -> None:
     compare(tensors(5, 1, 4, 0, (9,)), direction, 1e-12, log_scale=log_scale, log_scale_constant=0.3)
 
 
-@pytest.mark.parametrize("reversible", [False, True])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("context_dim", [0, 17])
-@pytest.mark.parametrize("hidden", [(40,), (17, 33), (70, 20), (5, 40, 18), (16, 17, 34, 3)])
+DEPTHS = [(40,), (17, 33), (70, 20), (5, 40, 18), (16, 17, 34, 3)]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "context_dim", "direction", "reversible"), pairs(DEPTHS, [0, 17], [*DIRECTIONS], [False, True])
+)
 def test_every_depth(hidden: tuple[int, ...], context_dim: int, direction: str, reversible: bool) -> None:
     rows = 19 if context_dim else 3  # two programs, or one
     compare(tensors(rows, 2, 7, context_dim, hidden), direction, 1e-12, reversible, activation="silu")
 
 
-@pytest.mark.parametrize("reversible", [False, True])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("log_scale", ["tanh", "glow"])
-@pytest.mark.parametrize("coupling", ["separate", "additive"])
+@pytest.mark.parametrize(
+    ("coupling", "log_scale", "direction", "reversible"),
+    pairs(["separate", "additive"], ["tanh", "glow"], [*DIRECTIONS], [False, True]),
+)
 def test_other_couplings(coupling: str, log_scale: str, direction: str, reversible: bool) -> None:
     for hidden in ((9,), (17, 5, 20)):
         values = tensors(5, 2, 5, 2, hidden, coupling=coupling)
@@ -366,7 +366,8 @@ with glf_fast.use_backend("triton"):
     flow.log_prob(torch.randn(3, 4))
 assert "triton" in sys.modules
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    done = forked.fresh(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_the_interpreter_a_processor_tensor_is_refused() -> None:
@@ -379,7 +380,7 @@ print(glf_fast.backends()["triton"])
 with glf_fast.use_backend("triton"):
     glf_fast.CouplingFlow(4, 1, (8,))(torch.randn(3, 4))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forked.fresh(code)
     assert done.returncode == 1 and done.stdout.startswith("ready: float32 on CUDA")
     assert "RuntimeError: backend 'triton' was asked for, and the tensors are on the processor" in done.stderr
     assert glf_fast.backends()["triton"].startswith("ready: interpreted")

@@ -13,25 +13,25 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 
 @pytest.mark.parametrize(("rows", "parts"), [(8192, 8), (8193, 1), (1024 * 6, 4), (1000, 1)])
 def test_sums_over_many_rows_go_in_parts(rows: int, parts: int, monkeypatch) -> None:
-    from glf_fast.kernels import coupling_flow_backward
+    from glf_fast.kernels import portions
 
     # (K, rows, n) inside wider rows, as in the workspace; the right operand's steps lie further apart, as saved inputs do.
     a = torch.randn(2, rows, 9, dtype=torch.float64)[..., 2:7]
     b = torch.randn(2, rows + 5, 3, dtype=torch.float64)[:, 5:]
     seen: list[int] = []
-    plain = coupling_flow_backward._bmm
-    monkeypatch.setattr(coupling_flow_backward, "_bmm", lambda x, y: (seen.append(len(x)), plain(x, y))[1])
-    torch.testing.assert_close(coupling_flow_backward._over_rows(a, b, 18), a.mT @ b)
+    plain = portions.bmm
+    monkeypatch.setattr(portions, "bmm", lambda x, y: (seen.append(len(x)), plain(x, y))[1])
+    torch.testing.assert_close(portions.over_rows(a, b, 18), a.mT @ b)
     assert seen == [2 * parts]
 
 
 def test_large_batches_and_deep_flows_go_in_portions(monkeypatch) -> None:
-    from glf_fast.kernels import coupling_flow_backward
+    from glf_fast.kernels import portions as dividing
     from glf_fast.kernels.launch import count_launches
 
     values = tensors(40, 3, 5, 2, (9, 9))
     whole = run(ops.coupling_flow, values, activation="silu")
-    monkeypatch.setattr(coupling_flow_backward, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(dividing, "WORKSPACE_BYTES", 1)
     for direction, reversible in itertools.product(DIRECTIONS, (False, True)):
         compare(values, direction, 1e-12, reversible, activation="silu")
     with count_launches() as launched:
@@ -43,9 +43,9 @@ def test_large_batches_and_deep_flows_go_in_portions(monkeypatch) -> None:
 
 
 def test_the_workspace_stays_within_its_bound(monkeypatch) -> None:
-    from glf_fast.kernels import coupling_flow_backward
+    from glf_fast.kernels import coupling_flow_backward, portions
 
-    monkeypatch.setattr(coupling_flow_backward, "WORKSPACE_BYTES", 60_000)
+    monkeypatch.setattr(portions, "WORKSPACE_BYTES", 60_000)
     x, A, c, context, *layers = tensors(100, 4, 6, 3, (32, 16), torch.float32)
     out, logdet = ops.coupling_flow(x, A, c, layers[:3], layers[3:], context)
     sizes: list[int] = []
@@ -65,8 +65,8 @@ def test_the_workspace_stays_within_its_bound(monkeypatch) -> None:
 
 
 def test_portions_fill_the_gpu_and_then_the_workspace() -> None:
-    from glf_fast.kernels.coupling_flow_backward import WORKSPACE_BYTES, portions
     from glf_fast.kernels.launch_table import Launch
+    from glf_fast.kernels.portions import WORKSPACE_BYTES, portions
 
     few, many = Launch(16, 64, 64, True, 8, 3), Launch(32, 64, 64, True, 4, 3)
     of_cifar, of_mnist = (

@@ -188,7 +188,9 @@ def started(name: str, images: Tensor) -> GenerativeModel:
     return model.eval()
 
 
-def test_data_parallel_processes_average_the_gradients_of_every_phase(images: Tensor, tmp_path: Path) -> None:
+def test_data_parallel_processes_have_the_gradients_of_whole_batches_in_every_phase(
+    images: Tensor, tmp_path: Path
+) -> None:
     every = [started(name, images) for name in (*SMALL, "adversarial")]
     multiprocessing.spawn(compare_in_a_group, (f"file://{tmp_path / 'meeting'}", every, images), nprocs=2)
 

@@ -3,12 +3,11 @@
 import ctypes
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import linear_zoo
 import numpy as np
 import pytest
@@ -177,8 +176,7 @@ with torch.library._scoped_library("glf_fast", "IMPL") as one, torch.library._sc
     cupy_linear.register(one, override=True)
     cupy_linear.register(two, override=True)
 """
-    # torch warns once a process.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forked.fresh(code)  # torch warns once a process
     assert done.returncode == 0, done.stderr
 
 
@@ -203,7 +201,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     assert not kernels_for(large, large, dense)  # torch.linalg's
 assert inverse.shape == (5, 3, 3) and sign.device.type == "cuda"
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    done = forked.fresh(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -259,10 +257,7 @@ for capability, why in (
     assert f"backend 'cuda' is missing ({why}" in str(warning.message), warning.message
     assert warning.filename == "<string>", warning.filename
 """
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
-    )
+    done = forked.fresh(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{code}")
     assert done.returncode == 0, done.stderr
 
 

@@ -1,12 +1,10 @@
 """The operations: derivatives of first and second order, and errors that name what is wrong."""
 
 import itertools
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -208,10 +206,13 @@ def test_the_reference_backend_is_always_there() -> None:
     assert backends()["reference"].startswith("ready")
 
 
-def test_a_missing_backend_is_said_once_and_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_backend_is_said_once_and_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = Path(glf_fast.__file__).parent
     shutil.copytree(package, tmp_path / "glf_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     code = """
+import sys, warnings
+sys.path.insert(0, ".")
+warnings.simplefilter("always")
 import torch, glf_fast
 flow = glf_fast.CouplingFlow(4, 1, (8,))
 flow(torch.randn(3, 4)), flow.sample(2)
@@ -220,16 +221,16 @@ with glf_fast.use_backend("cpp"):
     pass
 """
     # From that folder: the copy without its kernels, not the installed package.
-    environment = {**os.environ, "PYTHONWARNINGS": "always"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    done = forked.fresh(code)
     assert done.returncode == 1 and done.stdout.startswith("not built")
     assert done.stderr.count("slow reference") == 1 and "pip install -v --no-build-isolation" in done.stderr
     assert "RuntimeError: backend 'cpp' cannot run here: not built" in done.stderr
 
 
-def test_a_backend_in_the_environment_that_cannot_run_says_why() -> None:
+def test_a_backend_in_the_environment_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.version.cuda:
         pytest.skip("this torch has CUDA")
-    environment = {**os.environ, "GLF_FAST_BACKEND": "cuda"}
-    done = subprocess.run([sys.executable, "-c", "import glf_fast"], env=environment, capture_output=True, text=True)
+    monkeypatch.setenv("GLF_FAST_BACKEND", "cuda")
+    done = forked.fresh("import glf_fast")
     assert done.returncode and "GLF_FAST_BACKEND is 'cuda', which cannot run here: " in done.stderr

@@ -2,12 +2,12 @@
 
 import io
 import json
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import carry
+import forked
 import pytest
 from carry import Manifest
 
@@ -122,13 +122,12 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
         unpack(archive)
 
 
-def test_a_broken_archive_costs_nothing_but_its_use(tmp_path: Path) -> None:
+def test_a_broken_archive_costs_nothing_but_its_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command, as on a GPU machine: the plan goes on and compiles."""
     archive = tmp_path / "carry.tar.xz"
     archive.write_bytes(b"\xfd7zXZ not whole")
-    command = [sys.executable, str(ROOT / "tools" / "gpu_here.py"), "unpack", str(archive)]
-    environment = {"PATH": "/usr/bin:/bin", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    done = forked.ended(forked.script, ROOT / "tools" / "gpu_here.py", "unpack", str(archive))
     assert done.returncode == 2 and done.stdout.startswith(f"{archive} is not used: "), done.stderr
 
 

@@ -79,14 +79,14 @@ def test_the_report_is_one_page_that_needs_nothing_else(smoke: Path) -> None:
 
 
 def test_a_finished_run_says_so_and_tells_its_scores_again(
-    smoke: Path, call: Call, capsys: pytest.CaptureFixture[str]
+    run: Path, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (smoke / "checkpoints").rglob("*")}
-    call(train, "--preset", "smoke", "--out", smoke)
+    before = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
+    call(train, "--preset", "smoke", "--out", run)
     text = capsys.readouterr()
     assert "is finished (6,144 images)" in text.err
     assert "FD[tiny]" in text.out and "report.html" in text.out
-    assert before == {path: path.stat().st_mtime_ns for path in (smoke / "checkpoints").rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
 
 
 def test_a_finished_run_goes_on_when_given_more_epochs(run: Path, call: Call) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glf_fast.ops.autoregressive_flow import autograd, cpp, plain
+from glf_fast.ops.autoregressive_flow import autograd, cpp, plain, triton
 from glf_fast.ops.autoregressive_flow.call import Call, CallOptions
 from glf_fast.ops.backends import kernels_for, ordinary
 from glf_fast.ops.checks import (
@@ -23,11 +23,11 @@ from glf_fast.ops.checks import (
     check_state,
     check_tensors,
 )
-from glf_fast.reference import ACTIVATIONS, NETWORKS, TRANSFORMS, Spline, prepared_constant
+from glf_fast.reference import ACTIVATIONS, MASKED_NETWORKS, TRANSFORMS, Spline, prepared_constant
 
 __all__ = ["autoregressive_flow", "autoregressive_flow_inverse", "autoregressive_flow_log_prob"]
 
-KERNELS = (cpp,)  # in the order of preference
+KERNELS = (cpp, triton)  # in the order of preference
 
 
 def autoregressive_flow(
@@ -57,12 +57,12 @@ def autoregressive_flow(
         weights, biases: per linear layer of the networks, (K, rows, columns) and (K, columns). Rows are those of the context
             (C, where it enters the layer), then the layer's own inputs: first D, last columns n·D, those of a feature side by
             side, [u, t] or `spline.columns`. It enters the first layer, or with `context_layer` a layer of its own, whose
-            (K, C, H₁) and (K, H₁) come last; and the first layer of each residual block.
+            (K, C, H₁) and (K, H₁) come last; and the first layer of each block of a "residual" network.
         fan_in: (K, H₁ + … + D), int64: how many units of the layer before each hidden unit sees, layer by layer, and how many
             of the last hidden layer each feature's parameters. Sorted within a layer, and such that no feature depends on
             itself or on one behind it. Weights beyond are never read, and their gradients are zero.
         context: (B, C) or None.
-        transform: "affine" or "spline". network: "mlp", or "residual": Linear, blocks of two, Linear, see
+        transform: "affine" or "spline". network: "mlp", or Linear, blocks of two, Linear: "residual" or "skip", see
             `glf_fast.reference.made`. activation: of the hidden layers.
         log_scale, log_scale_constant: f, see `glf_fast.reference.log_scale`. spline: its kind; None is `Spline()`.
 
@@ -100,7 +100,7 @@ def autoregressive_flow_inverse(
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: undoes `autoregressive_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
 
-    On a processor at the cost of one pass: as soon as a feature is known, the hidden units that see it, and no others, are
+    In the kernels at the cost of one pass: as soon as a feature is known, the hidden units that see it, and no others, are
     computed. Its gradients cost one pass, too, by the implicit function: a triangular system, solved in the reverse order.
 
     Returns x (B, D) and −Σ log T' (B,).
@@ -162,7 +162,7 @@ def _options(
     if not compiling and (known := _known.get(given)):
         return known
     check_choice("transform", transform, TRANSFORMS)
-    check_choice("network", network, NETWORKS)
+    check_choice("network", network, MASKED_NETWORKS)
     check_choice("activation", activation, ACTIVATIONS)
     check_log_scale(log_scale, log_scale_constant)
     if spline is not None:
@@ -205,7 +205,7 @@ def _check_autoregressive(call: Call) -> None:
         width = reach[-1].shape[1]
         valid &= bool((seen >= 0).all() and (seen <= width).all() and (seen.diff(dim=1) >= 0).all())
         found = F.pad(reach[-1], (1, 0)).gather(1, seen.clamp(0, width))
-        if options.network == "residual" and i % 2 == 0 and 2 <= i < layers - 1:
+        if options.network != "mlp" and i % 2 == 0 and 2 <= i < layers - 1:
             found = torch.maximum(found, reach[-2])
         reach.append(found)
     if not valid or bool((reach[-1] >= reach[0]).any()):
@@ -253,7 +253,7 @@ def _checked(call: Call) -> Call:
         given = "None" if context is None else f"shape {tuple(context.shape)}"
         raise ValueError(f"context_layer=True is for networks with a context of one or more columns; got {given}")
 
-    residual, own = options.network == "residual", options.context_layer
+    residual, own = options.network != "mlp", options.context_layer
     layers = len(weights) - own
     if len(weights) != len(biases) or layers < 2 or (residual and layers % 2):
         wanted = "two and two for each block" if residual else "two or more"
@@ -264,7 +264,8 @@ def _checked(call: Call) -> Call:
     columns = options.spline.columns if options.spline is not None else TRANSFORMS[options.transform]
     units, n_in = 0, dim
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        enters = (not own if i == 0 else residual and i % 2 == 1 and i + 1 < layers) and context_dim
+        in_block = options.network == "residual" and i % 2 == 1 and i + 1 < layers
+        enters = context_dim * (in_block if i else not own)
         width = columns * dim if i + 1 == layers else (weights if residual or i == layers else (weight,))[0].shape[-1]
         rows = context_dim if i == layers else n_in + enters
         if weight.shape != (steps, rows, width) or bias.shape != (steps, width):

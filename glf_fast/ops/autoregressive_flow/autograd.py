@@ -22,6 +22,9 @@ __all__ = ["AutoregressiveKernels", "run"]
 class AutoregressiveKernels(Kernels, Protocol):
     """Both passes of a flow, on contiguous tensors of one dtype."""
 
+    def adapt(self, call: Call) -> Call:
+        """The call as these kernels take it."""
+
     def forward(self, call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Output, logdet, which is the density if options.density, and with `keep` what the backward starts from."""
 
@@ -37,6 +40,7 @@ class AutoregressiveKernels(Kernels, Protocol):
 
 def run(kernels: AutoregressiveKernels, call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone, by kernels that take this call."""
+    call = kernels.adapt(call)
     tensors, options = _contiguous(call), call.options
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         found = _AutoregressiveFlow.apply(kernels, options, *tensors)

@@ -25,6 +25,7 @@ class CallOptions(NamedTuple):
     inverse: bool
     density: bool  # log N(out; 0, I) and the maps' log-determinants are added to the steps'
     constant: float  # the log-scale's, as kernels take it
+    autocast: str = ""  # of the networks' products: "bf16" or "fp16" under torch.autocast
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the reference's flows, whose direction is in their name."""

@@ -10,7 +10,7 @@ from glf_fast.ops.backends import CPP
 from glf_fast.ops.checks import check_fake
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 
-__all__ = ["BACKENDS", "backward", "forward", "refuses", "unchecked"]
+__all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses", "unchecked"]
 
 BACKENDS = (CPP,)
 MAX_LAYERS = 17  # of a network, without the context's own
@@ -34,6 +34,11 @@ def refuses(call: Call) -> str:
     ):
         return "csrc has no such transform, network, activation or log-scale"
     return ""
+
+
+def adapt(call: Call) -> Call:
+    """The call as it is: the products' precision is the state's."""
+    return call
 
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,6 +101,8 @@ def record_units(call: Call) -> int:
     *hidden, raw = widths
     if options.network == "residual":  # the stream is kept besides its activation, but for the last
         both = sum((1 + (argument or i % 2 == 0)) * width for i, width in enumerate(hidden[:-1])) + hidden[-1]
+    elif options.network == "skip":  # the stream has no activation
+        both = sum((1 + argument * (i % 2)) * width for i, width in enumerate(hidden))
     else:
         both = (1 + argument) * sum(hidden)
     return (3 if options.inverse else 2) * dim + own + both + raw

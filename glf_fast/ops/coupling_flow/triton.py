@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,10 +12,8 @@ from glf_fast.ops.checks import check_fake
 from glf_fast.ops.coupling_flow import networks
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.ops.coupling_flow.networks import as_one_network, hidden_widths
+from glf_fast.ops.precision import autocast_on, kernel_options
 from glf_fast.reference import Spline
-
-if TYPE_CHECKING:
-    from glf_fast.kernels.flow_options import FlowOptions
 
 __all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses"]
 
@@ -71,11 +68,9 @@ def _refuses_splines(dim: int, hidden: Sequence[int], rows: int, spline: Spline)
 
 def adapt(call: Call) -> Call:
     """The call with one network, and with the precision that torch.autocast asks for."""
-    call, device = call if call.options.spline else as_one_network(call), call.x.device.type
-    if not torch.is_autocast_enabled(device):
-        return call
-    autocast = "bf16" if torch.get_autocast_dtype(device) == torch.bfloat16 else "fp16"
-    return call._replace(options=call.options._replace(autocast=autocast))
+    call = call if call.options.spline else as_one_network(call)
+    autocast = autocast_on(call.x.device.type)
+    return call._replace(options=call.options._replace(autocast=autocast)) if autocast else call
 
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +137,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow import flow_forward
 
-    options = _kernel_options(x, (activation, log_scale, constant, add_first, inverse), spline, autocast)
+    options = kernel_options(x, (activation, log_scale, constant, add_first, inverse), spline, autocast)
     return flow_forward(x, matrix, offset, logabsdet, weights, biases, context, options, density, save)
 
 
@@ -155,7 +150,7 @@ def _(
 ) -> list[Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow_backward import flow_backward
 
-    options = _kernel_options(grad_out, (activation, log_scale, constant, add_first, inverse), spline, autocast)
+    options = kernel_options(grad_out, (activation, log_scale, constant, add_first, inverse), spline, autocast)
     with torch.autocast(grad_out.device.type, enabled=False):  # the precision of its products is decided here
         return flow_backward(
             grad_out,
@@ -172,23 +167,3 @@ def _(
             parameters,
             of_context,
         )
-
-
-def _kernel_options(
-    x: Tensor, names: tuple[str, str, float, bool, bool], spline: list[float], autocast: str
-) -> FlowOptions:
-    """Names and precisions. Read here, not in Python that torch.compile traces: it cannot read the matmul precision.
-
-    The affine maps stay at tf32 or better, because a bf16 A would not match its A⁻¹. Under a float16 autocast the
-    conditioner's products are tf32, which has float16's mantissa and float32's range.
-    """
-    from glf_fast.kernels.flow_options import FULL_PRECISION, FlowOptions
-    from glf_fast.kernels.spline import constants
-
-    made = constants(spline) if spline else ()
-    if x.dtype == torch.float64:
-        return FlowOptions(*names, "ieee", "ieee", made)
-    setting = torch.get_float32_matmul_precision()
-    maps = FULL_PRECISION if setting == "highest" else "tf32"
-    mlps = {"": "bf16" if setting == "medium" else maps, "bf16": "bf16", "fp16": "tf32"}[autocast]
-    return FlowOptions(*names, maps, mlps, made)

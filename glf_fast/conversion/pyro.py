@@ -1,0 +1,174 @@
+"""pyro. Transforms are noise → data, and a flow is a ComposeTransformModule of them; its base is taken to be N(0, I)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+
+from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
+from glf_fast.conversion.chains import Chain, Part, Replacement, replaced
+from glf_fast.conversion.layers import Bijection, ConversionError, Layer, Permutation, Unfusable
+from glf_fast.conversion.library import Base, FusedLayer, Library
+from glf_fast.conversion.mlp import activation_name, check_hooks
+from glf_fast.reference.coupling_flow import log_normal
+
+__all__ = ["LIBRARY"]
+
+
+class Plain(nn.Module):
+    """A transform that is no module, in a place for modules."""
+
+    def __init__(self, transform: Any) -> None:
+        super().__init__()
+        self.transform = transform
+
+
+class KeptTransform(Bijection):
+    """A transform of pyro with its directions exchanged: forward is data → noise."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__()
+        self.layer = part.module
+
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        transform = _transform(self.layer)
+        noise, data = (x, transform(x)) if inverse else (_undone(transform, x), x)
+        logdet = transform.log_abs_det_jacobian(noise, data if inverse else transform(noise))
+        logdet = logdet.flatten(1).sum(1) if logdet.ndim > 1 else logdet + x.new_zeros(len(x))
+        for name, nothing in (("_cached_x_y", (None, None)), ("_cached_log_scale", None)):
+            if hasattr(transform, name):  # with their graphs they could not be copied
+                setattr(transform, name, nothing)
+        return (data, logdet) if inverse else (noise, -logdet)
+
+
+class PyroLayer(Transform, FusedLayer):
+    """A flow as a transform, noise → data, that is a module, too; it remembers its last pair, as pyro's own do."""
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+    sign = +1
+
+    def __init__(self, flow: Any) -> None:
+        FusedLayer.__init__(self, flow)
+        self._cache_size, self._inv, self._cached_x_y = 1, None, (None, None)
+        self._logdet: Tensor | None = None
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, self._logdet = self._rows(x, inverse=True)
+        return y
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        x, logdet = self._rows(y, inverse=False)
+        self._logdet = -logdet
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log|det ∂y/∂x|, in the shape of the batch."""
+        known_x, known_y = self._cached_x_y
+        if self._logdet is None or x is not known_x or y is not known_y:
+            return self._rows(x, inverse=True)[1]
+        return self._logdet
+
+    def _rows(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        out, logdet = self.flow.inverse(rows) if inverse else self.flow(rows)
+        return out.reshape(x.shape), logdet.reshape(x.shape[:-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cached_x_y": (None, None), "_logdet": None}
+
+
+def _transform(module: Any) -> Any:
+    return module.transform if isinstance(module, Plain) else module
+
+
+def _undone(transform: Any, data: Tensor) -> Tensor:
+    """Data → noise. pyro's own loop over the features of an autoregressive transform begins with zeros in float32."""
+    if type(transform).__name__ != "AffineAutoregressive":
+        return transform.inv(data)
+    low, high, noise = transform.log_scale_min_clip, transform.log_scale_max_clip, torch.zeros_like(data)
+    for _ in range(data.shape[-1]):
+        mean, log_scale = transform.arn(noise)
+        if transform.stable:
+            scale = torch.sigmoid(log_scale + transform.sigmoid_bias)
+            noise = (data - (1 - scale) * mean) / scale
+        else:
+            log_scale = log_scale + (log_scale.clamp(low, high) - log_scale).detach()
+            noise = (data - mean) * torch.exp(-log_scale)
+    return noise
+
+
+def _affine_autoregressive(part: Part) -> list[Layer]:
+    transform, network = part.module, part.module.arn
+    if transform.stable:
+        raise Unfusable("stable=True shifts by (1 − σ)·μ")
+    limits = transform.log_scale_min_clip, transform.log_scale_max_clip
+    if limits != (-5, 3):
+        raise Unfusable(f"its log-scale is clipped to {limits}; (-5, 3) is covered")
+    if not isinstance(network, nn.Module):
+        raise Unfusable("its network is given a context")
+    check_hooks(network)
+    if network.skip_layer is not None:
+        raise Unfusable("its network has skip connections")
+    outputs = torch.arange(2 * network.input_dim).view(2, -1).T.flip(1)  # all means come first, then all log-scales
+    linears = [masked_linear(layer) for layer in network.layers]
+    return [DeclaredAutoregressive(linears, outputs, activation_name(network.f), log_scale="clamp", undo=True).read()]
+
+
+def _plain(part: Part) -> list[Layer]:
+    transform = part.module.transform
+    if type(transform).__name__ != "Permute" or transform.event_dim != 1:
+        raise Unfusable("no kernel covers this kind of transform")
+    return [Permutation(transform.permutation.argsort())]
+
+
+def _chains(flow: Any) -> list[Chain]:
+    """`flow.parts`, from the last one on."""
+    dims = [part.arn.input_dim for part in flow.parts if hasattr(part, "arn") and hasattr(part.arn, "input_dim")]
+    if not dims:
+        raise ConversionError("it has no AffineAutoregressive, the only transform that is fused")
+    parts = [
+        Part(str(i), part if isinstance(part, nn.Module) else Plain(part), (dims[0],))
+        for i, part in reversed(list(enumerate(flow.parts)))
+    ]
+    return [Chain(parts, partial(_put, flow, parts))]
+
+
+def _put(flow: Any, parts: Sequence[Part], replacements: Sequence[Replacement]) -> None:
+    modules = replaced([part.module for part in parts], replacements)[::-1]
+    flow.parts = [_transform(module) for module in modules]
+    flow._inv = None  # its inverse, which has the old parts
+    flow._modules.clear()
+    for i, module in enumerate(module for module in flow.parts if isinstance(module, nn.Module)):
+        flow._modules[str(i)] = module
+
+
+def _log_prob(flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
+    logdet = x.new_zeros(len(x))
+    for part in _chains(flow)[0].parts:
+        x, own = KeptTransform(part)(x)
+        logdet = logdet + own
+    return log_normal(x) + logdet
+
+
+LIBRARY: Library = Library(
+    package="pyro",
+    flows=("ComposeTransformModule",),
+    packages=("pyro.distributions.transforms", "pyro.distributions.torch_transform"),
+    marks=("parts", "domain"),
+    chains=_chains,
+    base=lambda flow: Base(_chains(flow)[0].parts[0].shape),
+    log_prob=_log_prob,
+    generate=lambda flow, noise, context: flow(noise),
+    kept=KeptTransform,
+    fused=lambda fused, parts: PyroLayer(fused),
+    on_vectors={"AffineAutoregressive": _affine_autoregressive, "Plain": _plain},
+)

@@ -1,0 +1,63 @@
+"""What a loss takes from a whole batch, where DistributedDataParallel has divided the batch among processes.
+
+A loss that is a mean over the items of a batch needs none of this, because the wrapper averages gradients. Outside of the
+wrapper's `forward`, a batch is whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from glf_fast.flow.moments import active_processes
+
+__all__ = ["noise_like", "share", "whole"]
+
+
+def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Numbers of N(0, 1) for the items of x (B, …): this process's rows of the noise of the whole batch.
+
+    All processes must have as many items, and generators in the same state: then items have the noise that they have in one
+    process.
+    """
+    processes = active_processes()
+    shape = ((1 if processes is None else dist.get_world_size(processes)) * len(x), *x.shape[1:])
+    return share(torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype))
+
+
+def share(x: Tensor) -> Tensor:
+    """This process's rows of x (n, …), which all processes have alike; all rows if they cannot be divided equally."""
+    processes = active_processes()
+    size = 1 if processes is None else dist.get_world_size(processes)
+    return x if size == 1 or len(x) % size else x.chunk(size)[dist.get_rank(processes)]
+
+
+def whole(x: Tensor) -> Tensor:
+    """The rows (N·B, …) of x (B, …) in all N processes, in their order, with gradients of any order.
+
+    The wrapper averages what the N losses give for a parameter, so a term that all of them compute alike counts once.
+    """
+    processes = active_processes()
+    if processes is None or dist.get_world_size(processes) == 1:
+        return x
+    rank, size = dist.get_rank(processes), dist.get_world_size(processes)
+    before, behind = (x.new_zeros((count * len(x), *x.shape[1:])) for count in (rank, size - 1 - rank))
+    return _Total.apply(torch.cat([before, x, behind]), processes)
+
+
+class _Total(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, processes: Any) -> Tensor:
+        ctx.processes = processes
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=processes)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Total.apply(gradient, ctx.processes), None

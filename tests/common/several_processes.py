@@ -1,0 +1,158 @@
+"""Processes that work together, as torchrun starts them, and what they do in tests of training."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import forked
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from toy_models import Adversarial
+
+from glf_fast import distributed, models
+from glf_fast.data import ImageDataset
+from glf_fast.settings import updated
+from glf_fast.training import parallel
+from glf_fast.training.config import OptimizerConfig, default
+from glf_fast.training.trainer import Trainer
+
+__all__ = ["CASES", "CPU", "curve", "curves", "images", "started"]
+
+CPU = torch.device("cpu")
+_SMALL: dict[str, Any] = {"latent_dim": 4, "width": 4, "hidden": 16}
+_FLOW: dict[str, Any] = {"steps": 2, "hidden": [8]}
+# Models in all their stages and phases: the name of the model, and its settings.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "glf": ("glf", {**_SMALL, "latent_noise": 0.05, "flow": _FLOW, "flow_epochs": 1}),
+    "glf, one loss": ("glf", {**_SMALL, "latent_noise": 0.05, "flow": _FLOW, "stop_gradient": False}),
+    "glf, rnvp": ("glf", {**_SMALL, "flow": {"kind": "rnvp", "hidden": [8, 8], "blocks": 1}}),
+    "glf, maf": ("glf", {**_SMALL, "flow": {**_FLOW, "kind": "autoregressive"}}),
+    "vae": ("vae", {**_SMALL, "density": {"kind": "gaussian"}}),
+    "rae": ("rae", {**_SMALL, "regularizer": "gp", "density": {"kind": "mixture", "components": 2}}),
+    "rae, sn": ("rae", {**_SMALL, "regularizer": "sn", "density": {"kind": "none"}}),
+    "wae": ("wae-mmd", {**_SMALL, "density": {"kind": "flow", "steps": 1, "hidden": [8], "epochs": 1}}),
+    "glann": ("glann", {**_SMALL, "items": 32, "matched": 12, "mapping_epochs": 1}),
+    "flow-vae": ("flow-vae", {**_SMALL, "posterior": "flow", "flow": _FLOW}),
+    "two-stage-vae": ("two-stage-vae", {**_SMALL, "second_stage": {"hidden": [8], "epochs": 1}}),
+    "adversarial": ("adversarial", {"latent_dim": 4}),
+}
+
+
+def images() -> Tensor:
+    """32 smooth grey images (32, 1, 8, 8) in [0, 1], float64."""
+    noise = torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.nn.functional.interpolate(noise, scale_factor=2.0, mode="bilinear")
+
+
+def trainer(case: str, *, local_batch_norm: bool = False) -> Trainer:
+    """A trainer of one of the CASES, which takes batches of 12 images."""
+    name, values = CASES[case]
+    with mock.patch.dict(models._MODELS, adversarial=Adversarial):
+        config = default(name)
+        kind = models.kind(name)
+        optimizers = dict.fromkeys(config.optimizers, OptimizerConfig(lr=1e-2, clip=1.0))
+        model = updated(kind.Settings(), values, case)
+        config = replace(config, model=model, batch_size=12, epochs=2, ema=0.9, optimizers=optimizers)
+        data = ImageDataset("smooth", "train", images(), None, "")
+        return Trainer(config, data, CPU, local_batch_norm=local_batch_norm)
+
+
+def curve(case: str, *, local_batch_norm: bool = False) -> dict[str, Any]:
+    """Losses of every step and final weights of a model that is trained in float64; all processes have equal states.
+
+    Float64, because Adam's first steps turn the rounding of a gradient near zero into a step of another sign.
+    """
+    one = trainer(case, local_batch_norm=local_batch_norm)
+    one.model.double()
+    one.average.double()
+    losses = []
+    while True:
+        inputs = one.inputs() if one.images < one.ends[one.stage] else None
+        while one.images < one.ends[one.stage]:
+            at = one.images % one.images_per_epoch
+            index = one.share(torch.arange(at, at + 12))
+            found = one.step(inputs[index], index)
+            losses.append({name: distributed.mean(loss).item() for name, loss in found.items()})
+            check_equal(one)
+        if one.in_last_stage:
+            return {"losses": losses, "weights": one.average.state_dict()}
+        one.advance()
+        check_equal(one)
+
+
+def check_equal(one: Trainer) -> None:
+    """Weights, average and the state of the optimizers are those of all processes, bit for bit."""
+    if distributed.size() == 1:
+        return
+    tensors = [*one.model.state_dict().values(), *one.average.state_dict().values()]
+    for optimizer in one.optimizers.values():
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)).hexdigest()
+    every: list[Any] = [None] * distributed.size()
+    dist.all_gather_object(every, digest)
+    assert len(set(every)) == 1
+
+
+def curves(cases: list[str], out: str) -> None:
+    """The curves of models, of one process or several, saved by the first."""
+    with distributed.launched():
+        found = {case: curve(case) for case in cases}
+        if distributed.size() > 1:
+            curve(cases[0], local_batch_norm=True)
+            model = trainer(cases[0]).model
+            assert "statistics of 5 batch norms" in parallel.communication(model, 0, CPU, 1e-6)
+            assert not parallel.communication(model, 0, CPU, 1e6)
+        if distributed.is_main():
+            torch.save(found, out)
+
+
+@contextlib.contextmanager
+def started(count: int, function: Callable[..., None], *arguments: object) -> Iterator[list[forked.Child]]:
+    """Processes that call the function, with what torchrun tells them."""
+    with socket.socket() as free, contextlib.ExitStack() as stack:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        children = []
+        for rank in range(count):
+            told = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": count,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            with mock.patch.dict(os.environ, {name: str(value) for name, value in told.items()}):
+                children.append(stack.enter_context(contextlib.closing(forked.Child(function, *arguments))))
+        yield children
+
+
+def finished(count: int, function: Callable[..., None], *arguments: object) -> list[tuple[str, str]]:
+    """What processes that have ended well have printed."""
+    with started(count, function, *arguments) as children:
+        printed = [child.communicate() for child in children]
+        assert not any(child.returncode for child in children), printed
+        return printed
+
+
+def saved(count: int, cases: list[str], folder: Path) -> dict[str, Any]:
+    """The curves of so many processes."""
+    out = folder / f"{count}.pt"
+    finished(count, curves, cases, str(out))
+    return torch.load(out)
+
+
+def impatient(seconds: float, module: str, *arguments: str) -> None:
+    """`python -m glf_fast.{module} …`, which waits for other processes for so many seconds."""
+    distributed.WAIT = timedelta(seconds=seconds)
+    forked.command(module, *arguments)
