@@ -40,7 +40,6 @@ FLOWS = [
     ((19, 1, 2, 1, (5,)), {"context_layer": True}, "elu", "nflows"),
     ((2, 1, 2, 0, (35, 18)), {}, "leaky_relu", "softclip"),
     ((0, 1, 2, 1, (3,)), {}, "relu", "tanh"),
-    ((2, 1, 2, 0, (3,)), {}, "relu", "clamp"),
     ((1, 1, 17, 0, (4,)), {"ties": True}, "gelu", "atan"),
     ((2, 1, 2, 17, (3,)), {"context_layer": True}, "tanh", "jet"),
     ((2, 1, 3, 0, (4,)), {}, "tanh", "clamp"),
