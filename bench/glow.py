@@ -160,9 +160,9 @@ def _job(name: str, case: GlowCase, mode: str, clock: Clock) -> Job:
             return "" if math.isfinite(float(out)) else "not finite"
         return why_wrong(flow.results(mode, out), _exact(case, clock.DEVICE))
 
-    job = flow.job(mode, case, clock.DEVICE, check)
-    job.rate = ("images", case.batch)
-    return job
+    x, context = case.inputs(clock.DEVICE)
+    info, rate = {"parameters": flow.parameters()}, ("images", case.batch)
+    return Job(partial(flow.run, mode), check, (x, context), info, rate=rate)
 
 
 def _elsewhere(name: str, case: GlowCase) -> Job:

@@ -58,13 +58,12 @@ def main() -> None:
         runs.checkpoint_folder(command.run, runs.pick_checkpoint(command.run, command.checkpoint)),
         pick_device(command.device),
     )
-    if (
-        command.n * len(command.temperature) * math.prod(model.shape) >= 2**63
-    ):  # the largest tensor that torch can describe
+    numbers = command.n * len(command.temperature) * math.prod(model.shape)
+    if numbers >= 2**63:  # the largest tensor that torch can describe
         raise UserError(f"--n {command.n} images are more than any memory holds; draw fewer")
     if command.towards:
-        splits = load_splits(config.data, command.data_dir)
-        rows = draw_towards(model, *map(data.as_images, splits), command.towards, command.n).cpu()
+        train, test = (data.as_images(split) for split in load_splits(config.data, command.data_dir))
+        rows = draw_towards(model, train, test, command.towards, command.n).cpu()
     else:
         options: dict[str, Any] = {"seed": command.seed, "mode": command.mode}
         rows = torch.stack([draw(model, command.n, temperature=t, **options).cpu() for t in command.temperature])

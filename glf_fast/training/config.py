@@ -78,8 +78,9 @@ class OptimizerConfig(Settings):
 
     def effective(self) -> dict[str, Any]:
         """The fields that have an effect with this schedule, by name."""
-        without = ("decay_every", "decay_factor") if self.schedule == "cosine" else ()
-        without += ("algorithm",) if self.algorithm == "adam" else ()  # files of earlier versions do not have it
+        without = {"decay_every", "decay_factor"} if self.schedule == "cosine" else set()
+        if self.algorithm == "adam":  # files of earlier versions do not have it
+            without.add("algorithm")
         return {name: value for name, value in vars(self).items() if name not in without}
 
 

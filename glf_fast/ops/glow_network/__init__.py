@@ -51,7 +51,7 @@ def glow_network(
     Source: Glow (arXiv:1807.03039), released code, `f` of model.py.
     """
     tensors = (x, first, first_log_scale, first_bias, second, second_log_scale, second_bias, last, edge, bias, log_gain)
-    call = Call(*tensors, gain_factor)
+    call = Call.of(tensors, gain_factor)
     named = list(zip(Call._fields, tensors, strict=False))
     for name, tensor in named:
         check_floating(name, tensor)

@@ -41,7 +41,7 @@ class _Network(torch.autograd.Function):
     def forward(ctx: Any, kernels: GlowKernels, gain_factor: float, *tensors: Tensor) -> Tensor:
         ctx.kernels, ctx.gain_factor = kernels, gain_factor
         ctx.save_for_backward(*tensors)
-        return kernels.forward(Call(*tensors, gain_factor))
+        return kernels.forward(Call.of(tensors, gain_factor))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -49,7 +49,7 @@ class _Network(torch.autograd.Function):
         if plain_gradients_wanted((grad,)):
 
             def plain(*inputs: Tensor) -> tuple[Tensor]:
-                return (reference.glow_network(*inputs, gain_factor),)
+                return (reference.glow_network(*Call.of(inputs, gain_factor)),)
 
             return None, None, *differentiate(plain, tensors, ctx.needs_input_grad[2:], (grad,))
-        return None, None, *ctx.kernels.backward(Call(*tensors, gain_factor), grad)
+        return None, None, *ctx.kernels.backward(Call.of(tensors, gain_factor), grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,3 +25,8 @@ class Call(NamedTuple):
     bias: Tensor  # (O,)
     log_gain: Tensor  # (O,)
     gain_factor: float
+
+    @staticmethod
+    def of(tensors: Iterable[Tensor], gain_factor: float) -> Call:
+        """The call of these tensors, in the order of the fields."""
+        return Call._make([*tensors, gain_factor])
