@@ -11,7 +11,18 @@ from functools import partial
 from typing import Any
 
 from bench import assemble, autoregressive, coupling, flows, linear, memory, splines, training
-from bench.cases import COUPLING_MODES, COUPLINGS, DEPTH, FLOWS, GRID, SMALL_BATCH, SPLINES, CouplingCase, FlowCase
+from bench.cases import (
+    COUPLING_MODES,
+    COUPLINGS,
+    DEPTH,
+    FLOWS,
+    GRID,
+    MASKED,
+    SMALL_BATCH,
+    SPLINES,
+    CouplingCase,
+    FlowCase,
+)
 from bench.gpu_record import untimed
 from bench.libraries import LIBRARIES
 from bench.linear import BACKENDS, LinearCase
@@ -108,7 +119,7 @@ def _autoregressive() -> Iterator[Race]:
     """sbi's default estimator: a training batch, and as many posterior samples as its tutorials draw."""
     for name, modes in (("sbi-maf", DENSITIES), ("sbi-maf-10000", ("log_prob", "sample"))):
         for mode in modes:
-            case, providers = autoregressive.CASES[name], autoregressive.PROVIDERS
+            case, providers = MASKED[name], autoregressive.PROVIDERS
             names = (*WITH_GRAPHS, "nflows", "zuko")
             yield race("flow", case, mode, providers, names, precision="high", label=f"{mode}, {PRECISIONS['high']}")
 

@@ -86,7 +86,12 @@ def study(folder: Path, tasks: Sequence[str], estimators: Sequence[str], seeds: 
     """
     path = (folder / "posteriors.json").resolve()
     machine = about() | {"cpu": _processor()}
-    found = {"machine": machine, "date": datetime.now(timezone.utc).isoformat(), "sizes": sizes, "rows": []}
+    found: dict[str, Any] = {
+        "machine": machine,
+        "date": datetime.now(timezone.utc).isoformat(),
+        "sizes": sizes,
+        "rows": [],
+    }
     if path.exists():
         found = read_json(path)
         for name in ("cpu", "torch", "threads"):
@@ -160,7 +165,7 @@ def _short(value: Any) -> str:
 
 
 def _processor() -> str:
-    import cpuinfo
+    import cpuinfo  # type: ignore[import-untyped]
 
     return str(cpuinfo.get_cpu_info().get("brand_raw", "a processor that does not say its name"))
 

@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.assemble import PluCase
-from bench.autoregressive import AutoregressiveCase
-from bench.cases import CouplingCase, FlowCase, SplineCase
+from bench.cases import AutoregressiveCase, CouplingCase, FlowCase, SplineCase
 from bench.linear import AppliedCase, LinearCase
 from bench.memory import MemoryCase
 from bench.race import Calls, Case, Race

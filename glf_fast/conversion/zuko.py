@@ -132,8 +132,10 @@ def _autoregressive(part: Part) -> list[Layer]:
     outputs = torch.arange(len(linears[-1].weight)).view(part.shape[0], -1)
     if kind.spline is None:  # the shift comes first
         outputs = outputs.flip(1)
-    options = {"log_scale": kind.log_scale, "constant": kind.constant, "spline": kind.spline}
-    return [DeclaredAutoregressive(linears, outputs, activation, network, **options).read()]
+    declared = DeclaredAutoregressive(
+        linears, outputs, activation, network, log_scale=kind.log_scale, constant=kind.constant, spline=kind.spline
+    )
+    return [declared.read()]
 
 
 def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], str]:

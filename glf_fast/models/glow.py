@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glf_fast.flow import GlowFlow
 from glf_fast.models.arc import arc
 from glf_fast.models.model import GenerativeModel, ModelSettings, Phase, Words
+from glf_fast.models.whole_batch import noise_like
 from glf_fast.settings import NOT_NEGATIVE, POSITIVE, Rule
 
 __all__ = ["Glow", "GlowSettings"]
@@ -138,7 +139,7 @@ class Glow(GenerativeModel):
             loss, bits_per_dim: both the bits per dimension of n-bit images; the loss is to be back-propagated.
         """
         self._check_batch("x", x)
-        noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = noise_like(x, generator, torch.rand)
         bits = self._bits(self.flow.log_prob(self._dequantised(255 / 256 * x + 0.5 / 256, noise))).mean()
         return {"loss": bits, "bits_per_dim": bits.detach()}
 

@@ -6,6 +6,7 @@ wrapper's `forward`, a batch is whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,15 +18,15 @@ from glf_fast.flow.moments import active_processes
 __all__ = ["noise_like", "share", "whole"]
 
 
-def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Numbers of N(0, 1) for the items of x (B, …): this process's rows of the noise of the whole batch.
+def noise_like(x: Tensor, generator: torch.Generator | None, draw: Callable[..., Tensor] = torch.randn) -> Tensor:
+    """Noise for the items of x (B, …), of N(0, 1) or by `draw`: this process's rows of the noise of the whole batch.
 
     All processes must have as many items, and generators in the same state: then items have the noise that they have in one
     process.
     """
     processes = active_processes()
     shape = ((1 if processes is None else dist.get_world_size(processes)) * len(x), *x.shape[1:])
-    return share(torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype))
+    return share(draw(shape, generator=generator, device=x.device, dtype=x.dtype))
 
 
 def share(x: Tensor) -> Tensor:

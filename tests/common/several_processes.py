@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glann": ("glann", {**_SMALL, "items": 32, "matched": 12, "mapping_epochs": 1}),
     "flow-vae": ("flow-vae", {**_SMALL, "posterior": "flow", "flow": _FLOW}),
     "two-stage-vae": ("two-stage-vae", {**_SMALL, "second_stage": {"hidden": [8], "epochs": 1}}),
+    "glow": ("glow", {"levels": 2, "steps": 1, "width": 4}),
     "adversarial": ("adversarial", {"latent_dim": 4}),
 }
 

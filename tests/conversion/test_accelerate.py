@@ -228,15 +228,15 @@ def test_freia_runs_end_where_the_condition_changes():
     same(run, inn, original, torch.randn(9, 4), [torch.randn(9, 2), torch.randn(9, 3)])
 
 
-def test_autoregressive_layers_between_couplings_stay():
+def test_layers_that_are_kept_between_couplings_stay():
     torch.manual_seed(6)
-    spline = nf.flows.AutoregressiveRationalQuadraticSpline(6, 1, 8)
+    spline = nf.flows.CircularAutoregressiveRationalQuadraticSpline(6, 1, 8, [1])
     layers = [coupling_block(6), coupling_block(6), spline, nf.flows.LULinearPermute(6), coupling_block(6)]
     flow = randomized(nf.NormalizingFlow(nf.distributions.DiagGaussian(6), layers))
     original = copy.deepcopy(flow).double()
     report = accelerate(flow)
     assert [r.couplings for r in report.replaced] == [1, 2] and len(flow.flows) == 3 and flow.flows[1] is spline
-    assert "flows.2 (AutoregressiveRationalQuadraticSpline)" in str(report)
+    assert "flows.2 (CircularAutoregressiveRationalQuadraticSpline)" in str(report)
     x = torch.randn(20, 6)
     same(lambda flow, x: flow.log_prob(x), flow, original, x)
     trains(lambda: flow.forward_kld(x), flow.parameters())
@@ -329,10 +329,10 @@ def test_nothing_to_replace():
     report = accelerate(nn.Linear(2, 2))
     assert not report and str(report).startswith("Nothing was replaced.")
     flow = nf.NormalizingFlow(
-        nf.distributions.DiagGaussian(4), [nf.flows.AutoregressiveRationalQuadraticSpline(4, 1, 8)]
+        nf.distributions.DiagGaussian(4), [nf.flows.CircularAutoregressiveRationalQuadraticSpline(4, 1, 8, [1])]
     )
     report = accelerate(flow)
-    assert not report and "AutoregressiveRationalQuadraticSpline" in str(report)
+    assert not report and "CircularAutoregressiveRationalQuadraticSpline" in str(report)
     flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [nf.flows.Permute(4)])
     assert "no coupling" in str(accelerate(flow))
     # A layer that no flow holds, once, and not what is in it.

@@ -126,7 +126,7 @@ def test_training_takes_the_same_path():
 def test_what_is_kept_says_why(library, tools):
     """Splines, residual and shared networks; of what is kept the converted flow has a copy."""
     shared = mlp(2, 4)
-    spline = nf.flows.AutoregressiveRationalQuadraticSpline(4, 1, 8)
+    spline = nf.flows.CircularAutoregressiveRationalQuadraticSpline(4, 1, 8, [1])
     sigmoid = nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4], output_fn="sigmoid"))
     twice = [nf.flows.AffineCouplingBlock(shared) for _ in range(2)]
     flow = tools.shake(flow_of(block(4), spline, *twice, sigmoid, block(4)), 0.1)
@@ -135,7 +135,7 @@ def test_what_is_kept_says_why(library, tools):
     reasons = [layer.reason for layer in reading.layers if isinstance(layer, Kept)]
     assert "flows.4" in reasons[0] and "Sigmoid" in reasons[0]
     assert "flows.3" in reasons[1] and "shares parameters" in reasons[1]
-    assert "flows.1 (AutoregressiveRationalQuadraticSpline)" in reasons[3]
+    assert "flows.1 (CircularAutoregressiveRationalQuadraticSpline)" in reasons[3]
     before = copy.deepcopy(spline.state_dict())
     tools.prove(replace(library, tolerance=1e-7), flow, 4, outline="1" + 4 * " KeptLayer" + " 1")
     assert all(torch.equal(before[name], value) for name, value in spline.state_dict().items())

@@ -146,7 +146,7 @@ def test_what_stays_as_it_is_says_why(library, tools) -> None:
     [
         (
             lambda: BPF(3, transforms=2),
-            "no coupling or autoregressive layer that can be fused.*transformation BernsteinTransform is neither",
+            "no coupling or autoregressive layer that can be fused.*transformation BoundedBernsteinTransform is neither",
         ),
         (lambda: RealNVP(3, hidden_features=(4,) * 5), "5 hidden layers; one to four"),
         (lambda: RealNVP(3, activation=nn.Softplus), "Softplus.* is neither a linear layer nor one of the activations"),
