@@ -57,7 +57,7 @@ class SequentialFlow(Flow):
             equal but for rounding; second derivatives are refused, and torch.compile leaves these layers as they are.
 
     Raises:
-        ValueError: shapes that cannot be squeezed or split; `reversible` with batch norms in the conditioners.
+        ValueError: shapes that cannot be squeezed or split; `reversible` with batch or spectral norms in the conditioners.
     """
 
     def __init__(
