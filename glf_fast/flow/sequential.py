@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
-from glf_fast.flow.actnorm import ActNorm
+from glf_fast.flow.actnorm import ActNorm, find_far
 from glf_fast.flow.base import Flow
 from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.fixed_linear import FixedLinear
@@ -76,6 +76,12 @@ class SequentialFlow(Flow):
         if reversible:
             check_reversible(self.layers)
         self._noise_shapes()  # raises an error for shapes that cannot be squeezed or split
+
+    def train(self, mode: bool = True) -> SequentialFlow:
+        """Set the mode, and find anew which ActNorms are not folded into matrices because they move data far."""
+        super().train(mode)
+        find_far(self.layers)
+        return self
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, *event_shape) → z like x, logdet (B,)."""
