@@ -208,7 +208,29 @@ def test_the_border_is_seen() -> None:
     ("make", "message"),
     [
         (lambda: GlowFlow((1, 28, 28), 3, 1, 4), r"multiples of 2\^levels = 8; got \(1, 28, 28\)"),
-        (lambda: GlowFlow((1, 8, 8), 0), "levels must be 1 or more; got 0"),
+        *(
+            (
+                lambda options=options: GlowFlow(**{"image_shape": (1, 8, 8), "levels": 1, "steps": 1, **options}),
+                message,
+            )
+            for options, message in (
+                ({"image_shape": (28, 28)}, r"image_shape must be \(channels, height, width\) .* got \(28, 28\)"),
+                ({"image_shape": 28}, "image_shape must be"),
+                ({"image_shape": (1, 8, 0)}, "image_shape must be"),
+                ({"image_shape": (1, 8.0, 8)}, "image_shape must be"),
+                ({"levels": 0}, "levels must be 1 or more, an int; got 0"),
+                ({"levels": 2.0}, "levels must be 1 or more, an int; got 2.0"),
+                ({"levels": True}, "levels must be 1 or more, an int; got True"),
+                ({"steps": "2"}, "steps must be 1 or more, an int; got '2'"),
+                ({"width": 2.5}, "width must be 1 or more, an int; got 2.5"),
+                ({"context_dim": -1}, "context_dim must be 0 or more, an int; got -1"),
+                ({"gain_factor": float("nan")}, "gain_factor must be a number, 0 or more; got nan"),
+                ({"coupling": "additive", "log_scale": "glow"}, "has no scale, so leave log_scale"),
+                ({"coupling": "additive", "log_scale_constant": 1.0}, "has no scale, so leave log_scale"),
+                ({"coupling": "additive", "add_first": True}, "has no scale, so leave log_scale"),
+            )
+        ),
+        (lambda: GlowNetwork(2, 0, 4), "channels_out must be 1 or more, an int; got 0"),
         (lambda: GlowFlow((1, 8, 8), coupling="spline"), "coupling must be one of 'affine', 'additive'; got 'spline'"),
         (
             lambda: GlowFlow((1, 4, 4), 1, 1, network=lambda i, o: nn.Sequential(nn.BatchNorm2d(i)), reversible=True),
