@@ -87,6 +87,8 @@ class GlowFlow(SequentialFlow):
     | log-gains of the outputs | `gain_factor=3`              | 3                                             |
     | 1 × 1 convolution        | PLU: `linear="plu"`          | free: `linear="dense"`                        |
     | padding                  | zeros, with a channel for it | likewise                                      |
+    | rate of ActNorms' s      | that of all parameters       | 3 times as fast: s is 3 times a parameter     |
+    | networks of Gaussians    | a plain convolution, or none | with gains, and a channel for the padding     |
 
     Args:
         image_shape: (C, H, W) of an image; H and W are multiples of 2^levels.
