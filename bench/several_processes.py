@@ -18,7 +18,7 @@ from glf_fast.training.config_files import load, preset_path
 from glf_fast.training.splits import load_splits
 from glf_fast.training.trainer import Trainer
 
-_ROUNDS, _SETTLE, _STEPS = 3, 5, 30
+_ROUNDS, _SETTLE, _STEPS = 3, 3, 10
 _KINDS = ("one process", "a process per core", "a process per core, local batch norms")
 
 

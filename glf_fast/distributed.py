@@ -42,6 +42,8 @@ __all__ = [
 
 # The longest time for which a process waits for another one.
 WAIT = timedelta(minutes=10)
+# Seconds for which an error of process 0 waits for the same error of the others.
+_PATIENCE = 5.0
 # What torchrun tells each process; LOCAL_RANK is the number of its GPU.
 _VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -118,6 +120,10 @@ def _is_news(store: Any, message: str, consequence: bool) -> bool:
     with contextlib.suppress(RuntimeError):  # the process that holds the store may be gone
         said = store.add("errors", 1) > 1
         again = store.add(f"error {hashlib.sha256(message.encode()).hexdigest()}", 1) > 1
+        # Process 0 may hold the store, and most errors are those of all: it lets the others look first.
+        until = time.monotonic() + (_PATIENCE if is_main() and not consequence else 0)
+        while store.add("errors", 0) < dist.get_world_size() and time.monotonic() < until:
+            time.sleep(0.02)
         return not (again or (said and consequence))
     return True
 

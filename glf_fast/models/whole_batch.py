@@ -15,7 +15,13 @@ from torch import Tensor
 
 from glf_fast.flow.moments import active_processes
 
-__all__ = ["noise_like", "share", "whole"]
+__all__ = ["divided", "noise_like", "share", "whole"]
+
+
+def divided() -> bool:
+    """Whether this is inside of the wrapper's `forward`, and other processes have other parts of the batch."""
+    processes = active_processes()
+    return processes is not None and dist.get_world_size(processes) > 1
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None, draw: Callable[..., Tensor] = torch.randn) -> Tensor:
@@ -24,16 +30,18 @@ def noise_like(x: Tensor, generator: torch.Generator | None, draw: Callable[...,
     All processes must have as many items, and generators in the same state: then items have the noise that they have in one
     process.
     """
-    processes = active_processes()
-    shape = ((1 if processes is None else dist.get_world_size(processes)) * len(x), *x.shape[1:])
+    size = dist.get_world_size(active_processes()) if divided() else 1
+    shape = (size * len(x), *x.shape[1:])
     return share(draw(shape, generator=generator, device=x.device, dtype=x.dtype))
 
 
 def share(x: Tensor) -> Tensor:
     """This process's rows of x (n, …), which all processes have alike; all rows if they cannot be divided equally."""
+    if not divided():
+        return x
     processes = active_processes()
-    size = 1 if processes is None else dist.get_world_size(processes)
-    return x if size == 1 or len(x) % size else x.chunk(size)[dist.get_rank(processes)]
+    size = dist.get_world_size(processes)
+    return x if len(x) % size else x.chunk(size)[dist.get_rank(processes)]
 
 
 def whole(x: Tensor) -> Tensor:
@@ -41,9 +49,9 @@ def whole(x: Tensor) -> Tensor:
 
     The wrapper averages what the N losses give for a parameter, so a term that all of them compute alike counts once.
     """
-    processes = active_processes()
-    if processes is None or dist.get_world_size(processes) == 1:
+    if not divided():
         return x
+    processes = active_processes()
     rank, size = dist.get_rank(processes), dist.get_world_size(processes)
     before, behind = (x.new_zeros((count * len(x), *x.shape[1:])) for count in (rank, size - 1 - rank))
     return _Total.apply(torch.cat([before, x, behind]), processes)

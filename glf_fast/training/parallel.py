@@ -8,9 +8,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from glf_fast import distributed
-from glf_fast.flow.moments import active_processes
 from glf_fast.models import GenerativeModel
-from glf_fast.models.whole_batch import whole
+from glf_fast.models.whole_batch import divided, whole
 
 __all__ = ["average_statistics", "communication", "share_statistics", "wrapped"]
 
@@ -78,7 +77,7 @@ class _Shared(_BatchNorm):
     """A batch norm whose statistics are those of the batches of all processes, which have equally many items."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or active_processes() is None:
+        if not self.training or not divided():
             return super().forward(x)
         self._check_input_dim(x)
         dims = [d for d in range(x.ndim) if d != 1]
