@@ -122,7 +122,7 @@ def _is_news(store: Any, message: str, consequence: bool) -> bool:
         said = store.add("errors", 1) > 1  # last, because it is what process 0 waits for
         # Process 0 may hold the store, and most errors are those of all: it lets the others look first.
         until = time.monotonic() + (_PATIENCE if is_main() and not consequence else 0)
-        while store.add("errors", 0) < dist.get_world_size() and time.monotonic() < until:
+        while time.monotonic() < until and store.add("errors", 0) < dist.get_world_size():
             time.sleep(0.1)
         return not (again or (said and consequence))
     return True
