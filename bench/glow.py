@@ -26,11 +26,12 @@ from bench.compiler import compiled
 from bench.flows import Flow
 from bench.libraries import LIBRARIES
 from bench.libraries.density import Density
-from bench.memory import ENVIRONMENT
 from bench.race import Clock, Job, Provider
 from glf_fast import AffineCoupling, GlowFlow, Split, use_backend
 from glf_fast.flow import GlowNetwork
 from glf_fast.reference import log_normal
+
+SMALL_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "4096"}  # what a coupling keeps is smaller than in `bench.memory`
 
 __all__ = ["CASE", "MEMORY", "PROVIDERS", "GlowCase"]
 
@@ -170,7 +171,7 @@ def _elsewhere(name: str, case: GlowCase) -> Job:
     done = subprocess.run(
         [sys.executable, "-m", "bench.glow", name, str(case.steps)],
         cwd=Path(__file__).parent.parent,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | SMALL_BLOCKS,
         capture_output=True,
         text=True,
     )

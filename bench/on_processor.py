@@ -55,8 +55,8 @@ def races() -> Iterator[Race]:
     for steps in (8, 16, 32, 64):
         yield race("memory", memory.MemoryCase(steps), "train", memory.PROVIDERS, 0.0)
     for preset in training.IMAGES:
-        yield race("train_step", training.PresetCase(preset), "step", training.PROVIDERS, 6.0)
-    yield race("glow", glow.CASE, "step", glow.PROVIDERS, 6.0)
+        yield race("train_step", training.PresetCase(preset), "step", training.PROVIDERS, 4.5)
+    yield race("glow", glow.CASE, "step", glow.PROVIDERS, 4.5)
     yield race(
         "glow", glow.MEMORY, "train", glow.PROVIDERS, 0.0, [name for name in glow.PROVIDERS if name != "compile"]
     )

@@ -37,11 +37,11 @@ def calls(device: str) -> Iterable[Iterable[Tensor]]:
             yield flow.inverse(torch.randn(ROWS, dim, device=device))
     for transform in ("affine", "spline"):
         torch.manual_seed(0)
-        flow = AutoregressiveFlow(2, 1, (18,), 5, transform=transform, context_layer=True).to(device)
+        masked = AutoregressiveFlow(2, 1, (18,), 5, transform=transform, context_layer=True).to(device)
         x, context = (torch.randn(17, n, device=device, requires_grad=True) for n in (2, 5))
-        yield torch.autograd.grad(-flow.log_prob(x, context).mean(), [x, context, *flow.mlp_weights])
-        z, logdet = flow.inverse(x, context)
-        yield torch.autograd.grad(z.sum() + logdet.sum(), [x, context, *flow.mlp_weights])
+        yield torch.autograd.grad(-masked.log_prob(x, context).mean(), [x, context, *masked.mlp_weights])
+        z, logdet = masked.inverse(x, context)
+        yield torch.autograd.grad(z.sum() + logdet.sum(), [x, context, *masked.mlp_weights])
     flow = CouplingFlow(33, 3, (16,)).to(device)  # PLU layers of a patch and a row
     yield torch.autograd.grad(flow.log_prob(torch.randn(ROWS, 33, device=device)).sum(), list(flow.parameters()))
     for dim in (20, 64, 80):

@@ -151,6 +151,7 @@ def test_assembled_layers_are_checked(name: str, case: PluCase) -> None:
         assert "off by" in made.check([1.1 * t for t in found])
 
 
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # normflows'
 @pytest.mark.parametrize("name", [name for name in glow.PROVIDERS if name != "compile"])
 def test_steps_of_glow(name: str) -> None:
     case = glow.GlowCase(1, width=8, batch=4)

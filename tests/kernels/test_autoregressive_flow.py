@@ -39,7 +39,7 @@ FLOWS = [
     ((2, 1, 1, 0, (3,)), {}, "tanh", "exp"),
     ((19, 1, 2, 1, (5,)), {"context_layer": True}, "elu", "nflows"),
     ((2, 1, 2, 0, (35, 18)), {}, "leaky_relu", "softclip"),
-    ((0, 1, 2, 1, (3,)), {}, "relu", "atan"),
+    ((0, 1, 2, 1, (3,)), {}, "relu", "tanh"),
     ((1, 1, 17, 0, (4,)), {"ties": True}, "gelu", "atan"),
     ((2, 1, 2, 17, (3,)), {"context_layer": True}, "tanh", "jet"),
     ((2, 1, 3, 0, (4,)), {}, "tanh", "clamp"),
