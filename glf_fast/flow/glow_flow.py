@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -181,7 +181,7 @@ class GlowFlow(SequentialFlow):
         self.levels, self.steps = levels, steps
 
 
-def _channels(image_shape: Sequence[int], levels: int) -> int:
+def _channels(image_shape: Any, levels: int) -> int:
     """Channels of an image (C, H, W); raises ValueError unless its sides can be halved so many times."""
     shape = tuple(image_shape) if isinstance(image_shape, Iterable) else (image_shape,)
     integers = all(isinstance(n, numbers.Integral) and n >= 1 for n in shape)
@@ -190,4 +190,4 @@ def _channels(image_shape: Sequence[int], levels: int) -> int:
             f"image_shape must be (channels, height, width) with sides that are multiples of 2^levels = {2**levels}; "
             f"got {shape}"
         )
-    return shape[0]
+    return int(shape[0])

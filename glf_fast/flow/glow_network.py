@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from glf_fast.ops.checks import check_integer
 __all__ = ["GlowNetwork", "check_gain_factor"]
 
 
-def check_gain_factor(value: float) -> None:
+def check_gain_factor(value: Any) -> None:
     """Raise ValueError unless `value` is a factor of log-gains: 0 or more, and finite."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
         raise ValueError(f"gain_factor must be a number, 0 or more; got {value!r}")
 
 

@@ -39,7 +39,7 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
 def check_integer(name: str, value: Any, least: int) -> None:
     """Raise ValueError unless `value` is an integer, also one of numpy, of at least `least`."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} must be {least} or more, an int; got {value!r}")
 
 
