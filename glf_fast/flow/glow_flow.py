@@ -184,7 +184,7 @@ class GlowFlow(SequentialFlow):
 def _channels(image_shape: Any, levels: int) -> int:
     """Channels of an image (C, H, W); raises ValueError unless its sides can be halved so many times."""
     shape = tuple(image_shape) if isinstance(image_shape, Iterable) else (image_shape,)
-    integers = all(isinstance(n, numbers.Integral) and n >= 1 for n in shape)
+    integers = all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in shape)
     if len(shape) != 3 or not integers or any(side % 2**levels for side in shape[1:]):
         raise ValueError(
             f"image_shape must be (channels, height, width) with sides that are multiples of 2^levels = {2**levels}; "

@@ -18,7 +18,7 @@ __all__ = ["GlowNetwork", "check_gain_factor"]
 
 def check_gain_factor(value: Any) -> None:
     """Raise ValueError unless `value` is a factor of log-gains: 0 or more, and finite."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
         raise ValueError(f"gain_factor must be a number, 0 or more; got {value!r}")
 
 

@@ -54,8 +54,8 @@ class SequentialFlow(Flow):
         context_shape: shape of one context, instead of `context_dim`, if a context is not a vector.
         reversible: in the backward, rebuild what goes into the couplings and affine layers by undoing them, from the output of
             each run of such layers. Memory then does not grow with their number, but each conditioner runs twice. Gradients are
-            equal but for rounding; second derivatives and `torch.func.functional_call` are refused, and torch.compile leaves these
-            layers as they are.
+            equal but for rounding; second derivatives and `torch.func.functional_call` are refused, and torch.compile leaves
+            these layers as they are.
 
     Raises:
         ValueError: shapes that cannot be squeezed or split; `reversible` with batch or spectral norms in the conditioners.
