@@ -84,8 +84,6 @@ class AutoregressiveFlow(StackedFlow):
         actnorm: bool = False,
         degrees: Sequence[Degrees] | None = None,
     ) -> None:
-        if dim < 1:
-            raise ValueError(f"dim must be ≥ 1; got {dim}")
         check_choice("transform", transform, TRANSFORMS)
         check_choice("network", network, MASKED_NETWORKS)
         check_choice("activation", activation, ACTIVATIONS)

@@ -16,7 +16,7 @@ from glf_fast.flow.indices import Indices
 from glf_fast.flow.linear import LINEAR_TENSORS
 from glf_fast.flow.moments import active_processes, refuse_shards
 from glf_fast.flow.stacking import Stacked
-from glf_fast.ops.checks import check_shape, check_state, check_tensors
+from glf_fast.ops.checks import check_integer, check_shape, check_state, check_tensors
 
 __all__ = ["StackedFlow"]
 
@@ -51,10 +51,10 @@ class StackedFlow(Flow):
         super().__init__((config["dim"],), config["context_dim"])
         if not isinstance(config["hidden"], Sequence):
             raise TypeError(f"hidden must be a sequence of widths, such as (64, 64); got {config['hidden']!r}")
-        if config["steps"] < 1:
-            raise ValueError(f"steps must be ≥ 1; got {config['steps']}")
-        if config["context_dim"] < 0:
-            raise ValueError(f"context_dim must be ≥ 0; got {config['context_dim']}")
+        for name, least in (("dim", 1), ("steps", 1), ("context_dim", 0)):
+            check_integer(name, config[name], least)
+        for width in config["hidden"]:
+            check_integer("a width of hidden", width, 0)
         self.config = config
         self._linear = linear
         self._maps = AssembledMaps()

@@ -39,8 +39,10 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
 def check_integer(name: str, value: Any, least: int) -> None:
     """Raise ValueError unless `value` is an integer, also one of numpy, of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be {least} or more, an int; got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be an int; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be ≥ {least}; got {value}")
 
 
 def check_log_scale(name: str, constant: float | None) -> None:
