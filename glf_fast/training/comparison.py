@@ -20,7 +20,7 @@ from torch import Tensor
 
 from glf_fast import models
 from glf_fast.data import ImageDataset
-from glf_fast.distributed import by_main
+from glf_fast.distributed import all_failed, by_main
 from glf_fast.errors import UserError, lacks_memory
 from glf_fast.files import atomic_write, lock, read_json
 from glf_fast.images import grid, to_float, to_uint8
@@ -52,6 +52,8 @@ def dry_run(plan: Plan, train: ImageDataset, device: torch.device) -> None:
         try:
             seen = preview(plan.config(row), train, device)
         except UserError as error:
+            if not all_failed():
+                raise
             print(f"{row:20} cannot be trained: {one_line(str(error))}")
             continue
         total += seen.minutes * plan.seeds
@@ -107,11 +109,14 @@ class _Results:
 
     @contextlib.contextmanager
     def noting_failure(self, row: str, seed: int) -> Iterator[None]:
-        """Note the user's errors and a lack of memory inside the block as the result of this run."""
+        """Note the user's errors and a lack of memory inside the block as the result of this run.
+
+        Of several processes all must have the error; the error of one ends them all, as if it had been killed.
+        """
         try:
             yield
         except (UserError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, UserError) and not lacks_memory(error):
+            if not (isinstance(error, UserError) or lacks_memory(error)) or not all_failed():
                 raise
             reason = str(error) if isinstance(error, UserError) else "there is not enough memory for this model"
             print(f"{row} failed: {one_line(reason)}", file=sys.stderr)

@@ -21,12 +21,14 @@ from toy_models import Adversarial
 
 from glf_fast import distributed, models
 from glf_fast.data import ImageDataset
+from glf_fast.errors import UserError, run_command
 from glf_fast.settings import updated
 from glf_fast.training import parallel
+from glf_fast.training.comparison import _Results
 from glf_fast.training.config import OptimizerConfig, default
 from glf_fast.training.trainer import Trainer
 
-__all__ = ["CASES", "CPU", "curve", "curves", "images", "started"]
+__all__ = ["CASES", "CPU", "curve", "curves", "failing_rows", "finished", "images", "impatient", "started"]
 
 CPU = torch.device("cpu")
 _SMALL: dict[str, Any] = {"latent_dim": 4, "width": 4, "hidden": 16}
@@ -151,6 +153,46 @@ def saved(count: int, cases: list[str], folder: Path) -> dict[str, Any]:
     out = folder / f"{count}.pt"
     finished(count, curves, cases, str(out))
     return torch.load(out)
+
+
+def failing_rows(first: int) -> None:
+    """The rows of a comparison whose runs fail in several ways, from the first on; prints what was noted."""
+    run_command(lambda: _failing_rows(first))
+
+
+def _failing_rows(first: int) -> None:
+    def lacks() -> None:
+        raise MemoryError
+
+    def wrong() -> None:
+        raise UserError("wrong")
+
+    def own(fails: Callable[[], None]) -> None:
+        if distributed.rank():
+            fails()
+        distributed.highest(1, 2)
+
+    def elsewhere() -> None:
+        if distributed.rank():
+            dist.all_reduce(torch.ones(1), async_op=True)  # as a backward begins them
+        wrong()
+
+    fails: dict[str, Callable[[], None]] = {
+        "all lack memory": lacks,
+        "process 0 lacks memory while the others wait": distributed.by_main(lacks),
+        "all are wrong": wrong,
+        "one lacks memory": lambda: own(lacks),
+        "one is wrong": lambda: own(wrong),
+        "all are wrong, in different places": elsewhere,
+    }
+    distributed._PATIENCE = 0.5
+    with distributed.launched():
+        results = _Results.__new__(_Results)
+        results._note = lambda *noted: None  # type: ignore[method-assign]
+        for name, fail in list(fails.items())[first:]:
+            with results.noting_failure(name, 0):
+                fail()
+            distributed.by_main(print)("after", name)
 
 
 def impatient(seconds: float, module: str, *arguments: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from several_processes import finished, impatient, started
+from several_processes import failing_rows, finished, impatient, started
 
 from glf_fast import evaluate, train
 from glf_fast.errors import UserError
@@ -107,6 +107,17 @@ def test_an_error_of_all_processes_is_printed_once(arguments: list[str], message
         [line] = errors(children)
         assert message in line and [child.returncode for child in children] == [2, 2]
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "noted", "message"),
+    [(0, 3, "not enough memory"), (4, 0, "error: wrong"), (5, 0, "error: wrong")],
+)
+def test_a_comparison_goes_on_after_errors_of_all_processes_alone(first: int, noted: int, message: str) -> None:
+    with started(2, failing_rows, first) as children:
+        [line] = errors(children)
+        assert message in line and [child.returncode for child in children] == [2, 2]
+        assert children[0].communicate()[0].count("after ") == noted
 
 
 def test_a_process_that_does_not_answer_ends_the_others_after_a_time(tmp_path: Path) -> None:
