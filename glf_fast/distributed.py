@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -39,12 +40,15 @@ __all__ = [
     "rank",
     "size",
     "together",
+    "unhurried",
 ]
 
 # The longest time for which a process waits for another one.
 WAIT = timedelta(minutes=10)
 # Seconds for which an error of process 0 waits for the same error of the others.
 _PATIENCE = 5.0
+# Seconds between two signs of life of a process inside of `unhurried`.
+_BEAT = 1.0
 # What torchrun tells each process; LOCAL_RANK is the number of its GPU.
 _VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -54,6 +58,7 @@ _together = False  # whether this process is inside of `launched`; a process gro
 _alone = False  # whether this process, the main one, does what the others wait for
 _store: Any = None  # by which the processes found each other; it answers where a collective would wait
 _failures = itertools.count()  # calls of `all_failed`
+_blocks = itertools.count()  # calls of `unhurried`
 
 
 @contextlib.contextmanager
@@ -263,6 +268,45 @@ def all_failed() -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+@contextlib.contextmanager
+def unhurried() -> Iterator[None]:
+    """A block that all processes enter, and that may take one of them longer than `WAIT`: a download, or decoding.
+
+    At its end a process waits for the others, as long as one of those inside gives signs of life.
+
+    Raises:
+        RuntimeError: another process has ended, or none inside has given a sign of life for `WAIT`.
+    """
+    if size() == 1:
+        yield
+        return
+    store, key, left = _store, f"block {next(_blocks)}", threading.Event()
+
+    def live() -> None:
+        with contextlib.suppress(RuntimeError):
+            while not left.wait(_BEAT):
+                store.add(f"signs in {key}", 1)
+
+    thread = threading.Thread(target=live, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+    store.add(key, 1)
+    signs, since, pause = 0, time.monotonic(), 0.01
+    while store.add(key, 0) < size():
+        if store.add("errors", 0):
+            raise dist.DistError("another process has ended")
+        if (now := store.add(f"signs in {key}", 0)) > signs:
+            signs, since = now, time.monotonic()
+        if time.monotonic() - since > WAIT.total_seconds():
+            raise dist.DistError("timed out")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 def highest(*values: int) -> list[int]:

@@ -66,7 +66,8 @@ class Trainer:
         _check_share(config.batch_size, local_batch_norm)
         torch.manual_seed(config.seed)
         try:
-            self.model = kind(train.shape, config.model.trained_on(len(train))).to(device)
+            with distributed.unhurried():  # a model may fetch the weights of its loss
+                self.model = kind(train.shape, config.model.trained_on(len(train))).to(device)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # and sizes that no memory has
             if lacks_memory(error):
                 raise

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,18 @@ from torch import Tensor
 from toy_models import Adversarial
 
 from glf_fast import distributed, models
-from glf_fast.data import ImageDataset
+from glf_fast.data import SOURCES, ImageDataset, celeba
+from glf_fast.data.routes import File
 from glf_fast.errors import UserError, run_command
+from glf_fast.files import atomic_write, file_digest
 from glf_fast.settings import updated
 from glf_fast.training import parallel
 from glf_fast.training.comparison import _Results
-from glf_fast.training.config import OptimizerConfig, default
+from glf_fast.training.config import DataConfig, OptimizerConfig, default
+from glf_fast.training.splits import load_splits
 from glf_fast.training.trainer import Trainer
 
-__all__ = ["CASES", "CPU", "curve", "curves", "failing_rows", "finished", "images", "impatient", "started"]
+__all__ = ["CASES", "CPU", "curve", "curves", "failing_rows", "fetching", "finished", "images", "impatient", "started"]
 
 CPU = torch.device("cpu")
 _SMALL: dict[str, Any] = {"latent_dim": 4, "width": 4, "hidden": 16}
@@ -193,6 +197,53 @@ def _failing_rows(first: int) -> None:
             with results.noting_failure(name, 0):
                 fail()
             distributed.by_main(print)("after", name)
+
+
+@dataclass(frozen=True)
+class _Slow:
+    """A route that copies files from a folder, in longer than processes wait, and notes that it did."""
+
+    folder: Path
+    place: str = "a slow place"
+    installed: None = None
+
+    def fetch(self, files: tuple[File, ...], target: Path) -> None:
+        _note(self.folder, "fetched")
+        time.sleep(1.5)
+        for file in files:
+            with atomic_write(target / file.name) as temporary:
+                temporary.write_bytes((self.folder / file.name).read_bytes())
+
+
+def _note(folder: Path, what: str) -> None:
+    with (folder / "notes.txt").open("a") as file:
+        file.write(f"{what}\n")
+
+
+def fetching(folder: Path, machines: int) -> None:
+    """Load CelebA, whose files are in a folder, by a slow route in each process, on as many machines with a cache each."""
+    run_command(lambda: _fetching(folder, machines))
+
+
+def _fetching(folder: Path, machines: int) -> None:
+    distributed.WAIT, distributed._BEAT = timedelta(seconds=1), 0.1
+    rank = int(os.environ["RANK"])
+    os.environ["GLF_FAST_CACHE"] = str(folder / f"cache of {rank % machines}")
+    digests = [f"md5:{file_digest(folder / file.name, 'md5')}" for file in celeba.CELEBA.files]
+    files = tuple(replace(file, digest=digest) for file, digest in zip(celeba.CELEBA.files, digests, strict=True))
+    source, decode = replace(celeba.CELEBA, files=files, routes=(_Slow(folder),)), celeba._decode
+
+    def decoding(*arguments: Any) -> None:
+        _note(folder, "decoded")
+        decode(*arguments)
+
+    with (
+        distributed.launched(),
+        mock.patch.dict(SOURCES, celeba=source),
+        mock.patch.object(celeba, "_decode", decoding),
+    ):
+        train, test = load_splits(DataConfig("celeba"), None)
+        assert (len(train), len(test)) == (4, 2) and distributed.highest(rank) == [1]
 
 
 def impatient(seconds: float, module: str, *arguments: str) -> None:
