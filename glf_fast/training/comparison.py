@@ -77,7 +77,7 @@ def run(plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.devic
     with contextlib.ExitStack() as stack:
         by_main(stack.enter_context)(lock(plan.folder))
         plan.check_folder()  # which another process may have begun meanwhile
-        (plan.folder / "runs").mkdir(exist_ok=True)
+        by_main((plan.folder / "runs").mkdir)(exist_ok=True)
         results = _Results(plan, train, test, device)
         for number, (row, seed) in enumerate(plan.wanted, 1):
             seeds = f", seed {seed}" if plan.seeds > 1 else ""
@@ -90,7 +90,10 @@ def run(plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.devic
 
 
 class _Results:
-    """The results of the runs in the folder of a comparison, of the rows to train and of others."""
+    """The results of the runs in the folder of a comparison, of the rows to train and of others.
+
+    Only process 0 reads files, so that all processes decide alike.
+    """
 
     def __init__(self, plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.device) -> None:
         self.plan, self.train, self.test, self.device = plan, train, test, device
@@ -98,12 +101,8 @@ class _Results:
         self._runs: dict[tuple[str, int], dict[str, Any]] = {}
         self._floors: dict[str, tuple[str, dict[str, float]]] = {}  # by extractor: the metric and its floors
         _save(plan.folder / "pictures" / "test.png", subset(test.images, _REBUILT), _REBUILT)
-        known = {plan.run_folder(row, seed) for row, seed in plan.present()}
-        for path in sorted((plan.folder / "runs").glob("*")):
-            if path not in known and not path.name.startswith("."):
-                print(f"{path} is not a run of a known row; it is left out of the table", file=sys.stderr)
-        before = _failures(plan.folder)
-        for row, seed in dict.fromkeys([*plan.present(), *before]):
+        present, before = by_main(_earlier)(plan)
+        for row, seed in dict.fromkeys([*present, *before]):
             with self.noting_failure(row, seed):
                 self.add(row, seed, before.get((row, seed), ""))
 
@@ -151,7 +150,7 @@ class _Results:
         wanted = {**_USUAL, "n": config.score.samples}
         scores = [
             score
-            for score in runs.read_scores(folder)
+            for score in by_main(runs.read_scores)(folder)
             if score["checkpoint"].get("name") == "best"
             and score["checkpoint"].get("images") == about["images"]
             and wanted.items() <= score["settings"].items()
@@ -233,6 +232,7 @@ def _has_prior(model: GenerativeModel) -> bool:
     return not torch.equal(usual, prior)
 
 
+@by_main
 def _state(folder: Path) -> dict[str, Any]:
     """The state of a run ("new", "unfinished", "finished"), and the epochs and minutes of its training."""
     last = runs.checkpoint_folder(folder, "last")
@@ -247,6 +247,16 @@ def _state(folder: Path) -> dict[str, Any]:
         "epoch": state["epoch"],
         "minutes": state["minutes"],
     }
+
+
+def _earlier(plan: Plan) -> tuple[list[tuple[str, int]], dict[tuple[str, int], str]]:
+    """Row and seed of the runs in the folder, and the reasons of those that failed before; other folders are named."""
+    present = list(plan.present())
+    known = {plan.run_folder(row, seed) for row, seed in present}
+    for path in sorted((plan.folder / "runs").glob("*")):
+        if path not in known and not path.name.startswith("."):
+            print(f"{path} is not a run of a known row; it is left out of the table", file=sys.stderr)
+    return present, _failures(plan.folder)
 
 
 def _failures(folder: Path) -> dict[tuple[str, int], str]:

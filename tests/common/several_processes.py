@@ -28,11 +28,24 @@ from glf_fast.files import atomic_write, file_digest
 from glf_fast.settings import updated
 from glf_fast.training import parallel
 from glf_fast.training.comparison import _Results
+from glf_fast.training.comparison_plan import Plan
 from glf_fast.training.config import DataConfig, OptimizerConfig, default
 from glf_fast.training.splits import load_splits
 from glf_fast.training.trainer import Trainer
 
-__all__ = ["CASES", "CPU", "curve", "curves", "failing_rows", "fetching", "finished", "images", "impatient", "started"]
+__all__ = [
+    "CASES",
+    "CPU",
+    "curve",
+    "curves",
+    "failing_rows",
+    "fetching",
+    "finished",
+    "images",
+    "impatient",
+    "resulting",
+    "started",
+]
 
 CPU = torch.device("cpu")
 _SMALL: dict[str, Any] = {"latent_dim": 4, "width": 4, "hidden": 16}
@@ -197,6 +210,20 @@ def _failing_rows(first: int) -> None:
             with results.noting_failure(name, 0):
                 fail()
             distributed.by_main(print)("after", name)
+
+
+def resulting(folder: str, elsewhere: str) -> None:
+    """The record of a comparison's folder, of which the other processes see no file yet, is that of all processes."""
+    run_command(lambda: _resulting(folder, elsewhere))
+
+
+def _resulting(folder: str, elsewhere: str) -> None:
+    with distributed.launched():
+        plan = Plan(("glf", "vae"), "digits", "smoke", 1, out=Path(folder if distributed.is_main() else elsewhere))
+        train, test = load_splits(plan.shared.data, None)
+        record = _Results(plan, train, test, CPU).record()
+        assert record == distributed.by_main(lambda: record)()
+        print({row["name"]: [run["state"] for run in row["runs"]] for row in record["rows"]})
 
 
 @dataclass(frozen=True)
