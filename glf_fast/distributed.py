@@ -40,6 +40,7 @@ __all__ = [
     "rank",
     "size",
     "together",
+    "total",
     "unhurried",
 ]
 
@@ -316,6 +317,15 @@ def highest(*values: int) -> list[int]:
     found = torch.tensor(values)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.tolist()
+
+
+def total(value: int) -> int:
+    """The sum over all processes."""
+    if size() == 1:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found)
+    return int(found)
 
 
 def mean(values: Tensor) -> Tensor:

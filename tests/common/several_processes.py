@@ -30,6 +30,7 @@ from glf_fast.training import parallel
 from glf_fast.training.comparison import _Results
 from glf_fast.training.comparison_plan import Plan
 from glf_fast.training.config import DataConfig, OptimizerConfig, default
+from glf_fast.training.pictures import draw
 from glf_fast.training.splits import load_splits
 from glf_fast.training.trainer import Trainer
 
@@ -38,6 +39,7 @@ __all__ = [
     "CPU",
     "curve",
     "curves",
+    "drawing",
     "failing_rows",
     "fetching",
     "finished",
@@ -210,6 +212,19 @@ def _failing_rows(first: int) -> None:
             with results.noting_failure(name, 0):
                 fail()
             distributed.by_main(print)("after", name)
+
+
+def drawing(finite: int) -> None:
+    """Draw 1,000 samples by two processes; of those of the second only the first ones, so many, are finite."""
+    model = trainer("glf").model
+
+    def sample(n: int, **_: Any) -> Tensor:
+        x = torch.full((n, *model.shape), 0.5)
+        x[finite if distributed.rank() else n :] = torch.nan
+        return x
+
+    with distributed.launched(), mock.patch.object(model, "sample", sample):
+        draw(model, 1000, seed=0, divided=True)
 
 
 def resulting(folder: str, elsewhere: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import forked
 import pytest
 from PIL import Image
-from several_processes import failing_rows, fetching, finished, impatient, started
+from several_processes import drawing, failing_rows, fetching, finished, impatient, started
 
 from glf_fast import evaluate, train
 from glf_fast.data import celeba
@@ -98,6 +98,11 @@ def test_distances_are_those_of_one_process(call: Call, capsys: pytest.CaptureFi
     call(metrics, *arguments)
     [(printed, _), nothing] = finished(2, forked.command, "metrics.__main__", *arguments)
     assert nothing == ("", "") and printed == capsys.readouterr().out
+
+
+def test_samples_of_all_processes_that_are_not_finite_are_counted() -> None:
+    [(_, told), nothing] = finished(2, drawing, 400)
+    assert told == "100 of 1000 samples are not finite and have black pixels\n" and nothing == ("", "")
 
 
 @pytest.mark.parametrize(
