@@ -181,7 +181,7 @@ def failing_rows(first: int) -> None:
 
 def _failing_rows(first: int) -> None:
     def lacks() -> None:
-        raise MemoryError
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {distributed.rank() + 1} GiB. GPU …")
 
     def wrong() -> None:
         raise UserError("wrong")
@@ -204,7 +204,7 @@ def _failing_rows(first: int) -> None:
         "one is wrong": lambda: own(wrong),
         "all are wrong, in different places": elsewhere,
     }
-    distributed._PATIENCE = 0.5
+    distributed._PATIENCE = 2.0
     with distributed.launched():
         results = _Results.__new__(_Results)
         results._note = lambda *noted: None  # type: ignore[method-assign]
@@ -212,6 +212,8 @@ def _failing_rows(first: int) -> None:
             with results.noting_failure(name, 0):
                 fail()
             distributed.by_main(print)("after", name)
+        distributed.highest(0)
+        lacks()  # where no row fails
 
 
 def drawing(finite: int) -> None:

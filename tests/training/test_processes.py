@@ -121,7 +121,7 @@ def test_an_error_of_all_processes_is_printed_once(arguments: list[str], message
 
 @pytest.mark.parametrize(
     ("first", "noted", "message"),
-    [(0, 3, "not enough memory"), (4, 0, "error: wrong"), (5, 0, "error: wrong")],
+    [(0, 3, "not enough memory"), (4, 0, "error: wrong"), (5, 0, "error: wrong"), (6, 0, "not enough memory")],
 )
 def test_a_comparison_goes_on_after_errors_of_all_processes_alone(first: int, noted: int, message: str) -> None:
     with started(2, failing_rows, first) as children:
