@@ -134,12 +134,12 @@ def _is_for_users(error: BaseException) -> bool:
 def _is_news(message: str, consequence: bool) -> bool:
     """Whether no other process has said the same; a consequence of another process's error is no news after that error."""
     with contextlib.suppress(RuntimeError):  # the process that holds the store may be gone
-        said = _store.add("errors", 1) > 1
         again = _store.add(f"error {hashlib.sha256(message.encode()).hexdigest()}", 1) > 1
+        said = _store.add("errors", 1) > 1  # last, because it is what process 0 waits for
         # Process 0 may hold the store, and most errors are those of all: it lets the others look first.
         until = time.monotonic() + (_PATIENCE if is_main() and not consequence else 0)
-        while _store.add("errors", 0) < dist.get_world_size() and time.monotonic() < until:
-            time.sleep(0.02)
+        while time.monotonic() < until and _store.add("errors", 0) < dist.get_world_size():
+            time.sleep(0.1)
         return not (again or (said and consequence))
     return True
 

@@ -10,7 +10,7 @@ import torch
 import zuko
 from torch import nn
 from zuko.distributions import DiagNormal
-from zuko.flows import BPF, NICE, GeneralCouplingTransform, RealNVP
+from zuko.flows import BPF, MAF, NICE, GeneralCouplingTransform, RealNVP
 from zuko.lazy import Flow, LazyInverse, UnconditionalDistribution, UnconditionalTransform
 from zuko.transforms import (
     AdditiveTransform,
@@ -57,6 +57,11 @@ def linear_layers(dim: int) -> list[UnconditionalTransform]:
     ]
 
 
+def additive_maf(dim: int, context: int) -> nn.Module:
+    """A layer that stays as it is, and whose inverse is exact."""
+    return MAF(dim, context, transforms=1, univariate=AdditiveTransform, shapes=((),)).transform
+
+
 def mixed(dim: int, context: int) -> list:
     return [t for pair in zip(couplings(dim, context, 4), linear_layers(dim), strict=True) for t in pair]
 
@@ -76,7 +81,7 @@ CASES: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "trained-base": (lambda d, c: Flow(couplings(d, c), standard(d, buffer=False)), "3"),
     "inverse": (lambda d, c: Flow([LazyInverse(t) for t in couplings(d, c)] + linear_layers(d)[:1], standard(d)), "3"),
     "hybrid": (
-        lambda d, c: Flow([*couplings(d, c, 2), BPF(d, c, transforms=1).transform, *couplings(d, c, 2)], standard(d)),
+        lambda d, c: Flow([*couplings(d, c, 2), additive_maf(d, c), *couplings(d, c, 2)], standard(d)),
         "2 KeptTransform 2",
     ),
 }

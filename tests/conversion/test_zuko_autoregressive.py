@@ -15,6 +15,8 @@ from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
 
 from glf_fast import accelerate
 from glf_fast.conversion import ConversionError, convert
+from glf_fast.conversion.layers import Kept
+from glf_fast.conversion.reading import read_flow
 from glf_fast.conversion.zuko import LIBRARY
 
 
@@ -67,17 +69,28 @@ CASES: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
 }
 
 
+# Some seconds of processor time each: what a user does with a flow, and float32. The others are compared in float64.
+WHOLE = ("MAF", "graphs", "residual", "inverse, and a coupling")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind(library, tools, name: str) -> None:
     make, outline = CASES[name]
-    tools.prove(library, tools.shake(make(4, 2), 0.1), 4, 2, outline)
-    for dim, context in ((2, 0), (5, 0), (7, 3)):
-        x, given = torch.randn(32, dim).double(), torch.randn(32, context).double() if context else None
-        tools.same_map(library, tools.shake(make(dim, context), 0.1).double(), x, given)
+    if name in WHOLE:
+        tools.prove(library, tools.shake(make(4, 2), 0.1), 4, 2, outline)
+    for dim, context in ((2, 0), (5, 2), (7, 3)):
+        same_map(library, tools, tools.shake(make(dim, context), 0.1).double(), dim, context)
+
+
+def same_map(library, tools, flow: nn.Module, dim: int, context: int) -> None:
+    """The same in float64, and nothing of it is the original's."""
+    assert not any(isinstance(layer, Kept) for layer in read_flow(LIBRARY, flow).layers)
+    given = torch.randn(32, context, dtype=torch.float64) if context else None
+    tools.same_map(library, flow, torch.randn(32, dim, dtype=torch.float64), given)
 
 
 def test_float32_is_at_least_as_close_to_the_truth(library, tools) -> None:
-    tools.as_close(library, [tools.shake(make(5, 2), 0.1) for make, _ in CASES.values()], (5,), (2,))
+    tools.as_close(library, [tools.shake(CASES[name][0](5, 2), 0.1) for name in list(CASES)[::3]], (5,), (2,))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -93,8 +106,7 @@ def test_random_sizes(library, tools, seed: int) -> None:
         activation=(nn.ReLU, nn.SiLU, nn.Tanh)[activation], residual=seed > 3,
     )  # fmt: skip
     tools.shake(flow, 0.1).transform.transforms[0].hyper[0].requires_grad_(False)
-    given = torch.randn(16, context, dtype=torch.float64) if context else None
-    tools.same_map(library, flow.double(), torch.randn(16, dim, dtype=torch.float64), given)
+    same_map(library, tools, flow.double(), dim, context)
 
 
 def test_training_goes_on_as_before() -> None:
@@ -110,7 +122,7 @@ def test_training_goes_on_as_before() -> None:
                 (replaced,) = accelerate(flow).replaced
                 assert replaced.into["AutoregressiveFlow"] == replaced.flows == 1
             steps, own = optimizer(flow.parameters(), rate), []
-            for _ in range(15):
+            for _ in range(8):
                 steps.zero_grad()
                 loss = -flow(context).log_prob(x).mean()
                 loss.backward()
@@ -118,7 +130,7 @@ def test_training_goes_on_as_before() -> None:
                 own.append(loss.item())
             losses.append(own)
         assert losses[1] == pytest.approx(losses[0], abs=1e-8)
-        assert losses[0][-1] < losses[0][0] - 0.1
+        assert losses[0][-1] < losses[0][0] - 0.03
 
 
 def test_what_stays_as_it_is_says_why() -> None:

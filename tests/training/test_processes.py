@@ -44,7 +44,9 @@ def errors(children: list[forked.Child]) -> list[str]:
     """The lines of errors that processes have printed."""
     printed = "".join(child.communicate(60)[1] for child in children)
     assert "Traceback" not in printed, printed
-    return [line for line in printed.splitlines() if line.startswith("error: ")]
+    found = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(found) <= 1, printed
+    return found
 
 
 def test_a_run_is_one_run_whatever_ends_it(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
