@@ -217,8 +217,8 @@ def from_images(source: str, network: Extractor | None, command: Ref | Calc) -> 
             "NAME:SPLIT, such as fashion-mnist:test"
         )
     with unhurried():
-        images = as_images(load(name, split, **options))
-    return dataset_stats(images, network, n=command.n)
+        dataset = as_images(load(name, split, **options))
+    return dataset_stats(dataset, network, n=command.n)
 
 
 if __name__ == "__main__":
