@@ -60,7 +60,7 @@ def _compare() -> None:
         comparison.dry_run(plan, train, device)
         return
     record = comparison.run(plan, train, test, device)
-    print((plan.folder / comparison_page.MARKDOWN).read_text(encoding="utf-8"))
+    print(distributed.by_main((plan.folder / comparison_page.MARKDOWN).read_text)(encoding="utf-8"))
     print(f"page      {plan.folder / comparison_page.HTML}\nresults   {plan.folder / comparison_page.JSON}")
     failed = {
         (row["name"], run["seed"]) for row in record["rows"] for run in row["runs"] if run["state"] == "failed"

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -21,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glf_fast.errors import UserError
+from glf_fast.errors import UserError, lacks_memory
 
 __all__ = [
     "WAIT",
+    "all_failed",
     "all_reduce_seconds",
     "broadcast",
     "by_main",
@@ -38,12 +40,16 @@ __all__ = [
     "rank",
     "size",
     "together",
+    "total",
+    "unhurried",
 ]
 
 # The longest time for which a process waits for another one.
 WAIT = timedelta(minutes=10)
 # Seconds for which an error of process 0 waits for the same error of the others.
 _PATIENCE = 5.0
+# Seconds between two signs of life of a process inside of `unhurried`.
+_BEAT = 1.0
 # What torchrun tells each process; LOCAL_RANK is the number of its GPU.
 _VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -51,6 +57,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _together = False  # whether this process is inside of `launched`; a process group of somebody else's is none of ours
 _alone = False  # whether this process, the main one, does what the others wait for
+_store: Any = None  # by which the processes found each other; it answers where a collective would wait
+_failures = itertools.count()  # calls of `all_failed`
+_blocks = itertools.count()  # calls of `unhurried`
 
 
 @contextlib.contextmanager
@@ -62,11 +71,11 @@ def launched() -> Iterator[None]:
     Raises:
         UserError: the processes do not come together, or one of them has ended or does not answer within `WAIT`.
     """
-    global _together
+    global _together, _store
     if not os.environ.keys() >= _VARIABLES:
         yield
         return
-    store = _join()
+    _store = _join()
     _together = True
     try:
         with _quiet() if rank() else contextlib.nullcontext():
@@ -80,15 +89,17 @@ def launched() -> Iterator[None]:
         dist.destroy_process_group()
         if ending:
             raise ending
-    except (UserError, OSError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         told = _told(error)
-        if told is error and not isinstance(error, (UserError, OSError)):
+        if told is error and not _is_for_users(error):
             raise
-        if not _is_news(store, str(told), consequence=told is not error):
+        # What was asked for, and of which GPU, differs from process to process.
+        message = "lack of memory" if lacks_memory(told) else str(told)
+        if not _is_news(message, consequence=told is not error):
             sys.exit(2)
         raise told from error
     finally:
-        _together = False
+        _together, _store = False, None
 
 
 def _join() -> Any:
@@ -115,14 +126,19 @@ def _join() -> Any:
     return store
 
 
-def _is_news(store: Any, message: str, consequence: bool) -> bool:
+def _is_for_users(error: BaseException) -> bool:
+    """Whether a command prints the error as one line."""
+    return isinstance(error, (UserError, OSError)) or lacks_memory(error)
+
+
+def _is_news(message: str, consequence: bool) -> bool:
     """Whether no other process has said the same; a consequence of another process's error is no news after that error."""
     with contextlib.suppress(RuntimeError):  # the process that holds the store may be gone
-        again = store.add(f"error {hashlib.sha256(message.encode()).hexdigest()}", 1) > 1
-        said = store.add("errors", 1) > 1  # last, because it is what process 0 waits for
+        again = _store.add(f"error {hashlib.sha256(message.encode()).hexdigest()}", 1) > 1
+        said = _store.add("errors", 1) > 1  # last, because it is what process 0 waits for
         # Process 0 may hold the store, and most errors are those of all: it lets the others look first.
         until = time.monotonic() + (_PATIENCE if is_main() and not consequence else 0)
-        while time.monotonic() < until and store.add("errors", 0) < dist.get_world_size():
+        while time.monotonic() < until and _store.add("errors", 0) < dist.get_world_size():
             time.sleep(0.1)
         return not (again or (said and consequence))
     return True
@@ -205,9 +221,10 @@ def parts(n: int, multiple: int = 1) -> list[range]:
 
 
 def by_main(function: F) -> F:
-    """`function` as process 0 runs it alone: the others wait for its result, or its UserError or OSError, which all raise.
+    """`function` as process 0 runs it alone: the others wait for its result, or for its error, which all raise.
 
-    Inside of it there is one process, as without torchrun.
+    Such an error is a UserError, an OSError or a lack of memory; any other one is a bug, and ends process 0 alone. Inside of
+    `function` there is one process, as without torchrun.
     """
 
     @functools.wraps(function)
@@ -220,7 +237,9 @@ def by_main(function: F) -> F:
             _alone = True
             try:
                 outcome[0] = function(*arguments, **options)
-            except (UserError, OSError) as error:
+            except Exception as error:
+                if not _is_for_users(error):
+                    raise
                 outcome[1] = error
             finally:
                 _alone = False
@@ -232,6 +251,65 @@ def by_main(function: F) -> F:
     return called  # type: ignore[return-value]
 
 
+def all_failed() -> bool:
+    """Whether all processes have met an error at the same point; to be asked by each that would go on after one.
+
+    A process that goes on after an error of its own alone calls other collectives than the others, which then wait for it until
+    `WAIT` is over. So the question is put through the store, and the point is the number of collectives so far.
+    """
+    if size() == 1:
+        return True
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    backends = [dist.group.WORLD._get_backend(torch.device(device)) for device in devices]
+    point = [backend._get_sequence_number_for_group() for backend in backends]
+    key, until = f"failure {next(_failures)} at {point}", time.monotonic() + _PATIENCE
+    _store.add(key, 1)
+    while _store.add(key, 0) < size():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@contextlib.contextmanager
+def unhurried() -> Iterator[None]:
+    """A block that all processes enter, and that may take one of them longer than `WAIT`: a download, or decoding.
+
+    At its end a process waits for the others, as long as one of those inside gives signs of life.
+
+    Raises:
+        RuntimeError: another process has ended, or none inside has given a sign of life for `WAIT`.
+    """
+    if size() == 1:
+        yield
+        return
+    store, key, left = _store, f"block {next(_blocks)}", threading.Event()
+
+    def live() -> None:
+        with contextlib.suppress(RuntimeError):
+            while not left.wait(_BEAT):
+                store.add(f"signs in {key}", 1)
+
+    thread = threading.Thread(target=live, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+    store.add(key, 1)
+    signs, since, pause = 0, time.monotonic(), 0.01
+    while store.add(key, 0) < size():
+        if store.add("errors", 0):
+            raise dist.DistError("another process has ended")
+        if (now := store.add(f"signs in {key}", 0)) > signs:
+            signs, since = now, time.monotonic()
+        if time.monotonic() - since > WAIT.total_seconds():
+            raise dist.DistError("timed out")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+
+
 def highest(*values: int) -> list[int]:
     """The largest of the values of all processes, place by place."""
     if size() == 1:
@@ -239,6 +317,15 @@ def highest(*values: int) -> list[int]:
     found = torch.tensor(values)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.tolist()
+
+
+def total(value: int) -> int:
+    """The sum over all processes."""
+    if size() == 1:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found)
+    return int(found)
 
 
 def mean(values: Tensor) -> Tensor:

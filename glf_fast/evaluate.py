@@ -53,7 +53,7 @@ def main() -> None:
 def _evaluate() -> None:
     command = parse(Command, sys.argv[1:], "glf_fast.evaluate")
     config, device = runs.read_config(command.run), pick_device(command.device)
-    which = runs.pick_checkpoint(command.run, command.checkpoint)
+    which = distributed.by_main(runs.pick_checkpoint)(command.run, command.checkpoint)
     model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, which), device)
     checkpoint.check_state(runs.checkpoint_folder(command.run, which), state)
     train, test = (data.as_images(split) for split in load_splits(config.data, command.data_dir))

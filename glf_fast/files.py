@@ -30,6 +30,7 @@ __all__ = [
     "errors_name",
     "file_digest",
     "lock",
+    "one_at_a_time",
     "parse_json",
     "read_json",
     "save_tensors",
@@ -151,22 +152,13 @@ def lock(folder: Path) -> Iterator[None]:
         UserError: another process is training in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held, locks = FileLock(folder / ".lock", timeout=0), True
+    held = FileLock(folder / ".lock", timeout=0)
     try:
-        with warnings.catch_warnings(record=True) as fallback:  # without flock, filelock 4 takes a weaker lock
-            warnings.simplefilter("always")
-            held.acquire()
-        locks = not fallback
+        locks = _acquired(held)
     except Timeout:
         raise UserError(
             f"another process is training in {folder}; wait until it ends, or choose another --out"
         ) from None
-    except NotImplementedError:  # filelock 3 without flock
-        locks = False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        locks = False
     if not locks:
         print(f"{folder} is on a file system without locks: let no other process train in it", file=sys.stderr)
     try:
@@ -174,6 +166,48 @@ def lock(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # the system releases the lock at the end of the process
             held.release()
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Make the folder, and wait until no other process is inside such a block for it.
+
+    Where the folder cannot be made or locked (a read-only disk, a file system without locks), nobody waits.
+    """
+    held, told = FileLock(folder / ".lock", timeout=0), False
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _acquired(held)
+        except Timeout:
+            if not told:
+                print(f"waiting for another process, which is preparing files in {folder}", file=sys.stderr)
+            told = True
+            time.sleep(0.1)
+            continue
+        except OSError:
+            pass
+        break
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            held.release()
+
+
+def _acquired(held: FileLock) -> bool:
+    """Take a lock; returns whether the file system has locks. Raises Timeout where another process has taken it."""
+    try:
+        with warnings.catch_warnings(record=True) as fallback:  # without flock, filelock 4 takes a weaker lock
+            warnings.simplefilter("always")
+            held.acquire()
+        return not fallback
+    except NotImplementedError:  # filelock 3 without flock
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return False
 
 
 def sweep(folder: Path, *, seconds: float = 60) -> None:

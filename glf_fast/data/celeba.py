@@ -15,7 +15,7 @@ from tqdm import tqdm
 from glf_fast.data.dataset import ImageDataset
 from glf_fast.data.routes import File, Mirror
 from glf_fast.data.source import Files, Source
-from glf_fast.files import atomic_write
+from glf_fast.files import atomic_write, one_at_a_time
 
 __all__ = ["CELEBA"]
 
@@ -38,7 +38,10 @@ def read_celeba(files: Files, split: str, image_size: int | None) -> ImageDatase
     key = hashlib.sha256(f"{hashes} {policy}".encode()).hexdigest()[:16]
     decoded = files.source.cache / f"{split}-{size}-{key}.npy"
     if not decoded.is_file():
-        _decode(files.path(ARCHIVE), _members(files.path(PARTITION), split), size, decoded)
+        archive, partition = files.path(ARCHIVE), files.path(PARTITION)
+        with one_at_a_time(decoded.parent):
+            if not decoded.is_file():  # which another process may have decoded meanwhile
+                _decode(archive, _members(partition, split), size, decoded)
     images = torch.from_numpy(np.load(decoded, mmap_mode="c", allow_pickle=False))
     return ImageDataset.of("celeba", split, images, None, policy)
 

@@ -26,7 +26,7 @@ from urllib.parse import urljoin
 from tqdm import tqdm
 
 from glf_fast.errors import UserError
-from glf_fast.files import atomic_write, file_digest
+from glf_fast.files import atomic_write, file_digest, one_at_a_time
 
 __all__ = [
     "Attempt",
@@ -36,6 +36,7 @@ __all__ = [
     "debian_package",
     "download",
     "first",
+    "found_or_fetched",
     "gunzip",
     "python_file",
 ]
@@ -62,6 +63,20 @@ class Attempt:
 
     place: str
     get: Callable[[], Path]
+
+
+def found_or_fetched(search: Callable[[bool], Path], folder: Path, *, download: bool) -> Path:
+    """`search(False)`, a search on this machine; where it finds nothing and `download`, `search(True)`, which fetches files.
+
+    Of several processes, one at a time fetches files to `folder`, and the others find them there.
+    """
+    try:
+        return search(False)
+    except NotFound:
+        if not download:
+            raise
+    with one_at_a_time(folder):
+        return search(True)
 
 
 def first(what: str, attempts: Iterable[Attempt], remedy: str) -> Path:

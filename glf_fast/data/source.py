@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from glf_fast.data.dataset import Dataset, Kind
-from glf_fast.data.fetch import Attempt, Unavailable, first
+from glf_fast.data.fetch import Attempt, Unavailable, first, found_or_fetched
 from glf_fast.data.routes import File, Route
 from glf_fast.errors import UserError
 from glf_fast.files import cache_dir
@@ -75,10 +75,11 @@ class Source:
         """A folder with all files, verified. Raises NotFound, which lists every place tried."""
         names = ", ".join(file.name for file in self.files)
         by_hand = self.by_hand or f"Put {names}{' (or their .gz)' if self.files[0].gzipped else ''}"
-        return first(
-            f"the data set {self.name}",
-            self._attempts(data_dir, download),
-            f"{by_hand} into a folder and pass --data-dir FOLDER, or into {self.cache}",
+        remedy = f"{by_hand} into a folder and pass --data-dir FOLDER, or into {self.cache}"
+        return found_or_fetched(
+            lambda online: first(f"the data set {self.name}", self._attempts(data_dir, online), remedy),
+            self.cache,
+            download=download,
         )
 
     def _attempts(self, data_dir: Path | None, download: bool) -> Iterator[Attempt]:

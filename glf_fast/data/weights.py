@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glf_fast.data.fetch import Attempt, Unavailable, check_hash, download, first, python_file
+from glf_fast.data.fetch import Attempt, Unavailable, check_hash, download, first, found_or_fetched, python_file
 from glf_fast.errors import UserError
 from glf_fast.files import cache_dir, save_tensors, sha256
 
@@ -80,11 +80,14 @@ def fetch(name: str, *, path: Path | None = None, download: bool = True) -> Path
     """
     if name not in ABOUT:
         raise UserError(f"no weights are called {name!r}; the weights are {', '.join(ABOUT)}")
-    attempts = _vgg16(path, download) if name == "vgg16" else _inception(path, download)
+    attempts = _vgg16 if name == "vgg16" else _inception
     source = TORCHVISION_VGG16 if name == "vgg16" else INCEPTION_MIRROR
     variable = _variable(name)
-    return first(
-        f"the weights {name}", attempts, f"Download {source} on another machine and set {variable} to the file's path"
+    remedy = f"Download {source} on another machine and set {variable} to the file's path"
+    return found_or_fetched(
+        lambda online: first(f"the weights {name}", attempts(path, online), remedy),
+        cache_dir() / "weights",
+        download=download,
     )
 
 

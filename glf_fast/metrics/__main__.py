@@ -21,7 +21,7 @@ from torch import Tensor
 from glf_fast import distributed
 from glf_fast.command_line import parse, pick_device
 from glf_fast.data import SOURCES, SPLITS, as_images, load
-from glf_fast.distributed import by_main
+from glf_fast.distributed import by_main, unhurried
 from glf_fast.errors import UserError, run_command
 from glf_fast.metrics.collect import collect
 from glf_fast.metrics.extractors import Extractor, extractor
@@ -100,7 +100,8 @@ def ref(command: Ref) -> None:
         raise UserError(
             f"--out {command.out} does not end in .safetensors, but statistics are saved in this format; choose another name"
         )
-    network = extractor(command.extractor, device=pick_device(command.device), weights=command.weights)
+    with unhurried():
+        network = extractor(command.extractor, device=pick_device(command.device), weights=command.weights)
     stats = from_images(command.source, network, command)
     by_main(_save)(stats, command.out)
     print(f"{command.out}: {stats.n} images, {stats.dim} features of {command.extractor}")
@@ -123,7 +124,8 @@ def calc(command: Calc) -> None:
     else:
         known = [stats.extractor["name"] for stats in given if stats is not None and stats.extractor is not None]
         name = command.extractor or (known or ["vgg16"])[0]
-        network = extractor(name, device=pick_device(command.device), weights=command.weights)
+        with unhurried():
+            network = extractor(name, device=pick_device(command.device), weights=command.weights)
         for stats in given:
             if stats is not None:
                 stats.check_comparable(FeatureStats(network.dim, extractor=network.identity))
@@ -193,7 +195,8 @@ def from_images(source: str, network: Extractor | None, command: Ref | Calc) -> 
     options = _options(source, command)
     if Path(source).exists():
         # `load` splits a tenth off for testing; the distance is about all images.
-        parts = [as_images(load(source, split, **options)) for split in SPLITS]
+        with unhurried():
+            parts = [as_images(load(source, split, **options)) for split in SPLITS]
         shapes = [tuple(part.images.shape[1:]) for part in parts]
         if shapes[0] != shapes[1]:
             raise UserError(f"the images of {source} have different shapes, {shapes[0]} and {shapes[1]}")
@@ -213,7 +216,9 @@ def from_images(source: str, network: Extractor | None, command: Ref | Calc) -> 
             f"{source!r} is neither a file nor a folder nor a data set with its split; a data set is written "
             "NAME:SPLIT, such as fashion-mnist:test"
         )
-    return dataset_stats(as_images(load(name, split, **options)), network, n=command.n)
+    with unhurried():
+        dataset = as_images(load(name, split, **options))
+    return dataset_stats(dataset, network, n=command.n)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class TrainCommand:
     """Device: cpu, cuda, cuda:1, …; by default cuda if there is a GPU."""
     local_batch_norm: tyro.conf.FlagCreatePairsOff[bool] = False
     """Under torchrun: batch norms of each process use its own part of a batch, which saves communication; by default they use
-    the whole batch, as one process does."""
+    the whole batch, as one process does. A resumed run must keep it."""
     base: tyro.conf.Suppress[Config] = Config()  # noqa: RUF009 - frozen
     """The settings from preset and files, without options."""
     label: tyro.conf.Suppress[str] = ""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import models
+from glf_fast.distributed import by_main
 from glf_fast.errors import UserError
 from glf_fast.files import parse_json, save_tensors, sha256, write_json
 from glf_fast.models import saving
@@ -183,8 +184,11 @@ def _read(folder: Path, training: bool) -> Checkpoint:
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[models.GenerativeModel, dict[str, Any]]:
-    """The model in a checkpoint, in eval mode on `device`, and the state of its training."""
-    checkpoint = read(folder)
+    """The model in a checkpoint, in eval mode on `device`, and the state of its training.
+
+    Of several processes, process 0 reads: a shared file system shows others what it has just written only after a while.
+    """
+    checkpoint = by_main(read)(folder)
     with torch.random.fork_rng(devices=[]):
         model = models.build(checkpoint.model, checkpoint.config)
     saving.load_weights(model, checkpoint.weights, folder)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from glf_fast import models
 from glf_fast.data import ImageDataset
-from glf_fast.distributed import by_main
+from glf_fast.distributed import all_failed, by_main
 from glf_fast.errors import UserError, lacks_memory
 from glf_fast.files import atomic_write, lock, read_json
 from glf_fast.images import grid, to_float, to_uint8
@@ -52,6 +52,8 @@ def dry_run(plan: Plan, train: ImageDataset, device: torch.device) -> None:
         try:
             seen = preview(plan.config(row), train, device)
         except UserError as error:
+            if not all_failed():
+                raise
             print(f"{row:20} cannot be trained: {one_line(str(error))}")
             continue
         total += seen.minutes * plan.seeds
@@ -75,7 +77,7 @@ def run(plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.devic
     with contextlib.ExitStack() as stack:
         by_main(stack.enter_context)(lock(plan.folder))
         plan.check_folder()  # which another process may have begun meanwhile
-        (plan.folder / "runs").mkdir(exist_ok=True)
+        by_main((plan.folder / "runs").mkdir)(exist_ok=True)
         results = _Results(plan, train, test, device)
         for number, (row, seed) in enumerate(plan.wanted, 1):
             seeds = f", seed {seed}" if plan.seeds > 1 else ""
@@ -88,7 +90,10 @@ def run(plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.devic
 
 
 class _Results:
-    """The results of the runs in the folder of a comparison, of the rows to train and of others."""
+    """The results of the runs in the folder of a comparison, of the rows to train and of others.
+
+    Only process 0 reads files, so that all processes decide alike.
+    """
 
     def __init__(self, plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.device) -> None:
         self.plan, self.train, self.test, self.device = plan, train, test, device
@@ -96,22 +101,21 @@ class _Results:
         self._runs: dict[tuple[str, int], dict[str, Any]] = {}
         self._floors: dict[str, tuple[str, dict[str, float]]] = {}  # by extractor: the metric and its floors
         _save(plan.folder / "pictures" / "test.png", subset(test.images, _REBUILT), _REBUILT)
-        known = {plan.run_folder(row, seed) for row, seed in plan.present()}
-        for path in sorted((plan.folder / "runs").glob("*")):
-            if path not in known and not path.name.startswith("."):
-                print(f"{path} is not a run of a known row; it is left out of the table", file=sys.stderr)
-        before = _failures(plan.folder)
-        for row, seed in dict.fromkeys([*plan.present(), *before]):
+        present, before = by_main(_earlier)(plan)
+        for row, seed in dict.fromkeys([*present, *before]):
             with self.noting_failure(row, seed):
                 self.add(row, seed, before.get((row, seed), ""))
 
     @contextlib.contextmanager
     def noting_failure(self, row: str, seed: int) -> Iterator[None]:
-        """Note the user's errors and a lack of memory inside the block as the result of this run."""
+        """Note the user's errors and a lack of memory inside the block as the result of this run.
+
+        Of several processes all must have the error; the error of one ends them all, as if it had been killed.
+        """
         try:
             yield
         except (UserError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, UserError) and not lacks_memory(error):
+            if not (isinstance(error, UserError) or lacks_memory(error)) or not all_failed():
                 raise
             reason = str(error) if isinstance(error, UserError) else "there is not enough memory for this model"
             print(f"{row} failed: {one_line(reason)}", file=sys.stderr)
@@ -146,7 +150,7 @@ class _Results:
         wanted = {**_USUAL, "n": config.score.samples}
         scores = [
             score
-            for score in runs.read_scores(folder)
+            for score in by_main(runs.read_scores)(folder)
             if score["checkpoint"].get("name") == "best"
             and score["checkpoint"].get("images") == about["images"]
             and wanted.items() <= score["settings"].items()
@@ -228,6 +232,7 @@ def _has_prior(model: GenerativeModel) -> bool:
     return not torch.equal(usual, prior)
 
 
+@by_main
 def _state(folder: Path) -> dict[str, Any]:
     """The state of a run ("new", "unfinished", "finished"), and the epochs and minutes of its training."""
     last = runs.checkpoint_folder(folder, "last")
@@ -242,6 +247,16 @@ def _state(folder: Path) -> dict[str, Any]:
         "epoch": state["epoch"],
         "minutes": state["minutes"],
     }
+
+
+def _earlier(plan: Plan) -> tuple[list[tuple[str, int]], dict[tuple[str, int], str]]:
+    """Row and seed of the runs in the folder, and the reasons of those that failed before; other folders are named."""
+    present = list(plan.present())
+    known = {plan.run_folder(row, seed) for row, seed in present}
+    for path in sorted((plan.folder / "runs").glob("*")):
+        if path not in known and not path.name.startswith("."):
+            print(f"{path} is not a run of a known row; it is left out of the table", file=sys.stderr)
+    return present, _failures(plan.folder)
 
 
 def _failures(folder: Path) -> dict[tuple[str, int], str]:

@@ -46,7 +46,8 @@ def draw(
     Pixels that are not finite become black, and a line on stderr says so; a flow may overflow early in training.
 
     Args:
-        divided: draw only those of the n images that are this process's part (`distributed`), which may be none.
+        divided: draw only those of the n images that are this process's part (`distributed`), which may be none; all
+            processes must call this function.
 
     Raises:
         UserError: n < 1, a negative temperature, a sampling mode that the model does not have, or a model of other data than
@@ -73,8 +74,9 @@ def draw(
         x = model.sample(_CHUNK, temperature=temperature, generator=generator, mode=mode)[: len(own) - start]
         broken += (~x.isfinite().flatten(1).all(1)).sum()
         images[start : start + _CHUNK] = to_uint8(x.nan_to_num(0.0, 0.0, 0.0))
-    if broken:
-        print(f"{int(broken)} of {len(own)} samples are not finite and have black pixels", file=sys.stderr)
+    count = distributed.total(int(broken)) if divided else int(broken)
+    if count:
+        print(f"{count} of {n} samples are not finite and have black pixels", file=sys.stderr)
     return images
 
 

@@ -239,6 +239,7 @@ class Run:
         runs.append_metrics(self.folder, {"images": images, "epoch": self.epoch, "finished": True})
         report.write(self.folder)
 
+    @by_main
     def print_summary(self) -> None:
         """Print the scores and the paths of the report and of the latest samples."""
         if not self.of_images:

@@ -191,12 +191,13 @@ def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = Fal
     loaded = []
     for name in names:
         found, problem = [], "another process does not find its weights"
-        try:
-            found = [metrics.extractor(name, device=device)]
-        except (UserError, OSError) as error:
-            if all_needed or name not in metrics.names():
-                raise
-            problem = str(error)
+        with distributed.unhurried():
+            try:
+                found = [metrics.extractor(name, device=device)]
+            except (UserError, OSError) as error:
+                if all_needed or name not in metrics.names():
+                    raise
+                problem = str(error)
         if distributed.highest(not found) == [0]:
             loaded += found
         else:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from glf_fast import data
 from glf_fast.data import Dataset
+from glf_fast.distributed import unhurried
 from glf_fast.errors import UserError
 from glf_fast.training.config import DataConfig
 
@@ -15,12 +17,9 @@ __all__ = ["load_other", "load_splits"]
 
 def load_splits(config: DataConfig, data_dir: Path | None) -> tuple[Dataset, Dataset]:
     """Load both splits; raises UserError also if they have too few items, or items of different shapes."""
-    train, test = (
-        data.load(
-            config.source, split, data_dir=data_dir, image_size=config.image_size, skip_unusable=config.skip_unusable
-        )
-        for split in data.SPLITS
-    )
+    options: dict[str, Any] = {"image_size": config.image_size, "skip_unusable": config.skip_unusable}
+    with unhurried():
+        train, test = (data.load(config.source, split, data_dir=data_dir, **options) for split in data.SPLITS)
     for dataset, least in ((train, 4), (test, 2)):  # scores compare two halves of train; a covariance needs two items
         if len(dataset) < least:
             raise UserError(f"{config.source} has {len(dataset)} {dataset.split} items; at least {least} are needed")

@@ -66,7 +66,8 @@ class Trainer:
         _check_share(config.batch_size, local_batch_norm)
         torch.manual_seed(config.seed)
         try:
-            self.model = kind(train.shape, config.model.trained_on(len(train))).to(device)
+            with distributed.unhurried():  # a model may fetch the weights of its loss
+                self.model = kind(train.shape, config.model.trained_on(len(train))).to(device)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # and sizes that no memory has
             if lacks_memory(error):
                 raise
@@ -255,7 +256,8 @@ class Trainer:
                     f"{name} is not finite after {self.images} images; {folder} was left unchanged; {REMEDY}, "
                     "and start a new run"
                 )
-        state = {"images": self.images, "stage": self.stage, "ends": self.ends, **state}
+        own = {"images": self.images, "stage": self.stage, "ends": self.ends, "local_batch_norm": self.local_batch_norm}
+        state = own | state
         distributed.by_main(checkpoint.write)(
             folder, Checkpoint(self.config.model.name, self.model.config, weights, training, state)
         )
@@ -264,9 +266,14 @@ class Trainer:
         """Restore the trainer from a checkpoint, and return the `state` of the checkpoint.
 
         Raises:
-            UserError: the checkpoint is incomplete or corrupt, or the epochs of a finished stage have changed since.
+            UserError: the checkpoint is incomplete or corrupt, or the epochs of a finished stage, or local_batch_norm, have
+                changed since.
         """
         saved = checkpoint.read(folder, training=True)
+        before = saved.state.get("local_batch_norm", self.local_batch_norm)  # earlier checkpoints do not say
+        if before != self.local_batch_norm:
+            has, remedy = ("with", "give the option again") if before else ("without", "leave the option out")
+            raise UserError(f"{folder} was trained {has} --local-batch-norm; {remedy}, or choose another --out")
         stage = saved.state.get("stage", 0)  # version 0.1.0 knew no stages
         if stage and saved.state["ends"][:stage] != self.ends[:stage]:
             raise UserError(

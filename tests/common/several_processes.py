@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,33 @@ from torch import Tensor
 from toy_models import Adversarial
 
 from glf_fast import distributed, models
-from glf_fast.data import ImageDataset
+from glf_fast.data import SOURCES, ImageDataset, celeba
+from glf_fast.data.routes import File
+from glf_fast.errors import UserError, run_command
+from glf_fast.files import atomic_write, file_digest
 from glf_fast.settings import updated
 from glf_fast.training import parallel
-from glf_fast.training.config import OptimizerConfig, default
+from glf_fast.training.comparison import _Results
+from glf_fast.training.comparison_plan import Plan
+from glf_fast.training.config import DataConfig, OptimizerConfig, default
+from glf_fast.training.pictures import draw
+from glf_fast.training.splits import load_splits
 from glf_fast.training.trainer import Trainer
 
-__all__ = ["CASES", "CPU", "curve", "curves", "images", "started"]
+__all__ = [
+    "CASES",
+    "CPU",
+    "curve",
+    "curves",
+    "drawing",
+    "failing_rows",
+    "fetching",
+    "finished",
+    "images",
+    "impatient",
+    "resulting",
+    "started",
+]
 
 CPU = torch.device("cpu")
 _SMALL: dict[str, Any] = {"latent_dim": 4, "width": 4, "hidden": 16}
@@ -151,6 +172,122 @@ def saved(count: int, cases: list[str], folder: Path) -> dict[str, Any]:
     out = folder / f"{count}.pt"
     finished(count, curves, cases, str(out))
     return torch.load(out)
+
+
+def failing_rows(first: int) -> None:
+    """The rows of a comparison whose runs fail in several ways, from the first on; prints what was noted."""
+    run_command(lambda: _failing_rows(first))
+
+
+def _failing_rows(first: int) -> None:
+    def lacks() -> None:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {distributed.rank() + 1} GiB. GPU …")
+
+    def wrong() -> None:
+        raise UserError("wrong")
+
+    def own(fails: Callable[[], None]) -> None:
+        if distributed.rank():
+            fails()
+        distributed.highest(1, 2)
+
+    def elsewhere() -> None:
+        if distributed.rank():
+            dist.all_reduce(torch.ones(1), async_op=True)  # as a backward begins them
+        wrong()
+
+    fails: dict[str, Callable[[], None]] = {
+        "all lack memory": lacks,
+        "process 0 lacks memory while the others wait": distributed.by_main(lacks),
+        "all are wrong": wrong,
+        "one lacks memory": lambda: own(lacks),
+        "one is wrong": lambda: own(wrong),
+        "all are wrong, in different places": elsewhere,
+    }
+    distributed._PATIENCE = 2.0
+    with distributed.launched():
+        results = _Results.__new__(_Results)
+        results._note = lambda *noted: None  # type: ignore[method-assign]
+        for name, fail in list(fails.items())[first:]:
+            with results.noting_failure(name, 0):
+                fail()
+            distributed.by_main(print)("after", name)
+        distributed.highest(0)
+        lacks()  # where no row fails
+
+
+def drawing(finite: int) -> None:
+    """Draw 1,000 samples by two processes; of those of the second only the first ones, so many, are finite."""
+    model = trainer("glf").model
+
+    def sample(n: int, **_: Any) -> Tensor:
+        x = torch.full((n, *model.shape), 0.5)
+        x[finite if distributed.rank() else n :] = torch.nan
+        return x
+
+    with distributed.launched(), mock.patch.object(model, "sample", sample):
+        draw(model, 1000, seed=0, divided=True)
+
+
+def resulting(folder: str, elsewhere: str) -> None:
+    """The record of a comparison's folder, of which the other processes see no file yet, is that of all processes."""
+    run_command(lambda: _resulting(folder, elsewhere))
+
+
+def _resulting(folder: str, elsewhere: str) -> None:
+    with distributed.launched():
+        plan = Plan(("glf", "vae"), "digits", "smoke", 1, out=Path(folder if distributed.is_main() else elsewhere))
+        train, test = load_splits(plan.shared.data, None)
+        record = _Results(plan, train, test, CPU).record()
+        assert record == distributed.by_main(lambda: record)()
+        print({row["name"]: [run["state"] for run in row["runs"]] for row in record["rows"]})
+
+
+@dataclass(frozen=True)
+class _Slow:
+    """A route that copies files from a folder, in longer than processes wait, and notes that it did."""
+
+    folder: Path
+    place: str = "a slow place"
+    installed: None = None
+
+    def fetch(self, files: tuple[File, ...], target: Path) -> None:
+        _note(self.folder, "fetched")
+        time.sleep(1.5)
+        for file in files:
+            with atomic_write(target / file.name) as temporary:
+                temporary.write_bytes((self.folder / file.name).read_bytes())
+
+
+def _note(folder: Path, what: str) -> None:
+    with (folder / "notes.txt").open("a") as file:
+        file.write(f"{what}\n")
+
+
+def fetching(folder: Path, machines: int) -> None:
+    """Load CelebA, whose files are in a folder, by a slow route in each process, on as many machines with a cache each."""
+    run_command(lambda: _fetching(folder, machines))
+
+
+def _fetching(folder: Path, machines: int) -> None:
+    distributed.WAIT, distributed._BEAT = timedelta(seconds=1), 0.1
+    rank = int(os.environ["RANK"])
+    os.environ["GLF_FAST_CACHE"] = str(folder / f"cache of {rank % machines}")
+    digests = [f"md5:{file_digest(folder / file.name, 'md5')}" for file in celeba.CELEBA.files]
+    files = tuple(replace(file, digest=digest) for file, digest in zip(celeba.CELEBA.files, digests, strict=True))
+    source, decode = replace(celeba.CELEBA, files=files, routes=(_Slow(folder),)), celeba._decode
+
+    def decoding(*arguments: Any) -> None:
+        _note(folder, "decoded")
+        decode(*arguments)
+
+    with (
+        distributed.launched(),
+        mock.patch.dict(SOURCES, celeba=source),
+        mock.patch.object(celeba, "_decode", decoding),
+    ):
+        train, test = load_splits(DataConfig("celeba"), None)
+        assert (len(train), len(test)) == (4, 2) and distributed.highest(rank) == [1]
 
 
 def impatient(seconds: float, module: str, *arguments: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import forked
 import pytest
+import several_processes
 import torch
 from safetensors.torch import load_file
 
@@ -347,6 +348,13 @@ def test_a_run_with_other_scores_is_no_row(folder: Path, call: Call) -> None:
     call(compare, *SMOKE, "--models", "vae", "--out", folder)
     assert states(folder) == {"glf": ["failed"], "vae": ["finished"]}
     assert "run python -m glf_fast.evaluate" in (folder / "comparison.md").read_text()
+
+
+def test_processes_need_not_see_what_the_first_has_written(folder: Path, tmp_path: Path) -> None:
+    [(printed, _), nothing] = several_processes.finished(
+        2, several_processes.resulting, str(folder), str(tmp_path / "no")
+    )
+    assert nothing == ("", "") and printed == "{'glf': ['finished'], 'vae': ['finished']}\n"
 
 
 def test_a_table_of_failures_alone(own_rows: Path, tmp_path: Path, call: Call) -> None:

@@ -1,18 +1,23 @@
 """Commands under torchrun: one run, whatever the number of processes, and one line where one of them is missing."""
 
 import contextlib
+import io
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import forked
 import pytest
-from several_processes import finished, impatient, started
+from PIL import Image
+from several_processes import drawing, failing_rows, fetching, finished, impatient, started
 
 from glf_fast import evaluate, train
+from glf_fast.data import celeba
 from glf_fast.errors import UserError
 from glf_fast.metrics import __main__ as metrics
 from glf_fast.training import checkpoint, runs
@@ -97,6 +102,11 @@ def test_distances_are_those_of_one_process(call: Call, capsys: pytest.CaptureFi
     assert nothing == ("", "") and printed == capsys.readouterr().out
 
 
+def test_samples_of_all_processes_that_are_not_finite_are_counted() -> None:
+    [(_, told), nothing] = finished(2, drawing, 400)
+    assert told == "100 of 1000 samples are not finite and have black pixels\n" and nothing == ("", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -109,6 +119,52 @@ def test_an_error_of_all_processes_is_printed_once(arguments: list[str], message
         [line] = errors(children)
         assert message in line and [child.returncode for child in children] == [2, 2]
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "noted", "message"),
+    [(0, 3, "not enough memory"), (4, 0, "error: wrong"), (5, 0, "error: wrong"), (6, 0, "not enough memory")],
+)
+def test_a_comparison_goes_on_after_errors_of_all_processes_alone(first: int, noted: int, message: str) -> None:
+    with started(2, failing_rows, first) as children:
+        [line] = errors(children)
+        assert message in line and [child.returncode for child in children] == [2, 2]
+        assert children[0].communicate()[0].count("after ") == noted
+
+
+def celeba_of_six(folder: Path) -> None:
+    """Write the files of CelebA with 4 training and 2 test images."""
+    content = io.BytesIO()
+    Image.new("RGB", (178, 218), "red").save(content, "PNG")
+    with zipfile.ZipFile(folder / celeba.ARCHIVE, "w") as archive:
+        for i in range(6):
+            archive.writestr(f"img_align_celeba/{i:06}.jpg", content.getvalue())
+    rows = [f"{i:06}.jpg {number}\n" for i, number in enumerate((0, 0, 0, 0, 2, 2))]
+    (folder / celeba.PARTITION).write_text("".join(rows))
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_data_are_fetched_and_decoded_once_on_a_machine_however_long_it_takes(machines: int, tmp_path: Path) -> None:
+    """In longer than processes wait for each other. The second of two machines begins when the first has its files."""
+    celeba_of_six(tmp_path)
+    if machines > 1:
+        shutil.copytree(tmp_path, tmp_path / "cache of 0" / "data" / "celeba")
+    finished(2, fetching, tmp_path, machines)
+    done = (tmp_path / "notes.txt").read_text().split()
+    assert sorted(done) == sorted(["fetched", *["decoded"] * (2 * machines)])
+
+
+def test_a_process_that_ends_while_it_fetches_ends_the_others(tmp_path: Path) -> None:
+    celeba_of_six(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "cache of 0" / "data" / "celeba")
+    with started(2, fetching, tmp_path, 2) as children:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "notes.txt").is_file() or "fetched" not in (tmp_path / "notes.txt").read_text():
+            assert time.monotonic() < deadline and children[1].poll() is None, children[1].communicate(1)
+            time.sleep(0.01)
+        children[1].send_signal(signal.SIGKILL)
+        [line] = errors(children[:1])
+        assert "another process of this job did not answer for 1 seconds" in line and children[0].returncode == 2
 
 
 def test_a_process_that_does_not_answer_ends_the_others_after_a_time(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import several_processes
 import torch
 
 from glf_fast import data, use_backend
@@ -210,3 +211,20 @@ def test_checkpoints_for_use_hold_weights_alone(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match=r"training.safetensors is missing"):
         checkpoint.read(tmp_path / "best", training=True)
+
+
+def test_a_resumed_run_keeps_its_kind_of_batch_norm(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoint"
+    for local, message in (
+        (True, "with --local-batch-norm; give the option"),
+        (False, "without --local-batch-norm; leave"),
+    ):
+        same, other = (several_processes.trainer("glf", local_batch_norm=kind) for kind in (local, not local))
+        same.save(place, {}, for_resuming=True)
+        same.restore(place)
+        with pytest.raises(UserError, match=message):
+            other.restore(place)
+    whole = checkpoint.read(place, training=True)
+    del whole.state["local_batch_norm"]  # as earlier versions wrote it
+    checkpoint.write(place, whole)
+    other.restore(place)
