@@ -206,6 +206,36 @@ class AutoregressiveFlow(StackedFlow):
                 self._fan_in[like.device] = found
         return found
 
+    def get_extra_state(self) -> Tensor:
+        """How many units each unit sees (K, …), in float32: averages of states of one flow change it by rounding alone."""
+        return self.seen(self.mlp_biases[0]).float()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what `get_extra_state` returned: the degrees of another flow, which may be random, belong to its weights.
+
+        Raises:
+            ValueError: averages of flows with different degrees.
+        """
+        own = self._fan_in[torch.device("cpu")]
+        if state.device.type == "meta" or state.shape != own.shape:  # other shapes are those of other weights, too
+            return
+        given = state.detach().to("cpu", torch.float64)
+        found = given.round()
+        if not torch.allclose(given, found, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                "the saved degrees are not whole numbers: average the states of one flow, not of flows with different masks"
+            )
+        if not torch.equal(found, own.double()):
+            self._fan_in = {torch.device("cpu"): found.long()}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if (name := f"{prefix}_extra_state") in missing:  # saved before degrees were; the constructor's are kept
+            missing.remove(name)
+
     def __getstate__(self) -> dict[str, Any]:
         cpu = torch.device("cpu")
         return {**super().__getstate__(), "_fan_in": {cpu: self._fan_in[cpu]}}

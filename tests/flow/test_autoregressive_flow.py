@@ -187,6 +187,24 @@ def test_degrees_survive_averaging_and_copies() -> None:
     assert copy.deepcopy(flow)._fan_in.keys() == {torch.device("cpu")}
 
 
+@pytest.mark.parametrize("linear", ["reverse", "permutation", "plu", "dense"])
+def test_a_state_has_all_that_a_flow_of_other_degrees_differs_in(linear: str) -> None:
+    drawn = [[[[1, 2, 3], degrees]] * 2 for degrees in ([0, 1, 1, 2], [1, 1, 2, 2])]
+    saved, loaded = (random_flow(3, 2, (4,), linear=linear, degrees=degrees) for degrees in drawn)
+    usual = random_flow(3, 2, (4,), linear=linear)
+    x, state = torch.randn(5, 3).double(), saved.state_dict()
+    averaged = {**state, "_extra_state": 0.9 * state["_extra_state"] + 0.1 * state["_extra_state"]}
+    for flow, given in ((loaded, state), (usual, averaged)):
+        assert not torch.equal(flow.log_prob(x), saved.log_prob(x))
+        flow.load_state_dict(given)
+        assert torch.equal(flow.log_prob(x), saved.log_prob(x))
+    other = random_flow(3, 2, (4,), linear=linear, degrees=drawn[1]).state_dict()["_extra_state"]
+    with pytest.raises(ValueError, match="not of flows with different masks"):
+        usual.load_state_dict({**state, "_extra_state": (state["_extra_state"] + other) / 2})
+    del state["_extra_state"]  # a file of a flow that did not save it
+    saved.load_state_dict(state)
+
+
 def test_a_flow_starts_as_the_identity_but_for_its_maps() -> None:
     x = torch.randn(5, 4)
     z, logdet = AutoregressiveFlow(4, 1, (8,))(x)
