@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.degrees import degrees
 from glf_fast.conversion.layers import FIXED, Autoregressive, Conditioner, Unfusable
-from glf_fast.conversion.mlp import check_hooks, role_of
+from glf_fast.conversion.mlp import check_class, role_of
 from glf_fast.ops.checks import check_spline
 from glf_fast.reference import Spline
 from glf_fast.reference.made import fan_in, masks
@@ -28,8 +28,8 @@ class MaskedLinear(NamedTuple):
 
 
 def masked_linear(module: nn.Module) -> MaskedLinear:
-    """A layer with `weight`, `mask` and `bias`, as all libraries have it; raises Unfusable for one that has hooks."""
-    check_hooks(module)
+    """A layer with `weight`, `mask` and `bias`, as all libraries have it; raises Unfusable for one that does something else."""
+    check_class(module, "MaskedLinear")
     return MaskedLinear(module.weight, module.mask, module.bias)  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Diagonal, Layer, Unfusable, trained_together
 from glf_fast.flow import Flow
 
-__all__ = ["Base", "FusedLayer", "Library", "Reader", "Unpacked", "check_shape", "declared_context"]
+__all__ = ["Base", "FusedLayer", "Library", "Reader", "Unpacked", "check_shape", "declared_context", "overridden"]
 
 
 @dataclass(frozen=True)

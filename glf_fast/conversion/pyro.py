@@ -15,7 +15,7 @@ from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_li
 from glf_fast.conversion.chains import Chain, Part, Replacement, replaced
 from glf_fast.conversion.layers import Bijection, ConversionError, Layer, Permutation, Unfusable
 from glf_fast.conversion.library import Base, FusedLayer, Library
-from glf_fast.conversion.mlp import activation_name, check_hooks
+from glf_fast.conversion.mlp import activation_name, check_class
 
 __all__ = ["LIBRARY"]
 
@@ -156,7 +156,7 @@ def _affine_autoregressive(part: Part) -> list[Layer]:
         raise Unfusable(f"its log-scale is clipped to {limits}; (-5, 3) is covered")
     if not isinstance(network, nn.Module):
         raise Unfusable("its network is given a context")
-    check_hooks(network)
+    check_class(network, "AutoRegressiveNN")
     if network.skip_layer is not None:
         raise Unfusable("its network has skip connections")
     outputs = torch.arange(2 * network.input_dim).view(2, -1).T.flip(1)  # all means come first, then all log-scales

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from glf_fast.conversion import mlp
@@ -27,7 +27,7 @@ from glf_fast.conversion.layers import (
     trained_together,
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library
-from glf_fast.conversion.mlp import activation_name, check_hooks
+from glf_fast.conversion.mlp import activation_name, check_class
 from glf_fast.flow import Flow
 from glf_fast.reference import Spline, log_scale
 
@@ -140,15 +140,15 @@ def _autoregressive(part: Part) -> list[Layer]:
 
 def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], str]:
     """Kind, linear layers and activation of a MaskedMLP: Linear, activation, … Linear, or Linear, residual blocks, Linear."""
-    check_hooks(mlp)
+    check_class(mlp, "MaskedMLP")
     layers = list(mlp)
-    blocks = [layer for layer in layers if type(layer).__name__ == "Residual"]
+    blocks = [layer for layer in layers if isinstance(layer, nn.Sequential)]
     network, between = "mlp", layers[1::2]
     if blocks:
         if blocks != layers[1:-1] or any(len(block) != 3 for block in blocks):
             raise Unfusable("its residual network has layers of several widths")
         for block in blocks:
-            check_hooks(block)
+            check_class(block, "Residual")
         network, between = "skip", [block[1] for block in blocks]
         layers = [layers[0], *(layer for block in blocks for layer in block), layers[-1]]
     linears = [layer for layer in layers if hasattr(layer, "mask")]

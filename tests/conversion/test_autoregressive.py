@@ -10,6 +10,7 @@ from typing import Any
 import normflows as nf
 import pytest
 import torch
+import zuko
 from nflows import transforms as T
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
@@ -158,6 +159,35 @@ def _with_a_cycle(flow: nn.Module) -> nn.Module:
 def test_refusals_say_why(reason: str) -> None:
     with pytest.raises(ConversionError, match=reason):
         convert(REFUSED[reason](4, 0))
+
+
+# A class of the network's parts, whose objects get a subclass → the flow.
+NETWORKS: dict[str, Make] = {
+    "MADE": of_nflows(),
+    "MaskedLinear": of_nflows(),
+    "MaskedResidualBlock": of_nflows(),
+    "MaskedFeedforwardBlock": of_nflows(**PLAIN),
+    "Linear": of_nflows(),
+    "MaskedMLP": lambda d, c: zuko.flows.MAF(d, c, hidden_features=(9,)),
+    "Residual": lambda d, c: zuko.flows.MAF(d, c, hidden_features=(9,), residual=True),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_with_methods_of_their_own_stay(tools, name: str) -> None:
+    """What they do in training mode alone no comparison shows."""
+    flow = NETWORKS[name](3, 2)
+    convert(flow)
+    with pytest.raises(ConversionError, match=r"Dropping has its own forward"):
+        convert(tools.dropping(flow, name).eval())
+
+
+def test_a_forward_of_one_object_stays() -> None:
+    flow = of_nflows()(3, 0)
+    network = flow._transform._transforms[0].autoregressive_net
+    network.forward = lambda x, context=None: type(network).forward(network, x, context)
+    report = accelerate(flow)
+    assert "a forward that is not its class's" in str(report) and report.replaced[0].couplings == 2
 
 
 @pytest.mark.parametrize("blocks", [0, 2])

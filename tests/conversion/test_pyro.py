@@ -169,6 +169,12 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["AutoRegressiveNN", "MaskedLinear"])
+def test_networks_with_methods_of_their_own_stay(tools, name: str) -> None:
+    with pytest.raises(ConversionError, match="Dropping has its own forward"):
+        convert(tools.dropping(ComposeTransformModule([layer(4, 9)]), name).eval())
+
+
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refusals_say_why(reason: str) -> None:
     with pytest.raises(ConversionError, match=reason):
