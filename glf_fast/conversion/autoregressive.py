@@ -93,7 +93,8 @@ class DeclaredAutoregressive:
             if self.block_contexts:
                 context = self.block_contexts[k]
                 W, biases[i] = context.weight[order].T, biases[i] + context.bias[order]
-                role = role_of(context.weight, W)
+                role, of_bias = role_of(context.weight, W), role_of(context.bias, biases[i])
+                bias_roles[i] = torch.maximum(bias_roles[i], of_bias)  # a sum is trained if one of the two is
             weights[i], roles[i] = torch.cat([W, weights[i]]), torch.cat([role, roles[i]])
         if self.context_layer is not None:
             W, b = self.context_layer.weight[orders[1]].T, self.context_layer.bias[orders[1]]

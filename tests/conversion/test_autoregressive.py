@@ -161,6 +161,18 @@ def test_refusals_say_why(reason: str) -> None:
         convert(REFUSED[reason](4, 0))
 
 
+@pytest.mark.parametrize("trained", ["context_layer", "linear_layers.0.bias", "final_layer", "initial_layer.weight"])
+def test_some_of_a_network_is_trained(trained: str) -> None:
+    flow = of_nflows()(3, 2)
+    for name, parameter in flow.named_parameters():
+        parameter.requires_grad_(trained in name)
+    x, context = torch.randn(1, 16, 3).double(), torch.randn(16, 2).double()
+    converted = convert(flow).double()
+    assert any(parameter.requires_grad for parameter in converted.parameters())
+    wanted, got = (losses(f, torch.optim.SGD, 1e-3, x.expand(3, -1, -1), context) for f in (flow.double(), converted))
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
 # A class of the network's parts, whose objects get a subclass → the flow.
 NETWORKS: dict[str, Make] = {
     "MADE": of_nflows(),
