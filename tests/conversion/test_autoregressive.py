@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -227,6 +228,19 @@ def test_degrees_allow_what_any_masks_without_a_cycle_allow(seed: int, blocks: i
         assert blocks == 0 or all(torch.equal(found[1], layer) for layer in found[1::2])
         ranks = [sorted(layer.tolist()) for layer in found]
         assert fan_in(ranks[1:], ranks[0])
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_degrees_of_wide_layers_take_one_pass(blocks: int) -> None:
+    """Of masks as nflows, zuko and pyro make them, in an order of the features; D passes over these took seconds each."""
+    dim, width = 300, 700
+    features = torch.randperm(dim) + 1
+    hidden = [torch.arange(width) % (dim - 1) + 1] * (1 + 2 * blocks if blocks else 2)
+    masks = [after[:, None] >= before for before, after in zip([features, *hidden], hidden, strict=False)]
+    start = time.process_time()
+    found = degrees([*masks, features[:, None] > hidden[-1]], blocks)
+    assert time.process_time() - start < 2
+    assert all(map(torch.equal, found, [features, *hidden]))
 
 
 def test_a_cycle_has_no_degrees() -> None:
