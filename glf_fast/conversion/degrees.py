@@ -54,7 +54,8 @@ def _counted(edges: Sequence[Edge], last: tuple[int, Tensor], hidden: Sequence[i
     """
     source, outputs = last
     dim = len(outputs)
-    reach = [torch.eye(dim, dtype=torch.float, device=outputs.device), *(outputs.new_zeros(n, dim, dtype=torch.float) for n in hidden)]
+    reach = [outputs.new_zeros(n, dim, dtype=torch.float) for n in (dim, *hidden)]  # the features that each unit sees
+    reach[0].fill_diagonal_(1)
     for i, j, mask in edges:
         reach[j] = torch.maximum(reach[j], (mask.float() @ reach[i]).clamp(max=1))
     features = 1 + (outputs.float() @ reach[source]).count_nonzero(1)

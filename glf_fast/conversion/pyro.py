@@ -14,7 +14,7 @@ from torch.distributions import Independent, Normal, Transform, TransformedDistr
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
 from glf_fast.conversion.chains import Chain, Part, Replacement, replaced
 from glf_fast.conversion.layers import Bijection, ConversionError, Layer, Permutation, Unfusable
-from glf_fast.conversion.library import Base, FusedLayer, Library
+from glf_fast.conversion.library import Base, FusedLayer, Library, run_on_rows
 from glf_fast.conversion.mlp import activation_name, check_class
 
 __all__ = ["LIBRARY"]
@@ -86,11 +86,11 @@ class PyroLayer(Transform, FusedLayer):
         return id(self)
 
     def _call(self, x: Tensor) -> Tensor:
-        y, self._logdet = self._rows(x, inverse=True)
+        y, self._logdet = run_on_rows(self.flow.inverse, x)
         return y
 
     def _inverse(self, y: Tensor) -> Tensor:
-        x, logdet = self._rows(y, inverse=False)
+        x, logdet = run_on_rows(self.flow, y)
         self._logdet = -logdet
         return x
 
@@ -98,13 +98,8 @@ class PyroLayer(Transform, FusedLayer):
         """log|det ∂y/∂x|, in the shape of the batch."""
         known_x, known_y = self._cached_x_y
         if self._logdet is None or x is not known_x or y is not known_y:
-            return self._rows(x, inverse=True)[1]
+            return run_on_rows(self.flow.inverse, x)[1]
         return self._logdet
-
-    def _rows(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
-        out, logdet = self.flow.inverse(rows) if inverse else self.flow(rows)
-        return out.reshape(x.shape), logdet.reshape(x.shape[:-1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cached_x_y": (None, None), "_logdet": None}

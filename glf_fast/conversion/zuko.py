@@ -26,7 +26,7 @@ from glf_fast.conversion.layers import (
     Unfusable,
     trained_together,
 )
-from glf_fast.conversion.library import Base, FusedLayer, Library
+from glf_fast.conversion.library import Base, FusedLayer, Library, run_on_rows
 from glf_fast.conversion.mlp import activation_name, check_class
 from glf_fast.flow import Flow
 from glf_fast.reference import Spline, log_scale
@@ -71,24 +71,17 @@ class _Given(Transform):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(…, D) → (…, D), log|det| (…), in one evaluation."""
-        return self._run(self.flow, x)
+        return run_on_rows(self.flow, x, self.context)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det| (…) of data → noise at x."""
-        return self._run(self.flow, x)[1]
+        return run_on_rows(self.flow, x, self.context)[1]
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._run(self.flow, x)[0]
+        return run_on_rows(self.flow, x, self.context)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._run(self.flow.inverse, y)[0]
-
-    def _run(self, direction: Callable[..., tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
-        batch, context = x.shape[:-1], self.context
-        if context is not None:
-            context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
-        y, logdet = direction(x.reshape(-1, x.shape[-1]), context)
-        return y.reshape(*batch, y.shape[-1]), logdet.reshape(batch)
+        return run_on_rows(self.flow.inverse, y, self.context)[0]
 
 
 def _context_columns(module: Any, dim: int) -> int:
