@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,8 +86,6 @@ class AutoregressiveFlow(StackedFlow):
         actnorm: bool = False,
         degrees: Sequence[Degrees] | None = None,
     ) -> None:
-        if dim < 1:
-            raise ValueError(f"dim must be ≥ 1; got {dim}")
         check_choice("transform", transform, TRANSFORMS)
         check_choice("network", network, MASKED_NETWORKS)
         check_choice("activation", activation, ACTIVATIONS)
@@ -110,9 +110,11 @@ class AutoregressiveFlow(StackedFlow):
             "context_layer": context_layer,
             "linear": linear,
             "actnorm": actnorm,
-            "degrees": degrees if degrees is None else tuple(tuple(map(tuple, step)) for step in degrees),
+            "degrees": None if degrees is None else _whole(degrees),
         }
         super().__init__(config, "permutation" if linear == "reverse" else linear)
+        if dim < 1:
+            raise ValueError(f"dim must be ≥ 1; got {dim}")
         names = ("transform", "network", "activation", "log_scale", "log_scale_constant", "context_layer")
         self._options = {name: config[name] for name in names} | {"spline": kind}
         widths = _widths(config)
@@ -251,6 +253,17 @@ def _linear_layer(linear: str, dim: int, k: int) -> InvertibleLinear:
     if linear == "reverse":
         return InvertibleLinear(dim, linear="permutation", permutation=range(dim)[:: -1 if k else 1])
     return InvertibleLinear(dim, linear=linear)
+
+
+def _whole(degrees: Sequence[Degrees]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Degrees as tuples; raises TypeError for anything else than whole numbers in sequences in sequences."""
+    try:
+        return tuple(tuple(tuple(map(operator.index, layer)) for layer in step) for step in degrees)
+    except TypeError:
+        raise TypeError(
+            "degrees must be whole numbers: for each step, one for each feature, then one for each unit of each hidden layer; "
+            f"got {reprlib.repr(degrees)}"
+        ) from None
 
 
 def _widths(config: Mapping[str, Any]) -> tuple[int, ...]:

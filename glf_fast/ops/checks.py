@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "check_spline_of",
     "check_state",
     "check_tensors",
+    "check_whole",
 ]
 
 
@@ -33,6 +35,15 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_whole(**named: Any) -> None:
+    """Raise TypeError where a value is no whole number."""
+    for name, value in named.items():
+        try:
+            operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be a whole number; got {value!r}") from None
 
 
 def check_log_scale(name: str, constant: float | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from glf_fast import AutoregressiveFlow, Inverse, Spline, use_backend
+from glf_fast import AutoregressiveFlow, CouplingFlow, Inverse, Spline, use_backend
 
 
 def random_flow(*args: Any, **options: Any) -> AutoregressiveFlow:
@@ -224,6 +224,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "steps must be ≥ 1": {"steps": 0},
     "degrees must be, for each of 5 steps": {"degrees": [[[1, 2, 3]]]},
     "degrees must be sorted": {"steps": 1, "hidden": (2,), "degrees": [[[1, 2, 3], [2, 1]]]},
+    "degrees must be whole numbers: .*; got 3": {"degrees": 3},
+    "degrees must be whole numbers": {"steps": 1, "hidden": (2,), "degrees": [[[1, 2, 3], [1, 1.5]]]},
     "must not shrink": {
         "steps": 1, "hidden": (2,), "network": "residual", "degrees": [[[1, 2, 3], [2, 2], [1, 1], [1, 1]]],
     },
@@ -234,6 +236,22 @@ WRONG: dict[str, dict[str, Any]] = {
 def test_errors_say_what_is_wrong(message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         AutoregressiveFlow(**{"dim": 3, **WRONG[message]})
+
+
+@pytest.mark.parametrize("kind", [AutoregressiveFlow, CouplingFlow])
+def test_sizes_are_whole_numbers(kind: type) -> None:
+    for name, value in (("dim", 3.0), ("dim", "3"), ("steps", 2.0), ("context_dim", 1.5)):
+        with pytest.raises(TypeError, match=f"^{name} must be a whole number; got {value!r}"):
+            kind(**{"dim": 3, name: value})
+    with pytest.raises(TypeError, match=r"^hidden\[1\] must be a whole number; got 5.5"):
+        kind(3, hidden=(5, 5.5))
+    with pytest.raises(TypeError, match=r"^hidden\[0\] must be a whole number; got '5'"):
+        kind(3, hidden="50")
+
+
+def test_repr_is_short() -> None:
+    degrees = [[range(1, 101), [1] * 50, [1] * 50]] * 3
+    assert len(repr(AutoregressiveFlow(100, 3, degrees=degrees))) < 800
 
 
 def test_a_flow_of_other_degrees_is_autoregressive() -> None:
