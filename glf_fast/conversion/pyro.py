@@ -79,7 +79,8 @@ class PyroLayer(Transform, FusedLayer):
 
     def __init__(self, flow: Any) -> None:
         FusedLayer.__init__(self, flow)
-        self._cache_size, self._inv, self._cached_x_y = 1, None, (None, None)
+        self._cache_size, self._inv = 1, None
+        self._cached_x_y: tuple[Any, Any] = (None, None)
         self._logdet: Tensor | None = None
 
     def __hash__(self) -> int:
@@ -143,13 +144,14 @@ def _prepare(copied: nn.Module) -> None:
 
 
 def _affine_autoregressive(part: Part) -> list[Layer]:
-    transform, network = part.module, part.module.arn
+    transform: Any = part.module
+    network: Any = transform.arn
     if transform.stable:
         raise Unfusable("stable=True shifts by (1 − σ)·μ")
     limits = transform.log_scale_min_clip, transform.log_scale_max_clip
     if limits != (-5, 3):
         raise Unfusable(f"its log-scale is clipped to {limits}; (-5, 3) is covered")
-    if not isinstance(network, nn.Module):
+    if not hasattr(network, "skip_layer"):
         raise Unfusable("its network is given a context")
     check_class(network, "AutoRegressiveNN")
     if network.skip_layer is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import seeds
-from glf_fast.flow import Flow
+from glf_fast.flow import Embedded, Flow
 from glf_fast.flow.base import any_parameter
 from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.ops.checks import check_floating, check_tensors
@@ -137,6 +137,8 @@ def _checked(flow: Flow, x: Tensor, context: Tensor | None, of: str) -> tuple[Te
                 raise TypeError(
                     f"{name} is {tensor.dtype} but the flow is {like.dtype}: convert one of them with .to()"
                 )
+        if tensor is not x and isinstance(flow, Embedded):
+            continue  # a network may know what to do with NaN
         if not (finite := tensor.detach().isfinite().flatten(1).all(1)).all():
             row = int((~finite).nonzero()[0])
             raise ValueError(

@@ -168,7 +168,8 @@ class _Builder:
         flow = SequentialFlow(layers, (dim,), context.shape[1])
         with torch.no_grad():  # initialises the ActNorms; the first call by sbi would do it with two rows
             flow(values[:START], context)
-        return FlowEstimator(flow, values.shape[1:], condition.shape[1:], network)._expecting(values, condition)
+        made = FlowEstimator(flow, values.shape[1:], condition.shape[1:], network, of)
+        return made._expecting(values, condition)
 
     def _check_columns(self, values: Tensor) -> None:
         """Raise ValueError if this kind of flow has no density of these simulations; warn if it has normal ones alone."""
@@ -241,12 +242,15 @@ class FlowEstimator(ConditionalDensityEstimator):
         input_shape, condition_shape: shapes of one θ and one x.
         embedding_net: network that maps x (B, …) to the context (B, C), standardisation included. It runs once for each x, for
             any number of samples.
+        of: "theta", or "x" of an estimator of a likelihood.
     """
 
     def __init__(
-        self, flow: SequentialFlow, input_shape: torch.Size, condition_shape: torch.Size, embedding_net: nn.Module
-    ) -> None:
+        self, flow: SequentialFlow, input_shape: torch.Size, condition_shape: torch.Size, embedding_net: nn.Module,
+        of: str = "theta",
+    ) -> None:  # fmt: skip
         super().__init__(flow, input_shape, condition_shape)
+        self.of = of
         self._embedding_net = embedding_net
         self._expected: tuple[Tensor, Tensor] | None = None
 
@@ -303,8 +307,15 @@ class FlowEstimator(ConditionalDensityEstimator):
                 all(torch.isin(input[..., i].cpu(), values[:, i]).all() for i in range(values.shape[1]))
                 for values in self._expected
             )
-            self._expected, swapped = None, bool(others and not own)
+            swapped = bool(others and not own)
+            if own != others:  # rows held out are in neither
+                self._expected = None
         if swapped:
+            self.check_of("x" if self.of == "theta" else "theta")
+
+    def check_of(self, wanted: str) -> None:
+        """Raise ValueError unless this is an estimator of `wanted`, "theta" for NPE or "x" for NLE."""
+        if self.of != wanted:
             raise ValueError(
                 "θ and x have changed places: NPE takes coupling_flow() or maf(), estimators of q(θ | x), and NLE takes "
                 "coupling_likelihood() or maf_likelihood(), estimators of q(x | θ)"

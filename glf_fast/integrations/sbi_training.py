@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from sbi.inference import NLE, NPE
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from glf_fast.fitting import FitResult, fit
 from glf_fast.flow import Embedded, Flow, SequentialFlow
 
 __all__ = ["train"]
+
+CHUNK = 10_000  # simulations that go through an embedding net at once
 
 
 def train(
@@ -28,8 +32,8 @@ def train(
     """Do what `inference.train(…)` does, faster: fit the estimator of the trainer's simulations, with sbi's settings.
 
     The same maximum likelihood by Adam on random batches, held-out rows, early stopping and best weights kept. On a processor
-    the steps of `maf()` and `coupling_flow()` run in C++, unless the embedding net has parameters to train. Afterwards
-    `inference.build_posterior()` and `inference.summary` are as after sbi's own training.
+    the steps of `maf()` and `coupling_flow()` run in C++, unless the embedding net has something to learn. Afterwards
+    `inference.build_posterior()` and `inference.summary` are as after sbi's own training, which cannot resume this one.
 
     Args:
         inference: an NPE or NLE trainer with one of our estimators (`density_estimator=maf()`), after `append_simulations`.
@@ -39,8 +43,10 @@ def train(
         The trained estimator.
 
     Raises:
-        ValueError: no simulations, or a later round of NPE, whose loss corrects for the proposal (`inference.train` does).
+        ValueError: no or too few simulations, NaN in them, arguments out of their range, an estimator of the other conditional,
+            or a later round of NPE, whose loss corrects for the proposal (`inference.train` does).
         TypeError: a trainer of another kind, or an estimator that is not ours.
+        KeyboardInterrupt: Ctrl-C; the trainer has the estimator with the best weights so far.
 
     Example:
         >>> prior = BoxUniform(-torch.ones(3), torch.ones(3))
@@ -57,21 +63,31 @@ def train(
         raise ValueError("there are no simulations: call inference.append_simulations(theta, x) first")
     if isinstance(inference, NPE) and max(rounds) > 0:
         raise ValueError("a later round of NPE corrects its loss for the proposal: use inference.train()")
+    if not isinstance(max_num_epochs, int) or max_num_epochs < 1:
+        raise ValueError(f"max_num_epochs must be a whole number ≥ 1; got {max_num_epochs!r}")
     theta, x, _ = inference.get_simulations()
+    training = int((1 - validation_fraction) * len(theta))
+    if not 0 < validation_fraction < 1 or not 0 < training < len(theta):
+        raise ValueError(
+            f"of {len(theta)} simulations some must be trained on and some held out; got {validation_fraction=}"
+        )
     chosen = torch.randperm(len(theta))
-    held_out = len(theta) - int((1 - validation_fraction) * len(theta))
-    rows = chosen[held_out:].to(theta.device), chosen[:held_out].to(theta.device)  # to train on, to validate on
+    rows = chosen[:training].to(theta.device), chosen[training:].to(theta.device)
     estimator = inference._neural_net
     if estimator is None:
         estimator = inference._build_neural_net(theta[rows[0]].cpu(), x[rows[0]].cpu())
     if not isinstance(getattr(estimator, "net", None), SequentialFlow):
         raise TypeError(f"the estimator must be one of ours, such as maf(); got {type(estimator).__name__}")
+    estimator.check_of("x" if isinstance(inference, NLE) else "theta")
     estimator.to(inference._device)
-    values, condition = (x, theta) if isinstance(inference, NLE) else (theta, x)
-    with torch.no_grad():
-        estimator.loss(values[:2], condition[:2])  # raises where θ and x have changed places
-    flow, data = _inner(estimator, values, condition)
-    (z, context, before), (held_z, held_context, held_before) = ([t[part] for t in data] for part in rows)
+    flow, data = _inner(estimator, *((x, theta) if isinstance(inference, NLE) else (theta, x)))
+    wrong = [i for i, finite in enumerate(_finite(flow, *data).tolist()) if not finite]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(theta)} simulations have NaN or infinity in theta or x, first number {wrong[0]}: "
+            "append_simulations(…, exclude_invalid_x=True) leaves them out"
+        )
+    (z, context, before), (held_z, held_context, held_before) = ([t[part.to(t.device)] for t in data] for part in rows)
 
     started, epochs = time.time(), 0
 
@@ -92,8 +108,11 @@ def train(
     )  # fmt: skip
     estimator.eval().zero_grad(set_to_none=True)
     inference._neural_net = estimator
-    inference.summary["epochs_trained"].append(len(result.training_loss))
-    inference.summary["best_validation_loss"].append(min(result.validation_loss) - held_before.mean().item())
+    if result.validation_loss:
+        inference.summary["epochs_trained"].append(len(result.validation_loss))
+        inference.summary["best_validation_loss"].append(min(result.validation_loss) - held_before.mean().item())
+    if result.stopped == "interrupted":
+        raise KeyboardInterrupt
     return estimator
 
 
@@ -101,11 +120,25 @@ def train(
 def _inner(estimator: Any, values: Tensor, condition: Tensor) -> tuple[Flow, tuple[Tensor, Tensor, Tensor]]:
     """The part of an estimator that is trained, and its rows: z (N, D), context (N, …), log|∂z/∂values| (N,)."""
     *fixed, flow = estimator.net.layers
-    z, logdet = values, values.new_zeros(len(values))
-    for layer in fixed:
-        z, added = layer(z)
-        logdet = logdet + added
     network: nn.Module = estimator.embedding_net
-    if any(p.requires_grad for p in network.parameters()):
-        return Embedded(flow, network, tuple(condition.shape[1:])), (z, condition, logdet)
-    return flow, (z, network.eval()(condition), logdet)
+    # With nothing that training changes, or that is otherwise in training, the network runs once for all epochs.
+    learns = any(p.requires_grad for p in network.parameters()) or any(
+        isinstance(m, _NormBase | _DropoutNd) for m in network.modules()
+    )
+    if not learns:
+        network.eval()
+    device, found = flow.mlp_weights[0].device, []
+    for v, c in zip(values.split(CHUNK), condition.split(CHUNK), strict=True):
+        z, logdet = v.to(device), torch.zeros(len(v), dtype=v.dtype, device=device)
+        for layer in fixed:
+            z, added = layer(z)
+            logdet = logdet + added
+        found.append((z, c if learns else network(c.to(device)), logdet))
+    z, context, logdet = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Embedded(flow, network, tuple(condition.shape[1:])) if learns else flow, (z, context, logdet)
+
+
+def _finite(flow: Flow, z: Tensor, context: Tensor, logdet: Tensor) -> Tensor:
+    """Whether a row has neither NaN nor infinity (N,). What an embedding net makes of its input is its own business."""
+    finite = z.isfinite().all(1) & logdet.isfinite()
+    return finite if isinstance(flow, Embedded) else finite & context.isfinite().flatten(1).all(1)

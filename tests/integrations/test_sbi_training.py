@@ -1,5 +1,6 @@
 """sbi's training by `glf_fast.fit` against sbi's own loop."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,7 @@ def test_the_same_seed_gives_the_same_estimator_and_goes_on() -> None:
     assert any(not torch.equal(v, states[0][k]) for k, v in first._neural_net.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:Only one data sample")
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -85,11 +87,64 @@ def test_the_same_seed_gives_the_same_estimator_and_goes_on() -> None:
         (lambda: NPE(PRIOR, density_estimator=maf()), ValueError, "call inference.append_simulations"),
         (lambda: trainer(builder="maf"), TypeError, "must be one of ours, such as maf"),
         (lambda: trainer(NPE, maf_likelihood(**SMALL)), ValueError, "have changed places"),
+        (lambda: trainer(NLE, maf(**SMALL)), ValueError, "have changed places"),
+        (
+            lambda: with_nan(maf(**SMALL)),
+            ValueError,
+            "1 of 60 simulations have NaN or infinity in theta or x, first number 3",
+        ),
+        (lambda: trainer(rows=1), ValueError, "of 1 simulations some must be trained on"),
     ],
 )
 def test_refusals(make: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         train(make())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"validation_fraction": 0}, "validation_fraction=0"), ({"max_num_epochs": 0}, "max_num_epochs must be")],
+)
+def test_settings_are_named_as_in_sbi(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(trainer(rows=60), **settings)
+
+
+def with_nan(builder: Any) -> Any:
+    """A trainer of 60 simulations, of which the fourth has NaN."""
+    made = NPE(PRIOR, density_estimator=builder, show_progress_bars=False)
+    theta, x = simulations(60)
+    x[3, 0] = torch.nan
+    return made.append_simulations(theta, x, exclude_invalid_x=False)
+
+
+def test_an_embedding_net_may_take_nan_and_its_statistics_are_of_training_batches() -> None:
+    class Known(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.nan_to_num()
+
+    norm = nn.BatchNorm1d(2, affine=False)
+    train(with_nan(maf(**SMALL, z_score_x="none", embedding_net=nn.Sequential(Known(), norm))), max_num_epochs=3)
+    assert norm.num_batches_tracked == 3  # of 54 rows each, 200 at most
+
+
+def test_ctrl_c_ends_the_script_and_keeps_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fused.FusedSteps.run
+    for epochs in (0, 2):
+        made = trainer(rows=100)
+        count = []
+
+        def interrupt(self: Any, *arguments: Any, after: int = epochs, count: list[int] = count) -> Any:
+            if len(count) == after:
+                signal.raise_signal(signal.SIGINT)
+            count.append(1)
+            return run(self, *arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(fused.FusedSteps, "run", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(made, training_batch_size=90)
+        assert made.build_posterior() is not None and len(made.summary["training_loss"]) <= epochs + 1
 
 
 def test_a_later_round_is_refused() -> None:
