@@ -260,8 +260,8 @@ def all_failed() -> bool:
     if size() == 1:
         return True
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    backends = [dist.group.WORLD._get_backend(torch.device(device)) for device in devices]
-    point = [backend._get_sequence_number_for_group() for backend in backends]
+    group: Any = dist.group.WORLD
+    point = [group._get_backend(torch.device(device))._get_sequence_number_for_group() for device in devices]
     key, until = f"failure {next(_failures)} at {point}", time.monotonic() + _PATIENCE
     _store.add(key, 1)
     while _store.add(key, 0) < size():
