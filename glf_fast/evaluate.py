@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, run_command
 from glf_fast.training import checkpoint, report, runs
 from glf_fast.training.scoring import evaluate, load_extractors, other_likelihood, table
-from glf_fast.training.splits import load_splits
+from glf_fast.training.splits import load_other, load_splits
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Command:
     mode: str = ""
     """Sampling mode of the model; empty for the usual one. A wrong name lists the modes of the model."""
     other_data: tuple[str, ...] = ()
-    """Data sets of images of the same shape whose bits per dimension are printed, too, for a model with a likelihood."""
+    """Data sets whose bits per dimension are printed, too, for a model with a likelihood. Their images must have the shape of
+    the run's; those of folders, zips and CelebA are resized to it."""
     data_dir: Path | None = None
     """Folder in which to look for the data set first."""
     device: str = ""
@@ -64,7 +65,7 @@ def _evaluate() -> None:
     n = config.score.samples if command.n is None else command.n
     others = []
     for source in command.other_data:  # first: what is refused costs no scores
-        other = data.as_images(load_splits(replace(config.data, source=source), command.data_dir)[1])
+        other = data.as_images(load_other(source, config.data, model.shape, command.data_dir))
         others.append(other_likelihood(model, test, other, n, seed=command.seed))
     scores = evaluate(
         model,

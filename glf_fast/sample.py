@@ -17,7 +17,7 @@ from glf_fast.errors import UserError, run_command
 from glf_fast.files import atomic_folder
 from glf_fast.images import grid, save_npy, save_png
 from glf_fast.training import checkpoint, runs
-from glf_fast.training.pictures import draw, draw_towards
+from glf_fast.training.pictures import check_count, draw, draw_towards
 from glf_fast.training.splits import load_splits
 
 
@@ -53,6 +53,8 @@ def main() -> None:
     """Run the command."""
     command = parse(Command, sys.argv[1:], "glf_fast.sample")
     _check_out(command.out)
+    check_count(command.n)
+    _check_effects(command)
     config = runs.read_config(command.run)  # raises UserError if this is not a run's folder
     model, _ = checkpoint.load_model(
         runs.checkpoint_folder(command.run, runs.pick_checkpoint(command.run, command.checkpoint)),
@@ -81,6 +83,19 @@ def main() -> None:
             for i, image in enumerate(images):
                 save_png(folder / f"{i:06d}.png", image)
     print(f"wrote {len(images)} images to {command.out}")
+
+
+def _check_effects(command: Command) -> None:
+    """Raise UserError for an option that would have no effect, and for no temperature at all."""
+    if not command.temperature:
+        raise UserError("--temperature needs one value or more, such as --temperature 0.7; or leave the option out")
+    without = ("temperature", "mode", "seed") if command.towards else ("data_dir",)
+    for name in without:
+        if getattr(command, name) != getattr(Command, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} has no effect with{'' if command.towards else 'out'} --towards; leave {option} out"
+            )
 
 
 def _check_out(out: Path) -> None:

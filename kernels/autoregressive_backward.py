@@ -154,26 +154,9 @@ def autoregressive_backward_kernel(
                 )  # fmt: skip
                 tl.debug_barrier()
             of_network(
-                zero,
-                zero + D,
-                work + D,
-                WORK,
-                map_grad + here,
-                D,
-                g_h,
-                row,
-                live,
-                w,
-                s,
-                D,
-                HIDDEN,
-                ROW_STRIDE,
-                BM,
-                BN,
-                BK,
-                MLP,
-                STATE,
-            )
+                zero, zero + D, work + D, WORK, map_grad + here, D, g_h, row, live, w, s, D, HIDDEN, ROW_STRIDE, BM, BN, BK,
+                MLP, STATE,
+            )  # fmt: skip
             tl.debug_barrier()
             map_rows(map_grad + here, D, grad_x, D, row, live, A, b, D, False, True, BM, BN, BK, MAP, STATE)
         if CONTEXT_LAYER:

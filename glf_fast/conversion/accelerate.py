@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.chains import Chain, Part, Replacement, Shape
-from glf_fast.conversion.check import proven
+from glf_fast.conversion.check import batch_size, proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, Transform, Unfusable
@@ -213,10 +213,9 @@ def _check_copy(flow: nn.Module, library: Library) -> None:
     for chain in chains:
         _accelerate_chain(trial, trial, "", library, chain, Report())
     generator = torch.Generator().manual_seed(0)
-    x, context = (
-        torch.randn(8, *shape, dtype=torch.float64, generator=generator)
-        for shape in (library.chains(original)[0].parts[0].shape, (columns,))
-    )
+    shapes = library.chains(original)[0].parts[0].shape, (columns,)
+    n = batch_size(8, (*shapes[0], columns))
+    x, context = (torch.randn(n, *shape, dtype=torch.float64, generator=generator) for shape in shapes)
     with torch.no_grad():
         wanted, got = (library.log_prob(f, x, context if columns else None) for f in (original, trial))
     if not torch.allclose(got, wanted, rtol=1e-6, atol=1e-6):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.degrees import degrees
 from glf_fast.conversion.layers import FIXED, Autoregressive, Conditioner, Unfusable
-from glf_fast.conversion.mlp import check_hooks, role_of
+from glf_fast.conversion.mlp import check_class, role_of
 from glf_fast.ops.checks import check_spline
 from glf_fast.reference import Spline
 from glf_fast.reference.made import fan_in, masks
@@ -28,8 +28,8 @@ class MaskedLinear(NamedTuple):
 
 
 def masked_linear(module: nn.Module) -> MaskedLinear:
-    """A layer with `weight`, `mask` and `bias`, as all libraries have it; raises Unfusable for one that has hooks."""
-    check_hooks(module)
+    """A layer with `weight`, `mask` and `bias`, as all libraries have it; raises Unfusable for one that does something else."""
+    check_class(module, "MaskedLinear")
     return MaskedLinear(module.weight, module.mask, module.bias)  # type: ignore[arg-type]
 
 
@@ -93,7 +93,8 @@ class DeclaredAutoregressive:
             if self.block_contexts:
                 context = self.block_contexts[k]
                 W, biases[i] = context.weight[order].T, biases[i] + context.bias[order]
-                role = role_of(context.weight, W)
+                role, of_bias = role_of(context.weight, W), role_of(context.bias, biases[i])
+                bias_roles[i] = torch.maximum(bias_roles[i], of_bias)  # a sum is trained if one of the two is
             weights[i], roles[i] = torch.cat([W, weights[i]]), torch.cat([role, roles[i]])
         if self.context_layer is not None:
             W, b = self.context_layer.weight[orders[1]].T, self.context_layer.bias[orders[1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from glf_fast.conversion.reading import Map, Reading, networks, parameters_of
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Flow
 
-__all__ = ["check", "proven"]
+__all__ = ["batch_size", "check", "proven"]
 
 # Relative to the larger of 1 and the row's largest entry: float64 misses it by 1e-9, a wrong formula by far.
 TOLERANCE = 1e-6
@@ -31,6 +32,11 @@ _MISREAD = "Please report this flow: it is of a kind that was misread"
 _EXAMPLE = "give an example: convert(flow, context=…)"
 
 Build = Callable[[nn.Module], tuple[Reading, Flow, Sources]]
+
+
+def batch_size(least: int, sizes: Sequence[int]) -> int:
+    """A number of samples that none of their sizes equals: a value of each column must not pass for one of each sample."""
+    return next(n for n in itertools.count(least) if n not in sizes)
 
 
 class Incomparable(ConversionError):
@@ -95,7 +101,8 @@ def check(
     generator = torch.Generator().manual_seed(0)
     parameters = {name: p for name, p in library.named_parameters() if p.requires_grad and p.numel()}
     shape = reading.event_shape
-    n = _BATCH if len(shape) == 1 else _IMAGES
+    sizes = (*shape, *(reading.context_shape or ()))
+    n = batch_size(_BATCH if len(shape) == 1 else _IMAGES, sizes)
     theirs = partial(_evaluate, _on_rows(reading.log_prob, shape), parameters=parameters)
     ours = partial(_evaluate, _on_rows(flow.log_prob, shape), parameters=parameters, sources=sources)
     encode = _on_rows(lambda x, context: flow(x, context)[0], shape)

@@ -36,12 +36,32 @@ def degrees(masks: Sequence[Tensor], blocks: int = 0) -> list[Tensor]:
         hidden = [hidden[0], *hidden[1::2]]
     edges = [(layers[i], layers[i + 1], mask) for i, mask in enumerate(masks[:-1])]
     last = layers[len(masks) - 1], masks[-1]
-    found = _least(edges, last, hidden, tight=True)
+    found = _counted(edges, last, hidden)
+    if found is None:
+        found = _least(edges, last, hidden, tight=True)
     if found is None:
         found = _least(edges, last, hidden, tight=False)
     if found is None:
         raise Unfusable("its masks leave no order of the features: one of them depends on itself")
     return [found[layer] for layer in layers]
+
+
+def _counted(edges: Sequence[Edge], last: tuple[int, Tensor], hidden: Sequence[int]) -> list[Tensor] | None:
+    """Degrees by which units see all that they may, in one pass, as nearly all masks have them; None if not these.
+
+    A feature's degree is one more than the number of features that it depends on, a unit's the largest that it sees.
+    `_least` takes up to D passes: seconds for 256 features and 512 units.
+    """
+    source, outputs = last
+    dim = len(outputs)
+    reach = [outputs.new_zeros(n, dim, dtype=torch.float) for n in (dim, *hidden)]  # the features that each unit sees
+    reach[0].fill_diagonal_(1)
+    for i, j, mask in edges:
+        reach[j] = torch.maximum(reach[j], (mask.float() @ reach[i]).clamp(max=1))
+    features = 1 + (outputs.float() @ reach[source]).count_nonzero(1)
+    found = [features, *((features * units).amax(1).long() for units in reach[1:])]
+    exact = all(torch.equal(mask, found[j][:, None] >= found[i]) for i, j, mask in edges)
+    return found if exact and torch.equal(outputs, features[:, None] > found[source]) else None
 
 
 def _least(

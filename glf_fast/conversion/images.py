@@ -12,6 +12,7 @@ from glf_fast.conversion.gaps import Affine, fold
 from glf_fast.conversion.layers import Bijection, Coupling, Permutation, Piece, width
 from glf_fast.conversion.stack import Sources, standalone
 from glf_fast.flow import AffineCoupling, FixedLinear, SplineCoupling
+from glf_fast.flow.actnorm import find_far
 from glf_fast.flow.sequential import run_layers
 
 __all__ = ["OnChannels", "Outputs", "Reshaped", "on_channels"]
@@ -134,6 +135,12 @@ class OnChannels(Bijection):
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+
+    def train(self, mode: bool = True) -> OnChannels:
+        """Set the mode, and find anew which ActNorms are not folded into matrices because they move data far."""
+        super().train(mode)
+        find_far(self.layers)
+        return self
 
     def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         return run_layers(self.layers, x, context, [], inverse=inverse)

@@ -19,7 +19,17 @@ from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Diagonal, Layer, Unfusable, trained_together
 from glf_fast.flow import Flow
 
-__all__ = ["Base", "FusedLayer", "Library", "Reader", "Unpacked", "check_shape", "declared_context"]
+__all__ = [
+    "Base",
+    "FusedLayer",
+    "Library",
+    "Reader",
+    "Unpacked",
+    "check_shape",
+    "declared_context",
+    "overridden",
+    "run_on_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,17 @@ class FusedLayer(nn.Module):
         On images it is for the library's own networks, which know what to do with it.
         """
         return context if isinstance(self.flow, OnChannels) or self.flow.context_dim else None
+
+
+def run_on_rows(
+    direction: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]], x: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A direction of a flow on vectors, for a batch of any shape: x (…, D), context (…, C) → (…, D), log-determinant (…)."""
+    batch = x.shape[:-1]
+    if context is not None:
+        context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
+    y, logdet = direction(x.reshape(-1, x.shape[-1]), context)
+    return y.reshape(*batch, y.shape[-1]), logdet.reshape(batch)
 
 
 def overridden(kind: type, base: type) -> list[str]:

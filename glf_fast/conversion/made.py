@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
 from glf_fast.conversion.chains import Part
 from glf_fast.conversion.layers import Layer, Unfusable
-from glf_fast.conversion.mlp import activation_name, check_hooks, is_class, network_steps
+from glf_fast.conversion.mlp import activation_name, check_class, is_class, network_steps
 from glf_fast.reference import Spline, log_scale
 
 __all__ = ["affine_autoregressive", "spline_autoregressive"]
@@ -49,8 +49,12 @@ def _read_log_scale(transform: Any, dim: int) -> tuple[str, float]:
 
 def _read(part: Part, network: Any, columns: int, **options: Any) -> Layer:
     """The layer of this network, with so many numbers for each feature side by side."""
+    check_class(network, "MADE")
+    for block in network.blocks:
+        check_class(block, "MaskedResidualBlock" if hasattr(block, "linear_layers") else "MaskedFeedforwardBlock")
     for module in (network, *network.blocks):
-        check_hooks(module)
+        if (layer := getattr(module, "context_layer", None)) is not None:
+            check_class(layer, "Linear")
     if type(getattr(network, "preprocessing", None)) not in (type(None), nn.Identity):
         raise Unfusable("its network is given functions of the features, such as sines")
     blocks = list(network.blocks)

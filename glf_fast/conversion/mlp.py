@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Unfusable
+from glf_fast.conversion.library import overridden
 from glf_fast.conversion.reading import parameters_of
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Step",
     "activation_name",
     "assemble",
+    "check_class",
     "check_hooks",
     "is_class",
     "linear_step",
@@ -198,8 +200,24 @@ def is_class(module: nn.Module, name: str) -> bool:
     return f".{type(module).__module__}.{type(module).__name__}".endswith(f".{name}")
 
 
+def check_class(module: nn.Module, name: str) -> None:
+    """Raise Unfusable unless the module computes what the library's class of that name does.
+
+    A subclass with methods of its own may do something else in training mode alone, which no comparison in eval mode shows.
+    """
+    check_hooks(module)
+    kind = type(module)
+    base = next((base for base in reversed(kind.__mro__) if base.__name__ == name), None)
+    if base is None:
+        raise Unfusable(f"{kind.__name__} is no {name}")
+    if changed := overridden(kind, base):
+        raise Unfusable(f"{kind.__name__} has its own {', '.join(changed)}, where {name} is covered")
+
+
 def check_hooks(module: nn.Module) -> None:
     """Raise Unfusable for a module that may compute something else than its class does."""
+    if "forward" in vars(module) and type(module).__name__ != "OptimizedModule":  # torch.compile sets one
+        raise Unfusable(f"{type(module).__name__} has a forward that is not its class's")
     if hooks := [h for h in ("_forward_hooks", "_forward_pre_hooks", "parametrizations") if getattr(module, h, None)]:
         raise Unfusable(
             f"{type(module).__name__} has {hooks[0].strip('_').replace('_', ' ')}, which may change what it computes"
@@ -220,7 +238,7 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
     if type(module) is nn.Identity:
         return
     activation = _activation(module)
-    if isinstance(module, nn.Dropout):
+    if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
         yield _dropout(module.p, module.training)
     elif activation is not None:
         yield activation

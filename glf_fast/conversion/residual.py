@@ -7,7 +7,15 @@ from typing import Any
 from torch import nn
 
 from glf_fast.conversion.layers import Conditioner, Unfusable
-from glf_fast.conversion.mlp import activation_name, assemble, check_hooks, is_class, network_steps, read_mlp
+from glf_fast.conversion.mlp import (
+    activation_name,
+    assemble,
+    check_class,
+    check_hooks,
+    is_class,
+    network_steps,
+    read_mlp,
+)
 
 __all__ = ["read_network"]
 
@@ -27,8 +35,9 @@ def _read_residual(network: Any) -> Conditioner:
     if getattr(network, "preprocessing", None) is not None:
         raise Unfusable("ResidualNet with preprocessing is not covered")
     layers, activations, dropouts = [network.initial_layer], set(), []
-    for module in (network, *blocks):
-        check_hooks(module)
+    check_hooks(network)
+    for block in blocks:
+        check_class(block, "ResidualBlock")
     for block in blocks:
         if block.use_batch_norm:
             raise Unfusable("ResidualNet with batch norm is not covered")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from glf_fast.conversion import mlp
@@ -26,8 +26,8 @@ from glf_fast.conversion.layers import (
     Unfusable,
     trained_together,
 )
-from glf_fast.conversion.library import Base, FusedLayer, Library
-from glf_fast.conversion.mlp import activation_name, check_hooks
+from glf_fast.conversion.library import Base, FusedLayer, Library, run_on_rows
+from glf_fast.conversion.mlp import activation_name, check_class
 from glf_fast.flow import Flow
 from glf_fast.reference import Spline, log_scale
 
@@ -71,24 +71,17 @@ class _Given(Transform):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(…, D) → (…, D), log|det| (…), in one evaluation."""
-        return self._run(self.flow, x)
+        return run_on_rows(self.flow, x, self.context)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det| (…) of data → noise at x."""
-        return self._run(self.flow, x)[1]
+        return run_on_rows(self.flow, x, self.context)[1]
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._run(self.flow, x)[0]
+        return run_on_rows(self.flow, x, self.context)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._run(self.flow.inverse, y)[0]
-
-    def _run(self, direction: Callable[..., tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
-        batch, context = x.shape[:-1], self.context
-        if context is not None:
-            context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
-        y, logdet = direction(x.reshape(-1, x.shape[-1]), context)
-        return y.reshape(*batch, y.shape[-1]), logdet.reshape(batch)
+        return run_on_rows(self.flow.inverse, y, self.context)[0]
 
 
 def _context_columns(module: Any, dim: int) -> int:
@@ -140,15 +133,15 @@ def _autoregressive(part: Part) -> list[Layer]:
 
 def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], str]:
     """Kind, linear layers and activation of a MaskedMLP: Linear, activation, … Linear, or Linear, residual blocks, Linear."""
-    check_hooks(mlp)
+    check_class(mlp, "MaskedMLP")
     layers = list(mlp)
-    blocks = [layer for layer in layers if type(layer).__name__ == "Residual"]
+    blocks = [layer for layer in layers if isinstance(layer, nn.Sequential)]
     network, between = "mlp", layers[1::2]
     if blocks:
         if blocks != layers[1:-1] or any(len(block) != 3 for block in blocks):
             raise Unfusable("its residual network has layers of several widths")
         for block in blocks:
-            check_hooks(block)
+            check_class(block, "Residual")
         network, between = "skip", [block[1] for block in blocks]
         layers = [layers[0], *(layer for block in blocks for layer in block), layers[-1]]
     linears = [layer for layer in layers if hasattr(layer, "mask")]

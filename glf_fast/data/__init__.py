@@ -40,6 +40,7 @@ __all__ = [
     "as_images",
     "load",
     "names",
+    "resizes",
 ]
 
 # The registry of public data sets.
@@ -110,6 +111,11 @@ def load(
     if ending not in _READERS:
         raise UserError(f"{source} is in no known format; the known formats are {_FILES}")
     return _READERS[ending](path, split)
+
+
+def resizes(source: str) -> bool:
+    """Whether `load` takes an `image_size` for this source: CelebA, and what may be a folder or a zip of images."""
+    return SOURCES[source].resizes if source in SOURCES else Path(source).suffix.lower() not in _READERS
 
 
 def _find(source: str, data_dir: Path | None) -> Path:

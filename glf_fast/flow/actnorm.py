@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from glf_fast.flow.moments import active_processes, moments, not_traced, refuse_
 from glf_fast.ops.checks import check_channels, check_state
 from glf_fast.reference import log_normal
 
-__all__ = ["ActNorm", "data_dependent_start", "set_by_another_process"]
+__all__ = ["ActNorm", "data_dependent_start", "find_far", "set_by_another_process"]
 
 # In standard deviations of the output. Folded into a matrix behind it, an ActNorm that takes a mean of 2 σ away makes float32
 # errors of log_prob 1.1 times as large (of samples 1.4 times), one of 100 σ ten times.
@@ -59,7 +60,8 @@ class ActNorm(nn.Module):
 
     b and s start at zero and are set by the first batch of two or more values that passes `forward` in training mode, so
     that y has zero mean and unit variance. The buffer `initialized` records it: a loaded or copied module never starts again.
-    `far` says whether that start, or a loaded state, moves the data so far that x·e^s + b·e^s loses digits of (x + b)·e^s.
+    `far` says whether that start, or a loaded state, moves the data so far that x·e^s + b·e^s loses digits of (x + b)·e^s;
+    flows with layers that may be folded find it again in `train` and `eval`, see `find_far`.
 
     Vectors (B, D) or images (B, D, H, W); O(B·D) both ways.
     """
@@ -101,13 +103,6 @@ class ActNorm(nn.Module):
         self._started = True
         if not torch.compiler.is_compiling():  # which stops at what a tensor's value decides
             self.far = self._is_far()
-
-    def train(self, mode: bool = True) -> ActNorm:
-        """Set the mode, and find `far` again: values may have been set by hand, averaged or broadcast since."""
-        super().train(mode)
-        if self.bias.device.type != "meta":
-            self.far = self._is_far()
-        return self
 
     def _is_far(self) -> bool:
         return bool((self.bias * self.log_scale.exp()).detach().abs().max() > _FAR)
@@ -153,3 +148,24 @@ class ActNorm(nn.Module):
     def extra_repr(self) -> str:
         """Shown by repr."""
         return f"{self.dim}, initialized={self._started}"
+
+
+@torch.no_grad()
+def find_far(layers: Iterable[nn.Module]) -> None:
+    """Find `far` of all ActNorms among the layers again: values may have been set by hand, averaged or broadcast since.
+
+    A GPU is waited for once, however many there are: one by one, the ActNorms of a Glow would make it wait 96 times a step.
+    """
+    norms = [layer for layer in layers if isinstance(layer, ActNorm) and layer.bias.device.type != "meta"]
+    plain: list[ActNorm] = []
+    for norm in norms:
+        if type(norm.bias) is nn.Parameter:
+            plain.append(norm)
+        else:  # such as the shards of `fully_shard`
+            norm.far = norm._is_far()
+    if plain:
+        shifts = torch._foreach_mul([n.bias for n in plain], torch._foreach_exp([n.log_scale for n in plain]))
+        largest = [shift.to(shifts[0]) for shift in torch._foreach_norm(shifts, float("inf"))]
+        for norm, far in zip(plain, (torch.stack(largest) > _FAR).tolist(), strict=True):
+            if norm.far != far:  # a module's attributes are slow to set
+                norm.far = far

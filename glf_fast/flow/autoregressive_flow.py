@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,8 +86,6 @@ class AutoregressiveFlow(StackedFlow):
         actnorm: bool = False,
         degrees: Sequence[Degrees] | None = None,
     ) -> None:
-        if dim < 1:
-            raise ValueError(f"dim must be ≥ 1; got {dim}")
         check_choice("transform", transform, TRANSFORMS)
         check_choice("network", network, MASKED_NETWORKS)
         check_choice("activation", activation, ACTIVATIONS)
@@ -110,9 +110,11 @@ class AutoregressiveFlow(StackedFlow):
             "context_layer": context_layer,
             "linear": linear,
             "actnorm": actnorm,
-            "degrees": degrees if degrees is None else tuple(tuple(map(tuple, step)) for step in degrees),
+            "degrees": None if degrees is None else _whole(degrees),
         }
         super().__init__(config, "permutation" if linear == "reverse" else linear)
+        if dim < 1:
+            raise ValueError(f"dim must be ≥ 1; got {dim}")
         names = ("transform", "network", "activation", "log_scale", "log_scale_constant", "context_layer")
         self._options = {name: config[name] for name in names} | {"spline": kind}
         widths = _widths(config)
@@ -206,6 +208,36 @@ class AutoregressiveFlow(StackedFlow):
                 self._fan_in[like.device] = found
         return found
 
+    def get_extra_state(self) -> Tensor:
+        """How many units each unit sees (K, …), in float32: averages of states of one flow change it by rounding alone."""
+        return self.seen(self.mlp_biases[0]).float()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what `get_extra_state` returned: the degrees of another flow, which may be random, belong to its weights.
+
+        Raises:
+            ValueError: averages of flows with different degrees.
+        """
+        own = self._fan_in[torch.device("cpu")]
+        if state.device.type == "meta" or state.shape != own.shape:  # other shapes are those of other weights, too
+            return
+        given = state.detach().to("cpu", torch.float64)
+        found = given.round()
+        if not torch.allclose(given, found, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                "the saved degrees are not whole numbers: average the states of one flow, not of flows with different masks"
+            )
+        if not torch.equal(found, own.double()):
+            self._fan_in = {torch.device("cpu"): found.long()}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if (name := f"{prefix}_extra_state") in missing:  # saved before degrees were; the constructor's are kept
+            missing.remove(name)
+
     def __getstate__(self) -> dict[str, Any]:
         cpu = torch.device("cpu")
         return {**super().__getstate__(), "_fan_in": {cpu: self._fan_in[cpu]}}
@@ -221,6 +253,17 @@ def _linear_layer(linear: str, dim: int, k: int) -> InvertibleLinear:
     if linear == "reverse":
         return InvertibleLinear(dim, linear="permutation", permutation=range(dim)[:: -1 if k else 1])
     return InvertibleLinear(dim, linear=linear)
+
+
+def _whole(degrees: Sequence[Degrees]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Degrees as tuples; raises TypeError for anything else than whole numbers in sequences in sequences."""
+    try:
+        return tuple(tuple(tuple(map(operator.index, layer)) for layer in step) for step in degrees)
+    except TypeError:
+        raise TypeError(
+            "degrees must be whole numbers: for each step, one for each feature, then one for each unit of each hidden layer; "
+            f"got {reprlib.repr(degrees)}"
+        ) from None
 
 
 def _widths(config: Mapping[str, Any]) -> tuple[int, ...]:

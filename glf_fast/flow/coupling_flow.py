@@ -77,8 +77,6 @@ class CouplingFlow(StackedFlow):
         actnorm: bool = True,
         reversible: bool = False,
     ) -> None:
-        if dim < 2:
-            raise ValueError(f"dim must be at least 2, to have a passive and a transformed half; got {dim}")
         check_choice("coupling", coupling, COUPLINGS)
         check_network_of(coupling, network)
         check_log_scale(log_scale, log_scale_constant)
@@ -101,6 +99,8 @@ class CouplingFlow(StackedFlow):
             "reversible": reversible,
         }
         super().__init__(config, linear)
+        if dim < 2:
+            raise ValueError(f"dim must be at least 2, to have a passive and a transformed half; got {dim}")
         names = ("coupling", "network", "activation", "log_scale", "log_scale_constant", "add_first", "reversible")
         self._options = {name: self.config[name] for name in names} | {"spline": kind}
         self._take([layer for _ in range(steps) for layer in new_step(self.config)])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import numbers
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from glf_fast import ops
 from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.affine_coupling import AffineCoupling
-from glf_fast.flow.glow_network import GlowNetwork
+from glf_fast.flow.glow_network import GlowNetwork, check_gain_factor
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.sequential import SequentialFlow
 from glf_fast.flow.split import Split
 from glf_fast.flow.squeeze import Squeeze
-from glf_fast.ops.checks import check_channels, check_choice, check_log_scale, check_tensors
+from glf_fast.ops.checks import check_channels, check_choice, check_integer, check_log_scale, check_tensors
 
 __all__ = ["GlowFlow", "TopPrior"]
 
@@ -86,6 +87,8 @@ class GlowFlow(SequentialFlow):
     | log-gains of the outputs | `gain_factor=3`              | 3                                             |
     | 1 × 1 convolution        | PLU: `linear="plu"`          | free: `linear="dense"`                        |
     | padding                  | zeros, with a channel for it | likewise                                      |
+    | rate of ActNorms' s      | that of all parameters       | 3 times as fast: s is 3 times a parameter     |
+    | networks of Gaussians    | a plain convolution, or none | with gains, and a channel for the padding     |
 
     Args:
         image_shape: (C, H, W) of an image; H and W are multiples of 2^levels.
@@ -103,7 +106,7 @@ class GlowFlow(SequentialFlow):
             `GlowNetwork` of this width.
 
     Raises:
-        ValueError: an image whose sides cannot be halved L times, or an option that does not exist.
+        ValueError: an image whose sides cannot be halved L times, or an option that does not exist or would have no effect.
 
     Example:
         >>> flow = GlowFlow((1, 28, 28), levels=2, steps=2, width=16)
@@ -130,15 +133,20 @@ class GlowFlow(SequentialFlow):
         network: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
         check_choice("coupling", coupling, COUPLINGS)
-        for name, value in (("levels", levels), ("steps", steps), ("width", width)):
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more; got {value}")
-        C, H, W = image_shape
-        if C < 1 or H < 1 or H % 2**levels or W % 2**levels:
+        for name, value, least in (
+            ("levels", levels, 1),
+            ("steps", steps, 1),
+            ("width", width, 1),
+            ("context_dim", context_dim, 0),
+        ):
+            check_integer(name, value, least)
+        check_gain_factor(gain_factor)
+        if coupling == "additive" and ((log_scale, log_scale_constant) != ("tanh", None) or add_first):
             raise ValueError(
-                f"image_shape must be (channels, height, width) with sides that are multiples of 2^levels = {2**levels}; "
-                f"got {tuple(image_shape)}"
+                'coupling="additive" has no scale, so leave log_scale, log_scale_constant and add_first out; got '
+                f"{log_scale!r}, {log_scale_constant} and {add_first}"
             )
+        C = _channels(image_shape, levels)
         additive = coupling == "additive"
 
         def step(dim: int) -> Iterator[nn.Module]:
@@ -171,3 +179,15 @@ class GlowFlow(SequentialFlow):
         layers.append(TopPrior(C, **prior))
         super().__init__(layers, image_shape, context_dim, reversible=reversible)
         self.levels, self.steps = levels, steps
+
+
+def _channels(image_shape: Any, levels: int) -> int:
+    """Channels of an image (C, H, W); raises ValueError unless its sides can be halved so many times."""
+    shape = tuple(image_shape) if isinstance(image_shape, Iterable) else (image_shape,)
+    integers = all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in shape)
+    if len(shape) != 3 or not integers or any(side % 2**levels for side in shape[1:]):
+        raise ValueError(
+            f"image_shape must be (channels, height, width) with sides that are multiples of 2^levels = {2**levels}; "
+            f"got {shape}"
+        )
+    return int(shape[0])

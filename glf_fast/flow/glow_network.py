@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
 from glf_fast.flow.actnorm import ActNorm
+from glf_fast.ops.checks import check_integer
 
-__all__ = ["GlowNetwork"]
+__all__ = ["GlowNetwork", "check_gain_factor"]
+
+
+def check_gain_factor(value: Any) -> None:
+    """Raise ValueError unless `value` is a factor of log-gains: 0 or more, and finite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"gain_factor must be a number, 0 or more; got {value!r}")
 
 
 class GlowNetwork(nn.Module):
@@ -28,6 +39,9 @@ class GlowNetwork(nn.Module):
     """
 
     def __init__(self, channels_in: int, channels_out: int, width: int, *, gain_factor: float = 3.0) -> None:
+        for name, value in (("channels_in", channels_in), ("channels_out", channels_out), ("width", width)):
+            check_integer(name, value, 1)
+        check_gain_factor(gain_factor)
         super().__init__()
         self.gain_factor = gain_factor
         self.first = nn.Conv2d(channels_in + 1, width, 3, padding=1, bias=False)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from glf_fast import ops
 from glf_fast.flow.coupling import Coupling
@@ -26,10 +28,17 @@ RandomState = tuple[Tensor, Tensor | None]  # of the processor, and of the GPU w
 def check_reversible(layers: nn.Module) -> None:
     """Raise ValueError if a layer gives something else when it runs a second time on the same input."""
     for name, module in layers.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "track_running_stats", False):
             raise ValueError(
                 f"reversible=True runs each network twice a step, and the {type(module).__name__} in layers.{name} would "
                 "update its running statistics twice; use an ActNorm or a GroupNorm there, or reversible=False"
+            )
+        if isinstance(module, _SpectralNorm) or any(
+            isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()
+        ):
+            raise ValueError(
+                f"reversible=True runs each network twice a step, and the spectral norm in layers.{name} would take another "
+                "step of its power iteration and give other weights; use reversible=False"
             )
 
 
@@ -46,7 +55,8 @@ def run_reversible(
         maps: A, or A⁻¹ if `inverse`, and c of each product; None for all other steps.
     """
     flat = [tensor for pair in maps if pair is not None for tensor in pair]
-    parameters = [p for step in steps for p in _module(step).parameters()]
+    # Each of them once, however many steps share it: its gradient is that of all of them together.
+    parameters = list(dict.fromkeys(p for step in steps for p in _module(step).parameters()))
     return _run(steps, [pair is not None for pair in maps], inverse, x, context, flat, parameters)
 
 
@@ -69,7 +79,43 @@ class _Plan:
     def __init__(self, steps: Sequence[Step], is_product: list[bool], inverse: bool, matrices: int) -> None:
         self.steps, self.is_product, self.inverse, self.matrices = steps, is_product, inverse, matrices
         self.random: list[RandomState | None] = []  # before each step
+        self.modes = [(module, module.training) for step in steps for module in _module(step).modules()]
+        self.state = self.present_state()
         self.autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
+
+    def present_state(self) -> list[Tensor]:
+        """The parameters and buffers that the steps have now."""
+        modules = [_module(step) for step in self.steps]
+        return [t for module in modules for t in (*module.parameters(), *module.buffers())]
+
+    @contextlib.contextmanager
+    def as_in_forward(self) -> Iterator[None]:
+        """Inside the block, modules are in training or evaluation mode as they were in the forward.
+
+        Raises RuntimeError where gradients would be wrong: modules have other tensors as parameters or buffers now, or change
+        them when they run.
+        """
+        present = self.present_state()
+        if len(present) != len(self.state) or any(a is not b for a, b in zip(present, self.state, strict=True)):
+            raise RuntimeError(
+                "the backward of a reversible=True flow runs its networks again, but their parameters or buffers are other "
+                "tensors now than in the forward (as after torch.func.functional_call); use reversible=False"
+            )
+        versions = [t._version for t in self.state]
+        now = [(module, module.training) for module, _ in self.modes]
+        try:
+            # Not by train(), which may do more than that in modules of one's own.
+            for module, mode in self.modes:
+                module.training = mode
+            yield
+        finally:
+            for module, mode in now:
+                module.training = mode
+        if versions != [t._version for t in self.state]:
+            raise RuntimeError(
+                "a network of a reversible=True flow changes its own parameters or buffers when it runs, so that it gave "
+                "something else in the backward than in the forward; use reversible=False"
+            )
 
     def pairs(self, flat: Sequence[Tensor]) -> list[Maps | None]:
         """A and c of each step, from the list of them all."""
@@ -91,20 +137,23 @@ class _Reversible(torch.autograd.Function):
             x, ldj = _apply(step, x, context, inverse=plan.inverse)
             logdet = logdet + ldj
         ctx.plan, ctx.parameters = plan, tensors[plan.matrices :]
-        ctx.save_for_backward(x, context, *tensors[: plan.matrices])
+        # Modules keep their parameters and buffers, so that saving them costs nothing: autograd then refuses a backward after
+        # a change in place, as for a flow that is not reversible.
+        ctx.save_for_backward(x, context, *tensors[: plan.matrices], *plan.state)
         return x, logdet
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        x, context, *flat = ctx.saved_tensors
+        x, context, *saved = ctx.saved_tensors
+        flat = saved[: plan.matrices]
         pairs, back = plan.pairs(flat), _inverses(flat[::2])
         sums: dict[Tensor, Tensor] = {}  # gradients of parameters, which steps may share
         of_context: Tensor | None = None
         of_maps: list[Tensor] = []
         enabled, dtype = plan.autocast
-        with torch.autocast(x.device.type, dtype, enabled=enabled):
+        with plan.as_in_forward(), torch.autocast(x.device.type, dtype, enabled=enabled):
             for step, pair, random in zip(plan.steps[::-1], pairs[::-1], plan.random[::-1], strict=True):
                 if pair is not None:
                     x = ops.channel_map(x, back.pop(), pair[1], inverse=not plan.inverse)
@@ -209,9 +258,9 @@ def _module(step: Step) -> nn.Module:
 
 
 def _random_state(step: Step, device: torch.device) -> RandomState | None:
-    """The state of the random numbers, where a network in training may use some, as Dropout does."""
+    """The state of the random numbers, where a network may use some, as Dropout does in training, or a function in any mode."""
     module = _module(step)
-    if not (isinstance(module, Coupling) and module.training) or type(module.conditioner) is GlowNetwork:
+    if not isinstance(module, Coupling) or type(module.conditioner) is GlowNetwork:
         return None
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 

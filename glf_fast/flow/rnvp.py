@@ -9,6 +9,7 @@ from glf_fast.flow.affine_coupling import AffineCoupling
 from glf_fast.flow.linear import InvertibleLinear
 from glf_fast.flow.mlp import SeparateNetworks
 from glf_fast.flow.sequential import SequentialFlow
+from glf_fast.ops.checks import check_integer
 
 __all__ = ["rnvp_flow"]
 
@@ -36,8 +37,8 @@ def rnvp_flow(dim: int, blocks: int = 4, hidden: int = 64, clamp: float = 2.0, s
         hidden: width of the networks; 64 suits 20 latent dimensions, 256 suits 64.
         clamp: bound of the log-scales.    seed: seed of the first permutation.
     """
-    if blocks < 1 or hidden < 1:
-        raise ValueError(f"blocks and hidden must be ≥ 1; got {blocks} and {hidden}")
+    check_integer("blocks", blocks, 1)
+    check_integer("hidden", hidden, 1)
     layers: list[nn.Module] = []
     for k in range(blocks):
         for flip in (True, False):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast import ops
-from glf_fast.flow.actnorm import ActNorm
+from glf_fast.flow.actnorm import ActNorm, find_far
 from glf_fast.flow.base import Flow
 from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.fixed_linear import FixedLinear
@@ -54,10 +54,11 @@ class SequentialFlow(Flow):
         context_shape: shape of one context, instead of `context_dim`, if a context is not a vector.
         reversible: in the backward, rebuild what goes into the couplings and affine layers by undoing them, from the output of
             each run of such layers. Memory then does not grow with their number, but each conditioner runs twice. Gradients are
-            equal but for rounding; second derivatives are refused, and torch.compile leaves these layers as they are.
+            equal but for rounding; second derivatives and `torch.func.functional_call` are refused, and torch.compile leaves
+            these layers as they are.
 
     Raises:
-        ValueError: shapes that cannot be squeezed or split; `reversible` with batch norms in the conditioners.
+        ValueError: shapes that cannot be squeezed or split; `reversible` with batch or spectral norms in the conditioners.
     """
 
     def __init__(
@@ -76,6 +77,12 @@ class SequentialFlow(Flow):
         if reversible:
             check_reversible(self.layers)
         self._noise_shapes()  # raises an error for shapes that cannot be squeezed or split
+
+    def train(self, mode: bool = True) -> SequentialFlow:
+        """Set the mode, and find anew which ActNorms are not folded into matrices because they move data far."""
+        super().train(mode)
+        find_far(self.layers)
+        return self
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, *event_shape) → z like x, logdet (B,)."""

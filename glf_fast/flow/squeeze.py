@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from glf_fast.ops.checks import check_choice, check_tensors
+from glf_fast.ops.checks import check_choice, check_integer, check_tensors
 
 __all__ = ["Squeeze"]
 
@@ -31,8 +31,7 @@ class Squeeze(nn.Module):
 
     def __init__(self, factor: int = 2, *, order: str = "channels") -> None:
         super().__init__()
-        if factor < 2:
-            raise ValueError(f"factor must be ≥ 2; got {factor}")
+        check_integer("factor", factor, 2)
         check_choice("order", order, ORDERS)
         self.factor = factor
         self.order = order

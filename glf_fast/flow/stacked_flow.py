@@ -16,7 +16,7 @@ from glf_fast.flow.indices import Indices
 from glf_fast.flow.linear import LINEAR_TENSORS
 from glf_fast.flow.moments import active_processes, refuse_shards
 from glf_fast.flow.stacking import Stacked
-from glf_fast.ops.checks import check_shape, check_state, check_tensors
+from glf_fast.ops.checks import check_integer, check_shape, check_state, check_tensors
 
 __all__ = ["StackedFlow"]
 
@@ -48,13 +48,13 @@ class StackedFlow(Flow):
     mlp_biases: nn.ParameterList
 
     def __init__(self, config: dict[str, Any], linear: str) -> None:
+        for name, least in (("dim", 1), ("steps", 1), ("context_dim", 0)):
+            check_integer(name, config[name], least)
         super().__init__((config["dim"],), config["context_dim"])
         if not isinstance(config["hidden"], Sequence):
             raise TypeError(f"hidden must be a sequence of widths, such as (64, 64); got {config['hidden']!r}")
-        if config["steps"] < 1:
-            raise ValueError(f"steps must be ≥ 1; got {config['steps']}")
-        if config["context_dim"] < 0:
-            raise ValueError(f"context_dim must be ≥ 0; got {config['context_dim']}")
+        for i, width in enumerate(config["hidden"]):
+            check_integer(f"hidden[{i}]", width, 0)
         self.config = config
         self._linear = linear
         self._maps = AssembledMaps()
@@ -256,8 +256,9 @@ class StackedFlow(Flow):
         self._started = not values.actnorm or _all_set(self.actnorm_initialized)
 
     def extra_repr(self) -> str:
-        """Shown by repr: the constructor's arguments."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+        """Shown by repr: the constructor's arguments, degrees abbreviated."""
+        shown = {name: repr(value) for name, value in self.config.items()}
+        return ", ".join(f"{name}={text if len(text) <= 200 else f'{text[:20]}…'}" for name, text in shown.items())
 
 
 def _all_set(flags: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_fake",
     "check_floating",
     "check_hidden_layers",
+    "check_integer",
     "check_log_scale",
     "check_network_of",
     "check_shape",
@@ -33,6 +35,14 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless `value` is an integer, also one of numpy, of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be an int; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be ≥ {least}; got {value}")
 
 
 def check_log_scale(name: str, constant: float | None) -> None:

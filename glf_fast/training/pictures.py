@@ -16,11 +16,26 @@ from glf_fast.images import grid, save_png, to_float, to_uint8
 from glf_fast.metrics import subset
 from glf_fast.models import Decodes, GenerativeModel, Interpolates, Reconstructs
 
-__all__ = ["draw", "draw_pictures", "draw_towards", "latest_picture", "picture_name", "save_picture", "saved_pictures"]
+__all__ = [
+    "check_count",
+    "draw",
+    "draw_pictures",
+    "draw_towards",
+    "latest_picture",
+    "picture_name",
+    "save_picture",
+    "saved_pictures",
+]
 
 # Noise is always drawn for this many images at a time, so that image i does not depend on n. A sampling mode with batch
 # statistics computes them from these images.
 _CHUNK = 500
+
+
+def check_count(n: int) -> None:
+    """Raise UserError unless n images can be drawn."""
+    if n < 1:
+        raise UserError(f"n = {n} images cannot be drawn; n must be 1 or more")
 
 
 def draw(
@@ -38,8 +53,7 @@ def draw(
         UserError: n < 1, a negative temperature, a sampling mode that the model does not have, or a model of other data than
             images.
     """
-    if n < 1:
-        raise UserError(f"n = {n} images cannot be drawn; n must be 1 or more")
+    check_count(n)
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature = {temperature} must be 0 or more")
     model.check_mode(mode)
@@ -76,8 +90,9 @@ def draw_towards(
     one has the whole difference added.
 
     Raises:
-        UserError: a model that does not encode and decode, data without labels, or a label that no image has.
+        UserError: n < 1, a model that does not encode and decode, data without labels, or a label that no image has.
     """
+    check_count(n)
     if not isinstance(model, Decodes):
         raise UserError(f"{model.words.title} does not encode and decode images, so --towards cannot be used")
     device = next(model.parameters()).device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from glf_fast.distributed import unhurried
 from glf_fast.errors import UserError
 from glf_fast.training.config import DataConfig
 
-__all__ = ["load_splits"]
+__all__ = ["load_other", "load_splits"]
 
 
 def load_splits(config: DataConfig, data_dir: Path | None) -> tuple[Dataset, Dataset]:
@@ -28,3 +29,21 @@ def load_splits(config: DataConfig, data_dir: Path | None) -> tuple[Dataset, Dat
             "both must be alike (grey and coloured images differ in their channels)"
         )
     return train, test
+
+
+def load_other(source: str, config: DataConfig, shape: tuple[int, ...], data_dir: Path | None) -> Dataset:
+    """The test split of another data set than the run's, with images resized to the sides of `shape` where that is possible.
+
+    What the source cannot take is left out: `skip_unusable` of the run's settings, and a `data_dir` for an absolute path or
+    for data that come with a library.
+    """
+    resizes, known = data.resizes(source), data.SOURCES.get(source)
+    square = len(shape) == 3 and shape[1] == shape[2]
+    other = replace(
+        config,
+        source=source,
+        image_size=shape[1] if resizes and square else None,
+        skip_unusable=config.skip_unusable and resizes and known is None,
+    )
+    in_folder = known.files if known else not Path(source).is_absolute()
+    return load_splits(other, data_dir if in_folder else None)[1]

@@ -41,6 +41,19 @@ class Library:
 Shape = tuple[int, ...]
 
 
+def dropping(flow: nn.Module, name: str) -> nn.Module:
+    """The flow with its modules of a class given a subclass that drops inputs in training mode alone."""
+    modules = [module for module in flow.modules() if type(module).__name__ == name]
+    assert modules
+    for module in modules:
+        kind = type(module)
+        forward = lambda self, x, *args, kind=kind, **options: kind.forward(  # noqa: E731
+            self, nn.functional.dropout(x, 0.5, self.training), *args, **options
+        )
+        module.__class__ = type("Dropping", (kind,), {"forward": forward})
+    return flow
+
+
 def shake(flow: nn.Module, std: float = 0.15) -> nn.Module:
     """Random weights: fresh ones are too small, or zero, to tell a wrong formula. Fixed ones stay."""
     with torch.no_grad():
@@ -301,6 +314,7 @@ def accelerated(flow: nn.Module) -> tuple[nn.Module, nn.Module, Any]:
 def _tools() -> SimpleNamespace:
     """The functions of this file, for tests."""
     return SimpleNamespace(
-        Library=Library, prove=prove, shake=shake, same_map=same_map, trained=trained, as_close=as_close_as_the_library,
+        Library=Library, dropping=dropping, prove=prove, shake=shake, same_map=same_map, trained=trained,
+        as_close=as_close_as_the_library,
         conv_net=conv_net, accelerated=accelerated, shake_images=partial(shake, std=0.05),
     )  # fmt: skip

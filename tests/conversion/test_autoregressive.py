@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
 import normflows as nf
 import pytest
 import torch
+import zuko
 from nflows import transforms as T
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
@@ -160,6 +162,47 @@ def test_refusals_say_why(reason: str) -> None:
         convert(REFUSED[reason](4, 0))
 
 
+@pytest.mark.parametrize("trained", ["context_layer", "linear_layers.0.bias", "final_layer", "initial_layer.weight"])
+def test_some_of_a_network_is_trained(trained: str) -> None:
+    flow = of_nflows()(3, 2)
+    for name, parameter in flow.named_parameters():
+        parameter.requires_grad_(trained in name)
+    x, context = torch.randn(1, 16, 3).double(), torch.randn(16, 2).double()
+    converted = convert(flow).double()
+    assert any(parameter.requires_grad for parameter in converted.parameters())
+    wanted, got = (losses(f, torch.optim.SGD, 1e-3, x.expand(3, -1, -1), context) for f in (flow.double(), converted))
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+# A class of the network's parts, whose objects get a subclass → the flow.
+NETWORKS: dict[str, Make] = {
+    "MADE": of_nflows(),
+    "MaskedLinear": of_nflows(),
+    "MaskedResidualBlock": of_nflows(),
+    "MaskedFeedforwardBlock": of_nflows(**PLAIN),
+    "Linear": of_nflows(),
+    "MaskedMLP": lambda d, c: zuko.flows.MAF(d, c, hidden_features=(9,)),
+    "Residual": lambda d, c: zuko.flows.MAF(d, c, hidden_features=(9,), residual=True),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_with_methods_of_their_own_stay(tools, name: str) -> None:
+    """What they do in training mode alone no comparison shows."""
+    flow = NETWORKS[name](3, 2)
+    convert(flow)
+    with pytest.raises(ConversionError, match=r"Dropping has its own forward"):
+        convert(tools.dropping(flow, name).eval())
+
+
+def test_a_forward_of_one_object_stays() -> None:
+    flow = of_nflows()(3, 0)
+    network = flow._transform._transforms[0].autoregressive_net
+    network.forward = lambda x, context=None: type(network).forward(network, x, context)
+    report = accelerate(flow)
+    assert "a forward that is not its class's" in str(report) and report.replaced[0].couplings == 2
+
+
 @pytest.mark.parametrize("blocks", [0, 2])
 @pytest.mark.parametrize("seed", range(10))
 def test_degrees_allow_what_any_masks_without_a_cycle_allow(seed: int, blocks: int) -> None:
@@ -185,6 +228,19 @@ def test_degrees_allow_what_any_masks_without_a_cycle_allow(seed: int, blocks: i
         assert blocks == 0 or all(torch.equal(found[1], layer) for layer in found[1::2])
         ranks = [sorted(layer.tolist()) for layer in found]
         assert fan_in(ranks[1:], ranks[0])
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_degrees_of_wide_layers_take_one_pass(blocks: int) -> None:
+    """Of masks as nflows, zuko and pyro make them, in an order of the features; D passes over these took seconds each."""
+    dim, width = 300, 700
+    features = torch.randperm(dim) + 1
+    hidden = [torch.arange(width) % (dim - 1) + 1] * (1 + 2 * blocks if blocks else 2)
+    masks = [after[:, None] >= before for before, after in zip([features, *hidden], hidden, strict=False)]
+    start = time.process_time()
+    found = degrees([*masks, features[:, None] > hidden[-1]], blocks)
+    assert time.process_time() - start < 2
+    assert all(map(torch.equal, found, [features, *hidden]))
 
 
 def test_a_cycle_has_no_degrees() -> None:

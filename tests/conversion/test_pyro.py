@@ -39,6 +39,31 @@ def clamped(dim: int) -> nn.Module:
     return flow
 
 
+def normalised(dim: int) -> nn.Module:
+    """With a batch norm between, whose log-determinant is one number a column, whatever the batch."""
+    norm = T.BatchNorm(dim)
+    with torch.no_grad():
+        for tensor in (norm.gamma, norm.moving_variance):
+            tensor.uniform_(0.5, 2)
+    return ComposeTransformModule([layer(dim, 16), norm.eval(), layer(dim, 16)]).eval()
+
+
+def with_tensors(dim: int) -> nn.Module:
+    """Kept transforms that are no modules, and whose tensors no module converts: one of them in a composition."""
+    cholesky = T.LowerCholeskyAffine(torch.randn(dim), torch.rand(dim, dim).tril() + torch.eye(dim))
+    affine = torch.distributions.AffineTransform(torch.randn(dim), 1 + torch.rand(dim))
+    return ComposeTransformModule(
+        [layer(dim, 9), cholesky, layer(dim, 9), torch.distributions.ComposeTransform([affine])]
+    )
+
+
+def prepared(flow: nn.Module) -> nn.Module:
+    """pyro's inverses begin with zeros in float32, and tensors of no module stay in it."""
+    if next(flow.parameters()).dtype == torch.float64:
+        LIBRARY.prepare(flow)
+    return flow
+
+
 def distribution(flow: nn.Module, dim: int) -> dist.TransformedDistribution:
     return dist.TransformedDistribution(dist.Normal(torch.zeros(dim), 1.0).to_event(1), [flow])
 
@@ -49,6 +74,8 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], int, str]] = {
     "permuted": (permuted, 4, "a2"),
     "clamped": (clamped, 6, "a1"),
     "widths": (lambda d: ComposeTransformModule([layer(d, 5, 6, 7, 8), layer(d, 9)]), 4, "a1 a1"),
+    "batch norm": (normalised, 4, "a1 KeptTransform a1"),
+    "tensors of no module": (with_tensors, 4, "KeptTransform a1 KeptTransform a1"),
     "kept": (lambda d: ComposeTransformModule([layer(d, 7), layer(d, 9, stable=True)]), 4, "KeptTransform a1"),
 }
 
@@ -56,13 +83,24 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], int, str]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_case(tools, name: str) -> None:
     make, dim, outline = CASES[name]
-    library = tools.Library(LIBRARY, lambda f, x, c: LIBRARY.log_prob(f, x, c), lambda f, z, c: f(z.clone()))
+    library = tools.Library(LIBRARY, lambda f, x, c: LIBRARY.log_prob(prepared(f), x, c), lambda f, z, c: f(z.clone()))
     flow = make(dim) if name == "clamped" else tools.shake(make(dim))
     converted = tools.prove(library, flow, dim, outline=outline)
     z = torch.randn(5, dim)
     torch.testing.assert_close(converted.inverse(z)[0], flow(z), rtol=1e-4, atol=1e-4)
     x = flow(z).detach()
     torch.testing.assert_close(converted.log_prob(x), distribution(flow, dim).log_prob(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("dim", "rows"), [(1, 3), (16, 5), (16, 16)])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_kept_batch_norm_counts_in_every_row(dim: int, rows: int, training: bool) -> None:
+    flow = normalised(dim)
+    flow[1].train(training)
+    converted, x = convert(flow), torch.randn(rows, dim)
+    base = dist.Normal(torch.zeros(dim), 1.0).to_event(1)
+    wanted = dist.TransformedDistribution(base, copy.deepcopy(list(flow.parts))).log_prob(x)
+    torch.testing.assert_close(converted.log_prob(x), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_clamp_is_passed_by_the_gradient() -> None:
@@ -129,6 +167,12 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "it has no AffineAutoregressive": lambda: ComposeTransformModule([T.spline(4)]),
     "convert takes a pyro.ComposeTransformModule": lambda: layer(4, 9),
 }
+
+
+@pytest.mark.parametrize("name", ["AutoRegressiveNN", "MaskedLinear"])
+def test_networks_with_methods_of_their_own_stay(tools, name: str) -> None:
+    with pytest.raises(ConversionError, match="Dropping has its own forward"):
+        convert(tools.dropping(ComposeTransformModule([layer(4, 9)]), name).eval())
 
 
 @pytest.mark.parametrize("reason", REFUSED)

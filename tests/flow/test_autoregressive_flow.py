@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from glf_fast import AutoregressiveFlow, Inverse, Spline, use_backend
+from glf_fast import AutoregressiveFlow, CouplingFlow, Inverse, Spline, use_backend
 
 
 def random_flow(*args: Any, **options: Any) -> AutoregressiveFlow:
@@ -187,6 +187,24 @@ def test_degrees_survive_averaging_and_copies() -> None:
     assert copy.deepcopy(flow)._fan_in.keys() == {torch.device("cpu")}
 
 
+@pytest.mark.parametrize("linear", ["reverse", "permutation", "plu", "dense"])
+def test_a_state_has_all_that_a_flow_of_other_degrees_differs_in(linear: str) -> None:
+    drawn = [[[[1, 2, 3], degrees]] * 2 for degrees in ([0, 1, 1, 2], [1, 1, 2, 2])]
+    saved, loaded = (random_flow(3, 2, (4,), linear=linear, degrees=degrees) for degrees in drawn)
+    usual = random_flow(3, 2, (4,), linear=linear)
+    x, state = torch.randn(5, 3).double(), saved.state_dict()
+    averaged = {**state, "_extra_state": 0.9 * state["_extra_state"] + 0.1 * state["_extra_state"]}
+    for flow, given in ((loaded, state), (usual, averaged)):
+        assert not torch.equal(flow.log_prob(x), saved.log_prob(x))
+        flow.load_state_dict(given)
+        assert torch.equal(flow.log_prob(x), saved.log_prob(x))
+    other = random_flow(3, 2, (4,), linear=linear, degrees=drawn[1]).state_dict()["_extra_state"]
+    with pytest.raises(ValueError, match="not of flows with different masks"):
+        usual.load_state_dict({**state, "_extra_state": (state["_extra_state"] + other) / 2})
+    del state["_extra_state"]  # a file of a flow that did not save it
+    saved.load_state_dict(state)
+
+
 def test_a_flow_starts_as_the_identity_but_for_its_maps() -> None:
     x = torch.randn(5, 4)
     z, logdet = AutoregressiveFlow(4, 1, (8,))(x)
@@ -206,6 +224,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "steps must be ≥ 1": {"steps": 0},
     "degrees must be, for each of 5 steps": {"degrees": [[[1, 2, 3]]]},
     "degrees must be sorted": {"steps": 1, "hidden": (2,), "degrees": [[[1, 2, 3], [2, 1]]]},
+    "degrees must be whole numbers: .*; got 3": {"degrees": 3},
+    "degrees must be whole numbers": {"steps": 1, "hidden": (2,), "degrees": [[[1, 2, 3], [1, 1.5]]]},
     "must not shrink": {
         "steps": 1, "hidden": (2,), "network": "residual", "degrees": [[[1, 2, 3], [2, 2], [1, 1], [1, 1]]],
     },
@@ -216,6 +236,22 @@ WRONG: dict[str, dict[str, Any]] = {
 def test_errors_say_what_is_wrong(message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         AutoregressiveFlow(**{"dim": 3, **WRONG[message]})
+
+
+@pytest.mark.parametrize("kind", [AutoregressiveFlow, CouplingFlow])
+def test_sizes_are_whole_numbers(kind: type) -> None:
+    for name, value in (("dim", 3.0), ("dim", "3"), ("steps", 2.0), ("context_dim", 1.5)):
+        with pytest.raises(ValueError, match=f"^{name} must be an int; got {value!r}"):
+            kind(**{"dim": 3, name: value})
+    with pytest.raises(ValueError, match=r"^hidden\[1\] must be an int; got 5.5"):
+        kind(3, hidden=(5, 5.5))
+    with pytest.raises(ValueError, match=r"^hidden\[0\] must be an int; got '5'"):
+        kind(3, hidden="50")
+
+
+def test_repr_is_short() -> None:
+    degrees = [[range(1, 101), [1] * 50, [1] * 50]] * 3
+    assert len(repr(AutoregressiveFlow(100, 3, degrees=degrees))) < 800
 
 
 def test_a_flow_of_other_degrees_is_autoregressive() -> None:

@@ -208,6 +208,9 @@ def test_learns_a_density_it_can_sample() -> None:
     [
         ({"dim": 1}, "dim must be at least 2"),
         ({"steps": 0}, "steps must be ≥ 1; got 0"),
+        ({"steps": 2.0}, "steps must be an int; got 2.0"),
+        ({"dim": 4.0}, "dim must be an int; got 4.0"),
+        ({"hidden": (8, 8.5)}, "a width of hidden must be an int; got 8.5"),
         ({"hidden": ()}, "hidden must be one to four widths"),
         ({"hidden": (8, 0)}, "hidden must be one to four widths"),
         ({"hidden": (8,) * 5}, "hidden must be one to four widths"),

@@ -75,6 +75,78 @@ def test_rebuilt_activations_give_the_gradients_of_kept_ones(name: str, inverse:
             moved(flow, 0.03)
 
 
+def shared(coupling: nn.Module) -> nn.Module:
+    layers = [ActNorm(4), coupling, InvertibleLinear(4), coupling]
+    return SequentialFlow(layers, (4,), reversible=True)
+
+
+class Counting(nn.Module):
+    """A conditioner that is another one each time it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 4)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return self.runs * self.linear(x)
+
+
+def changed(flow: nn.Module) -> None:
+    with torch.no_grad():
+        flow.layers[1].conditioner.linear.weight.add_(0.3)
+
+
+def changed_buffer(flow: nn.Module) -> None:
+    flow.layers[1].conditioner.runs.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("conditioner", "between", "message"),
+    [
+        (Counting, changed, "modified by an inplace operation"),
+        (Counting, changed_buffer, "modified by an inplace operation"),
+        (Counting, lambda flow: None, "changes its own parameters or buffers when it runs"),
+    ],
+)
+def test_a_backward_of_other_networks_is_refused(
+    conditioner: Callable[[], nn.Module], between: Callable[[nn.Module], None], message: str
+) -> None:
+    flow = shared(AffineCoupling(4, conditioner()))
+    loss = flow.log_prob(torch.randn(5, 4)).sum()
+    between(flow)
+    with pytest.raises(RuntimeError, match=message):
+        loss.backward()
+
+
+def test_functional_call_is_refused_where_gradients_would_be_lost() -> None:
+    flow = shared(AffineCoupling(4, nn.Linear(2, 4)))
+    given = {name: p.detach().clone().requires_grad_() for name, p in flow.named_parameters()}
+    out, logdet = torch.func.functional_call(flow, given, (torch.randn(5, 4),))
+    with pytest.raises(RuntimeError, match="functional_call"):
+        (out.sum() + logdet.sum()).backward()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_modes_shared_layers_and_random_numbers_are_those_of_the_forward(training: bool) -> None:
+    """Dropout in a network in training mode, inside of a flow in either mode, and the mode changed before the backward."""
+    found = []
+    for reversible in (False, True):
+        torch.manual_seed(0)
+        conditioner = nn.Sequential(nn.Linear(2, 16), nn.Dropout(0.5), nn.Linear(16, 4))
+        flow = shared(AffineCoupling(4, conditioner)).double()
+        flow.reversible = reversible
+        flow.train(training)
+        conditioner.train()
+        loss = flow.log_prob(torch.randn(5, 4, dtype=torch.float64)).sum()
+        flow.eval()
+        loss.backward()
+        assert not any(module.training for module in flow.modules())
+        found.append(torch.cat([p.grad.flatten() for p in flow.parameters()]))
+    assert (found[0] - found[1]).norm() <= 1e-9 * found[0].norm()
+
+
 def saved_bytes(steps: int, reversible: bool, network: Callable[[int, int], nn.Module] | None = None) -> int:
     """Bytes of the activations that a forward keeps for its backward."""
     flow = GlowFlow((1, 8, 8), 2, steps, 16, network=network, reversible=reversible)
@@ -83,7 +155,7 @@ def saved_bytes(steps: int, reversible: bool, network: Callable[[int, int], nn.M
     own = {p.untyped_storage().data_ptr() for p in flow.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
-        if len(tensor) == len(x) and tensor.untyped_storage().data_ptr() not in own:
+        if tensor.ndim and len(tensor) == len(x) and tensor.untyped_storage().data_ptr() not in own:
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -136,11 +208,44 @@ def test_the_border_is_seen() -> None:
     ("make", "message"),
     [
         (lambda: GlowFlow((1, 28, 28), 3, 1, 4), r"multiples of 2\^levels = 8; got \(1, 28, 28\)"),
-        (lambda: GlowFlow((1, 8, 8), 0), "levels must be 1 or more; got 0"),
+        *(
+            (
+                lambda options=options: GlowFlow(**{"image_shape": (1, 8, 8), "levels": 1, "steps": 1, **options}),
+                message,
+            )
+            for options, message in (
+                ({"image_shape": (28, 28)}, r"image_shape must be \(channels, height, width\) .* got \(28, 28\)"),
+                ({"image_shape": 28}, "image_shape must be"),
+                ({"image_shape": (1, 8, 0)}, "image_shape must be"),
+                ({"image_shape": (1, 8.0, 8)}, "image_shape must be"),
+                ({"levels": 0}, "levels must be ≥ 1; got 0"),
+                ({"levels": 2.0}, "levels must be an int; got 2.0"),
+                ({"levels": True}, "levels must be an int; got True"),
+                ({"steps": "2"}, "steps must be an int; got '2'"),
+                ({"width": 2.5}, "width must be an int; got 2.5"),
+                ({"context_dim": -1}, "context_dim must be ≥ 0; got -1"),
+                ({"gain_factor": float("nan")}, "gain_factor must be a number, 0 or more; got nan"),
+                ({"coupling": "additive", "log_scale": "glow"}, "has no scale, so leave log_scale"),
+                ({"coupling": "additive", "log_scale_constant": 1.0}, "has no scale, so leave log_scale"),
+                ({"coupling": "additive", "add_first": True}, "has no scale, so leave log_scale"),
+            )
+        ),
+        (lambda: GlowNetwork(2, 0, 4), "channels_out must be ≥ 1; got 0"),
         (lambda: GlowFlow((1, 8, 8), coupling="spline"), "coupling must be one of 'affine', 'additive'; got 'spline'"),
         (
             lambda: GlowFlow((1, 4, 4), 1, 1, network=lambda i, o: nn.Sequential(nn.BatchNorm2d(i)), reversible=True),
             "the BatchNorm2d in layers.3.conditioner.0 would update its running statistics twice",
+        ),
+        *(
+            (lambda net=net: GlowFlow((1, 4, 4), 1, 1, network=net, reversible=True), f"layers.3.conditioner{message}")
+            for net, message in (
+                (lambda i, o: nn.InstanceNorm2d(i, track_running_stats=True), " would update its running statistics"),
+                (lambda i, o: nn.utils.spectral_norm(nn.Conv2d(i, o, 1)), " would take another step of its power iter"),
+                (
+                    lambda i, o: nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, 1)),
+                    ".parametrizations.weight.0 would take another step of its power iteration",
+                ),
+            )
         ),
         (lambda: GlowFlow((1, 4, 4), 1, 1, 4, context_dim=2)(torch.zeros(1, 1, 4, 4)), "this flow is conditional"),
     ],

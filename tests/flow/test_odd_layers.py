@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from glf_fast import ActNorm, AffineCoupling, InvertibleLinear, SequentialFlow
+from glf_fast import ActNorm, AffineCoupling, GlowFlow, InvertibleLinear, SequentialFlow
 from glf_fast.flow import FixedLinear
 
 
@@ -69,6 +70,30 @@ def test_far_normalisations_keep_their_digits_however_they_were_set(how: str) ->
     flow.eval()
     exact = by_layers(copy.deepcopy(flow).double(), x.double())
     assert (flow(x)[0].double() - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def test_setting_the_mode_reads_all_actnorms_at_once() -> None:
+    """Trainers call train() before every step: a GPU must not wait for each ActNorm."""
+    flow = GlowFlow((1, 8, 8), 2, 4, 4)
+    flow(torch.randn(9, 1, 8, 8))
+    with torch.no_grad():
+        flow.layers[1].bias.fill_(100.0)
+    with Operations() as operations:
+        flow.train()
+    assert len(operations.names) < 16 and not any("_local_scalar_dense" in name for name in operations.names)
+    assert [layer.far for layer in flow.layers if isinstance(layer, ActNorm)] == [True] + 7 * [False]
 
 
 def test_a_fixed_matrix_in_float64_does_not_keep_an_inverse_in_float32() -> None:

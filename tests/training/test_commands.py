@@ -222,6 +222,13 @@ def test_samples_as_a_grid_and_as_a_folder(smoke: Path, tmp_path: Path, call: Ca
     ("arguments", "message"),
     [
         (["--n", "0"], "n = 0 images"),
+        (["--n", "0", "--towards", "1", "7"], "n = 0 images"),
+        (["--n", "-1", "--towards", "1", "7"], "n = -1 images"),
+        (["--temperature"], "--temperature needs one value or more"),
+        (["--towards", "1", "7", "--temperature", "0.7"], "--temperature has no effect with --towards"),
+        (["--towards", "1", "7", "--mode", "authors"], "--mode has no effect with --towards"),
+        (["--towards", "1", "7", "--seed", "1"], "--seed has no effect with --towards"),
+        (["--data-dir", "."], "--data-dir has no effect without --towards"),
         (["--n", str(10**18)], "more than any memory holds; draw fewer"),
         (["--n", "9" * 20], "must be an integer of 64 bits"),
         (["--n", "9" * 40], "must be an integer of 64 bits"),

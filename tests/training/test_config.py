@@ -47,7 +47,8 @@ def test_a_preset_builds_its_model(name: str) -> None:
     config = load(preset_path(name))
     kind = models.kind(config.model.name)
     small = {name: 2 for name in ("width", "hidden") if name in config.model.effective()}
-    model = kind((1, 8, 8), dataclasses.replace(config.model, **small))
+    side = max(8, 2 ** config.model.effective().get("levels", 0))
+    model = kind((1, side, side), dataclasses.replace(config.model, **small))
     assert tuple(model.parameter_groups()) == kind.groups == tuple(config.optimizers)
     assert models.build(config.model.name, model.config).config == model.config
 

@@ -11,9 +11,12 @@ import torch
 from glf_fast import evaluate, sample, train
 from glf_fast.data import load
 from glf_fast.errors import UserError
+from glf_fast.images import save_png
 from glf_fast.training import runs
+from glf_fast.training.config import DataConfig
 from glf_fast.training.config_files import load as load_config
 from glf_fast.training.config_files import preset_path
+from glf_fast.training.splits import load_other
 from glf_fast.training.trainer import Trainer
 
 Call = Callable[..., None]
@@ -42,6 +45,18 @@ def test_a_run_and_what_can_be_done_with_it(tmp_path: Path, call: Call, capsys: 
     call(evaluate, run, "--n", "40", "--other-data", "digits", tmp_path / "black.npy")
     shares = re.findall(r"needs more bits than a test image with probability (\d\.\d{3})", capsys.readouterr().out)
     assert shares[0] == "0.500" != shares[1]
+
+
+def test_other_data_are_loaded_with_the_options_that_they_take(tmp_path: Path) -> None:
+    """The run has the options of a folder of images, --data-dir too; images of another size are resized to the model's."""
+    (tmp_path / "folder").mkdir()
+    for i in range(40):
+        save_png(tmp_path / "folder" / f"{i}.png", torch.full((1, 12, 12), i, dtype=torch.uint8))
+    (tmp_path / "folder" / "notes.png").write_text("no image")
+    np.save(tmp_path / "black.npy", np.zeros((40, 1, 8, 8), np.uint8))
+    config = DataConfig(str(tmp_path / "folder"), image_size=8, skip_unusable=True)
+    for source in ("digits", "black.npy", str(tmp_path / "black.npy"), "folder"):
+        assert load_other(source, config, (1, 8, 8), tmp_path).shape == (1, 8, 8)
 
 
 def test_resuming_with_adamax_is_exact(tmp_path: Path) -> None:
