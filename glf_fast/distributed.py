@@ -261,8 +261,7 @@ def all_failed() -> bool:
         return True
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     group: Any = dist.group.WORLD
-    backends = [group._get_backend(torch.device(device)) for device in devices]
-    point = [backend._get_sequence_number_for_group() for backend in backends]
+    point = [group._get_backend(torch.device(device))._get_sequence_number_for_group() for device in devices]
     key, until = f"failure {next(_failures)} at {point}", time.monotonic() + _PATIENCE
     _store.add(key, 1)
     while _store.add(key, 0) < size():
