@@ -115,7 +115,7 @@ def log_scale(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
     elif LOG_SCALE == "jet":
         return 0.6931471805599453 + log_sigmoid(u)
     elif LOG_SCALE == "clamp":
-        return tl.where(u < -5.0, -5.0, tl.where(u > 3.0, 3.0, u))
+        return tl.where(u < -5.0, -5.0, tl.where(u > 3.0, 3.0, u)) + (u - u)  # NaN where u is infinite, as in pyro
     else:
         tl.static_assert(LOG_SCALE == "softplus")
         return tl.log(CONSTANT - log_sigmoid(-u))

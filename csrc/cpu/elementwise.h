@@ -73,7 +73,7 @@ inline vec<T> log_scale(vec<T> u, T s) {
   if constexpr (f == S::softplus) return log(softplus<T>(u) + s);
   if constexpr (f == S::clamp) {
     const vec<T> y = u < T(-5) ? broadcast(T(-5)) : u;
-    return y > T(3) ? broadcast(T(3)) : y;
+    return (y > T(3) ? broadcast(T(3)) : y) + (u - u);  // NaN where u is infinite, as in pyro
   }
 }
 

@@ -46,7 +46,8 @@ def check(v: Tensor, u: Tensor, t: Tensor, tolerance: float, **options: object) 
     assert launches == (["coupling_kernel", "coupling_backward_kernel"] if v.numel() else [])
     for ours, theirs in zip((*out, *found), (*exact[0], *exact[1]), strict=True):
         assert ours.shape == theirs.shape
-        assert error(ours, theirs) < (tolerance if ours.dtype == torch.float32 else 5e-3)
+        # The interpreter truncates to bfloat16, where a GPU rounds: an error of up to 2⁻⁷.
+        assert error(ours, theirs) < (tolerance if ours.dtype == torch.float32 else 2**-7)
     assert [x.dtype for x in found] == [v.dtype, u.dtype, t.dtype]
     assert out[0].dtype == out[1].dtype == torch.float32
     if v.ndim == 4 and v.is_contiguous(memory_format=torch.channels_last) and v.shape[1] > 1:
