@@ -13,7 +13,7 @@ from glf_fast.ops.backends import BACKENDS, Backend, kernels_for, ordinary, tran
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 from glf_fast.ops.coupling_flow import cpp, layered, plain, triton
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
-from glf_fast.reference import ACTIVATIONS, COUPLINGS, LOG_SCALES, NETWORKS
+from glf_fast.reference import ACTIVATIONS, COUPLINGS, LOG_SCALES, MASKED_NETWORKS, NETWORKS
 
 has_cpp = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=backends()["cpp"])
 
@@ -31,9 +31,9 @@ def test_every_name_of_the_reference_is_known_to_the_library_by_a_number() -> No
         (ACTIVATION_CODES, ACTIVATIONS),
         (COUPLING_CODES, COUPLINGS),
         (LOG_SCALE_CODES, LOG_SCALES),
-        (NETWORK_CODES, NETWORKS),
+        (NETWORK_CODES, {*NETWORKS, *MASKED_NETWORKS}),
     ):
-        assert codes.keys() == names.keys() and sorted(codes.values()) == list(range(len(names)))
+        assert codes.keys() == set(names) and sorted(codes.values()) == list(range(len(names)))
     for table, name in (("log_scale", "relu"), ("coupling", ""), ("", "tanh")):
         assert torch.ops.glf_fast.cpu_code(table, name) == -1
 

@@ -26,6 +26,7 @@ FORMULAS = {
     "softclip": lambda u, m=1e-3: u / (1 + abs(u / math.log(m))),
     "jet": lambda u: math.log(2 * sigmoid(u)),
     "softplus": lambda u, eps=1e-3: math.log(math.log(1 + math.exp(u)) + eps),
+    "clamp": lambda u: min(max(u, -5.0), 3.0),
 }
 # Beyond these, whatever u is, no log-scale goes (None: unbounded on that side).
 BOUNDS = {
@@ -36,6 +37,7 @@ BOUNDS = {
     "softclip": (math.log(1e-3), -math.log(1e-3)),
     "jet": (None, math.log(2)),
     "softplus": (math.log(1e-3), None),
+    "clamp": (-5.0, 3.0),
 }
 
 
