@@ -167,7 +167,7 @@ def _job(name: str, case: GlowCase, mode: str, clock: Clock) -> Job:
 
 
 def _elsewhere(name: str, case: GlowCase) -> Job:
-    """What a process of its own has found."""
+    """The findings of a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.glow", name, str(case.steps)],
         cwd=Path(__file__).parent.parent,

@@ -264,7 +264,7 @@ def autoregressive_backward(
 
 
 def _summed(sizes: dict[str, Any]) -> dict[str, Any]:
-    """What `column_sums` needs to know: layers, and where they are in a row of slopes."""
+    """The layers for `column_sums`, and where they are in a row of slopes."""
     hidden = sizes["HIDDEN"]
     return {
         "HIDDEN": hidden + hidden[: sizes["CONTEXT_LAYER"]],

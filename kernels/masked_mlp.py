@@ -119,7 +119,7 @@ def add_context(
     WORK: tl.constexpr, ROW_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """What the context adds to the first layer, into `work`; KEEP: its own layer also into `hidden`."""
+    """The context's addend to the first layer, into `work`; KEEP: its own layer also into `hidden`."""
     LAYERS: tl.constexpr = len(HIDDEN) + 1
     weight = weights + WEIGHTS[LAYERS]
     for start in range(0, HIDDEN[0], BN):

@@ -17,7 +17,7 @@ WORKSPACE_BYTES = 48 << 20
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 of a processor."""
+    """The number of multiprocessors of a GPU; 1 of a processor."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -1,4 +1,4 @@
-"""What a loss takes from a whole batch, where DistributedDataParallel has divided the batch among processes.
+"""Noise and rows of a whole batch for a loss, where DistributedDataParallel has divided the batch among processes.
 
 A loss that is a mean over the items of a batch needs none of this, because the wrapper averages gradients. Outside of the
 wrapper's `forward`, a batch is whole.

@@ -14,7 +14,7 @@ __all__ = ["autocast_on", "kernel_options"]
 
 
 def autocast_on(device: str) -> str:
-    """What torch.autocast asks for on this type of device now: "bf16", "fp16", or "" where it is off."""
+    """The dtype that torch.autocast asks for on this type of device now: "bf16", "fp16", or "" where it is off."""
     if not torch.is_autocast_enabled(device):
         return ""
     return "bf16" if torch.get_autocast_dtype(device) == torch.bfloat16 else "fp16"

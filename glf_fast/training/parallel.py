@@ -24,7 +24,7 @@ def wrapped(model: GenerativeModel, stage: int, phase: int) -> DistributedDataPa
 
 
 def communication(model: GenerativeModel, stage: int, device: torch.device, seconds: float) -> str:
-    """What a user should know if more than half of a step of so many seconds is communication, by a measurement; else ""."""
+    """A line for the user if more than half of a step of so many seconds is communication, by a measurement; else ""."""
     moved = {
         p for phase in model.stages()[stage].phases for name in phase.moves for p in model.parameter_groups()[name]
     }

@@ -160,7 +160,7 @@ def started(count: int, function: Callable[..., None], *arguments: object) -> It
 
 
 def finished(count: int, function: Callable[..., None], *arguments: object) -> list[tuple[str, str]]:
-    """What processes that have ended well have printed."""
+    """The output of processes that have ended well."""
     with started(count, function, *arguments) as children:
         printed = [child.communicate() for child in children]
         assert not any(child.returncode for child in children), printed

@@ -188,7 +188,7 @@ NETWORKS: dict[str, Make] = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_with_methods_of_their_own_stay(tools, name: str) -> None:
-    """What they do in training mode alone no comparison shows."""
+    """A comparison in evaluation mode does not show what they do in training mode alone."""
     flow = NETWORKS[name](3, 2)
     convert(flow)
     with pytest.raises(ConversionError, match=r"Dropping has its own forward"):
@@ -206,7 +206,7 @@ def test_a_forward_of_one_object_stays() -> None:
 @pytest.mark.parametrize("blocks", [0, 2])
 @pytest.mark.parametrize("seed", range(10))
 def test_degrees_allow_what_any_masks_without_a_cycle_allow(seed: int, blocks: int) -> None:
-    """Of layers that are made of random degrees exactly that; of random masks no less."""
+    """Layers that are made of random degrees give exactly these; random masks give no less."""
     generator = torch.Generator().manual_seed(seed)
     dim, layers = 1 + seed % 7, 1 + 2 * blocks if blocks else 1 + seed % 3
 
@@ -232,7 +232,7 @@ def test_degrees_allow_what_any_masks_without_a_cycle_allow(seed: int, blocks: i
 
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_degrees_of_wide_layers_take_one_pass(blocks: int) -> None:
-    """Of masks as nflows, zuko and pyro make them, in an order of the features; D passes over these took seconds each."""
+    """Masks as nflows, zuko and pyro make them, in an order of the features; D passes over these took seconds each."""
     dim, width = 300, 700
     features = torch.randperm(dim) + 1
     hidden = [torch.arange(width) % (dim - 1) + 1] * (1 + 2 * blocks if blocks else 2)
