@@ -1,4 +1,4 @@
-"""python -m glf_fast.evaluate RUN: Fréchet distances and KID of a trained model, with their protocol."""
+"""python -m glf_fast.evaluate RUN: Fréchet distances and other scores of a trained model, with their protocol."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from glf_fast import data, distributed
+from glf_fast import data, distributed, metrics
 from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, run_command
 from glf_fast.training import checkpoint, report, runs
@@ -27,6 +27,9 @@ class Command:
     """Checkpoint of the run to use."""
     extractor: tuple[str, ...] = ()
     """Feature networks; by default the networks in the run's settings."""
+    scores: str = ""
+    """Scores, separated by commas: fd, kid, pr, is, prd, dc, msssim, critic, modes, nearest (docs/scores.md); by default those
+    in the run's settings. They replace earlier scores of the same samples."""
     n: int | None = None
     """Number of samples; by default the number in the run's settings."""
     temperature: float = 1.0
@@ -53,6 +56,9 @@ def main() -> None:
 def _evaluate() -> None:
     command = parse(Command, sys.argv[1:], "glf_fast.evaluate")
     config, device = runs.read_config(command.run), pick_device(command.device)
+    scores = metrics.named_scores(command.scores) or config.score.scores
+    if message := metrics.check_scores(scores, command.extractor or config.score.extractors):
+        raise UserError(f"--scores: {message}")
     which = distributed.by_main(runs.pick_checkpoint)(command.run, command.checkpoint)
     model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, which), device)
     checkpoint.check_state(runs.checkpoint_folder(command.run, which), state)
@@ -67,7 +73,7 @@ def _evaluate() -> None:
     for source in command.other_data:  # first: what is refused costs no scores
         other = data.as_images(load_other(source, config.data, model.shape, command.data_dir))
         others.append(other_likelihood(model, test, other, n, seed=command.seed))
-    scores = evaluate(
+    results = evaluate(
         model,
         train,
         test,
@@ -77,11 +83,12 @@ def _evaluate() -> None:
         temperature=command.temperature,
         mode=command.mode,
         about={"name": which, "images": state["images"], "epoch": state["epoch"], "ema": config.ema},
+        scores=scores,
     )
     print(
-        "\n".join([table(scores), *others]), flush=True
+        "\n".join([table(results), *others]), flush=True
     )  # first: on a disk that is full or read-only they are not lost
-    runs.write_scores(command.run, scores)
+    runs.write_scores(command.run, results)
     report.write(command.run)
     print(f"\nscores    {command.run / 'scores.json'} (with their protocol)\nreport    {command.run / 'report.html'}")
 

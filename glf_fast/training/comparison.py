@@ -24,7 +24,7 @@ from glf_fast.distributed import all_failed, by_main
 from glf_fast.errors import UserError, lacks_memory
 from glf_fast.files import atomic_write, lock, read_json
 from glf_fast.images import grid, to_float, to_uint8
-from glf_fast.metrics import subset
+from glf_fast.metrics import USUAL, subset
 from glf_fast.models import GenerativeModel, Reconstructs
 from glf_fast.output import one_line
 from glf_fast.training import checkpoint, comparison_page, runs
@@ -139,7 +139,9 @@ class _Results:
             reason = failure or f"trained for {state['epoch']:.3g} of {config.epochs} epochs so far"
             self._note(row, seed, reason=reason, **state | ({"state": "failed"} if failure else {}))
             return
-        if self._runs.get((row, seed), {}).get("state") == "finished":
+        if (before := self._runs.get((row, seed), {})).get("state") == "finished" and self._has_scores(
+            before["scores"]
+        ):
             return
         model, about = checkpoint.load_model(runs.checkpoint_folder(folder, "best"), self.device)
         if about["data"] != self.train.fingerprint:
@@ -175,6 +177,11 @@ class _Results:
             self._rows[row] = {"parameters": sum(p.numel() for p in model.parameters())}
             self._draw(row, model)
 
+    def _has_scores(self, scores: list[dict[str, Any]]) -> bool:
+        """Whether there are all scores that the comparison asks for, beside the usual ones."""
+        found = {number["score"] for score in scores for number in score.get("battery", ())}
+        return set(self.plan.shared.score.scores) <= found | set(USUAL)
+
     def _order(self, extractor: str) -> int:
         """The place of an extractor among those of the comparison: without its weights, a run may lack the first."""
         names = self.plan.shared.score.extractors
@@ -200,6 +207,7 @@ class _Results:
             "samples": shared.score.samples,
             "test_images": len(self.test.images),
             "extractors": list(shared.score.extractors),
+            "scores": list(shared.score.scores),
             "versions": {
                 "glf_fast": version("glf_fast"),
                 "torch": version("torch"),

@@ -86,7 +86,7 @@ class OptimizerConfig(Settings):
 
 @dataclass(frozen=True)
 class ScoreConfig(Settings):
-    """Fréchet distances during training and at its end."""
+    """Fréchet distances during training and at its end, and other scores at its end."""
 
     extractors: tuple[str, ...] = ("tiny", "vgg16")
     """Feature networks: tiny, vgg16, vgg16-relu4_3, …, inception. The score by the first network decides which checkpoint is
@@ -95,6 +95,9 @@ class ScoreConfig(Settings):
     """Generated images per score."""
     every: int = 10
     """Epochs between scores by the first extractor; 0: only at the end."""
+    scores: tuple[str, ...] = metrics.USUAL
+    """Scores at the end: fd, kid, pr, is, prd, dc, msssim, critic, modes, nearest (docs/scores.md). The first three are
+    always computed; fd, by which the best checkpoint is chosen, must be among them."""
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "extractors": (lambda value: len(value) > 0, "at least one name, for instance tiny"),
@@ -102,13 +105,21 @@ class ScoreConfig(Settings):
         "every": NOT_NEGATIVE,
     }
 
+    def effective(self) -> dict[str, Any]:
+        """The fields, by name, without the usual scores, which files of earlier versions do not have."""
+        return {name: value for name, value in vars(self).items() if name != "scores" or value != metrics.USUAL}
+
     def mistake(self) -> str:
-        """A message if a network does not exist, else ""."""
-        wrong = [name for name in self.extractors if name not in metrics.names()]
-        if not wrong:
-            return ""
-        hint = did_you_mean(wrong[0], metrics.names())
-        return f"extractors: there is no extractor {wrong[0]!r}; {hint}the extractors are {', '.join(metrics.names())}"
+        """A message if a network or a score does not exist, or if there is no network for a score, else ""."""
+        if wrong := [name for name in self.extractors if name not in metrics.names()]:
+            hint = did_you_mean(wrong[0], metrics.names())
+            return (
+                f"extractors: there is no extractor {wrong[0]!r}; {hint}the extractors are {', '.join(metrics.names())}"
+            )
+        if "fd" not in self.scores:
+            return "scores must contain fd, which decides which checkpoint is the best"
+        message = metrics.check_scores(self.scores, self.extractors)
+        return f"scores: {message}" if message else ""
 
 
 @dataclass(frozen=True)

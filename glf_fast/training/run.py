@@ -18,7 +18,7 @@ from glf_fast.data import CONTENTS, Dataset, as_images
 from glf_fast.distributed import by_main, highest
 from glf_fast.errors import UserError
 from glf_fast.files import lock
-from glf_fast.metrics import Extractor
+from glf_fast.metrics import USUAL, Extractor
 from glf_fast.models import GenerativeModel
 from glf_fast.progress import Progress, Stop, stop_on_signals
 from glf_fast.training import checkpoint, parallel, report, runs
@@ -151,7 +151,7 @@ class Run:
     def finished(self) -> bool:
         """Whether training is over and the final scores are written."""
         records = runs.read_metrics(self.folder)
-        scored = bool(runs.read_scores(self.folder)) or not self.of_images
+        scored = not self.of_images or self._has_scores()
         return self.done and scored and any(r.get("finished") and r["images"] == self.trainer.images for r in records)
 
     # -- training ---------------------------------------------------------------------------------------------------------
@@ -235,7 +235,8 @@ class Run:
             print("computing the final scores of the best checkpoint", file=sys.stderr)
             model, state = checkpoint.load_model(self.best, self.device)
             about = {"name": "best", "images": state["images"], "epoch": state["epoch"], "ema": self.config.ema}
-            runs.write_scores(self.folder, self._evaluate(model, self.extractors, _FINAL_SEED, about))
+            scores = self._evaluate(model, self.extractors, _FINAL_SEED, about, self.config.score.scores)
+            runs.write_scores(self.folder, scores)
         runs.append_metrics(self.folder, {"images": images, "epoch": self.epoch, "finished": True})
         report.write(self.folder)
 
@@ -283,10 +284,15 @@ class Run:
         return self.of_images and self.trainer.in_last_stage and every > 0 and epoch % every == 0
 
     def _evaluate(
-        self, model: GenerativeModel, extractors: Sequence[Extractor], seed: int, about: dict[str, Any] | None = None
+        self,
+        model: GenerativeModel,
+        extractors: Sequence[Extractor],
+        seed: int,
+        about: dict[str, Any] | None = None,
+        scores: Sequence[str] = USUAL,
     ) -> list[dict[str, Any]]:
         train, test, n = as_images(self.train_set), as_images(self.test_set), self.config.score.samples
-        return evaluate(model, train, test, extractors, n=n, seed=seed, about=about)
+        return evaluate(model, train, test, extractors, n=n, seed=seed, about=about, scores=scores)
 
     def _score(self, board: Board) -> str:
         """Score by the first extractor, save the checkpoint if its score is the best so far, and return a line to print."""
@@ -311,6 +317,12 @@ class Run:
         runs.append_metrics(self.folder, {"images": trainer.images, "epoch": self.epoch, "score": score})
         report.write(self.folder)
         return line + ("  best so far" if best else "")
+
+    def _has_scores(self) -> bool:
+        """Whether scores are written, and among them all that the settings ask for beside the usual ones."""
+        scores = runs.read_scores(self.folder)
+        found = {number["score"] for score in scores for number in score.get("battery", ())}
+        return bool(scores) and set(self.config.score.scores) <= found | set(USUAL)
 
     def _is_scored(self) -> bool:
         """Whether the log has a score of the present weights."""

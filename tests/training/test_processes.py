@@ -77,11 +77,13 @@ def test_a_run_is_one_run_whatever_ends_it(tmp_path: Path, call: Call, capsys: p
     assert steps(folder) == 12 * epochs
     # Three chunks of samples, and fewer reconstructions than one chunk.
     capsys.readouterr()
-    call(evaluate, folder, "--n", "1100")
+    more = ["--n", "1100", "--scores", "fd,kid,pr,is,msssim,modes,nearest"]
+    call(evaluate, folder, *more)
     text, one = capsys.readouterr().out, runs.read_scores(folder)
-    [(printed, _), nothing] = finished(2, forked.command, "evaluate", str(folder), "--n", "1100")
+    [(printed, _), nothing] = finished(2, forked.command, "evaluate", str(folder), *more)
     assert nothing == ("", "") and printed == text
     assert len(one) == 2 and _close(runs.read_scores(folder), one)
+    assert {number["score"] for number in one[-1]["battery"]} == {"is", "msssim", "modes", "nearest"}
 
 
 def _close(a: object, b: object) -> bool:
