@@ -158,7 +158,7 @@ def _looked_up(samples: ImageSet, test: ImageSet, training: Tensor, extractor: E
     found = nearest(torch.cat([parts[0], parts[1].to(parts[0].device)]), map(extractor, batches))
     ones = [1] * distributed.size()
     squared = distributed.joined(found.squared[None], ones)
-    index = distributed.joined(found.index[None] + own.start, ones)
+    index = distributed.joined(found.number[None] + own.start, ones)
     closest = squared.argmin(0, keepdim=True)
     squared, index = squared.gather(0, closest)[0], index.gather(0, closest)[0]
     n = len(parts[0])
@@ -171,7 +171,7 @@ def _looked_up(samples: ImageSet, test: ImageSet, training: Tensor, extractor: E
 def _picture(images: Tensor, found: Nearest, training: Tensor) -> str:
     """The samples that are closest to training images, above these, as PNG in base64."""
     chosen = found.squared.argsort(stable=True)[:_PAIRS].cpu()
-    pairs = [images.cpu()[chosen], training.cpu()[found.index.cpu()[chosen]]]
+    pairs = [images.cpu()[chosen], training.cpu()[found.number.cpu()[chosen]]]
     channels = max(x.shape[1] for x in pairs)
     rows = (
         torch.cat([x.expand(-1, channels, -1, -1) for x in pairs])

@@ -87,7 +87,8 @@ def _critic(shape: tuple[int, ...] | torch.Size, seed: int) -> nn.Module:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 scale = (2 / module.weight[0].numel()) ** 0.5
                 module.weight.copy_(scale * torch.randn(module.weight.shape, generator=random))
-                nn.init.zeros_(module.bias)
+                assert module.bias is not None
+                module.bias.zero_()
     return critic
 
 

@@ -118,7 +118,7 @@ class Extractor(nn.Module):
         if not self.classes:
             raise ValueError(f"the network {self.name!r} does not classify images")
         with torch.autocast(self.device.type, enabled=False):
-            return self.network.logits(features.to(self.device))  # type: ignore[operator]
+            return self.network.logits(features.to(self.device))
 
 
 def label(identity: Mapping[str, Any] | None) -> str:

@@ -22,7 +22,7 @@ class Nearest(NamedTuple):
     """The squared distance (n,) of each feature to its nearest training feature, and the number (n,) of that feature."""
 
     squared: Tensor
-    index: Tensor
+    number: Tensor
 
 
 class Proximity(NamedTuple):

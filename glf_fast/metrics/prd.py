@@ -60,11 +60,12 @@ def prd(samples: FeatureStats, reference: FeatureStats, *, seed: int = 0) -> PRD
     q, p = torch.stack(sampled), torch.stack(real)[:, None]
     precision, recall = prd_curve(q, p.expand_as(q))
     precision, recall = precision.mean(0), recall.mean(0)  # over the clusterings
-    f8, f1_8 = (_highest_f(precision, recall, beta) for beta in (BETA, 1 / BETA))
-    estimates = [
-        jackknife(float(f[0]), f[1:], 0, 1) if n >= 2 * GROUPS else Estimate(float(f[0]), None) for f in (f8, f1_8)
-    ]
-    return PRD(*estimates, precision[0].cpu(), recall[0].cpu(), n)
+
+    def estimate(beta: float) -> Estimate:
+        f = _highest_f(precision, recall, beta)
+        return jackknife(float(f[0]), f[1:], 0, 1) if n >= 2 * GROUPS else Estimate(float(f[0]), None)
+
+    return PRD(estimate(BETA), estimate(1 / BETA), precision[0].cpu(), recall[0].cpu(), n)
 
 
 def prd_curve(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,8 @@ def evaluate(
     decoded: Sequence[metrics.FeatureStats | None] = [None] * len(extractors)
     if isinstance(model, Reconstructs):
         decoded = metrics.collect_all(reconstructions(model, test.images, n), extractors, divided=True)
-    shared, results = {"checkpoint": about or {}}, []
+    shared: dict[str, Any] = {"checkpoint": about or {}}
+    results: list[dict[str, Any]] = []
     for extractor, reference, of_samples, of_rebuilt in zip(extractors, references, drawn, decoded, strict=True):
         rebuilt = None
         if of_rebuilt is not None:

@@ -324,10 +324,10 @@ def test_nearest_training_images_are_those_of_the_definition(monkeypatch: pytest
     squared, index = (x[:, None] - training).double().square().sum(2).min(1)
     for size in (90, 37, 1):
         found = nearest(x, training.split(size))
-        assert torch.equal(found.index, index)
+        assert torch.equal(found.number, index)
         torch.testing.assert_close(found.squared, squared, rtol=1e-6, atol=1e-9)
     tied = nearest(training[:5], [training, training])  # of equally near ones the first
-    assert tied.index.tolist() == [0, 1, 2, 3, 4] and float(tied.squared.max()) < 1e-12
+    assert tied.number.tolist() == [0, 1, 2, 3, 4] and float(tied.squared.max()) < 1e-12
     with pytest.raises(UserError, match="NaN or infinity"):
         nearest(x, [training * torch.nan])
 
