@@ -128,7 +128,9 @@ __attribute__((noinline)) void gradient_cell(idx panels, const idx* vectors, Fie
   vec<T> acc[M][V] = {};
   for (idx p = 0; p < panels; ++p)
     microkernel<T, M, V>(vectors[p] * L, a.data + p * a.apart, W, 1, b + p * W * b_k, b_k, acc);
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       T* to = c + m * c_m + v * L;
       store_part(to, accumulate ? acc[m][v] + load_part(to, cols - v * L) : acc[m][v], cols - v * L);
