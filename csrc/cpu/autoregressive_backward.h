@@ -169,8 +169,8 @@ void weight_gradient(idx panels, const idx* vectors, Fields<T> input, idx inputs
       sum *= sign;
       store_part(bias + n, accumulate ? sum + load_part(bias + n, N - n) : sum, N - n);
     }
-  for (idx i = 0; i < inputs; i += MR) {
-    const idx rows = std::min<idx>(MR, inputs - i);
+  for (idx i = 0, rows; i < inputs; i += rows) {
+    rows = even_rows(inputs - i);
     for (idx j = from(i) / J * J; j < N; j += J) {
       const GradientCell<T> run = N - j > L ? pick_gradient_cell<T, 2>(rows, std::make_integer_sequence<int, MR>{})
                                             : pick_gradient_cell<T, 1>(rows, std::make_integer_sequence<int, MR>{});
