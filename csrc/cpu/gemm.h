@@ -73,8 +73,8 @@ inline Block<T> pick_block(idx rows, idx vectors) {
   return pick<T, 8>(rows, std::make_integer_sequence<int, MR == 8 ? 2 : 1>{});
 }
 
-// Rows of the next of the fewest blocks for `left` rows, all of one size or one less: 50 rows as 8 · 6 + 2 would leave a block
-// with 4 accumulators, which waits for the latency of its sums.
+// Rows of the next block where `left` rows are split evenly into the fewest blocks: 50 as 8 · 6 + 2 would end with a block of 4
+// accumulators, which waits for the latency of its sums.
 inline idx even_rows(idx left) {
   const idx blocks = (left + MR - 1) / MR;
   return (left + blocks - 1) / blocks;
