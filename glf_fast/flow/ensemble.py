@@ -145,7 +145,9 @@ class FlowEnsemble(nn.Module):
     ) -> Tensor:
         """n samples (n, D) of the same mixture, each of one flow; context is (n, C) or (C,)."""
         w = self._log_weights(weights).exp()
-        chosen = torch.multinomial(w, n, replacement=True, generator=generator) if n else w.new_zeros(0, dtype=torch.long)
+        chosen = (
+            torch.multinomial(w, n, replacement=True, generator=generator) if n else w.new_zeros(0, dtype=torch.long)
+        )
         return self.sample(n, context, generator=generator)[chosen, torch.arange(n, device=chosen.device)]
 
     def _log_weights(self, weights: Tensor | None) -> Tensor:

@@ -52,7 +52,8 @@ def rows(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 def test_is_its_flows_one_by_one(kind: str, backend: str) -> None:
     ensemble = ensemble_of(**KINDS[kind])
     x, context = rows()
-    x.requires_grad_(), context.requires_grad_()
+    for t in (x, context):
+        t.requires_grad_()
     with use_backend(backend):
         z, logdet = ensemble(x, context)
         (z.square().sum((1, 2)) + logdet.square().sum(1)).sum().backward()
@@ -174,8 +175,8 @@ def test_counts_operations_of_each_flow_once() -> None:
     ensemble = ensemble_of(dtype=torch.float32)
     x, context = rows(torch.float32)
     counts = []
+    flows = list(ensemble)
     for run in (lambda: ensemble(x, context), lambda: [flow(x[0], context[0]) for flow in flows]):
-        flows = list(ensemble)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             run()
         counts.append(counter.get_total_flops())
@@ -200,7 +201,12 @@ ERRORS: dict[str, Any] = {
     "n must be ≥ 0": lambda: ensemble_of(0).sample(-1),
     "temperature must be ≥ 0": lambda: ensemble_of(0).sample(1, temperature=-1),
     "2 members have equally many steps and rows; got 3 steps": lambda: ops.coupling_flow(
-        torch.zeros(4, 2), torch.zeros(3, 2, 2), torch.zeros(3, 2), [torch.zeros(3, 1, 2)], [torch.zeros(3, 2)], members=2
+        torch.zeros(4, 2),
+        torch.zeros(3, 2, 2),
+        torch.zeros(3, 2),
+        [torch.zeros(3, 1, 2)],
+        [torch.zeros(3, 2)],
+        members=2,
     ),
 }
 

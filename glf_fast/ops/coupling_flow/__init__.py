@@ -69,8 +69,8 @@ def coupling_flow(
         activation: of the hidden layers. The other options are those of `affine_coupling`.
         reversible: keep nothing for the backward but the output, which rebuilds the steps' inputs by undoing the steps:
             memory independent of K. For the kernels; the reference keeps what autograd keeps.
-        members: E flows of one shape in one call. x is (E·B, D), all else (E·K, …) and (E·B, C): the rows, and the steps, of one
-            flow after those of the other.
+        members: E flows of one shape in one call: x is (E·B, D), the context (E·B, C), all else (E·K, …), the rows, and the
+            steps, of one flow after those of the other.
 
     Returns:
         z (B, D) and Σ ℓ (B,). The caller adds Σ_k log|det A_k|, one number for the whole batch.

@@ -1,4 +1,4 @@
-"""The arguments of one coupling flow, or of several of one shape, as one value: its input, the maps and networks of all K steps, and the options."""
+"""The arguments of one coupling flow, or several of one shape, as one value: input, maps and networks of all steps, options."""
 
 from __future__ import annotations
 
