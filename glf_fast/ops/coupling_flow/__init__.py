@@ -238,8 +238,8 @@ def _run(call: Call) -> tuple[Tensor, ...]:
         raise
     kernels = kernels_for(call.x, call, *KERNELS)
     if kernels is None and call.options.members > 1:
-        found = [_by(kernels_for(one.x, one, *KERNELS), one) for one in call.of_members()]
-        return tuple(map(torch.cat, zip(*found, strict=True)))
+        each = [_by(kernels_for(one.x, one, *KERNELS), one) for one in call.of_members()]
+        return tuple(map(torch.cat, zip(*each, strict=True)))
     return _by(kernels, call)
 
 
