@@ -245,6 +245,7 @@ run_command(train.main)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1300)
 def test_torchrun_starts_killed_processes_again_and_any_number_on_two_machines_resumes(tmp_path: Path) -> None:
     """One process of two kills itself in its third step, once; three, which two torchruns start, finish what two have begun."""
     folder = tmp_path / "r"
@@ -252,7 +253,7 @@ def test_torchrun_starts_killed_processes_again_and_any_number_on_two_machines_r
     base = ["--preset", "smoke", "--batch-size", "126", "--checkpoint-minutes", "0", "--score.every", "0"]
     one_epoch = [*base, "--epochs", "1", "--out", folder]
     with torchrun("--nproc-per-node", 2, "--max-restarts", 1, tmp_path / "fragile.py", *one_epoch) as agent:
-        _, told = agent.communicate(timeout=240)
+        _, told = agent.communicate(timeout=600)
         assert agent.returncode == 0, told
     assert checkpoint.read_state(folder / "checkpoints" / "last")["images"] == 12 * 126
     assert told.count("error: another process of this job has ended") == 1
@@ -267,7 +268,7 @@ def test_torchrun_starts_killed_processes_again_and_any_number_on_two_machines_r
         torchrun(*together, "--nproc-per-node", 2, *command) as first,
         torchrun(*together, "--nproc-per-node", 1, *command) as second,
     ):
-        told = "".join(agent.communicate(timeout=240)[1] for agent in (first, second))
+        told = "".join(agent.communicate(timeout=600)[1] for agent in (first, second))
         assert (first.returncode, second.returncode) == (0, 0), told
     assert checkpoint.read_state(folder / "checkpoints" / "last")["images"] == 2 * 12 * 126
     assert told.count("3 processes, each with 42 of the 126 images") == told.count("resuming after 1,512 images") == 1
