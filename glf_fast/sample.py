@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from glf_fast import data
+from glf_fast import data, distributed
 from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, run_command
 from glf_fast.files import atomic_folder
@@ -51,6 +51,7 @@ class Command:
 
 def main() -> None:
     """Run the command."""
+    distributed.refuse_several()
     command = parse(Command, sys.argv[1:], "glf_fast.sample")
     _check_out(command.out)
     check_count(command.n)

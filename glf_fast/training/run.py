@@ -105,7 +105,12 @@ class Run:
         self._in_time = True  # as all processes agree
 
     def resume(self) -> None:
-        """Restore the last checkpoint, if there is one; raises UserError if it is corrupt or was trained on other data."""
+        """Restore the last checkpoint, if there is one; every process reads it.
+
+        Raises:
+            UserError: it is corrupt, or not the same in all processes, or was trained on other data.
+        """
+        checkpoint.await_same(self.last)
         if checkpoint.exists(self.last):
             state = self.trainer.restore(self.last)
             checkpoint.check_state(self.last, state)
@@ -118,11 +123,6 @@ class Run:
                     "choose another --out, or restore the data"
                 )
             self.minutes_before = state["minutes"]
-        [same, other] = highest(self.trainer.images, -self.trainer.images)
-        if same != -other:
-            raise UserError(
-                f"the processes do not find the same checkpoint in {self.folder}; choose a folder that all machines share"
-            )
         self.started = time.monotonic()
         [late] = highest(not self._has_time())
         self._in_time = not late

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import barrier, destroy_process_group, init_process_group
+from torch.distributed import barrier, destroy_process_group, get_rank, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 from glf_fast.models import GenerativeModel
@@ -24,11 +24,14 @@ def phase_gradients(
     return {name: p.grad.clone() for name, p in model.named_parameters() if p in moved and p.grad is not None}
 
 
-def compare_in_a_group(rank: int, meeting: str, models: Sequence[GenerativeModel], images: Tensor) -> None:
-    """Check that two processes, each with one half of the images, get the gradients of all images, in any wrapper."""
-    torch.set_num_threads(1)
-    init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    half, index = images.chunk(2)[rank], torch.arange(len(images)).chunk(2)[rank]
+def compare_in_a_group(file: Path) -> None:
+    """Check that two processes, each with one half of the images, get the gradients of all images, in any wrapper.
+
+    The file holds models and images.
+    """
+    models, images = torch.load(file, weights_only=False)
+    init_process_group("gloo")
+    half, index = images.chunk(2)[get_rank()], torch.arange(len(images)).chunk(2)[get_rank()]
     for model in models:
         # One of several phases need not reach every parameter, and the first stage reaches none of the next one's.
         partial = any(set(phase.moves) != set(model.groups) for phase in model.phases())
