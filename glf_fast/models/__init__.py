@@ -19,6 +19,7 @@ from glf_fast.models.model import (
     ModelSettings,
     Phase,
     Reconstructs,
+    SamplesClasses,
     Stage,
     Words,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "ModelSettings",
     "Phase",
     "Reconstructs",
+    "SamplesClasses",
     "Stage",
     "Words",
     "build",

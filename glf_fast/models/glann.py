@@ -53,7 +53,7 @@ class GLANNSettings(LatentSettings):
         """The settings that matter most, in a few words for the report."""
         return f"{self.latent_dim} latent dimensions, {self.reconstruction} loss"
 
-    def trained_on(self, items: int) -> GLANNSettings:
+    def trained_on(self, items: int, labels: Tensor | None = None) -> GLANNSettings:
         """These settings with the number of images of the training set.
 
         Raises:

@@ -25,6 +25,7 @@ __all__ = [
     "ModelSettings",
     "Phase",
     "Reconstructs",
+    "SamplesClasses",
     "Stage",
     "Words",
 ]
@@ -45,8 +46,15 @@ class ModelSettings(Settings):
         """The settings that matter most, in a few words for the report."""
         return ""
 
-    def trained_on(self: S, items: int) -> S:
-        """These settings for a training set of `items` items, for a model that has parameters for each item."""
+    def trained_on(self: S, items: int, labels: Tensor | None = None) -> S:
+        """These settings for a training set, for a model that has parameters for each item or each class.
+
+        Args:
+            items: number of items.    labels: class of each item, int64 (items,), or None.
+
+        Raises:
+            ValueError: a training set that does not fit the settings.
+        """
         return self
 
 
@@ -55,9 +63,9 @@ class Phase:
     """One update within a training step.
 
     Attributes:
-        losses: a method of the model, losses(x, generator) → scalars by name; all scalars are logged. In an indexed stage its
-            third argument is the index of the batch, see `Stage`. A scalar that is no mean over the items of x, and noise for
-            them, come from `models.whole_batch`, so that several processes train as one does.
+        losses: a method of the model, losses(x, generator) → scalars by name; all scalars are logged. In an indexed or
+            labelled stage, index and labels of the batch are further arguments, see `Stage`. A scalar that is no mean over the
+            items of x, and noise for them, come from `models.whole_batch`, so that several processes train as one does.
         moves: names of the parameter groups that the update changes; gradients of other groups are dropped.
         minimises: name of the scalar that is back-propagated.
         every: the phase takes part in every `every`-th step only.
@@ -81,6 +89,8 @@ class Stage:
         fit: a closed-form fit to all inputs (N, …), instead of phases; the same inputs must give the same result.
         indexed: whether the losses also take the places (B,) of the batch's items in the training set, for a model that has
             parameters for each item. The model learns the number of items by `ModelSettings.trained_on`.
+        labelled: whether the losses also take the labels (B,) of the batch's items, after the index of an indexed stage.
+            `ModelSettings.trained_on` refuses data without labels.
     """
 
     phases: tuple[Phase, ...] = ()
@@ -88,6 +98,7 @@ class Stage:
     inputs: Callable[[Tensor], Tensor] | None = None
     fit: Callable[[Tensor], None] | None = None
     indexed: bool = False
+    labelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,22 @@ class Interpolates(Protocol):
         ...
 
 
+@runtime_checkable
+class SamplesClasses(Protocol):
+    """A model that can sample from one class. It is used as one if it has classes."""
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Labels of the classes; () for a model without."""
+        ...
+
+    def sample_classes(
+        self, labels: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One sample of each of the labels (B,): (B, *shape), in eval mode, see `GenerativeModel.sample`."""
+        ...
+
+
 class GenerativeModel(
     nn.Module,
     PyTorchModelHubMixin,
@@ -163,8 +190,8 @@ class GenerativeModel(
 ):
     """Base class of generative models of data (*shape): settings, losses, the parameters that each loss trains, and sampling.
 
-    Images are (C, H, W) in [0, 1]. Further methods are optional: see `Reconstructs`, `Interpolates`, `Encodes` and
-    `HasLikelihood`.
+    Images are (C, H, W) in [0, 1]. Further methods are optional: see `Reconstructs`, `Interpolates`, `Encodes`,
+    `HasLikelihood` and `SamplesClasses`.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` use two files, safetensors and JSON; pickles are never read.
 
@@ -216,18 +243,21 @@ class GenerativeModel(
         stage: int = 0,
         phase: int = 0,
         index: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a phase; called `forward` because DistributedDataParallel and torch.compile wrap this method.
 
         Args:
             index: places (B,) of x in the training set, for an indexed stage; by default the first ones.
+            labels: classes (B,) of x, for a labelled stage.
         """
         this = self.stages()[stage]
-        if not this.indexed:
-            return this.phases[phase].losses(x, generator)
-        return this.phases[phase].losses(
-            x, generator, torch.arange(len(x), device=x.device) if index is None else index
-        )
+        given: list[Tensor | None] = []
+        if this.indexed:
+            given.append(torch.arange(len(x), device=x.device) if index is None else index)
+        if this.labelled:
+            given.append(labels)
+        return this.phases[phase].losses(x, generator, *given)
 
     # -- use -----------------------------------------------------------------------------------------------------------
 

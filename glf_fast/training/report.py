@@ -122,6 +122,7 @@ def _growth(run: Path) -> str:
 
 def _test_pictures(run: Path, words: Words) -> str:
     texts = {
+        "classes": "A row for each class, in the order of their labels; the noise of all rows is the same.",
         "reconstructions": "Below each row of test images are their reconstructions.",
         "interpolations": html.escape(words.interpolations),
     }

@@ -117,10 +117,10 @@ class Run:
             if self.trainer.images > self.total:
                 done = self.trainer.images / self.images_per_epoch
                 raise UserError(f"{self.folder} has trained for {done:.4g} epochs already; ask for as many, or more")
-            if state["data"] != self.train_set.fingerprint:
+            if state["data"] != self.train_set.fingerprint or state.get("labels", "") != self.trainer.labels_digest:
                 raise UserError(
-                    f"{self.folder} was trained on other data than {self.train_set.name} holds now; "
-                    "choose another --out, or restore the data"
+                    f"{self.folder} was trained on other data{' or labels' * bool(self.trainer.labels_digest)} than "
+                    f"{self.train_set.name} holds now; choose another --out, or restore the data"
                 )
             self.minutes_before = state["minutes"]
         self.started = time.monotonic()
@@ -255,7 +255,8 @@ class Run:
     # -- log, pictures and scores -----------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "minutes": self.minutes, "data": self.train_set.fingerprint}
+        labels = {"labels": digest} if (digest := self.trainer.labels_digest) else {}
+        return {"epoch": self.epoch, "minutes": self.minutes, "data": self.train_set.fingerprint, **labels}
 
     def _log(self, board: Board, values: dict[str, float]) -> None:
         for name, optimizer in self.trainer.optimizers.items():
@@ -271,7 +272,8 @@ class Run:
             return
         pictures = draw_pictures(trainer.best_model, self.test_set.items.to(self.device), self.config.seed)
         if not trainer.in_last_stage:
-            del pictures["samples"]  # which mean nothing yet
+            for kind in ("samples", "classes"):  # which mean nothing yet
+                pictures.pop(kind, None)
         # Samples last: `finish` takes them for a sign that all pictures are there, even after a kill.
         for kind, picture in reversed(pictures.items()):
             save_picture(self.folder, kind, picture, trainer.images)
