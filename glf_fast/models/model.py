@@ -27,6 +27,7 @@ __all__ = [
     "Reconstructs",
     "Stage",
     "Words",
+    "Writes",
 ]
 
 Losses = Callable[..., dict[str, Tensor]]
@@ -45,8 +46,11 @@ class ModelSettings(Settings):
         """The settings that matter most, in a few words for the report."""
         return ""
 
-    def trained_on(self: S, items: int) -> S:
-        """These settings for a training set of `items` items, for a model that has parameters for each item."""
+    def trained_on(self: S, train: Any) -> S:
+        """These settings with what the model must know of its training set, a `data.Dataset`.
+
+        Examples are the number of its items, if the model has parameters for each, or the vocabulary of its sequences.
+        """
         return self
 
 
@@ -155,6 +159,15 @@ class Interpolates(Protocol):
         ...
 
 
+@runtime_checkable
+class Writes(Protocol):
+    """A model of token sequences, which writes them as text."""
+
+    def text(self, tokens: Tensor) -> list[str]:
+        """Sequences int64 (n, …), as the model gives them or as in its data set, in writing."""
+        ...
+
+
 class GenerativeModel(
     nn.Module,
     PyTorchModelHubMixin,
@@ -163,8 +176,8 @@ class GenerativeModel(
 ):
     """Base class of generative models of data (*shape): settings, losses, the parameters that each loss trains, and sampling.
 
-    Images are (C, H, W) in [0, 1]. Further methods are optional: see `Reconstructs`, `Interpolates`, `Encodes` and
-    `HasLikelihood`.
+    Images are (C, H, W) in [0, 1], token sequences int64 (L,). Further methods are optional: see `Reconstructs`,
+    `Interpolates`, `Encodes`, `Writes` and `HasLikelihood`.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` use two files, safetensors and JSON; pickles are never read.
 
