@@ -44,6 +44,7 @@ def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
     """Build everything, and take two steps of each stage."""
     trainer = Trainer(config, train, device)
     batch = trainer.share(trainer.inputs()[: config.batch_size])
+    items = trainer.share(train.items[: config.batch_size].to(device))
 
     kept: dict[int, int] = {}  # bytes of each storage that is saved, which is counted once
 
@@ -61,7 +62,7 @@ def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
     for number, stage in enumerate(trainer.model.stages()[1:], 1):
         if not stage.phases:
             continue
-        x = to_float(batch) if batch.dtype == torch.uint8 else batch
+        x = to_float(items) if items.dtype == torch.uint8 else items
         with trainer.model.evaluating():
             x = stage.inputs(x) if stage.inputs else x
         trainer.stage, trainer.images = number, trainer.ends[number - 1]
