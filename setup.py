@@ -176,7 +176,14 @@ setup(
     package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels", "glf_fast.cuda": "csrc/cuda"},
     package_data={
         "glf_fast": ["py.typed", "metrics/*.safetensors", "*.html", "training/*.html"],
-        "glf_fast.presets": ["*.toml", "compare/*.toml", "compare/order.txt", "compare/*/*.toml", "compare/sequences/order.txt", "compare/*/*/*.toml"],
+        "glf_fast.presets": [
+            "*.toml",
+            "compare/*.toml",
+            "compare/order.txt",
+            "compare/*/*.toml",
+            "compare/sequences/order.txt",
+            "compare/*/*/*.toml",
+        ],
         "glf_fast.kernels": ["launch_table.json"],
         "glf_fast.cuda": ["*.cuh"],  # what CuPy compiles where there was no nvcc
     },

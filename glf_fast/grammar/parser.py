@@ -104,8 +104,8 @@ class Parser:
             return grammar.rules[rule].right if rule >= 0 else sentence
 
         by_left: dict[str, list[int]] = {name: [] for name in grammar.nonterminals}
-        for i, rule in enumerate(grammar.rules):
-            by_left[rule.left].append(i)
+        for number, one in enumerate(grammar.rules):
+            by_left[one.left].append(number)
 
         def closure(items: frozenset[Item]) -> frozenset[Item]:
             found, new = set(items), list(items)

@@ -15,6 +15,7 @@ from glf_fast.models.grammar_rae import GrammarRAE
 from glf_fast.models.grammar_vae import GrammarVAE
 from glf_fast.models.model import (
     Decodes,
+    DrawsCodes,
     Encodes,
     GenerativeModel,
     HasLikelihood,
@@ -36,6 +37,7 @@ __all__ = [
     "RAE",
     "VAE",
     "Decodes",
+    "DrawsCodes",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",

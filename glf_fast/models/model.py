@@ -18,6 +18,7 @@ from glf_fast.settings import Settings, check, table, updated
 
 __all__ = [
     "Decodes",
+    "DrawsCodes",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",
@@ -129,6 +130,17 @@ class Decodes(Encodes, Protocol):
 
     def decode(self, z: Tensor) -> Tensor:
         """Data (B, *shape) of codes z as `encode` gives them, in the model's present mode."""
+        ...
+
+
+@runtime_checkable
+class DrawsCodes(Decodes, Protocol):
+    """A model with codes that also has a distribution of them."""
+
+    def sample_codes(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
+    ) -> Tensor:
+        """n codes (n, …) of the distribution; arguments are those of `GenerativeModel.sample`."""
         ...
 
 

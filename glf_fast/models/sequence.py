@@ -60,6 +60,15 @@ class SequenceSettings(ModelSettings):
         "padding": NOT_NEGATIVE,
     }
 
+    def effective(self) -> dict[str, Any]:
+        """The fields that have an effect, by name; the training set has the vocabulary, unless it is set."""
+        without = ("vocabulary", "padding") if not self.vocabulary else ()
+        return {name: value for name, value in super().effective().items() if name not in without}
+
+    def choice(self, name: str) -> str:
+        """The field that decides whether the field `name` has an effect."""
+        return "vocabulary" if name == "padding" else super().choice(name)
+
     def mistake(self) -> str:
         """A message unless each convolution has channels and a length."""
         if len(self.channels) == len(self.kernels):
@@ -174,6 +183,10 @@ class GrammarSettings(SequenceSettings):
 
     RULES: ClassVar[Mapping[str, Rule]] = {**SequenceSettings.RULES, "rules": POSITIVE}
 
+    def effective(self) -> dict[str, Any]:
+        """The fields that have an effect, by name; the training set has the grammar, unless it is set."""
+        return {name: value for name, value in super().effective().items() if name != "grammar" or value}
+
     def trained_on(self, train: Any) -> GrammarSettings:
         """These settings with the vocabulary and the grammar of the training set.
 
@@ -203,6 +216,12 @@ class GrammarModel(SequenceModel):
         "unbounded": "derivations that do not end in time are empty sequences, as in the paper",
     }
     settings: GrammarSettings
+    siblings: Tensor
+
+    def __init__(self, shape: Sequence[int], settings: GrammarSettings) -> None:
+        super().__init__(shape, settings)  # type: ignore[arg-type]
+        # The rules of the same nonterminal as each rule, bool (rules + 1, rules + 1).
+        self.register_buffer("siblings", self.grammar.masks[self.grammar.left], persistent=False)
 
     @property
     def grammar(self) -> Grammar:
@@ -238,8 +257,7 @@ class GrammarModel(SequenceModel):
 
     def log_likelihoods(self, scores: Tensor, symbols: Tensor) -> Tensor:
         """log p(symbols) (B,), where only the rules of the true nonterminals have a probability."""
-        masks, left = self.grammar.masks.to(scores.device), self.grammar.left.to(scores.device)
-        return _log_likelihoods(scores.masked_fill(~masks[left[symbols]], -1e9), symbols)
+        return _log_likelihoods(scores.masked_fill(~self.siblings[symbols], -1e9), symbols)
 
     def written(self, scores: Tensor, *, ending: bool = True) -> Tensor:
         """The sentences with the most probable derivations, int64 (B, …), as long as the longest one may be."""

@@ -41,7 +41,8 @@ class SequenceEncoder(nn.Module):
     def forward(self, symbols: Tensor) -> Tensor:
         """Symbols (B, length) → (B, outputs)."""
         x = F.one_hot(symbols, self.symbols).mT.to(self.head.weight.dtype)
-        return self.head(F.relu(self.dense(self.convolutions(x).flatten(1))))
+        codes = self.head(F.relu(self.dense(self.convolutions(x).flatten(1))))
+        return codes.to(x.dtype)  # of low precision under autocast, until here
 
 
 class SequenceDecoder(nn.Module):
@@ -65,7 +66,7 @@ class SequenceDecoder(nn.Module):
         x = F.relu(self.dense(self.norm(z)))[None]
         for layer in self.recurrent:
             x = layer(x, self.length)
-        return self.head(x).transpose(0, 1)
+        return self.head(x).transpose(0, 1).to(z.dtype)
 
 
 class GRU(nn.Module):

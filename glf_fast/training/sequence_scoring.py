@@ -19,7 +19,7 @@ from glf_fast.grammar import Parser, write
 from glf_fast.metrics.objectives import OBJECTIVES, Objective
 from glf_fast.metrics.search import check_search, search
 from glf_fast.metrics.sequences import score_texts
-from glf_fast.models import Decodes, GenerativeModel, Interpolates, Reconstructs, Writes
+from glf_fast.models import DrawsCodes, GenerativeModel, Interpolates, Reconstructs, Writes
 
 __all__ = ["NAME", "check", "draw_texts", "evaluate_sequences", "interpolations", "lines", "table"]
 
@@ -181,7 +181,7 @@ def _searched(
 
     A code whose text has no value counts as the worst known one.
     """
-    if not isinstance(model, Decodes) or not isinstance(model, Writes) or not hasattr(model, "sample_codes"):
+    if not isinstance(model, DrawsCodes) or not isinstance(model, Writes):
         return None
     device, items = next(model.parameters()).device, metrics.subset(train.items, _KNOWN)
     texts = write(items, train.vocabulary, train.padding)
