@@ -68,7 +68,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         try:
             with distributed.unhurried():  # a model may fetch the weights of its loss
-                self.model = kind(train.shape, config.model.trained_on(len(train), train.labels)).to(device)
+                self.model = kind(train.shape, config.model.trained_on(train)).to(device)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # and sizes that no memory has
             if lacks_memory(error):
                 raise

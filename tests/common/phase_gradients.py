@@ -25,14 +25,14 @@ def phase_gradients(
 
 
 def compare_in_a_group(file: Path) -> None:
-    """Check that two processes, each with one half of the images, get the gradients of all images, in any wrapper.
+    """Check that two processes, each with one half of a model's inputs, get the gradients of all inputs, in any wrapper.
 
-    The file holds models and images.
+    The file holds pairs of a model and its inputs.
     """
-    models, images = torch.load(file, weights_only=False)
+    pairs = torch.load(file, weights_only=False)
     init_process_group("gloo")
-    half, index = images.chunk(2)[get_rank()], torch.arange(len(images)).chunk(2)[get_rank()]
-    for model in models:
+    for model, images in pairs:
+        half, index = images.chunk(2)[get_rank()], torch.arange(len(images)).chunk(2)[get_rank()]
         # One of several phases need not reach every parameter, and the first stage reaches none of the next one's.
         partial = any(set(phase.moves) != set(model.groups) for phase in model.phases())
         wrapped = DistributedDataParallel(model, find_unused_parameters=partial)

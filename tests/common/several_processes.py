@@ -23,10 +23,12 @@ from torch import Tensor
 from toy_models import Adversarial
 
 from glf_fast import distributed, models
-from glf_fast.data import SOURCES, ImageDataset, celeba
+from glf_fast.data import SOURCES, ImageDataset, TokenDataset, celeba
 from glf_fast.data.routes import File
+from glf_fast.data.strings import token_dataset
 from glf_fast.errors import UserError, run_command
 from glf_fast.files import atomic_write, file_digest
+from glf_fast.grammar import EXPRESSIONS, Grammar, sentences
 from glf_fast.settings import updated
 from glf_fast.training import checkpoint, parallel
 from glf_fast.training.comparison import _Results
@@ -55,6 +57,7 @@ __all__ = [
 CPU = torch.device("cpu")
 _SMALL: dict[str, Any] = {"latent_dim": 4, "width": 4, "hidden": 16}
 _FLOW: dict[str, Any] = {"steps": 2, "hidden": [8]}
+_SEQUENCE: dict[str, Any] = {"latent_dim": 4, "channels": [4], "kernels": [2], "dense": 16, "units": 8, "layers": 1}
 # Models in all their stages and phases: the name of the model, and its settings.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glf": ("glf", {**_SMALL, "latent_noise": 0.05, "flow": _FLOW, "flow_epochs": 1}),
@@ -70,6 +73,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "two-stage-vae": ("two-stage-vae", {**_SMALL, "second_stage": {"hidden": [8], "epochs": 1}}),
     "glow": ("glow", {"levels": 2, "steps": 1, "width": 4, "reversible": True}),
     "glow, conditional": ("glow", {"levels": 1, "steps": 1, "width": 4, "conditional": True}),
+    "grammar-rae": (
+        "grammar-rae",
+        {**_SEQUENCE, "regularizer": "gp", "density": {"kind": "mixture", "components": 2}},
+    ),
+    "grammar-vae": ("grammar-vae", _SEQUENCE),
+    "character-vae": ("character-vae", _SEQUENCE),
     "adversarial": ("adversarial", {"latent_dim": 4}),
 }
 
@@ -78,6 +87,12 @@ def images() -> Tensor:
     """32 smooth grey images (32, 1, 8, 8) in [0, 1], float64."""
     noise = torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return torch.nn.functional.interpolate(noise, scale_factor=2.0, mode="bilinear")
+
+
+def expressions() -> TokenDataset:
+    """About 30 short expressions."""
+    texts = ["".join(terminals) for terminals, _ in sentences(Grammar.of(EXPRESSIONS), 4)]
+    return token_dataset("short", "train", texts[::2] + texts[1::4], EXPRESSIONS, "", "")
 
 
 def trainer(case: str, *, local_batch_norm: bool = False) -> Trainer:
@@ -89,7 +104,8 @@ def trainer(case: str, *, local_batch_norm: bool = False) -> Trainer:
         optimizers = dict.fromkeys(config.optimizers, OptimizerConfig(lr=1e-2, clip=1.0))
         model = updated(kind.Settings(), values, case)
         config = replace(config, model=model, batch_size=12, epochs=2, ema=0.9, optimizers=optimizers)
-        data = ImageDataset("smooth", "train", images(), torch.arange(32) % 3, "")
+        smooth = ImageDataset("smooth", "train", images(), torch.arange(32) % 3, "")
+        data = expressions() if "tokens" in kind.takes else smooth
         return Trainer(config, data, CPU, local_batch_norm=local_batch_norm)
 
 
