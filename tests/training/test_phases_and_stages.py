@@ -110,6 +110,7 @@ SMALL_GLANN = ["--model.latent-dim", "4", "--model.width", "4", "--model.hidden"
         ("staged", ["--model.density", "closed"], [5 * 128]),
         ("staged", ["--model.density", "joint"], [2 * EPOCH + 5 * 128]),
         ("glann", [*SMALL_GLANN, "--model.mapping-epochs", "2"], [5 * 128, 2 * EPOCH, 2 * EPOCH + 5 * 128]),
+        ("wgan-gp", ["--model.latent-dim", "4", "--model.width", "4"], [7 * 128]),
     ],
 )
 def test_runs_resume_bit_for_bit(
@@ -191,7 +192,7 @@ def test_names_of_losses_are_those_of_one_phase(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_step_may_have_no_phase(tmp_path: Path) -> None:
-    assert LossLog().flush(0, 1, tmp_path) == {}
+    assert LossLog("").flush(0, 1, tmp_path) == {}
 
 
 def test_groups_and_tables_do_not_collide(monkeypatch: pytest.MonkeyPatch) -> None:
