@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -143,6 +143,10 @@ class AlphaGAN(LatentModel):
         self.discriminator = discriminator(shape, settings, "layer" if self.wasserstein else "batch")
         if self.implicit:
             self.code_discriminator = CodeDiscriminator(settings.latent_dim, settings.code_hidden)
+        absent = {"divergence" if self.implicit else "code_accuracy"}
+        absent |= {"discriminator_accuracy" if self.wasserstein else "distance"}
+        curves = {name: title for name, title in (self.words.curves or {}).items() if name not in absent}
+        self.words = replace(self.words, curves=curves)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """{"encoder": E, "generator": G, "discriminator": D, "code_discriminator": C, which may be empty}."""

@@ -41,7 +41,18 @@ SMALL = {
         "reconstruction",
         0.5,
     ),
-    "alpha-gan": ({"latent_dim": 4, "width": 4, "code_hidden": [8, 8]}, "reconstruction", 0.8),
+    "alpha-gan": (
+        {
+            "latent_dim": 4,
+            "width": 4,
+            "networks": "infogan",
+            "hidden": 16,
+            "code_hidden": [8],
+            "reconstruction_weight": 50.0,
+        },
+        "reconstruction",
+        0.8,
+    ),
     "dcgan": ({"latent_dim": 4, "width": 4}, "discriminator_loss", 0.9),
     "wgan-gp": ({"latent_dim": 4, "width": 4}, "discriminator_loss", 0.5),
 }
