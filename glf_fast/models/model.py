@@ -71,12 +71,15 @@ class Phase:
         moves: names of the parameter groups that the update changes; gradients of other groups are dropped.
         minimises: name of the scalar that is back-propagated.
         every: the phase takes part in every `every`-th step only.
+        gradients: whether the gradient norm of each group that the phase moves is logged, as gradient_GROUP. It shows which
+            one of two networks that compete is losing.
     """
 
     losses: Losses
     moves: tuple[str, ...]
     minimises: str = "loss"
     every: int = 1
+    gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ class Words:
         title: the model's usual name.
         interpolations: description of the pictures of interpolations.
         curves: titles, by name, of the scalars that the report and the progress line show; None shows all scalars under their
-            names. These scalars should fall as the model improves.
+            names. Losses among them should fall as the model improves.
         about_curves: explanation of the curves.
+        advice: what helps, beside lower learning rates and clipping, when the training of this model diverges.
         likelihood: description of the value of `log_likelihood`, if the model has this method; printed beside the score.
     """
 
@@ -120,6 +124,7 @@ class Words:
     interpolations: str = "From one test image to another."
     curves: Mapping[str, str] | None = None
     about_curves: str = ""
+    advice: str = ""
     likelihood: str = "exact"
 
 

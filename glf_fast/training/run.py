@@ -182,7 +182,7 @@ class Run:
         if self.done or trainer.images >= end:
             return
         inputs, order = trainer.inputs(), torch.empty(0)
-        losses, saved, stopping, told = LossLog(), time.monotonic(), False, False
+        losses, saved, stopping, told = LossLog(trainer.remedy), time.monotonic(), False, False
         while not stopping:
             epoch, position = divmod(trainer.images, self.images_per_epoch)
             if position == 0 or not len(order):

@@ -73,6 +73,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "two-stage-vae": ("two-stage-vae", {**_SMALL, "second_stage": {"hidden": [8], "epochs": 1}}),
     "glow": ("glow", {"levels": 2, "steps": 1, "width": 4, "reversible": True}),
     "glow, conditional": ("glow", {"levels": 1, "steps": 1, "width": 4, "conditional": True}),
+    "wae-gan": ("wae-gan", {**_SMALL, "code_hidden": [8], "density": {"kind": "gaussian"}}),
+    "alpha-gan": ("alpha-gan", {"latent_dim": 4, "width": 4, "code_hidden": [8]}),
+    "alpha-gan, other objectives": (
+        "alpha-gan",
+        {**_SMALL, "networks": "infogan", "posterior": "gaussian", "objective": "wasserstein"},
+    ),
+    "dcgan": ("dcgan", {"latent_dim": 4, "width": 4}),
+    "wgan-gp": ("wgan-gp", {"latent_dim": 4, "width": 4, "critic_steps": 2}),
     "grammar-rae": (
         "grammar-rae",
         {**_SEQUENCE, "regularizer": "gp", "density": {"kind": "mixture", "components": 2}},
