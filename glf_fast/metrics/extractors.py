@@ -48,7 +48,7 @@ class Extractor(nn.Module):
         name: key in the registry.
         dim: number of features of an image.
         classes: number of classes of `logits`; 0 if the network does not classify.
-        per_channel: whether each channel of a colour image shows something of its own, with a class of its own.
+        tells_colours: whether colour images of one class have as many modes as ColorMNIST has colours.
         weights_sha256: hash of the weights file.
         resize, grey: preprocessing of the images, in words.
     """
@@ -66,10 +66,10 @@ class Extractor(nn.Module):
         resize: str,
         chunk: int,
         classes: int = 0,
-        per_channel: bool = False,
+        tells_colours: bool = False,
     ) -> None:
         super().__init__()
-        self.classes, self.per_channel = classes, per_channel
+        self.classes, self.tells_colours = classes, tells_colours
         self.name, self.dim, self.weights_sha256, self.resize, self.chunk = name, dim, weights_sha256, resize, chunk
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._prepare = prepare
@@ -196,7 +196,7 @@ def _tiny(name: str, weights: Path | None) -> Extractor:
         resize=f"antialiased bilinear to {TINY_SIZE}",
         chunk=256,
         classes=network.head.out_features,
-        per_channel=name == "tiny-mnist",
+        tells_colours=name == "tiny-mnist",
     )
 
 

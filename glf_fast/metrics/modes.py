@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glf_fast.metrics.estimates import GROUPS, Estimate, group_counts, jackknife
 
-__all__ = ["ModeCounts", "mode_counts", "mode_of_channels"]
+__all__ = ["ModeCounts", "mode_counts"]
 
 
 class ModeCounts(NamedTuple):
@@ -21,13 +21,6 @@ class ModeCounts(NamedTuple):
     modes: int
     kl_uniform: Estimate
     kl_reference: Estimate
-
-
-def mode_of_channels(classes: Tensor, per_channel: int) -> Tensor:
-    """The mode (N,) of images each of whose C channels has a class of its own: classes (N, C) are the digits of the mode's
-    number in base `per_channel` (Metz et al., arXiv:1611.02163, section 3.3.1, whose three digits make 1,000 modes)."""
-    base = per_channel ** torch.arange(classes.shape[1] - 1, -1, -1, device=classes.device)
-    return (classes * base).sum(1)
 
 
 def mode_counts(samples: Tensor, reference: Tensor, modes: int) -> ModeCounts:

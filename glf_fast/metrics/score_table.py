@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from glf_fast.data.color_mnist import PALETTE, color_of
 from glf_fast.errors import UserError, did_you_mean
 from glf_fast.metrics.collect import BLOCK
 from glf_fast.metrics.critic import BATCH, STEPS, critic_distance
@@ -18,7 +19,7 @@ from glf_fast.metrics.extractors import CLASSIFIERS, Extractor
 from glf_fast.metrics.frechet import frechet_distance, jackknife_interval
 from glf_fast.metrics.inception_score import inception_score
 from glf_fast.metrics.kid import kid
-from glf_fast.metrics.modes import mode_counts, mode_of_channels
+from glf_fast.metrics.modes import mode_counts
 from glf_fast.metrics.ms_ssim import PAIRS, WINDOW, diversity, scales
 from glf_fast.metrics.nearest import Nearest, proximity
 from glf_fast.metrics.prd import CLUSTERS, RUNS, prd
@@ -155,25 +156,25 @@ def _critic(samples: ImageSet, test: ImageSet, extractor: Extractor, seed: int) 
 
 
 def _modes(samples: ImageSet, test: ImageSet, extractor: Extractor, seed: int) -> Estimates:
-    channels = samples.stats[extractor.name].source.get("image_shape", [1])[0] if extractor.per_channel else 1
-    found = mode_counts(_modes_of(samples, extractor), _modes_of(test, extractor), extractor.classes**channels)
-    protocol = (
-        f"{found.modes} modes: the classes of {'each channel' if channels > 1 else 'the image'}, "
-        f"{len(samples.features(extractor.name))} samples, {len(test.features(extractor.name))} real images"
-    )
+    colours = len(PALETTE) if _in_colours(samples, extractor) else 1
+    drawn, real = _modes_of(samples, extractor), _modes_of(test, extractor)
+    found = mode_counts(drawn, real, extractor.classes * colours)
+    kinds = f"{extractor.classes} classes" + (f" in {colours} colours" if colours > 1 else "")
+    protocol = f"{found.modes} modes: {kinds}; {len(drawn)} samples, {len(real)} real images"
     return [found.hit, found.kl_uniform, found.kl_reference], {}, protocol
 
 
+def _in_colours(images: ImageSet, extractor: Extractor) -> bool:
+    return extractor.tells_colours and images.stats[extractor.name].source.get("image_shape", [1])[0] == 3
+
+
 def _modes_of(images: ImageSet, extractor: Extractor) -> Tensor:
-    """The mode (N,) of each image."""
-    stats = images.stats[extractor.name]
-    if not extractor.per_channel or stats.source.get("image_shape", [1])[0] == 1:
-        return extractor.logits(stats.kept).argmax(1)
-    classes = [
-        torch.cat([extractor.logits(extractor(part[:, i : i + 1])).argmax(1) for part in images.pixels.split(BLOCK)])
-        for i in range(images.pixels.shape[1])
-    ]
-    return mode_of_channels(torch.stack(classes, 1), extractor.classes)
+    """The mode (N,) of each image: its class, or, as the labels of ColorMNIST, 10 times its colour plus its digit."""
+    if not _in_colours(images, extractor):
+        return extractor.logits(images.features(extractor.name)).argmax(1)
+    grey = images.pixels.amax(1, keepdim=True)  # the digit, whatever its colour
+    digits = torch.cat([extractor.logits(extractor(part)).argmax(1) for part in grey.split(BLOCK)])
+    return extractor.classes * color_of(images.pixels).to(digits.device) + digits
 
 
 def _nearest(samples: ImageSet, test: ImageSet, extractor: Extractor, seed: int) -> Estimates:

@@ -21,6 +21,7 @@ __all__ = [
     "bits_per_dim",
     "evaluate",
     "evaluate_mode",
+    "has_scores",
     "likelihood",
     "likelihood_line",
     "load_extractors",
@@ -139,6 +140,12 @@ def evaluate_mode(
         kept = {name: value for name, value in score.items() if name != "battery"}
         results.append(kept | {"settings": score["settings"] | {"mode": mode}, "samples": scored})
     return results
+
+
+def has_scores(scores: Sequence[dict[str, Any]], names: Sequence[str]) -> bool:
+    """Whether results of `evaluate` have all scores of these names; the usual ones they always have."""
+    found = {number["score"] for score in scores for number in score.get("battery", ())}
+    return set(names) <= found | set(metrics.USUAL)
 
 
 def reconstructions(model: Reconstructs, test_images: Tensor, n: int) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import metrics
+from glf_fast.data.color_mnist import PALETTE
 from glf_fast.errors import UserError
 from glf_fast.metrics import SCORES, ImageSet, score_table
 
@@ -108,15 +109,21 @@ def test_few_images_have_notes_in_place_of_numbers(tiny, blobs: Make, n: int) ->
     assert all(f"{number['score']}: {number['note']}" in metrics.table(found) for number in found if number["note"])
 
 
-def test_three_digits_in_the_channels_make_a_thousand_modes(blobs: Make) -> None:
+def test_coloured_digits_have_a_hundred_modes(blobs: Make) -> None:
+    """The digit is that of the grey image, and the colour the nearest one of the palette: ColorMNIST's labels."""
     network = metrics.extractor("tiny-mnist")
-    grey = blobs(60, 0)
-    colour = torch.cat([grey[:20], grey[20:40], grey[40:]], 1)
+    grey = blobs(60, 0, 250)
+    colours = torch.arange(60) % 10
+    tint = torch.tensor(list(PALETTE.values()))[colours, :, None, None]
+    colour = (grey * tint / 255).round().to(torch.uint8)
     digits = network.logits(network(grey)).argmax(1)
+    assert torch.equal(score_table._modes_of(known(colour, [network]), network), 10 * colours + digits)
     images = known(colour, [network])
-    [hit, *_] = metrics.battery(["modes"], [network], images, images)
-    assert "1000 modes: the classes of each channel" in hit["protocol"]
-    assert hit["value"] == len({tuple(row) for row in digits.view(3, 20).T.tolist()})
+    hit, _, divergence = metrics.battery(["modes"], [network], images, images)
+    assert hit["protocol"] == "100 modes: 10 classes in 10 colours; 60 samples, 60 real images"
+    assert hit["value"] == len(set((10 * colours + digits).tolist())) and divergence["value"] >= 0
+    [hit, *_] = metrics.battery(["modes"], [network], known(grey, [network]), known(grey, [network]))
+    assert "10 modes: 10 classes;" in hit["protocol"]
 
 
 @pytest.mark.parametrize(

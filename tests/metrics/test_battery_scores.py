@@ -25,7 +25,6 @@ from glf_fast.metrics import (
     proximity,
 )
 from glf_fast.metrics.estimates import GROUPS, T_QUANTILE, jackknife
-from glf_fast.metrics.modes import mode_of_channels
 from glf_fast.metrics.ms_ssim import scales
 from glf_fast.metrics.prd import prd_curve
 
@@ -120,7 +119,6 @@ def test_mode_counts_in_closed_form() -> None:
     absent = mode_counts(torch.full((50,), 9), real, 10)  # a mode that no real image has: finite
     assert absent.kl_reference.value == pytest.approx(math.log(410)) and absent.hit.value == 1
     assert mode_counts(torch.tensor([3]), real, 10).hit == (1, None)
-    assert mode_of_channels(torch.tensor([[1, 2, 3], [0, 0, 9], [9, 9, 9]]), 10).tolist() == [123, 9, 999]
 
 
 # -- PRD ------------------------------------------------------------------------------------------------------------------
