@@ -9,6 +9,7 @@ from pathlib import Path
 from glf_fast.data.arrays import load_arrays
 from glf_fast.data.celeba import CELEBA
 from glf_fast.data.cifar10 import CIFAR10
+from glf_fast.data.color_mnist import COLOR_MNIST
 from glf_fast.data.dataset import (
     CONTENTS,
     SPLITS,
@@ -48,7 +49,7 @@ __all__ = [
 
 # The registry of public data sets.
 SOURCES: dict[str, Source] = {
-    source.name: source for source in (FASHION_MNIST, MNIST, CIFAR10, CELEBA, DIGITS, EXPRESSIONS)
+    source.name: source for source in (FASHION_MNIST, MNIST, COLOR_MNIST, CIFAR10, CELEBA, DIGITS, EXPRESSIONS)
 }
 
 # Readers of the user's files by their endings; folders and zips hold images.

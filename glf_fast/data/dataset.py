@@ -66,19 +66,35 @@ class Dataset:
         return tuple(self.items.shape[1:])
 
 
+@dataclass(frozen=True)
 class ImageDataset(Dataset):
-    """Images: uint8 `items` (N, C, H, W), C = 1 or 3."""
+    """Images: uint8 `items` (N, C, H, W), C = 1 or 3.
+
+    Attributes:
+        names: name of each image's file, or its place in an array that both splits are parts of; () if the images of a split
+            are numbered from 0.
+    """
 
     kind = "images"
+    names: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, split: str, images: Tensor, labels: Tensor | None = None, policy: str = "") -> ImageDataset:
+    def of(
+        cls,
+        name: str,
+        split: str,
+        images: Tensor,
+        labels: Tensor | None = None,
+        policy: str = "",
+        names: Sequence[str] = (),
+    ) -> ImageDataset:
         """Check the images and compute their fingerprint."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
             raise UserError(
                 f"{name} must hold uint8 images (N, 1 or 3, H, W), N ≥ 1; got {images.dtype} {tuple(images.shape)}"
             )
-        return cls(name, split, images, _checked_labels(name, images, labels), _fingerprint(images, policy), policy)
+        labels = _checked_labels(name, images, labels)
+        return cls(name, split, images, labels, _fingerprint(images, policy), policy, tuple(names))
 
     @property
     def images(self) -> Tensor:

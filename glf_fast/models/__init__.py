@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from glf_fast.errors import UserError, did_you_mean
+from glf_fast.models.alpha_gan import AlphaGAN
 from glf_fast.models.character_vae import CharacterVAE
+from glf_fast.models.dcgan import DCGAN
 from glf_fast.models.flow_vae import FlowVAE
 from glf_fast.models.glann import GLANN
 from glf_fast.models.glf import GLF
@@ -23,6 +25,7 @@ from glf_fast.models.model import (
     ModelSettings,
     Phase,
     Reconstructs,
+    SamplesClasses,
     Stage,
     Words,
     Writes,
@@ -31,6 +34,8 @@ from glf_fast.models.rae import RAE
 from glf_fast.models.two_stage_vae import TwoStageVAE
 from glf_fast.models.vae import VAE
 from glf_fast.models.wae import WAE
+from glf_fast.models.wae_gan import WAEGAN
+from glf_fast.models.wgan_gp import WGANGP
 
 __all__ = [
     "GLF",
@@ -45,6 +50,7 @@ __all__ = [
     "ModelSettings",
     "Phase",
     "Reconstructs",
+    "SamplesClasses",
     "Stage",
     "Words",
     "Writes",
@@ -63,6 +69,10 @@ _MODELS: dict[str, type[GenerativeModel]] = {
     "flow-vae": FlowVAE,
     "two-stage-vae": TwoStageVAE,
     "glow": Glow,
+    "wae-gan": WAEGAN,
+    "alpha-gan": AlphaGAN,
+    "dcgan": DCGAN,
+    "wgan-gp": WGANGP,
     "grammar-rae": GrammarRAE,
     "grammar-vae": GrammarVAE,
     "character-vae": CharacterVAE,

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from glf_fast.models.autoencoder import Decoder, Encoder, check_image_shape
 from glf_fast.models.convolutional import ConvolutionalDecoder, ConvolutionalEncoder
+from glf_fast.models.dcgan_networks import DCGANDecoder, DCGANEncoder
 from glf_fast.models.density import DensitySettings
 from glf_fast.models.model import GenerativeModel, ModelSettings, Phase, Stage
 from glf_fast.settings import POSITIVE, Rule
 
-__all__ = ["ExPostModel", "ExPostSettings", "LatentModel", "LatentSettings", "decoder", "encoder"]
+__all__ = ["DecoderModel", "ExPostModel", "ExPostSettings", "LatentModel", "LatentSettings", "decoder", "encoder"]
 
 # Batch size of sampling. It bounds memory, and is part of a protocol of GLF's authors, which uses batch statistics.
 SAMPLE_BATCH = 500
@@ -31,16 +32,16 @@ class LatentSettings(ModelSettings):
     """Channels after the encoder's first convolution."""
     hidden: int = 1024
     """For networks infogan: units of the dense layer in encoder and decoder."""
-    networks: Literal["infogan", "rae"] = "infogan"
+    networks: Literal["infogan", "rae", "dcgan"] = "infogan"
     """Encoder and decoder. infogan: two convolutions and a dense layer (GLF's paper); rae: four convolutions (RAE's paper, with
-    width 128)."""
+    width 128); dcgan: convolutions alone, down to at least 4 × 4 pixels."""
 
     CHOICE: ClassVar[str] = "networks"
     RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(("latent_dim", "width", "hidden"), POSITIVE)
 
     def effective(self) -> dict[str, Any]:
         """The fields that have an effect with these networks, by name."""
-        without = ("hidden",) if self.networks == "rae" else ()
+        without = () if self.networks == "infogan" else ("hidden",)
         return {name: value for name, value in super().effective().items() if name not in without}
 
 
@@ -48,6 +49,8 @@ def encoder(shape: Sequence[int], settings: LatentSettings, numbers: int = 1) ->
     """The encoder of these settings, which gives `numbers` numbers for each dimension of a code."""
     if settings.networks == "rae":
         return ConvolutionalEncoder(shape, numbers * settings.latent_dim, settings.width)
+    if settings.networks == "dcgan":
+        return DCGANEncoder(shape, numbers * settings.latent_dim, settings.width)
     return Encoder(shape, numbers * settings.latent_dim, settings.width, settings.hidden)
 
 
@@ -55,10 +58,50 @@ def decoder(shape: Sequence[int], settings: LatentSettings) -> nn.Module:
     """The decoder of these settings."""
     if settings.networks == "rae":
         return ConvolutionalDecoder(shape, settings.latent_dim, settings.width)
+    if settings.networks == "dcgan":
+        return DCGANDecoder(shape, settings.latent_dim, settings.width)
     return Decoder(shape, settings.latent_dim, settings.width, settings.hidden)
 
 
-class LatentModel(GenerativeModel):
+class DecoderModel(GenerativeModel):
+    """A model of images with a decoder D and a distribution of codes, from which it samples.
+
+    A subclass builds `decoder`, and may replace `sample_codes` (by default N(0, I)).
+    """
+
+    settings: LatentSettings
+    decoder: nn.Module
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Codes z (B, latent_dim) → images (B, C, H, W) in [0, 1]."""
+        return self.decoder(z)
+
+    def sample_codes(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
+    ) -> Tensor:
+        """n codes (n, latent_dim) of the model's distribution; arguments are those of `sample`."""
+        like = next(self.parameters())
+        shape = (n, self.settings.latent_dim)
+        return temperature * torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+
+    def sample(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
+    ) -> Tensor:
+        """n images D(z) of codes z from `sample_codes`: (n, C, H, W) in [0, 1], in eval mode and without gradients.
+
+        Args:
+            temperature: standard deviation of the noise; a value below 1 gives more typical but less varied samples.
+            generator: source of the noise, on the model's device; the global generator if None.
+            mode: one of `sampling_modes`, or "" for the usual way.
+        """
+        self.check_mode(mode)
+        options: dict[str, Any] = {"temperature": temperature, "generator": generator, "mode": mode}
+        sizes = [min(SAMPLE_BATCH, n - start) for start in range(0, n, SAMPLE_BATCH) or [0]]
+        with self.evaluating():
+            return torch.cat([self.decode(self.sample_codes(size, **options)) for size in sizes])
+
+
+class LatentModel(DecoderModel):
     """A model of images with an encoder E to codes, a decoder D and a distribution of codes, from which it samples.
 
     A subclass may replace `encode`, if E gives more than a code, `sample_codes` (by default N(0, I)) and `interpolate_codes`.
@@ -70,7 +113,6 @@ class LatentModel(GenerativeModel):
     """
 
     groups: ClassVar[tuple[str, ...]] = ("autoencoder",)
-    settings: LatentSettings
 
     def __init__(self, shape: Sequence[int], settings: LatentSettings, numbers: int = 1) -> None:
         super().__init__(shape, settings)
@@ -98,38 +140,10 @@ class LatentModel(GenerativeModel):
         self._check_batch("x", x)
         return self.encoder(x)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Codes z (B, latent_dim) → images (B, C, H, W) in [0, 1]."""
-        return self.decoder(z)
-
     def reconstruct(self, x: Tensor) -> Tensor:
         """D(E(x)) for x (B, C, H, W) in [0, 1], in eval mode and without gradients or noise."""
         with self.evaluating():
             return self.decode(self.encode(x))
-
-    def sample_codes(
-        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
-    ) -> Tensor:
-        """n codes (n, latent_dim) of the model's distribution; arguments are those of `sample`."""
-        like = next(self.parameters())
-        shape = (n, self.settings.latent_dim)
-        return temperature * torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
-
-    def sample(
-        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
-    ) -> Tensor:
-        """n images D(z) of codes z from `sample_codes`: (n, C, H, W) in [0, 1], in eval mode and without gradients.
-
-        Args:
-            temperature: standard deviation of the noise; a value below 1 gives more typical but less varied samples.
-            generator: source of the noise, on the model's device; the global generator if None.
-            mode: one of `sampling_modes`, or "" for the usual way.
-        """
-        self.check_mode(mode)
-        options: dict[str, Any] = {"temperature": temperature, "generator": generator, "mode": mode}
-        sizes = [min(SAMPLE_BATCH, n - start) for start in range(0, n, SAMPLE_BATCH) or [0]]
-        with self.evaluating():
-            return torch.cat([self.decode(self.sample_codes(size, **options)) for size in sizes])
 
     def interpolate_codes(self, z0: Tensor, z1: Tensor, steps: int) -> Tensor:
         """Codes (B, steps, latent_dim) on a line from each code z0 to its z1 (B, latent_dim)."""

@@ -26,6 +26,7 @@ __all__ = [
     "ModelSettings",
     "Phase",
     "Reconstructs",
+    "SamplesClasses",
     "Stage",
     "Words",
     "Writes",
@@ -50,7 +51,11 @@ class ModelSettings(Settings):
     def trained_on(self: S, train: Any) -> S:
         """These settings with what the model must know of its training set, a `data.Dataset`.
 
-        Examples are the number of its items, if the model has parameters for each, or the vocabulary of its sequences.
+        Examples are the number of its items, if the model has parameters for each, its classes, or the vocabulary of its
+        sequences.
+
+        Raises:
+            ValueError: a training set that does not fit the settings.
         """
         return self
 
@@ -60,18 +65,21 @@ class Phase:
     """One update within a training step.
 
     Attributes:
-        losses: a method of the model, losses(x, generator) → scalars by name; all scalars are logged. In an indexed stage its
-            third argument is the index of the batch, see `Stage`. A scalar that is no mean over the items of x, and noise for
-            them, come from `models.whole_batch`, so that several processes train as one does.
+        losses: a method of the model, losses(x, generator) → scalars by name; all scalars are logged. In an indexed or
+            labelled stage, index and labels of the batch are further arguments, see `Stage`. A scalar that is no mean over the
+            items of x, and noise for them, come from `models.whole_batch`, so that several processes train as one does.
         moves: names of the parameter groups that the update changes; gradients of other groups are dropped.
         minimises: name of the scalar that is back-propagated.
         every: the phase takes part in every `every`-th step only.
+        gradients: whether the gradient norm of each group that the phase moves is logged, as gradient_GROUP. It shows which
+            one of two networks that compete is losing.
     """
 
     losses: Losses
     moves: tuple[str, ...]
     minimises: str = "loss"
     every: int = 1
+    gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,8 @@ class Stage:
         fit: a closed-form fit to all inputs (N, …), instead of phases; the same inputs must give the same result.
         indexed: whether the losses also take the places (B,) of the batch's items in the training set, for a model that has
             parameters for each item. The model learns the number of items by `ModelSettings.trained_on`.
+        labelled: whether the losses also take the labels (B,) of the batch's items, after the index of an indexed stage.
+            `ModelSettings.trained_on` refuses data without labels.
     """
 
     phases: tuple[Phase, ...] = ()
@@ -93,6 +103,7 @@ class Stage:
     inputs: Callable[[Tensor], Tensor] | None = None
     fit: Callable[[Tensor], None] | None = None
     indexed: bool = False
+    labelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,8 +114,9 @@ class Words:
         title: the model's usual name.
         interpolations: description of the pictures of interpolations.
         curves: titles, by name, of the scalars that the report and the progress line show; None shows all scalars under their
-            names. These scalars should fall as the model improves.
+            names. Losses among them should fall as the model improves.
         about_curves: explanation of the curves.
+        advice: what helps, beside lower learning rates and clipping, when the training of this model diverges.
         likelihood: description of the value of `log_likelihood`, if the model has this method; printed beside the score.
     """
 
@@ -112,6 +124,7 @@ class Words:
     interpolations: str = "From one test image to another."
     curves: Mapping[str, str] | None = None
     about_curves: str = ""
+    advice: str = ""
     likelihood: str = "exact"
 
 
@@ -172,6 +185,22 @@ class Interpolates(Protocol):
 
 
 @runtime_checkable
+class SamplesClasses(Protocol):
+    """A model that can sample from one class. It is used as one if it has classes."""
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Labels of the classes; () for a model without."""
+        ...
+
+    def sample_classes(
+        self, labels: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One sample of each of the labels (B,): (B, *shape), in eval mode, see `GenerativeModel.sample`."""
+        ...
+
+
+@runtime_checkable
 class Writes(Protocol):
     """A model of token sequences, which writes them as text."""
 
@@ -189,7 +218,7 @@ class GenerativeModel(
     """Base class of generative models of data (*shape): settings, losses, the parameters that each loss trains, and sampling.
 
     Images are (C, H, W) in [0, 1], token sequences int64 (L,). Further methods are optional: see `Reconstructs`,
-    `Interpolates`, `Encodes`, `Writes` and `HasLikelihood`.
+    `Interpolates`, `Encodes`, `Writes`, `HasLikelihood` and `SamplesClasses`.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` use two files, safetensors and JSON; pickles are never read.
 
@@ -241,18 +270,21 @@ class GenerativeModel(
         stage: int = 0,
         phase: int = 0,
         index: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a phase; called `forward` because DistributedDataParallel and torch.compile wrap this method.
 
         Args:
             index: places (B,) of x in the training set, for an indexed stage; by default the first ones.
+            labels: classes (B,) of x, for a labelled stage.
         """
         this = self.stages()[stage]
-        if not this.indexed:
-            return this.phases[phase].losses(x, generator)
-        return this.phases[phase].losses(
-            x, generator, torch.arange(len(x), device=x.device) if index is None else index
-        )
+        given: list[Tensor | None] = []
+        if this.indexed:
+            given.append(torch.arange(len(x), device=x.device) if index is None else index)
+        if this.labelled:
+            given.append(labels)
+        return this.phases[phase].losses(x, generator, *given)
 
     # -- use -----------------------------------------------------------------------------------------------------------
 

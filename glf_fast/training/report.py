@@ -21,6 +21,8 @@ from glf_fast.training.scoring import likelihood_line
 
 __all__ = ["write"]
 
+# Curves in a row.
+_COLUMNS = 4
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -141,6 +143,7 @@ def _growth(run: Path) -> str:
 
 def _test_pictures(run: Path, words: Words) -> str:
     texts = {
+        "classes": "A row for each class, in the order of their labels; the noise of all rows is the same.",
         "reconstructions": "Below each row of test images are their reconstructions.",
         "reconstructions.txt": "Below each test sequence is its reconstruction.",
         "interpolations": html.escape(words.interpolations),
@@ -169,10 +172,16 @@ def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
     chosen = {
         name: title for name, title in (words.curves or {}).items() if sum(name in record for record in steps) > 1
     }
-    terms = chosen or terms
+    norms = {name: name.replace("_", " ", 1) for name in terms if name.startswith("gradient_")}
+    terms = (chosen or terms) | norms
+    count = len(terms) + bool(scored)
+    rows = -(-count // _COLUMNS)
     with page.style():
-        figure = Figure(figsize=(10, 2.9), layout="constrained")
-        axes = figure.subplots(1, len(terms) + bool(scored), squeeze=False)[0]
+        figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")
+        axes = figure.subplots(rows, -(-count // rows), squeeze=False).flatten()
+        for axis in axes[count:]:
+            axis.set_visible(False)
+        axes = axes[:count]
         for axis, (name, title) in zip(axes, terms.items(), strict=False):
             drawn = [(r["epoch"], r[name]) for r in steps if name in r]
             axis.plot(*zip(*drawn, strict=True), color=page.BLUE, linewidth=1.3)
@@ -195,6 +204,8 @@ def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
             axis.grid(color=page.GREY, alpha=0.25, linewidth=0.5)
         svg = page.svg(figure)
     about = "Losses are means over training batches."
+    if norms:
+        about += " Norms of gradients are those before clipping, of each network by its own loss."
     if scored:
         about += " Scores compare what is generated with test data."
     text = html.escape(f"{about} {words.about_curves}".rstrip())

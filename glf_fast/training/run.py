@@ -101,24 +101,24 @@ class Run:
         self._in_time = True  # as all processes agree
 
     def resume(self) -> None:
-        """Restore the last checkpoint, if there is one; raises UserError if it is corrupt or was trained on other data."""
+        """Restore the last checkpoint, if there is one; every process reads it.
+
+        Raises:
+            UserError: it is corrupt, or not the same in all processes, or was trained on other data.
+        """
+        checkpoint.await_same(self.last)
         if checkpoint.exists(self.last):
             state = self.trainer.restore(self.last)
             checkpoint.check_state(self.last, state)
             if self.trainer.images > self.total:
                 done = self.trainer.images / self.images_per_epoch
                 raise UserError(f"{self.folder} has trained for {done:.4g} epochs already; ask for as many, or more")
-            if state["data"] != self.train_set.fingerprint:
+            if state["data"] != self.train_set.fingerprint or state.get("labels", "") != self.trainer.labels_digest:
                 raise UserError(
-                    f"{self.folder} was trained on other data than {self.train_set.name} holds now; "
-                    "choose another --out, or restore the data"
+                    f"{self.folder} was trained on other data{' or labels' * bool(self.trainer.labels_digest)} than "
+                    f"{self.train_set.name} holds now; choose another --out, or restore the data"
                 )
             self.minutes_before = state["minutes"]
-        [same, other] = highest(self.trainer.images, -self.trainer.images)
-        if same != -other:
-            raise UserError(
-                f"the processes do not find the same checkpoint in {self.folder}; choose a folder that all machines share"
-            )
         self.started = time.monotonic()
         [late] = highest(not self._has_time())
         self._in_time = not late
@@ -182,7 +182,7 @@ class Run:
         if self.done or trainer.images >= end:
             return
         inputs, order = trainer.inputs(), torch.empty(0)
-        losses, saved, stopping, told = LossLog(), time.monotonic(), False, False
+        losses, saved, stopping, told = LossLog(trainer.remedy), time.monotonic(), False, False
         while not stopping:
             epoch, position = divmod(trainer.images, self.images_per_epoch)
             if position == 0 or not len(order):
@@ -251,7 +251,8 @@ class Run:
     # -- log, pictures and scores -----------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "minutes": self.minutes, "data": self.train_set.fingerprint}
+        labels = {"labels": digest} if (digest := self.trainer.labels_digest) else {}
+        return {"epoch": self.epoch, "minutes": self.minutes, "data": self.train_set.fingerprint, **labels}
 
     def _log(self, board: Board, values: dict[str, float]) -> None:
         for name, optimizer in self.trainer.optimizers.items():
@@ -267,7 +268,8 @@ class Run:
             return
         pictures = dict(self.showing.pictures(trainer.best_model, self.config.seed))
         if not trainer.in_last_stage:
-            del pictures["samples"]  # which mean nothing yet
+            for kind in ("samples", "classes"):  # which mean nothing yet
+                pictures.pop(kind, None)
         # Samples last: `finish` takes them for a sign that all pictures are there, even after a kill.
         for kind, picture in reversed(pictures.items()):
             save_picture(self.folder, kind, picture, trainer.images)

@@ -1,7 +1,7 @@
 """The folder of a run: its name, settings, log, scores and checkpoints.
 
-config.toml  metrics.jsonl  scores.json  report.html  checkpoints/{last,best}/  samples/ reconstructions/ interpolations/
-tensorboard/
+config.toml  metrics.jsonl  scores.json  report.html  checkpoints/{last,best}/  samples/ classes/ reconstructions/
+interpolations/ tensorboard/
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 # The last line of a config.toml, without which the file was cut off.
 _END = "# end of the settings\n"
 # The folders of a run that must be its own: a run that somebody else has made could write anywhere through links.
-_INSIDE = ("samples", "reconstructions", "interpolations", "tensorboard")
+_INSIDE = ("samples", "classes", "reconstructions", "interpolations", "tensorboard")
 
 
 def _changeable(config: Config) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,7 +84,9 @@ class Trainer:
             f"{kind.__name__}.groups and its parameter_groups() must name the same groups"
         )
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            name: _optimizer(parameters, config.optimizers[name]) for name, parameters in groups.items()
+            name: _optimizer(parameters, config.optimizers[name])
+            for name, parameters in groups.items()
+            if parameters  # settings may leave a network out
         }
         self.ends: list[int] = []
         for stage in self.model.stages():
@@ -93,6 +96,13 @@ class Trainer:
         self._start: dict[str, Tensor] = {}  # the weights with which this stage's inputs are computed, if it has inputs
         self._logged: set[str] = set()  # names of losses that were checked
         self._losses: dict[tuple[int, int], Callable[..., dict[str, Tensor]]] = {}  # by stage and phase
+        labelled = any(stage.labelled for stage in self.model.stages())
+        self._labels = train.labels.to(device) if labelled and train.labels is not None else None
+
+    @property
+    def remedy(self) -> str:
+        """What to do if training diverges, for messages."""
+        return "; ".join(filter(None, (REMEDY, self.model.words.advice)))
 
     @property
     def best_model(self) -> models.GenerativeModel:
@@ -100,6 +110,11 @@ class Trainer:
         return self.average or self.model
 
     # -- stages ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def labels_digest(self) -> str:
+        """SHA-256 of the labels that the model is trained on; "" for a model that takes none."""
+        return "" if self._labels is None else hashlib.sha256(self._labels.cpu().numpy().tobytes()).hexdigest()
 
     @property
     def in_last_stage(self) -> bool:
@@ -156,7 +171,7 @@ class Trainer:
 
         Args:
             batch: of several processes, the part of this process, see `share`.
-            index: places (B,) of the batch in `inputs`; by default the first ones.
+            index: places (B,) of the batch in `inputs`, and so in the training set; by default the first ones.
         """
         noise, own = (
             seeds.generator(self.config.seed, "step", stream, self.images, device=self.device)
@@ -164,18 +179,21 @@ class Trainer:
         )
         torch.manual_seed(own.initial_seed())  # for Dropout and whatever else has no generator of its own
         steps, x = (self.images - self._begin) // self.config.batch_size, _to_model(batch)
+        labels = None
+        if self._labels is not None:
+            labels = self._labels[: len(batch)] if index is None else self._labels[index]
         losses: dict[str, Tensor] = {}
         self.model.train()
         for i, phase in enumerate(self._stage.phases):
             if steps % phase.every:
                 continue
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                found = self._forward(i)(x, noise, index)
+                found = self._forward(i)(x, noise, index, labels)
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             found[phase.minimises].backward()
-            for name in phase.moves:
-                self._update(name)
+            norms = {name: self._update(name, watched=phase.gradients) for name in phase.moves}
+            found |= {f"gradient_{name}": norm for name, norm in norms.items() if norm is not None}
             if not self._logged.issuperset(found):
                 _check_names(found, losses)
                 self._logged |= found.keys()
@@ -192,22 +210,26 @@ class Trainer:
         return batch.chunk(distributed.size())[distributed.rank()]
 
     def _forward(self, phase: int) -> Callable[..., dict[str, Tensor]]:
-        """The losses of a phase as a function of (x, generator, index)."""
+        """The losses of a phase as a function of (x, generator, index, labels)."""
         at = self.stage, phase
         if at not in self._losses:
             if distributed.together():
                 self._losses[at] = parallel.wrapped(self.model, *at)
             else:
-                self._losses[at] = lambda x, generator, index: self.model(x, generator, *at, index)
+                self._losses[at] = lambda x, generator, *given: self.model(x, generator, *at, *given)
         return self._losses[at]
 
-    def _update(self, name: str) -> None:
-        """Update one parameter group by its gradients."""
+    def _update(self, name: str, *, watched: bool) -> Tensor | None:
+        """Update one parameter group by its gradients; returns their norm before clipping if it is `watched`."""
         settings, [group] = self.config.optimizers[name], self.optimizers[name].param_groups
+        norm = None
         if settings.clip:
-            nn.utils.clip_grad_norm_(group["params"], settings.clip)
+            norm = nn.utils.clip_grad_norm_(group["params"], settings.clip)
+        elif watched:
+            norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
         group["lr"] = self._learning_rate(settings)
         self.optimizers[name].step()
+        return norm if watched else None
 
     @torch.no_grad()
     def _update_average(self, updates: int) -> None:
@@ -253,8 +275,8 @@ class Trainer:
         for name, value in {**weights, **training}.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise UserError(
-                    f"{name} is not finite after {self.images} images; {folder} was left unchanged; {REMEDY}, "
-                    "and start a new run"
+                    f"{name} is not finite after {self.images} images; {folder} was left unchanged; "
+                    f"{self.remedy}; start a new run"
                 )
         own = {"images": self.images, "stage": self.stage, "ends": self.ends, "local_batch_norm": self.local_batch_norm}
         state = own | state

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +30,7 @@ from glf_fast.errors import UserError, run_command
 from glf_fast.files import atomic_write, file_digest
 from glf_fast.grammar import EXPRESSIONS, Grammar, sentences
 from glf_fast.settings import updated
-from glf_fast.training import parallel
+from glf_fast.training import checkpoint, parallel
 from glf_fast.training.comparison import _Results
 from glf_fast.training.comparison_plan import Plan
 from glf_fast.training.config import DataConfig, OptimizerConfig, default
@@ -39,6 +41,7 @@ from glf_fast.training.trainer import Trainer
 __all__ = [
     "CASES",
     "CPU",
+    "agreeing",
     "curve",
     "curves",
     "drawing",
@@ -68,7 +71,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glann": ("glann", {**_SMALL, "items": 32, "matched": 12, "mapping_epochs": 1}),
     "flow-vae": ("flow-vae", {**_SMALL, "posterior": "flow", "flow": _FLOW}),
     "two-stage-vae": ("two-stage-vae", {**_SMALL, "second_stage": {"hidden": [8], "epochs": 1}}),
-    "glow": ("glow", {"levels": 2, "steps": 1, "width": 4}),
+    "glow": ("glow", {"levels": 2, "steps": 1, "width": 4, "reversible": True}),
+    "glow, conditional": ("glow", {"levels": 1, "steps": 1, "width": 4, "conditional": True}),
+    "wae-gan": ("wae-gan", {**_SMALL, "code_hidden": [8], "density": {"kind": "gaussian"}}),
+    "alpha-gan": ("alpha-gan", {"latent_dim": 4, "width": 4, "code_hidden": [8]}),
+    "alpha-gan, other objectives": (
+        "alpha-gan",
+        {**_SMALL, "networks": "infogan", "posterior": "gaussian", "objective": "wasserstein"},
+    ),
+    "dcgan": ("dcgan", {"latent_dim": 4, "width": 4}),
+    "wgan-gp": ("wgan-gp", {"latent_dim": 4, "width": 4, "critic_steps": 2}),
     "grammar-rae": (
         "grammar-rae",
         {**_SEQUENCE, "regularizer": "gp", "density": {"kind": "mixture", "components": 2}},
@@ -100,7 +112,7 @@ def trainer(case: str, *, local_batch_norm: bool = False) -> Trainer:
         optimizers = dict.fromkeys(config.optimizers, OptimizerConfig(lr=1e-2, clip=1.0))
         model = updated(kind.Settings(), values, case)
         config = replace(config, model=model, batch_size=12, epochs=2, ema=0.9, optimizers=optimizers)
-        smooth = ImageDataset("smooth", "train", images(), None, "")
+        smooth = ImageDataset("smooth", "train", images(), torch.arange(32) % 3, "")
         data = expressions() if "tokens" in kind.takes else smooth
         return Trainer(config, data, CPU, local_batch_norm=local_batch_norm)
 
@@ -155,8 +167,10 @@ def curves(cases: list[str], out: str) -> None:
 
 
 @contextlib.contextmanager
-def started(count: int, function: Callable[..., None], *arguments: object) -> Iterator[list[forked.Child]]:
-    """Processes that call the function, with what torchrun tells them."""
+def started(
+    count: int, function: Callable[..., None], *arguments: object, file_size: int | None = None
+) -> Iterator[list[forked.Child]]:
+    """Processes that call the function, with what torchrun tells them; files of the first are no larger than `file_size`."""
     with socket.socket() as free, contextlib.ExitStack() as stack:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -171,7 +185,8 @@ def started(count: int, function: Callable[..., None], *arguments: object) -> It
                 "MASTER_PORT": port,
             }
             with mock.patch.dict(os.environ, {name: str(value) for name, value in told.items()}):
-                children.append(stack.enter_context(contextlib.closing(forked.Child(function, *arguments))))
+                child = forked.Child(function, *arguments, file_size=None if rank else file_size)
+                children.append(stack.enter_context(contextlib.closing(child)))
         yield children
 
 
@@ -307,6 +322,27 @@ def _fetching(folder: Path, machines: int) -> None:
 
 
 def impatient(seconds: float, module: str, *arguments: str) -> None:
-    """`python -m glf_fast.{module} …`, which waits for other processes for so many seconds."""
+    """`python -m glf_fast.{module} …`, which waits for other processes for so many seconds, over a network that is slow."""
     distributed.WAIT = timedelta(seconds=seconds)
-    forked.command(module, *arguments)
+    with mock.patch.object(distributed, "all_reduce_seconds", return_value=60.0):
+        forked.command(module, *arguments)
+
+
+def agreeing(folder: Path) -> None:
+    """Look for the checkpoint "last" in a folder of each process: the second finds the first one's late, then another."""
+    os.chdir(folder / os.environ["RANK"])
+    run_command(lambda: _agreeing(folder))
+
+
+def _agreeing(folder: Path) -> None:
+    place = Path("last")
+    with distributed.launched(), mock.patch.object(checkpoint, "_LATE", 20.0):
+        checkpoint.await_same(Path("none yet"))
+        late = threading.Timer(0.5, shutil.copy, (folder / "0" / place / "checkpoint.json", place))
+        if not distributed.is_main():
+            late.start()
+        checkpoint.await_same(place)
+        print("the same")
+        checkpoint._LATE = 0.1
+        (folder / "1" / place / "checkpoint.json").write_text("another")
+        checkpoint.await_same(place)
