@@ -246,7 +246,7 @@ class Run:
         scores = [s for s in runs.read_scores(self.folder) if about.items() <= s["checkpoint"].items()]
         print(self.showing.table(scores))
         print(f"\nreport    {self.folder / 'report.html'}\nsamples   {latest_picture(self.folder, 'samples')}")
-        print(f"more      python -m glf_fast.sample {shlex.quote(str(self.folder))} --n 64 --out samples.png")
+        print(f"more      python -m glf_fast.sample {shlex.quote(str(self.folder))} --n 64")
 
     # -- log, pictures and scores -----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glf_fast.data import Dataset, ImageDataset, TokenDataset
-from glf_fast.metrics import USUAL
+from glf_fast.metrics import USUAL, subset
 from glf_fast.models import GenerativeModel, Reconstructs, Writes
 from glf_fast.training import sequence_scoring
 from glf_fast.training.config import ScoreConfig
@@ -113,7 +113,7 @@ class _Sequences:
         texts, _ = sequence_scoring.draw_texts(model, 40, seed=seed)
         pictures = {"samples": "\n".join(texts)}
         if isinstance(model, Reconstructs) and isinstance(model, Writes):
-            real = self.test.items[:20]
+            real = subset(self.test.items, 20)
             rebuilt = model.text(model.reconstruct(real.to(next(model.parameters()).device)).cpu())
             pairs = zip(model.text(real), rebuilt, strict=True)
             pictures["reconstructions"] = "\n".join(f"{a}\n  {b}" for a, b in pairs)
