@@ -2,6 +2,7 @@
 // Checks that keep memory safe, and unwrapping; the Python side (glf_fast/ops) explains to users what does not fit.
 #include "bindings_flow.h"
 
+#include <atomic>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -34,26 +35,72 @@ struct Arguments : Networks {
   }
 };
 
+// Flow e of those whose steps lie one after the other.
+template <class T>
+glf::Flow<T> member(glf::Flow<T> flow, int64_t e) {
+  const int64_t step = e * flow.steps;
+  flow.matrix += step * flow.dim * flow.dim;
+  if (flow.unmatrix) flow.unmatrix += step * flow.dim * flow.dim;
+  flow.offset += step * flow.dim;
+  for (int i = 0; i < flow.layers; ++i) {
+    flow.weight[i] += flow.weights_before(i, step, 0);
+    flow.bias[i] += flow.biases_before(i, step, 0);
+  }
+  return flow;
+}
+
+// The first of so many flows, which have as many steps, and of as many rows each.
+template <class T>
+glf::Flow<T> first_of(glf::Flow<T> flow, int64_t members, int64_t batch) {
+  STD_TORCH_CHECK(members > 0 && flow.steps % members == 0 && batch % members == 0, "glf_fast: ", flow.steps, " steps or ", batch,
+                  " rows are not those of ", members, " flows");
+  flow.steps /= members;
+  return flow;
+}
+
+// Calls f(e, threads for it) for every flow e: one thread takes a whole flow where there are enough of them with work for it.
+template <class T, class F>
+void for_members(const glf::Flow<T>& flow, int64_t members, int64_t rows, F f) {
+  const glf::Parallel all = parallel();
+  int64_t work = flow.dim * flow.dim;  // multiply-adds of a row and step
+  for (int i = 0; i < flow.layers; ++i) work += flow.networks * flow.inputs(i) * flow.outputs(i);
+  if (members < all.threads || all.threads == 1 || (work * flow.steps * rows) >> 19 == 0) {
+    for (int64_t e = 0; e < members; ++e) f(e, all);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  auto some = [&] {
+    for (int64_t e; (e = next++) < members;) f(e, glf::Parallel{1, all.run});
+  };
+  all.run(all.threads, [](void* task, int) { (*static_cast<decltype(some)*>(task))(); }, &some);
+}
+
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
                                                  Tensors biases, std::optional<Tensor> context, int64_t coupling,
                                                  int64_t network, int64_t activation, int64_t log_scale, double constant,
                                                  bool add_first,
-                                                 std::vector<double> spline, bool inverse, bool density, int64_t save, int64_t record) {
+                                                 std::vector<double> spline, bool inverse, bool density, int64_t save,
+                                                 int64_t record, int64_t members) {
   const Maybe none;
   const Arguments arguments{{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
                             matrix, offset, none, context, inverse, density};
-  const int64_t batch = x.size(0), steps = matrix.size(0);
+  const int64_t batch = x.size(0);
   const auto mode = static_cast<glf::Save>(save);
-  Tensor out = alike(x), logdet = empty(x, {batch});
-  Tensor saved = mode == glf::Save::nothing ? empty(x, {0}) : empty(x, {steps, batch, record});
+  Tensor out = alike(x), logdet = empty(x, {batch}), saved;
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const auto flow = arguments.flow<T>(x);
+    const auto flow = first_of(arguments.flow<T>(x), members, batch);
     const int64_t width = mode == glf::Save::records ? glf::record_width(flow) : flow.dim;
     STD_TORCH_CHECK(mode == glf::Save::nothing || record == width, "glf_fast: a record is ", width, " wide, not ",
                     record);
-    glf::kernels<T>().forward(flow, batch, read<T>(x), read<T>(context), write<T>(out), write<T>(logdet),
-                              mode, write<T>(saved), record, parallel());
+    saved = mode == glf::Save::nothing ? empty(x, {0}) : empty(x, {flow.steps, batch, record});
+    const int64_t rows = batch / members, columns = flow.dim, kept = flow.steps * rows * record;
+    const T *from = read<T>(x), *given = read<T>(context);
+    for_members(flow, members, rows, [&](int64_t e, const glf::Parallel& threads) {
+      glf::kernels<T>().forward(member(flow, e), rows, from + e * rows * columns, given ? given + e * rows * flow.context_dim : given,
+                                write<T>(out) + e * rows * columns, write<T>(logdet) + e * rows, mode,
+                                write<T>(saved) + e * kept, record, threads);
+    });
   });
   return {out, logdet, saved};
 }
@@ -63,8 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
 Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
                                std::optional<Tensor> context, int64_t coupling, int64_t network, int64_t activation,
-                               int64_t log_scale, double constant, bool add_first, std::vector<double> spline, bool inverse, int64_t save,
-                               bool parameters) {
+                               int64_t log_scale, double constant, bool add_first, std::vector<double> spline, bool inverse,
+                               int64_t save, bool parameters, int64_t members) {
   const Arguments arguments{{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
                             matrix, offset, unmatrix, context, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
@@ -78,25 +125,32 @@ Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logde
   }
   for_dtype(out, [&](auto zero) {
     using T = decltype(zero);
-    const auto flow = arguments.flow<T>(out);
+    const int64_t batch = out.size(0);
+    const auto flow = first_of(arguments.flow<T>(out), members, batch);
     STD_TORCH_CHECK((!grad_out || grad_out->numel() == out.numel()) && grad_logdet.numel() == out.size(0) &&
                         (mode == glf::Save::nothing ||
                          (saved.dim() == 3 && saved.size(0) == flow.steps && saved.size(1) == out.size(0) &&
                           saved.size(2) == (mode == glf::Save::records ? glf::record_width(flow) : flow.dim))),
                     "glf_fast: gradients or saved values do not fit the output");
-    glf::Gradients<T> target{};
-    if (parameters) {
-      target.matrix = write<T>(grads[2]);
-      target.offset = write<T>(grads[3]);
-      for (int i = 0; i < flow.layers; ++i) {
-        target.weight[i] = write<T>(grads[4 + i]);
-        target.bias[i] = write<T>(grads[4 + flow.layers + i]);
+    const int64_t record = mode == glf::Save::nothing ? 0 : saved.size(2), rows = batch / members;
+    const T *from = read<T>(out), *given = read<T>(context), *keeps = read<T>(saved), *g_logdet = read<T>(grad_logdet);
+    const T* g_out = grad_out ? read<T>(*grad_out) : nullptr;
+    for_members(flow, members, rows, [&](int64_t e, const glf::Parallel& threads) {
+      const int64_t step = e * flow.steps, row = e * rows, at = row * flow.dim;
+      glf::Gradients<T> target{};
+      if (parameters) {
+        target.matrix = write<T>(grads[2]) + step * flow.dim * flow.dim;
+        target.offset = write<T>(grads[3]) + step * flow.dim;
+        for (int i = 0; i < flow.layers; ++i) {
+          target.weight[i] = write<T>(grads[4 + i]) + flow.weights_before(i, step, 0);
+          target.bias[i] = write<T>(grads[4 + flow.layers + i]) + flow.biases_before(i, step, 0);
+        }
       }
-    }
-    const int64_t record = mode == glf::Save::nothing ? 0 : saved.size(2);
-    glf::kernels<T>().backward(flow, out.size(0), read<T>(out), read<T>(context), mode, read<T>(saved),
-                               record, grad_out ? read<T>(*grad_out) : nullptr, read<T>(grad_logdet), write<T>(grads[0]), write<T>(grads[1]),
-                               parameters ? &target : nullptr, parallel());
+      glf::kernels<T>().backward(member(flow, e), rows, from + at, given ? given + row * flow.context_dim : given, mode,
+                                 keeps + step * rows * record, record, g_out ? g_out + at : g_out, g_logdet + row,
+                                 write<T>(grads[0]) + at, write<T>(grads[1]) + row * flow.context_dim,
+                                 parameters ? &target : nullptr, threads);
+    });
   });
   return grads;
 }
@@ -206,12 +260,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
       "int coupling, int network, int activation, int log_scale, float constant, bool add_first, float[] spline, "
-      "bool inverse, bool density, int save, int record)"
+      "bool inverse, bool density, int save, int record, int members=1)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
       "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int network, int activation, "
-      "int log_scale, float constant, bool add_first, float[] spline, bool inverse, int save, bool parameters) -> Tensor[]");
+      "int log_scale, float constant, bool add_first, float[] spline, bool inverse, int save, bool parameters, "
+      "int members=1) -> Tensor[]");
   m.def(
       "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"
       " -> (Tensor, Tensor)");

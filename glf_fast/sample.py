@@ -1,4 +1,4 @@
-"""python -m glf_fast.sample RUN --n 64 --temperature 0.8 --out grid.png: draw images from a trained model."""
+"""python -m glf_fast.sample RUN --n 64 --temperature 0.8 --out grid.png: draw images or sequences from a trained model."""
 
 from __future__ import annotations
 
@@ -11,32 +11,45 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from glf_fast import data
+from glf_fast import data, distributed
 from glf_fast.command_line import parse, pick_device
+from glf_fast.data.attributes import load_attribute
 from glf_fast.errors import UserError, run_command
-from glf_fast.files import atomic_folder
+from glf_fast.files import atomic_folder, atomic_write
 from glf_fast.images import grid, save_npy, save_png
+from glf_fast.models import GenerativeModel, Writes
 from glf_fast.training import checkpoint, runs
-from glf_fast.training.pictures import check_count, draw, draw_towards
+from glf_fast.training.pictures import check_count, draw, draw_attribute, draw_towards
+from glf_fast.training.sequence_scoring import draw_texts
 from glf_fast.training.splits import load_splits
 
 
 @dataclass(frozen=True)
 class Command:
-    """Draw images from a trained model."""
+    """Draw images, or token sequences, from a trained model."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     n: int = 64
-    """Number of images."""
-    out: Path = Path("samples.png")
-    """Output: a .png (one grid of images), a .npy (uint8, n × C × H × W) or a folder (one PNG per image)."""
+    """Number of images or sequences."""
+    out: Path | None = None
+    """Output: a .png (one grid of images), a .npy (uint8, n × C × H × W) or a folder (one PNG per image); by default
+    samples.png. For sequences a .txt, by default samples.txt, or a .npy (int64, n × length)."""
     temperature: tuple[float, ...] = (1.0,)
     """Standard deviation of the noise; smaller values give cleaner, less varied images. Several values draw the same noise at
     each of them; in a grid each value has a row."""
     towards: tuple[int, int] | None = None
     """Two labels A B of the data set: instead of samples, a row for each of n test images of label A, whose codes move step by
     step by the difference of the mean codes of labels B and A."""
+    attribute: str = ""
+    """Name of an attribute in the file --attributes: instead of samples, a row for each of n test images, whose codes move by
+    the difference of the mean codes of training images with and without it, from less of it to more."""
+    attributes: Path | None = None
+    """For --attribute: CelebA's list_attr_celeba.txt, or a CSV with a column of the images' file names, or of their places
+    from 0, and a column of 1 and 0 for each attribute."""
+    label: tuple[int, ...] = ()
+    """Labels of classes to sample from, for a conditional model. Several labels have the same noise; in a grid each has a
+    row."""
     mode: str = ""
     """Sampling mode of the model; empty for the usual one. A wrong name lists the modes of the model."""
     seed: int = 0
@@ -44,15 +57,17 @@ class Command:
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint of the run to use."""
     data_dir: Path | None = None
-    """For --towards: folder in which to look for the data set first."""
+    """For --towards and --attribute: folder in which to look for the data set first."""
     device: str = ""
     """Device: cpu, cuda, cuda:1, …; by default cuda if there is a GPU."""
 
 
 def main() -> None:
     """Run the command."""
+    distributed.refuse_several()
     command = parse(Command, sys.argv[1:], "glf_fast.sample")
-    _check_out(command.out)
+    if command.out:
+        _check_out(command.out)
     check_count(command.n)
     _check_effects(command)
     config = runs.read_config(command.run)  # raises UserError if this is not a run's folder
@@ -60,48 +75,96 @@ def main() -> None:
         runs.checkpoint_folder(command.run, runs.pick_checkpoint(command.run, command.checkpoint)),
         pick_device(command.device),
     )
-    numbers = command.n * len(command.temperature) * math.prod(model.shape)
+    if isinstance(model, Writes) and not _moves(command):
+        _sample_sequences(command, model)
+        return
+    out = command.out or Path("samples.png")
+    if out.suffix == ".txt":
+        raise UserError(f"--out {out} is for sequences, and this model draws images; give a .png, a .npy or a folder")
+    labels = command.label or (None,)
+    numbers = command.n * len(labels) * len(command.temperature) * math.prod(model.shape)
     if numbers >= 2**63:  # the largest tensor that torch can describe
         raise UserError(f"--n {command.n} images are more than any memory holds; draw fewer")
-    if command.towards:
+    if command.towards or command.attribute:
         train, test = (data.as_images(split) for split in load_splits(config.data, command.data_dir))
-        rows = draw_towards(model, train, test, command.towards, command.n).cpu()
+        if command.towards:
+            rows = draw_towards(model, train, test, command.towards, command.n).cpu()
+        else:
+            assert command.attributes is not None
+            has = load_attribute(command.attributes, command.attribute, train)
+            rows = draw_attribute(model, train, test, has, command.n).cpu()
     else:
         options: dict[str, Any] = {"seed": command.seed, "mode": command.mode}
-        rows = torch.stack([draw(model, command.n, temperature=t, **options).cpu() for t in command.temperature])
+        pairs = [(label, t) for label in labels for t in command.temperature]
+        rows = torch.stack([draw(model, command.n, label=c, temperature=t, **options).cpu() for c, t in pairs])
     images = rows.flatten(0, 1)
-    if command.out.suffix == ".png":
+    if out.suffix == ".png":
         save_png(
-            command.out,
-            grid(images, rows.shape[1] if len(rows) > 1 or command.towards else None),
+            out,
+            grid(images, rows.shape[1] if len(rows) > 1 or _moves(command) else None),
             scale=max(1, 64 // images.shape[-1]),
         )
-    elif command.out.suffix == ".npy":
-        save_npy(command.out, images)
+    elif out.suffix == ".npy":
+        save_npy(out, images)
     else:
-        with atomic_folder(command.out) as folder:  # a part of the images would look like a whole sample
+        with atomic_folder(out) as folder:  # a part of the images would look like a whole sample
             for i, image in enumerate(images):
                 save_png(folder / f"{i:06d}.png", image)
-    print(f"wrote {len(images)} images to {command.out}")
+    print(f"wrote {len(images)} images to {out}")
+
+
+def _sample_sequences(command: Command, model: GenerativeModel) -> None:
+    """Print sequences, and write them: as text, one a line, or as tokens."""
+    out = command.out or Path("samples.txt")
+    if out.suffix not in (".txt", ".npy"):
+        raise UserError(f"--out {out} must end in .txt or .npy: this model draws sequences, not images")
+    texts, parts = [], []
+    for temperature in command.temperature:
+        drawn, tokens = draw_texts(model, command.n, seed=command.seed, temperature=temperature, mode=command.mode)
+        texts += drawn
+        parts.append(tokens)
+    print("\n".join(texts))
+    if out.suffix == ".npy":
+        save_npy(out, torch.cat(parts))
+    else:
+        with atomic_write(out) as temporary:
+            temporary.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    print(f"wrote {len(texts)} sequences to {out}", file=sys.stderr)
 
 
 def _check_effects(command: Command) -> None:
     """Raise UserError for an option that would have no effect, and for no temperature at all."""
     if not command.temperature:
         raise UserError("--temperature needs one value or more, such as --temperature 0.7; or leave the option out")
-    without = ("temperature", "mode", "seed") if command.towards else ("data_dir",)
-    for name in without:
+    if command.attribute and command.attributes is None:
+        raise UserError("--attribute needs the file that has it, --attributes list_attr_celeba.txt or a CSV")
+    moving = _moves(command)
+    without = {"data_dir": "without --towards or --attribute"}
+    if moving:
+        without = dict.fromkeys(("temperature", "mode", "seed", "label"), f"with {moving}")
+    if command.towards:
+        without |= {"attribute": "with --towards"}
+    if not command.attribute:
+        without |= {"attributes": "without --attribute"}
+    if command.label:
+        without |= {"mode": "with --label"}
+    for name, why in without.items():
         if getattr(command, name) != getattr(Command, name):
             option = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{option} has no effect with{'' if command.towards else 'out'} --towards; leave {option} out"
-            )
+            raise UserError(f"{option} has no effect {why}; leave {option} out")
+
+
+def _moves(command: Command) -> str:
+    """The option that asks for images whose codes move; "" for samples."""
+    return "--towards" if command.towards else "--attribute" if command.attribute else ""
 
 
 def _check_out(out: Path) -> None:
-    """Raise UserError unless `out` is a .png, a .npy, or a folder that is new or empty but for hidden files."""
-    if out.suffix not in ("", ".png", ".npy"):
-        raise UserError(f"--out {out} must end in .png or .npy, or be a folder (a name without suffix)")
+    """Raise UserError unless `out` is a .png, a .npy, a .txt, or a folder that is new or empty but for hidden files."""
+    if out.suffix not in ("", ".png", ".npy", ".txt"):
+        raise UserError(
+            f"--out {out} must end in .png or .npy, or be a folder (a name without suffix); for sequences, .txt"
+        )
     if out.suffix:
         return
     if out.exists() and not out.is_dir():

@@ -128,7 +128,9 @@ __attribute__((noinline)) void gradient_cell(idx panels, const idx* vectors, Fie
   vec<T> acc[M][V] = {};
   for (idx p = 0; p < panels; ++p)
     microkernel<T, M, V>(vectors[p] * L, a.data + p * a.apart, W, 1, b + p * W * b_k, b_k, acc);
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       T* to = c + m * c_m + v * L;
       store_part(to, accumulate ? acc[m][v] + load_part(to, cols - v * L) : acc[m][v], cols - v * L);
@@ -167,8 +169,8 @@ void weight_gradient(idx panels, const idx* vectors, Fields<T> input, idx inputs
       sum *= sign;
       store_part(bias + n, accumulate ? sum + load_part(bias + n, N - n) : sum, N - n);
     }
-  for (idx i = 0; i < inputs; i += MR) {
-    const idx rows = std::min<idx>(MR, inputs - i);
+  for (idx i = 0, rows; i < inputs; i += rows) {
+    rows = even_rows(inputs - i);
     for (idx j = from(i) / J * J; j < N; j += J) {
       const GradientCell<T> run = N - j > L ? pick_gradient_cell<T, 2>(rows, std::make_integer_sequence<int, MR>{})
                                             : pick_gradient_cell<T, 1>(rows, std::make_integer_sequence<int, MR>{});

@@ -17,17 +17,18 @@ __attribute__((noinline)) void cell(idx C, const T* context, idx depth, const T*
                                     const T* addend, T* out) {
   constexpr idx W = panel_rows<T>, L = lanes<T>;
   vec<T> acc[M][V];
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
     const vec<T> start = bias ? broadcast(bias[m]) : vec<T>{};
-    for (int v = 0; v < V; ++v) acc[m][v] = start;
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[m][v] = addend ? start + load(addend + m * W + v * L) : start;
   }
-  if (addend)
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) acc[m][v] += load(addend + m * W + v * L);
   // One loop for both: with two of them the accumulators went to memory and back between.
   for (int part = C ? 0 : 1; part < 2; ++part)
     microkernel<T, M, V>(part ? depth : C, packed + part * C * M, 1, M, part ? in : context, W, acc);
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) store(out + m * W + v * L, acc[m][v]);
 }
 

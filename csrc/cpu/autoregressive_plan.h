@@ -146,8 +146,9 @@ class Plan {
   template <class F>
   Span pack(const T* w, idx N, idx C, Span units, F fan_in) {
     const idx begin = blocks_.size();
-    for (idx n = units.begin; n < units.end; n += MR) {
-      const idx rows = std::min<idx>(MR, units.end - n), least = fan_in(n), depth = fan_in(n + rows - 1);
+    for (idx n = units.begin, rows; n < units.end; n += rows) {
+      rows = even_rows(units.end - n);
+      const idx least = fan_in(n), depth = fan_in(n + rows - 1);
       blocks_.push_back({n, rows, 0, depth, end_});
       const T* from = w + n;
       with_rows(rows, [&](auto M) {
@@ -155,7 +156,7 @@ class Plan {
           for (int m = 0; m < M; ++m) end_[m] = from[m];
         for (idx j = least; j < depth; ++j, from += N, end_ += M)
           for (int m = 0; m < M; ++m) end_[m] = j < fan_in(n + m) ? from[m] : T(0);
-      });
+      }, std::make_integer_sequence<int, MR>{});
     }
     return {begin, static_cast<idx>(blocks_.size())};
   }
@@ -164,8 +165,9 @@ class Plan {
   template <class F>
   Span pack_back(const T* w, idx N, idx C, idx outputs, Span units, F fan_in) {
     const idx begin = blocks_.size();
-    for (idx i = units.begin; i < units.end; i += MR) {
-      const idx rows = std::min<idx>(MR, units.end - i), from = first_to_see(i, outputs, fan_in);
+    for (idx i = units.begin, rows; i < units.end; i += rows) {
+      rows = even_rows(units.end - i);
+      const idx from = first_to_see(i, outputs, fan_in);
       blocks_.push_back({i, rows, from, outputs - from, end_});
       const idx by_all = first_to_see(i + rows - 1, outputs, fan_in);
       const T* row = w + (C + i) * N;
@@ -174,16 +176,15 @@ class Plan {
           for (int m = 0; m < M; ++m) end_[m] = i + m < fan_in(n) ? row[m * N + n] : T(0);
         for (idx n = by_all; n < outputs; ++n, end_ += M)
           for (int m = 0; m < M; ++m) end_[m] = row[m * N + n];
-      });
+      }, std::make_integer_sequence<int, MR>{});
     }
     return {begin, static_cast<idx>(blocks_.size())};
   }
 
-  // Calls f(rows), for whole blocks as a compile-time constant.
-  template <class F>
-  static void with_rows(idx rows, F f) {
-    if (rows == MR) return f(std::integral_constant<int, MR>{});
-    f(static_cast<int>(rows));
+  // Calls f(rows) with a compile-time constant.
+  template <class F, int... M>
+  static void with_rows(idx rows, F f, std::integer_sequence<int, M...>) {
+    ((rows == M + 1 ? f(std::integral_constant<int, M + 1>{}) : void()), ...);
   }
 
   const Autoregressive<T>& flow_;

@@ -27,22 +27,31 @@ __attribute__((noinline)) void block(idx K, const T* a, idx a_m, idx a_k, const 
   // What C holds comes from far away; it is added last, when it has arrived: 8 % of a backward at D = 64, H = 256 (Zen 3).
   if (accumulate)
     for (int m = 0; m < MR_; ++m) __builtin_prefetch(c + m * c_m, 1);
+  // Loops that are unrolled early, so that the accumulators are registers from the start and not an array on the stack.
   vec<T> acc[MR_][NV];
+#pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {
     const vec<T> start = bias ? load_part(bias + v * L, cols - v * L) : vec<T>{};
+#pragma GCC unroll 16
     for (int m = 0; m < MR_; ++m) acc[m][v] = start;
   }
   microkernel<T, MR_, NV>(K, a, a_m, a_k, b, b_k, acc);
-  if (accumulate)
-    for (int m = 0; m < MR_; ++m)
-      for (int v = 0; v < NV; ++v)
-        acc[m][v] += whole ? load(c + m * c_m + v * L) : load_part(c + m * c_m + v * L, cols - v * L);
   if (whole) {
+#pragma GCC unroll 16
     for (int m = 0; m < MR_; ++m)
-      for (int v = 0; v < NV; ++v) store(c + m * c_m + v * L, acc[m][v]);
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) {
+        T* to = c + m * c_m + v * L;
+        store(to, accumulate ? acc[m][v] + load(to) : acc[m][v]);
+      }
   } else {
+#pragma GCC unroll 16
     for (int m = 0; m < MR_; ++m)
-      for (int v = 0; v < NV; ++v) store_part(c + m * c_m + v * L, acc[m][v], cols - v * L);
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) {
+        T* to = c + m * c_m + v * L;
+        store_part(to, accumulate ? acc[m][v] + load_part(to, cols - v * L) : acc[m][v], cols - v * L);
+      }
   }
 }
 
@@ -62,6 +71,13 @@ inline Block<T> pick_block(idx rows, idx vectors) {
   if (vectors == 2) return pick<T, 2>(rows, std::make_integer_sequence<int, MR>{});
   if (vectors == 4) return pick<T, 4>(rows, std::make_integer_sequence<int, MR == 8 ? 4 : 2>{});
   return pick<T, 8>(rows, std::make_integer_sequence<int, MR == 8 ? 2 : 1>{});
+}
+
+// Rows of the next block where `left` rows are split evenly into the fewest blocks: 50 as 8 · 6 + 2 would end with a block of 4
+// accumulators, which waits for the latency of its sums.
+inline idx even_rows(idx left) {
+  const idx blocks = (left + MR - 1) / MR;
+  return (left + blocks - 1) / blocks;
 }
 
 // Widest block whose accumulators fit the registers.

@@ -26,7 +26,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
     The flow may be trained or fresh, with context or without; it is not changed. The result is a `CouplingFlow`, an
     `AutoregressiveFlow`, or a `SequentialFlow` of those and of the library's own layers where a layer cannot be fused. On
     images the networks stay the library's (copies), and everything else becomes one operation a coupling and one product
-    between two; noise of another shape, squeezed or flat, gets the data's.
+    between two; noise of another shape, squeezed, flat or of several scales, gets the data's.
 
     The result trains what the library's flow trains (a matrix made of fewer numbers than it has entries, as nflows' QR
     and SVD, becomes free), and keeps dtype, device, `requires_grad` and train or eval mode. Constants are read from the
@@ -41,9 +41,9 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
             where no layer of the flow says what a context is: an embedding net that starts with a convolution, or that
             takes classes, or a network of one's own on images.
 
-    Raises ConversionError, with the layer and the reason: for flows of other libraries, multi-scale ones, with another
-    base than a (diagonal) normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet. Warns
-    where the original does something in training mode, such as dropout, that the result does not.
+    Raises ConversionError, with the layer and the reason: for flows of other libraries, with another base than a (diagonal)
+    normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet. Warns where the
+    original does something in training mode, such as dropout, that the result does not.
 
     Example:
         >>> fast = glf_fast.convert(zuko.flows.RealNVP(features=3, context=5, transforms=4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from glf_fast.conversion import freia, nflows, normflows, pyro, zuko
+from glf_fast.conversion import freia, glow_modules, nflows, normflows, pyro, zuko
 from glf_fast.conversion.layers import ConversionError
 from glf_fast.conversion.library import Library
 
@@ -36,7 +36,7 @@ def library_of(flow: nn.Module) -> Library:
 
 def host_of(module: nn.Module) -> tuple[Library, type] | None:
     """A library and its class that `module` is an instance of, if `accelerate` replaces layers in those; None else."""
-    for library in LIBRARIES:
+    for library in (*LIBRARIES, *glow_modules.LIBRARIES):
         kind = library.host(module, (*library.flows, *library.hosts))
         if kind is not None:
             return library, kind

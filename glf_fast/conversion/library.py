@@ -34,11 +34,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Base:
-    """The base distribution of a flow."""
+    """The base distribution of a flow; of one of several scales, in the shape of the data."""
 
     shape: Shape
     layers: list[Layer] = field(default_factory=list)  # from it to N(0, I)
     noise: Callable[[Tensor], Tensor] = lambda z: z  # N(0, I) → noise of the base
+    between: tuple[
+        list[Layer], ...
+    ] = ()  # after each chain but the last: a `Split` that is not learned, and what is before it
 
     @classmethod
     def normal(cls, name: str, loc: Tensor, log_scale: Tensor, *parameters: Tensor) -> Base:
@@ -147,7 +150,8 @@ class Library:
     hosts: tuple[str, ...] = ()  # further classes in whose objects `accelerate` replaces layers
     packages: tuple[str, ...]  # modules whose classes are flows and layers
     marks: tuple[str, ...]  # attributes that its flows have, by which copies of their classes are known
-    chains: Callable[[Any], list[Chain]]  # where a flow has its layers, several if multi-scale; raises ConversionError
+    # Where a flow has its layers, several if multi-scale: data → noise; raises ConversionError.
+    chains: Callable[[Any], list[Chain]]
     base: Callable[[Any], Base]  # raises ConversionError where `convert` cannot take it, or the flow for another reason
     log_prob: Callable[[Any, Tensor, Tensor | None], Tensor]  # (flow, x, context) → log p (B,)
     generate: Callable[[Any, Tensor, Tensor | None], Tensor]  # (flow, noise of the base, context) → data

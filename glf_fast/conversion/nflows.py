@@ -14,9 +14,19 @@ from glf_fast.conversion import mlp
 from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
-from glf_fast.conversion.layers import ConversionError, Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
+from glf_fast.conversion.layers import (
+    ConversionError,
+    Dense,
+    Diagonal,
+    Kept,
+    Layer,
+    Permutation,
+    Unfusable,
+    trained_together,
+)
 from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, check_shape, declared_context
 from glf_fast.conversion.made import affine_autoregressive, spline_autoregressive
+from glf_fast.flow import Split, Squeeze
 from glf_fast.reference import Spline, log_scale
 
 __all__ = ["LIBRARY", "splines"]
@@ -154,6 +164,10 @@ def _pointwise_affine(part: Part) -> list[Layer]:
     return [Diagonal(scale.expand(dim).log(), shift.to(scale).expand(dim), False)]
 
 
+def _squeeze(part: Part) -> list[Layer]:
+    return [Kept(Squeeze(part.module.factor), f"{part.name} (SqueezeTransform): moves pixels to channels, and stays")]
+
+
 def _multiscale(part: Part) -> list[Layer]:
     raise Unfusable("it stays; the layers of its scales are replaced")
 
@@ -218,13 +232,15 @@ def _shape_before(module: Any, shape: Shape) -> Shape:
 
 def _base(flow: Any) -> Base:
     """A standard normal; on vectors a diagonal one, too."""
-    if _is_multiscale(flow):
-        raise ConversionError(
-            "MultiscaleCompositeTransform has noise of several shapes: it stays, and glf_fast.accelerate replaces the "
-            "layers of its scales in place"
-        )
     base = flow._distribution
     name = type(base).__name__
+    if _is_multiscale(flow):
+        if type(flow._transform).__name__ != "MultiscaleCompositeTransform" or name != "StandardNormal":
+            raise ConversionError(
+                "MultiscaleCompositeTransform is converted alone, with a StandardNormal; glf_fast.accelerate replaces the "
+                "layers of its scales in place"
+            )
+        return _factored_out(flow._transform)
     if name == "StandardNormal":
         return Base(tuple(base._shape))
     if name == "DiagonalNormal" and len(base._shape) == 1:
@@ -234,9 +250,20 @@ def _base(flow: Any) -> Base:
     )
 
 
+def _factored_out(multiscale: Any) -> Base:
+    """N(0, I), of which each scale factors out the first half of its channels; a `Split` takes the last."""
+    scales = _scales(multiscale)
+    between: list[list[Layer]] = []
+    for C, *_ in scales[:-1]:
+        if C % 2 or multiscale._split_dim != 1:
+            raise ConversionError("MultiscaleCompositeTransform: halves of an even number of channels are converted")
+        between.append([Permutation(torch.arange(C).roll(C // 2)), Kept(Split(C, learned=False), "its splits stay")])
+    return Base(_before_all(multiscale._transforms[0], scales[0]), between=tuple(between))
+
+
 def _generate(flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
     embedded = None if context is None else flow._embedding_net(context)
-    return flow._transform.inverse(noise, context=embedded)[0]
+    return flow._transform.inverse(noise.reshape(-1, *flow._distribution._shape), context=embedded)[0]
 
 
 def _context_shape(parts: Sequence[Part]) -> Shape:
@@ -298,7 +325,12 @@ LIBRARY: Library = Library(
         "HouseholderSequence": _householder,
         "BatchNorm": _batch_norm,
     },
-    on_images={**_ON_BOTH, "OneByOneConvolution": _one_by_one, "MultiscaleCompositeTransform": _multiscale},
+    on_images={
+        **_ON_BOTH,
+        "OneByOneConvolution": _one_by_one,
+        "SqueezeTransform": _squeeze,
+        "MultiscaleCompositeTransform": _multiscale,
+    },
     compositions={"CompositeTransform": "_transforms"},
     # 1.1 to 2.8 times as fast (12 and 48 channels, 64 to 8,192 pixels, one core); normflows' layer is as fast as the fused one.
     alone=frozenset({"OneByOneConvolution"}),

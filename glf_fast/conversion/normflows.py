@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -30,6 +31,7 @@ from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, Unpac
 from glf_fast.conversion.made import affine_autoregressive, spline_autoregressive
 from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
 from glf_fast.conversion.nflows import splines
+from glf_fast.flow import Split, Squeeze
 
 __all__ = ["LIBRARY"]
 
@@ -190,7 +192,7 @@ class NormalBase(Bijection):
 
 
 def _chains(flow: Any) -> list[Chain]:
-    """`flow.flows`; of a multi-scale flow one for every level, from the noise on."""
+    """`flow.flows`; of a multi-scale flow one for every level."""
     if isinstance(flow.q0, nn.ModuleList):
         return _levels(flow)
     shape = tuple(getattr(flow.q0, "shape", ()))
@@ -215,7 +217,7 @@ def _levels(flow: Any) -> list[Chain]:
         named = list(_named(level, f"flows.{i}"))
         chains.append(_chain(named, shape, partial(setattr, flow.flows, str(i)), level))
         shape = chains[-1].parts[0].shape if named else shape
-    return chains
+    return chains[::-1]
 
 
 def _named(layers: nn.ModuleList, prefix: str) -> list[tuple[str, nn.Module]]:
@@ -234,6 +236,10 @@ def _chain(
     return Chain(parts, lambda new: put(module_list(reversed(replaced(modules, new)), layers)))
 
 
+def _squeeze(part: Part) -> list[Layer]:
+    return [Kept(Squeeze(), f"{part.name} (Squeeze): moves pixels to channels, and stays")]
+
+
 def _shape_before(module: Any, shape: Shape) -> Shape:
     """Squeezes change it."""
     if type(module).__name__ == "Squeeze" and len(shape) == 3:
@@ -242,22 +248,66 @@ def _shape_before(module: Any, shape: Shape) -> Shape:
 
 
 def _base(flow: Any) -> Base:
-    """A DiagGaussian on vectors or images, or on images a GlowBase without classes."""
+    """A DiagGaussian on vectors or images, or on images a GlowBase without classes; of several levels, each of them."""
+    if isinstance(flow.q0, nn.ModuleList):
+        return _bases(flow)
+    _check_base("q0", flow.q0)
     base = flow.q0
-    name = type(base).__name__
-    if name not in ("DiagGaussian", "GlowBase") or getattr(base, "class_cond", False):
-        raise ConversionError(f"q0 ({name}): the base must be a DiagGaussian, or a GlowBase without classes")
-    if base.temperature is not None:
-        raise ConversionError(f"q0 ({name}): temperature is {base.temperature}; set it to None")
     if len(base.shape) == 1:
         return Base.normal("q0 (DiagGaussian)", base.loc[0], base.log_scale[0], base.loc, base.log_scale)
-    normal = NormalBase(base)
-    layers: list[Layer] = [] if normal.is_identity() else [Kept(normal, "q0 stays")]
-    return Base(tuple(base.shape), layers, lambda z: normal.inverse(z)[0])
+    return Base(tuple(base.shape), _standardised("q0", base), lambda z: NormalBase(base).inverse(z)[0])
+
+
+def _check_base(where: str, base: Any) -> None:
+    name = type(base).__name__
+    if name not in ("DiagGaussian", "GlowBase") or getattr(base, "class_cond", False):
+        raise ConversionError(f"{where} ({name}): the base must be a DiagGaussian, or a GlowBase without classes")
+    if base.temperature is not None:
+        raise ConversionError(f"{where} ({name}): temperature is {base.temperature}; set it to None")
+
+
+def _standardised(where: str, base: Any, kind: Callable[[Any], Bijection] = NormalBase) -> list[Layer]:
+    """The map of a base to N(0, I)."""
+    return [] if NormalBase(base).is_identity() else [Kept(kind(base), f"{where} stays")]
+
+
+def _bases(flow: Any) -> Base:
+    if flow.transform is not None:
+        raise ConversionError(f"transform ({type(flow.transform).__name__}): only flows without one are converted")
+    between: list[list[Layer]] = []
+    for i, base in reversed(list(enumerate(flow.q0))):
+        _check_base(f"q0.{i}", base)
+        if i:
+            split = Kept(Split(2 * base.shape[0], learned=False), f"merges.{i - 1} stays")
+            between.append([*_standardised(f"q0.{i}", base, FactoredOut), split])
+    return Base(LIBRARY.chains(flow)[0].parts[0].shape, _standardised("q0.0", flow.q0[0]), between=tuple(between))
+
+
+class FactoredOut(Bijection):
+    """[p, v] → [p, (v − μ)/σ] of halves of the channels, with the base of what is factored out behind it."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.normal = NormalBase(base)
+
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        p, v = x.chunk(2, 1)
+        v, logdet = self.normal.inverse(v) if inverse else self.normal(v)
+        return torch.cat([p, v], 1), logdet
+
+
+def _generate(flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
+    if not isinstance(flow.q0, nn.ModuleList):
+        return flow.forward(noise, *_given(flow, context))
+    pieces = noise.flatten(1).split([math.prod(base.shape) for base in flow.q0][::-1], 1)
+    latents = [NormalBase(q0).inverse(z.view(-1, *q0.shape))[0] for q0, z in zip(flow.q0, pieces[::-1], strict=True)]
+    return flow.forward_and_log_det(latents)[0]
 
 
 def _given(flow: Any, context: Tensor | None) -> list[Tensor | None]:
-    """The context, for a flow that takes one."""
+    """The context, for a flow that takes one; no classes, for one that takes these."""
+    if isinstance(flow.q0, nn.ModuleList):
+        return [None]
     return [context] if any(kind.__name__ == "ConditionalNormalizingFlow" for kind in type(flow).__mro__) else []
 
 
@@ -290,14 +340,14 @@ _ON_BOTH: dict[str, Reader] = {
 }
 LIBRARY: Library = Library(
     package="normflows",
-    flows=("NormalizingFlow", "ConditionalNormalizingFlow"),
-    hosts=("ClassCondFlow", "MultiscaleFlow", "NormalizingFlowVAE"),
+    flows=("NormalizingFlow", "ConditionalNormalizingFlow", "MultiscaleFlow"),
+    hosts=("ClassCondFlow", "NormalizingFlowVAE"),
     packages=("normflows.core", "normflows.flows"),
     marks=("flows", "q0"),
     chains=_chains,
     base=_base,
     log_prob=lambda flow, x, context: flow.log_prob(x, *_given(flow, context)),
-    generate=lambda flow, noise, context: flow.forward(noise, *_given(flow, context)),
+    generate=_generate,
     kept=KeptLayer,
     fused=lambda fused, parts: NormflowsLayer(fused),
     on_vectors={
@@ -310,7 +360,7 @@ LIBRARY: Library = Library(
         "MaskedAffineAutoregressive": partial(affine_autoregressive, undo=True),
         "MaskedAffineFlow": _masked_affine_flow,
     },
-    on_images={**_ON_BOTH, "Invertible1x1Conv": _invertible_matrix},
+    on_images={**_ON_BOTH, "Invertible1x1Conv": _invertible_matrix, "Squeeze": _squeeze},
     compositions={"Composite": "_flows", "GlowBlock": "flows"},
     refused={
         **dict.fromkeys(("Split", "Merge", "AffineCoupling"), "works on lists; use an AffineCouplingBlock"),

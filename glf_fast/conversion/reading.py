@@ -26,6 +26,7 @@ from glf_fast.conversion.layers import (
 )
 from glf_fast.conversion.library import Library, check_shape
 from glf_fast.conversion.padding import check_padding
+from glf_fast.flow import Squeeze
 
 __all__ = [
     "Map",
@@ -72,13 +73,18 @@ def read_flow(library: Library, flow: nn.Module, device: str = "cpu") -> Reading
     """A flow of the library, for `convert`; raises ConversionError. `device`: as in `read_parts`."""
     library.prepare(flow)
     base = library.base(flow)
-    parts = library.in_one_context(library.chains(flow)[0].parts)
+    chains = [library.in_one_context(chain.parts) for chain in library.chains(flow)]
+    parts = [part for chain in chains for part in chain]
     event_shape = parts[0].shape if parts else base.shape
     check_shape("the flow", event_shape)
     inside = {part.module for part in parts}
     others = [child for child in flow.children() if not inside & set(child.modules())]
-    layers = [layer for part in read_parts(library, parts, device, others) for layer in part] + base.layers
-    if event_shape != base.shape:
+    found = iter(read_parts(library, parts, device, others))
+    layers: list[Layer] = []
+    for chain, after in zip(chains, [*base.between, base.layers], strict=True):
+        layers += [layer for _ in chain for layer in next(found)] + after
+    squeezed = any(isinstance(layer, Kept) and isinstance(layer.module, Squeeze) for layer in layers)
+    if event_shape != base.shape and not squeezed:
         layers.append(Kept(Reshaped(base.shape, event_shape), "noise has the data's shape"))
     columns, embedding = fused_context(layers), library.embedding(flow)
     context_shape: Shape | None = (columns,) if columns else library.context_shape(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,11 +101,13 @@ def _dataset(
         items = _images(where, array)
     if labels is not None and len(labels) != len(items):
         raise UserError(f"{where} holds {len(items)} items but {len(labels)} labels")
+    names: Sequence[str] = ()
     if whole:
+        names = [str(place) for place in split_off_test(str(path), torch.arange(len(items)), None, split)[0].tolist()]
         items, labels = split_off_test(str(path), items, labels, split)
         policy += "; test: a tenth of a fixed random order"
     if array.ndim != 2:
-        return ImageDataset.of(str(path), split, items, labels, policy)
+        return ImageDataset.of(str(path), split, items, labels, policy, names)
     if "vocabulary" in arrays:
         padding = arrays.get("padding", np.array(0))
         if padding.ndim or padding.dtype.kind not in "iu":

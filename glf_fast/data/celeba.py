@@ -22,6 +22,8 @@ __all__ = ["CELEBA"]
 ARCHIVE, PARTITION = "img_align_celeba.zip", "list_eval_partition.txt"
 # The partition file numbers 0 train, 1 valid, 2 test. Validation images are left out, as in arXiv:1905.10485.
 NUMBER = {"train": "0", "test": "2"}
+# The splits follow each other in the archive; the first image of each, by the number that is its name.
+FIRST = {"train": 1, "test": 182_638}
 CROP = 160
 
 
@@ -43,7 +45,8 @@ def read_celeba(files: Files, split: str, image_size: int | None) -> ImageDatase
             if not decoded.is_file():  # which another process may have decoded meanwhile
                 _decode(archive, _members(partition, split), size, decoded)
     images = torch.from_numpy(np.load(decoded, mmap_mode="c", allow_pickle=False))
-    return ImageDataset.of("celeba", split, images, None, policy)
+    names = [f"{FIRST[split] + place:06d}.jpg" for place in range(len(images))]
+    return ImageDataset.of("celeba", split, images, None, policy, names)
 
 
 def _members(partition: Path, split: str) -> list[str]:

@@ -66,19 +66,35 @@ class Dataset:
         return tuple(self.items.shape[1:])
 
 
+@dataclass(frozen=True)
 class ImageDataset(Dataset):
-    """Images: uint8 `items` (N, C, H, W), C = 1 or 3."""
+    """Images: uint8 `items` (N, C, H, W), C = 1 or 3.
+
+    Attributes:
+        names: name of each image's file, or its place in an array that both splits are parts of; () if the images of a split
+            are numbered from 0.
+    """
 
     kind = "images"
+    names: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, split: str, images: Tensor, labels: Tensor | None = None, policy: str = "") -> ImageDataset:
+    def of(
+        cls,
+        name: str,
+        split: str,
+        images: Tensor,
+        labels: Tensor | None = None,
+        policy: str = "",
+        names: Sequence[str] = (),
+    ) -> ImageDataset:
         """Check the images and compute their fingerprint."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
             raise UserError(
                 f"{name} must hold uint8 images (N, 1 or 3, H, W), N ≥ 1; got {images.dtype} {tuple(images.shape)}"
             )
-        return cls(name, split, images, _checked_labels(name, images, labels), _fingerprint(images, policy), policy)
+        labels = _checked_labels(name, images, labels)
+        return cls(name, split, images, labels, _fingerprint(images, policy), policy, tuple(names))
 
     @property
     def images(self) -> Tensor:
@@ -142,11 +158,15 @@ class TokenDataset(Dataset):
     Attributes:
         vocabulary: the V tokens, in the order of their indices.
         padding: index of the token that fills up short sequences. This token occurs nowhere else.
+        grammar: text of the grammar of the sequences, see `grammar.Grammar.of`; "" if they have none.
+        objective: name of the number by which sequences are judged, see `metrics.objectives`; "" if there is none.
     """
 
     kind = "tokens"
     vocabulary: tuple[str, ...] = ()
     padding: int = 0
+    grammar: str = ""
+    objective: str = ""
 
     @classmethod
     def of(
@@ -158,8 +178,10 @@ class TokenDataset(Dataset):
         padding: int = 0,
         labels: Tensor | None = None,
         policy: str = "",
+        grammar: str = "",
+        objective: str = "",
     ) -> TokenDataset:
-        """Check the sequences and compute their fingerprint, which covers vocabulary and padding."""
+        """Check the sequences and compute their fingerprint, which covers vocabulary, padding and grammar."""
         if tokens.dtype != torch.int64 or tokens.ndim != 2 or 0 in tokens.shape:
             raise UserError(
                 f"{name} must hold int64 tokens (N, L), N ≥ 1, L ≥ 1; got {tokens.dtype} {tuple(tokens.shape)}"
@@ -183,9 +205,9 @@ class TokenDataset(Dataset):
                 f"{name}: sequence {row} has padding ({padding}) at position {position} and further tokens behind it; "
                 "padding belongs at the end of a sequence"
             )
-        fingerprint = _fingerprint(tokens, f"{policy} {list(vocabulary)} {padding}")
+        fingerprint = _fingerprint(tokens, f"{policy} {list(vocabulary)} {padding}{grammar}")
         labels = _checked_labels(name, tokens, labels)
-        return cls(name, split, tokens, labels, fingerprint, policy, tuple(vocabulary), padding)
+        return cls(name, split, tokens, labels, fingerprint, policy, tuple(vocabulary), padding, grammar, objective)
 
     @property
     def lengths(self) -> Tensor:

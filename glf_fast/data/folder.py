@@ -96,9 +96,10 @@ def load_folder(path: Path, split: str, image_size: int | None = None, *, skip_u
     if unusable:
         policy += f"; {len(unusable)} unusable files left out"
     if not has_splits:
-        images, _ = split_off_test(str(path), images, None, split)
+        places, _ = split_off_test(str(path), torch.arange(len(images)), None, split)
+        images, names = images[places], [names[place] for place in places.tolist()]
         policy += "; test: a tenth of a fixed random order"
-    return ImageDataset.of(str(path), split, images, None, policy)
+    return ImageDataset.of(str(path), split, images, None, policy, names)
 
 
 # -- which files ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from glf_fast.flow.base import Flow
 from glf_fast.flow.coupling_flow import CouplingFlow
 from glf_fast.flow.distribution import FlowDistribution, FlowTransform
 from glf_fast.flow.embedded import Embedded
+from glf_fast.flow.ensemble import FlowEnsemble
 from glf_fast.flow.fixed_linear import FixedLinear
 from glf_fast.flow.glow_flow import GlowFlow
 from glf_fast.flow.glow_network import GlowNetwork
@@ -30,6 +31,7 @@ __all__ = [
     "FixedLinear",
     "Flow",
     "FlowDistribution",
+    "FlowEnsemble",
     "FlowTransform",
     "GlowFlow",
     "GlowNetwork",

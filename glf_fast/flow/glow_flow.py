@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from glf_fast.ops.checks import check_channels, check_choice, check_integer, che
 __all__ = ["GlowFlow", "TopPrior"]
 
 COUPLINGS = ("affine", "additive")
+MASKS = ("channels", "realnvp")
 
 
 class TopPrior(nn.Module):
@@ -102,6 +104,9 @@ class GlowFlow(SequentialFlow):
         linear: parametrisation of the 1 × 1 convolutions, see `InvertibleLinear`; "permutation" shuffles channels.
         log_scale, log_scale_constant, add_first: of the couplings, see `AffineCoupling`.
         gain_factor: see `GlowNetwork`.
+        masks: "channels", Glow's; "realnvp": those of RealNVP (arXiv:1605.08803, section 3.6). There each level has K steps
+            with checkerboards in turn before its squeeze, and K with the halves of the channels in turn behind it, without
+            1 × 1 convolutions. The networks and learned Gaussians are Glow's.
         network: function that makes the network of a coupling from its numbers of input and output channels; by default
             `GlowNetwork` of this width.
 
@@ -130,9 +135,11 @@ class GlowFlow(SequentialFlow):
         log_scale_constant: float | None = None,
         add_first: bool = False,
         gain_factor: float = 3.0,
+        masks: str = "channels",
         network: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
         check_choice("coupling", coupling, COUPLINGS)
+        check_choice("masks", masks, MASKS)
         for name, value, least in (
             ("levels", levels, 1),
             ("steps", steps, 1),
@@ -146,14 +153,18 @@ class GlowFlow(SequentialFlow):
                 'coupling="additive" has no scale, so leave log_scale, log_scale_constant and add_first out; got '
                 f"{log_scale!r}, {log_scale_constant} and {add_first}"
             )
+        realnvp = masks == "realnvp"
+        if realnvp and linear != "plu":
+            raise ValueError(f'masks="realnvp" has no 1 × 1 convolutions, so leave linear out; got {linear!r}')
         C = _channels(image_shape, levels)
         additive = coupling == "additive"
 
-        def step(dim: int) -> Iterator[nn.Module]:
-            given, changed = dim - dim // 2 + context_dim, dim // 2
-            outputs = changed if additive else 2 * changed
+        def step(dim: int, k: int, mask: str = "channels") -> Iterator[nn.Module]:
+            given, changed = (dim, dim) if mask == "checkerboard" else (dim - dim // 2, dim // 2)
+            given, outputs = given + context_dim, changed if additive else 2 * changed
             yield ActNorm(dim)
-            yield InvertibleLinear(dim, linear=linear)
+            if not realnvp:
+                yield InvertibleLinear(dim, linear=linear)
             yield AffineCoupling(
                 dim,
                 GlowNetwork(given, outputs, width, gain_factor=gain_factor)
@@ -163,16 +174,19 @@ class GlowFlow(SequentialFlow):
                 log_scale=log_scale,
                 log_scale_constant=log_scale_constant,
                 add_first=add_first,
+                mask=mask,
+                flip=realnvp and k % 2 == 1,
             )
 
         # In Glow's code the Gaussians' log σ is unbounded where the couplings' scale is σ(u + 2), which is not 1 at u = 0.
         prior: dict[str, Any] = {"log_scale": "exp" if log_scale == "glow" else "tanh", "context_dim": context_dim}
         layers: list[nn.Module] = []
         for level in range(levels):
+            if realnvp:
+                layers += chain.from_iterable(step(C, k, "checkerboard") for k in range(steps))
             layers.append(Squeeze())
             C *= 4
-            for _ in range(steps):
-                layers += step(C)
+            layers += chain.from_iterable(step(C, k) for k in range(steps))
             if level < levels - 1:
                 layers.append(Split(C, **prior))
                 C -= C // 2

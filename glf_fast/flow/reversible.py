@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from glf_fast import ops
+from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.folding import InOrder, Product
 from glf_fast.flow.glow_network import GlowNetwork
@@ -90,7 +91,7 @@ class _Plan:
 
     @contextlib.contextmanager
     def as_in_forward(self) -> Iterator[None]:
-        """Inside the block, modules are in training or evaluation mode as they were in the forward.
+        """Inside the block, modules are in training or evaluation mode as they were in the forward, and no ActNorm starts.
 
         Raises RuntimeError where gradients would be wrong: modules have other tensors as parameters or buffers now, or change
         them when they run.
@@ -104,9 +105,9 @@ class _Plan:
         versions = [t._version for t in self.state]
         now = [(module, module.training) for module, _ in self.modes]
         try:
-            # Not by train(), which may do more than that in modules of one's own.
+            # Not by train(), which may do more than that in modules of one's own. An ActNorm that was undone has no start yet.
             for module, mode in self.modes:
-                module.training = mode
+                module.training = mode and not isinstance(module, ActNorm)
             yield
         finally:
             for module, mode in now:

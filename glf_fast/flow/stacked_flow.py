@@ -190,27 +190,39 @@ class StackedFlow(Flow):
     # -- data-dependent start ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _start(self, x: Tensor, context: Tensor | None) -> None:
-        """Give every ActNorm its start, step by step: each one sees what the steps before it make of x."""
+    def _start(self, x: Tensor, context: Tensor | None, members: int = 1) -> None:
+        """Give every ActNorm its start, step by step: each one sees what the steps before it make of x.
+
+        Of several flows whose steps lie one after the other, each starts from rows of its own, which do likewise.
+        """
         check_shape("x", x, (None, self.config["dim"]), "(batch, dim)")
         x = check_state("x", x, self.mlp_weights[0])
         refuse_shards(self)
         if set_by_another_process(self.actnorm_initialized, self.actnorm_log_scale, self.actnorm_bias):
             self._started = True
             return
+        rows, steps = len(x) // members, self.config["steps"] // members
+        contexts = [None] * members if context is None else context.split(rows)
+        for e, (own, given) in enumerate(zip(x.split(rows), contexts, strict=True)):
+            if not self._start_steps(range(e * steps, (e + 1) * steps), own, given):
+                return
+        self.actnorm_initialized.fill_(1)
+        self._started = True
+
+    def _start_steps(self, steps: range, x: Tensor, context: Tensor | None) -> bool:
+        """The same of the ActNorms of a flow of these steps; False if x has no moments to start from."""
         weights, biases = self._mlp()
-        for k in range(self.config["steps"]):
+        for k in steps:
             found = data_dependent_start(x)
             if found is None:
-                return
+                return False
             # Of a layer that came with its start, or in an averaged copy of a flow.
             done = self.actnorm_initialized[k] > 0
             for parameter, value in zip((self.actnorm_log_scale, self.actnorm_bias), found, strict=True):
                 parameter[k] = torch.where(done, parameter[k], value)
             A, _, c, _ = self._affine(x.dtype, need_inverse=False)
             x = self._run_step(k, x, A[k : k + 1], c[k : k + 1], weights, biases, context)
-        self.actnorm_initialized.fill_(1)
-        self._started = True
+        return True
 
     def train(self: F, mode: bool = True) -> F:
         """Set the mode. Averaged permutations are restored here, too: in compiled and exported calls they cannot be."""

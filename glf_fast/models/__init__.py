@@ -7,13 +7,17 @@ from typing import Any
 
 from glf_fast.errors import UserError, did_you_mean
 from glf_fast.models.alpha_gan import AlphaGAN
+from glf_fast.models.character_vae import CharacterVAE
 from glf_fast.models.dcgan import DCGAN
 from glf_fast.models.flow_vae import FlowVAE
 from glf_fast.models.glann import GLANN
 from glf_fast.models.glf import GLF
 from glf_fast.models.glow import Glow
+from glf_fast.models.grammar_rae import GrammarRAE
+from glf_fast.models.grammar_vae import GrammarVAE
 from glf_fast.models.model import (
     Decodes,
+    DrawsCodes,
     Encodes,
     GenerativeModel,
     HasLikelihood,
@@ -21,8 +25,10 @@ from glf_fast.models.model import (
     ModelSettings,
     Phase,
     Reconstructs,
+    SamplesClasses,
     Stage,
     Words,
+    Writes,
 )
 from glf_fast.models.rae import RAE
 from glf_fast.models.two_stage_vae import TwoStageVAE
@@ -36,6 +42,7 @@ __all__ = [
     "RAE",
     "VAE",
     "Decodes",
+    "DrawsCodes",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",
@@ -43,8 +50,10 @@ __all__ = [
     "ModelSettings",
     "Phase",
     "Reconstructs",
+    "SamplesClasses",
     "Stage",
     "Words",
+    "Writes",
     "build",
     "kind",
     "names",
@@ -64,6 +73,9 @@ _MODELS: dict[str, type[GenerativeModel]] = {
     "alpha-gan": AlphaGAN,
     "dcgan": DCGAN,
     "wgan-gp": WGANGP,
+    "grammar-rae": GrammarRAE,
+    "grammar-vae": GrammarVAE,
+    "character-vae": CharacterVAE,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -53,17 +53,17 @@ class GLANNSettings(LatentSettings):
         """The settings that matter most, in a few words for the report."""
         return f"{self.latent_dim} latent dimensions, {self.reconstruction} loss"
 
-    def trained_on(self, items: int) -> GLANNSettings:
+    def trained_on(self, train: Sized) -> GLANNSettings:
         """These settings with the number of images of the training set.
 
         Raises:
             UserError: the settings name another number.
         """
-        if self.items not in (0, items):
+        if self.items not in (0, len(train)):
             raise UserError(
-                f"model.items = {self.items}, but the training set has {items} images; leave model.items out"
+                f"model.items = {self.items}, but the training set has {len(train)} images; leave model.items out"
             )
-        return replace(self, items=items)
+        return replace(self, items=len(train))
 
 
 class GLANN(DecoderModel):

@@ -115,9 +115,13 @@ class LatentModel(DecoderModel):
     groups: ClassVar[tuple[str, ...]] = ("autoencoder",)
 
     def __init__(self, shape: Sequence[int], settings: LatentSettings, numbers: int = 1) -> None:
-        super().__init__(check_image_shape(shape), settings)
-        self.encoder = encoder(shape, settings, numbers)
-        self.decoder = decoder(shape, settings)
+        super().__init__(shape, settings)
+        self.encoder, self.decoder = self.networks(numbers)
+
+    def networks(self, numbers: int) -> tuple[nn.Module, nn.Module]:
+        """Encoder, which gives `numbers` numbers for each dimension of a code, and decoder."""
+        check_image_shape(self.shape)
+        return encoder(self.shape, self.settings, numbers), decoder(self.shape, self.settings)
 
     def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Scalars of a batch x (B, C, H, W) in [0, 1]; "loss" is to be back-propagated."""

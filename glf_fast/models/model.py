@@ -18,6 +18,7 @@ from glf_fast.settings import Settings, check, table, updated
 
 __all__ = [
     "Decodes",
+    "DrawsCodes",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",
@@ -25,8 +26,10 @@ __all__ = [
     "ModelSettings",
     "Phase",
     "Reconstructs",
+    "SamplesClasses",
     "Stage",
     "Words",
+    "Writes",
 ]
 
 Losses = Callable[..., dict[str, Tensor]]
@@ -45,8 +48,15 @@ class ModelSettings(Settings):
         """The settings that matter most, in a few words for the report."""
         return ""
 
-    def trained_on(self: S, items: int) -> S:
-        """These settings for a training set of `items` items, for a model that has parameters for each item."""
+    def trained_on(self: S, train: Any) -> S:
+        """These settings with what the model must know of its training set, a `data.Dataset`.
+
+        Examples are the number of its items, if the model has parameters for each, its classes, or the vocabulary of its
+        sequences.
+
+        Raises:
+            ValueError: a training set that does not fit the settings.
+        """
         return self
 
 
@@ -55,9 +65,9 @@ class Phase:
     """One update within a training step.
 
     Attributes:
-        losses: a method of the model, losses(x, generator) → scalars by name; all scalars are logged. In an indexed stage its
-            third argument is the index of the batch, see `Stage`. A scalar that is no mean over the items of x, and noise for
-            them, come from `models.whole_batch`, so that several processes train as one does.
+        losses: a method of the model, losses(x, generator) → scalars by name; all scalars are logged. In an indexed or
+            labelled stage, index and labels of the batch are further arguments, see `Stage`. A scalar that is no mean over the
+            items of x, and noise for them, come from `models.whole_batch`, so that several processes train as one does.
         moves: names of the parameter groups that the update changes; gradients of other groups are dropped.
         minimises: name of the scalar that is back-propagated.
         every: the phase takes part in every `every`-th step only.
@@ -84,6 +94,8 @@ class Stage:
         fit: a closed-form fit to all inputs (N, …), instead of phases; the same inputs must give the same result.
         indexed: whether the losses also take the places (B,) of the batch's items in the training set, for a model that has
             parameters for each item. The model learns the number of items by `ModelSettings.trained_on`.
+        labelled: whether the losses also take the labels (B,) of the batch's items, after the index of an indexed stage.
+            `ModelSettings.trained_on` refuses data without labels.
     """
 
     phases: tuple[Phase, ...] = ()
@@ -91,6 +103,7 @@ class Stage:
     inputs: Callable[[Tensor], Tensor] | None = None
     fit: Callable[[Tensor], None] | None = None
     indexed: bool = False
+    labelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,17 @@ class Decodes(Encodes, Protocol):
 
 
 @runtime_checkable
+class DrawsCodes(Decodes, Protocol):
+    """A model with codes that also has a distribution of them."""
+
+    def sample_codes(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
+    ) -> Tensor:
+        """n codes (n, …) of the distribution; arguments are those of `GenerativeModel.sample`."""
+        ...
+
+
+@runtime_checkable
 class HasLikelihood(Protocol):
     """A model with a likelihood of data; `Words.likelihood` says whether it is exact or a bound."""
 
@@ -160,6 +184,31 @@ class Interpolates(Protocol):
         ...
 
 
+@runtime_checkable
+class SamplesClasses(Protocol):
+    """A model that can sample from one class. It is used as one if it has classes."""
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Labels of the classes; () for a model without."""
+        ...
+
+    def sample_classes(
+        self, labels: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One sample of each of the labels (B,): (B, *shape), in eval mode, see `GenerativeModel.sample`."""
+        ...
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """A model of token sequences, which writes them as text."""
+
+    def text(self, tokens: Tensor) -> list[str]:
+        """Sequences int64 (n, …), as the model gives them or as in its data set, in writing."""
+        ...
+
+
 class GenerativeModel(
     nn.Module,
     PyTorchModelHubMixin,
@@ -168,8 +217,8 @@ class GenerativeModel(
 ):
     """Base class of generative models of data (*shape): settings, losses, the parameters that each loss trains, and sampling.
 
-    Images are (C, H, W) in [0, 1]. Further methods are optional: see `Reconstructs`, `Interpolates`, `Encodes` and
-    `HasLikelihood`.
+    Images are (C, H, W) in [0, 1], token sequences int64 (L,). Further methods are optional: see `Reconstructs`,
+    `Interpolates`, `Encodes`, `Writes`, `HasLikelihood` and `SamplesClasses`.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` use two files, safetensors and JSON; pickles are never read.
 
@@ -221,18 +270,21 @@ class GenerativeModel(
         stage: int = 0,
         phase: int = 0,
         index: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a phase; called `forward` because DistributedDataParallel and torch.compile wrap this method.
 
         Args:
             index: places (B,) of x in the training set, for an indexed stage; by default the first ones.
+            labels: classes (B,) of x, for a labelled stage.
         """
         this = self.stages()[stage]
-        if not this.indexed:
-            return this.phases[phase].losses(x, generator)
-        return this.phases[phase].losses(
-            x, generator, torch.arange(len(x), device=x.device) if index is None else index
-        )
+        given: list[Tensor | None] = []
+        if this.indexed:
+            given.append(torch.arange(len(x), device=x.device) if index is None else index)
+        if this.labelled:
+            given.append(labels)
+        return this.phases[phase].losses(x, generator, *given)
 
     # -- use -----------------------------------------------------------------------------------------------------------
 

@@ -56,16 +56,25 @@ def _(
 if not CPP.missing:
 
     @register_flop_formula(operations.cpu_autoregressive_flow)
-    @register_flop_formula(operations.cpu_coupling_flow)
     def _(x: Shape, matrix: Shape, offset: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
         return _products(x[0], matrix, weights)
+
+    @register_flop_formula(operations.cpu_coupling_flow)
+    def _(
+        x: Shape, matrix: Shape, offset: Shape, weights: Sequence[Shape], biases: Sequence[Shape], context: Shape | None,
+        coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: Any,
+        inverse: bool, density: bool, save: int, record: int, members: int = 1, **_: Any,
+    ) -> int:  # fmt: skip
+        return _products(x[0], matrix, weights) // members
 
     @register_flop_formula(operations.cpu_coupling_flow_backward)
     def _(
         grad: Shape | None, grad_logdet: Shape, out: Shape, saved: Shape, matrix: Shape, unmatrix: Shape | None,
-        offset: Shape, weights: Sequence[Shape], *_: Any, **__: Any,
+        offset: Shape, weights: Sequence[Shape], biases: Sequence[Shape], context: Shape | None, coupling: int, network: int,
+        activation: int, log_scale: int, constant: float, add_first: bool, spline: Any, inverse: bool, save: int,
+        parameters: bool, members: int = 1, **_: Any,
     ) -> int:  # fmt: skip
-        return 2 * _products(grad_logdet[0], matrix, weights)
+        return 2 * _products(grad_logdet[0], matrix, weights) // members
 
     @register_flop_formula(operations.cpu_autoregressive_flow_backward)
     def _(

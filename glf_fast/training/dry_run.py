@@ -43,7 +43,9 @@ class Preview:
 def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
     """Build everything, and take two steps of each stage."""
     trainer = Trainer(config, train, device)
-    batch = trainer.share(trainer.inputs()[: config.batch_size])
+    index = trainer.share(torch.arange(config.batch_size, device=device))
+    batch = trainer.inputs()[index]
+    items = trainer.share(train.items[: config.batch_size].to(device))
 
     kept: dict[int, int] = {}  # bytes of each storage that is saved, which is counted once
 
@@ -52,21 +54,21 @@ def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trainer.step(batch)
+        trainer.step(batch, index)
     for parameter in trainer.model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    losses, seconds = _timed_step(trainer, batch)
+    losses, seconds = _timed_step(trainer, batch, index)
     lengths = [end - begin for begin, end in zip([0, *trainer.ends], trainer.ends, strict=False)]
     total = seconds * lengths[0]
     for number, stage in enumerate(trainer.model.stages()[1:], 1):
         if not stage.phases:
             continue
-        x = to_float(batch) if batch.dtype == torch.uint8 else batch
+        x = to_float(items) if items.dtype == torch.uint8 else items
         with trainer.model.evaluating():
             x = stage.inputs(x) if stage.inputs else x
         trainer.stage, trainer.images = number, trainer.ends[number - 1]
-        trainer.step(x)
-        total += _timed_step(trainer, x)[1] * lengths[number]
+        trainer.step(x, index)
+        total += _timed_step(trainer, x, index)[1] * lengths[number]
     return Preview(
         batch=batch,
         losses=losses,
@@ -79,10 +81,10 @@ def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
     )
 
 
-def _timed_step(trainer: Trainer, batch: Tensor) -> tuple[dict[str, float], float]:
+def _timed_step(trainer: Trainer, batch: Tensor, index: Tensor) -> tuple[dict[str, float], float]:
     """The losses of a step, and its seconds."""
     started = time.perf_counter()
-    losses = {name: float(loss) for name, loss in trainer.step(batch).items()}  # float() waits for a GPU
+    losses = {name: float(loss) for name, loss in trainer.step(batch, index).items()}  # float() waits for a GPU
     return losses, time.perf_counter() - started
 
 

@@ -15,7 +15,7 @@ __all__ = ["average_statistics", "communication", "share_statistics", "wrapped"]
 
 
 def wrapped(model: GenerativeModel, stage: int, phase: int) -> DistributedDataParallel:
-    """The losses of a phase, as a function of (x, generator, index), whose gradients are averaged over all processes.
+    """The losses of a phase, as a function of (x, generator, index, labels), whose gradients are averaged over all processes.
 
     Only the parameters that the phase moves are communicated.
     """
@@ -54,9 +54,9 @@ class _Phase(nn.Module):
         self.minimises = this.minimises
         self.moved = nn.ParameterList([p for name in this.moves for p in groups[name] if p.requires_grad])
 
-    def forward(self, x: Tensor, generator: torch.Generator, index: Tensor | None) -> dict[str, Tensor]:
-        """The losses of x, the part of a batch that this process has."""
-        found = self._call[0](x, generator, *self._at, index)
+    def forward(self, x: Tensor, generator: torch.Generator, *given: Tensor | None) -> dict[str, Tensor]:
+        """The losses of x, the part of a batch that this process has, with its index and labels."""
+        found = self._call[0](x, generator, *self._at, *given)
         return {name: loss if name == self.minimises else loss.detach() for name, loss in found.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         try:
             with distributed.unhurried():  # a model may fetch the weights of its loss
-                self.model = kind(train.shape, config.model.trained_on(len(train))).to(device)
+                self.model = kind(train.shape, config.model.trained_on(train)).to(device)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # and sizes that no memory has
             if lacks_memory(error):
                 raise
@@ -95,6 +96,8 @@ class Trainer:
         self._start: dict[str, Tensor] = {}  # the weights with which this stage's inputs are computed, if it has inputs
         self._logged: set[str] = set()  # names of losses that were checked
         self._losses: dict[tuple[int, int], Callable[..., dict[str, Tensor]]] = {}  # by stage and phase
+        labelled = any(stage.labelled for stage in self.model.stages())
+        self._labels = train.labels.to(device) if labelled and train.labels is not None else None
 
     @property
     def remedy(self) -> str:
@@ -107,6 +110,11 @@ class Trainer:
         return self.average or self.model
 
     # -- stages ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def labels_digest(self) -> str:
+        """SHA-256 of the labels that the model is trained on; "" for a model that takes none."""
+        return "" if self._labels is None else hashlib.sha256(self._labels.cpu().numpy().tobytes()).hexdigest()
 
     @property
     def in_last_stage(self) -> bool:
@@ -163,7 +171,7 @@ class Trainer:
 
         Args:
             batch: of several processes, the part of this process, see `share`.
-            index: places (B,) of the batch in `inputs`; by default the first ones.
+            index: places (B,) of the batch in `inputs`, and so in the training set; by default the first ones.
         """
         noise, own = (
             seeds.generator(self.config.seed, "step", stream, self.images, device=self.device)
@@ -171,13 +179,16 @@ class Trainer:
         )
         torch.manual_seed(own.initial_seed())  # for Dropout and whatever else has no generator of its own
         steps, x = (self.images - self._begin) // self.config.batch_size, _to_model(batch)
+        labels = None
+        if self._labels is not None:
+            labels = self._labels[: len(batch)] if index is None else self._labels[index]
         losses: dict[str, Tensor] = {}
         self.model.train()
         for i, phase in enumerate(self._stage.phases):
             if steps % phase.every:
                 continue
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                found = self._forward(i)(x, noise, index)
+                found = self._forward(i)(x, noise, index, labels)
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             found[phase.minimises].backward()
@@ -199,13 +210,13 @@ class Trainer:
         return batch.chunk(distributed.size())[distributed.rank()]
 
     def _forward(self, phase: int) -> Callable[..., dict[str, Tensor]]:
-        """The losses of a phase as a function of (x, generator, index)."""
+        """The losses of a phase as a function of (x, generator, index, labels)."""
         at = self.stage, phase
         if at not in self._losses:
             if distributed.together():
                 self._losses[at] = parallel.wrapped(self.model, *at)
             else:
-                self._losses[at] = lambda x, generator, index: self.model(x, generator, *at, index)
+                self._losses[at] = lambda x, generator, *given: self.model(x, generator, *at, *given)
         return self._losses[at]
 
     def _update(self, name: str, *, watched: bool) -> Tensor | None:

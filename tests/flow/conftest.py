@@ -177,6 +177,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
         SequentialFlow([Embedded(multiscale(8), nn.Flatten(), (2, 2, 2))], (1, 8, 4), context_shape=(2, 2, 2))
     ),
     "glowflow": lambda: GlowFlow((1, 4, 4), 2, 1, 6),
+    "glowflow-realnvp": lambda: GlowFlow((1, 4, 2), 1, 2, 4, masks="realnvp"),
     "glowflow-openai": lambda: GlowFlow(
         (3, 4, 2), 1, 1, 4, context_dim=2, linear="dense", log_scale="glow", add_first=True
     ),

@@ -40,6 +40,7 @@ FLOWS: dict[str, Callable[[bool], SequentialFlow]] = {
     ),
     "additive": lambda reversible: GlowFlow((5, 4, 4), 1, 2, 8, coupling="additive", reversible=reversible),
     "dropout": lambda reversible: GlowFlow((1, 8, 8), 1, 3, network=dropout, reversible=reversible),
+    "realnvp": lambda reversible: GlowFlow((1, 8, 8), 2, 2, 8, masks="realnvp", context_dim=2, reversible=reversible),
     "masks": masked,
 }
 
@@ -231,6 +232,14 @@ def test_the_border_is_seen() -> None:
             )
         ),
         (lambda: GlowNetwork(2, 0, 4), "channels_out must be ≥ 1; got 0"),
+        (
+            lambda: GlowFlow((1, 8, 8), 1, 1, 4, masks="realnvp", linear="dense"),
+            "no 1 × 1 convolutions, so leave linear",
+        ),
+        (
+            lambda: GlowFlow((1, 8, 8), masks="checkerboard"),
+            "masks must be one of 'channels', 'realnvp'; got 'checkerboard'",
+        ),
         (lambda: GlowFlow((1, 8, 8), coupling="spline"), "coupling must be one of 'affine', 'additive'; got 'spline'"),
         (
             lambda: GlowFlow((1, 4, 4), 1, 1, network=lambda i, o: nn.Sequential(nn.BatchNorm2d(i)), reversible=True),

@@ -109,23 +109,23 @@ def test_gradcheck(op, reversible: bool, kind: str) -> None:
 
 
 def test_opcheck() -> None:
-    x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
+    x, A, c, context, *layers = [t.detach() for t in tensors(4, 2, 5, 2, (7,), torch.float32)]
     weights, biases = layers[:2], layers[2:]
     library = torch.ops.glf_fast
     code = (0, 0, 0, 0, 2.0, False, [], False)
-    for save, record in ((0, 0), (1, 5)):
+    for save, record, members in ((0, 0, 1), (1, 5, 1), (1, 5, 2)):
+        forward = (x, A, c, weights, biases, context, *code, False, save, record, members)
+        torch.library.opcheck(library.cpu_coupling_flow.default, forward)
+    for members in (1, 2):
+        out, logdet, saved = library.cpu_coupling_flow(x, A, c, weights, biases, context, *code, False, 1, 5, members)
         torch.library.opcheck(
-            library.cpu_coupling_flow.default, (x, A, c, weights, biases, context, *code, False, save, record)
+            library.cpu_coupling_flow_backward.default,
+            (out, logdet, out, saved, A, None, c, weights, biases, context, *code, 1, True, members),
         )
-    out, logdet, saved = library.cpu_coupling_flow(x, A, c, weights, biases, context, *code, False, 1, 5)
-    torch.library.opcheck(
-        library.cpu_coupling_flow_backward.default,
-        (out, logdet, out, saved, A, None, c, weights, biases, context, *code, 1, True),
-    )
     formula = (0, 2.0, False, False)
     torch.library.opcheck(library.cpu_affine_coupling.default, (x, x, x, *formula))
     torch.library.opcheck(library.cpu_affine_coupling_backward.default, (x, logdet, x, x, x, *formula))
-    options, parameters = Spline(bins=4).prepared().numbers(), torch.randn(3, 5, 11)
+    options, parameters = Spline(bins=4).prepared().numbers(), torch.randn(4, 5, 11)
     torch.library.opcheck(library.cpu_spline.default, (x, parameters, options, False))
     torch.library.opcheck(library.cpu_spline_backward.default, (x, logdet, x, parameters, options, True))
 

@@ -13,6 +13,7 @@ from glf_fast.ops.checks import (
     check_alike,
     check_choice,
     check_floating,
+    check_integer,
     check_log_scale,
     check_network_of,
     check_shape,
@@ -47,6 +48,7 @@ def coupling_flow(
     add_first: bool = False,
     spline: Spline | None = None,
     reversible: bool = False,
+    members: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Data → noise through K steps of affine map and affine coupling.
 
@@ -67,6 +69,8 @@ def coupling_flow(
         activation: of the hidden layers. The other options are those of `affine_coupling`.
         reversible: keep nothing for the backward but the output, which rebuilds the steps' inputs by undoing the steps:
             memory independent of K. For the kernels; the reference keeps what autograd keeps.
+        members: E flows of one shape in one call: x is (E·B, D), the context (E·B, C), all else (E·K, …), the rows, and the
+            steps, of one flow after those of the other.
 
     Returns:
         z (B, D) and Σ ℓ (B,). The caller adds Σ_k log|det A_k|, one number for the whole batch.
@@ -75,8 +79,9 @@ def coupling_flow(
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, False, False
-    )
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, False, False,
+        members,
+    )  # fmt: skip
     z, logdet = _run(Call(x, context, Maps(A, c, None), weights, biases, options))
     return z, logdet
 
@@ -97,14 +102,16 @@ def coupling_flow_inverse(
     add_first: bool = False,
     spline: Spline | None = None,
     reversible: bool = False,
+    members: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: undoes `coupling_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
 
     Returns x (B, D) and −Σ ℓ (B,).
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, True, reversible, False, False
-    )
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, True, reversible, False, False,
+        members,
+    )  # fmt: skip
     x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options))
     return x, logdet
 
@@ -126,14 +133,16 @@ def coupling_flow_log_prob(
     add_first: bool = False,
     spline: Spline | None = None,
     reversible: bool = False,
+    members: int = 1,
 ) -> Tensor:
     """log p(x) = log N(z; 0, I) + Σ ℓ + `logabsdet` in nats, (B,), with z and Σ ℓ of `coupling_flow`.
 
     `logabsdet` is Σ_k log|det A_k|, a scalar tensor; all else as in `coupling_flow`.
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False
-    )
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False,
+        members,
+    )  # fmt: skip
     return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options))[-1]
 
 
@@ -192,11 +201,13 @@ def _options(
     reversible: bool,
     density: bool,
     plu: bool,
+    members: int = 1,
 ) -> CallOptions:
     if spline is not None and type(spline) is not Spline:
         check_spline(spline)
     given = (
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, inverse, reversible, density, plu
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, inverse, reversible, density, plu,
+        members,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
     if not compiling and (known := _known.get(given)):
@@ -206,7 +217,8 @@ def _options(
     check_choice("activation", activation, ACTIVATIONS)
     check_log_scale(log_scale, log_scale_constant)
     check_spline_of(coupling, spline)
-    options = CallOptions(*given, prepared_constant(log_scale, log_scale_constant))
+    check_integer("members", members, 1)
+    options = CallOptions(*given[:-1], prepared_constant(log_scale, log_scale_constant), members=members)
     if coupling == "spline":
         options = options._replace(spline=spline or Spline())
     if not compiling:
@@ -224,7 +236,11 @@ def _run(call: Call) -> tuple[Tensor, ...]:
     except AttributeError:
         _check_tensors(call)
         raise
-    return _by(kernels_for(call.x, call, *KERNELS), call)
+    kernels = kernels_for(call.x, call, *KERNELS)
+    if kernels is None and call.options.members > 1:
+        each = [_by(kernels_for(one.x, one, *KERNELS), one) for one in call.of_members()]
+        return tuple(map(torch.cat, zip(*each, strict=True)))
+    return _by(kernels, call)
 
 
 def _by(kernels: Any, call: Call) -> tuple[Tensor, ...]:
@@ -270,6 +286,10 @@ def _checked(call: Call) -> Call:
     name = "z" if options.inverse else "x"
     if x.ndim != 2 or x.shape[1] != dim:
         check_shape(name, x, (None, dim), "(batch, dim)")
+    if options.members > 1 and (steps % options.members or x.shape[0] % options.members):
+        raise ValueError(
+            f"{options.members} members have equally many steps and rows; got {steps} steps and {x.shape[0]} rows of all"
+        )
     dtype, device = like.dtype, like.device
     if x.dtype != dtype or x.device != device or dtype not in (torch.float32, torch.float64):
         x = check_state(name, x, like)

@@ -1,4 +1,4 @@
-"""The arguments of one coupling flow as one value: its input, the maps and networks of all K steps, and the options."""
+"""The arguments of one coupling flow, or several of one shape, as one value: input, maps and networks of all steps, options."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class CallOptions(NamedTuple):
     plu: bool  # the maps are given by the factors of PLU layers
     constant: float  # the log-scale's, as kernels take it
     autocast: str = ""  # of the networks' products: "bf16" or "fp16" under torch.autocast
+    members: int = 1  # flows whose steps, and whose rows, lie one after the other: of each as many
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the reference's flows, whose direction is in their name."""
@@ -57,3 +58,23 @@ class Call(NamedTuple):
     weights: Sequence[Tensor]  # by linear layer of the networks: (K, nᵢ, nᵢ₊₁), or (K, 2, nᵢ, nᵢ₊₁) for "separate"
     biases: Sequence[Tensor]  # (K, nᵢ₊₁), or (K, 2, nᵢ₊₁)
     options: CallOptions
+
+    def of_members(self) -> list[Call]:
+        """The calls of the single flows."""
+        x, context, maps, weights, biases, options = self
+        n, one = options.members, options._replace(members=1)
+        rows = (n, len(x) // n)
+
+        def of_each(tensor: Tensor | None) -> Sequence[Tensor | None]:
+            """A member's rows, or steps; what is one for all of them is everyone's."""
+            return [tensor] * n if tensor is None or not tensor.ndim else tensor.chunk(n)
+
+        each = zip(
+            x.unflatten(0, rows),
+            [None] * n if context is None else context.unflatten(0, rows),
+            map(Maps, *map(of_each, maps)),
+            zip(*map(of_each, weights), strict=True),
+            zip(*map(of_each, biases), strict=True),
+            strict=True,
+        )
+        return [Call(*parts, one) for parts in each]

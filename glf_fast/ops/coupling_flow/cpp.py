@@ -48,10 +48,10 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     save, record = NOTHING, 0
     if keep:
         save, record = RECORDS, record_width(call)
-        if len(matrix) * len(x) * record * x.itemsize > RECORDS_LIMIT:
+        if len(matrix) // options.members * len(x) * record * x.itemsize > RECORDS_LIMIT:
             save, record = INPUTS, x.shape[1]
     out, logdet, saved = operations.cpu_coupling_flow.default(
-        x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record
+        x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record, options.members
     )
     if logabsdet is not None:
         logdet = logdet + (logabsdet.sum() if logabsdet.ndim else logabsdet)
@@ -88,7 +88,7 @@ def backward(
     save = NOTHING if unmatrix is not None else INPUTS if saved.shape[-1] == x.shape[1] else RECORDS
     found = operations.cpu_coupling_flow_backward.default(
         grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *_numbers(options), save,
-        parameters,
+        parameters, options.members,
     )  # fmt: skip
     if parameters and options.density:
         return [*found[:4], grad_logdet.sum().expand(len(matrix)).contiguous(), *found[4:]]
@@ -136,10 +136,10 @@ if not CPP.missing:
     def _(
         x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
         coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
-        inverse: bool, density: bool, save: int, record: int,
+        inverse: bool, density: bool, save: int, record: int, members: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_fake(x)
-        saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix), x.shape[0], record)
+        saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix) // members, x.shape[0], record)
         return torch.empty_like(x), x.new_empty(x.shape[0]), saved
 
     @torch.library.register_fake("glf_fast::cpu_coupling_flow_backward")
@@ -147,7 +147,7 @@ if not CPP.missing:
         grad_out: Tensor | None, grad_logdet: Tensor, out: Tensor, saved: Tensor, matrix: Tensor,
         unmatrix: Tensor | None, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
         coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
-        inverse: bool, save: int, parameters: bool,
+        inverse: bool, save: int, parameters: bool, members: int = 1,
     ) -> list[Tensor]:  # fmt: skip
         grads = [torch.empty_like(out), out.new_empty(0) if context is None else torch.empty_like(context)]
         return grads + [torch.empty_like(t) for t in (matrix, offset, *weights, *biases) if parameters]

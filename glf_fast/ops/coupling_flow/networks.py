@@ -18,6 +18,8 @@ KINDS = ("affine", "separate", "additive")  # of coupling, of which one network 
 
 def refuses(options: CallOptions, kinds: Sequence[str]) -> str:
     """Why kernels of MLPs and couplings of these kinds know no flow of these options; "" where they do."""
+    if options.members > 1:
+        return "several flows"
     if options.network != "mlp":
         return "a network other than an MLP"
     return "" if options.coupling in kinds else f"a coupling other than {', '.join(kinds)}"

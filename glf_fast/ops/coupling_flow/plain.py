@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from glf_fast import reference
@@ -13,6 +14,8 @@ __all__ = ["run"]
 def run(call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone."""
     x, context, maps, weights, biases, options = call
+    if options.members > 1:
+        return tuple(map(torch.cat, zip(*map(run, call.of_members()), strict=True)))
     keywords = options.keywords()
     if options.plu:
         return (reference.plu_flow_log_prob(x, maps, weights, biases, context, **keywords),)

@@ -172,6 +172,19 @@ def test_multiscale_in_place(tools):
     assert all(p.grad is not None for p in flow.parameters())
 
 
+def test_multiscale_converted(library, tools):
+    scales, shape = nt.MultiscaleCompositeTransform(2), (3, 4, 4)
+    for _ in range(2):
+        C, H, W = 4 * shape[0], shape[1] // 2, shape[2] // 2
+        steps = [layer for _ in range(2) for layer in STEPS["Glow"](C)]
+        shape = scales.add_transform(nt.CompositeTransform([nt.SqueezeTransform(), *steps]), (C, H, W))
+    flow = started(Flow(scales, nflows.distributions.StandardNormal([48])), (3, 4, 4))
+    converted = tools.prove(library, tools.shake_images(flow), (3, 4, 4))
+    assert [type(layer).__name__ for layer in converted.layers].count("Split") == 1
+    x = torch.randn(3, 3, 4, 4)
+    torch.testing.assert_close(converted(x)[0].flatten(1), flow.transform_to_noise(x), rtol=1e-3, atol=1e-3)
+
+
 def test_a_layer_before_the_scales(tools):
     inner = multiscale()
     preprocess = nt.CompositeTransform([nt.OneByOneConvolution(3), coupling(3), inner._transform])
@@ -190,7 +203,14 @@ def test_trained_checkpoint(library, tools):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (multiscale, "MultiscaleCompositeTransform has noise of several shapes.*accelerate"),
+        (multiscale, "ActNorm has not seen data"),
+        (
+            lambda: Flow(
+                nt.CompositeTransform([nt.OneByOneConvolution(3), multiscale()._transform]),
+                nflows.distributions.StandardNormal([3 * 12 * 24]),
+            ),
+            "MultiscaleCompositeTransform is converted alone.*accelerate",
+        ),
         (lambda: flow_of((4, 2, 3), nt.ActNorm(4), coupling(4)), "ActNorm has not seen data"),
         (lambda: flow_of((4, 2, 3), nt.OneByOneConvolution(4)), "no coupling"),
         (

@@ -17,7 +17,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarni
 @pytest.fixture
 def library(tools):
     def inverse(flow, z, context):
-        base = flow.q0
+        if isinstance(flow, nf.MultiscaleFlow):
+            pieces = z.flatten(1).split([int(torch.tensor(q0.shape).prod()) for q0 in reversed(flow.q0)], 1)
+            return flow.forward_and_log_det([moved(q0, p) for q0, p in zip(flow.q0, reversed(pieces), strict=True)])[0]
+        return flow(moved(flow.q0, z))
+
+    def moved(base, z):
         z = z.reshape(-1, *base.shape)
         if isinstance(base, nf.distributions.GlowBase):
             mean, log_scale = (
@@ -26,9 +31,12 @@ def library(tools):
             )
         else:
             mean, log_scale = base.loc, base.log_scale
-        return flow(mean + log_scale.exp() * z)
+        return mean + log_scale.exp() * z
 
-    return tools.Library(reader.LIBRARY, lambda flow, x, context: flow.log_prob(x), inverse)
+    def log_prob(flow, x, context):
+        return flow.log_prob(x, None) if isinstance(flow, nf.MultiscaleFlow) else flow.log_prob(x)
+
+    return tools.Library(reader.LIBRARY, log_prob, inverse)
 
 
 def block(C, net, scale=True, scale_map="exp", split_mode="channel"):
@@ -136,6 +144,16 @@ def test_multiscale_in_place(class_cond, tools):
     assert not accelerate(flow)  # fused before
 
 
+def test_multiscale_converted(library, tools):
+    bases = nf.distributions.GlowBase((24, 2, 1)), nf.distributions.DiagGaussian((6, 4, 2))
+    flows = [[nf.flows.GlowBlock(C, 4) for _ in range(2)] + [nf.flows.Squeeze()] for C in (24, 12)]
+    flow = nf.MultiscaleFlow(bases, flows, [nf.flows.Merge()], class_cond=False)
+    flow.log_prob(torch.randn(20, 3, 8, 4), None)
+    converted = tools.prove(library, tools.shake_images(flow), (3, 8, 4))
+    assert [type(layer).__name__ for layer in converted.layers].count("Split") == 1
+    assert converted.sample(2).shape == (2, 3, 8, 4)
+
+
 def test_multiscale_before_its_actnorms_have_seen_data(tools):
     """The natural order: a fresh model, accelerate, then training. Each ActNorm stays, and gives one number for a batch."""
     flow = multiscale(False)
@@ -178,7 +196,8 @@ def test_networks_of_one_size_are_compared_on_that(tools):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda net: multiscale(False), "MultiscaleFlow.*accelerate"),
+        (lambda net: multiscale(True), r"q0\.1 \(ClassCondDiagGaussian\): the base must be"),
+        (lambda net: multiscale(False), "initialised"),
         (
             lambda net: nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 2, 2)), [nf.flows.GlowBlock(4, 3)]),
             "initialised",
