@@ -166,6 +166,9 @@ setup(
         "glf_fast.presets",
         "glf_fast.presets.compare",
         "glf_fast.presets.compare.published",
+        "glf_fast.presets.compare.sequences",
+        "glf_fast.presets.compare.sequences.published",
+        "glf_fast.presets.compare.sequences.shared",
         "glf_fast.presets.compare.shared",
         "glf_fast.kernels",
         "glf_fast.cuda",
@@ -173,7 +176,14 @@ setup(
     package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels", "glf_fast.cuda": "csrc/cuda"},
     package_data={
         "glf_fast": ["py.typed", "metrics/*.safetensors", "*.html", "training/*.html"],
-        "glf_fast.presets": ["*.toml", "compare/*.toml", "compare/order.txt", "compare/*/*.toml"],
+        "glf_fast.presets": [
+            "*.toml",
+            "compare/*.toml",
+            "compare/order.txt",
+            "compare/*/*.toml",
+            "compare/sequences/order.txt",
+            "compare/*/*/*.toml",
+        ],
         "glf_fast.kernels": ["launch_table.json"],
         "glf_fast.cuda": ["*.cuh"],  # what CuPy compiles where there was no nvcc
     },

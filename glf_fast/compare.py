@@ -24,7 +24,7 @@ class Command:
     """
 
     models: str = ""
-    """Rows of the table, separated by commas; by default all. A wrong name lists the rows."""
+    """Rows of the table, separated by commas; by default all for this kind of data. A wrong name lists the rows."""
     data: str = "fashion-mnist"
     """The data set: a public data set's name (python -m glf_fast.data list), or a path."""
     epochs: int | None = None
@@ -51,11 +51,15 @@ def main() -> None:
 
 def _compare() -> None:
     command = parse(Command, sys.argv[1:], "glf_fast.compare")
-    names = tuple(dict.fromkeys(name.strip() for name in command.models.split(",") if name.strip())) or rows()
+    names = tuple(dict.fromkeys(name.strip() for name in command.models.split(",") if name.strip())) or rows(
+        data.expected_kind(command.data)
+    )
     plan = Plan(names, command.data, command.size, command.epochs, command.seeds, command.out)
     check_text("--out", str(plan.folder))
     device = pick_device(command.device)
-    train, test = (data.as_images(split) for split in load_splits(plan.shared.data, command.data_dir))
+    train, test = load_splits(plan.shared.data, command.data_dir)
+    if plan.kind != "tokens" or train.kind != "tokens":
+        train, test = data.as_images(train), data.as_images(test)
     if command.dry_run:
         comparison.dry_run(plan, train, device)
         return

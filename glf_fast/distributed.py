@@ -38,6 +38,7 @@ __all__ = [
     "own_device",
     "parts",
     "rank",
+    "refuse_several",
     "size",
     "together",
     "total",
@@ -100,6 +101,14 @@ def launched() -> Iterator[None]:
         raise told from error
     finally:
         _together, _store = False, None
+
+
+def refuse_several() -> None:
+    """Raise UserError where torchrun has started several processes, each of which would do, and write, the same."""
+    if os.environ.keys() >= _VARIABLES and int(os.environ["WORLD_SIZE"]) > 1:
+        if int(os.environ["RANK"]):
+            sys.exit(2)
+        raise UserError("this command runs in one process; start it without torchrun")
 
 
 def _join() -> Any:
@@ -261,7 +270,12 @@ def all_failed() -> bool:
         return True
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     group: Any = dist.group.WORLD
-    point = [group._get_backend(torch.device(device))._get_sequence_number_for_group() for device in devices]
+    # Private names. A count of ours would miss the collectives that DistributedDataParallel begins in the middle of a
+    # backward, and torch has no public one: its flight recorder, which has the number too, keeps nothing on CPUs.
+    try:
+        point = [group._get_backend(torch.device(device))._get_sequence_number_for_group() for device in devices]
+    except AttributeError:  # of another torch: then an error ends all processes, in `compare`, too
+        return False
     key, until = f"failure {next(_failures)} at {point}", time.monotonic() + _PATIENCE
     _store.add(key, 1)
     while _store.add(key, 0) < size():

@@ -5,21 +5,22 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from glf_fast import data, distributed
 from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, run_command
-from glf_fast.training import checkpoint, report, runs
+from glf_fast.training import checkpoint, report, runs, sequence_scoring
 from glf_fast.training.scoring import evaluate, load_extractors, other_likelihood, table
+from glf_fast.training.sequence_scoring import evaluate_sequences
 from glf_fast.training.splits import load_other, load_splits
 
 
 @dataclass(frozen=True)
 class Command:
-    """Score a trained model against the test images of its data set."""
+    """Score a trained model against the test data of its data set."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
@@ -56,13 +57,21 @@ def _evaluate() -> None:
     which = distributed.by_main(runs.pick_checkpoint)(command.run, command.checkpoint)
     model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, which), device)
     checkpoint.check_state(runs.checkpoint_folder(command.run, which), state)
-    train, test = (data.as_images(split) for split in load_splits(config.data, command.data_dir))
+    train, test = load_splits(config.data, command.data_dir)
     if train.shape != model.shape or train.fingerprint != state["data"]:
         raise UserError(
             f"{config.data.source} holds other data than {command.run} was trained on; give the folder of the original data "
             "with --data-dir"
         )
     n = config.score.samples if command.n is None else command.n
+    about = {"name": which, "images": state["images"], "epoch": state["epoch"], "ema": config.ema}
+    if isinstance(train, data.TokenDataset) and isinstance(test, data.TokenDataset):
+        scores = evaluate_sequences(
+            model, train, test, n=n, searches=config.score.searches, about=about, **_sequence_options(command)
+        )
+        _report(command.run, scores, sequence_scoring.table(scores))
+        return
+    train, test = data.as_images(train), data.as_images(test)
     others = []
     for source in command.other_data:  # first: what is refused costs no scores
         other = data.as_images(load_other(source, config.data, model.shape, command.data_dir))
@@ -76,14 +85,25 @@ def _evaluate() -> None:
         seed=command.seed,
         temperature=command.temperature,
         mode=command.mode,
-        about={"name": which, "images": state["images"], "epoch": state["epoch"], "ema": config.ema},
+        about=about,
     )
-    print(
-        "\n".join([table(scores), *others]), flush=True
-    )  # first: on a disk that is full or read-only they are not lost
-    runs.write_scores(command.run, scores)
-    report.write(command.run)
-    print(f"\nscores    {command.run / 'scores.json'} (with their protocol)\nreport    {command.run / 'report.html'}")
+    _report(command.run, scores, "\n".join([table(scores), *others]))
+
+
+def _sequence_options(command: Command) -> dict[str, Any]:
+    """The options of sampling; raises UserError for those that are for images alone."""
+    for name in ("extractor", "other_data"):
+        if getattr(command, name):
+            raise UserError(f"--{name.replace('_', '-')} is for images, and this run is on sequences; leave it out")
+    return {name: getattr(command, name) for name in ("seed", "temperature", "mode")}
+
+
+def _report(run: Path, scores: list[dict[str, Any]], text: str) -> None:
+    """Print and write scores, and the report."""
+    print(text, flush=True)  # first: on a disk that is full or read-only they are not lost
+    runs.write_scores(run, scores)
+    report.write(run)
+    print(f"\nscores    {run / 'scores.json'} (with their protocol)\nreport    {run / 'report.html'}")
 
 
 if __name__ == "__main__":

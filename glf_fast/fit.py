@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from glf_fast import distributed
 from glf_fast.command_line import parse, pick_device
 from glf_fast.data.tables import Table
 from glf_fast.errors import UserError, check_text, run_command
@@ -85,6 +86,7 @@ class Use:
 
 def main() -> None:
     """Run the command."""
+    distributed.refuse_several()
     arguments = sys.argv[1:]
     of_use = ("--score", "--sample", "--context-from")
     if any(word.split("=")[0].replace("_", "-") in of_use for word in arguments) or (

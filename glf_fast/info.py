@@ -7,6 +7,7 @@ import platform
 import torch
 
 import glf_fast
+from glf_fast import distributed
 from glf_fast.errors import run_command
 from glf_fast.files import cache_dir
 from glf_fast.ops.backends import BACKENDS
@@ -40,6 +41,7 @@ def _cost(name: str) -> str:
 
 def main() -> None:
     """Print all of it."""
+    distributed.refuse_several()
     for name, value in info().items():
         print(f"{name:18} {value}")
 

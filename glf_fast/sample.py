@@ -1,4 +1,4 @@
-"""python -m glf_fast.sample RUN --n 64 --temperature 0.8 --out grid.png: draw images from a trained model."""
+"""python -m glf_fast.sample RUN --n 64 --temperature 0.8 --out grid.png: draw images or sequences from a trained model."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from glf_fast import data
+from glf_fast import data, distributed
 from glf_fast.command_line import parse, pick_device
 from glf_fast.data.attributes import load_attribute
 from glf_fast.errors import UserError, run_command
-from glf_fast.files import atomic_folder
+from glf_fast.files import atomic_folder, atomic_write
 from glf_fast.images import grid, save_npy, save_png
+from glf_fast.models import GenerativeModel, Writes
 from glf_fast.training import checkpoint, runs
 from glf_fast.training.pictures import check_count, draw, draw_attribute, draw_towards
+from glf_fast.training.sequence_scoring import draw_texts
 from glf_fast.training.splits import load_splits
 
 
 @dataclass(frozen=True)
 class Command:
-    """Draw images from a trained model."""
+    """Draw images, or token sequences, from a trained model."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     n: int = 64
-    """Number of images."""
-    out: Path = Path("samples.png")
-    """Output: a .png (one grid of images), a .npy (uint8, n × C × H × W) or a folder (one PNG per image)."""
+    """Number of images or sequences."""
+    out: Path | None = None
+    """Output: a .png (one grid of images), a .npy (uint8, n × C × H × W) or a folder (one PNG per image); by default
+    samples.png. For sequences a .txt, by default samples.txt, or a .npy (int64, n × length)."""
     temperature: tuple[float, ...] = (1.0,)
     """Standard deviation of the noise; smaller values give cleaner, less varied images. Several values draw the same noise at
     each of them; in a grid each value has a row."""
@@ -61,8 +64,10 @@ class Command:
 
 def main() -> None:
     """Run the command."""
+    distributed.refuse_several()
     command = parse(Command, sys.argv[1:], "glf_fast.sample")
-    _check_out(command.out)
+    if command.out:
+        _check_out(command.out)
     check_count(command.n)
     _check_effects(command)
     config = runs.read_config(command.run)  # raises UserError if this is not a run's folder
@@ -70,6 +75,12 @@ def main() -> None:
         runs.checkpoint_folder(command.run, runs.pick_checkpoint(command.run, command.checkpoint)),
         pick_device(command.device),
     )
+    if isinstance(model, Writes) and not _moves(command):
+        _sample_sequences(command, model)
+        return
+    out = command.out or Path("samples.png")
+    if out.suffix == ".txt":
+        raise UserError(f"--out {out} is for sequences, and this model draws images; give a .png, a .npy or a folder")
     labels = command.label or (None,)
     numbers = command.n * len(labels) * len(command.temperature) * math.prod(model.shape)
     if numbers >= 2**63:  # the largest tensor that torch can describe
@@ -87,19 +98,38 @@ def main() -> None:
         pairs = [(label, t) for label in labels for t in command.temperature]
         rows = torch.stack([draw(model, command.n, label=c, temperature=t, **options).cpu() for c, t in pairs])
     images = rows.flatten(0, 1)
-    if command.out.suffix == ".png":
+    if out.suffix == ".png":
         save_png(
-            command.out,
+            out,
             grid(images, rows.shape[1] if len(rows) > 1 or _moves(command) else None),
             scale=max(1, 64 // images.shape[-1]),
         )
-    elif command.out.suffix == ".npy":
-        save_npy(command.out, images)
+    elif out.suffix == ".npy":
+        save_npy(out, images)
     else:
-        with atomic_folder(command.out) as folder:  # a part of the images would look like a whole sample
+        with atomic_folder(out) as folder:  # a part of the images would look like a whole sample
             for i, image in enumerate(images):
                 save_png(folder / f"{i:06d}.png", image)
-    print(f"wrote {len(images)} images to {command.out}")
+    print(f"wrote {len(images)} images to {out}")
+
+
+def _sample_sequences(command: Command, model: GenerativeModel) -> None:
+    """Print sequences, and write them: as text, one a line, or as tokens."""
+    out = command.out or Path("samples.txt")
+    if out.suffix not in (".txt", ".npy"):
+        raise UserError(f"--out {out} must end in .txt or .npy: this model draws sequences, not images")
+    texts, parts = [], []
+    for temperature in command.temperature:
+        drawn, tokens = draw_texts(model, command.n, seed=command.seed, temperature=temperature, mode=command.mode)
+        texts += drawn
+        parts.append(tokens)
+    print("\n".join(texts))
+    if out.suffix == ".npy":
+        save_npy(out, torch.cat(parts))
+    else:
+        with atomic_write(out) as temporary:
+            temporary.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    print(f"wrote {len(texts)} sequences to {out}", file=sys.stderr)
 
 
 def _check_effects(command: Command) -> None:
@@ -130,9 +160,11 @@ def _moves(command: Command) -> str:
 
 
 def _check_out(out: Path) -> None:
-    """Raise UserError unless `out` is a .png, a .npy, or a folder that is new or empty but for hidden files."""
-    if out.suffix not in ("", ".png", ".npy"):
-        raise UserError(f"--out {out} must end in .png or .npy, or be a folder (a name without suffix)")
+    """Raise UserError unless `out` is a .png, a .npy, a .txt, or a folder that is new or empty but for hidden files."""
+    if out.suffix not in ("", ".png", ".npy", ".txt"):
+        raise UserError(
+            f"--out {out} must end in .png or .npy, or be a folder (a name without suffix); for sequences, .txt"
+        )
     if out.suffix:
         return
     if out.exists() and not out.is_dir():

@@ -27,10 +27,11 @@ ALLOWED = {
     "conversion": {"flow", "ops", "reference"},
     "integrations": {"fitting", "flow", "ops", "reference"},
     "fitting": {"flow", "ops", "reference"},
-    "data": set(),
-    "metrics": {"data"},
-    "models": {"flow", "metrics", "fitting"},
-    "training": {"models", "data", "metrics"},
+    "grammar": set(),
+    "data": {"grammar"},
+    "metrics": {"data", "grammar"},
+    "models": {"flow", "metrics", "fitting", "grammar"},
+    "training": {"models", "data", "metrics", "grammar"},
     "tabular": {"models", "data", "fitting", "flow", "ops", "reference"},
 }
 # Commands may import everything but each other; nobody imports them.

@@ -99,16 +99,33 @@ def test_printed_names_cannot_command_a_terminal_either() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "wanted"), [("BACKEND", "cdua", "'cpp'"), ("BACKEND", "cuda", ""), ("ISA", "mmx", "'avx2'")]
 )
-def test_a_wrong_environment_is_one_line(variable: str, value: str, wanted: str) -> None:
+def test_a_wrong_environment_is_one_line(
+    variable: str, value: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a command; a program that imports the package gets an exception."""
     if value == "cuda" and torch.version.cuda:
         pytest.skip("this torch has CUDA")
-    name = f"GLF_FAST_{variable}"
+    monkeypatch.setenv(f"GLF_FAST_{variable}", value)
+    told = forked.fresh(
+        "import sys; sys.argv, sys.orig_argv = ['-m'], ['python', '-m', 'glf_fast.data']; import glf_fast"
+    )
+    check_one_line(told.returncode, told.stderr, variable, wanted)
+    raised = forked.fresh("import glf_fast")
+    assert raised.returncode == 1 and "Traceback" in raised.stderr
+
+
+def test_a_wrong_environment_is_one_line_in_the_shell() -> None:
     for command in ("$PYTHON -m glf_fast.data list", "$PYTHON -mglf_fast.train --help"):
-        done = shell(command, **{name: value})
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and wanted in done.stderr
-        assert done.stderr.startswith(f"error: ${name} ") and done.stderr.endswith("to another value, or unset it\n")
-    done = shell("$PYTHON -c 'import glf_fast' -m glf_fast.train", **{name: value})
+        done = shell(command, GLF_FAST_ISA="mmx")
+        check_one_line(done.returncode, done.stderr, "ISA", "'avx2'")
+    done = shell("$PYTHON -c 'import glf_fast' -m glf_fast.train", GLF_FAST_ISA="mmx")
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def check_one_line(status: int, stderr: str, variable: str, wanted: str) -> None:
+    assert status == 2 and stderr.count("\n") == 1 and wanted in stderr
+    assert stderr.startswith(f"error: $GLF_FAST_{variable} ")
+    assert stderr.endswith("to another value, or unset it\n")
 
 
 def test_a_cache_folder_without_a_place_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

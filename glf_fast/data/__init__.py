@@ -9,6 +9,7 @@ from pathlib import Path
 from glf_fast.data.arrays import load_arrays
 from glf_fast.data.celeba import CELEBA
 from glf_fast.data.cifar10 import CIFAR10
+from glf_fast.data.color_mnist import COLOR_MNIST
 from glf_fast.data.dataset import (
     CONTENTS,
     SPLITS,
@@ -21,9 +22,11 @@ from glf_fast.data.dataset import (
     check_split,
 )
 from glf_fast.data.digits import DIGITS
+from glf_fast.data.expressions import EXPRESSIONS
 from glf_fast.data.folder import load_folder
 from glf_fast.data.idx import FASHION_MNIST, MNIST
 from glf_fast.data.source import Source
+from glf_fast.data.strings import load_smiles, load_strings
 from glf_fast.data.tables import load_csv, load_parquet
 from glf_fast.errors import UserError, check_text, did_you_mean
 
@@ -38,13 +41,16 @@ __all__ = [
     "TableDataset",
     "TokenDataset",
     "as_images",
+    "expected_kind",
     "load",
     "names",
     "resizes",
 ]
 
 # The registry of public data sets.
-SOURCES: dict[str, Source] = {source.name: source for source in (FASHION_MNIST, MNIST, CIFAR10, CELEBA, DIGITS)}
+SOURCES: dict[str, Source] = {
+    source.name: source for source in (FASHION_MNIST, MNIST, COLOR_MNIST, CIFAR10, CELEBA, DIGITS, EXPRESSIONS)
+}
 
 # Readers of the user's files by their endings; folders and zips hold images.
 _READERS: dict[str, Callable[[Path, str], Dataset]] = {
@@ -52,8 +58,10 @@ _READERS: dict[str, Callable[[Path, str], Dataset]] = {
     ".npz": load_arrays,
     ".csv": load_csv,
     ".parquet": load_parquet,
+    ".smi": load_smiles,
+    ".txt": load_strings,
 }
-_FILES = "folders or .zip files of images, .npy, .npz, .csv and .parquet files"
+_FILES = "folders or .zip files of images, .npy, .npz, .csv, .parquet, .smi and .txt files"
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 
 
@@ -74,7 +82,8 @@ def load(
     """A split of a public data set by name, or of the user's own data by path.
 
     Args:
-        source: one of `names()`, or the path of a folder or zip of images, or of a .npy, .npz, .csv or .parquet file.
+        source: one of `names()`, or the path of a folder or zip of images, or of a .npy, .npz, .csv, .parquet, .smi or
+            .txt file.
         split: "train" or "test". Files without a test split give a tenth of a fixed random order.
         data_dir: folder with the files of a public data set, which is searched first; or the folder of your own relative path.
         image_size: for folders, zips and CelebA: resize the central square to this many pixels.
@@ -111,6 +120,14 @@ def load(
     if ending not in _READERS:
         raise UserError(f"{source} is in no known format; the known formats are {_FILES}")
     return _READERS[ending](path, split)
+
+
+def expected_kind(source: str) -> Kind:
+    """The kind of a data set by its name or ending, without reading it; of .npy and .npz files, which hold any kind, images."""
+    if source in SOURCES:
+        return SOURCES[source].kind
+    kinds: dict[str, Kind] = {".csv": "table", ".parquet": "table", ".smi": "tokens", ".txt": "tokens"}
+    return kinds.get(Path(source).suffix.lower(), "images")
 
 
 def resizes(source: str) -> bool:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from glf_fast import distributed
 from glf_fast.command_line import parse
 from glf_fast.data import CONTENTS, SOURCES, SPLITS, Dataset, Source, TableDataset, TokenDataset, load, weights
 from glf_fast.data.fetch import NotFound
@@ -59,6 +60,7 @@ class Info(Fetch):
 
 def main() -> None:
     """Parse the command line and run the command."""
+    distributed.refuse_several()
     commands: Any = (
         Annotated[List, tyro.conf.subcommand("list")]
         | Annotated[Info, tyro.conf.subcommand("info")]

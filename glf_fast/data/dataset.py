@@ -158,11 +158,15 @@ class TokenDataset(Dataset):
     Attributes:
         vocabulary: the V tokens, in the order of their indices.
         padding: index of the token that fills up short sequences. This token occurs nowhere else.
+        grammar: text of the grammar of the sequences, see `grammar.Grammar.of`; "" if they have none.
+        objective: name of the number by which sequences are judged, see `metrics.objectives`; "" if there is none.
     """
 
     kind = "tokens"
     vocabulary: tuple[str, ...] = ()
     padding: int = 0
+    grammar: str = ""
+    objective: str = ""
 
     @classmethod
     def of(
@@ -174,8 +178,10 @@ class TokenDataset(Dataset):
         padding: int = 0,
         labels: Tensor | None = None,
         policy: str = "",
+        grammar: str = "",
+        objective: str = "",
     ) -> TokenDataset:
-        """Check the sequences and compute their fingerprint, which covers vocabulary and padding."""
+        """Check the sequences and compute their fingerprint, which covers vocabulary, padding and grammar."""
         if tokens.dtype != torch.int64 or tokens.ndim != 2 or 0 in tokens.shape:
             raise UserError(
                 f"{name} must hold int64 tokens (N, L), N ≥ 1, L ≥ 1; got {tokens.dtype} {tuple(tokens.shape)}"
@@ -199,9 +205,9 @@ class TokenDataset(Dataset):
                 f"{name}: sequence {row} has padding ({padding}) at position {position} and further tokens behind it; "
                 "padding belongs at the end of a sequence"
             )
-        fingerprint = _fingerprint(tokens, f"{policy} {list(vocabulary)} {padding}")
+        fingerprint = _fingerprint(tokens, f"{policy} {list(vocabulary)} {padding}{grammar}")
         labels = _checked_labels(name, tokens, labels)
-        return cls(name, split, tokens, labels, fingerprint, policy, tuple(vocabulary), padding)
+        return cls(name, split, tokens, labels, fingerprint, policy, tuple(vocabulary), padding, grammar, objective)
 
     @property
     def lengths(self) -> Tensor:

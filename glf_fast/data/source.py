@@ -35,6 +35,7 @@ class Source:
         routes: ways to fetch the files, in the order in which they are tried.
         by_hand: instruction for users without these routes, if "put them into a folder" is not enough.
         resizes: whether `image_size` is supported.
+        folder: name of the folder for fetched files, if it is another set's, whose files this one is made of.
     """
 
     name: str
@@ -49,11 +50,12 @@ class Source:
     routes: tuple[Route, ...] = ()
     by_hand: str = ""
     resizes: bool = False
+    folder: str = ""
 
     @property
     def cache(self) -> Path:
         """Folder for fetched files."""
-        return cache_dir() / "data" / self.name
+        return cache_dir() / "data" / (self.folder or self.name)
 
     def load(
         self, split: str, data_dir: Path | None = None, *, image_size: int | None = None, download: bool = True

@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from glf_fast.errors import UserError, did_you_mean
+from glf_fast.models.alpha_gan import AlphaGAN
+from glf_fast.models.character_vae import CharacterVAE
+from glf_fast.models.dcgan import DCGAN
 from glf_fast.models.flow_vae import FlowVAE
 from glf_fast.models.glann import GLANN
 from glf_fast.models.glf import GLF
 from glf_fast.models.glow import Glow
+from glf_fast.models.grammar_rae import GrammarRAE
+from glf_fast.models.grammar_vae import GrammarVAE
 from glf_fast.models.model import (
     Decodes,
+    DrawsCodes,
     Encodes,
     GenerativeModel,
     HasLikelihood,
@@ -22,17 +28,21 @@ from glf_fast.models.model import (
     SamplesClasses,
     Stage,
     Words,
+    Writes,
 )
 from glf_fast.models.rae import RAE
 from glf_fast.models.two_stage_vae import TwoStageVAE
 from glf_fast.models.vae import VAE
 from glf_fast.models.wae import WAE
+from glf_fast.models.wae_gan import WAEGAN
+from glf_fast.models.wgan_gp import WGANGP
 
 __all__ = [
     "GLF",
     "RAE",
     "VAE",
     "Decodes",
+    "DrawsCodes",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",
@@ -43,6 +53,7 @@ __all__ = [
     "SamplesClasses",
     "Stage",
     "Words",
+    "Writes",
     "build",
     "kind",
     "names",
@@ -58,6 +69,13 @@ _MODELS: dict[str, type[GenerativeModel]] = {
     "flow-vae": FlowVAE,
     "two-stage-vae": TwoStageVAE,
     "glow": Glow,
+    "wae-gan": WAEGAN,
+    "alpha-gan": AlphaGAN,
+    "dcgan": DCGAN,
+    "wgan-gp": WGANGP,
+    "grammar-rae": GrammarRAE,
+    "grammar-vae": GrammarVAE,
+    "character-vae": CharacterVAE,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glf_fast.errors import UserError
-from glf_fast.models.latent import SAMPLE_BATCH, LatentSettings, decoder
-from glf_fast.models.model import GenerativeModel, Phase, Stage, Words
+from glf_fast.models.latent import DecoderModel, LatentSettings, decoder
+from glf_fast.models.model import Phase, Stage, Words
 from glf_fast.models.reconstruction import reconstruction_loss
 from glf_fast.models.whole_batch import share, whole
 from glf_fast.settings import AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Rule
@@ -53,20 +53,20 @@ class GLANNSettings(LatentSettings):
         """The settings that matter most, in a few words for the report."""
         return f"{self.latent_dim} latent dimensions, {self.reconstruction} loss"
 
-    def trained_on(self, items: int, labels: Tensor | None = None) -> GLANNSettings:
+    def trained_on(self, train: Sized) -> GLANNSettings:
         """These settings with the number of images of the training set.
 
         Raises:
             UserError: the settings name another number.
         """
-        if self.items not in (0, items):
+        if self.items not in (0, len(train)):
             raise UserError(
-                f"model.items = {self.items}, but the training set has {items} images; leave model.items out"
+                f"model.items = {self.items}, but the training set has {len(train)} images; leave model.items out"
             )
-        return replace(self, items=items)
+        return replace(self, items=len(train))
 
 
-class GLANN(GenerativeModel):
+class GLANN(DecoderModel):
     """Generative Latent Nearest Neighbors (Hoshen, Li, Malik, arXiv:1812.08985).
 
     In the first stage, GLO (Bojanowski et al., arXiv:1707.05776), every training image x_i has a code z_i = c_i/‖c_i‖ on the
@@ -143,19 +143,11 @@ class GLANN(GenerativeModel):
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
-    def sample(
+    def sample_codes(
         self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
     ) -> Tensor:
-        """n images D(T(e)/‖T(e)‖), e ~ temperature·N(0, I): (n, C, H, W) in [0, 1], in eval mode and without gradients.
-
-        Args:
-            temperature: standard deviation of e; a value below 1 gives more typical but less varied samples.
-            generator: source of e, on the model's device; the global generator if None.
-        """
-        self.check_mode(mode)
-        sizes = [min(SAMPLE_BATCH, n - start) for start in range(0, n, SAMPLE_BATCH) or [0]]
-        with self.evaluating():
-            return torch.cat([self.decoder(F.normalize(self._mapped(size, temperature, generator))) for size in sizes])
+        """n codes T(e)/‖T(e)‖ (n, latent_dim), e ~ temperature·N(0, I); arguments are those of `sample`."""
+        return F.normalize(self._mapped(n, temperature, generator))
 
     def _mapped(self, n: int, temperature: float, generator: torch.Generator | None) -> Tensor:
         """T(e) for n vectors e ~ temperature·N(0, I), or this process's share of them: (n, latent_dim), float32 or better."""

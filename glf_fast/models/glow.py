@@ -101,12 +101,13 @@ class GlowSettings(ModelSettings):
         """The settings that matter most, in a few words for the report."""
         return f"L {self.levels}, K {self.steps}, width {self.width}, {self.coupling}, {self.n_bits} bits"
 
-    def trained_on(self, items: int, labels: Tensor | None = None) -> GlowSettings:
+    def trained_on(self, train: Any) -> GlowSettings:
         """These settings with the classes of the training set.
 
         Raises:
             ValueError: a conditional model, and data without labels, of too many, or of others than `classes`.
         """
+        labels = train.labels
         if not self.conditional:
             return self
         if labels is None:

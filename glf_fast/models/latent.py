@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from glf_fast.models.autoencoder import Decoder, Encoder, check_image_shape
 from glf_fast.models.convolutional import ConvolutionalDecoder, ConvolutionalEncoder
+from glf_fast.models.dcgan_networks import DCGANDecoder, DCGANEncoder
 from glf_fast.models.density import DensitySettings
 from glf_fast.models.model import GenerativeModel, ModelSettings, Phase, Stage
 from glf_fast.settings import POSITIVE, Rule
 
-__all__ = ["ExPostModel", "ExPostSettings", "LatentModel", "LatentSettings", "decoder", "encoder"]
+__all__ = ["DecoderModel", "ExPostModel", "ExPostSettings", "LatentModel", "LatentSettings", "decoder", "encoder"]
 
 # Batch size of sampling. It bounds memory, and is part of a protocol of GLF's authors, which uses batch statistics.
 SAMPLE_BATCH = 500
@@ -31,16 +32,16 @@ class LatentSettings(ModelSettings):
     """Channels after the encoder's first convolution."""
     hidden: int = 1024
     """For networks infogan: units of the dense layer in encoder and decoder."""
-    networks: Literal["infogan", "rae"] = "infogan"
+    networks: Literal["infogan", "rae", "dcgan"] = "infogan"
     """Encoder and decoder. infogan: two convolutions and a dense layer (GLF's paper); rae: four convolutions (RAE's paper, with
-    width 128)."""
+    width 128); dcgan: convolutions alone, down to at least 4 × 4 pixels."""
 
     CHOICE: ClassVar[str] = "networks"
     RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(("latent_dim", "width", "hidden"), POSITIVE)
 
     def effective(self) -> dict[str, Any]:
         """The fields that have an effect with these networks, by name."""
-        without = ("hidden",) if self.networks == "rae" else ()
+        without = () if self.networks == "infogan" else ("hidden",)
         return {name: value for name, value in super().effective().items() if name not in without}
 
 
@@ -48,6 +49,8 @@ def encoder(shape: Sequence[int], settings: LatentSettings, numbers: int = 1) ->
     """The encoder of these settings, which gives `numbers` numbers for each dimension of a code."""
     if settings.networks == "rae":
         return ConvolutionalEncoder(shape, numbers * settings.latent_dim, settings.width)
+    if settings.networks == "dcgan":
+        return DCGANEncoder(shape, numbers * settings.latent_dim, settings.width)
     return Encoder(shape, numbers * settings.latent_dim, settings.width, settings.hidden)
 
 
@@ -55,53 +58,23 @@ def decoder(shape: Sequence[int], settings: LatentSettings) -> nn.Module:
     """The decoder of these settings."""
     if settings.networks == "rae":
         return ConvolutionalDecoder(shape, settings.latent_dim, settings.width)
+    if settings.networks == "dcgan":
+        return DCGANDecoder(shape, settings.latent_dim, settings.width)
     return Decoder(shape, settings.latent_dim, settings.width, settings.hidden)
 
 
-class LatentModel(GenerativeModel):
-    """A model of images with an encoder E to codes, a decoder D and a distribution of codes, from which it samples.
+class DecoderModel(GenerativeModel):
+    """A model of images with a decoder D and a distribution of codes, from which it samples.
 
-    A subclass may replace `encode`, if E gives more than a code, `sample_codes` (by default N(0, I)) and `interpolate_codes`.
-
-    Args:
-        shape: (C, H, W) of the images, H and W multiples of 4; with `networks` rae, of 8 from 64 pixels on.
-        settings: of the networks.
-        numbers: numbers that E gives for each dimension of a code; 2 for a mean and a log-variance.
+    A subclass builds `decoder`, and may replace `sample_codes` (by default N(0, I)).
     """
 
-    groups: ClassVar[tuple[str, ...]] = ("autoencoder",)
     settings: LatentSettings
-
-    def __init__(self, shape: Sequence[int], settings: LatentSettings, numbers: int = 1) -> None:
-        super().__init__(check_image_shape(shape), settings)
-        self.encoder = encoder(shape, settings, numbers)
-        self.decoder = decoder(shape, settings)
-
-    def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Scalars of a batch x (B, C, H, W) in [0, 1]; "loss" is to be back-propagated."""
-        raise NotImplementedError
-
-    def phases(self) -> tuple[Phase, ...]:
-        """A single phase, which trains all parameters by the same loss."""
-        return (Phase(self.losses, moves=self.groups),)
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """{"autoencoder": encoder and decoder}."""
-        return {"autoencoder": [*self.encoder.parameters(), *self.decoder.parameters()]}
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Images x (B, C, H, W) in [0, 1] → codes z (B, latent_dim)."""
-        self._check_batch("x", x)
-        return self.encoder(x)
+    decoder: nn.Module
 
     def decode(self, z: Tensor) -> Tensor:
         """Codes z (B, latent_dim) → images (B, C, H, W) in [0, 1]."""
         return self.decoder(z)
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """D(E(x)) for x (B, C, H, W) in [0, 1], in eval mode and without gradients or noise."""
-        with self.evaluating():
-            return self.decode(self.encode(x))
 
     def sample_codes(
         self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
@@ -126,6 +99,51 @@ class LatentModel(GenerativeModel):
         sizes = [min(SAMPLE_BATCH, n - start) for start in range(0, n, SAMPLE_BATCH) or [0]]
         with self.evaluating():
             return torch.cat([self.decode(self.sample_codes(size, **options)) for size in sizes])
+
+
+class LatentModel(DecoderModel):
+    """A model of images with an encoder E to codes, a decoder D and a distribution of codes, from which it samples.
+
+    A subclass may replace `encode`, if E gives more than a code, `sample_codes` (by default N(0, I)) and `interpolate_codes`.
+
+    Args:
+        shape: (C, H, W) of the images, H and W multiples of 4; with `networks` rae, of 8 from 64 pixels on.
+        settings: of the networks.
+        numbers: numbers that E gives for each dimension of a code; 2 for a mean and a log-variance.
+    """
+
+    groups: ClassVar[tuple[str, ...]] = ("autoencoder",)
+
+    def __init__(self, shape: Sequence[int], settings: LatentSettings, numbers: int = 1) -> None:
+        super().__init__(shape, settings)
+        self.encoder, self.decoder = self.networks(numbers)
+
+    def networks(self, numbers: int) -> tuple[nn.Module, nn.Module]:
+        """Encoder, which gives `numbers` numbers for each dimension of a code, and decoder."""
+        check_image_shape(self.shape)
+        return encoder(self.shape, self.settings, numbers), decoder(self.shape, self.settings)
+
+    def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Scalars of a batch x (B, C, H, W) in [0, 1]; "loss" is to be back-propagated."""
+        raise NotImplementedError
+
+    def phases(self) -> tuple[Phase, ...]:
+        """A single phase, which trains all parameters by the same loss."""
+        return (Phase(self.losses, moves=self.groups),)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """{"autoencoder": encoder and decoder}."""
+        return {"autoencoder": [*self.encoder.parameters(), *self.decoder.parameters()]}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images x (B, C, H, W) in [0, 1] → codes z (B, latent_dim)."""
+        self._check_batch("x", x)
+        return self.encoder(x)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """D(E(x)) for x (B, C, H, W) in [0, 1], in eval mode and without gradients or noise."""
+        with self.evaluating():
+            return self.decode(self.encode(x))
 
     def interpolate_codes(self, z0: Tensor, z1: Tensor, steps: int) -> Tensor:
         """Codes (B, steps, latent_dim) on a line from each code z0 to its z1 (B, latent_dim)."""

@@ -18,6 +18,7 @@ from glf_fast.settings import Settings, check, table, updated
 
 __all__ = [
     "Decodes",
+    "DrawsCodes",
     "Encodes",
     "GenerativeModel",
     "HasLikelihood",
@@ -28,6 +29,7 @@ __all__ = [
     "SamplesClasses",
     "Stage",
     "Words",
+    "Writes",
 ]
 
 Losses = Callable[..., dict[str, Tensor]]
@@ -46,11 +48,11 @@ class ModelSettings(Settings):
         """The settings that matter most, in a few words for the report."""
         return ""
 
-    def trained_on(self: S, items: int, labels: Tensor | None = None) -> S:
-        """These settings for a training set, for a model that has parameters for each item or each class.
+    def trained_on(self: S, train: Any) -> S:
+        """These settings with what the model must know of its training set, a `data.Dataset`.
 
-        Args:
-            items: number of items.    labels: class of each item, int64 (items,), or None.
+        Examples are the number of its items, if the model has parameters for each, its classes, or the vocabulary of its
+        sequences.
 
         Raises:
             ValueError: a training set that does not fit the settings.
@@ -69,12 +71,15 @@ class Phase:
         moves: names of the parameter groups that the update changes; gradients of other groups are dropped.
         minimises: name of the scalar that is back-propagated.
         every: the phase takes part in every `every`-th step only.
+        gradients: whether the gradient norm of each group that the phase moves is logged, as gradient_GROUP. It shows which
+            one of two networks that compete is losing.
     """
 
     losses: Losses
     moves: tuple[str, ...]
     minimises: str = "loss"
     every: int = 1
+    gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,9 @@ class Words:
         title: the model's usual name.
         interpolations: description of the pictures of interpolations.
         curves: titles, by name, of the scalars that the report and the progress line show; None shows all scalars under their
-            names. These scalars should fall as the model improves.
+            names. Losses among them should fall as the model improves.
         about_curves: explanation of the curves.
+        advice: what helps, beside lower learning rates and clipping, when the training of this model diverges.
         likelihood: description of the value of `log_likelihood`, if the model has this method; printed beside the score.
     """
 
@@ -118,6 +124,7 @@ class Words:
     interpolations: str = "From one test image to another."
     curves: Mapping[str, str] | None = None
     about_curves: str = ""
+    advice: str = ""
     likelihood: str = "exact"
 
 
@@ -136,6 +143,17 @@ class Decodes(Encodes, Protocol):
 
     def decode(self, z: Tensor) -> Tensor:
         """Data (B, *shape) of codes z as `encode` gives them, in the model's present mode."""
+        ...
+
+
+@runtime_checkable
+class DrawsCodes(Decodes, Protocol):
+    """A model with codes that also has a distribution of them."""
+
+    def sample_codes(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, mode: str = ""
+    ) -> Tensor:
+        """n codes (n, …) of the distribution; arguments are those of `GenerativeModel.sample`."""
         ...
 
 
@@ -182,6 +200,15 @@ class SamplesClasses(Protocol):
         ...
 
 
+@runtime_checkable
+class Writes(Protocol):
+    """A model of token sequences, which writes them as text."""
+
+    def text(self, tokens: Tensor) -> list[str]:
+        """Sequences int64 (n, …), as the model gives them or as in its data set, in writing."""
+        ...
+
+
 class GenerativeModel(
     nn.Module,
     PyTorchModelHubMixin,
@@ -190,8 +217,8 @@ class GenerativeModel(
 ):
     """Base class of generative models of data (*shape): settings, losses, the parameters that each loss trains, and sampling.
 
-    Images are (C, H, W) in [0, 1]. Further methods are optional: see `Reconstructs`, `Interpolates`, `Encodes`,
-    `HasLikelihood` and `SamplesClasses`.
+    Images are (C, H, W) in [0, 1], token sequences int64 (L,). Further methods are optional: see `Reconstructs`,
+    `Interpolates`, `Encodes`, `Writes`, `HasLikelihood` and `SamplesClasses`.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` use two files, safetensors and JSON; pickles are never read.
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glf_fast.models.density import DensitySettings
 from glf_fast.models.latent import ExPostModel, ExPostSettings
 from glf_fast.models.model import Words
 from glf_fast.models.reconstruction import reconstruction_loss
+from glf_fast.models.regularizers import decode_with_penalty, squared_weights
 from glf_fast.models.spectral import spectral_norm
-from glf_fast.models.whole_batch import noise_like
 from glf_fast.settings import NOT_NEGATIVE, Rule
 
 __all__ = ["RAE", "RAESettings"]
@@ -113,35 +113,14 @@ class RAE(ExPostModel):
         settings, z = self.settings, self.encode(x)
         found: dict[str, Tensor] = {}
         if settings.regularizer == "gp":
-            x_hat, found["penalty"] = self._decode_with_penalty(z, generator)
+            x_hat, found["penalty"] = decode_with_penalty(self.decode, z, generator, settings.gradient_penalty)
         else:
             x_hat = self.decode(z)
         if settings.regularizer == "l2":
-            found["penalty"] = self._squared_weights()
+            found["penalty"] = squared_weights(self.decoder)
         found["reconstruction"] = reconstruction_loss("mse", x_hat, x)
         found["codes"] = 0.5 * z.square().sum(1).mean()
         loss = found["reconstruction"] + settings.beta * found["codes"]
         if "penalty" in found:
             loss = loss + settings.strength * found["penalty"]
         return {"loss": loss, **found}
-
-    def _squared_weights(self) -> Tensor:
-        """‖θ_D‖², a scalar."""
-        layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-        weights = [layer.weight for layer in self.decoder.modules() if isinstance(layer, layers)]
-        return torch.stack([weight.square().sum() for weight in weights]).sum()
-
-    # torch.compile cannot differentiate what it has compiled a second time.
-    @torch._disable_dynamo
-    def _decode_with_penalty(self, z: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """D(z) (B, C, H, W) of codes z (B, D), and the gradient penalty, a scalar with a graph of its own."""
-        with torch.enable_grad():
-            z = z if z.requires_grad else z.requires_grad_()
-            x_hat = self.decode(z)
-            if self.settings.gradient_penalty == "released":
-                outputs = x_hat.square().sum()
-            else:
-                v = noise_like(x_hat, generator)
-                outputs = (v * x_hat).sum()
-            [gradient] = torch.autograd.grad(outputs, z, create_graph=True)
-            return x_hat, gradient.square().sum(1).mean()

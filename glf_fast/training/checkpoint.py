@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import models
-from glf_fast.distributed import by_main
+from glf_fast.distributed import by_main, highest
 from glf_fast.errors import UserError
 from glf_fast.files import parse_json, save_tensors, sha256, write_json
 from glf_fast.models import saving
@@ -34,6 +34,7 @@ from glf_fast.settings import fits
 
 __all__ = [
     "Checkpoint",
+    "await_same",
     "check_state",
     "exists",
     "load_model",
@@ -49,6 +50,8 @@ _FORMAT, _READABLE = 2, (1, 2)
 _TRAINING, _INDEX = "training.safetensors", "checkpoint.json"
 _DIGEST = "sha256"
 _TRIES = 10  # of a reader beside a writer
+# Seconds after which every machine sees what another one has written: NFS looks again after 60 (acdirmax).
+_LATE = 60.0
 
 T = TypeVar("T")
 
@@ -136,6 +139,26 @@ def exists(folder: Path) -> bool:
     """Whether there is a checkpoint, whole or damaged, in `folder`; an empty folder is none."""
     # Twice, because the folder may be replaced between the two looks.
     return _is_filled(folder) or _previous(folder).is_dir() or _is_filled(folder)
+
+
+def await_same(folder: Path) -> None:
+    """Wait until all processes find the same checkpoint in `folder`, or all none.
+
+    Raises:
+        UserError: they still do not after a minute, in which a shared file system shows what another machine has written.
+    """
+    until = time.monotonic() + _LATE
+    while True:
+        found = _mark(folder) if exists(folder) else None
+        mark = int(hashlib.sha256(found[1]).hexdigest()[:15], 16) if found else 0
+        largest, smallest, over = highest(mark, -mark, time.monotonic() > until)
+        if largest == -smallest:
+            return
+        if over:
+            raise UserError(
+                f"the processes do not find the same checkpoint in {folder}; choose a folder that all machines share"
+            )
+        time.sleep(0.2)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

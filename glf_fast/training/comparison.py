@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from glf_fast import models
-from glf_fast.data import ImageDataset
+from glf_fast.data import Dataset, as_images
 from glf_fast.distributed import all_failed, by_main
 from glf_fast.errors import UserError, lacks_memory
 from glf_fast.files import atomic_write, lock, read_json
@@ -44,7 +44,7 @@ _SAMPLES, _REBUILT = 36, 10  # images in the pictures of a row
 _HEIGHT = 64  # pixels to which small images are enlarged
 
 
-def dry_run(plan: Plan, train: ImageDataset, device: torch.device) -> None:
+def dry_run(plan: Plan, train: Dataset, device: torch.device) -> None:
     """Take two steps of each row, and print parameters, estimated time, folder and state; nothing is written."""
     plan.check_folder()
     total = 0.0
@@ -64,7 +64,7 @@ def dry_run(plan: Plan, train: ImageDataset, device: torch.device) -> None:
     print(f"about {total:.3g} minutes for {len(plan.wanted)} runs, without scores; nothing was written")
 
 
-def run(plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.device) -> dict[str, Any]:
+def run(plan: Plan, train: Dataset, test: Dataset, device: torch.device) -> dict[str, Any]:
     """Train what is not trained, write the results after each run, and return them.
 
     A run that fails is a line of the table with its reason, and the other runs are trained.
@@ -95,12 +95,14 @@ class _Results:
     Only process 0 reads files, so that all processes decide alike.
     """
 
-    def __init__(self, plan: Plan, train: ImageDataset, test: ImageDataset, device: torch.device) -> None:
+    def __init__(self, plan: Plan, train: Dataset, test: Dataset, device: torch.device) -> None:
         self.plan, self.train, self.test, self.device = plan, train, test, device
         self._rows: dict[str, dict[str, Any]] = {}
         self._runs: dict[tuple[str, int], dict[str, Any]] = {}
         self._floors: dict[str, tuple[str, dict[str, float]]] = {}  # by extractor: the metric and its floors
-        _save(plan.folder / "pictures" / "test.png", subset(test.images, _REBUILT), _REBUILT)
+        self.of_images = train.kind == "images"
+        if self.of_images:
+            _save(plan.folder / "pictures" / "test.png", subset(test.items, _REBUILT), _REBUILT)
         present, before = by_main(_earlier)(plan)
         for row, seed in dict.fromkeys([*present, *before]):
             with self.noting_failure(row, seed):
@@ -162,18 +164,19 @@ class _Results:
                 f"{folder} has no scores of its best checkpoint with {wanted['n']} samples; run python -m glf_fast.evaluate "
                 f"{folder}, and this command again"
             )
-        if not prior and _has_prior(model):  # by the first extractor alone, which the table is about
+        if self.of_images and not prior and _has_prior(model):  # by the first extractor alone, which the table is about
             print(f"{folder}: computing the score of samples from N(0, I)", file=sys.stderr)
             extractors = load_extractors([usual[0]["settings"]["extractor"]], self.device, all_needed=True)
-            prior = evaluate_mode(model, self.train, self.test, extractors, usual[:1], PRIOR)
+            prior = evaluate_mode(model, as_images(self.train), as_images(self.test), extractors, usual[:1], PRIOR)
             runs.write_scores(folder, prior)
-        for score in usual:
+        for score in usual if self.of_images else ():
             self._floors[score["settings"]["extractor"]] = score["samples"]["metric"], score["samples"]["floors"]
         self._note(row, seed, **state, scores=usual, prior_scores=prior)
         first = min(s for r, s in self._runs if r == row and self._runs[r, s]["state"] == "finished")
         if seed == first:
             self._rows[row] = {"parameters": sum(p.numel() for p in model.parameters())}
-            self._draw(row, model)
+            if self.of_images:  # scores of sequences have samples themselves
+                self._draw(row, model)
 
     def _order(self, extractor: str) -> int:
         """The place of an extractor among those of the comparison: without its weights, a run may lack the first."""
@@ -184,7 +187,7 @@ class _Results:
         pictures = self.plan.folder / "pictures"
         _save(pictures / f"{row}-samples.png", draw(model, _SAMPLES, seed=0))
         if isinstance(model, Reconstructs):
-            images = to_float(subset(self.test.images, _REBUILT).to(self.device))
+            images = to_float(subset(self.test.items, _REBUILT).to(self.device))
             _save(pictures / f"{row}-reconstructions.png", to_uint8(model.reconstruct(images)), _REBUILT)
 
     def record(self) -> dict[str, Any]:
@@ -198,7 +201,8 @@ class _Results:
             "epochs": shared.epochs,
             "batch_size": shared.batch_size,
             "samples": shared.score.samples,
-            "test_images": len(self.test.images),
+            "kind": self.train.kind,
+            "test_images": len(self.test),
             "extractors": list(shared.score.extractors),
             "versions": {
                 "glf_fast": version("glf_fast"),
@@ -208,7 +212,7 @@ class _Results:
             "machine": _machine(self.device),
             "settings": {path.name: path.read_text(encoding="utf-8") for path in shared_files(plan.size, plan.data)},
             "floors": dict(self._floors[name] for name in sorted(self._floors, key=self._order)),
-            "rows": [self._row(row) for row in rows() if row in names],
+            "rows": [self._row(row) for row in rows(plan.kind) if row in names],
         }
 
     def _row(self, row: str) -> dict[str, Any]:
@@ -217,7 +221,7 @@ class _Results:
             "name": row,
             "title": models.kind(config.model.name).words.title,
             "what": config.model.summary(),
-            "settings": row_file(row).read_text(encoding="utf-8"),
+            "settings": row_file(row, self.plan.kind).read_text(encoding="utf-8"),
             "parameters": None,
             **self._rows.get(row, {}),
             "runs": [self._runs[key] for key in sorted(self._runs) if key[0] == row],
@@ -256,17 +260,17 @@ def _earlier(plan: Plan) -> tuple[list[tuple[str, int]], dict[tuple[str, int], s
     for path in sorted((plan.folder / "runs").glob("*")):
         if path not in known and not path.name.startswith("."):
             print(f"{path} is not a run of a known row; it is left out of the table", file=sys.stderr)
-    return present, _failures(plan.folder)
+    return present, _failures(plan)
 
 
-def _failures(folder: Path) -> dict[tuple[str, int], str]:
+def _failures(plan: Plan) -> dict[tuple[str, int], str]:
     """The reasons of the runs that failed in an earlier comparison in this folder, by row and seed."""
-    path = folder / comparison_page.JSON
+    path = plan.folder / comparison_page.JSON
     if not path.is_file():
         return {}
     try:
         before = read_json(path)
-        known = [row for row in before["rows"] if row["name"] in rows()]
+        known = [row for row in before["rows"] if row["name"] in rows(plan.kind)]
         failed = [(row["name"], run) for row in known for run in row["runs"] if run["state"] == "failed"]
         return {(row, int(run["seed"])): str(run["reason"]) for row, run in failed}
     except (UserError, KeyError, TypeError, ValueError):  # it is written again

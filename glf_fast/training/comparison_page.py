@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -14,24 +13,32 @@ from typing import Any
 from glf_fast import page
 from glf_fast.distributed import by_main
 from glf_fast.files import atomic_write, write_json
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+from glf_fast.training import comparison_sequences
+from glf_fast.training.comparison_tables import (
+    FORMAT,
+    HTML,
+    JSON,
+    MARKDOWN,
+    REAL,
+    first_run,
+    html_table,
+    table,
+    tomllib,
+    unfinished,
+)
 
 __all__ = ["FORMAT", "HTML", "JSON", "MARKDOWN", "columns", "markdown", "published", "write"]
 
-FORMAT = "glf_fast.comparison 1"
-JSON, MARKDOWN, HTML = "comparison.json", "comparison.md", "comparison.html"
 _TEMPLATE = Path(__file__).with_name("comparison.html")
 _PUBLISHED = Path(__file__).parent.parent / "presets" / "compare" / "published" / "fid.toml"
-_REAL = "real training images"
 
 
 @by_main
 def write(folder: Path, record: dict[str, Any]) -> None:
     """Write comparison.json, comparison.md and comparison.html from the record of a comparison and its pictures."""
+    if record["kind"] == "tokens":
+        comparison_sequences.write(folder, record)
+        return
     record = record | {"published": published(record)}
     write_json(folder / JSON, record)
     with atomic_write(folder / MARKDOWN) as temporary:
@@ -62,14 +69,14 @@ def columns(record: dict[str, Any]) -> list[list[str]]:
     head += ["recall", "bits per dimension", "minutes", "parameters"]
     lines = [{"": row["name"], **_line(row, metrics)} for row in record["rows"]]
     real = {f"{metric} (95 %)": f"{floors['train/test']:.2f}" for metric, floors in record["floors"].items()}
-    lines += [{"": _REAL, **real}] if real else []
+    lines += [{"": REAL, **real}] if real else []
     shown = [name for name in head if not name or any(line.get(name) for line in lines)]
     return [shown, *([line.get(name, "") for name in shown] for line in lines)]
 
 
 def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
     """The texts of a row, by column."""
-    run = _first_run(row)
+    run = first_run(row)
     if run is None:
         return {f"{metrics[0]} (95 %)" if metrics else "state": row["runs"][0]["state"]}
     scores = {score["samples"]["metric"]: score for score in run["scores"]}
@@ -87,21 +94,6 @@ def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
         **{key: "" if samples[key] is None else f"{samples[key]:.3f}" for key in ("precision", "recall")},
         "bits per dimension": f"{density['value']:.3f}" if density and density["value"] is not None else "",
     }
-
-
-def _unfinished(record: dict[str, Any]) -> list[str]:
-    """A line for each run without results, with the reason."""
-    return [
-        f"{row['name']}, seed {run['seed']}, {run['state']}: {run['reason']}"
-        for row in record["rows"]
-        for run in row["runs"]
-        if run["state"] != "finished"
-    ]
-
-
-def _first_run(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The finished run of a row with the lowest seed, or None."""
-    return next((run for run in row["runs"] if run["state"] == "finished"), None)
 
 
 def _prior_of(run: dict[str, Any], metric: str) -> float | None:
@@ -158,20 +150,13 @@ _OTHER_PROTOCOL = (
 
 def markdown(record: dict[str, Any]) -> str:
     """The table as Markdown that is also readable as plain text, with the protocol and the published numbers."""
-    parts = [f"# {_title(record)}", _protocol(record), _table(columns(record))]
-    if lines := _unfinished(record):
+    parts = [f"# {_title(record)}", _protocol(record), table(columns(record))]
+    if lines := unfinished(record):
         parts.append("\n".join(f"* {line}" for line in lines))
     if known := record["published"]:
         rows = [["", "FID", "samples", "source"], *map(_published_cells, known)]
-        parts += ["## Published, FID, other protocol", _OTHER_PROTOCOL, _table(rows)]
+        parts += ["## Published, FID, other protocol", _OTHER_PROTOCOL, table(rows)]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(rows: list[list[str]]) -> str:
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def _epochs(record: dict[str, Any]) -> str:
@@ -192,10 +177,12 @@ def _body(folder: Path, record: dict[str, Any]) -> str:
     )
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         bars=_bars(record),
-        table=_html_table(columns(record)),
-        unfinished="".join(f"<p>{html.escape(line)}</p>" for line in _unfinished(record)),
+        table=html_table(columns(record)),
+        unfinished="".join(f"<p>{html.escape(line)}</p>" for line in unfinished(record)),
         published=_html_published(record),
         samples=_samples(folder, record),
+        ends="Reconstructions",
+        about_ends="The same test images for all models.",
         reconstructions=_reconstructions(folder, record),
         settings=settings,
     )
@@ -208,13 +195,13 @@ def _bars(record: dict[str, Any]) -> str:
         return ""
     drawn: list[tuple[str, str, float, list[float] | None, float | None]] = []
     for row in record["rows"]:
-        run = _first_run(row)
+        run = first_run(row)
         for score in run["scores"] if run else ():
             if score["samples"]["metric"] == metric:
                 samples, rebuilt = score["samples"], score["reconstructions"]
                 mark = rebuilt["value"] if rebuilt else None
                 drawn.append((row["name"], "model", samples["value"], samples["interval"], mark))
-    drawn.append((_REAL, "real", record["floors"][metric]["train/test"], None, None))
+    drawn.append((REAL, "real", record["floors"][metric]["train/test"], None, None))
     longest = max(max(value, mark or 0.0, *(interval or ())) for _, _, value, interval, mark in drawn) or 1.0
 
     def place(value: float) -> str:
@@ -235,16 +222,6 @@ def _bars(record: dict[str, Any]) -> str:
     return f'<div class="card"><div class="label">{html.escape(text)}</div>{bars}</div>'
 
 
-def _html_table(rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = ""
-    for row in rows[1:]:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
-        kind = ' class="real"' if row[0] == _REAL else ""
-        body += f"<tr{kind}><th>{html.escape(row[0])}</th>{cells}</tr>"
-    return f'<div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _html_published(record: dict[str, Any]) -> str:
     if not record["published"]:
         return ""
@@ -262,7 +239,7 @@ def _html_published(record: dict[str, Any]) -> str:
 def _samples(folder: Path, record: dict[str, Any]) -> str:
     cards = ""
     for row in record["rows"]:
-        if run := _first_run(row):
+        if run := first_run(row):
             picture = _picture(folder / "pictures" / f"{row['name']}-samples.png", f"Samples of {row['name']}")
             what = ", ".join(filter(None, (row["title"], row["what"])))
             first = run["scores"][0]["samples"] if run["scores"] else None
@@ -277,7 +254,7 @@ def _samples(folder: Path, record: dict[str, Any]) -> str:
 def _reconstructions(folder: Path, record: dict[str, Any]) -> str:
     strips = [("test images", folder / "pictures" / "test.png")]
     strips += [(row["name"], folder / "pictures" / f"{row['name']}-reconstructions.png") for row in record["rows"]]
-    done = {row["name"] for row in record["rows"] if _first_run(row)} | {"test images"}
+    done = {row["name"] for row in record["rows"] if first_run(row)} | {"test images"}
     return "".join(
         f'<figure class="strip"><figcaption>{html.escape(name)}</figcaption>{_picture(path, f"Images of {name}")}</figure>'
         for name, path in strips

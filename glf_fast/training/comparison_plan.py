@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from glf_fast.data import Kind, expected_kind
 from glf_fast.distributed import by_main
 from glf_fast.errors import UserError, did_you_mean
 from glf_fast.settings import shown
@@ -21,31 +22,39 @@ _FOLDER = Path(__file__).parent.parent / "presets" / "compare"
 _FREE = {"seed", "max_minutes", "checkpoint_minutes", "pictures_every"}
 
 
-def rows() -> tuple[str, ...]:
-    """Names of the rows: first those in order.txt, in its order, then the others by name."""
-    order = (_FOLDER / "order.txt").read_text(encoding="utf-8").split()
-    names = sorted(path.stem for path in _FOLDER.glob("*.toml"))
+def rows(kind: Kind = "images") -> tuple[str, ...]:
+    """Names of the rows for a kind of data: first those in order.txt, in its order, then the others by name."""
+    folder = _folder(kind)
+    order = (folder / "order.txt").read_text(encoding="utf-8").split()
+    names = sorted(path.stem for path in folder.glob("*.toml"))
     return tuple(sorted(names, key=lambda name: order.index(name) if name in order else len(order)))
 
 
-def sizes() -> tuple[str, ...]:
+def sizes(kind: Kind = "images") -> tuple[str, ...]:
     """Names of the sizes of a comparison: files of shared settings. {size}-{data}.toml changes a size for one data set."""
-    return tuple(sorted(path.stem for path in (_FOLDER / "shared").glob("*.toml") if "-" not in path.stem))
+    return tuple(sorted(path.stem for path in (_folder(kind) / "shared").glob("*.toml") if "-" not in path.stem))
 
 
-def row_file(row: str) -> Path:
+def row_file(row: str, kind: Kind = "images") -> Path:
     """The file with the settings of a row; raises UserError, with the nearest name, if the row does not exist."""
-    if row not in rows():
-        raise UserError(f"no row {row!r} to compare; {did_you_mean(row, rows())}the rows are {', '.join(rows())}")
-    return _FOLDER / f"{row}.toml"
+    known = rows(kind)
+    if row not in known:
+        raise UserError(f"no row {row!r} to compare; {did_you_mean(row, known)}the rows are {', '.join(known)}")
+    return _folder(kind) / f"{row}.toml"
 
 
 def shared_files(size: str, data: str) -> list[Path]:
     """The files with the settings that all rows share; raises UserError, with the nearest name, for an unknown size."""
-    if size not in sizes():
-        raise UserError(f"no size {size!r}; {did_you_mean(size, sizes())}the sizes are {', '.join(sizes())}")
-    candidates = (_FOLDER / "shared" / f"{name}.toml" for name in (size, f"{size}-{Path(data).name}"))
+    kind = expected_kind(data)
+    if size not in sizes(kind):
+        raise UserError(f"no size {size!r}; {did_you_mean(size, sizes(kind))}the sizes are {', '.join(sizes(kind))}")
+    candidates = (_folder(kind) / "shared" / f"{name}.toml" for name in (size, f"{size}-{Path(data).name}"))
     return [path for path in candidates if path.is_file()]
+
+
+def _folder(kind: Kind) -> Path:
+    """The folder with the rows for a kind of data; images have theirs in the folder of all."""
+    return _FOLDER / "sequences" if kind == "tokens" else _FOLDER
 
 
 @dataclass(frozen=True)
@@ -73,20 +82,30 @@ class Plan:
         if self.seeds < 1:
             raise UserError(f"--seeds {self.seeds} must be 1 or more")
         if not self.rows:
-            raise UserError(f"--models needs at least one row; the rows are {', '.join(rows())}")
+            raise UserError(f"--models needs at least one row; the rows are {', '.join(rows(self.kind))}")
         for row in self.rows:
             self.config(row)
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the data, as their name tells it."""
+        return expected_kind(self.data)
 
     # -- settings and folders ------------------------------------------------------------------------------------------
 
     @property
     def shared(self) -> Config:
-        """The settings that all rows share, with the default model's own ones."""
-        return self._completed(load(shared=shared_files(self.size, self.data)))
+        """The settings that all rows share, with those of a model."""
+        return self._completed(load(model=self._first_model, shared=shared_files(self.size, self.data)))
+
+    @property
+    def _first_model(self) -> str:
+        """The model whose own settings complete the shared ones: of images the default one, else that of the first row."""
+        return "" if self.kind == "images" else load(row_file(rows(self.kind)[0], self.kind)).model.name
 
     def config(self, row: str, seed: int = 0) -> Config:
         """The settings of a run."""
-        config = self._completed(load(row_file(row), shared=shared_files(self.size, self.data)))
+        config = self._completed(load(row_file(row, self.kind), shared=shared_files(self.size, self.data)))
         return check(replace(config, seed=seed))
 
     def _completed(self, config: Config) -> Config:
@@ -112,7 +131,7 @@ class Plan:
         """Row and seed of each run in the folder, of these rows or of others."""
         for path in sorted((self.folder / "runs").glob("*")):
             name = re.fullmatch(r"(.+)-seed-(0|[1-9][0-9]*)", path.name)
-            if name and name[1] in rows() and (path / "config.toml").is_file():
+            if name and name[1] in rows(self.kind) and (path / "config.toml").is_file():
                 yield name[1], int(name[2])
 
     @by_main

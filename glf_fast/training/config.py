@@ -22,7 +22,8 @@ class DataConfig(Settings):
     """The data set."""
 
     source: str = "fashion-mnist"
-    """A public data set's name (python -m glf_fast.data list), or a path: folder, .zip, .npy, .npz, .csv or .parquet."""
+    """A public data set's name (python -m glf_fast.data list), or a path: folder, .zip, .npy, .npz, .csv,
+    .parquet, .smi or .txt."""
     image_size: int | None = None
     """Resize images to this many pixels a side; by default they keep their size."""
     skip_unusable: bool = False
@@ -92,15 +93,22 @@ class ScoreConfig(Settings):
     """Feature networks: tiny, vgg16, vgg16-relu4_3, …, inception. The score by the first network decides which checkpoint is
     the best."""
     samples: int = 10_000
-    """Generated images per score."""
+    """Generated images or sequences per score."""
     every: int = 10
     """Epochs between scores by the first extractor; 0: only at the end."""
+    searches: int = 0
+    """For sequences with an objective: Bayesian optimisations in the latent space at the end, each with its own seed."""
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "extractors": (lambda value: len(value) > 0, "at least one name, for instance tiny"),
         "samples": AT_LEAST_2,
         "every": NOT_NEGATIVE,
+        "searches": NOT_NEGATIVE,
     }
+
+    def effective(self) -> dict[str, Any]:
+        """The fields that have an effect, by name."""
+        return {name: value for name, value in vars(self).items() if name != "searches" or value}
 
     def mistake(self) -> str:
         """A message if a network does not exist, else ""."""

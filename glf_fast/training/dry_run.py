@@ -45,6 +45,7 @@ def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
     trainer = Trainer(config, train, device)
     index = trainer.share(torch.arange(config.batch_size, device=device))
     batch = trainer.inputs()[index]
+    items = trainer.share(train.items[: config.batch_size].to(device))
 
     kept: dict[int, int] = {}  # bytes of each storage that is saved, which is counted once
 
@@ -62,7 +63,7 @@ def preview(config: Config, train: Dataset, device: torch.device) -> Preview:
     for number, stage in enumerate(trainer.model.stages()[1:], 1):
         if not stage.phases:
             continue
-        x = to_float(batch) if batch.dtype == torch.uint8 else batch
+        x = to_float(items) if items.dtype == torch.uint8 else items
         with trainer.model.evaluating():
             x = stage.inputs(x) if stage.inputs else x
         trainer.stage, trainer.images = number, trainer.ends[number - 1]

@@ -11,16 +11,19 @@ from torch import Tensor
 from glf_fast import distributed
 from glf_fast.errors import UserError
 from glf_fast.training import checkpoint
-from glf_fast.training.trainer import REMEDY
 
 __all__ = ["LossLog"]
 
 
 class LossLog:
-    """A collection of the losses of steps; a step may lack some of the losses."""
+    """A collection of the losses of steps; a step may lack some of the losses.
 
-    def __init__(self, capacity: int = 50) -> None:
-        self.capacity = capacity
+    Args:
+        remedy: what to do if a loss is not finite.    capacity: number of steps between two calls of `flush`.
+    """
+
+    def __init__(self, remedy: str, capacity: int = 50) -> None:
+        self.remedy, self.capacity = remedy, capacity
         self._steps: list[dict[str, Tensor]] = []
 
     @property
@@ -53,7 +56,7 @@ class LossLog:
                     f"the last good checkpoint is {last}" if checkpoint.exists(last) else "there is no checkpoint yet"
                 )
                 raise UserError(
-                    f"the loss is not finite at step {at // batch_size} ({at} images): {terms}; {kept}; {REMEDY}"
+                    f"the loss is not finite at step {at // batch_size} ({at} images): {terms}; {kept}; {self.remedy}"
                 )
         means = {}
         for name in names:

@@ -13,6 +13,7 @@ from torch import Tensor
 from glf_fast import distributed, seeds
 from glf_fast.data import ImageDataset
 from glf_fast.errors import UserError
+from glf_fast.files import atomic_write
 from glf_fast.images import grid, save_png, to_float, to_uint8
 from glf_fast.metrics import subset
 from glf_fast.models import Decodes, GenerativeModel, Interpolates, Reconstructs, SamplesClasses
@@ -217,8 +218,13 @@ def picture_name(images: int) -> str:
     return f"{images:09d}.png"
 
 
-def save_picture(run: Path, kind: str, picture: Tensor, images: int) -> None:
-    """Write run/{kind}/{images seen}.png, enlarged if it is small."""
+def save_picture(run: Path, kind: str, picture: Tensor | str, images: int) -> None:
+    """Write run/{kind}/{images seen}.png, enlarged if it is small; a text as .txt."""
+    if isinstance(picture, str):
+        path = (run / kind / picture_name(images)).with_suffix(".txt")
+        with atomic_write(path) as temporary:
+            temporary.write_text(picture + "\n", encoding="utf-8")
+        return
     save_png(run / kind / picture_name(images), picture, scale=math.ceil(480 / picture.shape[-1]))
 
 
@@ -229,4 +235,5 @@ def latest_picture(run: Path, kind: str) -> Path | None:
 
 def saved_pictures(run: Path, kind: str) -> list[Path]:
     """The pictures of a kind, oldest first."""
-    return sorted(path for path in (run / kind).glob("*.png") if path.stem.isdecimal())  # not one that is being written
+    found = (path for path in (run / kind).glob("*") if path.suffix in (".png", ".txt"))
+    return sorted(path for path in found if path.stem.isdecimal())  # not one that is being written

@@ -15,12 +15,14 @@ from matplotlib.figure import Figure
 from glf_fast import models, page
 from glf_fast.distributed import by_main
 from glf_fast.models import Words
-from glf_fast.training import runs
+from glf_fast.training import runs, sequence_scoring
 from glf_fast.training.pictures import latest_picture, saved_pictures
 from glf_fast.training.scoring import likelihood_line
 
 __all__ = ["write"]
 
+# Curves in a row.
+_COLUMNS = 4
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -49,6 +51,8 @@ def write(run: Path) -> Path:
 
 
 def _score_card(score: dict[str, Any], modes: Mapping[str, str]) -> str:
+    if "sequences" in score:
+        return _sequence_card(score)
     samples, rebuilt, settings = score["samples"], score["reconstructions"], score["settings"]
     floors, checkpoint = samples["floors"], score["checkpoint"]
     bars = {
@@ -85,6 +89,20 @@ def _score_card(score: dict[str, Any], modes: Mapping[str, str]) -> str:
     )
 
 
+def _sequence_card(score: dict[str, Any]) -> str:
+    samples, settings, checkpoint = score["sequences"]["samples"], score["settings"], score["checkpoint"]
+    told = "".join(f"<div>{html.escape(line)}</div>" for line in sequence_scoring.lines(score))
+    about = f"checkpoint “{checkpoint['name']}”, epoch {checkpoint['epoch']:.4g}"
+    if settings["temperature"] != 1:
+        about += f", temperature {settings['temperature']:g}"
+    if settings["mode"]:
+        about += f", mode {settings['mode']}"
+    return (
+        f'<div class="card"><div class="label">valid samples</div><div class="number">{samples["valid"]:.3f}</div>'
+        f'<div class="label">{html.escape(about)}</div>{told}</div>'
+    )
+
+
 def _score_so_far(records: Sequence[dict[str, Any]]) -> str:
     latest = next((record for record in reversed(records) if "score" in record), None)
     if latest is None:
@@ -103,8 +121,11 @@ def _score_so_far(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _picture(path: Path, caption: str) -> str:
+    text = f"{caption}, after {int(path.stem):,} training {'sequences' if path.suffix == '.txt' else 'images'}"
+    if path.suffix == ".txt":
+        written = html.escape(path.read_text(encoding="utf-8", errors="replace"))
+        return f"<figure><pre>{written}</pre><figcaption>{text}</figcaption></figure>"
     data = base64.b64encode(path.read_bytes()).decode()
-    text = f"{caption}, after {int(path.stem):,} training images"
     return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
@@ -124,11 +145,13 @@ def _test_pictures(run: Path, words: Words) -> str:
     texts = {
         "classes": "A row for each class, in the order of their labels; the noise of all rows is the same.",
         "reconstructions": "Below each row of test images are their reconstructions.",
+        "reconstructions.txt": "Below each test sequence is its reconstruction.",
         "interpolations": html.escape(words.interpolations),
     }
     sections = ""
-    for kind, text in texts.items():
+    for kind in ("reconstructions", "interpolations"):
         if path := latest_picture(run, kind):
+            text = texts.get(kind + path.suffix, texts[kind])
             title = kind.capitalize()
             sections += f'<h2>{title}</h2><p>{text}</p><div class="card">{_picture(path, title)}</div>'
     return sections
@@ -149,10 +172,16 @@ def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
     chosen = {
         name: title for name, title in (words.curves or {}).items() if sum(name in record for record in steps) > 1
     }
-    terms = chosen or terms
+    norms = {name: name.replace("_", " ", 1) for name in terms if name.startswith("gradient_")}
+    terms = (chosen or terms) | norms
+    count = len(terms) + bool(scored)
+    rows = -(-count // _COLUMNS)
     with page.style():
-        figure = Figure(figsize=(10, 2.9), layout="constrained")
-        axes = figure.subplots(1, len(terms) + bool(scored), squeeze=False)[0]
+        figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")
+        axes = figure.subplots(rows, -(-count // rows), squeeze=False).flatten()
+        for axis in axes[count:]:
+            axis.set_visible(False)
+        axes = axes[:count]
         for axis, (name, title) in zip(axes, terms.items(), strict=False):
             drawn = [(r["epoch"], r[name]) for r in steps if name in r]
             axis.plot(*zip(*drawn, strict=True), color=page.BLUE, linewidth=1.3)
@@ -175,7 +204,9 @@ def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
             axis.grid(color=page.GREY, alpha=0.25, linewidth=0.5)
         svg = page.svg(figure)
     about = "Losses are means over training batches."
+    if norms:
+        about += " Norms of gradients are those before clipping, of each network by its own loss."
     if scored:
-        about += " Scores compare generated images with test images."
+        about += " Scores compare what is generated with test data."
     text = html.escape(f"{about} {words.about_curves}".rstrip())
     return f'<h2>Curves</h2><p>{text}</p><div class="card">{svg}</div>'

@@ -7,26 +7,23 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glf_fast import distributed, seeds
-from glf_fast.data import CONTENTS, Dataset, as_images
+from glf_fast.data import CONTENTS, Dataset
 from glf_fast.distributed import by_main, highest
 from glf_fast.errors import UserError
 from glf_fast.files import lock
-from glf_fast.metrics import Extractor
-from glf_fast.models import GenerativeModel
 from glf_fast.progress import Progress, Stop, stop_on_signals
 from glf_fast.training import checkpoint, parallel, report, runs
 from glf_fast.training.board import Board
 from glf_fast.training.config import Config
 from glf_fast.training.loss_log import LossLog
-from glf_fast.training.pictures import draw_pictures, latest_picture, picture_name, save_picture
-from glf_fast.training.scoring import evaluate, load_extractors, table
+from glf_fast.training.pictures import latest_picture, picture_name, save_picture, saved_pictures
+from glf_fast.training.showing import showing
 from glf_fast.training.trainer import Trainer
 
 __all__ = ["Run", "train_folder"]
@@ -75,7 +72,7 @@ def train_folder(
 class Run:
     """A training run in its folder: `resume` restores the last checkpoint, `train` trains, `finish` computes the final scores.
 
-    Scores and pictures exist for images only; runs on other data have a log, checkpoints and a report.
+    `showing` says which scores and pictures there are; runs on data without any have a log, checkpoints and a report.
     """
 
     def __init__(
@@ -98,14 +95,18 @@ class Run:
                 "before the last stage; leave --max-minutes out and lower --epochs"
             )
         self.last, self.best = (runs.checkpoint_folder(folder, which) for which in ("last", "best"))
-        self.of_images = train.kind == "images"
-        self.items = "images" if self.of_images else "items"
-        self.extractors = load_extractors(config.score.extractors, device) if self.of_images else []
+        self.showing = showing(train, test, config.score, device)
+        self.items = self.showing.items if self.showing else "items"
         self.minutes_before, self.started = 0.0, time.monotonic()
         self._in_time = True  # as all processes agree
 
     def resume(self) -> None:
-        """Restore the last checkpoint, if there is one; raises UserError if it is corrupt or was trained on other data."""
+        """Restore the last checkpoint, if there is one; every process reads it.
+
+        Raises:
+            UserError: it is corrupt, or not the same in all processes, or was trained on other data.
+        """
+        checkpoint.await_same(self.last)
         if checkpoint.exists(self.last):
             state = self.trainer.restore(self.last)
             checkpoint.check_state(self.last, state)
@@ -118,11 +119,6 @@ class Run:
                     f"{self.train_set.name} holds now; choose another --out, or restore the data"
                 )
             self.minutes_before = state["minutes"]
-        [same, other] = highest(self.trainer.images, -self.trainer.images)
-        if same != -other:
-            raise UserError(
-                f"the processes do not find the same checkpoint in {self.folder}; choose a folder that all machines share"
-            )
         self.started = time.monotonic()
         [late] = highest(not self._has_time())
         self._in_time = not late
@@ -151,7 +147,7 @@ class Run:
     def finished(self) -> bool:
         """Whether training is over and the final scores are written."""
         records = runs.read_metrics(self.folder)
-        scored = bool(runs.read_scores(self.folder)) or not self.of_images
+        scored = bool(runs.read_scores(self.folder)) or not self.showing
         return self.done and scored and any(r.get("finished") and r["images"] == self.trainer.images for r in records)
 
     # -- training ---------------------------------------------------------------------------------------------------------
@@ -186,7 +182,7 @@ class Run:
         if self.done or trainer.images >= end:
             return
         inputs, order = trainer.inputs(), torch.empty(0)
-        losses, saved, stopping, told = LossLog(), time.monotonic(), False, False
+        losses, saved, stopping, told = LossLog(trainer.remedy), time.monotonic(), False, False
         while not stopping:
             epoch, position = divmod(trainer.images, self.images_per_epoch)
             if position == 0 or not len(order):
@@ -225,30 +221,30 @@ class Run:
     def finish(self, board: Board) -> None:
         """Compute the final scores of the best checkpoint by all extractors, and write the report."""
         images = self.trainer.images
-        if not (self.config.score.every and self.of_images):
+        if not (self.config.score.every and self.showing):
             self.trainer.save(self.best, self._state(), for_resuming=False)
         elif not by_main(self._is_scored)():
             print(self._score(board), file=sys.stderr)
-        if not by_main((self.folder / "samples" / picture_name(images)).is_file)():
+        if not by_main(self._has_samples)():
             self._pictures(board)
-        if self.of_images:
+        if self.showing:
             print("computing the final scores of the best checkpoint", file=sys.stderr)
             model, state = checkpoint.load_model(self.best, self.device)
             about = {"name": "best", "images": state["images"], "epoch": state["epoch"], "ema": self.config.ema}
-            runs.write_scores(self.folder, self._evaluate(model, self.extractors, _FINAL_SEED, about))
+            runs.write_scores(self.folder, self.showing.evaluate(model, _FINAL_SEED, about, final=True))
         runs.append_metrics(self.folder, {"images": images, "epoch": self.epoch, "finished": True})
         report.write(self.folder)
 
     @by_main
     def print_summary(self) -> None:
         """Print the scores and the paths of the report and of the latest samples."""
-        if not self.of_images:
-            print(f"no scores: {self.train_set.name} holds {CONTENTS[self.train_set.kind]}, and scores need images")
+        if not self.showing:
+            print(f"no scores: {self.train_set.name} holds {CONTENTS[self.train_set.kind]}, which have no scores")
             print(f"\nreport    {self.folder / 'report.html'}")
             return
         about = {"name": "best", "images": checkpoint.read_state(self.best)["images"]}
         scores = [s for s in runs.read_scores(self.folder) if about.items() <= s["checkpoint"].items()]
-        print(table(scores))
+        print(self.showing.table(scores))
         print(f"\nreport    {self.folder / 'report.html'}\nsamples   {latest_picture(self.folder, 'samples')}")
         print(f"more      python -m glf_fast.sample {shlex.quote(str(self.folder))} --n 64 --out samples.png")
 
@@ -268,44 +264,37 @@ class Run:
     @by_main
     def _pictures(self, board: Board) -> None:
         trainer = self.trainer
-        if not self.of_images:
+        if not self.showing:
             return
-        pictures = draw_pictures(trainer.best_model, self.test_set.items.to(self.device), self.config.seed)
+        pictures = dict(self.showing.pictures(trainer.best_model, self.config.seed))
         if not trainer.in_last_stage:
             for kind in ("samples", "classes"):  # which mean nothing yet
                 pictures.pop(kind, None)
         # Samples last: `finish` takes them for a sign that all pictures are there, even after a kill.
         for kind, picture in reversed(pictures.items()):
             save_picture(self.folder, kind, picture, trainer.images)
-            board.image(kind, picture, trainer.images)
+            if not isinstance(picture, str):
+                board.image(kind, picture, trainer.images)
+
+    def _has_samples(self) -> bool:
+        """Whether there are pictures of samples of the present weights."""
+        name = Path(picture_name(self.trainer.images)).stem
+        return any(path.stem == name for path in saved_pictures(self.folder, "samples"))
 
     def _scores_after(self, epoch: int) -> bool:
         """Whether there is a score after `epoch` epochs. Before the last stage samples are meaningless."""
         every = self.config.score.every
-        return self.of_images and self.trainer.in_last_stage and every > 0 and epoch % every == 0
-
-    def _evaluate(
-        self, model: GenerativeModel, extractors: Sequence[Extractor], seed: int, about: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
-        train, test, n = as_images(self.train_set), as_images(self.test_set), self.config.score.samples
-        return evaluate(model, train, test, extractors, n=n, seed=seed, about=about)
+        return self.showing is not None and self.trainer.in_last_stage and every > 0 and epoch % every == 0
 
     def _score(self, board: Board) -> str:
-        """Score by the first extractor, save the checkpoint if its score is the best so far, and return a line to print."""
+        """Score the model, save the checkpoint if its score is the best so far, and return a line to print."""
         trainer, state = self.trainer, self._state()
-        [result] = self._evaluate(trainer.best_model, self.extractors[:1], _PERIODIC_SEED)
-        samples, rebuilt = result["samples"], result["reconstructions"]
-        score = {k: samples[k] for k in ("metric", "value")} | {
-            "reconstructions": rebuilt["value"] if rebuilt else None
-        }
-        board.scalar(f"{score['metric']} of samples", score["value"], trainer.images)
-        line = f"epoch {self.epoch:.4g}: {score['metric']} {score['value']:.2f}"
-        if rebuilt:
-            board.scalar(f"{score['metric']} of reconstructions", rebuilt["value"], trainer.images)
-            line += f" (reconstructions {rebuilt['value']:.2f})"
-        if (density := result["likelihood"]) and density["value"] is not None:
-            board.scalar(density["metric"], density["value"], trainer.images)
-            line += f", {density['metric']} {density['value']:.3f}"
+        assert self.showing is not None
+        [result] = self.showing.evaluate(trainer.best_model, _PERIODIC_SEED, final=False)
+        score, curves, told = self.showing.summary(result)
+        for name, value in curves.items():
+            board.scalar(name, value, trainer.images)
+        line = f"epoch {self.epoch:.4g}: {told}"
         best = by_main(self._is_best)(score)
         if best:
             trainer.save(self.best, {**state, "score": score}, for_resuming=False)

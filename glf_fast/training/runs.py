@@ -20,7 +20,7 @@ from glf_fast.distributed import by_main
 from glf_fast.errors import UserError
 from glf_fast.files import atomic_write, read_json, write_json
 from glf_fast.settings import fits, shown
-from glf_fast.training import checkpoint
+from glf_fast.training import checkpoint, sequence_scoring
 from glf_fast.training.config import Config, differences
 from glf_fast.training.config_files import load, to_toml, tomllib
 
@@ -257,6 +257,9 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     scores = read_json(path) if path.is_file() else []
     try:
         for score in scores:
+            if "sequences" in score:
+                sequence_scoring.check(score)
+                continue
             score.setdefault("likelihood", None)  # version 0.1.0 had no model with a likelihood
             for part in filter(None, (score["samples"], score["reconstructions"])):  # nor precision and recall
                 part.setdefault("precision", None)
@@ -264,7 +267,7 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
             if "mode" not in score["settings"]:  # written by version 0.1.0, which knew one mode
                 score["settings"]["mode"] = "authors" if score["settings"].pop("authors_protocol", False) else ""
             _check_score(score)
-    except (TypeError, KeyError, AttributeError, IndexError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
             f"{path} does not hold scores; delete it, and run python -m glf_fast.evaluate {folder} again"
         ) from error

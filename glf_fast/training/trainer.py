@@ -68,7 +68,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         try:
             with distributed.unhurried():  # a model may fetch the weights of its loss
-                self.model = kind(train.shape, config.model.trained_on(len(train), train.labels)).to(device)
+                self.model = kind(train.shape, config.model.trained_on(train)).to(device)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # and sizes that no memory has
             if lacks_memory(error):
                 raise
@@ -84,7 +84,9 @@ class Trainer:
             f"{kind.__name__}.groups and its parameter_groups() must name the same groups"
         )
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            name: _optimizer(parameters, config.optimizers[name]) for name, parameters in groups.items()
+            name: _optimizer(parameters, config.optimizers[name])
+            for name, parameters in groups.items()
+            if parameters  # settings may leave a network out
         }
         self.ends: list[int] = []
         for stage in self.model.stages():
@@ -96,6 +98,11 @@ class Trainer:
         self._losses: dict[tuple[int, int], Callable[..., dict[str, Tensor]]] = {}  # by stage and phase
         labelled = any(stage.labelled for stage in self.model.stages())
         self._labels = train.labels.to(device) if labelled and train.labels is not None else None
+
+    @property
+    def remedy(self) -> str:
+        """What to do if training diverges, for messages."""
+        return "; ".join(filter(None, (REMEDY, self.model.words.advice)))
 
     @property
     def best_model(self) -> models.GenerativeModel:
@@ -185,8 +192,8 @@ class Trainer:
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             found[phase.minimises].backward()
-            for name in phase.moves:
-                self._update(name)
+            norms = {name: self._update(name, watched=phase.gradients) for name in phase.moves}
+            found |= {f"gradient_{name}": norm for name, norm in norms.items() if norm is not None}
             if not self._logged.issuperset(found):
                 _check_names(found, losses)
                 self._logged |= found.keys()
@@ -212,13 +219,17 @@ class Trainer:
                 self._losses[at] = lambda x, generator, *given: self.model(x, generator, *at, *given)
         return self._losses[at]
 
-    def _update(self, name: str) -> None:
-        """Update one parameter group by its gradients."""
+    def _update(self, name: str, *, watched: bool) -> Tensor | None:
+        """Update one parameter group by its gradients; returns their norm before clipping if it is `watched`."""
         settings, [group] = self.config.optimizers[name], self.optimizers[name].param_groups
+        norm = None
         if settings.clip:
-            nn.utils.clip_grad_norm_(group["params"], settings.clip)
+            norm = nn.utils.clip_grad_norm_(group["params"], settings.clip)
+        elif watched:
+            norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
         group["lr"] = self._learning_rate(settings)
         self.optimizers[name].step()
+        return norm if watched else None
 
     @torch.no_grad()
     def _update_average(self, updates: int) -> None:
@@ -264,8 +275,8 @@ class Trainer:
         for name, value in {**weights, **training}.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise UserError(
-                    f"{name} is not finite after {self.images} images; {folder} was left unchanged; {REMEDY}, "
-                    "and start a new run"
+                    f"{name} is not finite after {self.images} images; {folder} was left unchanged; "
+                    f"{self.remedy}; start a new run"
                 )
         own = {"images": self.images, "stage": self.stage, "ends": self.ends, "local_batch_norm": self.local_batch_norm}
         state = own | state

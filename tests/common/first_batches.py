@@ -1,92 +1,115 @@
-"""ActNorms that start inside of DistributedDataParallel, in processes that import this module by its name."""
+"""Flows that start and train inside of DistributedDataParallel, in processes that import this module by its name."""
 
 from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Mapping
+import hashlib
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed import barrier, destroy_process_group, init_process_group
+from torch.distributed import all_gather_object, barrier, destroy_process_group, get_rank, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from training_loops import LOOPS, Density, Loop, Wrap, alone
 
-from glf_fast import CouplingFlow, Flow
+from glf_fast import CouplingFlow
 
-STEPS = 5
+__all__ = ["RUNS", "start_together", "trained"]
 
-
-class Density(nn.Module):
-    """−log p, the way in which DistributedDataParallel reaches a flow."""
-
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: Tensor) -> Tensor:
-        return -self.flow.log_prob(x)
-
-
-def train(call: nn.Module, flow: Flow, x: Tensor) -> dict[str, Tensor]:
-    """The state of a flow after a first batch and some steps."""
-    optimizer = torch.optim.SGD(flow.parameters(), 1e-2)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        call(x).mean().backward()
-        optimizer.step()
-    return {name: tensor.clone() for name, tensor in flow.state_dict().items()}
+# A flow and the batches of all processes, by name.
+Cases = dict[str, tuple[nn.Module, Tensor]]
+# Name of a loop, whether in bfloat16, and options of DistributedDataParallel.
+RUNS: dict[str, tuple[str, bool, dict[str, bool]]] = {
+    "plain": ("plain", False, {"static_graph": True}),
+    "lightning": ("lightning", False, {"find_unused_parameters": True}),
+    "accelerate": ("accelerate", False, {"gradient_as_bucket_view": True}),
+    "lightning, bf16": ("lightning", True, {}),
+    "accelerate, bf16": ("accelerate", True, {}),
+}
 
 
-def start_together(rank: int, meeting: str, flows: Mapping[str, tuple[Flow, Tensor]], folder: str) -> None:
-    """Train flows in two processes, each on one half of the batch, and save what becomes of them."""
-    torch.set_num_threads(1)
-    init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    together(rank, flows, folder)
-    sharded(rank, flows)
-    alone(rank)
+def trained(flow: nn.Module, batches: Tensor, loop: Loop, low: bool, wrap: Wrap = alone) -> dict[str, Tensor]:
+    """The state of a copy of a flow after training; in several processes the states are equal, bit for bit, after each step."""
+    density = Density(copy.deepcopy(flow))
+    if low:
+        density.float()
+        batches = batches.float()
+    for _ in loop(density, wrap, batches, low):
+        if wrap is not alone:
+            check_equal(density)
+    return density.flow.state_dict()
+
+
+def check_equal(module: nn.Module) -> None:
+    """All processes have the same state, bit for bit."""
+    digest = hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in module.state_dict().values())).hexdigest()
+    every: list[Any] = [None, None]
+    all_gather_object(every, digest)
+    assert len(set(every)) == 1
+
+
+def start_together(folder: Path) -> None:
+    """Train the flows in a folder in two processes, each on one half of every batch, and save what becomes of them."""
+    cases: Cases = torch.load(folder / "cases.pt", weights_only=False)
+    init_process_group("gloo")
+    together(cases, folder)
+    sharded(cases)
+    one_alone()
     # A wrapper that outlives its group, or a process that leaves before the other, may wait for ever.
     gc.collect()
     barrier()
     destroy_process_group()
 
 
-def together(rank: int, flows: Mapping[str, tuple[Flow, Tensor]], folder: str) -> None:
+def together(cases: Cases, folder: Path) -> None:
     """The calls of both processes inside of DistributedDataParallel."""
-    for name, (flow, x) in flows.items():
-        mine, whole = copy.deepcopy(flow), copy.deepcopy(flow)
-        wrapped = DistributedDataParallel(Density(mine))
-        torch.save(train(wrapped, mine, x.chunk(2)[rank]), f"{folder}/{name}-{rank}.pt")
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name, (flow, batches) in cases.items():
+        mine = torch.stack([x.chunk(2)[get_rank()] for x in batches])
+        for run, (loop, low, options) in RUNS.items():
+            wrap = lambda module, options=options: DistributedDataParallel(module, **options)  # noqa: E731
+            found[name, run] = trained(flow, mine, LOOPS[loop], low, wrap)
+        whole = copy.deepcopy(flow)
         uneven = DistributedDataParallel(Density(whole))
         with torch.no_grad():  # one process has a single row, which has no variance of its own
-            uneven((x[:-1], x[-1:])[rank])
-        torch.save(whole.state_dict(), f"{folder}/{name}-uneven-{rank}.pt")
+            uneven((batches[0, :-1], batches[0, -1:])[get_rank()])
+        check_equal(whole)
+        found[name, "uneven"] = whole.state_dict()
+    if get_rank() == 0:
+        torch.save(found, folder / "found.pt")
 
 
-def sharded(rank: int, flows: Mapping[str, tuple[Flow, Tensor]]) -> None:
+def sharded(cases: Cases) -> None:
     """FSDP2 refuses to forget a start; after the same first batch in all processes it trains as one process does."""
     mesh = init_device_mesh("cpu", (2,))
-    for name in ("coupling", "images", "converted"):
-        flow, x = flows[name]
-        if name != "converted":
+    for name in ("coupling", "images", "glow", "nflows", "zuko", "accelerated"):
+        flow, batches = cases[name]
+        if name in ("coupling", "images", "glow"):
             fresh = Density(copy.deepcopy(flow))
             fully_shard(fresh, mesh=mesh)
             with pytest.raises(RuntimeError, match="send the same first batch"):
-                fresh(x.chunk(2)[rank])
+                fresh(batches[0].chunk(2)[get_rank()])
         mine, whole = Density(copy.deepcopy(flow)), Density(copy.deepcopy(flow))
         for density in (mine, whole):
-            density(x)
+            density(batches[0])
         fully_shard(mine, mesh=mesh)
-        train(mine, mine.flow, x.chunk(2)[rank])
-        train(whole, whole.flow, x)
+        halves = [x.chunk(2)[get_rank()] for x in batches]
+        for _ in zip(
+            LOOPS["plain"](mine, alone, halves, False), LOOPS["plain"](whole, alone, batches, False), strict=True
+        ):
+            pass
         for key, parameter in mine.named_parameters():
             torch.testing.assert_close(parameter.full_tensor(), whole.get_parameter(key))
 
 
-def alone(rank: int) -> None:
+def one_alone() -> None:
     """A call of one process outside of DistributedDataParallel waits for nobody, and does not pass unnoticed."""
+    rank = get_rank()
     flow, x = CouplingFlow(4, 2, (8,)), torch.randn(20, 4)
     early, wrapped = DistributedDataParallel(flow), DistributedDataParallel(copy.deepcopy(flow))
     if rank == 0:
@@ -95,14 +118,9 @@ def alone(rank: int) -> None:
     else:
         with pytest.raises(RuntimeError, match="one process has given ActNorms their start by itself"):
             early(x)
+    flow = CouplingFlow(4, 2, (8,))
     if rank == 0:  # before wrapping all is well: wrapping brings its values to the others
-        flow = CouplingFlow(4, 2, (8,))
         flow(x)
-    else:
-        flow = CouplingFlow(4, 2, (8,))
     DistributedDataParallel(flow)(x + rank)
-    sums = [p.detach().sum() for p in flow.parameters()]
-    gathered = [torch.zeros(len(sums)) for _ in range(2)]
-    torch.distributed.all_gather(gathered, torch.stack(sums))
-    assert torch.equal(*gathered)
+    check_equal(flow)
     assert wrapped.module.actnorm_initialized.sum() == 0

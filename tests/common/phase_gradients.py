@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import barrier, destroy_process_group, init_process_group
+from torch.distributed import barrier, destroy_process_group, get_rank, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 from glf_fast.models import GenerativeModel
@@ -24,12 +24,15 @@ def phase_gradients(
     return {name: p.grad.clone() for name, p in model.named_parameters() if p in moved and p.grad is not None}
 
 
-def compare_in_a_group(rank: int, meeting: str, models: Sequence[GenerativeModel], images: Tensor) -> None:
-    """Check that two processes, each with one half of the images, get the gradients of all images, in any wrapper."""
-    torch.set_num_threads(1)
-    init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    half, index = images.chunk(2)[rank], torch.arange(len(images)).chunk(2)[rank]
-    for model in models:
+def compare_in_a_group(file: Path) -> None:
+    """Check that two processes, each with one half of a model's inputs, get the gradients of all inputs, in any wrapper.
+
+    The file holds pairs of a model and its inputs.
+    """
+    pairs = torch.load(file, weights_only=False)
+    init_process_group("gloo")
+    for model, images in pairs:
+        half, index = images.chunk(2)[get_rank()], torch.arange(len(images)).chunk(2)[get_rank()]
         # One of several phases need not reach every parameter, and the first stage reaches none of the next one's.
         partial = any(set(phase.moves) != set(model.groups) for phase in model.phases())
         wrapped = DistributedDataParallel(model, find_unused_parameters=partial)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,12 +23,14 @@ from torch import Tensor
 from toy_models import Adversarial
 
 from glf_fast import distributed, models
-from glf_fast.data import SOURCES, ImageDataset, celeba
+from glf_fast.data import SOURCES, ImageDataset, TokenDataset, celeba
 from glf_fast.data.routes import File
+from glf_fast.data.strings import token_dataset
 from glf_fast.errors import UserError, run_command
 from glf_fast.files import atomic_write, file_digest
+from glf_fast.grammar import EXPRESSIONS, Grammar, sentences
 from glf_fast.settings import updated
-from glf_fast.training import parallel
+from glf_fast.training import checkpoint, parallel
 from glf_fast.training.comparison import _Results
 from glf_fast.training.comparison_plan import Plan
 from glf_fast.training.config import DataConfig, OptimizerConfig, default
@@ -37,6 +41,7 @@ from glf_fast.training.trainer import Trainer
 __all__ = [
     "CASES",
     "CPU",
+    "agreeing",
     "curve",
     "curves",
     "drawing",
@@ -52,6 +57,7 @@ __all__ = [
 CPU = torch.device("cpu")
 _SMALL: dict[str, Any] = {"latent_dim": 4, "width": 4, "hidden": 16}
 _FLOW: dict[str, Any] = {"steps": 2, "hidden": [8]}
+_SEQUENCE: dict[str, Any] = {"latent_dim": 4, "channels": [4], "kernels": [2], "dense": 16, "units": 8, "layers": 1}
 # Models in all their stages and phases: the name of the model, and its settings.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glf": ("glf", {**_SMALL, "latent_noise": 0.05, "flow": _FLOW, "flow_epochs": 1}),
@@ -65,8 +71,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glann": ("glann", {**_SMALL, "items": 32, "matched": 12, "mapping_epochs": 1}),
     "flow-vae": ("flow-vae", {**_SMALL, "posterior": "flow", "flow": _FLOW}),
     "two-stage-vae": ("two-stage-vae", {**_SMALL, "second_stage": {"hidden": [8], "epochs": 1}}),
-    "glow": ("glow", {"levels": 2, "steps": 1, "width": 4}),
+    "glow": ("glow", {"levels": 2, "steps": 1, "width": 4, "reversible": True}),
     "glow, conditional": ("glow", {"levels": 1, "steps": 1, "width": 4, "conditional": True}),
+    "wae-gan": ("wae-gan", {**_SMALL, "code_hidden": [8], "density": {"kind": "gaussian"}}),
+    "alpha-gan": ("alpha-gan", {"latent_dim": 4, "width": 4, "code_hidden": [8]}),
+    "alpha-gan, other objectives": (
+        "alpha-gan",
+        {**_SMALL, "networks": "infogan", "posterior": "gaussian", "objective": "wasserstein"},
+    ),
+    "dcgan": ("dcgan", {"latent_dim": 4, "width": 4}),
+    "wgan-gp": ("wgan-gp", {"latent_dim": 4, "width": 4, "critic_steps": 2}),
+    "grammar-rae": (
+        "grammar-rae",
+        {**_SEQUENCE, "regularizer": "gp", "density": {"kind": "mixture", "components": 2}},
+    ),
+    "grammar-vae": ("grammar-vae", _SEQUENCE),
+    "character-vae": ("character-vae", _SEQUENCE),
     "adversarial": ("adversarial", {"latent_dim": 4}),
 }
 
@@ -75,6 +95,12 @@ def images() -> Tensor:
     """32 smooth grey images (32, 1, 8, 8) in [0, 1], float64."""
     noise = torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return torch.nn.functional.interpolate(noise, scale_factor=2.0, mode="bilinear")
+
+
+def expressions() -> TokenDataset:
+    """About 30 short expressions."""
+    texts = ["".join(terminals) for terminals, _ in sentences(Grammar.of(EXPRESSIONS), 4)]
+    return token_dataset("short", "train", texts[::2] + texts[1::4], EXPRESSIONS, "", "")
 
 
 def trainer(case: str, *, local_batch_norm: bool = False) -> Trainer:
@@ -86,7 +112,8 @@ def trainer(case: str, *, local_batch_norm: bool = False) -> Trainer:
         optimizers = dict.fromkeys(config.optimizers, OptimizerConfig(lr=1e-2, clip=1.0))
         model = updated(kind.Settings(), values, case)
         config = replace(config, model=model, batch_size=12, epochs=2, ema=0.9, optimizers=optimizers)
-        data = ImageDataset("smooth", "train", images(), torch.arange(32) % 3, "")
+        smooth = ImageDataset("smooth", "train", images(), torch.arange(32) % 3, "")
+        data = expressions() if "tokens" in kind.takes else smooth
         return Trainer(config, data, CPU, local_batch_norm=local_batch_norm)
 
 
@@ -140,8 +167,10 @@ def curves(cases: list[str], out: str) -> None:
 
 
 @contextlib.contextmanager
-def started(count: int, function: Callable[..., None], *arguments: object) -> Iterator[list[forked.Child]]:
-    """Processes that call the function, with what torchrun tells them."""
+def started(
+    count: int, function: Callable[..., None], *arguments: object, file_size: int | None = None
+) -> Iterator[list[forked.Child]]:
+    """Processes that call the function, with what torchrun tells them; files of the first are no larger than `file_size`."""
     with socket.socket() as free, contextlib.ExitStack() as stack:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -156,7 +185,8 @@ def started(count: int, function: Callable[..., None], *arguments: object) -> It
                 "MASTER_PORT": port,
             }
             with mock.patch.dict(os.environ, {name: str(value) for name, value in told.items()}):
-                children.append(stack.enter_context(contextlib.closing(forked.Child(function, *arguments))))
+                child = forked.Child(function, *arguments, file_size=None if rank else file_size)
+                children.append(stack.enter_context(contextlib.closing(child)))
         yield children
 
 
@@ -292,6 +322,27 @@ def _fetching(folder: Path, machines: int) -> None:
 
 
 def impatient(seconds: float, module: str, *arguments: str) -> None:
-    """`python -m glf_fast.{module} …`, which waits for other processes for so many seconds."""
+    """`python -m glf_fast.{module} …`, which waits for other processes for so many seconds, over a network that is slow."""
     distributed.WAIT = timedelta(seconds=seconds)
-    forked.command(module, *arguments)
+    with mock.patch.object(distributed, "all_reduce_seconds", return_value=60.0):
+        forked.command(module, *arguments)
+
+
+def agreeing(folder: Path) -> None:
+    """Look for the checkpoint "last" in a folder of each process: the second finds the first one's late, then another."""
+    os.chdir(folder / os.environ["RANK"])
+    run_command(lambda: _agreeing(folder))
+
+
+def _agreeing(folder: Path) -> None:
+    place = Path("last")
+    with distributed.launched(), mock.patch.object(checkpoint, "_LATE", 20.0):
+        checkpoint.await_same(Path("none yet"))
+        late = threading.Timer(0.5, shutil.copy, (folder / "0" / place / "checkpoint.json", place))
+        if not distributed.is_main():
+            late.start()
+        checkpoint.await_same(place)
+        print("the same")
+        checkpoint._LATE = 0.1
+        (folder / "1" / place / "checkpoint.json").write_text("another")
+        checkpoint.await_same(place)

@@ -1,6 +1,6 @@
 """python -m glf_fast.data: what it prints, and its one-line errors."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -60,9 +60,11 @@ def test_command(
     assert len(err.splitlines()) == bool(code), err
 
 
-def test_as_a_process() -> None:
-    done = subprocess.run([sys.executable, "-m", "glf_fast.data", "info", "nothing"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert (
-        done.stderr.startswith("error: no data set, weights or path 'nothing'") and len(done.stderr.splitlines()) == 1
-    )
+def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m glf_fast.data`."""
+    monkeypatch.setattr(sys, "argv", ["data", "info", "nothing"])
+    monkeypatch.delitem(sys.modules, "glf_fast.data.__main__")
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("glf_fast.data", run_name="__main__", alter_sys=True)
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: no data set, weights or path 'nothing'") and len(errors.splitlines()) == 1

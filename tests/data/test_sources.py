@@ -251,7 +251,8 @@ def test_wrong_names(arguments, message: str) -> None:
 
 
 def test_the_registry_describes_every_data_set() -> None:
-    assert names() == tuple(SOURCES) == ("fashion-mnist", "mnist", "cifar10", "celeba", "digits")
+    expected = ("fashion-mnist", "mnist", "color-mnist", "cifar10", "celeba", "digits", "expressions")
+    assert names() == tuple(SOURCES) == expected
     for name, source in SOURCES.items():
         assert source.name == name and source.licence and source.citation
         assert set(source.splits) == {"train", "test"}

@@ -1,7 +1,7 @@
 """python -m glf_fast.metrics: what it prints, and its one-line errors."""
 
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -171,13 +171,12 @@ def test_a_full_disk_costs_the_cache_alone(tmp_path: Path, monkeypatch: pytest.M
     assert not list((tmp_path / "stats").iterdir()), "nothing half-written"
 
 
-def test_as_a_process(tmp_path: Path) -> None:
-    """Exit code 2, one line on stderr, no traceback."""
-    done = subprocess.run(
-        [sys.executable, "-m", "glf_fast.metrics", "calc", "nothing", "here"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: 'nothing' is neither") and len(done.stderr.splitlines()) == 1
+def test_as_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m glf_fast.metrics`: exit code 2, one line on stderr, no traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["metrics", "calc", "nothing", "here"])
+    monkeypatch.delitem(sys.modules, "glf_fast.metrics.__main__")
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("glf_fast.metrics", run_name="__main__", alter_sys=True)
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: 'nothing' is neither") and len(errors.splitlines()) == 1

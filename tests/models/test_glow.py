@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from glf_fast.data import ImageDataset
 from glf_fast.models.glow import Glow, GlowSettings
 
 SMALL = {"levels": 1, "steps": 1, "width": 4}
@@ -79,15 +80,25 @@ def test_a_conditional_model_is_a_mixture_of_its_classes() -> None:
     assert torch.equal(model.sample(400, generator=torch.Generator().manual_seed(0)), mixed)
 
 
+def labelled(n: int, labels: torch.Tensor | None = None) -> ImageDataset:
+    return ImageDataset.of("one", "train", torch.zeros(n, 1, 1, 1, dtype=torch.uint8), labels)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
-            lambda: GlowSettings(conditional=True).trained_on(3),
+            lambda: GlowSettings(conditional=True).trained_on(labelled(3)),
             "needs a label for each image, and these data have none",
         ),
-        (lambda: GlowSettings(conditional=True).trained_on(2000, torch.arange(2000)), "at most 1000 classes; got 2000"),
-        (lambda: GlowSettings(**CLASSES).trained_on(2, torch.arange(2)), r"are \[3, 7\], those of the data \[0, 1\]"),
+        (
+            lambda: GlowSettings(conditional=True).trained_on(labelled(2000, torch.arange(2000))),
+            "at most 1000 classes; got 2000",
+        ),
+        (
+            lambda: GlowSettings(**CLASSES).trained_on(labelled(2, torch.arange(2))),
+            r"are \[3, 7\], those of the data \[0, 1\]",
+        ),
         (lambda: glow(conditional=True), "needs the labels and sizes of its classes"),
         (lambda: glow(classes=(3, 7), class_sizes=(1, 3)), "classes = .* has no effect with conditional = false"),
         (lambda: glow(**CLASSES | {"classes": (7, 3)}), "those of the training set; leave both out"),

@@ -9,6 +9,7 @@ import pytest
 
 from glf_fast import models
 from glf_fast.command_line import pick_device
+from glf_fast.data import load as load_data
 from glf_fast.errors import UserError
 from glf_fast.metrics import names as extractor_names
 from glf_fast.models.flow_settings import FlowSettings
@@ -48,7 +49,11 @@ def test_a_preset_builds_its_model(name: str) -> None:
     kind = models.kind(config.model.name)
     small = {name: 2 for name in ("width", "hidden") if name in config.model.effective()}
     side = max(8, 2 ** config.model.effective().get("levels", 0))
-    model = kind((1, side, side), dataclasses.replace(config.model, **small))
+    if "tokens" in kind.takes:
+        shape, settings = (19,), config.model.trained_on(load_data("expressions"))
+    else:
+        shape, settings = (1, side, side), dataclasses.replace(config.model, **small)
+    model = kind(shape, settings)
     assert tuple(model.parameter_groups()) == kind.groups == tuple(config.optimizers)
     assert models.build(config.model.name, model.config).config == model.config
 

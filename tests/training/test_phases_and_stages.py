@@ -63,6 +63,55 @@ def test_each_phase_moves_its_groups_with_their_own_optimizer() -> None:
         assert moved == pytest.approx(settings.lr, rel=1e-3)
 
 
+def test_watched_phases_log_the_norms_of_their_gradients_before_clipping() -> None:
+    """With and without clipping; a network that the settings leave out has no optimizer, and no norm."""
+    small = dataclasses.replace(default("alpha-gan").model, latent_dim=4, width=4, posterior="gaussian")
+    norms = []
+    for clip in (0.0, 1e-3):
+        optimizers = dict.fromkeys(models.kind("alpha-gan").groups, OptimizerConfig(lr=0.0, clip=clip))
+        one = Trainer(config("alpha-gan", model=small, optimizers=optimizers), DIGITS, CPU)
+        losses = one.step(DIGITS.images[:128])
+        norms.append({name: norm for name, norm in losses.items() if name.startswith("gradient_")})
+        assert set(norms[-1]) == {"gradient_encoder", "gradient_generator", "gradient_discriminator"}
+        [group] = one.optimizers["discriminator"].param_groups  # the last phase's
+        left = torch.stack([p.grad.norm() for p in group["params"]]).norm()
+        torch.testing.assert_close(left, torch.tensor(clip) if clip else losses["gradient_discriminator"])
+    assert norms[0] == norms[1] and "code_discriminator" not in one.optimizers
+
+
+def test_the_guard_says_what_helps_this_model(tmp_path: Path) -> None:
+    wild = dict.fromkeys(models.kind("dcgan").groups, OptimizerConfig(lr=1e30))
+    model = dataclasses.replace(default("dcgan").model, latent_dim=4, width=4)
+    one, log = Trainer(config("dcgan", model=model, optimizers=wild), DIGITS, CPU), LossLog("")
+    log.remedy = one.remedy
+    for _ in range(3):
+        log.add(one.step(DIGITS.images[:128]))
+    with pytest.raises(UserError) as error:
+        log.flush(one.images, 128, tmp_path / "last")
+    text = str(error.value)
+    assert "discriminator_accuracy = " in text and "gradient_generator = " in text and "\n" not in text
+    assert "lower the learning rates" in text and "a discriminator has won where its accuracy is near 1" in text
+    with pytest.raises(UserError, match=r"is not finite after 384 images; .*discriminator has won"):
+        one.save(tmp_path / "last", {}, for_resuming=True)
+
+
+@pytest.mark.parametrize("name", ["alpha-gan", "dcgan", "wgan-gp", "wae-gan"])
+def test_adversarial_models_go_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    model = dataclasses.replace(default(name).model, latent_dim=4, width=4)
+    one, two = (Trainer(config(name, model=model, ema=0.5), DIGITS, CPU) for _ in range(2))
+    for i in range(3):
+        one.step(DIGITS.images[128 * i : 128 * (i + 1)])
+    one.save(tmp_path / "last", {}, for_resuming=True)
+    two.restore(tmp_path / "last")
+    for i in range(3, 6):
+        x = DIGITS.images[128 * i : 128 * (i + 1)]
+        assert one.step(x) == two.step(x)
+    for trainer in (one, two):
+        assert trainer.images == 6 * 128
+    for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_each_phase_has_the_gradients_of_its_own_loss_alone() -> None:
     still = dict.fromkeys(("discriminator", "generator"), OptimizerConfig(lr=0.0))
     one = Trainer(config("adversarial", optimizers=still), DIGITS, CPU)
@@ -191,7 +240,7 @@ def test_names_of_losses_are_those_of_one_phase(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_step_may_have_no_phase(tmp_path: Path) -> None:
-    assert LossLog().flush(0, 1, tmp_path) == {}
+    assert LossLog("").flush(0, 1, tmp_path) == {}
 
 
 def test_groups_and_tables_do_not_collide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,21 @@
 
 import contextlib
 import io
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import forked
 import pytest
 from PIL import Image
-from several_processes import drawing, failing_rows, fetching, finished, impatient, started
+from several_processes import agreeing, drawing, failing_rows, fetching, finished, impatient, started
 
 from glf_fast import evaluate, train
 from glf_fast.data import celeba
@@ -50,7 +52,8 @@ def errors(children: list[forked.Child]) -> list[str]:
 
 
 def test_a_run_is_one_run_whatever_ends_it(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two processes, of which one is killed; two again, which a signal stops; then one, which finishes; two score it."""
+    """Two processes, of which one is killed; two again, which a signal stops; two, of which the first has a full disk; then
+    one, which finishes; two score it."""
     folder = tmp_path / "r"
     with started(2, forked.command, "train", *ENDLESS, "--out", str(folder)) as children:
         wait_for_steps(folder, 3, children)
@@ -70,6 +73,12 @@ def test_a_run_is_one_run_whatever_ends_it(tmp_path: Path, call: Call, capsys: p
         assert children[1].communicate() == ("", "")
     images = [record["images"] for record in runs.read_metrics(folder)]
     assert images == sorted(set(images)) and images[-1] == 128 * steps(folder)
+    before = steps(folder)
+    size = max(path.stat().st_size for path in (folder / "checkpoints" / "last").iterdir())
+    with started(2, forked.command, "train", *ENDLESS, "--out", str(folder), file_size=size - 1) as children:
+        [line] = errors(children)
+        assert "could not be written" in line and "free disk space and run the same command again" in line
+        assert [child.returncode for child in children] == [2, 2] and steps(folder) == before
 
     epochs = steps(folder) // 12 + 1
     small = [*ENDLESS[:2], "--score.every", "0", "--epochs", str(epochs), "--out", str(folder)]
@@ -132,6 +141,31 @@ def test_a_comparison_goes_on_after_errors_of_all_processes_alone(first: int, no
         assert children[0].communicate()[0].count("after ") == noted
 
 
+def test_the_same_checkpoint_is_waited_for_and_another_one_is_an_error(tmp_path: Path) -> None:
+    """As of a file system that shows a machine late what another one has written, and of folders that are not shared."""
+    for name in ("0", "1"):
+        (tmp_path / name / "last").mkdir(parents=True)
+        (tmp_path / name / "last" / "checkpoint.json").write_text(name)
+    with started(2, agreeing, tmp_path) as children:
+        [line] = errors(children)
+        assert "the processes do not find the same checkpoint in last; choose a folder that all machines share" in line
+        assert children[0].communicate()[0] == "the same\n" and [child.returncode for child in children] == [2, 2]
+
+
+@pytest.mark.parametrize("command", ["sample", "fit", "info", "data.__main__"])
+def test_a_command_of_one_process_does_its_work_once(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, f"glf_fast.{command}", raising=False)  # so that runpy is the first to import it
+    told = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for rank, error in (("0", "error: this command runs in one process; start it without torchrun\n"), ("1", "")):
+        for name, value in {**told, "RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_module(f"glf_fast.{command}", run_name="__main__", alter_sys=True)
+        assert capsys.readouterr() == ("", error)
+
+
 def celeba_of_six(folder: Path) -> None:
     """Write the files of CelebA with 4 training and 2 test images."""
     content = io.BytesIO()
@@ -168,11 +202,13 @@ def test_a_process_that_ends_while_it_fetches_ends_the_others(tmp_path: Path) ->
 
 
 def test_a_process_that_does_not_answer_ends_the_others_after_a_time(tmp_path: Path) -> None:
+    """Before it, that communication takes more than half of a step is said once."""
     folder = tmp_path / "r"
     with started(2, impatient, 3, "train", *ENDLESS, "--out", str(folder)) as children:
-        wait_for_steps(folder, 1, children)
+        wait_for_steps(folder, 2, children)
         children[1].send_signal(signal.SIGSTOP)
         [line] = errors(children[:1])
+        assert children[0].communicate()[1].count("communication takes 100% of a step") == 1
         assert "another process of this job did not answer for 3 seconds" in line and children[0].returncode == 2
     with started(2, impatient, 2, "train", *ENDLESS, "--out", str(folder)) as children:
         children[1].send_signal(signal.SIGKILL)
@@ -180,32 +216,59 @@ def test_a_process_that_does_not_answer_ends_the_others_after_a_time(tmp_path: P
         assert "the 2 processes did not come together" in line or "has ended" in line
 
 
+@contextlib.contextmanager
+def torchrun(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """`torchrun …`, with its processes, which only it can end."""
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
+        try:
+            yield agent
+        finally:
+            if agent.poll() is None:
+                agent.terminate()
+                agent.wait(60)
+
+
+FRAGILE = """
+import os, signal, sys
+from glf_fast import train
+from glf_fast.errors import run_command
+from glf_fast.training.trainer import Trainer
+step = Trainer.step
+def fragile(self, *batch):
+    if self.images == 378 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *batch)
+Trainer.step = fragile
+run_command(train.main)
+"""
+
+
 @pytest.mark.long
-def test_torchrun_starts_killed_processes_again_and_any_number_resumes(tmp_path: Path) -> None:
-    """One process of two kills itself in its third step, once; three finish what two have begun."""
+@pytest.mark.timeout(1300)
+def test_torchrun_starts_killed_processes_again_and_any_number_on_two_machines_resumes(tmp_path: Path) -> None:
+    """One process of two kills itself in its third step, once; three, which two torchruns start, finish what two have begun."""
     folder = tmp_path / "r"
-    (tmp_path / "fragile.py").write_text(
-        "import os, signal, sys\n"
-        "from glf_fast import train\n"
-        "from glf_fast.errors import run_command\n"
-        "from glf_fast.training.trainer import Trainer\n"
-        "step = Trainer.step\n"
-        "def fragile(self, *batch):\n"
-        "    if self.images == 378 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return step(self, *batch)\n"
-        "Trainer.step = fragile\n"
-        "run_command(train.main)\n"
-    )
+    (tmp_path / "fragile.py").write_text(FRAGILE)
     base = ["--preset", "smoke", "--batch-size", "126", "--checkpoint-minutes", "0", "--score.every", "0"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-    for count, script, epochs in ((2, "fragile.py", 1), (3, "plain.py", 2)):
-        (tmp_path / "plain.py").write_text(
-            (tmp_path / "fragile.py").read_text().replace("Trainer.step = fragile\n", "")
-        )
-        command = [*torchrun, str(count), "--max-restarts", "1", str(tmp_path / script), *base, "--epochs", str(epochs)]
-        done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        assert checkpoint.read_state(folder / "checkpoints" / "last")["images"] == epochs * 12 * 126
-        assert done.stderr.count("error: another process of this job has ended") == (count == 2)
-        assert ("resuming after 378 images" in done.stderr) == (count == 2)
+    one_epoch = [*base, "--epochs", "1", "--out", folder]
+    with torchrun("--nproc-per-node", 2, "--max-restarts", 1, tmp_path / "fragile.py", *one_epoch) as agent:
+        _, told = agent.communicate(timeout=600)
+        assert agent.returncode == 0, told
+    assert checkpoint.read_state(folder / "checkpoints" / "last")["images"] == 12 * 126
+    assert told.count("error: another process of this job has ended") == 1
+    assert "resuming after 378 images" in told
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    together = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", at, "--local-addr", "127.0.0.1"]
+    command = ["-m", "glf_fast.train", "--", *base, "--epochs", "2", "--out", folder]
+    with (
+        torchrun(*together, "--nproc-per-node", 2, *command) as first,
+        torchrun(*together, "--nproc-per-node", 1, *command) as second,
+    ):
+        told = "".join(agent.communicate(timeout=600)[1] for agent in (first, second))
+        assert (first.returncode, second.returncode) == (0, 0), told
+    assert checkpoint.read_state(folder / "checkpoints" / "last")["images"] == 2 * 12 * 126
+    assert told.count("3 processes, each with 42 of the 126 images") == told.count("resuming after 1,512 images") == 1

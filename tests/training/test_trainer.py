@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_the_loss_log_averages_and_names_the_step_that_went_wrong(tmp_path: Path) -> None:
-    log = LossLog(capacity=4)
+    log = LossLog("try this", capacity=4)
     for value in (1.0, 2.0, 6.0):
         log.add({"loss": torch.tensor(value), "nll": torch.tensor(-value)})
     assert log.flush(300, 100, tmp_path) == {"loss": 3.0, "nll": -3.0}
@@ -186,7 +186,9 @@ def test_the_loss_log_averages_and_names_the_step_that_went_wrong(tmp_path: Path
     assert log.full
     with pytest.raises(UserError) as error:
         log.flush(700, 100, tmp_path / "last")
-    assert "not finite at step 5 (500 images): loss = 1, nll = nan; there is no checkpoint yet; " in str(error.value)
+    assert "not finite at step 5 (500 images): loss = 1, nll = nan; there is no checkpoint yet; try this" in str(
+        error.value
+    )
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:

@@ -1,0 +1,105 @@
+"""Bayesian optimisation in a latent space: a Gaussian process of the objective, and batches by expected improvement."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from glf_fast.errors import UserError
+
+__all__ = ["check_search", "search"]
+
+# Points to which the Gaussian process is fitted: half of them the best ones, half at random.
+POINTS = 500
+# Points among which a batch is chosen.
+CANDIDATES = 1000
+# Noise of an observation, relative to the deviation of all values: points that are decoded to the same text are no error.
+_NOISE = 1e-3
+
+Array = np.ndarray
+
+
+def check_search() -> None:
+    """Raise UserError unless scikit-learn is installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            'the Gaussian process of a search is scikit-learn\'s: pip install "glf_fast[search]"'
+        ) from error
+
+
+def search(
+    codes: Array,
+    values: Array,
+    judge: Callable[[Array], Array],
+    draw: Callable[[int, int], Array],
+    *,
+    rounds: int = 5,
+    batch: int = 50,
+    seed: int = 0,
+) -> None:
+    """Minimise an objective of codes, beginning with known codes (N, D) and their values (N,).
+
+    In each round a Gaussian process with a Matérn kernel (ν = 5/2) is fitted to up to 500 points: the best half, and others at
+    random. A batch is chosen greedily by expected improvement among 1,000 candidates, half of them drawn from the model, half
+    near the best codes. After each choice the process takes its own mean for the value of the chosen point (kriging believer),
+    so that the next choice is made elsewhere.
+
+    Args:
+        judge: the values (B,) of codes (B, D), called once a round; it may keep what it has seen.
+        draw: draw(round, n) gives n codes of the model.
+        seed: of the random choices.
+    """
+    check_search()
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    random = np.random.default_rng(seed)
+    scale = codes.std(0) + 1e-12
+    x, y = codes / scale, values.astype(np.float64)
+    for number in range(rounds):
+        used = _chosen(y, random)
+        kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.sqrt(codes.shape[1]), (1e-1, 1e3), nu=2.5)
+        kernel += WhiteKernel(0.1, (_NOISE, 1e1))
+        process: Any = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a bound of a kernel's parameter is no fault
+            process.fit(x[used], y[used])
+        near = x[np.argsort(y)[:10]][random.integers(0, min(10, len(y)), CANDIDATES // 2)]
+        steps = random.choice([0.1, 0.3, 1.0], (len(near), 1)) * random.standard_normal(near.shape)
+        candidates = np.concatenate([draw(number, CANDIDATES - len(near)) / scale, near + steps])
+        mean, covariance = process.predict(candidates, return_cov=True)
+        picked = candidates[_batch(mean, covariance, y[used].min(), batch)]
+        found = judge(picked * scale)
+        x, y = np.concatenate([x, picked]), np.concatenate([y, found])
+
+
+def _chosen(values: Array, random: np.random.Generator) -> Array:
+    """Indices of the points to which the process is fitted."""
+    order = np.argsort(values)
+    best, rest = order[: POINTS // 2], order[POINTS // 2 :]
+    return np.concatenate([best, random.permutation(rest)[: POINTS - len(best)]])
+
+
+def _batch(mean: Array, covariance: Array, least: float, count: int) -> list[int]:
+    """Indices of a batch, chosen greedily by expected improvement below `least`."""
+    from scipy.stats import norm
+
+    chosen: list[int] = []
+    covariance = covariance.copy()
+    for _ in range(count):
+        deviation = np.sqrt(np.maximum(covariance.diagonal(), 1e-12))
+        gain = (least - mean) / deviation
+        improvement = deviation * (gain * norm.cdf(gain) + norm.pdf(gain))
+        improvement[chosen] = -np.inf
+        best = int(improvement.argmax())
+        chosen.append(best)
+        least = min(least, float(mean[best]))
+        column = covariance[:, best].copy()
+        covariance -= np.outer(column, column) / max(column[best], 1e-12)
+    return chosen
