@@ -119,6 +119,8 @@ def accelerate(model: nn.Module) -> Report:
     put in (forward, inverse, gradients of all parameters); one that differs is left alone. On images the networks stay the
     originals, and the layers around them are replaced, level by level in multi-scale flows.
 
+    Steps of the two Glows that are copied most, which are in no package, are replaced likewise (`glow_modules`).
+
     Dtype, device, train or eval mode and `requires_grad` stay as they were. Training goes on, with *new parameters*: create
     the optimizer after this call, and load checkpoints of the original before it, because the names in the state_dict
     change. An optimizer takes the same steps as in the original, but for the layers that the report names. A layer that, or

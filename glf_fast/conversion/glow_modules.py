@@ -82,9 +82,9 @@ def _convolution(module: nn.Module, weight: Tensor, *, regular: bool) -> Dense:
 
 
 def _coupling(part: Part, network: nn.Module, layout: str) -> Layer:
-    halves = torch.arange(part.shape[0], device=next(network.parameters()).device).chunk(2)
-    options = () if layout == "t" else ("glow", 2.0)
-    return DeclaredCoupling(*halves, network, layout, *options, add_first=layout != "t", context="none").read(part)
+    passive, transformed = torch.arange(part.shape[0], device=next(network.parameters()).device).chunk(2)
+    declared = partial(DeclaredCoupling, passive, transformed, network, layout, context="none")
+    return (declared() if layout == "t" else declared("glow", 2.0, add_first=True)).read(part)
 
 
 def _permutation(step: Any) -> tuple[str, Any]:
@@ -115,7 +115,7 @@ class _FusedFlow(FusedLayer):
 class _FusedStep(FusedLayer):
     """A run of FlowSteps: adds to the log-determinant that it is given."""
 
-    def forward(self, input: Tensor, logdet: Any = None, reverse: bool = False) -> Any:  # type: ignore[override]
+    def forward(self, input: Tensor, logdet: Any = None, reverse: bool = False) -> Any:
         """(B, C, H, W) → the same, and logdet + its own; noise → data if `reverse`."""
         out, own = super().inverse(input) if reverse else super().forward(input)
         return out, None if logdet is None else logdet + own

@@ -299,8 +299,9 @@ class FactoredOut(Bijection):
 def _generate(flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
     if not isinstance(flow.q0, nn.ModuleList):
         return flow.forward(noise, *_given(flow, context))
-    pieces = noise.flatten(1).split([math.prod(base.shape) for base in flow.q0][::-1], 1)
-    latents = [NormalBase(q0).inverse(z.view(-1, *q0.shape))[0] for q0, z in zip(flow.q0, pieces[::-1], strict=True)]
+    bases: list[Any] = list(flow.q0)
+    pieces = noise.flatten(1).split([math.prod(base.shape) for base in reversed(bases)], 1)
+    latents = [NormalBase(q0).inverse(z.view(-1, *q0.shape))[0] for q0, z in zip(bases, pieces[::-1], strict=True)]
     return flow.forward_and_log_det(latents)[0]
 
 

@@ -75,7 +75,7 @@ class GlowSettings(ModelSettings):
 
     def effective(self) -> dict[str, Any]:
         """The fields that have an effect with this coupling and these masks, by name."""
-        without = _OF_AFFINE if self.coupling == "additive" else ()
+        without: tuple[str, ...] = _OF_AFFINE if self.coupling == "additive" else ()
         if self.masks == "realnvp":
             without += ("linear",)
         if not self.conditional:
