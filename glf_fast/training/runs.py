@@ -297,6 +297,7 @@ def _check_score(score: dict[str, Any]) -> None:
         _ = base64.b64decode(number.get("picture", ""), validate=True)
     if density := score["likelihood"]:
         numbers += [density["value"], *density["interval"]] if density["value"] is not None else []
+        numbers += [density["median"]] if density.get("median") is not None else []
         _ = density["what"] + density["metric"]
     _ = "".join([*samples["notes"], samples["metric"], settings["mode"], settings["extractor"], about["name"]])
     if not all(isinstance(number, (int, float)) and fits(number) for number in numbers):
