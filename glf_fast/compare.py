@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from glf_fast import data, distributed
+from glf_fast import data, distributed, metrics
 from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, check_text, run_command
 from glf_fast.training import comparison, comparison_page
@@ -33,6 +33,9 @@ class Command:
     """Number of runs of each row, with seeds 0, 1, …; the table has mean and standard deviation of several."""
     size: str = "quick"
     """Networks and budget: quick (minutes a row on two processor cores), paper (as in arXiv:1905.10485) or smoke (seconds)."""
+    scores: str = ""
+    """Scores in the table, separated by commas: fd, kid, pr, is, prd, dc, msssim, critic, modes, nearest (docs/scores.md); by
+    default those of the size. Finished runs are given the scores that they lack."""
     out: Path | None = None
     """Folder of the comparison; by default comparisons/ and a name made from data, size and epochs."""
     data_dir: Path | None = None
@@ -54,7 +57,10 @@ def _compare() -> None:
     names = tuple(dict.fromkeys(name.strip() for name in command.models.split(",") if name.strip())) or rows(
         data.expected_kind(command.data)
     )
-    plan = Plan(names, command.data, command.size, command.epochs, command.seeds, command.out)
+    scores = metrics.named_scores(command.scores)
+    plan = Plan(names, command.data, command.size, command.epochs, command.seeds, command.out, scores)
+    if scores and plan.kind == "tokens":
+        raise UserError("--scores is for images, and this comparison is of sequences; leave it out")
     check_text("--out", str(plan.folder))
     device = pick_device(command.device)
     train, test = load_splits(plan.shared.data, command.data_dir)

@@ -47,7 +47,7 @@ __all__ = [
 
 # The longest time for which a process waits for another one.
 WAIT = timedelta(minutes=10)
-# Seconds for which an error of process 0 waits for the same error of the others.
+# Seconds for which an error of process 0 waits for the errors of the others.
 _PATIENCE = 5.0
 # Seconds between two signs of life of a process inside of `unhurried`.
 _BEAT = 1.0
@@ -145,9 +145,10 @@ def _is_news(message: str, consequence: bool) -> bool:
     with contextlib.suppress(RuntimeError):  # the process that holds the store may be gone
         again = _store.add(f"error {hashlib.sha256(message.encode()).hexdigest()}", 1) > 1
         said = _store.add("errors", 1) > 1  # last, because it is what process 0 waits for
-        # Process 0 may hold the store, and most errors are those of all: it lets the others look first.
-        until = time.monotonic() + (_PATIENCE if is_main() and not consequence else 0)
-        while time.monotonic() < until and _store.add("errors", 0) < dist.get_world_size():
+        # Process 0 may hold the store, and most errors are those of all: it lets the others look first. After a consequence at
+        # least one of them is missing.
+        until = time.monotonic() + (_PATIENCE if is_main() else 0)
+        while time.monotonic() < until and _store.add("errors", 0) < dist.get_world_size() - consequence:
             time.sleep(0.1)
         return not (again or (said and consequence))
     return True

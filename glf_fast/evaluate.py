@@ -1,4 +1,4 @@
-"""python -m glf_fast.evaluate RUN: Fréchet distances and KID of a trained model, with their protocol."""
+"""python -m glf_fast.evaluate RUN: Fréchet distances and other scores of a trained model, with their protocol."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from glf_fast import data, distributed
+from glf_fast import data, distributed, metrics
 from glf_fast.command_line import parse, pick_device
 from glf_fast.errors import UserError, run_command
 from glf_fast.training import checkpoint, report, runs, sequence_scoring
@@ -28,6 +28,9 @@ class Command:
     """Checkpoint of the run to use."""
     extractor: tuple[str, ...] = ()
     """Feature networks; by default the networks in the run's settings."""
+    scores: str = ""
+    """Scores, separated by commas: fd, kid, pr, is, prd, dc, msssim, critic, modes, nearest (docs/scores.md); by default those
+    in the run's settings. They replace earlier scores of the same samples."""
     n: int | None = None
     """Number of samples; by default the number in the run's settings."""
     temperature: float = 1.0
@@ -54,6 +57,9 @@ def main() -> None:
 def _evaluate() -> None:
     command = parse(Command, sys.argv[1:], "glf_fast.evaluate")
     config, device = runs.read_config(command.run), pick_device(command.device)
+    scores = metrics.named_scores(command.scores) or config.score.scores
+    if message := metrics.check_scores(scores, command.extractor or config.score.extractors):
+        raise UserError(f"--scores: {message}")
     which = distributed.by_main(runs.pick_checkpoint)(command.run, command.checkpoint)
     model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, which), device)
     checkpoint.check_state(runs.checkpoint_folder(command.run, which), state)
@@ -66,17 +72,17 @@ def _evaluate() -> None:
     n = config.score.samples if command.n is None else command.n
     about = {"name": which, "images": state["images"], "epoch": state["epoch"], "ema": config.ema}
     if isinstance(train, data.TokenDataset) and isinstance(test, data.TokenDataset):
-        scores = evaluate_sequences(
+        of_sequences = evaluate_sequences(
             model, train, test, n=n, searches=config.score.searches, about=about, **_sequence_options(command)
         )
-        _report(command.run, scores, sequence_scoring.table(scores))
+        _report(command.run, of_sequences, sequence_scoring.table(of_sequences))
         return
     train, test = data.as_images(train), data.as_images(test)
     others = []
     for source in command.other_data:  # first: what is refused costs no scores
         other = data.as_images(load_other(source, config.data, model.shape, command.data_dir))
         others.append(other_likelihood(model, test, other, n, seed=command.seed))
-    scores = evaluate(
+    results = evaluate(
         model,
         train,
         test,
@@ -86,13 +92,14 @@ def _evaluate() -> None:
         temperature=command.temperature,
         mode=command.mode,
         about=about,
+        scores=scores,
     )
-    _report(command.run, scores, "\n".join([table(scores), *others]))
+    _report(command.run, results, "\n".join([table(results), *others]))
 
 
 def _sequence_options(command: Command) -> dict[str, Any]:
     """The options of sampling; raises UserError for those that are for images alone."""
-    for name in ("extractor", "other_data"):
+    for name in ("extractor", "other_data", "scores"):
         if getattr(command, name):
             raise UserError(f"--{name.replace('_', '-')} is for images, and this run is on sequences; leave it out")
     return {name: getattr(command, name) for name in ("seed", "temperature", "mode")}

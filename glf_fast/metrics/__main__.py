@@ -1,14 +1,17 @@
-"""Fréchet distance between two sets of images.
+"""Fréchet distance and other scores of a set of images in comparison with another set.
 
 python -m glf_fast.metrics ref fashion-mnist:test --extractor vgg16 --out reference.safetensors
 
 python -m glf_fast.metrics calc samples/ fashion-mnist:test
+
+python -m glf_fast.metrics calc samples/ fashion-mnist:test --scores fd,kid,is,prd,pr,dc,msssim,critic,modes,nearest
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,13 +23,15 @@ from torch import Tensor
 
 from glf_fast import distributed
 from glf_fast.command_line import parse, pick_device
-from glf_fast.data import SOURCES, SPLITS, as_images, load
+from glf_fast.data import SOURCES, SPLITS, ImageDataset, as_images, load
 from glf_fast.distributed import by_main, unhurried
 from glf_fast.errors import UserError, run_command
-from glf_fast.metrics.collect import collect
-from glf_fast.metrics.extractors import Extractor, extractor
+from glf_fast.metrics.battery import KEPT_IMAGES, battery, table
+from glf_fast.metrics.collect import collect_all
+from glf_fast.metrics.extractors import CLASSIFIERS, Extractor, extractor
 from glf_fast.metrics.reference import dataset_stats, subset
 from glf_fast.metrics.score import compare, summary
+from glf_fast.metrics.score_table import SCORES, ImageSet, check_scores, named_scores
 from glf_fast.metrics.stats import FeatureStats
 
 
@@ -39,7 +44,7 @@ class Ref:
     out: Path
     """File to write (.safetensors)."""
     extractor: str = "vgg16"
-    """Feature network: tiny, vgg16, vgg16-relu4_3, vgg16-relu3_3, vgg16-relu2_2 or inception."""
+    """Feature network: tiny, vgg16, vgg16-relu4_3, vgg16-relu3_3, vgg16-relu2_2, inception, tiny-mnist or tiny-cifar10."""
     n: int | None = None
     """Number of images to use, drawn at random with a fixed seed; by default all."""
     weights: Path | None = None
@@ -54,15 +59,24 @@ class Ref:
 
 @dataclass(frozen=True)
 class Calc:
-    """Compute the distance of the images A (the samples) from the images B (the reference)."""
+    """Score the images A (the samples) in comparison with the images B (the reference)."""
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
     """Samples: images (folder, zip, .npy, .npz, fashion-mnist:test) or statistics (.safetensors by `ref`, .npz of mu and
     sigma)."""
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
     """Reference, in any of the same forms."""
+    scores: str = ""
+    """Scores, separated by commas: fd, kid, pr, is, prd, dc, msssim, critic, modes, nearest (docs/scores.md), as a table; by
+    default fd, kid and pr in a line."""
     extractor: str | None = None
     """Feature network; by default the network of the saved statistics, else vgg16."""
+    classifier: str | None = None
+    """Network of the scores is and modes: tiny, tiny-mnist, inception or tiny-cifar10; by default the extractor if it
+    classifies, else tiny."""
+    train: str | None = None
+    """With --scores: the training images, in the forms of images, for the score nearest and the column of real images; by
+    default the training split where B is the test split of a data set."""
     n: int | None = None
     """Number of images to use of each set that is not saved statistics, drawn at random with a fixed seed; by default all."""
     weights: Path | None = None
@@ -102,7 +116,7 @@ def ref(command: Ref) -> None:
         )
     with unhurried():
         network = extractor(command.extractor, device=pick_device(command.device), weights=command.weights)
-    stats = from_images(command.source, network, command)
+    stats = from_images(command.source, [network], command).stats[network.name]
     by_main(_save)(stats, command.out)
     print(f"{command.out}: {stats.n} images, {stats.dim} features of {command.extractor}")
 
@@ -113,34 +127,86 @@ def _save(stats: FeatureStats, out: Path) -> None:
 
 
 def calc(command: Calc) -> None:
-    """Run `calc`: print the distance of two sets."""
+    """Run `calc`: print the distance of two sets, or the table of their scores."""
+    names = named_scores(command.scores)
+    if message := check_scores(names, CLASSIFIERS):
+        raise UserError(f"--scores: {message}")
+    for option in ("classifier", "train"):
+        if getattr(command, option) is not None and not names:
+            raise UserError(f"--{option} has no effect without --scores")
     given = [from_statistics(source) for source in (command.a, command.b)]  # finds errors in files before the long work
-    network: Extractor | None = None
+    known = [stats.extractor["name"] for stats in given if stats is not None and stats.extractor is not None]
     if None not in given:
         for option in ("extractor", "n", "weights", "device", "image_size", "skip_unusable"):
             if getattr(command, option) not in (None, "", False):
                 name = option.replace("_", "-")
                 raise UserError(f"{command.a} and {command.b} are saved statistics already; leave --{name} out")
-    else:
-        known = [stats.extractor["name"] for stats in given if stats is not None and stats.extractor is not None]
-        name = command.extractor or (known or ["vgg16"])[0]
-        with unhurried():
-            network = extractor(name, device=pick_device(command.device), weights=command.weights)
+    extractors = []
+    if names or None in given:
+        extractors = _extractors(command, names, (known or ["vgg16"])[0])
         for stats in given:
             if stats is not None:
-                stats.check_comparable(FeatureStats(network.dim, extractor=network.identity))
+                stats.check_comparable(FeatureStats(extractors[0].dim, extractor=extractors[0].identity))
     a, b = (
-        stats if stats is not None else from_images(source, network, command)
+        _of_statistics(stats, extractors, source) if stats is not None else from_images(source, extractors, command)
         for stats, source in zip(given, (command.a, command.b), strict=True)
     )
-    result = by_main(compare)(a, b)
-    result["protocol"]["samples"] = a.source
+    first, reference = (next(iter(images.stats.values())) for images in (a, b))
+    numbers = []
+    if names:
+        train, training = _training(command, extractors, first.n)
+        numbers = battery(names, extractors, a, b, train, training)
+    result = {}
+    if command.json or not names:
+        result = by_main(compare)(first, reference)
+        result["protocol"]["samples"] = first.source
     if command.json:
-        print(json.dumps(result, indent=2, allow_nan=False))
+        print(json.dumps(result | ({"battery": numbers} if names else {}), indent=2, allow_nan=False))
+    elif names:
+        print(f"{command.a} ({first.n:,} images) in comparison with {command.b} ({reference.n:,} images)\n")
+        print(table(numbers))
+        print("\n" + "\n".join(dict.fromkeys(f"{n['score']}: {n['protocol']}" for n in numbers if n["protocol"])))
     else:
         print(summary(result))
         for note in result["notes"]:
             print(f"note: {note}")
+
+
+def _extractors(command: Calc, names: Sequence[str], default: str) -> list[Extractor]:
+    """The feature network, and the classifier if the scores need another network for it."""
+    chosen = [command.extractor or default]
+    if any(SCORES[name].needs == "classes" for name in names):
+        chosen.append(command.classifier or (chosen[0] if chosen[0] in CLASSIFIERS else "tiny"))
+        if chosen[1] not in CLASSIFIERS:
+            raise UserError(f"--classifier {chosen[1]} does not classify; the classifiers are {', '.join(CLASSIFIERS)}")
+    elif command.classifier:
+        raise UserError(f"--classifier {command.classifier} has no effect; it is for the scores is and modes")
+    with unhurried():
+        device = pick_device(command.device)
+        return [
+            extractor(name, device=device, weights=command.weights if name == chosen[0] else None)
+            for name in dict.fromkeys(chosen)
+        ]
+
+
+def _of_statistics(stats: FeatureStats, extractors: Sequence[Extractor], source: str) -> ImageSet:
+    """Saved statistics as a set of images, of which nothing else is known."""
+    if len(extractors) > 1:
+        raise UserError(
+            f"{source} holds features of {extractors[0].name}, not of the classifier {extractors[1].name}; give the images, or "
+            f"statistics by --extractor {extractors[1].name}"
+        )
+    return ImageSet({extractors[0].name if extractors else "": stats})
+
+
+def _training(command: Calc, extractors: Sequence[Extractor], n: int) -> tuple[ImageSet | None, Tensor | None]:
+    """As many training images as there are samples, or half of them, for the anchors, and all training images."""
+    name, _, split = command.b.rpartition(":")
+    source = command.train or (f"{name}:train" if split == "test" and not Path(command.b).exists() else None)
+    if source is None:
+        return None, None
+    loaded = _load(source, command)
+    return _collected(loaded, extractors, min(n, max(2, len(loaded.images) // 2))), loaded.images
 
 
 def from_statistics(source: str) -> FeatureStats | None:
@@ -175,7 +241,7 @@ def _real(array: np.ndarray) -> Tensor:
 
 def _options(source: str, command: Ref | Calc) -> dict[str, Any]:
     """The options of loading that are for this source; an option that is for no source of the command is given to all."""
-    sources = [command.a, command.b] if isinstance(command, Calc) else [source]
+    sources = [command.a, command.b, command.train or command.b] if isinstance(command, Calc) else [source]
 
     def takes(source: str, option: str) -> bool:
         data_set = SOURCES.get(source.rpartition(":")[0])
@@ -189,9 +255,35 @@ def _options(source: str, command: Ref | Calc) -> dict[str, Any]:
     }
 
 
-def from_images(source: str, network: Extractor | None, command: Ref | Calc) -> FeatureStats:
-    """Statistics of a data set's split (cached) or of all images at a path."""
-    assert network is not None
+@dataclass(frozen=True)
+class _Loaded:
+    """All images of a source, with the data set of which they are a split, or else their origin."""
+
+    images: Tensor
+    dataset: ImageDataset | None
+    origin: dict[str, Any]
+
+
+def from_images(source: str, extractors: Sequence[Extractor], command: Ref | Calc) -> ImageSet:
+    """The images of a data set's split, or all images at a path, with their statistics."""
+    return _collected(_load(source, command), extractors, command.n)
+
+
+def _collected(loaded: _Loaded, extractors: Sequence[Extractor], n: int | None) -> ImageSet:
+    """n of the images, by default all, with their statistics; those of a data set are cached."""
+    images = subset(loaded.images, len(loaded.images) if n is None else n)
+    if loaded.dataset is not None:
+        found = [dataset_stats(loaded.dataset, network, n=n) for network in extractors]
+    else:
+        found = collect_all(images, extractors, source=loaded.origin)
+        for stats in found:
+            stats.source["n"] = stats.n
+    names = [network.name for network in extractors]
+    return ImageSet(dict(zip(names, found, strict=True)), images[:KEPT_IMAGES].to(extractors[0].device))
+
+
+def _load(source: str, command: Ref | Calc) -> _Loaded:
+    """All images of a source."""
     options = _options(source, command)
     if Path(source).exists():
         # `load` splits a tenth off for testing; the distance is about all images.
@@ -200,16 +292,12 @@ def from_images(source: str, network: Extractor | None, command: Ref | Calc) -> 
         shapes = [tuple(part.images.shape[1:]) for part in parts]
         if shapes[0] != shapes[1]:
             raise UserError(f"the images of {source} have different shapes, {shapes[0]} and {shapes[1]}")
-        images = torch.cat([part.images for part in parts])
-        total = len(images) if command.n is None else command.n
         origin: dict[str, Any] = {
             "name": source,
             "fingerprints": [part.fingerprint for part in parts],
             "policies": [part.policy for part in parts],
         }
-        stats = collect(subset(images, total), network, source=origin)
-        stats.source["n"] = stats.n
-        return stats
+        return _Loaded(torch.cat([part.images for part in parts]), None, origin)
     name, _, split = source.rpartition(":")
     if split not in SPLITS:
         raise UserError(
@@ -218,7 +306,7 @@ def from_images(source: str, network: Extractor | None, command: Ref | Calc) -> 
         )
     with unhurried():
         dataset = as_images(load(name, split, **options))
-    return dataset_stats(dataset, network, n=command.n)
+    return _Loaded(dataset.images, dataset, {})
 
 
 if __name__ == "__main__":

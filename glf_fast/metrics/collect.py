@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from glf_fast.errors import UserError
 from glf_fast.metrics.extractors import Extractor, check_images
 from glf_fast.metrics.stats import FeatureStats
 
-__all__ = ["collect"]
+__all__ = ["blocks", "collect", "collect_all"]
 
 # The moments are updated once for each block of this many images. It is a multiple of every extractor's chunk.
 BLOCK = 1024
@@ -38,26 +38,44 @@ def collect(
         source: description of the images, recorded in the statistics.
         divided: whether `images` are the part of this process already, in the order of processes.
     """
+    [stats] = collect_all(images, [extractor], keep=keep, source=source, divided=divided)
+    return stats
+
+
+def collect_all(
+    images: Tensor | Iterable[Tensor],
+    extractors: Sequence[Extractor],
+    *,
+    keep: int | None = None,
+    source: Mapping[str, Any] | None = None,
+    divided: bool = False,
+) -> list[FeatureStats]:
+    """The statistics of `collect` by each extractor, in one pass over the images."""
     if distributed.size() > 1 and not divided:
         whole = images if isinstance(images, Tensor) else torch.cat(list(images))
         own = distributed.parts(len(whole), BLOCK)[distributed.rank()]
         images = whole[own.start : own.stop]
-    stats = FeatureStats(
-        extractor.dim,
-        keep=sys.maxsize if keep is None else keep,
-        extractor=extractor.identity,
-        source=source,
-        device=extractor.device if extractor.device.type == "cuda" else "cpu",
-    )
-    for block in _blocks([images] if isinstance(images, Tensor) else images):
-        stats.update(extractor(block))
-        stats.source["image_shape"] = list(block.shape[1:])
+    found = [
+        FeatureStats(
+            extractor.dim,
+            keep=sys.maxsize if keep is None else keep,
+            extractor=extractor.identity,
+            source=source,
+            device=extractor.device if extractor.device.type == "cuda" else "cpu",
+        )
+        for extractor in extractors
+    ]
+    for block in blocks([images] if isinstance(images, Tensor) else images):
+        for stats, extractor in zip(found, extractors, strict=True):
+            stats.update(extractor(block))
+            stats.source["image_shape"] = list(block.shape[1:])
     if distributed.size() > 1:
-        stats.all_reduce()
-    return stats
+        for stats in found:
+            stats.all_reduce()
+    return found
 
 
-def _blocks(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+def blocks(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """The images of a stream in blocks of exactly BLOCK images; the last block may be shorter."""
     waiting: list[Tensor] = []
     for batch in batches:

@@ -16,10 +16,10 @@ from glf_fast.errors import UserError, did_you_mean
 from glf_fast.files import sha256
 from glf_fast.metrics.inception import load_inception
 from glf_fast.metrics.resize import antialiased, tf1_bilinear
-from glf_fast.metrics.tiny import TINY_SIZE, TINY_WEIGHTS, load_tiny
+from glf_fast.metrics.tiny import TINY_MNIST_WEIGHTS, TINY_SIZE, TINY_WEIGHTS, load_tiny
 from glf_fast.metrics.vgg16 import IMAGENET_MEAN, IMAGENET_STD, VGG16, load_vgg16
 
-__all__ = ["Extractor", "check_images", "extractor", "label", "names"]
+__all__ = ["CLASSIFIERS", "Extractor", "check_images", "extractor", "label", "names"]
 
 
 @contextlib.contextmanager
@@ -47,6 +47,8 @@ class Extractor(nn.Module):
     Attributes:
         name: key in the registry.
         dim: number of features of an image.
+        classes: number of classes of `logits`; 0 if the network does not classify.
+        tells_colours: whether colour images of one class have as many modes as ColorMNIST has colours.
         weights_sha256: hash of the weights file.
         resize, grey: preprocessing of the images, in words.
     """
@@ -63,8 +65,11 @@ class Extractor(nn.Module):
         weights_sha256: str,
         resize: str,
         chunk: int,
+        classes: int = 0,
+        tells_colours: bool = False,
     ) -> None:
         super().__init__()
+        self.classes, self.tells_colours = classes, tells_colours
         self.name, self.dim, self.weights_sha256, self.resize, self.chunk = name, dim, weights_sha256, resize, chunk
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._prepare = prepare
@@ -106,6 +111,14 @@ class Extractor(nn.Module):
                 x = self._prepare(x.expand(-1, 3, -1, -1).float())
                 features.append(self.network(x.contiguous(memory_format=torch.channels_last))[: len(part)])
         return torch.cat(features)
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (B, classes) of images from their features (B, dim). Raises ValueError if the network does not classify."""
+        if not self.classes:
+            raise ValueError(f"the network {self.name!r} does not classify images")
+        with torch.autocast(self.device.type, enabled=False):
+            return self.network.logits(features.to(self.device))
 
 
 def label(identity: Mapping[str, Any] | None) -> str:
@@ -164,16 +177,26 @@ def _vgg16(name: str, weights: Path | None, tap: int, dim: int) -> Extractor:
 
 
 def _tiny(name: str, weights: Path | None) -> Extractor:
-    if weights is not None:
-        raise UserError("the extractor 'tiny' has its own weights; do not give other weights")
+    shipped = {"tiny": TINY_WEIGHTS, "tiny-mnist": TINY_MNIST_WEIGHTS}.get(name)
+    if shipped and weights is not None:
+        raise UserError(f"the extractor {name!r} has its own weights; do not give other weights")
+    weights = shipped or weights
+    if weights is None:
+        raise UserError(
+            f"the extractor {name!r} has no weights in the package; train it with python tools/train_tiny.py --data cifar10, "
+            "and give the file with --weights"
+        )
+    network = load_tiny(weights)
     return Extractor(
         name,
-        load_tiny(),
+        network,
         lambda x: antialiased(x, TINY_SIZE, TINY_SIZE) / 255,
-        dim=128,
-        weights_sha256=sha256(TINY_WEIGHTS),
+        dim=network.dim,
+        weights_sha256=sha256(weights),
         resize=f"antialiased bilinear to {TINY_SIZE}",
         chunk=256,
+        classes=network.head.out_features,
+        tells_colours=name == "tiny-mnist",
     )
 
 
@@ -187,6 +210,7 @@ def _inception(name: str, weights: Path | None) -> Extractor:
         weights_sha256=sha256(weights),
         resize="TensorFlow 1 bilinear to 299",
         chunk=16,
+        classes=1008,
     )
 
 
@@ -197,7 +221,11 @@ _REGISTRY: dict[str, Callable[[str, Path | None], Extractor]] = {
     "vgg16-relu3_3": lambda name, weights: _vgg16(name, weights, tap=15, dim=256),
     "vgg16-relu2_2": lambda name, weights: _vgg16(name, weights, tap=8, dim=128),
     "inception": _inception,
+    "tiny-mnist": _tiny,
+    "tiny-cifar10": _tiny,
 }
+# Names of the extractors that classify.
+CLASSIFIERS = ("tiny", "inception", "tiny-mnist", "tiny-cifar10")
 
 
 def names() -> tuple[str, ...]:
@@ -210,7 +238,8 @@ def extractor(name: str, *, device: torch.device | str = "cpu", weights: Path | 
 
     Args:
         weights: local file instead of the cached or downloaded one (VGG16: safetensors with torchvision's names; Inception: the
-            published `.pth`). A distance is called FID only with the published weights.
+            published `.pth`; tiny-cifar10: the file that `tools/train_tiny.py` has written). A distance is called FID only with
+            the published weights.
 
     Raises:
         UserError: no such extractor, or a weights file of another network.

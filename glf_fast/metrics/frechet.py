@@ -7,14 +7,11 @@ import math
 import torch
 
 from glf_fast.errors import UserError
+from glf_fast.metrics.estimates import GROUPS, jackknife
 from glf_fast.metrics.linalg import eigvalsh, svdvals
 from glf_fast.metrics.stats import FeatureStats
 
 __all__ = ["frechet_distance", "jackknife_interval"]
-
-# Two-sided 95 % quantile of Student's t with GROUPS − 1 = 19 degrees of freedom.
-GROUPS = 20
-T_QUANTILE = 2.0930240544
 
 
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
@@ -50,9 +47,8 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
 def jackknife_interval(samples: FeatureStats, reference: FeatureStats) -> tuple[float, float]:
     """95 % interval for the distance of `samples` from `reference`, over draws of the samples with a fixed reference.
 
-    Delete-a-group jackknife (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 11) over 20 groups, of
-    every 20th sample each: distance ± t₁₉·√(19/20·Σ(dᵢ−d̄)²). The groups are subtracted from the merged moments, so the cost is
-    one covariance of all samples and 20 distances. The interval shows how much the distance of another draw of equally many
+    Delete-a-group jackknife (`estimates.jackknife`). The groups are subtracted from the merged moments, so the cost is one
+    covariance of all samples and 20 distances. The interval shows how much the distance of another draw of equally many
     samples would vary. It does not show the bias of few samples; the distances between real images (`Reference.floors`) show
     it.
 
@@ -72,7 +68,8 @@ def jackknife_interval(samples: FeatureStats, reference: FeatureStats) -> tuple[
             rest = FeatureStats(samples.dim, keep=rest.n, extractor=samples.extractor, device=device)
             rest.update(features[others])
         distances.append(frechet_distance(rest, reference))
-    spread = torch.tensor(distances, dtype=torch.float64)
-    error = float(((GROUPS - 1) / GROUPS * (spread - spread.mean()).square().sum()).sqrt())
-    value = frechet_distance(samples, reference)
-    return max(0.0, value - T_QUANTILE * error), value + T_QUANTILE * error
+    interval = jackknife(
+        frechet_distance(samples, reference), torch.tensor(distances, dtype=torch.float64), low=0
+    ).interval
+    assert interval is not None
+    return interval

@@ -173,7 +173,7 @@ class FIDInception(nn.Module):
         self.Mixed_7a = _BlockD(768)
         self.Mixed_7b = _BlockE(1280, max_pool=False)
         self.Mixed_7c = _BlockE(2048, max_pool=True)
-        self.fc = nn.Linear(2048, 1008)  # not used by FID, but part of the published file
+        self.fc = nn.Linear(2048, 1008)  # used by the Inception score, not by FID
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, 2048)."""
@@ -185,6 +185,10 @@ class FIDInception(nn.Module):
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
         return x.mean((2, 3))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (B, 1008) of features (B, 2048), without the bias, as in the code by which the Inception score is defined."""
+        return (features.double() @ self.fc.weight.double().T).float()  # in float64, so that no TF32 can touch it
 
 
 def load_inception(weights: Path) -> FIDInception:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from glf_fast.metrics import neighbours
+from glf_fast.metrics.neighbours import radii, squared_distances
 from glf_fast.metrics.stats import FeatureStats
 
 __all__ = ["NEIGHBOURS", "PrecisionRecall", "precision_recall"]
 
 NEIGHBOURS = 3
-# Distances are computed for this many rows at a time: 80 MB for 10,000 features.
-_CHUNK = 1000
-# A squared distance has rounding errors of about 1e-15 of the squared norms. Distances that differ by less are taken for equal.
-_ROUNDING = 1e-12
 
 
 class PrecisionRecall(NamedTuple):
@@ -48,27 +45,10 @@ def precision_recall(samples: FeatureStats, reference: FeatureStats, k: int = NE
     real = reference.kept[:n].to(fake.device).double()
     centre = real.mean(0)  # rounding errors grow with the norms
     fake, real = fake - centre, real - centre
-    of_fake, of_real = _radii(fake, k), _radii(real, k)
+    of_fake, of_real = radii(fake, k), radii(real, k)
     precise, recalled = 0, torch.zeros(n, dtype=torch.bool, device=fake.device)
-    for points, radii in zip(fake.split(_CHUNK), of_fake.split(_CHUNK), strict=True):
-        squared = _squared_distances(points, real, rounding=_ROUNDING)
+    for points, reach in zip(fake.split(neighbours.CHUNK), of_fake.split(neighbours.CHUNK), strict=True):
+        squared = squared_distances(points, real, rounding=neighbours.ROUNDING)
         precise += int((squared <= of_real).any(1).sum())
-        recalled |= (squared <= radii[:, None]).any(0)
+        recalled |= (squared <= reach[:, None]).any(0)
     return PrecisionRecall(precise / n, int(recalled.sum()) / n, n, k)
-
-
-def _radii(centres: Tensor, k: int) -> Tensor:
-    """The squared distance (n,) of each centre (n, d) to its k-th nearest neighbour among the other centres."""
-    radii = []
-    for start in range(0, len(centres), _CHUNK):
-        squared = _squared_distances(centres[start : start + _CHUNK], centres)
-        rows = torch.arange(len(squared), device=squared.device)
-        squared[rows, start + rows] = torch.inf  # no centre is its own neighbour
-        radii.append(squared.topk(k, dim=1, largest=False).values[:, -1])
-    return torch.cat(radii)
-
-
-def _squared_distances(a: Tensor, b: Tensor, rounding: float = 0.0) -> Tensor:
-    """‖aᵢ − bⱼ‖² − rounding·(‖aᵢ‖² + ‖bⱼ‖²), (n, m); values may be below zero."""
-    norms = a.square().sum(1)[:, None] + b.square().sum(1)
-    return torch.addmm(norms, a, b.T, beta=1 - rounding, alpha=-2)

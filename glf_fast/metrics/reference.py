@@ -40,11 +40,13 @@ class Reference:
         floors: distances between real images. No model should be expected to fall below a floor. "train/train" is the distance
             between two disjoint sets of training images, "train/test" the distance of training images from test images.
         protocol: data set and number of images, JSON-ready.
+        train: statistics of the first set of training images.
     """
 
     test: FeatureStats
     floors: dict[str, float]
     protocol: dict[str, Any]
+    train: FeatureStats
 
 
 def reference(train: ImageDataset, test: ImageDataset, extractor: Extractor, *, n: int = 10_000) -> Reference:
@@ -68,7 +70,7 @@ def reference(train: ImageDataset, test: ImageDataset, extractor: Extractor, *, 
     floors = {"train/train": distance(first, second), "train/test": distance(first, held_out)}
     counts = {"train/train": [first.n, second.n], "train/test": [first.n, held_out.n]}
     return Reference(
-        held_out, floors, {"reference": held_out.source, "floors": counts, "training_policy": train.policy}
+        held_out, floors, {"reference": held_out.source, "floors": counts, "training_policy": train.policy}, first
     )
 
 

@@ -9,14 +9,18 @@ from torch import Tensor
 
 from glf_fast.distributed import by_main
 from glf_fast.metrics.collect import collect
+from glf_fast.metrics.estimates import GROUPS
 from glf_fast.metrics.extractors import Extractor, label
-from glf_fast.metrics.frechet import GROUPS, frechet_distance, jackknife_interval
+from glf_fast.metrics.frechet import frechet_distance, jackknife_interval
 from glf_fast.metrics.kid import kid
 from glf_fast.metrics.precision_recall import NEIGHBOURS, precision_recall
 from glf_fast.metrics.reference import Reference
 from glf_fast.metrics.stats import FeatureStats
 
-__all__ = ["compare", "score", "summary"]
+__all__ = ["USUAL", "compare", "score", "score_statistics", "summary"]
+
+# The scores of which a result consists. `battery` has further ones.
+USUAL = ("fd", "kid", "pr")
 
 
 def score(
@@ -39,7 +43,18 @@ def score(
     Raises:
         UserError: float images, fewer than two images, another extractor than the reference's, NaN features.
     """
-    result = by_main(compare)(collect(samples, extractor, divided=True), reference.test)
+    return score_statistics(collect(samples, extractor, divided=True), reference, seed=seed, sampling=sampling)
+
+
+def score_statistics(
+    samples: FeatureStats,
+    reference: Reference,
+    *,
+    seed: int | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The result of `score` from the statistics of the samples of all processes."""
+    result = by_main(compare)(samples, reference.test)
     result["floors"] = dict(reference.floors)
     n, samples_n = reference.protocol["floors"]["train/test"][0], result["protocol"]["n"]
     if n != samples_n:

@@ -78,7 +78,7 @@ class GrammarRAE(GrammarModel):
     settings: GrammarRAESettings
 
     def __init__(self, shape: Sequence[int], settings: GrammarRAESettings = GrammarRAESettings()) -> None:
-        super().__init__(shape, settings)  # type: ignore[arg-type]
+        super().__init__(shape, settings)
         if settings.regularizer == "sn":
             spectral_norm(self.decoder)
 

@@ -32,7 +32,7 @@ from glf_fast.training.comparison_plan import Plan, row_file, rows, shared_files
 from glf_fast.training.dry_run import preview
 from glf_fast.training.pictures import draw
 from glf_fast.training.run import train_folder
-from glf_fast.training.scoring import evaluate_mode, load_extractors
+from glf_fast.training.scoring import evaluate_mode, has_scores, load_extractors
 
 __all__ = ["PRIOR", "dry_run", "run"]
 
@@ -141,7 +141,8 @@ class _Results:
             reason = failure or f"trained for {state['epoch']:.3g} of {config.epochs} epochs so far"
             self._note(row, seed, reason=reason, **state | ({"state": "failed"} if failure else {}))
             return
-        if self._runs.get((row, seed), {}).get("state") == "finished":
+        before = self._runs.get((row, seed), {})
+        if before.get("state") == "finished" and has_scores(before["scores"], self.plan.shared.score.scores):
             return
         model, about = checkpoint.load_model(runs.checkpoint_folder(folder, "best"), self.device)
         if about["data"] != self.train.fingerprint:
@@ -204,6 +205,7 @@ class _Results:
             "kind": self.train.kind,
             "test_images": len(self.test),
             "extractors": list(shared.score.extractors),
+            "scores": list(shared.score.scores),
             "versions": {
                 "glf_fast": version("glf_fast"),
                 "torch": version("torch"),

@@ -13,6 +13,7 @@ from typing import Any
 from glf_fast import page
 from glf_fast.distributed import by_main
 from glf_fast.files import atomic_write, write_json
+from glf_fast.metrics import USUAL, shown
 from glf_fast.training import comparison_sequences
 from glf_fast.training.comparison_tables import (
     FORMAT,
@@ -31,6 +32,8 @@ __all__ = ["FORMAT", "HTML", "JSON", "MARKDOWN", "columns", "markdown", "publish
 
 _TEMPLATE = Path(__file__).with_name("comparison.html")
 _PUBLISHED = Path(__file__).parent.parent / "presets" / "compare" / "published" / "fid.toml"
+# Columns of scores that a comparison may leave out, beside the battery's.
+_SCORE_OF = {"KID": "kid", "precision": "pr", "recall": "pr"}
 
 
 @by_main
@@ -63,15 +66,29 @@ def columns(record: dict[str, Any]) -> list[list[str]]:
 
     Columns in which no line has anything are left out.
     """
-    metrics = list(record["floors"])
+    metrics, asked = list(record["floors"]), record.get("scores", USUAL)
     distances = [f"{metric} (95 %)" for metric in metrics]
     head = ["", "state", *distances, "over seeds, mean ± sd (n)", "reconstructions", "from N(0, I)", "KID", "precision"]
-    head += ["recall", "bits per dimension", "minutes", "parameters"]
+    battery = _battery(record)
+    head += ["recall", *battery, "bits per dimension", "minutes", "parameters"]
     lines = [{"": row["name"], **_line(row, metrics)} for row in record["rows"]]
     real = {f"{metric} (95 %)": f"{floors['train/test']:.2f}" for metric, floors in record["floors"].items()}
+    real |= {title: shown(number["real"]) for title, number in battery.items()}
     lines += [{"": REAL, **real}] if real else []
-    shown = [name for name in head if not name or any(line.get(name) for line in lines)]
-    return [shown, *([line.get(name, "") for name in shown] for line in lines)]
+    head = [name for name in head if _SCORE_OF.get(name, "fd") in {"fd", *asked}]
+    drawn = [name for name in head if not name or any(line.get(name) for line in lines)]
+    return [drawn, *([line.get(name, "") for name in drawn] for line in lines)]
+
+
+def _battery(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The numbers of the battery that the comparison asks for, of its first row that has them, by the titles of columns."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in record["rows"]:
+        for score in ((run := first_run(row)) and run["scores"]) or ():
+            for number in score.get("battery", ()):
+                if number["score"] in record.get("scores", ()):
+                    found.setdefault(number["name"], number)
+    return found
 
 
 def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
@@ -86,6 +103,8 @@ def _line(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, str]:
         return line
     score, prior = scores[metrics[0]], _prior_of(run, metrics[0])
     samples, rebuilt, density = score["samples"], score["reconstructions"], score["likelihood"]
+    numbers = [number for score in run["scores"] for number in score.get("battery", ())]
+    line |= {number["name"]: shown(number["value"]) for number in numbers}
     return line | {
         "over seeds, mean ± sd (n)": _over_seeds(row, metrics[0]),
         "reconstructions": f"{rebuilt['value']:.2f}" if rebuilt else "",

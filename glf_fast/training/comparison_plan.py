@@ -19,7 +19,7 @@ __all__ = ["Plan", "row_file", "rows", "shared_files", "sizes"]
 
 _FOLDER = Path(__file__).parent.parent / "presets" / "compare"
 # Settings in which the runs of one comparison may differ, because they do not affect what is learnt, or differ on purpose.
-_FREE = {"seed", "max_minutes", "checkpoint_minutes", "pictures_every"}
+_FREE = {"seed", "max_minutes", "checkpoint_minutes", "pictures_every", "score.scores"}
 
 
 def rows(kind: Kind = "images") -> tuple[str, ...]:
@@ -66,6 +66,7 @@ class Plan:
         epochs: passes over the training data; None for the number of the size.
         seeds: each row is trained with the seeds 0 … seeds − 1.
         out: folder of the comparison; None for a folder in comparisons/ named by data, size and epochs.
+        scores: names of the scores in the table; () for those of the size.
 
     Raises:
         UserError: an unknown row or size, or settings that do not fit together.
@@ -77,6 +78,7 @@ class Plan:
     epochs: int | None = None
     seeds: int = 1
     out: Path | None = None
+    scores: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -110,7 +112,8 @@ class Plan:
 
     def _completed(self, config: Config) -> Config:
         epochs = config.epochs if self.epochs is None else self.epochs
-        return replace(config, epochs=epochs, data=replace(config.data, source=self.data))
+        score = replace(config.score, scores=self.scores or config.score.scores)
+        return replace(config, epochs=epochs, data=replace(config.data, source=self.data), score=score)
 
     @property
     def folder(self) -> Path:

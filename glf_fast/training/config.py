@@ -87,7 +87,7 @@ class OptimizerConfig(Settings):
 
 @dataclass(frozen=True)
 class ScoreConfig(Settings):
-    """Fréchet distances during training and at its end."""
+    """Fréchet distances during training and at its end, and other scores at its end."""
 
     extractors: tuple[str, ...] = ("tiny", "vgg16")
     """Feature networks: tiny, vgg16, vgg16-relu4_3, …, inception. The score by the first network decides which checkpoint is
@@ -98,6 +98,9 @@ class ScoreConfig(Settings):
     """Epochs between scores by the first extractor; 0: only at the end."""
     searches: int = 0
     """For sequences with an objective: Bayesian optimisations in the latent space at the end, each with its own seed."""
+    scores: tuple[str, ...] = metrics.USUAL
+    """For images, scores at the end: fd, kid, pr, is, prd, dc, msssim, critic, modes, nearest (docs/scores.md). The first three
+    are always computed; fd, by which the best checkpoint is chosen, must be among them."""
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "extractors": (lambda value: len(value) > 0, "at least one name, for instance tiny"),
@@ -107,16 +110,21 @@ class ScoreConfig(Settings):
     }
 
     def effective(self) -> dict[str, Any]:
-        """The fields that have an effect, by name."""
-        return {name: value for name, value in vars(self).items() if name != "searches" or value}
+        """The fields that have an effect, by name, without those that files of earlier versions do not have."""
+        usual = {"searches": 0, "scores": metrics.USUAL}
+        return {name: value for name, value in vars(self).items() if name not in usual or value != usual[name]}
 
     def mistake(self) -> str:
-        """A message if a network does not exist, else ""."""
-        wrong = [name for name in self.extractors if name not in metrics.names()]
-        if not wrong:
-            return ""
-        hint = did_you_mean(wrong[0], metrics.names())
-        return f"extractors: there is no extractor {wrong[0]!r}; {hint}the extractors are {', '.join(metrics.names())}"
+        """A message if a network or a score does not exist, or if there is no network for a score, else ""."""
+        if wrong := [name for name in self.extractors if name not in metrics.names()]:
+            hint = did_you_mean(wrong[0], metrics.names())
+            return (
+                f"extractors: there is no extractor {wrong[0]!r}; {hint}the extractors are {', '.join(metrics.names())}"
+            )
+        if "fd" not in self.scores:
+            return "scores must contain fd, which decides which checkpoint is the best"
+        message = metrics.check_scores(self.scores, self.extractors)
+        return f"scores: {message}" if message else ""
 
 
 @dataclass(frozen=True)

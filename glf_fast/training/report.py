@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from glf_fast import models, page
 from glf_fast.distributed import by_main
 from glf_fast.models import Words
-from glf_fast.training import runs, sequence_scoring
+from glf_fast.training import report_battery, runs, sequence_scoring
 from glf_fast.training.pictures import latest_picture, saved_pictures
 from glf_fast.training.scoring import likelihood_line
 
@@ -38,13 +38,29 @@ def write(run: Path) -> Path:
     body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         samples=_picture(path, "Samples") if (path := latest_picture(run, "samples")) else "No samples yet.",
         scores="".join(_score_card(score, kind.sampling_modes) for score in scores) or _score_so_far(records),
-        sections=_growth(run) + _test_pictures(run, kind.words) + _curves(records, kind.words),
+        sections=report_battery.section(scores)
+        + _growth(run)
+        + _test_pictures(run, kind.words)
+        + _curves(records, kind.words),
         config=html.escape((run / "config.toml").read_text(encoding="utf-8")),
-        protocol=html.escape(json.dumps(scores, indent=2, ensure_ascii=False)),
+        protocol=html.escape(json.dumps(_without_pictures(scores), indent=2, ensure_ascii=False)),
     )
     subtitle = f"{what}, on {config.data.source}. {seen['images']:,} images seen, {state}."
     page.write(run / "report.html", run.resolve().name, subtitle, body)
     return run / "report.html"
+
+
+def _without_pictures(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores without what is text of base64 alone."""
+    return [
+        score
+        | (
+            {"battery": [{k: v for k, v in n.items() if k != "picture"} for n in score["battery"]]}
+            if "battery" in score
+            else {}
+        )
+        for score in scores
+    ]
 
 
 # -- scores ---------------------------------------------------------------------------------------------------------------

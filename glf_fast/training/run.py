@@ -147,7 +147,7 @@ class Run:
     def finished(self) -> bool:
         """Whether training is over and the final scores are written."""
         records = runs.read_metrics(self.folder)
-        scored = bool(runs.read_scores(self.folder)) or not self.showing
+        scored = not self.showing or (bool(found := runs.read_scores(self.folder)) and self.showing.complete(found))
         return self.done and scored and any(r.get("finished") and r["images"] == self.trainer.images for r in records)
 
     # -- training ---------------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class Run:
         scores = [s for s in runs.read_scores(self.folder) if about.items() <= s["checkpoint"].items()]
         print(self.showing.table(scores))
         print(f"\nreport    {self.folder / 'report.html'}\nsamples   {latest_picture(self.folder, 'samples')}")
-        print(f"more      python -m glf_fast.sample {shlex.quote(str(self.folder))} --n 64 --out samples.png")
+        print(f"more      python -m glf_fast.sample {shlex.quote(str(self.folder))} --n 64")
 
     # -- log, pictures and scores -----------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ interpolations/ tensorboard/
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -48,7 +49,7 @@ _INSIDE = ("samples", "classes", "reconstructions", "interpolations", "tensorboa
 
 def _changeable(config: Config) -> set[str]:
     """Settings that may change when a run is resumed, because they affect its length and its files, but not what is learnt."""
-    free = {"max_minutes", "checkpoint_minutes", "pictures_every"}
+    free = {"max_minutes", "checkpoint_minutes", "pictures_every", "score.scores"}
     cosine = any(optimizer.schedule == "cosine" for optimizer in config.optimizers.values())
     return free if cosine else free | {"epochs"}
 
@@ -289,6 +290,11 @@ def _check_score(score: dict[str, Any]) -> None:
     numbers += [samples["kid"][part] for part in ("mean", "std")] if samples["kid"] else []
     for part in filter(None, (samples, rebuilt)):
         numbers += [] if part["precision"] is None else [part["precision"], part["recall"]]
+    for number in score.get("battery", ()):
+        numbers += [x for x in (number["value"], number["real"], number["noise"]) if x is not None]
+        numbers += [*(number["interval"] or ()), *(x for point in number.get("curve", ()) for x in point)]
+        _ = "".join(number[part] for part in ("score", "name", "better", "meaning", "protocol", "note"))
+        _ = base64.b64decode(number.get("picture", ""), validate=True)
     if density := score["likelihood"]:
         numbers += [density["value"], *density["interval"]] if density["value"] is not None else []
         _ = density["what"] + density["metric"]

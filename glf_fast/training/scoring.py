@@ -21,6 +21,7 @@ __all__ = [
     "bits_per_dim",
     "evaluate",
     "evaluate_mode",
+    "has_scores",
     "likelihood",
     "likelihood_line",
     "load_extractors",
@@ -43,6 +44,7 @@ def evaluate(
     temperature: float = 1.0,
     mode: str = "",
     about: dict[str, Any] | None = None,
+    scores: Sequence[str] = metrics.USUAL,
 ) -> list[dict[str, Any]]:
     """Score n samples, and the reconstructions of up to n test images, against the test images, with each extractor.
 
@@ -51,10 +53,12 @@ def evaluate(
     Args:
         mode: one of the model's sampling modes, or "".
         about: description of the checkpoint, to be recorded.
+        scores: names of `metrics.SCORES`; those of `metrics.USUAL` are always computed.
 
     Returns:
         Per extractor {"settings": …, "checkpoint": about, "samples": score, "reconstructions": score or None, "likelihood":
-        result of `likelihood`}, JSON-ready; a score is a result of `metrics.score`.
+        result of `likelihood`}, JSON-ready; a score is a result of `metrics.score`. The first one has further scores of the
+        samples, if there are any, as "battery", a result of `metrics.battery`.
 
     Raises:
         UserError: fewer than two samples or images, or a sampling mode that the model does not have.
@@ -62,24 +66,56 @@ def evaluate(
     sampling = {"temperature": temperature, "mode": mode}
     samples = draw(model, n, seed=seed, temperature=temperature, mode=mode, divided=True)
     density = likelihood(model, test, n, seed=seed)
-    results = []
-    for extractor in extractors:
-        reference = metrics.reference(train, test, extractor, n=n)
-        shared = {"checkpoint": about or {}}
+    references = [metrics.reference(train, test, extractor, n=n) for extractor in extractors]
+    drawn = metrics.collect_all(samples, extractors, divided=True)
+    decoded: Sequence[metrics.FeatureStats | None] = [None] * len(extractors)
+    if isinstance(model, Reconstructs):
+        decoded = metrics.collect_all(reconstructions(model, test.images, n), extractors, divided=True)
+    shared: dict[str, Any] = {"checkpoint": about or {}}
+    results: list[dict[str, Any]] = []
+    for extractor, reference, of_samples, of_rebuilt in zip(extractors, references, drawn, decoded, strict=True):
         rebuilt = None
-        if isinstance(model, Reconstructs):
-            images = reconstructions(model, test.images, n)
-            rebuilt = metrics.score(images, reference, extractor, sampling={"images": "test", **shared})
+        if of_rebuilt is not None:
+            given = {"images": "test", **shared}
+            rebuilt = metrics.score_statistics(of_rebuilt, reference, sampling=given)
+        scored = metrics.score_statistics(of_samples, reference, seed=seed, sampling=sampling | shared)
         results.append(
             {
                 "settings": {"extractor": extractor.name, "n": n, "seed": seed, **sampling},
                 **shared,
-                "samples": metrics.score(samples, reference, extractor, seed=seed, sampling=sampling | shared),
+                "samples": scored,
                 "reconstructions": rebuilt,
                 "likelihood": density,
             }
         )
+    if more := [name for name in scores if name not in metrics.USUAL]:
+        stats = (
+            {e.name: s for e, s in zip(extractors, found, strict=True)}
+            for found in (drawn, [r.test for r in references], [r.train for r in references])
+        )
+        results[0]["battery"] = _battery(more, extractors, n, samples, train, test, *stats, seed=seed)
     return results
+
+
+def _battery(
+    scores: Sequence[str],
+    extractors: Sequence[Extractor],
+    n: int,
+    samples: Tensor,
+    train: data.ImageDataset,
+    test: data.ImageDataset,
+    *stats: dict[str, metrics.FeatureStats],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """`metrics.battery` of n samples, of which each process has its part; `stats` are of samples, test and training images."""
+    device = extractors[0].device
+    lengths = [len(part) for part in distributed.parts(n, _CHUNK)]
+    half = next(iter(stats[2].values())).n
+    images = [distributed.joined(samples, lengths), metrics.subset(test.images, n), metrics.subset(train.images, half)]
+    drawn, held_out, real = (
+        metrics.ImageSet(of, x[: metrics.KEPT_IMAGES].to(device)) for of, x in zip(stats, images, strict=True)
+    )
+    return metrics.battery(scores, extractors, drawn, held_out, real, train.images, seed=seed)
 
 
 def evaluate_mode(
@@ -92,7 +128,7 @@ def evaluate_mode(
 ) -> list[dict[str, Any]]:
     """`scores`, a result of `evaluate` with the same model, data and extractors, for samples of another sampling mode.
 
-    Reconstructions and likelihood do not depend on the mode, so they are not computed again.
+    Reconstructions and likelihood do not depend on the mode, so they are not computed again. The battery is left out.
     """
     n, seed, temperature = (scores[0]["settings"][key] for key in ("n", "seed", "temperature"))
     samples = draw(model, n, seed=seed, temperature=temperature, mode=mode, divided=True)
@@ -101,8 +137,15 @@ def evaluate_mode(
         sampling = {"temperature": temperature, "mode": mode, "checkpoint": score["checkpoint"]}
         reference = metrics.reference(train, test, extractor, n=n)
         scored = metrics.score(samples, reference, extractor, seed=seed, sampling=sampling)
-        results.append(score | {"settings": score["settings"] | {"mode": mode}, "samples": scored})
+        kept = {name: value for name, value in score.items() if name != "battery"}
+        results.append(kept | {"settings": score["settings"] | {"mode": mode}, "samples": scored})
     return results
+
+
+def has_scores(scores: Sequence[dict[str, Any]], names: Sequence[str]) -> bool:
+    """Whether results of `evaluate` have all scores of these names; the usual ones they always have."""
+    found = {number["score"] for score in scores for number in score.get("battery", ())}
+    return set(names) <= found | set(metrics.USUAL)
 
 
 def reconstructions(model: Reconstructs, test_images: Tensor, n: int) -> Iterator[Tensor]:
@@ -206,7 +249,7 @@ def load_extractors(names: Sequence[str], device: Any, *, all_needed: bool = Fal
 
 
 def table(scores: Sequence[dict[str, Any]]) -> str:
-    """Scores as a table of text, one line for each score, with the distances between real images."""
+    """Scores as a table of text, one line for each score, with the distances between real images, and the battery's table."""
     floors_of = ("train/test", "train/train")
     head = ("", "samples", "95 %", "KID", "precision", "recall", "reconstructions", *floors_of, "images")
     rows = [head]
@@ -235,7 +278,8 @@ def table(scores: Sequence[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return "\n".join([*lines, *densities])
+    batteries = [f"\n{metrics.table(score['battery'])}" for score in scores if score.get("battery")]
+    return "\n".join([*lines, *densities, *batteries])
 
 
 def _special(settings: dict[str, Any]) -> str:

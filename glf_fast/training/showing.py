@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from glf_fast.data import Dataset, ImageDataset, TokenDataset
+from glf_fast.metrics import USUAL, subset
 from glf_fast.models import GenerativeModel, Reconstructs, Writes
 from glf_fast.training import sequence_scoring
 from glf_fast.training.config import ScoreConfig
 from glf_fast.training.pictures import draw_pictures
-from glf_fast.training.scoring import evaluate, load_extractors, table
+from glf_fast.training.scoring import evaluate, has_scores, load_extractors, table
 
 __all__ = ["Showing", "showing"]
 
@@ -35,6 +36,10 @@ class Showing(Protocol):
         self, model: GenerativeModel, seed: int, about: dict[str, Any] | None = None, *, final: bool
     ) -> list[dict[str, Any]]:
         """Scores, JSON-ready: all of them if `final`, else the first one."""
+        ...
+
+    def complete(self, scores: list[dict[str, Any]]) -> bool:
+        """Whether final scores have all that the settings ask for."""
         ...
 
     def summary(self, score: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float], str]:
@@ -73,7 +78,12 @@ class _Images:
         self, model: GenerativeModel, seed: int, about: dict[str, Any] | None = None, *, final: bool
     ) -> list[dict[str, Any]]:
         extractors = self.extractors if final else self.extractors[:1]
-        return evaluate(model, self.train, self.test, extractors, n=self.config.samples, seed=seed, about=about)
+        scores = self.config.scores if final else USUAL
+        n = self.config.samples
+        return evaluate(model, self.train, self.test, extractors, n=n, seed=seed, about=about, scores=scores)
+
+    def complete(self, scores: list[dict[str, Any]]) -> bool:
+        return has_scores(scores, self.config.scores)
 
     def summary(self, score: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float], str]:
         samples, rebuilt = score["samples"], score["reconstructions"]
@@ -103,7 +113,7 @@ class _Sequences:
         texts, _ = sequence_scoring.draw_texts(model, 40, seed=seed)
         pictures = {"samples": "\n".join(texts)}
         if isinstance(model, Reconstructs) and isinstance(model, Writes):
-            real = self.test.items[:20]
+            real = subset(self.test.items, 20)
             rebuilt = model.text(model.reconstruct(real.to(next(model.parameters()).device)).cpu())
             pairs = zip(model.text(real), rebuilt, strict=True)
             pictures["reconstructions"] = "\n".join(f"{a}\n  {b}" for a, b in pairs)
@@ -118,6 +128,9 @@ class _Sequences:
         return sequence_scoring.evaluate_sequences(
             model, self.train, self.test, n=self.config.samples, searches=searches, seed=seed, about=about
         )
+
+    def complete(self, scores: list[dict[str, Any]]) -> bool:
+        return True
 
     def summary(self, score: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float], str]:
         found = score["sequences"]

@@ -9,12 +9,13 @@ from glf_fast.data import load
 from glf_fast.errors import UserError
 from glf_fast.images import to_float
 
-FAST = [name for name in metrics.names() if name != "inception"]
+SHIPPED = ("tiny", "tiny-mnist")
+FAST = [name for name in metrics.names() if name not in ("inception", "tiny-cifar10")]
 
 
 @pytest.fixture(scope="module")
 def extractors(vgg16_weights: Path) -> dict[str, metrics.Extractor]:
-    return {name: metrics.extractor(name, weights=None if name == "tiny" else vgg16_weights) for name in FAST}
+    return {name: metrics.extractor(name, weights=None if name in SHIPPED else vgg16_weights) for name in FAST}
 
 
 def pixels(*shape: int, seed: int = 0) -> torch.Tensor:

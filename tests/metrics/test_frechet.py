@@ -7,7 +7,7 @@ import torch
 
 from glf_fast.errors import UserError
 from glf_fast.metrics import FeatureStats, frechet_distance, jackknife_interval, linalg
-from glf_fast.metrics.frechet import GROUPS, T_QUANTILE
+from glf_fast.metrics.estimates import GROUPS, T_QUANTILE
 
 
 def gaussian(mean: list[float], cov: list[list[float]]) -> FeatureStats:

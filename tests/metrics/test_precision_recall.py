@@ -1,11 +1,9 @@
 """Precision and recall against sets whose manifolds are known, and against the definition."""
 
-import importlib
-
 import pytest
 import torch
 
-from glf_fast.metrics import FeatureStats, precision_recall
+from glf_fast.metrics import FeatureStats, neighbours, precision_recall
 from glf_fast.metrics.precision_recall import PrecisionRecall
 
 
@@ -36,8 +34,7 @@ def naive(fake: torch.Tensor, real: torch.Tensor, k: int) -> tuple[float, float]
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_equals_the_definition(k: int, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("glf_fast.metrics.precision_recall")
-    monkeypatch.setattr(module, "_CHUNK", 7)  # chunks, and a last one that is shorter
+    monkeypatch.setattr(neighbours, "CHUNK", 7)  # chunks, and a last one that is shorter
     fake, real = 1.5 * draws(40, 0) - 1 + offset, draws(40, 1) + offset
     result = precision_recall(seen(fake), seen(real), k)
     assert result == PrecisionRecall(*naive(fake, real, k), 40, k)

@@ -153,6 +153,28 @@ def test_the_folder_is_named_by_data_size_and_epochs() -> None:
     assert Plan(("vae",), "/some where/x.npz", "quick", 3).folder == Path("comparisons/x.npz-quick-3-epochs")
 
 
+# -- scores ---------------------------------------------------------------------------------------------------------------
+
+
+def test_further_scores_are_given_to_finished_runs_without_training(folder: Path, call: Call) -> None:
+    logs = {row: (folder / "runs" / f"{row}-seed-0" / "metrics.jsonl") for row in ("glf", "vae")}
+    steps = {row: log.read_text().count("images_per_second") for row, log in logs.items()}
+    call(compare, *SMOKE, "--models", "glf,vae", "--out", folder, "--scores", "fd,is,dc,modes")
+    head, _, *lines = [line for line in (folder / "comparison.md").read_text().splitlines() if line.startswith("|")]
+    titles = [title.strip() for title in head.strip("|").split("|")]
+    asked = [f"{name}[tiny]" for name in ("IS", "density", "coverage", "modes hit", "KL to uniform", "KL to real")]
+    assert [title for title in titles if title in asked] == asked and not {"KID", "precision", "recall"} & set(titles)
+    for line in lines[:3]:  # two rows, and real training images
+        cells = dict(zip(titles, (cell.strip() for cell in line.strip("|").split("|")), strict=True))
+        assert 1 <= float(cells["IS[tiny]"]) <= 10 and 0 <= float(cells["coverage[tiny]"]) <= 1
+    assert steps == {row: log.read_text().count("images_per_second") for row, log in logs.items()}
+    call(compare, *SMOKE, "--models", "vae", "--out", folder)  # and left out again
+    left = (folder / "comparison.md").read_text()
+    assert "IS[tiny]" not in left and "KID" in left
+    with pytest.raises(UserError, match=r"score.scores: there is no score 'iz'; did you mean 'is'"):
+        call(compare, *SMOKE, "--models", "vae", "--out", folder, "--scores", "fd,iz")
+
+
 # -- results --------------------------------------------------------------------------------------------------------------
 
 
