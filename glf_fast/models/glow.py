@@ -76,10 +76,10 @@ class GlowSettings(ModelSettings):
     def effective(self) -> dict[str, Any]:
         """The fields that have an effect with this coupling and these masks, by name."""
         without: tuple[str, ...] = _OF_AFFINE if self.coupling == "additive" else ()
-        if self.masks == "realnvp":
-            without += ("linear",)
+        # Files of earlier versions do not have masks and conditional, which stay out where they change nothing.
+        without += ("linear",) if self.masks == "realnvp" else ("masks",)
         if not self.conditional:
-            without += _OF_CLASSES
+            without += ("conditional", *_OF_CLASSES)
         return {name: value for name, value in super().effective().items() if name not in without}
 
     def choice(self, name: str) -> str:
