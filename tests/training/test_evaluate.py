@@ -71,6 +71,7 @@ def test_bits_per_dimension_are_those_of_the_levels() -> None:
     assert found["value"] == pytest.approx(bits.mean().item(), rel=1e-6)
     error = bits.std().item() / 1200**0.5
     assert found["interval"] == pytest.approx([found["value"] - 1.96 * error, found["value"] + 1.96 * error], rel=1e-6)
+    assert found["median"] == pytest.approx(bits.median().item(), rel=1e-6)
     assert likelihood(Copier(), test, 10) is None
 
 
@@ -78,7 +79,7 @@ def test_a_likelihood_stands_below_the_scores_once() -> None:
     train, test = by_class("train", 100, 0), by_class("test", 100, 1)
     weights = torch.full((256,), 1 / 256)
     scores = evaluate(Histogram(weights), train, test, [metrics.extractor("tiny")] * 2, n=100)
-    assert table(scores).splitlines()[3:] == ["bits per dimension: 8.000 (95 %: 8.000 … 8.000), exact"]
+    assert table(scores).splitlines()[3:] == ["bits per dimension: 8.000 (95 %: 8.000 … 8.000), median 8.000, exact"]
     weights[100:] = 0  # some pixels are impossible
     [score] = evaluate(Histogram(weights), train, test, [metrics.extractor("tiny")], n=100)
     assert score["likelihood"]["value"] is None and table([score]).endswith("bits per dimension: not finite")
