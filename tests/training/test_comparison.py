@@ -171,8 +171,8 @@ def test_further_scores_are_given_to_finished_runs_without_training(folder: Path
     call(compare, *SMOKE, "--models", "vae", "--out", folder)  # and left out again
     left = (folder / "comparison.md").read_text()
     assert "IS[tiny]" not in left and "KID" in left
-    with pytest.raises(UserError, match=r"score.scores: there is no score 'iz'; did you mean 'is'"):
-        call(compare, *SMOKE, "--models", "vae", "--out", folder, "--scores", "fd,iz")
+    with pytest.raises(UserError, match=r"score.scores: there is no score 'critc'; did you mean 'critic'"):
+        call(compare, *SMOKE, "--models", "vae", "--out", folder, "--scores", "fd,critc")
 
 
 # -- results --------------------------------------------------------------------------------------------------------------
