@@ -18,7 +18,7 @@ from glf_fast.distributed import by_main
 from glf_fast.errors import UserError
 from glf_fast.images import grid
 from glf_fast.metrics.collect import BLOCK
-from glf_fast.metrics.estimates import Estimate
+from glf_fast.metrics.estimates import Estimate, TooFew
 from glf_fast.metrics.extractors import Extractor
 from glf_fast.metrics.nearest import LOOKED_UP, Nearest, nearest
 from glf_fast.metrics.score_table import SCORES, ImageSet
@@ -28,6 +28,7 @@ __all__ = ["KEPT_IMAGES", "battery", "shown", "shown_interval", "table"]
 # Images of a set that the scores of images use: the first ones.
 KEPT_IMAGES = 10_000
 _PAIRS = 10  # in the picture of nearest training images
+_COLUMNS = {"real": "real images", "noise": "noise"}
 
 
 def battery(
@@ -53,7 +54,7 @@ def battery(
     Returns:
         For each number {"score", "name", "value", "interval", "real": its value for real images, "noise": for noise, "better":
         "higher", "lower", "as real" or the value itself, "meaning", "protocol", "note"}. A value is None where there are too
-        few images, which the note says. Beside them "curve" (PRD), and "picture" (samples above their nearest training
+        few images of its kind, which the note says. Beside them "curve" (PRD), and "picture" (samples above their nearest training
         images, a PNG in base64).
 
     Raises:
@@ -99,19 +100,21 @@ def _numbers(
     score = SCORES[name]
     try:
         estimates, extras, protocol = score.estimate(samples, test, extractor, seed)
-    except UserError:
-        raise
-    except ValueError as error:  # there are too few images
+    except TooFew as error:
         return [_number(name, i, extractor.name, None, note=str(error)) for i in range(len(score.numbers))]
-    anchors = {"real": anchor, "noise": _noise(test.pixels, seed) if score.noise else None}
-    values = {
-        kind: [estimate.value for estimate in score.estimate(images, test, extractor, seed)[0]]
-        for kind, images in anchors.items()
-        if images is not None
-    }
     numbers = [_number(name, i, extractor.name, estimate, protocol) for i, estimate in enumerate(estimates)]
-    for i, number in enumerate(numbers):
-        number |= {kind: _finite(found[i]) for kind, found in values.items()}
+    anchors = {"real": anchor, "noise": _noise(test.pixels, seed) if score.noise else None}
+    for kind, images in anchors.items():
+        if images is None:
+            continue
+        try:
+            found, _, _ = score.estimate(images, test, extractor, seed)
+        except TooFew as error:
+            for number in numbers:
+                number["note"] = f"no value of {_COLUMNS[kind]}, because {error}"
+            continue
+        for number, estimate in zip(numbers, found, strict=True):
+            number[kind] = _finite(estimate.value)
     numbers[0] |= extras
     return numbers
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from glf_fast import seeds
 from glf_fast.errors import UserError
 from glf_fast.images import to_float
-from glf_fast.metrics.estimates import Estimate
+from glf_fast.metrics.estimates import Estimate, TooFew
 
 __all__ = ["BATCH", "STEPS", "critic_distance"]
 
@@ -37,14 +37,14 @@ def critic_distance(images: Tensor, held_out: Tensor, *, seed: int = 0, steps: i
 
     Raises:
         UserError: images of different shapes.
-        ValueError: fewer than four images in a set.
+        TooFew: fewer than four images in a set.
     """
     if images.shape[1:] != held_out.shape[1:]:
         raise UserError(
             f"the critic needs images of one shape; got {tuple(images.shape[1:])} and {tuple(held_out.shape[1:])}"
         )
     if min(len(images), len(held_out)) < 4:
-        raise ValueError(f"the critic needs at least four images of either set; got {len(images)} and {len(held_out)}")
+        raise TooFew(f"the critic needs at least four images of either set; got {len(images)} and {len(held_out)}")
     device = held_out.device
     (fake, fake_rest), (real, real_rest) = ((x.to(device)[0::2], x.to(device)[1::2]) for x in (images, held_out))
     critic = _critic(held_out.shape[1:], seed).to(device)

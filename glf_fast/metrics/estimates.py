@@ -8,11 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["GROUPS", "Estimate", "group_counts", "jackknife"]
+__all__ = ["GROUPS", "Estimate", "TooFew", "group_counts", "jackknife"]
 
 # Two-sided 95 % quantile of Student's t with GROUPS − 1 = 19 degrees of freedom.
 GROUPS = 20
 T_QUANTILE = 2.0930240544
+
+
+class TooFew(ValueError):
+    """A score needs more images than there are."""
 
 
 class Estimate(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glf_fast.metrics.estimates import GROUPS, Estimate, jackknife
+from glf_fast.metrics.estimates import GROUPS, Estimate, TooFew, jackknife
 
 __all__ = ["inception_score"]
 
@@ -23,10 +23,10 @@ def inception_score(logits: Tensor) -> Estimate:
         logits: (N, K), N ≥ 1, of a classifier with K classes.
 
     Raises:
-        ValueError: no images.
+        TooFew: no images.
     """
     if not len(logits):
-        raise ValueError("an Inception score needs at least one image")
+        raise TooFew("an Inception score needs at least one image")
     classes, n = logits.shape[1], len(logits)
     sums = torch.zeros(GROUPS, classes, dtype=torch.float64, device=logits.device)
     negative_entropies = sums.new_zeros(GROUPS, 1)

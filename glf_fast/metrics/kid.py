@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from glf_fast.metrics.estimates import TooFew
 from glf_fast.metrics.stats import FeatureStats
 
 __all__ = ["KID", "kid"]
@@ -42,12 +43,13 @@ def kid(a: FeatureStats, b: FeatureStats, block: int = 1000) -> KID:
     features give the same numbers. KID is unbiased for any number of features; the error of the mean is about std/√blocks.
 
     Raises:
-        ValueError: fewer than four features kept on either side, different extractors.
+        TooFew: fewer than four features kept on either side.
+        UserError: different extractors.
     """
     a.check_comparable(b)
     n = min(len(a.kept), len(b.kept))
     if n < 4 or block < 2:
-        raise ValueError(f"KID needs at least four kept features on each side and block ≥ 2, got {n} and block={block}")
+        raise TooFew(f"KID needs at least four kept features on each side and block ≥ 2, got {n} and block={block}")
     block = max(2, min(block, n // 10))
     pairs = zip(a.kept.split(block), b.kept.split(block), strict=False)
     values = torch.stack(

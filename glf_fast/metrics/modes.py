@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glf_fast.metrics.estimates import GROUPS, Estimate, group_counts, jackknife
+from glf_fast.metrics.estimates import GROUPS, Estimate, TooFew, group_counts, jackknife
 
 __all__ = ["ModeCounts", "mode_counts"]
 
@@ -33,10 +33,13 @@ def mode_counts(samples: Tensor, reference: Tensor, modes: int) -> ModeCounts:
         samples, reference: modes (N,) and (M,), integers 0 … modes − 1.
 
     Raises:
-        ValueError: no samples or no real images.
+        TooFew: no samples or no real images.
+        ValueError: a mode that is not in 0 … modes − 1.
     """
     if not (len(samples) and len(reference)):
-        raise ValueError("mode counts need at least one image on either side")
+        raise TooFew("mode counts need at least one image on either side")
+    if (highest := int(max(samples.max(), reference.max()))) >= modes:
+        raise ValueError(f"modes must be in 0 … {modes - 1}; got {highest}")
     groups = group_counts(samples, modes)
     counts = torch.bincount(reference.to(samples.device), minlength=modes).double()
     smoothed = (counts + 1) / (counts.sum() + modes)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glf_fast.images import to_float
-from glf_fast.metrics.estimates import Estimate
+from glf_fast.metrics.estimates import Estimate, TooFew
 
 __all__ = ["PAIRS", "diversity", "ms_ssim", "scales"]
 
@@ -22,7 +22,7 @@ _CHUNK = 250
 def scales(height: int, width: int) -> int:
     """Number of scales for images of this size: as many of the five as are at least as large as the window of 11 pixels.
 
-    That are 2 for 28 and 32 pixels, 3 for 64, and 5 from 176 pixels.
+    These are 2 for 28 and 32 pixels, 3 for 64, and 5 from 176 pixels.
     """
     side = min(height, width)
     return max(1, sum(side >> scale >= WINDOW for scale in range(len(WEIGHTS))))
@@ -74,11 +74,11 @@ def diversity(images: Tensor, pairs: int = PAIRS) -> Estimate:
     images, and for images of one kind (Odena et al., arXiv:1610.09585, section 4.2; Rosca et al., arXiv:1706.04987, section 5).
 
     Raises:
-        ValueError: fewer than two images.
+        TooFew: fewer than two images.
     """
     pairs = min(pairs, len(images) // 2)
     if pairs < 1:
-        raise ValueError(f"1 − MS-SSIM needs at least two images, got {len(images)}")
+        raise TooFew(f"1 − MS-SSIM needs at least two images, got {len(images)}")
     values = torch.cat(
         [1 - ms_ssim(to_float(part[0::2]).double(), to_float(part[1::2]).double())
          for part in images[: 2 * pairs].split(2 * _CHUNK)]

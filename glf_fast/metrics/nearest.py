@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glf_fast.errors import UserError
-from glf_fast.metrics.estimates import GROUPS, Estimate, jackknife
+from glf_fast.metrics.estimates import GROUPS, Estimate, TooFew, jackknife
 from glf_fast.metrics.neighbours import CHUNK, squared_distances
 
 __all__ = ["LOOKED_UP", "Nearest", "Proximity", "nearest", "proximity"]
@@ -64,10 +64,10 @@ def proximity(samples: Tensor, test: Tensor) -> Proximity:
     (arXiv:2004.05675, section 3.1) test for data copying.
 
     Raises:
-        ValueError: no samples or no test images.
+        TooFew: no samples or no test images.
     """
     if not (len(samples) and len(test)):
-        raise ValueError("a comparison with test images needs at least one image on either side")
+        raise TooFew("a comparison with test images needs at least one image on either side")
     test = test.to(samples.device).sort().values
     below = torch.searchsorted(test, samples, right=False)
     upto = torch.searchsorted(test, samples, right=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glf_fast.metrics.estimates import GROUPS, Estimate, group_counts, jackknife
+from glf_fast.metrics.estimates import GROUPS, Estimate, TooFew, group_counts, jackknife
 from glf_fast.metrics.neighbours import squared_distances
 from glf_fast.metrics.stats import FeatureStats
 from glf_fast.seeds import generator
@@ -43,12 +43,13 @@ def prd(samples: FeatureStats, reference: FeatureStats, *, seed: int = 0) -> PRD
     The interval is for other draws of the samples; clusters are not fitted again.
 
     Raises:
-        ValueError: fewer than 20 features kept on either side, different extractors.
+        TooFew: fewer than 20 features kept on either side.
+        UserError: different extractors.
     """
     samples.check_comparable(reference)
     n = min(len(samples.kept), len(reference.kept))
     if n < CLUSTERS:
-        raise ValueError(f"PRD needs at least {CLUSTERS} kept features on each side, got {n}")
+        raise TooFew(f"PRD needs at least {CLUSTERS} kept features on each side, got {n}")
     features = torch.cat([samples.kept[:n], reference.kept[:n].to(samples.kept.device)])
     features = features - features.mean(0)
     sampled, real = [], []

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from glf_fast.metrics import neighbours
+from glf_fast.metrics.estimates import TooFew
 from glf_fast.metrics.neighbours import radii, squared_distances
 from glf_fast.metrics.stats import FeatureStats
 
@@ -33,14 +34,13 @@ def precision_recall(samples: FeatureStats, reference: FeatureStats, k: int = NE
     Therefore the same number is taken from either set, the first ones. Costs O(n²·dim), in float64.
 
     Raises:
-        ValueError: k or fewer features kept on either side, different extractors.
+        TooFew: k or fewer features kept on either side.
+        UserError: different extractors.
     """
     samples.check_comparable(reference)
     n = min(len(samples.kept), len(reference.kept))
     if k < 1 or n <= k:
-        raise ValueError(
-            f"precision and recall need k ≥ 1 and more than k kept features on each side, got {n} and k={k}"
-        )
+        raise TooFew(f"precision and recall need k ≥ 1 and more than k kept features on each side, got {n} and k={k}")
     fake = samples.kept[:n].double()
     real = reference.kept[:n].to(fake.device).double()
     centre = real.mean(0)  # rounding errors grow with the norms

@@ -156,7 +156,13 @@ def _critic(samples: ImageSet, test: ImageSet, extractor: Extractor, seed: int) 
 
 
 def _modes(samples: ImageSet, test: ImageSet, extractor: Extractor, seed: int) -> Estimates:
-    colours = len(PALETTE) if _in_colours(samples, extractor) else 1
+    in_colours = _in_colours(samples, extractor)
+    if in_colours != _in_colours(test, extractor):
+        raise UserError(
+            f"the score 'modes' by {extractor.name} counts colours, so it cannot compare colour images with grey ones; give "
+            "images of one kind"
+        )
+    colours = len(PALETTE) if in_colours else 1
     drawn, real = _modes_of(samples, extractor), _modes_of(test, extractor)
     found = mode_counts(drawn, real, extractor.classes * colours)
     kinds = f"{extractor.classes} classes" + (f" in {colours} colours" if colours > 1 else "")

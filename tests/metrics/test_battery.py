@@ -109,6 +109,19 @@ def test_few_images_have_notes_in_place_of_numbers(tiny, blobs: Make, n: int) ->
     assert all(f"{number['score']}: {number['note']}" in metrics.table(found) for number in found if number["note"])
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 19])
+def test_few_training_images_leave_the_value_and_a_note(tiny, blobs: Make, n: int) -> None:
+    samples, test = known(blobs(40, 2), [tiny]), known(blobs(40, 1), [tiny])
+    scores = ("kid", "pr", "prd", "dc", "critic")
+    found = metrics.battery(scores, [tiny], samples, test, known(blobs(n, 0), [tiny]))
+    needed = {"kid": 4, "pr": 4, "prd": 20, "dc": 6, "critic": 4}
+    for number in found:
+        lacking = n < needed[number["score"]]
+        assert number["value"] is not None and (number["real"] is None) == lacking
+        assert number["note"].startswith("no value of real images, because") == lacking
+        assert (number["noise"] is not None) == (number["score"] == "critic")
+
+
 def test_coloured_digits_have_a_hundred_modes(blobs: Make) -> None:
     """The digit is that of the grey image, and the colour the nearest one of the palette: ColorMNIST's labels."""
     network = metrics.extractor("tiny-mnist")
@@ -124,6 +137,9 @@ def test_coloured_digits_have_a_hundred_modes(blobs: Make) -> None:
     assert hit["value"] == len(set((10 * colours + digits).tolist())) and divergence["value"] >= 0
     [hit, *_] = metrics.battery(["modes"], [network], known(grey, [network]), known(grey, [network]))
     assert "10 modes: 10 classes;" in hit["protocol"]
+    for pair in ((grey, colour), (colour, grey)):
+        with pytest.raises(UserError, match="cannot compare colour images with grey ones"):
+            metrics.battery(["modes"], [network], *(known(images, [network]) for images in pair))
 
 
 @pytest.mark.parametrize(
