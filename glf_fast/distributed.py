@@ -231,7 +231,8 @@ def parts(n: int, multiple: int = 1) -> list[range]:
 
 
 def by_main(function: F) -> F:
-    """`function` as process 0 runs it alone: the others wait for its result, or for its error, which all raise.
+    """`function` as process 0 runs it alone: the others wait for its result, or for its error, which all raise, for as long as
+    it takes (`unhurried`).
 
     Such an error is a UserError, an OSError or a lack of memory; any other one is a bug, and ends process 0 alone. Inside of
     `function` there is one process, as without torchrun.
@@ -243,16 +244,17 @@ def by_main(function: F) -> F:
         if size() == 1:
             return function(*arguments, **options)
         outcome: list[Any] = [None, None]
-        if is_main():
-            _alone = True
-            try:
-                outcome[0] = function(*arguments, **options)
-            except Exception as error:
-                if not _is_for_users(error):
-                    raise
-                outcome[1] = error
-            finally:
-                _alone = False
+        with unhurried():  # outside of the broadcast, which waits no longer than `WAIT`
+            if is_main():
+                _alone = True
+                try:
+                    outcome[0] = function(*arguments, **options)
+                except Exception as error:
+                    if not _is_for_users(error):
+                        raise
+                    outcome[1] = error
+                finally:
+                    _alone = False
         dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
         if outcome[1] is not None:
             raise outcome[1]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glf_fast import distributed, metrics, seeds
+from glf_fast import metrics, seeds
 from glf_fast.data import TokenDataset
 from glf_fast.distributed import by_main
 from glf_fast.errors import UserError
@@ -95,15 +95,14 @@ def evaluate_sequences(
     Raises:
         UserError: something that the objective or a search needs is not installed.
     """
-    with distributed.unhurried():
-        return by_main(_evaluated)(
-            model,
-            train,
-            test,
-            searches,
-            {"n": n, "seed": seed, "temperature": temperature, "mode": mode},
-            about or {},
-        )
+    return by_main(_evaluated)(
+        model,
+        train,
+        test,
+        searches,
+        {"n": n, "seed": seed, "temperature": temperature, "mode": mode},
+        about or {},
+    )
 
 
 def _evaluated(

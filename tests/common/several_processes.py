@@ -321,6 +321,13 @@ def _fetching(folder: Path, machines: int) -> None:
         assert (len(train), len(test)) == (4, 2) and distributed.highest(rank) == [1]
 
 
+def long_work() -> None:
+    """Work of process 0 that takes longer than processes wait for each other."""
+    distributed.WAIT, distributed._BEAT = timedelta(seconds=0.5), 0.1
+    with distributed.launched():
+        assert distributed.by_main(lambda: time.sleep(1.5) or "done")() == "done"
+
+
 def impatient(seconds: float, module: str, *arguments: str) -> None:
     """`python -m glf_fast.{module} …`, which waits for other processes for so many seconds, over a network that is slow."""
     distributed.WAIT = timedelta(seconds=seconds)

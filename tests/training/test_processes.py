@@ -16,7 +16,7 @@ from pathlib import Path
 import forked
 import pytest
 from PIL import Image
-from several_processes import agreeing, drawing, failing_rows, fetching, finished, impatient, started
+from several_processes import agreeing, drawing, failing_rows, fetching, finished, impatient, long_work, started
 
 from glf_fast import evaluate, train
 from glf_fast.data import celeba
@@ -188,6 +188,10 @@ def test_data_are_fetched_and_decoded_once_on_a_machine_however_long_it_takes(ma
     finished(2, fetching, tmp_path, machines)
     done = (tmp_path / "notes.txt").read_text().split()
     assert sorted(done) == sorted(["fetched", *["decoded"] * (2 * machines)])
+
+
+def test_the_work_of_process_0_may_take_longer_than_the_others_wait() -> None:
+    finished(2, long_work)
 
 
 def test_a_process_that_ends_while_it_fetches_ends_the_others(tmp_path: Path) -> None:
