@@ -15,7 +15,6 @@ from torch import Tensor
 
 from glf_fast import distributed, seeds
 from glf_fast.distributed import by_main
-from glf_fast.errors import UserError
 from glf_fast.images import grid
 from glf_fast.metrics.collect import BLOCK
 from glf_fast.metrics.estimates import Estimate, TooFew
@@ -54,8 +53,8 @@ def battery(
     Returns:
         For each number {"score", "name", "value", "interval", "real": its value for real images, "noise": for noise, "better":
         "higher", "lower", "as real" or the value itself, "meaning", "protocol", "note"}. A value is None where there are too
-        few images of its kind, which the note says. Beside them "curve" (PRD), and "picture" (samples above their nearest training
-        images, a PNG in base64).
+        few images of its kind, which the note says. Beside them "curve" (PRD), and "picture" (samples above their nearest
+        training images, a PNG in base64).
 
     Raises:
         UserError: a score needs what is not known, or images of one shape.
@@ -103,18 +102,25 @@ def _numbers(
     except TooFew as error:
         return [_number(name, i, extractor.name, None, note=str(error)) for i in range(len(score.numbers))]
     numbers = [_number(name, i, extractor.name, estimate, protocol) for i, estimate in enumerate(estimates)]
-    anchors = {"real": anchor, "noise": _noise(test.pixels, seed) if score.noise else None}
+    if anchor is not None and anchor.images is not None and score.needs == "images":
+        anchor = replace(
+            anchor, images=anchor.images[: len(samples.pixels)]
+        )  # as many as have given the value, or fewer
+    noise = _noise(test.pixels[: len(samples.pixels)], seed) if score.noise else None
+    anchors = {"real": anchor, "noise": noise}
     for kind, images in anchors.items():
         if images is None:
             continue
         try:
-            found, _, _ = score.estimate(images, test, extractor, seed)
+            found, _, of_anchor = score.estimate(images, test, extractor, seed)
         except TooFew as error:
             for number in numbers:
                 number["note"] = f"no value of {_COLUMNS[kind]}, because {error}"
             continue
         for number, estimate in zip(numbers, found, strict=True):
             number[kind] = _finite(estimate.value)
+            if of_anchor != protocol:
+                number["protocol"] += f"; {_COLUMNS[kind]}: {of_anchor}"
     numbers[0] |= extras
     return numbers
 
@@ -212,9 +218,11 @@ def table(numbers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shown(value: float | None) -> str:
-    """A number as text, with three digits or more; "" for None."""
+    """A number as text, with three significant digits or more; "" for None."""
     if value is None:
         return ""
+    if 0 < abs(value) < 0.1:
+        return f"{value:#.3g}"
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
 
 

@@ -24,6 +24,7 @@ from glf_fast.metrics.ms_ssim import PAIRS, WINDOW, diversity, scales
 from glf_fast.metrics.nearest import Nearest, proximity
 from glf_fast.metrics.prd import CLUSTERS, RUNS, prd
 from glf_fast.metrics.precision_recall import NEIGHBOURS, precision_recall
+from glf_fast.metrics.reference import KEEP
 from glf_fast.metrics.stats import FeatureStats
 
 __all__ = ["SCORES", "Estimates", "ImageSet", "Score", "check_scores", "named_scores"]
@@ -121,7 +122,7 @@ def _pr(samples: ImageSet, test: ImageSet, extractor: Extractor, seed: int) -> E
 
 
 def _is(samples: ImageSet, test: ImageSet, extractor: Extractor, seed: int) -> Estimates:
-    logits = extractor.logits(samples.features(extractor.name))
+    logits = extractor.logits(samples.features(extractor.name)[:KEEP])
     return [inception_score(logits)], {}, f"{logits.shape[1]} classes, {len(logits)} images in one part"
 
 
@@ -177,7 +178,7 @@ def _in_colours(images: ImageSet, extractor: Extractor) -> bool:
 def _modes_of(images: ImageSet, extractor: Extractor) -> Tensor:
     """The mode (N,) of each image: its class, or, as the labels of ColorMNIST, 10 times its colour plus its digit."""
     if not _in_colours(images, extractor):
-        return extractor.logits(images.features(extractor.name)).argmax(1)
+        return extractor.logits(images.features(extractor.name)[:KEEP]).argmax(1)
     grey = images.pixels.amax(1, keepdim=True)  # the digit, whatever its colour
     digits = torch.cat([extractor.logits(extractor(part)).argmax(1) for part in grey.split(BLOCK)])
     return extractor.classes * color_of(images.pixels).to(digits.device) + digits

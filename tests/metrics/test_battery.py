@@ -57,7 +57,7 @@ def test_one_table_of_all_scores(tiny, blobs: Make) -> None:
         low, high = number["interval"] or (number["value"], number["value"])
         assert low <= number["value"] <= high and number["real"] is not None and number["note"] == "", number
         assert number["protocol"] and number["better"] and number["meaning"]
-        assert (number["interval"] is None) == (number["score"] == "pr")
+        assert (number["interval"] is None) == (number["score"] == "pr" or "modes hit" in number["name"])
     for number in fresh.values():  # what is real is as good as training images are, to the intervals
         if number["interval"] and number["name"] != "critic":
             wide = 2 * (number["interval"][1] - number["interval"][0]) + 1e-6
@@ -109,6 +109,32 @@ def test_few_images_have_notes_in_place_of_numbers(tiny, blobs: Make, n: int) ->
     assert all(f"{number['score']}: {number['note']}" in metrics.table(found) for number in found if number["note"])
 
 
+def test_anchors_are_of_as_many_images_as_the_value_or_say_of_how_many(tiny, blobs: Make) -> None:
+    """100 samples, 300 test images."""
+    samples, test, scores = (
+        known(blobs(100, 2), [tiny]),
+        known(blobs(300, 1), [tiny]),
+        ("critic", "msssim", "kid", "is"),
+    )
+    few, many = (by_name(metrics.battery(scores, [tiny], samples, test, known(blobs(n, 0), [tiny]))) for n in (50, 150))
+    assert few["critic"]["protocol"].count("on 50 images of either set, 50 others scored") == 1  # noise has as many
+    assert "real images: 1 steps of 64 images on 25 images of either set, 25 others" in few["critic"]["protocol"]
+    assert "50 pairs, " in few["1 − MS-SSIM"]["protocol"] and "real images: 25 pairs" in few["1 − MS-SSIM"]["protocol"]
+    assert "real images: 10 blocks of 5 features" in few["KID[tiny]"]["protocol"]
+    assert "real images: 10 classes, 50 images in one part" in few["IS[tiny]"]["protocol"]
+    for name in ("critic", "1 − MS-SSIM"):
+        assert "real images" not in many[name]["protocol"]
+
+
+def test_scores_of_classes_use_as_many_samples_as_real_images_are_kept(
+    tiny, blobs: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_table, "KEEP", 30)
+    images = known(blobs(50, 1), [tiny])
+    score, hit, *_ = metrics.battery(["is", "modes"], [tiny], images, images)
+    assert "30 images in one part" in score["protocol"] and "; 30 samples, 30 real images" in hit["protocol"]
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 19])
 def test_few_training_images_leave_the_value_and_a_note(tiny, blobs: Make, n: int) -> None:
     samples, test = known(blobs(40, 2), [tiny]), known(blobs(40, 1), [tiny])
@@ -140,6 +166,15 @@ def test_coloured_digits_have_a_hundred_modes(blobs: Make) -> None:
     for pair in ((grey, colour), (colour, grey)):
         with pytest.raises(UserError, match="cannot compare colour images with grey ones"):
             metrics.battery(["modes"], [network], *(known(images, [network]) for images in pair))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (0.0, "0.000"), (0.0004, "0.000400"), (-0.0003, "-0.000300"), (0.09996, "0.100"), (0.25, "0.250"),
+     (12.345, "12.35"), (123.45, "123.5")],
+)  # fmt: skip
+def test_numbers_are_shown_with_three_digits(value: float | None, text: str) -> None:
+    assert metrics.shown(value) == text
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_mode_counts_in_closed_form() -> None:
     absent = mode_counts(torch.full((50,), 9), real, 10)  # a mode that no real image has: finite
     assert absent.kl_reference.value == pytest.approx(math.log(410)) and absent.hit.value == 1
     assert mode_counts(torch.tensor([3]), real, 10).hit == (1, None)
+    assert found.hit.interval is None and found.kl_uniform.interval is not None
     for pair in ((samples, real), (real, samples)):
         with pytest.raises(ValueError, match=r"modes must be in 0 … 5; got 7"):
             mode_counts(*pair, 6)
