@@ -200,7 +200,7 @@ def _of_statistics(stats: FeatureStats, extractors: Sequence[Extractor], source:
 
 
 def _training(command: Calc, extractors: Sequence[Extractor], n: int) -> tuple[ImageSet | None, Tensor | None]:
-    """As many training images as there are samples, or half of them, for the anchors, and all training images."""
+    """Training images for the anchors, equally many as samples or half of them all, and all training images."""
     name, _, split = command.b.rpartition(":")
     source = command.train or (f"{name}:train" if split == "test" and not Path(command.b).exists() else None)
     if source is None:

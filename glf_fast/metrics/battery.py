@@ -151,7 +151,7 @@ def _finite(value: float) -> float | None:
 
 
 def _noise(images: Tensor, seed: int) -> ImageSet:
-    """As many images of uniform noise."""
+    """Images of uniform noise, equally many and of the same shape."""
     random = seeds.generator(seed, "noise images")
     return ImageSet({}, torch.randint(0, 256, images.shape, generator=random, dtype=torch.uint8).to(images.device))
 

@@ -82,8 +82,11 @@ class Score:
 
 
 def named_scores(text: str) -> tuple[str, ...]:
-    """Names of scores in a list with commas, as commands have it."""
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    """Names of scores in a list with commas, as commands have it; none in "". Raises UserError for a list that names none."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if text and not names:
+        raise UserError(f"--scores {text!r} names no score; the scores are {', '.join(SCORES)}")
+    return names
 
 
 def check_scores(names: Sequence[str], extractors: Sequence[str]) -> str:
@@ -186,7 +189,7 @@ def _modes_of(images: ImageSet, extractor: Extractor) -> Tensor:
 
 def _nearest(samples: ImageSet, test: ImageSet, extractor: Extractor, seed: int) -> Estimates:
     if samples.closest is None or test.closest is None:
-        raise UserError("the score 'nearest' needs the training images; give them with --train")
+        raise UserError("the score 'nearest' needs all training images; give them, too (for `calc`, with --train)")
     found = proximity(samples.closest.squared.sqrt(), test.closest.squared.sqrt())
     protocol = f"{len(samples.closest.squared)} samples and {len(test.closest.squared)} test images looked up"
     return [found.closer, found.median], {}, protocol

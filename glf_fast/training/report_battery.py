@@ -23,7 +23,7 @@ def _section(score: Mapping[str, Any]) -> str:
     mode = f", mode {settings['mode']}" if settings["mode"] else ""
     about = (
         f"{settings['n']:,} samples{mode} of checkpoint “{score['checkpoint']['name']}”. The column of real images has the "
-        "same numbers for training images in the samples' place, which no model is expected to exceed; for distances to "
+        "same numbers for training images in the samples' place, and no model is expected to be better; for distances to "
         "training images it has those of test images."
     )
     return f'<h2>More scores</h2><p>{html.escape(about)}</p><div class="card">{_table(numbers)}</div>' + "".join(

@@ -1,4 +1,4 @@
-"""What a run draws and scores, by the kind of its data: images or token sequences. Runs on other data have neither."""
+"""Pictures and scores of a run, by the kind of its data: images or token sequences. Runs on other data have neither."""
 
 from __future__ import annotations
 

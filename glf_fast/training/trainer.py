@@ -101,7 +101,7 @@ class Trainer:
 
     @property
     def remedy(self) -> str:
-        """What to do if training diverges, for messages."""
+        """The advice for training that diverges, for messages."""
         return "; ".join(filter(None, (REMEDY, self.model.words.advice)))
 
     @property

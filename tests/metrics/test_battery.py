@@ -187,6 +187,9 @@ def test_numbers_are_shown_with_three_digits(value: float | None, text: str) -> 
 )
 def test_scores_that_cannot_be(scores: list[str], extractors: list[str], message: str) -> None:
     found = metrics.check_scores(scores, extractors)
+    assert metrics.named_scores("fd, is,") == ("fd", "is") and metrics.named_scores("") == ()
+    with pytest.raises(UserError, match="--scores ',' names no score; the scores are fd, kid"):
+        metrics.named_scores(",")
     assert found.startswith(message) and bool(found) == bool(message)
 
 
@@ -194,7 +197,7 @@ def test_what_a_score_needs_is_said_in_a_line(tiny, blobs: Make) -> None:
     images = known(blobs(40, 0), [tiny])
     bare = ImageSet(images.stats)
     for score, samples, message in (
-        ("nearest", images, "needs the training images; give them with --train"),
+        ("nearest", images, "needs all training images; give them, too"),
         ("msssim", bare, "saved statistics hold no images"),
         ("critic", ImageSet(images.stats, blobs(40, 0)[:, :, 1:]), "images of one shape"),
     ):
