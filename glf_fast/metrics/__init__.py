@@ -15,7 +15,7 @@ from glf_fast.metrics.collect import collect, collect_all
 from glf_fast.metrics.critic import critic_distance
 from glf_fast.metrics.density_coverage import DensityCoverage, density_coverage
 from glf_fast.metrics.estimates import Estimate
-from glf_fast.metrics.extractors import CLASSIFIERS, Extractor, extractor, names
+from glf_fast.metrics.extractors import CLASSIFIERS, UNPUBLISHED, Extractor, extractor, names
 from glf_fast.metrics.frechet import frechet_distance, jackknife_interval
 from glf_fast.metrics.inception_score import inception_score
 from glf_fast.metrics.kid import KID, kid
@@ -35,6 +35,7 @@ __all__ = [
     "KID",
     "PRD",
     "SCORES",
+    "UNPUBLISHED",
     "USUAL",
     "DensityCoverage",
     "Estimate",

@@ -74,6 +74,8 @@ class Calc:
     classifier: str | None = None
     """Network of the scores is and modes: tiny, tiny-mnist, inception or tiny-cifar10; by default the extractor if it
     classifies, else tiny."""
+    classifier_weights: Path | None = None
+    """Local weights file of the classifier, if it is not the extractor."""
     train: str | None = None
     """With --scores: the training images, in the forms of images, for the score nearest and the column of real images; by
     default the training split where B is the test split of a data set."""
@@ -131,9 +133,9 @@ def calc(command: Calc) -> None:
     names = named_scores(command.scores)
     if message := check_scores(names, CLASSIFIERS):
         raise UserError(f"--scores: {message}")
-    for option in ("classifier", "train"):
+    for option in ("classifier", "classifier_weights", "train"):
         if getattr(command, option) is not None and not names:
-            raise UserError(f"--{option} has no effect without --scores")
+            raise UserError(f"--{option.replace('_', '-')} has no effect without --scores")
     given = [from_statistics(source) for source in (command.a, command.b)]  # finds errors in files before the long work
     known = [stats.extractor["name"] for stats in given if stats is not None and stats.extractor is not None]
     if None not in given:
@@ -181,12 +183,12 @@ def _extractors(command: Calc, names: Sequence[str], default: str) -> list[Extra
             raise UserError(f"--classifier {chosen[1]} does not classify; the classifiers are {', '.join(CLASSIFIERS)}")
     elif command.classifier:
         raise UserError(f"--classifier {command.classifier} has no effect; it is for the scores is and modes")
+    if command.classifier_weights and len(set(chosen)) == 1:
+        raise UserError("--classifier-weights has no effect, because no other network than the extractor is used")
+    weights = {chosen[-1]: command.classifier_weights} | {chosen[0]: command.weights}
     with unhurried():
         device = pick_device(command.device)
-        return [
-            extractor(name, device=device, weights=command.weights if name == chosen[0] else None)
-            for name in dict.fromkeys(chosen)
-        ]
+        return [extractor(name, device=device, weights=weights[name]) for name in dict.fromkeys(chosen)]
 
 
 def _of_statistics(stats: FeatureStats, extractors: Sequence[Extractor], source: str) -> ImageSet:

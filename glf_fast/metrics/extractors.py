@@ -19,7 +19,7 @@ from glf_fast.metrics.resize import antialiased, tf1_bilinear
 from glf_fast.metrics.tiny import TINY_MNIST_WEIGHTS, TINY_SIZE, TINY_WEIGHTS, load_tiny
 from glf_fast.metrics.vgg16 import IMAGENET_MEAN, IMAGENET_STD, VGG16, load_vgg16
 
-__all__ = ["CLASSIFIERS", "Extractor", "check_images", "extractor", "label", "names"]
+__all__ = ["CLASSIFIERS", "UNPUBLISHED", "Extractor", "check_images", "extractor", "label", "names"]
 
 
 @contextlib.contextmanager
@@ -184,7 +184,8 @@ def _tiny(name: str, weights: Path | None) -> Extractor:
     if weights is None:
         raise UserError(
             f"the extractor {name!r} has no weights in the package; train it with python tools/train_tiny.py --data cifar10, "
-            "and give the file with --weights"
+            "and give the file to python -m glf_fast.metrics with --weights (for a classifier beside "
+            "the extractor: --classifier-weights)"
         )
     network = load_tiny(weights)
     return Extractor(
@@ -226,6 +227,8 @@ _REGISTRY: dict[str, Callable[[str, Path | None], Extractor]] = {
 }
 # Names of the extractors that classify.
 CLASSIFIERS = ("tiny", "inception", "tiny-mnist", "tiny-cifar10")
+# Names of the extractors whose weights only their users have, so that a run, which gives none, cannot have them.
+UNPUBLISHED = ("tiny-cifar10",)
 
 
 def names() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from glf_fast.metrics.collect import BLOCK
 from glf_fast.metrics.critic import BATCH, STEPS, critic_distance
 from glf_fast.metrics.density_coverage import density_coverage
 from glf_fast.metrics.estimates import GROUPS, Estimate
-from glf_fast.metrics.extractors import CLASSIFIERS, Extractor
+from glf_fast.metrics.extractors import CLASSIFIERS, UNPUBLISHED, Extractor
 from glf_fast.metrics.frechet import frechet_distance, jackknife_interval
 from glf_fast.metrics.inception_score import inception_score
 from glf_fast.metrics.kid import kid
@@ -95,7 +95,8 @@ def check_scores(names: Sequence[str], extractors: Sequence[str]) -> str:
         return f"there is no score {wrong[0]!r}; {did_you_mean(wrong[0], SCORES)}the scores are {', '.join(SCORES)}"
     needing = [name for name in names if SCORES[name].needs == "classes"]
     if needing and not set(extractors) & set(CLASSIFIERS):
-        return f"the score {needing[0]!r} needs an extractor that classifies: {', '.join(CLASSIFIERS)}"
+        known = [name for name in CLASSIFIERS if name not in UNPUBLISHED]
+        return f"the score {needing[0]!r} needs an extractor that classifies: {', '.join(known)}"
     return ""
 
 

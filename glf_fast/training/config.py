@@ -121,6 +121,11 @@ class ScoreConfig(Settings):
             return (
                 f"extractors: there is no extractor {wrong[0]!r}; {hint}the extractors are {', '.join(metrics.names())}"
             )
+        if own := [name for name in self.extractors if name in metrics.UNPUBLISHED]:
+            return (
+                f"extractors: the weights of {own[0]!r} cannot be given to a run; score its samples with python -m "
+                "glf_fast.metrics calc"
+            )
         if "fd" not in self.scores:
             return "scores must contain fd, which decides which checkpoint is the best"
         message = metrics.check_scores(self.scores, self.extractors)

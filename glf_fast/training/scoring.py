@@ -143,8 +143,9 @@ def evaluate_mode(
 
 
 def has_scores(scores: Sequence[dict[str, Any]], names: Sequence[str]) -> bool:
-    """Whether results of `evaluate` have all scores of these names; the usual ones they always have."""
-    found = {number["score"] for score in scores for number in score.get("battery", ())}
+    """Whether results of `evaluate` have values of all scores of these names; the usual ones they always have."""
+    numbers = [number for score in scores for number in score.get("battery", ())]
+    found = {number["score"] for number in numbers if number["value"] is not None}
     return set(names) <= found | set(metrics.USUAL)
 
 

@@ -16,6 +16,7 @@ from glf_fast.data import load
 from glf_fast.errors import UserError
 from glf_fast.images import save_png
 from glf_fast.metrics import __main__ as command
+from glf_fast.metrics.tiny import TINY_WEIGHTS
 
 Make = Callable[..., torch.Tensor]
 
@@ -53,6 +54,16 @@ def test_calc_on_arrays_folders_and_saved_statistics_agree(run, blobs: Make, tin
         assert again["value"] == pytest.approx(expected, rel=1e-9)
     assert run("calc", a, saved).startswith(f"FD[tiny] {expected:.2f} (95 %")
     assert json.loads(run("calc", a, saved, "--n", 50, "--json"))["protocol"]["n"] == 50
+
+
+def test_a_classifier_beside_the_extractor_has_weights_of_its_own(run, blobs: Make, tmp_path: Path) -> None:
+    a, b = save_npy(tmp_path / "a.npy", blobs(60, 0)), save_npy(tmp_path / "b.npy", blobs(60, 1))
+    options = ["--extractor", "tiny-mnist", "--classifier", "tiny-cifar10", "--classifier-weights", TINY_WEIGHTS]
+    found = json.loads(run("calc", a, b, "--scores", "fd,is", *options, "--json"))["battery"]
+    assert [number["name"] for number in found] == ["FD[tiny-mnist]", "IS[tiny-mnist]", "IS[tiny-cifar10]"]
+    for scores, message in (("fd", "no other network than the extractor"), ("", "no effect without --scores")):
+        with pytest.raises(UserError, match=message):
+            run("calc", a, b, "--scores", scores, "--extractor", "tiny", *options[4:])
 
 
 def test_ref_of_a_data_set_is_cached(

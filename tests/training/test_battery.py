@@ -15,6 +15,7 @@ from glf_fast.metrics import score_table
 from glf_fast.training import runs
 from glf_fast.training.config import check, default
 from glf_fast.training.config_files import load, to_toml
+from glf_fast.training.scoring import has_scores
 
 Call = Callable[..., None]
 
@@ -36,6 +37,7 @@ def test_files_of_earlier_versions_mean_what_they_meant(tmp_path: Path) -> None:
             'extractors = ["vgg16"]\nscores = ["fd", "is"]',
             "score.scores: the score 'is' needs an extractor that classifies: tiny,",
         ),
+        ('extractors = ["tiny", "tiny-cifar10"]', "the weights of 'tiny-cifar10' cannot be given to a run"),
         ('scores = "fd"', 'score.scores = "fd" must be a list of strings'),
     ],
 )
@@ -45,6 +47,11 @@ def test_mistakes_in_settings_are_one_line(settings: str, message: str, tmp_path
     with pytest.raises(UserError) as error:
         check(load(file))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_score_without_a_value_is_not_there_yet() -> None:
+    numbers = [{"score": "is", "value": None}, {"score": "prd", "value": 0.5}, {"score": "prd", "value": None}]
+    assert [has_scores([{"battery": numbers}], ["fd", name]) for name in ("is", "prd")] == [False, True]
 
 
 def test_a_finished_run_is_given_more_scores(
