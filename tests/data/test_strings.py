@@ -44,7 +44,7 @@ def test_molecules_and_own_sentences(tmp_path: Path) -> None:
     (tmp_path / "m.grammar").write_text("S -> S 'C' | 'C'")
     (tmp_path / "m.smi").write_text("CC\nC\nCCC\n")
     own = load(str(tmp_path / "m.smi"), "train")
-    assert isinstance(own, TokenDataset) and own.vocabulary == (" ", "C") and not own.objective
+    assert isinstance(own, TokenDataset) and own.vocabulary == (" ", "C") and own.objective == "molecule"
 
 
 @pytest.mark.parametrize(
