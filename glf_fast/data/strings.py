@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -72,8 +73,12 @@ def _load(
         try:
             parser.parse(string)
         except UserError as error:
+            own = path.with_suffix(".grammar")
+            write = (
+                "" if own.is_file() else f", which python -m glf_fast.data grammar smiles > {quote(str(own))} writes"
+            )
             raise UserError(
-                f"{path}, line {number}: {error}; correct the line, or extend the grammar in {path.with_suffix('.grammar')}"
+                f"{path}, line {number}: {error}; correct the line, or extend the grammar in {own}{write}"
             ) from error
     return token_dataset(str(path), split, [s for _, s in lines], parser.grammar.text, objective, POLICY)
 
