@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from glf_fast.images import grid, save_npy, save_png
 from glf_fast.models import GenerativeModel, Writes
 from glf_fast.training import checkpoint, runs
 from glf_fast.training.pictures import check_count, draw, draw_attribute, draw_towards
-from glf_fast.training.sequence_scoring import draw_texts
+from glf_fast.training.sequence_scoring import draw_tokens
 from glf_fast.training.splits import load_splits
 
 
@@ -82,9 +83,7 @@ def main() -> None:
     if out.suffix == ".txt":
         raise UserError(f"--out {out} is for sequences, and this model draws images; give a .png, a .npy or a folder")
     labels = command.label or (None,)
-    numbers = command.n * len(labels) * len(command.temperature) * math.prod(model.shape)
-    if numbers >= 2**63:  # the largest tensor that torch can describe
-        raise UserError(f"--n {command.n} images are more than any memory holds; draw fewer")
+    _check_numbers(command.n, command.n * len(labels) * len(command.temperature) * math.prod(model.shape), "images")
     if command.towards or command.attribute:
         train, test = (data.as_images(split) for split in load_splits(config.data, command.data_dir))
         if command.towards:
@@ -118,18 +117,36 @@ def _sample_sequences(command: Command, model: GenerativeModel) -> None:
     out = command.out or Path("samples.txt")
     if out.suffix not in (".txt", ".npy"):
         raise UserError(f"--out {out} must end in .txt or .npy: this model draws sequences, not images")
-    texts, parts = [], []
-    for temperature in command.temperature:
-        drawn, tokens = draw_texts(model, command.n, seed=command.seed, temperature=temperature, mode=command.mode)
-        texts += drawn
-        parts.append(tokens)
-    print("\n".join(texts))
+    if command.label:
+        raise UserError("--label is for images: this model draws sequences, which have no classes; leave --label out")
+    count = command.n * len(command.temperature)
+    _check_numbers(command.n, count * math.prod(model.shape), "sequences")
+    assert isinstance(model, Writes)
+    parts = (
+        part
+        for temperature in command.temperature
+        for part in draw_tokens(model, command.n, seed=command.seed, temperature=temperature, mode=command.mode)
+    )
     if out.suffix == ".npy":
-        save_npy(out, torch.cat(parts))
+        first = next(parts)
+        tokens = first.new_empty(count, *first.shape[1:])  # at once, so that it fails now where there is no memory
+        end = 0
+        for part in itertools.chain([first], parts):
+            tokens[end : (end := end + len(part))] = part
+            print("\n".join(model.text(part)))
+        save_npy(out, tokens)
     else:
-        with atomic_write(out) as temporary:
-            temporary.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-    print(f"wrote {len(texts)} sequences to {out}", file=sys.stderr)
+        with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for part in parts:  # the text of all may be more than the memory holds
+                print(text := "\n".join(model.text(part)))
+                file.write(f"{text}\n")
+    print(f"wrote {count} sequences to {out}", file=sys.stderr)
+
+
+def _check_numbers(n: int, numbers: int, what: str) -> None:
+    """Raise UserError if so many numbers are more than torch can describe in a tensor."""
+    if numbers >= 2**63:
+        raise UserError(f"--n {n} {what} are more than any memory holds; draw fewer")
 
 
 def _check_effects(command: Command) -> None:

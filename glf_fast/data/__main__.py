@@ -1,4 +1,4 @@
-"""List, describe and fetch data sets and network weights.
+"""List, describe and fetch data sets and network weights; print grammars.
 
 python -m glf_fast.data list
 
@@ -7,6 +7,8 @@ python -m glf_fast.data info fashion-mnist
 python -m glf_fast.data info measurements.csv
 
 python -m glf_fast.data fetch vgg16
+
+python -m glf_fast.data grammar smiles > molecules.grammar
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -24,6 +26,7 @@ from glf_fast.command_line import parse
 from glf_fast.data import CONTENTS, SOURCES, SPLITS, Dataset, Source, TableDataset, TokenDataset, load, weights
 from glf_fast.data.fetch import NotFound
 from glf_fast.errors import UserError, did_you_mean, run_command
+from glf_fast.grammar import EXPRESSIONS, SMILES
 from glf_fast.output import one_line
 
 # Titles, licences and citations by name.
@@ -58,6 +61,14 @@ class Info(Fetch):
     """Print what a data set or weights are and which files are on this machine, without using the network."""
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """Print a built-in grammar, to be extended in a file NAME.grammar beside NAME.smi or NAME.txt."""
+
+    name: Annotated[Literal["smiles", "expressions"], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """smiles or expressions."""
+
+
 def main() -> None:
     """Parse the command line and run the command."""
     distributed.refuse_several()
@@ -65,11 +76,14 @@ def main() -> None:
         Annotated[List, tyro.conf.subcommand("list")]
         | Annotated[Info, tyro.conf.subcommand("info")]
         | Annotated[Fetch, tyro.conf.subcommand("fetch")]
+        | Annotated[Grammar, tyro.conf.subcommand("grammar")]
     )
-    command: List | Fetch = parse(commands, sys.argv[1:], "glf_fast.data", description=__doc__)
+    command: List | Fetch | Grammar = parse(commands, sys.argv[1:], "glf_fast.data", description=__doc__)
     if isinstance(command, List):
         for name, about in ABOUT.items():
             print(f"{name:14} {about.title}")
+    elif isinstance(command, Grammar):
+        print({"smiles": SMILES, "expressions": EXPRESSIONS}[command.name].strip())
     else:
         _report(command, online=not isinstance(command, Info))
 

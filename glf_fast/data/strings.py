@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ _PADDING = " "
 def load_smiles(path: Path, split: str) -> TokenDataset:
     """A split of the molecules of a .smi file: the first word of each line is a molecule, the rest of the line its name.
 
-    NAME.grammar beside NAME.smi, if there is one, replaces the grammar of SMILES.
+    NAME.grammar beside NAME.smi, if there is one, replaces the grammar of SMILES; its sentences are molecules all the same.
 
     Raises:
         UserError: a line that is no sentence of the grammar, with its number; an empty file; a wrong grammar.
@@ -31,7 +32,7 @@ def load_smiles(path: Path, split: str) -> TokenDataset:
     text, where = (_read(grammar), str(grammar)) if grammar.is_file() else (SMILES, "the grammar of SMILES")
     parser = Parser.of(text, where)
     lines = [(number, line.split()[0]) for number, line in _lines(path)]
-    return _load(path, split, lines, parser, where, "" if grammar.is_file() else "molecule")
+    return _load(path, split, lines, parser, where, "molecule")
 
 
 def load_strings(path: Path, split: str) -> TokenDataset:
@@ -72,8 +73,12 @@ def _load(
         try:
             parser.parse(string)
         except UserError as error:
+            own = path.with_suffix(".grammar")
+            write = (
+                "" if own.is_file() else f", which python -m glf_fast.data grammar smiles > {quote(str(own))} writes"
+            )
             raise UserError(
-                f"{path}, line {number}: {error}; correct the line, or extend the grammar in {path.with_suffix('.grammar')}"
+                f"{path}, line {number}: {error}; correct the line, or extend the grammar in {own}{write}"
             ) from error
     return token_dataset(str(path), split, [s for _, s in lines], parser.grammar.text, objective, POLICY)
 

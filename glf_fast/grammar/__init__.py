@@ -16,20 +16,25 @@ S -> S '+' T | S '*' T | S '/' T | T
 T -> '(' S ')' | 'sin(' S ')' | 'exp(' S ')' | 'x' | '1' | '2' | '3'
 """
 
-# SMILES of drug-like molecules (opensmiles.org). A tail is what follows an atom, so that one character decides on the rule.
+# SMILES (opensmiles.org) without wildcards, atom classes and rarer elements. A tail is what follows an atom, so that one
+# character decides on the rule. Elements such as Sn are two terminals: outside of brackets, Sn is S beside an aromatic n.
 SMILES = r"""
 molecule -> atom tail
-tail -> | digit tail | '(' branch ')' tail | atom tail | bond bonded
-branch -> atom tail | bond atom tail
-bonded -> digit tail | atom tail
+tail -> | ring tail | '(' branch ')' tail | atom tail | bond bonded | '.' molecule
+branch -> atom tail | bond atom tail | '.' molecule
+bonded -> ring tail | atom tail
 bond -> '-' | '=' | '#' | ':' | '/' | '\\'
-digit -> '1' | '2' | '3' | '4' | '5' | '6' | '7' | '8' | '9'
+ring -> digit | '%' digit digit
+digit -> '0' | '1' | '2' | '3' | '4' | '5' | '6' | '7' | '8' | '9'
 atom -> organic | aromatic | '[' isotope symbol chirality hydrogens charge ']'
 organic -> 'B' | 'C' | 'N' | 'O' | 'S' | 'P' | 'F' | 'Cl' | 'Br' | 'I'
 aromatic -> 'b' | 'c' | 'n' | 'o' | 's' | 'p'
-isotope -> | digit | digit digit
-symbol -> organic | aromatic | 'H' | 'Si' | 'Se'
+isotope -> | digit | digit digit | digit digit digit
+symbol -> 'H' | 'B' | 'C' | 'N' | 'O' | 'S' | 'P' | 'F' | 'Cl' | 'Br' | 'I' | aromatic | 'se' | 'as'
+symbol -> 'Li' | 'Na' | 'K' | 'C' 's' | 'Mg' | 'Ca' | 'Sr' | 'Ba' | 'Al' | 'Si' | 'Ga' | 'Ge' | 'As' | 'Se' | 'I' 'n' | 'S' 'n'
+symbol -> 'S' 'b' | 'Te' | 'Tl' | 'P' 'b' | 'Bi' | 'Ti' | 'V' | 'Cr' | 'Mn' | 'Fe' | 'C' 'o' | 'Ni' | 'Cu' | 'Zn' | 'Zr' | 'Mo'
+symbol -> 'Ru' | 'Rh' | 'Pd' | 'Ag' | 'Cd' | 'W' | 'Re' | 'O' 's' | 'Ir' | 'Pt' | 'Au' | 'Hg' | 'Gd' | 'Tc'
 chirality -> | '@' | '@@'
 hydrogens -> | 'H' | 'H' digit
-charge -> | '+' | '-' | '+' digit | '-' digit
+charge -> | '+' | '-' | '+' '+' | '-' '-' | '+' digit | '-' digit
 """

@@ -59,15 +59,16 @@ def _target() -> Any:
 
 def evaluated(text: str) -> Any:
     """The values of an expression at `POINTS`, from its derivation; no text is ever executed."""
-    rules = iter(Parser.of(EXPRESSIONS).parse(text))
+    derivation = Parser.of(EXPRESSIONS).parse(text)
     grammar = Grammar.of(EXPRESSIONS)
-
-    def value() -> Any:
-        rule = grammar.rules[next(rules)]
-        operands = [value() for _ in rule.nonterminals]
-        return _MEANINGS[rule.terminals](*operands)
-
-    return value()
+    # A leftmost derivation is a tree in prefix order: from its end, the operands of each rule lie on top of the stack, the
+    # left one uppermost. Recursion would end at a thousand brackets.
+    values: list[Any] = []
+    for index in reversed(derivation):
+        rule = grammar.rules[index]
+        operands = [values.pop() for _ in rule.nonterminals]
+        values.append(_MEANINGS[rule.terminals](*operands))
+    return values.pop()
 
 
 _MEANINGS: dict[tuple[str, ...], Callable[..., Any]] = {

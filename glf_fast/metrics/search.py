@@ -55,25 +55,15 @@ def search(
         seed: of the random choices.
     """
     check_search()
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.gaussian_process import GaussianProcessRegressor
-    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
-
     random = np.random.default_rng(seed)
     scale = codes.std(0) + 1e-12
     x, y = codes / scale, values.astype(np.float64)
     for number in range(rounds):
         used = _chosen(y, random)
-        kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.sqrt(codes.shape[1]), (1e-1, 1e3), nu=2.5)
-        kernel += WhiteKernel(0.1, (_NOISE, 1e1))
-        process: Any = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a bound of a kernel's parameter is no fault
-            process.fit(x[used], y[used])
         near = x[np.argsort(y)[:10]][random.integers(0, min(10, len(y)), CANDIDATES // 2)]
         steps = random.choice([0.1, 0.3, 1.0], (len(near), 1)) * random.standard_normal(near.shape)
         candidates = np.concatenate([draw(number, CANDIDATES - len(near)) / scale, near + steps])
-        mean, covariance = process.predict(candidates, return_cov=True)
+        mean, covariance = _posterior(x[used], y[used], candidates)
         picked = candidates[_batch(mean, covariance, y[used].min(), batch)]
         found = judge(picked * scale)
         x, y = np.concatenate([x, picked]), np.concatenate([y, found])
@@ -86,16 +76,43 @@ def _chosen(values: Array, random: np.random.Generator) -> Array:
     return np.concatenate([best, random.permutation(rest)[: POINTS - len(best)]])
 
 
-def _batch(mean: Array, covariance: Array, least: float, count: int) -> list[int]:
-    """Indices of a batch, chosen greedily by expected improvement below `least`."""
+def _posterior(x: Array, y: Array, candidates: Array) -> tuple[Array, Array]:
+    """Mean (N,) and covariance (N, N) of the objective itself at candidates, without the noise of an observation."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    noise = WhiteKernel(0.1, (_NOISE, 1e1))
+    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.sqrt(x.shape[1]), (1e-1, 1e3), nu=2.5) + noise
+    process: Any = GaussianProcessRegressor(kernel, random_state=0)
+    center, scale = y.mean(), y.std() or 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a bound of a kernel's parameter is no fault
+        process.fit(x, (y - center) / scale)
+    mean, covariance = process.predict(candidates, return_cov=True)
+    # scikit-learn's covariance is that of new observations. Conditioned are the known values with their noise; what is
+    # asked, and what the believer believes, is the objective without it.
+    diagonal = np.einsum("ii->i", covariance)
+    diagonal[:] = np.maximum(diagonal - process.kernel_.k2.noise_level, 0)
+    return center + scale * mean, scale**2 * covariance
+
+
+def _improvement(mean: Array, variance: Array, least: float) -> Array:
+    """Expected improvement below `least` of normally distributed values."""
     from scipy.stats import norm
 
+    deviation = np.sqrt(np.maximum(variance, 1e-12))
+    gain = (least - mean) / deviation
+    improvement: Array = deviation * (gain * norm.cdf(gain) + norm.pdf(gain))
+    return improvement
+
+
+def _batch(mean: Array, covariance: Array, least: float, count: int) -> list[int]:
+    """Indices of a batch, chosen greedily by expected improvement below `least`."""
     chosen: list[int] = []
     covariance = covariance.copy()
     for _ in range(count):
-        deviation = np.sqrt(np.maximum(covariance.diagonal(), 1e-12))
-        gain = (least - mean) / deviation
-        improvement = deviation * (gain * norm.cdf(gain) + norm.pdf(gain))
+        improvement = _improvement(mean, covariance.diagonal(), least)
         improvement[chosen] = -np.inf
         best = int(improvement.argmax())
         chosen.append(best)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from glf_fast.metrics.search import check_search, search
 from glf_fast.metrics.sequences import score_texts
 from glf_fast.models import DrawsCodes, GenerativeModel, Interpolates, Reconstructs, Writes
 
-__all__ = ["NAME", "check", "draw_texts", "evaluate_sequences", "interpolations", "lines", "table"]
+__all__ = ["NAME", "check", "draw_texts", "draw_tokens", "evaluate_sequences", "interpolations", "lines", "table"]
 
 # Takes the place of a feature network in the settings of a score.
 NAME = "sequences"
@@ -31,10 +31,10 @@ _KNOWN = 5000  # training sequences with which a search begins
 _ROUNDS, _BATCH = 5, 50
 
 
-def draw_texts(
+def draw_tokens(
     model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0, mode: str = ""
-) -> tuple[list[str], Tensor]:
-    """n sampled sequences as text, and as tokens int64 (n, …) on the CPU; sequence i depends on (seed, i) alone, not on n.
+) -> Iterator[Tensor]:
+    """n sampled sequences in parts, int64 (part, …) on the CPU; sequence i depends on (seed, i) alone, not on n.
 
     Raises:
         UserError: n < 1, a negative temperature, or a sampling mode that the model does not have.
@@ -44,14 +44,17 @@ def draw_texts(
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature = {temperature} must be 0 or more")
     model.check_mode(mode)
-    assert isinstance(model, Writes)
-    device, parts = next(model.parameters()).device, []
+    device = next(model.parameters()).device
     for start in range(0, n, _CHUNK):
         noise = seeds.generator(seed, "sample", start // _CHUNK, device=device)
-        drawn = model.sample(_CHUNK, temperature=temperature, generator=noise, mode=mode)
-        parts.append(drawn[: n - start].cpu())
-    tokens = torch.cat(parts)
-    return model.text(tokens), tokens
+        yield model.sample(_CHUNK, temperature=temperature, generator=noise, mode=mode)[: n - start].cpu()
+
+
+def draw_texts(model: GenerativeModel, n: int, *, seed: int, temperature: float = 1.0, mode: str = "") -> list[str]:
+    """The sequences of `draw_tokens` as text."""
+    assert isinstance(model, Writes)
+    parts = draw_tokens(model, n, seed=seed, temperature=temperature, mode=mode)
+    return [text for part in parts for text in model.text(part)]
 
 
 def interpolations(model: GenerativeModel, test: TokenDataset, count: int, steps: int = 8) -> list[list[str]]:
@@ -124,10 +127,10 @@ def _evaluated(
         return score_texts(texts, known, valid, value)
 
     options = {"seed": settings["seed"], "temperature": settings["temperature"]}
-    texts, _ = draw_texts(model, settings["n"], mode=settings["mode"], **options)
+    texts = draw_texts(model, settings["n"], mode=settings["mode"], **options)
     others = {}
     for other in model.sampling_modes if not settings["mode"] else ():
-        drawn, _ = draw_texts(model, min(settings["n"], _OTHER_MODES), mode=other, **options)
+        drawn = draw_texts(model, min(settings["n"], _OTHER_MODES), mode=other, **options)
         if drawn != texts[: len(drawn)]:  # of a mode that changes nothing with these settings
             others[other] = scored(drawn)
     return [

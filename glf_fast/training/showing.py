@@ -110,7 +110,7 @@ class _Sequences:
         self.train, self.test, self.config = train, test, config
 
     def pictures(self, model: GenerativeModel, seed: int) -> Mapping[str, Tensor | str]:
-        texts, _ = sequence_scoring.draw_texts(model, 40, seed=seed)
+        texts = sequence_scoring.draw_texts(model, 40, seed=seed)
         pictures = {"samples": "\n".join(texts)}
         if isinstance(model, Reconstructs) and isinstance(model, Writes):
             real = subset(self.test.items, 20)

@@ -36,6 +36,8 @@ def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["info", "a.csv"], 0, "column    weight: mean 60, standard deviation 1\npolicy    test: a tenth"),
         (["info", "wide.npy"], 0, "column    20: mean 0, standard deviation 1\n          … and 5 more columns\n"),
         (["info", "s.npz"], 0, "tokens    3 in the vocabulary, '<end>' is padding\nlengths   2 … 3, mean 2."),
+        (["grammar", "smiles"], 0, "molecule -> atom tail\ntail -> | ring tail"),
+        (["grammar", "smile"], 2, "error: invalid choice 'smile'"),
         (
             ["fetch", "digit"],
             2,

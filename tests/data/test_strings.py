@@ -44,13 +44,19 @@ def test_molecules_and_own_sentences(tmp_path: Path) -> None:
     (tmp_path / "m.grammar").write_text("S -> S 'C' | 'C'")
     (tmp_path / "m.smi").write_text("CC\nC\nCCC\n")
     own = load(str(tmp_path / "m.smi"), "train")
-    assert isinstance(own, TokenDataset) and own.vocabulary == (" ", "C") and not own.objective
+    assert isinstance(own, TokenDataset) and own.vocabulary == (" ", "C") and own.objective == "molecule"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "grammar", "message"),
     [
         ("m.smi", "CCO\nCC(\n", None, "m.smi, line 2: 'CC(' does not parse: at character 4 is the end"),
+        (
+            "m.smi",
+            "CCO\nC*\n",
+            None,
+            "extend the grammar in {0}, which python -m glf_fast.data grammar smiles > {0} writes",
+        ),
         ("m.smi", "CCO ethanol\nethanol CCO\n", None, "m.smi, line 2: 'ethanol' does not parse: at character 1 is"),
         ("m.smi", "\n \n", None, "m.smi is empty"),
         ("m.smi", b"\xff\xfe", None, "m.smi is not UTF-8 text"),
@@ -71,7 +77,7 @@ def test_bad_files_are_one_line(
             (tmp_path / file).write_bytes(written if isinstance(written, bytes) else written.encode())
     with pytest.raises(UserError) as error:
         load(str(tmp_path / name), "train")
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message.format(tmp_path / "m.grammar") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_kind_of_data_is_known_by_name() -> None:

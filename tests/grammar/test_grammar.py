@@ -21,6 +21,11 @@ MOLECULES = (
     "N#Cc1ccc(-c2ccc(O[C@@H](C(=O)N3CCCC3)c3ccccc3)cc2)cc1",
     "CC/C=C\\C[NH2+]C",
     "C1CC1(Br)C#N",
+    "CC(=O)[O-].[Na+]",
+    "C%10CC%10",
+    "C0CC0.Cn1cccc1.Sc1ccccc1.Sn1cccc1",
+    "[Fe+2].[O--].[Ca++].[Al+3]",
+    "[131I]C[Sn](C)(C)C.[Co].[Pb+2].[cH-]1[se]cc1",
 )
 
 
@@ -145,6 +150,10 @@ def test_a_bad_grammar_is_one_line(text: str, message: str) -> None:
         (EXPRESSIONS, "(x))", "at character 4 is ')', where"),
         (EXPRESSIONS, "sin x", "at character 1 is 'sin x', where"),
         (SMILES, "CC(C", "at character 5 is the end"),
+        (SMILES, "C%1C", "at character 4 is 'C', where '0', '1'"),
+        (SMILES, "CC.", "at character 4 is the end"),
+        (SMILES, "C--C", "at character 3 is '-C', where"),
+        (SMILES, "NaCl", "at character 1 is 'NaCl', where"),
     ],
 )
 def test_what_does_not_parse_is_one_line(grammar: str, text: str, message: str) -> None:

@@ -33,6 +33,7 @@ def test_shares_and_means_by_hand() -> None:
         ("x/2/3", lambda x: x / 2 / 3),
         ("2+x*3", lambda x: (2 + x) * 3),  # in this grammar all operators bind alike, from the left
         ("2+(x*3)", lambda x: 2 + x * 3),
+        pytest.param("(" * 1500 + "x" + ")" * 1500, lambda x: x, id="brackets"),
         ("exp(1)*sin(x+3)", lambda x: math.e * math.sin(x + 3)),
     ],
 )
@@ -68,6 +69,17 @@ def test_a_search_finds_a_minimum_and_repeats_itself() -> None:
     assert runs[0].shape == (10, 2) and np.array_equal(*runs)
     assert ((runs[0] - 1.5) ** 2).sum(1).min() < 0.2 * ((start - 1.5) ** 2).sum(1).min()
     assert len(np.unique(runs[0], axis=0)) == 10
+
+
+def test_a_known_point_promises_no_improvement() -> None:
+    """Points that are observed ten times, with noise: the mean of ten is almost certain, and a new one far away is not."""
+    random = np.random.default_rng(0)
+    x = np.repeat(np.linspace(-2, 2, 9), 10)[:, None]
+    y = 100 * (np.sin(2 * x[:, 0]) + 0.3 * random.standard_normal(90))
+    mean, covariance = searching._posterior(x, y, np.array([[0.0], [6.0]]))
+    assert covariance[0, 0] < 10**2 < 50**2 < covariance[1, 1]
+    known, unknown = searching._improvement(mean, covariance.diagonal(), float(-100))
+    assert known < 1e-6 < 1 < unknown
 
 
 def test_a_batch_spreads() -> None:

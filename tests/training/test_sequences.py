@@ -78,8 +78,9 @@ def test_a_run_resumes_bit_for_bit_samples_and_scores(
     assert (tmp_path / "s.txt").read_text().splitlines() == printed and len(printed) == 7
     if preset != "cvae":
         assert all(map(Parser.of(EXPRESSIONS).parses, printed))
-    call(sample, whole, "--n", "3", "--out", tmp_path / "s.npy")
-    assert np.load(tmp_path / "s.npy").shape[0] == 3 and capsys.readouterr().out.splitlines() == printed[:3]
+    call(sample, whole, "--n", "3", "--temperature", "1", "0.5", "--out", tmp_path / "s.npy")
+    found = capsys.readouterr().out.splitlines()
+    assert np.load(tmp_path / "s.npy").shape[0] == len(found) == 6 and found[:3] == printed[:3]
 
     [score] = runs.read_scores(whole)
     found = score["sequences"]
@@ -98,6 +99,8 @@ def test_options_for_images_are_refused(tmp_path: Path, call: Call) -> None:
     for command, options, message in (
         (sample, ["--out", "x.png"], "must end in .txt or .npy: this model draws sequences"),
         (sample, ["--towards", "0", "1"], "images are needed"),
+        (sample, ["--label", "3"], "--label is for images"),
+        (sample, ["--n", str(2**62)], "sequences are more than any memory holds; draw fewer"),
         (evaluate, ["--extractor", "tiny"], "--extractor is for images"),
         (evaluate, ["--other-data", "mnist"], "--other-data is for images"),
     ):
