@@ -35,7 +35,7 @@ struct Arguments : Networks {
   }
 };
 
-// Flow e of those whose steps lie one after the other.
+// Flow `e` of an ensemble: its pointers moved to its first step.
 template <class T>
 glf::Flow<T> member(glf::Flow<T> flow, int64_t e) {
   const int64_t step = e * flow.steps;
@@ -49,7 +49,7 @@ glf::Flow<T> member(glf::Flow<T> flow, int64_t e) {
   return flow;
 }
 
-// The first of so many flows, which have as many steps, and of as many rows each.
+// The first flow of an ensemble. Steps and rows must divide among its members.
 template <class T>
 glf::Flow<T> first_of(glf::Flow<T> flow, int64_t members, int64_t batch) {
   STD_TORCH_CHECK(members > 0 && flow.steps % members == 0 && batch % members == 0, "glf_fast: ", flow.steps, " steps or ", batch,

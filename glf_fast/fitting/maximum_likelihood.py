@@ -141,7 +141,9 @@ def _check(
 ) -> None:  # fmt: skip
     """Raise ValueError or TypeError for numbers out of their ranges."""
     if not isinstance(flow, Flow):
-        raise TypeError(f"flow must be a glf_fast.Flow; got {type(flow).__name__} (glf_fast.convert makes one)")
+        raise TypeError(
+            f"flow must be a glf_fast.Flow; got {type(flow).__name__} (glf_fast.convert makes one of another library's)"
+        )
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number ≥ 1; got {value!r}")

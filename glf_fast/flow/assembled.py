@@ -27,6 +27,8 @@ class AssembledMaps:
         members: flows whose maps lie one after the other; of more than one, each has its own Σ log|det A|.
     """
 
+    _members = 1  # also of what was pickled before there were several
+
     def __init__(self, members: int = 1) -> None:
         self._members = members
         self._cached: tuple[list[Tensor], Maps] | None = None  # copies of the tensors, and their maps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,10 +27,12 @@ class FlowEnsemble(nn.Module):
     threads, and an optimizer sees as few tensors as one flow has. What it computes is what the flows would compute one by one.
     Where no kernel takes several flows, they run one after the other.
 
-    For ensembles of estimators, sweeps over seeds, mixtures, and the channels of importance samplers.
+    For ensembles of estimators, sweeps over seeds, mixtures, and the channels of importance samplers. It is no `Flow`, since it
+    has E outputs, and is trained in a loop: `-ensemble.log_prob(x).mean(1).sum()` is the sum of the flows' losses.
 
     Args:
-        members: E.    The others are those of `CouplingFlow`; every flow gets a start of its own.
+        members: E.
+        dim, steps, and the rest: the arguments of `CouplingFlow`. Every flow starts from random values of its own.
 
     Example:
         >>> ensemble = FlowEnsemble(3, dim=5, steps=4, hidden=(64, 64))
@@ -47,30 +48,43 @@ class FlowEnsemble(nn.Module):
         check_integer("steps", steps, 1)
         super().__init__()
         self.members = members
-        self.flows = CouplingFlow(dim, members * steps, *arguments, **options)  # a store of the parameters of all steps
-        self.flows._maps = AssembledMaps(members)
+        self._flows = CouplingFlow(
+            dim, members * steps, *arguments, **options
+        )  # the parameters of all steps, not a flow
+        self._flows._maps = AssembledMaps(members)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"members": self.members, **self._flows.config, "steps": self._flows.config["steps"] // self.members}
 
     @classmethod
     def from_flows(cls, flows: Sequence[CouplingFlow]) -> FlowEnsemble:
-        """The ensemble of these flows, whose configurations must be equal; values are copied.
+        """The ensemble of these flows; values are copied, and what is frozen stays so.
 
         Raises:
-            TypeError, ValueError: there is no flow, or one that is no `CouplingFlow` or unlike the first one.
+            TypeError, ValueError: there is no flow, or one that is no `CouplingFlow`, or that differs from the first one in its
+                configuration, dtype, device or mode, or that has parametrized or pruned tensors.
         """
         flows = list(flows)
         for i, flow in enumerate(flows):
             if not isinstance(flow, CouplingFlow):
                 raise TypeError(f"an ensemble is made of CouplingFlows; flow {i} is a {type(flow).__name__}")
-            for name, value in flow.config.items():
-                if value != flows[0].config[name]:
-                    raise ValueError(f"flow {i} has {name}={value!r} but flow 0 has {flows[0].config[name]!r}")
+            facts, wanted = _facts(flow), _facts(flows[0])
+            for name, value in facts.items():
+                if value != wanted[name]:
+                    raise ValueError(f"flow {i} has {name}={value!r} but flow 0 has {wanted[name]!r}")
         if not flows:
             raise ValueError("an ensemble has one or more flows; got none")
-        like = any_parameter(flows[0])
-        made = cls(len(flows), **flows[0].config).to(like)
+        made = cls(len(flows), **flows[0].config).to(any_parameter(flows[0]))
         states = [_complete(flow, flows) for flow in flows]
-        made.flows.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
-        for name, parameter in made.flows.named_parameters():
+        for i, state in enumerate(states):
+            if missing := made._flows.state_dict().keys() - state.keys():
+                raise ValueError(
+                    f"flow {i} has no tensor {min(missing)}: it is parametrized or pruned; make that permanent first"
+                )
+        made._flows.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
+        for name, parameter in made._flows.named_parameters():
             parameter.requires_grad_(any(flow.get_parameter(name).requires_grad for flow in flows))
         return made.train(flows[0].training)
 
@@ -86,7 +100,7 @@ class FlowEnsemble(nn.Module):
         x, context = self._rows("x", x, context)
         self._begin(x, context)
         A, _, c, logabsdet, (weights, biases) = self._tensors(need_inverse=False)
-        z, logdet = ops.coupling_flow(x, A, c, weights, biases, context, members=self.members, **self.flows._options)
+        z, logdet = ops.coupling_flow(x, A, c, weights, biases, context, members=self.members, **self._flows._options)
         return self._each(z), self._each(logdet) + logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -95,7 +109,7 @@ class FlowEnsemble(nn.Module):
         _, A_inv, c, logabsdet, (weights, biases) = self._tensors(need_inverse=True)
         assert A_inv is not None
         x, logdet = ops.coupling_flow_inverse(
-            z, A_inv, c, weights, biases, context, members=self.members, **self.flows._options
+            z, A_inv, c, weights, biases, context, members=self.members, **self._flows._options
         )
         return self._each(x), self._each(logdet) - logabsdet
 
@@ -119,7 +133,7 @@ class FlowEnsemble(nn.Module):
         if temperature < 0:
             raise ValueError(f"temperature must be ≥ 0; got {temperature}")
         like = any_parameter(self)
-        shape = (self.members, n, *self.flows.event_shape)
+        shape = (self.members, n, *self._flows.event_shape)
         noise = torch.randn(shape, device=like.device, dtype=like.dtype, generator=generator)
         return self.inverse(temperature * noise, context)[0]
 
@@ -132,7 +146,12 @@ class FlowEnsemble(nn.Module):
             x: (B, D).    context: (B, C) or (C,).
             weights: w (E,), positive or zero, of any sum; equal ones if None.
         """
-        return torch.logsumexp(self.log_prob(x, context) + self._log_weights(weights)[:, None], 0)
+        self._check_mixture("x", x, context)
+        log_prob = self.log_prob(x, context)
+        largest = log_prob.detach().amax(0)
+        largest = largest.where(largest.isfinite(), 0)
+        # Not the logsumexp of log w, whose gradient at w = 0 is NaN.
+        return (self._weights(weights)[:, None] * (log_prob - largest).exp()).sum(0).log() + largest
 
     @torch.no_grad()
     def mixture_sample(
@@ -143,22 +162,52 @@ class FlowEnsemble(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n samples (n, D) of the same mixture, each of one flow; context is (n, C) or (C,)."""
-        w = self._log_weights(weights).exp()
-        chosen = (
-            torch.multinomial(w, n, replacement=True, generator=generator) if n else w.new_zeros(0, dtype=torch.long)
-        )
-        return self.sample(n, context, generator=generator)[chosen, torch.arange(n, device=chosen.device)]
+        """n samples (n, D) of the same mixture, each of one flow; context is (n, C) or (C,).
 
-    def _log_weights(self, weights: Tensor | None) -> Tensor:
+        The flows run on as many rows as the most frequent of them needs.
+        """
+        if n < 0:
+            raise ValueError(f"n must be ≥ 0; got {n}")
+        like = any_parameter(self)
+        if not n:
+            return like.new_zeros(0, *self._flows.event_shape)
+        self._check_mixture("the samples", like.new_zeros(n, 0), context)
+        chosen = torch.multinomial(self._weights(weights), n, replacement=True, generator=generator)
+        count = chosen.bincount(minlength=self.members)
+        order = chosen.argsort(stable=True)
+        place = torch.empty_like(chosen)  # of each sample among those of its flow
+        place[order] = torch.arange(n, device=chosen.device) - (count.cumsum(0) - count)[chosen[order]]
+        rows = (self.members, int(count.max()))
+        if context is not None and context.ndim == 2:
+            given = context.new_zeros(*rows, context.shape[1])
+            given[chosen, place] = context
+            context = given
+        noise = torch.randn(
+            (*rows, *self._flows.event_shape), device=like.device, dtype=like.dtype, generator=generator
+        )
+        return self.inverse(noise, context)[0][chosen, place]
+
+    def _check_mixture(self, name: str, x: Tensor, context: Tensor | None) -> None:
+        """Raise ValueError unless x and the context are those of one density."""
+        check_tensors(**{name.split()[-1]: x}, context=context)
+        if x.ndim != 2:
+            raise ValueError(f"{name} of a mixture must have shape (batch, dim); got {tuple(x.shape)}")
+        if context is not None and context.ndim == 3:
+            raise ValueError(
+                f"the context of a mixture must be (batch, context_dim) or (context_dim,); got {tuple(context.shape)}"
+            )
+
+    def _weights(self, weights: Tensor | None) -> Tensor:
         like = any_parameter(self)
         if weights is None:
-            return like.new_full((self.members,), -math.log(self.members))
+            return like.new_full((self.members,), 1 / self.members)
         check_tensors(weights=weights)
-        if weights.shape != (self.members,) or not bool((weights >= 0).all() and weights.sum() > 0):
-            raise ValueError(f"weights must be {self.members} numbers ≥ 0 that are not all 0; got {weights}")
+        if weights.shape != (self.members,) or not bool(
+            (weights >= 0).all() and weights.isfinite().all() and weights.any()
+        ):
+            raise ValueError(f"weights must be {self.members} finite numbers ≥ 0 that are not all 0; got {weights}")
         w = weights.to(like)
-        return (w / w.sum()).log()
+        return w / w.sum()
 
     # -- the single flows ----------------------------------------------------------------------------------------------
 
@@ -170,12 +219,12 @@ class FlowEnsemble(nn.Module):
         index = operator.index(index)
         if not -self.members <= index < self.members:
             raise IndexError(f"this ensemble has {self.members} flows; got index {index}")
-        steps = self.flows.config["steps"] // self.members
-        made = CouplingFlow(**{**self.flows.config, "steps": steps}).to(any_parameter(self))
+        steps = self._flows.config["steps"] // self.members
+        made = CouplingFlow(**{**self._flows.config, "steps": steps}).to(any_parameter(self))
         own = slice(index % self.members * steps, (index % self.members + 1) * steps)
-        made.load_state_dict({name: tensor[own] for name, tensor in self.flows.state_dict().items()})
+        made.load_state_dict({name: tensor[own] for name, tensor in self._flows.state_dict().items()})
         for name, parameter in made.named_parameters():
-            parameter.requires_grad_(self.flows.get_parameter(name).requires_grad)
+            parameter.requires_grad_(self._flows.get_parameter(name).requires_grad)
         return made.train(self.training)
 
     def __iter__(self) -> Iterator[CouplingFlow]:
@@ -185,7 +234,7 @@ class FlowEnsemble(nn.Module):
 
     def _rows(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x as (E·B, D) and the context as (E·B, C)."""
-        E, D, C = self.members, *self.flows.event_shape, self.flows.context_dim
+        E, D, C = self.members, *self._flows.event_shape, self._flows.context_dim
         check_tensors(**{name: x}, context=context)
         if x.ndim == 2:
             x = x.expand(E, *x.shape)
@@ -203,7 +252,7 @@ class FlowEnsemble(nn.Module):
 
     def _begin(self, x: Tensor, context: Tensor | None) -> None:
         """Give ActNorms their start where this is the first training batch: each flow's from its own rows."""
-        flow = self.flows
+        flow = self._flows
         if not flow._started and self.training and (len(x) >= 2 * self.members or active_processes() is not None):
             flow._start(x, context, self.members)
 
@@ -211,28 +260,38 @@ class FlowEnsemble(nn.Module):
         self, *, need_inverse: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, tuple[list[Tensor], list[Tensor]]]:
         """A, A⁻¹, c (E·K, …), Σ log|det A| of each flow (E, 1), and the networks' tensors."""
-        networks = self.flows._mlp()
-        A, A_inv, c, logabsdets = self.flows._affine(networks[0][0].dtype, need_inverse=need_inverse)
+        networks = self._flows._mlp()
+        A, A_inv, c, logabsdets = self._flows._affine(networks[0][0].dtype, need_inverse=need_inverse)
         return A, A_inv, c, logabsdets[:, None], networks
 
     def _each(self, tensor: Tensor) -> Tensor:
         """(E·B, …) as (E, B, …)."""
         return tensor.unflatten(0, (self.members, len(tensor) // self.members))
 
-    def extra_repr(self) -> str:
-        """Shown by repr."""
-        return f"members={self.members}"
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+        return f"{type(self).__name__}({shown})"
+
+
+def _facts(flow: CouplingFlow) -> dict[str, Any]:
+    """What is the same in all flows of an ensemble."""
+    like = any_parameter(flow)
+    return {**flow.config, "dtype": like.dtype, "device": like.device, "training": flow.training}
 
 
 def _complete(flow: CouplingFlow, flows: Sequence[CouplingFlow]) -> dict[str, Tensor]:
-    """The flow's state, with frozen entries and factors of all parameters of which one of the flows has some."""
+    """The flow's state, with factors and frozen entries of every parameter of which one of the flows has some."""
     state = flow.state_dict()
     for name, parameter in flow.named_parameters():
         flat = name.replace(".", "_")
+        trained = [other.get_parameter(name).requires_grad for other in flows if name in dict(other.named_parameters())]
         if any(flat in other.factors for other in flows):
             factor = state.get(f"factors.{flat}.factor", torch.ones_like(parameter))
             state[f"factors.{flat}.factor"] = factor.expand_as(parameter)
-        if any(flat in other.held for other in flows):
-            state.setdefault(f"held.{flat}.value", parameter.detach())
+        if any(flat in other.held for other in flows) or len(set(trained)) > 1:
+            state.setdefault(f"held.{flat}.value", flow._effective(flat, parameter).detach())
             state.setdefault(f"held.{flat}.trained", torch.ones_like(parameter))
+            if not parameter.requires_grad:  # and another flow's is trained: all of this one's entries are frozen
+                state[f"held.{flat}.value"] = flow._effective(flat, parameter).detach()
+                state[f"held.{flat}.trained"] = torch.zeros_like(parameter)
     return state

@@ -193,7 +193,8 @@ class StackedFlow(Flow):
     def _start(self, x: Tensor, context: Tensor | None, members: int = 1) -> None:
         """Give every ActNorm its start, step by step: each one sees what the steps before it make of x.
 
-        Of several flows whose steps lie one after the other, each starts from rows of its own, which do likewise.
+        Args:
+            members: flows that are stacked here, the steps of one after those of another; so are their rows in x and context.
         """
         check_shape("x", x, (None, self.config["dim"]), "(batch, dim)")
         x = check_state("x", x, self.mlp_weights[0])
@@ -201,16 +202,16 @@ class StackedFlow(Flow):
         if set_by_another_process(self.actnorm_initialized, self.actnorm_log_scale, self.actnorm_bias):
             self._started = True
             return
-        rows, steps = len(x) // members, self.config["steps"] // members
-        contexts = [None] * members if context is None else context.split(rows)
-        for e, (own, given) in enumerate(zip(x.split(rows), contexts, strict=True)):
+        rows, steps = (members, len(x) // members), self.config["steps"] // members
+        contexts = [None] * members if context is None else context.unflatten(0, rows)
+        for e, (own, given) in enumerate(zip(x.unflatten(0, rows), contexts, strict=True)):
             if not self._start_steps(range(e * steps, (e + 1) * steps), own, given):
                 return
         self.actnorm_initialized.fill_(1)
         self._started = True
 
     def _start_steps(self, steps: range, x: Tensor, context: Tensor | None) -> bool:
-        """The same of the ActNorms of a flow of these steps; False if x has no moments to start from."""
+        """Start the ActNorms of a flow that has these steps; False if x has no moments to start from."""
         weights, biases = self._mlp()
         for k in steps:
             found = data_dependent_start(x)

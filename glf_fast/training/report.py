@@ -165,7 +165,7 @@ def _test_pictures(run: Path, words: Words) -> str:
         "interpolations": html.escape(words.interpolations),
     }
     sections = ""
-    for kind in ("reconstructions", "interpolations"):
+    for kind in ("classes", "reconstructions", "interpolations"):
         if path := latest_picture(run, kind):
             text = texts.get(kind + path.suffix, texts[kind])
             title = kind.capitalize()

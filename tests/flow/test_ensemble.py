@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import glf_fast
@@ -31,9 +32,9 @@ def shaken(ensemble: FlowEnsemble) -> FlowEnsemble:
     with torch.no_grad():
         for parameter in ensemble.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    if ensemble.flows.config["actnorm"]:
-        ensemble.flows.actnorm_initialized.fill_(1)
-    ensemble.flows._started = True
+    if ensemble._flows.config["actnorm"]:
+        ensemble._flows.actnorm_initialized.fill_(1)
+    ensemble._flows._started = True
     return ensemble
 
 
@@ -68,7 +69,7 @@ def test_is_its_flows_one_by_one(kind: str, backend: str) -> None:
         torch.testing.assert_close(logdet[e], one_logdet)
         torch.testing.assert_close(ensemble.log_prob(x, context)[e], flow.log_prob(own_x[e], own_context[e]))
         for name, parameter in flow.named_parameters():
-            stacked = ensemble.flows.get_parameter(name).grad
+            stacked = ensemble._flows.get_parameter(name).grad
             found = None if stacked is None else stacked[2 * e : 2 * e + 2]
             torch.testing.assert_close(found, parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(x.grad, own_x.grad)
@@ -130,7 +131,7 @@ def test_flows_with_frozen_entries_and_factors_come_and_go() -> None:
         torch.testing.assert_close(ensemble.log_prob(x)[e], flow.log_prob(x))
         torch.testing.assert_close(ensemble[e].log_prob(x), flow.log_prob(x))
         for name, parameter in flow.named_parameters():
-            stacked = ensemble.flows.get_parameter(name).grad
+            stacked = ensemble._flows.get_parameter(name).grad
             torch.testing.assert_close(None if stacked is None else stacked[2 * e : 2 * e + 2], parameter.grad)
 
 
@@ -142,13 +143,58 @@ def test_mixtures() -> None:
     w = torch.tensor([3.0, 0.0, 1.0])
     expected = torch.logsumexp(torch.stack([single[0] + math.log(0.75), single[2] + math.log(0.25)]), 0)
     torch.testing.assert_close(ensemble.mixture_log_prob(x, weights=w), expected)
+    w = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64, requires_grad=True)
+    ensemble.mixture_log_prob(x, weights=w).sum().backward()
+    p, total = single.exp(), (w.detach()[:, None] / 4 * single.exp()).sum(0)
+    torch.testing.assert_close(w.grad, ((p - total) / (4 * total)).sum(1))
     generator = torch.Generator().manual_seed(0)
     only = ensemble.mixture_sample(50, weights=torch.tensor([0.0, 1.0, 0.0]), generator=generator)
     generator.manual_seed(0)
-    torch.multinomial(torch.ones(1), 50, replacement=True, generator=generator)
+    torch.multinomial(torch.ones(3), 50, replacement=True, generator=generator)
     assert only.shape == (50, D) and torch.equal(only, ensemble.sample(50, generator=generator)[1])
     assert ensemble.mixture_sample(0).shape == (0, D) and ensemble.sample(0).shape == (E, 0, D)
     assert torch.equal(ensemble.sample(4, temperature=0)[:, 0], ensemble.sample(4, temperature=0)[:, 3])
+
+
+def test_samples_of_a_mixture_have_their_own_contexts() -> None:
+    """Each flow only shifts its noise, by the context and a number of its own."""
+    flows = []
+    for e in range(2):
+        flow = CouplingFlow(2, 1, (1,), context_dim=1, coupling="additive", linear="permutation", actnorm=False)
+        for tensor in (*flow.mlp_weights, *flow.mlp_biases):
+            nn.init.zeros_(tensor)
+        nn.init.ones_(flow.mlp_weights[0][0, 1])  # the context
+        nn.init.ones_(flow.mlp_weights[1])
+        nn.init.constant_(flow.mlp_biases[1], 1000.0 * e)
+        flows.append(flow)
+    context = 10 * torch.arange(1.0, 101)[:, None]
+    drawn = FlowEnsemble.from_flows(flows).mixture_sample(100, context, generator=torch.Generator().manual_seed(0))
+    shift = -drawn[:, 1] if drawn[:, 1].abs().max() > 100 else -drawn[:, 0]
+    of_second = shift - context[:, 0] > 500
+    assert (shift - context[:, 0] - 1000 * of_second).abs().max() < 6 and 30 < of_second.sum() < 70
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    flows = [CouplingFlow(D, 2, (6,), actnorm=False) for _ in range(2)]
+    flows[0].requires_grad_(False)
+    flows[0].multiply("mlp_biases.0", torch.tensor(0.1))
+    ensemble = FlowEnsemble.from_flows(flows)
+    x = torch.randn(B, D)
+    ensemble.log_prob(x).sum().backward()
+    for name, parameter in ensemble._flows.named_parameters():
+        assert parameter.grad is not None and not parameter.grad[:2].any(), name
+    assert any(p.grad[2:].any() for p in ensemble.parameters() if p.grad is not None)
+    torch.testing.assert_close(ensemble.log_prob(x)[0], flows[0].log_prob(x))
+
+
+@pytest.mark.parametrize("context_dim", [0, C])
+def test_an_empty_part_of_the_first_batch_asks_all_flows(context_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process has it whose part of the batch is empty: the others wait for as many answers as there are flows."""
+    ensemble = FlowEnsemble(E, D, 2, (6,), context_dim)
+    asked: list[int] = []
+    monkeypatch.setattr(ensemble._flows, "_start_steps", lambda steps, x, context: asked.append(len(x)) or True)
+    ensemble._flows._start(torch.zeros(0, D), torch.zeros(0, C) if context_dim else None, E)
+    assert asked == [0] * E
 
 
 def test_copies_states_and_compilation() -> None:
@@ -157,7 +203,7 @@ def test_copies_states_and_compilation() -> None:
     expected = ensemble.log_prob(x, context)
     assert torch.equal(copy.deepcopy(ensemble).log_prob(x, context), expected)
     torch.manual_seed(5)
-    other = FlowEnsemble(E, **ensemble[0].config).double()
+    other = FlowEnsemble(**ensemble.config).double()
     other.load_state_dict(ensemble.state_dict())
     assert torch.equal(other.log_prob(x, context), expected)
     assert torch.equal(FlowEnsemble.from_flows(list(ensemble)).log_prob(x, context), expected)
@@ -183,6 +229,12 @@ def test_counts_operations_of_each_flow_once() -> None:
     assert counts[0] == counts[1] > 0
 
 
+def pruned() -> CouplingFlow:
+    flow = CouplingFlow(4, 1, (6,))
+    prune.random_unstructured(flow.mlp_weights, "0", 0.5)
+    return flow
+
+
 ERRORS: dict[str, Any] = {
     "members must be ≥ 1": lambda: FlowEnsemble(0, 4),
     "members must be an int": lambda: FlowEnsemble("2", 4),  # type: ignore[arg-type]
@@ -195,7 +247,14 @@ ERRORS: dict[str, Any] = {
     "the context must have shape": lambda: ensemble_of()(torch.zeros(B, D), torch.zeros(B + 1, C)),
     "none, because context_dim is 0": lambda: ensemble_of(0)(torch.zeros(B, D), torch.zeros(C)),
     "this ensemble has 3 flows; got index 3": lambda: ensemble_of()[3],
-    "weights must be 3 numbers": lambda: ensemble_of(0).mixture_log_prob(
+    "flow 1 has dtype=torch.float64": lambda: FlowEnsemble.from_flows(
+        [CouplingFlow(4, 1), CouplingFlow(4, 1).double()]
+    ),
+    "flow 1 has training=False": lambda: FlowEnsemble.from_flows([CouplingFlow(4, 1), CouplingFlow(4, 1).eval()]),
+    "flow 0 has no tensor mlp_weights.0: it is parametrized": lambda: FlowEnsemble.from_flows([pruned()]),
+    "x of a mixture must have shape": lambda: ensemble_of(0).mixture_log_prob(torch.zeros(E, B, D)),
+    "the context of a mixture must be": lambda: ensemble_of().mixture_sample(B, torch.zeros(E, B, C)),
+    "weights must be 3 finite numbers": lambda: ensemble_of(0).mixture_log_prob(
         torch.zeros(B, D, dtype=torch.float64), weights=torch.zeros(3)
     ),
     "n must be ≥ 0": lambda: ensemble_of(0).sample(-1),
@@ -217,5 +276,6 @@ def test_errors_say_what_is_wrong(message: str) -> None:
         ERRORS[message]()
 
 
-def test_is_public() -> None:
+def test_is_public_and_says_what_it_is() -> None:
+    assert repr(FlowEnsemble(3, 5, steps=4)).startswith("FlowEnsemble(members=3, dim=5, steps=4, hidden=(256, 256)")
     assert glf_fast.FlowEnsemble is FlowEnsemble and "FlowEnsemble" in glf_fast.__all__

@@ -69,8 +69,8 @@ def coupling_flow(
         activation: of the hidden layers. The other options are those of `affine_coupling`.
         reversible: keep nothing for the backward but the output, which rebuilds the steps' inputs by undoing the steps:
             memory independent of K. For the kernels; the reference keeps what autograd keeps.
-        members: E flows of one shape in one call: x is (E·B, D), the context (E·B, C), all else (E·K, …), the rows, and the
-            steps, of one flow after those of the other.
+        members: E flows of one shape in one call. x is then (E·B, D), context (E·B, C), and everything else (E·K, …): first all
+            rows, or steps, of the first flow, then those of the second one, …
 
     Returns:
         z (B, D) and Σ ℓ (B,). The caller adds Σ_k log|det A_k|, one number for the whole batch.
@@ -133,16 +133,14 @@ def coupling_flow_log_prob(
     add_first: bool = False,
     spline: Spline | None = None,
     reversible: bool = False,
-    members: int = 1,
 ) -> Tensor:
     """log p(x) = log N(z; 0, I) + Σ ℓ + `logabsdet` in nats, (B,), with z and Σ ℓ of `coupling_flow`.
 
     `logabsdet` is Σ_k log|det A_k|, a scalar tensor; all else as in `coupling_flow`.
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False,
-        members,
-    )  # fmt: skip
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False
+    )
     return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options))[-1]
 
 
@@ -238,8 +236,7 @@ def _run(call: Call) -> tuple[Tensor, ...]:
         raise
     kernels = kernels_for(call.x, call, *KERNELS)
     if kernels is None and call.options.members > 1:
-        each = [_by(kernels_for(one.x, one, *KERNELS), one) for one in call.of_members()]
-        return tuple(map(torch.cat, zip(*each, strict=True)))
+        return call.by_members(lambda one: _by(kernels_for(one.x, one, *KERNELS), one))
     return _by(kernels, call)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from glf_fast.ops.affine_coupling.call import AffineOptions
@@ -29,7 +30,7 @@ class CallOptions(NamedTuple):
     plu: bool  # the maps are given by the factors of PLU layers
     constant: float  # the log-scale's, as kernels take it
     autocast: str = ""  # of the networks' products: "bf16" or "fp16" under torch.autocast
-    members: int = 1  # flows whose steps, and whose rows, lie one after the other: of each as many
+    members: int = 1  # flows in this call; the rows, and the steps, of each of them follow those of the one before
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the reference's flows, whose direction is in their name."""
@@ -59,17 +60,16 @@ class Call(NamedTuple):
     biases: Sequence[Tensor]  # (K, nᵢ₊₁), or (K, 2, nᵢ₊₁)
     options: CallOptions
 
-    def of_members(self) -> list[Call]:
-        """The calls of the single flows."""
+    def by_members(self, run: Callable[[Call], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `run` makes of every member's own call, one after the other."""
         x, context, maps, weights, biases, options = self
         n, one = options.members, options._replace(members=1)
         rows = (n, len(x) // n)
 
         def of_each(tensor: Tensor | None) -> Sequence[Tensor | None]:
-            """A member's rows, or steps; what is one for all of them is everyone's."""
-            return [tensor] * n if tensor is None or not tensor.ndim else tensor.chunk(n)
+            return [None] * n if tensor is None else tensor.chunk(n)
 
-        each = zip(
+        calls = zip(
             x.unflatten(0, rows),
             [None] * n if context is None else context.unflatten(0, rows),
             map(Maps, *map(of_each, maps)),
@@ -77,4 +77,4 @@ class Call(NamedTuple):
             zip(*map(of_each, biases), strict=True),
             strict=True,
         )
-        return [Call(*parts, one) for parts in each]
+        return tuple(map(torch.cat, zip(*(run(Call(*call, one)) for call in calls), strict=True)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from glf_fast import reference
@@ -15,7 +14,7 @@ def run(call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone."""
     x, context, maps, weights, biases, options = call
     if options.members > 1:
-        return tuple(map(torch.cat, zip(*map(run, call.of_members()), strict=True)))
+        return call.by_members(run)
     keywords = options.keywords()
     if options.plu:
         return (reference.plu_flow_log_prob(x, maps, weights, biases, context, **keywords),)
