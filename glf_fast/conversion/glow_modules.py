@@ -1,8 +1,9 @@
 """The two Glows that most code on GitHub copies, by their classes' names and formulas: they are in no package.
 
 One has a `Glow` of `blocks`, each with steps in a list `flows` (rosinality's glow-pytorch). The other has a `FlowNet`, whose
-`layers` are `FlowStep`s between squeezes and splits (chaiyujin's glow-pytorch). `accelerate` alone replaces their steps:
-squeezes, splits and learned Gaussians are parts of their classes' own code, which stays.
+`layers` are `FlowStep`s between squeezes and splits (chaiyujin's glow-pytorch, and y0ast's Glow-PyTorch, made from it).
+`accelerate` alone replaces their steps: squeezes, splits and learned Gaussians are parts of their classes' own code, which
+stays.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _flow(part: Part) -> list[Layer]:
 def _flow_step(part: Part) -> list[Layer]:
     """y = (x + bias)·e^logs, y = W x or a permutation, and (v + t)·σ(u + 2) with outputs t₀, u₀, t₁, u₁, …, or v + t."""
     step = part.module
-    _check_started(bool(step.actnorm.inited))
+    network = step.f if hasattr(step, "f") else step.block
     logs, bias = step.actnorm.logs.flatten(), step.actnorm.bias.flatten()
     kind, modules = _permutation(step)
     mixing: Piece
@@ -66,7 +67,7 @@ def _flow_step(part: Part) -> list[Layer]:
     return [
         Diagonal(logs, bias * logs.exp(), trained_together(step.actnorm.logs, step.actnorm.bias)),
         mixing,
-        _coupling(part, step.f, "tutu" if step.flow_coupling == "affine" else "t"),
+        _coupling(part, network, "tutu" if step.flow_coupling == "affine" else "t"),
     ]
 
 
@@ -74,6 +75,19 @@ def _check_started(started: bool) -> None:
     """Raise ConversionError for an ActNorm that any call, a comparison's too, would initialise."""
     if not started:
         raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
+
+
+def _check_inited(norm: Any) -> None:
+    """Raise ConversionError for a FlowStep's ActNorm unless it is `inited`: the next batch would overwrite its values.
+
+    No state_dict has this attribute, so that it is False after a checkpoint has been loaded.
+    """
+    if not norm.inited and bool(norm.bias.any() or norm.logs.any()):
+        raise ConversionError(
+            "an ActNorm's `inited` is False, as after loading a checkpoint: call set_actnorm_init() of its Glow, or set "
+            "`inited` to True, before accelerate"
+        )
+    _check_started(bool(norm.inited))
 
 
 def _convolution(module: nn.Module, weight: Tensor, *, regular: bool) -> Dense:
@@ -93,12 +107,27 @@ def _permutation(step: Any) -> tuple[str, Any]:
     return next((name, getattr(step, name)) for name in names if hasattr(step, name))
 
 
-def _bind(step: Any) -> None:
-    """Let a copy of a FlowStep call its own permutation: the function that it has for this holds the step it was made in."""
-    if hasattr(step, "flow_permutation"):
-        kind, module = _permutation(step)
-        convolves = kind == "invconv"
-        step.flow_permutation = lambda z, logdet, rev: module(z, logdet, rev) if convolves else (module(z, rev), logdet)
+def _prepare(copied: nn.Module) -> None:
+    """Let copies of FlowSteps call their own permutations, and invert matrices in float64.
+
+    y0ast's FlowStep has a function `flow_permutation` that holds the step which it was made in; chaiyujin's has a name, which
+    stays. chaiyujin's inverse matrices end in float32.
+    """
+    for step in (module for module in copied.modules() if hasattr(module, "flow_coupling")):
+        if callable(getattr(step, "flow_permutation", None)):
+            step.flow_permutation = partial(_permuted, step)  # type: ignore[assignment]
+        if hasattr(conv := getattr(step, "invconv", None), "get_weight"):
+            conv.get_weight = partial(_weight, conv)  # type: ignore[union-attr]
+
+
+def _permuted(step: Any, z: Tensor, logdet: Tensor, rev: bool) -> Any:
+    kind, module = _permutation(step)
+    return module(z, logdet, rev) if kind == "invconv" else (module(z, rev), logdet)
+
+
+def _weight(conv: Any, input: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    weight, logdet = type(conv).get_weight(conv, input, False)
+    return weight.flatten(1).inverse()[:, :, None, None] if reverse else weight, logdet
 
 
 # -- fused steps in the place of theirs, and their steps as layers of this project --------------------------------------
@@ -139,7 +168,6 @@ class _KeptStep(_KeptFlow):
     """One FlowStep."""
 
     def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        _bind(self.step)
         return self.step(x, x.new_zeros(len(x)), inverse)
 
 
@@ -147,7 +175,7 @@ class _KeptStep(_KeptFlow):
 
 
 def _blocks(glow: Any) -> list[Chain]:
-    """One for the steps of every block, which works on channels that its ActNorms have."""
+    """One chain for the steps of each block. The number of channels is read from the block's first ActNorm."""
     chains = []
     for i, block in enumerate(glow.blocks):
         norm = next((step.actnorm for step in block.flows if hasattr(step, "actnorm")), None)
@@ -164,10 +192,12 @@ def _blocks(glow: Any) -> list[Chain]:
 def _layers(net: Any) -> list[Chain]:
     """All layers: those that are no FlowSteps stay between them."""
     names = [type(layer).__name__ for layer in net.layers]
-    first = next((layer for layer in net.layers if hasattr(layer, "actnorm")), None)
-    if first is None:
+    norms = [layer.actnorm for layer in net.layers if hasattr(layer, "actnorm")]
+    if not norms:
         raise ConversionError("none of its layers is a step with an ActNorm; fused steps have none")
-    C, side = first.actnorm.bias.shape[1] // 4, 2 ** (1 + names.count("SqueezeLayer"))
+    for norm in norms:  # before any comparison: until it is `inited`, y0ast's ActNorm cannot be called in eval mode
+        _check_inited(norm)
+    C, side = norms[0].bias.shape[1] // 4, 2 ** (1 + names.count("SqueezeLayer"))
     parts = []
     for i, layer in enumerate(net.layers):
         parts.append(Part(f"layers.{i}", layer, (C, side, side)))
@@ -190,8 +220,6 @@ def _block_density(glow: Any, x: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _net_density(net: Any, x: Tensor, context: Tensor | None) -> Tensor:
-    for layer in net.layers:
-        _bind(layer)
     z, logdet = net(x, x.new_zeros(len(x)))
     return log_normal(z) + logdet
 
@@ -213,6 +241,6 @@ LIBRARIES: tuple[Library, ...] = (
     Library(
         package="glow_of_steps", hosts=("FlowNet",), marks=("layers", "output_shapes"), chains=_layers,
         log_prob=_net_density, kept=_KeptStep, fused=lambda fused, parts: _FusedStep(fused),
-        on_images={"FlowStep": _flow_step}, **_SHARED,
+        on_images={"FlowStep": _flow_step}, prepare=_prepare, **_SHARED,
     ),
 )  # fmt: skip

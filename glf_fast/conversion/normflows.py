@@ -210,9 +210,10 @@ def _levels(flow: Any) -> list[Chain]:
     for i, level in enumerate(flow.flows):
         if i:
             C, H, W = flow.q0[i].shape
-            if not getattr(flow.merges[i - 1], "mode", "").startswith("channel"):
+            mode = getattr(flow.merges[i - 1], "mode", None)
+            if mode not in ("channel", "channel_inv"):
                 kind = type(flow.merges[i - 1]).__name__
-                raise ConversionError(f"merges.{i - 1} ({kind}) does not join channels")
+                raise ConversionError(f"merges.{i - 1} ({kind}): mode {mode!r} does not join channels")
             shape = (shape[0] + C, H, W)
         named = list(_named(level, f"flows.{i}"))
         chains.append(_chain(named, shape, partial(setattr, flow.flows, str(i)), level))
@@ -278,8 +279,12 @@ def _bases(flow: Any) -> Base:
     for i, base in reversed(list(enumerate(flow.q0))):
         _check_base(f"q0.{i}", base)
         if i:
-            split = Kept(Split(2 * base.shape[0], learned=False), f"merges.{i - 1} stays")
-            between.append([*_standardised(f"q0.{i}", base, FactoredOut), split])
+            C = 2 * base.shape[0]
+            split = Kept(Split(C, learned=False), f"merges.{i - 1} stays")
+            # "channel_inv" factors out the first half of the channels; a `Split` takes the last.
+            inverted = flow.merges[i - 1].mode == "channel_inv"
+            halves: list[Layer] = [Permutation(torch.arange(C).roll(C // 2))] if inverted else []
+            between.append([*halves, *_standardised(f"q0.{i}", base, FactoredOut), split])
     return Base(LIBRARY.chains(flow)[0].parts[0].shape, _standardised("q0.0", flow.q0[0]), between=tuple(between))
 
 

@@ -101,12 +101,14 @@ class GlowFlow(SequentialFlow):
         context_dim: columns of a context, such as a class in one-hot form, which all networks and Gaussians are given; 0 for
             none.
         reversible: keep the activations of one step, see `SequentialFlow`: memory does not grow with K.
-        linear: parametrisation of the 1 × 1 convolutions, see `InvertibleLinear`; "permutation" shuffles channels.
+        linear: parametrisation of the 1 × 1 convolutions, see `InvertibleLinear`, by default "plu"; "permutation" shuffles
+            channels.
         log_scale, log_scale_constant, add_first: of the couplings, see `AffineCoupling`.
         gain_factor: see `GlowNetwork`.
         masks: "channels", Glow's; "realnvp": those of RealNVP (arXiv:1605.08803, section 3.6). There each level has K steps
             with checkerboards in turn before its squeeze, and K with the halves of the channels in turn behind it, without
-            1 × 1 convolutions. The networks and learned Gaussians are Glow's.
+            1 × 1 convolutions. K should be even, so that both masks of a pair are used equally often; K = 1 is refused. The
+            networks and learned Gaussians are Glow's.
         network: function that makes the network of a coupling from its numbers of input and output channels; by default
             `GlowNetwork` of this width.
 
@@ -130,7 +132,7 @@ class GlowFlow(SequentialFlow):
         coupling: str = "affine",
         context_dim: int = 0,
         reversible: bool = False,
-        linear: str = "plu",
+        linear: str | None = None,
         log_scale: str = "tanh",
         log_scale_constant: float | None = None,
         add_first: bool = False,
@@ -154,8 +156,13 @@ class GlowFlow(SequentialFlow):
                 f"{log_scale!r}, {log_scale_constant} and {add_first}"
             )
         realnvp = masks == "realnvp"
-        if realnvp and linear != "plu":
+        if realnvp and linear is not None:
             raise ValueError(f'masks="realnvp" has no 1 × 1 convolutions, so leave linear out; got {linear!r}')
+        if realnvp and steps < 2:
+            raise ValueError(
+                'masks="realnvp" uses two masks in turn, so steps must be at least 2, and should be even; '
+                f"with steps={steps} no coupling would change some of the values"
+            )
         C = _channels(image_shape, levels)
         additive = coupling == "additive"
 
@@ -164,7 +171,7 @@ class GlowFlow(SequentialFlow):
             given, outputs = given + context_dim, changed if additive else 2 * changed
             yield ActNorm(dim)
             if not realnvp:
-                yield InvertibleLinear(dim, linear=linear)
+                yield InvertibleLinear(dim, linear="plu" if linear is None else linear)
             yield AffineCoupling(
                 dim,
                 GlowNetwork(given, outputs, width, gain_factor=gain_factor)

@@ -43,7 +43,7 @@ class GlowSettings(ModelSettings):
     coupling: Literal["affine", "additive"] = "affine"
     """Couplings: v·e^s + t (affine), or v + t (additive)."""
     masks: Literal["channels", "realnvp"] = "channels"
-    """Masks of the couplings: Glow's halves of the channels, or RealNVP's, which has checkerboards, too."""
+    """Masks of the couplings: Glow's halves of the channels, or RealNVP's, also checkerboards, for an even number of steps."""
     linear: Literal["plu", "dense", "permutation"] = "plu"
     """For masks channels: parametrisation of the 1 × 1 convolutions; the released code has dense ones."""
     log_scale: str = "tanh"
@@ -92,7 +92,7 @@ class GlowSettings(ModelSettings):
             return "classes and class_sizes are those of the training set; leave both out"
         try:
             with torch.random.fork_rng(devices=[]):
-                replace(self, levels=1, steps=1, width=1).build((1, 2, 2))
+                replace(self, levels=1, steps=min(self.steps, 2), width=1).build((1, 2, 2))
         except ValueError as error:
             return str(error)
         return ""

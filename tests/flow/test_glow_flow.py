@@ -232,10 +232,15 @@ def test_the_border_is_seen() -> None:
             )
         ),
         (lambda: GlowNetwork(2, 0, 4), "channels_out must be ≥ 1; got 0"),
-        (
-            lambda: GlowFlow((1, 8, 8), 1, 1, 4, masks="realnvp", linear="dense"),
-            "no 1 × 1 convolutions, so leave linear",
+        *(
+            (lambda options=options: GlowFlow((1, 8, 8), 1, **{"steps": 2, "masks": "realnvp", **options}), message)
+            for options, message in (
+                ({"linear": "dense"}, "no 1 × 1 convolutions, so leave linear out; got 'dense'"),
+                ({"linear": "plu"}, "no 1 × 1 convolutions, so leave linear out; got 'plu'"),
+                ({"steps": 1}, "steps must be at least 2, and should be even"),
+            )
         ),
+        (lambda: GlowFlow((1, 8, 8), 1, 1, 4, linear=""), "linear must be one of"),
         (
             lambda: GlowFlow((1, 8, 8), masks="checkerboard"),
             "masks must be one of 'channels', 'realnvp'; got 'checkerboard'",

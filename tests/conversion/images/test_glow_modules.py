@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -171,13 +173,15 @@ class Glow(nn.Module):
 
 
 class ActNorm2d(nn.Module):
+    """Starts in training mode alone. No state_dict says that it has started."""
+
     def __init__(self, C: int) -> None:
         super().__init__()
         self.bias, self.logs = nn.Parameter(torch.zeros(1, C, 1, 1)), nn.Parameter(torch.zeros(1, C, 1, 1))
         self.inited = False
 
     def forward(self, x: Tensor, logdet: Tensor | None = None, reverse: bool = False) -> tuple[Tensor, Tensor | None]:
-        if not self.inited:
+        if not self.inited and self.training:
             with torch.no_grad():
                 self.bias.copy_(-x.mean((0, 2, 3), keepdim=True))
                 self.logs.copy_(-x.std((0, 2, 3), keepdim=True).log())
@@ -187,14 +191,44 @@ class ActNorm2d(nn.Module):
         return x, None if logdet is None else logdet - own if reverse else logdet + own
 
 
+class NormedConv(nn.Conv2d):
+    """The networks' layers have ActNorms, too."""
+
+    def __init__(self, C: int, outputs: int) -> None:
+        super().__init__(C, outputs, 3, padding=1, bias=False)
+        self.actnorm = ActNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.actnorm(super().forward(x))[0]
+
+
 class InvertibleConv1x1(nn.Module):
-    def __init__(self, C: int) -> None:
+    """Its inverse matrix ends in float32, and with LU two of its tensors are no buffers: no `.double()` moves them."""
+
+    def __init__(self, C: int, LU: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(C, C))[0].contiguous())
+        self.LU, W = LU, torch.linalg.qr(torch.randn(C, C))[0].contiguous()
+        if LU:
+            P, L, U = torch.linalg.lu(W)
+            self.register_buffer("p", P)
+            self.register_buffer("sign_s", U.diagonal().sign())
+            self.l, self.u = nn.Parameter(L.contiguous()), nn.Parameter(U.triu(1).contiguous())
+            self.log_s = nn.Parameter(U.diagonal().abs().log())
+            self.eye, self.l_mask = torch.eye(C), torch.ones(C, C).tril(-1)
+        else:
+            self.weight = nn.Parameter(W)
 
     def get_weight(self, x: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-        weight = self.weight.inverse() if reverse else self.weight
-        return weight[:, :, None, None], pixels(x) * torch.linalg.slogdet(self.weight)[1]
+        if self.LU:
+            W = (
+                self.p
+                @ (self.l * self.l_mask + self.eye)
+                @ (self.u * self.l_mask.T + (self.sign_s * self.log_s.exp()).diag())
+            )
+            logdet = self.log_s.sum()
+        else:
+            W, logdet = self.weight, torch.linalg.slogdet(self.weight)[1]
+        return (W.double().inverse().float() if reverse else W)[:, :, None, None], pixels(x) * logdet
 
     def forward(self, x: Tensor, logdet: Tensor | None = None, reverse: bool = False) -> tuple[Tensor, Tensor | None]:
         weight, own = self.get_weight(x, reverse)
@@ -211,26 +245,41 @@ class Permute2d(nn.Module):
 
 
 class FlowStep(nn.Module):
-    def __init__(self, C: int, flow_permutation: str, flow_coupling: str) -> None:
+    """chaiyujin's, with the name of its permutation; or, if `bound`, y0ast's, with a function, and with `block` for `f`."""
+
+    FlowPermutation: ClassVar[dict[str, Callable[..., Any]]] = {
+        "reverse": lambda step, z, logdet, rev: (step.reverse(z, rev), logdet),
+        "shuffle": lambda step, z, logdet, rev: (step.shuffle(z, rev), logdet),
+        "invconv": lambda step, z, logdet, rev: step.invconv(z, logdet, rev),
+    }
+
+    def __init__(self, C: int, flow_permutation: str, flow_coupling: str, LU: bool, bound: bool) -> None:
         super().__init__()
         self.flow_coupling, self.actnorm = flow_coupling, ActNorm2d(C)
-        module = InvertibleConv1x1(C) if flow_permutation == "invconv" else Permute2d(C, flow_permutation == "shuffle")
+        convolves = flow_permutation == "invconv"
+        module = InvertibleConv1x1(C, LU) if convolves else Permute2d(C, flow_permutation == "shuffle")
         setattr(self, flow_permutation, module)
-        self.bind(flow_permutation)
-        self.f = network(C // 2, C if flow_coupling == "affine" else C // 2)
+        self.flow_permutation: Any = flow_permutation
+        if bound:
+            self.bind(flow_permutation)
+        outputs = C if flow_coupling == "affine" else C // 2
+        net = nn.Sequential(NormedConv(C // 2, 6), nn.ReLU(), nn.Conv2d(6, outputs, 3, padding=1))
+        setattr(self, "block" if bound else "f", net)
 
     def bind(self, name: str) -> None:
         """As published: a function that holds this step, also in copies of it."""
-        if name == "invconv":
-            self.flow_permutation = lambda z, logdet, rev: self.invconv(z, logdet, rev)
-        else:
-            self.flow_permutation = lambda z, logdet, rev: (getattr(self, name)(z, rev), logdet)
+        self.flow_permutation = lambda z, logdet, rev: self.FlowPermutation[name](self, z, logdet, rev)
+
+    def permuted(self, x: Tensor, logdet: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor | None]:
+        if callable(self.flow_permutation):
+            return self.flow_permutation(x, logdet, reverse)
+        return FlowStep.FlowPermutation[self.flow_permutation](self, x, logdet, reverse)
 
     def forward(self, x: Tensor, logdet: Tensor | None = None, reverse: bool = False) -> tuple[Tensor, Tensor | None]:
         if not reverse:
-            x, logdet = self.flow_permutation(*self.actnorm(x, logdet), False)
+            x, logdet = self.permuted(*self.actnorm(x, logdet), False)
         a, b = x.chunk(2, 1)
-        h, sign = self.f(a), -1 if reverse else 1
+        h, sign = (self.f if hasattr(self, "f") else self.block)(a), -1 if reverse else 1
         if self.flow_coupling == "affine":
             t, s = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2)
             b = b / s - t if reverse else (b + t) * s
@@ -238,7 +287,26 @@ class FlowStep(nn.Module):
         else:
             b = b + sign * h
         x = torch.cat([a, b], 1)
-        return self.actnorm(*self.flow_permutation(x, logdet, True), True) if reverse else (x, logdet)
+        return self.actnorm(*self.permuted(x, logdet, True), True) if reverse else (x, logdet)
+
+
+class Split2d(nn.Module):
+    """Scores half of the channels; on the way back it draws them."""
+
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(C // 2, C, 3, padding=1)
+
+    def forward(
+        self, x: Tensor, logdet: Tensor | float = 0.0, reverse: bool = False, eps_std: float | None = None
+    ) -> tuple[Tensor, Tensor | float]:
+        a, *b = (x,) if reverse else x.chunk(2, 1)
+        h = self.conv(a)
+        mean, logs = h[:, 0::2], h[:, 1::2]
+        if reverse:
+            return torch.cat([a, mean + logs.exp() * torch.randn_like(mean) * (eps_std or 1)], 1), logdet
+        z = (b[0] - mean) * torch.exp(-logs)
+        return a, logdet - (logs + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
 
 class SqueezeLayer(nn.Module):
@@ -247,21 +315,27 @@ class SqueezeLayer(nn.Module):
 
 
 class FlowNet(nn.Module):
-    """Without a split, whose noise the published code does not hand on either."""
-
-    def __init__(self, C: int, steps: int, levels: int, flow_permutation: str, flow_coupling: str) -> None:
+    def __init__(
+        self, C: int, steps: int, levels: int, permutation: str, coupling: str, LU: bool = False, bound: bool = False
+    ) -> None:
         super().__init__()
         self.layers, self.output_shapes = nn.ModuleList(), []
         for level in range(levels):
             C *= 4
             self.layers.append(SqueezeLayer())
-            self.layers.extend(FlowStep(C, flow_permutation, flow_coupling) for _ in range(steps))
-            self.output_shapes += [[-1, C, level, level]] * (1 + steps)
+            self.layers.extend(FlowStep(C, permutation, coupling, LU, bound) for _ in range(steps))
+            if level < levels - 1:
+                self.layers.append(Split2d(C))
+                C //= 2
+        self.output_shapes = [[-1, 0, 0, 0] for _ in self.layers]
 
-    def forward(self, x: Tensor, logdet: Tensor | float = 0.0, reverse: bool = False) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(
+        self, x: Tensor, logdet: Tensor | float = 0.0, reverse: bool = False, eps_std: float | None = None
+    ) -> tuple[Tensor, Tensor] | Tensor:
         if reverse:
             for layer in reversed(self.layers):
-                x, logdet = layer(x, logdet=0, reverse=True)
+                options = {"eps_std": eps_std} if isinstance(layer, Split2d) else {}
+                x, logdet = layer(x, logdet=0, reverse=True, **options)
             return x
         for layer, _ in zip(self.layers, self.output_shapes, strict=False):
             x, logdet = layer(x, logdet, reverse=False)
@@ -277,19 +351,24 @@ MAKE = {
     "blocks, free matrices": lambda: Glow(1, 2, 2, conv_lu=False),
     "blocks, additive": lambda: Glow(1, 2, 1, affine=False),
     "steps": lambda: FlowNet(1, 2, 2, "invconv", "affine"),
+    "steps, LU": lambda: FlowNet(1, 1, 2, "invconv", "additive", LU=True),
     "steps, shuffled": lambda: FlowNet(1, 2, 1, "shuffle", "additive"),
-    "steps, reversed": lambda: FlowNet(1, 2, 1, "reverse", "affine"),
+    "steps, reversed": lambda: FlowNet(1, 1, 2, "reverse", "affine"),
+    "bound steps": lambda: FlowNet(1, 2, 1, "invconv", "affine", bound=True),
+    "bound steps, shuffled": lambda: FlowNet(1, 2, 1, "shuffle", "additive", bound=True),
 }
 
 
 def rebuilt(flow: nn.Module, x: Tensor) -> Tensor:
+    """The images again; where splits draw what they have dropped, these of a seed."""
+    torch.manual_seed(0)
     return flow.reverse(flow(x)[2]) if isinstance(flow, Glow) else flow(flow(x)[0], reverse=True)
 
 
 def copied(flow: nn.Module) -> nn.Module:
     flow = copy.deepcopy(flow)
     for step in flow.modules():
-        if isinstance(step, FlowStep):
+        if isinstance(step, FlowStep) and callable(step.flow_permutation):
             step.bind(next(name for name in ("invconv", "shuffle", "reverse") if hasattr(step, name)))
     return flow
 
@@ -311,15 +390,16 @@ def test_steps_are_replaced_and_train_as_before(name, tools):
     flow, x = MAKE[name](), torch.randn(8, 1, 8, 8)
     flow.log_prob(1 + 2 * x)  # ActNorms start
     flow = tools.shake(flow, 0.05)
-    if isinstance(flow, Glow):  # in place of scales and of LU's factors, other parameters are trained
-        frozen = ("actnorm", "invconv.w_")
-        for part, parameter in flow.named_parameters():
-            parameter.requires_grad_(not any(word in part for word in frozen))
+    # In place of scales and of LU's factors, other parameters are trained.
+    frozen = ("actnorm.loc", "actnorm.scale", "invconv.w_", "invconv.l", "invconv.u")
+    for part, parameter in flow.named_parameters():
+        parameter.requires_grad_(not any(word in part for word in frozen))
     original = copied(flow)
     report = accelerate(flow)
     assert sum(r.couplings for r in report.replaced) == sum(isinstance(m, Flow | FlowStep) for m in original.modules())
     assert not any(isinstance(m, Flow | FlowStep) for m in flow.modules()) and "other parameters" not in str(report)
-    torch.testing.assert_close(rebuilt(flow, x), x, rtol=1e-3, atol=1e-3)
+    image = rebuilt(original, x) if any(isinstance(m, Split2d) for m in flow.modules()) else x
+    torch.testing.assert_close(rebuilt(flow, x), image, rtol=1e-3, atol=1e-3)
     flow, original, x = flow.double(), original.double(), x.double()
     # The matrices of fused steps are those of the float32 flow, inverted or assembled in that precision.
     torch.testing.assert_close(flow.log_prob(x), original.log_prob(x), rtol=1e-6, atol=1e-4)
@@ -342,3 +422,22 @@ def test_what_does_not_fit_is_refused_with_a_reason(tools):
     other.log_prob(x)
     report = accelerate(tools.shake(other, 0.05))
     assert not report and "differs" in str(report)
+
+
+def test_steps_of_a_checkpoint_are_not_to_be_started_again(tools):
+    """No state_dict has `inited`: a batch in training mode would overwrite the trained values."""
+    trained, loaded = (FlowNet(1, 2, 1, "invconv", "affine") for _ in range(2))
+    assert "an ActNorm has not been initialised: send a batch" in str(accelerate(loaded))  # it is new
+    x = torch.randn(8, 1, 8, 8)
+    trained.log_prob(1 + 2 * x)
+    loaded.load_state_dict(tools.shake(trained, 0.05).state_dict())
+    report = str(accelerate(loaded))
+    assert (
+        "`inited` is False, as after loading a checkpoint: call set_actnorm_init()" in report and "send" not in report
+    )
+    for module in loaded.modules():  # what set_actnorm_init() does
+        if isinstance(module, ActNorm2d):
+            module.inited = True
+    wanted = trained.log_prob(x)
+    assert accelerate(loaded).replaced[0].couplings == 2
+    torch.testing.assert_close(loaded.log_prob(x), wanted, rtol=1e-4, atol=1e-3)

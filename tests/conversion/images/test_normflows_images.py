@@ -97,7 +97,7 @@ def test_trained_checkpoint(library, tools):
     tools.prove(library, tools.trained(library, build, torch.randn(64, 4, 4, 4).cumsum(1)), (4, 4, 4))
 
 
-def multiscale(class_cond):
+def multiscale(class_cond, merge="channel"):
     """Two levels of two blocks on images (3, 16, 8)."""
     base = (
         (lambda shape: nf.distributions.ClassCondDiagGaussian(shape, 4))
@@ -107,13 +107,13 @@ def multiscale(class_cond):
     flows = [
         [nf.flows.GlowBlock(C, 6, net_actnorm=class_cond) for _ in range(2)] + [nf.flows.Squeeze()] for C in (24, 12)
     ]
-    flow = nf.MultiscaleFlow([base((24, 4, 2)), base((6, 8, 4))], flows, [nf.flows.Merge()], class_cond=class_cond)
-    return flow
+    merges = [nf.flows.Merge(merge)]
+    return nf.MultiscaleFlow([base((24, 4, 2)), base((6, 8, 4))], flows, merges, class_cond=class_cond)
 
 
-@pytest.mark.parametrize("class_cond", [False, True])
-def test_multiscale_in_place(class_cond, tools):
-    flow = multiscale(class_cond)
+@pytest.mark.parametrize(("class_cond", "merge"), [(False, "channel"), (True, "channel_inv")])
+def test_multiscale_in_place(class_cond, merge, tools):
+    flow = multiscale(class_cond, merge)
     x, y = torch.randn(8, 3, 16, 8), torch.randint(4, (8,)) if class_cond else None
     flow.log_prob(x, y)
     flow, original, report = tools.accelerated(tools.shake(flow, 0.05))
@@ -144,10 +144,11 @@ def test_multiscale_in_place(class_cond, tools):
     assert not accelerate(flow)  # fused before
 
 
-def test_multiscale_converted(library, tools):
+@pytest.mark.parametrize("merge", ["channel", "channel_inv"])
+def test_multiscale_converted(merge, library, tools):
     bases = nf.distributions.GlowBase((24, 2, 1)), nf.distributions.DiagGaussian((6, 4, 2))
     flows = [[nf.flows.GlowBlock(C, 4) for _ in range(2)] + [nf.flows.Squeeze()] for C in (24, 12)]
-    flow = nf.MultiscaleFlow(bases, flows, [nf.flows.Merge()], class_cond=False)
+    flow = nf.MultiscaleFlow(bases, flows, [nf.flows.Merge(merge)], class_cond=False)
     flow.log_prob(torch.randn(20, 3, 8, 4), None)
     converted = tools.prove(library, tools.shake_images(flow), (3, 8, 4))
     assert [type(layer).__name__ for layer in converted.layers].count("Split") == 1
@@ -198,6 +199,10 @@ def test_networks_of_one_size_are_compared_on_that(tools):
     [
         (lambda net: multiscale(True), r"q0\.1 \(ClassCondDiagGaussian\): the base must be"),
         (lambda net: multiscale(False), "initialised"),
+        (
+            lambda net: multiscale(False, "checkerboard"),
+            r"merges\.0 \(Merge\): mode 'checkerboard' does not join channels",
+        ),
         (
             lambda net: nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 2, 2)), [nf.flows.GlowBlock(4, 3)]),
             "initialised",
