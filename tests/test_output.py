@@ -102,7 +102,7 @@ def test_printed_names_cannot_command_a_terminal_either() -> None:
 def test_a_wrong_environment_is_one_line(
     variable: str, value: str, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a command; a program that imports the package gets an exception."""
+    """A command has one; a program that imports the package gets an exception."""
     if value == "cuda" and torch.version.cuda:
         pytest.skip("this torch has CUDA")
     monkeypatch.setenv(f"GLF_FAST_{variable}", value)

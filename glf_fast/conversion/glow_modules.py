@@ -102,7 +102,7 @@ def _coupling(part: Part, network: nn.Module, layout: str) -> Layer:
 
 
 def _permutation(step: Any) -> tuple[str, Any]:
-    """What mixes the channels of a FlowStep, by name."""
+    """The function that mixes the channels of a FlowStep, by name."""
     names = ("invconv", "shuffle", "reverse")
     return next((name, getattr(step, name)) for name in names if hasattr(step, name))
 

@@ -274,7 +274,7 @@ class FlowEnsemble(nn.Module):
 
 
 def _facts(flow: CouplingFlow) -> dict[str, Any]:
-    """What is the same in all flows of an ensemble."""
+    """Properties that all flows of an ensemble share."""
     like = any_parameter(flow)
     return {**flow.config, "dtype": like.dtype, "device": like.device, "training": flow.training}
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from glf_fast.metrics import neighbours
-from glf_fast.metrics.estimates import GROUPS, Estimate, TooFew, jackknife
+from glf_fast.metrics.estimates import GROUPS, Estimate, jackknife
 from glf_fast.metrics.neighbours import radii, squared_distances
 from glf_fast.metrics.stats import FeatureStats
 
@@ -39,14 +39,8 @@ def density_coverage(samples: FeatureStats, reference: FeatureStats, k: int = NE
         TooFew: k or fewer features kept on either side.
         UserError: different extractors.
     """
-    samples.check_comparable(reference)
-    n = min(len(samples.kept), len(reference.kept))
-    if k < 1 or n <= k:
-        raise TooFew(f"density and coverage need k ≥ 1 and more than k kept features on each side, got {n} and k={k}")
-    fake = samples.kept[:n].double()
-    real = reference.kept[:n].to(fake.device).double()
-    centre = real.mean(0)  # rounding errors grow with the norms
-    fake, real = fake - centre, real - centre
+    fake, real = neighbours.equally_many("density and coverage", samples, reference, k)
+    n = len(real)
     of_real = radii(real, k)
     groups = torch.arange(n, device=fake.device) % GROUPS
     balls = torch.zeros(GROUPS, dtype=torch.float64, device=fake.device)  # around the samples of each group

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from glf_fast.metrics import neighbours
-from glf_fast.metrics.estimates import TooFew
 from glf_fast.metrics.neighbours import radii, squared_distances
 from glf_fast.metrics.stats import FeatureStats
 
@@ -37,14 +36,8 @@ def precision_recall(samples: FeatureStats, reference: FeatureStats, k: int = NE
         TooFew: k or fewer features kept on either side.
         UserError: different extractors.
     """
-    samples.check_comparable(reference)
-    n = min(len(samples.kept), len(reference.kept))
-    if k < 1 or n <= k:
-        raise TooFew(f"precision and recall need k ≥ 1 and more than k kept features on each side, got {n} and k={k}")
-    fake = samples.kept[:n].double()
-    real = reference.kept[:n].to(fake.device).double()
-    centre = real.mean(0)  # rounding errors grow with the norms
-    fake, real = fake - centre, real - centre
+    fake, real = neighbours.equally_many("precision and recall", samples, reference, k)
+    n = len(real)
     of_fake, of_real = radii(fake, k), radii(real, k)
     precise, recalled = 0, torch.zeros(n, dtype=torch.bool, device=fake.device)
     for points, reach in zip(fake.split(neighbours.CHUNK), of_fake.split(neighbours.CHUNK), strict=True):

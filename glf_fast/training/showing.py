@@ -52,7 +52,7 @@ class Showing(Protocol):
 
 
 def showing(train: Dataset, test: Dataset, config: ScoreConfig, device: torch.device) -> Showing | None:
-    """How to show models of these data; None if there is nothing to show.
+    """Pictures and scores for models of these data; None if there is nothing to show.
 
     Raises:
         UserError: a feature network whose weights are missing.

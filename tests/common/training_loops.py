@@ -32,7 +32,7 @@ class Density(nn.Module):
         return -self.flow.log_prob(x)
 
     def training_step(self, x: Tensor) -> Tensor:
-        """What a LightningModule has for `forward`."""
+        """The `forward` of a LightningModule."""
         return self(x).mean()
 
 

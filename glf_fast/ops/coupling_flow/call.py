@@ -61,7 +61,7 @@ class Call(NamedTuple):
     options: CallOptions
 
     def by_members(self, run: Callable[[Call], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `run` makes of every member's own call, one after the other."""
+        """Results of `run` for every member's own call, one after the other."""
         x, context, maps, weights, biases, options = self
         n, one = options.members, options._replace(members=1)
         rows = (n, len(x) // n)
