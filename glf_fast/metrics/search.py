@@ -12,8 +12,6 @@ from glf_fast.errors import UserError
 
 __all__ = ["check_search", "search"]
 
-# Points to which the Gaussian process is fitted: half of them the best ones, half at random.
-POINTS = 500
 # Points among which a batch is chosen.
 CANDIDATES = 1000
 # Noise of an observation, relative to the deviation of all values: points that are decoded to the same text are no error.
@@ -44,10 +42,10 @@ def search(
 ) -> None:
     """Minimise an objective of codes, beginning with known codes (N, D) and their values (N,).
 
-    In each round a Gaussian process with a Matérn kernel (ν = 5/2) is fitted to up to 500 points: the best half, and others at
-    random. A batch is chosen greedily by expected improvement among 1,000 candidates, half of them drawn from the model, half
-    near the best codes. After each choice the process takes its own mean for the value of the chosen point (kriging believer),
-    so that the next choice is made elsewhere.
+    In each round a Gaussian process with a Matérn kernel (ν = 5/2) is fitted to all known points. A batch is chosen greedily by
+    expected improvement among 1,000 candidates, half of them drawn from the model, half near the best codes. After each choice
+    the process takes its own mean for the value of the chosen point (kriging believer), so that the next choice is made
+    elsewhere. A round of N points costs O(N³): some hundred known codes are a good start.
 
     Args:
         judge: the values (B,) of codes (B, D), called once a round; it may keep what it has seen.
@@ -59,21 +57,13 @@ def search(
     scale = codes.std(0) + 1e-12
     x, y = codes / scale, values.astype(np.float64)
     for number in range(rounds):
-        used = _chosen(y, random)
         near = x[np.argsort(y)[:10]][random.integers(0, min(10, len(y)), CANDIDATES // 2)]
         steps = random.choice([0.1, 0.3, 1.0], (len(near), 1)) * random.standard_normal(near.shape)
         candidates = np.concatenate([draw(number, CANDIDATES - len(near)) / scale, near + steps])
-        mean, covariance = _posterior(x[used], y[used], candidates)
-        picked = candidates[_batch(mean, covariance, y[used].min(), batch)]
+        mean, covariance = _posterior(x, y, candidates)
+        picked = candidates[_batch(mean, covariance, y.min(), batch)]
         found = judge(picked * scale)
         x, y = np.concatenate([x, picked]), np.concatenate([y, found])
-
-
-def _chosen(values: Array, random: np.random.Generator) -> Array:
-    """Indices of the points to which the process is fitted."""
-    order = np.argsort(values)
-    best, rest = order[: POINTS // 2], order[POINTS // 2 :]
-    return np.concatenate([best, random.permutation(rest)[: POINTS - len(best)]])
 
 
 def _posterior(x: Array, y: Array, candidates: Array) -> tuple[Array, Array]:

@@ -78,6 +78,8 @@ def _line(row: dict[str, Any]) -> dict[str, str]:
     if search:
         line["searches: valid"] = _pair(search["valid"])
         line["searches: mean objective"] = _pair(search["mean"])
+        line["best of the start"] = _pair(search["best_known"])
+        line["best of a search"] = _pair(search["best_tried"])
         line["best found"] = _number(search["best"][0][0], 4) if search["best"] else ""
     elif samples["best"]:
         line["best sample"] = _number(samples["best"][0][0], 4)
@@ -145,8 +147,8 @@ def _protocol(record: dict[str, Any]) -> str:
         search = searches[0]
         text += (
             f"Searches are {search['seeds']} Bayesian optimisations of {search['rounds']} rounds of {search['batch']} points "
-            f"by expected improvement; their numbers are means and deviations over the seeds, of all points that were tried. "
-            f"The best of the training sequences with which they begin has {search['best_known']:.4f}. "
+            f"by expected improvement. They begin with the codes of {search['known']} training sequences and the values of what "
+            f"these codes are decoded to. Their numbers are means and deviations over the seeds, of all points that were tried. "
         )
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return f"{text}Minutes are those of training, without scores. {record['machine']}; {versions}."

@@ -27,7 +27,7 @@ __all__ = ["NAME", "check", "draw_texts", "draw_tokens", "evaluate_sequences", "
 NAME = "sequences"
 _CHUNK = 500
 _OTHER_MODES = 1000  # samples for the scores of the other sampling modes
-_KNOWN = 5000  # training sequences with which a search begins
+KNOWN = 500  # training sequences with whose codes a search begins
 _ROUNDS, _BATCH = 5, 50
 
 
@@ -176,54 +176,79 @@ def _reconstructed(model: GenerativeModel, test: TokenDataset, n: int) -> float 
 # -- searches -------------------------------------------------------------------------------------------------------------
 
 
+class _Judge:
+    """The objective as a function of codes: the value of the text to which a code is decoded.
+
+    A text without a value counts as the worst one seen so far.
+
+    Attributes:
+        seen: texts and values of all codes that were judged, in their order.
+    """
+
+    def __init__(self, model: GenerativeModel, objective: Objective, valid: Callable[[str], bool]) -> None:
+        assert isinstance(model, Writes) and isinstance(model, DrawsCodes)
+        self.model, self.objective, self.valid = model, objective, valid
+        self.seen: list[tuple[str, float | None]] = []
+
+    def __call__(self, z: np.ndarray) -> np.ndarray:
+        codes = torch.from_numpy(z).to(next(self.model.parameters()))
+        with self.model.evaluating():
+            texts = [text for part in codes.split(_CHUNK) for text in self.model.text(self.model.decode(part).cpu())]
+        values = [self.objective.value(text) if self.valid(text) else None for text in texts]
+        self.seen += zip(texts, values, strict=True)
+        worst = max((value for _, value in self.seen if value is not None), default=0.0)
+        return np.array([worst if value is None else value for value in values])
+
+
 def _searched(
     model: GenerativeModel, train: TokenDataset, objective: Objective, valid: Callable[[str], bool], count: int
 ) -> dict[str, Any] | None:
     """Results of `count` Bayesian optimisations, as means and deviations over their seeds; None for a model without codes.
 
-    A code whose text has no value counts as the worst known one.
+    Each begins with the codes of training sequences that its seed chooses. These codes have the values of what they are
+    decoded to, as all others: a model that reconstructs few sequences would otherwise begin with values of other codes.
     """
     if not isinstance(model, DrawsCodes) or not isinstance(model, Writes):
         return None
-    device, items = next(model.parameters()).device, metrics.subset(train.items, _KNOWN)
-    texts = write(items, train.vocabulary, train.padding)
-    known = [objective.value(text) for text in texts]
-    items = items[[value is not None for value in known]]
-    values = np.array([value for value in known if value is not None])
-    with model.evaluating():
-        codes = torch.cat([model.encode(batch.to(device)) for batch in items.split(_CHUNK)]).cpu().double().numpy()
-    worst, found, shares, means = values.max(), dict[str, float](), [], []
+    device, found = next(model.parameters()).device, dict[str, float]()
+    shares, means, starts, ends = list[float](), list[float](), list[float](), list[float]()
     for seed in range(count):
         print(f"search {seed + 1} of {count} in the latent space", file=sys.stderr)
-        seen: list[float | None] = []
-
-        def judge(z: np.ndarray, seen: list[float | None] = seen) -> np.ndarray:
-            with model.evaluating():
-                like = next(model.parameters())
-                decoded = model.text(model.decode(torch.from_numpy(z).to(like)).cpu())
-            new = [objective.value(text) if valid(text) else None for text in decoded]
-            found.update((text, value) for text, value in zip(decoded, new, strict=True) if value is not None)
-            seen.extend(new)
-            return np.array([worst if value is None else value for value in new])
+        order = torch.randperm(len(train.items), generator=seeds.generator(seed, "search", "start"))
+        with model.evaluating():
+            codes = model.encode(train.items[order[:KNOWN]].to(device)).cpu().double().numpy()
 
         def draw(number: int, n: int, seed: int = seed) -> np.ndarray:
             noise = seeds.generator(seed, "search", number, device=device)
             with model.evaluating():
                 return model.sample_codes(n, generator=noise).cpu().double().numpy()
 
+        judge = _Judge(model, objective, valid)
+        values = judge(codes)
         search(codes, values, judge, draw, rounds=_ROUNDS, batch=_BATCH, seed=seed)
-        good = [value for value in seen if value is not None]
-        shares.append(len(good) / len(seen))
+        tried = judge.seen[len(codes) :]
+        good = [value for _, value in tried if value is not None]
+        shares.append(len(good) / len(tried))
         means += [statistics.fmean(good)] if good else []
+        ends += _least(tried)
+        starts += _least(judge.seen[: len(codes)])
+        found.update((text, value) for text, value in tried if value is not None)
     return {
         "seeds": count,
         "rounds": _ROUNDS,
         "batch": _BATCH,
+        "known": min(KNOWN, len(train.items)),
         "valid": _over_seeds(shares),
         "mean": _over_seeds(means),
+        "best_known": _over_seeds(starts),
+        "best_tried": _over_seeds(ends),
         "best": [[value, text] for value, text in sorted((value, text) for text, value in found.items())[:3]],
-        "best_known": float(values.min()),
     }
+
+
+def _least(judged: Sequence[tuple[str, float | None]]) -> list[float]:
+    """The least value, or nothing if no text has one."""
+    return sorted(value for _, value in judged if value is not None)[:1]
 
 
 def _over_seeds(numbers: list[float]) -> list[float | None]:

@@ -1,5 +1,6 @@
 """Whole runs and comparisons of models of sequences: trained, resumed bit for bit, sampled, scored, shown."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from glf_fast.data import expressions
 from glf_fast.errors import UserError
 from glf_fast.grammar import EXPRESSIONS, Parser
 from glf_fast.metrics import search
-from glf_fast.training import runs
+from glf_fast.metrics.objectives import Objective
+from glf_fast.training import runs, sequence_scoring
 from glf_fast.training.trainer import Trainer
 
 Call = Callable[..., None]
@@ -29,7 +31,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand expressions in place of 100,000, and searches with fewer points."""
     some = tuple(expressions.all_expressions()[::100])
     monkeypatch.setattr(expressions, "all_expressions", lambda: some)
-    monkeypatch.setattr(search, "POINTS", 30)
+    monkeypatch.setattr(sequence_scoring, "KNOWN", 30)
     monkeypatch.setattr(search, "CANDIDATES", 60)
 
 
@@ -85,13 +87,32 @@ def test_a_run_resumes_bit_for_bit_samples_and_scores(
     [score] = runs.read_scores(whole)
     found = score["sequences"]
     assert found["samples"]["n"] == 60 and 0 <= found["reconstructed"] <= 1 and len(found["interpolations"]) == 3
-    assert found["search"]["seeds"] == 1 and found["search"]["best_known"] > 0
+    assert found["search"]["seeds"] == 1 and found["search"]["known"] == 30
     assert found["samples"]["valid"] == 1 or preset == "cvae"
     call(evaluate, broken, "--n", "30", "--temperature", "0.5")
     assert "30 samples: valid" in capsys.readouterr().out and len(runs.read_scores(broken)) == 2
     page = (whole / "report.html").read_text()
     assert printed[0] in page and "Interpolations" in page and "valid samples" in page
     assert ("found: " in page) == bool(found["search"]["best"])
+
+
+def test_codes_are_judged_by_what_they_are_decoded_to() -> None:
+    class Decodes(torch.nn.Module):
+        """Code z decodes to the text of the integer z, code 3 to one without a value."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        evaluating = contextlib.nullcontext
+        sample_codes = encode = text = decode = staticmethod(lambda z: z)
+
+    model = Decodes()
+    model.text = lambda z: [str(int(value)) for value in z]  # type: ignore[assignment]
+    judge = sequence_scoring._Judge(model, Objective("", lambda text: float(text) ** 2), lambda text: text != "3")  # type: ignore[arg-type]
+    assert judge(np.array([[3.0]])).tolist() == [0.0]
+    assert judge(np.array([[2.0], [3.0], [-5.0]])).tolist() == [4.0, 25.0, 25.0]
+    assert judge.seen == [("3", None), ("2", 4.0), ("3", None), ("-5", 25.0)]
 
 
 def test_options_for_images_are_refused(tmp_path: Path, call: Call) -> None:
