@@ -147,8 +147,9 @@ def _protocol(record: dict[str, Any]) -> str:
         search = searches[0]
         text += (
             f"Searches are {search['seeds']} Bayesian optimisations of {search['rounds']} rounds of {search['batch']} points "
-            f"by expected improvement. They begin with the codes of {search['known']} training sequences and the values of what "
-            f"these codes are decoded to. Their numbers are means and deviations over the seeds, of all points that were tried. "
+            "by expected improvement. They begin with the codes of "
+            f"{search['known']} training sequences and the values of what these codes are decoded to. "
+            "Their numbers are means and deviations over the seeds, of all points that were tried. "
         )
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return f"{text}Minutes are those of training, without scores. {record['machine']}; {versions}."
