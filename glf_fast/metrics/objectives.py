@@ -94,7 +94,7 @@ def negative_qed(text: str) -> float | None:
 
     RDLogger.DisableLog("rdApp.*")
     molecule = Chem.MolFromSmiles(text)
-    return None if molecule is None else -float(QED.qed(molecule))
+    return -float(QED.qed(molecule)) if molecule is not None and molecule.GetNumAtoms() else None
 
 
 def _check_rdkit() -> None:

@@ -88,6 +88,15 @@ def test_a_batch_spreads() -> None:
     assert searching._batch(np.array([0.0, 0.0, 0.5]), covariance, 0.2, 2) == [0, 2]
 
 
+def test_molecules_have_rdkits_drug_likeness() -> None:
+    if sys.version_info < (3, 11):
+        pytest.skip("the tests' RDKit is that of Python 3.11")
+    value = OBJECTIVES["molecule"].value
+    OBJECTIVES["molecule"].check()
+    assert value("CC(=O)Oc1ccccc1C(=O)O") == pytest.approx(-0.550122, abs=1e-5)  # aspirin
+    assert value("C(C)(C)(C)(C)C") is value("no molecule") is value("") is None
+
+
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing in ("sklearn", "rdkit"):
         monkeypatch.setitem(sys.modules, missing, None)
