@@ -20,6 +20,7 @@ from glf_fast.metrics.collect import BLOCK
 from glf_fast.metrics.estimates import Estimate, TooFew
 from glf_fast.metrics.extractors import Extractor
 from glf_fast.metrics.nearest import LOOKED_UP, Nearest, nearest
+from glf_fast.metrics.reference import all_features
 from glf_fast.metrics.score_table import SCORES, ImageSet
 
 __all__ = ["KEPT_IMAGES", "battery", "shown", "shown_interval", "table"]
@@ -160,11 +161,11 @@ def _noise(images: Tensor, seed: int) -> ImageSet:
 
 
 def _looked_up(samples: ImageSet, test: ImageSet, training: Tensor, extractor: Extractor) -> tuple[ImageSet, ImageSet]:
-    """Both sets with their nearest training images, in one pass over these, of which each process takes its part."""
+    """Both sets with their nearest training images, of which each process takes its part."""
     parts = [images.features(extractor.name)[:LOOKED_UP] for images in (samples, test)]
     own = distributed.parts(len(training), BLOCK)[distributed.rank()]
-    batches = training[own.start : own.stop].split(BLOCK) if own else ()
-    found = nearest(torch.cat([parts[0], parts[1].to(parts[0].device)]), map(extractor, batches))
+    features = all_features(training, extractor)[own.start : own.stop]
+    found = nearest(torch.cat([parts[0], parts[1].to(parts[0].device)]), features.split(BLOCK) if own else ())
     ones = [1] * distributed.size()
     squared = distributed.joined(found.squared[None], ones)
     index = distributed.joined(found.number[None] + own.start, ones)

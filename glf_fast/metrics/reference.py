@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from glf_fast.metrics.stats import FeatureStats
 if TYPE_CHECKING:
     from glf_fast.data import ImageDataset
 
-__all__ = ["Reference", "dataset_stats", "reference", "subset"]
+__all__ = ["Reference", "all_features", "dataset_stats", "reference", "subset"]
 
 # Number of features kept for KID and the exact path; with Inception's 2048 dimensions the file takes 150 MB.
 KEEP = 10_000
@@ -91,17 +92,37 @@ def dataset_stats(dataset: ImageDataset, extractor: Extractor, *, n: int | None 
         "n": n,
         "part": part,
     }
+    return _stats(
+        lambda: subset(dataset.images, n, part),
+        extractor,
+        KEEP,
+        source,
+        f"{Path(dataset.name).name}-{dataset.split}-{n}-{part}",
+        f"{dataset.name}:{dataset.split}",
+    )
+
+
+def all_features(images: Tensor, extractor: Extractor) -> Tensor:
+    """Features (n, dim), float32, of all images (n, C, H, W), uint8, in their order, from the cache or computed and cached.
+
+    A file takes 4·n·dim bytes: 123 MB for 60,000 images and VGG16's 512 features, which one core computes in ten minutes.
+    """
+    digest = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()
+    source = {"images": digest, "image_shape": list(images.shape[1:]), "n": len(images)}
+    return _stats(lambda: images, extractor, None, source, f"all-{len(images)}", "the training set").kept
+
+
+def _stats(
+    images: Callable[[], Tensor], extractor: Extractor, keep: int | None, source: dict[str, Any], name: str, title: str
+) -> FeatureStats:
     key = hashlib.sha256(json.dumps([source, extractor.identity, _code()], sort_keys=True).encode()).hexdigest()
-    name = f"{Path(dataset.name).name}-{dataset.split}-{n}-{part}-{extractor.name}-{key[:16]}.safetensors"
-    path = cache_dir() / "stats" / name
+    path = cache_dir() / "stats" / f"{name}-{extractor.name}-{key[:16]}.safetensors"
     if cached := by_main(_cached)(path, source, extractor.identity):
         return cached
     _notice(
-        f"computing the features for {extractor.label} of {n} images of {dataset.name}:{dataset.split} "
-        f"(to be cached in {path.parent})"
+        f"computing the features for {extractor.label} of {source['n']} images of {title} (to be cached in {path.parent})"
     )
-    stats = collect(subset(dataset.images, n, part), extractor, keep=KEEP, source=source)
-    return by_main(_to_cache)(stats, path)
+    return by_main(_to_cache)(collect(images(), extractor, keep=keep, source=source), path)
 
 
 def _cached(path: Path, source: dict[str, Any], extractor: dict[str, Any]) -> FeatureStats | None:

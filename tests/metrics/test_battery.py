@@ -17,6 +17,9 @@ Make = Callable[..., Tensor]
 ALL = tuple(SCORES)
 
 
+pytestmark = pytest.mark.usefixtures("private_cache")
+
+
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A critic of a moment; what it can tell apart is tested by itself."""

@@ -8,6 +8,7 @@ import torch
 
 from glf_fast import metrics
 from glf_fast.errors import UserError
+from glf_fast.metrics.reference import all_features
 
 Make = Callable[..., torch.Tensor]
 
@@ -113,6 +114,17 @@ def test_the_cache_key_is_the_content(dataset, tiny, vgg16_weights: Path, privat
     ):
         metrics.dataset_stats(other, extractor, n=n)
         assert len(statistics_files(private_cache)) == count
+
+
+def test_all_features_are_computed_once(dataset, tiny, private_cache: Path, capsys) -> None:
+    images = dataset("train", 60, 0).images
+    first = all_features(images, tiny)
+    assert torch.equal(first, tiny(images)) and "60 images of the training set" in capsys.readouterr().err
+    files = statistics_files(private_cache)
+    assert torch.equal(all_features(images.clone(), tiny), first)
+    assert statistics_files(private_cache) == files and capsys.readouterr().err == ""
+    other = images.flip(0)  # the order belongs to the content
+    assert torch.equal(all_features(other, tiny), first.flip(0))
 
 
 def test_parts_are_disjoint_and_random(dataset, tiny, private_cache: Path) -> None:
