@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ def prepare(opened: Opened) -> None:
     _usual(opened)
 
 
+@lru_cache(maxsize=8)
 def sample(opened: Opened, count: int, temperature: float, seed: int) -> Answer:
     """`count` samples; the same noise at every temperature."""
     generator = seeds.generator(seed, "explore", device=opened.device)

@@ -47,8 +47,8 @@ def has_codes(model: GenerativeModel) -> bool:
 class Codes:
     """The latent space of a model: codes of images, directions, and images of moved codes.
 
-    A code is what the model's `encode` gives: a vector, or for a flow on pixels the noise of an image. Models without an encoder
-    have the codes that they draw. Directions are computed when they are first asked for.
+    A code is what the model's `encode` gives: a vector, or for a flow on pixels the noise of an image. Models without an
+    encoder have the codes that they draw. Directions are computed when they are first asked for.
 
     Args:
         model: a model for which `has_codes` is true.

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
