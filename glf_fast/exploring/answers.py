@@ -104,7 +104,7 @@ def edit(opened: Opened, image: Tensor, amounts: Mapping[str, float]) -> Answer:
     codes = _codes(opened)
     known = {name: amount for name, amount in amounts.items() if name in codes.attributes}
     moved = codes.moved(codes.encode(image[None])[0], [{}, known])
-    lines = ("the image, as the model decodes its code, and edited",)
+    lines: tuple[str, ...] = ("the image, as the model decodes its code, and edited",)
     if missing := sorted(set(amounts) - set(known)):
         lines += (f"this run has no {', '.join(missing)}",)
     return Answer(torch.cat([image[None], moved]), 3, lines)

@@ -1,4 +1,4 @@
-// The page of the explorer: controls on the left of each request, pictures of each run on the right of its answer.
+// The page of the explorer. Controls are read into arguments, which every run is asked with; a figure shows each answer.
 "use strict";
 
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
@@ -189,7 +189,8 @@ class Page {
 
   prepareSample() {
     const form = one("#sample form").elements;
-    for (const name of ["temperature", "seed", "count"]) form[name].addEventListener("input", () => this.sample());
+    for (const name of ["temperature", "seed"]) form[name].addEventListener("input", () => this.sample());
+    form.count.addEventListener("change", () => this.sample());
     form.another.addEventListener("click", () => {
       form.seed.value = Math.floor(Math.random() * 100000);
       this.sample();
@@ -239,7 +240,8 @@ class Page {
     for (const select of [form.right, form.up]) select.append(...[...names].map((name) => make("option", { textContent: name })));
     form.up.selectedIndex = 1;
     if (!this.runs.some((run) => run.encodes)) one("option[value=image]", form.through).remove();
-    for (const name of ["right", "up", "through", "seed"]) form[name].addEventListener("input", () => this.plane());
+    for (const name of ["right", "up", "through"]) form[name].addEventListener("change", () => this.plane());
+    form.seed.addEventListener("input", () => this.plane());
     this.at = [0, 0];
     for (const figure of this.figures.walk) {
       if (!figure.able) continue;

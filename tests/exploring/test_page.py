@@ -156,7 +156,7 @@ def test_the_plane_is_dragged(browser: Browser) -> None:
     pad.send_keys(*[Keys.ARROW_LEFT] * 8)
     moved = browser.changed("walk", before + dragged)
     browser("[name=right] option")[2].click()
-    browser.changed("walk", moved)
+    moved = browser.changed("walk", moved)
     browser("[name=through] option[value=sample]")[0].click()
     through = browser.changed("walk", moved)
     browser("[name=through] option[value=image]")[0].click()
