@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import math
+import os
 import socket
 import threading
 import time
@@ -64,7 +66,8 @@ def listen(port: int) -> socket.socket:
     if not 0 <= port < 65536:
         raise UserError(f"--port {port} does not exist; ports are 1 … 65535, and 0 for any free one")
     listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name == "posix":  # elsewhere this would share a port that is taken
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
         listening.listen()
@@ -165,18 +168,11 @@ class Page:
 
     async def upload(self, request: Request) -> Response:
         """The picture in the body, in the size of each run, as PNG files for the page to hold."""
-        content = bytearray()
-        try:
-            async for part in request.stream():
-                content += part
-                if len(content) > MOST_BYTES:
-                    raise HTTPException(413, f"this file has more than {MOST_BYTES >> 20} MB; choose a smaller picture")
-        except ClientDisconnect:
-            return Response(status_code=400)
+        content = await _body(request)
 
         def read() -> list[str]:
             with self._one:  # reading changes a limit of Pillow's for a moment
-                picture = read_upload(bytes(content))
+                picture = read_upload(content)
                 return [_text(_png(fitted(picture, run.model.shape)[None], 1, enlarged=False)) for run in self.opened]
 
         return await _answered(lambda: {"images": read()})
@@ -190,8 +186,8 @@ class Page:
         if request.headers.get("content-type") != "application/json":
             raise HTTPException(415, "arguments are sent as application/json")
         try:
-            body = await request.json()
-        except ValueError:
+            body = json.loads(await _body(request))
+        except (ValueError, RecursionError):
             raise HTTPException(400, "the arguments are not JSON") from None
 
         def compute() -> dict[str, Any]:
@@ -212,6 +208,19 @@ class Page:
             }
 
         return await _answered(compute)
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a request, which is in memory alone."""
+    content = bytearray()
+    try:
+        async for part in request.stream():
+            content += part
+            if len(content) > MOST_BYTES:
+                raise HTTPException(413, f"this file has more than {MOST_BYTES >> 20} MB; choose a smaller picture")
+    except ClientDisconnect:
+        raise HTTPException(400, "the request was not sent whole") from None
+    return bytes(content)
 
 
 async def _answered(compute: Callable[[], dict[str, Any]]) -> Response:

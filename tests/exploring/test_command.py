@@ -12,9 +12,13 @@ from types import ModuleType
 import forked
 import numpy as np
 import pytest
+import torch
 
 from glf_fast import explore, train
+from glf_fast.data import load
+from glf_fast.data.attributes import attribute_names
 from glf_fast.errors import UserError
+from glf_fast.exploring.loading import open_run
 
 Call = Callable[..., None]
 
@@ -99,6 +103,15 @@ def test_runs_of_sequences_are_refused(call: Call, tmp_path: Path) -> None:
         UserError, match=r"run cannot be explored: its .* was trained on data of shape .*, and the page"
     ):
         call(explore, tmp_path / "run", "--port", "0")
+
+
+def test_attributes_come_from_a_file(smoke: Path, tmp_path: Path) -> None:
+    labels = load("digits", "train").labels
+    table = tmp_path / "a.csv"
+    table.write_text("place,even\n" + "".join(f"{i},{int(label % 2 == 0)}\n" for i, label in enumerate(labels)))
+    run = open_run(smoke, torch.device("cpu"), attributes=table, names=attribute_names(table))
+    assert run.codes is not None and run.codes.attributes[:2] == ("even", "label 0") and "edit" in run.abilities()
+    assert run.codes.direction("even").norm() > 0
 
 
 def test_data_that_have_changed_are_refused(call: Call, tmp_path: Path) -> None:
