@@ -39,7 +39,8 @@ class Figure {
       this.body, this.error, this.lines, make("div", { className: "foot" }, this.download, this.time));
     container.append(this.element);
     this.able = run.abilities.includes(action);
-    if (!this.able) this.fail(`${run.title} cannot do this.`);
+    const reason = action === "edit" && run.encodes ? ": its data have no labels, and no file of attributes was given" : "";
+    if (!this.able) this.fail(`${run.title} cannot do this${reason}.`);
   }
 
   async show(values, name) {
@@ -118,6 +119,7 @@ class Picker {
     try {
       const { images } = await ask("upload", file, "application/octet-stream");
       this.uploaded = images;
+      this.number.value = "";
       this.image.src = `data:image/png;base64,${images[0]}`;
       this.error.hidden = true;
       changed();
