@@ -168,7 +168,7 @@ class Page:
 
     async def upload(self, request: Request) -> Response:
         """The picture in the body, in the size of each run, as PNG files for the page to hold."""
-        content = await _body(request)
+        content = await _body(request, "application/octet-stream")
 
         def read() -> list[str]:
             with self._one:  # reading changes a limit of Pillow's for a moment
@@ -182,11 +182,8 @@ class Page:
         run, action = request.path_params["run"], request.path_params["action"]
         if run >= len(self.opened) or action not in _ACTIONS:
             raise HTTPException(404, f"there is no {request.url.path}")
-        # A page of another site can send no such request without asking this server first.
-        if request.headers.get("content-type") != "application/json":
-            raise HTTPException(415, "arguments are sent as application/json")
         try:
-            body = json.loads(await _body(request))
+            body = json.loads(await _body(request, "application/json"))
         except (ValueError, RecursionError):
             raise HTTPException(400, "the arguments are not JSON") from None
 
@@ -210,8 +207,13 @@ class Page:
         return await _answered(compute)
 
 
-async def _body(request: Request) -> bytes:
-    """The body of a request, which is in memory alone."""
+async def _body(request: Request, kind: str) -> bytes:
+    """The body of a request, which is in memory alone.
+
+    A page of another site can send none of this kind without asking this server first, which does not allow it.
+    """
+    if request.headers.get("content-type") != kind:
+        raise HTTPException(415, f"what is sent must be {kind}")
     content = bytearray()
     try:
         async for part in request.stream():

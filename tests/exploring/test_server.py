@@ -19,6 +19,7 @@ from glf_fast.exploring.loading import Opened, open_run
 from glf_fast.exploring.server import listen
 from glf_fast.exploring.uploads import MOST_BYTES
 
+BYTES = "application/octet-stream"
 SAMPLE = {"count": 4, "temperature": 1.0, "seed": 0}
 
 
@@ -69,14 +70,14 @@ def test_uploads_come_back_as_each_run_takes_them(port: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
-    status, _, content = request(port, "POST", "/upload", file.getvalue())
+    status, _, content = request(port, "POST", "/upload", file.getvalue(), content_type=BYTES)
     images = json.loads(content)["images"]
     assert status == 200 and len(images) == 2
     assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(images[0])))) == pixels).all()
     assert post(port, "/runs/0/reconstruct", {"image": {"png": images[0]}})[0] == 200
-    status, _, content = request(port, "POST", "/upload", b"words")
+    status, _, content = request(port, "POST", "/upload", b"words", content_type=BYTES)
     assert status == 400 and "not a picture" in json.loads(content)["error"]
-    status, _, content = request(port, "POST", "/upload", bytes(MOST_BYTES + 1))
+    status, _, content = request(port, "POST", "/upload", bytes(MOST_BYTES + 1), content_type=BYTES)
     assert status == 413 and "more than 20 MB" in json.loads(content)["error"]
 
 
@@ -113,7 +114,8 @@ def test_nobody_else_is_answered(port: int) -> None:
     assert request(port, "GET", "/about", host="rebound.example")[0] == 400
     assert request(port, "GET", "/about", host=f"localhost:{port}")[0] == 200
     body = json.dumps(SAMPLE).encode()
-    assert request(port, "POST", "/runs/0/sample", body, content_type="text/plain")[0] == 415
+    for path in ("/runs/0/sample", "/upload"):
+        assert request(port, "POST", path, body, content_type="text/plain")[0] == 415
     for wrong in (b"{", b"\xff", b"[" * 100_000):
         assert request(port, "POST", "/runs/0/sample", wrong, content_type="application/json")[0] == 400
     for path in ("/server.py", "/..%2fserver.py", "/%2e%2e/loading.py", "/docs", "/openapi.json", "/test/40"):
