@@ -175,7 +175,7 @@ setup(
     ],
     package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels", "glf_fast.cuda": "csrc/cuda"},
     package_data={
-        "glf_fast": ["py.typed", "metrics/*.safetensors", "*.html", "training/*.html"],
+        "glf_fast": ["py.typed", "metrics/*.safetensors", "*.html", "training/*.html", "exploring/page.*"],
         "glf_fast.presets": [
             "*.toml",
             "compare/*.toml",

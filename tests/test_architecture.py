@@ -32,10 +32,11 @@ ALLOWED = {
     "metrics": {"data", "grammar"},
     "models": {"flow", "metrics", "fitting", "grammar"},
     "training": {"models", "data", "metrics", "grammar"},
+    "exploring": {"models", "data", "metrics", "training"},
     "tabular": {"models", "data", "fitting", "flow", "ops", "reference"},
 }
 # Commands may import everything but each other; nobody imports them.
-COMMANDS = {"train", "sample", "evaluate", "compare", "fit", "info"}
+COMMANDS = {"train", "sample", "evaluate", "compare", "fit", "explore", "info"}
 # What must stay usable without the application.
 LIBRARY = {"reference", "ops", "flow", "conversion", "integrations"}
 
@@ -75,7 +76,7 @@ def test_the_ground_knows_nobody_and_commands_know_no_command() -> None:
 
 def test_no_room_but_models_names_a_model() -> None:
     names = "|".join({*models.names(), *(models.kind(name).words.title for name in models.names())})
-    files = [path for room in ("training", "data", "metrics") for path in (PACKAGE / room).rglob("*.py")]
+    files = [path for room in ("training", "data", "metrics", "exploring") for path in (PACKAGE / room).rglob("*.py")]
     files += [*(PACKAGE / "training").glob("*.html"), *(PACKAGE / f"{name}.py" for name in GROUND | COMMANDS)]
     for path in files:
         found = re.search(rf"\b({names})\b(?!_)", path.read_text())

@@ -13,10 +13,15 @@ from torch import Tensor
 from glf_fast.data.dataset import ImageDataset
 from glf_fast.errors import UserError, did_you_mean
 
-__all__ = ["load_attribute"]
+__all__ = ["attribute_names", "load_attribute"]
 
 _VALUES = {"1": True, "true": True, "yes": True, "0": False, "-1": False, "false": False, "no": False}
 _NAMED = 3  # of many images, a message names so many
+
+
+def attribute_names(path: Path) -> tuple[str, ...]:
+    """Names of the attributes in a file, see `load_attribute`; raises UserError for a file in another form."""
+    return tuple(_table(path)[0])
 
 
 def load_attribute(path: Path, name: str, dataset: ImageDataset) -> Tensor:

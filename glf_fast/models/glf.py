@@ -172,6 +172,14 @@ class GLF(LatentModel):
         z = self.flow.sample(n, temperature=temperature, generator=generator)
         return self.denoised(z) if mode == "denoised" else z
 
+    def code_log_prob(self, z: Tensor) -> Tensor:
+        """log p_F(z) of codes z (B, latent_dim): (B,) in nats, in eval mode and without gradients.
+
+        If the flow was trained with latent noise, its density is that of noisy codes.
+        """
+        with self.evaluating():
+            return self.flow.log_prob(z)
+
     def denoised(self, z: Tensor) -> Tensor:
         """E[z | z̃] = z̃ + σ²·s²·∇ log p_F(z̃) of noisy codes z̃ (B, latent_dim), by Tweedie's formula; in eval mode.
 

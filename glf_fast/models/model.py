@@ -27,6 +27,7 @@ __all__ = [
     "Phase",
     "Reconstructs",
     "SamplesClasses",
+    "ScoresCodes",
     "Stage",
     "Words",
     "Writes",
@@ -163,6 +164,15 @@ class HasLikelihood(Protocol):
 
     def log_likelihood(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """log p(x) of x (B, *shape), or a lower bound of it: (B,) in nats, in eval mode and without gradients."""
+        ...
+
+
+@runtime_checkable
+class ScoresCodes(Encodes, Protocol):
+    """A model that has a density of codes, but none of data."""
+
+    def code_log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) of codes z as `encode` gives them: (B,) in nats, in eval mode and without gradients."""
         ...
 
 
