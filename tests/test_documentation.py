@@ -17,6 +17,7 @@ from torch.distributions import Distribution
 import glf_fast
 from glf_fast import conversion, fitting, flow, grammar, integrations, metrics, ops
 from glf_fast.integrations import nflows, sbi, zuko
+from glf_fast.models.glf import GLFSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,6 +55,16 @@ def fitted_table() -> dict[str, object]:
     return {"rows": rows}
 
 
+def generative_model() -> dict[str, object]:
+    """What README.md has: the model of a run."""
+    settings = GLFSettings(latent_dim=4, width=4, hidden=8)
+    glf_fast.GLF((1, 8, 8), settings).save_pretrained("RUN/checkpoints/best")
+    return {}
+
+
+BEGINS = {"docs/tables.md": fitted_table, "README.md": generative_model}
+
+
 @pytest.mark.filterwarnings("ignore:Maximum number of epochs")
 @pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # called by normflows
 @pytest.mark.parametrize(("page", "blocks"), list(sections()))
@@ -63,7 +74,7 @@ def test_examples_run(
     monkeypatch.chdir(tmp_path)
     # Importing pyro turns the checks of arguments on for a whole process, importing zuko off.
     monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)
-    names = {"__name__": "documentation", **(fitted_table() if page == "docs/tables.md" else {})}
+    names = {"__name__": "documentation", **(BEGINS[page]() if page in BEGINS else {})}
     for line, block in blocks:
         exec(compile("\n" * line + block, page, "exec"), names)
 

@@ -85,7 +85,12 @@ def _methods(thing: type) -> Iterator[tuple[str, Any]]:
     """The class's own public methods and properties that have a docstring, in the order of the source."""
     for name, member in vars(thing).items():
         member = member.__func__ if isinstance(member, classmethod | staticmethod) else member
-        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)) and member.__doc__:
+        if (
+            not name.startswith("_")
+            and not name.endswith("_extra_state")
+            and (inspect.isfunction(member) or isinstance(member, property))
+            and member.__doc__
+        ):
             yield name, member
 
 
