@@ -8,18 +8,20 @@ lead there.
 from __future__ import annotations
 
 import html
+import json
 import logging
 import posixpath
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files, InclusionLevel
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 log = logging.getLogger("mkdocs.plugins.site")  # warnings of mkdocs.* are errors: `strict`
 
@@ -35,6 +37,8 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(?=[#)])")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page for each file that is linked and not yet part of the site, and for each file that these link."""
+    from mkdocs.structure.files import File, InclusionLevel  # so that the link check needs no mkdocs
+
     queue = [(f"docs/{file.src_uri}", file.content_string) for file in files.documentation_pages()]
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for uri in re.findall(rf"{PAGES}/\S+\.md$", navigation, re.MULTILINE):
@@ -84,16 +88,38 @@ def _page(path: Path) -> str:
     """The Markdown of a page that shows a file, or lists a folder."""
     name = path.relative_to(ROOT).as_posix()
     if path.is_dir():
-        lines = [f"* [{file.name}]({file.name}): {_first_line(file)}" for file in sorted(path.glob("*.py"))]
+        shown = sorted(file for ending in ("*.py", "*.ipynb") for file in path.glob(ending))
+        lines = [f"* [{file.name}]({file.name}): {_first_line(file)}" for file in shown]
         return "\n".join([f"# {name}/", "", *lines])
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return text
+    if path.suffix == ".ipynb":
+        return notebook(json.loads(text))
     return f"# {path.name}\n\n`{name}`\n\n~~~~{LANGUAGES.get(path.suffix, 'text')}\n{text}\n~~~~\n"
 
 
+def notebook(content: dict[str, Any]) -> str:
+    """A Jupyter notebook (format 4) as Markdown, with what its cells printed and drew."""
+    parts = []
+    for cell in content["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"~~~~python\n{source}\n~~~~")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![](data:image/png;base64,{''.join(data['image/png']).strip()})")
+            elif text := "".join(output.get("text", data.get("text/plain", ""))):
+                parts.append(f"~~~~text\n{text}\n~~~~")
+    return "\n\n".join(parts)
+
+
 def _first_line(path: Path) -> str:
-    return path.read_text(encoding="utf-8").removeprefix('"""').split("\n", 1)[0].removesuffix('"""')
+    """The title of a program or a notebook."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "".join(json.loads(text)["cells"][0]["source"]).removeprefix("# ")
+    return text.removeprefix('"""').split("\n", 1)[0].removesuffix('"""')
 
 
 def _targets(source: str, text: str) -> Iterator[str]:
