@@ -8,6 +8,8 @@ from typing import Any
 import griffe
 
 NAMES = re.compile(r"^( +)((?:\*{0,2}\w+, )+\*{0,2}\w+):(?= )(.*(?:\n\1 +.*)*)", re.MULTILINE)
+# A line of an Args, Returns or Raises section with several names: "dim: D.    blocks: number of couplings."
+SHARED = re.compile(r"^ {4}\w+: .*\. +\w+: .*$", re.MULTILINE)
 # Names with their meanings, indented below the meaning of an argument and behind an empty line: a list inside of the list.
 NAME = r"^( {8})(\w+): "
 SETTINGS = re.compile(r"(?<=\n\n)(?= {8}\w+: )(?: {8,}\S.*(?:\n|\Z))+")
@@ -26,6 +28,7 @@ def markdown(docstring: str) -> str:
     """The docstring with sections that griffe knows, one name an argument, and no accidental emphasis."""
     text = re.sub(r"^Example:$", "Examples:", docstring, flags=re.MULTILINE)
     text = NAMES.sub(lambda match: "\n".join(f"{match[1]}{name}:{match[3]}" for name in match[2].split(", ")), text)
+    text = SHARED.sub(lambda match: re.sub(r"(?<=\.) +(?=\w+: )", "\n    ", match[0]), text)
     text = SETTINGS.sub(lambda match: re.sub(NAME, r"\1- `\2`: ", match[0], flags=re.MULTILINE), text)
     # A star before a name is Python's *arguments, unless another one closes an emphasis.
     return re.sub(r"(?<=[\w,(] )\*(?=\w)(?![\w ]+\*)|(?<=\()\*(?=\w)", r"\\*", text)

@@ -7,6 +7,7 @@ lead there.
 
 from __future__ import annotations
 
+import ast
 import html
 import json
 import logging
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = "repository"  # folder of the site with the pages of files outside of docs/
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".sh": "bash", ".h": "cpp", ".cpp": "cpp", ".cu": "cpp"}
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+OBJECT = re.compile(r"^::: (\S+)$", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(?=[#)])")
 
 
@@ -63,7 +65,26 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = _resolved(source, match[1])
         return posixpath.relpath(_uri(target, files), posixpath.dirname(uri) or ".")
 
-    return "".join(part if code else LINK.sub(rewritten, part) for part, code in _parts(markdown))
+    text = "".join(part if code else LINK.sub(rewritten, part) for part, code in _parts(markdown))
+    return OBJECT.sub(lambda match: _directive(match[1]), text)
+
+
+def _directive(name: str) -> str:
+    """The line that asks mkdocstrings for a public name; as _defined says, perhaps under another path."""
+    path = _defined(name)
+    options = f"{{heading: {name}, toc_label: {name.rpartition('.')[2]}}}"
+    return f"::: {name}" if path == name else f"::: {path}\n    options: {options}"
+
+
+def _defined(name: str) -> str:
+    """The path of a public name, or, where a folder or file has this name, too, and would be found, that of its definition."""
+    package, _, attribute = name.rpartition(".")
+    folder = ROOT / package.replace(".", "/")
+    if (folder / attribute).is_dir() or (folder / f"{attribute}.py").is_file():
+        for node in ast.walk(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and attribute in {alias.name for alias in node.names}:
+                return f"{node.module}.{attribute}"
+    return name
 
 
 def _uri(target: str, files: Files) -> str:
