@@ -87,7 +87,7 @@ def _methods(thing: type) -> Iterator[tuple[str, Any]]:
         member = member.__func__ if isinstance(member, classmethod | staticmethod) else member
         if (
             not name.startswith("_")
-            and not name.endswith("_extra_state")
+            and not name.endswith(("_extra_state", "extra_repr"))
             and (inspect.isfunction(member) or isinstance(member, property))
             and member.__doc__
         ):

@@ -30,5 +30,8 @@ def markdown(docstring: str) -> str:
     text = NAMES.sub(lambda match: "\n".join(f"{match[1]}{name}:{match[3]}" for name in match[2].split(", ")), text)
     text = SHARED.sub(lambda match: re.sub(r"(?<=\.) +(?=\w+: )", "\n    ", match[0]), text)
     text = SETTINGS.sub(lambda match: re.sub(NAME, r"\1- `\2`: ", match[0], flags=re.MULTILINE), text)
+    text = re.sub(
+        r"^\|.*", lambda match: re.sub(r"log\|(det \w+)\|", r"log\\|\1\\|", match[0]), text, flags=re.MULTILINE
+    )
     # A star before a name is Python's *arguments, unless another one closes an emphasis.
     return re.sub(r"(?<=[\w,(] )\*(?=\w)(?![\w ]+\*)|(?<=\()\*(?=\w)", r"\\*", text)
