@@ -15,15 +15,17 @@ import pytest
 from torch.distributions import Distribution
 
 import glf_fast
+from bench.libraries import flowjax
 from glf_fast import conversion, fitting, flow, grammar, integrations, metrics, ops
 from glf_fast.integrations import nflows, sbi, zuko
 from glf_fast.models.glf import GLFSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Blocks in ```py are shown and not run: pythae is not in the test environment, since it asks for an older torch.
+# Blocks in ```py are shown and not run, because pythae is not in the test environment.
 SHOWN = {"docs/coming-from/pythae.md"}
 SLOW = {"docs/coming-from/flowjax.md"}  # XLA compiles for a quarter of a minute
+MISSING = pytest.mark.skipif(bool(flowjax.why_not()), reason=flowjax.why_not())  # it comes with `make bench`
 BLOCK = re.compile(r"^```(python|py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -40,7 +42,7 @@ def sections() -> Iterator[object]:
             found = [m for m in BLOCK.finditer(text, start, end) if m[1] == "python"]
             blocks = [(text.count("\n", 0, m.start(2)), m[2]) for m in found]
             if blocks:
-                marks = [pytest.mark.long] if name in SLOW else []
+                marks = [pytest.mark.long, MISSING] if name in SLOW else []
                 yield pytest.param(name, blocks, id=f"{name}:{blocks[0][0]}", marks=marks)
 
 
