@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-.PHONY: train test faults lint bench gate gpu gpu-again gpu-here clean
+.PHONY: train test faults lint docs bench gate gpu gpu-again gpu-here clean
 
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
@@ -50,6 +50,11 @@ lint: $(VENV)/test.stamp
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# The documentation as static files in build/site. A broken link is an error. Look at it: python -m http.server -d build/site
+# The variable silences an advertisement of the theme's successor.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+
 # torch comes first and alone, at the pinned version, so that nothing later can pull a second copy.
 $(VENV)/torch.stamp: constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -70,6 +75,10 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES) libraries.txt
 
 $(VENV)/bench.stamp: $(VENV)/test.stamp
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/torch.stamp $(SOURCES)
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	touch $@
 
 clean:

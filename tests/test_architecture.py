@@ -152,13 +152,6 @@ def test_docstring_examples_run(name: str) -> None:
     assert doctest.testmod(module, extraglobs=names).failed == 0
 
 
-def test_readme_examples_run() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-
-
 def test_files_stay_readable() -> None:
     """One subject a file, a few hundred lines at most."""
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:

@@ -1,28 +1,13 @@
-"""docs/drop-in.md: its programs run, and its table is made of results."""
+"""docs/drop-in.md: its table is made of results."""
 
-import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributions import Distribution
 
 from bench import drop_in
 from bench.results import Result, Results, stats
-
-PAGE = Path(__file__).parent.parent / "docs" / "drop-in.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
-
-
-@pytest.mark.filterwarnings("ignore:Maximum number of epochs")
-@pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # called by normflows
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n", 1)[0])
-def test_programs_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    # Importing pyro turns the checks of arguments on for a whole process, importing zuko off.
-    monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)
-    exec(compile(block, "drop-in.md", "exec"), {"__name__": "drop_in"})
 
 
 def test_table_is_made_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

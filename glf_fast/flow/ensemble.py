@@ -32,7 +32,7 @@ class FlowEnsemble(nn.Module):
 
     Args:
         members: E.
-        dim, steps, and the rest: the arguments of `CouplingFlow`. Every flow starts from random values of its own.
+        dim, steps, *arguments, **options: the arguments of `CouplingFlow`. Every flow starts from random values of its own.
 
     Example:
         >>> ensemble = FlowEnsemble(3, dim=5, steps=4, hidden=(64, 64))

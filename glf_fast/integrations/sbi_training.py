@@ -37,7 +37,8 @@ def train(
 
     Args:
         inference: an NPE or NLE trainer with one of our estimators (`density_estimator=maf()`), after `append_simulations`.
-        training_batch_size, learning_rate, …: as in `inference.train`.
+        training_batch_size, learning_rate, validation_fraction: as in `inference.train`.
+        stop_after_epochs, max_num_epochs, clip_max_norm: as in `inference.train`.
 
     Returns:
         The trained estimator.
