@@ -35,7 +35,7 @@ ALLOWED = {
     "tabular": {"models", "data", "fitting", "flow", "ops", "reference"},
 }
 # Commands may import everything but each other; nobody imports them.
-COMMANDS = {"train", "sample", "evaluate", "compare", "fit", "info"}
+COMMANDS = {"train", "sample", "evaluate", "compare", "fit", "info", "push"}
 # What must stay usable without the application.
 LIBRARY = {"reference", "ops", "flow", "conversion", "integrations"}
 

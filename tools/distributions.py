@@ -103,7 +103,7 @@ def complaints(made: Distributions) -> Iterator[str]:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     yield from _differences(made.sdist.name, names, tracked(), ADDED_TO_SOURCES)
     with zipfile.ZipFile(made.wheel) as wheel:
-        inside = set(wheel.namelist())
+        inside = {name for name in wheel.namelist() if not name.endswith("/")}
         yield from _differences(made.wheel.name, inside, {*packaged(tracked()), LIBRARY}, ADDED_TO_WHEEL)
         if LIBRARY in inside and made.wheel.name.endswith("x86_64.whl"):
             with tempfile.TemporaryDirectory() as temporary:
