@@ -1,4 +1,4 @@
-"""The notebooks of examples/ run from top to bottom, and are committed as they were run: with outputs, small, without errors."""
+"""The notebooks of examples/ run from top to bottom, and are committed as they were run: with outputs, without errors."""
 
 import re
 from pathlib import Path

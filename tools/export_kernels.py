@@ -2,8 +2,9 @@
 
     python tools/export_kernels.py FOLDER --repository OWNER/glf-fast-kernels
 
-FOLDER then has build.toml, CARD.md, tests/ and torch-ext/glf_fast_kernels/, which imports torch and triton alone and finds its own
-modules by relative imports, so that it works under any name. Publishing needs an account and Nix: `kernel-builder build-and-upload`.
+FOLDER then has build.toml, CARD.md, tests/ and torch-ext/glf_fast_kernels/, which imports torch and triton alone and finds its
+own modules by relative imports, so that it works under any name. Publishing needs an account and Nix:
+`kernel-builder build-and-upload`.
 """
 
 from __future__ import annotations
