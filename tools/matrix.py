@@ -71,7 +71,7 @@ def try_without_compiler(sdist: Path, folder: Path) -> None:
     )
     # A folder on the path, and before this environment's own packages, which may hold another glf_fast.
     shutil.copy(CHECK, bare)
-    command = [sys.executable, bare / CHECK.name, bare / "work", "--backend", "none"]
+    command = [sys.executable, str(bare / CHECK.name), str(bare / "work"), "--backend", "none"]
     subprocess.run(command, cwd=bare, env={**os.environ, "PYTHONPATH": str(site)}, check=True)
 
 
