@@ -5,7 +5,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "examples" / "notebooks"
@@ -33,16 +32,18 @@ def test_outputs_are_those_of_one_whole_run(path: Path) -> None:
     assert all(len(line) <= 128 for cell in cells for line in cell.source.splitlines())
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# sbi's own training takes half a minute.
+MARKED = [pytest.param(path, marks=[pytest.mark.long] * (path.stem == "accelerated_sbi")) for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", MARKED, ids=[path.stem for path in NOTEBOOKS])
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     first.source = SWITCH.sub("QUICK = True", first.source)
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
-    # Sockets of this machine's file system in place of ports.
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    client = NotebookClient(notebook, km=kernel, timeout=240, resources={"metadata": {"path": str(tmp_path)}})
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(notebook, kernel_name="python3", startup_timeout=240, timeout=240, resources=resources)
     client.execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert len(printed) > 300
