@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-.PHONY: train test faults lint docs bench gate gpu gpu-again gpu-here clean
+.PHONY: train test faults lint docs bench gate release matrix gpu gpu-again gpu-here clean
 
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
@@ -33,6 +33,15 @@ gate: $(VENV)/test.stamp
 	test -d build/triton-3.6.0 || $(PIP) install --quiet --no-deps --target build/triton-3.6.0 triton==3.6.0
 	$(RUN) tools/compile_gate.py --triton build/triton-3.6.0 $(ARGS)
 
+# The two files of a release in dist/, checked; nothing is uploaded. ARGS=--rehearse builds what cannot be released yet.
+release: $(VENV)/release.stamp
+	$(RUN) tools/release.py $(ARGS)
+
+# One wheel in empty environments: Python 3.10 to 3.13, the oldest torch and the newest. Half an hour, and 15 GB of disk with
+# PyPI's torch. ARGS="--pythons 3.12 --torches 2.13.0"
+matrix: $(VENV)/release.stamp
+	$(RUN) tools/matrix.py $(ARGS)
+
 # On a machine with a GPU and no network, in two calls of 7 and 5 minutes: use the Python that is there. Results go to $$OUT,
 # or gpu-results. ARGS=--rehearse makes both calls on a processor.
 gpu:
@@ -47,6 +56,8 @@ gpu-here:
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .
+	# Text files name their encoding, because Windows has another default; ruff has this rule in its preview alone.
+	$(RUN) -m ruff check --preview --select PLW1514 .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
@@ -79,6 +90,10 @@ $(VENV)/bench.stamp: $(VENV)/test.stamp
 
 $(VENV)/docs.stamp: $(VENV)/torch.stamp $(SOURCES)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	touch $@
+
+$(VENV)/release.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[release]'
 	touch $@
 
 clean:

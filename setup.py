@@ -174,6 +174,7 @@ setup(
         "glf_fast.cuda",
     ],
     package_dir={"glf_fast": "glf_fast", "glf_fast.kernels": "kernels", "glf_fast.cuda": "csrc/cuda"},
+    include_package_data=False,  # MANIFEST.in is for the source distribution
     package_data={
         "glf_fast": ["py.typed", "metrics/*.safetensors", "*.html", "training/*.html", "exploring/page.*"],
         "glf_fast.presets": [

@@ -40,7 +40,7 @@ class Elsewhere:
     """
 
     def __init__(self, name: str, case: str, mode: str, threads: int = processor_clock.THREADS) -> None:
-        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill
+        self._complaints = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - a pipe that nobody reads would fill
         # Threads of torch and of XLA, which would otherwise count the machine's cores.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(

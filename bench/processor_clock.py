@@ -156,13 +156,15 @@ def peak_memory(work: Work) -> int:
     out of the set by then, or the pass would use them unseen: see `bench.memory.ENVIRONMENT`.
     """
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts again from here
     work()
     return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(field)
+    )
     return 1024 * int(line.split()[1])
 
 

@@ -87,7 +87,7 @@ def stats(times: Sequence[float]) -> dict[str, float]:
 
 def read(path: Path) -> Results:
     """A file that `write` wrote, or one of pytest-benchmark's: that without raw data and private details of the computer."""
-    whole = json.loads(path.read_text())
+    whole = json.loads(path.read_text(encoding="utf-8"))
     if "benchmarks" not in whole:
         return Results(whole["machine"], whole["date"], [Result(**row) for row in whole["results"]], whole["wrong"])
     machine = whole["machine_info"]

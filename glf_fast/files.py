@@ -110,6 +110,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         if target.is_dir():
             for hidden in target.iterdir():
                 hidden.replace(temporary / hidden.name)
+            if os.name == "nt":  # no folder takes another's place there, not even an empty one's
+                target.rmdir()
         _publish(temporary, 0o777)
         temporary.replace(target)
     finally:

@@ -34,7 +34,7 @@ class Output:
     """
 
     def __init__(self, stream: Any, may_vanish: bool = False) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self._ignored: tuple[type[OSError], ...] = (OSError,) if may_vanish else ()
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="replace")

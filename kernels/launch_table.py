@@ -86,7 +86,7 @@ INTERPRETED = Launch(16, 16, 16, staged=False, num_warps=8, num_stages=1)
 
 @cache
 def _table() -> dict[str, dict[str, Launch]]:
-    table = json.loads(Path(__file__).with_name("launch_table.json").read_text())["launches"]
+    table = json.loads(Path(__file__).with_name("launch_table.json").read_text(encoding="utf-8"))["launches"]
     return {arch: {key: Launch(*how) for key, how in launches.items()} for arch, launches in table.items()}
 
 

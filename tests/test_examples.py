@@ -11,7 +11,7 @@ PICTURES = {"convert_normflows": "normflows.pt"}  # what it leaves, where that i
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_example(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(path.read_text().splitlines()) < 100
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 100
     monkeypatch.chdir(tmp_path)
     done = forked.ended(forked.script, path, "--quick", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

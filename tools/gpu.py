@@ -173,7 +173,7 @@ def compiled() -> bool:
 def adopt(table: Path) -> str:
     """Have all that follows use a tuned launch table, in the place of the working copy's."""
     try:
-        json.loads(table.read_text())
+        json.loads(table.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"no tuned table is used: {error}"
     shutil.copy(table, TABLE)
@@ -181,7 +181,7 @@ def adopt(table: Path) -> str:
 
 
 def _read(path: Path) -> list[dict[str, object]]:
-    return json.loads(path.read_text()) if path.is_file() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def tables(out: Path, environment: dict[str, str]) -> str:

@@ -50,7 +50,7 @@ def read_celeba(files: Files, split: str, image_size: int | None) -> ImageDatase
 
 
 def _members(partition: Path, split: str) -> list[str]:
-    rows = (line.split() for line in partition.read_text().splitlines())
+    rows = (line.split() for line in partition.read_text(encoding="utf-8").splitlines())
     return [row[0] for row in rows if len(row) == 2 and row[1] == NUMBER[split]]
 
 

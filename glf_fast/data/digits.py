@@ -28,7 +28,7 @@ def _all_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise UserError('the digits come with scikit-learn: pip install "glf_fast[digits]"') from error
+        raise UserError("the digits come with scikit-learn: pip install scikit-learn") from error
     bunch = datasets.load_digits()
     images = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
     return images.round().to(torch.uint8), torch.from_numpy(bunch.target)

@@ -112,7 +112,7 @@ def _eight_bits(levels: np.ndarray, bits: int) -> np.ndarray:
 def _available_memory() -> int:
     """Bytes of memory that can be had without swapping; those of the machine where the system does not tell."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         try:

@@ -25,9 +25,7 @@ def check_search() -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            'the Gaussian process of a search is scikit-learn\'s: pip install "glf_fast[search]"'
-        ) from error
+        raise UserError("the Gaussian process of a search is scikit-learn's: pip install scikit-learn") from error
 
 
 def search(

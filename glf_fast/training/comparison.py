@@ -295,7 +295,7 @@ def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = Path("/proc/cpuinfo")
-    lines = names.read_text(errors="replace").splitlines() if names.is_file() else []
+    lines = names.read_text(encoding="utf-8", errors="replace").splitlines() if names.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     threads = torch.get_num_threads()
     return f"{name or platform.machine()}, {threads} thread{'s' * (threads > 1)}"

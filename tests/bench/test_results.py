@@ -164,6 +164,6 @@ def test_pages_say_what_the_committed_results_say(path: Path) -> None:
 
 @pytest.mark.parametrize(("page", "marks"), [(OVERVIEW, 3), (DROP_IN, 1)])
 def test_pages_with_tables_say_what_the_committed_results_say(page: Path, marks: int) -> None:
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert text.count("<!-- begin: python -m bench.report --docs: ") == marks
     assert with_tables(text, [read(path) for path in KEPT]) == text

@@ -47,7 +47,7 @@ needs_nvcc = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs CUDA's co
 
 def script(path: Path, content: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{content}\n")
+    path.write_text(f"#!/bin/sh\n{content}\n", encoding="utf-8")
     path.chmod(0o755)
     return path
 

@@ -14,7 +14,7 @@ from glf_fast.errors import run_command
 @pytest.fixture(autouse=True)
 def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("a.csv").write_text("height,weight\n" + "1.5,60\n2.5,60\n" * 10)
+    Path("a.csv").write_text("height,weight\n" + "1.5,60\n2.5,60\n" * 10, encoding="utf-8")
     np.save("wide.npy", np.zeros((10, 25)))
     np.savez("s.npz", tokens=[[1, 2, 0], [1, 1, 1]] * 5, vocabulary=["<end>", "x", "y"])
 
