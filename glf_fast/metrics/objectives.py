@@ -92,7 +92,7 @@ def negative_qed(text: str) -> float | None:
     from rdkit import Chem, RDLogger
     from rdkit.Chem import QED
 
-    RDLogger.DisableLog("rdApp.*")
+    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
     molecule = Chem.MolFromSmiles(text)
     return -float(QED.qed(molecule)) if molecule is not None and molecule.GetNumAtoms() else None
 
