@@ -97,6 +97,7 @@ def started(smoke: Path, coloured: Path, tmp_path_factory: pytest.TempPathFactor
 def browser(started: Browser) -> Iterator[Browser]:
     """The browser at the freshly loaded page; afterwards all requests have gone to the page's own server."""
     started.driver.get(started.site)
+    started.until(lambda: started("nav button"))  # the page's script makes them
     yield started
     messages = [json.loads(str(entry["message"]))["message"] for entry in started.log("performance")]
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
