@@ -52,7 +52,8 @@ def search(
     """
     check_search()
     random = np.random.default_rng(seed)
-    scale = codes.std(0) + 1e-12
+    # An encoder that does not use a dimension gives it the same number everywhere, and the model draws it from N(0, 1).
+    scale = np.maximum(codes.std(0), draw(0, CANDIDATES).std(0)) + 1e-12
     x, y = codes / scale, values.astype(np.float64)
     for number in range(rounds):
         near = x[np.argsort(y)[:10]][random.integers(0, min(10, len(y)), CANDIDATES // 2)]

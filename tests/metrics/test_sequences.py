@@ -71,6 +71,25 @@ def test_a_search_finds_a_minimum_and_repeats_itself() -> None:
     assert len(np.unique(runs[0], axis=0)) == 10
 
 
+def test_dimensions_that_the_encoder_does_not_use_are_in_nobodys_way() -> None:
+    random = np.random.default_rng(0)
+    start = random.standard_normal((60, 6)) * [1, 1, 0.01, 0.01, 0.01, 0.01]
+    tried: list[float] = []
+
+    def value(codes: np.ndarray) -> np.ndarray:
+        return ((codes[:, :2] - 1.5) ** 2).sum(1)
+
+    def judge(codes: np.ndarray) -> np.ndarray:
+        tried.extend(value(codes))
+        return value(codes)
+
+    def draw(number: int, n: int) -> np.ndarray:
+        return np.random.default_rng(number).standard_normal((n, 6))
+
+    search(start, value(start), judge, draw, rounds=3, batch=20, seed=0)
+    assert min(tried) < 0.2 * value(start).min() and np.median(tried) < 2
+
+
 def test_a_known_point_promises_no_improvement() -> None:
     """Points that are observed ten times, with noise: the mean of ten is almost certain, and a new one far away is not."""
     random = np.random.default_rng(0)
