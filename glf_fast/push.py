@@ -41,8 +41,10 @@ def main() -> None:
     """Run the command."""
     distributed.refuse_several()
     command = parse(Command, sys.argv[1:], "glf_fast.push")
+    if command.repository.count("/") != 1:
+        raise UserError(f"{command.repository} must be OWNER/NAME, the name of a model on the Hub with its owner")
     which = runs.pick_checkpoint(command.run, command.checkpoint)
-    model, _ = checkpoint.load_model(runs.checkpoint_folder(command.run, which), torch.device("cpu"))
+    model, state = checkpoint.load_model(runs.checkpoint_folder(command.run, which), torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="glf_fast-push-") as temporary:
         folder = Path(temporary)
         names = {}
@@ -50,7 +52,9 @@ def main() -> None:
             names[kind] = f"{kind}.png"
             shutil.copyfile(path, folder / names[kind])
         # First: save_pretrained keeps a card that is there.
-        (folder / "README.md").write_text(card.text(command.run, command.repository, names), encoding="utf-8")
+        (folder / "README.md").write_text(
+            card.text(command.run, state["images"], command.repository, names), encoding="utf-8"
+        )
         model.save_pretrained(folder)
         hub = HfApi(library_name="glf_fast")
         try:
@@ -62,6 +66,11 @@ def main() -> None:
             raise UserError(f"{command.repository} is no name of a model on the Hub ({error})") from error
         except RuntimeError as error:  # huggingface_hub's, around an error of the network
             raise UserError(f"{error} ({error.__cause__})") from error
+        except Exception as error:
+            # Those of huggingface_hub's HTTP client (requests, then httpx, then httpx2) have no class in common.
+            if type(error).__module__.partition(".")[0] not in ("requests", "httpx", "httpx2"):
+                raise
+            raise UserError(f"the Hub at {hub.endpoint} cannot be reached ({error})") from error
     print(commit.commit_url)
 
 

@@ -13,9 +13,10 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 __all__ = ["ENDINGS", "FORMATS", "Unreadable", "read_pixels"]
 
-# Formats of pictures. Pillow knows more, and hands some of those to other programs (EPS to Ghostscript).
+# Formats of pictures. Pillow knows more, and hands some of those to other programs (EPS to Ghostscript). The pictures in an
+# ICNS file may have more pixels than it says: 200 kB needed 1.7 GiB of memory.
 FORMATS = (
-    "PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "TGA", "PPM", "ICO", "JPEG2000", "PCX", "SGI", "DDS", "ICNS",
+    "PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "TGA", "PPM", "ICO", "JPEG2000", "PCX", "SGI", "DDS",
     "AVIF",
 )  # fmt: skip
 ENDINGS = frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)

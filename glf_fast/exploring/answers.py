@@ -15,6 +15,7 @@ from glf_fast.data import ImageDataset
 from glf_fast.errors import UserError
 from glf_fast.exploring.codes import Codes
 from glf_fast.exploring.loading import Opened
+from glf_fast.exploring.neighbours import USUAL
 from glf_fast.images import to_float, to_uint8
 from glf_fast.metrics import subset
 from glf_fast.models import Decodes, HasLikelihood, Interpolates, Reconstructs, ScoresCodes
@@ -64,7 +65,7 @@ def nearest(opened: Opened, image: Tensor) -> Answer:
     lines = (
         "the sample, then its nearest training images by pixels",
         f"distances (root mean square, white is 255): {levels}",
-        f"test images are {_usual(opened):.1f} from their nearest one (median of 20)",
+        f"test images are {_usual(opened):.1f} from their nearest one (median of {min(USUAL, len(opened.test))})",
     )
     return Answer(torch.cat([image[None], opened.train.images[found.places]]), _COLUMNS, lines)
 
@@ -136,12 +137,16 @@ def likelihood(opened: Opened, image: Tensor) -> list[str]:
     if isinstance(model, HasLikelihood):
         one = ImageDataset("upload", "test", image[None], None, "")
         bits, others = bits_per_dim(model, one, 1)[0], _test_bits(opened)
+        if not bits.isfinite():
+            return [f"the likelihood ({model.words.likelihood}) is not finite"]
         return [
             f"{bits:.3f} bits per dimension ({model.words.likelihood}); fewer are more likely",
             f"of {len(others)} test images, {int((others > bits).sum())} need more",
         ]
     if isinstance(model, ScoresCodes):
         [density], others = model.code_log_prob(_codes(opened).encode(image[None])), _test_densities(opened)
+        if not density.isfinite():
+            return ["the log-density of the code is not finite"]
         return [
             f"log-density of the code: {density:.1f} nats",
             f"of {len(others)} test images, {int((others < density).sum())} have a less likely code",

@@ -113,6 +113,8 @@ class Codes:
             with self.model.evaluating():
                 generator = torch.Generator(device).manual_seed(0)
                 codes = cast(_DecodesDrawn, self.model).sample_codes(_ENCODED, generator=generator)
+        if not codes.isfinite().all():
+            raise UserError("the codes of the training images are not finite; the training has diverged")
         mean = codes.mean(0)
         rows = (codes - mean).flatten(1).double()
         _, lengths, directions = torch.linalg.svd(rows, full_matrices=False)

@@ -11,11 +11,13 @@ from torch.nn.functional import avg_pool2d
 
 from glf_fast.metrics import subset
 
-__all__ = ["Found", "Neighbours"]
+__all__ = ["USUAL", "Found", "Neighbours"]
 
 # Images are compared by the means of so many blocks along each side first.
 _BLOCKS = 9
 _BATCH = 4096
+# Test images whose usual distance is told.
+USUAL = 20
 
 
 class Found(NamedTuple):
@@ -71,6 +73,6 @@ class Neighbours:
             start, size = start + size, 2 * size
         return Found(places, (squared / image.numel()).sqrt())
 
-    def usual(self, images: Tensor, n: int = 20) -> float:
+    def usual(self, images: Tensor, n: int = USUAL) -> float:
         """Median distance, in levels, of up to n images uint8 (N, C, H, W) of a test set from their nearest training images."""
         return float(torch.stack([self.nearest(image, 1).distances[0] for image in subset(images, n)]).median())

@@ -109,7 +109,8 @@ class Picker {
     this.error.hidden = true;
     this.uploaded = null;
     this.file.value = "";
-    this.image.src = `test/${Number(this.number.value)}`;
+    this.test = Number(this.number.value);
+    this.image.src = `test/${this.test}`;
     changed();
   }
 
@@ -135,11 +136,11 @@ class Picker {
   }
 
   value(place) {
-    return this.uploaded ? { png: this.uploaded[place] } : { test: Number(this.number.value) };
+    return this.uploaded ? { png: this.uploaded[place] } : { test: this.test };
   }
 
   get name() {
-    return this.uploaded ? "upload" : `test-${this.number.value}`;
+    return this.uploaded ? "upload" : `test-${this.test}`;
   }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -18,7 +19,6 @@ from typing import Any
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -49,6 +49,7 @@ _HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 _MOST_SAMPLES = 64
@@ -118,7 +119,7 @@ class Page:
             Route("/", self.file),
             Route("/about", self.about),
             Route("/{name:str}", self.file),
-            Route("/test/{place:int}", self.test_image),
+            Route("/test/{place:str}", self.test_image),
             Route("/upload", self.upload, methods=["POST"]),
             Route("/runs/{run:int}/{action:str}", self.answer, methods=["POST"]),
         ]
@@ -162,9 +163,9 @@ class Page:
         """A test image of the first run, as the picker shows it."""
         images = self.opened[0].test.images
         place = request.path_params["place"]
-        if place >= len(images):
-            raise HTTPException(404, f"there is no test image {place}; the last one is {len(images) - 1}")
-        return Response(_png(images[place][None], 1), media_type="image/png", headers=_HEADERS)
+        if not place.isdecimal() or len(place) > 9 or int(place) >= len(images):
+            raise HTTPException(404, f"there is no test image {place[:40]}; the last one is {len(images) - 1}")
+        return Response(_png(images[int(place)][None], 1), media_type="image/png", headers=_HEADERS)
 
     async def upload(self, request: Request) -> Response:
         """The picture in the body, in the size of each run, as PNG files for the page to hold."""
@@ -227,9 +228,32 @@ async def _body(request: Request, kind: str) -> bytes:
 
 async def _answered(compute: Callable[[], dict[str, Any]]) -> Response:
     try:
-        return JSONResponse(await run_in_threadpool(compute), headers=_HEADERS)
+        return JSONResponse(await _in_thread(compute), headers=_HEADERS)
     except UserError as error:
         return JSONResponse({"error": str(error)}, 400, _HEADERS)
+    except asyncio.CancelledError:  # Ctrl-C
+        return JSONResponse({"error": "the explorer was stopped"}, 503, _HEADERS)
+
+
+async def _in_thread(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of a computation, in a thread that ends with the process: Ctrl-C does not wait for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[dict[str, Any]] = loop.create_future()
+
+    def tell(method: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            method(value)
+
+    def work() -> None:
+        try:
+            method, value = future.set_result, compute()
+        except BaseException as error:
+            method, value = future.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any longer
+            loop.call_soon_threadsafe(tell, method, value)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await future
 
 
 class _Arguments:
@@ -271,6 +295,8 @@ class _Arguments:
         value = self._body.get("amounts")
         if not isinstance(value, dict):
             raise UserError(f"amounts must have a number for each attribute; got {_quoted(value)}")
+        if not all(map(str.isprintable, value)):
+            raise UserError(f"names of attributes must be printable; got {_quoted([*value])}")
         return {name: _number(name, amount, -_EXTENT, _EXTENT) for name, amount in value.items()}
 
     def samples(self) -> Answer:

@@ -21,15 +21,17 @@ __all__ = ["PICTURES", "pictures", "protocol_line", "text"]
 PICTURES = ("samples", "reconstructions", "interpolations")
 
 
-def text(run: Path, repository: str, pictures: Mapping[str, str]) -> str:
+def text(run: Path, images: int, repository: str, pictures: Mapping[str, str]) -> str:
     """The card in Markdown, with the metadata that the Hub reads above it.
 
     Args:
         run: folder of the run.
+        images: number of images after which the checkpoint was written; scores of other checkpoints are left out.
         repository: "owner/name" of the model on the Hub.
         pictures: names of picture files beside the card, by their kind in PICTURES.
     """
-    config, scores = runs.read_config(run), runs.read_scores(run)
+    config = runs.read_config(run)
+    scores = [score for score in runs.read_scores(run) if score["checkpoint"]["images"] == images]
     kind = models.kind(config.model.name)
     name = repository.partition("/")[2] or repository
     about = ModelCardData(

@@ -15,7 +15,8 @@ __all__ = ["served"]
 @contextmanager
 def served(*opened: Opened) -> Iterator[int]:
     """The port of a server that answers as long as the block runs."""
-    config = uvicorn.Config(Page(opened).application(), log_level="critical", ws="none", lifespan="off")
+    page = Page(opened).application()
+    config = uvicorn.Config(page, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=1)
     server, listening = uvicorn.Server(config), listen(0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

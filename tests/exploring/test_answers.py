@@ -84,7 +84,8 @@ def test_likelihoods_are_those_of_evaluate(name: str, opened: Build) -> None:
     bits = bits_per_dim(run.model, one, 1).item()
     lines = answers.likelihood(run, run.test.images[0])
     assert lines[0] == f"{bits:.3f} bits per dimension ({run.model.words.likelihood}); fewer are more likely"
-    assert lines[1].startswith("of 40 test images, ")
+    others = bits_per_dim(run.model, run.test, 100)
+    assert lines[1] == f"of 40 test images, {int((others > bits).sum())} need more"
 
 
 def test_a_flow_on_pixels_gives_the_image_back(opened: Build) -> None:
@@ -97,6 +98,16 @@ def test_a_flow_on_pixels_gives_the_image_back(opened: Build) -> None:
 def test_colder_samples_vary_less(opened: Build) -> None:
     run = opened("glf")
     assert (answers.sample(run, 4, 0.0, 0).images == answers.sample(run, 4, 0.0, 1).images).all()
+
+
+def test_codes_that_are_not_finite_are_told(opened: Build) -> None:
+    run = opened("glf", width=5)
+    with torch.no_grad():
+        for parameter in run.model.encoder.parameters():
+            parameter.fill_(float("nan"))
+    assert answers.likelihood(run, run.test.images[0]) == ["the log-density of the code is not finite"]
+    with pytest.raises(UserError, match="codes of the training images are not finite"):
+        answers.prepare(run)
 
 
 def test_samples_that_are_not_finite_are_black_and_told(opened: Build) -> None:

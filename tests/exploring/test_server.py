@@ -5,6 +5,8 @@ import http.client
 import io
 import json
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -98,6 +100,7 @@ def test_uploads_come_back_as_each_run_takes_them(port: int) -> None:
         ("/runs/0/walk", {"origin": "mean", "axes": ["up", "down"], "at": [0, 9]}, 400, "at must be a number between -3 and 3"),
         ("/runs/0/walk", {"origin": "mean", "axes": ["up", "down"], "at": [0, 1]}, 400, "there is no direction 'up'"),
         ("/runs/0/edit", {"image": {"test": 0}, "amounts": 3}, 400, "amounts must have a number for each attribute"),
+        ("/runs/0/edit", {"image": {"test": 0}, "amounts": {"x\ud800": 1}}, 400, "names of attributes must be printable"),
         ("/runs/1/edit", {"image": {"test": 0}, "amounts": {}}, 400, "DCGAN has no encoder"),
         ("/runs/2/sample", SAMPLE, 404, "there is no /runs/2/sample"),
         ("/runs/0/train", {}, 404, "there is no /runs/0/train"),
@@ -118,7 +121,16 @@ def test_nobody_else_is_answered(port: int) -> None:
         assert request(port, "POST", path, body, content_type="text/plain")[0] == 415
     for wrong in (b"{", b"\xff", b"[" * 100_000):
         assert request(port, "POST", "/runs/0/sample", wrong, content_type="application/json")[0] == 400
-    for path in ("/server.py", "/..%2fserver.py", "/%2e%2e/loading.py", "/docs", "/openapi.json", "/test/40"):
+    for path in (
+        "/server.py",
+        "/..%2fserver.py",
+        "/%2e%2e/loading.py",
+        "/docs",
+        "/openapi.json",
+        "/test/40",
+        "/test/-1",
+        "/test/" + "9" * 5000,
+    ):
         assert request(port, "GET", path)[0] == 404, path
     with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.2", port), 5):
         pass
@@ -135,6 +147,25 @@ def test_test_images_are_made_to_fit_a_run_of_another_size(smoke: Path, coloured
         for action in ("sample", "nearest"):
             assert post(port, f"/runs/1/{action}", SAMPLE | {"place": 0})[0] == 200
     assert before == {path: path.stat().st_mtime_ns for run in (smoke, coloured) for path in run.rglob("*")}
+
+
+def test_nobody_waits_for_an_answer_at_the_end(opened: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, begun, end = opened("glf"), threading.Event(), threading.Event()
+
+    def slow(*_: object, **__: object) -> object:
+        begun.set()
+        return end.wait(60)
+
+    monkeypatch.setattr(run.model, "sample", slow)
+    with served(run) as port:
+        body = json.dumps(SAMPLE).encode()
+        asking = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        asking.request("POST", "/runs/0/sample", body, {"content-type": "application/json"})
+        assert begun.wait(30)
+        start = time.monotonic()
+    assert time.monotonic() - start < 20
+    asking.close()
+    end.set()
 
 
 def test_a_bug_is_told_without_its_traceback(opened: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch) -> None:

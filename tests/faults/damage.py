@@ -144,7 +144,7 @@ PRETRAINED = SimpleNamespace(__name__="from_pretrained", main=_pretrained)
 # Formats of pictures by their endings, with options under which Pillow writes small ones.
 PICTURES: dict[str, dict[str, Any]] = {
     "png": {}, "jpg": {}, "gif": {}, "webp": {"lossless": True}, "tif": {"compression": "tiff_lzw"}, "tiff": {},
-    "bmp": {}, "tga": {}, "pgm": {}, "ico": {}, "jp2": {}, "pcx": {}, "sgi": {}, "dds": {}, "icns": {}, "avif": {},
+    "bmp": {}, "tga": {}, "pgm": {}, "ico": {}, "jp2": {}, "pcx": {}, "sgi": {}, "dds": {}, "avif": {},
 }  # fmt: skip
 TRAINED = (
     "--preset", "smoke", "--data.source", "data.npy", "--batch-size", "16", "--epochs", "2", "--score.samples", "8",
@@ -278,7 +278,7 @@ def _save() -> None:
 def _picture(pixels: np.ndarray, ending: str) -> bytes:
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)
-    image = image.convert("RGB") if ending in ("dds", "icns", "ico", "avif") else image
+    image = image.convert("RGB") if ending in ("dds", "ico", "avif") else image
     image.save(buffer, Image.registered_extensions()[f".{ending}"], **PICTURES[ending])
     return buffer.getvalue()
 

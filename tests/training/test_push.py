@@ -77,11 +77,17 @@ model.push_to_hub("somebody/model", commit_message="again")
     assert {"config.json", "model.safetensors", "README.md"} <= set(served.files["somebody/model"])
 
 
-@pytest.mark.parametrize(("token", "said"), [("hf_other", "401"), (hub.TOKEN, "507")], ids=["stranger", "full"])
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [("hf_other", "401"), (hub.TOKEN, "507"), ("", "cannot be reached")],
+    ids=["stranger", "full", "no Hub"],
+)
 def test_a_refusal_is_told_in_a_line(
     served: hub.Hub, smoke: Path, monkeypatch: pytest.MonkeyPatch, token: str, said: str
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_TOKEN", token or hub.TOKEN)
+    if not token:
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     served.full = True
     done = forked.fresh(f"""{QUIET}
 import sys
@@ -95,13 +101,20 @@ run_command(push.main)
 
 
 def test_a_name_that_the_hub_refuses_is_an_error_before_anything_is_sent(smoke: Path, call: Call) -> None:
-    with pytest.raises(UserError, match=r"a//b is no name of a model"):
-        call(push, smoke, "a//b")
+    with pytest.raises(UserError, match=r"a/-b is no name of a model"):
+        call(push, smoke, "a/-b")
+    for name in ("digits", "a//b"):
+        with pytest.raises(UserError, match=rf"{name} must be OWNER/NAME"):
+            call(push, smoke, name)
 
 
 def test_the_card_has_the_scores_with_their_protocols(smoke: Path) -> None:
     (score,) = runs.read_scores(smoke)
-    written = card.text(smoke, "somebody/digits", {"samples": "samples.png"})
+    images = score["checkpoint"]["images"]
+    assert "This model has no scores yet." in card.text(
+        smoke, images + 1, "somebody/digits", {}
+    )  # of another checkpoint
+    written = card.text(smoke, images, "somebody/digits", {"samples": "samples.png"})
     head, _, body = written.removeprefix("---\n").partition("\n---\n")
     about = yaml.safe_load(head)
     (result,) = about["model-index"][0]["results"]
@@ -117,7 +130,8 @@ def test_the_card_has_the_scores_with_their_protocols(smoke: Path) -> None:
 
 
 def test_the_cards_example_runs(smoke: Path) -> None:
-    code = re.search(r"```python\n(.*?)```", card.text(smoke, "somebody/digits", {}), flags=re.DOTALL)[1]
+    images = 0
+    code = re.search(r"```python\n(.*?)```", card.text(smoke, images, "somebody/digits", {}), flags=re.DOTALL)[1]
     names: dict[str, object] = {}
     exec(code.replace("somebody/digits", str(smoke / "checkpoints" / "best")), names)
     assert isinstance(names["samples"], torch.Tensor) and names["samples"].shape == (16, 1, 8, 8)
@@ -125,4 +139,4 @@ def test_the_cards_example_runs(smoke: Path) -> None:
 
 def test_a_run_without_scores_has_a_card(run: Path) -> None:
     (run / "scores.json").unlink()
-    assert "This model has no scores yet." in card.text(run, "somebody/digits", {})
+    assert "This model has no scores yet." in card.text(run, 0, "somebody/digits", {})
