@@ -37,7 +37,7 @@ gate: $(VENV)/test.stamp
 release: $(VENV)/release.stamp
 	$(RUN) tools/release.py $(ARGS)
 
-# One wheel in empty environments: Python 3.10 to 3.13, the oldest torch and the newest. Half an hour, and 15 GB of disk with
+# One wheel in empty environments: Python 3.10 to 3.13, the oldest torch and the newest. An hour, and 15 GB of disk with
 # PyPI's torch. ARGS="--pythons 3.12 --torches 2.13.0"
 matrix: $(VENV)/release.stamp
 	$(RUN) tools/matrix.py $(ARGS)

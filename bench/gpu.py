@@ -1,6 +1,6 @@
 """Benchmarks on a GPU: `python -m bench.gpu WHAT OUT [--seconds S] [--before FILE] [--rehearse]`. Adds to OUT/gpu.json.
 
-WHAT is one of the two calls that a lent machine has time for, "first" or "second" (bench/on_gpu.py), or a group of
+WHAT is one of the two calls that a machine without a network has time for, "first" or "second" (bench/on_gpu.py), or a group of
 them; `python tools/gpu.py` makes the calls. One process measures all, because each start costs seconds of a short loan.
 Providers of a case and mode are checked against the reference in float64, one after the other, and then timed in turn. What
 is not right or fails is named in the file, and has no time. After an error that leaves the GPU unusable the process ends

@@ -1,4 +1,4 @@
-"""The races on a GPU, and their order: groups of races, and the two calls that a lent machine has time for.
+"""The races on a GPU, and their order: groups of races, and the two calls that a GPU machine with limited time allows.
 
 A call gives each of its groups so many of its seconds. What a group leaves is the next one's; races that came too late for
 their group's end are run last, if there is time.

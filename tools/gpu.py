@@ -1,4 +1,4 @@
-"""`make gpu` and `make gpu-again`: all that needs a GPU, in two calls on a bare machine that is lent for fifteen minutes.
+"""`make gpu` and `make gpu-again`: all that needs a GPU, in two calls on a bare machine that is there for fifteen minutes.
 
     python tools/gpu.py [--out FOLDER] [--carry ARCHIVE] [--only STEP,STEP …] [--minutes 7] [--rehearse]
     python tools/gpu.py --second [--before FOLDER] …
@@ -53,7 +53,7 @@ MINUTES = {"first": 7.0, "second": 5.0}
 LAST = 25  # seconds before the end in which no step runs: what runs is stopped, and tables are made
 PREPARATION = ("unpack", "machine", "build", "wheels", "table")
 COMPILERS = 4  # processes that compile baselines beside the tests
-SLOWER = 6  # a rehearsal has two cores where a lent machine has 16, and an interpreter
+SLOWER = 6  # a rehearsal has two cores where a GPU machine has 16, and an interpreter
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Call:
     def tests(self) -> Step:
         """All GPU tests, and beside them processes that compile the baselines: nothing is timed yet.
 
-        A test that fails does not stop the call, because a lent machine does not come again soon: the benchmark compares every
+        A test that fails does not stop the call, because the time on a GPU is short: the benchmark compares every
         provider with float64 itself. But its page says that the times are not valid.
         """
         tests = [

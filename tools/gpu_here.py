@@ -1,4 +1,4 @@
-"""`make gpu-here`: the software of the lent GPU machine on a machine without a GPU, and what can be done with it beforehand.
+"""`make gpu-here`: the software of the GPU machine on a machine without a GPU, and what can be done with it beforehand.
 
     python tools/gpu_here.py                    # needs nvcc, Python 3.12, 6 GB of disk and the network; an hour on two cores
     python tools/gpu_here.py unpack ARCHIVE     # on the machine with the GPU

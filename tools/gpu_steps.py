@@ -137,7 +137,7 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
 def importable(environment: dict[str, str]) -> Iterator[None]:
     """Have Python find this folder's glf_fast where it is not installed: by links to what lies elsewhere, and metadata.
 
-    setup.py (package_dir) says where they lie. Nothing is installed, because pip alone takes seconds of a lent machine.
+    setup.py (package_dir) says where they lie. Nothing is installed, because pip alone takes seconds of the GPU machine.
     """
     before = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SITE), *([before] if before else [])])

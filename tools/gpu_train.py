@@ -1,4 +1,4 @@
-"""A training run as long as a lent machine's time allows, and its speed: `python tools/gpu_train.py OUT [--seconds S]`.
+"""A training run as long as the time on a GPU allows, and its speed: `python tools/gpu_train.py OUT [--seconds S]`.
 
 Writes OUT/training.json (preset, images, epochs, images per second, losses, scores) and OUT/samples.png. The preset is that of
 the data found in --data (build/gpu/data): fashion-mnist or mnist; without data it is smoke, scikit-learn's digits.

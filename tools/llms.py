@@ -27,7 +27,8 @@ HEAD = """\
 
 * `forward` is data → noise, `inverse` is noise → data; both return (output, logdet), logdet (B,) of the direction applied.
 * Vectors are (B, D), images (B, C, H, W), a context is (B, C). log_prob is in nats, (B,).
-* Commands: `python -m glf_fast.train | sample | evaluate | compare | fit | info | data | metrics`, each with `--help`.
+* Commands: `python -m glf_fast.train | sample | evaluate | compare | explore | fit | info | push | data | metrics`,
+  each with `--help`.
 """
 DIRECTIVE = re.compile(r"^::: (\S+)\n(?:    options: \{members: (false)\}\n)?", re.MULTILINE)
 LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")

@@ -44,11 +44,16 @@ def unprepared(version: str, changelog: str, citation: str, status: str, tags: l
     newest = VERSION.search(changelog)
     if not newest:
         yield "CHANGELOG.md has no heading of the form `## [1.2.3] - 2026-01-31`"
+    elif re.search(r"^## \[Unreleased\]\n\s*[^\s#]", changelog, flags=re.MULTILINE):
+        yield "CHANGELOG.md has entries under Unreleased; they belong to a version"
     elif newest[1] != version:
         yield f"CHANGELOG.md begins with {newest[1]}, and pyproject.toml says {version}"
     cited = re.search(r"^version: *[\"']?([\w.]+)", citation, flags=re.MULTILINE)
     if not cited or cited[1] != version:
         yield f"CITATION.cff cites {cited[1] if cited else 'no version'}, and pyproject.toml says {version}"
+    dated = re.search(r"^date-released: *[\"']?([\d-]+)", citation, flags=re.MULTILINE)
+    if newest and (not dated or dated[1] != newest[2]):
+        yield f"CITATION.cff is dated {dated[1] if dated else 'not at all'}, and CHANGELOG.md {newest[2]}"
     if status:
         yield f"the working tree has changes that are not committed: {' '.join(status.split())}"
     if f"v{version}" in tags:

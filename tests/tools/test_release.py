@@ -72,7 +72,13 @@ extern "C" void sum_plain(float* x, const float* y) { for (int i = 0; i < 64; ++
     assert distributions.not_baseline(library) == {"sum_always"}
 
 
-READY = ("1.2.3", "# Changelog\n\n## [1.2.3] - 2026-01-31\n", "version: 1.2.3\n", "", ["v1.2.2"])
+READY = (
+    "1.2.3",
+    "# Changelog\n\n## [1.2.3] - 2026-01-31\n",
+    "version: 1.2.3\ndate-released: 2026-01-31\n",
+    "",
+    ["v1.2.2"],
+)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +86,8 @@ READY = ("1.2.3", "# Changelog\n\n## [1.2.3] - 2026-01-31\n", "version: 1.2.3\n"
     [
         (0, "1.2.4", r"CHANGELOG.md begins with 1\.2\.3, and pyproject\.toml says 1\.2\.4"),
         (1, "# Changelog\n\n## [Unreleased]\n", "has no heading of the form"),
+        (1, "# Changelog\n\n## [Unreleased]\n\n* More.\n\n## [1.2.3] - 2026-01-31\n", "entries under Unreleased"),
+        (2, "version: 1.2.3\ndate-released: 2026-01-30\n", "is dated 2026-01-30, and CHANGELOG.md 2026-01-31"),
         (2, "version: 1.2.2\n", r"CITATION\.cff cites 1\.2\.2"),
         (2, "title: glf_fast\n", "cites no version"),
         (3, " M setup.py", "changes that are not committed: M setup.py"),
@@ -94,7 +102,8 @@ def test_what_stops_a_release(place: int, value: object, said: str) -> None:
 
 def test_the_documents_are_of_this_version() -> None:
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert list(release.unprepared(distributions.version(), CHANGELOG, citation, "", [])) == []
+    released = re.sub(r"^## \[Unreleased\].*?(?=^## )", "", CHANGELOG, flags=re.MULTILINE | re.DOTALL)
+    assert list(release.unprepared(distributions.version(), released, citation, "", [])) == []
 
 
 def test_the_changelogs_constants_are_those_of_the_code() -> None:
