@@ -245,8 +245,10 @@ async def _in_thread(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             method(value)
 
     def work() -> None:
+        method: Callable[[Any], None] = future.set_result
+        value: Any
         try:
-            method, value = future.set_result, compute()
+            value = compute()
         except BaseException as error:
             method, value = future.set_exception, error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any longer
