@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,8 +51,14 @@ def fitted_table() -> dict[str, object]:
     rows = np.random.default_rng(0).normal(size=(400, 2)).astype(np.float32)
     np.save("table.npy", rows)
     small = ["--flow.steps", "2", "--flow.hidden", "16", "--epochs", "2"]
-    with mock.patch.object(sys, "argv", ["fit", "table.npy", *small]):
-        importlib.import_module("glf_fast.fit").main()
+    with (
+        mock.patch.object(sys, "argv", ["fit", "table.npy", *small]),
+        mock.patch.dict(sys.modules),
+        pytest.raises(SystemExit) as stop,
+    ):
+        sys.modules.pop("glf_fast.fit", None)  # runpy warns of a module that another test has imported
+        runpy.run_module("glf_fast.fit", run_name="__main__", alter_sys=True)
+    assert not stop.value.code
     return {"rows": rows}
 
 
