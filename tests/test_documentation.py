@@ -47,7 +47,7 @@ def sections() -> Iterator[object]:
 
 
 def fitted_table() -> dict[str, object]:
-    """What docs/tables.md has when its Python begins: the folder densities/table of a command, and rows."""
+    """Files and names with which the Python of docs/tables.md begins: the folder densities/table of a command, and rows."""
     rows = np.random.default_rng(0).normal(size=(400, 2)).astype(np.float32)
     np.save("table.npy", rows)
     small = ["--flow.steps", "2", "--flow.hidden", "16", "--epochs", "2"]
@@ -61,7 +61,7 @@ def fitted_table() -> dict[str, object]:
 
 
 def generative_model() -> dict[str, object]:
-    """What README.md has: the model of a run."""
+    """File with which README.md begins: the model of a run."""
     settings = GLFSettings(latent_dim=4, width=4, hidden=8)
     glf_fast.GLF((1, 8, 8), settings).save_pretrained("RUN/checkpoints/best")
     return {}

@@ -91,7 +91,7 @@ def _call(module: str, *arguments: object) -> None:
 
 
 def complaints(made: Distributions) -> Iterator[str]:
-    """What is wrong with the two files, as a reader can check without installing them; nothing if all is well."""
+    """Faults of the two files that a reader can see without installing them; nothing if all is well."""
     expected = f"glf_fast-{version()}"
     if made.sdist.name != f"{expected}.tar.gz":
         yield f"{made.sdist.name} is not {expected}.tar.gz"

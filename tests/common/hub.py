@@ -24,7 +24,7 @@ LARGE = 1000  # bytes from which on a file goes through large file storage, as e
 
 @dataclass
 class Hub:
-    """What the server holds: repositories, objects of large file storage, and the requests it has had."""
+    """Contents of the server: repositories, objects of large file storage, and the requests it has had."""
 
     endpoint: str = ""
     private: dict[str, bool] = field(default_factory=dict)  # by repository

@@ -1,4 +1,4 @@
-"""What a run answers, for every model of images."""
+"""Answers of a run, for every model of images."""
 
 import dataclasses
 from collections.abc import Callable
