@@ -24,9 +24,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// As many threads as torch.set_num_threads says, but not torch's own, see cpu/pool.cpp.
+inline void with_torchs_team(int members, void (*member)(void*, int), void* context) {
+  torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) member(context, static_cast<int>(i));
+  });
+}
+
+// As many threads as torch.set_num_threads says; when they are torch's own, see cpu/pool.cpp.
 inline glf::Parallel parallel() {
-  return {static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), glf::most_tasks)), glf::run_together};
+  return {static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), glf::most_tasks)),
+          [](int tasks, void (*task)(void*, int), void* context) { glf::run_together(tasks, task, context, with_torchs_team); }};
 }
 
 // A pointer into another device's memory would be read all the same: as garbage, or as the end of the GPU's context.
