@@ -75,11 +75,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slogdet_inverse(Tensor A) {
   return {sign, logabsdet, inverse, info};
 }
 
+void check_map(const Tensor& x, const Tensor& A, const Tensor& c) {
+  STD_TORCH_CHECK(x.dim() == 2 && A.dim() == 2 && A.size(0) == x.size(1) && A.size(1) == x.size(1) && c.numel() == x.size(1) && x.size(1) > 0,
+                  "glf_fast: a channel map needs x (rows, C), A (C, C) and c (C,)");
+}
+
+Tensor channel_map(Tensor x, Tensor A, Tensor c, bool inverse) {
+  check_map(x, A, c);
+  Tensor y = alike(x);
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    glf::kernels<T>().channel_map(x.size(0), x.size(1), read<T>(x), read<T>(A), read<T>(c), inverse, write<T>(y), parallel());
+  });
+  return y;
+}
+
+// ∂x, ∂A, ∂c.
+std::tuple<Tensor, Tensor, Tensor> channel_map_backward(Tensor grad_y, Tensor x, Tensor A, Tensor c, bool inverse) {
+  check_map(x, A, c);
+  STD_TORCH_CHECK(grad_y.sizes().equals(x.sizes()), "glf_fast: the gradient of a channel map does not fit");
+  Tensor grad_x = alike(x), grad_A = alike(A), grad_c = alike(c);
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    glf::kernels<T>().channel_map_backward(x.size(0), x.size(1), read<T>(grad_y), read<T>(x), read<T>(A), read<T>(c), inverse,
+                                           write<T>(grad_x), write<T>(grad_A), write<T>(grad_c), parallel());
+  });
+  return {grad_x, grad_A, grad_c};
+}
+
 }  // namespace
 
-// Schemas are in glf_fast/ops/linear/schemas.py: CUDA has these operations without this library, too.
+STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
+  m.def("cpu_channel_map(Tensor x, Tensor A, Tensor c, bool inverse) -> Tensor");
+  m.def("cpu_channel_map_backward(Tensor grad_y, Tensor x, Tensor A, Tensor c, bool inverse) -> (Tensor, Tensor, Tensor)");
+}
+
+// Schemas of the others are in glf_fast/ops/linear/schemas.py: CUDA has these operations without this library, too.
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {
   m.impl("plu_assemble", TORCH_BOX(&plu_assemble));
   m.impl("plu_assemble_backward", TORCH_BOX(&plu_assemble_backward));
   m.impl("slogdet_inverse", TORCH_BOX(&slogdet_inverse));
+  m.impl("cpu_channel_map", TORCH_BOX(&channel_map));
+  m.impl("cpu_channel_map_backward", TORCH_BOX(&channel_map_backward));
 }

@@ -200,6 +200,17 @@ struct Kernels {
   void (*glow_network)(const GlowNetwork<T>&, Int batch, const T* x, T* out, const Parallel&);
   void (*glow_network_backward)(const GlowNetwork<T>&, Int batch, const T* x, const T* grad_out, T* grad_x,
                                 const GlowGradients<T>&, const Parallel&);
+  // The coupling of images x (B, height, width, channels + outputs / 2) with that network, in two parts, of which v, that it
+  // transforms, is the first or the last: y, logdet (B,) and what the network made (B, height, width, outputs); then from ∂y and
+  // ∂logdet to ∂x and the parameters' gradients.
+  void (*glow_coupling)(const GlowNetwork<T>&, const Coupling<T>&, bool v_first, Int batch, const T* x, T* y, T* logdet, T* raw,
+                        const Parallel&);
+  void (*glow_coupling_backward)(const GlowNetwork<T>&, const Coupling<T>&, bool v_first, Int batch, const T* x, const T* raw,
+                                 const T* grad_y, const T* grad_logdet, T* grad_x, const GlowGradients<T>&, const Parallel&);
+  // y = x A + c, or (x − c) A with `inverse`, of x (rows, channels); then from ∂y to ∂x, ∂A, ∂c.
+  void (*channel_map)(Int rows, Int channels, const T* x, const T* A, const T* c, bool inverse, T* y, const Parallel&);
+  void (*channel_map_backward)(Int rows, Int channels, const T* grad_y, const T* x, const T* A, const T* c, bool inverse, T* grad_x,
+                               T* grad_A, T* grad_c, const Parallel&);
 };
 
 // The kernels for this processor; $GLF_FAST_ISA (avx512, avx2, generic) may ask for lesser ones.

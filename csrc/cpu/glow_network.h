@@ -2,6 +2,7 @@
 // layers stay in the cache, forward and backward, which computes them again. ActNorms and gains are folded into the matrices.
 #pragma once
 
+#include "coupling.h"
 #include "tile.h"
 
 namespace glf::GLF_ISA {
@@ -279,6 +280,111 @@ void glow_network_backward(const GlowNetwork<T>& net, Int batch, const T* x, con
     for (idx b = begin; b < end; ++b)
       tile.backward(x + b * tile.pixels * net.channels, grad_out + b * tile.pixels * net.outputs,
                     grad_x + b * tile.pixels * net.channels, own, b > begin);
+  });
+  T* const sum = memory.get(0, 1);
+  for (int thread = 1; thread < threads; ++thread)
+    for (idx i = 0; i < all; ++i) sum[i] += memory.get(thread, 1)[i];
+  matrices.backward(net, GlowSums<T>(matrices, sum), gradients);
+}
+
+// The two parts of a coupling's images, whose channels lie together: p, that its network is given, and v, that it transforms. A
+// thread's memory for one image of each, in one piece: the elementwise functions then fill whole vectors.
+template <class T>
+struct GlowParts {
+  idx pixels, given, transformed, channels, at_p, at_v;
+  T *p, *v, *u, *t, *w, *raw;  // p and raw of given and 2·transformed channels, the others of `transformed`
+
+  GlowParts(const GlowNetwork<T>& net, bool v_first)
+      : pixels(net.height * net.width), given(net.channels), transformed(net.outputs / 2), channels(given + transformed),
+        at_p(v_first ? transformed : 0), at_v(v_first ? 0 : given) {}
+  idx size() const { return pixels * (given + 6 * transformed) + 6 * lanes<T>; }
+  void place(T* memory) {
+    constexpr idx L = lanes<T>;
+    p = memory, v = p + pixels * given + L, u = v + numbers() + L, t = u + numbers() + L, w = t + numbers() + L;
+    raw = w + numbers() + L;
+  }
+  idx numbers() const { return pixels * transformed; }
+
+  // n channels of every pixel, from or to their places among `of`.
+  void take(const T* image, idx of, idx at, idx n, T* to) const {
+    for (idx i = 0; i < pixels; ++i)
+      for (idx j = 0; j < n; ++j) to[i * n + j] = image[i * of + at + j];
+  }
+  void put(const T* from, idx n, T* image, idx of, idx at) const {
+    for (idx i = 0; i < pixels; ++i)
+      for (idx j = 0; j < n; ++j) image[i * of + at + j] = from[i * n + j];
+  }
+  // v, u and t of an image and of what the network made of its p.
+  void take_operands(const T* x, const T* made) const {
+    take(x, channels, at_v, transformed, v);
+    take(made, 2 * transformed, 0, transformed, u);
+    take(made, 2 * transformed, transformed, transformed, t);
+  }
+  Rows<const T> row(const T* data) const { return {data, 0}; }
+};
+
+// The whole coupling: y and logdet (B,), and `raw`, what the network made of p (B, pixels, 2·transformed), for the backward.
+template <class T>
+void glow_coupling(const GlowNetwork<T>& net, const Coupling<T>& op, bool v_first, Int batch, const T* x, T* y, T* logdet, T* raw,
+                   const Parallel& parallel) {
+  const GlowMatrices<T> matrices(net);
+  const ConvolutionTile<T> shape(net, matrices);
+  const GlowParts<T> places(net, v_first);
+  const int threads = glow_threads(net, batch, parallel);
+  const idx part = (batch + threads - 1) / threads, image = places.pixels * places.channels, made = 2 * places.numbers();
+  const PerThread<T> memory(threads, {shape.size(), places.size()});
+  in_parallel(parallel, threads, [&](int thread) {
+    ConvolutionTile<T> tile = shape;
+    GlowParts<T> parts = places;
+    tile.place(memory.get(thread, 0)), parts.place(memory.get(thread, 1));
+    for (idx b = thread * part; b < std::min<idx>(batch, (thread + 1) * part); ++b) {
+      parts.take(x + b * image, parts.channels, parts.at_p, parts.given, parts.p);
+      tile.forward(parts.p, raw + b * made);
+      parts.take_operands(x + b * image, raw + b * made);
+      couple_rows<T>(op, 1, parts.numbers(), parts.row(parts.v), parts.row(parts.u), parts.row(parts.t), {parts.w, 0}, logdet + b, false);
+      parts.put(parts.p, parts.given, y + b * image, parts.channels, parts.at_p);
+      parts.put(parts.w, parts.transformed, y + b * image, parts.channels, parts.at_v);
+    }
+  });
+}
+
+template <class T>
+void glow_coupling_backward(const GlowNetwork<T>& net, const Coupling<T>& op, bool v_first, Int batch, const T* x, const T* raw,
+                            const T* grad_y, const T* grad_logdet, T* grad_x, const GlowGradients<T>& gradients,
+                            const Parallel& parallel) {
+  const GlowMatrices<T> matrices(net);
+  const ConvolutionTile<T> shape(net, matrices);
+  const GlowParts<T> places(net, v_first);
+  const idx all = GlowMatrices<T>::size(net);
+  const int threads = glow_threads(net, batch, parallel);
+  const idx part = (batch + threads - 1) / threads, image = places.pixels * places.channels, made = 2 * places.numbers();
+  const PerThread<T> memory(threads, {shape.size(), all, places.size(), places.pixels * places.given});
+  in_parallel(parallel, threads, [&](int thread) {
+    ConvolutionTile<T> tile = shape;
+    GlowParts<T> parts = places;
+    tile.place(memory.get(thread, 0)), parts.place(memory.get(thread, 2));
+    GlowSums<T> own(matrices, memory.get(thread, 1));
+    T* const of_p = memory.get(thread, 3);
+    const idx begin = thread * part, end = std::min<idx>(batch, begin + part);
+    if (begin >= end) std::fill_n(memory.get(thread, 1), all, T(0));
+    for (idx b = begin; b < end; ++b) {
+      const auto row = [](T* data) { return Rows<T>{data, 0}; };
+      parts.take(x + b * image, parts.channels, parts.at_p, parts.given, parts.p);
+      parts.take_operands(x + b * image, raw + b * made);
+      parts.take(grad_y + b * image, parts.channels, parts.at_v, parts.transformed, parts.w);
+      couple_rows_backward<T>(op, 1, parts.numbers(), parts.row(parts.v), parts.row(parts.u), parts.row(parts.t), parts.row(parts.w),
+                              grad_logdet + b, row(parts.v), row(parts.u), row(parts.t));
+      parts.put(parts.u, parts.transformed, parts.raw, 2 * parts.transformed, 0);
+      parts.put(parts.t, parts.transformed, parts.raw, 2 * parts.transformed, parts.transformed);
+      tile.backward(parts.p, parts.raw, of_p, own, b > begin);
+      T* const to = grad_x + b * image;
+      for (idx i = 0; i < parts.pixels; ++i)
+        for (idx j = 0; j < parts.given; ++j) {
+          const idx at = i * parts.channels + parts.at_p + j;
+          to[at] = grad_y[b * image + at] + of_p[i * parts.given + j];
+        }
+      parts.put(parts.v, parts.transformed, to, parts.channels, parts.at_v);
+    }
   });
   T* const sum = memory.get(0, 1);
   for (int thread = 1; thread < threads; ++thread)

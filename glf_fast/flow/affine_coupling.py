@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from glf_fast import ops
 from glf_fast.flow.coupling import Coupling
+from glf_fast.flow.glow_network import GlowNetwork
+from glf_fast.flow.hooks import has_hooks
 from glf_fast.flow.masks import ChannelHalves, Checkerboard
-from glf_fast.ops.checks import check_log_scale
+from glf_fast.ops.checks import check_channels, check_log_scale
 from glf_fast.reference import LOG_SCALES
 
 __all__ = ["AffineCoupling"]
@@ -72,6 +74,32 @@ class AffineCoupling(Coupling):
     def columns(self) -> int:
         """Numbers that the conditioner makes for each channel of v."""
         return 1 if self.additive else 2
+
+    def couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """With Glow's network as one operation."""
+        network, halves = self.conditioner, self._halves
+        if (
+            type(network) is not GlowNetwork
+            or has_hooks(network)
+            or halves is None
+            or context is not None
+            or self.additive
+            or x.ndim != 4
+            or x.dtype.itemsize < 4
+        ):
+            return super().couple(x, context, inverse=inverse)
+        check_channels("x", x, self.dim)
+        network.start(halves.divide(x)[0])
+        return ops.glow_coupling(
+            x,
+            *network.tensors(),
+            network.gain_factor,
+            v_first=halves.v_first,
+            log_scale=self.log_scale,
+            log_scale_constant=self.log_scale_constant,
+            add_first=self.add_first,
+            inverse=inverse != self.undo,
+        )
 
     def transform(
         self,

@@ -12,6 +12,7 @@ from glf_fast import ops
 from glf_fast.flow.actnorm import ActNorm
 from glf_fast.flow.coupling import Coupling
 from glf_fast.flow.fixed_linear import FixedLinear
+from glf_fast.flow.hooks import has_hooks
 from glf_fast.flow.linear import LINEAR_TENSORS, InvertibleLinear, assemble
 from glf_fast.ops.backends import ordinary
 
@@ -97,7 +98,7 @@ def folded(layers: Iterable[nn.Module], *, inverse: bool) -> list[Step]:
         if type(layer) is ActNorm and layer.starts_next() and not inverse:
             return list(layers)
         folds = _folds(layer)
-        ordered = isinstance(layer, Coupling) and layer.order is not None and not _has_hooks(layer)
+        ordered = isinstance(layer, Coupling) and layer.order is not None and not has_hooks(layer)
         last = run[-1] if run else follows
         if last is not None and not ((folds or ordered) and last.dim == layer.dim):
             close()
@@ -118,14 +119,7 @@ def _folds(layer: Any) -> bool:
     """Whether a layer may be part of a product."""
     if type(layer) not in (ActNorm, InvertibleLinear, FixedLinear):  # subclasses may do something else
         return False
-    return not (_has_hooks(layer) or (type(layer) is ActNorm and layer.far))
-
-
-def _has_hooks(layer: Any) -> bool:
-    """Whether somebody watches or replaces the calls of a layer: by its hooks, by global ones, by a `forward` of its own."""
-    if "forward" in layer.__dict__ or nn.modules.module._has_any_global_hook():
-        return True
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    return not (has_hooks(layer) or (type(layer) is ActNorm and layer.far))
 
 
 def _kind(layer: Any) -> str:

@@ -61,14 +61,23 @@ class GlowNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw log-scales and shifts."""
+        self.start(x)
+        return ops.glow_network(x, *self.tensors(), self.gain_factor)
+
+    def start(self, x: Tensor) -> None:
+        """Start the ActNorms from the network's input, where this batch is their first."""
         one, two = self.first_norm, self.second_norm
         if one.starts_next() or two.starts_next():
             with torch.no_grad():
                 h = one(self.first(torch.cat([x, x.new_ones(len(x), 1, *x.shape[2:])], 1)))[0].relu()
                 two(self.second(h))
-        return ops.glow_network(
-            x, self.first.weight, one.log_scale, one.bias, self.second.weight, two.log_scale, two.bias,
-            self.last, self.edge, self.bias, self.log_gain, self.gain_factor,
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The parameters in the order of `ops.glow_network`."""
+        one, two = self.first_norm, self.second_norm
+        return (
+            self.first.weight, one.log_scale, one.bias, self.second.weight, two.log_scale, two.bias,
+            self.last, self.edge, self.bias, self.log_gain,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

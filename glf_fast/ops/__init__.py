@@ -18,6 +18,7 @@ from glf_fast.ops.coupling_flow import (
     coupling_flow_log_prob,
     plu_flow_log_prob,
 )
+from glf_fast.ops.glow_coupling import glow_coupling
 from glf_fast.ops.glow_network import glow_network
 from glf_fast.ops.identical import identical
 from glf_fast.ops.linear import channel_map, fold_actnorm, invertible_linear, plu_assemble, slogdet_inverse
@@ -35,6 +36,7 @@ __all__ = [
     "coupling_flow_inverse",
     "coupling_flow_log_prob",
     "fold_actnorm",
+    "glow_coupling",
     "glow_network",
     "identical",
     "invertible_linear",

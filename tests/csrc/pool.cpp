@@ -1,4 +1,4 @@
-// The pool of threads under load: more helpers than cores, several callers, tasks that throw, and a fork.
+// The pool of threads under load: more helpers than cores, several callers, tasks that throw, a team, and a fork.
 #include "cpu/pool.h"
 
 #include <atomic>
@@ -23,9 +23,19 @@ void expect(bool right, const char* what) {
   std::_Exit(1);
 }
 
+// As OpenMP would: new threads each time, that spin until all have come.
+std::atomic<int> teams{0};
+void team(int members, void (*member)(void*, int), void* context) {
+  ++teams;
+  std::vector<std::thread> threads;
+  for (int i = 1; i < members; ++i) threads.emplace_back(member, context, i);
+  member(context, 0);
+  for (auto& thread : threads) thread.join();
+}
+
 template <class F>
 void run(int tasks, F f) {
-  glf::run_together(tasks, [](void* context, int i) { (*static_cast<F*>(context))(i); }, &f);
+  glf::run_together(tasks, [](void* context, int i) { (*static_cast<F*>(context))(i); }, &f, team);
 }
 
 // Every task is done once, and what it wrote is seen.
@@ -84,6 +94,35 @@ void rounding() {
 #endif
 }
 
+// Threads of this process on all cores: helpers are late, and the team is asked.
+void strangers() {
+  std::atomic<bool> over{false};
+  std::vector<std::thread> busy;
+  for (unsigned i = 0; i < 2 * std::thread::hardware_concurrency(); ++i)
+    busy.emplace_back([&] {
+      while (!over) {
+      }
+    });
+  const int before = teams;
+  for (int job = 0; job < 2000 && teams == before; ++job) {
+    std::atomic<long> sum{0};
+    run(3, [&](int i) {
+      for (volatile int work = 0; work < 100000; work = work + 1) {
+      }
+      sum += 1L << (8 * i);
+    });
+    expect(sum == 0x10101, "a task was left out, or done twice, beside strangers");
+  }
+  over = true;
+  for (auto& thread : busy) thread.join();
+#ifdef __linux__
+  expect(teams > before, "the team is never asked");
+#endif
+  many(2000);
+  failures();
+  rounding();
+}
+
 // While another thread calls, too.
 void forks() {
   std::thread other(many, 3000);
@@ -109,6 +148,7 @@ int main(int count, char**) {
   failures();
   pauses();
   rounding();
+  strangers();
   if (count > 1) forks();  // ThreadSanitizer does not follow
   std::puts("all right");
 }

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from glf_fast import reference
 from glf_fast.ops.backends import kernels_for
-from glf_fast.ops.checks import check_alike, check_floating, check_shape
+from glf_fast.ops.checks import check_alike
 from glf_fast.ops.glow_network import cpp
 from glf_fast.ops.glow_network.autograd import run
-from glf_fast.ops.glow_network.call import Call
+from glf_fast.ops.glow_network.call import Call, check
 
 __all__ = ["glow_network"]
 
@@ -52,21 +52,8 @@ def glow_network(
     """
     tensors = (x, first, first_log_scale, first_bias, second, second_log_scale, second_bias, last, edge, bias, log_gain)
     call = Call.of(tensors, gain_factor)
-    named = list(zip(Call._fields, tensors, strict=False))
-    for name, tensor in named:
-        check_floating(name, tensor)
-    check_shape("x", x, (None, None, None, None), "(batch, channels, height, width)")
-    hidden, outputs = first.shape[0], last.shape[0]
-    check_shape("first", first, (hidden, x.shape[1] + 1, 3, 3), "(N, channels + 1, 3, 3)")
-    check_shape("second", second, (hidden, hidden, 1, 1), "(N, N, 1, 1)")
-    check_shape("last", last, (outputs, hidden, 3, 3), "(outputs, N, 3, 3)")
-    check_shape("edge", edge, (outputs, 3, 3), "(outputs, 3, 3)")
-    for name, tensor in named:
-        if name.startswith(("first_", "second_")):
-            check_shape(name, tensor, (hidden,), "(N,)")
-    check_shape("bias", bias, (outputs,), "(outputs,)")
-    check_shape("log_gain", log_gain, (outputs,), "(outputs,)")
+    check(call, x.shape[1] if isinstance(x, Tensor) and x.ndim == 4 else 0)
     if kernels := kernels_for(x, call, cpp):
-        check_alike(named[1:], x)
+        check_alike(list(zip(Call._fields[1:], tensors[1:], strict=False)), x)
         return run(kernels, call)
     return reference.glow_network(*call)

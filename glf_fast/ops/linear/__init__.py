@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from glf_fast import reference
 from glf_fast.ops.backends import CPP, CUDA, CUPY, kernels_for, usable
 from glf_fast.ops.checks import check_channels, check_floating, check_shape, check_state
-from glf_fast.ops.linear import dense, plu
+from glf_fast.ops.linear import channels, dense, plu
 from glf_fast.reference import Plu, fold_actnorm
 
 __all__ = ["channel_map", "fold_actnorm", "invertible_linear", "plu_assemble", "slogdet_inverse"]
-
-_MKLDNN = torch.backends.mkldnn.is_available()  # whose convolutions of float32 are the fast ones
 
 if CUPY:  # the CUDA kernels through CuPy, where they are not compiled
     from glf_fast.ops.linear import cupy
@@ -127,19 +124,9 @@ def _apply(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool) -> Tensor:
     if x.is_contiguous() and x.shape[2:].numel() >= 2 * x.shape[1]:
         A, c, flat = matrix.mT.expand(len(x), *matrix.shape), offset[:, None], x.flatten(2)
         return (A @ (flat - c) if inverse else torch.baddbmm(c, A, flat)).view(x.shape)
-    if _convolves(x):
-        x = x - offset.view(-1, 1, 1) if inverse else x
-        return F.conv2d(x, matrix.mT[..., None, None], None if inverse else offset)
+    if usable(CPP, x):
+        return channels.channel_map(x, matrix, offset, inverse)
     rows = x.movedim(1, -1)
     flat = rows.reshape(-1, x.shape[1])
     y = (flat - offset) @ matrix if inverse else torch.addmm(offset, flat, matrix)
     return y.view(rows.shape).movedim(-1, 1)
-
-
-def _convolves(x: Tensor) -> bool:
-    """Whether a 1 × 1 convolution is faster than the product with x's rows of channels, which lie together.
-
-    (64, 96, 8, 8) forward 353 µs against 773, (32, 12, 16, 16) 48 against 76; (32, 12, 4, 4) 30 against 18 (one core, Zen 5).
-    """
-    fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4
-    return fits and _MKLDNN and x.shape[2:].numel() >= 64 and x.is_contiguous(memory_format=torch.channels_last)
