@@ -190,6 +190,8 @@ class FusedFlowModel(FlowModel):
                 batches = batches[len(found) :]
         self.end_iteration()
         if self.training_config["annealing"]:
+            self._optimiser.zero_grad()
+            self._optimiser.step()  # nothing, without gradients: a scheduler wants to have seen a step
             self.scheduler.step()
         return math.fsum(losses) / len(losses)
 
