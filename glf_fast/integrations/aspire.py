@@ -25,7 +25,7 @@ class FusedFlow(ZukoFlow):
 
     Args:
         dims: number of dimensions.
-        flow_class: name of a flow of zuko, or function that makes one, as for `ZukoFlow`; "CouplingFlow" is `glf_fast.CouplingFlow`.
+        flow_class: name of a flow of zuko, or function that makes one, as for `ZukoFlow`; or "CouplingFlow", that of glf_fast.
         data_transform, seed, device, dtype: as for `ZukoFlow`.
         **kwargs: arguments of the flow.
 
@@ -85,8 +85,8 @@ class FusedFlow(ZukoFlow):
         z = self.fit_data_transform(torch.as_tensor(x).clone().to(self.device, self.dtype))
         held_out = max(1, round(validation_fraction * len(z))) if validation_fraction else 0
         result = fit(
-            stacked(self._whole), z, epochs=n_epochs, lr=lr, clip=clip_grad,
-            batch_size=batch_size_of(len(z) - held_out, batch_size), validation=validation_fraction, patience=patience, schedule="cosine" if lr_annealing else None,
+            stacked(self._whole), z, epochs=n_epochs, batch_size=batch_size_of(len(z) - held_out, batch_size), lr=lr,
+            clip=clip_grad, validation=validation_fraction, patience=patience, schedule="cosine" if lr_annealing else None,
             seed=int(torch.randint(2**31, ())),
         )  # fmt: skip
         self.flow.eval()

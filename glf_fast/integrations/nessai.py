@@ -1,4 +1,7 @@
-"""Flows and training for nessai (https://nessai.readthedocs.io), which it needs: `FlowSampler(model, flow_proposal_class="glf_fast")`."""
+"""Flows and training for nessai (https://nessai.readthedocs.io), which it needs.
+
+`FlowSampler(model, flow_proposal_class="glf_fast")` finds them by the entry point in pyproject.toml.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,9 @@ from glf_fast.reference import log_normal
 
 __all__ = ["FusedFlowModel", "FusedFlowProposal", "NessaiFlow", "coupling_flow"]
 
-# nessai's functions by our names, and its names of networks and linear layers.
-ACTIVATIONS: dict[Callable[..., Tensor], str] = {F.relu: "relu", F.tanh: "tanh", torch.tanh: "tanh", silu: "silu"}
+# Our names of what nessai names, or hands over as functions, of its networks and of its linear layers.
+ACTIVATIONS: dict[Any, str] = {"relu": "relu", "tanh": "tanh", "silu": "silu", "swish": "silu"}
+ACTIVATIONS |= {F.relu: "relu", F.tanh: "tanh", torch.tanh: "tanh", silu: "silu"}
 NETWORKS = {"resnet": "residual", "mlp": "mlp"}
 LINEAR = {"lu": "plu", "permutation": "permutation"}
 
@@ -36,21 +40,22 @@ def coupling_flow(
     *,
     net: str = "resnet",
     linear_transform: str = "lu",
-    activation: Callable[..., Tensor] = F.relu,
+    activation: str | Callable[[Tensor], Tensor] = "relu",
     context_features: int | None = None,
     **options: Any,
 ) -> NessaiFlow:
     """A flow for nessai's `flow_config={"flow": coupling_flow}`, of the kind and size of nessai's own "realnvp".
 
-    Affine couplings with the scale of nflows, residual networks, and linear layers with LU factors in between. An ActNorm in each
-    step, which starts from the first batch, takes the place of the batch norms: what is trained is then what is sampled from.
+    Affine couplings with the scale of nflows, residual networks, and linear layers with LU factors in between. An ActNorm in
+    each step, which starts from the first batch, takes the place of the batch norms: what is trained is then what is sampled
+    from.
 
     Args:
-        n_inputs, n_neurons, n_blocks, n_layers: nessai's: dimensions, units of a hidden layer, couplings, and residual blocks of
-            a network, or its hidden layers if `net="mlp"`.
+        n_inputs, n_neurons, n_blocks, n_layers: nessai's: dimensions, units of a hidden layer, couplings, and residual blocks
+            of a network, or its hidden layers if `net="mlp"`.
         net: "resnet" or "mlp".
         linear_transform: "lu" or "permutation".
-        activation: nessai's "relu", "tanh", "silu" or "swish", which it hands over as functions.
+        activation: "relu", "tanh", "silu" or "swish", or the function that nessai makes of the name.
         context_features: columns of a condition.
         **options: further arguments of `glf_fast.CouplingFlow`: `coupling="spline"` is nessai's "nsf" with splines of the same
             kind, for which `spline={"bins": 8, "low": -5.0, "high": 5.0}` has its bins and box.
@@ -73,7 +78,9 @@ def coupling_flow(
     if options.get("coupling") != "spline":
         chosen["log_scale"] = "nflows"
     hidden = (n_neurons,) * n_layers
-    return NessaiFlow(partial(_near_permutations, n_inputs, n_blocks, hidden, context_features or 0, **chosen | options))
+    return NessaiFlow(
+        partial(_near_permutations, n_inputs, n_blocks, hidden, context_features or 0, **chosen | options)
+    )
 
 
 def _near_permutations(*args: Any, **options: Any) -> CouplingFlow:
@@ -159,8 +166,8 @@ class NessaiFlow(BaseFlow):
 class FusedFlowModel(FlowModel):
     """nessai's training of a flow, with the steps of an epoch in C++ where the flow is a `NessaiFlow` on a processor.
 
-    The batches, the optimizer AdamW, the limit of the gradient, validation and early stopping are nessai's. Another optimizer, a
-    dataloader, weights, or conditions leave the steps to nessai.
+    The batches, the optimizer AdamW, the limit of the gradient, validation and early stopping are nessai's. Another optimizer,
+    a dataloader, weights, or conditions leave the steps to nessai.
     """
 
     def _train(

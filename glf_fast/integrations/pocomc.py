@@ -20,8 +20,8 @@ def accelerate(sampler: pocomc.Sampler) -> pocomc.Sampler:
     """Put a `FusedFlow` in place of the flow of a sampler, and return the sampler. Nothing else of it changes.
 
     Args:
-        sampler: the sampler, before or after `run`, with `flow="nsf6"` (pocoMC's default), another of its names, a flow of zuko,
-            or a `coupling_flow`.
+        sampler: the sampler, before or after `run`, with `flow="nsf6"` (pocoMC's default), another of its names, a flow of
+            zuko, or a `coupling_flow`.
 
     Raises:
         TypeError: not a sampler of pocoMC.
@@ -82,15 +82,18 @@ class FusedFlow(PocoFlow):
     ) -> dict[str, list[float]]:
         """Fit the flow to samples x (N, D) by maximum likelihood, as pocoMC's `Flow.fit`, with the arguments of that.
 
-        With the settings of pocoMC's sampler the steps run in C++. The batches of an epoch are then of one size, at most `batch_size`,
-        weights are scaled over all rows, not in each batch, and the flow always ends with its best weights. `annealing`, `noise`,
-        `laplace_scale`, `gaussian_scale`, no shuffling, or training without validation leave the loop to pocoMC.
+        With the settings of pocoMC's sampler the steps run in C++. The batches of an epoch are then of one size, at most
+        `batch_size`, weights are scaled over all rows, not in each batch, and the flow always ends with its best weights.
+        `annealing`, `noise`, `laplace_scale`, `gaussian_scale`, no shuffling, or training without validation leave the loop to
+        pocoMC.
 
         Raises:
             ValueError: arguments out of their ranges, NaN or infinity in the samples.
             FloatingPointError: the loss is not finite; the flow is as it was before that step.
         """
-        by_pocomc = annealing or noise is not None or not shuffle or laplace_scale is not None or gaussian_scale is not None
+        by_pocomc = (
+            annealing or noise is not None or not shuffle or laplace_scale is not None or gaussian_scale is not None
+        )
         if by_pocomc or not 0 < validation_split < 1:
             return super().fit(
                 x, weights, validation_split, epochs, batch_size, patience, learning_rate, weight_decay, laplace_scale,
@@ -114,5 +117,3 @@ class FusedFlow(PocoFlow):
             best = min(result.validation_loss)
             print(f"{len(result.training_loss)} epochs, best loss {best:.2f} in {result.best_epoch}", file=sys.stderr)
         return {"loss": result.training_loss, "val_loss": result.validation_loss}
-
-

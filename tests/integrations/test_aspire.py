@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from glf_fast import ConversionError
+from glf_fast.flow import CouplingFlow
+
+pytest.importorskip("aspire", reason="aspire needs Python 3.11")
 from aspire import Aspire, Samples
 from aspire.flows import get_flow_wrapper
 from aspire.flows.torch.flows import ZukoFlow
 
-from glf_fast import ConversionError
-from glf_fast.flow import CouplingFlow
 from glf_fast.integrations.aspire import FusedFlow
 
 DIMS = 3
@@ -36,7 +39,9 @@ def run(flow_backend: str = "glf_fast", **options: Any) -> Aspire:
 COUPLING = {"flow_class": "CouplingFlow", "steps": 3, "hidden": (16, 16)}
 
 
-@pytest.mark.parametrize("options", [{}, {"flow_class": "NSF", "transforms": 2}, COUPLING], ids=["maf", "nsf", "coupling"])
+@pytest.mark.parametrize(
+    "options", [{}, {"flow_class": "NSF", "transforms": 2}, COUPLING], ids=["maf", "nsf", "coupling"]
+)
 def test_evidence_is_right(options: dict[str, Any]) -> None:
     aspire = run(**options)
     history = aspire.fit(near_posterior(), n_epochs=30)

@@ -91,8 +91,8 @@ def test_the_flow_alone_in_nessais_own_proposal(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 def test_importance_nested_sampling(tmp_path: Path) -> None:
     run = sampler(
-        tmp_path, importance_nested_sampler=True, nlive=300, min_samples=50, max_iteration=4, flow_config={"flow": coupling_flow},
-        training_config={"max_epochs": 30},
+        tmp_path, importance_nested_sampler=True, nlive=300, min_samples=50, max_iteration=4,
+        flow_config={"flow": coupling_flow}, training_config={"max_epochs": 30},
     )  # fmt: skip
     run.run(plot=False, save=False)
     assert abs(run.ns.log_evidence - Gaussian.log_z) < 5 * run.ns.log_evidence_error + 0.05
@@ -136,7 +136,12 @@ def rows(n: int = 1000) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "training",
-    [{}, {"annealing": True, "clip_grad_norm": None}, {"noise_type": "constant", "noise_scale": 0.1}, {"optimiser": "adam"}],
+    [
+        {},
+        {"annealing": True, "clip_grad_norm": None},
+        {"noise_type": "constant", "noise_scale": 0.1},
+        {"optimiser": "adam"},
+    ],
 )
 def test_training_is_nessais(training: dict[str, Any], tmp_path: Path) -> None:
     """The same batches, steps, losses and weights as in nessai's own loop."""
