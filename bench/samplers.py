@@ -5,7 +5,7 @@ draw from it as they do in a run. Their own flow and the plug-ins of `glf_fast.i
 seeds.
 Quality is the loss on rows that no flow was trained on, in nats.
 
-The folder gets samplers.json, a row as soon as it is measured, and samplers.md.
+The folder gets samplers.json and samplers.md, a row as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -191,9 +191,12 @@ def study(folder: Path, samplers: Sequence[str], dims: Sequence[int], seeds: int
                         with redirect_stderr(silence):
                             found["rows"].append(key | measure(sampler, flow, dim, seed))
                         write_json(folder / "samplers.json", found)
+                        (folder / "samplers.md").write_text("\n".join(page(found)) + "\n", encoding="utf-8")
                         row = found["rows"][-1]
-                        print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    (folder / "samplers.md").write_text("\n".join(page(found)) + "\n", encoding="utf-8")
+                        print(
+                            ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                            flush=True,
+                        )
     return found
 
 

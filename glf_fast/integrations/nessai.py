@@ -204,7 +204,7 @@ class FusedFlowModel(FlowModel):
 
     def _fused_steps(self, rows: Tensor, noise_scale: float | None) -> FusedSteps | None:
         """The steps on these rows in C++; None where they cannot be."""
-        flow = getattr(self.model, "flow", None)
+        flow: Any = getattr(self.model, "flow", None)
         if not isinstance(self.model, NessaiFlow) or type(self._optimiser) is not torch.optim.AdamW:
             return None
         group = self._optimiser.param_groups[0]

@@ -100,6 +100,11 @@ def test_flow_is_pocomcs_own(kind: str) -> None:
     assert losses[1] < losses[0] + 0.1, losses
 
 
+def test_a_flow_that_was_replaced_before_is_taken_as_it_is() -> None:
+    first = FusedFlow(2, "maf3")
+    assert FusedFlow(2, first.flow)._whole is first._whole
+
+
 def test_other_settings_leave_the_loop_to_pocomc() -> None:
     torch.manual_seed(0)
     flow = FusedFlow(2, "maf3")
@@ -113,6 +118,8 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
         accelerate(Flow(2))
     with pytest.raises(ConversionError, match="not all of this CNF can be replaced"):
         accelerate(sampler(tmp_path, zuko.flows.CNF(2)))
+    with pytest.raises(ValueError, match="Invalid flow type"):
+        FusedFlow(2, "nsf4")
     flow = FusedFlow(2, coupling_flow(2, steps=2, hidden=(8,)))
     assert isinstance(flow._whole, CouplingFlow)
     x = banana(100)
