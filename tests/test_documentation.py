@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHOWN = {"docs/coming-from/pythae.md"}
 SLOW = {"docs/coming-from/flowjax.md"}  # XLA compiles for a quarter of a minute
 MISSING = pytest.mark.skipif(bool(flowjax.why_not()), reason=flowjax.why_not())  # it comes with `make bench`
-# aspire needs Python 3.11, and with it our class for it.
+# aspire needs Python 3.11, and with it the class for it.
 ASPIRE = sys.version_info >= (3, 11)
 BLOCK = re.compile(r"^```(python|py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

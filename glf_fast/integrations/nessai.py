@@ -25,7 +25,7 @@ from glf_fast.reference import log_normal
 
 __all__ = ["FusedFlowModel", "FusedFlowProposal", "NessaiFlow", "coupling_flow"]
 
-# Our names of what nessai names, or hands over as functions, of its networks and of its linear layers.
+# glf_fast's names of what nessai names, or hands over as functions, of its networks and of its linear layers.
 ACTIVATIONS: dict[Any, str] = {"relu": "relu", "tanh": "tanh", "silu": "silu", "swish": "silu"}
 ACTIVATIONS |= {F.relu: "relu", F.tanh: "tanh", torch.tanh: "tanh", silu: "silu"}
 NETWORKS = {"resnet": "residual", "mlp": "mlp"}
@@ -217,7 +217,7 @@ class FusedFlowModel(FlowModel):
 
 
 class FusedFlowProposal(FlowProposal):
-    """nessai's `FlowProposal` with our `coupling_flow` and our training: `FlowSampler(model, flow_proposal_class="glf_fast")`.
+    """nessai's `FlowProposal` with `coupling_flow` and `FusedFlowModel`: `FlowSampler(model, flow_proposal_class="glf_fast")`.
 
     A flow that `flow_config` names, by "flow" or "ftype", is used instead of `coupling_flow`.
     """

@@ -1,4 +1,4 @@
-"""aspire with our flows, which it finds by their name."""
+"""aspire with flows of glf_fast, which it finds by their name."""
 
 from __future__ import annotations
 

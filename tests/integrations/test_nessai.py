@@ -1,4 +1,4 @@
-"""nessai's samplers with our flow and our training."""
+"""nessai's samplers with flows of glf_fast, and their training in C++."""
 
 from __future__ import annotations
 

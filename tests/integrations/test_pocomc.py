@@ -1,4 +1,4 @@
-"""pocoMC's sampler with its own flows, replaced, and with ours."""
+"""pocoMC's sampler with its own flows, replaced, and with couplings."""
 
 from __future__ import annotations
 
