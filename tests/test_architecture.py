@@ -25,7 +25,7 @@ ALLOWED = {
     "ops": {"reference", "kernels"},
     "flow": {"ops", "reference"},
     "conversion": {"flow", "ops", "reference"},
-    "integrations": {"fitting", "flow", "ops", "reference"},
+    "integrations": {"conversion", "fitting", "flow", "ops", "reference"},
     "fitting": {"flow", "ops", "reference"},
     "grammar": set(),
     "data": {"grammar"},

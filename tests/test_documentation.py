@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 import glf_fast
 from bench.libraries import flowjax
 from glf_fast import conversion, fitting, flow, grammar, integrations, metrics, ops
-from glf_fast.integrations import nflows, sbi, zuko
+from glf_fast.integrations import nessai, nflows, pocomc, sbi, zuko
 from glf_fast.models.glf import GLFSettings
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +26,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHOWN = {"docs/coming-from/pythae.md"}
 SLOW = {"docs/coming-from/flowjax.md"}  # XLA compiles for a quarter of a minute
 MISSING = pytest.mark.skipif(bool(flowjax.why_not()), reason=flowjax.why_not())  # it comes with `make bench`
+# aspire needs Python 3.11, and with it the class for it.
+ASPIRE = sys.version_info >= (3, 11)
 BLOCK = re.compile(r"^```(python|py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -43,6 +45,8 @@ def sections() -> Iterator[object]:
             blocks = [(text.count("\n", 0, m.start(2)), m[2]) for m in found]
             if blocks:
                 marks = [pytest.mark.long, MISSING] if name in SLOW else []
+                if not ASPIRE and any("import Aspire" in block for _, block in blocks):
+                    marks.append(pytest.mark.skip(reason="aspire needs Python 3.11"))
                 yield pytest.param(name, blocks, id=f"{name}:{blocks[0][0]}", marks=marks)
 
 
@@ -93,6 +97,8 @@ def test_only_code_of_missing_libraries_is_not_run() -> None:
 @pytest.fixture
 def llms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/llms.py."""
+    if not ASPIRE:
+        pytest.skip("the pages name a class for aspire, which needs Python 3.11")
     monkeypatch.syspath_prepend(ROOT / "tools")
     return importlib.import_module("llms")
 
@@ -102,7 +108,22 @@ def test_llms_txt_is_current(llms: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [glf_fast, ops, conversion, fitting, flow, integrations, nflows, sbi, zuko, metrics, grammar]
+    "module",
+    [
+        glf_fast,
+        ops,
+        conversion,
+        fitting,
+        flow,
+        integrations,
+        nessai,
+        nflows,
+        pocomc,
+        sbi,
+        zuko,
+        metrics,
+        grammar,
+    ],
 )
 def test_the_api_pages_name_what_is_public(module: ModuleType, llms: ModuleType) -> None:
     described = [llms.found(name) for name in llms.names()]
