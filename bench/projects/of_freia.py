@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import FrEIA.framework as ff
 import FrEIA.modules as fm
@@ -76,7 +76,7 @@ def _copy_of(kind: type, module: str) -> type:
 def _anomalib_cflow(sizes: Sizes) -> nn.Module:
     inn = _cflow(128, 128, sizes)
     copied = _copy_of(fm.AllInOneBlock, "anomalib.models.components.flow.all_in_one_block")
-    for block in inn.module_list:
+    for block in cast(Any, inn).module_list:
         block.__class__ = copied
     return inn
 
@@ -96,7 +96,7 @@ def _fastflow(sizes: Sizes) -> nn.Module:
 def _anomalib_fastflow(sizes: Sizes) -> nn.Module:
     inn = _fastflow(sizes)
     copied = _copy_of(fm.AllInOneBlock, "anomalib.models.components.flow.all_in_one_block")
-    for block in inn.module_list:
+    for block in cast(Any, inn).module_list:
         block.__class__ = copied
     return inn
 
@@ -106,8 +106,8 @@ class _CoupledGlow(nn.Module):
 
     def __init__(self, columns: int, net: Callable[[int, int], nn.Module], clamp: float) -> None:
         super().__init__()
-        self.half = columns // 2
-        self.s1, self.s2 = (net(self.half, 2 * self.half) for _ in range(2))
+        self.columns = columns // 2
+        self.s1, self.s2 = (net(self.columns, 2 * self.columns) for _ in range(2))
         self.clamp = clamp
 
     def affine(self, net: nn.Module, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class _CoupledGlow(nn.Module):
         return self.clamp * 0.636 * torch.atan(u / self.clamp), t
 
     def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        a, b = x.split(self.half, 1)
+        a, b = x.split(self.columns, 1)
         if rev:
             s1, t1 = self.affine(self.s1, a)
             b = (b - t1) / s1.exp()
@@ -267,7 +267,7 @@ class _UShaped(nn.Module):
         options = {"subnet_constructor": _convolutions(3, 3), "affine_clamping": 2.0, "permute_soft": False}
         self.shapes = [(32, 4, 4), (12, 8, 8), (8, 16, 16)]
         nodes: list[Any] = [ff.InputNode(*shape) for shape in self.shapes]
-        outputs = []
+        outputs: list[Any] = []
         below: Any = None
         for given in nodes[:]:
             last: Any = given.out0
@@ -332,6 +332,7 @@ PROJECTS = [
         (128,),
         256,
         (128,),
+        how="`accelerate`; see below",
         other=AIO,
     ),
     Project(
@@ -350,6 +351,7 @@ PROJECTS = [
         _anomalib_fastflow,
         (64, 16, 16),
         32,
+        how="`accelerate`; see below",
         other=AIO,
     ),
     Project(
@@ -360,6 +362,7 @@ PROJECTS = [
         (32 * 16 + 12 * 64 + 8 * 256,),
         16,
         left="a GraphINN with 3 inputs and 3 outputs",
+        why="a graph with several inputs and outputs; see below",
     ),
     Project(
         "DifferNet",
@@ -369,6 +372,7 @@ PROJECTS = [
         (768,),
         96,
         left="There is no flow",
+        why="classes of its own, in a copy of an old FrEIA",
     ),
     Project(
         "CaloINN, affine",
@@ -399,6 +403,7 @@ PROJECTS = [
         512,
         (1,),
         left="no kernel covers this kind of layer",
+        why="blocks of its own",
     ),
     Project(
         "CaloINN, cubic",
@@ -409,6 +414,7 @@ PROJECTS = [
         512,
         (1,),
         left="no kernel covers this kind of layer",
+        why="blocks of its own",
     ),
     Project("BDIMNNA INN", "FrEIA", "8 GLOW couplings and permutations of 8 columns, 2 × 512", _bdimnna, (8,), 1024),
     Project(
@@ -436,6 +442,7 @@ PROJECTS = [
         (10,),
         1000,
         left="no kernel covers this kind of layer",
+        why="GIN subtracts the mean of the log-scales",
     ),
     Project(
         "GIN EMNIST, glow",
@@ -455,6 +462,7 @@ PROJECTS = [
         240,
         noise=(784,),
         left="no kernel covers this kind of layer",
+        why="GIN subtracts the mean of the log-scales",
     ),
     Project(
         "ikflow",
@@ -483,8 +491,18 @@ PROJECTS = [
         (10,),
         noise=(784,),
         left="multiply-adds for each sample",
+        why="fused, permutations of 784 columns are products with matrices, which cost more than the networks",
     ),
-    Project("TDM", "FrEIA", "3 RNVP couplings of 16 columns, 2 × 32, SELU", _tdm, (16,), 512, left="SELU() is neither"),
+    Project(
+        "TDM",
+        "FrEIA",
+        "3 RNVP couplings of 16 columns, 2 × 32, SELU",
+        _tdm,
+        (16,),
+        512,
+        left="SELU() is neither",
+        why="no kernel has SELU",
+    ),
     Project(
         "FrEIA recipes, cINN with dropout",
         "FrEIA",
@@ -493,6 +511,7 @@ PROJECTS = [
         (12,),
         256,
         (6,),
-        left="dropout (p = 0.1) is active",
+        training=False,
+        how="`accelerate`, in eval mode; in training mode its dropout is active, and it stays",
     ),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import nflows.distributions as nd
 import nflows.transforms as nt
@@ -60,8 +61,8 @@ class _OwnFlow(nn.Module):
 
     def __init__(self, transform: nn.Module, distribution: nn.Module) -> None:
         super().__init__()
-        self._transform = transform
-        self._distribution = distribution
+        self._transform: Any = transform
+        self._distribution: Any = distribution
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._transform(x, context=context)
@@ -263,6 +264,7 @@ PROJECTS = [
         (6,),
         1000,
         other=LU,
+        how="`accelerate`; nessai: see below",
     ),
     Project(
         "nessai RealNVP, MLP",
@@ -272,6 +274,7 @@ PROJECTS = [
         (6,),
         1000,
         other=LU,
+        how="`accelerate`; nessai: see below",
     ),
     Project(
         "nessai RealNVP in its own class, eval",
@@ -282,6 +285,7 @@ PROJECTS = [
         1000,
         training=False,
         other=LU | {"BatchNorm"},
+        how="`accelerate`; nessai: see below",
     ),
     Project(
         "nessai RealNVP, MLP, in its own class, eval",
@@ -292,6 +296,7 @@ PROJECTS = [
         1000,
         training=False,
         other=LU | {"BatchNorm"},
+        how="`accelerate`; nessai: see below",
     ),
     Project(
         "nessai RealNVP, MLP, ActNorm, in its own class",
@@ -301,6 +306,7 @@ PROJECTS = [
         (6,),
         1000,
         other=LU | {"ActNorm"},
+        how="`accelerate`; nessai: see below",
     ),
     Project(
         "glasflow RealNVP, conditional",
@@ -329,6 +335,7 @@ PROJECTS = [
         (8,),
         256,
         left="ResidualNet with batch norm is not covered",
+        why="no kernel has batch norm inside of a network",
     ),
     Project(
         "lfi-gw",
@@ -349,6 +356,7 @@ PROJECTS = [
         200,
         (8,),
         other=LU,
+        how="`accelerate` in sbi's builder: see [sbi](#sbi)",
     ),
     Project(
         "sbibm maf",
@@ -358,6 +366,7 @@ PROJECTS = [
         (5,),
         200,
         (8,),
+        how="`accelerate` in sbi's builder: see [sbi](#sbi)",
     ),
     Project(
         "ConditionalNICE",

@@ -109,7 +109,7 @@ class _Walked(nn.Module):
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
-        self.flows = nn.ModuleList(layers)
+        self.flows: Any = nn.ModuleList(layers)
 
     def log_prob(self, x: Tensor) -> Tensor:
         logdet = x.new_zeros(len(x))
@@ -208,6 +208,7 @@ PROJECTS = [
         (40,),
         64,
         left="MLP has 0 hidden layers",
+        why="no kernel has a network without a hidden layer",
     ),
     Project(
         "normflows examples, vae.py",
@@ -217,6 +218,7 @@ PROJECTS = [
         (40,),
         256,
         left="not in a flow whose layers can be replaced",
+        why="its own code walks through the layers",
     ),
     Project(
         "normflows examples, conditional flow",
@@ -227,6 +229,8 @@ PROJECTS = [
         128,
         (4,),
         left="gates",
+        why="a context gates its masked networks",
+        how="`fast_splines()`: its splines alone",
     ),
     Project(
         "boltzmann-generators",

@@ -104,6 +104,7 @@ PROJECTS = [
         lambda sizes: zuko.flows.RealNVP(8, 0, transforms=sizes.steps(3), hidden_features=[sizes(64)] * 2),
         (8,),
         512,
+        how="`accelerate`, before `flow.compile()`; see below",
     ),
     Project(
         "lampe NPE, zuko NICE",
@@ -166,5 +167,6 @@ PROJECTS = [
         (6,),
         256,
         left="LayerNorm() is neither",
+        why="no kernel has LayerNorm",
     ),
 ]

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The largest sizes that are built; larger ones of a project are cut down to them."""
+    """The largest sizes that are built. Larger ones of a project are reduced to them."""
 
     widest: int
     deepest: int
@@ -52,13 +52,15 @@ class Project:
     build: makes it, given `Sizes`. The noise of its permutations comes from the seed.
     shape, context: of one sample and of one context; () for none.
     batch: rows of a training step.
-    left: a part of the report's reason where nothing is replaced; "" where the flow is replaced, in whole or in part.
+    left: a part of the report's reason where `accelerate` replaces nothing; "" where it replaces the flow, in whole or in part.
+    why: that reason in the words of a table.
+    how: what to call, if not `accelerate` alone.
     loss: "forward" is −mean log p of data, "reverse" the Kullback-Leibler divergence of samples from N(0, I), "score" the mean
         square of ∂ log p / ∂x, which is differentiated twice.
     noise: shape of a sample's noise, where it differs from `shape` (FrEIA).
     double: it is trained in float64.
     training: it is in training mode when it is accelerated; some layers are read in eval mode alone.
-    other: classes of layers that are fused with other parameters, so that an optimizer takes other steps.
+    other: classes of layers that may be fused with other parameters, so that an optimizer takes other steps.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Project:
     batch: int
     context: Shape = ()
     left: str = ""
+    why: str = ""
+    how: str = ""
     loss: str = "forward"
     noise: Shape = ()
     double: bool = False
