@@ -422,7 +422,7 @@ def _keeps_rows(node: fx.Node, last: fx.Node) -> bool:
         return False
     first, *sizes = node.args
     sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
-    return first is last and len(sizes) == 2 and sizes[0] == -1 and type(sizes[1]) is int
+    return first is last and len(sizes) == 2 and bool(sizes[0] == -1) and type(sizes[1]) is int
 
 
 def _factor(node: fx.Node, last: fx.Node) -> float | None:
