@@ -154,6 +154,8 @@ def accelerate(model: nn.Module) -> Report:
             reported.append(where)
             report.left.append(Left(name, kind, reason_of(error)))
             continue
+        if host is not None and inside and host[1].__name__ in host[0].compositions:
+            continue  # part of a flow that was dealt with
         if host is not None:
             library, base = host
             reported.append(where)
@@ -312,7 +314,7 @@ def _fused(library: Library, parts: Sequence[Part]) -> tuple[Flow | OnChannels, 
     modules = nn.ModuleList(part.module for part in parts)
     like = next(p for p in modules.parameters() if p.is_floating_point())
     check_precision(like.dtype)
-    copies = copied(modules).cpu().double().eval()
+    copies = copied(modules).cpu().double()  # in their modes: a network with active dropout is read in another way
     library.prepare(copies)
     shape = parts[0].shape
     found = None

@@ -56,6 +56,7 @@ class DeclaredAutoregressive:
     context_layer: nn.Linear | None = None
     block_contexts: Sequence[nn.Linear] = ()
     dropout: float = 0.0
+    blind: bool = False  # the network is given the context alone: the first layer's weights of x are no parameters
 
     def read(self) -> Autoregressive:
         """The layer that it is; raises Unfusable."""
@@ -81,6 +82,8 @@ class DeclaredAutoregressive:
             roles.append(role_of(linear.weight, weights[-1]))
             biases.append(weights[-1].new_zeros(len(order)) if linear.bias is None else linear.bias[order])
             bias_roles.append(role_of(linear.bias, biases[-1]))
+        if self.blind:
+            roles[0][len(given) :] = FIXED
         used = masks(weights, biases, torch.tensor(fan_in(ranks[1:], ranks[0])), dim)
         for i, (linear, rows, order) in enumerate(zip(linears, inputs, results, strict=True)):
             frozen = used[i] & (linear.mask[order][:, rows].T == 0)  # the degrees allow them, the mask does not

@@ -6,9 +6,13 @@ columns, two blocks side by side), which autograd can take back.
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from glf_fast.conversion.reading import parameters_of
 __all__ = [
     "KNOWN",
     "Step",
+    "Times",
     "activation_name",
     "assemble",
     "check_class",
@@ -29,6 +34,7 @@ __all__ = [
     "is_class",
     "linear_step",
     "network_steps",
+    "read_bounded_mlp",
     "read_mlp",
     "role_of",
     "scale_outputs",
@@ -39,9 +45,18 @@ __all__ = [
     "without_shift",
 ]
 
-# A step of a network: a linear layer (weight (out, in), bias or None), an activation by name, or an inactive dropout, p.
+
+@dataclass(frozen=True)
+class Times:
+    """A step of a network that multiplies by a fixed number."""
+
+    factor: float
+
+
+# A step of a network: a linear layer (weight (out, in), bias or None), an activation by name, an inactive dropout, p, or
+# `Times`.
 Linear = tuple[Tensor, Tensor | None]
-Step = Linear | str | float
+Step = Linear | str | float | Times
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     **{getattr(F, name): name for name in ("relu", "leaky_relu", "silu", "gelu", "tanh", "elu")},
@@ -63,8 +78,43 @@ def read_mlp(network: nn.Module) -> Conditioner:
 
     Raises Unfusable, with the reason, for anything else.
     """
-    name = type(network).__name__
+    mlp, bound = read_bounded_mlp(network)
+    if bound is not None:
+        raise Unfusable(f"{type(network).__name__} ends with tanh, which is covered in a network of log-scales alone")
+    return mlp
+
+
+def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
+    """The MLP that `network` is, without a tanh behind it, and b where that makes b·tanh(y / b) of its outputs y.
+
+    The factors that the network has behind its last layer are the conditioner's.
+
+    Raises Unfusable, with the reason, as `read_mlp`.
+    """
     steps = list(network_steps(network))
+    last = max((i for i, step in enumerate(steps) if isinstance(step, tuple)), default=len(steps) - 1)
+    tail = [step for step in steps[last + 1 :] if not isinstance(step, float)]
+    steps = [step for i, step in enumerate(steps) if i <= last or isinstance(step, float)]
+    factor, bound = 1.0, None
+    for step in tail:
+        if isinstance(step, Times) and bound is None:
+            factor *= step.factor
+        elif isinstance(step, Times) and bound is not None:
+            bound *= step.factor
+        elif step == "tanh" and bound is None:
+            bound = 1.0
+        else:
+            raise Unfusable(f"{type(network).__name__} is not linear → activation → … → linear")
+    mlp = _mlp(type(network).__name__, steps)
+    if bound is not None:
+        factor *= bound
+    if not (math.isfinite(factor) and factor) or (bound is not None and bound <= 0):
+        raise Unfusable(f"{type(network).__name__} multiplies its outputs by {factor:g}")
+    return (mlp if factor == 1 else scale_outputs(mlp, factor)), bound
+
+
+def _mlp(name: str, steps: Sequence[Step]) -> Conditioner:
+    """The MLP of these steps; raises Unfusable."""
     dropouts = [step for step in steps if isinstance(step, float)]
     linears = [step for step in steps if isinstance(step, tuple)]
     activations = [step for step in steps if isinstance(step, str)]
@@ -286,28 +336,28 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
     name = type(module).__name__
     if "Residual" in name or "ResNet" in name:  # likely, and worth a reason of its own
         raise Unfusable(f"{name} is residual; MLPs and the ResidualNet of nflows are fused")
-    tracer = fx.Tracer()
-    # Layers that are known are not traced into.
-    tracer.is_leaf_module = lambda m, _: m.__module__.startswith("torch.nn") or _known(m) is not None  # type: ignore
-    try:
-        graph = tracer.trace(module)
-    except Exception as error:  # whatever a user's forward does with a proxy
-        raise Unfusable(f"{name}'s forward cannot be followed ({type(error).__name__})") from error
-    if _operations(graph) != _operations(_in_other_mode(module, tracer)):
+    graph = _traced(module)
+    if _operations(graph) != _operations(_in_other_mode(module)):
         raise Unfusable(f"{name} does something else in {'eval' if module.training else 'training'} mode")
     modules = dict(module.named_modules())
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and not _is_absent(node)]
     node = _concatenated(inputs)
     while True:
-        if node is None or len(node.users) != 1:
+        users = [] if node is None else list(node.users)
+        if node is None or len(users) != 1:
             raise Unfusable(f"{name} is not a chain of layers")
-        (last, node) = (node, next(iter(node.users)))
+        last, node = node, users[0]
         if node.op == "output":
             if node.args != (last,):
                 raise Unfusable(f"{name} has more than one output")
             return
         if node.op == "call_function" and node.target is F.dropout:
             yield _functional_dropout(*node.args, **node.kwargs)  # type: ignore[arg-type]
+            continue
+        if _keeps_rows(node, last):
+            continue
+        if (factor := _factor(node, last)) is not None:
+            yield Times(factor)
             continue
         constants = any(_CONSTANTS.get(key, value) != value for key, value in node.kwargs.items())
         covered = node.op in ("call_module", "call_function") or (node.op == "call_method" and node.target in _METHODS)
@@ -319,11 +369,80 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
             yield activation_name(node.target) if node.op == "call_function" else str(node.target)
 
 
-def _in_other_mode(module: nn.Module, tracer: fx.Tracer) -> fx.Graph | None:
+class _Tracer(fx.Tracer):
+    """Follows a forward that compares the shape of its input with what it was made for, as if they were equal.
+
+    The fused layer is compared with the original afterwards, on inputs of that shape.
+    """
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Layers that are known are not traced into."""
+        return m.__module__.startswith("torch.nn") or _known(m) is not None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The answer of shapes that fit."""
+        if obj.node.target in (operator.ne, operator.eq):
+            return obj.node.target is operator.eq
+        return super().to_bool(obj)
+
+    def create_arg(self, a: Any) -> Any:
+        """Sizes that were computed by NumPy are numbers, too."""
+        return super().create_arg(a.item() if type(a).__module__ == "numpy" and hasattr(a, "item") else a)
+
+
+def _traced(module: nn.Module) -> fx.Graph:
+    """The graph of a module; if that cannot be had, of calls without its optional inputs, such as a context."""
+    try:
+        return _pruned(_Tracer().trace(module))
+    except Exception as error:  # whatever a user's forward does with a proxy
+        optional = {key: None for key, p in inspect.signature(module.forward).parameters.items() if p.default is None}
+        with suppress(Exception):
+            if optional:
+                return _pruned(_Tracer().trace(module, optional))
+        raise Unfusable(f"{type(module).__name__}'s forward cannot be followed ({type(error).__name__})") from error
+
+
+def _pruned(graph: fx.Graph) -> fx.Graph:
+    """Without comparisons of shapes, whose results nothing uses."""
+    for node in reversed(graph.nodes):
+        read = node.target in (getattr, operator.getitem, operator.eq, operator.ne)
+        if node.op == "call_function" and read and not node.users:
+            graph.erase_node(node)
+    return graph
+
+
+def _is_absent(node: fx.Node) -> bool:
+    """Whether an input is not used, or was taken to be None."""
+    return all(getattr(user.target, "__name__", "") == "_assert_is_none" for user in node.users)
+
+
+def _keeps_rows(node: fx.Node, last: fx.Node) -> bool:
+    """Whether a node gives rows the shape (B, n), which they have."""
+    if node.op != "call_method" or node.target not in ("reshape", "view") or node.kwargs:
+        return False
+    first, *sizes = node.args
+    sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+    return first is last and len(sizes) == 2 and bool(sizes[0] == -1) and type(sizes[1]) is int
+
+
+def _factor(node: fx.Node, last: fx.Node) -> float | None:
+    """The number that a node multiplies its input by; None for other nodes."""
+    times, by = (operator.mul, torch.mul, "mul"), (operator.truediv, torch.div, torch.true_divide, "div")
+    if node.target not in (*times, *by) or node.kwargs or len(node.args) != 2:
+        return None
+    a, b = node.args
+    if b is last and node.target in times:
+        a, b = b, a
+    if a is not last or isinstance(b, bool) or not isinstance(b, int | float) or not b:
+        return None
+    return float(b) if node.target in times else 1.0 / b
+
+
+def _in_other_mode(module: nn.Module) -> fx.Graph | None:
     """The graph in the mode that `module` is not in, training or eval; None where that cannot be followed."""
     modes = {part: part.training for part in module.modules()}
     try:
-        return tracer.trace(module.train(not module.training))
+        return _traced(module.train(not module.training))
     except Exception:
         return None
     finally:
@@ -332,7 +451,7 @@ def _in_other_mode(module: nn.Module, tracer: fx.Tracer) -> fx.Graph | None:
 
 
 def _operations(graph: fx.Graph | None) -> list[str] | None:
-    return None if graph is None else [f"{node.op} {node.target}" for node in graph.nodes]
+    return None if graph is None else [f"{node.op} {node.target} {node.args[1:]}" for node in graph.nodes]
 
 
 def _functional_dropout(x: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion import mlp
-from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
+from glf_fast.conversion.chains import Chain, Part, Replacement, Shape, module_list, put_transform, replaced
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import (
@@ -173,11 +173,37 @@ def _multiscale(part: Part) -> list[Layer]:
 
 
 def _chains(flow: Any) -> list[Chain]:
-    """`flow._transform`, and the scales of what is multi-scale in it."""
+    """`flow._transform`, and the scales of what is multi-scale in it; or a composition that no flow of the library holds."""
+    if LIBRARY.name_of(type(flow)) == "CompositeTransform":
+        return _chain_alone(flow)
     base = flow._distribution
     if not hasattr(base, "_shape") and not _is_multiscale(flow):
         raise ConversionError(f"its base {type(base).__name__} is a model with a density of its own, not fixed noise")
     return _chains_of(flow, "_transform", "_transform", tuple(getattr(base, "_shape", ())))
+
+
+def _chain_alone(composition: Any) -> list[Chain]:
+    """The transforms of a composition on vectors, whose number of columns one of them says."""
+    named = list(LIBRARY.flattened(composition, "it"))
+    columns = next((n for _, module in named if (n := _columns_of(module)) is not None), None)
+    if columns is None:
+        raise ConversionError("not in a flow whose layers can be replaced")
+    parts = LIBRARY.placed(named, (columns,))
+
+    def put(new: Sequence[Replacement]) -> None:
+        modules = replaced([part.module for part in parts], new)
+        composition._transforms = module_list(modules, composition._transforms)
+
+    return [Chain(parts, put)]
+
+
+def _columns_of(transform: Any) -> int | None:
+    """How many columns a coupling or an autoregressive layer works on; None for other layers, and for those on images."""
+    convolutions = any(isinstance(module, nn.Conv2d) for module in transform.modules())
+    if (features := getattr(transform, "features", None)) is not None and hasattr(transform, "transform_net"):
+        return None if convolutions else int(features)
+    network = getattr(transform, "autoregressive_net", None)
+    return None if network is None else int(network.initial_layer.in_features)
 
 
 def _is_multiscale(flow: nn.Module) -> bool:
@@ -304,6 +330,7 @@ _ON_BOTH: dict[str, Reader] = {
 LIBRARY: Library = Library(
     package="nflows",
     flows=("Flow",),
+    hosts=("CompositeTransform",),
     packages=("nflows.flows", "nflows.transforms"),
     marks=("_transform", "_distribution"),
     chains=_chains,

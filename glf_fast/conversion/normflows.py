@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion import mlp
 from glf_fast.conversion.chains import Chain, Part, Shape, module_list, replaced
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.layers import (
@@ -29,7 +30,14 @@ from glf_fast.conversion.layers import (
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, Unpacked
 from glf_fast.conversion.made import affine_autoregressive, spline_autoregressive
-from glf_fast.conversion.mlp import read_mlp, select_inputs, select_outputs, separate, without_shift
+from glf_fast.conversion.mlp import (
+    read_bounded_mlp,
+    read_mlp,
+    select_inputs,
+    select_outputs,
+    separate,
+    without_shift,
+)
 from glf_fast.conversion.nflows import splines
 from glf_fast.flow import Split, Squeeze
 
@@ -60,6 +68,13 @@ class NormflowsLayer(FusedLayer):
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → noise: x (B, *shape) → z like x, logdet (B,)."""
         return super().forward(x, context)
+
+
+def _const_scale(module: Any) -> Iterator[mlp.Step]:
+    yield mlp.Times(float(module.scale))
+
+
+mlp.KNOWN["normflows.utils.nn.ConstScaleLayer"] = _const_scale
 
 
 # -- one function per class --------------------------------------------------------------------------------------------
@@ -104,15 +119,17 @@ def _masked_affine_flow(part: Part) -> list[Layer]:
         raise Unfusable("its mask is not one 0 or 1 per column")
     passive, transformed = mask.nonzero().flatten(), (mask == 0).nonzero().flatten()
 
-    def read(network: Any) -> Conditioner | None:
+    def read(network: Any) -> tuple[Conditioner | None, float | None]:
         if network is torch.zeros_like:
-            return None
-        full = read_mlp(network)
+            return None, None
+        full, bound = read_bounded_mlp(network)
         if (full.n_in, full.n_out) != (dim, dim):
             raise Unfusable(f"its network maps {full.n_in} columns to {full.n_out} where {dim} to {dim} are meant")
-        return select_outputs(select_inputs(full, passive), transformed)
+        return select_outputs(select_inputs(full, passive), transformed), bound
 
-    net_s, net_t = read(module.s), read(module.t)
+    (net_s, bound), (net_t, bound_t) = read(module.s), read(module.t)
+    if bound_t is not None:
+        raise Unfusable("its shift is bounded by tanh; log-scales may be")
     if not len(transformed) or (net_s is None and net_t is None):
         return []
     if not len(passive):
@@ -120,7 +137,8 @@ def _masked_affine_flow(part: Part) -> list[Layer]:
     if net_s is not None:
         net_t = without_shift(net_s) if net_t is None else separate(net_s, net_t)
     assert net_t is not None
-    return [Coupling(passive, transformed, net_t, "exp", None, add_first=False, undo=True)]
+    log_scale = "exp" if bound is None else "tanh"
+    return [Coupling(passive, transformed, net_t, log_scale, bound, add_first=False, undo=True)]
 
 
 def _affine_const_flow(part: Part) -> list[Layer]:

@@ -131,6 +131,38 @@ def _autoregressive(part: Part) -> list[Layer]:
     return [declared.read()]
 
 
+def _elementwise(part: Part) -> list[Layer]:
+    """An autoregressive layer whose features all depend on the context alone, as each transform of a flow of one feature is."""
+    transform, dim = part.module, part.shape[0]
+    if not hasattr(transform, "hyper"):
+        raise Unfusable("its transformation depends on nothing: it is as fast as it can be")
+    kind = _univariate(transform)
+    if kind.layout == "t":
+        raise Unfusable("its transformation AdditiveTransform is covered in couplings alone")
+    steps = [step for step in mlp.network_steps(transform.hyper) if not isinstance(step, float)]
+    linears = [step for step in steps if isinstance(step, tuple)]
+    activations = [step for step in steps if isinstance(step, str)]
+    if [type(step) for step in steps] != [tuple, *[str, tuple] * (len(linears) - 1)] or len(set(activations)) != 1:
+        raise Unfusable("its network is not linear layers with one kind of activation between")
+    masked = [MaskedLinear(W, torch.ones_like(W, requires_grad=False), b) for W, b in linears]
+    W, mask, b = masked[0]
+    of_x = W.new_zeros(len(W), dim)
+    masked[0] = MaskedLinear(torch.cat([of_x, W], 1), torch.cat([of_x, mask], 1), b)
+    outputs = torch.arange(len(linears[-1][0])).view(dim, -1)
+    if kind.spline is None:  # the shift comes first
+        outputs = outputs.flip(1)
+    declared = DeclaredAutoregressive(
+        masked,
+        outputs,
+        activations[0],
+        log_scale=kind.log_scale,
+        constant=kind.constant,
+        spline=kind.spline,
+        blind=True,
+    )
+    return [declared.read()]
+
+
 def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], str]:
     """Kind, linear layers and activation of a MaskedMLP: Linear, activation, … Linear, or Linear, residual blocks, Linear."""
     check_class(mlp, "MaskedMLP")
@@ -263,6 +295,7 @@ LIBRARY: Library = Library(
     on_vectors={
         "GeneralCouplingTransform": _coupling,
         "MaskedAutoregressiveTransform": _autoregressive,
+        "ElementWiseTransform": _elementwise,
         "LazyInverse": lambda part: inverted_layers(LIBRARY.read_inside(part, part.module.transform)),
         "UnconditionalTransform": _unconditional,
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Unfusable
 from glf_fast.conversion.mlp import (
+    read_bounded_mlp,
     read_mlp,
     scale_outputs,
     select_inputs,
@@ -44,6 +46,35 @@ class Dropped(nn.Module):
         return self.b(F.dropout(torch.tanh(self.a(x)), self.p, self.training))
 
 
+class Checked(nn.Module):
+    """Compares shapes, as nflows' MLP does, and gives rows the shape that they have."""
+
+    def __init__(self, context: bool = True) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 6)
+        self.context = context
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None and not self.context:
+            raise ValueError("takes no context")
+        if x.shape[1:] != torch.Size([3]):
+            raise ValueError("another shape")
+        assert x.shape[1] == 3
+        return self.b(torch.relu(self.a(x.reshape(-1, np.prod([3]))))).view(-1, 6)
+
+
+class Bounded(nn.Module):
+    """s·tanh(y/s), or a multiple of y."""
+
+    def __init__(self, bound: float = 2.0, *, tanh: bool = True) -> None:
+        super().__init__()
+        self.body, self.bound, self.tanh = sequential(nn.ReLU()), bound, tanh
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return self.bound * torch.tanh(y / self.bound) if self.tanh else y * self.bound
+
+
 class Skip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +106,8 @@ NETWORKS = {
     "compiled-inside": lambda: nn.Sequential(
         torch.compile(nn.Linear(3, 5), backend="eager"), nn.ReLU(), nn.Linear(5, 6)
     ),
+    "checked": Checked,
+    "checked-without-context": lambda: Checked(context=False),
     "four-hidden": lambda: sequential(nn.ReLU(), widths=(3, 5, 4, 3, 2, 6)),
 }
 
@@ -92,6 +125,41 @@ def test_networks_that_are_mlps(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("network", "bound"),
+    [
+        (Bounded, 2.0),
+        (lambda: Bounded(0.7), 0.7),
+        (lambda: nn.Sequential(sequential(nn.ReLU()), nn.Tanh()), 1.0),
+        (lambda: Bounded(0.1, tanh=False), None),
+        (lambda: Bounded(-3.0, tanh=False), None),
+        (lambda: sequential(nn.ReLU()), None),
+    ],
+)
+def test_a_bound_and_factors_behind_the_last_layer(network, bound: float | None) -> None:
+    network = network().double()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    read, found = read_bounded_mlp(network)
+    y = mlp(x, read.weights, read.biases, read.activation) * read.factors
+    assert found == bound
+    torch.testing.assert_close(y if bound is None else bound * torch.tanh(y / bound), network(x))
+    parameters = list(network.parameters())
+    assert torch.equal(read.weights[-1].abs(), parameters[-2].T.abs()), "a factor stays outside of the weights"
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (lambda: nn.Sequential(Bounded(), nn.Tanh()), "is not linear →"),
+        (lambda: Bounded(-2.0), "multiplies its outputs by"),
+        (lambda: Bounded(float("inf"), tanh=False), "multiplies its outputs by"),
+    ],
+)
+def test_bounds_that_are_not_covered(network, reason: str) -> None:
+    with pytest.raises(Unfusable, match=reason):
+        read_bounded_mlp(network())
+
+
+@pytest.mark.parametrize(
     ("network", "reason"),
     [
         (lambda: nn.Linear(3, 2), "0 hidden layers"),
@@ -100,7 +168,7 @@ def test_networks_that_are_mlps(name: str) -> None:
         (lambda: sequential(nn.LeakyReLU(0.2)), "LeakyReLU with slope 0.2"),
         (lambda: sequential(nn.GELU("tanh")), "GELU by tanh"),
         (lambda: sequential(nn.Softplus()), "Softplus.* is neither"),
-        (lambda: nn.Sequential(*sequential(nn.ReLU()), nn.Tanh()), "is not linear → activation → … → linear"),
+        (lambda: nn.Sequential(*sequential(nn.ReLU()), nn.Tanh()), "ends with tanh"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), "is not linear →"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)), "BatchNorm1d"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 2)), "dropout"),

@@ -205,3 +205,19 @@ def test_what_is_not_covered_says_why() -> None:
         flow = nflows_flow(Net, steps=1, **options)
         report = accelerate(flow)
         assert not report and reason in str(report)
+
+
+def test_active_dropout_goes_on() -> None:
+    """A network whose dropout is active stays the library's own, and drops the same units."""
+    flow = nflows_flow(lambda n_in, n_out: residual(n_in, n_out, dropout_probability=0.4)).train()
+    fast = copy.deepcopy(flow)
+    report = accelerate(fast)
+    assert report.replaced[0].into["SplineCoupling"] == 3 and not report.replaced[0].lost
+    x = torch.randn(7, D)
+    found = []
+    for module in (flow, fast):
+        torch.manual_seed(1)
+        found.append(module.log_prob(x))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(fast.log_prob(x), fast.log_prob(x))
+    torch.testing.assert_close(fast.eval().log_prob(x), flow.eval().log_prob(x), rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from zuko.distributions import DiagNormal
-from zuko.flows import MAF, NCSF, NSF, MaskedAutoregressiveTransform, RealNVP
+from zuko.flows import MAF, NCSF, NSF, ElementWiseTransform, MaskedAutoregressiveTransform, RealNVP
 from zuko.lazy import Flow, LazyInverse, UnconditionalDistribution
 from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
 
@@ -148,3 +149,24 @@ def test_what_stays_as_it_is_says_why() -> None:
     assert "base distribution BoxUniform" in reason(NCSF(3))
     report = accelerate(NCSF(3))
     assert not report.replaced and "CircularRQSTransform" in report.left[0].reason
+
+
+@pytest.mark.parametrize(("dim", "kind"), [(1, MAF), (1, RealNVP), (1, NSF), (3, None)])
+def test_features_that_depend_on_the_context_alone(library, tools, dim: int, kind) -> None:
+    """The transforms of every flow of zuko of one feature."""
+    options = {"hidden_features": (9, 8), "activation": nn.Tanh}
+    if kind is None:
+        flow = flow_of(dim, *(ElementWiseTransform(dim, 2, **options) for _ in range(2)))
+    else:
+        flow = kind(dim, 2, transforms=2, **options)
+    converted = tools.prove(library, tools.shake(flow), dim, 2, "a2")
+    other = copy.deepcopy(flow)
+    assert accelerate(other)
+    x, c = torch.randn(5, dim), torch.randn(5, 2)
+    torch.testing.assert_close(other(c).log_prob(x), flow(c).log_prob(x))
+    torch.testing.assert_close(converted.log_prob(x, c), flow(c).log_prob(x))
+
+
+def test_features_that_depend_on_nothing_stay() -> None:
+    report = accelerate(RealNVP(1, transforms=2))
+    assert not report and "depends on nothing" in str(report)
