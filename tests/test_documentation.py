@@ -22,8 +22,8 @@ from glf_fast.models.glf import GLFSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Blocks in ```py are shown and not run, because pythae is not in the test environment.
-SHOWN = {"docs/coming-from/pythae.md"}
+# Blocks in ```py are not run here, because pythae is not in the test environment, and anomalib has its own (tests/communities).
+SHOWN = {"docs/coming-from/pythae.md", "docs/drop-in.md"}
 SLOW = {"docs/coming-from/flowjax.md"}  # XLA compiles for a quarter of a minute
 MISSING = pytest.mark.skipif(bool(flowjax.why_not()), reason=flowjax.why_not())  # it comes with `make bench`
 BLOCK = re.compile(r"^```(python|py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

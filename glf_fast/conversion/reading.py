@@ -158,7 +158,8 @@ def read_parts(
 def for_device(layers: Iterable[Layer], device: str) -> list[Layer]:
     """The layers as they run on that type of device; raises Unfusable for one that is slower there than the library's."""
     return [
-        fastest(layer) if isinstance(layer, Coupling) and layer.is_mlp and device == "cpu" else layer for layer in layers
+        fastest(layer) if isinstance(layer, Coupling) and layer.is_mlp and device == "cpu" else layer
+        for layer in layers
     ]
 
 

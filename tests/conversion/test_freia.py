@@ -163,7 +163,9 @@ def test_wide_blocks_keep_their_networks(library, tools):
         torch.testing.assert_close(got, (z, logdet), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast(z, c=[c], rev=True)[0], x, rtol=1e-4, atol=1e-4)
     networks = [block.subnet for block in inn]
-    assert sum(p.numel() for p in fast.parameters()) == sum(p.numel() for n in networks for p in n.parameters()) + 4 * 512
+    assert (
+        sum(p.numel() for p in fast.parameters()) == sum(p.numel() for n in networks for p in n.parameters()) + 4 * 512
+    )
     blocks = sequence(512, *[(fm.AllInOneBlock, {"subnet_constructor": wide, "permute_soft": True})])
     with pytest.raises(ConversionError, match="on a processor is slower"):  # that matrix is none to be saved
         convert(blocks)

@@ -37,7 +37,12 @@ def _chains(flow: Any) -> list[Chain]:
     for node in _inner_nodes(flow):
         before = node.inputs[0][0]
         run = next((run for run in runs if run[-1] is before), None)
-        if run and node.inputs == [(before, 0)] and len(before.outputs) == 1 == len(node.outputs) and _is_single(run[0]):
+        if (
+            run
+            and node.inputs == [(before, 0)]
+            and len(before.outputs) == 1 == len(node.outputs)
+            and _is_single(run[0])
+        ):
             run.append(node)
         else:
             runs.append([node])

@@ -100,7 +100,9 @@ def _all_in_one(part: Part) -> list[Layer]:
     trained = trained_together(module.global_scale, module.global_offset)
     return [
         *([_rotation(rotation.T)] if module.reverse_pre_permute else []),
-        _coupling(part, columns[:n_passive], columns[n_passive:], module.subnet, scale, factor_t, keep_network=multiplied),
+        _coupling(
+            part, columns[:n_passive], columns[n_passive:], module.subnet, scale, factor_t, keep_network=multiplied
+        ),
         Diagonal(factors.log(), module.global_offset.view(-1), trained),
         permutation,
     ]
