@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 import glf_fast
 from bench.libraries import flowjax
 from glf_fast import conversion, fitting, flow, grammar, integrations, metrics, ops
-from glf_fast.integrations import nflows, sbi, zuko
+from glf_fast.integrations import madnis, nflows, sbi, zuko
 from glf_fast.models.glf import GLFSettings
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +102,7 @@ def test_llms_txt_is_current(llms: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [glf_fast, ops, conversion, fitting, flow, integrations, nflows, sbi, zuko, metrics, grammar]
+    "module", [glf_fast, ops, conversion, fitting, flow, integrations, madnis, nflows, sbi, zuko, metrics, grammar]
 )
 def test_the_api_pages_name_what_is_public(module: ModuleType, llms: ModuleType) -> None:
     described = [llms.found(name) for name in llms.names()]

@@ -56,8 +56,8 @@ def divided(couplings: Sequence[Coupling]) -> list[list[Coupling]]:
 def fastest(coupling: Coupling) -> Coupling:
     """The coupling, with `own_network` where the kernels would be slower than the library's own layer is, on a processor.
 
-    Raises Unfusable where they would, and there is none. On a GPU the library's dozens of launches for each layer cost more than
-    multiply-adds do: nobody asks there.
+    Raises Unfusable where they would, and there is none. On a GPU the library's dozens of launches for each layer cost more
+    than multiply-adds do: nobody asks there.
     """
     mlp = coupling.conditioner
     own = sum(int(((W != 0) | (roles == TRAINED)).sum()) for W, roles in zip(mlp.weights, mlp.roles, strict=True))

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from glf_fast.integrations.splines import fast_splines
 
-__all__ = ["fast_splines", "nflows", "sbi", "zuko"]
+__all__ = ["fast_splines", "madnis", "nflows", "sbi", "zuko"]
 
 
 def __getattr__(name: str) -> ModuleType:
