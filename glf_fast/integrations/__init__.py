@@ -12,6 +12,6 @@ __all__ = ["fast_splines", "madnis", "nflows", "sbi", "zuko"]
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in __all__:
+    if name in (*__all__, "bayesflow"):  # which is no part of `import *`: it imports Keras
         return import_module(f"glf_fast.integrations.{name}")
     raise AttributeError(f"module 'glf_fast.integrations' has no attribute {name!r}")

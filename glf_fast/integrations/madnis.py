@@ -20,8 +20,8 @@ Channel = Tensor | Sequence[int] | int | None
 class Flow(nn.Module):
     """A flow of rational-quadratic splines on [0, 1]^D with a uniform base, as madnis' `Flow` is, for its `Integrator`.
 
-    All channels are one `FlowEnsemble`: they run in one call, on as many rows each as the most frequent of them has. A fresh flow is
-    uniform. Points outside of the cube stay where they are.
+    All channels are one `FlowEnsemble`: they run in one call, on as many rows each as the most frequent of them has. A fresh
+    flow is uniform. Points outside of the cube stay where they are.
 
     Args:
         dims_in: D, at least 2.
@@ -146,7 +146,7 @@ class Flow(nn.Module):
                 channel = self.channel_remap_function(channel)
             if channel.shape != (n,) or channel.is_floating_point():
                 raise ValueError(f"channel must be {n} integers; got shape {tuple(channel.shape)}, {channel.dtype}")
-            if n and not (0 <= int(channel.min()) and int(channel.max()) < members):
+            if n and not (int(channel.min()) >= 0 and int(channel.max()) < members):
                 what = "channels" if whole else "a channel"
                 raise ValueError(
                     f"channel must be {what} from 0 to {members - 1}; got {int(channel.min())} … {int(channel.max())}"
@@ -168,8 +168,8 @@ class Flow(nn.Module):
 def _orders(dim: int, blocks: int) -> Tensor:
     """Permutations (blocks, dim) from the dimensions as the block before has left them.
 
-    Block 2b + 1 divides them by the binary digit b of their indices, and the next block the other way round. The kernels transform
-    the last dim // 2 of them.
+    Blocks 2b and 2b + 1 divide them by the binary digit b of their indices, the second one the other way round. The kernels
+    transform the last dim // 2 of them.
     """
     check_integer("blocks", blocks, 1)
     digits = math.ceil(math.log2(dim))
