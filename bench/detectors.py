@@ -1,8 +1,8 @@
 """anomalib's detectors before and after `glf_fast.accelerate`: `python -m bench.detectors --out FILE.json`.
 
-One image, or one step of training, in turn with both; medians. "one call" is CFLOW with one call per feature map in place of slices
-of 64 rows. Backbones have random weights, with which they take as long. Their time is part of all rows, and given by itself. Needs
-anomalib (`make communities`).
+One image, or one step of training, in turn with both; medians. "one call" is CFLOW with one call per feature map in place of
+slices of 64 rows. Backbones have random weights, with which they take as long. Their time is part of all rows, and given by
+itself. Needs anomalib (`make communities`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """MadNIS' integrator with its own flow and with glf_fast's: `python -m bench.importance --out FILE.json`.
 
 Steps of training, and 100,000 samples with their probabilities, in turn with both; medians. The integrand is a product of
-Gaussians, which costs next to nothing. The flows have MadNIS' defaults: 2·⌈log₂ D⌉ couplings of splines of 10 bins, networks of 3
-layers of 32.
+Gaussians, which costs next to nothing. The flows have MadNIS' defaults: 2·⌈log₂ D⌉ couplings of splines of 10 bins, networks of
+3 layers of 32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """BayesFlow's coupling flow and glf_fast's as inference networks: `python -m bench.workflows --out FILE.json`.
 
-Steps of a workflow's training on simulations that are there, and 10,000 samples of one posterior, in turn with both; medians. Both have
-the defaults of bayesflow: 6 pairs of couplings, networks of two layers of 128. Needs bayesflow (`make communities`).
+Steps of a workflow's training on simulations that are there, and 10,000 samples of one posterior, in turn with both; medians.
+Both have the defaults of bayesflow: 6 pairs of couplings, networks of two layers of 128. Needs bayesflow (`make communities`).
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ __all__ = ["CouplingFlow"]
 class CouplingFlow(InferenceNetwork):
     """`glf_fast.CouplingFlow` as an inference network: `BasicWorkflow(inference_network=CouplingFlow(), …)`.
 
-    It is what bayesflow's own `CouplingFlow` is by default, in kind and size: affine couplings that transform both halves of the
-    parameters in turn, given the conditions, behind ActNorms. All of them run in one call.
+    It is what bayesflow's own `CouplingFlow` is by default, in kind and size: affine couplings that transform both halves of
+    the parameters in turn, given the conditions, behind ActNorms. All of them run in one call.
 
     Args:
         depth: number of pairs of couplings; the flow has twice as many steps.

@@ -88,7 +88,7 @@ class Flow(nn.Module):
             ValueError: shapes, or channels, that do not fit.
         """
         place, rows = self._places(len(x), channel, x.device)
-        _, logdet = self.flows(self._spread(x, place, rows), self._spread(c, place, rows))
+        _, logdet = self.flows(self._spread(x, place, rows), None if c is None else self._spread(c, place, rows))
         return logdet[place]
 
     def prob(self, x: Tensor, c: Tensor | None = None, channel: Channel = None) -> Tensor:
@@ -119,7 +119,9 @@ class Flow(nn.Module):
             n = len(c)
         z = torch.rand(n, self.dims_in, device=device or like.device, dtype=dtype or like.dtype)
         place, rows = self._places(n, channel, z.device)
-        x, logdet = self.flows.inverse(self._spread(z, place, rows), self._spread(c, place, rows))
+        x, logdet = self.flows.inverse(
+            self._spread(z, place, rows), None if c is None else self._spread(c, place, rows)
+        )
         log_prob = -logdet[place].to(z.dtype)
         # Of a sample at the edge rounding must not leave the cube, on which alone integrands are defined.
         samples = x[place].to(z.dtype).clamp(0, 1)
@@ -157,10 +159,8 @@ class Flow(nn.Module):
         within[order] = torch.arange(n, device=device) - (count.cumsum(0) - count)[channel[order]]
         return (channel, within), int(count.max())
 
-    def _spread(self, x: Tensor | None, place: tuple[Tensor, Tensor], rows: int) -> Tensor | None:
+    def _spread(self, x: Tensor, place: tuple[Tensor, Tensor], rows: int) -> Tensor:
         """Samples (n, …) in their places (E, rows, …), in the flow's dtype; the others are in the middle of the cube."""
-        if x is None:
-            return None
         like = next(self.parameters())
         return like.new_full((len(self.flows), rows, x.shape[1]), 0.5).index_put(place, x.to(like))
 
