@@ -161,10 +161,11 @@ def run_layers(
     maps, logabsdets = assemble(steps, inverse=inverse)
     pixels: dict[int, int] = {}
     logdets: list[Tensor] = []
-    # Permutations move planes of contiguous images whole: with them a flow is faster in that order, on one image by a third.
-    reorders = not any(isinstance(step, InvertibleLinear) for step in steps) and any(
-        isinstance(step, Coupling | InOrder) for step in steps
-    )
+    # Permutations move planes of contiguous images whole: flows with them and without matrices are faster in that order, on one
+    # image by a third.
+    kinds = {type(step) for step in steps}
+    permutes = InvertibleLinear in kinds and Product not in kinds
+    reorders = not permutes and any(isinstance(step, Coupling | InOrder) for step in steps)
     as_given = x.ndim != 4 or (x.stride(1) == 1 and not x.is_contiguous())  # in channels_last order, too
     if not as_given and x.requires_grad and torch.is_grad_enabled() and x.is_contiguous():
         x = x.flatten().view(x.shape)  # whose gradient is contiguous, in whatever order the layers leave it

@@ -25,15 +25,15 @@ NOISE = 0.5
 @pytest.fixture(scope="module")
 def bayesflow() -> Any:
     os.environ.setdefault("KERAS_BACKEND", "torch")
+    before = torch.is_grad_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import bayesflow
     import keras
 
-    before = torch.is_grad_enabled()
     keras.utils.set_random_seed(0)
     yield bayesflow
-    torch.set_grad_enabled(before)  # it is turned off by the import
+    torch.set_grad_enabled(before)  # the import turns gradients off
 
 
 @pytest.fixture(scope="module")
