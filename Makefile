@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-.PHONY: train test faults lint docs bench gate release matrix gpu gpu-again gpu-here clean
+.PHONY: train test communities faults lint docs bench gate release matrix gpu gpu-again gpu-here clean
 
 train: $(VENV)/train.stamp
 	$(RUN) -m glf_fast.train $(ARGS)
@@ -18,6 +18,10 @@ train: $(VENV)/train.stamp
 # what is imported, compiled and trained for them, and takes the others' when it has none. ARGS="-m long" runs those that take minutes.
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal $(ARGS)
+
+# Other people's packages that would pull another torch, or half of PyPI: in an environment of their own, on top of .venv.
+communities: $(VENV)-communities/test.stamp
+	OMP_NUM_THREADS=1 $(VENV)-communities/bin/python -m pytest tests/communities $(ARGS)
 
 # Half an hour on two cores: kills, failing disks, damaged files and odd input, and a table of what became of them.
 # ARGS="--only kills --minutes 5"; what went wrong is printed with the command that repeats it.
@@ -84,10 +88,18 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES) libraries.txt
 	$(PIP) install --quiet --no-deps --requirement libraries.txt
 	touch $@
 
+$(VENV)-communities/test.stamp: $(VENV)/test.stamp communities.txt
+	test -x $(VENV)-communities/bin/python || $(RUN) -m venv $(VENV)-communities
+	# The packages of .venv, torch among them, are seen from here.
+	$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(VENV)-communities/bin/python -c \
+		'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(VENV)-communities/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement communities.txt
+	touch $@
+
 # What an extra adds to the installed package, which pip does not build again.
 $(VENV)/bench.stamp $(VENV)/docs.stamp $(VENV)/release.stamp: $(VENV)/%.stamp: $(VENV)/test.stamp
 	$(PIP) install --quiet --constraint constraints.txt 'glf_fast[$*]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-communities build dist *.egg-info

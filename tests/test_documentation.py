@@ -17,13 +17,13 @@ from torch.distributions import Distribution
 import glf_fast
 from bench.libraries import flowjax
 from glf_fast import conversion, fitting, flow, grammar, integrations, metrics, ops
-from glf_fast.integrations import nessai, nflows, pocomc, sbi, zuko
+from glf_fast.integrations import madnis, nessai, nflows, pocomc, sbi, zuko
 from glf_fast.models.glf import GLFSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Blocks in ```py are shown and not run, because pythae is not in the test environment.
-SHOWN = {"docs/coming-from/pythae.md"}
+# Blocks in ```py are not run here, because pythae is not in the test environment, and anomalib has its own (tests/communities).
+SHOWN = {"docs/coming-from/pythae.md", "docs/drop-in.md"}
 SLOW = {"docs/coming-from/flowjax.md"}  # XLA compiles for a quarter of a minute
 MISSING = pytest.mark.skipif(bool(flowjax.why_not()), reason=flowjax.why_not())  # it comes with `make bench`
 # aspire needs Python 3.11, and with it the class for it.
@@ -116,6 +116,7 @@ def test_llms_txt_is_current(llms: ModuleType) -> None:
         fitting,
         flow,
         integrations,
+        madnis,
         nessai,
         nflows,
         pocomc,

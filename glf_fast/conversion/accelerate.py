@@ -24,6 +24,7 @@ from glf_fast.conversion.reading import (
     Reading,
     check_precision,
     copied,
+    for_device,
     fused_context,
     lost_in_training,
     on_processor,
@@ -316,12 +317,12 @@ def _fused(library: Library, parts: Sequence[Part]) -> tuple[Flow | OnChannels, 
     check_precision(like.dtype)
     copies = copied(modules).cpu().double()  # in their modes: a network with active dropout is read in another way
     library.prepare(copies)
-    shape = parts[0].shape
+    shape, device = parts[0].shape, like.device.type
     found = None
     if len(shape) == 3 and library.any_size and shape[1] * shape[2] > 100:
         with suppress(Unfusable, ConversionError):  # a few pixels say as much as many, where the networks take them
-            found = proven(copies, partial(_build, library, parts, (shape[0], 4, 6)))
-    _, fused, changed = found or proven(copies, partial(_build, library, parts, shape))
+            found = proven(copies, partial(_build, library, parts, (shape[0], 4, 6), device))
+    _, fused, changed = found or proven(copies, partial(_build, library, parts, shape, device))
     kinds = {type(parts[int(name.partition(".")[0])].module).__name__ for name in changed}
     fused = fused.to(like.device, like.dtype).train(modules[0].training)
     originals = dict(zip(copies.modules(), modules.modules(), strict=True))
@@ -336,11 +337,11 @@ def _fused(library: Library, parts: Sequence[Part]) -> tuple[Flow | OnChannels, 
 
 
 def _build(
-    library: Library, originals: Sequence[Part], event_shape: Shape, copies: nn.Module
+    library: Library, originals: Sequence[Part], event_shape: Shape, device: str, copies: nn.Module
 ) -> tuple[Reading, Flow, Sources]:
-    """Copies of parts, in float64, read and fused."""
+    """Copies of parts, in float64, read and fused for that type of device."""
     parts = [replace(part, module=copy) for part, copy in zip(originals, copies.children(), strict=True)]
-    layers = [layer for part in parts for layer in library.read(part)]
+    layers = [layer for part in parts for layer in for_device(library.read(part), device)]
     columns = fused_context(layers)
     context_shape: Shape = (columns,) if columns else ()
     if not columns and any(isinstance(layer, Coupling) and not layer.is_mlp for layer in layers):

@@ -200,7 +200,10 @@ def _evaluate(
         name: [gradient for gradient in both if gradient is not None]
         for name, *both in zip(parameters, direct, through, strict=True)
     }
-    summed = {name: sum(parts[name], torch.zeros_like(p)).reshape(1, -1) for name, p in parameters.items()}
+    summed = {
+        name: (sum(parts[name][1:], parts[name][0]) if parts[name] else torch.zeros_like(p)).reshape(1, -1)
+        for name, p in parameters.items()
+    }
     each = {"log_prob": value.detach()[:, None], "the gradient of log_prob with respect to x": of_x}
     return _Evaluation(each, summed, {name for name, found in parts.items() if found})
 
@@ -255,7 +258,8 @@ def _reparametrised(library: nn.Module, sources: Sources) -> list[str]:
     two biases make one, is known by J in the same way: an optimizer moves it twice.
     """
     generator = torch.Generator().manual_seed(0)
-    parameters = {name: p for name, p in library.named_parameters() if p.requires_grad}
+    used = parameters_of(*(value for _, value, _ in sources))
+    parameters = {name: p for name, p in library.named_parameters() if id(p) in used}
     pairs = [
         (value, trained * torch.randn(value.shape, dtype=value.dtype, generator=generator))
         for _, value, trained in sources

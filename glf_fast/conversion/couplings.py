@@ -60,12 +60,12 @@ class DeclaredCoupling:
             raise Unfusable("its mask leaves no channel to condition on, or none to transform")
         conditioner: Conditioner | Outputs
         try:
-            conditioner = self._outputs() if images else self._conditioner()
+            conditioner = self.own_network() if images else self._conditioner()
         except Unfusable:
             worth_it = self.context == "argument" if self.spline is not None else part.shape[0] >= _WIDE
             if not (worth_it and len(self.passive) and len(self.transformed)):
                 raise
-            conditioner = self._outputs()
+            conditioner = self.own_network()
         options = (self.log_scale, self.constant, self.add_first, self.undo, self.spline)
         return Coupling(self.passive, self.transformed, conditioner, *options)
 
@@ -94,8 +94,8 @@ class DeclaredCoupling:
             net = widen_inputs(net, P, self.context.columns, self.context.width)
         return net
 
-    def _outputs(self) -> Outputs:
-        """The network as (p, context) → (u, t)."""
+    def own_network(self) -> Outputs:
+        """The library's network itself, as (p, context) → (u, t)."""
         networks = self.network if isinstance(self.network, tuple) else (self.network,)
         context = self.context if isinstance(self.context, str) else self.context.index()
         if self.joined:

@@ -149,7 +149,8 @@ class Coupling:
     input's. `conditioner`: a `Conditioner`, which is stacked with others, or the library's own network on images, `Outputs`.
     `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose formula cannot be
     turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0. With `spline`, v is put through
-    splines of that kind, and the conditioner makes the parameters of each side by side.
+    splines of that kind, and the conditioner makes the parameters of each side by side. `own_network`: the library's own, of an
+    MLP, where the coupling gains from it if it is too wide for the kernels.
     """
 
     passive: Tensor
@@ -160,6 +161,7 @@ class Coupling:
     add_first: bool
     undo: bool = False
     spline: Spline | None = None
+    own_network: Any = None
 
     @property
     def is_mlp(self) -> bool:

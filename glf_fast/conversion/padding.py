@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from glf_fast.conversion.layers import TRAINED, Coupling, Unfusable, width
 
-__all__ = ["check_padding", "divided", "hidden_widths", "padded_dim"]
+__all__ = ["divided", "fastest", "hidden_widths", "padded_dim"]
 
 # One launch more is worth so many multiply-adds: 65 µs forward, 180 µs with backward, on one core with 256 samples.
 _LAUNCH = 10_000
@@ -52,21 +53,25 @@ def divided(couplings: Sequence[Coupling]) -> list[list[Coupling]]:
     return runs
 
 
-def check_padding(coupling: Coupling) -> None:
-    """Raise Unfusable for a coupling that is slower with its padding than the library's own layer is, on a processor.
+def fastest(coupling: Coupling) -> Coupling:
+    """The coupling, with `own_network` where the kernels would be slower than the library's own layer is, on a processor.
 
-    On a GPU the library's dozens of launches for each layer cost more than multiply-adds do: nobody asks there.
+    Raises Unfusable where they would, and there is none. On a GPU the library's dozens of launches for each layer cost more
+    than multiply-adds do: nobody asks there.
     """
     mlp = coupling.conditioner
     own = sum(int(((W != 0) | (roles == TRAINED)).sum()) for W, roles in zip(mlp.weights, mlp.roles, strict=True))
     dim = width(coupling)
     fused = _cost([coupling])
     units = (2 if mlp.separate else 1) * sum(W.shape[-1] for W in mlp.weights[:-1])
-    if fused > own + _UNIT * units + _COLUMN * dim + _LAYER:
-        raise Unfusable(
-            f"transforms {len(coupling.transformed)} of {dim} columns with {own:,} multiply-adds for each sample; fused it "
-            f"would take {fused:,}, which on a processor is slower"
-        )
+    if fused <= own + _UNIT * units + _COLUMN * dim + _LAYER:
+        return coupling
+    if coupling.own_network is not None:
+        return replace(coupling, conditioner=coupling.own_network)
+    raise Unfusable(
+        f"transforms {len(coupling.transformed)} of {dim} columns with {own:,} multiply-adds for each sample; fused it "
+        f"would take {fused:,}, which on a processor is slower"
+    )
 
 
 def _sizes(coupling: Coupling) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from glf_fast.conversion.layers import (
     Unfusable,
 )
 from glf_fast.conversion.library import Library, check_shape
-from glf_fast.conversion.padding import check_padding
+from glf_fast.conversion.padding import fastest
 from glf_fast.flow import Squeeze
 
 __all__ = [
@@ -142,10 +142,7 @@ def read_parts(
                 raise Unfusable(
                     "shares parameters with another layer, the base or the embedding net; stacking would untie them"
                 )
-            layers = (read or library.read)(part)
-            for layer in layers:
-                if isinstance(layer, Coupling) and layer.is_mlp and device == "cpu":
-                    check_padding(layer)
+            layers = for_device((read or library.read)(part), device)
             uses = Counter(p for layer in layers for p in parameters_of(*_tensors(layer)))
             if uses and max(uses.values()) > 1:
                 raise Unfusable("uses a network more than once; stacking would untie the uses")
@@ -156,6 +153,14 @@ def read_parts(
             layers = [Kept(module, f"{part.name} ({type(part.module).__name__}): {reason_of(error)}")]
         found.append(layers)
     return found
+
+
+def for_device(layers: Iterable[Layer], device: str) -> list[Layer]:
+    """The layers as they run on that type of device; raises Unfusable for one that is slower there than the library's."""
+    return [
+        fastest(layer) if isinstance(layer, Coupling) and layer.is_mlp and device == "cpu" else layer
+        for layer in layers
+    ]
 
 
 def reason_of(error: Exception) -> str:

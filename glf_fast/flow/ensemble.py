@@ -262,7 +262,7 @@ class FlowEnsemble(nn.Module):
         """A, A⁻¹, c (E·K, …), Σ log|det A| of each flow (E, 1), and the networks' tensors."""
         networks = self._flows._mlp()
         A, A_inv, c, logabsdets = self._flows._affine(networks[0][0].dtype, need_inverse=need_inverse)
-        return A, A_inv, c, logabsdets[:, None], networks
+        return A, A_inv, c, logabsdets.view(self.members, 1), networks  # of one flow a number
 
     def _each(self, tensor: Tensor) -> Tensor:
         """(E·B, …) as (E, B, …)."""

@@ -8,10 +8,10 @@ from types import ModuleType
 
 from glf_fast.integrations.splines import fast_splines
 
-__all__ = ["aspire", "fast_splines", "nessai", "nflows", "pocomc", "sbi", "zuko"]
+__all__ = ["aspire", "fast_splines", "madnis", "nessai", "nflows", "pocomc", "sbi", "zuko"]
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in __all__:
+    if name in (*__all__, "bayesflow"):  # which is no part of `import *`: it imports Keras
         return import_module(f"glf_fast.integrations.{name}")
     raise AttributeError(f"module 'glf_fast.integrations' has no attribute {name!r}")

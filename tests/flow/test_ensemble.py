@@ -76,6 +76,14 @@ def test_is_its_flows_one_by_one(kind: str, backend: str) -> None:
     torch.testing.assert_close(context.grad, own_context.grad)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_ensemble_of_one(kind: str) -> None:
+    ensemble = shaken(FlowEnsemble(1, D, 2, **{"hidden": (6,), **KINDS[kind]})).eval()
+    x = torch.randn(B, D)
+    torch.testing.assert_close(ensemble.log_prob(x), ensemble[0].log_prob(x)[None])
+    torch.testing.assert_close(ensemble.inverse(ensemble(x)[0])[0][0], x, rtol=1e-3, atol=1e-3)
+
+
 def test_threads_change_no_bit() -> None:
     """On one thread flow by flow, on two each with a flow of its own, which is work enough for it."""
     ensemble = ensemble_of(hidden=(64, 64), dtype=torch.float32)

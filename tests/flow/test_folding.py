@@ -70,7 +70,7 @@ def test_steps_of_glow_have_few_nodes(mask: Any) -> None:
         flow = SequentialFlow([layer for _ in range(K) for layer in step(4)], (4, 8, 8))
         flow.log_prob(x)
         counts.append(nodes(flow.log_prob(x)))
-    assert counts[1] <= (124 if mask == "channels" else 127) and counts[1] - counts[0] <= 4 * 13, counts
+    assert counts[1] <= (124 if mask == "channels" else 132) and counts[1] - counts[0] <= 4 * 13, counts
 
 
 def test_a_first_batch_starts_the_actnorms_one_after_the_other() -> None:

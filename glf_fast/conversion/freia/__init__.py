@@ -1,4 +1,4 @@
-"""FrEIA: `SequenceINN`, and a `GraphINN` that is a chain from one input to one output.
+"""FrEIA: `SequenceINN` and `GraphINN`; `convert` takes a graph that is a chain from one input to one output.
 
 It knows no base distribution; N(0, I) is meant. Its conditions become one context: those that some block uses, concatenated
 in the order of their indices.
@@ -26,32 +26,56 @@ __all__ = ["LIBRARY"]
 
 
 def _chains(flow: Any) -> list[Chain]:
-    """One; raises ConversionError for a graph that is none."""
+    """One of a sequence; of a graph, each run of nodes with one input and one output, and every other node by itself."""
     if _is_sequence(flow):
         parts = [
             Part(f"module_list.{i}", module, block_shape(module), () if index is None else (index,))
             for i, (module, index) in enumerate(zip(flow.module_list, flow.conditions, strict=True))
         ]
         return [Chain(parts, partial(_put_in_sequence, flow, parts))]
-    nodes = [node for node in flow.node_list if node not in flow.in_nodes + flow.out_nodes + flow.condition_nodes]
-    expected: Any = flow.in_nodes[0]
-    conditions = [
-        [c[0] if isinstance(c, tuple) else c for c in node.conditions] for node in nodes
-    ]  # (node, 0) after 0.2
+    runs: list[list[Any]] = []
+    for node in _inner_nodes(flow):
+        before = node.inputs[0][0]
+        run = next((run for run in runs if run[-1] is before), None)
+        if (
+            run
+            and node.inputs == [(before, 0)]
+            and len(before.outputs) == 1 == len(node.outputs)
+            and _is_single(run[0])
+        ):
+            run.append(node)
+        else:
+            runs.append([node])
+    return [Chain([_part(flow, node) for node in run], partial(_put_in_graph, flow, run)) for run in runs]
+
+
+def _inner_nodes(graph: Any) -> list[Any]:
+    """The nodes with modules, each behind those that it takes its inputs from."""
+    return [node for node in graph.node_list if node not in graph.in_nodes + graph.out_nodes + graph.condition_nodes]
+
+
+def _is_single(node: Any) -> bool:
+    """Whether a node has one input and one output."""
+    return len(node.inputs) == 1 == len(node.outputs)
+
+
+def _part(graph: Any, node: Any) -> Part:
+    given = [c[0] if isinstance(c, tuple) else c for c in node.conditions]  # (node, 0) after 0.2
+    conditions = tuple(map(graph.condition_nodes.index, given))
+    return Part(f"node {node.name!r}", node.module, block_shape(node.module), conditions)
+
+
+def _check_one_chain(flow: Any) -> None:
+    """Raise ConversionError for a graph that is no chain from one input to one output."""
+    if _is_sequence(flow):
+        return
     if len(flow.in_nodes) != 1 or len(flow.out_nodes) != 1:
         raise ConversionError(f"a GraphINN with {len(flow.in_nodes)} inputs and {len(flow.out_nodes)} outputs")
-    for node in [*nodes, flow.out_nodes[0]]:
+    expected = flow.in_nodes[0]
+    for node in [*_inner_nodes(flow), flow.out_nodes[0]]:
         if node.inputs != [(expected, 0)] or len(node.outputs) > 1:
             raise ConversionError(f"GraphINN's node {node.name!r} does not follow on {expected.name!r} alone")
         expected = node
-    parts = [
-        Part(
-            f"node {node.name!r}", node.module, block_shape(node.module),
-            tuple(map(flow.condition_nodes.index, given)),
-        )
-        for node, given in zip(nodes, conditions, strict=True)
-    ]  # fmt: skip
-    return [Chain(parts, partial(_put_in_graph, flow))]
 
 
 def _in_one_context(parts: list[Part]) -> list[Part]:
@@ -72,7 +96,8 @@ def _fused(fused: Flow | OnChannels, parts: Sequence[Part]) -> nn.Module:
 
 
 def _base(flow: Any) -> Base:
-    """N(0, I), of the shape that comes out; vectors stay vectors."""
+    """N(0, I), of the shape that comes out; vectors stay vectors. Raises ConversionError for a graph that is no chain."""
+    _check_one_chain(flow)
     shape = tuple(flow.shapes[0]) if _is_sequence(flow) else tuple(flow.in_nodes[0].output_dims[0])
     for part in _chains(flow)[0].parts:
         if len(shape) > 1:
@@ -86,6 +111,7 @@ def _log_prob(flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _run(flow: Any, x: Tensor, context: Tensor | None, *, rev: bool) -> tuple[Tensor, Tensor]:
+    _check_one_chain(flow)
     widths = _condition_widths(_chains(flow)[0].parts)
     n = max(1 + max(widths, default=-1), len(getattr(flow, "condition_nodes", ())))
     conditions = [x.new_zeros(len(x), 0)] * n
@@ -136,17 +162,13 @@ def _put_in_sequence(flow: Any, parts: Sequence[Part], replacements: Sequence[Re
     flow.conditions, flow.shapes = conditions, shapes
 
 
-def _put_in_graph(flow: Any, replacements: Sequence[Replacement]) -> None:
-    """The node that is given the conditions gets the fused module, the others hand on what they get."""
-    chain = [node for node in flow.node_list if node.module is not None]
-    originals = [node.module for node in chain]
+def _put_in_graph(flow: Any, run: Sequence[Any], replacements: Sequence[Replacement]) -> None:
+    """Of the nodes of a run, the one that is given the conditions gets the fused module; the others hand on what they get."""
     for start, stop, fused in replacements:
-        holder = next((i for i in range(start, stop) if chain[i].conditions), start)
-        for i in range(start, stop):
-            originals[i] = fused if i == holder else PassedOn().train(fused.training)
-    for node, module in zip(chain, originals, strict=True):
-        node.module = module
-    flow.module_list = module_list(originals, flow.module_list)
+        holder = next((node for node in run[start:stop] if node.conditions), run[start])
+        for node in run[start:stop]:
+            node.module = fused if node is holder else PassedOn().train(fused.training)
+    flow.module_list = module_list([node.module for node in _inner_nodes(flow)], flow.module_list)
 
 
 LIBRARY = Library(
@@ -170,7 +192,6 @@ LIBRARY = Library(
         "IResNetLayer": "its log-determinant is a random estimate",
     },
     own_hooks=frozenset({"OrthogonalTransform"}),  # re-orthogonalises a trained matrix; a matrix is read if it is not
-    any_size=False,
     context_shape=_context_shape,
     in_one_context=_in_one_context,
     # The inverse of a rotation is its transpose, to float32.

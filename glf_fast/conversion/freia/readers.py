@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,15 +45,23 @@ def _one_sided(part: Part) -> list[Layer]:
 
 
 def _coupling(
-    part: Part, passive: Tensor, transformed: Tensor, network: Any, scale: LogScale | None, factor_t: float = 1.0
+    part: Part,
+    passive: Tensor,
+    transformed: Tensor,
+    network: Any,
+    scale: LogScale | None,
+    factor_t: float = 1.0,
+    *,
+    keep_network: bool = False,
 ) -> Layer:
-    """A coupling with outputs [u | t]; an additive one without log-scale."""
+    """A coupling with outputs [u | t]; an additive one without log-scale. `keep_network`: it gains with its own one, too."""
     given = part.context or own_context(part.module)
     context = "none" if len(part.shape) == 3 and not given.columns else given
     declared = partial(DeclaredCoupling, passive, transformed, network, context=context)
     if scale is None:
         return declared("t").read(part)
-    return declared("ut", scale.name, scale.constant, scale.factor, factor_t).read(part)
+    coupling = declared("ut", scale.name, scale.constant, scale.factor, factor_t)
+    return replace(coupling.read(part), own_network=coupling.own_network() if keep_network else None)
 
 
 def _halves(module: Any) -> tuple[Tensor, Tensor]:
@@ -84,13 +93,18 @@ def _all_in_one(part: Part) -> list[Layer]:
         raise Unfusable("one column is too few for a coupling")
     columns = torch.arange(module.in_channels, device=rotation.device)
     scale, factor_t = _probe_all_in_one(module, n_transformed)
+    permutation = _rotation(rotation)
+    # The block multiplies by the matrix of a permutation, at a third of its whole cost where it is wide.
+    multiplied = isinstance(permutation, Permutation) and not (module.householder or module.w_perm.numel() == n)
     factors = module.global_scale_activation(module.global_scale).view(-1)
     trained = trained_together(module.global_scale, module.global_offset)
     return [
         *([_rotation(rotation.T)] if module.reverse_pre_permute else []),
-        _coupling(part, columns[:n_passive], columns[n_passive:], module.subnet, scale, factor_t),
+        _coupling(
+            part, columns[:n_passive], columns[n_passive:], module.subnet, scale, factor_t, keep_network=multiplied
+        ),
         Diagonal(factors.log(), module.global_offset.view(-1), trained),
-        _rotation(rotation),
+        permutation,
     ]
 
 
