@@ -361,8 +361,8 @@ PROJECTS = [
         lambda sizes: _UShaped(),
         (32 * 16 + 12 * 64 + 8 * 256,),
         16,
-        left="a GraphINN with 3 inputs and 3 outputs",
-        why="a graph with several inputs and outputs; see below",
+        how="`accelerate`; see below",
+        other=AIO,
     ),
     Project(
         "DifferNet",
