@@ -30,6 +30,7 @@ glf::GlowGradients<T> gradients(const Tensors& found) {
 }
 
 Tensor glow_network(Tensor x, Tensors parameters, double gain_factor) {
+  STD_TORCH_CHECK(x.dim() == 4 && parameters.size() == 10, "glf_fast: a Glow network needs images and ten parameters");
   Tensor out = empty(x, {x.size(0), x.size(1), x.size(2), parameters[6].size(0)});
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -72,6 +73,7 @@ glf::Coupling<T> affine(int64_t log_scale, double constant, bool add_first, bool
 // y, logdet, and what the network made.
 std::tuple<Tensor, Tensor, Tensor> glow_coupling(Tensor x, Tensors parameters, double gain_factor, bool v_first, int64_t log_scale,
                                                  double constant, bool add_first, bool inverse) {
+  STD_TORCH_CHECK(x.dim() == 4 && parameters.size() == 10, "glf_fast: a Glow coupling needs images and ten parameters");
   Tensor y = alike(x), logdet = empty(x, {x.size(0)});
   Tensor raw = empty(x, {x.size(0), x.size(1), x.size(2), parameters[6].size(0)});
   for_dtype(x, [&](auto zero) {

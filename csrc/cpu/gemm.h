@@ -127,6 +127,7 @@ template <class T, class After = Nothing>
 void multiply(idx M, idx N, idx K, const T* a, idx a_m, const T* b, bool transposed, T* c, idx c_m, const T* bias,
               T* panel, const After& after = {}, bool accumulate = false) {
   constexpr idx L = lanes<T>, W = NR * L;
+  if (M == 0) return;
   if (M <= MR && !transposed && !accumulate && N >= L) {
     for (idx j = 0; j < N;) {
       idx vectors = widest(M);

@@ -93,6 +93,7 @@ class Bed {
     wake_.wait(lock, done);
     asleep_ = false;
   }
+  bool asleep() const { return asleep_; }
   void wake() {
     if (!asleep_) return;
     { const std::lock_guard<std::mutex> lock(mutex_); }
@@ -112,11 +113,11 @@ struct alignas(128) Helper {
   std::atomic<Mail> mail{Mail::none};
   Bed bed;
 #ifdef __linux__
-  clockid_t clock;
+  clockid_t clock = CLOCK_THREAD_CPUTIME_ID;
 #endif
 };
 
-// Of helpers. If nobody came, or waiting for them cost half of what they save, the cores have other users, and calls go without them for
+// When helpers come. If nobody came, or waiting for them cost half of what they save, the cores have other users, and calls go without them for
 // a while: as long as this call, three times as long when it happens again, up to 63 times. That is forgotten slowly: a second process
 // on two cores is in the way of every other call.
 struct Punctuality {
@@ -145,10 +146,10 @@ class Pool {
     read(rounding_);
     if (tasks == 1)
       perform(0);
-    else if (with_team_)
+    else if (with_team_ && team)
       run_with_team(team);
-    else if (Clock::now() < own_.rests_until)
-      with_team_ = run_alone() && team && team_allowed_ && Clock::now() >= team_.rests_until;
+    else if (const auto now = Clock::now(); now < own_.rests_until)
+      run_alone(team && team_allowed_ && now >= team_.rests_until);
     else
       run_with_helpers();
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
@@ -157,11 +158,13 @@ class Pool {
  private:
   void run_with_helpers() {
     const int offers = hire(std::min(tasks_, most_tasks) - 1);
+    const auto begun = Clock::now();
+    bool slept = false;
     for (int i = 0; i < offers; ++i) {
+      slept = slept || helpers_[i].bed.asleep();
       helpers_[i].mail = Mail::offered;
       helpers_[i].bed.wake();
     }
-    const auto begun = Clock::now();
     perform(0);
     const auto task_took = Clock::now() - begun;
     for (int i = offers; i < tasks_ - 1; ++i) perform(i + 1);
@@ -173,18 +176,23 @@ class Pool {
     };
     if (!look(grace, finished)) bed_.sleep_until(finished);
     const auto now = Clock::now();
-    own_.judge(offers && (taken_back == offers || costly(now - done, offers, task_took)), now, task_took + (now - done));
+    // Who had to be woken comes too late for a short call, whoever has the cores.
+    const bool nobody = taken_back == offers && !slept;
+    const bool late = offers && (nobody || costly(now - done, offers, task_took));
+    own_.judge(late, now, now - begun);
+    if (late) watched_ = false;
   }
 
-  // Whether threads of this process have the cores: torch's team, spinning.
-  bool run_alone() {
+  // While helpers rest; once each rest it looks whether threads of this process have the cores: torch's team, spinning.
+  void run_alone(bool may_ask_team) {
+    const bool watches = may_ask_team && !std::exchange(watched_, watched_ || may_ask_team);
     const auto begun = Clock::now();
-    const auto strangers_begun = strangers();
+    const auto had = watches ? strangers() : Clock::duration{};
     for (int i = 0; i < tasks_; ++i) perform(i);
-    return strangers() - strangers_begun > (tasks_ - 1) * (Clock::now() - begun) / 2;
+    if (watches) with_team_ = strangers() - had > (tasks_ - 1) * (Clock::now() - begun) / 2;
   }
 
-  // What threads of this process other than the caller and the helpers have had of the cores; nothing where that is not known.
+  // The time that threads of this process other than the caller and the helpers have had; nothing where that is not known.
   Clock::duration strangers() const {
     Clock::duration time{};
 #ifdef __linux__
@@ -195,12 +203,14 @@ class Pool {
   }
 
   void run_with_team(Team team) {
+    const auto begun = Clock::now();
     const int members = std::min(tasks_, most_tasks);
     next_ = 0;
     team(members, [](void* pool, int i) { static_cast<Pool*>(pool)->join(i == 0); }, this);
     const auto now = Clock::now();
-    with_team_ = !costly(now - done_, members - 1, task_took_);
-    team_.judge(!with_team_, now, task_took_ + (now - done_));
+    // Within another team of OpenMP, or where it may have one thread only, the caller does everything.
+    with_team_ = done_by_caller_ < tasks_ && !costly(now - done_, members - 1, task_took_);
+    team_.judge(!with_team_, now, now - begun);
   }
 
   // A member's part of a call.
@@ -213,6 +223,7 @@ class Pool {
     for (int i; (i = next_++) < tasks_; ++done) perform(i);
     if (caller) {
       done_ = Clock::now();
+      done_by_caller_ = done;
       task_took_ = (done_ - begun) / std::max(done, 1);
     }
     set(own);
@@ -250,7 +261,7 @@ class Pool {
     }
   }
 
-  // How many of them nobody had begun.
+  // Takes back what nobody has begun, and counts it.
   int take_all(int offers) {
     int taken = 0;
     for (int i = 0; i < offers; ++i) taken += take(i);
@@ -286,7 +297,9 @@ class Pool {
   const bool team_allowed_;
   Punctuality own_, team_;
   bool with_team_ = false;
+  bool watched_ = false;  // it was asked whether torch's team has the cores, since helpers were late
   std::atomic<int> next_{0};  // of the team's tasks
+  int done_by_caller_ = 0;
   Clock::duration task_took_{};
   Clock::time_point done_{};
   Bed bed_;  // the caller's

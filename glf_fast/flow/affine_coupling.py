@@ -76,19 +76,22 @@ class AffineCoupling(Coupling):
         return 1 if self.additive else 2
 
     def couple(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        """With Glow's network as one operation."""
+        """`Coupling.couple`; with Glow's network of the right sizes as one operation."""
+        check_channels("x", x, self.dim)
         network, halves = self.conditioner, self._halves
         if (
-            type(network) is not GlowNetwork
+            type(self) is not AffineCoupling  # a subclass may do something else in between
+            or type(network) is not GlowNetwork
             or has_hooks(network)
             or halves is None
+            or network.first.weight.shape[1] != self.dim - halves.outputs + 1
+            or network.last.shape[0] != 2 * halves.outputs
             or context is not None
             or self.additive
             or x.ndim != 4
             or x.dtype.itemsize < 4
         ):
             return super().couple(x, context, inverse=inverse)
-        check_channels("x", x, self.dim)
         network.start(halves.divide(x)[0])
         return ops.glow_coupling(
             x,

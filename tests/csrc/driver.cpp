@@ -28,7 +28,9 @@ namespace {
 template <class T>
 using Buffer = std::vector<T>;
 
-glf::Parallel threads(int n) { return {n, glf::run_together}; }
+glf::Parallel threads(int n) {
+  return {n, [](int tasks, void (*task)(void*, int), void* context) { glf::run_together(tasks, task, context); }};
+}
 
 struct Shape {
   int steps, dim, context_dim;
@@ -191,6 +193,56 @@ void walk_couplings(const glf::Kernels<T>& kernels, const glf::Kernels<T>& gener
     }
 }
 
+// Maps of channels, forward and backward, in buffers of the exact length.
+template <class T>
+Buffer<T> map_channels(const glf::Kernels<T>& kernels, int rows, int C, bool inverse, int threads_) {
+  std::mt19937 rng(3);
+  const std::size_t size = std::size_t(rows) * C;
+  const Buffer<T> x = random<T>(size, 1, rng), A = random<T>(C * C, 0.5, rng), c = random<T>(C, 1, rng), g = random<T>(size, 1, rng);
+  Buffer<T> y(size), grad_x(size), grad_A(C * C), grad_c(C);
+  kernels.channel_map(rows, C, x.data(), A.data(), c.data(), inverse, y.data(), threads(threads_));
+  kernels.channel_map_backward(rows, C, g.data(), x.data(), A.data(), c.data(), inverse, grad_x.data(), grad_A.data(), grad_c.data(),
+                               threads(threads_));
+  for (const Buffer<T>* more : {&grad_x, &grad_A, &grad_c}) y.insert(y.end(), more->begin(), more->end());
+  return y;
+}
+
+// A coupling of images with Glow's network, forward and backward.
+template <class T>
+Buffer<T> couple_images(const glf::Kernels<T>& kernels, int B, int H, int W, int P, int transformed, int N, bool v_first, int threads_) {
+  std::mt19937 rng(5);
+  const int O = 2 * transformed;
+  const std::size_t image = std::size_t(H) * W * (P + transformed), size = B * image;
+  const int sizes[] = {N * (P + 1) * 9, N, N, N * N, N, N, O * N * 9, O * 9, O, O};
+  std::vector<Buffer<T>> given, grads;
+  for (const int n : sizes) given.push_back(random<T>(n, 0.3, rng)), grads.emplace_back(n);
+  const auto at = [&](int i) { return given[i].data(); };
+  const auto to = [&](int i) { return grads[i].data(); };
+  const glf::GlowNetwork<T> net{H, W, P, N, O, T(3), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+  const glf::Coupling<T> op{glf::Kind::affine, static_cast<glf::LogScale>(0), T(2), false, false, {}};
+  const Buffer<T> x = random<T>(size, 1, rng), grad_y = random<T>(size, 1, rng), grad_logdet = random<T>(B, 1, rng);
+  Buffer<T> y(size), logdet(B), raw(std::size_t(B) * H * W * O), grad_x(size);
+  kernels.glow_coupling(net, op, v_first, B, x.data(), y.data(), logdet.data(), raw.data(), threads(threads_));
+  kernels.glow_coupling_backward(net, op, v_first, B, x.data(), raw.data(), grad_y.data(), grad_logdet.data(), grad_x.data(),
+                                 {to(0), to(1), to(2), to(3), to(4), to(5), to(6), to(7), to(8), to(9)}, threads(threads_));
+  for (const Buffer<T>* more : {&logdet, &grad_x}) y.insert(y.end(), more->begin(), more->end());
+  for (const Buffer<T>& more : grads) y.insert(y.end(), more.begin(), more.end());
+  return y;
+}
+
+template <class T>
+void walk_images(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
+  for (const int C : {1, 3, 4, 7, 12, 16, 33})
+    for (const int rows : {0, 1, 5, 97, 3000})
+      for (const bool inverse : {false, true})
+        check("channel_map", map_channels(kernels, rows, C, inverse, 3), map_channels(generic, rows, C, inverse, 1), tolerance);
+  const int shapes[][6] = {{3, 4, 5, 2, 2, 16}, {1, 1, 1, 1, 1, 1}, {5, 1, 7, 2, 1, 9}, {2, 3, 2, 3, 4, 17}, {0, 2, 2, 1, 1, 8}, {2, 0, 3, 2, 2, 16}};
+  for (const auto& [B, H, W, P, transformed, N] : shapes)
+    for (const bool v_first : {false, true})
+      check("glow_coupling", couple_images(kernels, B, H, W, P, transformed, N, v_first, 3),
+            couple_images(generic, B, H, W, P, transformed, N, v_first, 1), tolerance);
+}
+
 template <class T>
 void walk(const glf::Kernels<T>& kernels, int bytes, const glf::Kernels<T>& generic, double tolerance) {
   const Shape shapes[] = {{2, 2, 0, {5}, 1},     {3, 3, 1, {4}, 2},      {2, 5, 2, {}, 7},       {2, 7, 3, {16, 9}, 13},
@@ -216,6 +268,7 @@ void walk(const glf::Kernels<T>& kernels, int bytes, const glf::Kernels<T>& gene
       check("round trip", x, c.x, tolerance);
     }
   walk_couplings(kernels, generic, tolerance);
+  walk_images(kernels, generic, tolerance);
   walk_autoregressive(kernels, bytes, generic, tolerance);
   walk_linear(kernels, generic, 10 * tolerance);  // inverses amplify rounding by their condition
 }

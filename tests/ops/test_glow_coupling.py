@@ -1,5 +1,6 @@
 """Couplings with Glow's network as one operation: the processor's kernels against the two operations one after the other."""
 
+import math
 from typing import Any
 
 import pytest
@@ -59,7 +60,8 @@ def test_values_and_gradients(shape: tuple[int, ...], options: dict[str, Any]) -
             found = torch.autograd.grad(outputs, (x, *rest), [g.to(dtype) for g in grads])
             for mine, truth in zip((*outputs, *found), (*exact, *exact_grads), strict=True):
                 assert mine.shape == truth.shape and mine.dtype == dtype
-                assert (mine - truth).detach().norm() <= tolerance * max(1.0, float(truth.norm()))
+                difference, size = (float(t.detach().norm()) for t in (mine - truth, truth))
+                assert difference <= tolerance * max(1.0, size)
 
 
 def test_second_derivatives() -> None:
@@ -106,6 +108,53 @@ def test_an_odd_number_of_outputs_is_refused() -> None:
     rest[8] = rest[9] = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"the network's outputs must be 2·T"):
         ops.glow_coupling(x, *rest, 3.0)
+
+
+class Doubled(AffineCoupling):
+    """A coupling with a formula of its own."""
+
+    def transform(self, v: Tensor, raw: Any, parts: Any, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        w, logdet = super().transform(v, raw, parts, inverse=inverse)
+        return 2 * w, logdet + v[0].numel() * math.log(2)
+
+
+def test_a_subclass_keeps_its_own_formula() -> None:
+    x = torch.randn(3, 4, 6, 6)
+    network = GlowNetwork(2, 4, 16)
+    plain, doubled = AffineCoupling(4, network)(x)[0], Doubled(4, network)(x)[0]
+    assert torch.allclose(doubled[:, 2:], 2 * plain[:, 2:]) and torch.equal(doubled[:, :2], x[:, :2])
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_network_of_other_sizes_is_refused(started: bool) -> None:
+    network = GlowNetwork(2, 6, 16)
+    if started:
+        network(torch.randn(3, 2, 6, 6))
+    with pytest.raises((ValueError, RuntimeError)):
+        AffineCoupling(5, network)(torch.randn(3, 5, 6, 6))
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_outputs_keep_their_order_and_may_be_changed_in_place(order: torch.memory_format) -> None:
+    x = torch.randn(3, 4, 6, 6).contiguous(memory_format=order).requires_grad_()
+    coupling = AffineCoupling(4, GlowNetwork(2, 4, 16))
+    z, logdet = coupling(x)
+    assert z.is_contiguous(memory_format=order)
+    z.mul_(2)
+    logdet.add_(1)
+    y = ops.channel_map(x, torch.eye(4), torch.ones(4))
+    y.add_(1)
+    (z.sum() + y.sum()).backward()
+    assert torch.allclose(x.grad, torch.full_like(x, 3.0))  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert coupling(x)[0].is_contiguous(memory_format=order)
+
+
+def test_images_without_pixels() -> None:
+    x = torch.zeros(2, 4, 0, 7)
+    coupling = AffineCoupling(4, GlowNetwork(2, 4, 16)).eval()
+    z, logdet = coupling(x)
+    assert z.shape == x.shape and torch.equal(logdet, torch.zeros(2))
 
 
 @pytest.mark.parametrize("flip", [False, True])

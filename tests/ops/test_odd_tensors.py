@@ -59,12 +59,27 @@ def coupling(v: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return ops.affine_coupling(v, u, t)
 
 
+def glow_coupling(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.glow_coupling(x, *parameters, 3.0)  # type: ignore[arg-type]
+
+
+def glow_arguments() -> list[Tensor]:
+    sizes = [(3, 4, 5, 5), (8, 3, 3, 3), (8,), (8,), (8, 8, 1, 1), (8,), (8,), (4, 8, 3, 3), (4, 3, 3), (4,), (4,)]
+    return [torch.randn(size) for size in sizes]
+
+
+def channels_last() -> Tensor:
+    return torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last)
+
+
 OPERATIONS: dict[str, tuple[Callable[..., object], Callable[[], list[Tensor]]]] = {
     "flow": (flow, arguments),
     "density": (density, arguments),
     "autoregressive": (autoregressive, autoregressive_arguments),
     "coupling": (coupling, lambda: [torch.randn(3, 4) for _ in range(3)]),
     "slogdet": (ops.slogdet_inverse, lambda: [torch.randn(3, 4, 4)]),
+    "glow coupling": (glow_coupling, glow_arguments),
+    "channels": (ops.channel_map, lambda: [channels_last(), torch.randn(4, 4), torch.randn(4)]),
 }
 
 
@@ -81,7 +96,7 @@ def test_freed_storage_is_an_error(name: str, graded: bool) -> None:
             run(*given)
 
 
-@pytest.mark.parametrize("name", ["flow", "density", "autoregressive", "coupling"])
+@pytest.mark.parametrize("name", ["flow", "density", "autoregressive", "coupling", "glow coupling", "channels"])
 @pytest.mark.parametrize("graded", [False, True])
 def test_one_argument_without_data_is_an_error(name: str, graded: bool) -> None:
     run, make = OPERATIONS[name]
@@ -225,7 +240,7 @@ def test_what_is_no_tensor_is_named_by_operations(name: str, graded: bool) -> No
         "plu": (ops.plu_assemble, lambda: [torch.arange(3), torch.eye(3), torch.eye(3), torch.zeros(3), torch.ones(3)]),
     }
     run, make = {**OPERATIONS, **vectors}[name]
-    places = range(len(make())) if name in ("coupling", "slogdet", "plu") else (0,)
+    places = range(len(make())) if name in ("coupling", "slogdet", "plu", "glow coupling") else (0,)
     for i in places:
         for change in (Tensor.tolist, Tensor.numpy):
             given = [t.detach() for t in make()]

@@ -7,7 +7,7 @@ from torch import Tensor
 from glf_fast.ops.affine_coupling import affine_coupling
 from glf_fast.ops.affine_coupling.call import AffineOptions
 from glf_fast.ops.backends import kernels_for
-from glf_fast.ops.checks import check_alike, check_log_scale
+from glf_fast.ops.checks import check_alike, check_floating, check_log_scale, check_shape
 from glf_fast.ops.glow_coupling import cpp
 from glf_fast.ops.glow_coupling.autograd import run
 from glf_fast.ops.glow_coupling.call import GlowOptions, in_steps, with_tensors
@@ -49,7 +49,7 @@ def glow_coupling(
         log_scale, log_scale_constant, add_first, inverse: see `affine_coupling`.
 
     Returns:
-        y like x, and logdet (B,) of the direction applied.
+        y like x and in its order of memory, and logdet (B,) of the direction applied.
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown `log_scale`. TypeError: not floating-point.
@@ -57,10 +57,14 @@ def glow_coupling(
     Source: Glow (arXiv:1807.03039), table 1 and released code.
     """
     check_log_scale(log_scale, log_scale_constant)
+    for name, tensor in (("x", x), ("last", last)):
+        check_floating(name, tensor)
+    check_shape("x", x, (None, None, None, None), "(batch, channels, height, width)")
+    check_shape("last", last, (None, None, 3, 3), "(2·T, N, 3, 3)")
     tensors = (x, first, first_log_scale, first_bias, second, second_log_scale, second_bias, last, edge, bias, log_gain)
     options = GlowOptions(gain_factor, v_first, AffineOptions(log_scale, log_scale_constant, add_first, inverse))
     call = with_tensors(options, tensors)
-    given = x.shape[1] - call.transformed if isinstance(x, Tensor) and x.ndim == 4 else 0
+    given = x.shape[1] - call.transformed
     check(call.network(x), given)
     if last.shape[0] % 2 or given < 1:
         raise ValueError(

@@ -20,7 +20,7 @@ class GlowCouplingKernels(Kernels, Protocol):
     """Both passes of a coupling."""
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """y, with the channels last in memory, logdet (B,), and what the network made."""
+        """y (B, H, W, D), logdet (B,), and what the network made."""
 
     def backward(self, call: Call, made: Tensor, grad_y: Tensor, grad_logdet: Tensor) -> Sequence[Tensor]:
         """The gradients of x and of the parameters."""
@@ -30,8 +30,11 @@ def run(kernels: GlowCouplingKernels, call: Call) -> tuple[Tensor, Tensor]:
     """The coupling by kernels that take this call."""
     tensors = (call.x, *call.parameters)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _Coupling.apply(kernels, call.options, *tensors)
-    return kernels.forward(call)[:2]
+        y, logdet = _Coupling.apply(kernels, call.options, *tensors)
+    else:
+        y, logdet, _ = kernels.forward(call)
+    y = y.movedim(-1, 1)  # not in the function, whose outputs may be changed in place only if they are no views
+    return y.contiguous() if call.x.is_contiguous() else y, logdet
 
 
 class _Coupling(torch.autograd.Function):
@@ -53,7 +56,9 @@ class _Coupling(torch.autograd.Function):
         if plain_gradients_wanted(grads):
 
             def plain(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-                return in_steps(with_tensors(options, inputs), reference.glow_network, reference.affine_coupling)
+                call = with_tensors(options, inputs)
+                y, logdet = in_steps(call, reference.glow_network, reference.affine_coupling)
+                return y.movedim(1, -1), logdet
 
             return None, None, *differentiate(plain, tensors, ctx.needs_input_grad[2:], grads)
         return None, None, *ctx.kernels.backward(with_tensors(options, tensors), made, *grads)

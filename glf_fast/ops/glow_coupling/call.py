@@ -15,7 +15,7 @@ __all__ = ["Call", "GlowOptions", "in_steps", "with_tensors"]
 
 
 class GlowOptions(NamedTuple):
-    """What of a coupling is not a tensor."""
+    """The options of a coupling."""
 
     gain_factor: float
     v_first: bool  # v is the first channels, p the last ones

@@ -28,17 +28,14 @@ def refuses(call: Call) -> str:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """y, with the channels last in memory, logdet (B,), and what the network made (B, H, W, 2·T)."""
-    y, logdet, made = operations.cpu_glow_coupling.default(
-        pixels_of(call.x), contiguous(call.parameters), *_numbers(call.options)
-    )
-    return y.movedim(-1, 1), logdet, made
+    """y (B, H, W, D), logdet (B,), and what the network made (B, H, W, 2·T)."""
+    return operations.cpu_glow_coupling.default(pixels_of(call.x), contiguous(call.parameters), *_numbers(call.options))
 
 
 def backward(call: Call, made: Tensor, grad_y: Tensor, grad_logdet: Tensor) -> Sequence[Tensor]:
-    """The gradients of x and of the parameters."""
+    """The gradients of x and of the parameters, from those of y (B, H, W, D) and of logdet."""
     of_x, *rest = operations.cpu_glow_coupling_backward.default(
-        pixels_of(grad_y), grad_logdet.contiguous(), pixels_of(call.x), made, contiguous(call.parameters),
+        grad_y.contiguous(), grad_logdet.contiguous(), pixels_of(call.x), made, contiguous(call.parameters),
         *_numbers(call.options),
     )  # fmt: skip
     return of_x.movedim(-1, 1), *rest

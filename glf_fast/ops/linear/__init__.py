@@ -124,7 +124,7 @@ def _apply(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool) -> Tensor:
     if x.is_contiguous() and x.shape[2:].numel() >= 2 * x.shape[1]:
         A, c, flat = matrix.mT.expand(len(x), *matrix.shape), offset[:, None], x.flatten(2)
         return (A @ (flat - c) if inverse else torch.baddbmm(c, A, flat)).view(x.shape)
-    if usable(CPP, x):
+    if kernels_for(x, x, channels):
         return channels.channel_map(x, matrix, offset, inverse)
     rows = x.movedim(1, -1)
     flat = rows.reshape(-1, x.shape[1])

@@ -18,26 +18,28 @@ BACKENDS = (CPP,)
 operations = torch.ops.glf_fast
 
 
+_MOST_CHANNELS = 256  # beyond, a tile's part of the matrix leaves the caches, and a library's product is the faster one
+
+
 def refuses(x: Tensor) -> str:
     """Why the kernels cannot take these images; "" where they can."""
-    return ""
+    return "" if x.shape[1] <= _MOST_CHANNELS else f"more than {_MOST_CHANNELS} channels"
 
 
 def channel_map(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool) -> Tensor:
     """The y of `reference.invertible_linear` for images (B, C, …), with the channels last in memory."""
-    if torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad or offset.requires_grad):
-        return _ChannelMap.apply(x, matrix, offset, inverse)
-    return _forward(x, matrix, offset, inverse)
+    graded = torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad or offset.requires_grad)
+    rows = (_ChannelMap.apply if graded else _forward)(x, matrix, offset, inverse)
+    return _images(rows, x)  # not in the function, whose outputs may be changed in place only if they are no views
 
 
 def _forward(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool) -> Tensor:
-    rows = _rows(x)
-    y = operations.cpu_channel_map.default(rows, matrix.contiguous(), offset.contiguous(), inverse)
-    return _images(y, x)
+    """y as rows of channels."""
+    return operations.cpu_channel_map.default(_rows(x), matrix.contiguous(), offset.contiguous(), inverse)
 
 
 class _ChannelMap(torch.autograd.Function):
-    """The map and the views around it as one node."""
+    """The rows of y."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool) -> Tensor:
@@ -51,11 +53,12 @@ class _ChannelMap(torch.autograd.Function):
         if plain_gradients_wanted((grad,)):
 
             def plain(x: Tensor, matrix: Tensor, offset: Tensor) -> tuple[Tensor]:
-                return (reference.invertible_linear(x, matrix, offset, matrix.new_zeros(()), inverse=inverse)[0],)
+                y = reference.invertible_linear(x, matrix, offset, matrix.new_zeros(()), inverse=inverse)[0]
+                return (y.movedim(1, -1).reshape(-1, y.shape[1]),)
 
             return *differentiate(plain, (x, matrix, offset), ctx.needs_input_grad[:3], (grad,)), None
         of_x, of_matrix, of_offset = operations.cpu_channel_map_backward.default(
-            _rows(grad), _rows(x), matrix.contiguous(), offset.contiguous(), inverse
+            grad.contiguous(), _rows(x), matrix.contiguous(), offset.contiguous(), inverse
         )
         return _images(of_x, x), of_matrix, of_offset, None
 
