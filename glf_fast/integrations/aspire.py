@@ -13,7 +13,7 @@ from aspire.history import FlowHistory
 from torch import Tensor, nn
 
 from glf_fast.fitting import fit
-from glf_fast.integrations.whole_zuko import batch_size_of, coupling_flow, stacked, whole
+from glf_fast.integrations.whole_zuko import batch_size_of, coupling_flow, integer, stacked, whole
 
 __all__ = ["FusedFlow"]
 
@@ -85,9 +85,9 @@ class FusedFlow(ZukoFlow):
         z = self.fit_data_transform(torch.as_tensor(x).clone().to(self.device, self.dtype))
         held_out = max(1, round(validation_fraction * len(z))) if validation_fraction else 0
         result = fit(
-            stacked(self._whole), z, epochs=n_epochs, batch_size=batch_size_of(len(z) - held_out, batch_size), lr=lr,
-            clip=clip_grad, validation=validation_fraction, patience=patience, schedule="cosine" if lr_annealing else None,
-            seed=int(torch.randint(2**31, ())),
+            stacked(self._whole), z, epochs=integer(n_epochs), batch_size=batch_size_of(len(z) - held_out, batch_size), lr=lr,
+            clip=clip_grad, validation=validation_fraction, patience=integer(patience),
+            schedule="cosine" if lr_annealing else None, seed=int(torch.randint(2**31, ())),
         )  # fmt: skip
         self.flow.eval()
         if result.stopped == "interrupted":
