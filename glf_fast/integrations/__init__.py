@@ -8,9 +8,9 @@ from types import ModuleType
 
 from glf_fast.integrations.splines import fast_splines
 
-__all__ = ["fast_splines", "nflows", "zuko"]  # what needs no other package: `import *` imports all of it
+__all__ = ["fast_splines", "madnis", "nflows", "zuko"]  # what needs no other package: `import *` imports all of it
 
-NEED_THEIR_PACKAGE = ("aspire", "bayesflow", "madnis", "nessai", "pocomc", "sbi")
+NEED_THEIR_PACKAGE = ("aspire", "bayesflow", "nessai", "pocomc", "sbi")
 
 
 def __getattr__(name: str) -> ModuleType:
