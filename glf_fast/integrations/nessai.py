@@ -247,7 +247,7 @@ class FusedFlowProposal(FlowProposal):
 
     def update_flow_config(self) -> None:
         """Set what nessai cannot know: the number of inputs, and the flow unless one is given."""
-        self.flow_config = dict(self.flow_config)  # the caller's stays as it is
+        self.flow_config = dict(self.flow_config)  # type: ignore[has-type]  # a copy: the caller's stays as it is
         super().update_flow_config()
         config: Mapping[str, Any] = self.flow_config
         if config.get("flow") is None and config.get("ftype") is None:
