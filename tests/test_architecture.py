@@ -119,6 +119,24 @@ assert glf_fast.GLF.__name__ == "GLF"
     assert done.returncode == 0, done.stderr
 
 
+def test_all_of_the_integrations_is_imported_without_other_packages() -> None:
+    code = """
+import sys
+sys.modules |= dict.fromkeys(("aspire", "bayesflow", "keras", "madnis", "nessai", "pocomc", "sbi", "nflows", "zuko"))
+from glf_fast.integrations import *
+assert fast_splines and madnis.Flow and nflows.Flow and zuko.Flow
+import glf_fast
+try:
+    glf_fast.integrations.pocomc
+except ImportError as error:
+    assert "pocomc" in str(error), error
+else:
+    raise AssertionError("pocomc is missing")
+"""
+    done = forked.fresh(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names_are_listed_before_they_are_loaded() -> None:
     code = """
 import sys

@@ -264,7 +264,7 @@ PROJECTS = [
         (6,),
         1000,
         other=LU,
-        how="`accelerate`; nessai: see below",
+        how="`accelerate`; nessai's plug-in: [samplers](#nessai-pocomc-and-aspire)",
     ),
     Project(
         "nessai RealNVP, MLP",
@@ -274,7 +274,7 @@ PROJECTS = [
         (6,),
         1000,
         other=LU,
-        how="`accelerate`; nessai: see below",
+        how="`accelerate`; nessai's plug-in: [samplers](#nessai-pocomc-and-aspire)",
     ),
     Project(
         "nessai RealNVP in its own class, eval",
@@ -285,7 +285,7 @@ PROJECTS = [
         1000,
         training=False,
         other=LU | {"BatchNorm"},
-        how="`accelerate`; nessai: see below",
+        how="`accelerate`; nessai's plug-in: [samplers](#nessai-pocomc-and-aspire)",
     ),
     Project(
         "nessai RealNVP, MLP, in its own class, eval",
@@ -296,7 +296,7 @@ PROJECTS = [
         1000,
         training=False,
         other=LU | {"BatchNorm"},
-        how="`accelerate`; nessai: see below",
+        how="`accelerate`; nessai's plug-in: [samplers](#nessai-pocomc-and-aspire)",
     ),
     Project(
         "nessai RealNVP, MLP, ActNorm, in its own class",
@@ -306,7 +306,7 @@ PROJECTS = [
         (6,),
         1000,
         other=LU | {"ActNorm"},
-        how="`accelerate`; nessai: see below",
+        how="`accelerate`; nessai's plug-in: [samplers](#nessai-pocomc-and-aspire)",
     ),
     Project(
         "glasflow RealNVP, conditional",

@@ -104,7 +104,7 @@ PROJECTS = [
         lambda sizes: zuko.flows.RealNVP(8, 0, transforms=sizes.steps(3), hidden_features=[sizes(64)] * 2),
         (8,),
         512,
-        how="`accelerate`, before `flow.compile()`; see below",
+        how="`accelerate`, before `flow.compile()`; aspire's plug-in: [samplers](#nessai-pocomc-and-aspire)",
     ),
     Project(
         "lampe NPE, zuko NICE",

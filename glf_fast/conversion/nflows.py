@@ -198,7 +198,7 @@ def _chain_alone(composition: Any) -> list[Chain]:
 
 
 def _columns_of(transform: Any) -> int | None:
-    """How many columns a coupling or an autoregressive layer works on; None for other layers, and for those on images."""
+    """Number of columns that a coupling or an autoregressive layer works on; None for other layers, and for those on images."""
     convolutions = any(isinstance(module, nn.Conv2d) for module in transform.modules())
     if (features := getattr(transform, "features", None)) is not None and hasattr(transform, "transform_net"):
         return None if convolutions else int(features)

@@ -8,10 +8,12 @@ from types import ModuleType
 
 from glf_fast.integrations.splines import fast_splines
 
-__all__ = ["aspire", "fast_splines", "madnis", "nessai", "nflows", "pocomc", "sbi", "zuko"]
+__all__ = ["fast_splines", "madnis", "nflows", "zuko"]  # what needs no other package: `import *` imports all of it
+
+NEED_THEIR_PACKAGE = ("aspire", "bayesflow", "nessai", "pocomc", "sbi")
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in (*__all__, "bayesflow"):  # which is no part of `import *`: it imports Keras
+    if name in (*__all__, *NEED_THEIR_PACKAGE):
         return import_module(f"glf_fast.integrations.{name}")
     raise AttributeError(f"module 'glf_fast.integrations' has no attribute {name!r}")

@@ -13,7 +13,7 @@ from aspire.history import FlowHistory
 from torch import Tensor, nn
 
 from glf_fast.fitting import fit
-from glf_fast.integrations.whole_zuko import batch_size_of, coupling_flow, stacked, whole
+from glf_fast.integrations.whole_zuko import batch_size_of, coupling_flow, integer, stacked, whole
 
 __all__ = ["FusedFlow"]
 
@@ -85,9 +85,9 @@ class FusedFlow(ZukoFlow):
         z = self.fit_data_transform(torch.as_tensor(x).clone().to(self.device, self.dtype))
         held_out = max(1, round(validation_fraction * len(z))) if validation_fraction else 0
         result = fit(
-            stacked(self._whole), z, epochs=n_epochs, batch_size=batch_size_of(len(z) - held_out, batch_size), lr=lr,
-            clip=clip_grad, validation=validation_fraction, patience=patience, schedule="cosine" if lr_annealing else None,
-            seed=int(torch.randint(2**31, ())),
+            stacked(self._whole), z, epochs=integer(n_epochs), batch_size=batch_size_of(len(z) - held_out, batch_size), lr=lr,
+            clip=clip_grad, validation=validation_fraction, patience=integer(patience),
+            schedule="cosine" if lr_annealing else None, seed=int(torch.randint(2**31, ())),
         )  # fmt: skip
         self.flow.eval()
         if result.stopped == "interrupted":
@@ -95,32 +95,32 @@ class FusedFlow(ZukoFlow):
         return FlowHistory(training_loss=result.training_loss, validation_loss=result.validation_loss)
 
     @torch.no_grad()
-    def sample(self, n_samples: int, xp: Any = torch_api) -> Any:
+    def sample(self, n_samples: int, xp: Any = None) -> Any:
         """n samples (n, D)."""
         return _out(self.inverse_rescale(self._whole.sample(n_samples))[0], xp)
 
     @torch.no_grad()
-    def sample_and_log_prob(self, n_samples: int, xp: Any = torch_api) -> tuple[Any, Any]:
+    def sample_and_log_prob(self, n_samples: int, xp: Any = None) -> tuple[Any, Any]:
         """n samples (n, D), and log p of each (n,), in one pass."""
         z, log_prob = self._whole.distribution().rsample_and_log_prob((n_samples,))
         x, logdet = self.inverse_rescale(z)
         return _out(x, xp), _out(log_prob - logdet, xp)
 
     @torch.no_grad()
-    def log_prob(self, x: Any, xp: Any = torch_api) -> Any:
+    def log_prob(self, x: Any, xp: Any = None) -> Any:
         """log p(x) in nats, (n,), of x (n, D); without gradients, for which aspire has no use."""
         z, logdet = self.rescale(torch.as_tensor(x, dtype=self.dtype, device=self.device))
         return _out(self._whole.log_prob(z) + logdet, xp)
 
     @torch.no_grad()
-    def forward(self, x: Any, xp: Any = torch_api) -> tuple[Any, Any]:
+    def forward(self, x: Any, xp: Any = None) -> tuple[Any, Any]:
         """Noise z (n, D) of x (n, D), and log|det ∂z/∂x| (n,)."""
         z, rescaled = self.rescale(torch.as_tensor(x, dtype=self.dtype, device=self.device))
         z, logdet = self._whole(z)
         return _out(z, xp), _out(logdet + rescaled, xp)
 
     @torch.no_grad()
-    def inverse(self, z: Any, xp: Any = torch_api) -> tuple[Any, Any]:
+    def inverse(self, z: Any, xp: Any = None) -> tuple[Any, Any]:
         """Samples x (n, D) of noise z (n, D), and log|det ∂x/∂z| (n,)."""
         x, logdet = self._whole.inverse(torch.as_tensor(z, dtype=self.dtype, device=self.device))
         x, rescaled = self.inverse_rescale(x)
@@ -129,4 +129,4 @@ class FusedFlow(ZukoFlow):
 
 def _out(tensor: Tensor, xp: Any) -> Any:
     """The tensor as an array of another library."""
-    return tensor if xp is torch_api else xp.asarray(tensor.cpu().numpy())
+    return tensor if xp is None or xp is torch_api else xp.asarray(tensor.cpu().numpy())

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from nessai.flowmodel import FlowModel
 from nessai.flows.base import BaseFlow
-from nessai.flows.utils import silu
+from nessai.flows.utils import reset_permutations, silu
 from nessai.proposal.flowproposal import FlowProposal
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ from glf_fast.fitting.dataset import Rows
 from glf_fast.fitting.fused import FusedSteps, why_not
 from glf_fast.flow import CouplingFlow, Flow
 from glf_fast.reference import log_normal
+
+logger = logging.getLogger("nessai.glf_fast")  # below nessai's, so that a run's log has what it says
 
 __all__ = ["FusedFlowModel", "FusedFlowProposal", "NessaiFlow", "coupling_flow"]
 
@@ -100,7 +103,7 @@ class NessaiFlow(BaseFlow):
     """A flow of glf_fast with the methods that nessai calls.
 
     Args:
-        build: function that makes the flow; it is called again where nessai resets the weights.
+        build: function that makes the flow; it is called again where nessai resets the weights or the permutations.
     """
 
     def __init__(self, build: Callable[[], Flow]) -> None:
@@ -109,14 +112,26 @@ class NessaiFlow(BaseFlow):
         self.flow = build()
 
     def apply(self, fn: Callable[[nn.Module], object]) -> NessaiFlow:
-        """Apply a function to this module alone: nessai resets weights so, and the flow's parts have none of their own."""
-        fn(self)
+        """Apply a function to this module alone: nessai resets flows so, and the flow's parts have no resets of their own."""
+        if fn is reset_permutations:  # which knows nflows' layers alone
+            self.reset_linear()
+        else:
+            fn(self)
         return self
 
     def reset_parameters(self) -> None:
-        """Set the parameters to new initial values; ActNorms start again from the next batch."""
-        like = next(self.flow.parameters())
-        self.flow.load_state_dict(self._build().to(like).state_dict())
+        """Set all but the linear layers to new initial values, as nessai does; ActNorms start again from the next batch."""
+        self._renew(linear=False)
+
+    def reset_linear(self) -> None:
+        """Draw the linear layers and permutations anew, and keep all else."""
+        self._renew(linear=True)
+
+    def _renew(self, linear: bool) -> None:
+        """Set the linear layers, or all but these, to new initial values."""
+        new = self._build().to(next(self.flow.parameters())).state_dict()
+        chosen = {name: value for name, value in new.items() if name.startswith("linear_") == linear}
+        self.flow.load_state_dict(self.flow.state_dict() | chosen)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise z (B, D) of x (B, D), and log|det ∂z/∂x| (B,)."""
@@ -167,7 +182,8 @@ class FusedFlowModel(FlowModel):
     """nessai's training of a flow, with the steps of an epoch in C++ where the flow is a `NessaiFlow` on a processor.
 
     The batches, the optimizer AdamW, the limit of the gradient, validation and early stopping are nessai's. Another optimizer,
-    a dataloader, weights, or conditions leave the steps to nessai.
+    a dataloader, weights, or conditions leave the steps to nessai. An epoch ends before a step whose loss or gradient is not
+    finite: its loss is NaN, and a warning is logged. Validation decides, as always, which weights are used.
     """
 
     def _train(
@@ -186,21 +202,26 @@ class FusedFlowModel(FlowModel):
         rate = self._optimiser.param_groups[0]["lr"]
         order = torch.randperm(len(train_data))
         whole = len(order) // self._batch_size * self._batch_size
+        wrong = ""
         for batches in (order[:whole].view(-1, self._batch_size), order[None, whole:]):
             while batches.numel():
                 found, wrong = steps.run(batches, [rate] * len(batches))
                 losses += found
-                if wrong:  # nessai itself would train on with NaN
-                    raise FloatingPointError(
-                        f"the {wrong} of the flow is not finite: lower lr in training_config, or set clip_grad_norm"
+                if wrong:
+                    logger.warning(
+                        f"The {wrong} of the flow is not finite; this epoch of training ends before that step. Lower lr in "
+                        "training_config, or set clip_grad_norm"
                     )
+                    break
                 batches = batches[len(found) :]
+            if wrong:
+                break
         self.end_iteration()
         if self.training_config["annealing"]:
             self._optimiser.zero_grad()
             self._optimiser.step()  # nothing, without gradients: a scheduler wants to have seen a step
             self.scheduler.step()
-        return math.fsum(losses) / len(losses)
+        return math.nan if wrong else math.fsum(losses) / len(losses)
 
     def _fused_steps(self, rows: Tensor, noise_scale: float | None) -> FusedSteps | None:
         """The steps on these rows in C++; None where they cannot be."""
@@ -226,6 +247,7 @@ class FusedFlowProposal(FlowProposal):
 
     def update_flow_config(self) -> None:
         """Set what nessai cannot know: the number of inputs, and the flow unless one is given."""
+        self.flow_config = dict(self.flow_config)  # type: ignore[has-type]  # a copy: the caller's stays as it is
         super().update_flow_config()
         config: Mapping[str, Any] = self.flow_config
         if config.get("flow") is None and config.get("ftype") is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pocomc
@@ -11,7 +12,7 @@ from pocomc.tools import torch_double_to_float
 from torch import Tensor, nn
 
 from glf_fast.fitting import fit
-from glf_fast.integrations.whole_zuko import batch_size_of, coupling_flow, stacked, whole
+from glf_fast.integrations.whole_zuko import batch_size_of, coupling_flow, integer, stacked, whole
 
 __all__ = ["FusedFlow", "accelerate", "coupling_flow"]
 
@@ -107,8 +108,9 @@ class FusedFlow(PocoFlow):
         # pocoMC's losses are sums, or with weights 1000 times the mean; to the mean belong gradients as much shorter.
         factor = batch_size if weights is None else 1000.0
         result = fit(
-            stacked(self._whole), x, epochs=epochs, batch_size=batch_size, lr=learning_rate, weight_decay=weight_decay,
-            clip=clip_grad_norm / factor, weights=None if weights is None else torch_double_to_float(weights),
+            stacked(self._whole), x, epochs=integer(epochs), batch_size=batch_size, lr=learning_rate, weight_decay=weight_decay,
+            clip=None if clip_grad_norm == math.inf else clip_grad_norm / factor,
+            weights=None if weights is None else torch_double_to_float(weights),
             validation=validation, patience=max(1, int(1.5 * patience)), seed=int(torch.randint(2**31, ())), progress=False,
         )  # fmt: skip
         if result.stopped == "interrupted":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,11 +16,13 @@ from glf_fast.conversion.accelerate import accelerate
 from glf_fast.conversion.zuko import ZukoLayer
 from glf_fast.flow import CouplingFlow, Flow, InvertibleLinear, SequentialFlow
 
-__all__ = ["batch_size_of", "coupling_flow", "stacked", "whole"]
+__all__ = ["batch_size_of", "coupling_flow", "integer", "stacked", "whole"]
 
 
 def whole(flow: nn.Module) -> Flow:
     """Replace all transforms of an unconditional flow of zuko in place, and return the one flow that it now consists of.
+
+    A flow that is refused stays as it was.
 
     Raises:
         TypeError: not a flow of zuko.
@@ -26,14 +30,24 @@ def whole(flow: nn.Module) -> Flow:
     """
     if not isinstance(flow, zuko.flows.Flow):
         raise TypeError(f"flow must be a zuko.flows.Flow; got {type(flow).__name__}")
-    report = accelerate(flow)
-    layers = list(getattr(flow.transform, "transforms", [flow.transform]))
+    transform = flow.transform
+    layers = _layers(flow)
+    report = None
+    if len(layers) != 1 or not isinstance(layers[0], ZukoLayer):
+        replaced = copy.deepcopy(flow)
+        report = accelerate(replaced)
+        transform, layers = replaced.transform, _layers(replaced)
     if len(layers) != 1 or not isinstance(layers[0], ZukoLayer):
         raise ConversionError(f"not all of this {type(flow).__name__} can be replaced.\n{report}")
     base = flow.base()
     if not isinstance(base, zuko.distributions.DiagNormal) or base.mean.any() or (base.stddev != 1).any():
         raise ConversionError(f"the base of a flow must be N(0, I); that of this {type(flow).__name__} is {base}")
+    flow.transform = transform
     return layers[0].flow
+
+
+def _layers(flow: Any) -> list[nn.Module]:
+    return list(getattr(flow.transform, "transforms", [flow.transform]))
 
 
 def stacked(flow: Flow) -> Flow:
@@ -47,6 +61,11 @@ def stacked(flow: Flow) -> Flow:
 def batch_size_of(rows: int, most: int) -> int:
     """The size of equal batches, as many as batches of at most `most` would be: `glf_fast.fit` leaves out what fills none."""
     return max(1, rows // max(1, math.ceil(rows / max(1, most))))
+
+
+def integer(value: Any) -> Any:
+    """An integer of numpy as one of Python, as `glf_fast.fit` takes them; any other value as it is."""
+    return int(value) if isinstance(value, Integral) else value
 
 
 def coupling_flow(features: int, context: int = 0, **options: Any) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from glf_fast import ConversionError
 from glf_fast.flow import CouplingFlow
 
-pytest.importorskip("aspire", reason="aspire needs Python 3.11")
+if sys.version_info < (3, 11):
+    pytest.skip("aspire needs Python 3.11", allow_module_level=True)
 from aspire import Aspire, Samples
 from aspire.flows import get_flow_wrapper
 from aspire.flows.torch.flows import ZukoFlow
@@ -108,11 +110,20 @@ def test_double_precision() -> None:
     assert flow.log_prob(near_posterior(5).x).dtype == torch.float64
 
 
+def test_integers_of_numpy_are_taken() -> None:
+    history = FusedFlow(DIMS, **COUPLING).fit(
+        near_posterior(400).x, n_epochs=np.int64(3), batch_size=np.int64(100), patience=np.int32(2)
+    )
+    assert 1 <= len(history.training_loss) <= 3
+
+
 def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(ValueError, match="name of a flow of zuko, or CouplingFlow; got 'Flux'"):
         FusedFlow(DIMS, "Flux")
     with pytest.raises(ConversionError, match="not all of this CNF can be replaced"):
         FusedFlow(DIMS, "CNF")
+    with pytest.raises(ConversionError, match="not all of this MAF can be replaced"):
+        FusedFlow(1)
     x = near_posterior(100).x
     x[3, 0] = np.nan
     with pytest.raises(ValueError, match="x has NaN or infinity in 1 of 100 rows"):

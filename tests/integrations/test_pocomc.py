@@ -113,6 +113,39 @@ def test_other_settings_leave_the_loop_to_pocomc() -> None:
     assert history["val_loss"] == [] and flow.log_prob(banana(300)).mean() > before
 
 
+def test_integers_of_numpy_and_an_infinite_limit_are_taken() -> None:
+    flow = FusedFlow(2, coupling_flow(2, steps=2, hidden=(8,)))
+    settings = {**SETTINGS, "patience": np.int64(3), "clip_grad_norm": np.inf}
+    history = flow.fit(banana(200), epochs=np.int64(3), batch_size=np.int64(50), **settings)
+    assert 1 <= len(history["loss"]) <= 3
+
+
+@pytest.mark.parametrize("why", ["one transform stays", "another base"])
+def test_a_flow_that_is_refused_stays_as_it_was(why: str) -> None:
+    flow = zuko.flows.MAF(2, transforms=2)
+    if why == "one transform stays":
+        flow.transform.transforms.append(zuko.flows.CNF(2).transform)
+    else:
+        flow.base = zuko.lazy.UnconditionalDistribution(
+            zuko.distributions.DiagNormal, torch.zeros(2), 2 * torch.ones(2), buffer=True
+        )
+    before = list(flow.named_modules())
+    with pytest.raises(ConversionError):
+        FusedFlow(2, flow)
+    after = list(flow.named_modules())
+    assert [name for name, _ in after] == [name for name, _ in before]
+    assert all(a is b for (_, a), (_, b) in zip(after, before, strict=True))
+
+
+def test_a_run_without_glf_fast_goes_on_with_it(tmp_path: Path) -> None:
+    sampler(tmp_path).run(n_total=64, n_evidence=0, progress=False, save_every=3)
+    again = sampler(tmp_path)
+    again.load_state(tmp_path / "pmc_3.state")
+    iterations = again.t
+    accelerate(again).run(n_total=64, n_evidence=0, progress=False)
+    assert isinstance(again.flow, FusedFlow) and again.t > iterations
+
+
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"pocomc\.Sampler; got Flow"):
         accelerate(Flow(2))
