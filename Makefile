@@ -20,6 +20,7 @@ test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal $(ARGS)
 
 # Other people's packages that would pull another torch, or half of PyPI: in an environment of their own, on top of .venv.
+# Needs Python 3.11 or newer, as pandas 3 does.
 communities: $(VENV)-communities/test.stamp
 	OMP_NUM_THREADS=1 $(VENV)-communities/bin/python -m pytest tests/communities $(ARGS)
 

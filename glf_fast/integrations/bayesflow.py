@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import torch
 from bayesflow.networks import InferenceNetwork
 from bayesflow.utils import layer_kwargs, weighted_mean
 from bayesflow.utils.serialization import serializable, serialize
@@ -100,9 +99,16 @@ class CouplingFlow(InferenceNetwork):
         stage: str = "training",
         **_: Any,
     ) -> dict[str, Tensor]:
-        """The loss, the mean of −log q(x | conditions) in nats."""
+        """The loss, the mean of −log q(x | conditions) in nats; outside of training also the `inference_metrics` of `compile`.
+
+        Those compare a sample for each condition with x. bayesflow's own networks leave them out.
+        """
         _, log_density = self(x, conditions=conditions, density=True, training=stage == "training")
-        return {"loss": weighted_mean(-log_density, sample_weight)}
+        found = {"loss": weighted_mean(-log_density, sample_weight)}
+        if stage != "training" and self.metrics:
+            samples = self.sample(tuple(x.shape[:-1]), conditions=conditions)
+            found |= {metric.name: metric(samples, x) for metric in self.metrics}
+        return found
 
     def _flow_in(self, training: bool) -> glf_fast.flow.CouplingFlow:
         if self.flow.training != bool(training):
@@ -115,7 +121,9 @@ class CouplingFlow(InferenceNetwork):
     ) -> tuple[Tensor, Tensor]:
         """A direction on a batch of any shape: x (…, D), conditions (…, C) → (…, D), log-determinant (…)."""
         batch = x.shape[:-1]
-        if conditions is not None:
-            conditions = torch.broadcast_to(conditions, (*batch, conditions.shape[-1])).flatten(0, -2)
-        y, logdet = direction(x.flatten(0, -2), conditions)
-        return y.view(*batch, -1), logdet.view(batch)
+        if conditions is not None and conditions.shape[:-1] != batch:
+            raise ValueError(
+                f"conditions must have the leading shape of the parameters, {tuple(batch)}; got {tuple(conditions.shape)}"
+            )
+        y, logdet = direction(x.flatten(0, -2), None if conditions is None else conditions.flatten(0, -2))
+        return y.reshape(x.shape), logdet.reshape(batch)

@@ -27,8 +27,8 @@ class Flow(nn.Module):
         dims_in: D, at least 2.
         channels: number of channels; None for one flow without channels.
         dims_c: columns of the condition; 0 for none.
-        blocks: number of couplings; by default 2·⌈log₂ D⌉, in which every dimension is transformed, given those with the
-            other value of one binary digit of their index.
+        blocks: number of couplings; by default 2·⌈log₂ D⌉, in which every dimension is transformed given every other one,
+            and in half of the couplings (one fewer for some dimensions of an odd D).
         layers, units: of each network, the output layer included.
         bins: of the splines.
         channel_remap_function: from channels (n,) to those whose flows are used, as `Integrand.remap_channels`.
@@ -166,20 +166,29 @@ class Flow(nn.Module):
 
 
 def _orders(dim: int, blocks: int) -> Tensor:
-    """Permutations (blocks, dim) from the dimensions as the block before has left them.
+    """Permutations (blocks, dim) from the dimensions as the block before has left them; the last dim // 2 are transformed.
 
-    Blocks 2b and 2b + 1 divide them by the binary digit b of their indices, the second one the other way round. The kernels
-    transform the last dim // 2 of them.
+    Dimensions have binary words, which come in pairs of complements, so that every digit divides them into halves. Blocks
+    2b and 2b + 1 divide them by digit b, and transform one half each. Any two dimensions differ in a digit: after all
+    ⌈log₂ dim⌉ of them each was transformed given each other one. An odd dim lacks one word, that of ones alone; the zeros of
+    a digit are then one too many, of which a different one each time is not transformed.
     """
     check_integer("blocks", blocks, 1)
     digits = math.ceil(math.log2(dim))
+    even = dim + dim % 2
+    words = [i if i < even // 2 else i + 2**digits - even for i in range(dim)]
+    passed_over = [0] * dim
     before = list(range(dim))
     orders = []
     for block in range(blocks):
-        digit = block // 2 % digits
-        wanted = sorted(range(dim), key=lambda i, digit=digit: (i >> digit & 1, (i + digit) % dim))  # type: ignore[misc]
-        if block % 2:
-            wanted = wanted[::-1]
+        bit = 1 << block // 2 % digits
+        transformed = [i for i in range(dim) if bool(words[i] & bit) == (block % 2 == 0)]
+        if len(transformed) > dim // 2:
+            # Best is one that differs from no other dimension in this digit alone.
+            out = min(transformed, key=lambda i, bit=bit: (passed_over[i], words[i] ^ bit in words))  # type: ignore[misc]
+            passed_over[out] += 1
+            transformed.remove(out)
+        wanted = [i for i in range(dim) if i not in transformed] + transformed
         orders.append([before.index(i) for i in wanted])
         before = wanted
     return torch.tensor(orders)

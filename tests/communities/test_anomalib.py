@@ -50,18 +50,18 @@ def flows(model: Any) -> nn.Module:
     return next(getattr(model, n) for n in ("decoders", "fast_flow_blocks", "flow") if hasattr(model, n))
 
 
-def loss(model: Any, images: Tensor) -> Tensor:
-    """The models' own losses, without their reductions."""
+def loss(model: Any, images: Tensor, features: list[Tensor] | None = None) -> Tensor:
+    """The models' own losses, without their reductions; the rows that CFLOW's decoders are given are added to `features`."""
+    features = [] if features is None else features
     if hasattr(model, "decoders"):
         from anomalib.models.image.cflow.utils import get_logp, positional_encoding_2d
 
         total = images.new_zeros(())
         for name, decoder in zip(model.pool_layers, model.decoders, strict=True):
-            features = model.encoder(images)[name]
-            places = positional_encoding_2d(model.condition_vector, *features.shape[2:]).expand(
-                len(features), -1, -1, -1
-            )
-            rows, places = (t.movedim(1, -1).flatten(0, 2) for t in (features, places))
+            maps = model.encoder(images)[name]
+            places = positional_encoding_2d(model.condition_vector, *maps.shape[2:]).expand(len(maps), -1, -1, -1)
+            rows, places = (t.movedim(1, -1).flatten(0, 2) for t in (maps, places))
+            features.append(rows.requires_grad_())
             z, logdet = decoder(rows, [places])
             width = rows.shape[1]
             total = total - nn.functional.logsigmoid(get_logp(width, z, logdet) / width).mean()
@@ -92,9 +92,19 @@ def test_same_anomaly_maps(pair: tuple[nn.Module, nn.Module, Any]) -> None:
 
 
 def test_same_losses_and_their_gradients(pair: tuple[nn.Module, nn.Module, Any]) -> None:
+    """Gradients of the images, or of the features, where the model computes these without gradients (CFLOW)."""
     images = torch.randn(2, 3, SIZE, SIZE)
-    losses = [loss(m.train(), images) for m in pair[:2]]
+    losses, gradients = [], []
+    for m in pair[:2]:
+        given, features = images.clone().requires_grad_(), []
+        value = loss(m.train(), given, features)
+        losses.append(value.detach())
+        gradients.append(torch.autograd.grad(value, features or [given]))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
+    for got, wanted in zip(gradients[1], gradients[0], strict=True):
+        scale = wanted.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["global affine layers frozen", "all trained"])
@@ -122,13 +132,21 @@ def test_same_training(pair: tuple[nn.Module, nn.Module, Any], frozen: bool) -> 
 
 
 def test_weights_are_saved(pair: tuple[nn.Module, nn.Module, Any]) -> None:
-    _, fast, _ = pair
-    state = {name: t.clone() for name, t in fast.state_dict().items()}
-    fast.load_state_dict(state)
-    images = torch.randn(1, 3, SIZE, SIZE)
-    other = copy.deepcopy(fast)
+    """Loading restores the maps of a model that was accelerated with other weights."""
+    model, fast, _ = pair
+    other = copy.deepcopy(model)
+    torch.manual_seed(1)
     with torch.no_grad():
-        assert torch.equal(other.eval()(images).anomaly_map, fast.eval()(images).anomaly_map)
+        for p in flows(other).parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn_like(p))
+    accelerate(other)
+    images = torch.randn(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        wanted = fast.eval()(images).anomaly_map
+        assert not torch.allclose(other.eval()(images).anomaly_map, wanted, rtol=1e-3)
+        other.load_state_dict({name: t.clone() for name, t in fast.state_dict().items()})
+        assert torch.equal(other.eval()(images).anomaly_map, wanted)
 
 
 def test_one_call_per_feature_map() -> None:

@@ -83,6 +83,45 @@ def test_both_directions_are_inverses(workflow: Any) -> None:
     assert log_prob.shape == (3, 5)
 
 
+def test_conditions_belong_to_their_parameters(workflow: Any) -> None:
+    network = workflow.approximator.inference_network
+    x, c = torch.randn(3, 5, 2), torch.randn(5, 2)
+    for inverse in (False, True):
+        with pytest.raises(ValueError, match=r"leading shape of the parameters, \(3, 5\); got \(5, 2\)"):
+            network(x, conditions=c, inverse=inverse)
+        with pytest.raises(ValueError, match=r"leading shape of the parameters, \(5, 5\); got \(5, 2\)"):
+            network(torch.randn(5, 5, 2), conditions=c, inverse=inverse)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (0, 5, 2), (3, 0, 2)])
+def test_empty_batches(workflow: Any, shape: tuple[int, ...]) -> None:
+    network = workflow.approximator.inference_network
+    for inverse in (False, True):
+        z, log_prob = network(torch.zeros(shape), conditions=torch.zeros(shape), inverse=inverse, density=True)
+        assert (z.shape, log_prob.shape) == (shape, shape[:-1])
+
+
+def test_metrics_of_the_user_are_computed_in_validation(bayesflow: Any) -> None:
+    from glf_fast.integrations.bayesflow import CouplingFlow
+
+    workflow = bayesflow.BasicWorkflow(
+        simulator=bayesflow.make_simulator(
+            [lambda: {"theta": np.random.normal(size=2)}, lambda theta: {"x": np.random.normal(theta, NOISE)}]
+        ),
+        inference_network=CouplingFlow(depth=1, widths=(8,)),
+        inference_variables=["theta"],
+        inference_conditions=["x"],
+    )
+    metric = bayesflow.metrics.RootMeanSquaredError(name="rmse")
+    workflow.approximator.compile(optimizer="adam", inference_metrics=[metric])
+    history = workflow.fit_online(
+        epochs=2, batch_size=64, num_batches_per_epoch=2, validation_data=200, verbose=0
+    ).history
+    (name,) = (name for name in history if "rmse" in name)
+    assert name.startswith("val_")
+    assert all(0.1 < value < 5 for value in history[name]), history
+
+
 def test_saved_and_loaded(workflow: Any, tmp_path: Path) -> None:
     import keras
 

@@ -70,6 +70,8 @@ def test_steps_of_glow_have_few_nodes(mask: Any) -> None:
         flow = SequentialFlow([layer for _ in range(K) for layer in step(4)], (4, 8, 8))
         flow.log_prob(x)
         counts.append(nodes(flow.log_prob(x)))
+    # The other mask adds three gathers, and at the end one permutation of channels in channels_last order: five nodes more than
+    # of contiguous planes (two movedims, two views, and the copy into the order of x), but that is faster.
     assert counts[1] <= (124 if mask == "channels" else 132) and counts[1] - counts[0] <= 4 * 13, counts
 
 

@@ -163,7 +163,7 @@ def _put_in_sequence(flow: Any, parts: Sequence[Part], replacements: Sequence[Re
 
 
 def _put_in_graph(flow: Any, run: Sequence[Any], replacements: Sequence[Replacement]) -> None:
-    """Of the nodes of a run, the one that is given the conditions gets the fused module; the others hand on what they get."""
+    """Puts each fused module into that node of its run that is given the conditions; the others hand on what they get."""
     for start, stop, fused in replacements:
         holder = next((node for node in run[start:stop] if node.conditions), run[start])
         for node in run[start:stop]:
