@@ -177,7 +177,7 @@ def study(folder: Path, samplers: Sequence[str], dims: Sequence[int], seeds: int
     machine = about() | {"cpu": _processor()}
     found: dict[str, Any] = {"machine": machine, "date": datetime.now(timezone.utc).isoformat(), "rows": []}
     folder.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(), _without_logs(), Path(os.devnull).open("w") as silence:
+    with warnings.catch_warnings(), _without_logs(), Path(os.devnull).open("w", encoding="utf-8") as silence:
         warnings.simplefilter("ignore")
         for sampler in samplers:
             for flow in SAMPLERS[sampler].flows:  # what is imported and compiled once

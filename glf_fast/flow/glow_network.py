@@ -22,6 +22,9 @@ def check_gain_factor(value: Any) -> None:
         raise ValueError(f"gain_factor must be a number, 0 or more; got {value!r}")
 
 
+_Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class GlowNetwork(nn.Module):
     """(B, channels_in, H, W) → (B, channels_out, H, W): Glow (arXiv:1807.03039), released code.
 
@@ -72,7 +75,7 @@ class GlowNetwork(nn.Module):
                 h = one(self.first(torch.cat([x, x.new_ones(len(x), 1, *x.shape[2:])], 1)))[0].relu()
                 two(self.second(h))
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> _Ten:
         """The parameters in the order of `ops.glow_network`."""
         one, two = self.first_norm, self.second_norm
         return (
