@@ -14,7 +14,7 @@ from glf_fast.flow import AutoregressiveFlow, CouplingFlow, Flow
 from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.ops.backends import CPP, usable
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
-from glf_fast.ops.coupling_flow.cpp import RECORDS_LIMIT
+from glf_fast.ops.coupling_flow.cpp import RECORDS_LIMIT, records_limit
 from glf_fast.reference import prepared_constant
 
 __all__ = ["FusedSteps", "why_not"]
@@ -107,12 +107,13 @@ class FusedSteps:
         counts = [self.optimizer.state[p]["step"] for p in group["params"]]
         losses = torch.zeros(len(order), dtype=torch.float64)
         operation, networks = _networks(flow)
+        limit = records_limit(flow.mlp_weights) if isinstance(flow, CouplingFlow) else RECORDS_LIMIT
         done = operation(
             order.contiguous(), torch.tensor(rates, dtype=torch.float64), rows.x, rows.context, rows.weights,
             buffers.get("linear_permutation"), buffers.get("linear_sign"),
             *([t.detach() for t in part] for part in parts), means, squares, losses, *networks,
             int(counts[0]) + 1, *group["betas"], group["eps"], group["weight_decay"],
-            self.clip if math.isfinite(self.clip) else None, RECORDS_LIMIT, SECONDS,
+            self.clip if math.isfinite(self.clip) else None, limit, SECONDS,
         )  # fmt: skip
         made = done if done >= 0 else -1 - done
         for parameter, count in zip(group["params"], counts, strict=True):

@@ -338,3 +338,8 @@ def test_the_output_may_be_changed_in_place() -> None:
         return torch.autograd.grad((z.mul_(2) + logdet[:, None]).sum(), x)[0]
 
     torch.testing.assert_close(gradient(ops.coupling_flow), gradient(reference.coupling_flow))
+
+
+def test_wide_layers_are_kept_where_others_are_computed_again() -> None:
+    wide, narrow = ([torch.zeros(3, 4, H), torch.zeros(3, H, 6)] for H in (512, 256))
+    assert cpp.records_limit(wide) == 8 * cpp.RECORDS_LIMIT and cpp.records_limit(narrow) == cpp.RECORDS_LIMIT
