@@ -19,10 +19,10 @@ BACKENDS = (CPP,)
 MAX_LAYERS = 17  # of a network: a residual one of five blocks with gates
 # What the forward keeps (csrc/cpu/flow.h, Save).
 NOTHING, INPUTS, RECORDS = 0, 1, 2
-# Bytes of hidden layers that are kept. That saves the backward a third of its arithmetic, as long as they stay in the last-level
-# cache. Of wide layers the arithmetic costs more than the way to memory and back: a training pass that keeps 90 MB or more takes
-# 1.7 times as long as one that computes them again with 64 hidden units, 1.3 times with 128, equally long with 256, and 0.75 times
-# with 512 and 1,024 (Zen 3, two threads).
+# Bytes of hidden layers that are kept. That saves the backward a third of its arithmetic, as long as they stay in the
+# last-level cache. Of wide layers the arithmetic costs more than the way to memory and back: a training pass that keeps 90 MB
+# or more takes 1.7 times as long as one that computes them again with 64 hidden units, 1.3 times with 128, equally long with
+# 256, and 0.75 times with 512 and 1,024 (Zen 3, two threads).
 RECORDS_LIMIT = 32 << 20
 _WIDE, _OF_WIDE = 512, 8
 operations = torch.ops.glf_fast
