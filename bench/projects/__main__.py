@@ -57,7 +57,9 @@ def measured(project: Project, seconds: float) -> Iterator[Result]:
     x, context = project.inputs(project.batch)
     with torch.no_grad():
         wanted, got = (project.log_prob(flow, x, context) for flow in flows.values())
-    size = max(1.0, wanted.nan_to_num().abs().max().item())  # densities that the original does not have are none of ours, too
+    size = max(
+        1.0, wanted.nan_to_num().abs().max().item()
+    )  # densities that the original does not have are none of ours, too
     if not torch.allclose(got, wanted, rtol=TOLERANCE, atol=TOLERANCE * size, equal_nan=True):
         raise RuntimeError(f"{project.name} has another log_prob: {(got - wanted).abs().max():.3g} off")
     info = {"batch": project.batch, "seconds": took, "into": _into(report)}
