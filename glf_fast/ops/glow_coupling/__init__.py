@@ -45,8 +45,9 @@ def glow_coupling(
 
     Args:
         x: (B, P + T, H, W), in any order of memory; v is the last T channels, or the first ones with `v_first`.
-        first, first_log_scale, first_bias, second, second_log_scale, second_bias, last, edge, bias, log_gain, gain_factor: those
-            of the network, see `glow_network`, from P channels to 2·T.
+        first, first_log_scale, first_bias, second, second_log_scale, second_bias, last, edge, bias, log_gain: those of the
+            network, see `glow_network`, from P channels to 2·T.
+        gain_factor: the network's.
         log_scale, log_scale_constant, add_first, inverse: see `affine_coupling`.
 
     Returns:
