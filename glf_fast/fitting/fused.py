@@ -14,7 +14,7 @@ from glf_fast.flow import AutoregressiveFlow, CouplingFlow, Flow
 from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.ops.backends import CPP, usable
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
-from glf_fast.ops.coupling_flow.cpp import RECORDS_LIMIT, records_limit
+from glf_fast.ops.coupling_flow.cpp import OF_WIDE, RECORDS_LIMIT, WIDE
 from glf_fast.reference import prepared_constant
 
 __all__ = ["FusedSteps", "why_not"]
@@ -107,7 +107,8 @@ class FusedSteps:
         counts = [self.optimizer.state[p]["step"] for p in group["params"]]
         losses = torch.zeros(len(order), dtype=torch.float64)
         operation, networks = _networks(flow)
-        limit = records_limit(flow.mlp_weights) if isinstance(flow, CouplingFlow) else RECORDS_LIMIT
+        wide = len(flow.mlp_weights) > 1 and flow.mlp_weights[0].shape[-1] >= WIDE and isinstance(flow, CouplingFlow)
+        limit = RECORDS_LIMIT * OF_WIDE if wide else RECORDS_LIMIT
         done = operation(
             order.contiguous(), torch.tensor(rates, dtype=torch.float64), rows.x, rows.context, rows.weights,
             buffers.get("linear_permutation"), buffers.get("linear_sign"),

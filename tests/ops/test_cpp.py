@@ -340,6 +340,13 @@ def test_the_output_may_be_changed_in_place() -> None:
     torch.testing.assert_close(gradient(ops.coupling_flow), gradient(reference.coupling_flow))
 
 
-def test_wide_layers_are_kept_where_others_are_computed_again() -> None:
-    wide, narrow = ([torch.zeros(3, 4, H), torch.zeros(3, H, 6)] for H in (512, 256))
-    assert cpp.records_limit(wide) == 8 * cpp.RECORDS_LIMIT and cpp.records_limit(narrow) == cpp.RECORDS_LIMIT
+def test_wide_layers_are_kept_where_others_are_computed_again(monkeypatch) -> None:
+    def saved(hidden: int) -> int:
+        sizes: list[int] = []
+        x, A, c, _, *layers = tensors(64, 2, 6, 0, (hidden,), torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            ops.coupling_flow(x, A, c, layers[:2], layers[2:])
+        return max(sizes)
+
+    monkeypatch.setattr(cpp, "RECORDS_LIMIT", 1 << 17)  # below what 256 units are; eight times as much holds 512
+    assert saved(512) > 2 * 64 * 512 > 2 * saved(256)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.reference import COUPLINGS, layers_of_block
 
-__all__ = ["BACKENDS", "MAX_LAYERS", "adapt", "backward", "forward", "records_limit", "refuses", "unchecked"]
+__all__ = ["BACKENDS", "MAX_LAYERS", "adapt", "backward", "forward", "refuses", "unchecked"]
 
 BACKENDS = (CPP,)
 MAX_LAYERS = 17  # of a network: a residual one of five blocks with gates
@@ -24,7 +22,7 @@ NOTHING, INPUTS, RECORDS = 0, 1, 2
 # or more takes 1.7 times as long as one that computes them again with 64 hidden units, 1.3 times with 128, equally long with
 # 256, and 0.75 times with 512 and 1,024 (Zen 3, two threads).
 RECORDS_LIMIT = 32 << 20
-_WIDE, _OF_WIDE = 512, 8
+WIDE, OF_WIDE = 512, 8  # units of the first hidden layer, and how many times as much is kept then
 operations = torch.ops.glf_fast
 
 
@@ -48,19 +46,15 @@ def adapt(call: Call) -> Call:
     return call
 
 
-def records_limit(weights: Iterable[Tensor]) -> int:
-    """The bytes of hidden layers that are kept for the backward of a flow with these networks."""
-    widest = max([w.shape[-1] for w in weights][:-1], default=0)
-    return RECORDS_LIMIT * (_OF_WIDE if widest >= _WIDE else 1)
-
-
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output, logdet, which is the density if options.density, and with `keep` what the backward starts from."""
     x, context, (matrix, offset, logabsdet), weights, biases, options = call
     save, record = NOTHING, 0
     if keep:
         save, record = RECORDS, record_width(call)
-        if len(matrix) // options.members * len(x) * record * x.itemsize > records_limit(call.weights):
+        wide = len(weights) > 1 and weights[0].shape[-1] >= WIDE
+        limit = RECORDS_LIMIT * OF_WIDE if wide else RECORDS_LIMIT
+        if len(matrix) // options.members * len(x) * record * x.itemsize > limit:
             save, record = INPUTS, x.shape[1]
     out, logdet, saved = operations.cpu_coupling_flow.default(
         x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record, options.members
