@@ -26,7 +26,7 @@ TORCH_LIBRARIES = ("libtorch*.so", "libc10*.so")
 # What setuptools adds to the sources, and to the package.
 ADDED_TO_SOURCES = re.compile(r"PKG-INFO|setup\.cfg|glf_fast\.egg-info/\w[\w-]*(\.txt)?")
 ADDED_TO_WHEEL = re.compile(
-    r"glf_fast-[^/]+\.dist-info/(METADATA|RECORD|WHEEL|top_level\.txt|licenses/LICENSE|sboms/.+)"
+    r"glf_fast-[^/]+\.dist-info/(METADATA|RECORD|WHEEL|entry_points\.txt|top_level\.txt|licenses/LICENSE|sboms/.+)"
 )
 # An instruction that older x86-64 processors do not have: every one encoded with a VEX or EVEX prefix begins with a v.
 WIDE = re.compile(r"\tv[a-z]\w+ |%[yz]mm\d|%k[0-7]")
