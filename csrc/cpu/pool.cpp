@@ -39,6 +39,7 @@ using Clock = std::chrono::steady_clock;
 constexpr std::chrono::microseconds patience{1000};
 // The caller, for helpers that are at work, before it sleeps and leaves its core to them.
 constexpr std::chrono::microseconds grace{20};
+constexpr std::chrono::milliseconds longest_rest{250};
 
 // How floats are rounded, and whether denormals are flushed (torch.set_flush_denormal): a thread's own, which a helper takes over
 // from the caller.
@@ -120,13 +121,14 @@ struct alignas(128) Helper {
 // When helpers come. If nobody came, or waiting for them cost half of what they save, the cores have other users, and calls go without them for
 // a while: as long as this call, three times as long when it happens again, up to 63 times. That is forgotten slowly: a second process
 // on two cores is in the way of every other call.
+// For a quarter of a second at most: four calls of a wide flow.
 struct Punctuality {
   int lateness = 0;
   Clock::time_point rests_until{};
 
   void judge(bool late, Clock::time_point now, Clock::duration call_took) {
     lateness = late ? std::min(2 * lateness + 1, 63) : std::max(lateness - 1, 0);
-    if (late) rests_until = now + lateness * call_took;
+    if (late) rests_until = now + std::min<Clock::duration>(lateness * call_took, longest_rest);
   }
 };
 
