@@ -1,4 +1,4 @@
-"""How much faster `accelerate` makes the flows of public projects: `python -m bench.projects --keep MACHINE [--docs]`.
+"""The gain of `accelerate` on the flows of public projects: `python -m bench.projects --keep MACHINE [--docs]`.
 
 Every flow has its project's sizes and batch. Original and accelerated flow are timed in turn: a training step with torch's
 default Adam, one with Adam(fused=True), log_prob, and samples. A result is kept only if the two have the same log_prob.
@@ -74,7 +74,7 @@ def measured(project: Project, seconds: float) -> Iterator[Result]:
 
 
 def _into(report: Report) -> dict[str, int]:
-    """What a flow's layers have become, in all runs together."""
+    """The kinds of layers that a flow's have become, in all runs together."""
     total: dict[str, int] = {}
     for replaced in report.replaced:
         for kind, number in replaced.into.items():

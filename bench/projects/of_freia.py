@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
 import FrEIA.framework as ff
 import FrEIA.modules as fm
-import nflows.transforms.splines as splines
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bench.projects.freia_modules import OldGraph, SplineBlock, UShaped, convolutions
 from bench.projects.project import Project, Sizes, networks
 
 __all__ = ["PROJECTS"]
@@ -21,19 +20,6 @@ __all__ = ["PROJECTS"]
 def _twice_as_wide(n_in: int, n_out: int) -> nn.Module:
     """One hidden layer of twice the input's width."""
     return networks(2 * n_in)(n_in, n_out)
-
-
-def _convolutions(*kernels: int, width: int = 0) -> Callable[[int, int], nn.Module]:
-    """Convolutions with ReLU between them; `width` 0: as wide as the input."""
-
-    def net(n_in: int, n_out: int) -> nn.Module:
-        channels = [n_in, *[width or n_in] * (len(kernels) - 1), n_out]
-        layers: list[nn.Module] = []
-        for i, kernel in enumerate(kernels):
-            layers += [nn.Conv2d(channels[i], channels[i + 1], kernel, padding=kernel // 2), nn.ReLU()]
-        return nn.Sequential(*layers[:-1])
-
-    return net
 
 
 def _graph(
@@ -86,7 +72,7 @@ def _fastflow(sizes: Sizes) -> nn.Module:
     for k in range(sizes.steps(8)):
         inn.append(
             fm.AllInOneBlock,
-            subnet_constructor=_convolutions(*[(3, 3), (1, 1)][k % 2]),
+            subnet_constructor=convolutions(*[(3, 3), (1, 1)][k % 2]),
             affine_clamping=2.0,
             permute_soft=False,
         )
@@ -101,84 +87,6 @@ def _anomalib_fastflow(sizes: Sizes) -> nn.Module:
     return inn
 
 
-class _CoupledGlow(nn.Module):
-    """A coupling in both directions, as a copy of an old FrEIA has it: with names of its own."""
-
-    def __init__(self, columns: int, net: Callable[[int, int], nn.Module], clamp: float) -> None:
-        super().__init__()
-        self.columns = columns // 2
-        self.s1, self.s2 = (net(self.columns, 2 * self.columns) for _ in range(2))
-        self.clamp = clamp
-
-    def affine(self, net: nn.Module, p: Tensor) -> tuple[Tensor, Tensor]:
-        u, t = net(p).chunk(2, 1)
-        return self.clamp * 0.636 * torch.atan(u / self.clamp), t
-
-    def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        a, b = x.split(self.columns, 1)
-        if rev:
-            s1, t1 = self.affine(self.s1, a)
-            b = (b - t1) / s1.exp()
-            s2, t2 = self.affine(self.s2, b)
-            return torch.cat([(a - t2) / s2.exp(), b], 1), -(s1.sum(1) + s2.sum(1))
-        s2, t2 = self.affine(self.s2, b)
-        a = s2.exp() * a + t2
-        s1, t1 = self.affine(self.s1, a)
-        return torch.cat([a, s1.exp() * b + t1], 1), s1.sum(1) + s2.sum(1)
-
-
-class _OldGraph(nn.Module):
-    """Permutations and couplings of a copy of an old FrEIA."""
-
-    def __init__(self, columns: int, blocks: int, net: Callable[[int, int], nn.Module]) -> None:
-        super().__init__()
-        self.orders = [torch.randperm(columns) for _ in range(blocks)]
-        self.blocks = nn.ModuleList(_CoupledGlow(columns, net, 3.0) for _ in range(blocks))
-
-    def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        logdet = x.new_zeros(len(x))
-        steps = list(zip(self.orders, self.blocks, strict=True))
-        for order, block in reversed(steps) if rev else steps:
-            x, own = block(x if rev else x[:, order], rev)
-            x = x[:, order.argsort()] if rev else x
-            logdet = logdet + own
-        return x, logdet
-
-
-class _SplineBlock(fm.InvertibleModule):
-    """A coupling of splines of a project's own, with a fixed permutation behind it."""
-
-    def __init__(self, dims_in: Any, dims_c: Any = (), subnet_constructor: Any = None, kind: str = "cubic") -> None:
-        super().__init__(dims_in, dims_c)
-        columns = dims_in[0][0]
-        self.kept = columns - columns // 2
-        self.kind = kind
-        self.numbers = {"rational_quadratic": 29, "cubic": 22}[kind]
-        conditions = sum(shape[0] for shape in dims_c)
-        self.subnet = subnet_constructor(self.kept + conditions, self.numbers * (columns // 2))
-        self.register_buffer("order", torch.randperm(columns))
-
-    def forward(self, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Any:
-        (x,) = x
-        x = x[:, self.order.argsort()] if rev else x
-        p, v = x[:, : self.kept], x[:, self.kept :]
-        raw = self.subnet(torch.cat([p, *c], 1)).view(*v.shape, self.numbers)
-        if self.kind == "cubic":
-            widths, heights, left, right = raw.split([10, 10, 1, 1], -1)
-            options = {"unnorm_derivatives_left": left, "unnorm_derivatives_right": right}
-            function = splines.unconstrained_cubic_spline
-        else:
-            widths, heights, derivatives = raw.split([10, 10, 9], -1)
-            options = {"unnormalized_derivatives": derivatives, "tails": "linear"}
-            function = splines.unconstrained_rational_quadratic_spline
-        w, logdet = function(v, widths, heights, inverse=rev, tail_bound=10.0, **options)
-        y = torch.cat([p, w], 1)
-        return (y if rev else y[:, self.order],), logdet.sum(1)
-
-    def output_dims(self, input_dims: Any) -> Any:
-        return input_dims
-
-
 CALO = 373  # columns of a shower: voxels and energies
 
 
@@ -190,9 +98,7 @@ def _caloinn(sizes: Sizes, dropout: float = 0.0) -> nn.Module:
 
 def _caloinn_splines(kind: str, sizes: Sizes) -> nn.Module:
     subnet = networks(sizes(256), sizes(256), activation=nn.LeakyReLU)
-    return _graph(
-        [40], [(_SplineBlock, {"subnet_constructor": subnet, "kind": kind})] * sizes.steps(4), 1, _SplineBlock
-    )
+    return _graph([40], [(SplineBlock, {"subnet_constructor": subnet, "kind": kind})] * sizes.steps(4), 1, SplineBlock)
 
 
 def _bdimnna(sizes: Sizes) -> nn.Module:
@@ -214,8 +120,8 @@ def _gin_emnist(block: type, sizes: Sizes) -> nn.Module:
         return _alternating(sizes.steps(n), block, {"subnet_constructor": net, "clamp": 2.0})
 
     blocks = [
-        (fm.IRevNetDownsampling, {}), *level(4, _convolutions(3, 3, 3, width=16)),
-        (fm.IRevNetDownsampling, {}), *level(4, _convolutions(3, 3, 3, width=32)),
+        (fm.IRevNetDownsampling, {}), *level(4, convolutions(3, 3, 3, width=16)),
+        (fm.IRevNetDownsampling, {}), *level(4, convolutions(3, 3, 3, width=32)),
         (fm.Flatten, {}), *level(2, networks(sizes(392), sizes(392))),
     ]  # fmt: skip
     return _graph([1, 28, 28], blocks)
@@ -257,40 +163,6 @@ def _recipes(sizes: Sizes) -> nn.Module:
     subnet = networks(*[sizes(128)] * 2, dropout=0.1)
     options = {"subnet_constructor": subnet, "clamp": 2.0}
     return _graph([12], _alternating(sizes.steps(6), fm.GLOWCouplingBlock, options), 6, fm.GLOWCouplingBlock)
-
-
-class _UShaped(nn.Module):
-    """A graph of three inputs and three outputs, with their numbers in one row: a split of each scale goes to the one above."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        options = {"subnet_constructor": _convolutions(3, 3), "affine_clamping": 2.0, "permute_soft": False}
-        self.shapes = [(32, 4, 4), (12, 8, 8), (8, 16, 16)]
-        nodes: list[Any] = [ff.InputNode(*shape) for shape in self.shapes]
-        outputs: list[Any] = []
-        below: Any = None
-        for given in nodes[:]:
-            last: Any = given.out0
-            if below is not None:
-                nodes.append(ff.Node(below, fm.IRevNetUpsampling, {}))
-                nodes.append(ff.Node([last, nodes[-1].out0], fm.Concat, {"dim": 0}))
-                last = nodes[-1].out0
-            for _ in range(2):
-                nodes.append(ff.Node(last, fm.AllInOneBlock, options))
-                last = nodes[-1].out0
-            if len(outputs) < 2:
-                nodes.append(ff.Node(last, fm.Split, {}))
-                last, below = nodes[-1].out0, nodes[-1].out1
-            outputs.append(ff.OutputNode(last))
-        self.graph = ff.GraphINN([*nodes, *outputs])
-        self.noise = [tuple(node.input_dims[0]) for node in self.graph.out_nodes]
-
-    def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        """(B, 3 images in a row) → the noise in a row."""
-        shapes = self.noise if rev else self.shapes
-        parts = x.split([math.prod(shape) for shape in shapes], 1)
-        y, jac = self.graph([part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)], rev=rev)
-        return torch.cat([part.flatten(1) for part in y], 1), jac
 
 
 AIO = frozenset({"AllInOneBlock"})
@@ -358,7 +230,7 @@ PROJECTS = [
         "anomalib U-Flow",
         "FrEIA",
         "AllInOneBlocks on three scales, with splits and concatenations",
-        lambda sizes: _UShaped(),
+        lambda sizes: UShaped(),
         (32 * 16 + 12 * 64 + 8 * 256,),
         16,
         how="`accelerate`; see below",
@@ -368,7 +240,7 @@ PROJECTS = [
         "DifferNet",
         "FrEIA",
         "8 GLOW couplings and permutations of 768 columns, 3 × 2048, in its own copy of an old FrEIA",
-        lambda sizes: _OldGraph(768, sizes.steps(8), networks(*[sizes(2048)] * 3)),
+        lambda sizes: OldGraph(768, sizes.steps(8), networks(*[sizes(2048)] * 3)),
         (768,),
         96,
         left="There is no flow",

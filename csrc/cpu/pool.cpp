@@ -39,6 +39,7 @@ using Clock = std::chrono::steady_clock;
 constexpr std::chrono::microseconds patience{1000};
 // The caller, for helpers that are at work, before it sleeps and leaves its core to them.
 constexpr std::chrono::microseconds grace{20};
+// Calls go without helpers that were late: four calls of a wide flow.
 constexpr std::chrono::milliseconds longest_rest{250};
 
 // How floats are rounded, and whether denormals are flushed (torch.set_flush_denormal): a thread's own, which a helper takes over
@@ -118,10 +119,9 @@ struct alignas(128) Helper {
 #endif
 };
 
-// When helpers come. If nobody came, or waiting for them cost half of what they save, the cores have other users, and calls go without them for
-// a while: as long as this call, three times as long when it happens again, up to 63 times. That is forgotten slowly: a second process
-// on two cores is in the way of every other call.
-// For a quarter of a second at most: four calls of a wide flow.
+// When helpers come. If nobody came, or waiting for them cost half of what they save, the cores have other users, and calls go without
+// them for a while: as long as this call, three times as long when it happens again, up to 63 times, and at most `longest_rest`. That is
+// forgotten slowly: a second process on two cores is in the way of every other call.
 struct Punctuality {
   int lateness = 0;
   Clock::time_point rests_until{};
@@ -187,7 +187,8 @@ class Pool {
 
   // While helpers rest; once each rest it looks whether threads of this process have the cores: torch's team, spinning.
   void run_alone(bool may_ask_team) {
-    const bool watches = may_ask_team && !std::exchange(watched_, watched_ || may_ask_team);
+    const bool watches = may_ask_team && !watched_;
+    watched_ = watched_ || watches;
     const auto begun = Clock::now();
     const auto had = watches ? strangers() : Clock::duration{};
     for (int i = 0; i < tasks_; ++i) perform(i);

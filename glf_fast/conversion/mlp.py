@@ -403,7 +403,7 @@ def _traced(module: nn.Module) -> fx.Graph:
 
 
 def _pruned(graph: fx.Graph) -> fx.Graph:
-    """Without comparisons of shapes, whose results nothing uses."""
+    """The graph without comparisons of shapes, whose results nothing uses."""
     for node in reversed(graph.nodes):
         read = node.target in (getattr, operator.getitem, operator.eq, operator.ne)
         if node.op == "call_function" and read and not node.users:
