@@ -374,8 +374,6 @@ PROJECTS = [
         _tdm,
         (16,),
         512,
-        left="SELU() is neither",
-        why="no kernel has SELU",
     ),
     Project(
         "FrEIA recipes, cINN with dropout",

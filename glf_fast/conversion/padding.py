@@ -21,8 +21,8 @@ _LAUNCH = 10_000
 # columns, and over every hidden unit. Measured on one core with 256 samples, eighteen couplings of 20 to 784 columns and 8
 # to 1,000 hidden units: those that cost more, fused, were 0.1 to 0.8 times as fast as the library's, the others 0.95 to 2.5.
 _LAYER, _COLUMN, _UNIT = 10_000, 200, 150
-# Elements of a weight, 512 × 512 and 724 × 724, from which nearly all time goes into products, which nobody computes faster than
-# the processor can. Steps of three projects' flows (Zen 3, two threads): couplings of splines with residual networks of
+# Elements of a weight, 512 × 512 and 724 × 724, from which nearly all time goes into products, which nobody computes faster
+# than the processor can. Steps of three projects' flows (Zen 3, two threads): couplings of splines with residual networks of
 # 512 were 0.85 times as fast fused as by themselves, and are 1.15 times as fast with their own networks; affine couplings
 # of 2 × 512 are 1.05 times as fast fused, of 3 × 1,024 0.95 times, and 0.97 times with their own networks.
 _WIDE_SPLINES, _WIDE = 1 << 18, 1 << 19
