@@ -15,7 +15,7 @@ using namespace glf::bindings;
 struct Arguments : Networks {
   const Tensor &matrix, &offset;
   const Maybe &unmatrix, &context;
-  bool inverse, density;
+  bool inverse, density, row_scales;
 
   template <class T>
   glf::Flow<T> flow(const Tensor& x) const {
@@ -31,6 +31,7 @@ struct Arguments : Networks {
     f.offset = read<T>(offset);
     f.inverse = inverse;
     f.density = density;
+    f.row_scales = row_scales;
     return f;
   }
 };
@@ -80,10 +81,10 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
                                                  int64_t network, int64_t activation, int64_t log_scale, double constant,
                                                  bool add_first,
                                                  std::vector<double> spline, bool inverse, bool density, int64_t save,
-                                                 int64_t record, int64_t members) {
+                                                 int64_t record, int64_t members, bool row_scales) {
   const Maybe none;
   const Arguments arguments{{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
-                            matrix, offset, none, context, inverse, density};
+                            matrix, offset, none, context, inverse, density, row_scales};
   const int64_t batch = x.size(0);
   const auto mode = static_cast<glf::Save>(save);
   Tensor out = alike(x), logdet = empty(x, {batch}), saved;
@@ -105,20 +106,20 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
   return {out, logdet, saved};
 }
 
-// ∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
+// ∂x, ∂context (empty without one) and, with `parameters`, ∂matrix (empty unless `of_matrix`), ∂offset, ∂weights …, ∂biases …
 // Without ∂out it is that of the density: out is read.
 Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
                                std::optional<Tensor> context, int64_t coupling, int64_t network, int64_t activation,
                                int64_t log_scale, double constant, bool add_first, std::vector<double> spline, bool inverse,
-                               int64_t save, bool parameters, int64_t members) {
+                               int64_t save, bool parameters, int64_t members, bool of_matrix, bool row_scales) {
   const Arguments arguments{{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
-                            matrix, offset, unmatrix, context, inverse, !grad_out};
+                            matrix, offset, unmatrix, context, inverse, !grad_out, row_scales};
   const auto mode = static_cast<glf::Save>(save);
   STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
   Tensors grads{alike(out), context ? alike(*context) : empty(out, {0})};
   if (parameters) {
-    grads.push_back(alike(matrix));
+    grads.push_back(of_matrix ? alike(matrix) : empty(out, {0}));
     grads.push_back(alike(offset));
     for (const Tensor& w : weights) grads.push_back(alike(w));
     for (const Tensor& b : biases) grads.push_back(alike(b));
@@ -139,7 +140,7 @@ Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logde
       const int64_t step = e * flow.steps, row = e * rows, at = row * flow.dim;
       glf::Gradients<T> target{};
       if (parameters) {
-        target.matrix = write<T>(grads[2]) + step * flow.dim * flow.dim;
+        if (of_matrix) target.matrix = write<T>(grads[2]) + step * flow.dim * flow.dim;
         target.offset = write<T>(grads[3]) + step * flow.dim;
         for (int i = 0; i < flow.layers; ++i) {
           target.weight[i] = write<T>(grads[4 + i]) + flow.weights_before(i, step, 0);
@@ -260,13 +261,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
       "int coupling, int network, int activation, int log_scale, float constant, bool add_first, float[] spline, "
-      "bool inverse, bool density, int save, int record, int members=1)"
+      "bool inverse, bool density, int save, int record, int members=1, bool row_scales=False)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
       "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int network, int activation, "
       "int log_scale, float constant, bool add_first, float[] spline, bool inverse, int save, bool parameters, "
-      "int members=1) -> Tensor[]");
+      "int members=1, bool of_matrix=True, bool row_scales=False) -> Tensor[]");
   m.def(
       "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"
       " -> (Tensor, Tensor)");

@@ -77,6 +77,7 @@ struct Flow {
   Spline<T> spline;            // of that kind alone
   bool add_first, inverse;
   bool density;                // log N(out; 0, I) is added to the log-determinants
+  bool row_scales;             // of A only the scales of its rows are trained: see map_gradient in flow_tile.h
 
   Int passive() const { return dim - dim / 2; }
   Int transformed() const { return dim / 2; }
@@ -95,7 +96,7 @@ struct Flow {
   Int biases_before(int i, Int k, int n) const { return (k * networks + n) * outputs(i); }
 };
 
-// Gradients of the parameters, shaped like them. All are written, none is read.
+// Gradients of the parameters, shaped like them. All are written, none is read. `matrix` is null where it is not wanted.
 template <class T>
 struct Gradients {
   T *matrix, *offset, *weight[max_layers], *bias[max_layers];

@@ -112,7 +112,9 @@ class CouplingFlow(StackedFlow):
         context = self._begin(x, context)
         weights, biases = self._mlp()
         A, _, c, logabsdet = self._affine(weights[0].dtype, need_inverse=False)
-        z, logdet = ops.coupling_flow(x, A, c, weights, biases, context, **self._options)
+        z, logdet = ops.coupling_flow(
+            x, A, c, weights, biases, context, row_scales=self._only_scales(), **self._options
+        )
         return z, logdet + logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -135,7 +137,9 @@ class CouplingFlow(StackedFlow):
             if any(t is not None and t.requires_grad for t in plu):
                 return ops.plu_flow_log_prob(x, plu, weights, biases, context, **self._options)
         A, _, c, logabsdet = self._affine(weights[0].dtype, need_inverse=False)
-        return ops.coupling_flow_log_prob(x, A, c, logabsdet, weights, biases, context, **self._options)
+        return ops.coupling_flow_log_prob(
+            x, A, c, logabsdet, weights, biases, context, row_scales=self._only_scales(), **self._options
+        )
 
     def _run_step(
         self, k: int, x: Tensor, A: Tensor, c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],

@@ -100,7 +100,10 @@ class FlowEnsemble(nn.Module):
         x, context = self._rows("x", x, context)
         self._begin(x, context)
         A, _, c, logabsdet, (weights, biases) = self._tensors(need_inverse=False)
-        z, logdet = ops.coupling_flow(x, A, c, weights, biases, context, members=self.members, **self._flows._options)
+        flows = self._flows
+        z, logdet = ops.coupling_flow(
+            x, A, c, weights, biases, context, members=self.members, row_scales=flows._only_scales(), **flows._options
+        )
         return self._each(z), self._each(logdet) + logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

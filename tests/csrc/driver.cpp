@@ -91,6 +91,7 @@ struct Case {
     flow.networks = glf::networks_of(flow.kind);
     flow.constant = flow.log_scale == glf::LogScale::softclip ? T(-6.9) : flow.log_scale == glf::LogScale::nflows ? T(1e-3) : T(2);
     flow.add_first = option % 2;
+    flow.row_scales = option % 3 == 0;
     // A cyclic shift with scales: its inverse is known.
     matrix.assign(K * D * D, 0);
     inverse.assign(K * D * D, 0);

@@ -19,6 +19,7 @@ from glf_fast import (
     ResidualNet,
     SeparateNetworks,
     SequentialFlow,
+    use_backend,
 )
 from glf_fast.flow.coupling_flow import COUPLINGS
 from glf_fast.flow.linear import assemble
@@ -377,6 +378,30 @@ def test_training_follows_a_frozen_linear_part_that_changes(linear: str) -> None
         parameter.requires_grad_()
     flow.log_prob(x).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in frozen)
+
+
+@pytest.mark.parametrize("linear", ["dense", "permutation"])
+def test_actnorms_are_trained_behind_fixed_linear_layers(linear: str) -> None:
+    """Whose matrices are known once, until they change. 34 columns are more than those that kernels multiply in any case."""
+    torch.manual_seed(0)
+    flow = shaken(CouplingFlow(34, 2, (8,), linear=linear)).double()
+    x = torch.randn(20, 34).double()
+    flow.log_prob(x)
+    if linear == "dense":
+        flow.linear_weight.requires_grad_(False)
+
+    def gradients() -> list[torch.Tensor]:
+        flow.zero_grad()
+        z, logdet = flow(x)
+        (flow.log_prob(x).sum() + z.square().sum() + 2 * logdet.sum()).backward()
+        return [p.grad.clone() for p in flow.parameters() if p.requires_grad]
+
+    for _ in range(2):
+        found = gradients()
+        with use_backend("reference"):
+            torch.testing.assert_close(found, gradients())
+        if linear == "dense":
+            flow.linear_weight.data.mul_(1.1)
 
 
 def test_tangents_of_a_frozen_linear_part_are_not_lost() -> None:

@@ -120,7 +120,24 @@ def test_opcheck() -> None:
         out, logdet, saved = library.cpu_coupling_flow(x, A, c, weights, biases, context, *code, False, 1, 5, members)
         torch.library.opcheck(
             library.cpu_coupling_flow_backward.default,
-            (out, logdet, out, saved, A, None, c, weights, biases, context, *code, 1, True, members),
+            (
+                out,
+                logdet,
+                out,
+                saved,
+                A,
+                None,
+                c,
+                weights,
+                biases,
+                context,
+                *code,
+                1,
+                True,
+                members,
+                members == 1,
+                True,
+            ),
         )
     formula = (0, 2.0, False, False)
     torch.library.opcheck(library.cpu_affine_coupling.default, (x, x, x, *formula))
@@ -355,6 +372,51 @@ def test_layers_that_no_thread_keeps_in_its_cache(kind: str, rows: int, directio
     torch.set_num_threads(1)
     for a, b in zip(run(op, values, **KINDS[kind]), of_two, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("row_scales", [False, True])
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_maps_that_permute_and_scale_are_gathered(direction: str, reversible: bool, row_scales: bool) -> None:
+    """The first is one; a cyclic shift with one number more is not, nor is a matrix with two numbers in a column."""
+    rows, K, D = 37, 3, 40
+    values = tensors(rows, K, D, 2, (9,))
+    A = torch.zeros(K, D, D, dtype=torch.float64)
+    order = torch.randperm(D, generator=torch.Generator().manual_seed(0))
+    A[:, torch.arange(D), order] = torch.linspace(-2, 2, D, dtype=torch.float64).add(0.3)
+    A[1, 20, 0 if order[20] else 1] = 0.5
+    A[2] = A[2].roll(1, 0)
+    values[1] = A.requires_grad_()
+    scales = torch.ones(K, D, 1, dtype=torch.float64, requires_grad=True)
+
+    def gradients(space, **options) -> tuple[Tensor, ...]:
+        def scaled(x, *others):
+            A = scales * values[1].detach() if row_scales else values[1]
+            A = A.mT if direction == "inverse" else A  # whose columns are scaled, as an inverse's are
+            return getattr(space, DIRECTIONS[direction])(x, A, *others, **options)
+
+        x, _, c, context, *layers = values
+        out, logdet = scaled(x, c, layers[:2], layers[2:], context)
+        inputs = [x, scales if row_scales else values[1], c, context, *layers]
+        return out, logdet, *torch.autograd.grad((out.square().sum() + (logdet * torch.arange(rows)).sum()), inputs)
+
+    got = gradients(ops, reversible=reversible, row_scales=row_scales)
+    for mine, truth in zip(got, gradients(reference), strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-9)
+
+
+def test_fixed_matrices_have_no_gradients(monkeypatch) -> None:
+    """Their products are left out, whatever they are."""
+    x, A, c, context, *layers = tensors(20, 2, 6, 1, (8,))
+    made: list[Tensor] = []
+    backward = cpp.backward
+    monkeypatch.setattr(cpp, "backward", lambda *given: made.extend(found := backward(*given)) or found)
+    z, _ = ops.coupling_flow(x, A.detach(), c, layers[:2], layers[2:], context)
+    got = torch.autograd.grad(z.square().sum(), [x, c, context, *layers])
+    z, _ = reference.coupling_flow(x, A, c, layers[:2], layers[2:], context)
+    for mine, truth in zip(got, torch.autograd.grad(z.square().sum(), [x, c, context, *layers]), strict=True):
+        torch.testing.assert_close(mine, truth)
+    assert made[2].numel() == 0
 
 
 def test_wide_layers_are_kept_where_others_are_computed_again(monkeypatch) -> None:

@@ -49,6 +49,7 @@ def coupling_flow(
     spline: Spline | None = None,
     reversible: bool = False,
     members: int = 1,
+    row_scales: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Data → noise through K steps of affine map and affine coupling.
 
@@ -71,6 +72,8 @@ def coupling_flow(
             memory independent of K. For the kernels; the reference keeps what autograd keeps.
         members: E flows of one shape in one call. x is then (E·B, D), context (E·B, C), and everything else (E·K, …): first all
             rows, or steps, of the first flow, then those of the second one, …
+        row_scales: of each A_k only the scales of its rows are trained, as of a fixed matrix behind an ActNorm. The gradient of
+            A is then right for changes of those scales, and in kernels for no others, which saves a product.
 
     Returns:
         z (B, D) and Σ ℓ (B,). The caller adds Σ_k log|det A_k|, one number for the whole batch.
@@ -80,7 +83,7 @@ def coupling_flow(
     """
     options = _options(
         coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, False, False,
-        members,
+        members, row_scales,
     )  # fmt: skip
     z, logdet = _run(Call(x, context, Maps(A, c, None), weights, biases, options))
     return z, logdet
@@ -103,6 +106,7 @@ def coupling_flow_inverse(
     spline: Spline | None = None,
     reversible: bool = False,
     members: int = 1,
+    row_scales: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: undoes `coupling_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
 
@@ -110,7 +114,7 @@ def coupling_flow_inverse(
     """
     options = _options(
         coupling, network, activation, log_scale, log_scale_constant, add_first, spline, True, reversible, False, False,
-        members,
+        members, row_scales,
     )  # fmt: skip
     x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options))
     return x, logdet
@@ -133,14 +137,16 @@ def coupling_flow_log_prob(
     add_first: bool = False,
     spline: Spline | None = None,
     reversible: bool = False,
+    row_scales: bool = False,
 ) -> Tensor:
     """log p(x) = log N(z; 0, I) + Σ ℓ + `logabsdet` in nats, (B,), with z and Σ ℓ of `coupling_flow`.
 
     `logabsdet` is Σ_k log|det A_k|, a scalar tensor; all else as in `coupling_flow`.
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False
-    )
+        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False,
+        row_scales=row_scales,
+    )  # fmt: skip
     return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options))[-1]
 
 
@@ -200,12 +206,13 @@ def _options(
     density: bool,
     plu: bool,
     members: int = 1,
+    row_scales: bool = False,
 ) -> CallOptions:
     if spline is not None and type(spline) is not Spline:
         check_spline(spline)
     given = (
         coupling, network, activation, log_scale, log_scale_constant, add_first, spline, inverse, reversible, density, plu,
-        members,
+        members, row_scales,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
     if not compiling and (known := _known.get(given)):
@@ -216,7 +223,10 @@ def _options(
     check_log_scale(log_scale, log_scale_constant)
     check_spline_of(coupling, spline)
     check_integer("members", members, 1)
-    options = CallOptions(*given[:-1], prepared_constant(log_scale, log_scale_constant), members=members)
+    if type(row_scales) is not bool:
+        raise TypeError(f"row_scales must be True or False; got {row_scales!r}")
+    constant = prepared_constant(log_scale, log_scale_constant)
+    options = CallOptions(*given[:-2], constant, members=members, row_scales=row_scales)
     if coupling == "spline":
         options = options._replace(spline=spline or Spline())
     if not compiling:

@@ -35,10 +35,10 @@ class FlowKernels(Kernels, Protocol):
 
     def backward(
         self, call: Call, state: Tensor, saved: Tensor, unmatrix: Tensor | None, grad_out: Tensor | None,
-        grad_logdet: Tensor, parameters: bool, of_context: bool,
+        grad_logdet: Tensor, parameters: bool, of_context: bool, of_matrix: bool,
     ) -> list[Tensor]:  # fmt: skip
-        """∂x, ∂context (may be of any shape unless `of_context`) and, with `parameters`, ∂matrix, ∂offset, of a density
-        ∂logabsdet (K,), ∂weights …, ∂biases …
+        """∂x, ∂context (may be of any shape unless `of_context`) and, with `parameters`, ∂matrix (the same unless `of_matrix`),
+        ∂offset, of a density ∂logabsdet (K,), ∂weights …, ∂biases …
 
         Without `unmatrix` from what the forward kept; with it, `matrix` inverted, from the output `state`. A density's `state`
         is the output in either case, and its `grad_out` None.
@@ -118,7 +118,7 @@ class _CouplingFlow(torch.autograd.Function):
         grad_out, grad_logdet = (None, grads[0]) if options.density else (grads[0].contiguous(), grads[1])
         grad_x, grad_context, *found = ctx.kernels.backward(
             call, state, saved, unmatrix if options.reversible else None, grad_out, grad_logdet.contiguous(), parameters,
-            needs[1],
+            needs[1], isinstance(given, Plu) or needs[2],
         )  # fmt: skip
         grad_maps: list[Tensor | None] = [None] * len(given)
         if not parameters:
@@ -134,6 +134,8 @@ class _CouplingFlow(torch.autograd.Function):
             grad_maps = [grad_matrix, grad_offset, grad_logabsdets[0]]  # of the sum, and so of each term
         else:
             grad_maps[:2], found = found[:2], found[2:]
+        if not isinstance(given, Plu) and not needs[2]:
+            grad_maps[0] = None
         return None, None, grad_x, grad_context if needs[1] else None, *grad_maps, *found
 
 

@@ -31,6 +31,7 @@ class CallOptions(NamedTuple):
     constant: float  # the log-scale's, as kernels take it
     autocast: str = ""  # of the networks' products: "bf16" or "fp16" under torch.autocast
     members: int = 1  # flows in this call; the rows, and the steps, of each of them follow those of the one before
+    row_scales: bool = False  # of the matrices only the scales of their rows are trained
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the reference's flows, whose direction is in their name."""

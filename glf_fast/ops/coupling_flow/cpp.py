@@ -57,8 +57,9 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         if len(matrix) // options.members * len(x) * record * x.itemsize > limit:
             save, record = INPUTS, x.shape[1]
     out, logdet, saved = operations.cpu_coupling_flow.default(
-        x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record, options.members
-    )
+        x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record, options.members,
+        options.row_scales,
+    )  # fmt: skip
     if logabsdet is not None:
         logdet = logdet + (logabsdet.sum() if logabsdet.ndim else logabsdet)
     return out, logdet, saved
@@ -87,14 +88,14 @@ def unchecked(call: Call) -> tuple[Tensor, ...] | None:
 
 def backward(
     call: Call, state: Tensor, saved: Tensor, unmatrix: Tensor | None, grad_out: Tensor | None, grad_logdet: Tensor,
-    parameters: bool, of_context: bool,
+    parameters: bool, of_context: bool, of_matrix: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that `FlowKernels.backward` lists; ∂context is made even if not `of_context`."""
     x, context, (matrix, offset, _), weights, biases, options = call
     save = NOTHING if unmatrix is not None else INPUTS if saved.shape[-1] == x.shape[1] else RECORDS
     found = operations.cpu_coupling_flow_backward.default(
         grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *_numbers(options), save,
-        parameters, options.members,
+        parameters, options.members, of_matrix, options.row_scales,
     )  # fmt: skip
     if parameters and options.density:
         return [*found[:4], grad_logdet.sum().expand(len(matrix)).contiguous(), *found[4:]]
@@ -143,6 +144,7 @@ if not CPP.missing:
         x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
         coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
         inverse: bool, density: bool, save: int, record: int, members: int = 1,
+        row_scales: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_fake(x)
         saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix) // members, x.shape[0], record)
@@ -153,7 +155,11 @@ if not CPP.missing:
         grad_out: Tensor | None, grad_logdet: Tensor, out: Tensor, saved: Tensor, matrix: Tensor,
         unmatrix: Tensor | None, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
         coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
-        inverse: bool, save: int, parameters: bool, members: int = 1,
+        inverse: bool, save: int, parameters: bool, members: int = 1, of_matrix: bool = True,
+        row_scales: bool = False,
     ) -> list[Tensor]:  # fmt: skip
         grads = [torch.empty_like(out), out.new_empty(0) if context is None else torch.empty_like(context)]
-        return grads + [torch.empty_like(t) for t in (matrix, offset, *weights, *biases) if parameters]
+        if not parameters:
+            return grads
+        grads.append(torch.empty_like(matrix) if of_matrix else out.new_empty(0))
+        return grads + [torch.empty_like(t) for t in (offset, *weights, *biases)]

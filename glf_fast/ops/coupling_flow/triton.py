@@ -83,9 +83,9 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(
     call: Call, state: Tensor, saved: Tensor, unmatrix: Tensor | None, grad_out: Tensor | None, grad_logdet: Tensor,
-    parameters: bool, of_context: bool,
+    parameters: bool, of_context: bool, of_matrix: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that `FlowKernels.backward` lists; ∂context is empty unless `of_context`."""
+    """The gradients that `FlowKernels.backward` lists; ∂context is empty unless `of_context`; ∂matrix is made in any case."""
     _, context, (matrix, offset, _), weights, biases, options = call
     return operations.triton_coupling_flow_backward.default(
         state if grad_out is None else grad_out, grad_logdet, saved if unmatrix is None else state, matrix, unmatrix,
