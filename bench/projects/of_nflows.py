@@ -245,6 +245,7 @@ PROJECTS = [
         _quantum,
         (3,),
         512,
+        how="leave it: kernels have first derivatives alone",
         loss="score",
     ),
     Project(

@@ -50,7 +50,7 @@ def assemble(
     return ops.fold_actnorm(W, W_inv if need_inverse else None, logabsdet, log_scale, bias)
 
 
-# Of fixed matrices: a copy, log|det W| and W⁻¹. They were a tenth of a training step of 8 of 256 columns, behind ActNorms (Zen 3).
+# Of fixed matrices: a copy, log|det W| and W⁻¹. They were a tenth of a training step of 8 of 256 columns (Zen 3).
 _fixed: MutableMapping[Tensor, tuple[Tensor, Tensor, Tensor]] = WeakTensorKeyDictionary()
 
 
