@@ -23,14 +23,15 @@ REGISTERS = {
 SPILLED_BYTES = 16
 
 
-def test_the_device_code_is_right_on_the_host(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["device", "matrix_units"])
+def test_the_device_code_is_right_on_the_host(name: str, tmp_path: Path) -> None:
     """In either order of threads, which a barrier that is missing would tell apart."""
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"
-    program = str(tmp_path / "device")
+    program = str(tmp_path / name)
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    source = str(Path(__file__).with_name("device.cpp"))
+    source = str(Path(__file__).with_name(f"{name}.cpp"))
     subprocess.run([compiler, *flags, *sanitizers, source, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "all agree"), done.stdout + done.stderr
