@@ -73,7 +73,18 @@ GLF_DEVICE void mma_bf16(float (&c)[4], const Word (&a)[4], Word b0, Word b1) {
 #endif
 }
 
-// x = high + low but for 2⁻²² of it, both tf32 numbers.
+// Four 8 × 8 matrices of 16-bit numbers from shared memory as their transposes: lane (g, t) gets of matrix i, in r[i], entries
+// (2t, g) and (2t + 1, g). Line e of matrix i, 8 numbers, begins at line(8 i + e), a multiple of 16 bytes.
+template <class F>
+GLF_DEVICE void load_transposed(Word (&r)[4], F line) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(line(int(threadIdx.x % 32))));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
+}
+
+// x = high + low but for 2⁻²² of it, both tf32 numbers. Of an infinity the low one is NaN.
 GLF_DEVICE void split_tf32(float x, Word& high, Word& low) {
   high = round_tf32(x);
   low = round_tf32(x - as_float(high));
@@ -103,6 +114,15 @@ inline Word bf16_pair(float first, float second) { return round_bf16(first) | ro
 inline void split_tf32(float x, Word& high, Word& low) {
   high = round_tf32(x);
   low = round_tf32(x - as_float(high));
+}
+
+template <class F>
+void load_transposed(Lane<Word> (&r)[4], F line) {
+  for (int i = 0; i < 4; ++i)
+    r[i] = by_lane([&](int l) {
+      const int e = l % 4 * 2, column = l / 4;
+      return Word(line(8 * i + e)[column]) | Word(line(8 * i + e + 1)[column]) << 16;
+    });
 }
 
 inline Lane<float> as_float(const Lane<Word>& x) {
