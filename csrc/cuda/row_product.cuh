@@ -29,6 +29,7 @@ struct RowProduct {
 struct RowProducts {
   int count, steps, rows, parts, part_rows;  // all rows are in `parts` of part_rows, a multiple of stage_rows but for one part
   int accumulate;                            // whether results are added to what stands there
+  int first_block[most_products + 1];        // of each product among those of a step; from `count` on how many there are
   float* partial;                            // (parts, steps, numbers_of(all)); null for one part
   RowProduct of[most_products];
 };
@@ -39,16 +40,15 @@ GLF_DEVICE_AND_HOST int blocks_of(const RowProduct& p) { return (p.n_in ? across
 GLF_DEVICE_AND_HOST long long numbers_of(const RowProduct& p) {
   return static_cast<long long>(p.n_in + (p.sum ? 1 : 0)) * p.n_out;
 }
-GLF_DEVICE_AND_HOST int blocks_of(const RowProducts& all) {
-  int blocks = 0;
-  for (int i = 0; i < all.count; ++i) blocks += blocks_of(all.of[i]);
-  return blocks;
-}
-// Divides the rows into at most so many parts.
+GLF_DEVICE_AND_HOST int blocks_of(const RowProducts& all) { return all.first_block[most_products]; }
+
+// Divides the work: rows into at most so many parts, results into blocks.
 GLF_DEVICE_AND_HOST void divide(RowProducts& all, long long parts) {
   const long long wanted = (all.rows + parts - 1) / parts;
   all.part_rows = static_cast<int>((wanted + stage_rows - 1) / stage_rows) * stage_rows;
   all.parts = all.part_rows ? static_cast<int>((static_cast<long long>(all.rows) + all.part_rows - 1) / all.part_rows) : 1;
+  for (int i = 0; i < most_products; ++i)
+    all.first_block[i + 1] = all.first_block[i] + (i < all.count ? blocks_of(all.of[i]) : 0);
 }
 // Results of a step.
 GLF_DEVICE_AND_HOST long long numbers_of(const RowProducts& all) {

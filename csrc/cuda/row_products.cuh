@@ -60,7 +60,7 @@ struct RowsOf {
 
   // c += Xᵀ G of a team's rows of a stage, from column x[0] and g[0] of their first row on.
   static GLF_DEVICE void multiply(WarpTile& c, const float* x, const float* g) {
-#pragma unroll
+#pragma unroll(operands == three_tf32 ? 1 : 2)  // two at once would be a few registers too many
     for (int k = 0; k < team_rows; k += 8) {
       Lane<float> a[2][4], b[2][4];  // of rows k + t and k + 4 + t
       on_lanes([&](int l) {
@@ -150,54 +150,73 @@ struct RowsOf<bf16> {
   }
 };
 
-// A block's rows of one factor, from its first column on.
+// A block's rows of one factor, from its first column on, and how its threads copy them to a stage: all copies of a thread are in
+// one column, so that it carries little more than a pointer from copy to copy, and from stage to stage.
 template <class T>
 struct Columns {
-  const T* rows;
+  const T* first;
   long long line;
-  int wide;   // that exist; 0: nothing is copied
+  int wide;   // columns that exist; 0: nothing is copied
   int bytes;  // of a copy
 
-  // One thread's copies of rows [first, last), at most stage_rows. Columns that do not exist become zeros as far as a warp
-  // reads, and so do rows from `last` on.
-  GLF_DEVICE void copy(AsyncCopies& copies, int thread, T* stage, int first, int last) const {
+  // A thread's first copy of the next stage: whence, to which row and column, and how many bytes of it exist.
+  struct Cursor {
+    const T* source;
+    int row, column, valid;
+  };
+
+  // Copies that a row takes are a power of two; of a row of which half is nothing, that half is left out.
+  GLF_DEVICE int log_copies() const {
+    return (wide > result_side / 2 ? 6 : 5) + (sizeof(T) == 4 ? 2 : 1) - (bytes == 16 ? 4 : bytes == 8 ? 3 : 2);
+  }
+  GLF_DEVICE int rows_at_once() const { return row_products_threads >> log_copies(); }
+
+  GLF_DEVICE Cursor cursor(int thread) const {
+    constexpr int size = sizeof(T);
+    const int row = thread >> log_copies(), column = (thread - (row << log_copies())) * (bytes / size);
+    const int left = (wide - column) * size;
+    return {first + row * line + column, row, column, left < 0 ? 0 : left < bytes ? left : bytes};
+  }
+  // One thread's copies of the next stage, of which `rows` exist. Columns and rows that do not exist become zeros, as far as a
+  // warp reads.
+  GLF_DEVICE void copy(AsyncCopies& copies, Cursor& from, T* stage, int rows) const {
+    if (!wide) return;
     if (bytes == 16)
-      copy_by<16>(copies, thread, stage, first, last);
+      copy_by<16>(copies, from, stage, rows);
     else if (bytes == 8)
-      copy_by<8>(copies, thread, stage, first, last);
+      copy_by<8>(copies, from, stage, rows);
     else
-      copy_by<4>(copies, thread, stage, first, last);
+      copy_by<4>(copies, from, stage, rows);
+    from.source += stage_rows * line;
   }
   template <int size>
-  GLF_DEVICE void copy_by(AsyncCopies& copies, int thread, T* stage, int first, int last) const {
-    constexpr int numbers = size / sizeof(T);
-    if (wide > result_side / 2)
-      copy_rows<size, result_side / numbers>(copies, thread, stage, first, last);
-    else if (wide)
-      copy_rows<size, result_side / 2 / numbers>(copies, thread, stage, first, last);
-  }
-  template <int size, int copies_of_a_row>
-  GLF_DEVICE void copy_rows(AsyncCopies& copies, int thread, T* stage, int first, int last) const {
-    constexpr int numbers = size / sizeof(T);
-#pragma unroll
-    for (int e = thread; e < stage_rows * copies_of_a_row; e += row_products_threads) {
-      const int row = e / copies_of_a_row, column = e % copies_of_a_row * numbers;
-      const int there = wide - column < 0 ? 0 : wide - column < numbers ? wide - column : numbers;
-      const int valid = first + row < last ? there * static_cast<int>(sizeof(T)) : 0;
-      copies.template copy<size>(stage + row * stage_line + column, valid ? rows + (first + row) * line + column : rows, valid);
+  GLF_DEVICE void copy_by(AsyncCopies& copies, const Cursor& from, T* stage, int rows) const {
+    const int step = rows_at_once();
+    const T* source = from.source;
+#pragma unroll 1
+    for (int row = from.row; row < stage_rows; row += step) {
+      copies.template copy<size>(stage + row * stage_line + from.column, source, row < rows ? from.valid : 0);
+      source += step * line;
     }
   }
 };
 
-// Entries [top …, left …] of Xᵀ G over rows [first, last) of step k, to `product` (n_in, n_out), or onto it with `accumulate`;
-// in the blocks with top = 0 also the sums of G's columns to `sum`, unless null.
-template <Operands operands, class B>
-GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long k, int top, int left, int first, int last,
-                                 bool accumulate, float* product, float* sum, unsigned char* shared) {
+// Where a product (n_in, n_out) goes, and the sums of G's columns, unless null; with `accumulate` onto what is there.
+struct Results {
+  float *product, *sum;
+  bool accumulate;
+};
+
+// Entries [top …, left …] of Xᵀ G over `rows` rows from `first` on, of step k; in the blocks with top = 0 also the sums of G's columns.
+// `results` is asked at the end where they go: pointers that were known before would take registers from the products.
+template <Operands operands, class B, class F>
+GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long k, int top, int left, int first, int rows,
+                                 F results, unsigned char* shared) {
   using Factors = RowsOf<operands>;
   using T = typename Factors::Number;
   struct OfThread {
     AsyncCopies copies;
+    typename Columns<T>::Cursor x, g;
     float sum;
   };
   struct OfWarp {
@@ -205,26 +224,27 @@ GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long 
   };
   constexpr int side = result_side, half = side / 2, stage = stage_rows * stage_line;
   const int high = p.n_in - top < side ? p.n_in - top : side, wide = p.n_out - left < side ? p.n_out - left : side;
-  const Columns<T> X{static_cast<const T*>(p.x) + k * p.x_step + top, p.x_row, high, p.x_bytes};
-  const Columns<T> G{static_cast<const T*>(p.g) + k * p.g_step + left, p.g_row, wide, p.g_bytes};
-  const bool summed = sum && top == 0;
+  const Columns<T> X{static_cast<const T*>(p.x) + k * p.x_step + first * static_cast<long long>(p.x_row) + top, p.x_row, high, p.x_bytes};
+  const Columns<T> G{static_cast<const T*>(p.g) + k * p.g_step + first * static_cast<long long>(p.g_row) + left, p.g_row, wide, p.g_bytes};
+  const bool summed = p.sum && top == 0;
   T* ring = reinterpret_cast<T*>(shared);  // stages of X's rows and G's rows
-  const int count = (last - first + stage_rows - 1) / stage_rows;
+  const int count = (rows + stage_rows - 1) / stage_rows;
   const auto stage_of = [&](int n) { return ring + n % stages * 2 * stage; };
   PerThread<OfThread> threads;
   PerWarp<OfWarp> warps;
 
-  const auto start = [&](int n, int t, OfThread& own) {
+  const auto start = [&](int n, OfThread& own) {
     if (n < count) {
-      const int row = first + n * stage_rows;
-      X.copy(own.copies, t, stage_of(n), row, last);
-      G.copy(own.copies, t, stage_of(n) + stage, row, last);
+      X.copy(own.copies, own.x, stage_of(n), rows - n * stage_rows);
+      G.copy(own.copies, own.g, stage_of(n) + stage, rows - n * stage_rows);
     }
     own.copies.commit();  // groups are counted, empty ones as well
   };
   block.threads_unguarded(threads, [&](int t, OfThread& own) {
+    own.x = X.cursor(t);
+    own.g = G.cursor(t);
     own.sum = 0;
-    for (int n = 0; n < stages - 1; ++n) start(n, t, own);
+    for (int n = 0; n < stages - 1; ++n) start(n, own);
   });
   block.warps_unguarded(warps, [&](int, OfWarp& own) {
 #pragma unroll
@@ -235,7 +255,7 @@ GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long 
     // Stage n is there for all, and all have read stage n − 1, whose place the next copies take.
     block.threads(threads, [&](int, OfThread& own) { own.copies.template wait<stages - 2>(); });
     block.threads_unguarded(threads, [&](int t, OfThread& own) {
-      start(n + stages - 1, t, own);
+      start(n + stages - 1, own);
       if (summed) {
         const T* g = stage_of(n) + stage + t / side * (stage_rows * side / row_products_threads) * stage_line + t % side;
 #pragma unroll
@@ -267,50 +287,51 @@ GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long 
   block.warps(warps, [&](int w, OfWarp& own) {
     if (w < 4) Factors::template put<true>(own.total, place(w));
   });
+  const Results to = results();
   if (summed)
     block.each_unguarded(wide, [&](int j) {
       const float total = (sums[j] + sums[side + j]) + (sums[2 * side + j] + sums[3 * side + j]);
-      sum[left + j] = (accumulate ? sum[left + j] : 0) + total;
+      to.sum[left + j] = (to.accumulate ? to.sum[left + j] : 0) + total;
     });
   block.each(high, wide, [&](int i, int j) {
-    float& to = product[static_cast<long long>(top + i) * p.n_out + left + j];
-    to = (accumulate ? to : 0) + tile[i * stage_line + j];
+    float& entry = to.product[static_cast<long long>(top + i) * p.n_out + left + j];
+    entry = (to.accumulate ? entry : 0) + tile[i * stage_line + j];
   });
 }
 
 // Block `index` of steps · parts · blocks_of(all).
 template <class B>
-GLF_DEVICE void row_products_block(const B& block, const RowProducts& all, long long index, unsigned char* shared) {
-  const int blocks = blocks_of(all);
+GLF_DEVICE void row_products_block(const B& block, const RowProducts& all, int index, unsigned char* shared) {
+  const int blocks = blocks_of(all), part = index / blocks % all.parts, at = index % blocks;
   const long long k = index / blocks / all.parts;
-  const int part = static_cast<int>(index / blocks % all.parts);
-  int tile = static_cast<int>(index % blocks), i = 0;
-  long long before = 0;  // results of the step before those of this product
-  for (; tile >= blocks_of(all.of[i]); ++i) {
-    tile -= blocks_of(all.of[i]);
-    before += numbers_of(all.of[i]);
-  }
+  int i = 0, tile = at;
+#pragma unroll
+  for (int next = 1; next < most_products; ++next)
+    if (at >= all.first_block[next]) {
+      i = next;
+      tile = at - all.first_block[next];
+    }
   const RowProduct& p = all.of[i];
-  const long long entries = static_cast<long long>(p.n_in) * p.n_out;
-  float *product = p.product + k * entries, *sum = p.sum ? p.sum + k * p.n_out : nullptr;
-  if (all.partial) {
-    product = all.partial + (part * static_cast<long long>(all.steps) + k) * numbers_of(all) + before;
-    sum = p.sum ? product + entries : nullptr;
-  }
+  const auto results = [&]() -> Results {
+    const long long entries = static_cast<long long>(p.n_in) * p.n_out;
+    if (!all.partial) return {p.product + k * entries, p.sum ? p.sum + k * p.n_out : nullptr, all.accumulate != 0};
+    float* product = all.partial + (part * static_cast<long long>(all.steps) + k) * numbers_of(all);
+    for (int before = 0; before < i; ++before) product += numbers_of(all.of[before]);
+    return {product, product + entries, false};
+  };
   const int top = tile / across(p.n_out) * result_side, left = tile % across(p.n_out) * result_side;
-  const int first = part * all.part_rows, last = all.rows - first < all.part_rows ? all.rows : first + all.part_rows;
-  const bool accumulate = all.accumulate && !all.partial;
+  const int first = part * all.part_rows, rows = all.rows - first < all.part_rows ? all.rows - first : all.part_rows;
   if (p.operands == bf16)
-    row_product_tile<bf16>(block, p, k, top, left, first, last, accumulate, product, sum, shared);
+    row_product_tile<bf16>(block, p, k, top, left, first, rows, results, shared);
   else if (p.operands == one_tf32)
-    row_product_tile<one_tf32>(block, p, k, top, left, first, last, accumulate, product, sum, shared);
+    row_product_tile<one_tf32>(block, p, k, top, left, first, rows, results, shared);
   else
-    row_product_tile<three_tf32>(block, p, k, top, left, first, last, accumulate, product, sum, shared);
+    row_product_tile<three_tf32>(block, p, k, top, left, first, rows, results, shared);
 }
 
 // The parts' sums, in order: `added_numbers` of a step's results, block `index` of steps · ⌈numbers_of(all) / added_numbers⌉.
 template <class B>
-GLF_DEVICE void add_parts_block(const B& block, const RowProducts& all, long long index) {
+GLF_DEVICE void add_parts_block(const B& block, const RowProducts& all, int index) {
   const long long numbers = numbers_of(all), blocks = (numbers + added_numbers - 1) / added_numbers;
   const long long k = index / blocks, begin = index % blocks * added_numbers;
   const int here = static_cast<int>(numbers - begin < added_numbers ? numbers - begin : added_numbers);
@@ -329,11 +350,11 @@ GLF_DEVICE void add_parts_block(const B& block, const RowProducts& all, long lon
 }
 
 GLF_KERNEL(row_products_threads, 2) row_products_kernel(GLF_ARGUMENT RowProducts all) {
-  row_products_block(Block{}, all, block_index(), shared_memory());
+  row_products_block(Block{}, all, static_cast<int>(block_index()), shared_memory());
 }
 
 GLF_KERNEL(row_products_threads) add_parts_kernel(GLF_ARGUMENT RowProducts all) {
-  add_parts_block(Block{}, all, block_index());
+  add_parts_block(Block{}, all, static_cast<int>(block_index()));
 }
 
 }  // namespace glf::device

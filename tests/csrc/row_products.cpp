@@ -87,9 +87,9 @@ void run_block(const RowProducts& all, long long index, bool adding) {
   std::memset(shared, 0xff, bytes);
   const auto run = [&](const auto& block) {
     if (adding)
-      add_parts_block(block, all, index);
+      add_parts_block(block, all, static_cast<int>(index));
     else
-      row_products_block(block, all, index, shared);
+      row_products_block(block, all, static_cast<int>(index), shared);
   };
   if (by_threads)
     run_warps(run);
