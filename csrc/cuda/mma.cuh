@@ -84,10 +84,11 @@ GLF_DEVICE void load_transposed(Word (&r)[4], F line) {
                : "memory");
 }
 
-// x = high + low but for 2⁻²² of it, both tf32 numbers. Of an infinity the low one is NaN.
+// x = high + low, of which matrix units take all but 2⁻²³ of x: what is left of the low one's bits is not worth the three
+// instructions of its rounding. Of an infinity the low one is NaN.
 GLF_DEVICE void split_tf32(float x, Word& high, Word& low) {
   high = round_tf32(x);
-  low = round_tf32(x - as_float(high));
+  low = __float_as_uint(x - as_float(high));
 }
 
 #else
@@ -113,7 +114,7 @@ inline Word round_bf16(float x) {
 inline Word bf16_pair(float first, float second) { return round_bf16(first) | round_bf16(second) << 16; }
 inline void split_tf32(float x, Word& high, Word& low) {
   high = round_tf32(x);
-  low = round_tf32(x - as_float(high));
+  low = bits_of(x - as_float(high));
 }
 
 template <class F>

@@ -4,8 +4,8 @@
 // A block has 64 × 64 entries of one product of one step, and the column sums where they are the product's first ones. It streams
 // the rows, 32 at a time, through four stages of shared memory: while a stage is multiplied, the next three are on their way.
 // Its eight warps are two teams of 2 × 2, of which each multiplies half of a stage's rows into 32 × 32 entries a warp. Matrix
-// units truncate their sums, so that each stage's sum leaves them, and is added with rounding. At the end the teams' sums
-// meet in shared memory, where whoever goes on finds the gradient whole.
+// units truncate their sums, so that a sum leaves them after one stage in full precision, after eight else, and is added with
+// rounding. At the end the teams' sums meet in shared memory, where whoever goes on finds the gradient whole.
 //
 // Results are the same bit for bit every time: each has one block, and all orders are fixed. Where results are few and rows
 // many, rows are divided into parts, whose sums a second launch adds in order.
@@ -54,7 +54,7 @@ using WarpTile = Lane<float>[2][4][4];
 template <Operands operands>
 struct RowsOf {
   using Number = float;
-  static constexpr int team_rows = stage_rows / 2;
+  static constexpr int team_rows = stage_rows / 2, stages_in_units = operands == three_tf32 ? 1 : 8;
 
   static GLF_DEVICE float value(float x) { return x; }
 
@@ -116,7 +116,7 @@ struct RowsOf {
 template <>
 struct RowsOf<bf16> {
   using Number = unsigned short;
-  static constexpr int team_rows = stage_rows / 2;
+  static constexpr int team_rows = stage_rows / 2, stages_in_units = 8;
 
   static GLF_DEVICE float value(Number x) { return as_float(Word(x) << 16); }
 
@@ -220,7 +220,7 @@ GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long 
     float sum;
   };
   struct OfWarp {
-    WarpTile total;
+    WarpTile sum, total;  // in matrix units, and with what has left them
   };
   constexpr int side = result_side, half = side / 2, stage = stage_rows * stage_line;
   const int high = p.n_in - top < side ? p.n_in - top : side, wide = p.n_out - left < side ? p.n_out - left : side;
@@ -240,6 +240,14 @@ GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long 
     }
     own.copies.commit();  // groups are counted, empty ones as well
   };
+  const auto leave_units = [](OfWarp& own) {
+#pragma unroll
+    for (int e = 0; e < 32; ++e) {
+      Lane<float>& sum = own.sum[e / 16][e / 4 % 4][e % 4];
+      own.total[e / 16][e / 4 % 4][e % 4] = own.total[e / 16][e / 4 % 4][e % 4] + sum;
+      sum = Lane<float>(0.f);
+    }
+  };
   block.threads_unguarded(threads, [&](int t, OfThread& own) {
     own.x = X.cursor(t);
     own.g = G.cursor(t);
@@ -248,7 +256,8 @@ GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long 
   });
   block.warps_unguarded(warps, [&](int, OfWarp& own) {
 #pragma unroll
-    for (int e = 0; e < 32; ++e) own.total[e / 16][e / 4 % 4][e % 4] = Lane<float>(0.f);
+    for (int e = 0; e < 32; ++e)
+      own.sum[e / 16][e / 4 % 4][e % 4] = own.total[e / 16][e / 4 % 4][e % 4] = Lane<float>(0.f);
   });
 
   for (int n = 0; n < count; ++n) {
@@ -266,18 +275,15 @@ GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long 
     block.warps_unguarded(warps, [&](int w, OfWarp& own) {
       const int row = w / 4 * Factors::team_rows, x_column = w % 4 / 2 * half, g_column = w % 2 * half;
       if (x_column >= high || g_column >= wide) return;
-      WarpTile c;
-#pragma unroll
-      for (int e = 0; e < 32; ++e) c[e / 16][e / 4 % 4][e % 4] = Lane<float>(0.f);
-      Factors::multiply(c, stage_of(n) + row * stage_line + x_column, stage_of(n) + stage + row * stage_line + g_column);
-#pragma unroll
-      for (int e = 0; e < 32; ++e)
-        own.total[e / 16][e / 4 % 4][e % 4] = own.total[e / 16][e / 4 % 4][e % 4] + c[e / 16][e / 4 % 4][e % 4];
+      Factors::multiply(own.sum, stage_of(n) + row * stage_line + x_column,
+                        stage_of(n) + stage + row * stage_line + g_column);
+      if ((n + 1) % Factors::stages_in_units == 0) leave_units(own);
     });
   }
 
   // The stages' memory is free once all are here: the tile, then a line of sums for each of four threads.
   block.each(0, [](int) {});
+  block.warps_unguarded(warps, [&](int, OfWarp& own) { leave_units(own); });
   float *tile = reinterpret_cast<float*>(shared), *sums = tile + side * stage_line;
   const auto place = [&](int w) { return tile + w % 4 / 2 * half * stage_line + w % 2 * half; };
   block.threads_unguarded(threads, [&](int t, OfThread& own) { sums[t] = own.sum; });
