@@ -1,8 +1,8 @@
 """Gradients of all parameters of a flow from the rows that its backward leaves in a workspace, portion by portion.
 
-A weight's gradient is a product over rows, xᵀ g of x, what went into its layer, and g, the gradient of what came out; a bias's is
-the sum of g's columns. On a GPU with the CUDA kernels all of them are one launch (csrc/cuda/row_products.cuh), else a batched
-product for each weight and a launch for all sums (sums.py). Neither uses atomics: results repeat bit by bit.
+A weight's gradient is a product over rows, xᵀ g of x, what went into its layer, and g, the gradient of what came out. A bias's
+is the sum of g's columns. On a GPU with the CUDA kernels all of them are one launch (csrc/cuda/row_products.cuh), else a
+batched product for each weight and a launch for all sums (sums.py). Neither uses atomics: results repeat bit by bit.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class InOneLaunch:
     def add(
         self, pairs: Sequence[tuple[Tensor, Tensor]], slopes: Tensor, grad_logdet: Tensor, start: int, accumulate: bool
     ) -> None:
+        """As that of `InBatches`."""
         steps, rows, _ = slopes.shape
         these = slice(start, start + steps)
         x, g = map(list, zip(*pairs, strict=True))
@@ -109,6 +110,7 @@ class InOneLaunch:
         )
 
     def results(self) -> Results:
+        """The sums and products of all portions."""
         matrix, *weights = self._products
         offset, *biases = self._sums[: len(self._products)]
         logabsdet = self._sums[-1][:, 0]  # without a density, nobody's

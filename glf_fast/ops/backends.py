@@ -210,7 +210,7 @@ def _misfit(backend: Backend, device: torch.device) -> tuple[str, str]:
     if torch.cuda.get_device_capability(device) < least:
         return f"this GPU's compute capability is below {least[0]}.{least[1]}", "use a newer one"
     if backend is CUDA and CUPY:
-        return importlib.import_module("glf_fast.ops.cupy").trouble(device), backend.remedy
+        return importlib.import_module("glf_fast.ops.linear.cupy").trouble(device), backend.remedy
     return "", ""
 
 
@@ -297,7 +297,7 @@ def _cpp_ready() -> str:
 
 def _cuda_ready() -> str:
     how = ", compiled at their first use by CuPy" if CUPY else ""
-    return f"linear layers and gradients of weights on NVIDIA GPUs{how}"
+    return f"linear layers in float32 and float64, gradients of weights in float32, on NVIDIA GPUs{how}"
 
 
 _cuda_missing, CUPY = _load_cuda()  # CUPY: the CUDA kernels are compiled by CuPy when they are needed

@@ -1,18 +1,26 @@
-"""The CUDA kernels of linear layers through CuPy, launched as csrc/cuda/linear.cu does it."""
+"""The CUDA kernels of linear layers without nvcc: NVRTC compiles csrc/cuda at first use, through CuPy.
+
+The same device code, launched as csrc/cuda/linear.cu does it, on torch's current stream; nothing synchronises. A kernel is
+compiled when it is first needed (some seconds; CuPy keeps it on disk), so a graph is captured after a call outside of it.
+"""
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glf_fast.ops.cupy import implement, launch, most_shared
+__all__ = ["KERNELS", "NVRTC_OPTIONS", "SOURCE", "register"]
 
-__all__ = ["KERNELS", "SOURCE", "register"]
-
+# The device code lies beside the package's sources, or in its folder when installed.
+FOLDERS = (Path(__file__).parents[2] / "cuda", Path(__file__).parents[3] / "csrc" / "cuda")
 SOURCE = '#include "kernels.cuh"\n'
+NVRTC_OPTIONS = ("-std=c++17", *(f"-I{folder}" for folder in FOLDERS))
 
 # kernels.cuh has these sizes, too.
 WARP_THREADS, BLOCK_THREADS = 128, 256
@@ -48,12 +56,69 @@ LAYER = np.dtype(
 GRADIENTS = np.dtype([(name, np.uint64) for name in ("lower", "upper", "log_diag", "log_scale", "bias")])
 
 
+class _Stream:
+    """torch's current stream on a GPU, as CuPy takes those of others."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pointer = torch.cuda.current_stream(device).cuda_stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@cache
+def _kernel(name: str, source: str, device: int) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=source, options=NVRTC_OPTIONS, name_expressions=(name,)).get_function(name)
+
+
+@cache
+def trouble(device: torch.device) -> str:
+    """Why CuPy cannot compile the kernels for this GPU, or "": compiles one that every flow needs."""
+    try:
+        import cupy
+
+        with cupy.cuda.Device(device.index):
+            _kernel("glf::device::plu_assemble_kernel<float>", SOURCE, device.index)
+    except Exception as error:  # CuPy, its compiler, the driver: each has its own errors
+        return f"CuPy does not compile it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
+
+
+@cache
+def most_shared(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    from cupy.cuda import runtime
+
+    return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index))
+
+
+def launch(
+    name: str,
+    device: torch.device,
+    grid: int,
+    block: int,
+    shared: int,
+    arguments: tuple[Any, ...],
+    source: str = SOURCE,
+) -> None:
+    """Put one kernel on the current stream of a GPU; `source` holds it."""
+    import cupy
+
+    with cupy.cuda.Device(device.index), cupy.cuda.Stream.from_external(_Stream(device)):
+        kernel = _kernel(name, source, device.index)
+        if shared > 48 << 10:
+            kernel.max_dynamic_shared_size_bytes = most_shared(device)  # whatever other threads ask for meanwhile
+        kernel((grid,), (block,), arguments, shared_mem=shared)
+
+
 def _run(name: str, like: Tensor, grid: int, block: int, shared: int, *arguments: Any) -> None:
     """Launch `name`<…, type of `like`>. Tensors and None become pointers; numbers have the kernel's types already."""
     if not grid:
         return
     numbers = tuple(_pointer(a, like) if a is None or isinstance(a, Tensor) else a for a in arguments)
-    launch(SOURCE, f"glf::device::{name}{TYPES[like.dtype]}>", like.device, grid, block, shared, numbers)
+    launch(f"glf::device::{name}{TYPES[like.dtype]}>", like.device, grid, block, shared, numbers)
 
 
 def _pointer(tensor: Tensor | None, like: Tensor) -> int:
@@ -160,4 +225,8 @@ def _layer(permutation: Tensor, lower: Tensor, *others: Tensor | None) -> np.nda
 
 def register(library: torch.library.Library, *, override: bool = False) -> None:
     """Make these the operations' implementations on GPUs while `library` lives; `override`: in the place of others."""
-    implement(library, (slogdet_inverse, plu_assemble, plu_assemble_backward), override)
+    with warnings.catch_warnings():
+        if override:  # torch says so once a process
+            warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel", UserWarning)
+        for operation in (slogdet_inverse, plu_assemble, plu_assemble_backward):
+            library.impl(operation.__name__, operation, "CUDA", allow_override=override)

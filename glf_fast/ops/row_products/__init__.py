@@ -1,7 +1,7 @@
 """Gradients of weights and biases of many layers and steps in one launch: csrc/cuda/row_products.cuh.
 
-An operation without a derivative, for the backwards of whole flows. It has no reference: where it is not usable, they take batched
-matrix products and sums (kernels/weight_gradients.py).
+An operation without a derivative, for the backwards of whole flows. It has no reference: where it is not usable, they take
+batched matrix products and sums (kernels/weight_gradients.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from glf_fast.ops.backends import CUDA, CUPY, usable
 
 __all__ = ["ready"]
 
-# products[i] (steps, n_in, n_out) = x[i]ᵀ g[i] of x (steps, rows, n_in) and g (steps, rows, n_out), in every step, and sums[i]
-# (steps, n_out) the sums of g's columns, unless it is empty, (0,); with `accumulate` added to what stands there. Rows are float32,
-# multiplied as three tf32 products (operands 0) or as one (1), or bf16 (2); results are float32. Numbers of a row are neighbours,
-# and rows of bf16 begin at multiples of four bytes. Rows are added up in `parts`.
+# In every step products[i] (steps, n_in, n_out) becomes x[i]ᵀ g[i] of x[i] (steps, rows, n_in) and g[i] (steps, rows, n_out).
+# sums[i] (steps, n_out), unless it is (0,), becomes the sums of g[i]'s columns. With `accumulate` both are added to what is there.
+# Rows are float32, multiplied as three tf32 products (operands 0) or as one (1), or they are bf16 (2); results are float32.
+# Numbers of a row are neighbours, and rows of bf16 begin at multiples of four bytes. Rows are added up in `parts`.
 _library = torch.library.Library("glf_fast", "FRAGMENT")
 _library.define(
     "row_products(Tensor[] x, Tensor[] g, int[] operands, Tensor(a!)[] products, Tensor(b!)[] sums, bool accumulate, "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from glf_fast.ops.cupy import implement, launch
+from glf_fast.ops.linear.cupy import launch
 
 __all__ = ["KERNELS", "SOURCE", "register"]
 
@@ -52,18 +54,29 @@ def row_products(
         layers[i] = (of_a, of_b, *results, a_step, b_step, a_row, b_row, n_in, n_out, how, a_bytes, b_bytes)
         first_block[i + 1 :] += max(1, -(-n_in // SIDE)) * -(-n_out // SIDE)
         numbers += (n_in + summed) * n_out
-    part_rows = -(-(-(-rows // parts)) // STAGE_ROWS) * STAGE_ROWS
+    wanted = -(-rows // parts)
+    part_rows = -(-wanted // STAGE_ROWS) * STAGE_ROWS
     parts = -(-rows // part_rows) if part_rows else 1
     blocks = steps * parts * int(first_block[-1])
     if not blocks:
         return
     partial = g[0].new_empty(parts * steps * numbers if parts > 1 else 0, dtype=torch.float32)
-    given = (len(g), steps, rows, parts, part_rows, accumulate, first_block, partial.data_ptr() if parts > 1 else 0, layers)
+    given = (
+        len(g),
+        steps,
+        rows,
+        parts,
+        part_rows,
+        accumulate,
+        first_block,
+        partial.data_ptr() if parts > 1 else 0,
+        layers,
+    )
     arguments = (np.array([given], PRODUCTS),)
     device = g[0].device
-    launch(SOURCE, KERNELS[0], device, blocks, THREADS, SHARED, arguments)
+    launch(KERNELS[0], device, blocks, THREADS, SHARED, arguments, SOURCE)
     if parts > 1:
-        launch(SOURCE, KERNELS[1], device, steps * -(-numbers // ADDED), THREADS, 0, arguments)
+        launch(KERNELS[1], device, steps * -(-numbers // ADDED), THREADS, 0, arguments, SOURCE)
 
 
 def _rows(t: Tensor, like: Tensor, dtype: torch.dtype, steps: int, rows: int) -> tuple[int, int, int, int]:
@@ -94,4 +107,7 @@ def _result(t: Tensor, like: Tensor, shape: tuple[int, ...]) -> int:
 
 def register(library: torch.library.Library, *, override: bool = False) -> None:
     """Make this the operation's implementation on GPUs while `library` lives; `override`: in the place of another."""
-    implement(library, (row_products,), override)
+    with warnings.catch_warnings():
+        if override:  # torch says so once a process
+            warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel", UserWarning)
+        library.impl("row_products", row_products, "CUDA", allow_override=override)
