@@ -1,4 +1,4 @@
-// What the bindings of CUDA kernels share.
+// What the bindings of CUDA kernels share: the stream of a launch, and its outcome.
 #pragma once
 
 #include "bindings.h"
@@ -9,7 +9,7 @@
 namespace glf::bindings {
 
 // The current stream of a tensor's GPU, which is made the current one as long as this lives.
-class Launch {
+class [[gnu::visibility("hidden")]] Launch {  // as torch's guard is
  public:
   explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));

@@ -60,7 +60,7 @@ struct RowsOf {
 
   // c += Xᵀ G of a team's rows of a stage, from column x[0] and g[0] of their first row on.
   static GLF_DEVICE void multiply(WarpTile& c, const float* x, const float* g) {
-#pragma unroll(operands == three_tf32 ? 1 : 2)  // two at once would be a few registers too many
+#pragma unroll 1  // two at once would be a few registers too many
     for (int k = 0; k < team_rows; k += 8) {
       Lane<float> a[2][4], b[2][4];  // of rows k + t and k + 4 + t
       on_lanes([&](int l) {
