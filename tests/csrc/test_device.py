@@ -75,7 +75,9 @@ def test_the_library_links_and_wants_nothing_strange(tmp_path: Path) -> None:
     for path in sorted({*(ROOT / "csrc" / "cuda").glob("*.cu")} - {ROOT / "csrc" / "cuda" / "linear.cu"}):
         objects.append(str(tmp_path / f"{path.stem}.o"))
         code = "-gencode=arch=compute_90,code=sm_90"
-        subprocess.run([NVCC, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", code, "-c", path, "-o", objects[-1]], check=True)
+        subprocess.run(
+            [NVCC, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", code, "-c", path, "-o", objects[-1]], check=True
+        )
     includes = [f"-I{path}" for path in (ROOT / "csrc", home / "include", *_torch_includes())]
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
     target = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]

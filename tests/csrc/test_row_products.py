@@ -32,8 +32,21 @@ def test_sums_over_rows_on_the_host(sanitizers: str, what: str, tmp_path: Path) 
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"
     program = str(tmp_path / "row_products")
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread", f"-I{ROOT / 'csrc'}"]
-    sources = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", str(Path(__file__).with_name("row_products.cpp"))]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-pthread",
+        f"-I{ROOT / 'csrc'}",
+    ]
+    sources = [
+        f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=all",
+        str(Path(__file__).with_name("row_products.cpp")),
+    ]
     subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
     done = subprocess.run([program, what], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("all agree\n"), done.stdout + done.stderr

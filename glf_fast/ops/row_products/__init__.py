@@ -14,7 +14,7 @@ from glf_fast.ops.backends import CUDA, CUPY, usable
 __all__ = ["ready"]
 
 # In every step products[i] (steps, n_in, n_out) becomes x[i]ᵀ g[i] of x[i] (steps, rows, n_in) and g[i] (steps, rows, n_out).
-# sums[i] (steps, n_out), unless it is (0,), becomes the sums of g[i]'s columns. With `accumulate` both are added to what stands.
+# sums[i] (steps, n_out), unless it is (0,), becomes the sums of g[i]'s columns. With `accumulate` results are added to theirs.
 # Rows are float32, multiplied as three tf32 products (operands 0) or as one (1), or they are bf16 (2); results are float32.
 # Numbers of a row are neighbours, and rows of bf16 begin at multiples of four bytes. Rows are added up in `parts`.
 _library = torch.library.Library("glf_fast", "FRAGMENT")

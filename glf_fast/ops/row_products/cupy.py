@@ -41,11 +41,15 @@ def row_products(
         raise RuntimeError(f"glf_fast: row_products takes lists of 1 to {MOST} and of one length")
     if parts < 1:
         raise RuntimeError("glf_fast: row_products takes one part or more")
+    if g[0].ndim != 3:
+        raise RuntimeError("glf_fast: row_products takes factors (steps, rows, columns)")
     steps, rows = g[0].shape[:2]
     layers, first_block = np.zeros(MOST, PRODUCT), np.zeros(MOST + 1, np.int32)
     numbers = 0  # of a step
     for i, (a, b, how, product, total) in enumerate(zip(*lists, strict=True)):
-        n_in, n_out = a.shape[2], b.shape[2]
+        if not 0 <= how <= BF16:
+            raise RuntimeError("glf_fast: operands of row_products are 0, 1 or 2")
+        n_in, n_out = a.shape[-1], b.shape[-1]
         summed = total.ndim == 2
         (of_a, a_step, a_row, a_bytes), (of_b, b_step, b_row, b_bytes) = (
             _rows(t, g[0], OF_ROWS[how], steps, rows) for t in (a, b)
