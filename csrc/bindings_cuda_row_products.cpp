@@ -83,4 +83,6 @@ void row_products(Tensors x, Tensors g, std::vector<int64_t> operands, Tensors p
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(glf_fast, CUDA, m) { m.impl("row_products", TORCH_BOX(&row_products)); }
+STABLE_TORCH_LIBRARY_IMPL(glf_fast, CUDA, m) {
+  m.impl("row_products", TORCH_BOX(&row_products));
+}

@@ -156,3 +156,14 @@ def test_workspaces_of_bf16(one_launch) -> None:
         assert error(product[1:], x.double().mT @ g.double()) < 1e-6
         assert error(total[1:], g.double().sum(1)) < 1e-6
     assert error(results.logabsdet[1:], grad_logdet.double().sum().expand(2)) < 1e-6
+
+
+def test_opcheck(one_launch) -> None:
+    """What is written is what the schema says, also for torch.compile."""
+    x, g = torch.randn(2, 20, 3), torch.randn(2, 20, 5)
+    results = ([torch.zeros(2, 3, 5)], [torch.zeros(2, 5)])
+    for accumulate in (False, True):
+        arguments = ([x], [g], [0], *results, accumulate, 1)
+        torch.library.opcheck(
+            torch.ops.glf_fast.row_products.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
