@@ -1,9 +1,9 @@
 // Sums over rows: gradients of all weights and biases of a flow, Xᵀ G and the column sums of G, of X, what went into a
 // layer, and G, the gradient of what came out. Many layers and steps in one launch.
 //
-// A block has 64 × 64 entries of one product of one step, and the column sums where they are the product's first ones. It streams
-// the rows, 32 at a time, through four stages of shared memory: while a stage is multiplied, the next three are on their way.
-// Its eight warps are two teams of 2 × 2, of which each multiplies half of a stage's rows into 32 × 32 entries a warp. Matrix
+// A block has 64 × 64 entries of one product of one step, and the column sums where they are the product's first ones. It
+// streams the rows, 32 at a time, through four stages of shared memory: while a stage is multiplied, the next three are on their
+// way. Its eight warps are two teams of 2 × 2, of which each multiplies half of a stage's rows into 32 × 32 entries a warp. Matrix
 // units truncate their sums, so that a sum leaves them after one stage in full precision, after eight else, and is added with
 // rounding. At the end the teams' sums meet in shared memory, where whoever goes on finds the gradient whole.
 //
@@ -50,7 +50,8 @@ GLF_DEVICE void put2(float* at, float a, float b) {
 using WarpTile = Lane<float>[2][4][4];
 
 // float32 rows. A lane reads four neighbouring columns at once. They belong to tiles as they come, not in the order of the
-// columns: lane (g, t) has in row g + 8 h of tile i of X the column 4 g + 2 i + h, in column g of tile j of G the column 4 g + j.
+// columns: lane (g, t) has in row g + 8 h of tile i of X the column 4 g + 2 i + h, in column g of tile j of G the column
+// 4 g + j.
 template <Operands operands>
 struct RowsOf {
   using Number = float;
@@ -150,8 +151,8 @@ struct RowsOf<bf16> {
   }
 };
 
-// A block's rows of one factor, from its first column on, and how its threads copy them to a stage: all copies of a thread are in
-// one column, so that it carries little more than a pointer from copy to copy, and from stage to stage.
+// A block's rows of one factor, from its first column on, and how its threads copy them to a stage: all copies of a thread are
+// in one column, so that it carries little more than a pointer from copy to copy, and from stage to stage.
 template <class T>
 struct Columns {
   const T* first;
@@ -207,8 +208,8 @@ struct Results {
   bool accumulate;
 };
 
-// Entries [top …, left …] of Xᵀ G over `rows` rows from `first` on, of step k; in the blocks with top = 0 also the sums of G's columns.
-// `results` is asked at the end where they go: pointers that were known before would take registers from the products.
+// Entries [top …, left …] of Xᵀ G over `rows` rows from `first` on, of step k; in the blocks with top = 0 also the sums of G's
+// columns. `results` is asked at the end where they go: pointers known before would take registers from the products.
 template <Operands operands, class B, class F>
 GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long k, int top, int left, int first, int rows,
                                  F results, unsigned char* shared) {
@@ -224,8 +225,9 @@ GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long 
   };
   constexpr int side = result_side, half = side / 2, stage = stage_rows * stage_line;
   const int high = p.n_in - top < side ? p.n_in - top : side, wide = p.n_out - left < side ? p.n_out - left : side;
-  const Columns<T> X{static_cast<const T*>(p.x) + k * p.x_step + first * static_cast<long long>(p.x_row) + top, p.x_row, high, p.x_bytes};
-  const Columns<T> G{static_cast<const T*>(p.g) + k * p.g_step + first * static_cast<long long>(p.g_row) + left, p.g_row, wide, p.g_bytes};
+  const T* x = static_cast<const T*>(p.x) + k * p.x_step + first * static_cast<long long>(p.x_row) + top;
+  const T* g = static_cast<const T*>(p.g) + k * p.g_step + first * static_cast<long long>(p.g_row) + left;
+  const Columns<T> X{x, p.x_row, high, p.x_bytes}, G{g, p.g_row, wide, p.g_bytes};
   const bool summed = p.sum && top == 0;
   T* ring = reinterpret_cast<T*>(shared);  // stages of X's rows and G's rows
   const int count = (rows + stage_rows - 1) / stage_rows;
@@ -266,10 +268,10 @@ GLF_DEVICE void row_product_tile(const B& block, const RowProduct& p, long long 
     block.threads_unguarded(threads, [&](int t, OfThread& own) {
       start(n + stages - 1, own);
       if (summed) {
-        const T* g = stage_of(n) + stage + t / side * (stage_rows * side / row_products_threads) * stage_line + t % side;
+        const T* at = stage_of(n) + stage + t / side * (stage_rows * side / row_products_threads) * stage_line + t % side;
 #pragma unroll
         for (int r = 0; r < stage_rows * side / row_products_threads; ++r)
-          own.sum += Factors::value(g[r * stage_line]);
+          own.sum += Factors::value(at[r * stage_line]);
       }
     });
     block.warps_unguarded(warps, [&](int w, OfWarp& own) {

@@ -1,5 +1,5 @@
-// Sums over rows (csrc/cuda/row_products.cuh) on the host, against sums in double: any widths, distances and alignments, in every
-// precision, with every number that must not be read a NaN, and buffers exactly as long as what may be.
+// Sums over rows (csrc/cuda/row_products.cuh) on the host, against sums in double: any widths, distances and alignments, in
+// every precision, with every number that must not be read a NaN, and buffers exactly as long as what may be.
 // "threads": with a thread for each warp, for ThreadSanitizer. "errors": how much full precision loses in matrix units.
 #include "cuda/row_products.cuh"
 #include "threads.h"
@@ -23,16 +23,16 @@ bool by_threads = false;
 
 void require(bool good, const char* what, const RowProduct& p, double value) {
   if (good) return;
-  std::printf("%s: %g, operands %d, %d by %d, rows of %d and %d, copies of %d and %d bytes, threads %s, copies %s\n", what, value,
-              p.operands, p.n_in, p.n_out, p.x_row, p.g_row, p.x_bytes, p.g_bytes, backwards ? "backwards" : "forwards",
+  std::printf("%s: %g, operands %d, %d by %d, rows of %d and %d, copies of %d and %d bytes, threads %s, copies %s\n", what,
+              value, p.operands, p.n_in, p.n_out, p.x_row, p.g_row, p.x_bytes, p.g_bytes, backwards ? "backwards" : "forwards",
               copies_come_late ? "late" : "early");
   std::exit(1);
 }
 
 int below(int n) { return static_cast<int>(rng() % n); }
 
-// Rows (steps, rows, columns) of float32 or bf16 numbers, some of them apart from each other, in memory that begins and ends with
-// them. What lies between them is NaN.
+// Rows (steps, rows, columns) of float32 or bf16 numbers, some of them apart from each other, in memory that begins and ends
+// with them. What lies between them is NaN.
 class Factor {
  public:
   Factor(int steps, int rows, int columns, bool in_bf16, int unit, double mean)
