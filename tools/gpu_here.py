@@ -127,7 +127,7 @@ def build_libraries() -> list[Path]:
 
 def link_for_stub(tree: Path) -> None:
     """Replace _cuda.abi3.so by the same code with the shared libcudart, whose place the stub takes."""
-    objects = sorted(TREE.glob("build/temp*/csrc/bindings_cuda.o")) + sorted(TREE.glob("build/temp*/csrc/cuda/*.o"))
+    objects = sorted(TREE.glob("build/temp*/csrc/bindings_cuda*.o")) + sorted(TREE.glob("build/temp*/csrc/cuda/*.o"))
     torch, cuda = PACKAGES / "torch" / "lib", PACKAGES / "nvidia" / "cu13" / "lib"
     libraries = ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-l:libcudart.so.13"]
     target = tree / "glf_fast" / "_cuda.abi3.so"

@@ -43,7 +43,7 @@ NUMBERS = {
     "smsp__cycles_active.avg": "cycles",
 }
 STALL, OF_ISSUE = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
-KERNELS = "regex:flow_kernel|flow_backward|slogdet_inverse|coupling_kernel|coupling_backward"
+KERNELS = "regex:flow_kernel|flow_backward|slogdet_inverse|row_products|coupling_kernel|coupling_backward"
 
 
 def key_numbers(text: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from glf_fast.ops import row_products
 from glf_fast.ops.backends import TRITON
 from glf_fast.ops.checks import check_fake
 from glf_fast.ops.coupling_flow import networks
@@ -166,4 +167,5 @@ def _(
             density,
             parameters,
             of_context,
+            one_launch=row_products.ready(grad_out),
         )

@@ -67,10 +67,10 @@ class _Stream:
 
 
 @cache
-def _kernel(name: str, device: int) -> Any:
+def _kernel(name: str, source: str, device: int) -> Any:
     import cupy
 
-    return cupy.RawModule(code=SOURCE, options=NVRTC_OPTIONS, name_expressions=(name,)).get_function(name)
+    return cupy.RawModule(code=source, options=NVRTC_OPTIONS, name_expressions=(name,)).get_function(name)
 
 
 @cache
@@ -80,7 +80,7 @@ def trouble(device: torch.device) -> str:
         import cupy
 
         with cupy.cuda.Device(device.index):
-            _kernel("glf::device::plu_assemble_kernel<float>", device.index)
+            _kernel("glf::device::plu_assemble_kernel<float>", SOURCE, device.index)
     except Exception as error:  # CuPy, its compiler, the driver: each has its own errors
         return f"CuPy does not compile it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return ""
@@ -94,12 +94,20 @@ def most_shared(device: torch.device) -> int:
     return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index))
 
 
-def launch(name: str, device: torch.device, grid: int, block: int, shared: int, arguments: tuple[Any, ...]) -> None:
-    """Put one kernel on the current stream of a GPU."""
+def launch(
+    name: str,
+    device: torch.device,
+    grid: int,
+    block: int,
+    shared: int,
+    arguments: tuple[Any, ...],
+    source: str = SOURCE,
+) -> None:
+    """Put one kernel on the current stream of a GPU; `source` holds it."""
     import cupy
 
     with cupy.cuda.Device(device.index), cupy.cuda.Stream.from_external(_Stream(device)):
-        kernel = _kernel(name, device.index)
+        kernel = _kernel(name, source, device.index)
         if shared > 48 << 10:
             kernel.max_dynamic_shared_size_bytes = most_shared(device)  # whatever other threads ask for meanwhile
         kernel((grid,), (block,), arguments, shared_mem=shared)
