@@ -38,61 +38,63 @@ GLF_DEVICE long long workspace_at(const FlowCall& f, int k, const RowRange& rang
   return (static_cast<long long>(k) * f.rows + range.first) * f.stride + column;
 }
 
-// Columns < `columns` of tiles, two numbers side by side at once: `at` and the stride are even.
+// Columns < `columns` of tiles, two numbers side by side at once: `at`, the stride and `columns` are multiples of 16.
 template <Precision p, int N>
 GLF_DEVICE void store_layer(Rows<N>& rows, void* workspace, long long at, int stride, int live, int columns) {
-  on_lanes([&](int lane) {
+  each_row([&](int lane, int half, int row, int column) {
+    if (row >= live) return;
+    const long long first = (at + row * stride + column) / 2;
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = lane / 4 + 8 * half, column = 8 * i + lane % 4 * 2;
-        if (row >= live || column >= columns) continue;
-        const float first = of_lane(rows.c[i][2 * half], lane), second = of_lane(rows.c[i][2 * half + 1], lane);
-        const long long to = at + row * stride + column;
-        if constexpr (p == Precision::bf16)
-          static_cast<Word*>(workspace)[to / 2] = bf16_pair(first, second);
-        else
-          static_cast<Pair*>(workspace)[to / 2] = {first, second};
-      }
+    for (int i = 0; i < N; ++i) {
+      if (8 * i >= columns) continue;
+      const float x = of_lane(rows.c[i][2 * half], lane), y = of_lane(rows.c[i][2 * half + 1], lane);
+      if constexpr (p == Precision::bf16)
+        (static_cast<Word*>(workspace) + first)[4 * i] = bf16_pair(x, y);
+      else
+        (static_cast<Pair*>(workspace) + first)[4 * i] = {x, y};
+    }
   });
 }
 
 // And back; zero where nothing was stored.
 template <Precision p, int N>
 GLF_DEVICE void load_layer(Rows<N>& rows, const void* workspace, long long at, int stride, int live, int columns) {
-  on_lanes([&](int lane) {
+  each_row([&](int lane, int half, int row, int column) {
+    const long long first = (at + row * stride + column) / 2;
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = lane / 4 + 8 * half, column = 8 * i + lane % 4 * 2;
-        Pair found{0, 0};
-        if (row < live && column < columns) {
-          const long long from = at + row * stride + column;
-          if constexpr (p == Precision::bf16) {
-            const Word both = static_cast<const Word*>(workspace)[from / 2];
-            found = {as_float(both << 16), as_float(both & 0xffff0000u)};
-          } else {
-            found = static_cast<const Pair*>(workspace)[from / 2];
-          }
+    for (int i = 0; i < N; ++i) {
+      Pair found{0, 0};
+      if (row < live && 8 * i < columns) {
+        if constexpr (p == Precision::bf16) {
+          const Word both = (static_cast<const Word*>(workspace) + first)[4 * i];
+          found = {as_float(both << 16), as_float(both & 0xffff0000u)};
+        } else {
+          found = (static_cast<const Pair*>(workspace) + first)[4 * i];
         }
-        of_lane(rows.c[i][2 * half], lane) = found.first;
-        of_lane(rows.c[i][2 * half + 1], lane) = found.second;
       }
+      of_lane(rows.c[i][2 * half], lane) = found.first;
+      of_lane(rows.c[i][2 * half + 1], lane) = found.second;
+    }
   });
 }
 
-// Columns of tiles at any place: of `start` … `start` + `columns`.
+// Columns < `columns` of tiles, at any place.
 template <Precision p, int N>
 GLF_DEVICE void store_numbers(Rows<N>& rows, void* workspace, long long at, int stride, int live, int columns) {
-  each_number(rows, [&](float& x, int row, int column) {
-    if (row >= live || column >= columns) return;
-    const long long to = at + row * stride + column;
-    if constexpr (p == Precision::bf16)
-      static_cast<unsigned short*>(workspace)[to] = static_cast<unsigned short>(bf16_pair(x, 0.0f));
-    else
-      static_cast<float*>(workspace)[to] = x;
+  each_row([&](int lane, int half, int row, int column) {
+    if (row >= live) return;
+    const long long first = at + row * stride + column;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (8 * i + column + e >= columns) continue;
+        const float x = of_lane(rows.c[i][2 * half + e], lane);
+        if constexpr (p == Precision::bf16)
+          (static_cast<unsigned short*>(workspace) + first)[8 * i + e] = static_cast<unsigned short>(bf16_pair(x, 0.0f));
+        else
+          (static_cast<float*>(workspace) + first)[8 * i + e] = x;
+      }
   });
 }
 

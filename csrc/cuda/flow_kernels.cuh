@@ -6,12 +6,19 @@
 
 namespace glf::device {
 
+// A kernel's argument that is read where it lies, at an index that is known at run time, too.
+#ifdef __CUDACC__
+#define GLF_ARGUMENT const __grid_constant__
+#else
+#define GLF_ARGUMENT const
+#endif
+
 inline constexpr int pack_threads = 256;
 inline constexpr int flow_threads = 32 * most_warps;  // at most: a block has as many warps as the call says
 
 // A thread packs 16 bytes of one step: of the forward's parameters, then of the backward's where `transposed` is not null.
 GLF_KERNEL(pack_threads)
-flow_pack_kernel(FlowShape shape, FlowParameters given, Quad* packed, Quad* transposed) {
+flow_pack_kernel(GLF_ARGUMENT FlowShape shape, GLF_ARGUMENT FlowParameters given, Quad* packed, Quad* transposed) {
   const int forward = forward_bytes(shape) / 16, back = transposed ? transposed_bytes(shape) / 16 : 0;
   const int blocks = (forward + back + pack_threads - 1) / pack_threads;
   const Packer packer{shape, given, block_index() / blocks};
@@ -37,7 +44,7 @@ GLF_DEVICE int busy_warps(const FlowCall& f) {
 
 template <int half_tiles, int hidden_tiles, int map, int mlp, bool inverse>
 GLF_KERNEL(flow_threads)
-flow_forward_kernel(const FlowCall f) {
+flow_forward_kernel(GLF_ARGUMENT FlowCall f) {
   using Kind = FlowKind<half_tiles, hidden_tiles, Precision(map), Precision(mlp)>;
   using Weights = Stream<ForwardOrder>;
   unsigned char* shared = shared_memory();
@@ -75,7 +82,7 @@ enum Ways : int { forth = 1, back = 2 };
 
 template <int half_tiles, int hidden_tiles, int map, int mlp>
 GLF_KERNEL(flow_threads)
-flow_gradient_kernel(const FlowCall f, int ways) {
+flow_gradient_kernel(GLF_ARGUMENT FlowCall f, int ways) {
   using Kind = FlowKind<half_tiles, hidden_tiles, Precision(map), Precision(mlp)>;
   using Weights = Stream<GradientOrder>;
   unsigned char* shared = shared_memory();

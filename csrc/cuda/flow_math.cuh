@@ -44,7 +44,6 @@ GLF_DEVICE void with_log_scale(LogScale kind, F f) {
 
 #ifdef __CUDACC__
 GLF_DEVICE float log_of_one_plus(float x) { return log1pf(x); }
-GLF_DEVICE float exponential_less_one(float x) { return expm1f(x); }
 GLF_DEVICE float arc_tangent(float x) { return atanf(x); }
 GLF_DEVICE float error_function(float x) { return erff(x); }
 // To two units in the last place; 0 where y is 2¹²⁶ or more, in which every quotient here ends.
@@ -61,7 +60,6 @@ GLF_DEVICE float larger(float x, float y) {
 }
 #else
 inline float log_of_one_plus(float x) { return std::log1p(x); }
-inline float exponential_less_one(float x) { return std::expm1(x); }
 inline float arc_tangent(float x) { return std::atan(x); }
 inline float error_function(float x) { return std::erf(x); }
 inline float quotient(float x, float y) { return x / y; }
@@ -84,7 +82,7 @@ GLF_DEVICE float activated(float x) {
   if constexpr (kind == A::silu) return quotient(x, 1.0f + exponential(-x));
   if constexpr (kind == A::gelu) return 0.5f * x * (1.0f + error_function(0.70710678f * x));
   if constexpr (kind == A::tanh) return hyperbolic_tangent(x);
-  if constexpr (kind == A::elu) return x > 0 ? x : exponential_less_one(x);
+  if constexpr (kind == A::elu) return x > 0 ? x : exponential(x) - 1.0f;
 }
 
 // Whether a'(x) is no function of a(x): the backward then needs it beside a(x).

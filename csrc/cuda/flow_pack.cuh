@@ -62,8 +62,8 @@ GLF_DEVICE Quad vector_quad(const float* data, Axis axis, int quad) {
 
 // What a step's parameters are: one piece of 16 bytes of the forward's or the backward's.
 struct Packer {
-  FlowShape s;
-  FlowParameters given;
+  const FlowShape& s;
+  const FlowParameters& given;
   long long k;  // the step
 
   GLF_DEVICE Axis halves(int first, int second) const { return {first, 8 * s.half_tiles, second}; }

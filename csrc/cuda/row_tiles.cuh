@@ -168,35 +168,60 @@ struct RowRange {
   int live;
 };
 
-// Columns of a matrix in memory whose rows are `stride` numbers apart: those of a tile from `start` on, fewer than `end`.
-template <int N>
-GLF_DEVICE void load_columns(Rows<N>& rows, const float* first_row, int live, int stride, int start, int end) {
-  each_number(rows, [&](float& x, int row, int column) {
-    const int at = start + column;
-    x = row < live && at < end ? first_row[row * stride + at] : 0.0f;
+// f(lane, half, row, column): each lane's two rows, and its first column of a tile. What a lane then reads or writes lies at
+// distances from one address that are known when the code is compiled.
+template <class F>
+GLF_DEVICE void each_row(F f) {
+  on_lanes([&](int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) f(lane, half, lane / 4 + 8 * half, lane % 4 * 2);
   });
 }
 
-// The column in memory of a tile's column, or −1: halves p and v, which are `tiles` tiles each, side by side without padding.
-template <int tiles>
-GLF_DEVICE int column_of_half(int column, int dim) {
-  const int passive = dim - dim / 2, half = 8 * tiles;
-  return column < half ? (column < passive ? column : -1) : column - half < dim / 2 ? passive + column - half : -1;
+// Columns of a matrix in memory whose rows are `stride` numbers apart: those of a tile from `start` on, fewer than `end`.
+template <int N>
+GLF_DEVICE void load_columns(Rows<N>& rows, const float* first_row, int live, int stride, int start, int end) {
+  each_row([&](int lane, int half, int row, int column) {
+    const float* from = first_row + row * stride + start + column;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        of_lane(rows.c[i][2 * half + e], lane) = row < live && start + 8 * i + column + e < end ? from[8 * i + e] : 0.0f;
+  });
 }
 
+// Halves p and v, N / 2 tiles each, which lie side by side without padding in rows of `dim` numbers.
 template <int N>
 GLF_DEVICE void load_halves(Rows<N>& rows, const float* first_row, int live, int dim) {
-  each_number(rows, [&](float& x, int row, int column) {
-    const int at = column_of_half<N / 2>(column, dim);
-    x = row < live && at >= 0 ? first_row[row * dim + at] : 0.0f;
+  const int passive = dim - dim / 2;
+  each_row([&](int lane, int half, int row, int column) {
+    const float* from = first_row + row * dim + column;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int at = 8 * i + e;
+        of_lane(rows.c[i][2 * half + e], lane) = row < live && at + column < passive ? from[at] : 0.0f;
+        of_lane(rows.c[N / 2 + i][2 * half + e], lane) = row < live && at + column < dim / 2 ? from[passive + at] : 0.0f;
+      }
   });
 }
 
 template <int N>
 GLF_DEVICE void store_halves(Rows<N>& rows, float* first_row, int live, int dim) {
-  each_number(rows, [&](float& x, int row, int column) {
-    const int at = column_of_half<N / 2>(column, dim);
-    if (row < live && at >= 0) first_row[row * dim + at] = x;
+  const int passive = dim - dim / 2;
+  each_row([&](int lane, int half, int row, int column) {
+    float* to = first_row + row * dim + column;
+    if (row >= live) return;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int at = 8 * i + e;
+        if (at + column < passive) to[at] = of_lane(rows.c[i][2 * half + e], lane);
+        if (at + column < dim / 2) to[passive + at] = of_lane(rows.c[N / 2 + i][2 * half + e], lane);
+      }
   });
 }
 
@@ -204,7 +229,7 @@ GLF_DEVICE void store_halves(Rows<N>& rows, float* first_row, int live, int dim)
 template <int N>
 GLF_DEVICE void keep_halves(Rows<N>& rows, int dim) {
   each_number(rows, [&](float& x, int, int column) {
-    if (column_of_half<N / 2>(column, dim) < 0) x = 0;
+    if (column < 4 * N ? column >= dim - dim / 2 : column - 4 * N >= dim / 2) x = 0;
   });
 }
 
