@@ -144,7 +144,7 @@ def kernels() -> dict[str, Any]:
             extensions.append(
                 cpp_extension.CppExtension(
                     "glf_fast._cuda",
-                    sources("bindings_cuda.cpp", "cuda/*.cu"),
+                    sources("bindings_cuda*.cpp", "cuda/*.cu"),
                     include_dirs=["csrc", str(cuda.include)],
                     library_dirs=[str(cuda.library)],
                     libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],

@@ -50,7 +50,6 @@ const char* with_precision(const FlowShape& s, F f) {
   if (s.map == P::tf32x3 && s.mlp == P::tf32x3) return f(FlowKind<half_tiles, 8, P::tf32x3, P::tf32x3>{});
   if (s.map == P::tf32 && s.mlp == P::tf32) return f(FlowKind<half_tiles, 8, P::tf32, P::tf32>{});
   if (s.map == P::tf32x3 && s.mlp == P::bf16) return f(FlowKind<half_tiles, 8, P::tf32x3, P::bf16>{});
-  if (s.map == P::tf32 && s.mlp == P::bf16) return f(FlowKind<half_tiles, 8, P::tf32, P::bf16>{});
   return "precisions for which there is no kernel";
 }
 

@@ -20,12 +20,12 @@ GLF_DEVICE void couple_back(Rows<N>& gradient, Rows<N>& ut, Rows<N / 2>& v, Lane
         float &u = of_lane(ut.c[i][e], lane), &t = of_lane(ut.c[N / 2 + i][e], lane);
         float& g = of_lane(gradient.c[N / 2 + i][e], lane);
         const float given = of_lane(v.c[i][e], lane), of_logdet = of_lane(grad_logdet[e / 2], lane);
-        const bool exists = 8 * i + lane % 4 * 2 + e % 2 < f.shape.transformed();
-        const float scaled = g * exponential(log_scale<kind>(u, f.constant));
+        const float there = 8 * i + lane % 4 * 2 + e % 2 < f.shape.transformed() ? 1.0f : 0.0f;
+        const float scaled = g * exponential(there * log_scale<kind>(u, f.constant));
         const float of_ell = scaled * (f.add_first ? given + t : given) + of_logdet;
-        u = exists ? of_ell * log_scale_slope<kind>(u, f.constant) : 0.0f;
-        t = exists ? (f.add_first ? scaled : g) : 0.0f;
-        g = exists ? scaled : 0.0f;
+        u = there * (of_ell * log_scale_slope<kind>(u, f.constant));
+        t = f.add_first ? scaled : g;  // zero where g is
+        g = scaled;
       }
   });
 }
@@ -62,7 +62,7 @@ GLF_DEVICE void all_steps_back(typename Kind::State& gradient, Lane<float> (&gra
   constexpr int half_tiles = Kind::half_tiles;
   const FlowShape& s = f.shape;
   const int raw = workspace_column(s, s.layers);
-  const void* kept_in = needs_argument(f.activation) ? f.slopes : f.hidden;
+  const void* kept_in = needs_argument(f.activation) ? f.derivatives : f.hidden;
   typename Kind::Half v;
   typename Kind::State ut;
   load_record(v, record_of<Kind>(f, s.steps - 1, range));

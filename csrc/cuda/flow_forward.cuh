@@ -160,12 +160,12 @@ GLF_DEVICE void context_product(Rows<N>& sum, const FlowCall& f, const RowRange&
   }
 }
 
-// h = a(x). With `keep`, of silu and gelu a'(x) goes to the workspace, to the place of its gradient.
+// h = a(x). With `keep`, a'(x) of silu and gelu goes to the workspace.
 template <bool keep, Precision p, int N, Activation kind>
 GLF_DEVICE void activate(Rows<N>& h, Rows<N>& x, Constant<kind>, const FlowCall& f, long long to, int live, int padded) {
   if constexpr (keep && (kind == Activation::silu || kind == Activation::gelu)) {
     each_pair(h, x, [](float& slope, float& from) { slope = slope_at<kind>(from); });
-    store_layer<p>(h, f.slopes, to, f.stride, live, padded);
+    store_layer<p>(h, f.derivatives, to, f.stride, live, padded);
   }
   each_pair(h, x, [](float& y, float& from) { y = activated<kind>(from); });
 }
@@ -209,12 +209,11 @@ GLF_DEVICE void couple(Rows<N>& state, Rows<N>& ut, Lane<float> (&total)[2], Con
       for (int e = 0; e < 4; ++e) {
         const float u = of_lane(ut.c[i][e], lane), t = of_lane(ut.c[N / 2 + i][e], lane);
         float& v = of_lane(state.c[N / 2 + i][e], lane);
-        const bool exists = 8 * i + lane % 4 * 2 + e % 2 < f.shape.transformed();
-        float ell = exists ? log_scale<kind>(u, f.constant) : 0.0f;
-        if (inverse) ell = -ell;
+        // A factor, not a condition: a condition becomes a branch for each number, and they wait for one another.
+        const float there = 8 * i + lane % 4 * 2 + e % 2 < f.shape.transformed() ? 1.0f : 0.0f;
+        const float ell = (inverse ? -there : there) * log_scale<kind>(u, f.constant);
         const float scale = exponential(ell);
-        const float w = inverse ? (f.add_first ? v * scale - t : (v - t) * scale) : (f.add_first ? (v + t) * scale : v * scale + t);
-        v = exists ? w : 0.0f;
+        v = inverse ? (f.add_first ? v * scale - t : (v - t) * scale) : (f.add_first ? (v + t) * scale : v * scale + t);
         of_lane(total[e / 2], lane) += ell;
       }
   });

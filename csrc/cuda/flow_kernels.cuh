@@ -14,7 +14,7 @@ namespace glf::device {
 #endif
 
 inline constexpr int pack_threads = 256;
-inline constexpr int flow_threads = 32 * most_warps;  // at most: a block has as many warps as the call says
+inline constexpr int flow_threads = 32 * most_warps;  // at most: a block has as many warps as the call says, and one may fill a multiprocessor
 
 // A thread packs 16 bytes of one step: of the forward's parameters, then of the backward's where `transposed` is not null.
 GLF_KERNEL(pack_threads)
@@ -43,8 +43,7 @@ GLF_DEVICE int busy_warps(const FlowCall& f) {
 }
 
 template <int half_tiles, int hidden_tiles, int map, int mlp, bool inverse>
-GLF_KERNEL(flow_threads)
-flow_forward_kernel(GLF_ARGUMENT FlowCall f) {
+GLF_DEVICE void flow_forward(const FlowCall& f) {
   using Kind = FlowKind<half_tiles, hidden_tiles, Precision(map), Precision(mlp)>;
   using Weights = Stream<ForwardOrder>;
   unsigned char* shared = shared_memory();
@@ -65,6 +64,12 @@ flow_forward_kernel(GLF_ARGUMENT FlowCall f) {
       });
 }
 
+template <int half_tiles, int hidden_tiles, int map, int mlp, bool inverse>
+GLF_KERNEL(flow_threads, 1)
+flow_forward_kernel(GLF_ARGUMENT FlowCall f) {
+  flow_forward<half_tiles, hidden_tiles, map, mlp, inverse>(f);
+}
+
 // Where the units of a forward, of a backward, or of both lie.
 struct GradientOrder {
   const unsigned char *packed, *transposed;
@@ -81,8 +86,7 @@ struct GradientOrder {
 enum Ways : int { forth = 1, back = 2 };
 
 template <int half_tiles, int hidden_tiles, int map, int mlp>
-GLF_KERNEL(flow_threads)
-flow_gradient_kernel(GLF_ARGUMENT FlowCall f, int ways) {
+GLF_DEVICE void flow_gradient(const FlowCall& f, int ways) {
   using Kind = FlowKind<half_tiles, hidden_tiles, Precision(map), Precision(mlp)>;
   using Weights = Stream<GradientOrder>;
   unsigned char* shared = shared_memory();
@@ -121,6 +125,12 @@ flow_gradient_kernel(GLF_ARGUMENT FlowCall f, int ways) {
         all_steps_back<Kind>(state, grad_logdet, f, range, weights);
         store_halves(state, f.grad_x + range.first * dim, range.live, dim);
       });
+}
+
+template <int half_tiles, int hidden_tiles, int map, int mlp>
+GLF_KERNEL(flow_threads, 1)
+flow_gradient_kernel(GLF_ARGUMENT FlowCall f, int ways) {
+  flow_gradient<half_tiles, hidden_tiles, map, mlp>(f, ways);
 }
 
 }  // namespace glf::device

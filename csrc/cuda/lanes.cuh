@@ -9,13 +9,13 @@
 #ifdef __CUDACC__
 #define GLF_DEVICE __device__ __forceinline__
 #define GLF_DEVICE_AND_HOST __host__ __device__ inline
-#define GLF_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define GLF_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #else
 #include <cmath>
 #include <utility>
 #define GLF_DEVICE inline
 #define GLF_DEVICE_AND_HOST inline
-#define GLF_KERNEL(threads) void
+#define GLF_KERNEL(...) void
 #endif
 
 namespace glf::device {

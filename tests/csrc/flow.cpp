@@ -144,7 +144,7 @@ void try_flow(FlowShape s, long long rows, int warps, int slots, double toleranc
   std::vector<Quad> record(s.steps * ((rows + 15) / 16) * 3 * half * 32);
   FlowCall f{s, Activation::tanh, LogScale::tanh, 2, 0, 1, slots, warps, rows,
              reinterpret_cast<unsigned char*>(packed.data()), reinterpret_cast<unsigned char*>(back_packed.data()), x.data(),
-             context.data(), out.data(), logdet.data(), stride, map_in.data(), map_grad.data(), hidden.data(), slopes.data(),
+             context.data(), out.data(), logdet.data(), stride, map_in.data(), map_grad.data(), hidden.data(), nullptr, slopes.data(),
              record.data(), nullptr, grad_logdet.data(), grad_x.data(), s.context ? grad_context.data() : nullptr};
   const int blocks = static_cast<int>((rows + 16 * warps - 1) / (16 * warps));
   const int slot = forward > transposed ? forward : transposed;

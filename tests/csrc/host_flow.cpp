@@ -37,7 +37,6 @@ int launch_half(int map, int mlp, const std::string& kernel, long long grid, int
   if (map == 0 && mlp == 0) return launch_flow<half, 0, 0>(kernel, grid, shared, arguments);
   if (map == 1 && mlp == 1) return launch_flow<half, 1, 1>(kernel, grid, shared, arguments);
   if (map == 0 && mlp == 2) return launch_flow<half, 0, 2>(kernel, grid, shared, arguments);
-  if (map == 1 && mlp == 2) return launch_flow<half, 1, 2>(kernel, grid, shared, arguments);
   return 1;
 }
 
