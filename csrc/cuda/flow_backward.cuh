@@ -84,12 +84,15 @@ GLF_DEVICE void all_steps_back(typename Kind::State& gradient, Lane<float> (&gra
       column -= padded;
       const long long layer = workspace_at(f, k, range, column);
       typename Kind::Hidden kept, next;
-      load_layer<Kind::mlp>(kept, kept_in, layer, f.stride, range.live, padded);  // arrives while the product is made
+      // Arrives while the product is made; of split products, whose small terms have registers of their own, behind it.
+      constexpr bool early = Kind::mlp != Precision::tf32x3;
+      if (early) load_layer<Kind::mlp>(kept, kept_in, layer, f.stride, range.live, padded);
       clear(next);
       if (l == s.layers - 1)
         product<Kind::mlp>(next, ut, quads + at.at_out_back());
       else
         product<Kind::mlp>(next, of_hidden, quads + at.at_inner_back(l + 1));
+      if (!early) load_layer<Kind::mlp>(kept, kept_in, layer, f.stride, range.live, padded);
       with_activation(f.activation, [&](auto kind) { times_slopes(next, kept, kind); });
       of_hidden = next;
       store_layer<Kind::mlp>(of_hidden, f.slopes, layer, f.stride, range.live, padded);

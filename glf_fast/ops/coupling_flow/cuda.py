@@ -17,7 +17,7 @@ from glf_fast.ops.precision import autocast_on
 
 __all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses"]
 
-BACKENDS = (CUDA,)
+BACKENDS = () if CUDA.missing else (CUDA,)  # missing, it is not asked for: Triton's kernels take all that these take
 MAX_DIM, MAX_HIDDEN, MAX_CONTEXT = 32, 64, 64
 # Where these kernels are chosen and Triton's are not. Up to here the rows fill the multiprocessors of an H100 once, 8 warps each,
 # and a warp takes its rows through a training pass of glf-mnist (D 20, H 64, K 8) in 12 µs, by tools/small_flow_costs.py, where
@@ -69,18 +69,26 @@ def refuses(call: Call) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
-@cache
 def _shared_bytes(index: int) -> int:
     """Bytes of shared memory that a block may ask for; 0 on GPUs whose matrix units know neither tf32 nor bfloat16."""
+    return _shared_bytes_once(index)
+
+
+@cache
+def _shared_bytes_once(index: int) -> int:
     gpu = torch.cuda.get_device_properties(index)
     return int(gpu.shared_memory_per_block_optin) if gpu.major >= 8 else 0
 
 
-@torch.compiler.assume_constant_result
 def _matmul_precision() -> str:
-    """torch's setting. torch.compile cannot read it; a graph keeps what it found, so that both of its passes agree."""
+    """torch's setting. A compiled graph keeps what it found, so that both of its passes agree."""
     return torch.get_float32_matmul_precision()
+
+
+# torch.compile cannot trace either, and takes the answer for a constant. The public decorator for this, assume_constant_result of
+# torch.compiler, sets the same attribute, but imports torch._dynamo, a second at every import of glf_fast.
+for _function in (_shared_bytes, _matmul_precision):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _shape(call: Call, map_precision: int, mlp_precision: int) -> FlowShape:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glf_fast.ops import backends
+from glf_fast.ops.backends import CUPY
 
 __all__ = [
     "ACTIVATIONS",
@@ -165,7 +165,7 @@ def _gradients(s: FlowShape, x: Tensor) -> Gradients:
 
 
 def _pack(s: FlowShape, matrix: Tensor, *parameters: Any, packed: Tensor, transposed: Tensor | None) -> None:
-    if backends.CUPY:
+    if CUPY:
         from glf_fast.ops.coupling_flow import cupy
 
         cupy.pack(s, matrix, *parameters, packed, transposed)
@@ -183,7 +183,7 @@ TENSORS = (
 def _run(s: FlowShape, options: Options, ways: int, like: Tensor, **tensors: Tensor | None) -> None:
     if not len(like):
         return
-    if backends.CUPY:
+    if CUPY:
         from glf_fast.ops.coupling_flow import cupy
 
         cupy.run(s, options, ways, s.stride, like, **tensors)
