@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -85,7 +86,11 @@ def launched() -> Iterator[None]:
                 ending = None
             except SystemExit as error:
                 ending = error
-        gc.collect()  # a DistributedDataParallel that outlives its group may wait for ever when it is freed
+        # A DistributedDataParallel that outlives its group may wait for ever when it is freed: it then frees the group, whose
+        # thread may need Python's lock to end. An error's traceback holds the variables of all functions that it has left.
+        if ending:
+            traceback.clear_frames(ending.__traceback__)
+        gc.collect()
         highest(0)  # nobody leaves before the others
         dist.destroy_process_group()
         if ending:

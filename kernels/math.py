@@ -66,9 +66,11 @@ def activate(x, ACTIVATION: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
     elif ACTIVATION == "tanh":
         return tanh(x)
-    else:
-        tl.static_assert(ACTIVATION == "elu")
+    elif ACTIVATION == "elu":
         return tl.where(x > 0, x, tl.exp(x) - 1.0)
+    else:  # λ x, or λα (e^x − 1) below 0
+        tl.static_assert(ACTIVATION == "selu")
+        return tl.where(x > 0, 1.0507009873554805 * x, 1.7580993408473766 * (tl.exp(x) - 1.0))
 
 
 @triton.jit
@@ -92,9 +94,11 @@ def times_slope_from_output(grad, h, ACTIVATION: tl.constexpr):
         return tl.where(h > 0, grad, 0.01 * grad)
     elif ACTIVATION == "tanh":
         return grad * (1.0 - h * h)
-    else:
-        tl.static_assert(ACTIVATION == "elu")
+    elif ACTIVATION == "elu":
         return tl.where(h > 0, grad, grad * (h + 1.0))
+    else:
+        tl.static_assert(ACTIVATION == "selu")
+        return grad * tl.where(h > 0, 1.0507009873554805, h + 1.7580993408473766)
 
 
 @triton.jit

@@ -28,6 +28,9 @@ inline void with_log_scale(LogScale s, F f) {
   }
 }
 
+// SELU (Klambauer et al., arXiv:1706.02515): λ x, or λα (e^x − 1) below 0.
+inline constexpr double selu_scale = 1.0507009873554804934, selu_below = selu_scale * 1.6732632423543772848;
+
 template <Activation a, class T>
 inline vec<T> activation(vec<T> x) {
   using A = Activation;
@@ -36,10 +39,11 @@ inline vec<T> activation(vec<T> x) {
   if constexpr (a == A::silu) return x / (T(1) + exp(-x));
   if constexpr (a == A::gelu) return x * normal_cdf(x);
   if constexpr (a == A::tanh) return tanh(x);
-  if constexpr (a == A::elu) {
+  if constexpr (a == A::elu || a == A::selu) {
     // e^x − 1 = tanh(x/2)·(e^x + 1) keeps its digits near 0.
-    const vec<T> y = x > T(0) ? vec<T>{} : x;
-    return x > T(0) ? x : tanh(y * T(0.5)) * (exp(y) + T(1));
+    const vec<T> y = x > T(0) ? vec<T>{} : x, less = tanh(y * T(0.5)) * (exp(y) + T(1));
+    if constexpr (a == A::elu) return x > T(0) ? x : less;
+    return x > T(0) ? x * T(selu_scale) : less * T(selu_below);
   }
 }
 
@@ -57,6 +61,7 @@ inline vec<T> activation_slope(vec<T> h) {
   if constexpr (a == A::gelu) return normal_cdf(h) + h * exp(h * h * T(-0.5)) * T(0.3989422804014327);
   if constexpr (a == A::tanh) return one - h * h;
   if constexpr (a == A::elu) return h > T(0) ? one : h + T(1);
+  if constexpr (a == A::selu) return h > T(0) ? broadcast(T(selu_scale)) : h + T(selu_below);
 }
 
 // ℓ = f(u) and, for a backward, f'(u).

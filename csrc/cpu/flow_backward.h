@@ -50,8 +50,7 @@ void step_backward(const BackwardTile<T>& tile, idx k, const T* grad_logdet, T* 
   const T* matrix = flow.matrix + k * D * D;
   const auto affine_parameters = [&](idx left, idx right, T sign) {
     if (!tile.parameters) return;
-    outer_sum(tile.rows, D, D, tile.record + left, at.width, tile.gradient + right, grad.width,
-              tile.parameters->matrix + k * D * D, tile.accumulate);
+    outer_sum(tile, D, D, left, right, tile.parameters->matrix + k * D * D);
     column_sum(tile.rows, D, sign, tile.gradient + grad.y, grad.width, tile.parameters->offset + k * D,
                tile.accumulate);
   };
@@ -60,11 +59,9 @@ void step_backward(const BackwardTile<T>& tile, idx k, const T* grad_logdet, T* 
     network_backward(tile, k);
     add_input_gradient(tile, grad.out, grad.y, grad_context, first_step);
     affine_parameters(at.x, grad.y, T(1));
-    multiply<T>(tile.rows, D, D, tile.gradient + grad.y, grad.width, matrix, true, tile.gradient + grad.out, grad.width,
-                nullptr, tile.panel);
+    multiply<T>(tile, D, D, tile.gradient + grad.y, grad.width, matrix, true, tile.gradient + grad.out, grad.width);
   } else {
-    multiply<T>(tile.rows, D, D, tile.gradient + grad.out, grad.width, matrix, true, tile.gradient + grad.y, grad.width,
-                nullptr, tile.panel);
+    multiply<T>(tile, D, D, tile.gradient + grad.out, grad.width, matrix, true, tile.gradient + grad.y, grad.width);
     affine_parameters(at.y, grad.out, T(-1));
     coupling_backward(tile, at.x, grad.y, grad.out, grad_logdet);
     network_backward(tile, k);
@@ -85,10 +82,9 @@ void rebuild_record(const BackwardTile<T>& tile, idx k) {
     run_network(tile, k, at.y);
     run_coupling<T>(tile, true, {state.data + P, ld}, tile.field(at.y + P), nullptr, false);
     add_offset<T>(tile, k, T(-1), tile.read(at.y), state);
-    multiply<T>(tile.rows, D, D, state.data, ld, unmatrix, false, tile.record + at.x, at.width, nullptr, tile.panel);
+    multiply<T>(tile, D, D, state.data, ld, unmatrix, false, tile.record + at.x, at.width);
   } else {
-    multiply<T>(tile.rows, D, D, state.data, ld, unmatrix, false, tile.record + at.y, at.width, flow.offset + k * D,
-                tile.panel);
+    multiply<T>(tile, D, D, state.data, ld, unmatrix, false, tile.record + at.y, at.width, flow.offset + k * D);
     copy_rows<T>(tile.rows, P, tile.record + at.y, at.width, tile.record + at.x, at.width);
     run_network(tile, k, at.x);
     run_coupling<T>(tile, false, tile.read(at.y + P), tile.field(at.x + P), nullptr, false);
@@ -159,6 +155,7 @@ void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Sa
   const std::unique_ptr<Gradients<T>[]> own(new Gradients<T>[copies + 1]);
   for (int i = 0; i < copies; ++i) own[i] = carve(flow, scratch.get(i + 1, 3));
 
+  const Parallel* team = tiling.wide ? &tiling.team : nullptr;
   in_parallel(parallel, tiling.threads, [&](int thread) {
     T *panel = scratch.get(thread, 0), *room = scratch.get(thread, 1), *gradient = scratch.get(thread, 2);
     const Gradients<T>* target = !parameters ? nullptr : thread == 0 ? parameters : &own[thread - 1];
@@ -175,7 +172,7 @@ void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Sa
         const idx k = flow.inverse ? i : K - 1 - i;
         // Saved records are full, so nothing below writes to them.
         T* record = save == Save::records ? const_cast<T*>(saved) + (k * batch + first) * record_width : room;
-        const BackwardTile<T> tile{{flow, at, rows, context + first * C, record, panel},
+        const BackwardTile<T> tile{{flow, at, rows, context + first * C, record, panel, team},
                                    grad,
                                    gradient,
                                    target,

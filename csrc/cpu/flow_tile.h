@@ -2,7 +2,7 @@
 #pragma once
 
 #include "coupling.h"
-#include "tile.h"
+#include "wide.h"
 
 namespace glf::GLF_ISA {
 
@@ -15,6 +15,7 @@ struct Tile {
   const T* context;  // (rows, C), contiguous
   T* record;         // (rows, at.width)
   T* panel;
+  const Parallel* team;  // which computes a wide flow's products together; else null
 
   Rows<T> field(idx offset) const { return {record + offset, at.width}; }
   Rows<const T> read(idx offset) const { return {record + offset, at.width}; }
@@ -66,5 +67,24 @@ struct BackwardTile : Tile<T> {
 
   Rows<T> gradient_of(idx offset) const { return {gradient + offset, grad.width}; }
 };
+
+// multiply and outer_sum of the rows of a tile, by whom the tile says.
+template <class T, class After = Nothing>
+void multiply(const Tile<T>& tile, idx N, idx K, const T* a, idx a_m, const T* b, bool transposed, T* c, idx c_m,
+              const T* bias = nullptr, const After& after = {}, bool accumulate = false) {
+  if (tile.team)
+    multiply_together(*tile.team, tile.rows, N, K, a, a_m, b, transposed, c, c_m, bias, after, accumulate);
+  else
+    multiply(tile.rows, N, K, a, a_m, b, transposed, c, c_m, bias, tile.panel, after, accumulate);
+}
+
+template <class T>
+void outer_sum(const BackwardTile<T>& tile, idx N1, idx N2, idx x, idx y, T* g) {
+  const T *from = tile.record + x, *slopes = tile.gradient + y;
+  if (tile.team)
+    outer_sum_together(*tile.team, tile.rows, N1, N2, from, tile.at.width, slopes, tile.grad.width, g, tile.accumulate);
+  else
+    outer_sum(tile.rows, N1, N2, from, tile.at.width, slopes, tile.grad.width, g, tile.accumulate);
+}
 
 }  // namespace glf::GLF_ISA

@@ -21,8 +21,8 @@ void run_mlp(const Tile<T>& tile, idx k, idx input) {
         T* value = tile.field(at.value[i] + n * at.hidden[i])[row] + col;
         activate(flow.activation, rows, cols, block, value, at.width);
       };
-      multiply(tile.rows, n_out, n_in, tile.record + from, at.width, flow.weight[i] + flow.weights_before(i, k, n),
-               false, tile.record + out, at.width, flow.bias[i] + flow.biases_before(i, k, n), tile.panel, finish);
+      multiply(tile, n_out, n_in, tile.record + from, at.width, flow.weight[i] + flow.weights_before(i, k, n), false,
+               tile.record + out, at.width, flow.bias[i] + flow.biases_before(i, k, n), finish);
     }
 }
 
@@ -39,8 +39,7 @@ void mlp_backward(const BackwardTile<T>& tile, idx k) {
       const idx before = i ? n * at.hidden[i - 1] : 0;  // of this network, in a hidden layer's field
       if (tile.parameters) {
         const idx input = i ? at.value[i - 1] + before : at.input;
-        outer_sum(tile.rows, n_in, n_out, tile.record + input, at.width, tile.gradient + g, grad.width,
-                  tile.parameters->weight[i] + flow.weights_before(i, k, n), tile.accumulate);
+        outer_sum(tile, n_in, n_out, input, g, tile.parameters->weight[i] + flow.weights_before(i, k, n));
         column_sum(tile.rows, n_out, T(1), tile.gradient + g, grad.width,
                    tile.parameters->bias[i] + flow.biases_before(i, k, n), tile.accumulate);
       }
@@ -50,8 +49,8 @@ void mlp_backward(const BackwardTile<T>& tile, idx k) {
           activate_backward(flow.activation, rows, cols, tile.read(at.argument[i - 1] + before)[row] + col, at.width,
                             block, grad.width);
       };
-      multiply<T>(tile.rows, n_in, n_out, tile.gradient + g, grad.width, flow.weight[i] + flow.weights_before(i, k, n),
-                  true, tile.gradient + next, grad.width, nullptr, tile.panel, finish, i == 0 && n > 0);
+      multiply<T>(tile, n_in, n_out, tile.gradient + g, grad.width, flow.weight[i] + flow.weights_before(i, k, n), true,
+                  tile.gradient + next, grad.width, nullptr, finish, i == 0 && n > 0);
       g = next;
     }
   }

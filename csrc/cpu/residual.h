@@ -21,8 +21,8 @@ template <class T, class Finish = Nothing>
 void linear(const Tile<T>& tile, idx k, int i, idx from, idx to, const Finish& finish = {}) {
   const Flow<T>& flow = tile.flow;
   const idx ld = tile.at.width;
-  multiply(tile.rows, flow.outputs(i), flow.inputs(i), tile.record + from, ld, flow.weight[i] + flow.weights_before(i, k, 0),
-           false, tile.record + to, ld, flow.bias[i] + flow.biases_before(i, k, 0), tile.panel, finish);
+  multiply(tile, flow.outputs(i), flow.inputs(i), tile.record + from, ld, flow.weight[i] + flow.weights_before(i, k, 0), false,
+           tile.record + to, ld, flow.bias[i] + flow.biases_before(i, k, 0), finish);
 }
 
 // [u, t], or t, of the network's input, a field of the record whose last columns are the context.
@@ -70,8 +70,7 @@ template <class T>
 void linear_parameters(const BackwardTile<T>& tile, idx k, int i, idx from, idx g) {
   const Flow<T>& flow = tile.flow;
   if (!tile.parameters) return;
-  outer_sum(tile.rows, flow.inputs(i), flow.outputs(i), tile.record + from, tile.at.width, tile.gradient + g,
-            tile.grad.width, tile.parameters->weight[i] + flow.weights_before(i, k, 0), tile.accumulate);
+  outer_sum(tile, flow.inputs(i), flow.outputs(i), from, g, tile.parameters->weight[i] + flow.weights_before(i, k, 0));
   column_sum(tile.rows, flow.outputs(i), T(1), tile.gradient + g, tile.grad.width,
              tile.parameters->bias[i] + flow.biases_before(i, k, 0), tile.accumulate);
 }
@@ -81,9 +80,9 @@ template <class T, class Finish = Nothing>
 void linear_input(const BackwardTile<T>& tile, idx k, int i, idx g, idx to, const Finish& finish = {},
                   bool accumulate = false) {
   const Flow<T>& flow = tile.flow;
-  multiply<T>(tile.rows, flow.inputs(i), flow.outputs(i), tile.gradient + g, tile.grad.width,
-              flow.weight[i] + flow.weights_before(i, k, 0), true, tile.gradient + to, tile.grad.width, nullptr,
-              tile.panel, finish, accumulate);
+  multiply<T>(tile, flow.inputs(i), flow.outputs(i), tile.gradient + g, tile.grad.width,
+              flow.weight[i] + flow.weights_before(i, k, 0), true, tile.gradient + to, tile.grad.width, nullptr, finish,
+              accumulate);
 }
 
 // From ∂[u, t] to ∂[p, context], and the gradients of step k's network.

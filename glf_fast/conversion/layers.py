@@ -149,8 +149,8 @@ class Coupling:
     input's. `conditioner`: a `Conditioner`, which is stacked with others, or the library's own network on images, `Outputs`.
     `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose formula cannot be
     turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0. With `spline`, v is put through
-    splines of that kind, and the conditioner makes the parameters of each side by side. `own_network`: the library's own, of an
-    MLP, where the coupling gains from it if it is too wide for the kernels.
+    splines of that kind, and the conditioner makes the parameters of each side by side. `own_network`: the library's own, which
+    may be faster than the conditioner; `gains`: the coupling gains with it, too, as the library multiplies by permutations.
     """
 
     passive: Tensor
@@ -162,6 +162,7 @@ class Coupling:
     undo: bool = False
     spline: Spline | None = None
     own_network: Any = None
+    gains: bool = False
 
     @property
     def is_mlp(self) -> bool:

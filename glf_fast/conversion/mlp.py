@@ -59,7 +59,7 @@ Linear = tuple[Tensor, Tensor | None]
 Step = Linear | str | float | Times
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
-    **{getattr(F, name): name for name in ("relu", "leaky_relu", "silu", "gelu", "tanh", "elu")},
+    **{getattr(F, name): name for name in ("relu", "leaky_relu", "silu", "gelu", "tanh", "elu", "selu")},
     torch.relu: "relu",
     torch.tanh: "tanh",
 }
@@ -319,7 +319,7 @@ def _activation(module: nn.Module) -> str | None:
         raise Unfusable("GELU by tanh; the exact one is covered")
     if kind is nn.ELU and module.alpha != 1:
         raise Unfusable(f"ELU with alpha {module.alpha:g}; 1 is covered")
-    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu", nn.Tanh: "tanh", nn.ELU: "elu"}
+    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu", nn.Tanh: "tanh", nn.ELU: "elu", nn.SELU: "selu"}
     return names.get(kind)
 
 

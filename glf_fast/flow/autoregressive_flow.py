@@ -48,7 +48,7 @@ class AutoregressiveFlow(StackedFlow):
         network: "mlp", or Linear, blocks of two masked layers, Linear: "residual" as in nflows, or "skip" as in zuko, see
             `glf_fast.reference.made`.
         spline: bins, box and the rest of those splines, a `glf_fast.Spline`, or the same as a mapping.
-        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh or elu.
+        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh, elu or selu.
         log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`; sbi and nflows have
             "softplus".
         context_layer: the context has a hidden layer of its own, which is added to the first one, as in nflows; else it enters

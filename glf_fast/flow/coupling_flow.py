@@ -44,7 +44,7 @@ class CouplingFlow(StackedFlow):
             v, as in Neural Spline Flows (arXiv:1906.04032). To the last two log-scale and `add_first` mean nothing.
         network: "mlp", or "residual", a `ResidualNet` with the context as a gate, for all couplings but "separate".
         spline: bins, box and the rest of those splines, a `glf_fast.Spline`, or the same as a mapping.
-        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh or elu.
+        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh, elu or selu.
         log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`.
         add_first: couplings add before they multiply, as Glow does.
         linear: "plu", "dense" or "permutation", see `InvertibleLinear`.

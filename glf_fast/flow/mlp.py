@@ -20,6 +20,7 @@ ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
     "elu": nn.ELU,
+    "selu": nn.SELU,
 }
 assert ACTIVATION_MODULES.keys() == ACTIVATIONS.keys()
 
@@ -31,7 +32,7 @@ class MLP(nn.Sequential):
 
     Args:
         hidden: widths of one to four hidden layers.
-        activation: relu, leaky_relu, silu, gelu, tanh or elu, with PyTorch's default constants.
+        activation: relu, leaky_relu, silu, gelu, tanh, elu or selu, with PyTorch's default constants.
     """
 
     def __init__(self, in_features: int, hidden: Sequence[int], out_features: int, *, activation: str = "relu") -> None:

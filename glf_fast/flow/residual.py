@@ -47,7 +47,7 @@ class ResidualNet(nn.Module):
     Args:
         hidden: width of each of one to five blocks, all equal.
         context_dim: columns of the context, which are not counted in `in_features`; 0 for none.
-        activation: relu, leaky_relu, silu, gelu, tanh or elu, with PyTorch's default constants.
+        activation: relu, leaky_relu, silu, gelu, tanh, elu or selu, with PyTorch's default constants.
 
     Example:
         >>> coupling = AffineCoupling(6, ResidualNet(3, [32, 32], 6, context_dim=2), pass_context=True)

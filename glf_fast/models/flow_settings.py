@@ -30,7 +30,7 @@ class FlowSettings(Settings):
     steps: int = 8
     """Not for kind rnvp: number of steps."""
     activation: str = "relu"
-    """Not for kind rnvp: activation of the networks: relu, leaky_relu, silu, gelu, tanh or elu."""
+    """Not for kind rnvp: activation of the networks: relu, leaky_relu, silu, gelu, tanh, elu or selu."""
     coupling: Literal["affine", "separate", "additive", "spline"] = "affine"
     """Not for kind rnvp: what becomes of the transformed numbers v. affine: v·e^s + t, with one network for s and t; separate:
     the same with one for each; additive: v + t; spline: a rational-quadratic spline of each number. Kind autoregressive has

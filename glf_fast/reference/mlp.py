@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "tanh": F.tanh,
     "elu": F.elu,
+    "selu": F.selu,
 }
 
 

@@ -7,8 +7,10 @@ import hashlib
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -50,6 +52,7 @@ __all__ = [
     "finished",
     "images",
     "impatient",
+    "leaving",
     "resulting",
     "started",
 ]
@@ -333,6 +336,26 @@ def impatient(seconds: float, module: str, *arguments: str) -> None:
     distributed.WAIT = timedelta(seconds=seconds)
     with mock.patch.object(distributed, "all_reduce_seconds", return_value=60.0):
         forked.command(module, *arguments)
+
+
+def leaving() -> None:
+    """Leave a step of training by SystemExit; what has been wrapped is freed before the process group is."""
+    wrapped = []
+
+    def step() -> None:
+        one = trainer("glf")
+        one.step(one.inputs()[:6].float())
+        wrapped.extend(map(weakref.ref, one._losses.values()))
+        sys.exit()
+
+    def destroy() -> None:
+        assert wrapped and not any(reference() for reference in wrapped)
+        print("freed")
+        destroy_process_group()
+
+    destroy_process_group = dist.destroy_process_group
+    with mock.patch.object(dist, "destroy_process_group", destroy), distributed.launched():
+        step()
 
 
 def agreeing(folder: Path) -> None:

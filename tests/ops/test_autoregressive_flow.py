@@ -8,6 +8,7 @@ from autoregressive_flows import NAMES, flow_of, tensors
 from flow_values import error, run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from glf_fast import Spline, backends, ops, reference, use_backend
@@ -16,6 +17,16 @@ from glf_fast.reference import ACTIVATIONS, LOG_SCALES, MASKED_NETWORKS, TRANSFO
 from glf_fast.reference.made import masks
 
 needs_kernels = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=backends()["cpp"])
+
+
+def comparable(flow, values) -> Tensor:
+    """Rows whose values stay small, where an inverse does not explode, and whose gradients do not jump within 1e-5: second
+    derivatives of splines jump at knots, whose side float32 may not tell."""
+    x, *rest = values
+    away = 1e-5 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    below, above = (run_op(flow, [(x + by).detach().requires_grad_(), *rest]) for by in (-away, away))
+    jumps = (below[2] - above[2]).abs().amax(-1) > 0.02 * (1 + below[2].abs().amax(-1))
+    return (below[0].abs().amax(-1) < 1e4) & ~jumps
 
 
 @needs_kernels
@@ -41,6 +52,8 @@ def test_everything_matches_the_float64_reference(data) -> None:
     inverse, dtype = draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.float64]))
     if inverse:
         exact[1] = torch.linalg.inv(exact[1].detach()).requires_grad_()
+    keep = comparable(flow_of(getattr(reference, NAMES[inverse]), seen, **options), exact)
+    exact[0], exact[3] = (None if t is None else t.detach()[keep].requires_grad_() for t in (exact[0], exact[3]))
     given_ = [None if t is None else t.detach().to(dtype).requires_grad_() for t in exact]
     want = run_op(flow_of(getattr(reference, NAMES[inverse]), seen, **options), exact)
     plain = run_op(flow_of(getattr(reference, NAMES[inverse]), seen, **options), given_)

@@ -8,7 +8,7 @@ from unittest import mock
 import forked
 import pytest
 import torch
-from flow_values import error, run, tensors
+from flow_values import DIRECTIONS, compare, error, run, tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -338,6 +338,23 @@ def test_the_output_may_be_changed_in_place() -> None:
         return torch.autograd.grad((z.mul_(2) + logdet[:, None]).sum(), x)[0]
 
     torch.testing.assert_close(gradient(ops.coupling_flow), gradient(reference.coupling_flow))
+
+
+# Up to 6 rows; those of a part of a tile, whose products two threads compute together; and rows for each thread.
+@pytest.mark.parametrize(("kind", "rows"), [*((kind, 75) for kind in KINDS), ("affine", 3), ("additive", 1100)])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_layers_that_no_thread_keeps_in_its_cache(kind: str, rows: int, direction: str) -> None:
+    hidden = (530, 530) if kind == "residual" else (530, 500)  # 2 MB in float64
+    values = tensors(rows, 1 + (rows == 75), 7, 2, hidden, **KINDS[kind])
+    torch.set_num_threads(2)
+    compare(values, direction, 1e-9, **KINDS[kind])
+    if rows > 1000:
+        return
+    op = getattr(ops, DIRECTIONS[direction])
+    of_two = run(op, values, **KINDS[kind])
+    torch.set_num_threads(1)
+    for a, b in zip(run(op, values, **KINDS[kind]), of_two, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_wide_layers_are_kept_where_others_are_computed_again(monkeypatch) -> None:

@@ -16,7 +16,17 @@ from pathlib import Path
 import forked
 import pytest
 from PIL import Image
-from several_processes import agreeing, drawing, failing_rows, fetching, finished, impatient, long_work, started
+from several_processes import (
+    agreeing,
+    drawing,
+    failing_rows,
+    fetching,
+    finished,
+    impatient,
+    leaving,
+    long_work,
+    started,
+)
 
 from glf_fast import evaluate, train
 from glf_fast.data import celeba
@@ -192,6 +202,11 @@ def test_data_are_fetched_and_decoded_once_on_a_machine_however_long_it_takes(ma
 
 def test_the_work_of_process_0_may_take_longer_than_the_others_wait() -> None:
     finished(2, long_work)
+
+
+def test_a_signal_ends_no_process_group_that_a_model_still_uses() -> None:
+    """Gradients are averaged by an object that may wait for ever when it is freed after its group."""
+    assert finished(2, leaving) == [("freed\n", "")] * 2
 
 
 def test_a_process_that_ends_while_it_fetches_ends_the_others(tmp_path: Path) -> None:
