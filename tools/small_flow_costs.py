@@ -2,10 +2,10 @@
 
     python tools/small_flow_costs.py
 
-compiles tests/csrc/flow_path.cu for sm_90 by nvcc and prints a line for each precision. A warp has a scheduler for itself as long
-as a multiprocessor has four warps or fewer, and issues an instruction a clock at best. The matrix unit takes ISSUE clocks for
-one of its own. The least time is the longer of both; in the most nothing overlaps, and every product, exponential and load of a
-step is waited for. Figures are those of tools/flow_costs.py, for an H100 at 1.755 GHz, assumed, not measured.
+compiles tests/csrc/flow_path.cu for sm_90 by nvcc and prints what it finds for each precision. A warp has a scheduler for itself
+as long as a multiprocessor has four warps or fewer, and issues an instruction a clock at best. The matrix unit takes ISSUE clocks
+for one of its own. The least time is the longer of both; in the most nothing overlaps, and every product, exponential and load of
+a step is waited for. Figures are those of tools/flow_costs.py, for an H100 at 1.755 GHz, assumed, not measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +25,16 @@ ROOT = Path(__file__).parents[1]
 CLOCK = 1.755e3  # clocks a microsecond
 ISSUE = 6.5  # clocks of a matrix unit for an instruction
 CHAIN = 24  # clocks until its result can be used
-PRODUCTS = 5  # one behind the other in a step, either way: map, three layers, and the coupling's exponentials in their place
+PRODUCTS = (
+    5  # one behind the other in a step, either way: map, three layers, and the coupling's exponentials in their place
+)
 EXPOSED = 300  # clocks of loads from L2 that a step of the backward waits for
 LAUNCH = 2.0  # microseconds of a node of a graph, and of the packing launch in front
-PRECISIONS = {"float32": (0, 0), "tf32": (1, 1), "bf16": (0, 2)}  # of maps and MLPs, as csrc/cuda/row_tiles.cuh numbers them
+PRECISIONS = {
+    "float32": (0, 0),
+    "tf32": (1, 1),
+    "bf16": (0, 2),
+}  # of maps and MLPs, as csrc/cuda/row_tiles.cuh numbers them
 
 
 class Code(NamedTuple):
@@ -47,8 +52,11 @@ class Code(NamedTuple):
         return Code(self.name, [line for line in self.lines if first <= line[0] <= last])
 
     def loops(self) -> list[Code]:
-        """The loops that have matrix instructions, in the order of their ends. Out of line lie retries of a barrier's wait, which
-        return into a loop and make a longer one of it: of those that begin together, the shortest."""
+        """The loops that have matrix instructions, in the order of their ends.
+
+        Retries of a barrier's wait lie out of line. They return into a loop and seem to make a longer one of it, so that of
+        those that begin together the shortest is taken.
+        """
         found: dict[int, Code] = {}
         for at, op, arguments in self.lines:
             target = re.search(r"0x([0-9a-f]+)", arguments) if op.startswith("BRA") else None
@@ -79,7 +87,9 @@ def disassembled(cubin: Path) -> Iterator[Code]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     said = subprocess.run([tool, "-sass", cubin], check=True, capture_output=True, text=True).stdout
     for name, body in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", said, flags=re.S):
-        lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);", body, flags=re.M)
+        lines = re.findall(
+            r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);", body, flags=re.M
+        )
         yield Code(name, [(int(at, 16), op, arguments) for at, op, arguments in lines])
 
 
@@ -100,7 +110,8 @@ class Step(NamedTuple):
 def steps(forward: Code, gradient: Code) -> dict[str, Step]:
     """Of the forward, of one that keeps what the backward needs, and of the backward: without a context.
 
-    What the hidden layers have in common is counted once, as for a single one; both kinds of product are counted once, as for two.
+    What the hidden layers have in common is counted once, as for a single one; each kind of product is counted once, as for
+    two.
     """
     plain, of_both = forward.loops(), gradient.loops()
     step, keeping = _step(plain), _step(of_both)

@@ -6,7 +6,7 @@
 namespace glf::device {
 
 // In the order of csrc/cpu/flow.h, by whose numbers Python knows them.
-enum class Activation : int { relu, leaky_relu, silu, gelu, tanh, elu };
+enum class Activation : int { relu, leaky_relu, silu, gelu, tanh, elu, selu };
 enum class LogScale : int { tanh, exp, glow, nflows, atan, softclip, jet, softplus, clamp };
 
 template <auto value>
@@ -26,6 +26,7 @@ GLF_DEVICE void with_activation(Activation kind, F f) {
     case A::gelu: return f(Constant<A::gelu>{});
     case A::tanh: return f(Constant<A::tanh>{});
     case A::elu: return f(Constant<A::elu>{});
+    case A::selu: return f(Constant<A::selu>{});
   }
 }
 
@@ -88,6 +89,9 @@ GLF_DEVICE float log_sigmoid(float x) {
   return (x < 0 ? x : x - x) - (natural_log(w) * quotient(e, w == 1.0f ? 1.0f : w - 1.0f) + rest);
 }
 
+// SELU (Klambauer et al., arXiv:1706.02515): λ x, or λα (e^x − 1) below 0.
+inline constexpr float selu_scale = 1.05070099f, selu_below = 1.75809934f;
+
 template <Activation kind>
 GLF_DEVICE float activated(float x) {
   using A = Activation;
@@ -97,6 +101,7 @@ GLF_DEVICE float activated(float x) {
   if constexpr (kind == A::gelu) return 0.5f * x * (1.0f + error_function(0.70710678f * x));
   if constexpr (kind == A::tanh) return hyperbolic_tangent(x);
   if constexpr (kind == A::elu) return x > 0 ? x : exponential(x) - 1.0f;
+  if constexpr (kind == A::selu) return x > 0 ? selu_scale * x : selu_below * (exponential(x) - 1.0f);
 }
 
 // Whether a'(x) is no function of a(x): the backward then needs it beside a(x).
@@ -125,6 +130,7 @@ GLF_DEVICE float times_slope(float gradient, float kept) {
   if constexpr (kind == A::silu || kind == A::gelu) return gradient * kept;
   if constexpr (kind == A::tanh) return gradient * (1.0f - kept * kept);
   if constexpr (kind == A::elu) return kept > 0 ? gradient : gradient * (kept + 1.0f);
+  if constexpr (kind == A::selu) return gradient * (kept > 0 ? selu_scale : kept + selu_below);
 }
 
 // ℓ = f(u).

@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
 from small_flow_costs import PRECISIONS, compiled, disassembled, microseconds, steps
 
+ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
 needs_nvcc = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs CUDA's compiler, nvcc")
 
@@ -33,7 +30,16 @@ def test_the_kernels_are_clean_under_sanitizers(sanitizers: str, tmp_path: Path)
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"
     program = str(tmp_path / "flow")
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread", f"-I{ROOT / 'csrc'}"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-pthread",
+        f"-I{ROOT / 'csrc'}",
+    ]
     sources = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", str(Path(__file__).with_name("flow.cpp"))]
     subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
@@ -65,10 +71,22 @@ def test_a_step_takes_few_instructions_and_no_barrier(precision: str, tmp_path: 
 def test_all_kernels_keep_their_rows_in_registers(architecture: int, tmp_path: Path) -> None:
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     target = tmp_path / "flow.cubin"
-    command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", code, "-cubin", ROOT / "csrc" / "cuda" / "flow.cu", "-o", target]
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-O3",
+        "-Xptxas",
+        "-v",
+        code,
+        "-cubin",
+        ROOT / "csrc" / "cuda" / "flow.cu",
+        "-o",
+        target,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "warning" not in done.stderr, done.stderr
-    pattern = r"Compiling entry function '\w*flow_(\w+?)_kernel\w*'.*?(\d+) bytes stack.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    entry = r"Compiling entry function '\w*flow_(\w+?)_kernel\w*'"
+    pattern = entry + r".*?(\d+) bytes stack.*?(\d+) bytes spill stores.*?Used (\d+) registers"
     kernels = re.findall(pattern, done.stderr, flags=re.S)
     assert len(kernels) == 1 + 2 * 3 * 3
     for name, stack, spilled, registers in kernels:
@@ -95,8 +113,18 @@ def test_the_bindings_compile() -> None:
     home = Path(subprocess.run(["readlink", "-f", NVCC], capture_output=True, text=True).stdout.strip()).parents[1]
     home = home if (home / "include" / "cuda_runtime.h").exists() else Path("/usr/local/cuda")
     code = "from torch.utils.cpp_extension import include_paths; print('\\n'.join(include_paths()))"
-    torch_includes = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    torch_includes = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
     includes = [f"-I{path}" for path in (ROOT / "csrc", home / "include", *torch_includes.stdout.split())]
-    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
+    flags = [
+        "-std=c++17",
+        "-fsyntax-only",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-parameter",
+        "-Wno-unknown-pragmas",
+    ]
     target = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     subprocess.run(["c++", *flags, *target, *includes, ROOT / "csrc" / "bindings_cuda_flow.cpp"], check=True)

@@ -44,9 +44,9 @@ def h100(monkeypatch, major: int = 9) -> None:
 
 @pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
 def on_host(library, monkeypatch, request):
-    """ops.coupling_flow … by these kernels, where they take the call: on two multiprocessors of an H100. NaN for what is unwritten.
+    """ops.coupling_flow … by these kernels, where they take the call: on two multiprocessors of an H100.
 
-    Lanes in either order.
+    NaN for what is unwritten. Lanes in either order.
     """
     launches: list[tuple[int, int]] = []
     monkeypatch.setattr(cupy_linear, "launch", launcher(library, lambda *block: launches.append(block)))
@@ -89,7 +89,11 @@ def no_worse(values, tolerance: float, op: str = "coupling_flow", **options) -> 
 def test_values_and_gradients(on_host, size) -> None:
     dim, hidden, context = size
     no_worse(tensors("cpu", 37, 3, dim, context, hidden), 2e-6)
-    assert [threads for threads, _ in on_host] == [256, 64, 64]  # packing, and both ways: two multiprocessors share three warps
+    assert [threads for threads, _ in on_host] == [
+        256,
+        64,
+        64,
+    ]  # packing, and both ways: two multiprocessors share three warps
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -144,7 +148,9 @@ def test_both_ways_in_one_launch(on_host, precision: str, tolerance: float, acti
     torch.set_float32_matmul_precision(precision)
     values = tensors("cpu", 70, 2, 20, 3, (64, 33))
     x, A, c, context, *layers = [t.float() for t in values]
-    map_precision, mlp_precision = {"highest": (FLOAT32,) * 2, "high": (TF32,) * 2, "medium": (FLOAT32, BF16)}[precision]
+    map_precision, mlp_precision = {"highest": (FLOAT32,) * 2, "high": (TF32,) * 2, "medium": (FLOAT32, BF16)}[
+        precision
+    ]
     s = FlowShape(2, 20, 3, (64, 33), map_precision, mlp_precision)
     options = small.Options(activation, "tanh", 2.0, False, False, True)
     grad_logdet, grad_context = torch.linspace(-1, 1, 70), torch.empty_like(context)
@@ -159,8 +165,12 @@ def test_both_ways_in_one_launch(on_host, precision: str, tolerance: float, acti
         assert torch.equal(a, b)
     exact = [t.detach().double().requires_grad_() for t in leaves]
     x, A, c, context, *layers = exact
-    log_prob = reference.coupling_flow_log_prob(x, A, c, torch.zeros(()), layers[:3], layers[3:], context, activation=activation)
-    errors = [error(a, b) for a, b in zip(grads, torch.autograd.grad((log_prob * grad_logdet).sum(), exact), strict=True)]
+    log_prob = reference.coupling_flow_log_prob(
+        x, A, c, torch.zeros(()), layers[:3], layers[3:], context, activation=activation
+    )
+    errors = [
+        error(a, b) for a, b in zip(grads, torch.autograd.grad((log_prob * grad_logdet).sum(), exact), strict=True)
+    ]
     assert error(density, log_prob.detach()) < tolerance and max(errors) < tolerance, errors
 
 
@@ -183,7 +193,12 @@ def test_every_batch(on_host, batch: int, direction: str) -> None:
     with torch.no_grad():
         op = DIRECTIONS[direction]
         found = getattr(ops, op)(x[:batch], A, c, layers[:2], layers[2:])
-        exact = getattr(reference, op)(x[:batch].double(), A.double(), c.double(), *([t.double() for t in part] for part in (layers[:2], layers[2:])))
+        exact = getattr(reference, op)(
+            x[:batch].double(),
+            A.double(),
+            c.double(),
+            *([t.double() for t in part] for part in (layers[:2], layers[2:])),
+        )
     assert all(error(a, b) < 3e-6 for a, b in zip(found, exact, strict=True))
     assert not batch or all(threads <= 256 and shared <= 227 << 10 for threads, shared in on_host)
 
@@ -242,14 +257,20 @@ def test_what_is_left_to_others(monkeypatch) -> None:
     seen: dict[str, str] = {}
 
     def refused(name: str, dim=8, hidden=(16,), context=0, rows=20, op="coupling_flow", dtype=torch.float32, **options):
-        x, A, c, ctx, *layers = (None if t is None else t.to(dtype) for t in tensors("cpu", rows, 1, dim, context, hidden))
+        x, A, c, ctx, *layers = (
+            None if t is None else t.to(dtype) for t in tensors("cpu", rows, 1, dim, context, hidden)
+        )
         monkeypatch.setattr(coupling_flow, "_run", lambda call: (seen.__setitem__(name, cuda.refuses(call)),) * 2)
         half = len(layers) // 2
         grad = options.pop("grad", False)
         getattr(ops, op)(x.requires_grad_(grad), A, c, layers[:half], layers[half:], ctx, **options)
         return seen[name]
 
-    assert not refused("small") and not refused("a gradient", grad=True) and not refused("inverse", op="coupling_flow_inverse")
+    assert (
+        not refused("small")
+        and not refused("a gradient", grad=True)
+        and not refused("inverse", op="coupling_flow_inverse")
+    )
     assert "columns" in refused("wide", dim=33) and "hidden" in refused("broad", hidden=(65,))
     assert "context" in refused("context", context=65) and "float64" in refused("double", dtype=torch.float64)
     assert "inverse" in refused("gradient of an inverse", op="coupling_flow_inverse", grad=True)

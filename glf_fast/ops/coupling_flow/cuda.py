@@ -59,7 +59,9 @@ def refuses(call: Call) -> str:
     if x.shape[0] > MAX_ROWS:
         return f"more than {MAX_ROWS} rows"
     s = _shape(call, FLOAT32, FLOAT32)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, context, *call.maps, *weights, *biases)):
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, context, *call.maps, *weights, *biases)
+    ):
         if options.inverse or options.reversible:
             return "gradients of an inverse, or ones that rebuild the steps' inputs"
         if 4 * sum(small.kept_numbers(s, options.activation, x.shape[0])) > MAX_WORKSPACE:
@@ -85,8 +87,8 @@ def _matmul_precision() -> str:
     return torch.get_float32_matmul_precision()
 
 
-# torch.compile cannot trace either, and takes the answer for a constant. The public decorator for this, assume_constant_result of
-# torch.compiler, sets the same attribute, but imports torch._dynamo, a second at every import of glf_fast.
+# torch.compile cannot trace either, and takes the answer for a constant. The public decorator for this, torch.compiler's
+# assume_constant_result, sets the same attribute, but imports torch._dynamo, a second at every import of glf_fast.
 for _function in (_shared_bytes, _matmul_precision):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -143,11 +145,12 @@ def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, in
     return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.density, *_precisions(o)
 
 
-def _shape_of(matrix: Tensor, weights: list[Tensor], context: Tensor | None, map_precision: int, mlp_precision: int) -> FlowShape:  # fmt: skip
+def _shape_of(
+    matrix: Tensor, weights: list[Tensor], context: Tensor | None, map_precision: int, mlp_precision: int
+) -> FlowShape:
+    columns = 0 if context is None else context.shape[1]
     hidden = tuple(w.shape[2] for w in weights[:-1])
-    return FlowShape(
-        matrix.shape[0], matrix.shape[1], 0 if context is None else context.shape[1], hidden, map_precision, mlp_precision
-    )
+    return FlowShape(len(matrix), matrix.shape[1], columns, hidden, map_precision, mlp_precision)
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------
@@ -172,7 +175,10 @@ def _(
     constant: float, add_first: bool, inverse: bool, density: bool, map_precision: int, mlp_precision: int,
     parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
-    grads = [torch.empty_like(out), torch.empty_like(context) if of_context and context is not None else out.new_empty(0)]
+    grads = [
+        torch.empty_like(out),
+        torch.empty_like(context) if of_context and context is not None else out.new_empty(0),
+    ]
     of_density = [out.new_empty(len(matrix))] if density else []
     return grads + [torch.empty_like(t) for t in (matrix, offset, *of_density, *weights, *biases) if parameters]
 

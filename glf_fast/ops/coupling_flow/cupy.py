@@ -1,6 +1,6 @@
 """The CUDA kernels of small coupling flows without nvcc: NVRTC compiles csrc/cuda at first use, through CuPy.
 
-The same device code, launched as csrc/cuda/flow.cu does it. A kernel is compiled for the padded sizes and the precision of a flow.
+The same device code, launched as csrc/cuda/flow.cu does it. A kernel is compiled for a flow's padded sizes and precision.
 """
 
 from __future__ import annotations
@@ -40,7 +40,18 @@ PARAMETERS = np.dtype(
     align=True,
 )
 POINTERS = ("packed", "transposed", "x", "context", "out", "logdet")
-KEPT = ("map_in", "map_grad", "hidden", "derivatives", "slopes", "record", "grad_out", "grad_logdet", "grad_x", "grad_context")
+KEPT = (
+    "map_in",
+    "map_grad",
+    "hidden",
+    "derivatives",
+    "slopes",
+    "record",
+    "grad_out",
+    "grad_logdet",
+    "grad_x",
+    "grad_context",
+)
 CALL = np.dtype(
     [("shape", SHAPE), ("activation", np.int32), ("log_scale", np.int32), ("constant", np.float32)]
     + [(name, np.int32) for name in ("add_first", "density", "slots", "warps")]
@@ -55,7 +66,9 @@ CALL = np.dtype(
 def _shape(s: FlowShape) -> np.ndarray:
     """FlowShape, as kernels take it: by value."""
     padded = (*s.hidden, *[0] * (MOST_LAYERS - len(s.hidden)))
-    return np.array([(s.steps, s.dim, s.context, len(s.hidden), padded, s.half_tiles, s.hidden_tiles, s.map, s.mlp)], SHAPE)
+    return np.array(
+        [(s.steps, s.dim, s.context, len(s.hidden), padded, s.half_tiles, s.hidden_tiles, s.map, s.mlp)], SHAPE
+    )
 
 
 def pack(

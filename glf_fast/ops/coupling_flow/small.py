@@ -21,16 +21,16 @@ __all__ = [
     "MOST_LAYERS",
     "TF32",
     "FlowShape",
-    "Options",
     "Gradients",
     "Kept",
+    "Options",
     "backward",
     "density_gradient",
     "forward",
     "forward_and_keep",
-    "parameter_gradients",
     "kept_numbers",
     "kept_parts",
+    "parameter_gradients",
     "unit_bytes",
 ]
 
@@ -38,13 +38,16 @@ __all__ = [
 MOST_LAYERS, WARP_ROWS = 4, 16
 DEPTHS = (8, 16, 32)  # rows of a weight in a block of 512 bytes, by precision
 FLOAT32, TF32, BF16 = range(3)  # precisions: float32 by three tf32 products, tf32, bfloat16
-PLAIN, FORTH, BACK = 0, 1, 2  # a forward without gradients; one that keeps what a backward needs, a backward, FORTH | BACK
+PLAIN, FORTH, BACK = (
+    0,
+    1,
+    2,
+)  # a forward without gradients; one that keeps what a backward needs, a backward, FORTH | BACK
 
 # The kernels' numbers of the reference's names.
-ACTIVATIONS = {name: i for i, name in enumerate(("relu", "leaky_relu", "silu", "gelu", "tanh", "elu"))}
+ACTIVATIONS = {name: i for i, name in enumerate(("relu", "leaky_relu", "silu", "gelu", "tanh", "elu", "selu"))}
 LOG_SCALES = {
-    name: i
-    for i, name in enumerate(("tanh", "exp", "glow", "nflows", "atan", "softclip", "jet", "softplus", "clamp"))
+    name: i for i, name in enumerate(("tanh", "exp", "glow", "nflows", "atan", "softclip", "jet", "softplus", "clamp"))
 }
 
 NEED_ARGUMENT = ("silu", "gelu")  # their derivatives are no functions of their values
@@ -85,7 +88,16 @@ class FlowShape(NamedTuple):
 
     def numbers(self) -> list[int]:
         """As the compiled library takes them."""
-        return [self.steps, self.dim, self.context, self.half_tiles, self.hidden_tiles, self.map, self.mlp, *self.hidden]
+        return [
+            self.steps,
+            self.dim,
+            self.context,
+            self.half_tiles,
+            self.hidden_tiles,
+            self.map,
+            self.mlp,
+            *self.hidden,
+        ]
 
 
 class Options(NamedTuple):
@@ -151,7 +163,11 @@ def kept_parts(s: FlowShape, activation: str, rows: int, buffer: Tensor) -> Kept
     dtype = torch.bfloat16 if s.mlp == BF16 else buffer.dtype
     hidden, derivatives = (part.view(dtype).view(s.steps, -1, s.stride) for part in layers)
     return Kept(
-        transposed, record, hidden, derivatives if activation in NEED_ARGUMENT else None, map_in.view(s.steps, rows, s.dim)
+        transposed,
+        record,
+        hidden,
+        derivatives if activation in NEED_ARGUMENT else None,
+        map_in.view(s.steps, rows, s.dim),
     )
 
 

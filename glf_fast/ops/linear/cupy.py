@@ -101,7 +101,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def launch(
-    name: str, device: torch.device, grid: int, block: int, shared: int, arguments: tuple[Any, ...], source: str = SOURCE
+    name: str,
+    device: torch.device,
+    grid: int,
+    block: int,
+    shared: int,
+    arguments: tuple[Any, ...],
+    source: str = SOURCE,
 ) -> None:
     """Put one kernel on the current stream of a GPU; `source` holds it."""
     import cupy
