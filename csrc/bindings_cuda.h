@@ -9,7 +9,7 @@
 namespace glf::bindings {
 
 // The current stream of a tensor's GPU, which is made the current one as long as this lives.
-class Launch {
+class __attribute__((visibility("hidden"))) Launch {  // as its guard is
  public:
   explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));

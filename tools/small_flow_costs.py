@@ -2,10 +2,11 @@
 
     python tools/small_flow_costs.py
 
-compiles tests/csrc/flow_path.cu for sm_90 by nvcc and prints what it finds for each precision. A warp has a scheduler for itself
-as long as a multiprocessor has four warps or fewer, and issues an instruction a clock at best. The matrix unit takes ISSUE clocks
-for one of its own. The least time is the longer of both; in the most nothing overlaps, and every product, exponential and load of
-a step is waited for. Figures are those of tools/flow_costs.py, for an H100 at 1.755 GHz, assumed, not measured.
+compiles tests/csrc/flow_path.cu for sm_90 by nvcc and prints what it finds for each precision. A warp has a scheduler for
+itself as long as a multiprocessor has four warps or fewer, and issues an instruction a clock at best. The matrix unit takes
+ISSUE clocks for one of its own. The least time is the longer of both. In the most, nothing overlaps, and every product,
+exponential and load of a step is waited for. Figures are those of tools/flow_costs.py, for an H100 at 1.755 GHz, assumed,
+not measured.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 from small_flow_costs import PRECISIONS, compiled, disassembled, microseconds, steps
 
 ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "csrc" / "cuda" / "flow.cu"
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
 needs_nvcc = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs CUDA's compiler, nvcc")
 
@@ -30,17 +31,13 @@ def test_the_kernels_are_clean_under_sanitizers(sanitizers: str, tmp_path: Path)
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"
     program = str(tmp_path / "flow")
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-pthread",
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
+    sources = [
         f"-I{ROOT / 'csrc'}",
+        f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=all",
+        str(Path(__file__).with_name("flow.cpp")),
     ]
-    sources = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", str(Path(__file__).with_name("flow.cpp"))]
     subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "all agree"), done.stdout + done.stderr
@@ -69,20 +66,10 @@ def test_a_step_takes_few_instructions_and_no_barrier(precision: str, tmp_path: 
 @pytest.mark.long  # a minute each
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_all_kernels_keep_their_rows_in_registers(architecture: int, tmp_path: Path) -> None:
+    """And the bindings find the functions that launch them."""
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    target = tmp_path / "flow.cubin"
-    command = [
-        NVCC,
-        "-std=c++17",
-        "-O3",
-        "-Xptxas",
-        "-v",
-        code,
-        "-cubin",
-        ROOT / "csrc" / "cuda" / "flow.cu",
-        "-o",
-        target,
-    ]
+    target = tmp_path / "flow.o"
+    command = [NVCC, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v", code, "-c", SOURCE, "-o", target]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "warning" not in done.stderr, done.stderr
     entry = r"Compiling entry function '\w*flow_(\w+?)_kernel\w*'"
@@ -92,11 +79,40 @@ def test_all_kernels_keep_their_rows_in_registers(architecture: int, tmp_path: P
     for name, stack, spilled, registers in kernels:
         assert int(registers) <= REGISTERS[name], (name, registers)
         assert int(stack) == int(spilled) == 0, (name, stack, spilled)
-    for kernel in disassembled(target):
+    machine_code = list(disassembled(target))
+    assert len(machine_code) == len(kernels)
+    for kernel in machine_code:
+        assert kernel.count("LDL", "STL") == 0, kernel.name
         if "pack" not in kernel.name:
-            copies = "UBLKCP" if architecture >= 90 else "LDGSTS"
-            assert kernel.count(copies) >= 1, kernel.name
-            assert kernel.count("LDL", "STL") == 0, kernel.name
+            assert kernel.count("UBLKCP" if architecture >= 90 else "LDGSTS") >= 1, kernel.name
+            assert kernel.count("HMMA") >= 100, kernel.name
+    bindings = compiled_bindings("-c", "-o", tmp_path / "bindings.o")
+    wanted, defined = symbols(bindings, "--undefined-only"), symbols(target, "--defined-only")
+    assert len(wanted & defined) == 3 and not any("3glf6device" in name for name in wanted - defined)
+
+
+def symbols(file: Path, which: str) -> set[str]:
+    """The names that an object file wants, or defines."""
+    said = subprocess.run(["nm", which, file], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1] for line in said.splitlines()}
+
+
+def compiled_bindings(*how: str | Path) -> Path:
+    """bindings_cuda_flow.cpp as setup.py compiles it, with warnings as errors; the last of `how` is returned."""
+    home = Path(subprocess.run(["readlink", "-f", NVCC], capture_output=True, text=True).stdout.strip()).parents[1]
+    home = home if (home / "include" / "cuda_runtime.h").exists() else Path("/usr/local/cuda")
+    code = "from torch.utils.cpp_extension import include_paths; print('\\n'.join(include_paths()))"
+    of_torch = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    includes = [f"-I{path}" for path in (ROOT / "csrc", home / "include", *of_torch.stdout.split())]
+    flags = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
+    target = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    subprocess.run(["c++", *flags, *target, *includes, ROOT / "csrc" / "bindings_cuda_flow.cpp", *how], check=True)
+    return Path(how[-1])
+
+
+@needs_nvcc
+def test_the_bindings_compile() -> None:
+    compiled_bindings("-fsyntax-only")
 
 
 @needs_nvcc
@@ -104,27 +120,4 @@ def test_all_kernels_keep_their_rows_in_registers(architecture: int, tmp_path: P
 def test_gpus_before_tf32_compile_to_nothing_that_is_launched(tmp_path: Path) -> None:
     """setup.py compiles for sm_75, too, whose calls `refuses` leaves to others."""
     code = "-gencode=arch=compute_75,code=sm_75"
-    source = ROOT / "csrc" / "cuda" / "flow.cu"
-    subprocess.run([NVCC, "-std=c++17", "-O3", code, "-cubin", source, "-o", tmp_path / "flow.cubin"], check=True)
-
-
-@needs_nvcc
-def test_the_bindings_compile() -> None:
-    home = Path(subprocess.run(["readlink", "-f", NVCC], capture_output=True, text=True).stdout.strip()).parents[1]
-    home = home if (home / "include" / "cuda_runtime.h").exists() else Path("/usr/local/cuda")
-    code = "from torch.utils.cpp_extension import include_paths; print('\\n'.join(include_paths()))"
-    torch_includes = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-    )
-    includes = [f"-I{path}" for path in (ROOT / "csrc", home / "include", *torch_includes.stdout.split())]
-    flags = [
-        "-std=c++17",
-        "-fsyntax-only",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unused-parameter",
-        "-Wno-unknown-pragmas",
-    ]
-    target = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    subprocess.run(["c++", *flags, *target, *includes, ROOT / "csrc" / "bindings_cuda_flow.cpp"], check=True)
+    subprocess.run([NVCC, "-std=c++17", "-O3", code, "-cubin", SOURCE, "-o", tmp_path / "flow.cubin"], check=True)

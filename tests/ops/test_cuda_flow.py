@@ -280,3 +280,32 @@ def test_what_is_left_to_others(monkeypatch) -> None:
     assert "workspace" in refused("memory", grad=True)
     h100(monkeypatch, major=7)
     assert "shared memory" in refused("an old GPU")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_stays_bad_and_alone(on_host, bad: float) -> None:
+    values = tensors("cpu", 40, 2, 9, 0, (33, 18))
+    values[0][3, 1] = bad
+    out, logdet, grad_x, *_ = run(ops.coupling_flow, values, torch.float32)
+    for t in (out, logdet, grad_x):
+        broken = ~t.isfinite().view(40, -1)
+        assert broken[3].any() and broken.sum() == broken[3].sum()
+
+
+@pytest.mark.parametrize(
+    "names", [cupy.KERNELS[:2], pytest.param(cupy.KERNELS, marks=pytest.mark.long)], ids=["two", "all"]
+)
+def test_nvrtc_compiles_the_kernels(names: tuple[str, ...]) -> None:
+    """As CuPy does it on a GPU, but for its driver: to machine code of an H100."""
+    nvrtc = pytest.importorskip("cupy", reason="needs CuPy, which has no wheel for this machine").cuda.nvrtc
+    program = nvrtc.createProgram(cupy.SOURCE, "flow.cu", (), ())
+    for name in names:
+        nvrtc.addNameExpression(program, name)
+    try:
+        nvrtc.compileProgram(program, ("--gpu-architecture=sm_90", "-Werror=all-warnings", *cupy_linear.NVRTC_OPTIONS))
+    finally:
+        log = nvrtc.getProgramLog(program)
+    assert not log.strip(), log
+    lowered = {nvrtc.getLoweredName(program, name) for name in names}
+    cubin = nvrtc.getCUBIN(program)
+    assert len(lowered) == len(names) and all(name.encode() in cubin for name in lowered)
