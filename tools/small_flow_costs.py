@@ -12,6 +12,7 @@ not measured.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 import subprocess
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from flow_costs import PROCESSORS, Case, clocks
+
+from glf_fast.kernels import launch_table
 
 ROOT = Path(__file__).parents[1]
 CLOCK = 1.755e3  # clocks a microsecond
@@ -30,7 +34,8 @@ PRODUCTS = (
     5  # one behind the other in a step, either way: map, three layers, and the coupling's exponentials in their place
 )
 EXPOSED = 300  # clocks of loads from L2 that a step of the backward waits for
-LAUNCH = 2.0  # microseconds of a node of a graph, and of the packing launch in front
+LAUNCH = 2.0  # microseconds of a node of a graph
+ROWS = 16  # of a warp
 PRECISIONS = {
     "float32": (0, 0),
     "tf32": (1, 1),
@@ -140,13 +145,50 @@ def _step(loops: Sequence[Code]) -> Code:
     return next(code for code in loops if code.lines[0][0] < inner.lines[0][0] and code.count("MUFU"))
 
 
-def microseconds(found: dict[str, Step], count: int) -> dict[str, tuple[float, float]]:
-    """Of a log_prob and of both ways in one launch, `count` steps, with the packing launch: the least and the most."""
-    passes = {"log_prob": ("forward",), "density and gradient": ("forward that keeps", "backward")}
-    return {
-        name: tuple(2 * LAUNCH + count * sum(found[part].clocks()[end] for part in parts) / CLOCK for end in (0, 1))
-        for name, parts in passes.items()
-    }  # type: ignore[misc]
+class Pass(NamedTuple):
+    """The parts of a pass, one after the other, and its launches with that which packs the parameters."""
+
+    parts: tuple[str, ...]
+    launches: int
+
+
+# Products for the gradients of weights come on top, as they do for Triton's kernels.
+PASSES = {
+    "log_prob": Pass(("forward",), 2),
+    "gradients": Pass(("forward that keeps", "backward"), 3),
+    "gradients, both ways in one launch": Pass(("forward that keeps", "backward"), 2),
+}
+
+
+def microseconds(found: dict[str, Step], steps: int, rows: int) -> dict[str, tuple[float, float]]:
+    """What each of PASSES takes of a flow with so many steps: the least and the most.
+
+    Of the warps that share a scheduler, all but one only add what they keep it, or the matrix unit, busy.
+    """
+    sharing = math.ceil(math.ceil(math.ceil(rows / ROWS) / PROCESSORS) / 4)
+    times = {}
+    for name, (parts, launches) in PASSES.items():
+        busy, alone = (steps * sum(found[part].clocks()[end] for part in parts) for end in (0, 1))
+        least, most = busy * sharing, alone + busy * (sharing - 1)
+        times[name] = launches * LAUNCH + least / CLOCK, launches * LAUNCH + most / CLOCK
+    return times
+
+
+def tritons(precision: str, steps: int, rows: int) -> dict[str, float]:
+    """The same by Triton's kernels, whose predictions are single numbers: D 20, two hidden layers of 64, from the launch table.
+
+    Each direction packs its parameters, and the backward's sums over rows are a launch, too.
+    """
+    dim, hidden = 20, (64, 64)
+    operands = "tf32x3" if precision == "float32" else precision
+    launches = dict(launch_table.entries(90))
+
+    def took(backward: bool) -> float:
+        how = launches[launch_table.key_for(backward, dim, hidden, operands, rows)]
+        return clocks(Case(backward, dim, hidden, steps, rows, operands), how) / CLOCK
+
+    forward = took(False)
+    return {"log_prob": forward + 2 * LAUNCH, "gradients": forward + took(True) + 5 * LAUNCH}
 
 
 def main() -> None:
@@ -158,8 +200,11 @@ def main() -> None:
             print(precision)
             for name, step in found.items():
                 print(f"  {name}: {step.instructions} instructions a step, {step.products} products")
-            for name, (least, most) in microseconds(found, 8).items():
-                print(f"  {name} of 8 steps: {least:.0f} to {most:.0f} µs")
+            for rows in (256, 16_384):
+                theirs = tritons(precision, 8, rows)
+                for name, (least, most) in microseconds(found, 8, rows).items():
+                    beside = f"; by Triton's kernels {theirs[name]:.0f} µs" if name in theirs else ""
+                    print(f"  {name}, 8 steps, {rows} rows: {least:.0f} to {most:.0f} µs{beside}")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ __all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses"]
 
 BACKENDS = () if CUDA.missing else (CUDA,)  # missing, it is not asked for: Triton's kernels take all that these take
 MAX_DIM, MAX_HIDDEN, MAX_CONTEXT = 32, 64, 64
-# Where these kernels are chosen and Triton's are not. Up to here the rows fill the multiprocessors of an H100 once, 8 warps each,
-# and a warp takes its rows through a training pass of glf-mnist (D 20, H 64, K 8) in 12 µs, by tools/small_flow_costs.py, where
-# Triton's programs take 30 (tools/flow_costs.py). Beyond, both are bound by the matrix units, and Triton's need less workspace.
+# Where these kernels are chosen and Triton's are not, by predicted times (tools/small_flow_costs.py; nothing was measured).
+# Up to here the rows fill the multiprocessors of an H100 once, with 8 warps each. Beyond, both kinds are bound by the matrix
+# units, and Triton's need less workspace.
 MAX_ROWS = 16_384
 MAX_WORKSPACE = 48 << 20  # bytes that a forward may keep for its backward: the L2 cache of an H100
 
