@@ -278,6 +278,10 @@ def test_what_is_left_to_others(monkeypatch) -> None:
     assert "rows" in refused("many", rows=cuda.MAX_ROWS + 1)
     monkeypatch.setattr(cuda, "MAX_WORKSPACE", 1000)
     assert "workspace" in refused("memory", grad=True)
+    deep = {"dim": 32, "hidden": (64, 64, 64, 64)}
+    assert "shared memory" in refused("deep", **deep)
+    monkeypatch.setattr(cuda, "_matmul_precision", lambda: "high")
+    assert not refused("deep in tf32", **deep)
     h100(monkeypatch, major=7)
     assert "shared memory" in refused("an old GPU")
 

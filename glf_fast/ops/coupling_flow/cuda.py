@@ -58,7 +58,7 @@ def refuses(call: Call) -> str:
         return f"more than {MAX_CONTEXT} columns of context"
     if x.shape[0] > MAX_ROWS:
         return f"more than {MAX_ROWS} rows"
-    s = _shape(call, FLOAT32, FLOAT32)
+    s = _shape(call, *_precisions(_asked(x)))
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, context, *call.maps, *weights, *biases)
     ):
@@ -107,12 +107,17 @@ def adapt(call: Call) -> Call:
     kernel, and tf32 ones under a float16 autocast are computed in float32.
     """
     call = as_one_network(call)
-    asked = autocast_on(call.x.device.type) or {"medium": "bf16", "high": "tf32"}.get(_matmul_precision(), "fp32")
-    return call._replace(options=call.options._replace(autocast=asked))
+    return call._replace(options=call.options._replace(autocast=_asked(call.x)))
 
 
-def _precisions(options: CallOptions) -> tuple[int, int]:
-    return {"bf16": (FLOAT32, BF16), "tf32": (TF32, TF32)}.get(options.autocast, (FLOAT32, FLOAT32))
+def _asked(x: Tensor) -> str:
+    """The precision that autocast or torch's setting asks for."""
+    return autocast_on(x.device.type) or {"medium": "bf16", "high": "tf32"}.get(_matmul_precision(), "fp32")
+
+
+def _precisions(asked: str) -> tuple[int, int]:
+    """Those of maps and networks."""
+    return {"bf16": (FLOAT32, BF16), "tf32": (TF32, TF32)}.get(asked, (FLOAT32, FLOAT32))
 
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +147,7 @@ def backward(
 def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, int, int]:
     """The values of OPTIONS."""
     o = options
-    return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.density, *_precisions(o)
+    return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.density, *_precisions(o.autocast)
 
 
 def _shape_of(
