@@ -79,7 +79,7 @@ def _shared_bytes(index: int) -> int:
 @cache
 def _shared_bytes_once(index: int) -> int:
     gpu = torch.cuda.get_device_properties(index)
-    return int(gpu.shared_memory_per_block_optin) if gpu.major >= 8 else 0
+    return int(gpu.shared_memory_per_block_optin) if gpu.major >= 8 else 0  # type: ignore[attr-defined]
 
 
 def _matmul_precision() -> str:
@@ -90,7 +90,7 @@ def _matmul_precision() -> str:
 # torch.compile cannot trace either, and takes the answer for a constant. The public decorator for this, torch.compiler's
 # assume_constant_result, sets the same attribute, but imports torch._dynamo, a second at every import of glf_fast.
 for _function in (_shared_bytes, _matmul_precision):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010  mypy knows no such attribute
 
 
 def _shape(call: Call, map_precision: int, mlp_precision: int) -> FlowShape:

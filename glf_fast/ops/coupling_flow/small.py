@@ -6,7 +6,7 @@ A warp takes 16 rows through all steps. The kernels come from the compiled libra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,13 +180,17 @@ def _gradients(s: FlowShape, x: Tensor) -> Gradients:
 # -- the two routes ----------------------------------------------------------------------------------------------------
 
 
-def _pack(s: FlowShape, matrix: Tensor, *parameters: Any, packed: Tensor, transposed: Tensor | None) -> None:
+def _pack(
+    s: FlowShape, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: Sequence[Tensor],
+    biases: Sequence[Tensor], packed: Tensor, transposed: Tensor | None,
+) -> None:  # fmt: skip
+    parameters = matrix, offset, logabsdet, weights, biases
     if CUPY:
         from glf_fast.ops.coupling_flow import cupy
 
-        cupy.pack(s, matrix, *parameters, packed, transposed)
+        cupy.pack(s, *parameters, packed, transposed)
     else:
-        torch.ops.glf_fast.cuda_flow_pack.default(s.numbers(), matrix, *parameters, packed, transposed)
+        torch.ops.glf_fast.cuda_flow_pack.default(s.numbers(), *parameters, packed, transposed)
 
 
 TENSORS = (
@@ -219,7 +223,7 @@ def forward(
     """Output and logdet: two launches, of which the first packs the parameters."""
     out, logdet = torch.empty_like(x), x.new_empty(len(x))
     packed = x.new_empty(s.steps * unit_bytes(s)[0] // 4)
-    _pack(s, matrix, offset, logabsdet, weights, biases, packed=packed, transposed=None)
+    _pack(s, matrix, offset, logabsdet, weights, biases, packed, None)
     _run(s, options, PLAIN, x, packed=packed, x=x, context=context, out=out, logdet=logdet)
     return out, logdet
 
@@ -233,7 +237,7 @@ def forward_and_keep(
     buffer = x.new_empty(sum(kept_numbers(s, options.activation, len(x))))
     kept = kept_parts(s, options.activation, len(x), buffer)
     packed = x.new_empty(s.steps * unit_bytes(s)[0] // 4)
-    _pack(s, matrix, offset, logabsdet, weights, biases, packed=packed, transposed=kept.transposed)
+    _pack(s, matrix, offset, logabsdet, weights, biases, packed, kept.transposed)
     _run(s, options, FORTH, x, packed=packed, x=x, context=context, out=out, logdet=logdet, **kept._asdict())
     return out, logdet, buffer
 
@@ -265,7 +269,7 @@ def density_gradient(
     buffer = x.new_empty(sum(kept_numbers(s, "relu", len(x))))  # derivatives lie where their gradients will
     kept = kept_parts(s, "relu", len(x), buffer)._replace(derivatives=made.slopes)
     packed = x.new_empty(s.steps * unit_bytes(s)[0] // 4)
-    _pack(s, matrix, offset, logabsdet, weights, biases, packed=packed, transposed=kept.transposed)
+    _pack(s, matrix, offset, logabsdet, weights, biases, packed, kept.transposed)
     _run(
         s, options, FORTH | BACK, x, packed=packed, x=x, context=context, out=out, logdet=logdet,
         grad_logdet=grad_logdet, grad_x=made.x, slopes=made.slopes, map_grad=made.map_grad, grad_context=grad_context,
