@@ -23,7 +23,8 @@ INSTRUCTIONS = {
     "tf32": ((1050, 1520, 1880), 128),
     "bf16": ((910, 1400, 1780), 104),
 }
-REGISTERS = {"forward": 208, "gradient": 255, "pack": 64}
+# Registers a thread, at most: 198, 250 and 48 on sm_90, and up to 222 in a forward on sm_100. 255 are all that there are.
+REGISTERS = {"forward": 232, "gradient": 255, "pack": 64}
 
 
 @pytest.mark.long  # compiling takes half a minute
