@@ -22,14 +22,14 @@ from glf_fast.ops.checks import (
     check_state,
     check_tensors,
 )
-from glf_fast.ops.coupling_flow import autograd, cpp, layered, plain, triton
+from glf_fast.ops.coupling_flow import autograd, cpp, cuda, layered, plain, triton
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.ops.linear import plu as plu_layers
 from glf_fast.reference import ACTIVATIONS, COUPLINGS, Plu, Spline, layers_of_block, prepared_constant
 
 __all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "plu_flow_log_prob"]
 
-KERNELS = (triton, layered, cpp)  # in the order of preference
+KERNELS = (cuda, triton, layered, cpp)  # in the order of preference
 
 
 def coupling_flow(

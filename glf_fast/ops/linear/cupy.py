@@ -94,6 +94,12 @@ def most_shared(device: torch.device) -> int:
     return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index))
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def launch(
     name: str,
     device: torch.device,
@@ -117,11 +123,12 @@ def _run(name: str, like: Tensor, grid: int, block: int, shared: int, *arguments
     """Launch `name`<…, type of `like`>. Tensors and None become pointers; numbers have the kernel's types already."""
     if not grid:
         return
-    numbers = tuple(_pointer(a, like) if a is None or isinstance(a, Tensor) else a for a in arguments)
+    numbers = tuple(pointer(a, like) if a is None or isinstance(a, Tensor) else a for a in arguments)
     launch(f"glf::device::{name}{TYPES[like.dtype]}>", like.device, grid, block, shared, numbers)
 
 
-def _pointer(tensor: Tensor | None, like: Tensor) -> int:
+def pointer(tensor: Tensor | None, like: Tensor) -> int:
+    """The address of a tensor's data as kernels on the device of `like` take it, 0 for None."""
     if tensor is None:
         return 0
     if tensor.device != like.device:
@@ -220,7 +227,7 @@ def _layer(permutation: Tensor, lower: Tensor, *others: Tensor | None) -> np.nda
     """Layer<T> of the first layer, as kernels take it: by value."""
     if permutation.dtype != torch.int64:
         raise RuntimeError(f"glf_fast: permutation must be int64; got {permutation.dtype}")
-    return np.array([(_dim(lower), *(_pointer(t, lower) for t in (permutation, lower, *others)))], LAYER)
+    return np.array([(_dim(lower), *(pointer(t, lower) for t in (permutation, lower, *others)))], LAYER)
 
 
 def register(library: torch.library.Library, *, override: bool = False) -> None:
