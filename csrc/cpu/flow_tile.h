@@ -128,10 +128,14 @@ void map_gradient(const BackwardTile<T>& tile, idx k, idx x, idx y, idx back) {
     for (idx i = 0; i < D; ++i) sums.get()[i] += tile.read(x)[m][i] * tile.gradient_of(back)[m][i];
   for (idx i = 0; i < D; ++i) {
     const T* row = tile.flow.matrix + (k * D + i) * D;
-    T square = 0;
-    for (idx j = 0; j < D; ++j) square += row[j] * row[j];
-    const T scale = square > 0 ? sums.get()[i] / square : T(0);
-    for (idx j = 0; j < D; ++j) grad[i * D + j] = (tile.accumulate ? grad[i * D + j] : T(0)) + scale * row[j];
+    T most = 0, square = 0;  // of a row over its largest number, since squares of 1e-20 are 0
+    for (idx j = 0; j < D; ++j) most = std::max(most, std::abs(row[j]));
+    if (most > 0)
+      for (idx j = 0; j < D; ++j) square += (row[j] / most) * (row[j] / most);
+    for (idx j = 0; j < D; ++j) {
+      const T part = most > 0 ? row[j] / most * (sums.get()[i] / most / square) : T(0);
+      grad[i * D + j] = tile.accumulate ? grad[i * D + j] + part : part;
+    }
   }
 }
 
