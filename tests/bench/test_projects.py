@@ -15,7 +15,7 @@ from bench.projects.table import BEGIN, END, lines, with_table
 from bench.results import Results, read
 
 SMALL_ONE = "GIN 10d, glow"
-LEFT = "TDM"
+LEFT = "GIN 10d, gin"
 
 
 @pytest.fixture(autouse=True)
