@@ -12,8 +12,8 @@ namespace glf::GLF_ISA {
 template <class T>
 class Permutations {
  public:
-  // `rows` are those that will be multiplied: to read a matrix costs as much as a few of them. An infinite number becomes NaN in all
-  // columns where it is multiplied, and stays alone where it is gathered. Dense ones show in their first row.
+  // `rows` are those that will be multiplied: to read a matrix costs as much as a few of them. Dense ones show in their first row.
+  // An infinite number in x becomes NaN in all columns where it is multiplied, and stays alone where it is gathered.
   Permutations(const Flow<T>& flow, const T* A, idx rows) : dim_(flow.dim) {
     const idx K = flow.steps, D = dim_;
     if (!A || D < least_dim || rows < 2 * MR) return;

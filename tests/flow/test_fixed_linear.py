@@ -10,7 +10,7 @@ from glf_fast import CouplingFlow, InvertibleLinear, SequentialFlow, use_backend
 
 @pytest.mark.parametrize("linear", ["dense", "permutation"])
 def test_actnorms_are_trained_behind_fixed_linear_layers(linear: str) -> None:
-    """Whose matrices are known once, until they change. 34 columns are more than those that kernels multiply in any case."""
+    """Matrices are known once, until they change. 34 columns are more than those that kernels multiply in any case."""
     torch.manual_seed(0)
     flow = CouplingFlow(34, 2, (8,), linear=linear).double()
     for parameter in flow.parameters():
