@@ -59,6 +59,16 @@ inline f32 at_most(f32 x, float bound) { return x > bound ? broadcast(bound) : x
 inline f32 at_least(f32 x, float bound) { return x < bound ? broadcast(bound) : x; }
 #endif
 
+// The larger of two; NaN in the second passes.
+#if GLF_VECTOR_BYTES == 64
+inline f32 larger(f32 x, f32 y) { return (f32)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y); }
+#elif GLF_VECTOR_BYTES == 32
+inline f32 larger(f32 x, f32 y) { return (f32)_mm256_max_ps((__m256)x, (__m256)y); }
+#else
+inline f32 larger(f32 x, f32 y) { return x > y ? x : y; }
+#endif
+inline f64 larger(f64 x, f64 y) { return x > y ? x : y; }
+
 // Takes the sign of `sign`.
 inline f32 copysign(f32 x, f32 sign) { return (f32)(((i32)x & 0x7fffffff) | ((i32)sign & (i32{} + INT32_MIN))); }
 
