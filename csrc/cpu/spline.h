@@ -16,12 +16,15 @@ using Parameters = vec<T>[(3 * most_bins + 1) / lanes<T> * lanes<T> + lanes<T>];
 template <class T>
 void gather(const T* const (&place)[lanes<T>], idx n, Parameters<T>& out) {
   constexpr idx L = lanes<T>;
-  for (idx j = 0; j < n; j += L) {
+  idx j = 0;
+  for (; j + 1 < n; j += L) {
     vec<T> square[L];
     for (idx i = 0; i < L; ++i) square[i] = load_part(place[i] + j, n - j);
     transpose<T>(square);
     for (idx i = 0; i < L; ++i) out[j + i] = square[i];
   }
+  if (j < n)  // one is left: of splines with 2ⁿ bins, and no tails
+    for (idx i = 0; i < L; ++i) out[j][i] = place[i][j];
 }
 
 // And back, for the first `count` lanes.
@@ -93,16 +96,19 @@ struct Sides {
       given = part;
     }
     vec<T> most = given[0];
+#pragma GCC unroll 4
     for (idx j = 1; j < op.bins; ++j) most = larger(given[j], most);
     Sum<T> sum{};
-    vec<T> plain{};
+    vec<T> exponents{};
+#pragma GCC unroll 4
     for (idx j = 0; j < op.bins; ++j) {
-      part[j] = exp_of_negative(op.scale * (given[j] - most));
+      const vec<T> exponent = at_least(op.scale * (given[j] - most), T(-87));
+      part[j] = exp_of_normal(exponent);
       sum.add(summed[j] = Sum<T>::part(part[j]));
-      plain += part[j];
+      exponents += exponent;
     }
     total = sum.exact();
-    total.value += plain - plain;  // NaN, which whole numbers do not have
+    total.value += exponents - exponents;  // NaN, which whole numbers do not have
   }
 
   // Where bin k begins, given the parts before it.
