@@ -57,10 +57,10 @@ void step_backward(const BackwardTile<T>& tile, idx k, const T* grad_logdet, T* 
     coupling_backward(tile, at.y, grad.out, grad.y, grad_logdet);
     network_backward(tile, k);
     add_input_gradient(tile, grad.out, grad.y, grad_context, first_step);
-    multiply_by_map<T>(tile, k, true, tile.gradient + grad.y, grad.width, tile.gradient + grad.out, grad.width);
+    multiply_by_map<T>(tile, k, false, true, tile.gradient + grad.y, grad.width, tile.gradient + grad.out, grad.width);
     affine_parameters(at.x, grad.y, T(1));
   } else {
-    multiply_by_map<T>(tile, k, true, tile.gradient + grad.out, grad.width, tile.gradient + grad.y, grad.width);
+    multiply_by_map<T>(tile, k, false, true, tile.gradient + grad.out, grad.width, tile.gradient + grad.y, grad.width);
     affine_parameters(at.y, grad.out, T(-1));
     coupling_backward(tile, at.x, grad.y, grad.out, grad_logdet);
     network_backward(tile, k);
@@ -80,9 +80,9 @@ void rebuild_record(const BackwardTile<T>& tile, idx k) {
     run_network(tile, k, at.y);
     run_coupling<T>(tile, true, {state.data + P, ld}, tile.field(at.y + P), nullptr, false);
     add_offset<T>(tile, k, T(-1), tile.read(at.y), state);
-    multiply_back<T>(tile, k, state.data, ld, tile.record + at.x, at.width);
+    multiply_by_map<T>(tile, k, true, false, state.data, ld, tile.record + at.x, at.width);
   } else {
-    multiply_back<T>(tile, k, state.data, ld, tile.record + at.y, at.width, flow.offset + k * D);
+    multiply_by_map<T>(tile, k, true, false, state.data, ld, tile.record + at.y, at.width, flow.offset + k * D);
     copy_rows<T>(tile.rows, P, tile.record + at.y, at.width, tile.record + at.x, at.width);
     run_network(tile, k, at.x);
     run_coupling<T>(tile, false, tile.read(at.y + P), tile.field(at.x + P), nullptr, false);

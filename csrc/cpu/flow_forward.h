@@ -49,7 +49,7 @@ void fill_record(const Tile<T>& tile, idx k, T* logdet, bool accumulate) {
   const Record& at = tile.at;
   const idx D = flow.dim, P = flow.passive();
   if (!flow.inverse) {
-    multiply_by_map(tile, k, false, tile.record + at.x, at.width, tile.record + at.y, at.width, flow.offset + k * D);
+    multiply_by_map(tile, k, false, false, tile.record + at.x, at.width, tile.record + at.y, at.width, flow.offset + k * D);
     run_network(tile, k, at.y);
   } else {
     run_network(tile, k, at.x);
@@ -70,7 +70,7 @@ void run_step(const Tile<T>& tile, idx k, Rows<T> out, T* logdet, bool accumulat
     copy_rows<T>(tile.rows, P, tile.record + at.y, at.width, out.data, out.ld);
     run_coupling(tile, false, tile.read(at.y + P), {out.data + P, out.ld}, logdet, accumulate);
   } else {
-    multiply_by_map<T>(tile, k, false, tile.record + at.y, at.width, out.data, out.ld);
+    multiply_by_map<T>(tile, k, false, false, tile.record + at.y, at.width, out.data, out.ld);
   }
 }
 

@@ -89,19 +89,15 @@ void multiply(const Tile<T>& tile, idx N, idx K, const T* a, idx a_m, const T* b
     multiply(tile.rows, N, K, a, a_m, b, transposed, c, c_m, bias, tile.panel, after, accumulate);
 }
 
-// y = x A_k + c, or x A_kᵀ + c; a null c is 0. multiply_back: with the other matrix, A_k⁻¹.
+// y = x A_k + c, or x A_kᵀ + c; a null c is 0. With `back` the other matrix is meant, A_k⁻¹.
 template <class T>
-void multiply_by_map(const Tile<T>& tile, idx k, bool transposed, const T* x, idx x_m, T* y, idx y_m, const T* c = nullptr) {
+void multiply_by_map(const Tile<T>& tile, idx k, bool back, bool transposed, const T* x, idx x_m, T* y, idx y_m,
+                     const T* c = nullptr) {
   const idx D = tile.flow.dim;
-  if (!tile.maps.matrix.apply(k, transposed, tile.rows, x, x_m, y, y_m, c))
-    multiply(tile, D, D, x, x_m, tile.flow.matrix + k * D * D, transposed, y, y_m, c);
-}
-
-template <class T>
-void multiply_back(const Tile<T>& tile, idx k, const T* x, idx x_m, T* y, idx y_m, const T* c = nullptr) {
-  const idx D = tile.flow.dim;
-  if (!tile.maps.unmatrix.apply(k, false, tile.rows, x, x_m, y, y_m, c))
-    multiply(tile, D, D, x, x_m, tile.flow.unmatrix + k * D * D, false, y, y_m, c);
+  const Permutations<T>& gathers = back ? tile.maps.unmatrix : tile.maps.matrix;
+  if (gathers.apply(k, transposed, tile.rows, x, x_m, y, y_m, c)) return;
+  const T* matrices = back ? tile.flow.unmatrix : tile.flow.matrix;
+  multiply(tile, D, D, x, x_m, matrices + k * D * D, transposed, y, y_m, c);
 }
 
 template <class T>
@@ -121,7 +117,7 @@ template <class T>
 void map_gradient(const BackwardTile<T>& tile, idx k, idx x, idx y, idx back) {
   const idx D = tile.flow.dim;
   T* grad = tile.parameters->matrix + k * D * D;
-  if (!tile.flow.row_scales || tile.flow.inverse) return outer_sum(tile, D, D, x, y, grad);
+  if (!tile.flow.row_scales) return outer_sum(tile, D, D, x, y, grad);
   const Scratch<T> sums(D);
   std::fill_n(sums.get(), D, T(0));
   for (idx m = 0; m < tile.rows; ++m)

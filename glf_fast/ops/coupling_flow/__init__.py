@@ -106,7 +106,6 @@ def coupling_flow_inverse(
     spline: Spline | None = None,
     reversible: bool = False,
     members: int = 1,
-    row_scales: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: undoes `coupling_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
 
@@ -114,7 +113,7 @@ def coupling_flow_inverse(
     """
     options = _options(
         coupling, network, activation, log_scale, log_scale_constant, add_first, spline, True, reversible, False, False,
-        members, row_scales,
+        members,
     )  # fmt: skip
     x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options))
     return x, logdet
