@@ -269,9 +269,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
-      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int network, int activation, "
-      "float activation_constant, int log_scale, float constant, bool add_first, float[] spline, bool inverse, int save, bool parameters, "
-      "int members=1, bool of_matrix=True, bool row_scales=False) -> Tensor[]");
+      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int network, "
+      "int activation, float activation_constant, int log_scale, float constant, bool add_first, float[] spline, "
+      "bool inverse, int save, bool parameters, int members=1, bool of_matrix=True, bool row_scales=False) -> Tensor[]");
   m.def(
       "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"
       " -> (Tensor, Tensor)");

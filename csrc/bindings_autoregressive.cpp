@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> autoregressive_flow(Tensor x, Tensor matrix, 
                                                        int64_t log_scale, double constant, std::vector<double> spline,
                                                        bool context_layer, bool inverse,
                                                        bool density, int64_t save, int64_t units) {
-  const Arguments arguments{matrix, offset, {weights, biases, fan_in, transform, network, activation, activation_constant, log_scale,
-                            constant, context_layer, spline}, context, inverse, density};
+  const Arguments arguments{matrix, offset, {weights, biases, fan_in, transform, network, activation, activation_constant,
+                            log_scale, constant, context_layer, spline}, context, inverse, density};
   const int64_t batch = x.size(0);
   const auto mode = static_cast<glf::Save>(save);
   Tensor out = alike(x), logdet = empty(x, {batch}), saved;
@@ -67,8 +67,8 @@ Tensors autoregressive_flow_backward(std::optional<Tensor> grad_out, Tensor grad
                                      double activation_constant, int64_t log_scale, double constant,
                                      std::vector<double> spline, bool context_layer,
                                      bool inverse, int64_t save, bool parameters, bool of_context) {
-  const Arguments arguments{matrix, offset, {weights, biases, fan_in, transform, network, activation, activation_constant, log_scale,
-                            constant, context_layer, spline}, context, inverse, !grad_out};
+  const Arguments arguments{matrix, offset, {weights, biases, fan_in, transform, network, activation, activation_constant,
+                            log_scale, constant, context_layer, spline}, context, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
   of_context = of_context && context;
   Tensors grads{alike(out), of_context ? alike(*context) : empty(out, {0})};

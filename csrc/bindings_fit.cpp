@@ -154,8 +154,8 @@ struct __attribute__((visibility("hidden"))) Run {
 int64_t fit(Tensor order, Tensor rates, Tensor x, Maybe context, Maybe row_weights, Maybe permutation, Maybe sign,
             Tensors linear, Tensors actnorm, Tensors weights, Tensors biases, Tensors means, Tensors squares,
             Tensor losses, int64_t coupling, int64_t network, int64_t activation, double activation_constant, int64_t log_scale,
-            double constant, bool add_first, std::vector<double> spline, int64_t number, double beta1, double beta2, double epsilon,
-            double weight_decay, std::optional<double> clip, int64_t records_limit, double seconds) {
+            double constant, bool add_first, std::vector<double> spline, int64_t number, double beta1, double beta2,
+            double epsilon, double weight_decay, std::optional<double> clip, int64_t records_limit, double seconds) {
   const Run run{order, rates, x, context, row_weights, losses, number, adamw(beta1, beta2, epsilon, weight_decay, clip),
                 records_limit, seconds};
   return run(Networks{weights, biases, coupling, network, activation, activation_constant, log_scale, constant, add_first,
@@ -168,8 +168,9 @@ int64_t autoregressive_fit(Tensor order, Tensor rates, Tensor x, Maybe context, 
                            Maybe sign, Tensors linear, Tensors actnorm, Tensors weights, Tensors biases, Tensors means,
                            Tensors squares, Tensor losses, Tensor fan_in, int64_t transform, int64_t network,
                            int64_t activation, double activation_constant, int64_t log_scale, double constant,
-                           bool context_layer, std::vector<double> spline, int64_t number, double beta1, double beta2, double epsilon,
-                           double weight_decay, std::optional<double> clip, int64_t records_limit, double seconds) {
+                           bool context_layer, std::vector<double> spline, int64_t number, double beta1,
+                           double beta2, double epsilon, double weight_decay, std::optional<double> clip,
+                           int64_t records_limit, double seconds) {
   const Run run{order, rates, x, context, row_weights, losses, number, adamw(beta1, beta2, epsilon, weight_decay, clip),
                 records_limit, seconds};
   return run(MaskedNetworks{weights, biases, fan_in, transform, network, activation, activation_constant, log_scale, constant,

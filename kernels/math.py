@@ -122,7 +122,7 @@ def slope_from_input(x, ACTIVATION: tl.constexpr):
         s = sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
     elif NAME == "hardswish":
-        return tl.where(x < -3.0, 0.0, tl.where(x > 3.0, 1.0, x / 3.0 + 0.5))
+        return tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 1.0, x / 3.0 + 0.5))
     elif NAME == "mish":
         n, q, t = mish_parts(x)
         return n / q + x * (4.0 * t * (1.0 + t) * tl.where(x > 0, t, 1.0) / (q * q))

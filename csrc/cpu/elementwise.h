@@ -83,8 +83,8 @@ inline vec<T> activation_slope(vec<T> h, T s) {
   if constexpr (a == A::elu) return h > T(0) ? one : h + s;
   if constexpr (a == A::selu) return h > T(0) ? broadcast(T(selu_scale)) : h + T(selu_below);
   if constexpr (a == A::hardswish) {
-    const vec<T> y = h < T(-3) ? vec<T>{} : h / T(3) + T(0.5);
-    return h > T(3) ? one : y;
+    const vec<T> y = h <= T(-3) ? vec<T>{} : h / T(3) + T(0.5);
+    return h >= T(3) ? one : y;
   }
   // 1 − e^−h, which for small h would have no digits left.
   if constexpr (a == A::softplus) return h > T(20) ? one : tanh(h * T(0.5)) * (one + exp(-h));

@@ -147,7 +147,7 @@ GLF_DEVICE float slope_at(float x) {
   } else if constexpr (kind == A::gelu) {
     return 0.5f * (1.0f + error_function(0.70710678f * x)) + x * (0.39894228f * exponential(-0.5f * x * x));
   } else if constexpr (kind == A::hardswish) {
-    return x < -3.0f ? 0.0f : x > 3.0f ? 1.0f : x * 0.33333333f + 0.5f;
+    return x <= -3.0f ? 0.0f : x >= 3.0f ? 1.0f : x * 0.33333333f + 0.5f;
   } else if constexpr (kind == A::mish) {
     const Mish m = mish_parts(x);
     return quotient(m.n, m.q) + x * quotient(4.0f * m.t * (1.0f + m.t) * (x > 0 ? m.t : 1.0f), m.q * m.q);

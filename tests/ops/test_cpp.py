@@ -156,7 +156,7 @@ def test_opcheck() -> None:
 def test_activations_have_the_digits_of_float32(activation: str, constant: float | None) -> None:
     """Also where the function, or its slope, is small, and where e^|x| is no number."""
     small = torch.logspace(-30, 1.9, 400)
-    x = torch.cat([small, -small, torch.linspace(-60, 120, 400), torch.tensor([20.0, 3.0, 0.0, 1e5])])
+    x = torch.cat([small, -small, torch.linspace(-60, 120, 400), torch.tensor([19.9, 3.0, -3.0, 0.0, 1e5])])
 
     def made(module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """a(x) and a'(x), of a step that adds a(x) to 0."""
@@ -365,7 +365,7 @@ def test_layers_that_make_no_residual_network_are_refused() -> None:
 
 def test_the_operations_themselves_refuse_shapes_that_do_not_fit() -> None:
     x, A, c, _, *layers = (t if t is None else t.detach() for t in tensors(3, 2, 5, 0, (7,)))
-    code = (0, 0, 0, 0, 2.0, False, [], False, False, 0, 0)
+    code = (0, 0, 0, 0.0, 0, 2.0, False, [], False, False, 0, 0)
 
     def call(**changes: Tensor) -> None:
         given = {"x": x, "A": A, "c": c, "w": layers[1], "b": layers[2], **changes}
