@@ -24,7 +24,7 @@ __all__ = [
 class Activation(NamedTuple):
     """An activation and its one constant, if it has one."""
 
-    function: Callable[[Tensor, float], Tensor]  # a(x) of x and of the constant
+    function: Callable[..., Tensor]  # a(x) of x and, if it has one, of the constant
     default: float | None = None  # PyTorch's
     interval: tuple[float, float] = (
         0.0,
@@ -35,16 +35,16 @@ class Activation(NamedTuple):
 # A new function is an entry here, one in csrc/cpu/flow.h and elementwise.h, one in kernels/math.py and one in
 # csrc/cuda/flow_math.cuh and glf_fast/ops/coupling_flow/small.py.
 ACTIVATION_FUNCTIONS: dict[str, Activation] = {
-    "relu": Activation(lambda x, _: F.relu(x)),
+    "relu": Activation(F.relu),
     "leaky_relu": Activation(F.leaky_relu, 0.01),  # the slope below 0
-    "silu": Activation(lambda x, _: F.silu(x)),
-    "gelu": Activation(lambda x, _: F.gelu(x)),  # the exact one (erf)
-    "tanh": Activation(lambda x, _: F.tanh(x)),
+    "silu": Activation(F.silu),
+    "gelu": Activation(F.gelu),  # the exact one (erf)
+    "tanh": Activation(F.tanh),
     "elu": Activation(F.elu, 1.0),  # α
-    "selu": Activation(lambda x, _: F.selu(x)),
-    "hardswish": Activation(lambda x, _: F.hardswish(x)),
-    "softplus": Activation(lambda x, _: F.softplus(x)),  # β = 1, linear above 20
-    "mish": Activation(lambda x, _: F.mish(x)),
+    "selu": Activation(F.selu),
+    "hardswish": Activation(F.hardswish),
+    "softplus": Activation(F.softplus),  # β = 1, linear above 20
+    "mish": Activation(F.mish),
 }
 # name → default of its constant (None: it has none).
 ACTIVATIONS: dict[str, float | None] = {name: f.default for name, f in ACTIVATION_FUNCTIONS.items()}
@@ -54,8 +54,11 @@ NEED_INPUT = ("silu", "gelu", "hardswish", "mish")
 
 def activation_of(name: str, constant: float | None = None) -> Callable[[Tensor], Tensor]:
     """The activation of this name as a function of x alone; `constant` None is its default."""
-    function, number = ACTIVATION_FUNCTIONS[name].function, constant_of_activation(name, constant)
-    return lambda x: function(x, number)
+    f = ACTIVATION_FUNCTIONS[name]
+    if f.default is None:
+        return f.function
+    given = f.default if constant is None else constant
+    return lambda x: f.function(x, given)
 
 
 def constant_of_activation(name: str, constant: float | None) -> float:
@@ -80,7 +83,8 @@ def mlp(
         given = activation, activation_constant
         networks = range(len(weights[0]))
         return torch.cat([mlp(h, [w[n] for w in weights], [b[n] for b in biases], *given) for n in networks], 1)
-    act = activation_of(activation, activation_constant)
+    f = ACTIVATION_FUNCTIONS[activation]
+    constants = () if f.default is None else (f.default if activation_constant is None else activation_constant,)
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        h = act(h @ weight + bias)
+        h = f.function(h @ weight + bias, *constants)
     return h @ weights[-1] + biases[-1]

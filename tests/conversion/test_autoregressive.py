@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Make, int, int, str]] = {
     ),
     "masks without degrees": (lambda d, c: pruned(of_nflows(**PLAIN)(d, c)), 6, 2, "a3"),
     "residual": (of_nflows(activation=F.relu), 6, 2, "a3"),
-    "residual, another slope": (of_nflows(activation=partial(F.leaky_relu, negative_slope=0.2)), 3, 2, "a3"),
+    "residual, another slope": (of_nflows(activation=partial(F.leaky_relu, negative_slope=0.2)), 3, 0, "a3"),
     "six layers, softplus": (of_nflows(num_blocks=5, activation=F.softplus, **PLAIN), 4, 1, "a3"),
     "residual, masks without degrees": (lambda d, c: pruned(of_nflows(num_blocks=1)(d, c)), 4, 0, "a3"),
     "inverse": (of_nflows(inverse=True, **PLAIN), 4, 2, "a3"),
