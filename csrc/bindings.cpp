@@ -78,12 +78,13 @@ void for_members(const glf::Flow<T>& flow, int64_t members, int64_t rows, F f) {
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
                                                  Tensors biases, std::optional<Tensor> context, int64_t coupling,
-                                                 int64_t network, int64_t activation, int64_t log_scale, double constant,
-                                                 bool add_first,
+                                                 int64_t network, int64_t activation, double activation_constant,
+                                                 int64_t log_scale, double constant, bool add_first,
                                                  std::vector<double> spline, bool inverse, bool density, int64_t save,
                                                  int64_t record, int64_t members, bool row_scales) {
   const Maybe none;
-  const Arguments arguments{{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
+  const Arguments arguments{{weights, biases, coupling, network, activation, activation_constant, log_scale, constant,
+                             add_first, spline},
                             matrix, offset, none, context, inverse, density, row_scales};
   const int64_t batch = x.size(0);
   const auto mode = static_cast<glf::Save>(save);
@@ -111,9 +112,11 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
 Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
                                std::optional<Tensor> context, int64_t coupling, int64_t network, int64_t activation,
-                               int64_t log_scale, double constant, bool add_first, std::vector<double> spline, bool inverse,
+                               double activation_constant, int64_t log_scale, double constant, bool add_first,
+                               std::vector<double> spline, bool inverse,
                                int64_t save, bool parameters, int64_t members, bool of_matrix, bool row_scales) {
-  const Arguments arguments{{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
+  const Arguments arguments{{weights, biases, coupling, network, activation, activation_constant, log_scale, constant,
+                             add_first, spline},
                             matrix, offset, unmatrix, context, inverse, !grad_out, row_scales};
   const auto mode = static_cast<glf::Save>(save);
   STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
@@ -260,14 +263,15 @@ int64_t vector_bytes() { return glf::vector_bytes(); }
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
-      "int coupling, int network, int activation, int log_scale, float constant, bool add_first, float[] spline, "
+      "int coupling, int network, int activation, float activation_constant, int log_scale, float constant, bool add_first, "
+      "float[] spline, "
       "bool inverse, bool density, int save, int record, int members=1, bool row_scales=False)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
-      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int network, int activation, "
-      "int log_scale, float constant, bool add_first, float[] spline, bool inverse, int save, bool parameters, "
-      "int members=1, bool of_matrix=True, bool row_scales=False) -> Tensor[]");
+      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int network, "
+      "int activation, float activation_constant, int log_scale, float constant, bool add_first, float[] spline, "
+      "bool inverse, int save, bool parameters, int members=1, bool of_matrix=True, bool row_scales=False) -> Tensor[]");
   m.def(
       "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"
       " -> (Tensor, Tensor)");

@@ -207,8 +207,6 @@ PROJECTS = [
         lambda sizes: _flow(40, _masked(sizes, 40, 40, actnorm=False)),
         (40,),
         64,
-        left="MLP has 0 hidden layers",
-        why="no kernel has a network without a hidden layer",
     ),
     Project(
         "normflows examples, vae.py",

@@ -9,7 +9,8 @@ namespace glf {
 using Int = std::ptrdiff_t;
 
 // What there is of each, by the names in glf_fast.reference. Python asks for a name's number (code_of).
-#define GLF_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(gelu) X(tanh) X(elu) X(selu)
+#define GLF_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(gelu) X(tanh) X(elu) X(selu) \
+  X(hardswish) X(softplus) X(mish)
 #define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet) X(softplus) X(clamp)
 #define GLF_COUPLINGS(X) X(affine) X(separate) X(additive) X(spline)
 #define GLF_NETWORKS(X) X(mlp) X(residual) X(skip)
@@ -72,6 +73,7 @@ struct Flow {
   const T* weight[max_layers]; // (K, networks, inputs(i), outputs(i))
   const T* bias[max_layers];   // (K, networks, outputs(i))
   Activation activation;
+  T activation_constant;      // the slope of leaky_relu, α of elu
   LogScale log_scale;
   T constant;                  // the log-scale's; ln m for softclip
   Spline<T> spline;            // of that kind alone

@@ -19,7 +19,7 @@ void run_mlp(const Tile<T>& tile, idx k, idx input) {
       const auto finish = [&](T* block, idx row, idx col, idx rows, idx cols) {
         if (last) return;
         T* value = tile.field(at.value[i] + n * at.hidden[i])[row] + col;
-        activate(flow.activation, rows, cols, block, value, at.width);
+        activate(flow.activation, flow.activation_constant, rows, cols, block, value, at.width);
       };
       multiply(tile, n_out, n_in, tile.record + from, at.width, flow.weight[i] + flow.weights_before(i, k, n), false,
                tile.record + out, at.width, flow.bias[i] + flow.biases_before(i, k, n), finish);
@@ -46,8 +46,8 @@ void mlp_backward(const BackwardTile<T>& tile, idx k) {
       const idx next = i ? grad.hidden[i % 2] : grad.input;
       const auto finish = [&](T* block, idx row, idx col, idx rows, idx cols) {
         if (i)
-          activate_backward(flow.activation, rows, cols, tile.read(at.argument[i - 1] + before)[row] + col, at.width,
-                            block, grad.width);
+          activate_backward(flow.activation, flow.activation_constant, rows, cols,
+                            tile.read(at.argument[i - 1] + before)[row] + col, at.width, block, grad.width);
       };
       multiply<T>(tile, n_in, n_out, tile.gradient + g, grad.width, flow.weight[i] + flow.weights_before(i, k, n), true,
                   tile.gradient + next, grad.width, nullptr, finish, i == 0 && n > 0);

@@ -37,7 +37,8 @@ void run_residual(const Tile<T>& tile, idx k, idx input) {
   const auto same = [&](idx field, idx row, idx col) { return tile.field(field)[row] + col; };
   const auto activated = [&](int j, idx row, idx col, idx rows, idx cols) {
     const ResidualBlock& b = at.block[j];
-    if (j < blocks) activate(flow.activation, rows, cols, same(b.h, row, col), same(b.h_value, row, col), ld);
+    if (j < blocks)
+      activate(flow.activation, flow.activation_constant, rows, cols, same(b.h, row, col), same(b.h_value, row, col), ld);
   };
 
   linear(tile, k, 0, input, at.block[0].h,
@@ -51,7 +52,7 @@ void run_residual(const Tile<T>& tile, idx k, idx input) {
           for (idx c = 0; c < cols; c += lanes<T>) store(s + m * ld + c, sigmoid<T>(load(s + m * ld + c)));
       });
     linear(tile, k, layer.first, b.h_value, b.argument, [&](T* q, idx row, idx col, idx rows, idx cols) {
-      activate(flow.activation, rows, cols, q, same(b.value, row, col), ld);
+      activate(flow.activation, flow.activation_constant, rows, cols, q, same(b.value, row, col), ld);
     });
     linear(tile, k, layer.second, b.value, b.branch, [&](T* branch, idx row, idx col, idx rows, idx cols) {
       const T *h = same(b.h, row, col), *gate = gated ? same(b.gate, row, col) : nullptr;
@@ -117,13 +118,14 @@ void residual_backward(const BackwardTile<T>& tile, idx k) {
     }
     linear_parameters(tile, k, layer.second, b.value, branch);
     linear_input(tile, k, layer.second, branch, middle, [&](T* g, idx row, idx col, idx rows, idx cols) {
-      activate_backward(flow.activation, rows, cols, tile.read(b.argument)[row] + col, ld, g, grad_ld);
+      activate_backward(flow.activation, flow.activation_constant, rows, cols, tile.read(b.argument)[row] + col, ld, g,
+                        grad_ld);
     });
     linear_parameters(tile, k, layer.first, b.h_value, middle);
     // Where h itself is in one place for all blocks, a'(h) comes from a(h).
     const idx kept = keeps_argument(flow.activation) ? b.h : b.h_value;
     linear_input(tile, k, layer.first, middle, end, [&](T* g, idx row, idx col, idx rows, idx cols) {
-      activate_backward(flow.activation, rows, cols, tile.read(kept)[row] + col, ld, g, grad_ld);
+      activate_backward(flow.activation, flow.activation_constant, rows, cols, tile.read(kept)[row] + col, ld, g, grad_ld);
       T* sum = tile.gradient_of(stream)[row] + col;
       for (idx m = 0; m < rows; ++m)
         for (idx e = m * grad_ld; e < m * grad_ld + cols; e += lanes<T>) store(sum + e, load(sum + e) + load(g + e));

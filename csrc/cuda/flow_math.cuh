@@ -6,7 +6,7 @@
 namespace glf::device {
 
 // In the order of csrc/cpu/flow.h, by whose numbers Python knows them.
-enum class Activation : int { relu, leaky_relu, silu, gelu, tanh, elu, selu };
+enum class Activation : int { relu, leaky_relu, silu, gelu, tanh, elu, selu, hardswish, softplus, mish };
 enum class LogScale : int { tanh, exp, glow, nflows, atan, softclip, jet, softplus, clamp };
 
 template <auto value>
@@ -27,6 +27,9 @@ GLF_DEVICE void with_activation(Activation kind, F f) {
     case A::tanh: return f(Constant<A::tanh>{});
     case A::elu: return f(Constant<A::elu>{});
     case A::selu: return f(Constant<A::selu>{});
+    case A::hardswish: return f(Constant<A::hardswish>{});
+    case A::softplus: return f(Constant<A::softplus>{});
+    case A::mish: return f(Constant<A::mish>{});
   }
 }
 
@@ -92,6 +95,21 @@ GLF_DEVICE float log_sigmoid(float x) {
 // SELU (Klambauer et al., arXiv:1706.02515): λ x, or λα (e^x − 1) below 0.
 inline constexpr float selu_scale = 1.05070099f, selu_below = 1.75809934f;
 
+// 1 − e^−x of x ≥ 0. Its digits near 0 come from the series.
+GLF_DEVICE float one_minus_exponential(float x) {
+  const float series = 1.0f - x * (0.5f - x * (0.16666667f - x * (0.041666667f - x * (0.0083333333f - x * 0.0013888889f))));
+  return x < 0.25f ? x * series : 1.0f - exponential(-x);
+}
+// Of mish in terms of t = e^−|x|, where nothing overflows or cancels: tanh(softplus(x)) = n/q.
+struct Mish {
+  float t, n, q;
+};
+GLF_DEVICE Mish mish_parts(float x) {
+  const float t = exponential(-magnitude(x)), n = 2.0f * t + (x > 0 ? 1.0f : t * t);
+  return {t, n, n + 2.0f * (x > 0 ? t * t : 1.0f)};
+}
+
+// a(x), of leaky_relu and elu with their default constants.
 template <Activation kind>
 GLF_DEVICE float activated(float x) {
   using A = Activation;
@@ -102,10 +120,22 @@ GLF_DEVICE float activated(float x) {
   if constexpr (kind == A::tanh) return hyperbolic_tangent(x);
   if constexpr (kind == A::elu) return x > 0 ? x : exponential(x) - 1.0f;
   if constexpr (kind == A::selu) return x > 0 ? selu_scale * x : selu_below * (exponential(x) - 1.0f);
+  if constexpr (kind == A::hardswish) {
+    const float y = x < -3.0f ? 0.0f : x + 3.0f;
+    return x * ((y > 6.0f ? 6.0f : y) * 0.16666667f);
+  }
+  if constexpr (kind == A::softplus) return -log_sigmoid(-x);  // above 20 it is x, to the last digit
+  if constexpr (kind == A::mish) {
+    const Mish m = mish_parts(x);
+    return x * quotient(m.n, m.q);
+  }
 }
 
 // Whether a'(x) is no function of a(x): the backward then needs it beside a(x).
-GLF_DEVICE bool needs_argument(Activation kind) { return kind == Activation::silu || kind == Activation::gelu; }
+GLF_DEVICE bool needs_argument(Activation kind) {
+  using A = Activation;
+  return kind == A::silu || kind == A::gelu || kind == A::hardswish || kind == A::mish;
+}
 
 // a'(x) of those, from x.
 template <Activation kind>
@@ -116,21 +146,27 @@ GLF_DEVICE float slope_at(float x) {
     return s * (1.0f + x * (1.0f - s));
   } else if constexpr (kind == A::gelu) {
     return 0.5f * (1.0f + error_function(0.70710678f * x)) + x * (0.39894228f * exponential(-0.5f * x * x));
+  } else if constexpr (kind == A::hardswish) {
+    return x <= -3.0f ? 0.0f : x >= 3.0f ? 1.0f : x * 0.33333333f + 0.5f;
+  } else if constexpr (kind == A::mish) {
+    const Mish m = mish_parts(x);
+    return quotient(m.n, m.q) + x * quotient(4.0f * m.t * (1.0f + m.t) * (x > 0 ? m.t : 1.0f), m.q * m.q);
   } else {
     return 0.0f;
   }
 }
 
-// gradient · a'(x), from a(x), or for silu and gelu from a'(x) itself.
+// gradient · a'(x), from a(x), or where needs_argument says so from a'(x) itself.
 template <Activation kind>
 GLF_DEVICE float times_slope(float gradient, float kept) {
   using A = Activation;
   if constexpr (kind == A::relu) return kept <= 0 ? 0.0f : gradient;
   if constexpr (kind == A::leaky_relu) return kept > 0 ? gradient : 0.01f * gradient;
-  if constexpr (kind == A::silu || kind == A::gelu) return gradient * kept;
+  if constexpr (kind == A::silu || kind == A::gelu || kind == A::hardswish || kind == A::mish) return gradient * kept;
   if constexpr (kind == A::tanh) return gradient * (1.0f - kept * kept);
   if constexpr (kind == A::elu) return kept > 0 ? gradient : gradient * (kept + 1.0f);
   if constexpr (kind == A::selu) return gradient * (kept > 0 ? selu_scale : kept + selu_below);
+  if constexpr (kind == A::softplus) return gradient * one_minus_exponential(kept);
 }
 
 // ℓ = f(u).

@@ -28,6 +28,7 @@ __all__ = [
     "Diagonal",
     "Kept",
     "Layer",
+    "NamedActivation",
     "Permutation",
     "Piece",
     "Transform",
@@ -86,6 +87,14 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class NamedActivation:
+    """An activation by its name in `glf_fast.reference.ACTIVATION_FUNCTIONS`, and its constant, if it has one."""
+
+    name: str
+    constant: float | None = None
+
+
+@dataclass(frozen=True)
 class Conditioner:
     """An MLP or a residual network: (u, t) of T columns each from P passive columns and C of context.
 
@@ -105,7 +114,7 @@ class Conditioner:
     roles: list[Tensor]
     bias_roles: list[Tensor]
     factors: Tensor
-    activation: str
+    activation: NamedActivation
     dropout: float = 0.0
     blocks: int = 0
 

@@ -10,30 +10,33 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Unfusable
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable
 from glf_fast.conversion.library import overridden
 from glf_fast.conversion.reading import parameters_of
+from glf_fast.reference import ACTIVATION_FUNCTIONS
 
 __all__ = [
     "KNOWN",
     "Step",
     "Times",
-    "activation_name",
     "assemble",
     "check_class",
     "check_hooks",
     "is_class",
     "linear_step",
+    "named_activation",
     "network_steps",
+    "one_activation",
     "read_bounded_mlp",
     "read_mlp",
     "role_of",
@@ -53,20 +56,37 @@ class Times:
     factor: float
 
 
-# A step of a network: a linear layer (weight (out, in), bias or None), an activation by name, an inactive dropout, p, or
-# `Times`.
+# A step of a network: a linear layer (weight (out, in), bias or None), an activation, an inactive dropout, p, or `Times`.
 Linear = tuple[Tensor, Tensor | None]
-Step = Linear | str | float | Times
+Step = Linear | NamedActivation | float | Times
 
+_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Tanh: "tanh",
+    nn.ELU: "elu",
+    nn.SELU: "selu",
+    nn.Hardswish: "hardswish",
+    nn.Softplus: "softplus",
+    nn.Mish: "mish",
+}
 _FUNCTIONS: dict[Callable[..., Any], str] = {
-    **{getattr(F, name): name for name in ("relu", "leaky_relu", "silu", "gelu", "tanh", "elu", "selu")},
+    **{getattr(F, name): name for name in _MODULES.values()},
     torch.relu: "relu",
     torch.tanh: "tanh",
 }
+# What these modules and functions are given besides their input, in order, before `inplace`, which changes nothing.
+_CONSTANTS = {
+    "leaky_relu": ("negative_slope",),
+    "elu": ("alpha",),
+    "gelu": ("approximate",),
+    "softplus": ("beta", "threshold"),
+}
+TANH = NamedActivation("tanh")
 # Networks of libraries that torch.fx cannot follow: full name of the class → its steps. The libraries' files add to it.
 KNOWN: dict[str, Callable[[Any], Iterator[Step]]] = {}
-# The constants of the activations; other keywords (inplace) change nothing.
-_CONSTANTS = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none"}
 _METHODS = ("relu", "tanh")
 
 
@@ -101,7 +121,7 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
             factor *= step.factor
         elif isinstance(step, Times) and bound is not None:
             bound *= step.factor
-        elif step == "tanh" and bound is None:
+        elif step == TANH and bound is None:
             bound = 1.0
         else:
             raise Unfusable(f"{type(network).__name__} is not linear → activation → … → linear")
@@ -117,20 +137,21 @@ def _mlp(name: str, steps: Sequence[Step]) -> Conditioner:
     """The MLP of these steps; raises Unfusable."""
     dropouts = [step for step in steps if isinstance(step, float)]
     linears = [step for step in steps if isinstance(step, tuple)]
-    activations = [step for step in steps if isinstance(step, str)]
+    activations = [step for step in steps if isinstance(step, NamedActivation)]
     kinds = [type(step) for step in steps if not isinstance(step, float)]
-    if kinds != [tuple, *[str, tuple] * (len(linears) - 1)]:
+    if kinds != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
         raise Unfusable(f"{name} is not linear → activation → … → linear")
-    if not 2 <= len(linears) <= 5:
-        raise Unfusable(f"{name} has {len(linears) - 1} hidden layers; one to four are covered")
-    if len(set(activations)) > 1:
-        raise Unfusable(f"{name} has different activations: {', '.join(sorted(set(activations)))}")
+    if len(linears) > 9:
+        raise Unfusable(f"{name} has {len(linears) - 1} hidden layers; zero to eight are covered")
+    activation = one_activation(name, activations)
     if any(len(a) != b.shape[1] for (a, _), (b, _) in itertools.pairwise(linears)):
         raise Unfusable(f"{name} has linear layers that do not follow each other")
-    return assemble(name, linears, activations[0], max(dropouts, default=0.0))
+    return assemble(name, linears, activation, max(dropouts, default=0.0))
 
 
-def assemble(name: str, linears: Sequence[Linear], activation: str, dropout: float, blocks: int = 0) -> Conditioner:
+def assemble(
+    name: str, linears: Sequence[Linear], activation: NamedActivation, dropout: float, blocks: int = 0
+) -> Conditioner:
     """The conditioner of these linear layers; raises Unfusable where the network, of that name, uses one twice."""
     parameters = [id(t) for linear in linears for t in linear if t is not None]
     if len(set(parameters)) < len(parameters):
@@ -146,6 +167,18 @@ def assemble(name: str, linears: Sequence[Linear], activation: str, dropout: flo
         dropout=dropout,
         blocks=blocks,
     )
+
+
+def one_activation(name: str, activations: Sequence[NamedActivation]) -> NamedActivation:
+    """The activation that all of these are, of the network of that name; ReLU where there is none.
+
+    Raises Unfusable for several.
+    """
+    kinds = dict.fromkeys(activations)
+    if len(kinds) > 1:
+        shown = sorted(kind.name + (f" ({kind.constant:g})" if kind.constant is not None else "") for kind in kinds)
+        raise Unfusable(f"{name} has different activations: {', '.join(shown)}")
+    return next(iter(kinds), NamedActivation("relu"))
 
 
 def role_of(parameter: Tensor | None, shape: Tensor) -> Tensor:
@@ -308,27 +341,50 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
         yield from _traced_steps(module)
 
 
-def _activation(module: nn.Module) -> str | None:
-    """The activation's name; None if the module is not one. Raises Unfusable for one with constants that are not covered."""
-    kind = type(module)
-    if kind is nn.LeakyReLU:
-        if module.negative_slope not in (0.0, 0.01):
-            raise Unfusable(f"LeakyReLU with slope {module.negative_slope:g}; 0 and 0.01 are covered")
-        return "leaky_relu" if module.negative_slope else "relu"
-    if kind is nn.GELU and module.approximate != "none":
-        raise Unfusable("GELU by tanh; the exact one is covered")
-    if kind is nn.ELU and module.alpha != 1:
-        raise Unfusable(f"ELU with alpha {module.alpha:g}; 1 is covered")
-    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu", nn.Tanh: "tanh", nn.ELU: "elu", nn.SELU: "selu"}
-    return names.get(kind)
-
-
-def activation_name(activation: Any) -> str:
-    """The name of an activation, a module or a function; raises Unfusable."""
-    name = _activation(activation) if isinstance(activation, nn.Module) else _FUNCTIONS.get(activation)
+def _activation(module: nn.Module) -> NamedActivation | None:
+    """The activation that a module is; None if it is not one. Raises Unfusable for one with constants that are not covered."""
+    name = _MODULES.get(type(module))
     if name is None:
-        raise Unfusable(f"the activation {getattr(activation, '__name__', activation)!r} is not covered")
-    return name
+        return None
+    return _with_constants(name, {key: getattr(module, key) for key in _CONSTANTS.get(name, ())})
+
+
+def _with_constants(name: str, given: Mapping[str, Any]) -> NamedActivation:
+    """The activation with the constants that PyTorch's has been given, by their names there; raises Unfusable."""
+    if given.get("approximate", "none") != "none":
+        raise Unfusable("GELU by tanh; the exact one is covered")
+    beta, threshold = given.get("beta", 1), given.get("threshold", 20)
+    if (beta, threshold) != (1, 20):
+        raise Unfusable(f"Softplus with beta {beta} and threshold {threshold}; 1 and 20 are covered")
+    f = ACTIVATION_FUNCTIONS[name]
+    constant = given.get("negative_slope", given.get("alpha", f.default))
+    if constant is None:
+        return NamedActivation(name)
+    if name == "leaky_relu" and constant == 0:
+        return NamedActivation("relu")
+    low, high = f.interval
+    if not isinstance(constant, int | float) or not low < constant < high:
+        raise Unfusable(f"{name} with {_CONSTANTS[name][0]} {constant}; finite numbers above {low:g} are covered")
+    return NamedActivation(name, float(constant))
+
+
+def _call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NamedActivation:
+    """The activation that a function is on its first argument, given these others; raises Unfusable."""
+    name = _FUNCTIONS.get(function)
+    if name is None:
+        raise Unfusable(f"the activation {getattr(function, '__name__', function)!r} is not covered")
+    return _with_constants(name, dict(zip((*_CONSTANTS.get(name, ()), "inplace"), args, strict=False)) | kwargs)
+
+
+def named_activation(activation: Any) -> NamedActivation:
+    """The activation that a module or a function is; raises Unfusable."""
+    if isinstance(activation, nn.Module):
+        if (found := _activation(activation)) is None:
+            raise Unfusable(f"the activation {activation!r} is not covered")
+        return found
+    if isinstance(activation, partial) and not activation.args:
+        return _call(activation.func, (), activation.keywords)
+    return _call(activation, (), {})
 
 
 def _traced_steps(module: nn.Module) -> Iterator[Step]:
@@ -359,14 +415,16 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
         if (factor := _factor(node, last)) is not None:
             yield Times(factor)
             continue
-        constants = any(_CONSTANTS.get(key, value) != value for key, value in node.kwargs.items())
-        covered = node.op in ("call_module", "call_function") or (node.op == "call_method" and node.target in _METHODS)
-        if node.args != (last,) or constants or not covered:
+        if node.op == "call_function" and node.args[:1] == (last,):
+            yield _call(node.target, node.args[1:], node.kwargs)
+            continue
+        covered = node.op == "call_module" or (node.op == "call_method" and node.target in _METHODS)
+        if node.args != (last,) or node.kwargs or not covered:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
         if node.op == "call_module":
             yield from network_steps(modules[str(node.target)])
         else:
-            yield activation_name(node.target) if node.op == "call_function" else str(node.target)
+            yield NamedActivation(str(node.target))
 
 
 class _Tracer(fx.Tracer):

@@ -36,7 +36,7 @@ def _mlp(module: Any) -> Iterator[mlp.Step]:
     """Its forward compares shapes, which torch.fx cannot follow."""
     if len(module._in_shape) != 1 or len(module._out_shape) != 1:
         raise Unfusable("an nflows MLP on something other than vectors")
-    activation = mlp.activation_name(module._activation)
+    activation = mlp.named_activation(module._activation)
     for linear in (module._input_layer, *module._hidden_layers):
         yield from mlp.network_steps(linear)
         yield activation

@@ -8,12 +8,13 @@ from torch import nn
 
 from glf_fast.conversion.layers import Conditioner, Unfusable
 from glf_fast.conversion.mlp import (
-    activation_name,
     assemble,
     check_class,
     check_hooks,
     is_class,
+    named_activation,
     network_steps,
+    one_activation,
     read_mlp,
 )
 
@@ -34,20 +35,19 @@ def _read_residual(network: Any) -> Conditioner:
         raise Unfusable(f"ResidualNet has {len(blocks)} blocks; one to five are covered")
     if getattr(network, "preprocessing", None) is not None:
         raise Unfusable("ResidualNet with preprocessing is not covered")
-    layers, activations, dropouts = [network.initial_layer], set(), []
+    layers, activations, dropouts = [network.initial_layer], [], []
     check_hooks(network)
     for block in blocks:
         check_class(block, "ResidualBlock")
     for block in blocks:
         if block.use_batch_norm:
             raise Unfusable("ResidualNet with batch norm is not covered")
-        activations.add(activation_name(block.activation))
+        activations.append(named_activation(block.activation))
         dropouts += [step for step in network_steps(block.dropout) if isinstance(step, float)]
         layers += [*block.linear_layers, *([block.context_layer] if hasattr(block, "context_layer") else [])]
-    if len(activations) > 1:
-        raise Unfusable(f"ResidualNet has different activations: {', '.join(sorted(activations))}")
+    activation = one_activation("ResidualNet", activations)
     steps = [step for layer in (*layers, network.final_layer) for step in network_steps(layer)]
     linears = [step for step in steps if isinstance(step, tuple)]
     if len(linears) != len(steps) or len(steps) != len(layers) + 1:
         raise Unfusable("ResidualNet has layers that are not linear")
-    return assemble("ResidualNet", linears, activations.pop(), max(dropouts, default=0.0), len(blocks))
+    return assemble("ResidualNet", linears, activation, max(dropouts, default=0.0), len(blocks))

@@ -15,7 +15,7 @@ from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.ops.backends import CPP, usable
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 from glf_fast.ops.coupling_flow.cpp import OF_WIDE, RECORDS_LIMIT, WIDE
-from glf_fast.reference import prepared_constant
+from glf_fast.reference import constant_of_activation, prepared_constant
 
 __all__ = ["FusedSteps", "why_not"]
 
@@ -60,6 +60,7 @@ def _networks(flow: StackedFlow) -> tuple[Any, list[Any]]:
     functions = [
         NETWORK_CODES[options["network"]],
         ACTIVATION_CODES[options["activation"]],
+        constant_of_activation(options["activation"], options.get("activation_constant")),
         LOG_SCALE_CODES[options["log_scale"]],
         prepared_constant(options["log_scale"], options["log_scale_constant"]),
     ]

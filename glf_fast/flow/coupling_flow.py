@@ -14,13 +14,14 @@ from glf_fast.flow.spline_coupling import spline_of
 from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.flow.stacking import Stacked, configuration, fill_step, new_step, stacked
 from glf_fast.ops.checks import (
+    check_activation,
     check_choice,
     check_log_scale,
     check_network_of,
     check_spline_of,
 )
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES, Plu, Spline
 from glf_fast.reference import COUPLINGS as KINDS
-from glf_fast.reference import LOG_SCALES, Plu, Spline
 
 __all__ = ["CouplingFlow"]
 
@@ -36,7 +37,7 @@ class CouplingFlow(StackedFlow):
     Args:
         dim: D, at least 2; odd is fine (the passive half is the larger one).
         steps: K.
-        hidden: widths of the one to four hidden layers of each step's MLP, or the width of each of one to five residual
+        hidden: widths of the zero to eight hidden layers of each step's MLP, or the width of each of one to five residual
             blocks, all equal.
         context_dim: columns of the context that conditions every coupling; 0 for none.
         coupling: "affine", v·e^f(u) + t with u and t from one MLP; "separate", the same with an MLP for each, as in RealNVP
@@ -44,7 +45,8 @@ class CouplingFlow(StackedFlow):
             v, as in Neural Spline Flows (arXiv:1906.04032). To the last two log-scale and `add_first` mean nothing.
         network: "mlp", or "residual", a `ResidualNet` with the context as a gate, for all couplings but "separate".
         spline: bins, box and the rest of those splines, a `glf_fast.Spline`, or the same as a mapping.
-        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh, elu or selu.
+        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh, elu, selu, hardswish, softplus or mish.
+        activation_constant: the slope of leaky_relu below 0, or α of elu; None is PyTorch's default.
         log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`.
         add_first: couplings add before they multiply, as Glow does.
         linear: "plu", "dense" or "permutation", see `InvertibleLinear`.
@@ -69,6 +71,7 @@ class CouplingFlow(StackedFlow):
         coupling: str = "affine",
         network: str = "mlp",
         activation: str = "relu",
+        activation_constant: float | None = None,
         log_scale: str = "tanh",
         log_scale_constant: float | None = None,
         add_first: bool = False,
@@ -79,6 +82,7 @@ class CouplingFlow(StackedFlow):
     ) -> None:
         check_choice("coupling", coupling, COUPLINGS)
         check_network_of(coupling, network)
+        check_activation(activation, activation_constant)
         check_log_scale(log_scale, log_scale_constant)
         kind = None if coupling != "spline" and spline is None else spline_of(spline)
         check_spline_of(coupling, kind)
@@ -90,6 +94,7 @@ class CouplingFlow(StackedFlow):
             "coupling": coupling,
             "network": network,
             "activation": activation,
+            "activation_constant": ACTIVATIONS[activation] if activation_constant is None else activation_constant,
             "log_scale": log_scale,
             "log_scale_constant": LOG_SCALES[log_scale] if log_scale_constant is None else log_scale_constant,
             "add_first": add_first,
@@ -101,8 +106,8 @@ class CouplingFlow(StackedFlow):
         super().__init__(config, linear)
         if dim < 2:
             raise ValueError(f"dim must be at least 2, to have a passive and a transformed half; got {dim}")
-        names = ("coupling", "network", "activation", "log_scale", "log_scale_constant", "add_first", "reversible")
-        self._options = {name: self.config[name] for name in names} | {"spline": kind}
+        names = ("coupling", "network", "activation", "activation_constant", "log_scale", "log_scale_constant")
+        self._options = {name: self.config[name] for name in (*names, "add_first", "reversible")} | {"spline": kind}
         self._take([layer for _ in range(steps) for layer in new_step(self.config)])
 
     # -- the flow as a function ----------------------------------------------------------------------------------------
@@ -154,6 +159,7 @@ class CouplingFlow(StackedFlow):
         super().__setstate__(state)
         for name, value in (
             ("network", "mlp"),
+            ("activation_constant", None),
             ("spline", None),
         ):  # of a flow that was pickled before there were others
             self.config.setdefault(name, value)

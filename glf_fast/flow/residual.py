@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glf_fast.flow.mlp import ACTIVATION_MODULES
-from glf_fast.ops.checks import check_choice
+from glf_fast.flow.mlp import activation_module
+from glf_fast.ops.checks import check_activation
+from glf_fast.reference import ACTIVATIONS
 
 __all__ = ["ResidualNet"]
 
@@ -20,9 +22,11 @@ class ResidualBlock(nn.Module):
         context_dim: columns of the context, or 0.
     """
 
-    def __init__(self, width: int, context_dim: int = 0, *, activation: str = "relu") -> None:
+    def __init__(
+        self, width: int, context_dim: int = 0, *, activation: str = "relu", activation_constant: float | None = None
+    ) -> None:
         super().__init__()
-        self.activation = ACTIVATION_MODULES[activation]()
+        self.activation = activation_module(activation, activation_constant)
         self.first = nn.Linear(width, width)
         self.second = nn.Linear(width, width)
         self.gate = nn.Linear(context_dim, width) if context_dim else None
@@ -47,7 +51,8 @@ class ResidualNet(nn.Module):
     Args:
         hidden: width of each of one to five blocks, all equal.
         context_dim: columns of the context, which are not counted in `in_features`; 0 for none.
-        activation: relu, leaky_relu, silu, gelu, tanh, elu or selu, with PyTorch's default constants.
+        activation: relu, leaky_relu, silu, gelu, tanh, elu, selu, hardswish, softplus or mish.
+        activation_constant: the slope of leaky_relu below 0, or α of elu; None is PyTorch's default.
 
     Example:
         >>> coupling = AffineCoupling(6, ResidualNet(3, [32, 32], 6, context_dim=2), pass_context=True)
@@ -64,21 +69,24 @@ class ResidualNet(nn.Module):
         *,
         context_dim: int = 0,
         activation: str = "relu",
+        activation_constant: float | None = None,
     ) -> None:
         super().__init__()
-        check_choice("activation", activation, ACTIVATION_MODULES)
+        check_activation(activation, activation_constant)
         if not 1 <= len(hidden) <= 5 or min(hidden) < 1 or len(set(hidden)) > 1:
             raise ValueError(
                 f"hidden of a residual network must be one width ≥ 1 for each of one to five blocks; got {tuple(hidden)}"
             )
         width = hidden[0]
         self.first = nn.Linear(in_features + context_dim, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width, context_dim, activation=activation) for _ in hidden)
+        chosen: dict[str, Any] = {"activation": activation, "activation_constant": activation_constant}
+        self.blocks = nn.ModuleList(ResidualBlock(width, context_dim, **chosen) for _ in hidden)
         self.last = nn.Linear(width, out_features)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
         self.context_dim = context_dim
         self.activation = activation
+        self.activation_constant = ACTIVATIONS[activation] if activation_constant is None else activation_constant
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, in_features) and context (B, context_dim) → (B, out_features)."""

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glf_fast.reference import COUPLINGS, LOG_SCALES, NETWORKS, PARAMETRIZATIONS, TAILS, Spline
+from glf_fast.reference import ACTIVATION_FUNCTIONS, COUPLINGS, LOG_SCALES, NETWORKS, PARAMETRIZATIONS, TAILS, Spline
 
 __all__ = [
+    "check_activation",
     "check_alike",
     "check_channels",
     "check_choice",
@@ -55,6 +56,19 @@ def check_log_scale(name: str, constant: float | None) -> None:
     low, high = {"softclip": (0.0, 1.0), "glow": (-math.inf, math.inf)}.get(name, (0.0, math.inf))
     if not low < constant < high:
         raise ValueError(f"log_scale_constant of {name!r} must be between {low} and {high}; got {constant}")
+
+
+def check_activation(name: str, constant: float | None) -> None:
+    """Raise ValueError unless `name` is an activation and `constant` one that it can have; None is its default."""
+    check_choice("activation", name, ACTIVATION_FUNCTIONS)
+    if constant is None:
+        return
+    f = ACTIVATION_FUNCTIONS[name]
+    if f.default is None:
+        raise ValueError(f"activation {name!r} has no constant; got activation_constant={constant}")
+    low, high = f.interval
+    if not low < constant < high:
+        raise ValueError(f"activation_constant of {name!r} must be between {low} and {high}; got {constant}")
 
 
 def check_network_of(coupling: str, network: str) -> None:

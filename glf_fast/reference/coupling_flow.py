@@ -28,6 +28,7 @@ def coupling_flow(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
@@ -67,7 +68,7 @@ def coupling_flow(
         p, v = y[:, :passive], y[:, passive:]
         given = None if context is None else context.to(p.dtype)
         h = p if given is None else torch.cat([p, given], 1)
-        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation)
+        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation, activation_constant)
         v, ldj = transform(v, raw, inverse=False, **options)
         x = torch.cat([p, v], 1)
         logdet = logdet + ldj
@@ -85,6 +86,7 @@ def coupling_flow_inverse(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
@@ -109,7 +111,7 @@ def coupling_flow_inverse(
         p, v = z[:, :passive], z[:, passive:]
         given = None if context is None else context.to(p.dtype)
         h = p if given is None else torch.cat([p, given], 1)
-        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation)
+        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation, activation_constant)
         v, ldj = transform(v, raw, inverse=True, **options)
         with torch.autocast(z.device.type, enabled=False):
             z = (torch.cat([p, v], 1) - c[k]) @ A_inv[k]

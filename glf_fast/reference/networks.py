@@ -17,16 +17,18 @@ class Network(Protocol):
     """A network of one step, with the parameters of its linear layers."""
 
     def __call__(
-        self, h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], context: Tensor | None, activation: str
-    ) -> Tensor:
+        self, h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], context: Tensor | None, activation: str,
+        activation_constant: float | None,
+    ) -> Tensor:  # fmt: skip
         """h (B, P + C) → (B, n); its last columns are the context (B, C), which may be None."""
         ...
 
 
 def _mlp(
-    h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], context: Tensor | None, activation: str
-) -> Tensor:
-    return mlp(h, weights, biases, activation)
+    h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], context: Tensor | None, activation: str,
+    activation_constant: float | None,
+) -> Tensor:  # fmt: skip
+    return mlp(h, weights, biases, activation, activation_constant)
 
 
 # A new kind of network is an entry here, a layout of its layers in ops/coupling_flow/networks.py, and a case in csrc/cpu.

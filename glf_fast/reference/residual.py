@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from glf_fast.reference.mlp import ACTIVATIONS
+from glf_fast.reference.mlp import activation_of
 
 __all__ = ["layers_of_block", "residual"]
 
@@ -18,6 +18,7 @@ def residual(
     biases: Sequence[Tensor],
     context: Tensor | None = None,
     activation: str = "relu",
+    activation_constant: float | None = None,
 ) -> Tensor:
     """h ← h W₀ + b₀; for every block h ← h + (a(a(h) W₁ + b₁) W₂ + b₂) ⊙ σ(context Wc + bc); then h Wf + bf.
 
@@ -27,7 +28,7 @@ def residual(
     `h` (B, P + C); `context` (B, C) or None. `weights`: W₀ (P + C, H), for each block W₁ (H, H), W₂ (H, H) and with a context
     Wc (C, H), then Wf (H, n); `biases` alike, (H) and (n). Returns (B, n).
     """
-    act = ACTIVATIONS[activation]
+    act = activation_of(activation, activation_constant)
     (W, *inner, W_last), (b, *inner_biases, b_last) = weights, biases
     h = h @ W + b
     size = layers_of_block(context)

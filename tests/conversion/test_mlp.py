@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Unfusable
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable
 from glf_fast.conversion.mlp import (
+    named_activation,
+    one_activation,
     read_bounded_mlp,
     read_mlp,
     scale_outputs,
@@ -44,6 +49,17 @@ class Dropped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(F.dropout(torch.tanh(self.a(x)), self.p, self.training))
+
+
+class Activated(nn.Module):
+    """An activation as a function with arguments."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.activation = nn.Linear(3, 5), nn.Linear(5, 6), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.activation(self.a(x)))
 
 
 class Checked(nn.Module):
@@ -91,9 +107,22 @@ def sequential(*activations: nn.Module, widths: tuple[int, ...] = (3, 5, 4, 6)) 
     return nn.Sequential(*layers[:-1])
 
 
+def outputs(read: Conditioner, x: Tensor) -> Tensor:
+    return mlp(x, read.weights, read.biases, read.activation.name, read.activation.constant)
+
+
 NETWORKS = {
     **{kind.__name__: (lambda kind=kind: sequential(kind())) for kind in (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.ELU)},
     "leaky": lambda: sequential(nn.LeakyReLU()),
+    "leaky-0.2": lambda: sequential(nn.LeakyReLU(0.2)),
+    "elu-0.5": lambda: sequential(nn.ELU(0.5)),
+    "hardswish": lambda: sequential(nn.Hardswish()),
+    "softplus": lambda: sequential(nn.Softplus()),
+    "mish": lambda: sequential(nn.Mish()),
+    "functional-leaky": lambda: Activated(lambda h: F.leaky_relu(h, 0.2, True)),
+    "functional-elu": lambda: Activated(lambda h: F.elu(h, alpha=0.5)),
+    "functional-softplus": lambda: Activated(lambda h: F.softplus(h, beta=1, threshold=20)),
+    "functional-mish": lambda: Activated(lambda h: F.mish(F.dropout(h, 0.0))),
     "leaky-0": lambda: sequential(nn.LeakyReLU(0.0)),
     "one-activation-twice": lambda: sequential(*[nn.ReLU()] * 2),
     "nested": lambda: nn.Sequential(
@@ -108,7 +137,9 @@ NETWORKS = {
     ),
     "checked": Checked,
     "checked-without-context": lambda: Checked(context=False),
-    "four-hidden": lambda: sequential(nn.ReLU(), widths=(3, 5, 4, 3, 2, 6)),
+    "no-hidden": lambda: nn.Linear(3, 6),
+    "no-hidden-in-a-module": lambda: nn.Sequential(nn.Linear(3, 6)),
+    "eight-hidden": lambda: sequential(nn.ReLU(), widths=(3, 5, 4, 3, 2, 6, 5, 4, 3, 6)),
 }
 
 
@@ -117,7 +148,7 @@ def test_networks_that_are_mlps(name: str) -> None:
     network = NETWORKS[name]().double()
     x = torch.randn(7, 3, dtype=torch.float64)
     read = read_mlp(network)
-    torch.testing.assert_close(mlp(x, read.weights, read.biases, read.activation), network(x))
+    torch.testing.assert_close(outputs(read, x), network(x))
     assert all((roles == TRAINED).all() for roles in read.roles)
     bias_free = {i for i, roles in enumerate(read.bias_roles) if (roles == FIXED).all()}
     assert read.dropout == (0.3 if name == "functional-dropout" else 0.0)
@@ -139,7 +170,7 @@ def test_a_bound_and_factors_behind_the_last_layer(network, bound: float | None)
     network = network().double()
     x = torch.randn(7, 3, dtype=torch.float64)
     read, found = read_bounded_mlp(network)
-    y = mlp(x, read.weights, read.biases, read.activation) * read.factors
+    y = outputs(read, x) * read.factors
     assert found == bound
     torch.testing.assert_close(y if bound is None else bound * torch.tanh(y / bound), network(x))
     parameters = list(network.parameters())
@@ -162,12 +193,25 @@ def test_bounds_that_are_not_covered(network, reason: str) -> None:
 @pytest.mark.parametrize(
     ("network", "reason"),
     [
-        (lambda: nn.Linear(3, 2), "0 hidden layers"),
-        (lambda: sequential(nn.ReLU(), widths=(3,) * 7), "5 hidden layers"),
+        (lambda: sequential(nn.ReLU(), widths=(3,) * 11), "9 hidden layers; zero to eight are covered"),
         (lambda: sequential(nn.ReLU(), nn.Tanh()), "different activations: relu, tanh"),
-        (lambda: sequential(nn.LeakyReLU(0.2)), "LeakyReLU with slope 0.2"),
+        (
+            lambda: sequential(nn.LeakyReLU(0.2), nn.LeakyReLU()),
+            r"different activations: leaky_relu \(0.01\), leaky_relu \(0.2\)",
+        ),
+        (
+            lambda: sequential(nn.LeakyReLU(-0.2)),
+            "leaky_relu with negative_slope -0.2; finite numbers above 0 are covered",
+        ),
+        (lambda: sequential(nn.ELU(0.0)), "elu with alpha 0.0; finite numbers above 0"),
+        (lambda: Activated(lambda h: F.elu(h, float("nan"))), "elu with alpha nan"),
+        (lambda: Activated(lambda h: F.gelu(h, approximate="tanh")), "GELU by tanh"),
+        (lambda: Activated(lambda h: F.leaky_relu(h, h.mean())), "is not a chain|with negative_slope"),
+        (lambda: Activated(F.celu), "the activation 'celu' is not covered"),
         (lambda: sequential(nn.GELU("tanh")), "GELU by tanh"),
-        (lambda: sequential(nn.Softplus()), "Softplus.* is neither"),
+        (lambda: sequential(nn.Softplus(2.0)), "Softplus with beta 2.0 and threshold 20"),
+        (lambda: Activated(lambda h: F.softplus(h, 1, 30)), "Softplus with beta 1 and threshold 30"),
+        (lambda: sequential(nn.CELU()), "CELU.* is neither"),
         (lambda: nn.Sequential(*sequential(nn.ReLU()), nn.Tanh()), "ends with tanh"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), "is not linear →"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)), "BatchNorm1d"),
@@ -181,6 +225,26 @@ def test_bounds_that_are_not_covered(network, reason: str) -> None:
 def test_networks_that_are_not(network, reason: str) -> None:
     with pytest.raises(Unfusable, match=reason):
         read_mlp(network())
+
+
+def test_activations_are_read_with_their_constants() -> None:
+    """Modules and functions that compute the same are equal, so that their layers are stacked together."""
+    for equal in (
+        (nn.LeakyReLU(0.2), nn.LeakyReLU(0.2, inplace=True), partial(F.leaky_relu, negative_slope=0.2)),
+        (nn.LeakyReLU(), F.leaky_relu),
+        (nn.ReLU(), nn.LeakyReLU(0), F.relu, torch.relu),
+        (nn.ELU(), F.elu, partial(F.elu, alpha=1)),
+        (nn.Softplus(), F.softplus, partial(F.softplus, beta=1)),
+        (nn.Mish(), F.mish),
+    ):
+        assert len({named_activation(activation) for activation in equal}) == 1
+    assert named_activation(nn.LeakyReLU()) != named_activation(nn.LeakyReLU(0.2))
+    assert one_activation("it", []) == NamedActivation("relu")
+    for activation in (partial(torch.add, 1), nn.CELU(), torch.sin):
+        with pytest.raises(Unfusable, match="is not covered"):
+            named_activation(activation)
+    with pytest.raises(Unfusable, match="differ in depth or activation"):
+        separate(read_mlp(sequential(nn.LeakyReLU(0.2))), read_mlp(sequential(nn.LeakyReLU(0.1))))
 
 
 def test_a_layer_used_twice_and_hooks_are_refused() -> None:
@@ -215,7 +279,7 @@ def test_selecting_and_joining() -> None:
     x = torch.randn(6, 5, dtype=torch.float64)
     t[0].requires_grad_(False)
     both = separate(read_mlp(u), read_mlp(t))
-    out = mlp(x, both.weights, both.biases, both.activation)
+    out = outputs(both, x)
     torch.testing.assert_close(out, torch.cat([u(x), t(x)], 1))
     trained = [(roles == TRAINED).sum() for roles in both.roles]
     assert trained == [5 * 4, 4 * 3 + 7 * 3]

@@ -82,6 +82,7 @@ struct Case {
     flow.context_dim = s.context_dim;
     flow.layers = static_cast<int>(s.hidden.size()) + 1;  // of a residual network `hidden` has the width of each linear layer
     flow.activation = static_cast<glf::Activation>(option % glf::activations);
+    flow.activation_constant = T(0.3);
     flow.log_scale = static_cast<glf::LogScale>(option % glf::log_scales);
     // Every log-scale has its turn with the first kind, then every other kind.
     flow.kind = static_cast<glf::Kind>(std::max(option - glf::log_scales + 1, 0) % glf::kinds);

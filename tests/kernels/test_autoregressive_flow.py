@@ -43,6 +43,9 @@ FLOWS = [
     ((1, 1, 17, 0, (4,)), {"ties": True}, "gelu", "atan"),
     ((2, 1, 2, 17, (3,)), {"context_layer": True}, "tanh", "jet"),
     ((2, 1, 3, 0, (4,)), {}, "selu", "clamp"),
+    ((2, 1, 3, 1, (4, 3)), {"context_layer": True}, "mish", "tanh"),
+    ((3, 1, 2, 0, (5,)), {}, "hardswish", "glow"),
+    ((3, 1, 2, 1, (4,)), {"context_layer": True}, "softplus", "tanh"),
 ]
 
 

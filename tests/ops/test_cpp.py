@@ -35,7 +35,7 @@ def on_cpp() -> Iterator[None]:
 def test_what_a_kernel_leaves_unwritten_is_nan() -> None:
     """So that all other tests see it: tests/conftest.py asks for it."""
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
-    options = CallOptions("affine", "mlp", "relu", "tanh", None, False, None, *[False] * 4, 2.0)
+    options = CallOptions("affine", "mlp", "relu", 0.0, "tanh", None, False, None, *[False] * 4, 2.0)
     _, _, saved = cpp.forward(Call(x, context, Maps(A, c, None), layers[:2], layers[2:], options), True)
     assert saved.isnan().any()  # between the fields of a record
 
@@ -50,7 +50,7 @@ def test_everything_matches_the_float64_reference(data) -> None:
     if network == "residual":
         hidden = (draw(st.integers(1, 70)),) * draw(st.integers(1, 5))
     else:
-        hidden = tuple(draw(st.lists(st.integers(1, 70), min_size=0, max_size=4)))
+        hidden = tuple(draw(st.lists(st.integers(1, 70), min_size=0, max_size=8)))
     batch = draw(st.sampled_from([0, 1, 2, 5, 8, 9, 16, 33, 130, 300]))
     options = {
         "coupling": draw(st.sampled_from([name for name in COUPLINGS if network == "mlp" or name != "separate"])),
@@ -59,6 +59,8 @@ def test_everything_matches_the_float64_reference(data) -> None:
         "log_scale": draw(st.sampled_from(list(LOG_SCALES))),
         "add_first": draw(st.booleans()),
     }
+    if ACTIVATIONS[options["activation"]] is not None:
+        options["activation_constant"] = draw(st.sampled_from([None, 0.2, 1.7]))
     if LOG_SCALES[options["log_scale"]] is not None:
         options["log_scale_constant"] = draw(st.sampled_from([None, 0.05, 0.7]))
     inverse, reversible = draw(st.booleans()), draw(st.booleans())
@@ -112,7 +114,7 @@ def test_opcheck() -> None:
     x, A, c, context, *layers = [t.detach() for t in tensors(4, 2, 5, 2, (7,), torch.float32)]
     weights, biases = layers[:2], layers[2:]
     library = torch.ops.glf_fast
-    code = (0, 0, 0, 0, 2.0, False, [], False)
+    code = (0, 0, 0, 0.0, 0, 2.0, False, [], False)
     for save, record, members in ((0, 0, 1), (1, 5, 1), (1, 5, 2)):
         forward = (x, A, c, weights, biases, context, *code, False, save, record, members)
         torch.library.opcheck(library.cpu_coupling_flow.default, forward)
@@ -145,6 +147,37 @@ def test_opcheck() -> None:
     options, parameters = Spline(bins=4).prepared().numbers(), torch.randn(4, 5, 11)
     torch.library.opcheck(library.cpu_spline.default, (x, parameters, options, False))
     torch.library.opcheck(library.cpu_spline_backward.default, (x, logdet, x, parameters, options, True))
+
+
+@pytest.mark.parametrize(
+    ("activation", "constant"),
+    [("leaky_relu", 0.2), ("elu", 0.5), ("hardswish", None), ("softplus", None), ("mish", None)],
+)
+def test_activations_have_the_digits_of_float32(activation: str, constant: float | None) -> None:
+    """Also where the function, or its slope, is small, and where e^|x| is no number."""
+    small = torch.logspace(-30, 1.9, 400)
+    x = torch.cat([small, -small, torch.linspace(-60, 120, 400), torch.tensor([19.9, 3.0, -3.0, 0.0, 1e5])])
+
+    def made(module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """a(x) and a'(x), of a step that adds a(x) to 0."""
+        rows = torch.stack([x, torch.zeros_like(x)], 1).to(dtype).requires_grad_()
+        one, zero = torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+        options = {"coupling": "additive", "activation": activation, "activation_constant": constant}
+        y = module.coupling_flow(
+            rows, torch.eye(2, dtype=dtype)[None], torch.zeros(1, 2, dtype=dtype), [one, one], [zero, zero], **options
+        )[0][:, 1]
+        return y.detach(), torch.autograd.grad(y.sum(), rows)[0][:, 0]
+
+    exact = made(reference, torch.float64)
+    for i, (mine, plain, truth) in enumerate(
+        zip(made(ops, torch.float32), made(reference, torch.float32), exact, strict=True)
+    ):
+        errors = [(found.double() - truth).abs() for found in (mine, plain)]
+        # The slope of elu, a(x) + α, has those of α.
+        floor = 1e-7 if activation == "elu" and i else 1e-37
+        assert (errors[0] <= 2 * errors[1] + 1e-6 * truth.abs() + floor).all(), x[(errors[0] / truth.abs()).argmax()]
+    for mine, truth in zip(made(ops, torch.float64), exact, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -332,7 +365,7 @@ def test_layers_that_make_no_residual_network_are_refused() -> None:
 
 def test_the_operations_themselves_refuse_shapes_that_do_not_fit() -> None:
     x, A, c, _, *layers = (t if t is None else t.detach() for t in tensors(3, 2, 5, 0, (7,)))
-    code = (0, 0, 0, 0, 2.0, False, [], False, False, 0, 0)
+    code = (0, 0, 0, 0.0, 0, 2.0, False, [], False, False, 0, 0)
 
     def call(**changes: Tensor) -> None:
         given = {"x": x, "A": A, "c": c, "w": layers[1], "b": layers[2], **changes}
@@ -415,7 +448,7 @@ def test_fixed_matrices_have_no_gradients() -> None:
         torch.testing.assert_close(mine, truth)
 
     x, A, c, context, *layers = [t.detach() for t in (x, A, c, context, *layers)]
-    options = CallOptions("affine", "mlp", "relu", "tanh", None, False, None, *[False] * 4, 2.0)
+    options = CallOptions("affine", "mlp", "relu", 0.0, "tanh", None, False, None, *[False] * 4, 2.0)
     call = Call(x, context, Maps(A, c, None), layers[:2], layers[2:], options)
     out, logdet, saved = cpp.forward(call, True)
     all_, others = (cpp.backward(call, x, saved, None, out, logdet, True, True, of) for of in (True, False))

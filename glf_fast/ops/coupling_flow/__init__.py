@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glf_fast.ops.backends import kernels_for
 from glf_fast.ops.checks import (
+    check_activation,
     check_alike,
     check_choice,
     check_floating,
@@ -25,7 +26,7 @@ from glf_fast.ops.checks import (
 from glf_fast.ops.coupling_flow import autograd, cpp, cuda, layered, plain, triton
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.ops.linear import plu as plu_layers
-from glf_fast.reference import ACTIVATIONS, COUPLINGS, Plu, Spline, layers_of_block, prepared_constant
+from glf_fast.reference import COUPLINGS, Plu, Spline, constant_of_activation, layers_of_block, prepared_constant
 
 __all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "plu_flow_log_prob"]
 
@@ -43,6 +44,7 @@ def coupling_flow(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
@@ -67,7 +69,8 @@ def coupling_flow(
         network: "mlp", or "residual": the layers of `glf_fast.reference.residual`, weights (K, P + C, H), for each block
             (K, H, H), (K, H, H) and with a context (K, C, H), then (K, H, out), and biases alike; not of "separate".
         spline: its kind, see `glf_fast.reference.spline`; for that coupling alone, where None is `Spline()`.
-        activation: of the hidden layers. The other options are those of `affine_coupling`.
+        activation: of the hidden layers. activation_constant: the slope of "leaky_relu" below 0, or α of "elu"; None is
+            PyTorch's default. The other options are those of `affine_coupling`.
         reversible: keep nothing for the backward but the output, which rebuilds the steps' inputs by undoing the steps:
             memory independent of K. For the kernels; the reference keeps what autograd keeps.
         members: E flows of one shape in one call. x is then (E·B, D), context (E·B, C), and everything else (E·K, …): first all
@@ -82,8 +85,8 @@ def coupling_flow(
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, False, False,
-        members, row_scales,
+        coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
+        False, reversible, False, False, members, row_scales,
     )  # fmt: skip
     z, logdet = _run(Call(x, context, Maps(A, c, None), weights, biases, options))
     return z, logdet
@@ -100,6 +103,7 @@ def coupling_flow_inverse(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
@@ -112,8 +116,8 @@ def coupling_flow_inverse(
     Returns x (B, D) and −Σ ℓ (B,).
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, True, reversible, False, False,
-        members,
+        coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
+        True, reversible, False, False, members,
     )  # fmt: skip
     x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options))
     return x, logdet
@@ -131,6 +135,7 @@ def coupling_flow_log_prob(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
@@ -143,8 +148,8 @@ def coupling_flow_log_prob(
     `logabsdet` is Σ_k log|det A_k|, a scalar tensor; all else as in `coupling_flow`.
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False,
-        row_scales=row_scales,
+        coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
+        False, reversible, True, False, row_scales=row_scales,
     )  # fmt: skip
     return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options))[-1]
 
@@ -159,6 +164,7 @@ def plu_flow_log_prob(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
@@ -172,8 +178,9 @@ def plu_flow_log_prob(
     plu = Plu(*plu)
     plu_layers.check(plu)
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, True
-    )
+        coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
+        False, reversible, True, True,
+    )  # fmt: skip
     call = Call(x, context, plu, weights, biases, options)
     try:
         call = _checked(call)
@@ -196,6 +203,7 @@ def _options(
     coupling: str,
     network: str,
     activation: str,
+    activation_constant: float | None,
     log_scale: str,
     log_scale_constant: float | None,
     add_first: bool,
@@ -210,15 +218,15 @@ def _options(
     if spline is not None and type(spline) is not Spline:
         check_spline(spline)
     given = (
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, inverse, reversible, density, plu,
-        members, row_scales,
+        coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
+        inverse, reversible, density, plu, members, row_scales,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
     if not compiling and (known := _known.get(given)):
         return known
     check_choice("coupling", coupling, COUPLINGS)
     check_network_of(coupling, network)
-    check_choice("activation", activation, ACTIVATIONS)
+    check_activation(activation, activation_constant)
     check_log_scale(log_scale, log_scale_constant)
     check_spline_of(coupling, spline)
     check_integer("members", members, 1)
@@ -226,6 +234,7 @@ def _options(
         raise TypeError(f"row_scales must be True or False; got {row_scales!r}")
     constant = prepared_constant(log_scale, log_scale_constant)
     options = CallOptions(*given[:-2], constant, members=members, row_scales=row_scales)
+    options = options._replace(activation_constant=constant_of_activation(activation, activation_constant))
     if coupling == "spline":
         options = options._replace(spline=spline or Spline())
     if not compiling:

@@ -20,6 +20,7 @@ class CallOptions(NamedTuple):
     coupling: str
     network: str
     activation: str
+    activation_constant: float  # 0 where it has none
     log_scale: str
     log_scale_constant: float | None
     add_first: bool
@@ -35,8 +36,7 @@ class CallOptions(NamedTuple):
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the reference's flows, whose direction is in their name."""
-        names = ("coupling", "network", "activation", "log_scale", "log_scale_constant", "add_first", "spline")
-        return {name: getattr(self, name) for name in names}
+        return dict(zip(self._fields[:8], self, strict=False))
 
     def affine(self) -> AffineOptions:
         """The options of a step's elementwise coupling."""

@@ -9,7 +9,7 @@ from glf_fast.ops.backends import CPP
 from glf_fast.ops.checks import check_fake
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
-from glf_fast.reference import COUPLINGS, layers_of_block
+from glf_fast.reference import COUPLINGS, NEED_INPUT, layers_of_block
 
 __all__ = ["BACKENDS", "MAX_LAYERS", "adapt", "backward", "forward", "refuses", "unchecked"]
 
@@ -107,7 +107,7 @@ def record_width(call: Call) -> int:
     x, context, _, weights, _, options = call
     line = 64 // x.itemsize
     networks = COUPLINGS[options.coupling].networks
-    argument = options.activation in ("silu", "gelu")  # is kept besides the value
+    argument = options.activation in NEED_INPUT  # which is kept besides the value
     dim, context_dim = x.shape[1], 0 if context is None else context.shape[1]
     padded = [dim, dim, *([dim - dim // 2 + context_dim] if context_dim else []), networks * weights[-1].shape[-1]]
     if options.network == "residual":
@@ -121,12 +121,13 @@ def record_width(call: Call) -> int:
     return line * (lines | 1)
 
 
-def _numbers(options: CallOptions) -> tuple[int, int, int, int, float, bool, list[float], bool]:
-    """coupling, network, activation, log_scale, constant, add_first, spline, inverse, as the operations take them."""
+def _numbers(options: CallOptions) -> tuple[int, int, int, float, int, float, bool, list[float], bool]:
+    """coupling, network, activation and its constant, log_scale and its constant, add_first, spline, inverse."""
     return (
         COUPLING_CODES[options.coupling],
         NETWORK_CODES[options.network],
         ACTIVATION_CODES[options.activation],
+        options.activation_constant,
         LOG_SCALE_CODES[options.log_scale],
         options.constant,
         options.add_first,
@@ -142,8 +143,8 @@ if not CPP.missing:
     @torch.library.register_fake("glf_fast::cpu_coupling_flow")
     def _(
         x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-        coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
-        inverse: bool, density: bool, save: int, record: int, members: int = 1,
+        coupling: int, network: int, activation: int, activation_constant: float, log_scale: int, constant: float,
+        add_first: bool, spline: list[float], inverse: bool, density: bool, save: int, record: int, members: int = 1,
         row_scales: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_fake(x)
@@ -154,9 +155,9 @@ if not CPP.missing:
     def _(
         grad_out: Tensor | None, grad_logdet: Tensor, out: Tensor, saved: Tensor, matrix: Tensor,
         unmatrix: Tensor | None, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-        coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
-        inverse: bool, save: int, parameters: bool, members: int = 1, of_matrix: bool = True,
-        row_scales: bool = False,
+        coupling: int, network: int, activation: int, activation_constant: float, log_scale: int, constant: float,
+        add_first: bool, spline: list[float], inverse: bool, save: int, parameters: bool, members: int = 1,
+        of_matrix: bool = True, row_scales: bool = False,
     ) -> list[Tensor]:  # fmt: skip
         grads = [torch.empty_like(out), out.new_empty(0) if context is None else torch.empty_like(context)]
         if not parameters:

@@ -14,6 +14,7 @@ from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.ops.coupling_flow.networks import as_one_network, hidden_widths
 from glf_fast.ops.coupling_flow.small import BF16, FLOAT32, TF32, FlowShape, Options
 from glf_fast.ops.precision import autocast_on
+from glf_fast.reference import constant_of_activation
 
 __all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses"]
 
@@ -49,6 +50,8 @@ def refuses(call: Call) -> str:
         return why
     if options.activation not in small.ACTIVATIONS or options.log_scale not in small.LOG_SCALES:
         return "csrc/cuda has no such activation or log-scale"
+    if options.activation_constant != constant_of_activation(options.activation, None):
+        return "an activation with a constant other than its default, which is in the kernels"
     hidden, dim = hidden_widths(call), x.shape[1]
     if x.dtype != torch.float32:
         return "float64"

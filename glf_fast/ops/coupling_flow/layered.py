@@ -36,6 +36,7 @@ def run(call: Call) -> tuple[Tensor, ...]:
         call = as_one_network(call)
     x, context, (matrix, offset, logabsdet), weights, biases, options = call_of(call.options, contiguous(call))
     passive = x.shape[1] - x.shape[1] // 2
+    activation = options.activation, options.activation_constant
     logdets = []
     steps = range(len(matrix))
     for k in reversed(steps) if options.inverse else steps:
@@ -44,7 +45,7 @@ def run(call: Call) -> tuple[Tensor, ...]:
             y = x if options.inverse else torch.addmm(offset[k], x, matrix[k])
         p, v = y[:, :passive], y[:, passive:]
         h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
-        raw = reference.mlp(h, [w[k] for w in weights], [b[k] for b in biases], options.activation)
+        raw = reference.mlp(h, [w[k] for w in weights], [b[k] for b in biases], *activation)
         if options.spline is None:
             u, t = raw.chunk(2, 1)
             w, logdet = autograd.run(triton, AffineCall(v, u, t, options.affine()))

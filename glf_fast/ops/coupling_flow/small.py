@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glf_fast.ops.backends import CUPY
+from glf_fast.reference import NEED_INPUT
 
 __all__ = [
     "ACTIVATIONS",
@@ -45,12 +46,15 @@ PLAIN, FORTH, BACK = (
 )  # a forward without gradients; one that keeps what a backward needs, a backward, FORTH | BACK
 
 # The kernels' numbers of the reference's names.
-ACTIVATIONS = {name: i for i, name in enumerate(("relu", "leaky_relu", "silu", "gelu", "tanh", "elu", "selu"))}
+ACTIVATIONS = {
+    name: i
+    for i, name in enumerate(
+        ("relu", "leaky_relu", "silu", "gelu", "tanh", "elu", "selu", "hardswish", "softplus", "mish")
+    )
+}
 LOG_SCALES = {
     name: i for i, name in enumerate(("tanh", "exp", "glow", "nflows", "atan", "softclip", "jet", "softplus", "clamp"))
 }
-
-NEED_ARGUMENT = ("silu", "gelu")  # their derivatives are no functions of their values
 
 
 class FlowShape(NamedTuple):
@@ -117,7 +121,7 @@ class Kept(NamedTuple):
     transposed: Tensor  # packed parameters of the backward
     record: Tensor  # v, u and t of each step in the order of the warps' registers
     hidden: Tensor  # (K, B, stride), hidden layers and [p, context], in the type of the MLP's operands
-    derivatives: Tensor | None  # (K, B, stride), a' of silu and gelu, which is no function of a
+    derivatives: Tensor | None  # (K, B, stride), a' of NEED_INPUT, which is no function of a
     map_in: Tensor  # (K, B, D), what the affine maps were applied to
 
 
@@ -152,7 +156,7 @@ def kept_numbers(s: FlowShape, activation: str, rows: int) -> list[int]:
     record = s.steps * -(-rows // WARP_ROWS) * 3 * s.half_tiles * 128
     layers = s.steps * rows * s.stride // (2 if s.mlp == BF16 else 1)
     return [
-        s.steps * unit_bytes(s)[1] // 4, record, layers, layers if activation in NEED_ARGUMENT else 0,
+        s.steps * unit_bytes(s)[1] // 4, record, layers, layers if activation in NEED_INPUT else 0,
         s.steps * rows * s.dim,
     ]  # fmt: skip
 
@@ -166,7 +170,7 @@ def kept_parts(s: FlowShape, activation: str, rows: int, buffer: Tensor) -> Kept
         transposed,
         record,
         hidden,
-        derivatives if activation in NEED_ARGUMENT else None,
+        derivatives if activation in NEED_INPUT else None,
         map_in.view(s.steps, rows, s.dim),
     )
 

@@ -27,7 +27,10 @@ MAX_DIM, MAX_HIDDEN, MAX_LAYERS = 256, 512, 4
 MAX_SPLINE_DIM, MAX_SPLINE_HIDDEN, MAX_SLOPES = 64, 256, 16
 ANY_ROWS_DIM, ANY_ROWS_HIDDEN, FEW_ROWS = 32, 64, 4096
 
-OPTIONS = "str activation, str log_scale, float constant, bool add_first, bool inverse, bool density, float[] spline"
+OPTIONS = (
+    "str activation, float activation_constant, str log_scale, float constant, bool add_first, bool inverse, bool density, "
+    "float[] spline"
+)
 torch.library.define(
     "glf_fast::triton_coupling_flow",
     "(Tensor x, Tensor matrix, Tensor offset, Tensor? logabsdet, Tensor[] weights, Tensor[] biases, Tensor? context, "
@@ -94,11 +97,12 @@ def backward(
     )  # fmt: skip
 
 
-def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, list[float], str]:
+def _values(options: CallOptions) -> tuple[str, float, str, float, bool, bool, bool, list[float], str]:
     """The values of OPTIONS, and that of autocast."""
     o = options
     spline = [] if o.spline is None else o.spline.prepared().numbers()
-    return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.density, spline, o.autocast
+    functions = o.activation, o.activation_constant, o.log_scale, o.constant
+    return *functions, o.add_first, o.inverse, o.density, spline, o.autocast
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------
@@ -107,7 +111,8 @@ def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, li
 @torch.library.register_fake("glf_fast::triton_coupling_flow")
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
-    context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
+    context: Tensor | None, activation: str, activation_constant: float,
+    log_scale: str, constant: float, add_first: bool, inverse: bool,
     density: bool, spline: list[float], autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_fake(x)
@@ -119,7 +124,8 @@ def _(
 def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
+    activation: str, activation_constant: float,
+    log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
     spline: list[float], autocast: str, parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
     grads = [
@@ -133,12 +139,15 @@ def _(
 @torch.library.impl("glf_fast::triton_coupling_flow", ("cpu", "cuda"))
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
-    context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
+    context: Tensor | None, activation: str, activation_constant: float,
+    log_scale: str, constant: float, add_first: bool, inverse: bool,
     density: bool, spline: list[float], autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow import flow_forward
 
-    options = kernel_options(x, (activation, log_scale, constant, add_first, inverse), spline, autocast)
+    options = kernel_options(
+        x, (activation, log_scale, constant, add_first, inverse), spline, autocast, activation_constant
+    )
     return flow_forward(x, matrix, offset, logabsdet, weights, biases, context, options, density, save)
 
 
@@ -146,12 +155,14 @@ def _(
 def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
+    activation: str, activation_constant: float,
+    log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
     spline: list[float], autocast: str, parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow_backward import flow_backward
 
-    options = kernel_options(grad_out, (activation, log_scale, constant, add_first, inverse), spline, autocast)
+    names = (activation, log_scale, constant, add_first, inverse)
+    options = kernel_options(grad_out, names, spline, autocast, activation_constant)
     with torch.autocast(grad_out.device.type, enabled=False):  # the precision of its products is decided here
         return flow_backward(
             grad_out,
