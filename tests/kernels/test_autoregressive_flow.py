@@ -43,6 +43,7 @@ FLOWS = [
     ((1, 1, 17, 0, (4,)), {"ties": True}, "gelu", "atan"),
     ((2, 1, 2, 17, (3,)), {"context_layer": True}, "tanh", "jet"),
     ((2, 1, 3, 0, (4,)), {}, "selu", "clamp"),
+    ((2, 1, 3, 0, (5,)), {}, "silu", "bayesflow"),
 ]
 
 

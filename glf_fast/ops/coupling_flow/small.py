@@ -47,7 +47,10 @@ PLAIN, FORTH, BACK = (
 # The kernels' numbers of the reference's names.
 ACTIVATIONS = {name: i for i, name in enumerate(("relu", "leaky_relu", "silu", "gelu", "tanh", "elu", "selu"))}
 LOG_SCALES = {
-    name: i for i, name in enumerate(("tanh", "exp", "glow", "nflows", "atan", "softclip", "jet", "softplus", "clamp"))
+    name: i
+    for i, name in enumerate(
+        ("tanh", "exp", "glow", "nflows", "atan", "softclip", "jet", "softplus", "clamp", "bayesflow")
+    )
 }
 
 NEED_ARGUMENT = ("silu", "gelu")  # their derivatives are no functions of their values
