@@ -223,7 +223,8 @@ def lost_in_training(layers: Iterable[Layer]) -> str:
     for layer in layers:
         if isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.dropout:
             names.add(f"Dropout (p = {layer.conditioner.dropout:g})")
-        if isinstance(layer, Diagonal) and layer.statistics:
+        of_network = isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.normalised
+        if of_network or (isinstance(layer, Diagonal) and layer.statistics):
             names.add("BatchNorm")
     return ", ".join(sorted(names))
 
