@@ -1,7 +1,7 @@
 """Elementwise mathematics of the kernels: activations, log-scales and their derivatives.
 
-Written with `tl.exp`, `tl.log` and `tl.erf` alone: the interpreter has no libdevice. Every function takes float32 or float64
-and computes in it; names and constants are compile-time constants, so that each kernel holds the one formula it needs.
+Written with `tl.exp`, `tl.log`, `tl.sqrt` and `tl.erf` alone: the interpreter has no libdevice. Every function takes float32 or
+float64 and computes in it; names and constants are compile-time constants, so that each kernel holds the one formula it needs.
 NaN stays NaN throughout, as in PyTorch.
 """
 
@@ -153,6 +153,18 @@ def times_slope_from_output(grad, h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def bayesflow(u):
+    """q = (e − 1)·e^arsinh u, √(1 + u²) and the scale softplus(arsinh u + ln(e − 1)) = log(1 + q), by Kahan's log1p."""
+    a = tl.abs(u)
+    small = tl.where(a > 1e9, 1.0, a)  # its square cannot overflow
+    root = tl.where(a > 1e9, a, tl.sqrt(1.0 + small * small))
+    q = 1.7182818284590452 * tl.where(u < 0, 1.0 / (a + root), a + root)
+    w = 1.0 + q
+    known = (w != 1.0) & (w - 1.0 < float("inf"))
+    return q, root, tl.where(known, tl.log(w) * (q / tl.where(known, w - 1.0, 1.0)), q)
+
+
+@triton.jit
 def log_scale(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
     """ℓ = f(u), as `glf_fast.reference.log_scale`; CONSTANT is s or ε there, and ln m for softclip."""
     if LOG_SCALE == "tanh":
@@ -171,6 +183,9 @@ def log_scale(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
         return 0.6931471805599453 + log_sigmoid(u)
     elif LOG_SCALE == "clamp":
         return tl.where(u < -5.0, -5.0, tl.where(u > 3.0, 3.0, u)) + (u - u)  # NaN where u is infinite, as in pyro
+    elif LOG_SCALE == "bayesflow":
+        _, _, scale = bayesflow(u)
+        return tl.log(scale)
     else:
         tl.static_assert(LOG_SCALE == "softplus")
         return tl.log(CONSTANT - log_sigmoid(-u))
@@ -196,6 +211,9 @@ def log_scale_slope(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
         return 1.0 / (d * d)
     elif LOG_SCALE == "jet":
         return sigmoid(-u)
+    elif LOG_SCALE == "bayesflow":
+        q, root, scale = bayesflow(u)
+        return 1.0 / ((1.0 + 1.0 / q) * root * scale)
     else:
         tl.static_assert(LOG_SCALE == "softplus")
         return sigmoid(u) / (CONSTANT - log_sigmoid(-u))

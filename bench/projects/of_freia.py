@@ -151,7 +151,13 @@ def _eight_modes(sizes: Sizes) -> nn.Module:
 def _mnist_cinn(sizes: Sizes) -> nn.Module:
     options = {"subnet_constructor": networks(sizes(512)), "clamp": 1.0}
     blocks = [(fm.Flatten, {}), *_alternating(sizes.steps(20), fm.GLOWCouplingBlock, options, first=True)]
-    return _graph([1, 28, 28], blocks, 10, fm.GLOWCouplingBlock)
+    flow = _graph([1, 28, 28], blocks, 10, fm.GLOWCouplingBlock)
+    for parameter in (
+        flow.parameters()
+    ):  # as the project starts them; with PyTorch's start log p is −10¹², and float32 has no digit of it
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.01)
+    return flow
 
 
 def _tdm(sizes: Sizes) -> nn.Module:
@@ -364,8 +370,6 @@ PROJECTS = [
         512,
         (10,),
         noise=(784,),
-        left="multiply-adds for each sample",
-        why="fused, permutations of 784 columns are products with matrices, which cost more than the networks",
     ),
     Project(
         "TDM",

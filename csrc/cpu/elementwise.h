@@ -4,6 +4,7 @@
 #include "flow.h"
 #include "math.h"
 
+#include <limits>
 #include <type_traits>
 
 namespace glf::GLF_ISA {
@@ -94,6 +95,25 @@ inline vec<T> activation_slope(vec<T> h, T s) {
   }
 }
 
+// √(1 + a²) for a ≥ 0, where a² may overflow.
+template <class T>
+inline vec<T> hypotenuse(vec<T> a) {
+  return a > T(1e9) ? a : sqrt(T(1) + a * a);
+}
+
+// (e − 1)·e^arsinh u = (e − 1)(u + √(1 + u²)), without cancellation.
+template <class T>
+inline vec<T> bayesflow_term(vec<T> u) {
+  const vec<T> a = abs(u), r = a + hypotenuse<T>(a);
+  return T(1.7182818284590452) * (u < T(0) ? T(1) / r : r);
+}
+
+// The scale softplus(arsinh u + ln(e − 1)) of that term.
+template <class T>
+inline vec<T> bayesflow_scale(vec<T> term) {
+  return term < T(1) ? log1p(term) : term > std::numeric_limits<T>::max() ? term : log(T(1) + term);
+}
+
 // ℓ = f(u) and, for a backward, f'(u).
 template <LogScale f, class T>
 inline vec<T> log_scale(vec<T> u, T s) {
@@ -110,6 +130,7 @@ inline vec<T> log_scale(vec<T> u, T s) {
     const vec<T> y = u < T(-5) ? broadcast(T(-5)) : u;
     return (y > T(3) ? broadcast(T(3)) : y) + (u - u);  // NaN where u is infinite, as in pyro
   }
+  if constexpr (f == S::bayesflow) return u - u == T(0) ? log(bayesflow_scale<T>(bayesflow_term<T>(u))) : u;
 }
 
 // e^ℓ, or with `inverse` e^−ℓ: some functions give it without an exponential.
@@ -117,6 +138,10 @@ template <LogScale f, class T>
 inline vec<T> scale_of(vec<T> u, vec<T> ell, T s, bool inverse) {
   if constexpr (f == LogScale::softplus) return inverse ? T(1) / (softplus<T>(u) + s) : softplus<T>(u) + s;
   if constexpr (f == LogScale::nflows) return inverse ? T(1) / (sigmoid<T>(u + T(2)) + s) : sigmoid<T>(u + T(2)) + s;
+  if constexpr (f == LogScale::bayesflow) {
+    const vec<T> scale = bayesflow_scale<T>(bayesflow_term<T>(u));
+    return inverse ? T(1) / scale : scale;
+  }
   return exp(inverse ? -ell : ell);
 }
 
@@ -142,6 +167,10 @@ inline vec<T> log_scale_slope(vec<T> u, vec<T> ell, T s) {
   if constexpr (f == S::softplus) {  // in terms that the scale itself has, too
     const vec<T> t = exp(-abs(u));
     return (u > T(0) ? broadcast(T(1)) : t) / ((T(1) + t) * (softplus<T>(u) + s));
+  }
+  if constexpr (f == S::bayesflow) {
+    const vec<T> q = bayesflow_term<T>(u);
+    return T(1) / ((T(1) + T(1) / q) * hypotenuse<T>(abs(u)) * bayesflow_scale<T>(q));
   }
 }
 

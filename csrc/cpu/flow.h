@@ -11,7 +11,7 @@ using Int = std::ptrdiff_t;
 // What there is of each, by the names in glf_fast.reference. Python asks for a name's number (code_of).
 #define GLF_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(gelu) X(tanh) X(elu) X(selu) \
   X(hardswish) X(softplus) X(mish)
-#define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet) X(softplus) X(clamp)
+#define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet) X(softplus) X(clamp) X(bayesflow)
 #define GLF_COUPLINGS(X) X(affine) X(separate) X(additive) X(spline)
 #define GLF_NETWORKS(X) X(mlp) X(residual) X(skip)
 #define GLF_ENUMERATOR(name) name,

@@ -7,7 +7,7 @@ namespace glf::device {
 
 // In the order of csrc/cpu/flow.h, by whose numbers Python knows them.
 enum class Activation : int { relu, leaky_relu, silu, gelu, tanh, elu, selu, hardswish, softplus, mish };
-enum class LogScale : int { tanh, exp, glow, nflows, atan, softclip, jet, softplus, clamp };
+enum class LogScale : int { tanh, exp, glow, nflows, atan, softclip, jet, softplus, clamp, bayesflow };
 
 template <auto value>
 struct Constant {};
@@ -49,11 +49,13 @@ GLF_DEVICE void with_log_scale(LogScale kind, F f) {
     case S::jet: return f(Constant<S::jet>{});
     case S::softplus: return f(Constant<S::softplus>{});
     case S::clamp: return f(Constant<S::clamp>{});
+    case S::bayesflow: return f(Constant<S::bayesflow>{});
   }
 }
 
 #ifdef __CUDACC__
 GLF_DEVICE float arc_tangent(float x) { return atanf(x); }
+GLF_DEVICE float square_root(float x) { return sqrtf(x); }
 // To two units in the last place; 0 where y is 2¹²⁶ or more, in which every quotient here ends.
 GLF_DEVICE float quotient(float x, float y) { return __fdividef(x, y); }
 // The larger one, NaN if either is.
@@ -68,6 +70,7 @@ GLF_DEVICE float larger(float x, float y) {
 }
 #else
 inline float arc_tangent(float x) { return std::atan(x); }
+inline float square_root(float x) { return std::sqrt(x); }
 inline float quotient(float x, float y) { return x / y; }
 inline float larger(float x, float y) { return x > y || x != x ? x : y; }
 #endif
@@ -90,6 +93,19 @@ GLF_DEVICE float log_sigmoid(float x) {
   const float e = exponential(-magnitude(x)), w = 1.0f + e;
   const float rest = w == 1.0f ? e : 0.0f;  // not a choice between this and the logarithm, which would be a branch
   return (x < 0 ? x : x - x) - (natural_log(w) * quotient(e, w == 1.0f ? 1.0f : w - 1.0f) + rest);
+}
+
+// √(1 + a²) for a ≥ 0, where a² may overflow.
+GLF_DEVICE float hypotenuse(float a) { return a > 1e9f ? a : square_root(1.0f + a * a); }
+// (e − 1)·e^arsinh u = (e − 1)(u + √(1 + u²)), without cancellation.
+GLF_DEVICE float bayesflow_term(float u) {
+  const float a = magnitude(u), r = a + hypotenuse(a);
+  return 1.71828183f * (u < 0 ? 1.0f / r : r);
+}
+// The scale softplus(arsinh u + ln(e − 1)) = log(1 + q) of that term, by Kahan's log1p as above.
+GLF_DEVICE float bayesflow_scale(float q) {
+  const float w = 1.0f + q, known = w - 1.0f;
+  return known > 0 && q < 1e8f ? natural_log(w) * quotient(q, known) : q < 1.0f ? q : natural_log(w);
 }
 
 // SELU (Klambauer et al., arXiv:1706.02515): λ x, or λα (e^x − 1) below 0.
@@ -181,6 +197,7 @@ GLF_DEVICE float log_scale(float u, float s) {
   if constexpr (kind == S::softclip) return quotient(u, 1.0f + magnitude(quotient(u, s)));
   if constexpr (kind == S::jet) return 0.69314718f + log_sigmoid(u);
   if constexpr (kind == S::softplus) return natural_log(s - log_sigmoid(-u));
+  if constexpr (kind == S::bayesflow) return natural_log(bayesflow_scale(bayesflow_term(u)));
   if constexpr (kind == S::clamp) return (u < -5.0f ? -5.0f : u > 3.0f ? 3.0f : u) + (u - u);  // NaN where u is infinite
 }
 
@@ -205,6 +222,10 @@ GLF_DEVICE float log_scale_slope(float u, float s) {
   }
   if constexpr (kind == S::jet) return sigmoid(-u);
   if constexpr (kind == S::softplus) return quotient(sigmoid(u), s - log_sigmoid(-u));
+  if constexpr (kind == S::bayesflow) {
+    const float q = bayesflow_term(u);
+    return quotient(quotient(q, 1.0f + q), hypotenuse(magnitude(u)) * bayesflow_scale(q));
+  }
 }
 
 }  // namespace glf::device

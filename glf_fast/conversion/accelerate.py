@@ -20,6 +20,7 @@ from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, Transform, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
 from glf_fast.conversion.library import Library, Unpacked
+from glf_fast.conversion.padding import only_permutes
 from glf_fast.conversion.reading import (
     Reading,
     check_precision,
@@ -341,7 +342,8 @@ def _build(
 ) -> tuple[Reading, Flow, Sources]:
     """Copies of parts, in float64, read and fused for that type of device."""
     parts = [replace(part, module=copy) for part, copy in zip(originals, copies.children(), strict=True)]
-    layers = [layer for part in parts for layer in for_device(library.read(part), device)]
+    read = [layer for part in parts for layer in library.read(part)]
+    layers = for_device(read, device, only_permutes(read))
     columns = fused_context(layers)
     context_shape: Shape = (columns,) if columns else ()
     if not columns and any(isinstance(layer, Coupling) and not layer.is_mlp for layer in layers):

@@ -13,7 +13,7 @@ from glf_fast.conversion.gaps import REACH, fold, inverted, split_far_shifts
 from glf_fast.conversion.images import on_channels
 from glf_fast.conversion.layers import Autoregressive, Coupling, Kept, Layer, Permutation, Piece, Transform, width
 from glf_fast.conversion.mlp import scale_outputs
-from glf_fast.conversion.padding import divided
+from glf_fast.conversion.padding import divided, only_permutes
 from glf_fast.conversion.stack import Sources, Step, stack, standalone
 from glf_fast.conversion.stack_autoregressive import stack_autoregressive
 from glf_fast.flow import Flow, Inverse, SequentialFlow
@@ -103,8 +103,9 @@ def _segments(run: Iterable[Transform | Piece]) -> list[_Segment]:
         else:
             gaps[-1].append(layer)
     segments: list[_Segment] = []
+    permuted = only_permutes(piece for gap in gaps for piece in gap)
     for _, alike in groupby(transforms, _kind):
-        for part in _divided(list(alike)):
+        for part in _divided(list(alike), permuted):
             before, gaps = gaps[: len(part)], gaps[len(part) :]
             if segments and segments[-1].transforms[-1].undo:
                 segments[-1].after, before[0] = before[0], []
@@ -114,9 +115,9 @@ def _segments(run: Iterable[Transform | Piece]) -> list[_Segment]:
     return segments
 
 
-def _divided(alike: list[Any]) -> list[list[Any]]:
+def _divided(alike: list[Any], permuted: bool) -> list[list[Any]]:
     """Transforms of one kind in runs that padding does not make slow; autoregressive ones of a kind have one size."""
-    return divided(alike) if isinstance(alike[0], Coupling) else [alike]
+    return divided(alike, permuted) if isinstance(alike[0], Coupling) else [alike]
 
 
 def _odd_turned(layer: Any) -> Any:

@@ -106,7 +106,8 @@ class Conditioner:
     one for t. `roles[i]`, as weights[i], and `bias_roles[i]`, as biases[i], say what each entry is: FIXED, FROZEN or
     TRAINED. `factors`, as biases[-1], positive: what the library multiplies u and t by, which stays beside the last layer,
     because in it an optimizer would take other steps; a sign does not matter to optimizers and is in the last layer.
-    `dropout`: the largest p of those that the network has in training mode, and the fused one has not.
+    `dropout`: the largest p of those that the network has in training mode, and the fused one has not. `normalised`: batch norm
+    in eval mode is folded into the layers.
     """
 
     weights: list[Tensor]
@@ -117,6 +118,7 @@ class Conditioner:
     activation: NamedActivation
     dropout: float = 0.0
     blocks: int = 0
+    normalised: bool = False
 
     @property
     def network(self) -> str:

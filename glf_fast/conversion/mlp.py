@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable, trained_together
 from glf_fast.conversion.library import overridden
 from glf_fast.conversion.reading import parameters_of
 from glf_fast.reference import ACTIVATION_FUNCTIONS
@@ -56,9 +56,18 @@ class Times:
     factor: float
 
 
-# A step of a network: a linear layer (weight (out, in), bias or None), an activation, an inactive dropout, p, or `Times`.
+@dataclass(frozen=True)
+class Norm:
+    """A step of a network: batch norm in eval mode, x·gain + shift of its units, with the `parameters` that it has."""
+
+    gain: Tensor
+    shift: Tensor
+    parameters: tuple[Tensor, ...]
+
+
+# A step of a network: a linear layer (weight (out, in), bias or None), an activation, an inactive dropout, p, `Times` or `Norm`.
 Linear = tuple[Tensor, Tensor | None]
-Step = Linear | NamedActivation | float | Times
+Step = Linear | NamedActivation | float | Times | Norm
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -111,7 +120,8 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
 
     Raises Unfusable, with the reason, as `read_mlp`.
     """
-    steps = list(network_steps(network))
+    read = list(network_steps(network))
+    steps = _without_norms(type(network).__name__, read)
     last = max((i for i, step in enumerate(steps) if isinstance(step, tuple)), default=len(steps) - 1)
     tail = [step for step in steps[last + 1 :] if not isinstance(step, float)]
     steps = [step for i, step in enumerate(steps) if i <= last or isinstance(step, float)]
@@ -125,12 +135,34 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
             bound = 1.0
         else:
             raise Unfusable(f"{type(network).__name__} is not linear → activation → … → linear")
-    mlp = _mlp(type(network).__name__, steps)
+    mlp = replace(_mlp(type(network).__name__, steps), normalised=any(isinstance(step, Norm) for step in read))
     if bound is not None:
         factor *= bound
     if not (math.isfinite(factor) and factor) or (bound is not None and bound <= 0):
         raise Unfusable(f"{type(network).__name__} multiplies its outputs by {factor:g}")
     return (mlp if factor == 1 else scale_outputs(mlp, factor)), bound
+
+
+def _without_norms(name: str, steps: Sequence[Step]) -> list[Step]:
+    """The steps with batch norms as factors and shifts of the linear layers before them; raises Unfusable."""
+    if not any(isinstance(step, Norm) for step in steps):
+        return list(steps)
+    _check_once(
+        name, [step if isinstance(step, tuple) else step.parameters for step in steps if isinstance(step, tuple | Norm)]
+    )
+    folded: list[Step] = []
+    for step in steps:
+        if not isinstance(step, Norm):
+            folded.append(step)
+            continue
+        at = max((i for i, before in enumerate(folded) if not isinstance(before, float)), default=-1)
+        linear = folded[at] if folded else None
+        if not isinstance(linear, tuple):
+            raise Unfusable(f"{name} has batch norm that follows no linear layer")
+        W, b = linear
+        trained_together(*(p for p in (W, b, *step.parameters) if p is not None))
+        folded[at] = (W * step.gain.unsqueeze(-1), step.shift if b is None else b * step.gain + step.shift)
+    return folded
 
 
 def _mlp(name: str, steps: Sequence[Step]) -> Conditioner:
@@ -153,9 +185,7 @@ def assemble(
     name: str, linears: Sequence[Linear], activation: NamedActivation, dropout: float, blocks: int = 0
 ) -> Conditioner:
     """The conditioner of these linear layers; raises Unfusable where the network, of that name, uses one twice."""
-    parameters = [id(t) for linear in linears for t in linear if t is not None]
-    if len(set(parameters)) < len(parameters):
-        raise Unfusable(f"{name} uses a linear layer more than once: its copies would not stay equal in training")
+    _check_once(name, linears)
     biases = [W.new_zeros(len(W)) if b is None else b for W, b in linears]
     return Conditioner(
         weights=[W.T for W, _ in linears],
@@ -179,6 +209,11 @@ def one_activation(name: str, activations: Sequence[NamedActivation]) -> NamedAc
         shown = sorted(kind.name + (f" ({kind.constant:g})" if kind.constant is not None else "") for kind in kinds)
         raise Unfusable(f"{name} has different activations: {', '.join(shown)}")
     return next(iter(kinds), NamedActivation("relu"))
+def _check_once(name: str, layers: Iterable[Iterable[Tensor | None]]) -> None:
+    """Raise Unfusable where two layers have a parameter in common."""
+    parameters = [id(t) for layer in layers for t in layer if t is not None]
+    if len(set(parameters)) < len(parameters):
+        raise Unfusable(f"{name} uses a linear layer more than once: its copies would not stay equal in training")
 
 
 def role_of(parameter: Tensor | None, shape: Tensor) -> Tensor:
@@ -246,7 +281,8 @@ def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
     names = ("weights", "biases", "roles", "bias_roles")
     pairs: dict[str, Any] = {name: list(map(_pair, getattr(net_u, name), getattr(net_t, name))) for name in names}
     factors = torch.stack([net_u.factors, net_t.factors])
-    return replace(net_u, dropout=max(net_u.dropout, net_t.dropout), factors=factors, **pairs)
+    normalised = net_u.normalised or net_t.normalised
+    return replace(net_u, dropout=max(net_u.dropout, net_t.dropout), factors=factors, normalised=normalised, **pairs)
 
 
 def without_shift(net_u: Conditioner) -> Conditioner:
@@ -329,6 +365,8 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
         yield from network_steps(module._orig_mod)  # type: ignore[arg-type]
     elif type(module) is nn.Linear:
         yield from linear_step(module)
+    elif type(module) is nn.BatchNorm1d:
+        yield _batch_norm(module)
     elif (steps := _known(module)) is not None:
         yield from steps(module)
     elif type(module).forward is nn.Sequential.forward:
@@ -339,6 +377,17 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
         raise Unfusable(f"{module} is neither a linear layer nor one of the activations that are covered")
     else:
         yield from _traced_steps(module)
+
+
+def _batch_norm(module: nn.BatchNorm1d) -> Norm:
+    """The step of a batch norm in eval mode; raises Unfusable where it takes the statistics of each batch."""
+    if module.training or module.running_mean is None or module.running_var is None:
+        raise Unfusable("batch norm takes the statistics of each batch; in eval mode, with running ones, it is fused")
+    gain = (module.running_var + module.eps).rsqrt()
+    if not module.affine:
+        return Norm(gain, -module.running_mean * gain, ())
+    gain = module.weight * gain
+    return Norm(gain, module.bias - module.running_mean * gain, (module.weight, module.bias))
 
 
 def _activation(module: nn.Module) -> NamedActivation | None:

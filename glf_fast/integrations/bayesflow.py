@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import torch
 from bayesflow.networks import InferenceNetwork
 from bayesflow.utils import layer_kwargs, weighted_mean
 from bayesflow.utils.serialization import serializable, serialize
@@ -17,19 +18,25 @@ from glf_fast.ops.checks import check_integer
 
 __all__ = ["CouplingFlow"]
 
+# As bayesflow's CouplingFlow has it. Its activation, hard_silu, is made of straight lines and a parabola near silu.
+_LIKE_BAYESFLOW = {"log_scale": "bayesflow", "activation": "silu", "linear": "permutation"}
+
 
 @serializable("glf_fast.integrations.bayesflow")
 class CouplingFlow(InferenceNetwork):
     """`glf_fast.CouplingFlow` as an inference network: `BasicWorkflow(inference_network=CouplingFlow(), …)`.
 
-    It is what bayesflow's own `CouplingFlow` is by default, in kind and size: affine couplings that transform both halves of
-    the parameters in turn, given the conditions, behind ActNorms. All of them run in one call.
+    It is what bayesflow's own `CouplingFlow` is by default, in kind and size: affine couplings with its scale that transform
+    both halves of the parameters in turn, given the conditions, behind ActNorms, and a random permutation before each pair. All
+    of them run in one call. Other than there, each coupling of a pair has its ActNorm, which starts from the first batch, and
+    the hidden layers have silu in place of hard_silu, and no dropout.
 
     Args:
         depth: number of pairs of couplings; the flow has twice as many steps.
         widths: of the hidden layers of each network.
         base_distribution: as bayesflow's networks have it.
-        options: further arguments of `glf_fast.CouplingFlow`, such as `coupling="spline"`, which are numbers and names.
+        options: further arguments of `glf_fast.CouplingFlow`, which are numbers and names, such as `coupling="spline"` or
+            `linear="plu"`, trained linear layers in place of the permutations.
         **kwargs: arguments of a Keras layer, such as `name`.
 
     Raises:
@@ -60,7 +67,10 @@ class CouplingFlow(InferenceNetwork):
         if self.built:
             return
         context_dim = 0 if conditions_shape is None else conditions_shape[-1]
-        flow = glf_fast.flow.CouplingFlow(xz_shape[-1], 2 * self.depth, self.widths, context_dim, **self.options)
+        options = _LIKE_BAYESFLOW | self.options
+        flow = glf_fast.flow.CouplingFlow(xz_shape[-1], 2 * self.depth, self.widths, context_dim, **options)
+        if flow.config["linear"] == "permutation":
+            _swap_halves(flow)
         self.wrapper = TorchModuleWrapper(flow)  # through which Keras finds the parameters, and saves the state
         self.base_distribution.build(xz_shape)
 
@@ -127,3 +137,9 @@ class CouplingFlow(InferenceNetwork):
             )
         y, logdet = direction(x.flatten(0, -2), None if conditions is None else conditions.flatten(0, -2))
         return y.reshape(x.shape), logdet.reshape(batch)
+
+
+def _swap_halves(flow: glf_fast.flow.CouplingFlow) -> None:
+    """Make every second permutation one that swaps the halves, so that a pair of couplings transforms all columns."""
+    (dim,) = flow.event_shape
+    flow.get_buffer("linear_permutation")[1::2] = torch.arange(dim).roll(dim - dim // 2)

@@ -43,8 +43,8 @@ class FlowSettings(Settings):
     bound: float = 5.0
     """For coupling spline: the splines act on numbers between -bound and bound."""
     log_scale: str = "tanh"
-    """Not for kind rnvp: the function that gives the log-scales: tanh, exp, glow, nflows, atan, softclip, jet or
-    softplus."""
+    """Not for kind rnvp: the function that gives the log-scales: tanh, exp, glow, nflows, atan, softclip, jet,
+    softplus, clamp or bayesflow."""
     log_scale_constant: float | None = None
     """Not for kind rnvp: constant of the log-scale function; by default the usual constant of the function."""
     add_first: bool = False

@@ -109,6 +109,18 @@ def sequential(*activations: nn.Module, widths: tuple[int, ...] = (3, 5, 4, 6)) 
 
 def outputs(read: Conditioner, x: Tensor) -> Tensor:
     return mlp(x, read.weights, read.biases, read.activation.name, read.activation.constant)
+def normalised(bias: bool = True, **options: bool) -> nn.Sequential:
+    """Batch norms behind the first two layers, which have seen a batch; in eval mode."""
+    network = nn.Sequential(
+        nn.Linear(3, 5, bias), nn.BatchNorm1d(5, **options), nn.Tanh(), nn.Linear(5, 4, bias), nn.Dropout(0.0),
+        nn.BatchNorm1d(4, **options), nn.Tanh(), nn.Linear(4, 6),
+    )  # fmt: skip
+    network(3 * torch.randn(20, 3) + 1)
+    for module in network:
+        if isinstance(module, nn.BatchNorm1d) and module.affine:
+            nn.init.uniform_(module.weight, -2, 2)
+            nn.init.normal_(module.bias)
+    return network.eval()
 
 
 NETWORKS = {
@@ -153,6 +165,32 @@ def test_networks_that_are_mlps(name: str) -> None:
     bias_free = {i for i, roles in enumerate(read.bias_roles) if (roles == FIXED).all()}
     assert read.dropout == (0.3 if name == "functional-dropout" else 0.0)
     assert bias_free == ({1} if name in ("functional", "compiled") else set())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_batch_norm_in_eval_mode_is_in_the_linear_layers(bias: bool, affine: bool) -> None:
+    network = normalised(bias, affine=affine).double()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    read = read_mlp(network)
+    assert read.normalised and not read_mlp(sequential(nn.ReLU())).normalised
+    out = mlp(x, read.weights, read.biases, read.activation)
+    torch.testing.assert_close(out, network(x))
+    parameters = list(network.parameters())
+    wanted, got = (torch.autograd.grad(y.square().sum(), parameters) for y in (network(x), out))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_batch_norm_is_trained_with_its_linear_layer_or_frozen_with_it() -> None:
+    network = normalised().requires_grad_(False)
+    assert all((roles == FROZEN).all() for roles in (*read_mlp(network).roles, *read_mlp(network).bias_roles))
+    network[1].requires_grad_(True)
+    with pytest.raises(Unfusable, match="only some of its parameters are trained"):
+        read_mlp(network)
+    norm = nn.BatchNorm1d(3)
+    twice = nn.Sequential(nn.Linear(3, 3), norm, nn.ReLU(), nn.Linear(3, 3), norm, nn.ReLU(), nn.Linear(3, 2)).eval()
+    with pytest.raises(Unfusable, match="more than once"):
+        read_mlp(twice)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +252,17 @@ def test_bounds_that_are_not_covered(network, reason: str) -> None:
         (lambda: sequential(nn.CELU()), "CELU.* is neither"),
         (lambda: nn.Sequential(*sequential(nn.ReLU()), nn.Tanh()), "ends with tanh"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), "is not linear →"),
-        (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)), "BatchNorm1d"),
+        (lambda: normalised().train(), "batch norm takes the statistics of each batch; in eval mode"),
+        (lambda: normalised(track_running_stats=False), "takes the statistics of each batch"),
+        (
+            lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).eval(),
+            "no linear layer",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval(),
+            "no linear layer",
+        ),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.ReLU(), nn.Linear(3, 2)), "LayerNorm"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 2)), "dropout"),
         (Dropped, r"dropout \(p = 0.3\) is active; convert the flow in eval mode"),
         (Skip, "Skip is not a chain"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import normflows as nf
@@ -74,9 +75,9 @@ def lopsided(dim: int, transformed: int, hidden: int = 64) -> T.AffineCouplingTr
 
 
 def test_a_coupling_of_few_columns_of_many_stays_as_it_is() -> None:
-    """1 of 128 columns: the kernels' halves would make 253 columns of them."""
-    few, half = lopsided(128, 1), lopsided(128, 64, hidden=128)
-    with pytest.raises(ConversionError, match=r"transforms 1 of 128 columns with 8,256 multiply-adds"):
+    """1 of 128 columns: the kernels' halves would make 253 columns of them, of which its network makes 126."""
+    few, half = lopsided(128, 1, hidden=512), lopsided(128, 64, hidden=128)
+    with pytest.raises(ConversionError, match=r"transforms 1 of 128 columns with 66,048 multiply-adds"):
         convert(Flow(few, StandardNormal([128])))
     flow = Flow(T.CompositeTransform([half, few, lopsided(128, 64, hidden=128)]), StandardNormal([128]))
     assert [type(layer).__name__ for layer in convert(flow).layers].count("AffineCouplingTransform") == 1
@@ -86,7 +87,7 @@ def test_a_coupling_of_few_columns_of_many_stays_as_it_is() -> None:
 
 
 def test_a_gpu_minds_launches_more_than_padding() -> None:
-    flow = Flow(lopsided(128, 1), StandardNormal([128])).double()
+    flow = Flow(lopsided(128, 1, hidden=512), StandardNormal([128])).double()
     assert [isinstance(layer, Kept) for layer in read_flow(nflows.LIBRARY, flow, "cuda").layers] == [False]
     assert [isinstance(layer, Kept) for layer in read_flow(nflows.LIBRARY, flow, "cpu").layers] == [True]
 
@@ -95,3 +96,17 @@ def test_couplings_of_a_usual_size_are_fused_whatever_their_mask() -> None:
     masks = [1, 20, 39, 7]
     flow = Flow(T.CompositeTransform([lopsided(40, n) for n in masks]), StandardNormal([40]))
     assert sum(steps(convert(flow))) == len(masks)
+
+
+def test_permutations_of_many_columns_cost_next_to_nothing() -> None:
+    """They are gathers, where a trained matrix of as many columns costs more than the whole of a small coupling."""
+
+    def flow_of(between: Callable[[], nn.Module]) -> nf.NormalizingFlow:
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nf.flows.AffineCouplingBlock(nf.nets.MLP([256, 16, 512])), between()]
+        return nf.NormalizingFlow(nf.distributions.DiagGaussian(512, trainable=False), layers)
+
+    permuted, mixed = flow_of(lambda: nf.flows.Permute(512)), flow_of(lambda: nf.flows.LULinearPermute(512))
+    assert accelerate(permuted) and steps(permuted) == [2]
+    assert "multiply-adds for each sample; fused it would take" in str(accelerate(mixed)) and not steps(mixed)

@@ -46,6 +46,7 @@ FLOWS = [
     ((2, 1, 3, 1, (4, 3)), {"context_layer": True}, "mish", "tanh"),
     ((3, 1, 2, 0, (5,)), {}, "hardswish", "glow"),
     ((3, 1, 2, 1, (4,)), {"context_layer": True}, "softplus", "tanh"),
+    ((2, 1, 3, 0, (5,)), {}, "silu", "bayesflow"),
 ]
 
 

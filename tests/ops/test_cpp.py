@@ -8,7 +8,7 @@ from unittest import mock
 import forked
 import pytest
 import torch
-from flow_values import DIRECTIONS, compare, error, run, tensors
+from flow_values import DIRECTIONS, check_bayesflows_scale, compare, error, run, tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -195,6 +195,10 @@ def test_nan_and_inf_pass_through_as_in_plain_pytorch(activation: str, log_scale
         assert torch.equal(mine.isfinite().flatten(1).all(1) if mine.ndim > 1 else mine.isfinite(),
                            theirs.isfinite().flatten(1).all(1) if theirs.ndim > 1 else theirs.isfinite())  # fmt: skip
         assert mine.isfinite().sum() >= 19 * mine[0].numel()
+
+
+def test_bayesflows_scale_of_large_numbers() -> None:
+    check_bayesflows_scale()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -53,7 +53,10 @@ ACTIVATIONS = {
     )
 }
 LOG_SCALES = {
-    name: i for i, name in enumerate(("tanh", "exp", "glow", "nflows", "atan", "softclip", "jet", "softplus", "clamp"))
+    name: i
+    for i, name in enumerate(
+        ("tanh", "exp", "glow", "nflows", "atan", "softclip", "jet", "softplus", "clamp", "bayesflow")
+    )
 }
 
 
