@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from glf_fast.ops.checks import check_choice
+from glf_fast.ops.checks import check_choice, check_dropout
 from glf_fast.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATION_MODULES", "MLP", "SeparateNetworks"]
@@ -33,20 +33,34 @@ class MLP(nn.Sequential):
     Args:
         hidden: widths of one to four hidden layers.
         activation: relu, leaky_relu, silu, gelu, tanh, elu or selu, with PyTorch's default constants.
+        dropout: probability of an `nn.Dropout` behind every activation; 0 for none.
     """
 
-    def __init__(self, in_features: int, hidden: Sequence[int], out_features: int, *, activation: str = "relu") -> None:
+    dropout = 0.0  # of networks that were pickled before there was any
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        out_features: int,
+        *,
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
         check_choice("activation", activation, ACTIVATION_MODULES)
+        check_dropout(dropout)
         if not 1 <= len(hidden) <= 4 or min(hidden) < 1:
             raise ValueError(f"hidden must be one to four widths ≥ 1; got {tuple(hidden)}")
         widths = [in_features, *hidden, out_features]
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
-            layers += [nn.Linear(n_in, n_out), ACTIVATION_MODULES[activation]()]
-        super().__init__(*layers[:-1])
-        nn.init.zeros_(layers[-2].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
+            layers += [nn.Linear(n_in, n_out), ACTIVATION_MODULES[activation](), *[nn.Dropout(dropout)] * (dropout > 0)]
+        end = 3 if dropout else 2  # of the last layer
+        super().__init__(*layers[: 1 - end])
+        nn.init.zeros_(layers[-end].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(layers[-end].bias)  # type: ignore[arg-type]
         self.activation = activation
+        self.dropout = float(dropout)
 
     def linears(self) -> list[nn.Linear]:
         """The linear layers, first to last."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glf_fast.reference.coupling import COUPLINGS
+from glf_fast.reference.dropout import Dropout
 from glf_fast.reference.linear import Plu, plu_assemble
 from glf_fast.reference.networks import NETWORKS
 from glf_fast.reference.spline import Spline
@@ -32,6 +33,8 @@ def coupling_flow(
     log_scale_constant: float | None = None,
     add_first: bool = False,
     spline: Spline | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Data → noise. For k = 0 … K−1, with P = D − D//2 passive columns p and D//2 transformed columns v:
 
@@ -46,6 +49,8 @@ def coupling_flow(
     | "separate" | v·e^f(u) + t         | (K, 2, nᵢ, nᵢ₊₁)   | (K, 2, nᵢ₊₁) | D//2       | one for u, and one for t  |
     | "additive" | v + t                | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | D//2       | NICE (arXiv:1410.8516)    |
     | "spline"   | a spline of v        | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | n·(D//2)   | n = `spline.columns`      |
+
+    With `dropout` p > 0 hidden units are dropped with this probability, by `seed`: see `Dropout`.
 
     These are the shapes of `network` "mlp". Those of "residual", which is no network of "separate", are in `residual`.
 
@@ -67,7 +72,9 @@ def coupling_flow(
         p, v = y[:, :passive], y[:, passive:]
         given = None if context is None else context.to(p.dtype)
         h = p if given is None else torch.cat([p, given], 1)
-        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation)
+        raw = conditioner(
+            h, [w[k] for w in weights], [b[k] for b in biases], given, activation, _dropout(dropout, seed, k)
+        )
         v, ldj = transform(v, raw, inverse=False, **options)
         x = torch.cat([p, v], 1)
         logdet = logdet + ldj
@@ -89,6 +96,8 @@ def coupling_flow_inverse(
     log_scale_constant: float | None = None,
     add_first: bool = False,
     spline: Spline | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: the steps of `coupling_flow` undone in reverse order, with `A_inv` (K, D, D) = A⁻¹.
 
@@ -109,12 +118,18 @@ def coupling_flow_inverse(
         p, v = z[:, :passive], z[:, passive:]
         given = None if context is None else context.to(p.dtype)
         h = p if given is None else torch.cat([p, given], 1)
-        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation)
+        raw = conditioner(
+            h, [w[k] for w in weights], [b[k] for b in biases], given, activation, _dropout(dropout, seed, k)
+        )
         v, ldj = transform(v, raw, inverse=True, **options)
         with torch.autocast(z.device.type, enabled=False):
             z = (torch.cat([p, v], 1) - c[k]) @ A_inv[k]
         logdet = logdet + ldj
     return z, logdet
+
+
+def _dropout(probability: float, seed: Tensor | None, step: int) -> Dropout | None:
+    return None if seed is None or not probability else Dropout(probability, seed, step)
 
 
 def log_normal(z: Tensor) -> Tensor:
