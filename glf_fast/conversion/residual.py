@@ -12,6 +12,7 @@ from glf_fast.conversion.mlp import (
     assemble,
     check_class,
     check_hooks,
+    dropouts_of,
     is_class,
     network_steps,
     read_mlp,
@@ -42,7 +43,7 @@ def _read_residual(network: Any) -> Conditioner:
         if block.use_batch_norm:
             raise Unfusable("ResidualNet with batch norm is not covered")
         activations.add(activation_name(block.activation))
-        dropouts += [step for step in network_steps(block.dropout) if isinstance(step, float)]
+        dropouts.append(list(network_steps(block.dropout)))
         layers += [*block.linear_layers, *([block.context_layer] if hasattr(block, "context_layer") else [])]
     if len(activations) > 1:
         raise Unfusable(f"ResidualNet has different activations: {', '.join(sorted(activations))}")
@@ -50,4 +51,5 @@ def _read_residual(network: Any) -> Conditioner:
     linears = [step for step in steps if isinstance(step, tuple)]
     if len(linears) != len(steps) or len(steps) != len(layers) + 1:
         raise Unfusable("ResidualNet has layers that are not linear")
-    return assemble("ResidualNet", linears, activations.pop(), max(dropouts, default=0.0), len(blocks))
+    found = dropouts_of(dropouts, [step for block in dropouts for step in block], network.training)
+    return assemble("ResidualNet", linears, activations.pop(), found, len(blocks))

@@ -139,7 +139,8 @@ def _elementwise(part: Part) -> list[Layer]:
     kind = _univariate(transform)
     if kind.layout == "t":
         raise Unfusable("its transformation AdditiveTransform is covered in couplings alone")
-    steps = [step for step in mlp.network_steps(transform.hyper) if not isinstance(step, float)]
+    every = list(mlp.network_steps(transform.hyper))
+    steps = [step for step in every if not isinstance(step, mlp.Dropped)]
     linears = [step for step in steps if isinstance(step, tuple)]
     activations = [step for step in steps if isinstance(step, str)]
     if [type(step) for step in steps] != [tuple, *[str, tuple] * (len(linears) - 1)] or len(set(activations)) != 1:
@@ -158,6 +159,7 @@ def _elementwise(part: Part) -> list[Layer]:
         log_scale=kind.log_scale,
         constant=kind.constant,
         spline=kind.spline,
+        lost=mlp.lost(every),
         blind=True,
     )
     return [declared.read()]

@@ -56,6 +56,7 @@ def coupling_flow(
 
     Returns z (B, D) and Σ_k Σ ℓ (B,), both float32 or better: the caller adds Σ_k log|det A_k|, which no sample changes.
     """
+    assert seed is not None or not dropout
     transform, conditioner = COUPLINGS[coupling].transform, NETWORKS[network]
     options: dict[str, Any] = {
         "log_scale": log_scale,
@@ -72,9 +73,8 @@ def coupling_flow(
         p, v = y[:, :passive], y[:, passive:]
         given = None if context is None else context.to(p.dtype)
         h = p if given is None else torch.cat([p, given], 1)
-        raw = conditioner(
-            h, [w[k] for w in weights], [b[k] for b in biases], given, activation, _dropout(dropout, seed, k)
-        )
+        drop = Dropout(dropout, seed, k) if seed is not None and dropout else None
+        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation, drop)
         v, ldj = transform(v, raw, inverse=False, **options)
         x = torch.cat([p, v], 1)
         logdet = logdet + ldj
@@ -105,6 +105,7 @@ def coupling_flow_inverse(
 
     Returns x (B, D) and −Σ_k Σ ℓ (B,).
     """
+    assert seed is not None or not dropout
     transform, conditioner = COUPLINGS[coupling].transform, NETWORKS[network]
     options: dict[str, Any] = {
         "log_scale": log_scale,
@@ -118,18 +119,13 @@ def coupling_flow_inverse(
         p, v = z[:, :passive], z[:, passive:]
         given = None if context is None else context.to(p.dtype)
         h = p if given is None else torch.cat([p, given], 1)
-        raw = conditioner(
-            h, [w[k] for w in weights], [b[k] for b in biases], given, activation, _dropout(dropout, seed, k)
-        )
+        drop = Dropout(dropout, seed, k) if seed is not None and dropout else None
+        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation, drop)
         v, ldj = transform(v, raw, inverse=True, **options)
         with torch.autocast(z.device.type, enabled=False):
             z = (torch.cat([p, v], 1) - c[k]) @ A_inv[k]
         logdet = logdet + ldj
     return z, logdet
-
-
-def _dropout(probability: float, seed: Tensor | None, step: int) -> Dropout | None:
-    return None if seed is None or not probability else Dropout(probability, seed, step)
 
 
 def log_normal(z: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def test_vmap_keeps_the_seed() -> None:
     flow = lambda x: ops.coupling_flow(x, A, c, layers[:2], layers[2:], dropout=0.4, seed=SEED)[0]  # noqa: E731
     with use_backend("reference"):
         batches = torch.func.vmap(flow)(x.view(2, 3, 5))
-    assert torch.equal(batches[1], flow(x[3:]))
+        assert torch.equal(batches[1], flow(x[3:]))
 
 
 @needs_cpp
