@@ -51,7 +51,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
 
     Raises ConversionError, with the layer and the reason: for flows of other libraries, with another base than a (diagonal)
     normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet. Warns where the
-    original does something in training mode, such as dropout, that the result does not.
+    original does something in training mode, such as batch norm, that the result does not.
 
     Example:
         >>> fast = glf_fast.convert(zuko.flows.RealNVP(features=3, context=5, transforms=4))

@@ -221,8 +221,8 @@ def networks(layers: Iterable[Layer], *, kept: bool = True) -> Iterable[nn.Modul
 def check_modes(layers: Iterable[Layer], training: bool) -> None:
     """Raise ConversionError where a network's dropout is in another mode than its flow's, which the fused one will follow."""
     for layer in layers:
-        dropout = isinstance(layer, Coupling) and layer.is_mlp and layer.conditioner.dropout
-        if dropout and layer.conditioner.active != training:
+        network = layer.conditioner if isinstance(layer, Coupling) and layer.is_mlp else None
+        if network is not None and network.dropout and network.active != training:
             raise ConversionError("a network with dropout is in another mode than its flow: give both one mode")
 
 

@@ -49,7 +49,7 @@ def check_integer(name: str, value: Any, least: int) -> None:
 
 def check_dropout(value: Any) -> None:
     """Raise ValueError unless `value` is a probability with which hidden units are dropped."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise ValueError(f"dropout must be a number of at least 0, and below 1; got {value!r}")
 
 
