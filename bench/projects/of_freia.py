@@ -387,7 +387,6 @@ PROJECTS = [
         (12,),
         256,
         (6,),
-        training=False,
-        how="`accelerate`, in eval mode; in training mode its dropout is active, and it stays",
+        dropout=True,
     ),
 ]

@@ -60,6 +60,7 @@ class Project:
     noise: shape of a sample's noise, where it differs from `shape` (FrEIA).
     double: it is trained in float64.
     training: it is in training mode when it is accelerated; some layers are read in eval mode alone.
+    dropout: a fused flow drops other units in training mode than the original does with the same seed.
     other: classes of layers that may be fused with other parameters, so that an optimizer takes other steps.
     """
 
@@ -77,6 +78,7 @@ class Project:
     noise: Shape = ()
     double: bool = False
     training: bool = True
+    dropout: bool = False
     other: frozenset[str] = field(default_factory=frozenset)
 
     @property

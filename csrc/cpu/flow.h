@@ -80,6 +80,8 @@ struct Flow {
   bool add_first, inverse;
   bool density;                // log N(out; 0, I) is added to the log-determinants
   bool row_scales;             // of A only the scales of its rows are trained: see map_gradient in flow_tile.h
+  double dropout;              // p, of hidden units
+  std::uint64_t seed;          // of what is dropped: see dropout.h
 
   Int passive() const { return dim - dim / 2; }
   Int transformed() const { return dim / 2; }

@@ -174,7 +174,7 @@ void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Sa
         const idx k = flow.inverse ? i : K - 1 - i;
         // Saved records are full, so nothing below writes to them.
         T* record = save == Save::records ? const_cast<T*>(saved) + (k * batch + first) * record_width : room;
-        const BackwardTile<T> tile{{flow, maps, at, rows, context + first * C, record, panel, team},
+        const BackwardTile<T> tile{{flow, maps, at, rows, context + first * C, record, panel, team, first},
                                    grad,
                                    gradient,
                                    target,

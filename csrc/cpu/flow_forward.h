@@ -102,7 +102,7 @@ void forward(const Flow<T>& flow, Int batch, const T* x, const T* context, T* ou
         const auto record = [&](idx step) {
           return save == Save::records ? saved + (step * batch + first) * record_width : scratch;
         };
-        const Tile<T> tile{flow, maps, at, rows, context + first * flow.context_dim, record(k), panel, team};
+        const Tile<T> tile{flow, maps, at, rows, context + first * flow.context_dim, record(k), panel, team, first};
         if (i == 0) copy_rows(rows, D, x + first * D, D, tile.record + at.x, at.width);
         if (save == Save::inputs) copy_rows<T>(rows, D, tile.record + at.x, at.width, saved + (k * batch + first) * D, D);
         // A step's output is the next one's input.

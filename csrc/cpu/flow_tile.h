@@ -27,6 +27,7 @@ struct Tile {
   T* record;         // (rows, at.width)
   T* panel;
   const Parallel* team;  // which computes a wide flow's products together; else null
+  idx first;             // of its rows, in the batch
 
   Rows<T> field(idx offset) const { return {record + offset, at.width}; }
   Rows<const T> read(idx offset) const { return {record + offset, at.width}; }

@@ -1,7 +1,7 @@
 // A step's residual network, forward and backward: glf_fast.reference.residual.
 #pragma once
 
-#include "flow_tile.h"
+#include "dropout.h"
 
 namespace glf::GLF_ISA {
 
@@ -51,8 +51,10 @@ void run_residual(const Tile<T>& tile, idx k, idx input) {
         for (idx m = 0; m < rows; ++m)
           for (idx c = 0; c < cols; c += lanes<T>) store(s + m * ld + c, sigmoid<T>(load(s + m * ld + c)));
       });
+    const Dropout<T> dropout(tile, k, j);
     linear(tile, k, layer.first, b.h_value, b.argument, [&](T* q, idx row, idx col, idx rows, idx cols) {
       activate(flow.activation, flow.activation_constant, rows, cols, q, same(b.value, row, col), ld);
+      dropout.apply(row, col, rows, cols, same(b.value, row, col), ld);
     });
     linear(tile, k, layer.second, b.value, b.branch, [&](T* branch, idx row, idx col, idx rows, idx cols) {
       const T *h = same(b.h, row, col), *gate = gated ? same(b.gate, row, col) : nullptr;
@@ -117,9 +119,9 @@ void residual_backward(const BackwardTile<T>& tile, idx k) {
       linear_input(tile, k, layer.gate, middle, grad.input + flow.passive(), Nothing{}, true);
     }
     linear_parameters(tile, k, layer.second, b.value, branch);
+    const Dropout<T> dropout(tile, k, j);
     linear_input(tile, k, layer.second, branch, middle, [&](T* g, idx row, idx col, idx rows, idx cols) {
-      activate_backward(flow.activation, flow.activation_constant, rows, cols, tile.read(b.argument)[row] + col, ld, g,
-                        grad_ld);
+      dropout.backward(row, col, rows, cols, tile.read(b.argument)[row] + col, ld, g, grad_ld);
     });
     linear_parameters(tile, k, layer.first, b.h_value, middle);
     // Where h itself is in one place for all blocks, a'(h) comes from a(h).

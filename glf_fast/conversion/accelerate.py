@@ -23,6 +23,7 @@ from glf_fast.conversion.library import Library, Unpacked
 from glf_fast.conversion.padding import only_permutes
 from glf_fast.conversion.reading import (
     Reading,
+    check_modes,
     check_precision,
     copied,
     for_device,
@@ -323,7 +324,8 @@ def _fused(library: Library, parts: Sequence[Part]) -> tuple[Flow | OnChannels, 
     if len(shape) == 3 and library.any_size and shape[1] * shape[2] > 100:
         with suppress(Unfusable, ConversionError):  # a few pixels say as much as many, where the networks take them
             found = proven(copies, partial(_build, library, parts, (shape[0], 4, 6), device))
-    _, fused, changed = found or proven(copies, partial(_build, library, parts, shape, device))
+    reading, fused, changed = found or proven(copies, partial(_build, library, parts, shape, device))
+    check_modes(reading.layers, modules[0].training)
     kinds = {type(parts[int(name.partition(".")[0])].module).__name__ for name in changed}
     fused = fused.to(like.device, like.dtype).train(modules[0].training)
     originals = dict(zip(copies.modules(), modules.modules(), strict=True))

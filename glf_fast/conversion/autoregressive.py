@@ -55,7 +55,7 @@ class DeclaredAutoregressive:
     # Of a context c: a(c Wᵀ + b) is added to the first layer's output, and c Wᵀ + b to that of each block's first layer.
     context_layer: nn.Linear | None = None
     block_contexts: Sequence[nn.Linear] = ()
-    dropout: float = 0.0
+    lost: float = 0.0  # p of dropout, which the fused network does not have
     blind: bool = False  # the network is given the context alone: the first layer's weights of x are no parameters
 
     def read(self) -> Autoregressive:
@@ -108,7 +108,7 @@ class DeclaredAutoregressive:
         factors = torch.ones_like(biases[len(linears) - 1], requires_grad=False)
         return Autoregressive(
             orders[0],
-            Conditioner(weights, biases, roles, bias_roles, factors, self.activation, self.dropout, blocks),
+            Conditioner(weights, biases, roles, bias_roles, factors, self.activation, lost=self.lost, blocks=blocks),
             tuple(map(tuple, ranks)),
             self.log_scale,
             self.constant,

@@ -51,7 +51,7 @@ class DeclaredCoupling:
         """The layer that it is: with a `Conditioner` on vectors, with the library's own network on images; raises Unfusable.
 
         Splines and wide couplings on vectors, too, have the library's own network where no `Conditioner` is read: the rest of
-        the layer takes most of the time.
+        the layer takes most of the time. So do wide couplings whose dropout is active.
         """
         if self.spline is not None:
             check_spline(self.spline)
@@ -62,6 +62,9 @@ class DeclaredCoupling:
         conditioner: Conditioner | Outputs | None
         try:
             conditioner = own if images else self._conditioner()
+            wide = self.spline is None and part.shape[0] >= _WIDE
+            if own is not None and wide and isinstance(conditioner, Conditioner) and conditioner.active:
+                conditioner = own
         except Unfusable:
             worth_it = own is not None and (self.spline is not None or part.shape[0] >= _WIDE)
             if not (worth_it and len(self.passive) and len(self.transformed)):

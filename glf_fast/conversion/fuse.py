@@ -138,8 +138,8 @@ def _kind(transform: Transform) -> tuple[object, ...]:
             transform.log_scale_constant, transform.context_layer, transform.undo, transform.spline,
         )  # fmt: skip
     return (
-        transform.kind(), mlp.network, mlp.activation, len(mlp.hidden), transform.log_scale, transform.log_scale_constant,
-        transform.add_first, transform.undo, transform.spline,
+        transform.kind(), mlp.network, mlp.activation, mlp.dropout, len(mlp.hidden), transform.log_scale,
+        transform.log_scale_constant, transform.add_first, transform.undo, transform.spline,
     )  # fmt: skip
 
 

@@ -106,7 +106,8 @@ class Conditioner:
     one for t. `roles[i]`, as weights[i], and `bias_roles[i]`, as biases[i], say what each entry is: FIXED, FROZEN or
     TRAINED. `factors`, as biases[-1], positive: what the library multiplies u and t by, which stays beside the last layer,
     because in it an optimizer would take other steps; a sign does not matter to optimizers and is in the last layer.
-    `dropout`: the largest p of those that the network has in training mode, and the fused one has not. `normalised`: batch norm
+    `dropout`: p, with which `CouplingFlow` drops hidden units in training mode, as the library does; `active`: whether the
+    library does so now. `lost`: the largest p of dropouts that the fused network does not have. `normalised`: batch norm
     in eval mode is folded into the layers.
     """
 
@@ -117,6 +118,8 @@ class Conditioner:
     factors: Tensor
     activation: NamedActivation
     dropout: float = 0.0
+    active: bool = False
+    lost: float = 0.0
     blocks: int = 0
     normalised: bool = False
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
 from glf_fast.conversion.chains import Part
 from glf_fast.conversion.layers import Layer, Unfusable
-from glf_fast.conversion.mlp import check_class, is_class, named_activation, network_steps, one_activation
+from glf_fast.conversion.mlp import check_class, is_class, lost, named_activation, network_steps, one_activation
 from glf_fast.reference import Spline, log_scale
 
 __all__ = ["affine_autoregressive", "spline_autoregressive"]
@@ -76,6 +76,6 @@ def _read(part: Part, network: Any, columns: int, **options: Any) -> Layer:
         network="residual" if residual else "mlp",
         context_layer=getattr(network, "context_layer", None),
         block_contexts=[block.context_layer for block in blocks if hasattr(block, "context_layer")],
-        dropout=max((p for block in blocks for p in network_steps(block.dropout) if isinstance(p, float)), default=0.0),
+        lost=lost(step for block in blocks for step in network_steps(block.dropout)),
         **options,
     ).read()

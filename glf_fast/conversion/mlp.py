@@ -27,13 +27,16 @@ from glf_fast.reference import ACTIVATION_FUNCTIONS
 
 __all__ = [
     "KNOWN",
+    "Dropped",
     "Step",
     "Times",
     "assemble",
     "check_class",
     "check_hooks",
+    "dropouts_of",
     "is_class",
     "linear_step",
+    "lost",
     "named_activation",
     "network_steps",
     "one_activation",
@@ -54,6 +57,14 @@ class Times:
     """A step of a network that multiplies by a fixed number."""
 
     factor: float
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A step of a network that drops numbers with probability p > 0 in training mode, which it is in or not."""
+
+    p: float
+    active: bool
 
 
 @dataclass(frozen=True)
@@ -123,8 +134,8 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
     read = list(network_steps(network))
     steps = _without_norms(type(network).__name__, read)
     last = max((i for i, step in enumerate(steps) if isinstance(step, tuple)), default=len(steps) - 1)
-    tail = [step for step in steps[last + 1 :] if not isinstance(step, float)]
-    steps = [step for i, step in enumerate(steps) if i <= last or isinstance(step, float)]
+    tail = [step for step in steps[last + 1 :] if not isinstance(step, Dropped)]
+    steps = [step for i, step in enumerate(steps) if i <= last or isinstance(step, Dropped)]
     factor, bound = 1.0, None
     for step in tail:
         if isinstance(step, Times) and bound is None:
@@ -135,7 +146,9 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
             bound = 1.0
         else:
             raise Unfusable(f"{type(network).__name__} is not linear → activation → … → linear")
-    mlp = replace(_mlp(type(network).__name__, steps), normalised=any(isinstance(step, Norm) for step in read))
+    mlp = replace(
+        _mlp(type(network).__name__, steps, network.training), normalised=any(isinstance(step, Norm) for step in read)
+    )
     if bound is not None:
         factor *= bound
     if not (math.isfinite(factor) and factor) or (bound is not None and bound <= 0):
@@ -155,7 +168,7 @@ def _without_norms(name: str, steps: Sequence[Step]) -> list[Step]:
         if not isinstance(step, Norm):
             folded.append(step)
             continue
-        at = max((i for i, before in enumerate(folded) if not isinstance(before, float)), default=-1)
+        at = max((i for i, before in enumerate(folded) if not isinstance(before, Dropped)), default=-1)
         linear = folded[at] if folded else None
         if not isinstance(linear, tuple):
             raise Unfusable(f"{name} has batch norm that follows no linear layer")
@@ -165,12 +178,11 @@ def _without_norms(name: str, steps: Sequence[Step]) -> list[Step]:
     return folded
 
 
-def _mlp(name: str, steps: Sequence[Step]) -> Conditioner:
-    """The MLP of these steps; raises Unfusable."""
-    dropouts = [step for step in steps if isinstance(step, float)]
+def _mlp(name: str, steps: Sequence[Step], training: bool) -> Conditioner:
+    """The MLP of these steps, of a network in that mode; raises Unfusable."""
     linears = [step for step in steps if isinstance(step, tuple)]
     activations = [step for step in steps if isinstance(step, NamedActivation)]
-    kinds = [type(step) for step in steps if not isinstance(step, float)]
+    kinds = [type(step) for step in steps if not isinstance(step, Dropped)]
     if kinds != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
         raise Unfusable(f"{name} is not linear → activation → … → linear")
     if len(linears) > 9:
@@ -178,13 +190,56 @@ def _mlp(name: str, steps: Sequence[Step]) -> Conditioner:
     activation = one_activation(name, activations)
     if any(len(a) != b.shape[1] for (a, _), (b, _) in itertools.pairwise(linears)):
         raise Unfusable(f"{name} has linear layers that do not follow each other")
-    return assemble(name, linears, activation, max(dropouts, default=0.0))
+    between: list[list[Step]] = [[]]  # steps before the first linear layer, and behind each of them
+    for step in steps:
+        if isinstance(step, tuple):
+            between.append([])
+        else:
+            between[-1].append(step)
+    hidden = [_behind_activation(group) for group in between[1:-1]]
+    return assemble(name, linears, activation, dropouts_of(hidden, steps, training))
+
+
+def _behind_activation(steps: Sequence[Step]) -> list[Dropped]:
+    """The dropouts among the steps behind a linear layer that do what they would do behind its activation."""
+    # For these a(x·m/(1 − p)) = a(x)·m/(1 − p).
+    homogeneous = any(isinstance(step, NamedActivation) and step.name in ("relu", "leaky_relu") for step in steps)
+    return [step for i, step in enumerate(steps) if isinstance(step, Dropped) and (i > 0 or homogeneous)]
+
+
+def dropouts_of(hidden: Sequence[Sequence[Step]], steps: Iterable[Step], training: bool) -> dict[str, Any]:
+    """How a `Conditioner` has the dropouts of a network: its `dropout` and `active`, or else what is `lost`.
+
+    Args:
+        hidden: the dropouts of each hidden layer.
+        steps: all steps of the network.
+        training: its mode.
+
+    Raises Unfusable where a dropout is active that the fused network will not have.
+    """
+    every = [step for step in steps if isinstance(step, Dropped)]
+    alike = len(set(every)) == 1 and len(every) == len(hidden) and all(len(layer) == 1 for layer in hidden)
+    if alike and every[0].p < 1 and every[0].active == training:
+        return {"dropout": every[0].p, "active": training}
+    return {"lost": lost(every)}
+
+
+def lost(steps: Iterable[Step]) -> float:
+    """The largest p of dropouts that the fused network will not have, or 0; raises Unfusable where one of them is active."""
+    dropouts = [step for step in steps if isinstance(step, Dropped)]
+    if active := [step.p for step in dropouts if step.active]:
+        raise Unfusable(f"dropout (p = {active[0]:g}) is active; convert the flow in eval mode")
+    return max((step.p for step in dropouts), default=0.0)
 
 
 def assemble(
-    name: str, linears: Sequence[Linear], activation: NamedActivation, dropout: float, blocks: int = 0
+    name: str, linears: Sequence[Linear], activation: NamedActivation, dropouts: Mapping[str, Any], blocks: int = 0
 ) -> Conditioner:
-    """The conditioner of these linear layers; raises Unfusable where the network, of that name, uses one twice."""
+    """The conditioner of these linear layers; raises Unfusable where the network, of that name, uses one twice.
+
+    Args:
+        dropouts: as `dropouts_of` gives them.
+    """
     _check_once(name, linears)
     biases = [W.new_zeros(len(W)) if b is None else b for W, b in linears]
     return Conditioner(
@@ -194,8 +249,8 @@ def assemble(
         bias_roles=[role_of(b, W.new_zeros(len(W))) for W, b in linears],
         factors=torch.ones_like(biases[-1], requires_grad=False),
         activation=activation,
-        dropout=dropout,
         blocks=blocks,
+        **dropouts,
     )
 
 
@@ -209,6 +264,8 @@ def one_activation(name: str, activations: Sequence[NamedActivation]) -> NamedAc
         shown = sorted(kind.name + (f" ({kind.constant:g})" if kind.constant is not None else "") for kind in kinds)
         raise Unfusable(f"{name} has different activations: {', '.join(shown)}")
     return next(iter(kinds), NamedActivation("relu"))
+
+
 def _check_once(name: str, layers: Iterable[Iterable[Tensor | None]]) -> None:
     """Raise Unfusable where two layers have a parameter in common."""
     parameters = [id(t) for layer in layers for t in layer if t is not None]
@@ -282,7 +339,12 @@ def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
     pairs: dict[str, Any] = {name: list(map(_pair, getattr(net_u, name), getattr(net_t, name))) for name in names}
     factors = torch.stack([net_u.factors, net_t.factors])
     normalised = net_u.normalised or net_t.normalised
-    return replace(net_u, dropout=max(net_u.dropout, net_t.dropout), factors=factors, normalised=normalised, **pairs)
+    dropouts = [Dropped(net.dropout, net.active) for net in (net_u, net_t) if net.dropout]
+    losses = [net_u.lost, net_t.lost]
+    if net_u.dropout != net_t.dropout or net_u.active != net_t.active:
+        pairs |= {"dropout": 0.0, "active": False}
+        losses.append(lost(dropouts))
+    return replace(net_u, lost=max(losses), factors=factors, normalised=normalised, **pairs)
 
 
 def without_shift(net_u: Conditioner) -> Conditioner:
@@ -358,7 +420,8 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
         return
     activation = _activation(module)
     if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
-        yield _dropout(module.p, module.training)
+        if module.p:
+            yield Dropped(float(module.p), module.training)
     elif activation is not None:
         yield activation
     elif name == "OptimizedModule":  # torch.compile's; its module takes seconds to import
@@ -442,7 +505,8 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
     if "Residual" in name or "ResNet" in name:  # likely, and worth a reason of its own
         raise Unfusable(f"{name} is residual; MLPs and the ResidualNet of nflows are fused")
     graph = _traced(module)
-    if _operations(graph) != _operations(_in_other_mode(module)):
+    other = _in_other_mode(module)
+    if _operations(graph) != _operations(other):
         raise Unfusable(f"{name} does something else in {'eval' if module.training else 'training'} mode")
     modules = dict(module.named_modules())
     inputs = [node for node in graph.nodes if node.op == "placeholder" and not _is_absent(node)]
@@ -457,7 +521,7 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
                 raise Unfusable(f"{name} has more than one output")
             return
         if node.op == "call_function" and node.target is F.dropout:
-            yield _functional_dropout(*node.args, **node.kwargs)  # type: ignore[arg-type]
+            yield from _functional_dropout(node, other)
             continue
         if _keeps_rows(node, last):
             continue
@@ -561,14 +625,22 @@ def _operations(graph: fx.Graph | None) -> list[str] | None:
     return None if graph is None else [f"{node.op} {node.target} {node.args[1:]}" for node in graph.nodes]
 
 
-def _functional_dropout(x: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> float:
-    return _dropout(p, training)
+def _functional_dropout(node: fx.Node, other: fx.Graph | None) -> Iterator[Step]:
+    """The step of a call of `F.dropout`, given the graph in the other mode, of the same nodes; none where it never drops.
 
-
-def _dropout(p: float, training: bool) -> float:
-    if training and p:
-        raise Unfusable(f"dropout (p = {p:g}) is active; convert the flow in eval mode")
-    return float(p)
+    Raises Unfusable for one that always does.
+    """
+    calls = [node, *(call for call in (other.nodes if other else ()) if call.name == node.name)]
+    p, modes = 0.0, []
+    for call in calls:
+        given = inspect.signature(F.dropout).bind(*call.args, **call.kwargs)
+        given.apply_defaults()
+        p = float(given.arguments["p"])
+        modes.append(bool(given.arguments["training"]))
+    if p and all(modes):
+        raise Unfusable(f"its dropout (p = {p:g}) is active in every mode")
+    if p and any(modes):
+        yield Dropped(p, modes[0])
 
 
 def _concatenated(inputs: list[fx.Node]) -> fx.Node | None:

@@ -31,6 +31,7 @@ from glf_fast.flow import Squeeze
 __all__ = [
     "Map",
     "Reading",
+    "check_modes",
     "check_precision",
     "copied",
     "fused_context",
@@ -229,12 +230,20 @@ def networks(layers: Iterable[Layer], *, kept: bool = True) -> Iterable[nn.Modul
             yield layer.module
 
 
+def check_modes(layers: Iterable[Layer], training: bool) -> None:
+    """Raise ConversionError where a network's dropout is in another mode than its flow's, which the fused one will follow."""
+    for layer in layers:
+        network = layer.conditioner if isinstance(layer, Coupling) and layer.is_mlp else None
+        if network is not None and network.dropout and network.active != training:
+            raise ConversionError("a network with dropout is in another mode than its flow: give both one mode")
+
+
 def lost_in_training(layers: Iterable[Layer]) -> str:
     """Operations that the library's layers apply in training mode alone, and fused ones do not: "" if none."""
     names = set()
     for layer in layers:
-        if isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.dropout:
-            names.add(f"Dropout (p = {layer.conditioner.dropout:g})")
+        if isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.lost:
+            names.add(f"Dropout (p = {layer.conditioner.lost:g})")
         of_network = isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.normalised
         if of_network or (isinstance(layer, Diagonal) and layer.statistics):
             names.add("BatchNorm")

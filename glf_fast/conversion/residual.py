@@ -11,6 +11,7 @@ from glf_fast.conversion.mlp import (
     assemble,
     check_class,
     check_hooks,
+    dropouts_of,
     is_class,
     named_activation,
     network_steps,
@@ -43,11 +44,12 @@ def _read_residual(network: Any) -> Conditioner:
         if block.use_batch_norm:
             raise Unfusable("ResidualNet with batch norm is not covered")
         activations.append(named_activation(block.activation))
-        dropouts += [step for step in network_steps(block.dropout) if isinstance(step, float)]
+        dropouts.append(list(network_steps(block.dropout)))
         layers += [*block.linear_layers, *([block.context_layer] if hasattr(block, "context_layer") else [])]
     activation = one_activation("ResidualNet", activations)
     steps = [step for layer in (*layers, network.final_layer) for step in network_steps(layer)]
     linears = [step for step in steps if isinstance(step, tuple)]
     if len(linears) != len(steps) or len(steps) != len(layers) + 1:
         raise Unfusable("ResidualNet has layers that are not linear")
-    return assemble("ResidualNet", linears, activation, max(dropouts, default=0.0), len(blocks))
+    found = dropouts_of(dropouts, [step for block in dropouts for step in block], network.training)
+    return assemble("ResidualNet", linears, activation, found, len(blocks))

@@ -140,7 +140,8 @@ def _elementwise(part: Part) -> list[Layer]:
     kind = _univariate(transform)
     if kind.layout == "t":
         raise Unfusable("its transformation AdditiveTransform is covered in couplings alone")
-    steps = [step for step in mlp.network_steps(transform.hyper) if not isinstance(step, float)]
+    every = list(mlp.network_steps(transform.hyper))
+    steps = [step for step in every if not isinstance(step, mlp.Dropped)]
     linears = [step for step in steps if isinstance(step, tuple)]
     activation = one_activation("its network", [step for step in steps if isinstance(step, NamedActivation)])
     if [type(step) for step in steps] != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
@@ -159,6 +160,7 @@ def _elementwise(part: Part) -> list[Layer]:
         log_scale=kind.log_scale,
         constant=kind.constant,
         spline=kind.spline,
+        lost=mlp.lost(every),
         blind=True,
     )
     return [declared.read()]

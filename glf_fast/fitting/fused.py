@@ -31,6 +31,8 @@ def why_not(flow: Flow, batch_size: int) -> str:
     options = flow.config
     if options.get("reversible") or options.get("coupling", options.get("transform")) not in COUPLING_CODES:
         return "a reversible flow, or a coupling that csrc has not"
+    if options.get("dropout"):
+        return "dropout"
     if not flow._started and batch_size < 2:
         return "ActNorms that a batch of one row cannot start"
     parameters = [t for part in _parameters(flow) for t in part]

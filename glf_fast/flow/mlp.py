@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from glf_fast.ops.checks import check_activation
+from glf_fast.ops.checks import check_activation, check_dropout
 from glf_fast.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATION_MODULES", "MLP", "SeparateNetworks", "activation_module"]
@@ -43,7 +43,10 @@ class MLP(nn.Sequential):
         hidden: widths of zero to eight hidden layers.
         activation: relu, leaky_relu, silu, gelu, tanh, elu, selu, hardswish, softplus or mish.
         activation_constant: the slope of leaky_relu below 0, or α of elu; None is PyTorch's default.
+        dropout: probability of an `nn.Dropout` behind every activation; 0 for none.
     """
+
+    dropout = 0.0  # of networks that were pickled before there was any
 
     def __init__(
         self,
@@ -53,19 +56,23 @@ class MLP(nn.Sequential):
         *,
         activation: str = "relu",
         activation_constant: float | None = None,
+        dropout: float = 0.0,
     ) -> None:
         check_activation(activation, activation_constant)
+        check_dropout(dropout)
         if len(hidden) > 8 or any(width < 1 for width in hidden):
             raise ValueError(f"hidden must be zero to eight widths ≥ 1; got {tuple(hidden)}")
-        widths = [in_features, *hidden, out_features]
         layers: list[nn.Module] = []
-        for n_in, n_out in itertools.pairwise(widths):
+        for n_in, n_out in itertools.pairwise([in_features, *hidden]):
             layers += [nn.Linear(n_in, n_out), activation_module(activation, activation_constant)]
-        super().__init__(*layers[:-1])
-        nn.init.zeros_(layers[-2].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
+            layers += [nn.Dropout(dropout)] * (dropout > 0)
+        last = nn.Linear(hidden[-1] if hidden else in_features, out_features)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        super().__init__(*layers, last)
         self.activation = activation
         self.activation_constant = ACTIVATIONS[activation] if activation_constant is None else activation_constant
+        self.dropout = float(dropout)
 
     def linears(self) -> list[nn.Linear]:
         """The linear layers, first to last."""

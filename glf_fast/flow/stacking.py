@@ -39,7 +39,8 @@ def new_step(config: Mapping[str, Any]) -> list[nn.Module]:
 
     def network() -> MLP | ResidualNet:
         n_in, n_out = dim - dim // 2, (spline.columns if spline else kind.columns) * (dim // 2)
-        hidden, chosen = config["hidden"], {name: config[name] for name in ("activation", "activation_constant")}
+        hidden = config["hidden"]
+        chosen = {name: config[name] for name in ("activation", "activation_constant", "dropout")}
         if residual:
             return ResidualNet(n_in, hidden, n_out, context_dim=context_dim, **chosen)
         return MLP(n_in + context_dim, hidden, n_out, **chosen)
@@ -158,6 +159,7 @@ def _configuration_of_step(step: Sequence[nn.Module], position: int, context_dim
         "network": "mlp" if isinstance(networks[0], MLP) else "residual",
         "activation": networks[0].activation,
         "activation_constant": networks[0].activation_constant,
+        "dropout": networks[0].dropout,
         **_formula(coupling, len(networks)),
         "linear": linear.linear,
         "actnorm": len(step) == 3,

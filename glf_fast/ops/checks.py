@@ -18,12 +18,14 @@ __all__ = [
     "check_channels",
     "check_choice",
     "check_device",
+    "check_dropout",
     "check_fake",
     "check_floating",
     "check_hidden_layers",
     "check_integer",
     "check_log_scale",
     "check_network_of",
+    "check_seed",
     "check_shape",
     "check_spline",
     "check_spline_of",
@@ -44,6 +46,21 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an int; got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be ≥ {least}; got {value}")
+
+
+def check_dropout(value: Any) -> None:
+    """Raise ValueError unless `value` is a probability with which hidden units are dropped."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
+        raise ValueError(f"dropout must be a number of at least 0, and below 1; got {value!r}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise TypeError or ValueError unless `seed` is one that dropout takes."""
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        got = f"a tensor of {seed.dtype}" if isinstance(seed, Tensor) else repr(seed)
+        raise TypeError(f"seed must be a tensor of int64 where dropout is above 0; got {got}")
+    if seed.numel() != 1:
+        raise ValueError(f"seed must have one element; got shape {tuple(seed.shape)}")
 
 
 def check_log_scale(name: str, constant: float | None) -> None:

@@ -20,6 +20,7 @@ from glf_fast.reference.coupling_flow import (
     log_normal,
     plu_flow_log_prob,
 )
+from glf_fast.reference.dropout import Dropout
 from glf_fast.reference.glow_network import glow_network
 from glf_fast.reference.linear import (
     Plu,
@@ -58,6 +59,7 @@ __all__ = [
     "TRANSFORMS",
     "Activation",
     "Coupling",
+    "Dropout",
     "LogScale",
     "Network",
     "Plu",

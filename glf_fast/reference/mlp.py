@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glf_fast.reference.dropout import Dropout
+
 __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_FUNCTIONS",
@@ -73,18 +75,25 @@ def mlp(
     biases: Sequence[Tensor],
     activation: str = "relu",
     activation_constant: float | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """h ← a(h Wᵢ + bᵢ) for every layer but the last, which is linear.
 
     `h` (B, n₀); `weights[i]` (nᵢ, nᵢ₊₁), multiplied from the right; `biases[i]` (nᵢ₊₁). Returns (B, n_last).
     Stacks of N networks, (N, nᵢ, nᵢ₊₁) and (N, nᵢ₊₁), are applied to the same h, and (B, N·n_last) is returned.
+    `dropout` acts behind every activation.
     """
     if weights[0].ndim == 3:
-        given = activation, activation_constant
         networks = range(len(weights[0]))
-        return torch.cat([mlp(h, [w[n] for w in weights], [b[n] for b in biases], *given) for n in networks], 1)
+        found = []
+        for n in networks:
+            own = dropout and dropout._replace(network=n)
+            found.append(mlp(h, [w[n] for w in weights], [b[n] for b in biases], activation, activation_constant, own))
+        return torch.cat(found, 1)
     f = ACTIVATION_FUNCTIONS[activation]
     constants = () if f.default is None else (f.default if activation_constant is None else activation_constant,)
-    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+    for i, (weight, bias) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
         h = f.function(h @ weight + bias, *constants)
+        if dropout is not None:
+            h = dropout(h, i)
     return h @ weights[-1] + biases[-1]

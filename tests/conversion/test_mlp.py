@@ -43,12 +43,13 @@ class Functional(nn.Module):
 class Dropped(nn.Module):
     """Dropout as a function."""
 
-    def __init__(self, p: float = 0.3) -> None:
+    def __init__(self, p: float = 0.3, *, always: bool = False, never: bool = False) -> None:
         super().__init__()
         self.a, self.b, self.p = nn.Linear(3, 5), nn.Linear(5, 6), p
+        self.always, self.never = always, never
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(F.dropout(torch.tanh(self.a(x)), self.p, self.training))
+        return self.b(F.dropout(torch.tanh(self.a(x)), self.p, self.always or (self.training and not self.never)))
 
 
 class Activated(nn.Module):
@@ -100,15 +101,21 @@ class Skip(nn.Module):
         return self.c(torch.relu(self.b(torch.relu(self.a(x)))) + x)
 
 
-def sequential(*activations: nn.Module, widths: tuple[int, ...] = (3, 5, 4, 6)) -> nn.Sequential:
+def sequential(
+    *activations: nn.Module, widths: tuple[int, ...] = (3, 5, 4, 6), dropout: float = 0.0, before: bool = False
+) -> nn.Sequential:
+    """With a dropout behind each activation, or `before` it."""
     layers: list[nn.Module] = []
     for i in range(len(widths) - 1):
-        layers += [nn.Linear(widths[i], widths[i + 1]), activations[i % len(activations)]]
-    return nn.Sequential(*layers[:-1])
+        between = [activations[i % len(activations)], *[nn.Dropout(dropout)] * bool(dropout)]
+        layers += [nn.Linear(widths[i], widths[i + 1]), *(reversed(between) if before else between)]
+    return nn.Sequential(*(layers[:-2] if dropout else layers[:-1]))
 
 
 def outputs(read: Conditioner, x: Tensor) -> Tensor:
     return mlp(x, read.weights, read.biases, read.activation.name, read.activation.constant)
+
+
 def normalised(bias: bool = True, **options: bool) -> nn.Sequential:
     """Batch norms behind the first two layers, which have seen a batch; in eval mode."""
     network = nn.Sequential(
@@ -142,6 +149,8 @@ NETWORKS = {
     ),
     "functional": Functional,
     "functional-dropout": lambda: Dropped().eval(),
+    "dropouts": lambda: sequential(nn.ReLU(), dropout=0.3).eval(),
+    "dropouts-before": lambda: sequential(nn.LeakyReLU(), dropout=0.3, before=True).eval(),
     "functional-dropout-of-nothing": lambda: Dropped(0.0),
     "compiled": lambda: torch.compile(Functional(), backend="eager"),
     "compiled-inside": lambda: nn.Sequential(
@@ -163,7 +172,8 @@ def test_networks_that_are_mlps(name: str) -> None:
     torch.testing.assert_close(outputs(read, x), network(x))
     assert all((roles == TRAINED).all() for roles in read.roles)
     bias_free = {i for i, roles in enumerate(read.bias_roles) if (roles == FIXED).all()}
-    assert read.dropout == (0.3 if name == "functional-dropout" else 0.0)
+    assert read.dropout == (0.3 if name in ("functional-dropout", "dropouts", "dropouts-before") else 0.0)
+    assert not read.lost and not read.active
     assert bias_free == ({1} if name in ("functional", "compiled") else set())
 
 
@@ -263,8 +273,12 @@ def test_bounds_that_are_not_covered(network, reason: str) -> None:
             "no linear layer",
         ),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.ReLU(), nn.Linear(3, 2)), "LayerNorm"),
-        (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 2)), "dropout"),
-        (Dropped, r"dropout \(p = 0.3\) is active; convert the flow in eval mode"),
+        (
+            lambda: sequential(nn.Tanh(), dropout=0.5, before=True),
+            r"dropout \(p = 0.5\) is active; convert the flow in",
+        ),
+        (lambda: Dropped(always=True), r"dropout \(p = 0.3\) is active in every mode"),
+        (lambda: Dropped(always=True).eval(), r"dropout \(p = 0.3\) is active in every mode"),
         (Skip, "Skip is not a chain"),
         (lambda: sequential(*[nn.ReLU()], widths=(3, 3, 3)).append(nn.ReLU()), "is not linear →"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "has parametrizations"),
@@ -293,6 +307,59 @@ def test_activations_are_read_with_their_constants() -> None:
             named_activation(activation)
     with pytest.raises(Unfusable, match="differ in depth or activation"):
         separate(read_mlp(sequential(nn.LeakyReLU(0.2))), read_mlp(sequential(nn.LeakyReLU(0.1))))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Dropped,
+        lambda: sequential(nn.GELU(), dropout=0.3),
+        lambda: sequential(nn.ReLU(), dropout=0.3, before=True),
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.3),
+                              nn.Linear(3, 2)),
+    ],
+)  # fmt: skip
+def test_dropout_that_a_fused_network_has(network) -> None:
+    for training in (True, False):
+        read = read_mlp(network().train(training))
+        assert (read.dropout, read.active, read.lost) == (0.3, training, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("network", "p"),
+    [
+        (lambda: nn.Sequential(nn.Dropout(0.3), sequential(nn.ReLU(), dropout=0.3)), 0.3),
+        (lambda: nn.Sequential(sequential(nn.ReLU(), dropout=0.3), nn.Dropout(0.3)), 0.3),
+        (lambda: sequential(nn.Tanh(), dropout=0.3, before=True), 0.3),
+        (lambda: sequential(nn.ReLU(), nn.ReLU(), widths=(3, 5, 4, 3, 6)).insert(2, nn.Dropout(0.3)), 0.3),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2), nn.Dropout(0.3), nn.Tanh(), nn.Linear(3, 2)), 0.3),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.2), nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.3),
+                               nn.Linear(3, 2)), 0.3),
+        (lambda: sequential(nn.ReLU(), dropout=1.0), 1.0),
+        (lambda: Dropped(never=True), 0.0),
+    ],
+)  # fmt: skip
+def test_dropout_that_is_lost(network, p: float) -> None:
+    read = read_mlp(network().eval())
+    assert (read.dropout, read.active, read.lost) == (0.0, False, p)
+    if p:
+        with pytest.raises(Unfusable, match="is active; convert the flow in eval mode"):
+            read_mlp(network())
+    frozen = network()
+    for module in frozen.modules():
+        module.training = not isinstance(module, nn.Dropout)  # dropout in another mode than its network
+    assert read_mlp(frozen).lost == p
+
+
+def test_two_networks_with_dropout() -> None:
+    a, b, c = (read_mlp(sequential(nn.ReLU(), dropout=p).eval()) for p in (0.3, 0.3, 0.2))
+    assert separate(a, b).dropout == 0.3 and not separate(a, b).lost
+    assert separate(a, c).dropout == 0 and separate(a, c).lost == 0.3
+    active = read_mlp(sequential(nn.ReLU(), dropout=0.3))
+    assert separate(active, read_mlp(sequential(nn.ReLU(), dropout=0.3))).active
+    for other in (a, c, read_mlp(sequential(nn.ReLU()))):
+        with pytest.raises(Unfusable, match=r"dropout \(p = 0.3\) is active; convert the flow in eval mode"):
+            separate(active, other)
 
 
 def test_a_layer_used_twice_and_hooks_are_refused() -> None:

@@ -13,10 +13,12 @@ from glf_fast.ops.checks import (
     check_activation,
     check_alike,
     check_choice,
+    check_dropout,
     check_floating,
     check_integer,
     check_log_scale,
     check_network_of,
+    check_seed,
     check_shape,
     check_spline,
     check_spline_of,
@@ -52,6 +54,8 @@ def coupling_flow(
     reversible: bool = False,
     members: int = 1,
     row_scales: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Data → noise through K steps of affine map and affine coupling.
 
@@ -77,6 +81,11 @@ def coupling_flow(
             rows, or steps, of the first flow, then those of the second one, …
         row_scales: of each A_k only the scales of its rows are trained, as of a fixed matrix behind an ActNorm. The gradient of
             A is then right for changes of those scales, and in kernels for no others, which saves a product.
+        dropout: probability p with which every hidden unit is dropped, behind its activation; the others are divided by 1 − p.
+            Residual networks drop behind the second activation of each block. For training: a caller that evaluates passes 0.
+        seed: of what is dropped, int64, one element, on x's device or on the processor; needed where p > 0. One seed drops the
+            same units in all backends and precisions: those of `glf_fast.reference.Dropout`. Member e of `members` has the seed
+            plus e, and its steps and rows are counted from 0.
 
     Returns:
         z (B, D) and Σ ℓ (B,). The caller adds Σ_k log|det A_k|, one number for the whole batch.
@@ -86,9 +95,9 @@ def coupling_flow(
     """
     options = _options(
         coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
-        False, reversible, False, False, members, row_scales,
+        False, reversible, False, False, members, row_scales, dropout,
     )  # fmt: skip
-    z, logdet = _run(Call(x, context, Maps(A, c, None), weights, biases, options))
+    z, logdet = _run(Call(x, context, Maps(A, c, None), weights, biases, options, _seed(seed) if dropout else None))
     return z, logdet
 
 
@@ -110,6 +119,8 @@ def coupling_flow_inverse(
     spline: Spline | None = None,
     reversible: bool = False,
     members: int = 1,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: undoes `coupling_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
 
@@ -117,9 +128,9 @@ def coupling_flow_inverse(
     """
     options = _options(
         coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
-        True, reversible, False, False, members,
+        True, reversible, False, False, members, dropout=dropout,
     )  # fmt: skip
-    x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options))
+    x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options, _seed(seed) if dropout else None))
     return x, logdet
 
 
@@ -142,6 +153,8 @@ def coupling_flow_log_prob(
     spline: Spline | None = None,
     reversible: bool = False,
     row_scales: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """log p(x) = log N(z; 0, I) + Σ ℓ + `logabsdet` in nats, (B,), with z and Σ ℓ of `coupling_flow`.
 
@@ -149,9 +162,9 @@ def coupling_flow_log_prob(
     """
     options = _options(
         coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
-        False, reversible, True, False, row_scales=row_scales,
+        False, reversible, True, False, row_scales=row_scales, dropout=dropout,
     )  # fmt: skip
-    return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options))[-1]
+    return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options, _seed(seed) if dropout else None))[-1]
 
 
 def plu_flow_log_prob(
@@ -170,6 +183,8 @@ def plu_flow_log_prob(
     add_first: bool = False,
     spline: Spline | None = None,
     reversible: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """`coupling_flow_log_prob` with the affine maps that `plu_assemble` makes of `plu`, its arguments for all K layers.
 
@@ -179,9 +194,9 @@ def plu_flow_log_prob(
     plu_layers.check(plu)
     options = _options(
         coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
-        False, reversible, True, True,
+        False, reversible, True, True, dropout=dropout,
     )  # fmt: skip
-    call = Call(x, context, plu, weights, biases, options)
+    call = Call(x, context, plu, weights, biases, options, _seed(seed) if dropout else None)
     try:
         call = _checked(call)
     except AttributeError:
@@ -214,12 +229,13 @@ def _options(
     plu: bool,
     members: int = 1,
     row_scales: bool = False,
+    dropout: float = 0.0,
 ) -> CallOptions:
     if spline is not None and type(spline) is not Spline:
         check_spline(spline)
     given = (
         coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
-        inverse, reversible, density, plu, members, row_scales,
+        inverse, reversible, density, plu, members, row_scales, dropout,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
     if not compiling and (known := _known.get(given)):
@@ -232,14 +248,21 @@ def _options(
     check_integer("members", members, 1)
     if type(row_scales) is not bool:
         raise TypeError(f"row_scales must be True or False; got {row_scales!r}")
+    check_dropout(dropout)
     constant = prepared_constant(log_scale, log_scale_constant)
-    options = CallOptions(*given[:-2], constant, members=members, row_scales=row_scales)
+    options = CallOptions(*given[:-3], constant, members=members, row_scales=row_scales, dropout=float(dropout))
     options = options._replace(activation_constant=constant_of_activation(activation, activation_constant))
     if coupling == "spline":
         options = options._replace(spline=spline or Spline())
     if not compiling:
         _known[given] = options
     return options
+
+
+def _seed(seed: Tensor | None) -> Tensor | None:
+    """The seed of a call with dropout, once it is known to be one."""
+    check_seed(seed)
+    return seed
 
 
 def _run(call: Call) -> tuple[Tensor, ...]:
@@ -267,7 +290,7 @@ def _by(kernels: Any, call: Call) -> tuple[Tensor, ...]:
 
 def _check_tensors(call: Call) -> None:
     """Raise TypeError where an argument is no tensor."""
-    x, context, maps, weights, biases, options = call
+    x, context, maps, weights, biases, options, _ = call
     check_tensors(**{"z" if options.inverse else "x": x}, context=context)
     check_tensors(**{name: t for name, t in maps._asdict().items() if t is not None})
     check_tensors(
@@ -281,7 +304,7 @@ def _checked(call: Call) -> Call:
     PLU factors fit each other already. Tensors are compared in place, and functions called for errors alone: a call for each
     tensor takes longer than the kernels of a small flow.
     """
-    x, context, maps, weights, biases, options = call
+    x, context, maps, weights, biases, options, seed = call
     if isinstance(maps, Plu):
         like = maps.lower
         if maps.permutation.ndim != 2:
@@ -339,4 +362,8 @@ def _checked(call: Call) -> Call:
         if weight.dtype != dtype or bias.dtype != dtype or weight.device != device or bias.device != device:
             check_alike([("a weight", weight), ("a bias", bias)], x)
         n_in = width
+    if seed is not None and seed.device != device:
+        if seed.device.type != "cpu":
+            raise ValueError(f"seed must be on {device}, as the flow is, or on the processor; it is on {seed.device}")
+        call = call._replace(seed=seed.to(device))
     return call if x is call.x else call._replace(x=x)

@@ -58,11 +58,11 @@ def run(kernels: FlowKernels, call: Call) -> tuple[Tensor, ...]:
 
 def contiguous(call: Call) -> list[Tensor | None]:
     """The call's tensors, contiguous and, but for a permutation, of x's dtype: autocast makes computed offsets bfloat16."""
-    x, context, maps, weights, biases, _ = call
-    dtype = x.dtype
+    x, context, maps, weights, biases, _, seed = call
+    dtype, last = x.dtype, () if seed is None else (seed,)
     return [
         t if t is None or (t.dtype == dtype and t.is_contiguous()) else _converted(t, dtype)
-        for t in (x, context, *maps, *weights, *biases)
+        for t in (x, context, *maps, *weights, *biases, *last)
     ]
 
 
@@ -74,8 +74,11 @@ def call_of(options: CallOptions, tensors: Sequence[Any]) -> Call:
     """The call of tensors that come as `contiguous` lists them."""
     kind: type[Maps] | type[Plu] = Plu if options.plu else Maps
     start = 2 + len(kind._fields)
+    seed = None
+    if options.dropout:
+        *tensors, seed = tensors
     half = (start + len(tensors)) // 2
-    return Call(tensors[0], tensors[1], kind(*tensors[2:start]), tensors[start:half], tensors[half:], options)
+    return Call(tensors[0], tensors[1], kind(*tensors[2:start]), tensors[start:half], tensors[half:], options, seed)
 
 
 class _CouplingFlow(torch.autograd.Function):
@@ -136,7 +139,8 @@ class _CouplingFlow(torch.autograd.Function):
             grad_maps[:2], found = found[:2], found[2:]
         if not isinstance(given, Plu) and not needs[2]:
             grad_maps[0] = None
-        return None, None, grad_x, grad_context if needs[1] else None, *grad_maps, *found
+        last = [None] * (call.seed is not None)
+        return None, None, grad_x, grad_context if needs[1] else None, *grad_maps, *found, *last
 
 
 def _inverse(matrix: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def adapt(call: Call) -> Call:
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output, logdet, which is the density if options.density, and with `keep` what the backward starts from."""
-    x, context, (matrix, offset, logabsdet), weights, biases, options = call
+    x, context, (matrix, offset, logabsdet), weights, biases, options, seed = call
     save, record = NOTHING, 0
     if keep:
         save, record = RECORDS, record_width(call)
@@ -58,7 +58,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
             save, record = INPUTS, x.shape[1]
     out, logdet, saved = operations.cpu_coupling_flow.default(
         x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record, options.members,
-        options.row_scales,
+        options.row_scales, options.dropout, seed,
     )  # fmt: skip
     if logabsdet is not None:
         logdet = logdet + (logabsdet.sum() if logabsdet.ndim else logabsdet)
@@ -91,11 +91,11 @@ def backward(
     parameters: bool, of_context: bool, of_matrix: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that `FlowKernels.backward` lists; ∂context is made even if not `of_context`."""
-    x, context, (matrix, offset, _), weights, biases, options = call
+    x, context, (matrix, offset, _), weights, biases, options, seed = call
     save = NOTHING if unmatrix is not None else INPUTS if saved.shape[-1] == x.shape[1] else RECORDS
     found = operations.cpu_coupling_flow_backward.default(
         grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *_numbers(options), save,
-        parameters, options.members, of_matrix, options.row_scales,
+        parameters, options.members, of_matrix, options.row_scales, options.dropout, seed,
     )  # fmt: skip
     if parameters and options.density:
         return [*found[:4], grad_logdet.sum().expand(len(matrix)).contiguous(), *found[4:]]
@@ -104,7 +104,7 @@ def backward(
 
 def record_width(call: Call) -> int:
     """Numbers that RECORDS keeps of a row and step: as csrc/cpu/record.h lays them out, which checks it."""
-    x, context, _, weights, _, options = call
+    x, context, _, weights, _, options, _ = call
     line = 64 // x.itemsize
     networks = COUPLINGS[options.coupling].networks
     argument = options.activation in NEED_INPUT  # which is kept besides the value
@@ -145,7 +145,7 @@ if not CPP.missing:
         x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
         coupling: int, network: int, activation: int, activation_constant: float, log_scale: int, constant: float,
         add_first: bool, spline: list[float], inverse: bool, density: bool, save: int, record: int, members: int = 1,
-        row_scales: bool = False,
+        row_scales: bool = False, dropout: float = 0.0, seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_fake(x)
         saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix) // members, x.shape[0], record)
@@ -158,6 +158,7 @@ if not CPP.missing:
         coupling: int, network: int, activation: int, activation_constant: float, log_scale: int, constant: float,
         add_first: bool, spline: list[float], inverse: bool, save: int, parameters: bool, members: int = 1,
         of_matrix: bool = True, row_scales: bool = False,
+        dropout: float = 0.0, seed: Tensor | None = None,
     ) -> list[Tensor]:  # fmt: skip
         grads = [torch.empty_like(out), out.new_empty(0) if context is None else torch.empty_like(context)]
         if not parameters:

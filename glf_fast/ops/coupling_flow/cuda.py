@@ -45,9 +45,11 @@ operations = torch.ops.glf_fast
 
 def refuses(call: Call) -> str:
     """Why these kernels cannot take the call, or why Triton's are faster; "" where they are chosen."""
-    x, context, _, weights, biases, options = call
+    x, context, _, weights, biases, options, _ = call
     if why := networks.refuses(options, networks.KINDS):
         return why
+    if options.dropout:
+        return "dropout"
     if options.activation not in small.ACTIVATIONS or options.log_scale not in small.LOG_SCALES:
         return "csrc/cuda has no such activation or log-scale"
     if options.activation_constant != constant_of_activation(options.activation, None):
@@ -125,7 +127,7 @@ def _precisions(asked: str) -> tuple[int, int]:
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output, logdet, which is the density if options.density, and with `keep` the workspace of the backward."""
-    x, context, (matrix, offset, logabsdet), weights, biases, options = call
+    x, context, (matrix, offset, logabsdet), weights, biases, options, _ = call
     return operations.cuda_coupling_flow.default(
         x, matrix, offset, logabsdet, weights, biases, context, *_values(options), keep
     )
@@ -140,7 +142,7 @@ def backward(
     Of a density from its output `state`, else from `grad_out`; `state` then only has the output's shape.
     """
     assert unmatrix is None
-    _, context, (matrix, offset, _), weights, biases, options = call
+    _, context, (matrix, offset, _), weights, biases, options, _ = call
     return operations.cuda_coupling_flow_backward.default(
         grad_out, grad_logdet, state, saved, matrix, offset, weights, biases, context, *_values(options), parameters,
         of_context,

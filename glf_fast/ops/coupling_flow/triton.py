@@ -49,6 +49,8 @@ def refuses(call: Call) -> str:
     """Why these kernels cannot take the call; "" where they can. Wider flows go layer by layer."""
     if why := networks.refuses(call.options, (*networks.KINDS, "spline")):
         return why
+    if call.options.dropout:
+        return "dropout"
     hidden, dim = hidden_widths(call), call.x.shape[1]
     if call.options.spline is not None:
         return _refuses_splines(dim, hidden, len(call.x), call.options.spline)
@@ -79,7 +81,7 @@ def adapt(call: Call) -> Call:
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output, logdet, which is the density if options.density, and with `keep` the steps' inputs (K, B, D)."""
-    x, context, (matrix, offset, logabsdet), weights, biases, options = call
+    x, context, (matrix, offset, logabsdet), weights, biases, options, _ = call
     return operations.triton_coupling_flow.default(
         x, matrix, offset, logabsdet, weights, biases, context, *_values(options), keep
     )
@@ -90,7 +92,7 @@ def backward(
     parameters: bool, of_context: bool, of_matrix: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that `FlowKernels.backward` lists; ∂context is empty unless `of_context`; ∂matrix is made in any case."""
-    _, context, (matrix, offset, _), weights, biases, options = call
+    _, context, (matrix, offset, _), weights, biases, options, _ = call
     return operations.triton_coupling_flow_backward.default(
         state if grad_out is None else grad_out, grad_logdet, saved if unmatrix is None else state, matrix, unmatrix,
         offset, weights, biases, context, *_values(options), parameters, of_context,
