@@ -234,8 +234,11 @@ def _options(
     if type(row_scales) is not bool:
         raise TypeError(f"row_scales must be True or False; got {row_scales!r}")
     constant = prepared_constant(log_scale, log_scale_constant)
-    options = CallOptions(*given[:-2], constant, members=members, row_scales=row_scales)
-    options = options._replace(activation_constant=constant_of_activation(activation, activation_constant))
+    number = constant_of_activation(activation, activation_constant)
+    options = CallOptions(
+        coupling, network, activation, number, log_scale, log_scale_constant, add_first, spline, inverse, reversible,
+        density, plu, constant, members=members, row_scales=row_scales,
+    )  # fmt: skip
     if coupling == "spline":
         options = options._replace(spline=spline or Spline())
     if not compiling:
