@@ -485,7 +485,7 @@ def _call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Name
     name = _FUNCTIONS.get(function)
     if name is None:
         raise Unfusable(f"the activation {getattr(function, '__name__', function)!r} is not covered")
-    return _with_constants(name, dict(zip((*_CONSTANTS.get(name, ()), "inplace"), args, strict=False)) | kwargs)
+    return _with_constants(name, dict(zip((*_CONSTANTS.get(name, ()), "inplace"), args, strict=False)) | dict(kwargs))
 
 
 def named_activation(activation: Any) -> NamedActivation:

@@ -151,7 +151,7 @@ def test_opcheck() -> None:
     library, checks = torch.ops.glf_fast, ("test_schema", "test_faketensor")
     values, seen = tensors(1, 1, 1, 1, (1,))
     x, A, c, context, *layers = [t.detach().float() for t in values]
-    network = (layers[:2], layers[2:], seen, context, "relu", "tanh", 2.0, [], False, False, False, "")
+    network = (layers[:2], layers[2:], seen, context, "relu", 0.0, "tanh", 2.0, [], False, False, False, "")
     torch.library.opcheck(library.triton_autoregressive_flow.default, (x, A, c, *network, True), test_utils=checks)
     out, logdet, saved = library.triton_autoregressive_flow(x, A, c, *network, True)
     torch.library.opcheck(

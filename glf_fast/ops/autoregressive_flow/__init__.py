@@ -180,8 +180,11 @@ def _options(
         check_spline(spline)
         if transform != "spline":
             raise ValueError(f'spline is for transform="spline"; got {spline!r} with transform={transform!r}')
-    options = CallOptions(*given, prepared_constant(log_scale, log_scale_constant))
-    options = options._replace(activation_constant=constant_of_activation(activation, activation_constant))
+    number = constant_of_activation(activation, activation_constant)
+    options = CallOptions(
+        transform, network, activation, number, log_scale, log_scale_constant, spline, context_layer, inverse, density,
+        prepared_constant(log_scale, log_scale_constant),
+    )  # fmt: skip
     if transform == "spline":
         options = options._replace(spline=spline or Spline())
     if not compiling:

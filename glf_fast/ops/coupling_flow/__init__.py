@@ -250,8 +250,11 @@ def _options(
         raise TypeError(f"row_scales must be True or False; got {row_scales!r}")
     check_dropout(dropout)
     constant = prepared_constant(log_scale, log_scale_constant)
-    options = CallOptions(*given[:-3], constant, members=members, row_scales=row_scales, dropout=float(dropout))
-    options = options._replace(activation_constant=constant_of_activation(activation, activation_constant))
+    number = constant_of_activation(activation, activation_constant)
+    options = CallOptions(
+        coupling, network, activation, number, log_scale, log_scale_constant, add_first, spline, inverse, reversible,
+        density, plu, constant, members=members, row_scales=row_scales, dropout=float(dropout),
+    )  # fmt: skip
     if coupling == "spline":
         options = options._replace(spline=spline or Spline())
     if not compiling:
