@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Unfusable, trained_together
+from glf_fast.conversion.batch_norm import Norm, batch_norm_step, check_once, without_norms
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Unfusable
 from glf_fast.conversion.library import overridden
 from glf_fast.conversion.reading import parameters_of
 
@@ -51,15 +52,6 @@ class Times:
     """A step of a network that multiplies by a fixed number."""
 
     factor: float
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A step of a network: batch norm in eval mode, x·gain + shift of its units, with the `parameters` that it has."""
-
-    gain: Tensor
-    shift: Tensor
-    parameters: tuple[Tensor, ...]
 
 
 # A step of a network: a linear layer (weight (out, in), bias or None), an activation by name, an inactive dropout, p, `Times`
@@ -101,7 +93,7 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
     Raises Unfusable, with the reason, as `read_mlp`.
     """
     read = list(network_steps(network))
-    steps = _without_norms(type(network).__name__, read)
+    steps = without_norms(type(network).__name__, read)
     last = max((i for i, step in enumerate(steps) if isinstance(step, tuple)), default=len(steps) - 1)
     tail = [step for step in steps[last + 1 :] if not isinstance(step, float)]
     steps = [step for i, step in enumerate(steps) if i <= last or isinstance(step, float)]
@@ -123,28 +115,6 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
     return (mlp if factor == 1 else scale_outputs(mlp, factor)), bound
 
 
-def _without_norms(name: str, steps: Sequence[Step]) -> list[Step]:
-    """The steps with batch norms as factors and shifts of the linear layers before them; raises Unfusable."""
-    if not any(isinstance(step, Norm) for step in steps):
-        return list(steps)
-    _check_once(
-        name, [step if isinstance(step, tuple) else step.parameters for step in steps if isinstance(step, tuple | Norm)]
-    )
-    folded: list[Step] = []
-    for step in steps:
-        if not isinstance(step, Norm):
-            folded.append(step)
-            continue
-        at = max((i for i, before in enumerate(folded) if not isinstance(before, float)), default=-1)
-        linear = folded[at] if folded else None
-        if not isinstance(linear, tuple):
-            raise Unfusable(f"{name} has batch norm that follows no linear layer")
-        W, b = linear
-        trained_together(*(p for p in (W, b, *step.parameters) if p is not None))
-        folded[at] = (W * step.gain.unsqueeze(-1), step.shift if b is None else b * step.gain + step.shift)
-    return folded
-
-
 def _mlp(name: str, steps: Sequence[Step]) -> Conditioner:
     """The MLP of these steps; raises Unfusable."""
     dropouts = [step for step in steps if isinstance(step, float)]
@@ -164,7 +134,7 @@ def _mlp(name: str, steps: Sequence[Step]) -> Conditioner:
 
 def assemble(name: str, linears: Sequence[Linear], activation: str, dropout: float, blocks: int = 0) -> Conditioner:
     """The conditioner of these linear layers; raises Unfusable where the network, of that name, uses one twice."""
-    _check_once(name, linears)
+    check_once(name, linears)
     biases = [W.new_zeros(len(W)) if b is None else b for W, b in linears]
     return Conditioner(
         weights=[W.T for W, _ in linears],
@@ -176,13 +146,6 @@ def assemble(name: str, linears: Sequence[Linear], activation: str, dropout: flo
         dropout=dropout,
         blocks=blocks,
     )
-
-
-def _check_once(name: str, layers: Iterable[Iterable[Tensor | None]]) -> None:
-    """Raise Unfusable where two layers have a parameter in common."""
-    parameters = [id(t) for layer in layers for t in layer if t is not None]
-    if len(set(parameters)) < len(parameters):
-        raise Unfusable(f"{name} uses a linear layer more than once: its copies would not stay equal in training")
 
 
 def role_of(parameter: Tensor | None, shape: Tensor) -> Tensor:
@@ -335,7 +298,7 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
     elif type(module) is nn.Linear:
         yield from linear_step(module)
     elif type(module) is nn.BatchNorm1d:
-        yield _batch_norm(module)
+        yield batch_norm_step(module)
     elif (steps := _known(module)) is not None:
         yield from steps(module)
     elif type(module).forward is nn.Sequential.forward:
@@ -361,17 +324,6 @@ def _activation(module: nn.Module) -> str | None:
         raise Unfusable(f"ELU with alpha {module.alpha:g}; 1 is covered")
     names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu", nn.Tanh: "tanh", nn.ELU: "elu", nn.SELU: "selu"}
     return names.get(kind)
-
-
-def _batch_norm(module: nn.BatchNorm1d) -> Norm:
-    """The step of a batch norm in eval mode; raises Unfusable where it takes the statistics of each batch."""
-    if module.training or module.running_mean is None or module.running_var is None:
-        raise Unfusable("batch norm takes the statistics of each batch; in eval mode, with running ones, it is fused")
-    gain = (module.running_var + module.eps).rsqrt()
-    if not module.affine:
-        return Norm(gain, -module.running_mean * gain, ())
-    gain = module.weight * gain
-    return Norm(gain, module.bias - module.running_mean * gain, (module.weight, module.bias))
 
 
 def activation_name(activation: Any) -> str:
