@@ -152,9 +152,8 @@ def _mnist_cinn(sizes: Sizes) -> nn.Module:
     options = {"subnet_constructor": networks(sizes(512)), "clamp": 1.0}
     blocks = [(fm.Flatten, {}), *_alternating(sizes.steps(20), fm.GLOWCouplingBlock, options, first=True)]
     flow = _graph([1, 28, 28], blocks, 10, fm.GLOWCouplingBlock)
-    for parameter in (
-        flow.parameters()
-    ):  # as the project starts them; with PyTorch's start log p is −10¹², and float32 has no digit of it
+    # As the project starts them: with PyTorch's start log p is −10¹², and float32 has no digit of it.
+    for parameter in flow.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.01)
     return flow

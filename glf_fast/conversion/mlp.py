@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable, trained_together
+from glf_fast.conversion.batch_norm import Norm, batch_norm_step, check_once, without_norms
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable
 from glf_fast.conversion.library import overridden
 from glf_fast.conversion.reading import parameters_of
 from glf_fast.reference import ACTIVATION_FUNCTIONS
@@ -67,16 +68,7 @@ class Dropped:
     active: bool
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A step of a network: batch norm in eval mode, x·gain + shift of its units, with the `parameters` that it has."""
-
-    gain: Tensor
-    shift: Tensor
-    parameters: tuple[Tensor, ...]
-
-
-# A step of a network: a linear layer (weight (out, in), bias or None), an activation, an inactive dropout, p, `Times` or `Norm`.
+# A step of a network: a linear layer (weight (out, in), bias or None), an activation, `Dropped`, `Times` or `Norm`.
 Linear = tuple[Tensor, Tensor | None]
 Step = Linear | NamedActivation | float | Times | Norm
 
@@ -132,7 +124,7 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
     Raises Unfusable, with the reason, as `read_mlp`.
     """
     read = list(network_steps(network))
-    steps = _without_norms(type(network).__name__, read)
+    steps = without_norms(type(network).__name__, read)
     last = max((i for i, step in enumerate(steps) if isinstance(step, tuple)), default=len(steps) - 1)
     tail = [step for step in steps[last + 1 :] if not isinstance(step, Dropped)]
     steps = [step for i, step in enumerate(steps) if i <= last or isinstance(step, Dropped)]
@@ -154,28 +146,6 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
     if not (math.isfinite(factor) and factor) or (bound is not None and bound <= 0):
         raise Unfusable(f"{type(network).__name__} multiplies its outputs by {factor:g}")
     return (mlp if factor == 1 else scale_outputs(mlp, factor)), bound
-
-
-def _without_norms(name: str, steps: Sequence[Step]) -> list[Step]:
-    """The steps with batch norms as factors and shifts of the linear layers before them; raises Unfusable."""
-    if not any(isinstance(step, Norm) for step in steps):
-        return list(steps)
-    _check_once(
-        name, [step if isinstance(step, tuple) else step.parameters for step in steps if isinstance(step, tuple | Norm)]
-    )
-    folded: list[Step] = []
-    for step in steps:
-        if not isinstance(step, Norm):
-            folded.append(step)
-            continue
-        at = max((i for i, before in enumerate(folded) if not isinstance(before, Dropped)), default=-1)
-        linear = folded[at] if folded else None
-        if not isinstance(linear, tuple):
-            raise Unfusable(f"{name} has batch norm that follows no linear layer")
-        W, b = linear
-        trained_together(*(p for p in (W, b, *step.parameters) if p is not None))
-        folded[at] = (W * step.gain.unsqueeze(-1), step.shift if b is None else b * step.gain + step.shift)
-    return folded
 
 
 def _mlp(name: str, steps: Sequence[Step], training: bool) -> Conditioner:
@@ -240,7 +210,7 @@ def assemble(
     Args:
         dropouts: as `dropouts_of` gives them.
     """
-    _check_once(name, linears)
+    check_once(name, linears)
     biases = [W.new_zeros(len(W)) if b is None else b for W, b in linears]
     return Conditioner(
         weights=[W.T for W, _ in linears],
@@ -264,15 +234,6 @@ def one_activation(name: str, activations: Sequence[NamedActivation]) -> NamedAc
         shown = sorted(kind.name + (f" ({kind.constant:g})" if kind.constant is not None else "") for kind in kinds)
         raise Unfusable(f"{name} has different activations: {', '.join(shown)}")
     return next(iter(kinds), NamedActivation("relu"))
-
-
-def _check_once(name: str, layers: Iterable[Iterable[Tensor | None]]) -> None:
-    """Raise Unfusable where two layers have a parameter in common."""
-    parameters = [id(t) for layer in layers for t in layer if t is not None]
-    if len(set(parameters)) < len(parameters):
-        raise Unfusable(f"{name} uses a linear layer more than once: its copies would not stay equal in training")
-
-
 def role_of(parameter: Tensor | None, shape: Tensor) -> Tensor:
     """The role of a parameter's entries, as a tensor of `shape`'s shape."""
     role = FIXED if parameter is None else TRAINED if parameter.requires_grad else FROZEN
@@ -429,7 +390,7 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
     elif type(module) is nn.Linear:
         yield from linear_step(module)
     elif type(module) is nn.BatchNorm1d:
-        yield _batch_norm(module)
+        yield batch_norm_step(module)
     elif (steps := _known(module)) is not None:
         yield from steps(module)
     elif type(module).forward is nn.Sequential.forward:
@@ -440,17 +401,6 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
         raise Unfusable(f"{module} is neither a linear layer nor one of the activations that are covered")
     else:
         yield from _traced_steps(module)
-
-
-def _batch_norm(module: nn.BatchNorm1d) -> Norm:
-    """The step of a batch norm in eval mode; raises Unfusable where it takes the statistics of each batch."""
-    if module.training or module.running_mean is None or module.running_var is None:
-        raise Unfusable("batch norm takes the statistics of each batch; in eval mode, with running ones, it is fused")
-    gain = (module.running_var + module.eps).rsqrt()
-    if not module.affine:
-        return Norm(gain, -module.running_mean * gain, ())
-    gain = module.weight * gain
-    return Norm(gain, module.bias - module.running_mean * gain, (module.weight, module.bias))
 
 
 def _activation(module: nn.Module) -> NamedActivation | None:

@@ -31,7 +31,8 @@ _WIDE_SPLINES, _WIDE = 1 << 18, 1 << 19
 
 # Columns from which the processor's kernels gather what a permutation moves (csrc/cpu/permutations.h), and the cost of each: an
 # estimate, of a nanosecond for a number, in which a core has 30 multiply-adds. A step of conditional_INNs' flow for MNIST, 20
-# permutations and couplings of 784 columns, which such costs let through, is some 3 times as fast fused (a busy Zen 3).
+# permutations and couplings of 784 columns, which such costs let through, is some 1.7 times as fast fused (a busy Zen 3).
+# Padded couplings are counted as they were measured: 1 of 512 columns with 64 units, fused, is half as fast for its padding.
 _GATHERED, _GATHER = 32, 30
 
 
@@ -121,5 +122,6 @@ def _cost(couplings: Sequence[Coupling], permuted: bool) -> int:
     else:
         widths = [dim - dim // 2 + context, *hidden, outputs]
         network = (2 if kind == "separate" else 1) * sum(a * b for a, b in itertools.pairwise(widths))
-    affine = _GATHER * dim if permuted and dim >= _GATHERED else dim**2
+    gathered = permuted and dim == width(couplings[0]) and dim >= _GATHERED
+    affine = _GATHER * dim if gathered else dim**2
     return len(couplings) * (affine + network)
