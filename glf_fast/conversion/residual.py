@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from glf_fast.conversion.dropout import dropouts_of
 from glf_fast.conversion.layers import Conditioner, Unfusable
 from glf_fast.conversion.mlp import (
     activation_name,
     assemble,
     check_class,
     check_hooks,
-    dropouts_of,
     is_class,
     network_steps,
     read_mlp,
