@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from glf_fast.conversion.batch_norm import Norm, batch_norm_step, check_once, without_norms
+from glf_fast.conversion.dropout import Dropped, behind_activation, dropouts_of, functional_dropout, lost
 from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable
 from glf_fast.conversion.library import overridden
 from glf_fast.conversion.reading import parameters_of
@@ -28,16 +29,13 @@ from glf_fast.reference import ACTIVATION_FUNCTIONS
 
 __all__ = [
     "KNOWN",
-    "Dropped",
     "Step",
     "Times",
     "assemble",
     "check_class",
     "check_hooks",
-    "dropouts_of",
     "is_class",
     "linear_step",
-    "lost",
     "named_activation",
     "network_steps",
     "one_activation",
@@ -58,14 +56,6 @@ class Times:
     """A step of a network that multiplies by a fixed number."""
 
     factor: float
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A step of a network that drops numbers with probability p > 0 in training mode, which it is in or not."""
-
-    p: float
-    active: bool
 
 
 # A step of a network: a linear layer (weight (out, in), bias or None), an activation, `Dropped`, `Times` or `Norm`.
@@ -166,40 +156,8 @@ def _mlp(name: str, steps: Sequence[Step], training: bool) -> Conditioner:
             between.append([])
         else:
             between[-1].append(step)
-    hidden = [_behind_activation(group) for group in between[1:-1]]
+    hidden = [behind_activation(group) for group in between[1:-1]]
     return assemble(name, linears, activation, dropouts_of(hidden, steps, training))
-
-
-def _behind_activation(steps: Sequence[Step]) -> list[Dropped]:
-    """The dropouts among the steps behind a linear layer that do what they would do behind its activation."""
-    # For these a(x·m/(1 − p)) = a(x)·m/(1 − p).
-    homogeneous = any(isinstance(step, NamedActivation) and step.name in ("relu", "leaky_relu") for step in steps)
-    return [step for i, step in enumerate(steps) if isinstance(step, Dropped) and (i > 0 or homogeneous)]
-
-
-def dropouts_of(hidden: Sequence[Sequence[Step]], steps: Iterable[Step], training: bool) -> dict[str, Any]:
-    """How a `Conditioner` has the dropouts of a network: its `dropout` and `active`, or else what is `lost`.
-
-    Args:
-        hidden: the dropouts of each hidden layer.
-        steps: all steps of the network.
-        training: its mode.
-
-    Raises Unfusable where a dropout is active that the fused network will not have.
-    """
-    every = [step for step in steps if isinstance(step, Dropped)]
-    alike = len(set(every)) == 1 and len(every) == len(hidden) and all(len(layer) == 1 for layer in hidden)
-    if alike and every[0].p < 1 and every[0].active == training:
-        return {"dropout": every[0].p, "active": training}
-    return {"lost": lost(every)}
-
-
-def lost(steps: Iterable[Step]) -> float:
-    """The largest p of dropouts that the fused network will not have, or 0; raises Unfusable where one of them is active."""
-    dropouts = [step for step in steps if isinstance(step, Dropped)]
-    if active := [step.p for step in dropouts if step.active]:
-        raise Unfusable(f"dropout (p = {active[0]:g}) is active; convert the flow in eval mode")
-    return max((step.p for step in dropouts), default=0.0)
 
 
 def assemble(
@@ -234,6 +192,8 @@ def one_activation(name: str, activations: Sequence[NamedActivation]) -> NamedAc
         shown = sorted(kind.name + (f" ({kind.constant:g})" if kind.constant is not None else "") for kind in kinds)
         raise Unfusable(f"{name} has different activations: {', '.join(shown)}")
     return next(iter(kinds), NamedActivation("relu"))
+
+
 def role_of(parameter: Tensor | None, shape: Tensor) -> Tensor:
     """The role of a parameter's entries, as a tensor of `shape`'s shape."""
     role = FIXED if parameter is None else TRAINED if parameter.requires_grad else FROZEN
@@ -471,7 +431,7 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
                 raise Unfusable(f"{name} has more than one output")
             return
         if node.op == "call_function" and node.target is F.dropout:
-            yield from _functional_dropout(node, other)
+            yield from functional_dropout(node, other)
             continue
         if _keeps_rows(node, last):
             continue
@@ -573,24 +533,6 @@ def _in_other_mode(module: nn.Module) -> fx.Graph | None:
 
 def _operations(graph: fx.Graph | None) -> list[str] | None:
     return None if graph is None else [f"{node.op} {node.target} {node.args[1:]}" for node in graph.nodes]
-
-
-def _functional_dropout(node: fx.Node, other: fx.Graph | None) -> Iterator[Step]:
-    """The step of a call of `F.dropout`, given the graph in the other mode, of the same nodes; none where it never drops.
-
-    Raises Unfusable for one that always does.
-    """
-    calls = [node, *(call for call in (other.nodes if other else ()) if call.name == node.name)]
-    p, modes = 0.0, []
-    for call in calls:
-        given = inspect.signature(F.dropout).bind(*call.args, **call.kwargs)
-        given.apply_defaults()
-        p = float(given.arguments["p"])
-        modes.append(bool(given.arguments["training"]))
-    if p and all(modes):
-        raise Unfusable(f"its dropout (p = {p:g}) is active in every mode")
-    if p and any(modes):
-        yield Dropped(p, modes[0])
 
 
 def _concatenated(inputs: list[fx.Node]) -> fx.Node | None:

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from glf_fast.conversion.dropout import dropouts_of
 from glf_fast.conversion.layers import Conditioner, Unfusable
 from glf_fast.conversion.mlp import (
     assemble,
     check_class,
     check_hooks,
-    dropouts_of,
     is_class,
     named_activation,
     network_steps,

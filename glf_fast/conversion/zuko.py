@@ -15,6 +15,7 @@ from glf_fast.conversion import mlp
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, MaskedLinear, masked_linear
 from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
+from glf_fast.conversion.dropout import Dropped, lost
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import (
     Bijection,
@@ -141,7 +142,7 @@ def _elementwise(part: Part) -> list[Layer]:
     if kind.layout == "t":
         raise Unfusable("its transformation AdditiveTransform is covered in couplings alone")
     every = list(mlp.network_steps(transform.hyper))
-    steps = [step for step in every if not isinstance(step, mlp.Dropped)]
+    steps = [step for step in every if not isinstance(step, Dropped)]
     linears = [step for step in steps if isinstance(step, tuple)]
     activation = one_activation("its network", [step for step in steps if isinstance(step, NamedActivation)])
     if [type(step) for step in steps] != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
@@ -160,7 +161,7 @@ def _elementwise(part: Part) -> list[Layer]:
         log_scale=kind.log_scale,
         constant=kind.constant,
         spline=kind.spline,
-        lost=mlp.lost(every),
+        lost=lost(every),
         blind=True,
     )
     return [declared.read()]
