@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.dropout import dropouts_of
 from glf_fast.conversion.layers import Conditioner, Unfusable
 from glf_fast.conversion.mlp import (
@@ -13,9 +14,7 @@ from glf_fast.conversion.mlp import (
     check_class,
     check_hooks,
     is_class,
-    named_activation,
     network_steps,
-    one_activation,
     read_mlp,
 )
 
