@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
 from glf_fast.conversion.chains import Part
 from glf_fast.conversion.layers import Layer, Unfusable
-from glf_fast.conversion.mlp import check_class, is_class, named_activation, network_steps, one_activation
+from glf_fast.conversion.mlp import check_class, is_class, network_steps
 from glf_fast.reference import Spline, log_scale
 
 __all__ = ["affine_autoregressive", "spline_autoregressive"]

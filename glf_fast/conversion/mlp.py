@@ -10,20 +10,19 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from glf_fast.conversion.activations import activation_of_call, activation_of_module, one_activation
 from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable
 from glf_fast.conversion.library import overridden
 from glf_fast.conversion.reading import parameters_of
-from glf_fast.reference import ACTIVATION_FUNCTIONS
 
 __all__ = [
     "KNOWN",
@@ -34,9 +33,7 @@ __all__ = [
     "check_hooks",
     "is_class",
     "linear_step",
-    "named_activation",
     "network_steps",
-    "one_activation",
     "read_bounded_mlp",
     "read_mlp",
     "role_of",
@@ -60,30 +57,6 @@ class Times:
 Linear = tuple[Tensor, Tensor | None]
 Step = Linear | NamedActivation | float | Times
 
-_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-    nn.Tanh: "tanh",
-    nn.ELU: "elu",
-    nn.SELU: "selu",
-    nn.Hardswish: "hardswish",
-    nn.Softplus: "softplus",
-    nn.Mish: "mish",
-}
-_FUNCTIONS: dict[Callable[..., Any], str] = {
-    **{getattr(F, name): name for name in _MODULES.values()},
-    torch.relu: "relu",
-    torch.tanh: "tanh",
-}
-# What these modules and functions are given besides their input, in order, before `inplace`, which changes nothing.
-_CONSTANTS = {
-    "leaky_relu": ("negative_slope",),
-    "elu": ("alpha",),
-    "gelu": ("approximate",),
-    "softplus": ("beta", "threshold"),
-}
 TANH = NamedActivation("tanh")
 # Networks of libraries that torch.fx cannot follow: full name of the class → its steps. The libraries' files add to it.
 KNOWN: dict[str, Callable[[Any], Iterator[Step]]] = {}
@@ -167,18 +140,6 @@ def assemble(
         dropout=dropout,
         blocks=blocks,
     )
-
-
-def one_activation(name: str, activations: Sequence[NamedActivation]) -> NamedActivation:
-    """The activation that all of these are, of the network of that name; ReLU where there is none.
-
-    Raises Unfusable for several.
-    """
-    kinds = dict.fromkeys(activations)
-    if len(kinds) > 1:
-        shown = sorted(kind.name + (f" ({kind.constant:g})" if kind.constant is not None else "") for kind in kinds)
-        raise Unfusable(f"{name} has different activations: {', '.join(shown)}")
-    return next(iter(kinds), NamedActivation("relu"))
 
 
 def role_of(parameter: Tensor | None, shape: Tensor) -> Tensor:
@@ -320,7 +281,7 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
     check_hooks(module)
     if type(module) is nn.Identity:
         return
-    activation = _activation(module)
+    activation = activation_of_module(module)
     if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
         yield _dropout(module.p, module.training)
     elif activation is not None:
@@ -339,52 +300,6 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
         raise Unfusable(f"{module} is neither a linear layer nor one of the activations that are covered")
     else:
         yield from _traced_steps(module)
-
-
-def _activation(module: nn.Module) -> NamedActivation | None:
-    """The activation that a module is; None if it is not one. Raises Unfusable for one with constants that are not covered."""
-    name = _MODULES.get(type(module))
-    if name is None:
-        return None
-    return _with_constants(name, {key: getattr(module, key) for key in _CONSTANTS.get(name, ())})
-
-
-def _with_constants(name: str, given: Mapping[str, Any]) -> NamedActivation:
-    """The activation with the constants that PyTorch's has been given, by their names there; raises Unfusable."""
-    if given.get("approximate", "none") != "none":
-        raise Unfusable("GELU by tanh; the exact one is covered")
-    beta, threshold = given.get("beta", 1), given.get("threshold", 20)
-    if (beta, threshold) != (1, 20):
-        raise Unfusable(f"Softplus with beta {beta} and threshold {threshold}; 1 and 20 are covered")
-    f = ACTIVATION_FUNCTIONS[name]
-    constant = given.get("negative_slope", given.get("alpha", f.default))
-    if constant is None:
-        return NamedActivation(name)
-    if name == "leaky_relu" and constant == 0:
-        return NamedActivation("relu")
-    low, high = f.interval
-    if not isinstance(constant, int | float) or not low < constant < high:
-        raise Unfusable(f"{name} with {_CONSTANTS[name][0]} {constant}; finite numbers above {low:g} are covered")
-    return NamedActivation(name, float(constant))
-
-
-def _call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NamedActivation:
-    """The activation that a function is on its first argument, given these others; raises Unfusable."""
-    name = _FUNCTIONS.get(function)
-    if name is None:
-        raise Unfusable(f"the activation {getattr(function, '__name__', function)!r} is not covered")
-    return _with_constants(name, dict(zip((*_CONSTANTS.get(name, ()), "inplace"), args, strict=False)) | dict(kwargs))
-
-
-def named_activation(activation: Any) -> NamedActivation:
-    """The activation that a module or a function is; raises Unfusable."""
-    if isinstance(activation, nn.Module):
-        if (found := _activation(activation)) is None:
-            raise Unfusable(f"the activation {activation!r} is not covered")
-        return found
-    if isinstance(activation, partial) and not activation.args:
-        return _call(activation.func, (), activation.keywords)
-    return _call(activation, (), {})
 
 
 def _traced_steps(module: nn.Module) -> Iterator[Step]:
@@ -416,7 +331,7 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
             yield Times(factor)
             continue
         if node.op == "call_function" and node.args[:1] == (last,):
-            yield _call(node.target, node.args[1:], node.kwargs)
+            yield activation_of_call(node.target, node.args[1:], node.kwargs)
             continue
         covered = node.op == "call_module" or (node.op == "call_method" and node.target in _METHODS)
         if node.args != (last,) or node.kwargs or not covered:

@@ -6,15 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.layers import Conditioner, Unfusable
 from glf_fast.conversion.mlp import (
     assemble,
     check_class,
     check_hooks,
     is_class,
-    named_activation,
     network_steps,
-    one_activation,
     read_mlp,
 )
 

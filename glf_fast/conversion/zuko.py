@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from glf_fast.conversion import mlp
+from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, MaskedLinear, masked_linear
 from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
@@ -28,7 +29,7 @@ from glf_fast.conversion.layers import (
     trained_together,
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library, run_on_rows
-from glf_fast.conversion.mlp import check_class, named_activation, one_activation
+from glf_fast.conversion.mlp import check_class
 from glf_fast.flow import Flow
 from glf_fast.reference import Spline, log_scale
 

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable
 from glf_fast.conversion.mlp import (
-    named_activation,
-    one_activation,
     read_bounded_mlp,
     read_mlp,
     scale_outputs,
