@@ -183,7 +183,7 @@ def test_batch_norm_in_eval_mode_is_in_the_linear_layers(bias: bool, affine: boo
     x = torch.randn(7, 3, dtype=torch.float64)
     read = read_mlp(network)
     assert read.normalised and not read_mlp(sequential(nn.ReLU())).normalised
-    out = mlp(x, read.weights, read.biases, read.activation)
+    out = outputs(read, x)
     torch.testing.assert_close(out, network(x))
     parameters = list(network.parameters())
     wanted, got = (torch.autograd.grad(y.square().sum(), parameters) for y in (network(x), out))

@@ -45,7 +45,8 @@ def test_kernels_are_the_float64_reference(data) -> None:
     direction, reversible = draw(st.sampled_from(list(DIRECTIONS))), draw(st.booleans())
     if direction == "inverse":
         values[1] = torch.linalg.inv(values[1].detach()).requires_grad_()
-    dropout = draw(st.sampled_from([0.1, 0.5, 0.9]))
+    # 0.9 makes what is left ten times as large: splines so steep that inputs rebuilt from outputs have 6 digits less.
+    dropout = draw(st.sampled_from([0.1, 0.5] if reversible else [0.1, 0.5, 0.9]))
     seed = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1))])
     torch.set_num_threads(draw(st.sampled_from([1, 2])))
     limit = draw(st.sampled_from([0, cpp.RECORDS_LIMIT]))
@@ -201,7 +202,7 @@ def test_compiled_flows_read_the_seed_of_each_call() -> None:
         assert torch.equal(first, flow(torch.tensor(1))) and torch.equal(second, flow(torch.tensor(2)))
         assert not torch.equal(first, second)
         library = torch.ops.glf_fast
-        code = (0, 0, 0, 0, 2.0, False, [], False)
+        code = (0, 0, 0, 0.0, 0, 2.0, False, [], False)
         torch.library.opcheck(
             library.cpu_coupling_flow.default,
             (x, A, c, layers[:2], layers[2:], None, *code, False, 1, 5, 1, False, 0.4, SEED),
