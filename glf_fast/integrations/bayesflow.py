@@ -18,8 +18,8 @@ from glf_fast.ops.checks import check_integer
 
 __all__ = ["CouplingFlow"]
 
-# As bayesflow's CouplingFlow has it. Its activation, hard_silu, is made of straight lines and a parabola near silu.
-_LIKE_BAYESFLOW = {"log_scale": "bayesflow", "activation": "silu", "linear": "permutation"}
+# As bayesflow's CouplingFlow has it, where hardswish is called hard_silu.
+_LIKE_BAYESFLOW = {"log_scale": "bayesflow", "activation": "hardswish", "dropout": 0.05, "linear": "permutation"}
 
 
 @serializable("glf_fast.integrations.bayesflow")
@@ -28,8 +28,8 @@ class CouplingFlow(InferenceNetwork):
 
     It is what bayesflow's own `CouplingFlow` is by default, in kind and size: affine couplings with its scale that transform
     both halves of the parameters in turn, given the conditions, behind ActNorms, and a random permutation before each pair. All
-    of them run in one call. Other than there, each coupling of a pair has its ActNorm, which starts from the first batch, and
-    the hidden layers have silu in place of hard_silu, and no dropout.
+    of them run in one call. Networks have its activation and its dropout. Other than there, each coupling of a pair has its
+    ActNorm, which starts from the first batch.
 
     Args:
         depth: number of pairs of couplings; the flow has twice as many steps.
