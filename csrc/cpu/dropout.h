@@ -79,13 +79,16 @@ class Dropout {
         for (idx j = 0; j < cols; j += lanes<T>) store(g + m * g_m + j, load(g + m * g_m + j) * scale_);
       return;
     }
-    const bool argument = keeps_argument(a);
+    if (keeps_argument(a)) {
+      each_part(row, unit, rows, cols, [&](idx m, idx j, idx n, const T* factors) { multiply_by(factors, n, g + m * g_m + j); });
+      return activate_backward(a, flow_.activation_constant, rows, cols, kept, kept_m, g, g_m);
+    }
     const T undo = static_cast<T>(1 - flow_.dropout);
     each_part(row, unit, rows, cols, [&](idx m, idx j, idx n, const T* factors) {
       // Of a dropped unit a(x) is lost, but it has no gradient, either.
       alignas(64) T values[drawn];
       const T* from = kept + m * kept_m + j;
-      for (idx c = 0; c < n; c += lanes<T>) store(values + c, argument ? load(from + c) : load(from + c) * undo);
+      for (idx c = 0; c < n; c += lanes<T>) store(values + c, load(from + c) * undo);
       T* to = g + m * g_m + j;
       activate_backward(a, flow_.activation_constant, 1, n, values, drawn, to, g_m);
       multiply_by(factors, n, to);

@@ -102,16 +102,15 @@ inline f64 exp(f64 x) {
   return by_lane(x, [](double s) { return std::exp(s); });
 }
 
-// exp for −87 ≤ x ≤ 0, where it is a normal number, as a softmax has it. NaN becomes anything.
-inline f32 exp_of_normal(f32 x) {
-  const float shift = 12582912.0f;
+// 2ⁿ·exp for −87 ≤ x ≤ 0, where it is a normal number, as a softmax has it, and 0 ≤ n < 32. NaN becomes anything.
+inline f32 exp_of_normal(f32 x, int n) {
+  const float shift = 12582912.0f + n;
   const f32 shifted = x * 1.44269504f + shift;
-  const f32 n = shifted - shift;
-  const f32 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const f32 whole = shifted - shift;
+  const f32 r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
   const f32 p = r * r * polynomial(r, 0.5f, 0.16666573f, 0.041666862f, 0.0083637405f, 0.0013901471f) + r + 1.0f;
   return (f32)((i32)p + ((i32)shifted << 23));  // p lies between √½ and √2: its exponent has room
 }
-inline f64 exp_of_normal(f64 x) { return exp(x); }
 
 // For x ≥ 2⁻¹²⁶; NaN passes.
 inline f32 log(f32 x) {

@@ -90,8 +90,8 @@ struct FlowCall {
   float *out, *logdet;
   // What the backward needs of the forward, and the workspace from which the gradients of weights are made, laid out as
   // kernels/coupling_flow_backward.py has it: hidden and slopes (K, rows, stride) in the type of the MLP's operands, map_in
-  // and map_grad (K, rows, D); derivatives: a' of silu and gelu, as hidden, and where both ways are one launch in the place of
-  // slopes; record: v, u and t of each step in the order of the warps' registers.
+  // and map_grad (K, rows, D); derivatives: a' where it is no function of a, as hidden, and where both ways are one launch in
+  // the place of slopes; record: v, u and t of each step in the order of the warps' registers.
   int stride;
   float *map_in, *map_grad;
   void *hidden, *derivatives, *slopes;

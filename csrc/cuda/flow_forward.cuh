@@ -160,10 +160,10 @@ GLF_DEVICE void context_product(Rows<N>& sum, const FlowCall& f, const RowRange&
   }
 }
 
-// h = a(x). With `keep`, a'(x) of silu and gelu goes to the workspace.
+// h = a(x). With `keep`, a'(x) goes where it is no function of a(x), as of silu, to the workspace.
 template <bool keep, Precision p, int N, Activation kind>
 GLF_DEVICE void activate(Rows<N>& h, Rows<N>& x, Constant<kind>, const FlowCall& f, long long to, int live, int padded) {
-  if constexpr (keep && (kind == Activation::silu || kind == Activation::gelu)) {
+  if constexpr (keep && needs_argument(kind)) {
     each_pair(h, x, [](float& slope, float& from) { slope = slope_at<kind>(from); });
     store_layer<p>(h, f.derivatives, to, f.stride, live, padded);
   }

@@ -99,7 +99,7 @@ GLF_DEVICE float log_sigmoid(float x) {
 GLF_DEVICE float hypotenuse(float a) { return a > 1e9f ? a : square_root(1.0f + a * a); }
 // (e − 1)·e^arsinh u = (e − 1)(u + √(1 + u²)), without cancellation.
 GLF_DEVICE float bayesflow_term(float u) {
-  const float a = magnitude(u), r = a + hypotenuse(a);
+  const float a = magnitude(u) > 1e37f ? 1e37f : magnitude(u), r = a + hypotenuse(a);
   return 1.71828183f * (u < 0 ? 1.0f / r : r);
 }
 // The scale softplus(arsinh u + ln(e − 1)) = log(1 + q) of that term, by Kahan's log1p as above.
@@ -148,7 +148,7 @@ GLF_DEVICE float activated(float x) {
 }
 
 // Whether a'(x) is no function of a(x): the backward then needs it beside a(x).
-GLF_DEVICE bool needs_argument(Activation kind) {
+GLF_DEVICE constexpr bool needs_argument(Activation kind) {
   using A = Activation;
   return kind == A::silu || kind == A::gelu || kind == A::hardswish || kind == A::mish;
 }
@@ -178,7 +178,7 @@ GLF_DEVICE float times_slope(float gradient, float kept) {
   using A = Activation;
   if constexpr (kind == A::relu) return kept <= 0 ? 0.0f : gradient;
   if constexpr (kind == A::leaky_relu) return kept > 0 ? gradient : 0.01f * gradient;
-  if constexpr (kind == A::silu || kind == A::gelu || kind == A::hardswish || kind == A::mish) return gradient * kept;
+  if constexpr (needs_argument(kind)) return gradient * kept;
   if constexpr (kind == A::tanh) return gradient * (1.0f - kept * kept);
   if constexpr (kind == A::elu) return kept > 0 ? gradient : gradient * (kept + 1.0f);
   if constexpr (kind == A::selu) return gradient * (kept > 0 ? selu_scale : kept + selu_below);

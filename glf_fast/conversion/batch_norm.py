@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from glf_fast.conversion.dropout import Dropped
 from glf_fast.conversion.layers import Unfusable, trained_together
 
 __all__ = ["Norm", "batch_norm_step", "check_once", "without_norms"]
@@ -46,13 +45,12 @@ def without_norms(name: str, steps: Sequence[Any]) -> list[Any]:
         if not isinstance(step, Norm):
             folded.append(step)
             continue
-        at = max((i for i, before in enumerate(folded) if not isinstance(before, Dropped)), default=-1)
-        linear = folded[at] if folded else None
+        linear = folded[-1] if folded else None  # dropout before the norm would not drop the same behind it
         if not isinstance(linear, tuple):
             raise Unfusable(f"{name} has batch norm that follows no linear layer")
         W, b = linear
         trained_together(*(p for p in (W, b, *step.parameters) if p is not None))
-        folded[at] = (W * step.gain.unsqueeze(-1), step.shift if b is None else b * step.gain + step.shift)
+        folded[-1] = (W * step.gain.unsqueeze(-1), step.shift if b is None else b * step.gain + step.shift)
     return folded
 
 

@@ -25,8 +25,10 @@ _LAYER, _COLUMN, _UNIT = 10_000, 200, 150
 # Elements of a weight, 512 × 512 and 724 × 724, from which nearly all time goes into products, which nobody computes faster
 # than the processor can. Steps of three projects' flows (Zen 3, two threads): couplings of splines with residual networks of
 # 512 were 0.85 times as fast fused as by themselves, and are 1.15 times as fast with their own networks; affine couplings
-# of 2 × 512 are 1.05 times as fast fused, of 3 × 1,024 0.95 times, and 0.97 times with their own networks.
-_WIDE_SPLINES, _WIDE = 1 << 18, 1 << 19
+# of 2 × 512 are 1.05 times as fast fused, of 3 × 1,024 0.95 times, and 0.97 times with their own networks. AllInOneBlocks of
+# 512 columns, whose networks have 768 units, are 0.9 to 1.0 times as fast fused, and 1.15 to 1.2 times with their own networks;
+# of 256 columns 1.3 and 1.1 times.
+_WIDE_OWN, _WIDE = 1 << 18, 1 << 19
 
 
 # Columns from which the processor's kernels gather what a permutation moves (csrc/cpu/permutations.h), and the cost of each: an
@@ -86,11 +88,11 @@ def fastest(coupling: Coupling, permuted: bool = False) -> Coupling:
     fused = _cost([coupling], permuted)
     units = (2 if mlp.separate else 1) * sum(W.shape[-1] for W in mlp.weights[:-1])
     widest = max(mlp.weights, key=lambda W: W.shape[-2] * W.shape[-1]).shape[-2:]
-    if coupling.spline is not None and coupling.own_network is not None and math.prod(widest) >= _WIDE_SPLINES:
-        return replace(coupling, conditioner=coupling.own_network)
-    if math.prod(widest) >= _WIDE:
+    if math.prod(widest) >= _WIDE and (coupling.spline is None or coupling.own_network is None):
         sizes = " × ".join(f"{n:,}" for n in widest)
         raise Unfusable(f"has layers of {sizes}, whose products take all time, fused or not")
+    if coupling.own_network is not None and math.prod(widest) >= _WIDE_OWN:
+        return replace(coupling, conditioner=coupling.own_network)
     if coupling.gains and not permuted:
         # It saves passes, too. Ten AllInOneBlocks of 373 columns and 2 × 256 units took 1.5 times as long fused as by
         # themselves while the maps were products, and were 1.1 times as fast with their own networks (Zen 3). With gathers they

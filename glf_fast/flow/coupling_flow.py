@@ -173,7 +173,7 @@ class CouplingFlow(StackedFlow):
         self.config.setdefault("dropout", 0.0)
         for name, value in (
             ("network", "mlp"),
-            ("activation_constant", None),
+            ("activation_constant", ACTIVATIONS[self.config["activation"]]),
             ("spline", None),
         ):  # of a flow that was pickled before there were others
             self.config.setdefault(name, value)

@@ -46,7 +46,9 @@ class MLP(nn.Sequential):
         dropout: probability of an `nn.Dropout` behind every activation; 0 for none.
     """
 
-    dropout = 0.0  # of networks that were pickled before there was any
+    # Of networks that were pickled before there were any.
+    dropout = 0.0
+    activation_constant: float | None = None
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise([in_features, *hidden]):
             layers += [nn.Linear(n_in, n_out), activation_module(activation, activation_constant)]
-            layers += [nn.Dropout(dropout)] * (dropout > 0)
+            layers += [nn.Dropout(float(dropout))] if dropout else []
         last = nn.Linear(hidden[-1] if hidden else in_features, out_features)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

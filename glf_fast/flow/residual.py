@@ -75,6 +75,7 @@ class ResidualNet(nn.Module):
     """
 
     dropout = 0.0  # as in `ResidualBlock`
+    activation_constant: float | None = None
 
     def __init__(
         self,

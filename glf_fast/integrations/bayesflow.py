@@ -60,15 +60,14 @@ class CouplingFlow(InferenceNetwork):
         super().__init__(base_distribution=base_distribution, **kwargs)
         self.depth = depth
         self.widths = tuple(widths)
-        self.options = dict(options or {})
+        self.options = _LIKE_BAYESFLOW | dict(options or {})  # all of them, so that a saved network stays what it is
 
     def build(self, xz_shape: Sequence[int], conditions_shape: Sequence[int] | None = None) -> None:
         """Make the flow, for parameters (…, D) and conditions (…, C)."""
         if self.built:
             return
         context_dim = 0 if conditions_shape is None else conditions_shape[-1]
-        options = _LIKE_BAYESFLOW | self.options
-        flow = glf_fast.flow.CouplingFlow(xz_shape[-1], 2 * self.depth, self.widths, context_dim, **options)
+        flow = glf_fast.flow.CouplingFlow(xz_shape[-1], 2 * self.depth, self.widths, context_dim, **self.options)
         if flow.config["linear"] == "permutation":
             _swap_halves(flow)
         self.wrapper = TorchModuleWrapper(flow)  # through which Keras finds the parameters, and saves the state
@@ -140,6 +139,9 @@ class CouplingFlow(InferenceNetwork):
 
 
 def _swap_halves(flow: glf_fast.flow.CouplingFlow) -> None:
-    """Make every second permutation one that swaps the halves, so that a pair of couplings transforms all columns."""
+    """Make every second permutation one that swaps the halves, so that a pair of couplings transforms all columns.
+
+    Of an odd number all but one, and the next pair another one.
+    """
     (dim,) = flow.event_shape
     flow.get_buffer("linear_permutation")[1::2] = torch.arange(dim).roll(dim - dim // 2)

@@ -110,7 +110,7 @@ def apply(layers: list[Layer], x: Tensor, context: Tensor | None = None) -> tupl
             h = p if given is None else torch.cat([p, given], 1)
             *weights, last = c.weights
             weights, biases = [*weights, last * c.factors.unsqueeze(-2)], [*c.biases[:-1], c.biases[-1] * c.factors]
-            raw = NETWORKS[c.network](h, weights, biases, given, c.activation.name, c.activation.constant)
+            raw = NETWORKS[c.network](h, weights, biases, given, c.activation.name, c.activation.constant, None)
             if raw.shape == v.shape:  # additive
                 v, ldj = v - raw if layer.undo else v + raw, 0.0
             else:

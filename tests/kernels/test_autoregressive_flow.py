@@ -179,7 +179,7 @@ def test_others_take_plain_pytorch(shape, made: dict[str, object], why: str) -> 
     half = len(layers) // 2
     options = {"transform": "affine", "network": "mlp", "spline": None} | made
     checked = _options(
-        options["transform"], options["network"], "relu", "tanh", None, options["spline"], False, False, False
+        options["transform"], options["network"], "relu", None, "tanh", None, options["spline"], False, False, False
     )
     assert why in triton.refuses(Call(x, context, A, c, None, seen, layers[:half], layers[half:], checked))
     with count_launches() as launches:
