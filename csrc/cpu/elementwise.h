@@ -104,8 +104,8 @@ inline vec<T> hypotenuse(vec<T> a) {
 // (e − 1)·e^arsinh u = (e − 1)(u + √(1 + u²)), without cancellation.
 template <class T>
 inline vec<T> bayesflow_term(vec<T> u) {
-  constexpr T most = std::numeric_limits<T>::max() / 16;  // of which neither the term nor its reciprocal overflows
-  const vec<T> a = abs(u) > most ? broadcast(most) : abs(u), r = a + hypotenuse<T>(a);
+  constexpr T end = std::numeric_limits<T>::max(), most = end / 16;  // of which neither the term nor its reciprocal overflows
+  const vec<T> size = abs(u), a = (size > most) & (size <= end) ? broadcast(most) : size, r = a + hypotenuse<T>(a);
   return T(1.7182818284590452) * (u < T(0) ? T(1) / r : r);
 }
 

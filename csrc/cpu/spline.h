@@ -54,7 +54,7 @@ struct Exact {
 
 // Sums of a box's parts. Those of float32 are off by 2⁻²⁴ of the box for each bin, and it shows: of 32 bins, y was on average
 // twice as far off as nflows', whose knots end where the box does. Whole numbers are summed without errors: parts are counted
-// in units, of which all of them together have at most 2³⁰. What rounding a part takes, half a unit, is less than what rounding
+// in units, of which all of them together have fewer than 2³¹. What rounding a part takes, half a unit, is less than what rounding
 // takes from the largest parts, and matters where least widths are 0 and bins are narrow alone. To sum it, too, takes a tenth
 // of the time.
 template <class T>
@@ -64,7 +64,7 @@ struct Sum<float> {
   using Part = i32;
   i32 units;
 
-  static int doublings(int bins) { return __builtin_clz(bins - 1) - 2; }  // a part of 1 has 2ⁿ units: 2ⁿ · bins ≤ 2³⁰
+  static int doublings(int bins) { return __builtin_clz(bins) - 1; }  // a part of 1 has 2ⁿ units: 2ⁿ · bins < 2³¹
   static f32 exp(f32 x, int doublings) { return exp_of_normal(x, doublings); }
   static Part part(f32 x) { return __builtin_convertvector(x + 0.5f, i32); }
   void add(Part part) { units += part; }

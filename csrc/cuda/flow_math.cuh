@@ -99,7 +99,7 @@ GLF_DEVICE float log_sigmoid(float x) {
 GLF_DEVICE float hypotenuse(float a) { return a > 1e9f ? a : square_root(1.0f + a * a); }
 // (e − 1)·e^arsinh u = (e − 1)(u + √(1 + u²)), without cancellation.
 GLF_DEVICE float bayesflow_term(float u) {
-  const float a = magnitude(u) > 1e37f ? 1e37f : magnitude(u), r = a + hypotenuse(a);
+  const float a = magnitude(u), r = a + hypotenuse(a);
   return 1.71828183f * (u < 0 ? 1.0f / r : r);
 }
 // The scale softplus(arsinh u + ln(e − 1)) = log(1 + q) of that term, by Kahan's log1p as above.

@@ -449,8 +449,12 @@ def _in_other_mode(module: nn.Module) -> fx.Graph | None:
 def _operations(graph: fx.Graph | None) -> list[str] | None:
     if graph is None:
         return None
-    given = ({k: v for k, v in node.kwargs.items() if (node.target, k) != (F.dropout, "training")} for node in graph.nodes)
-    return [f"{node.op} {node.target} {node.args[1:]} {kwargs}" for node, kwargs in zip(graph.nodes, given, strict=True)]
+    given = (
+        {k: v for k, v in node.kwargs.items() if (node.target, k) != (F.dropout, "training")} for node in graph.nodes
+    )
+    return [
+        f"{node.op} {node.target} {node.args[1:]} {kwargs}" for node, kwargs in zip(graph.nodes, given, strict=True)
+    ]
 
 
 def _concatenated(inputs: list[fx.Node]) -> fx.Node | None:

@@ -91,7 +91,8 @@ def fastest(coupling: Coupling, permuted: bool = False) -> Coupling:
     if math.prod(widest) >= _WIDE and (coupling.spline is None or coupling.own_network is None):
         sizes = " × ".join(f"{n:,}" for n in widest)
         raise Unfusable(f"has layers of {sizes}, whose products take all time, fused or not")
-    if coupling.own_network is not None and math.prod(widest) >= _WIDE_OWN:
+    profits = coupling.gains or coupling.spline is not None
+    if profits and coupling.own_network is not None and math.prod(widest) >= _WIDE_OWN:
         return replace(coupling, conditioner=coupling.own_network)
     if coupling.gains and not permuted:
         # It saves passes, too. Ten AllInOneBlocks of 373 columns and 2 × 256 units took 1.5 times as long fused as by

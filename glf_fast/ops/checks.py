@@ -85,7 +85,9 @@ def check_activation(name: str, constant: float | None) -> None:
         raise ValueError(f"activation {name!r} has no constant; got activation_constant={constant}")
     low, high = f.interval
     if isinstance(constant, bool) or not isinstance(constant, numbers.Real) or not low < float(constant) < high:
-        raise ValueError(f"activation_constant of {name!r} must be a number above {low:g} and below {high:g}; got {constant!r}")
+        raise ValueError(
+            f"activation_constant of {name!r} must be a number above {low:g} and below {high:g}; got {constant!r}"
+        )
 
 
 def check_network_of(coupling: str, network: str) -> None:
