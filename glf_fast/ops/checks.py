@@ -75,7 +75,7 @@ def check_log_scale(name: str, constant: float | None) -> None:
         raise ValueError(f"log_scale_constant of {name!r} must be between {low} and {high}; got {constant}")
 
 
-def check_activation(name: str, constant: float | None) -> None:
+def check_activation(name: str, constant: Any) -> None:
     """Raise ValueError unless `name` is an activation and `constant` one that it can have; None is its default."""
     check_choice("activation", name, ACTIVATION_FUNCTIONS)
     if constant is None:
