@@ -35,6 +35,13 @@ def _flow(columns: int, layers: list[nn.Module], base: nn.Module | None = None) 
     return nf.NormalizingFlow(base or nf.distributions.DiagGaussian(columns, trainable=False), layers)
 
 
+def _vae_real_nvp(sizes: Sizes) -> nn.Module:
+    flow = _flow(40, _masked(sizes, 40, 40, actnorm=False))
+    for parameter in flow.parameters():  # with PyTorch's start forty such steps overflow
+        nn.init.normal_(parameter, std=0.01)
+    return flow
+
+
 def _glow(sizes: Sizes) -> nn.Module:
     """Three scales of four steps each."""
     levels, bases = [], []
@@ -204,7 +211,7 @@ PROJECTS = [
         "normflows examples, VAE, RealNVP",
         "normflows",
         "40 masked affine couplings of 40 columns, networks without a hidden layer",
-        lambda sizes: _flow(40, _masked(sizes, 40, 40, actnorm=False)),
+        _vae_real_nvp,
         (40,),
         64,
     ),

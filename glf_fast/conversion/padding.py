@@ -31,11 +31,11 @@ _LAYER, _COLUMN, _UNIT = 10_000, 200, 150
 _WIDE_OWN, _WIDE = 1 << 18, 1 << 19
 
 
-# Columns from which the processor's kernels gather what a permutation moves (csrc/cpu/permutations.h), and the cost of each: an
-# estimate, of a nanosecond for a number, in which a core has 30 multiply-adds. A step of conditional_INNs' flow for MNIST, 20
-# permutations and couplings of 784 columns, which such costs let through, is some 1.7 times as fast fused (a busy Zen 3).
+# Columns from which the processor's kernels gather what a permutation moves (csrc/cpu/permutations.h), and what that costs of
+# the product with its matrix, which is still made and read in each pass. Measured with 784 columns: couplings of 512 units are
+# as fast fused as by themselves (Zen 3, two threads).
 # Padded couplings are counted as they were measured: 1 of 512 columns with 64 units, fused, is half as fast for its padding.
-_GATHERED, _GATHER = 32, 30
+_GATHERED, _GATHER = 32, 0.4
 
 
 def only_permutes(layers: Iterable[Layer]) -> bool:
@@ -126,5 +126,5 @@ def _cost(couplings: Sequence[Coupling], permuted: bool) -> int:
         widths = [dim - dim // 2 + context, *hidden, outputs]
         network = (2 if kind == "separate" else 1) * sum(a * b for a, b in itertools.pairwise(widths))
     gathered = permuted and dim == width(couplings[0]) and dim >= _GATHERED
-    affine = _GATHER * dim if gathered else dim**2
+    affine = round(_GATHER * dim**2) if gathered else dim**2
     return len(couplings) * (affine + network)

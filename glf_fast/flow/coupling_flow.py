@@ -50,6 +50,7 @@ class CouplingFlow(StackedFlow):
         activation_constant: the slope of leaky_relu below 0, or α of elu; None is PyTorch's default.
         dropout: probability with which hidden units are dropped in training mode: behind every activation of an MLP, and
             behind the second one of a residual block. Each call draws its seed from torch's generator of the processor.
+            `fit` then takes the ordinary loop, and a GPU runs the networks layer by layer.
         log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`.
         add_first: couplings add before they multiply, as Glow does.
         linear: "plu", "dense" or "permutation", see `InvertibleLinear`.

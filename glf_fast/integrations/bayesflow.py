@@ -19,7 +19,12 @@ from glf_fast.ops.checks import check_integer
 __all__ = ["CouplingFlow"]
 
 # As bayesflow's CouplingFlow has it, where hardswish is called hard_silu.
-_LIKE_BAYESFLOW: dict[str, Any] = {"log_scale": "bayesflow", "activation": "hardswish", "dropout": 0.05, "linear": "permutation"}
+_LIKE_BAYESFLOW: dict[str, Any] = {
+    "log_scale": "bayesflow",
+    "activation": "hardswish",
+    "dropout": 0.05,
+    "linear": "permutation",
+}
 
 
 @serializable("glf_fast.integrations.bayesflow")
