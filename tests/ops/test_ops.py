@@ -115,8 +115,18 @@ def test_affine_coupling_errors() -> None:
 
 @pytest.mark.parametrize("flow", [glf_fast.CouplingFlow, glf_fast.AutoregressiveFlow])
 def test_constants_of_activations_name_themselves(flow) -> None:
-    for name, constant in (("leaky_relu", 0.0), ("elu", -1.0), ("elu", float("nan")), ("leaky_relu", float("inf"))):
-        with pytest.raises(ValueError, match=f"activation_constant of '{name}' must be between 0.0 and inf; got"):
+    wrong = (
+        ("leaky_relu", 0.0),
+        ("elu", -1.0),
+        ("elu", float("nan")),
+        ("leaky_relu", float("inf")),
+        ("elu", "1"),
+        ("elu", True),
+    )
+    for name, constant in wrong:
+        with pytest.raises(
+            ValueError, match=f"activation_constant of '{name}' must be a number above 0 and below inf; got"
+        ):
             flow(4, activation=name, activation_constant=constant)
     with pytest.raises(ValueError, match="activation 'gelu' has no constant; got activation_constant=2"):
         flow(4, activation="gelu", activation_constant=2.0)
