@@ -51,6 +51,17 @@ class Dropped(nn.Module):
         return self.b(F.dropout(torch.tanh(self.a(x)), self.p, self.always or (self.training and not self.never)))
 
 
+class ByMode(nn.Module):
+    """A hidden layer whose activation is given the mode."""
+
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.a, self.b, self.activation = nn.Linear(3, 4), nn.Linear(4, 2), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.activation(self.a(x), self.training))
+
+
 class Activated(nn.Module):
     """An activation as a function with arguments."""
 
@@ -271,6 +282,18 @@ def test_bounds_that_are_not_covered(network, reason: str) -> None:
             lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval(),
             "no linear layer",
         ),
+        (
+            # What is dropped before the norm is not 0 behind it.
+            lambda: nn.Sequential(
+                nn.Linear(3, 3), nn.Dropout(0.5), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)
+            ).eval(),
+            "no linear layer",
+        ),
+        (
+            lambda: ByMode(lambda h, training: F.leaky_relu(h, negative_slope=0.5 if training else 0.1)),
+            "something else in",
+        ),
+        (lambda: ByMode(lambda h, training: F.dropout(F.relu(h), p=0.5 if training else 0.1)), "something else in"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.ReLU(), nn.Linear(3, 2)), "LayerNorm"),
         (
             lambda: sequential(nn.Tanh(), dropout=0.5, before=True),
