@@ -31,7 +31,7 @@ def behind_activation(steps: Sequence[object]) -> list[Dropped]:
 
 
 def dropouts_of(hidden: Sequence[Sequence[object]], steps: Iterable[object], training: bool) -> dict[str, Any]:
-    """How a `Conditioner` has the dropouts of a network: its `dropout` and `active`, or else what is `lost`.
+    """The dropouts of a network as a `Conditioner` has them: its `dropout` and `active`, or else what is `lost`.
 
     Args:
         hidden: the dropouts of each hidden layer.

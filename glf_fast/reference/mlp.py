@@ -28,14 +28,13 @@ class Activation(NamedTuple):
 
     function: Callable[..., Tensor]  # a(x) of x and, if it has one, of the constant
     default: float | None = None  # PyTorch's
-    interval: tuple[float, float] = (
-        0.0,
-        math.inf,
-    )  # the constant lies between these, where a'(x) is a function of a(x)
+    # The constant lies between these, where a'(x) is a function of a(x).
+    interval: tuple[float, float] = (0.0, math.inf)
 
 
-# A new function is an entry here, one in csrc/cpu/flow.h and elementwise.h, one in kernels/math.py and one in
-# csrc/cuda/flow_math.cuh and glf_fast/ops/coupling_flow/small.py.
+# A new function is an entry here, one in flow/mlp.py, in csrc/cpu/flow.h and elementwise.h (record.h, if its slope needs x),
+# in kernels/math.py, in csrc/cuda/flow_math.cuh and ops/coupling_flow/small.py, and for other libraries' in
+# conversion/activations.py.
 ACTIVATION_FUNCTIONS: dict[str, Activation] = {
     "relu": Activation(F.relu),
     "leaky_relu": Activation(F.leaky_relu, 0.01),  # the slope below 0

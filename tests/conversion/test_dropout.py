@@ -25,7 +25,7 @@ D, P = 6, 0.25
 
 
 def subnet(n_in: int, n_out: int, p: float = P, before: bool = True) -> nn.Module:
-    """With dropout before the activation, as FrEIA's examples have it, or behind."""
+    """Networks with dropout before the activation, as FrEIA's examples have it, or behind."""
     between = [nn.Dropout(p), nn.ReLU()] if before else [nn.Tanh(), nn.Dropout(p)]
     return nn.Sequential(nn.Linear(n_in, 24), *between, nn.Linear(24, 24), *between, nn.Linear(24, n_out))
 
@@ -49,7 +49,7 @@ def of_nflows(
 
 
 def shaken(flow: nn.Module) -> nn.Module:
-    """With parameters that are not initial ones."""
+    """The flow with parameters that are not initial ones."""
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.1 * torch.randn_like(p))

@@ -114,7 +114,7 @@ class Skip(nn.Module):
 def sequential(
     *activations: nn.Module, widths: tuple[int, ...] = (3, 5, 4, 6), dropout: float = 0.0, before: bool = False
 ) -> nn.Sequential:
-    """With a dropout behind each activation, or `before` it."""
+    """A chain with a dropout behind each activation, or `before` it."""
     layers: list[nn.Module] = []
     for i in range(len(widths) - 1):
         between = [activations[i % len(activations)], *[nn.Dropout(dropout)] * bool(dropout)]

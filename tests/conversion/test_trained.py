@@ -136,7 +136,7 @@ def test_a_network_shared_with_the_embedding_stays_one() -> None:
 
 
 def test_dropout_that_training_loses_is_said() -> None:
-    """Of two hidden layers one has dropout."""
+    """One of two hidden layers has dropout."""
     couplings = alternating(4, 2, partial(Net, hidden=(8, 8), dropout=0.3))
     original = Flow(T.CompositeTransform(couplings), nflows.distributions.StandardNormal([4]))
     with pytest.raises(ConversionError, match=r"dropout \(p = 0.3\) is active; convert the flow in eval mode"):

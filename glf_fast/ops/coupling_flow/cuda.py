@@ -121,7 +121,7 @@ def _asked(x: Tensor) -> str:
 
 
 def _precisions(asked: str) -> tuple[int, int]:
-    """Those of maps and networks."""
+    """The precisions of maps and networks."""
     return {"bf16": (FLOAT32, BF16), "tf32": (TF32, TF32)}.get(asked, (FLOAT32, FLOAT32))
 
 

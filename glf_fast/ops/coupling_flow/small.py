@@ -119,7 +119,7 @@ class Options(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a forward leaves to the backward: parts of one buffer, which the backward only reads."""
+    """Memory that a forward leaves to the backward: parts of one buffer, which the backward only reads."""
 
     transposed: Tensor  # packed parameters of the backward
     record: Tensor  # v, u and t of each step in the order of the warps' registers
@@ -129,7 +129,7 @@ class Kept(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backward makes of a flow's rows, and from which those of the parameters are made."""
+    """Gradients that a backward makes of a flow's rows, and from which those of the parameters are made."""
 
     x: Tensor
     slopes: Tensor  # (K, B, stride), gradients of hidden layers before activation and [∂u, ∂t], in the type of `hidden`
