@@ -62,10 +62,10 @@ class _Classes(nn.Module):
         self.classes: Any = flow
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return self.classes.log_prob(x, torch.arange(len(x)) % 10)
+        return self.classes.log_prob(x, torch.arange(len(x), device=x.device) % 10)
 
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
-        return self.classes.sample(n, torch.arange(n) % 10)
+        return self.classes.sample(n, torch.arange(n, device=next(self.parameters()).device) % 10)
 
 
 def _blocks(

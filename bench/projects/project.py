@@ -110,7 +110,10 @@ class Project:
 
     def sample(self, flow: nn.Module, n: int, context: Tensor | None) -> Tensor:
         """n samples, of n contexts if there are any; noise comes from torch's generator."""
-        noise = torch.randn(n, *(self.noise or self.shape), dtype=self.dtype) if self.library == "FrEIA" else None
+        noise = None
+        if self.library == "FrEIA":
+            device = next(flow.parameters()).device
+            noise = torch.randn(n, *(self.noise or self.shape), dtype=self.dtype, device=device)
         return _CALLS[self.library][1](getattr(flow, "flow", flow), n, context, noise)
 
     def loss_of(self, flow: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from bench import processor_clock
-from bench.projects import PROJECTS, SMALL, Project, __main__
+from bench.projects import PROJECTS, SMALL, Project, __main__, passes
 from bench.projects.table import BEGIN, END, lines, with_table
 from bench.results import Results, read
 
@@ -54,8 +54,8 @@ def test_a_wrong_flow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         next(p for p in flow.parameters() if p.requires_grad).data.add_(1.0)
         return report
 
-    true = __main__.accelerate
-    monkeypatch.setattr(__main__, "accelerate", spoil)
+    true = passes.accelerate
+    monkeypatch.setattr(passes, "accelerate", spoil)
     with pytest.raises(RuntimeError, match="has another log_prob"):
         list(__main__.measured(cheap(SMALL_ONE), 0.0))
 
