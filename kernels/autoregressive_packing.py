@@ -154,20 +154,23 @@ def packing(sizes: dict[str, Any]) -> dict[str, Any]:
 
 @triton.jit
 def pack_part(
-    source, target, seen, block, PART: tl.constexpr, WIDTH: tl.constexpr, NUMBERS_PACKED: tl.constexpr,
+    source, target, seen, block, P: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, NUMBERS_PACKED: tl.constexpr,
     D: tl.constexpr, NUMBERS: tl.constexpr, SPLINE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK numbers of a part, which is packed to rows of WIDTH and NUMBERS_PACKED numbers in all."""
+    """BLOCK numbers of part P, which is packed to rows of WIDTH and NUMBERS_PACKED numbers in all.
+
+    It takes all parts, because Triton 3.6 passes no tuple that lies in another one.
+    """
     at = block * BLOCK + tl.arange(0, BLOCK)
     i = at // WIDTH
     unit = at % WIDTH
     column = unit
-    exists = i < PART[ROWS]
-    if PART[FEATURES]:
+    exists = i < PARTS[P][ROWS]
+    if PARTS[P][FEATURES]:
         number = unit % NUMBERS
         unit = unit // NUMBERS
         exists &= unit < D
-        column = unit * (PART[COLUMNS] // D) + number
+        column = unit * (PARTS[P][COLUMNS] // D) + number
         if len(SPLINE) > 0:
             K: tl.constexpr = SPLINE[BINS]
             B: tl.constexpr = padded_bins(K)
@@ -175,13 +178,13 @@ def pack_part(
             exists &= number - kind * B < tl.where(kind == 2, K + SPLINE[TAILS], K)
             column += kind * (K - B)
     else:
-        exists &= unit < PART[COLUMNS]
-    if PART[SEEN] >= 0:
-        exists &= i < tl.load(seen + PART[SEEN] + unit, mask=exists, other=0)
-    w = tl.load(source + PART[SKIPPED] + i * PART[COLUMNS] + column, mask=exists, other=0.0)
+        exists &= unit < PARTS[P][COLUMNS]
+    if PARTS[P][SEEN] >= 0:
+        exists &= i < tl.load(seen + PARTS[P][SEEN] + unit, mask=exists, other=0)
+    w = tl.load(source + PARTS[P][SKIPPED] + i * PARTS[P][COLUMNS] + column, mask=exists, other=0.0)
     if COMPILED and PRECISION == "tf32":
         w = round_tf32(w)
-    tl.store(target + PART[START] + at, w.to(target.dtype.element_ty), mask=at < NUMBERS_PACKED)
+    tl.store(target + PARTS[P][START] + at, w.to(target.dtype.element_ty), mask=at < NUMBERS_PACKED)
 
 
 @triton.jit
@@ -201,13 +204,13 @@ def masked_pack_kernel(
             here = block - BLOCKS[p]
             if PARTS[p][TARGET] == 0:
                 to = maps + k * STEPS[0]
-                pack_part(source, to, seen, here, PARTS[p], WIDTHS[p], PACKED[p], D, NUMBERS, SPLINE, MAP, BLOCK)
+                pack_part(source, to, seen, here, p, PARTS, WIDTHS[p], PACKED[p], D, NUMBERS, SPLINE, MAP, BLOCK)
             elif PARTS[p][TARGET] == 1:
                 to = weights + k * STEPS[1]
-                pack_part(source, to, seen, here, PARTS[p], WIDTHS[p], PACKED[p], D, NUMBERS, SPLINE, MLP, BLOCK)
+                pack_part(source, to, seen, here, p, PARTS, WIDTHS[p], PACKED[p], D, NUMBERS, SPLINE, MLP, BLOCK)
             else:
                 to = vectors + k * STEPS[2]
-                pack_part(source, to, seen, here, PARTS[p], WIDTHS[p], PACKED[p], D, NUMBERS, SPLINE, "ieee", BLOCK)
+                pack_part(source, to, seen, here, p, PARTS, WIDTHS[p], PACKED[p], D, NUMBERS, SPLINE, "ieee", BLOCK)
 
 
 def pack_masked(

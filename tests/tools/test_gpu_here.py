@@ -1,12 +1,14 @@
 """The rehearsal of a GPU machine, as far as it goes without one's packages."""
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import gpu_here
+import gpu_here_steps
 import pytest
 import stub_gpu
 
@@ -66,6 +68,18 @@ def test_over_the_stub_everything_runs_and_values_alone_are_not_judged(tmp_path:
     assert judged(tmp_path, call) == said
 
 
+def test_permutations_that_nobody_computed_are_no_errors(tmp_path: Path) -> None:
+    assert "raise ValueError(" in (ROOT / "glf_fast" / "flow" / "indices.py").read_text()
+    for name in ("indices", "others"):
+        path = tmp_path / "glf_fast" / "flow" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("def check(x):\n    raise ValueError(x)\n")
+    call = "sys.path.insert(0, 'glf_fast/flow'); import {0}; judging.seen = {0}.check('signs')"
+    assert judged(tmp_path, call.format("indices")) == "None"
+    shutil.rmtree(tmp_path / "tools"), shutil.rmtree(tmp_path / "tests")
+    assert judged(tmp_path, call.format("others")) == "ValueError: signs"
+
+
 def test_what_is_judged_all_the_same_exists() -> None:
     tree = ast.parse((ROOT / "tools" / "stub" / "sitecustomize.py").read_text())
     (names,) = (ast.literal_eval(node.value) for node in tree.body
@@ -79,3 +93,29 @@ def test_the_stub_takes_the_place_of_what_computes_on_a_gpu_alone() -> None:
              "cudnnCreate", "cusolverDnCreate", "cusparseCreate", "ncclAllReduce", "cuptiSubscribe"]  # fmt: skip
     real = ["nvrtcCompileProgram", "nvJitLinkCreate", "cuFileRead", "curl_easy_init", "c10_cuda_check"]
     assert all(map(stub_gpu.PREFIXES.match, taken)) and not any(map(stub_gpu.PREFIXES.match, real))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "forgiven"),
+    [
+        (["flow sbi, train, tf32, zuko: RuntimeError: shapes", "projects a, b, step, original: ValueError: x"], True),
+        (
+            [
+                "flow sbi, train, tf32, FrEIA, graphed: RuntimeError: x",
+                "flow sbi, train, tf32, nflows: not measured: x",
+            ],
+            True,
+        ),
+        (["flow sbi, train, tf32, zuko: RuntimeError: x", "projects a, step, glf_fast: CompilationError: x"], False),
+        (["flow sbi, train, tf32, eager: RuntimeError: zuko: x"], False),
+        ([], False),
+    ],
+)
+def test_of_the_benchmark_other_libraries_may_fail_over_the_stub(
+    tmp_path: Path, wrong: list[str], forgiven: bool
+) -> None:
+    (tmp_path / "gpu.json").write_text(json.dumps({"wrong": wrong}))
+    rows = gpu_here_steps.rows_of(
+        ["nice", sys.executable, "-m", "bench.gpu", "second", str(tmp_path), "--seconds", "9"]
+    )
+    assert gpu_here_steps.of_other_libraries(rows) is forgiven
