@@ -87,10 +87,12 @@ void autoregressive_step_backward(const BackwardPanel<T>& panel, idx k, bool of_
     const Span features = stage->units[flow.hidden()];
     if (flow.inverse) {
       panel.product(stage->back[0], 0, panel.grad_layer(0), y, nullptr, shifted);
-      transform_features_backward(panel, features, panel.field(at.x), panel.field(at.raw), y, logdet, panel.grad_x(), raw);
+      transform_units_backward(panel.transform(), panel.vectors, features, side_by_side, panel.field(at.x), panel.field(at.raw), y,
+                               logdet, panel.grad_x(), raw);
       stage_backward(panel, *stage);
     } else {
-      transform_features_backward(panel, features, panel.field(at.y), panel.field(at.raw), panel.grad_out(), logdet, y, raw);
+      transform_units_backward(panel.transform(), panel.vectors, features, side_by_side, panel.field(at.y), panel.field(at.raw),
+                               panel.grad_out(), logdet, y, raw);
       stage_backward(panel, *stage);
       panel.product(stage->back[0], 0, panel.grad_layer(0), y, nullptr, y);
     }
@@ -110,72 +112,6 @@ void autoregressive_step_backward(const BackwardPanel<T>& panel, idx k, bool of_
     if (!flow.context_rows(i)) continue;
     panel.product(step.context_back[i], 0, panel.grad_layer(i), context, nullptr, first ? nullptr : context);
     first = false;
-  }
-}
-
-// A field of every panel of a tile.
-template <class T>
-struct Fields {
-  const T* data;
-  idx apart;  // elements from one panel to the next
-};
-
-// C (M × cols) = or += the sum over panels and rows of A B: A (rows of units), and B (rows of the memory `turned`).
-template <class T, int M, int V>
-__attribute__((noinline)) void gradient_cell(idx panels, const idx* vectors, Fields<T> a, const T* b, idx b_k, T* c, idx c_m,
-                                             idx cols, bool accumulate) {
-  constexpr idx W = panel_rows<T>, L = lanes<T>;
-  vec<T> acc[M][V] = {};
-  for (idx p = 0; p < panels; ++p)
-    microkernel<T, M, V>(vectors[p] * L, a.data + p * a.apart, W, 1, b + p * W * b_k, b_k, acc);
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      T* to = c + m * c_m + v * L;
-      store_part(to, accumulate ? acc[m][v] + load_part(to, cols - v * L) : acc[m][v], cols - v * L);
-    }
-}
-
-template <class T>
-using GradientCell = void (*)(idx, const idx*, Fields<T>, const T*, idx, T*, idx, idx, bool);
-
-template <class T, int V, int... M>
-inline GradientCell<T> pick_gradient_cell(idx rows, std::integer_sequence<int, M...>) {
-  static constexpr GradientCell<T> table[] = {gradient_cell<T, M + 1, V>...};
-  return table[rows - 1];
-}
-
-// Gradients of a product: G (inputs, N) = or += the sum over rows of input · g, and with `bias` the sums of sign · g. Input i
-// matters to the outputs from `from(i)` on. `turned` is memory for the rows of g.
-template <class T, class F>
-void weight_gradient(idx panels, const idx* vectors, Fields<T> input, idx inputs, Fields<T> g, idx N, F from, T* G, T* bias,
-                     T sign, T* turned, bool accumulate) {
-  constexpr idx W = panel_rows<T>, L = lanes<T>, J = 2 * L;
-  const idx ld = round_up(N, J);
-  for (idx p = 0; p < panels; ++p)
-    for (idx m = 0; m < vectors[p] * L; m += L)
-      for (idx n = 0; n < ld; n += L) {
-        vec<T> square[L];
-        for (idx i = 0; i < L; ++i) square[i] = n + i < N ? load(g.data + p * g.apart + (n + i) * W + m) : vec<T>{};
-        transpose<T>(square);
-        for (idx i = 0; i < L; ++i) store(turned + (p * W + m + i) * ld + n, square[i]);
-      }
-  if (bias)
-    for (idx n = 0; n < N; n += L) {
-      vec<T> sum{};
-      for (idx p = 0; p < panels; ++p)
-        for (idx m = 0; m < vectors[p] * L; ++m) sum += load(turned + (p * W + m) * ld + n);
-      sum *= sign;
-      store_part(bias + n, accumulate ? sum + load_part(bias + n, N - n) : sum, N - n);
-    }
-  for (idx i = 0, rows; i < inputs; i += rows) {
-    rows = even_rows(inputs - i);
-    for (idx j = from(i) / J * J; j < N; j += J) {
-      const GradientCell<T> run = N - j > L ? pick_gradient_cell<T, 2>(rows, std::make_integer_sequence<int, MR>{})
-                                            : pick_gradient_cell<T, 1>(rows, std::make_integer_sequence<int, MR>{});
-      run(panels, vectors, {input.data + i * W, input.apart}, turned + j, ld, G + i * N + j, N, N - j, accumulate);
-    }
   }
 }
 

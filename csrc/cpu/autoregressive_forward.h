@@ -2,6 +2,7 @@
 #pragma once
 
 #include "autoregressive_panel.h"
+#include "flow_forward.h"
 
 namespace glf::GLF_ISA {
 
@@ -40,8 +41,8 @@ void run_stage(const Panel<T>& panel, idx k, const Stage& stage, T* out, T* logd
   const Autoregressive<T>& flow = panel.flow;
   const PanelRecord& at = panel.at;
   for (int i = 0; i < flow.layers; ++i) run_layer(panel, k, stage, i);
-  transform_features(panel, stage.units[flow.hidden()], panel.field(flow.inverse ? at.x : at.y), panel.field(at.raw),
-                     flow.inverse ? panel.field(at.y) : out, logdet);
+  transform_units(panel.transform(), panel.vectors, stage.units[flow.hidden()], side_by_side,
+                  panel.field(flow.inverse ? at.x : at.y), panel.field(at.raw), flow.inverse ? panel.field(at.y) : out, logdet);
 }
 
 // The affine map of the inverse.
@@ -65,32 +66,6 @@ void run_autoregressive_step(const Panel<T>* panels, idx count, idx k, T* const*
     for (idx p = 0; p < count; ++p) run_stage(panels[p], k, stage, out[p], logdet[p]);
   for (idx p = 0; p < count && panels[0].flow.inverse; ++p) end_step(panels[p], k, out[p]);
 }
-
-inline constexpr idx most_panels = 8;  // of a tile
-
-// Panels are split over the threads, and a thread's into tiles whose records stay in its L2 cache.
-struct PanelTiling {
-  int threads;
-  idx panels, thread_panels, tile_panels;
-
-  template <class T>
-  PanelTiling(idx work, idx batch, idx panel_size, const Parallel& parallel, T) {
-    panels = (batch + panel_rows<T> - 1) / panel_rows<T>;
-    threads = static_cast<int>(std::clamp<idx>(std::min((work * batch) >> 19, panels), 1, parallel.threads));
-    thread_panels = (panels + threads - 1) / threads;
-    threads = static_cast<int>((panels + thread_panels - 1) / thread_panels);
-    const idx most = std::clamp<idx>((idx{1} << 18) / (panel_size * idx(sizeof(T))), 1, most_panels);
-    const idx tiles = (thread_panels + most - 1) / most;
-    tile_panels = (thread_panels + tiles - 1) / tiles;
-  }
-
-  // Calls f(first panel, panels, is the thread's first tile) for all tiles of one thread, in order.
-  template <class F>
-  void each_tile(int thread, F f) const {
-    const idx begin = thread * thread_panels, end = std::min(panels, begin + thread_panels);
-    for (idx p = begin; p < end; p += tile_panels) f(p, std::min(tile_panels, end - p), p == begin);
-  }
-};
 
 template <class T>
 void autoregressive(const Autoregressive<T>& flow, Int batch, const T* x, const T* context, T* out, T* logdet, Save save,

@@ -1,15 +1,10 @@
-// A panel: as many rows as lie in the lanes of two vectors, and what each step makes of them, one unit after the other.
+// A panel during one step of a masked autoregressive flow, and the products that its stages ask for.
 #pragma once
 
 #include "autoregressive_plan.h"
-#include "coupling.h"
-#include "flow_forward.h"
+#include "panel.h"
 
 namespace glf::GLF_ISA {
-
-inline constexpr int NV = 2;  // vectors of a panel
-template <class T>
-inline constexpr idx panel_rows = NV * lanes<T>;
 
 // out (rows, W) = bias + addend + packedᵀ [context, in], of `rows` units.
 template <class T, int M, int V>
@@ -41,6 +36,9 @@ inline Cell<T> pick_cell(idx rows, std::integer_sequence<int, M...>) {
   return table[rows - 1];
 }
 
+// An affine transform has u and t of a feature next to each other.
+inline constexpr RawUnits side_by_side{0, 1, 2};
+
 // A panel's place in memory during one step.
 template <class T>
 struct Panel {
@@ -52,6 +50,7 @@ struct Panel {
   T* record;
 
   T* field(Int unit) const { return record + unit * panel_rows<T>; }
+  Coupling<T> transform() const { return {flow.kind, flow.log_scale, flow.constant, false, flow.inverse, flow.spline}; }
 
   // The units of `blocks`: C context rows and `in` to `out`, plus `addend` if not null.
   void product(Span blocks, idx C, const T* in, T* out, const T* bias, const T* addend) const {
@@ -70,83 +69,5 @@ struct Panel {
              to + units.begin * W, W);
   }
 };
-
-// x (rows, n) ↔ units (n, W). Lanes without a row repeat the last one, so that what they compute is as finite as a row.
-template <class T>
-void load_panel(idx rows, idx n, const T* x, T* units) {
-  constexpr idx W = panel_rows<T>;
-  const idx used = round_up(rows, lanes<T>);
-  for (idx m = 0; m < used; ++m) {
-    const T* row = x + std::min(m, rows - 1) * n;
-    for (idx j = 0; j < n; ++j) units[j * W + m] = row[j];
-  }
-}
-
-template <class T>
-void store_panel(idx rows, idx n, const T* units, T* x) {
-  for (idx m = 0; m < rows; ++m)
-    for (idx j = 0; j < n; ++j) x[m * n + j] = units[j * panel_rows<T> + m];
-}
-
-// out ← the transform of features v, and logdet (W) += its log-derivatives.
-template <class T>
-void transform_features(const Panel<T>& panel, Span features, const T* v, const T* raw, T* out, T* logdet) {
-  constexpr idx W = panel_rows<T>, L = lanes<T>;
-  const Autoregressive<T>& flow = panel.flow;
-  const idx n = flow.columns(), used = panel.vectors * L;
-  if (flow.kind == Kind::spline) {
-    for (idx d = features.begin; d < features.end; ++d)
-      for (idx m = 0; m < used; m += L) {
-        Parameters<T> parameters;
-        for (idx j = 0; j < n; ++j) parameters[j] = load(raw + (d * n + j) * W + m);
-        const Splined<T> found = spline_lanes<T>(flow.spline, parameters, load(v + d * W + m), flow.inverse);
-        store(out + d * W + m, found.out);
-        store(logdet + m, load(logdet + m) + found.ell);
-      }
-    return;
-  }
-  const Coupling<T> op{Kind::affine, flow.log_scale, flow.constant, false, flow.inverse, {}};
-  with_log_scale(flow.log_scale, [&](auto scale) {
-    for (idx d = features.begin; d < features.end; ++d)
-      for (idx m = 0; m < used; m += L) {
-        const T* u = raw + d * n * W + m;
-        const Coupled<T> found = Affine<decltype(scale)::value>::forward(op, load(v + d * W + m), load(u), load(u + W));
-        store(out + d * W + m, found.out);
-        store(logdet + m, load(logdet + m) + found.ell);
-      }
-  });
-}
-
-// From ∂out and ∂logdet to ∂v and ∂raw; v as in transform_features.
-template <class T>
-void transform_features_backward(const Panel<T>& panel, Span features, const T* v, const T* raw, const T* g_out,
-                                 const T* g_logdet, T* g_v, T* g_raw) {
-  constexpr idx W = panel_rows<T>, L = lanes<T>;
-  const Autoregressive<T>& flow = panel.flow;
-  const idx n = flow.columns(), used = panel.vectors * L;
-  if (flow.kind == Kind::spline) {
-    for (idx d = features.begin; d < features.end; ++d)
-      for (idx m = 0; m < used; m += L) {
-        Parameters<T> parameters, grad;
-        for (idx j = 0; j < n; ++j) parameters[j] = load(raw + (d * n + j) * W + m);
-        store(g_v + d * W + m, spline_lanes_backward<T>(flow.spline, parameters, load(v + d * W + m), flow.inverse,
-                                                        load(g_out + d * W + m), load(g_logdet + m), grad));
-        for (idx j = 0; j < n; ++j) store(g_raw + (d * n + j) * W + m, grad[j]);
-      }
-    return;
-  }
-  const Coupling<T> op{Kind::affine, flow.log_scale, flow.constant, false, flow.inverse, {}};
-  with_log_scale(flow.log_scale, [&](auto scale) {
-    for (idx d = features.begin; d < features.end; ++d)
-      for (idx m = 0; m < used; m += L) {
-        const idx u = d * n * W + m, at = d * W + m;
-        const CouplingGradients<T> found = Affine<decltype(scale)::value>::template backward<T>(
-            op, load(v + at), load(raw + u), load(raw + u + W), load(g_out + at), load(g_logdet + m));
-        store(g_v + at, found.v);
-        store(g_raw + u, found.u);
-        store(g_raw + u + W, found.t);
-      }
-  });
-}
 
 }  // namespace glf::GLF_ISA

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "autoregressive.h"
-#include "tile.h"
+#include "panel.h"
 
 namespace glf::GLF_ISA {
 
@@ -12,10 +12,6 @@ template <class T>
 struct UnitBlock {
   idx first, rows, from, depth;
   const T* packed;
-};
-
-struct Span {
-  idx begin, end;
 };
 
 // Units and features that become known at once: all of them where x is known (forward), and where x is found one after

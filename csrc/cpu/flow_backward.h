@@ -132,16 +132,9 @@ Gradients<T> carve(const Flow<T>& flow, bool of_matrix, T* memory) {
 }
 
 template <class T>
-void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Save save, const T* saved,
-              Int record_width, const T* grad_out, const T* grad_logdet, T* grad_x, T* grad_context,
-              const Gradients<T>* parameters, const Parallel& parallel) {
-  if (batch == 0) {
-    if (parameters)
-      each_gradient(flow, [&](auto tensor, idx size) {
-        if (T* of = tensor(*parameters)) std::fill_n(of, size, T(0));
-      });
-    return;
-  }
+void backward_by_rows(const Flow<T>& flow, Int batch, const T* out, const T* context, Save save, const T* saved,
+                      Int record_width, const T* grad_out, const T* grad_logdet, T* grad_x, T* grad_context,
+                      const Gradients<T>* parameters, const Parallel& parallel) {
   const Record at = Record::of(flow);
   const GradientRecord grad = GradientRecord::of(flow);
   const Tiling tiling(flow, at, batch, parallel);

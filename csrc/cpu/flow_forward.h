@@ -85,9 +85,8 @@ void add_density(idx rows, idx D, const T* z, T* logdet) {
 }
 
 template <class T>
-void forward(const Flow<T>& flow, Int batch, const T* x, const T* context, T* out, T* logdet, Save save, T* saved,
-             Int record_width, const Parallel& parallel) {
-  if (batch == 0) return;
+void forward_by_rows(const Flow<T>& flow, Int batch, const T* x, const T* context, T* out, T* logdet, Save save,
+                     T* saved, Int record_width, const Parallel& parallel) {
   const Record at = Record::of(flow);
   const Tiling tiling(flow, at, batch, parallel);
   const idx D = flow.dim, K = flow.steps;

@@ -110,10 +110,25 @@ void outer_sum(const BackwardTile<T>& tile, idx N1, idx N2, idx x, idx y, T* g) 
     outer_sum(tile.rows, N1, N2, from, tile.at.width, slopes, tile.grad.width, g, tile.accumulate);
 }
 
-// ∂A_k, from the fields x of the record and y of the gradients; `back` is that of ∂x = ∂y A_kᵀ.
-//
 // Where A = diag(s) W and W is fixed, ∂A is wanted for ∂sᵢ = Σⱼ Wᵢⱼ ∂Aᵢⱼ alone, which is Σ xᵢ ∂xᵢ / sᵢ over the rows: no product is
 // needed. Of all ∂A with these sums this is the shortest: row i is Σ xᵢ ∂xᵢ · Aᵢ / |Aᵢ|².
+template <class T>
+void map_gradient_of_sums(const Flow<T>& flow, idx k, const T* sums, T* grad, bool accumulate) {
+  const idx D = flow.dim;
+  for (idx i = 0; i < D; ++i) {
+    const T* row = flow.matrix + (k * D + i) * D;
+    T most = 0, square = 0;  // of a row over its largest number, since squares of 1e-20 are 0
+    for (idx j = 0; j < D; ++j) most = std::max(most, std::abs(row[j]));
+    if (most > 0)
+      for (idx j = 0; j < D; ++j) square += (row[j] / most) * (row[j] / most);
+    for (idx j = 0; j < D; ++j) {
+      const T part = most > 0 ? row[j] / most * (sums[i] / most / square) : T(0);
+      grad[i * D + j] = accumulate ? grad[i * D + j] + part : part;
+    }
+  }
+}
+
+// ∂A_k, from the fields x of the record and y of the gradients; `back` is that of ∂x = ∂y A_kᵀ.
 template <class T>
 void map_gradient(const BackwardTile<T>& tile, idx k, idx x, idx y, idx back) {
   const idx D = tile.flow.dim;
@@ -123,17 +138,7 @@ void map_gradient(const BackwardTile<T>& tile, idx k, idx x, idx y, idx back) {
   std::fill_n(sums.get(), D, T(0));
   for (idx m = 0; m < tile.rows; ++m)
     for (idx i = 0; i < D; ++i) sums.get()[i] += tile.read(x)[m][i] * tile.gradient_of(back)[m][i];
-  for (idx i = 0; i < D; ++i) {
-    const T* row = tile.flow.matrix + (k * D + i) * D;
-    T most = 0, square = 0;  // of a row over its largest number, since squares of 1e-20 are 0
-    for (idx j = 0; j < D; ++j) most = std::max(most, std::abs(row[j]));
-    if (most > 0)
-      for (idx j = 0; j < D; ++j) square += (row[j] / most) * (row[j] / most);
-    for (idx j = 0; j < D; ++j) {
-      const T part = most > 0 ? row[j] / most * (sums.get()[i] / most / square) : T(0);
-      grad[i * D + j] = tile.accumulate ? grad[i * D + j] + part : part;
-    }
-  }
+  map_gradient_of_sums(tile.flow, k, sums.get(), grad, tile.accumulate);
 }
 
 }  // namespace glf::GLF_ISA

@@ -4,7 +4,7 @@
 #include "affine_coupling.h"
 #include "autoregressive_backward.h"
 #include "channel_map.h"
-#include "flow_backward.h"
+#include "flow_passes.h"
 #include "glow_network.h"
 #include "lu.h"
 #include "plu.h"

@@ -42,10 +42,29 @@ class Permutations {
 
   // y = x A_k + c, or x A_kᵀ, of `rows` rows; false, and nothing is done, if A_k is no permutation. c may be null.
   bool apply(idx k, bool transposed, idx rows, const T* x, idx x_m, T* y, idx y_m, const T* c) const {
+    return with_map(k, transposed, [=](const int* source, const T* scale) { gather(rows, source, scale, x, x_m, y, y_m, c); });
+  }
+
+  // The same of rows that lie in the lanes of `vectors` vectors: unit d is at d·apart.
+  bool apply_to_units(idx k, bool transposed, int vectors, idx apart, const T* x, T* y, const T* c) const {
+    return with_map(k, transposed, [=](const int* source, const T* scale) {
+      for (idx j = 0; j < dim_; ++j)
+        for (idx e = 0; e < vectors * lanes<T>; e += lanes<T>)
+          store(y + j * apart + e, load(x + source[j] * apart + e) * scale[j] + (c ? c[j] : T(0)));
+    });
+  }
+
+ private:
+  // Calls f(source of each column, its scale), if A_k is a permutation.
+  template <class F>
+  bool with_map(idx k, bool transposed, F f) const {
     if (maps_.empty() || maps_[k].to.empty()) return false;
     const Map& map = maps_[k];
-    const int* source = (transposed ? map.to : map.from).data();
-    const T* scale = (transposed ? map.scale : map.scale_of_column).data();
+    f((transposed ? map.to : map.from).data(), (transposed ? map.scale : map.scale_of_column).data());
+    return true;
+  }
+
+  void gather(idx rows, const int* source, const T* scale, const T* x, idx x_m, T* y, idx y_m, const T* c) const {
     for (idx m = 0; m < rows; ++m) {
       const T* in = x + m * x_m;
       T* out = y + m * y_m;
@@ -54,10 +73,8 @@ class Permutations {
       else
         for (idx j = 0; j < dim_; ++j) out[j] = in[source[j]] * scale[j];
     }
-    return true;
   }
 
- private:
   // With fewer columns a product is as fast.
   static constexpr idx least_dim = 32;
   struct Map {

@@ -21,7 +21,7 @@ struct ResidualBlock {
 };
 
 // Offsets into a row's record. Every field starts on a cache line and can be read, from any element on, to a whole
-// vector of any instruction set.
+// vector of any instruction set. Of a panel, whose rows lie in the lanes, offsets are in units, without gaps.
 struct Record {
   Int x;                  // the step's input
   Int y;                  // after the affine map (forward), or before it with c subtracted (inverse)
@@ -34,20 +34,20 @@ struct Record {
   Int width;
 
   template <class T>
-  static Record of(const Flow<T>& flow) {
-    constexpr Int line = 64 / sizeof(T);
+  static Record of(const Flow<T>& flow, bool of_panel = false) {
+    const Int line = of_panel ? 1 : 64 / sizeof(T), gap = of_panel ? 0 : line;
     Int end = 0;
-    const auto field = [&end](Int n, Int slack) {
+    const auto field = [&end, line](Int n, Int slack) {
       const Int start = end;
       end += (n + line - 1) / line * line + slack;
       return start;
     };
     const bool argument = keeps_argument(flow.activation);
     Record r{};
-    r.x = field(flow.dim, line);
-    r.y = field(flow.dim, line);
+    r.x = field(flow.dim, gap);
+    r.y = field(flow.dim, gap);
     // Without context the input is p, where the affine map has left it (forward) or found it (inverse).
-    r.input = flow.context_dim ? field(flow.width[0], line) : flow.inverse ? r.x : r.y;
+    r.input = flow.context_dim ? field(flow.width[0], gap) : flow.inverse ? r.x : r.y;
     if (flow.network == Network::residual) {
       const auto hidden = [&] { return field(flow.outputs(0), 0); };
       // Where the backward does not need h, or a branch, of every block, all blocks have it in one place.
@@ -67,9 +67,9 @@ struct Record {
       r.value[i] = field(flow.networks * r.hidden[i], 0);
       r.argument[i] = argument ? field(flow.networks * r.hidden[i], 0) : r.value[i];
     }
-    r.raw = field(flow.networks * flow.outputs(flow.layers - 1), line);
+    r.raw = field(flow.networks * flow.outputs(flow.layers - 1), gap);
     // An odd number of cache lines: rows of a tile spread over all sets of the L1 cache.
-    r.width = end / line % 2 ? end : end + line;
+    r.width = of_panel || end / line % 2 ? end : end + line;
     return r;
   }
 };
