@@ -3,6 +3,7 @@
 #pragma once
 
 #include "flow_tile.h"
+#include "panel.h"
 
 namespace glf::GLF_ISA {
 
@@ -26,36 +27,60 @@ inline words even(words a, words b) { return words{a[0], b[0]}; }
 inline words odd(words a, words b) { return words{a[1], b[1]}; }
 #endif
 
-// Philox4x32-10 (Salmon et al., SC 2011) of the counters (first + i, row, layer, step), four words of each, in order.
-inline void philox(std::uint64_t key, std::uint32_t first, std::uint32_t row, std::uint32_t layer, std::uint32_t step,
-                   std::uint32_t* to) {
+// Philox4x32-10 (Salmon et al., SC 2011): four words of each counter, which x holds.
+inline void philox(std::uint64_t key, words (&x)[4]) {
   const words zero{}, m0 = zero + 0xD2511F53u, m1 = zero + 0xCD9E8D57u;
-  words x0 = zero, x1 = zero + row, x2 = zero + layer, x3 = zero + step;
-  // Even lanes hold the first half of the counters, which is how `even` and `odd` want them.
-  for (idx i = 0; i < counters; ++i) x0[i] = first + static_cast<std::uint32_t>(i % 2 * (counters / 2) + i / 2);
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
-    const words a = product(x0, m0), b = product(x2, m1);
-    x0 = (b >> 32) ^ x1 ^ (zero + k0);
-    x2 = (a >> 32) ^ x3 ^ (zero + k1);
-    x1 = b;
-    x3 = a;
+    const words a = product(x[0], m0), b = product(x[2], m1);
+    x[0] = (b >> 32) ^ x[1] ^ (zero + k0);
+    x[2] = (a >> 32) ^ x[3] ^ (zero + k1);
+    x[1] = b;
+    x[3] = a;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  const words front = (x0 & 0xffffffff) | (x1 << 32), back = (x2 & 0xffffffff) | (x3 << 32);
+}
+
+// The words of the counters (first + i, row, layer, step), four of each, in order.
+inline void words_of_units(std::uint64_t key, std::uint32_t first, std::uint32_t row, std::uint32_t layer, std::uint32_t step,
+                           std::uint32_t* to) {
+  const words zero{};
+  words units{};
+  // Even lanes hold the first half of the counters, which is how `even` and `odd` want them.
+  for (idx i = 0; i < counters; ++i) units[i] = first + static_cast<std::uint32_t>(i % 2 * (counters / 2) + i / 2);
+  words x[4] = {units, zero + row, zero + layer, zero + step};
+  philox(key, x);
+  const words front = (x[0] & 0xffffffff) | (x[1] << 32), back = (x[2] & 0xffffffff) | (x[3] << 32);
   const words low = even(front, back), high = odd(front, back);
   std::memcpy(to, &low, sizeof low);
   std::memcpy(to + drawn / 2, &high, sizeof high);
+}
+
+// Those of the counters (unit, row + i, layer, step) for `rows` rows, which the number of counters divides: word w at w·apart.
+inline void words_of_rows(std::uint64_t key, std::uint32_t unit, std::uint32_t row, std::uint32_t layer, std::uint32_t step, idx rows,
+                          idx apart, std::uint32_t* to) {
+  const words zero{};
+  for (idx m = 0; m < rows; m += counters) {
+    words lane{};
+    for (idx i = 0; i < counters; ++i) lane[i] = row + static_cast<std::uint32_t>(m + i);
+    words x[4] = {zero + unit, lane, zero + layer, zero + step};
+    philox(key, x);
+    for (int w = 0; w < 4; ++w)
+      for (idx i = 0; i < counters; ++i) to[w * apart + m + i] = static_cast<std::uint32_t>(x[w][i]);
+  }
 }
 
 // What is dropped of one hidden layer of one network in one step. Blocks begin at a row of the tile, and at a unit that 4 divides.
 template <class T>
 class Dropout {
  public:
-  Dropout(const Tile<T>& tile, idx step, int layer, int network = 0)
-      : flow_(tile.flow),
-        row_(static_cast<std::uint32_t>(tile.first)),
+  Dropout(const Tile<T>& tile, idx step, int layer, int network = 0) : Dropout(tile.flow, tile.first, step, layer, network) {}
+
+  // Of rows from the batch's `first` on.
+  Dropout(const Flow<T>& flow, idx first, idx step, int layer, int network)
+      : flow_(flow),
+        row_(static_cast<std::uint32_t>(first)),
         layer_(static_cast<std::uint32_t>(layer + (network << 16))),
         step_(static_cast<std::uint32_t>(step)) {
     if (flow_.dropout == 0) return;
@@ -63,16 +88,18 @@ class Dropout {
     scale_ = static_cast<T>(1 / (1 - flow_.dropout));
   }
 
+  bool drops() const { return flow_.dropout > 0; }
+
   // h ← h·m/(1 − p), behind the activation.
   void apply(idx row, idx unit, idx rows, idx cols, T* h, idx ld) const {
-    if (flow_.dropout > 0)
+    if (drops())
       each_part(row, unit, rows, cols, [&](idx m, idx j, idx n, const T* factors) { multiply_by(factors, n, h + m * ld + j); });
   }
 
   // g ← g·m/(1 − p)·a'(x): `kept` is x where the activation keeps it, else a(x)·m/(1 − p).
   void backward(idx row, idx unit, idx rows, idx cols, const T* kept, idx kept_m, T* g, idx g_m) const {
     const Activation a = flow_.activation;
-    if (flow_.dropout == 0) return activate_backward(a, flow_.activation_constant, rows, cols, kept, kept_m, g, g_m);
+    if (!drops()) return activate_backward(a, flow_.activation_constant, rows, cols, kept, kept_m, g, g_m);
     if (a == Activation::relu) {  // what was dropped is 0, where the slope is 0, too
       activate_backward(a, flow_.activation_constant, rows, cols, kept, kept_m, g, g_m);
       for (idx m = 0; m < rows; ++m)
@@ -95,7 +122,51 @@ class Dropout {
     });
   }
 
+  // The same two of a panel's units, whose rows lie in the lanes of `vectors` vectors.
+  void apply_to_units(idx units, int vectors, T* h) const {
+    if (drops()) each_unit(units, vectors, [=](idx at, const T* factors) { multiply_by(factors, vectors * lanes<T>, h + at); });
+  }
+
+  void units_backward(idx units, int vectors, const T* kept, T* g) const {
+    constexpr idx W = panel_rows<T>;
+    const idx cols = vectors * lanes<T>;
+    const auto slopes = [&](const T* from) {
+      activate_backward(flow_.activation, flow_.activation_constant, units, cols, from, W, g, W);
+    };
+    const auto drop = [&] { each_unit(units, vectors, [=](idx at, const T* factors) { multiply_by(factors, cols, g + at); }); };
+    if (!drops()) return slopes(kept);
+    if (flow_.activation == Activation::relu) {  // what was dropped is 0, where the slope is 0, too
+      slopes(kept);
+      for (idx e = 0; e < units * W; e += W)
+        for (idx m = e; m < e + cols; m += lanes<T>) store(g + m, load(g + m) * scale_);
+      return;
+    }
+    if (keeps_argument(flow_.activation)) return drop(), slopes(kept);
+    // Of a dropped unit a(x) is lost, but it has no gradient, either.
+    const Scratch<T> values(units * W);
+    const T undo = static_cast<T>(1 - flow_.dropout);
+    for (idx e = 0; e < units * W; e += W)
+      for (idx m = e; m < e + cols; m += lanes<T>) store(values.get() + m, load(kept + m) * undo);
+    slopes(values.get());
+    drop();
+  }
+
  private:
+  // Calls f(the unit's first element, m/(1 − p) of its rows) for all units.
+  template <class F>
+  void each_unit(idx units, int vectors, F f) const {
+    constexpr idx W = panel_rows<T>;
+    alignas(64) std::uint32_t numbers[4 * W];
+    alignas(64) T factors[W];
+    for (idx u = 0; u < units; ++u) {
+      const idx cols = vectors * lanes<T>;
+      if (u % 4 == 0)
+        words_of_rows(flow_.seed, static_cast<std::uint32_t>(u / 4), row_, layer_, step_, round_up(cols, counters), W, numbers);
+      for (idx m = 0; m < cols; ++m) factors[m] = numbers[u % 4 * W + m] >= least_ ? scale_ : T(0);
+      f(u * W, factors);
+    }
+  }
+
   static void multiply_by(const T* factors, idx n, T* to) {
     for (idx c = 0; c < n; c += lanes<T>) store(to + c, load(to + c) * load(factors + c));
   }
@@ -107,8 +178,8 @@ class Dropout {
     alignas(64) T factors[drawn];
     for (idx m = 0; m < rows; ++m)
       for (idx j = 0; j < cols; j += drawn) {
-        philox(flow_.seed, static_cast<std::uint32_t>((unit + j) / 4), row_ + static_cast<std::uint32_t>(row + m), layer_, step_,
-               numbers);
+        words_of_units(flow_.seed, static_cast<std::uint32_t>((unit + j) / 4), row_ + static_cast<std::uint32_t>(row + m), layer_, step_,
+                       numbers);
         for (idx c = 0; c < drawn; ++c) factors[c] = numbers[c] >= least_ ? scale_ : T(0);
         f(m, j, std::min(drawn, cols - j), factors);
       }

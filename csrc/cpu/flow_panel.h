@@ -57,6 +57,7 @@ struct FlowPanel {
   int vectors;       // with rows in them
   const T* context;  // (C, W)
   T* record;
+  idx first;         // of its rows, in the batch
 
   T* field(idx unit) const { return record + unit * panel_rows<T>; }
   idx elements() const { return vectors * lanes<T>; }
@@ -76,6 +77,7 @@ struct FlowPanel {
   void activate_units(idx units, const T* from, T* to) const {
     activate(flow.activation, flow.activation_constant, units, elements(), from, to, panel_rows<T>);
   }
+  Dropout<T> dropout(idx k, int layer, int n = 0) const { return {flow, first, k, layer, n}; }
 };
 
 // Calls f(element) for the first of each vector's elements in `units` units.
@@ -123,7 +125,9 @@ void run_mlp(const FlowPanel<T>& panel, idx k, idx input) {
       const idx mine = last ? n * flow.outputs(i) : n * at.hidden[i];
       T* out = panel.field((last ? at.raw : at.argument[i]) + mine);
       panel.linear(k, i, n, panel.field(i ? at.value[i - 1] + n * at.hidden[i - 1] : input), out);
-      if (!last) panel.activate_units(flow.outputs(i), out, panel.field(at.value[i] + mine));
+      if (last) continue;
+      panel.activate_units(flow.outputs(i), out, panel.field(at.value[i] + mine));
+      panel.dropout(k, i, n).apply_to_units(flow.outputs(i), panel.vectors, panel.field(at.value[i] + mine));
     }
 }
 
@@ -143,6 +147,7 @@ void run_residual(const FlowPanel<T>& panel, idx k, idx input) {
     panel.activate_units(H, h, panel.field(b.h_value));
     panel.linear(k, layer.first, 0, panel.field(b.h_value), panel.field(b.argument));
     panel.activate_units(H, panel.field(b.argument), panel.field(b.value));
+    panel.dropout(k, j).apply_to_units(H, panel.vectors, panel.field(b.value));
     if (!flow.context_dim) {
       panel.linear(k, layer.second, 0, panel.field(b.value), next, h);
       continue;
@@ -240,7 +245,7 @@ idx work_of(const Flow<T>& flow) {
 template <class T>
 bool by_panels(const Flow<T>& flow, idx batch) {
   constexpr idx W = panel_rows<T>, most = (idx{640} << 10) / sizeof(T);
-  if (flow.dropout > 0 || flow.dim * flow.dim > most) return false;
+  if (flow.dim * flow.dim > most) return false;
   for (int i = 0; i < flow.layers; ++i)
     if (flow.inputs(i) * flow.outputs(i) > most) return false;
   return round_up(batch, W) * Record::of(flow, true).width <= batch * Record::of(flow).width;
@@ -273,7 +278,7 @@ void forward_by_panels(const Flow<T>& flow, Int batch, const T* x, const T* cont
           T *state = states + p * D * W, *sums = logdets + p * W;
           T* record = save == Save::records ? saved + k * batch * record_width + (first + p) * size : scratch;
           const int vectors = static_cast<int>((rows(p) + lanes<T> - 1) / lanes<T>);
-          const FlowPanel<T> panel{flow, maps, at, vectors, contexts + p * C * W, record};
+          const FlowPanel<T> panel{flow, maps, at, vectors, contexts + p * C * W, record, row};
           copy_units(D, state, panel.field(at.x));
           if (save == Save::inputs) store_panel(rows(p), D, state, saved + (k * batch + row) * D);
           run_step(panel, k, state, sums);

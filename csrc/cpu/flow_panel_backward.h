@@ -55,11 +55,6 @@ struct BackwardFlowPanel : FlowPanel<T> {
     multiply_units<T>(this->vectors, flow.inputs(i), flow.outputs(i), flow.weight[i] + flow.weights_before(i, k, n), flow.outputs(i),
                       1, g, nullptr, addend, to);
   }
-  // g ← g·a'
-  void multiply_by_slopes(idx units, const T* kept, T* g) const {
-    activate_backward(this->flow.activation, this->flow.activation_constant, units, this->elements(), kept, panel_rows<T>, g,
-                      panel_rows<T>);
-  }
 };
 
 // From ∂[u, t] to ∂[p, context], which both networks share, and ∂ of all layers.
@@ -78,7 +73,7 @@ void mlp_backward(const BackwardFlowPanel<T>& panel, idx k) {
       const idx H = flow.inputs(i);
       T* before = panel.gradient_of(panel.grad.layer[i - 1] + n * H);
       panel.linear_input(k, i, n, g, before);
-      panel.multiply_by_slopes(H, panel.field(at.argument[i - 1] + n * at.hidden[i - 1]), before);
+      panel.dropout(k, i - 1, n).units_backward(H, panel.vectors, panel.field(at.argument[i - 1] + n * at.hidden[i - 1]), before);
     }
 }
 
@@ -113,10 +108,11 @@ void residual_backward(const BackwardFlowPanel<T>& panel, idx k) {
     }
     T* middle = of_layer(layer.first);
     panel.linear_input(k, layer.second, 0, of_layer(layer.second), middle);
-    panel.multiply_by_slopes(H, panel.field(b.argument), middle);
+    panel.dropout(k, j).units_backward(H, panel.vectors, panel.field(b.argument), middle);
     panel.linear_input(k, layer.first, 0, middle, next);
     // Where h itself is in one place for all blocks, a'(h) comes from a(h).
-    panel.multiply_by_slopes(H, panel.field(keeps_argument(flow.activation) ? b.h : b.h_value), next);
+    activate_backward(flow.activation, flow.activation_constant, H, panel.elements(),
+                      panel.field(keeps_argument(flow.activation) ? b.h : b.h_value), panel_rows<T>, next, panel_rows<T>);
     each_vector<T>(panel.vectors, H, [=](idx e) { store(next + e, load(next + e) + load(stream + e)); });
   }
   panel.linear_input(k, 0, 0, of_layer(0), input, gated ? input : nullptr);
@@ -288,7 +284,7 @@ void backward_by_panels(const Flow<T>& flow, Int batch, const T* out, const T* c
         T* records = save == Save::records ? const_cast<T*>(saved) + k * batch * record_width + first * record : scratch;
         for (idx p = 0; p < panels; ++p) {
           const BackwardFlowPanel<T> panel{
-              {flow, maps, at, static_cast<int>(vectors[p]), contexts + p * C * W, records + p * record}, grad, gradients + p * size, end};
+              {flow, maps, at, static_cast<int>(vectors[p]), contexts + p * C * W, records + p * record, (first + p) * W}, grad, gradients + p * size, end};
           T* unused = panel.gradient_of(grad.input);  // where log-determinants that nobody wants are summed
           std::fill_n(unused, W, T(0));
           if (save == Save::inputs) {
