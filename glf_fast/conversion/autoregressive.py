@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.degrees import degrees
-from glf_fast.conversion.layers import FIXED, Autoregressive, Conditioner, NamedActivation, Unfusable
-from glf_fast.conversion.mlp import check_class, role_of
+from glf_fast.conversion.layers import FIXED, Autoregressive, Conditioner, Entries, NamedActivation, Unfusable
+from glf_fast.conversion.mlp import bias_entries, check_class
 from glf_fast.ops.checks import check_spline
 from glf_fast.reference import Spline
 from glf_fast.reference.made import fan_in, masks
@@ -77,38 +78,34 @@ class DeclaredAutoregressive:
         inputs = [torch.cat([given, features[orders[0]]]), *orders[1:]]
         results = [*orders[1:], self.outputs.cpu()[orders[0]].flatten()]
 
-        weights, biases, roles, bias_roles = [], [], [], []
+        weights, biases = [], []
         for linear, rows, order in zip(linears, inputs, results, strict=True):
-            weights.append(linear.weight[order][:, rows].T)
-            roles.append(role_of(linear.weight, weights[-1]))
-            biases.append(weights[-1].new_zeros(len(order)) if linear.bias is None else linear.bias[order])
-            bias_roles.append(role_of(linear.bias, biases[-1]))
+            weight, bias = linear.weight[order], None if linear.bias is None else linear.bias[order]
+            weights.append(Entries.of(weight[:, rows].T))
+            biases.append(bias_entries(weight, bias))
         if self.blind:
-            roles[0][len(given) :] = FIXED
-        used = masks(weights, biases, torch.tensor(fan_in(ranks[1:], ranks[0])), dim)
+            weights[0].roles[len(given) :] = FIXED
+        counts = torch.tensor(fan_in(ranks[1:], ranks[0]))
+        used = masks([W.value for W in weights], [b.value for b in biases], counts, dim)
         for i, (linear, rows, order) in enumerate(zip(linears, inputs, results, strict=True)):
             frozen = used[i] & (linear.mask[order][:, rows].T == 0)  # the degrees allow them, the mask does not
-            weights[i] = weights[i].masked_fill(frozen, 0)
-            roles[i] = roles[i].masked_fill(frozen, FIXED)
+            weights[i] = weights[i].map(partial(torch.masked_fill, mask=frozen, value=0))
         C = len(given) if self.context_layer is None else self.context_layer.in_features
         for k in range(blocks if C and self.network == "residual" else 0):
             i, order = 1 + 2 * k, orders[2 + 2 * k]
-            W, role = weights[i].new_zeros(C, len(order)), roles[i].new_full((C, len(order)), FIXED)
+            of_context = Entries.fixed(weights[i].value.new_zeros(C, len(order)))
             if self.block_contexts:
                 context = self.block_contexts[k]
-                W, biases[i] = context.weight[order].T, biases[i] + context.bias[order]
-                role, of_bias = role_of(context.weight, W), role_of(context.bias, biases[i])
-                bias_roles[i] = torch.maximum(bias_roles[i], of_bias)  # a sum is trained if one of the two is
-            weights[i], roles[i] = torch.cat([W, weights[i]]), torch.cat([role, roles[i]])
+                of_context = Entries.of(context.weight[order].T)
+                biases[i] = Entries.of(biases[i].value + context.bias[order])  # trained if one of the two is
+            weights[i] = Entries.joined([of_context, weights[i]], torch.cat)
         if self.context_layer is not None:
-            W, b = self.context_layer.weight[orders[1]].T, self.context_layer.bias[orders[1]]
-            weights, biases = [*weights, W], [*biases, b]
-            roles = [*roles, role_of(self.context_layer.weight, W)]
-            bias_roles = [*bias_roles, role_of(self.context_layer.bias, b)]
-        factors = torch.ones_like(biases[len(linears) - 1], requires_grad=False)
+            weights.append(Entries.of(self.context_layer.weight[orders[1]].T))
+            biases.append(Entries.of(self.context_layer.bias[orders[1]]))
+        factors = torch.ones_like(biases[len(linears) - 1].value, requires_grad=False)
         return Autoregressive(
             orders[0],
-            Conditioner(weights, biases, roles, bias_roles, factors, self.activation, lost=self.lost, blocks=blocks),
+            Conditioner(weights, biases, factors, self.activation, lost=self.lost, blocks=blocks),
             tuple(map(tuple, ranks)),
             self.log_scale,
             self.constant,

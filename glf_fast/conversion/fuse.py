@@ -177,7 +177,7 @@ def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> l
 def _is_full(steps: Sequence[Step]) -> bool:
     """Whether the weights of one more step would make a flow's parameters slow to train."""
     return (len(steps) + 1) * max(
-        (W.numel() for step in steps for W in step.transform.conditioner.weights), default=0
+        (W.value.numel() for step in steps for W in step.transform.conditioner.weights), default=0
     ) > _STACKED
 
 

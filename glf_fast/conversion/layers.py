@@ -8,9 +8,11 @@ autograd take gradients of the converted flow back to the library's parameters, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from glf_fast.reference import COUPLINGS, Spline
@@ -26,6 +28,7 @@ __all__ = [
     "Coupling",
     "Dense",
     "Diagonal",
+    "Entries",
     "Kept",
     "Layer",
     "NamedActivation",
@@ -95,6 +98,33 @@ class NamedActivation:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """A parameter of a fused network, and the role of each entry, FIXED, FROZEN or TRAINED (uint8)."""
+
+    value: Tensor
+    roles: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor) -> Entries:
+        """A parameter of the library, or a function of parameters that it trains together."""
+        return cls(value, torch.full_like(value, TRAINED if value.requires_grad else FROZEN, dtype=torch.uint8))
+
+    @classmethod
+    def fixed(cls, value: Tensor) -> Entries:
+        """Numbers that are no parameters of the library."""
+        return cls(value, torch.full_like(value, FIXED, dtype=torch.uint8))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Entries], join: Callable[[list[Tensor]], Tensor]) -> Entries:
+        """All of them in one, by torch.cat or torch.stack."""
+        return cls(join([part.value for part in parts]), join([part.roles for part in parts]))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Entries:
+        """A `change` that puts entries elsewhere and adds zeros, which are FIXED, of the value and the roles."""
+        return Entries(change(self.value), change(self.roles))
+
+
+@dataclass(frozen=True)
 class Conditioner:
     """An MLP or a residual network: (u, t) of T columns each from P passive columns and C of context.
 
@@ -103,18 +133,15 @@ class Conditioner:
 
     weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]; or n_last = T:
     t alone, of an additive coupling; or weights[i] (2, nᵢ, nᵢ₊₁), biases[i] (2, nᵢ₊₁) with n_last = T: a network for u and
-    one for t. `roles[i]`, as weights[i], and `bias_roles[i]`, as biases[i], say what each entry is: FIXED, FROZEN or
-    TRAINED. `factors`, as biases[-1], positive: what the library multiplies u and t by, which stays beside the last layer,
+    one for t. `factors`, as biases[-1], positive: what the library multiplies u and t by, which stays beside the last layer,
     because in it an optimizer would take other steps; a sign does not matter to optimizers and is in the last layer.
     `dropout`: p, with which `CouplingFlow` drops hidden units in training mode, as the library does; `active`: whether the
     library does so now. `lost`: the largest p of dropouts that the fused network does not have. `normalised`: batch norm
     in eval mode is folded into the layers.
     """
 
-    weights: list[Tensor]
-    biases: list[Tensor]
-    roles: list[Tensor]
-    bias_roles: list[Tensor]
+    weights: list[Entries]
+    biases: list[Entries]
     factors: Tensor
     activation: NamedActivation
     dropout: float = 0.0
@@ -136,22 +163,22 @@ class Conditioner:
     @property
     def hidden(self) -> list[int]:
         """As in CouplingFlow: widths of the hidden layers, or of the blocks."""
-        return [W.shape[-1] for W in (self.weights[:1] * self.blocks or self.weights[:-1])]
+        return [W.value.shape[-1] for W in (self.weights[:1] * self.blocks or self.weights[:-1])]
 
     @property
     def separate(self) -> bool:
         """Two networks."""
-        return self.weights[0].ndim == 3
+        return self.weights[0].value.ndim == 3
 
     @property
     def n_in(self) -> int:
         """n₀."""
-        return self.weights[0].shape[-2]
+        return self.weights[0].value.shape[-2]
 
     @property
     def n_out(self) -> int:
         """The columns that come out, of both networks if there are two."""
-        return self.weights[-1].shape[-1] * (2 if self.separate else 1)
+        return self.weights[-1].value.shape[-1] * (2 if self.separate else 1)
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,11 @@ def fastest(coupling: Coupling, permuted: bool = False) -> Coupling:
     than multiply-adds do: nobody asks there.
     """
     mlp = coupling.conditioner
-    own = sum(int(((W != 0) | (roles == TRAINED)).sum()) for W, roles in zip(mlp.weights, mlp.roles, strict=True))
+    own = sum(int(((W.value != 0) | (W.roles == TRAINED)).sum()) for W in mlp.weights)
     dim = width(coupling)
     fused = _cost([coupling], permuted)
-    units = (2 if mlp.separate else 1) * sum(W.shape[-1] for W in mlp.weights[:-1])
-    widest = max(mlp.weights, key=lambda W: W.shape[-2] * W.shape[-1]).shape[-2:]
+    units = (2 if mlp.separate else 1) * sum(W.value.shape[-1] for W in mlp.weights[:-1])
+    widest = max((W.value.shape[-2:] for W in mlp.weights), key=math.prod)
     if math.prod(widest) >= _WIDE and (coupling.spline is None or coupling.own_network is None):
         sizes = " × ".join(f"{n:,}" for n in widest)
         raise Unfusable(f"has layers of {sizes}, whose products take all time, fused or not")

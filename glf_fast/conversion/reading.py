@@ -274,7 +274,5 @@ def _tensors(layer: object) -> Iterable[Tensor]:
         value = getattr(layer, field.name)
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, list):
-            yield from value
         elif isinstance(value, Conditioner):
-            yield from _tensors(value)
+            yield from (entries.value for entries in (*value.weights, *value.biases))

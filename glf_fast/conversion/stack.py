@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import Affine
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Coupling
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Coupling, Entries
 from glf_fast.conversion.padded import Padded
 from glf_fast.conversion.padding import hidden_widths, padded_dim
 from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
@@ -82,7 +83,7 @@ def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
             with torch.random.fork_rng(devices=[]):
                 layer = InvertibleLinear(dim, linear=parametrisation([affine], padded=False)).double()
             for name, value in _linear_tensors(layer.linear, affine.W[None]).items():
-                install(layer, name, value[0], _roles(value[0], affine.W_trained), sources)
+                install(layer, name, _entries(value[0], affine.W_trained), sources)
             layers.append(layer)
         elif affine.mixes():
             layers.append(InvertibleLinear(dim, linear="permutation", permutation=affine.order))
@@ -91,8 +92,8 @@ def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
 
 def _actnorm(affine: Affine, sources: Sources) -> ActNorm:
     layer = ActNorm(len(affine.s)).double()
-    install(layer, "log_scale", affine.s, _roles(affine.s, affine.s_trained), sources)
-    install(layer, "bias", affine.b, _roles(affine.b, affine.b_trained), sources)
+    install(layer, "log_scale", _entries(affine.s, affine.s_trained), sources)
+    install(layer, "bias", _entries(affine.b, affine.b_trained), sources)
     layer.load_state_dict({**layer.state_dict(), "initialized": torch.tensor(True)})
     return layer
 
@@ -110,16 +111,16 @@ def install_maps(flow: StackedFlow, maps: Sequence[Affine], slots: Sequence[Tens
     width, dim = flow.event_shape[0], len(maps[0].s)
     extra = width - dim
 
-    def vectors(values: Sequence[Tensor]) -> Tensor:  # (K, D′), zero in the columns added
-        return torch.stack([F.pad(v, (0, extra))[place.to(v.device)] for v, place in zip(values, slots, strict=False)])
-
-    def roles(trained: Sequence[bool]) -> Tensor:  # FIXED in the columns added
-        return vectors([_roles(maps[0].s, flag) for flag in trained])
+    def vectors(own: Sequence[Entries]) -> Entries:  # (K, D′), zero in the columns added
+        placed = [
+            entries.map(lambda v, place=place: F.pad(v, (0, extra))[place])  # type: ignore[misc]
+            for entries, place in zip(own, slots, strict=False)
+        ]
+        return Entries.joined(placed, torch.stack)
 
     if flow.config["actnorm"]:
-        s, b = vectors([m.s for m in maps]), vectors([m.b for m in maps])
-        install(flow, "actnorm_log_scale", s, roles([m.s_trained for m in maps]), sources)
-        install(flow, "actnorm_bias", b, roles([m.b_trained for m in maps]), sources)
+        install(flow, "actnorm_log_scale", vectors([_entries(m.s, m.s_trained) for m in maps]), sources)
+        install(flow, "actnorm_bias", vectors([_entries(m.b, m.b_trained) for m in maps]), sources)
         state = flow.state_dict()
         flow.load_state_dict({**state, "actnorm_initialized": torch.ones_like(state["actnorm_initialized"])})
     if flow.config["linear"] == "permutation":
@@ -132,12 +133,12 @@ def install_maps(flow: StackedFlow, maps: Sequence[Affine], slots: Sequence[Tens
     for k, affine in enumerate(maps):
         W = torch.block_diag(affine.matrix(), torch.eye(extra, dtype=affine.s.dtype, device=affine.s.device))
         matrices.append(W[slots[k]][:, slots[k + 1]])
-        own = F.pad(_roles(torch.empty(dim, dim), affine.W_trained), (0, extra, 0, extra))
+        own = F.pad(_entries(torch.empty(dim, dim), affine.W_trained).roles, (0, extra, 0, extra))
         trained.append(own[slots[k]][:, slots[k + 1]])
     for name, value in _linear_tensors(flow.config["linear"], torch.stack(matrices)).items():
         stacked = torch.stack(trained)
         # One row stands for a vector: with "plu" nothing is padded, so that all of a step is alike.
-        install(flow, f"linear_{name}", value, stacked if value.ndim == 3 else stacked[:, 0], sources)
+        install(flow, f"linear_{name}", Entries(value, stacked if value.ndim == 3 else stacked[:, 0]), sources)
 
 
 def _linear_tensors(linear: str, W: Tensor) -> dict[str, Tensor]:
@@ -170,22 +171,20 @@ def _install_conditioners(
         flow.multiply(f"mlp_biases.{last}", factors)
     for i, parameter in enumerate(flow.mlp_weights):
         n_in, n_out = parameter.shape[-2:]
-        weights, biases, roles, bias_roles = [], [], [], []
+        weights, biases = [], []
         for coupling, mlp in zip(couplings, networks, strict=True):
-            W, b, W_roles, b_roles = mlp.weights[i], mlp.biases[i], mlp.roles[i], mlp.bias_roles[i]
+            W, b = mlp.weights[i], mlp.biases[i]
             if i == 0:
                 passive = len(coupling.passive)
-                W, W_roles = (_insert_rows(t, passive, P - passive) for t in (W, W_roles))
+                W = W.map(partial(_insert_rows, position=passive, count=P - passive))
             if i == last:
-                b = _pad_outputs(b, coupling, T, _identity(coupling))
-                W, W_roles, b_roles = (_pad_outputs(t, coupling, T) for t in (W, W_roles, b_roles))
-            grow = (0, n_out - W.shape[-1], 0, n_in - W.shape[-2])
-            weights.append(F.pad(W, grow))
-            roles.append(F.pad(W_roles, grow))
-            biases.append(F.pad(b, grow[:2]))
-            bias_roles.append(F.pad(b_roles, grow[:2]))
-        install(flow, f"mlp_weights.{i}", torch.stack(weights), torch.stack(roles), sources)
-        install(flow, f"mlp_biases.{i}", torch.stack(biases), torch.stack(bias_roles), sources)
+                W = W.map(partial(_pad_outputs, coupling=coupling, T=T))
+                b = Entries(_pad_outputs(b.value, coupling, T, _identity(coupling)), _pad_outputs(b.roles, coupling, T))
+            grow = (0, n_out - W.value.shape[-1], 0, n_in - W.value.shape[-2])
+            weights.append(W.map(partial(F.pad, pad=grow)))
+            biases.append(b.map(partial(F.pad, pad=grow[:2])))
+        install(flow, f"mlp_weights.{i}", Entries.joined(weights, torch.stack), sources)
+        install(flow, f"mlp_biases.{i}", Entries.joined(biases, torch.stack), sources)
 
 
 def _with_gates(network: Conditioner, width: int) -> Conditioner:
@@ -196,18 +195,16 @@ def _with_gates(network: Conditioner, width: int) -> Conditioner:
     if network.gated or not network.blocks or not width:
         return network
 
-    def insert(tensors: list[Tensor], rows: tuple[int, ...], value: float) -> list[Tensor]:
-        first, *inner, last = tensors
-        gate = first.new_full((*rows, first.shape[-1]), value)
+    def insert(entries: list[Entries], gate: Tensor) -> list[Entries]:
+        first, *inner, last = entries
         pairs = zip(inner[::2], inner[1::2], strict=True)
-        return [first, *(tensor for pair in pairs for tensor in (*pair, gate)), last]
+        return [first, *(found for pair in pairs for found in (*pair, Entries.fixed(gate))), last]
 
+    bias = network.biases[0].value
     return replace(
         network,
-        weights=insert(network.weights, (width,), 0.0),
-        biases=insert(network.biases, (), 40.0),
-        roles=insert(network.roles, (width,), FIXED),
-        bias_roles=insert(network.bias_roles, (), FIXED),
+        weights=insert(network.weights, bias.new_zeros(width, len(bias))),
+        biases=insert(network.biases, torch.full_like(bias, 40.0, requires_grad=False)),
     )
 
 
@@ -261,19 +258,18 @@ def _u_of_zero(log_scale: str, constant: float | None) -> float:
     return 0.0
 
 
-def _roles(like: Tensor, trained: bool) -> Tensor:
-    """The roles of parameters of that shape."""
-    return torch.full_like(like, TRAINED if trained else FROZEN, dtype=torch.uint8)
+def _entries(value: Tensor, trained: bool) -> Entries:
+    """A parameter of which all entries have one role."""
+    return Entries(value, torch.full_like(value, TRAINED if trained else FROZEN, dtype=torch.uint8))
 
 
-def install(
-    module: nn.Module, name: str, value: Tensor, roles: Tensor, sources: Sources, used: Tensor | None = None
-) -> None:
+def install(module: nn.Module, name: str, entries: Entries, sources: Sources, used: Tensor | None = None) -> None:
     """Give a parameter or buffer its value, and freeze the entries that must keep it, but for those that are never `used`.
 
     If some are trained, those are all the others. If none is, the parameter is frozen as a whole; a user may unfreeze it,
     all but the FIXED entries.
     """
+    value, roles = entries.value, entries.roles
     owner, _, leaf = name.rpartition(".")
     tensor = getattr(module.get_submodule(owner), leaf)
     if not isinstance(tensor, nn.Parameter):

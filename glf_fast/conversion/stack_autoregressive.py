@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glf_fast.conversion.layers import Autoregressive
+from glf_fast.conversion.layers import Autoregressive, Entries
 from glf_fast.conversion.stack import Sources, Step, install, install_maps, parametrisation
 from glf_fast.flow import AutoregressiveFlow, Flow
 from glf_fast.reference.made import fan_in, masks
@@ -44,15 +44,12 @@ def stack_autoregressive(steps: Sequence[Step], context_dim: int, sources: Sourc
     install_maps(flow, maps, [torch.arange(dim), *(layer.order for layer in layers)], sources)
     used = [_used(flow, of_step) for of_step in seen]
     for i, parameter in enumerate(flow.mlp_weights):
-        rows = parameter.shape[1]
-        values, roles, biases, bias_roles = (
-            [getattr(layer.conditioner, name)[i] for layer in layers]
-            for name in ("weights", "roles", "biases", "bias_roles")
-        )
-        values, roles = ([F.pad(t, (0, 0, rows - len(t), 0)) for t in tensors] for tensors in (values, roles))
+        weights, biases = ([getattr(layer.conditioner, name)[i] for layer in layers] for name in ("weights", "biases"))
+        missing = [parameter.shape[1] - len(W.value) for W in weights]  # rows of the context
+        weights = [W.map(partial(F.pad, pad=(0, 0, rows, 0))) for W, rows in zip(weights, missing, strict=True)]
         read = torch.stack([of_step[i] for of_step in used]) if i < len(used[0]) else None
-        install(flow, f"mlp_weights.{i}", torch.stack(values), torch.stack(roles), sources, read)
-        install(flow, f"mlp_biases.{i}", torch.stack(biases), torch.stack(bias_roles), sources)
+        install(flow, f"mlp_weights.{i}", Entries.joined(weights, torch.stack), sources, read)
+        install(flow, f"mlp_biases.{i}", Entries.joined(biases, torch.stack), sources)
     return flow, layers[-1].order.argsort()
 
 

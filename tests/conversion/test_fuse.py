@@ -19,6 +19,7 @@ from glf_fast.conversion.layers import (
     Coupling,
     Dense,
     Diagonal,
+    Entries,
     Kept,
     Layer,
     NamedActivation,
@@ -81,14 +82,14 @@ class Maker:
         weights = [self.leaf(*stack, a, b, trained=trained) for a, b in shapes]
         biases = [self.leaf(*stack, b, trained=trained) for _, b in shapes]
         role = TRAINED if trained else FROZEN
-        masks = [torch.full_like(w, role, dtype=torch.uint8) for w in weights]
-        bias_masks = [torch.full_like(b, role, dtype=torch.uint8) for b in biases]
+        weights, biases = (
+            [Entries(value, torch.full_like(value, role, dtype=torch.uint8)) for value in values]
+            for values in (weights, biases)
+        )
         defaults = {"log_scale": "tanh", "log_scale_constant": None, "add_first": False, "activation": "tanh"}
         options = {**defaults, **options}
-        factors = 0.5 + torch.rand_like(biases[-1], requires_grad=False)
-        conditioner = Conditioner(
-            weights, biases, masks, bias_masks, factors, NamedActivation(options.pop("activation")), blocks=blocks
-        )
+        factors = 0.5 + torch.rand_like(biases[-1].value, requires_grad=False)
+        conditioner = Conditioner(weights, biases, factors, NamedActivation(options.pop("activation")), blocks=blocks)
         return Coupling(order[:P], order[P:], conditioner, **options)
 
 
@@ -108,8 +109,8 @@ def apply(layers: list[Layer], x: Tensor, context: Tensor | None = None) -> tupl
             c, p, v = layer.conditioner, x[:, layer.passive], x[:, layer.transformed]
             given = context if layer.context_dim() else None
             h = p if given is None else torch.cat([p, given], 1)
-            *weights, last = c.weights
-            weights, biases = [*weights, last * c.factors.unsqueeze(-2)], [*c.biases[:-1], c.biases[-1] * c.factors]
+            weights, biases = [W.value for W in c.weights], [b.value for b in c.biases]
+            weights[-1], biases[-1] = weights[-1] * c.factors.unsqueeze(-2), biases[-1] * c.factors
             raw = NETWORKS[c.network](h, weights, biases, given, c.activation.name, c.activation.constant, None)
             if raw.shape == v.shape:  # additive
                 v, ldj = v - raw if layer.undo else v + raw, 0.0

@@ -162,7 +162,7 @@ def test_what_is_trained_is_known():
     flow.flows[0].flows[1].param_map.net[0].requires_grad_(False)
     coupling, permutation, dense, last = read_flow(LIBRARY, flow).layers  # and no layer of a base N(0, I) that is fixed
     assert isinstance(permutation, Permutation) and isinstance(dense, Dense) and not dense.trained
-    assert (last.conditioner.roles[0] == FROZEN).all() and (last.conditioner.roles[1] == TRAINED).all()
+    assert (last.conditioner.weights[0].roles == FROZEN).all() and (last.conditioner.weights[1].roles == TRAINED).all()
     assert coupling.conditioner.separate
     assert isinstance(read_flow(LIBRARY, flow_of(block(4))).layers[-1], Diagonal), "a base that is trained"
 

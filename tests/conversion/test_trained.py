@@ -21,7 +21,7 @@ import glf_fast
 from glf_fast.conversion import ConversionError, convert, mlp
 from glf_fast.conversion import normflows as reader
 from glf_fast.conversion.accelerate import accelerate
-from glf_fast.conversion.layers import TRAINED
+from glf_fast.conversion.layers import TRAINED, Entries
 
 
 def flow(*layers: nn.Module, base: type = nflows.distributions.StandardNormal) -> Flow:
@@ -88,9 +88,9 @@ def test_what_would_train_too_much_is_not_returned(monkeypatch: pytest.MonkeyPat
     convert(original)
     true = mlp._pair
 
-    def all_trained(a: Tensor, b: Tensor) -> Tensor:
+    def all_trained(a: Entries, b: Entries) -> Entries:
         joined = true(a, b)
-        return torch.full_like(joined, TRAINED) if joined.dtype == torch.uint8 else joined
+        return Entries(joined.value, torch.full_like(joined.roles, TRAINED))
 
     monkeypatch.setattr(mlp, "_pair", all_trained)
     with pytest.raises(ConversionError, match=r"would train what is frozen in the original \(.*mlp_weights"):
