@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.degrees import degrees
-from glf_fast.conversion.layers import FIXED, Autoregressive, Conditioner, Entries, NamedActivation, Unfusable
+from glf_fast.conversion.layers import (
+    FIXED,
+    Autoregressive,
+    Conditioner,
+    Entries,
+    NamedActivation,
+    Unfusable,
+    Univariate,
+)
 from glf_fast.conversion.mlp import bias_entries, check_class
 from glf_fast.ops.checks import check_spline
 from glf_fast.reference import Spline
@@ -38,8 +46,7 @@ def masked_linear(module: nn.Module) -> MaskedLinear:
 class DeclaredAutoregressive:
     """x_d ↦ T(x_d; θ_d), whose parameters θ_d a masked network makes of the features before x_d, and of a context.
 
-    The order of the features is read from the masks. T is v·e^ℓ + t with ℓ = f(u), or a spline. A layer to `undo` is one
-    whose data → noise is the inverse of all that.
+    The order of the features is read from the masks. A layer to `undo` is one whose data → noise is the inverse of all that.
     """
 
     # In the order of `glf_fast.reference.made`, without those of a context alone. The inputs of the first one are x, then
@@ -47,10 +54,8 @@ class DeclaredAutoregressive:
     linears: Sequence[MaskedLinear]
     outputs: Tensor  # (D, n): the network's output that is each number of θ_d: u and t, or the parameters of a spline
     activation: NamedActivation
+    univariate: Univariate  # T
     network: str = "mlp"  # as in AutoregressiveFlow
-    log_scale: str = "exp"  # f, by the names of `glf_fast.reference.log_scale`
-    constant: float | None = None
-    spline: Spline | None = None
     undo: bool = False
     features: Tensor | None = None  # the first layer's inputs that are x₀, x₁, …
     # Of a context c: a(c Wᵀ + b) is added to the first layer's output, and c Wᵀ + b to that of each block's first layer.
@@ -61,8 +66,8 @@ class DeclaredAutoregressive:
 
     def read(self) -> Autoregressive:
         """The layer that it is; raises Unfusable."""
-        if self.spline is not None:
-            check_spline(self.spline)
+        if isinstance(self.univariate, Spline):
+            check_spline(self.univariate)
         linears, (dim, columns) = self.linears, self.outputs.shape
         self._check(dim, columns)
         features = torch.arange(dim) if self.features is None else self.features.cpu()
@@ -107,12 +112,10 @@ class DeclaredAutoregressive:
             orders[0],
             Conditioner(weights, biases, factors, self.activation, lost=self.lost, blocks=blocks),
             tuple(map(tuple, ranks)),
-            self.log_scale,
-            self.constant,
+            self.univariate,
             C,
             self.context_layer is not None,
             self.undo,
-            self.spline,
             self.network,
         )
 
@@ -126,7 +129,7 @@ class DeclaredAutoregressive:
             raise Unfusable("its residual network is not one to five blocks of two layers of one width")
         if not residual and len(widths) > 8:
             raise Unfusable(f"its network has {len(widths)} hidden layers; zero to eight are covered")
-        wanted = 2 if self.spline is None else self.spline.columns
+        wanted = self.univariate.columns if isinstance(self.univariate, Spline) else 2
         if columns != wanted or outputs != dim * columns or inputs < dim:
             raise Unfusable(
                 f"its network maps {inputs} columns to {outputs} where {dim} or more to {dim * wanted} are meant"

@@ -25,7 +25,9 @@ from glf_fast.conversion.layers import (
     Layer,
     Permutation,
     Piece,
+    Scale,
     Unfusable,
+    check_started,
     trained_together,
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library
@@ -40,7 +42,7 @@ __all__ = ["LIBRARIES"]
 def _flow(part: Part) -> list[Layer]:
     """y = scale·(x + loc), y = W x, and (v + t)·σ(u + 2) with outputs [u | t], or v + t."""
     norm, conv, coupling = part.module.actnorm, part.module.invconv, part.module.coupling
-    _check_started(bool(norm.initialized))
+    check_started(bool(norm.initialized))
     scale, loc = norm.scale.flatten(), norm.loc.flatten()
     if not bool((scale > 0).all()):
         raise Unfusable("a scale of its ActNorm is not positive")
@@ -71,12 +73,6 @@ def _flow_step(part: Part) -> list[Layer]:
     ]
 
 
-def _check_started(started: bool) -> None:
-    """Raise ConversionError for an ActNorm that any call, a comparison's too, would initialise."""
-    if not started:
-        raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
-
-
 def _check_inited(norm: Any) -> None:
     """Raise ConversionError for a FlowStep's ActNorm unless it is `inited`: the next batch would overwrite its values.
 
@@ -87,7 +83,7 @@ def _check_inited(norm: Any) -> None:
             "an ActNorm's `inited` is False, as after loading a checkpoint: call set_actnorm_init() of its Glow, or set "
             "`inited` to True, before accelerate"
         )
-    _check_started(bool(norm.inited))
+    check_started(bool(norm.inited))
 
 
 def _convolution(module: nn.Module, weight: Tensor, *, regular: bool) -> Dense:
@@ -98,7 +94,7 @@ def _convolution(module: nn.Module, weight: Tensor, *, regular: bool) -> Dense:
 def _coupling(part: Part, network: nn.Module, layout: str) -> Layer:
     passive, transformed = torch.arange(part.shape[0], device=next(network.parameters()).device).chunk(2)
     declared = partial(DeclaredCoupling, passive, transformed, network, layout, context="none")
-    return (declared() if layout == "t" else declared("glow", 2.0, add_first=True)).read(part)
+    return (declared() if layout == "t" else declared(Scale("glow", 2.0), add_first=True)).read(part)
 
 
 def _permutation(step: Any) -> tuple[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from glf_fast.reference import COUPLINGS, Spline
 
 __all__ = [
+    "EXP",
     "FIXED",
     "FROZEN",
     "TRAINED",
@@ -34,8 +35,12 @@ __all__ = [
     "NamedActivation",
     "Permutation",
     "Piece",
+    "Scale",
     "Transform",
     "Unfusable",
+    "Univariate",
+    "check_started",
+    "flow_options",
     "trained_together",
     "width",
 ]
@@ -95,6 +100,24 @@ class NamedActivation:
 
     name: str
     constant: float | None = None
+
+
+class Scale(NamedTuple):
+    """v·e^ℓ + t with ℓ = f(u): f by its name in `glf_fast.reference.log_scale`, and its constant, if it has one."""
+
+    log_scale: str
+    constant: float | None = None
+
+
+EXP = Scale("exp")
+Univariate = Scale | Spline
+
+
+def flow_options(univariate: Univariate) -> dict[str, Any]:
+    """The arguments of `CouplingFlow` and `AutoregressiveFlow` for it."""
+    if isinstance(univariate, Spline):
+        return {"spline": univariate, "log_scale": EXP.log_scale}
+    return {"log_scale": univariate.log_scale, "log_scale_constant": univariate.constant}
 
 
 @dataclass(frozen=True)
@@ -189,19 +212,17 @@ class Coupling:
     `passive` (P,) and `transformed` (T,) hold each of 0 … D−1 once; the output's columns keep the places of the
     input's. `conditioner`: a `Conditioner`, which is stacked with others, or the library's own network on images, `Outputs`.
     `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose formula cannot be
-    turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0. With `spline`, v is put through
-    splines of that kind, and the conditioner makes the parameters of each side by side. `own_network`: the library's own, which
-    may be faster than the conditioner; `gains`: the coupling gains with it, too, as the library multiplies by permutations.
+    turned around. An additive coupling has EXP, with ℓ = 0. If `univariate` is a `Spline`, v is put through such splines, and
+    the conditioner makes the parameters of each side by side. `own_network`: the library's own, which may be faster than the
+    conditioner; `gains`: the coupling gains with it, too, as the library multiplies by permutations.
     """
 
     passive: Tensor
     transformed: Tensor
     conditioner: Any
-    log_scale: str
-    log_scale_constant: float | None
-    add_first: bool
+    univariate: Univariate = EXP
+    add_first: bool = False
     undo: bool = False
-    spline: Spline | None = None
     own_network: Any = None
     gains: bool = False
 
@@ -216,7 +237,7 @@ class Coupling:
 
     def kind(self) -> str:
         """As in CouplingFlow: "affine", "separate", "additive" or "spline"."""
-        if self.spline is not None:
+        if isinstance(self.univariate, Spline):
             return "spline"
         if self.conditioner.separate:
             return "separate"
@@ -224,14 +245,14 @@ class Coupling:
 
     def columns(self) -> int:
         """Numbers that one network makes for each transformed column."""
-        return self.spline.columns if self.spline is not None else COUPLINGS[self.kind()].columns
+        return (self.univariate if isinstance(self.univariate, Spline) else COUPLINGS[self.kind()]).columns
 
 
 @dataclass(frozen=True)
 class Autoregressive:
     """x_d ↦ T(x_d; θ_d) of all features, whose parameters a masked network makes of the features before and of a context.
 
-    T is v·e^ℓ + t with ℓ = f(u), or a spline; `undo` as in `Coupling`. The network's layers, in `conditioner`, are those of
+    T is the `univariate` one; `undo` as in `Coupling`. The network's layers, in `conditioner`, are those of
     `glf_fast.reference.made`, the context's first: its features have the `order` (D,) of the data's columns, and its units are
     sorted by their `degrees`. Its roles are FIXED also where a mask forbids what the degrees allow.
     """
@@ -239,12 +260,10 @@ class Autoregressive:
     order: Tensor
     conditioner: Conditioner
     degrees: Degrees  # of the features, and of the units of each hidden layer
-    log_scale: str
-    log_scale_constant: float | None
+    univariate: Univariate
     context: int  # its columns, C, which all layers have that `AutoregressiveFlow` gives them to
     context_layer: bool  # the last one: the context has a hidden layer of its own
     undo: bool = False
-    spline: Spline | None = None
     network: str = "mlp"  # as in AutoregressiveFlow
 
     is_mlp = True  # as in `Coupling`: it has no network of the library
@@ -304,6 +323,12 @@ def width(layer: Piece | Transform) -> int:
         case Autoregressive():
             return len(layer.order)
     return len(layer.passive) + len(layer.transformed)
+
+
+def check_started(started: bool) -> None:
+    """Raise ConversionError for an ActNorm that has not seen a batch: any call, a comparison's too, would initialise it."""
+    if not started:
+        raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
 
 
 def trained_together(*parameters: Tensor) -> bool:

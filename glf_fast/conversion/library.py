@@ -163,7 +163,6 @@ class Library:
     refused: Mapping[str, str] = field(default_factory=dict)  # class → why it cannot even be kept
     alone: frozenset[str] = frozenset()  # classes that are worth replacing where there is no coupling beside them
     own_hooks: frozenset[str] = frozenset()  # classes whose backward hooks are the library's own
-    any_size: bool = True  # the layers on images work on any number of pixels
     shape_before: Callable[[Any, Shape], Shape] = lambda module, shape: shape  # (layer, output's shape) → its input's
     embedding: Callable[[Any], nn.Module | None] = lambda flow: None  # the network that a context goes through first
     context_shape: Callable[[Sequence[Part]], Shape] = declared_context  # of one context behind it, as the parts say

@@ -22,15 +22,17 @@ from glf_fast.conversion.layers import (
     Kept,
     Layer,
     Permutation,
+    Scale,
     Unfusable,
+    check_started,
     trained_together,
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, check_shape, declared_context
-from glf_fast.conversion.made import affine_autoregressive, spline_autoregressive
+from glf_fast.conversion.log_scales import recognised
+from glf_fast.conversion.nflows_layers import affine_autoregressive, spline_autoregressive, spline_coupling
 from glf_fast.flow import Split, Squeeze
-from glf_fast.reference import Spline, log_scale
 
-__all__ = ["LIBRARY", "splines"]
+__all__ = ["LIBRARY"]
 
 
 def _mlp(module: Any) -> Iterator[mlp.Step]:
@@ -58,57 +60,17 @@ def _coupling(part: Part) -> list[Layer]:
         raise Unfusable("its passive columns are transformed, too")
     halves = transform.identity_features, transform.transform_features
     additive = LIBRARY.name_of(type(transform)) == "AdditiveCouplingTransform"
-    options = ("t",) if additive else ("tu", *_read_log_scale(transform))
+    options = ("t",) if additive else ("tu", _log_scale(transform))
     return [DeclaredCoupling(*halves, transform.transform_net, *options).read(part)]
 
 
-def _read_log_scale(transform: Any) -> tuple[str, float]:
-    """Name and constant of what the object makes of u: log(σ(u + 2) + ε), or log σ(u + 2)."""
-    n = transform.num_transform_features
+def _log_scale(transform: Any) -> Scale:
+    """What the object makes of u: log(σ(u + 2) + ε), or log σ(u + 2)."""
     u = torch.linspace(-40, 40, 161, dtype=torch.float64)
-    scale = transform._scale_and_shift(u[:, None].expand(-1, 2 * n))[0][:, 0]
-    for name, constant in (("nflows", 1e-3), ("nflows", scale[0].item()), ("glow", 2.0)):
-        if torch.allclose(scale, log_scale(u, name, constant).exp(), rtol=1e-12, atol=1e-16):
-            return name, constant
-    raise Unfusable("its scale is not σ(u + 2) + ε")
-
-
-def splines(part: Part, transform: Any) -> list[Layer]:
-    """A coupling of splines in nflows or normflows, and splines that its passive half may have, which depend on nothing."""
-    if not isinstance(transform.tails, str) or isinstance(transform.tail_bound, Tensor):
-        raise Unfusable(
-            f"tails {transform.tails!r} of bound {transform.tail_bound}: one name and one number are covered"
-        )
-    network = transform.transform_net
-    hidden = next(
-        (getattr(network, name) for name in ("hidden_features", "hidden_channels") if hasattr(network, name)), 1
-    )
-    kind = Spline(
-        transform.num_bins, -float(transform.tail_bound), float(transform.tail_bound), transform.tails, "nflows",
-        transform.min_bin_width, transform.min_bin_height, transform.min_derivative, hidden**-0.5,
-    )  # fmt: skip
-    halves = transform.identity_features, transform.transform_features
-    layers: list[Layer] = [DeclaredCoupling(*halves, network, "spline", spline=kind).read(part)]
-    if (own := transform.unconditional_transform) is not None:
-        if len(part.shape) > 1:
-            raise Unfusable("its passive channels are transformed, too")
-        given = DeclaredCoupling(*halves[::-1], OwnParameters(own), "spline", spline=kind._replace(scale=1.0))
-        layers.append(given.read(part))
-    return layers
-
-
-class OwnParameters(nn.Module):
-    """The parameters of splines that depend on nothing, as a network: (B, …) → (B, n·T)."""
-
-    def __init__(self, splines: nn.Module) -> None:
-        super().__init__()
-        self.splines: Any = splines
-
-    def forward(self, p: Tensor, context: Tensor | None = None) -> Tensor:
-        """The same for every row."""
-        own = self.splines
-        parts = own.unnormalized_widths, own.unnormalized_heights, own.unnormalized_derivatives
-        return torch.cat(parts, -1).flatten().expand(len(p), -1)
+    numbers = u[:, None].expand(-1, 2 * transform.num_transform_features)
+    scale = transform._scale_and_shift(numbers)[0][:, 0]
+    candidates = Scale("nflows", 1e-3), Scale("nflows", scale[0].item()), Scale("glow", 2.0)
+    return recognised(candidates, u, scale.log(), "its scale is not σ(u + 2) + ε")
 
 
 def _linear(part: Part) -> list[Layer]:
@@ -137,8 +99,7 @@ def _householder(part: Part) -> list[Layer]:
 
 def _actnorm(part: Part) -> list[Layer]:
     transform = part.module
-    if not transform.initialized:
-        raise ConversionError("ActNorm has not seen data yet: run one training batch through the flow first")
+    check_started(bool(transform.initialized))
     return [Diagonal(transform.log_scale, transform.shift, trained_together(*transform.parameters()))]
 
 
@@ -318,7 +279,7 @@ def _prepare(copied: nn.Module) -> None:
 _ON_BOTH: dict[str, Reader] = {
     "AffineCouplingTransform": _coupling,
     "AdditiveCouplingTransform": _coupling,
-    "PiecewiseRationalQuadraticCouplingTransform": lambda part: splines(part, part.module),
+    "PiecewiseRationalQuadraticCouplingTransform": lambda part: spline_coupling(part, part.module),
     "ActNorm": _actnorm,
     "Permutation": _permutation,
     "RandomPermutation": _permutation,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from glf_fast.conversion.layers import TRAINED, Coupling, Dense, Layer, Unfusable, width
+from glf_fast.reference import Spline
 
 __all__ = ["divided", "fastest", "hidden_widths", "only_permutes", "padded_dim"]
 
@@ -84,15 +85,14 @@ def fastest(coupling: Coupling, permuted: bool = False) -> Coupling:
     """
     mlp = coupling.conditioner
     own = sum(int(((W.value != 0) | (W.roles == TRAINED)).sum()) for W in mlp.weights)
-    dim = width(coupling)
+    dim, splines = width(coupling), isinstance(coupling.univariate, Spline)
     fused = _cost([coupling], permuted)
     units = (2 if mlp.separate else 1) * sum(W.value.shape[-1] for W in mlp.weights[:-1])
     widest = max((W.value.shape[-2:] for W in mlp.weights), key=math.prod)
-    if math.prod(widest) >= _WIDE and (coupling.spline is None or coupling.own_network is None):
+    if math.prod(widest) >= _WIDE and (not splines or coupling.own_network is None):
         sizes = " × ".join(f"{n:,}" for n in widest)
         raise Unfusable(f"has layers of {sizes}, whose products take all time, fused or not")
-    profits = coupling.gains or coupling.spline is not None
-    if profits and coupling.own_network is not None and math.prod(widest) >= _WIDE_OWN:
+    if (coupling.gains or splines) and coupling.own_network is not None and math.prod(widest) >= _WIDE_OWN:
         return replace(coupling, conditioner=coupling.own_network)
     if coupling.gains and not permuted:
         # It saves passes, too. Ten AllInOneBlocks of 373 columns and 2 × 256 units took 1.5 times as long fused as by

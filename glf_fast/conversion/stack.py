@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import Affine
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Coupling, Entries
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Coupling, Entries, Scale, flow_options
 from glf_fast.conversion.padded import Padded
 from glf_fast.conversion.padding import hidden_widths, padded_dim
 from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
 from glf_fast.flow.stacked_flow import StackedFlow
+from glf_fast.reference import Spline
 
 __all__ = ["Sources", "Step", "install", "install_maps", "parametrisation", "stack", "standalone"]
 
@@ -61,9 +62,8 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
         flow = CouplingFlow(
             width, len(steps), hidden_widths(couplings), context_dim, coupling=first.kind(), network=first.conditioner.network,
             activation=first.conditioner.activation.name, activation_constant=first.conditioner.activation.constant,
-            dropout=first.conditioner.dropout, log_scale=first.log_scale,
-            log_scale_constant=first.log_scale_constant, add_first=first.add_first, spline=first.spline, linear=linear,
-            actnorm=actnorm,
+            dropout=first.conditioner.dropout, add_first=first.add_first, linear=linear, actnorm=actnorm,
+            **flow_options(first.univariate),
         ).double()  # fmt: skip
     install_maps(flow, maps, slots, sources)
     _install_conditioners(flow, couplings, (P, T), sources)
@@ -219,7 +219,7 @@ def _pad_outputs(outputs: Tensor, coupling: Coupling, T: int, fill: Tensor | Non
     Affine couplings have all u before all t; the parameters of one spline lie side by side.
     """
     columns, own = coupling.columns(), len(coupling.transformed)
-    apart = coupling.spline is None  # (…, columns, T) and not (…, T, columns)
+    apart = not isinstance(coupling.univariate, Spline)  # (…, columns, T) and not (…, T, columns)
     shape = (columns, own) if apart else (own, columns)
     parts = outputs.unflatten(-1, shape)
     parts = parts if apart else parts.mT
@@ -232,28 +232,27 @@ def _pad_outputs(outputs: Tensor, coupling: Coupling, T: int, fill: Tensor | Non
 
 def _identity(coupling: Coupling) -> Tensor:
     """A network's outputs (columns,), or (2, 1) of two, that leave a column of zeros as it is, at no log-determinant."""
-    kind = coupling.kind()
-    if coupling.spline is not None:
+    kind, univariate = coupling.kind(), coupling.univariate
+    if isinstance(univariate, Spline):
         outputs = torch.zeros(coupling.columns(), dtype=torch.float64)
-        form = coupling.spline.prepared()
+        form = univariate.prepared()
         if not form.soft_clip:  # of equal bins, with slopes of 1
             outputs[2 * form.bins :] = math.log(math.expm1(1 / form.factor - form.min_derivative))
         return outputs
     if kind == "additive":
         return torch.zeros(1, dtype=torch.float64)
-    u = _u_of_zero(coupling.log_scale, coupling.log_scale_constant)
+    u = _u_of_zero(univariate)
     return torch.tensor([u, 0.0] if kind == "affine" else [[u], [0.0]], dtype=torch.float64)
 
 
-def _u_of_zero(log_scale: str, constant: float | None) -> float:
+def _u_of_zero(scale: Scale) -> float:
     """The u with f(u) = 0, at which a column of zeros adds nothing to the log-determinant."""
-    if log_scale == "glow":
+    name, constant = scale
+    if name == "glow":
         return 40.0  # log σ(42) = −6e-19
-    if log_scale == "nflows":
-        assert constant is not None
+    if name == "nflows" and constant is not None:
         return math.log((1 - constant) / constant) - 2
-    if log_scale == "softplus":
-        assert constant is not None
+    if name == "softplus" and constant is not None:
         return math.log(math.expm1(1 - constant))
     return 0.0
 

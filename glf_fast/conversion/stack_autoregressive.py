@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glf_fast.conversion.layers import Autoregressive, Entries
+from glf_fast.conversion.layers import Autoregressive, Entries, flow_options
 from glf_fast.conversion.stack import Sources, Step, install, install_maps, parametrisation
 from glf_fast.flow import AutoregressiveFlow, Flow
+from glf_fast.reference import Spline
 from glf_fast.reference.made import fan_in, masks
 
 __all__ = ["stack_autoregressive"]
@@ -30,10 +31,10 @@ def stack_autoregressive(steps: Sequence[Step], context_dim: int, sources: Sourc
     with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
         flow_of = partial(
             AutoregressiveFlow, dim, len(steps), first.hidden, context_dim,
-            transform="affine" if first.spline is None else "spline",
-            network=first.network, spline=first.spline, activation=network.activation.name,
-            activation_constant=network.activation.constant, log_scale=first.log_scale,
-            log_scale_constant=first.log_scale_constant, context_layer=first.context_layer,
+            transform="spline" if isinstance(first.univariate, Spline) else "affine",
+            network=first.network, activation=network.activation.name,
+            activation_constant=network.activation.constant, context_layer=first.context_layer,
+            **flow_options(first.univariate),
             linear=parametrisation(maps, padded=False), actnorm=any(m.scales() for m in maps),
         )  # fmt: skip
         flow = flow_of()

@@ -79,7 +79,7 @@ def test_a_wrong_inverse_is_not_returned() -> None:
 
 
 def test_a_layer_read_as_another_is_not_returned(monkeypatch) -> None:
-    monkeypatch.setattr("glf_fast.conversion.zuko.log_scale", lambda u, *_: u / (1 + torch.abs(u / 6.9)))
+    monkeypatch.setattr("glf_fast.conversion.log_scales.log_scale", lambda u, *_: u / (1 + torch.abs(u / 6.9)))
     flow = zuko.flows.RealNVP(4)
     with pytest.raises(ConversionError):
         convert(flow)

@@ -24,6 +24,7 @@ from glf_fast.conversion.layers import (
     Layer,
     NamedActivation,
     Permutation,
+    Scale,
 )
 from glf_fast.conversion.padded import Padded
 from glf_fast.flow import CouplingFlow, Flow, Inverse, SequentialFlow
@@ -86,11 +87,11 @@ class Maker:
             [Entries(value, torch.full_like(value, role, dtype=torch.uint8)) for value in values]
             for values in (weights, biases)
         )
-        defaults = {"log_scale": "tanh", "log_scale_constant": None, "add_first": False, "activation": "tanh"}
-        options = {**defaults, **options}
+        options = {"activation": "tanh", **options}
+        univariate = Scale(options.pop("log_scale", "tanh"), options.pop("log_scale_constant", None))
         factors = 0.5 + torch.rand_like(biases[-1].value, requires_grad=False)
         conditioner = Conditioner(weights, biases, factors, NamedActivation(options.pop("activation")), blocks=blocks)
-        return Coupling(order[:P], order[P:], conditioner, **options)
+        return Coupling(order[:P], order[P:], conditioner, univariate, **options)
 
 
 def apply(layers: list[Layer], x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -116,7 +117,8 @@ def apply(layers: list[Layer], x: Tensor, context: Tensor | None = None) -> tupl
                 v, ldj = v - raw if layer.undo else v + raw, 0.0
             else:
                 u, t = raw.chunk(2, 1)
-                options = {"log_scale": layer.log_scale, "log_scale_constant": layer.log_scale_constant}
+                log_scale, constant = layer.univariate
+                options = {"log_scale": log_scale, "log_scale_constant": constant}
                 v, ldj = affine_coupling(v, u, t, add_first=layer.add_first, inverse=layer.undo, **options)
             x = x.index_copy(1, layer.transformed, v)
         logdet = logdet + ldj
@@ -265,7 +267,7 @@ def test_glow_steps_become_one_coupling_flow_with_plu() -> None:
     layers: list[Layer] = []
     for _ in range(3):
         coupling = maker.coupling()
-        coupling = Coupling(torch.arange(3), torch.arange(3, 6), coupling.conditioner, "tanh", 2.0, False)
+        coupling = Coupling(torch.arange(3), torch.arange(3, 6), coupling.conditioner, Scale("tanh", 2.0))
         layers += [maker.diagonal(), maker.dense(shift=False), coupling]
     flow = check(maker, layers)
     assert isinstance(flow, CouplingFlow)

@@ -245,7 +245,7 @@ def tied() -> Flow:
             r"_transforms.0 \(AffineCouplingTransform\): ResidualNet with batch norm is not covered",
         ),
         (tied, "shares parameters with another layer"),
-        (lambda: flow(4, T.ActNorm(4), *alternating(4, 0)), "ActNorm has not seen data yet: run one training batch"),
+        (lambda: flow(4, T.ActNorm(4), *alternating(4, 0)), "ActNorm has not been initialised: send a batch of data"),
         (
             lambda: Flow(alternating(4, 4)[0], ConditionalDiagonalNormal([4], nn.Linear(4, 8))),
             "base distribution ConditionalDiagonalNormal",

@@ -21,7 +21,7 @@ import glf_fast
 from glf_fast.conversion import ConversionError, convert, mlp
 from glf_fast.conversion import normflows as reader
 from glf_fast.conversion.accelerate import accelerate
-from glf_fast.conversion.layers import TRAINED, Entries
+from glf_fast.conversion.layers import TRAINED, Entries, Scale
 
 
 def flow(*layers: nn.Module, base: type = nflows.distributions.StandardNormal) -> Flow:
@@ -102,7 +102,7 @@ def test_fresh_flows_with_last_layers_of_zero_are_read_by_their_scale(monkeypatc
     blocks = [nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4], init_zeros=True)) for _ in range(2)]
     original = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), blocks)
     convert(original)
-    monkeypatch.setitem(reader._SCALE_MAPS, "exp", ("tanh", 1.0, True))
+    monkeypatch.setitem(reader._SCALE_MAPS, "exp", (Scale("tanh", 1.0), True))
     assert not accelerate(copy.deepcopy(original))
     with pytest.raises(ConversionError, match="log_prob differs"):
         convert(original)

@@ -9,6 +9,7 @@ import torch
 from glf_fast import AffineCoupling, accelerate, convert
 from glf_fast.conversion import ConversionError
 from glf_fast.conversion import normflows as reader
+from glf_fast.conversion.layers import Scale
 from glf_fast.flow.folding import Product, folded
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # called by normflows
@@ -244,7 +245,7 @@ def test_a_wrong_formula_is_not_returned(scale_map, monkeypatch):
     flow = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 3, 3)), blocks)
     flow.log_prob(torch.randn(9, 4, 3, 3))
     convert(flow)
-    misread = {"sigmoid": ("glow", 1.9, False), "exp": ("tanh", 1.0, True)}[scale_map]
+    misread = {"sigmoid": (Scale("glow", 1.9), False), "exp": (Scale("tanh", 1.0), True)}[scale_map]
     monkeypatch.setitem(reader._SCALE_MAPS, scale_map, misread)
     assert not accelerate(copy.deepcopy(flow))
     with pytest.raises(ConversionError, match="differs"):
