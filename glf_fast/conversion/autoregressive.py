@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.batch_norm import check_once
 from glf_fast.conversion.degrees import degrees
 from glf_fast.conversion.layers import (
     FIXED,
@@ -134,11 +135,7 @@ class DeclaredAutoregressive:
             raise Unfusable(
                 f"its network maps {inputs} columns to {outputs} where {dim} or more to {dim * wanted} are meant"
             )
-        parameters = [id(t) for weight, _, bias in linears for t in (weight, bias) if t is not None]
-        if len(set(parameters)) < len(parameters):
-            raise Unfusable(
-                "its network uses a linear layer more than once: its copies would not stay equal in training"
-            )
+        check_once("its network", [(weight, bias) for weight, _, bias in linears])
         for weight, mask, _ in linears:
             if mask.shape != weight.shape or not bool(((mask == 0) | (mask == 1)).all()):
                 raise Unfusable("its masks are not one 0 or 1 for each weight")

@@ -14,8 +14,7 @@ from glf_fast.conversion.images import on_channels
 from glf_fast.conversion.layers import Autoregressive, Coupling, Kept, Layer, Permutation, Piece, Transform, width
 from glf_fast.conversion.mlp import scale_outputs
 from glf_fast.conversion.padding import divided, only_permutes
-from glf_fast.conversion.stack import Sources, Step, stack, standalone
-from glf_fast.conversion.stack_autoregressive import stack_autoregressive
+from glf_fast.conversion.stack import Sources, Step, stack, stack_autoregressive, standalone
 from glf_fast.flow import Flow, Inverse, SequentialFlow
 from glf_fast.reference import Spline
 

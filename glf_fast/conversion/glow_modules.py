@@ -8,14 +8,12 @@ stays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.chains import Chain, Part, module_list, replaced
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.layers import (
     Bijection,
@@ -30,7 +28,7 @@ from glf_fast.conversion.layers import (
     check_started,
     trained_together,
 )
-from glf_fast.conversion.library import Base, FusedLayer, Library
+from glf_fast.conversion.library import Chain, FusedLayer, Library, Part, put_in_list
 from glf_fast.reference import log_normal
 
 __all__ = ["LIBRARIES"]
@@ -179,7 +177,7 @@ def _blocks(glow: Any) -> list[Chain]:
             side = 2 ** (len(glow.blocks) - i)  # any that can be halved as often
             shape = (norm.loc.shape[1], side, side)
             parts = [Part(f"blocks.{i}.flows.{j}", step, shape) for j, step in enumerate(block.flows)]
-            chains.append(Chain(parts, partial(_put, block, "flows")))
+            chains.append(Chain(parts, partial(put_in_list, block, "flows", list(block.flows))))
     if not chains:
         raise ConversionError("none of its blocks has a step with an ActNorm; fused steps have none")
     return chains
@@ -201,12 +199,7 @@ def _layers(net: Any) -> list[Chain]:
             C, side = 4 * C, side // 2
         elif names[i] == "Split2d":
             C //= 2
-    return [Chain(parts, partial(_put, net, "layers"))]
-
-
-def _put(holder: Any, name: str, new: Sequence[tuple[int, int, nn.Module]]) -> None:
-    layers = getattr(holder, name)
-    setattr(holder, name, module_list(replaced(list(layers), new), layers))
+    return [Chain(parts, partial(put_in_list, net, "layers", list(net.layers)))]
 
 
 def _block_density(glow: Any, x: Tensor, context: Tensor | None) -> Tensor:
@@ -220,23 +213,14 @@ def _net_density(net: Any, x: Tensor, context: Tensor | None) -> Tensor:
     return log_normal(z) + logdet
 
 
-def _no_base(flow: Any) -> Base:
-    raise ConversionError("its noise has several shapes; glf_fast.accelerate replaces its steps in place")
-
-
-def _no_generate(flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
-    raise NotImplementedError
-
-
-_SHARED: dict[str, Any] = {"flows": (), "packages": (), "base": _no_base, "generate": _no_generate, "on_vectors": {}}
 LIBRARIES: tuple[Library, ...] = (
     Library(
         package="glow_of_blocks", hosts=("Glow",), marks=("blocks",), chains=_blocks, log_prob=_block_density,
-        kept=_KeptFlow, fused=lambda fused, parts: _FusedFlow(fused), on_images={"Flow": _flow}, **_SHARED,
+        kept=_KeptFlow, fused=lambda fused, parts: _FusedFlow(fused), on_images={"Flow": _flow},
     ),
     Library(
         package="glow_of_steps", hosts=("FlowNet",), marks=("layers", "output_shapes"), chains=_layers,
         log_prob=_net_density, kept=_KeptStep, fused=lambda fused, parts: _FusedStep(fused),
-        on_images={"FlowStep": _flow_step}, prepare=_prepare, **_SHARED,
+        on_images={"FlowStep": _flow_step}, prepare=_prepare,
     ),
 )  # fmt: skip

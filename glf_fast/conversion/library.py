@@ -7,29 +7,103 @@ The rest (accelerate, check, fuse, reading, …) asks the `Library` of a flow an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.chains import Chain, Part, Shape
 from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Diagonal, Layer, Unfusable, trained_together
 from glf_fast.flow import Flow
 
 __all__ = [
     "Base",
+    "Chain",
+    "ContextColumns",
     "FusedLayer",
     "Library",
+    "Part",
     "Reader",
+    "Replacement",
+    "Shape",
     "Unpacked",
     "check_shape",
-    "declared_context",
+    "module_list",
     "overridden",
+    "put_in_list",
+    "put_transform",
+    "replaced",
     "run_on_rows",
 ]
+
+
+Shape = tuple[int, ...]
+# Layers start … stop − 1, and the module that takes their place.
+Replacement = tuple[int, int, nn.Module]
+
+
+@dataclass(frozen=True)
+class ContextColumns:
+    """The columns, or channels, of a context of that width that a layer is given, in its own order."""
+
+    columns: tuple[int, ...]
+    width: int
+
+    def index(self) -> slice | list[int]:
+        """The index of the columns in the context."""
+        return slice(None) if self.columns == tuple(range(self.width)) else list(self.columns)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer of a library's flow."""
+
+    name: str  # for messages
+    module: Any
+    shape: Shape  # of one sample that it is given, (D,) or (C, H, W)
+    conditions: tuple[int, ...] = ()  # their indices, where layers are given different ones (FrEIA)
+    # The columns of these in the flow's context; None for a layer on its own, whose context they are.
+    context: ContextColumns | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Layers that work one after the other; `put(replacements)` puts others in the places parts[start:stop]."""
+
+    parts: list[Part]
+    put: Callable[[Sequence[Replacement]], None]
+
+
+def put_transform(holder: nn.Module, name: str, chain: str, parts: list[Part], new: Sequence[Replacement]) -> None:
+    """Put replacements where holder.`name` is one transform, or has its transforms in a list called `chain`."""
+    modules, transform = [part.module for part in parts], getattr(holder, name)
+    if modules == [transform]:
+        setattr(holder, name, replaced(modules, new)[0])
+    else:
+        put_in_list(transform, chain, modules, new)
+
+
+def put_in_list(holder: nn.Module, name: str, modules: Sequence[nn.Module], new: Sequence[Replacement]) -> None:
+    """Put replacements where the list holder.`name` has these modules, in compositions, too."""
+    setattr(holder, name, module_list(replaced(modules, new), getattr(holder, name)))
+
+
+def module_list(modules: Iterable[nn.Module], instead_of: nn.Module) -> nn.ModuleList:
+    """A list in the mode of the one that it replaces; the modules keep their modes."""
+    new = nn.ModuleList(modules)
+    new.training = instead_of.training
+    return new
+
+
+def replaced(modules: Sequence[nn.Module], replacements: Sequence[Replacement]) -> list[nn.Module]:
+    """The modules, with the replacements in their places."""
+    result, position = [], 0
+    for start, stop, new in replacements:
+        result += [*modules[position:start], new]
+        position = stop
+    return [*result, *modules[position:]]
 
 
 @dataclass(frozen=True)
@@ -64,13 +138,16 @@ def check_shape(what: str, shape: Shape) -> None:
         )
 
 
-def declared_context(parts: Sequence[Part]) -> Shape:
-    """The columns of the context that some network on vectors says that it was made for; () if none does."""
-    for module in (module for part in parts if len(part.shape) == 1 for module in part.module.modules()):
-        layer = getattr(module, "context_layer", None)  # of a MADE
-        features = layer.in_features if isinstance(layer, nn.Linear) else getattr(module, "context_features", None)
-        if isinstance(features, int):
-            return (features,)
+def _declared_context(parts: Sequence[Part]) -> Shape:
+    """The shape of the context that some network says that it was made for, as nflows' networks do; () if none does."""
+    for part in parts:
+        pixels = part.shape[1:]
+        for module in part.module.modules():
+            layer = getattr(module, "context_layer", None)  # of a MADE
+            features = layer.in_features if isinstance(layer, nn.Linear) else getattr(module, "context_features", None)
+            found = getattr(module, "context_channels", None) if pixels else features
+            if isinstance(found, int):
+                return (found, *pixels)
     return ()
 
 
@@ -141,23 +218,30 @@ def overridden(kind: type, base: type) -> list[str]:
 Reader = Callable[[Part], list[Layer]]
 
 
+def _not_converted(flow: Any, *arguments: Any) -> NoReturn:
+    raise ConversionError("glf_fast.accelerate replaces its layers in place; convert does not take it")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Library:
     """A library, as far as the conversion knows it. Classes of its layers are given by name."""
 
     package: str  # its name when it is imported; only its own flows import it, never this project
-    flows: tuple[str, ...]  # classes that `convert` takes
+    flows: tuple[str, ...] = ()  # classes that `convert` takes
     hosts: tuple[str, ...] = ()  # further classes in whose objects `accelerate` replaces layers
-    packages: tuple[str, ...]  # modules whose classes are flows and layers
+    packages: tuple[str, ...] = ()  # modules whose classes are flows and layers
     marks: tuple[str, ...]  # attributes that its flows have, by which copies of their classes are known
     # Where a flow has its layers, several if multi-scale: data → noise; raises ConversionError.
     chains: Callable[[Any], list[Chain]]
-    base: Callable[[Any], Base]  # raises ConversionError where `convert` cannot take it, or the flow for another reason
     log_prob: Callable[[Any, Tensor, Tensor | None], Tensor]  # (flow, x, context) → log p (B,)
-    generate: Callable[[Any, Tensor, Tensor | None], Tensor]  # (flow, noise of the base, context) → data
     kept: Callable[[Part], nn.Module]  # a part as a layer of this project, see `Kept`
     fused: Callable[[Flow | OnChannels, Sequence[Part]], nn.Module]  # a flow, in place of parts, as the library's layer
-    on_vectors: Mapping[str, Reader]
+    # For `convert`: raises ConversionError where it cannot take the base, or the flow for another reason.
+    base: Callable[[Any], Base] = _not_converted
+    generate: Callable[[Any, Tensor, Tensor | None], Tensor] = (
+        _not_converted  # (flow, noise of the base, context) → data
+    )
+    on_vectors: Mapping[str, Reader] = field(default_factory=dict)
     on_images: Mapping[str, Reader] = field(default_factory=dict)
     compositions: Mapping[str, str] = field(default_factory=dict)  # class made of layers → the name of its list
     refused: Mapping[str, str] = field(default_factory=dict)  # class → why it cannot even be kept
@@ -165,7 +249,7 @@ class Library:
     own_hooks: frozenset[str] = frozenset()  # classes whose backward hooks are the library's own
     shape_before: Callable[[Any, Shape], Shape] = lambda module, shape: shape  # (layer, output's shape) → its input's
     embedding: Callable[[Any], nn.Module | None] = lambda flow: None  # the network that a context goes through first
-    context_shape: Callable[[Sequence[Part]], Shape] = declared_context  # of one context behind it, as the parts say
+    context_shape: Callable[[Sequence[Part]], Shape] = _declared_context  # of one context behind it, as the parts say
     # The parts of a flow of one chain with `context`, where they are given different conditions.
     in_one_context: Callable[[list[Part]], list[Part]] = lambda parts: parts
     # True if the library's inverse of parts, read into layers, is one to compare with.

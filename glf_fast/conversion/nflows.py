@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from glf_fast.conversion import mlp
 from glf_fast.conversion.activations import named_activation
-from glf_fast.conversion.chains import Chain, Part, Replacement, Shape, module_list, put_transform, replaced
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import (
@@ -27,7 +26,18 @@ from glf_fast.conversion.layers import (
     check_started,
     trained_together,
 )
-from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, check_shape, declared_context
+from glf_fast.conversion.library import (
+    Base,
+    Chain,
+    FusedLayer,
+    Library,
+    Part,
+    Reader,
+    Shape,
+    check_shape,
+    put_in_list,
+    put_transform,
+)
 from glf_fast.conversion.log_scales import recognised
 from glf_fast.conversion.nflows_layers import affine_autoregressive, spline_autoregressive, spline_coupling
 from glf_fast.flow import Split, Squeeze
@@ -150,13 +160,8 @@ def _chain_alone(composition: Any) -> list[Chain]:
     columns = next((n for _, module in named if (n := _columns_of(module)) is not None), None)
     if columns is None:
         raise ConversionError("not in a flow whose layers can be replaced")
-    parts = LIBRARY.placed(named, (columns,))
-
-    def put(new: Sequence[Replacement]) -> None:
-        modules = replaced([part.module for part in parts], new)
-        composition._transforms = module_list(modules, composition._transforms)
-
-    return [Chain(parts, put)]
+    modules = [module for _, module in named]
+    return [Chain(LIBRARY.placed(named, (columns,)), partial(put_in_list, composition, "_transforms", modules))]
 
 
 def _columns_of(transform: Any) -> int | None:
@@ -254,14 +259,6 @@ def _generate(flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
     return flow._transform.inverse(noise.reshape(-1, *flow._distribution._shape), context=embedded)[0]
 
 
-def _context_shape(parts: Sequence[Part]) -> Shape:
-    """The channels that a `ConvResidualNet` declares, or the columns of a network on vectors."""
-    modules = [module for part in parts for module in part.module.modules()]
-    channels = (getattr(module, "context_channels", None) for module in modules)
-    found = next((n for n in channels if isinstance(n, int)), None)
-    return declared_context(parts) if found is None else (found, *parts[0].shape[1:])
-
-
 def _invertible(parts: Sequence[Part], layers: Sequence[Layer]) -> bool:
     """NaiveLinear calls torch.solve, which PyTorch has removed."""
     return not any(type(module).__name__ == "NaiveLinear" for part in parts for module in part.module.modules())
@@ -325,7 +322,6 @@ LIBRARY: Library = Library(
     alone=frozenset({"OneByOneConvolution"}),
     shape_before=_shape_before,
     embedding=lambda flow: None if type(flow._embedding_net) is nn.Identity else flow._embedding_net,
-    context_shape=_context_shape,
     invertible=_invertible,
     prepare=_prepare,
 )

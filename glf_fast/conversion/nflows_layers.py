@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
-from glf_fast.conversion.chains import Part
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.dropout import lost
 from glf_fast.conversion.layers import Layer, Scale, Unfusable, Univariate
+from glf_fast.conversion.library import Part
 from glf_fast.conversion.log_scales import recognised
 from glf_fast.conversion.mlp import check_class, is_class, network_steps
 from glf_fast.reference import Spline

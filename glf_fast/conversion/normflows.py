@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion import mlp
-from glf_fast.conversion.chains import Chain, Part, Shape, module_list, replaced
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.layers import (
     EXP,
@@ -31,7 +30,18 @@ from glf_fast.conversion.layers import (
     check_started,
     trained_together,
 )
-from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, Unpacked
+from glf_fast.conversion.library import (
+    Base,
+    Chain,
+    FusedLayer,
+    Library,
+    Part,
+    Reader,
+    Shape,
+    Unpacked,
+    module_list,
+    replaced,
+)
 from glf_fast.conversion.mlp import (
     read_bounded_mlp,
     read_mlp,

@@ -1,4 +1,4 @@
-"""Affine maps and couplings of one kind, stacked into the parameters of a CouplingFlow."""
+"""Affine maps and transforms of one kind, stacked into the parameters of a CouplingFlow or an AutoregressiveFlow."""
 
 from __future__ import annotations
 
@@ -13,14 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import Affine
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Coupling, Entries, Scale, flow_options
+from glf_fast.conversion.layers import (
+    FIXED,
+    FROZEN,
+    TRAINED,
+    Autoregressive,
+    Conditioner,
+    Coupling,
+    Entries,
+    Scale,
+    flow_options,
+)
 from glf_fast.conversion.padded import Padded
 from glf_fast.conversion.padding import hidden_widths, padded_dim
-from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
+from glf_fast.flow import ActNorm, AutoregressiveFlow, CouplingFlow, Flow, InvertibleLinear
 from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.reference import Spline
+from glf_fast.reference.made import fan_in, masks
 
-__all__ = ["Sources", "Step", "install", "install_maps", "parametrisation", "stack", "standalone"]
+__all__ = ["Sources", "Step", "stack", "stack_autoregressive", "standalone"]
 
 # A parameter of the new flow, its value as a function of the library's parameters, and which entries are trained.
 Sources = list[tuple[nn.Parameter, Tensor, Tensor]]
@@ -56,7 +67,7 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
 
     first = couplings[0]
     maps = [step.affine for step in steps]
-    linear = parametrisation(maps, padded=width > dim)
+    linear = _parametrisation(maps, padded=width > dim)
     actnorm = any(m.scales() for m in maps)
     with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
         flow = CouplingFlow(
@@ -65,11 +76,55 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
             dropout=first.conditioner.dropout, add_first=first.add_first, linear=linear, actnorm=actnorm,
             **flow_options(first.univariate),
         ).double()  # fmt: skip
-    install_maps(flow, maps, slots, sources)
+    _install_maps(flow, maps, slots, sources)
     _install_conditioners(flow, couplings, (P, T), sources)
     if width > dim:
         return Padded(flow, dim, slots[-1]), torch.arange(dim)
     return flow, slots[-1].argsort()
+
+
+def stack_autoregressive(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Flow, Tensor]:
+    """One flow of all steps, whose layers differ in nothing but values, masks and whether they take the context; float64.
+
+    Returns the flow and `restore` (D,), as `stack` does. The order of a layer's features is a permutation, which goes into the
+    affine maps on both sides.
+    """
+    dim = len(steps[0].affine.s)
+    layers: list[Autoregressive] = [step.transform for step in steps]
+    first, network = layers[0], layers[0].conditioner
+    maps = [step.affine for step in steps]
+    with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
+        flow_of = partial(
+            AutoregressiveFlow, dim, len(steps), first.hidden, context_dim,
+            transform="spline" if isinstance(first.univariate, Spline) else "affine",
+            network=first.network, activation=network.activation.name,
+            activation_constant=network.activation.constant, context_layer=first.context_layer,
+            **flow_options(first.univariate),
+            linear=_parametrisation(maps, padded=False), actnorm=any(m.scales() for m in maps),
+        )  # fmt: skip
+        flow = flow_of()
+        seen = torch.tensor([fan_in(layer.degrees[1:], layer.degrees[0]) for layer in layers])
+        if not torch.equal(flow.seen(seen), seen):  # else the degrees are the usual ones
+            flow = flow_of(degrees=[layer.degrees for layer in layers])
+        flow.double()
+    _install_maps(flow, maps, [torch.arange(dim), *(layer.order for layer in layers)], sources)
+    used = [_used(flow, of_step) for of_step in seen]
+    for i, parameter in enumerate(flow.mlp_weights):
+        weights, biases = ([getattr(layer.conditioner, name)[i] for layer in layers] for name in ("weights", "biases"))
+        missing = [parameter.shape[1] - len(W.value) for W in weights]  # rows of the context
+        weights = [W.map(partial(F.pad, pad=(0, 0, rows, 0))) for W, rows in zip(weights, missing, strict=True)]
+        read = torch.stack([of_step[i] for of_step in used]) if i < len(used[0]) else None
+        _install(flow, f"mlp_weights.{i}", Entries.joined(weights, torch.stack), sources, read)
+        _install(flow, f"mlp_biases.{i}", Entries.joined(biases, torch.stack), sources)
+    return flow, layers[-1].order.argsort()
+
+
+def _used(flow: AutoregressiveFlow, seen: Tensor) -> list[Tensor]:
+    """The weights of each layer but the context's that a step reads whose units see so many (in, out)."""
+    weights, biases = ([tensor[0] for tensor in tensors] for tensors in (flow.mlp_weights, flow.mlp_biases))
+    if flow.config["context_layer"]:
+        weights, biases = weights[:-1], biases[:-1]
+    return masks(weights, biases, seen, flow.event_shape[0])
 
 
 def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
@@ -81,9 +136,9 @@ def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
             layers.append(_actnorm(affine, sources))
         if affine.W is not None:
             with torch.random.fork_rng(devices=[]):
-                layer = InvertibleLinear(dim, linear=parametrisation([affine], padded=False)).double()
+                layer = InvertibleLinear(dim, linear=_parametrisation([affine], padded=False)).double()
             for name, value in _linear_tensors(layer.linear, affine.W[None]).items():
-                install(layer, name, _entries(value[0], affine.W_trained), sources)
+                _install(layer, name, _entries(value[0], affine.W_trained), sources)
             layers.append(layer)
         elif affine.mixes():
             layers.append(InvertibleLinear(dim, linear="permutation", permutation=affine.order))
@@ -92,13 +147,13 @@ def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
 
 def _actnorm(affine: Affine, sources: Sources) -> ActNorm:
     layer = ActNorm(len(affine.s)).double()
-    install(layer, "log_scale", _entries(affine.s, affine.s_trained), sources)
-    install(layer, "bias", _entries(affine.b, affine.b_trained), sources)
+    _install(layer, "log_scale", _entries(affine.s, affine.s_trained), sources)
+    _install(layer, "bias", _entries(affine.b, affine.b_trained), sources)
     layer.load_state_dict({**layer.state_dict(), "initialized": torch.tensor(True)})
     return layer
 
 
-def parametrisation(maps: Sequence[Affine], *, padded: bool) -> str:
+def _parametrisation(maps: Sequence[Affine], *, padded: bool) -> str:
     """The kind of linear layer that trains what the maps train, see `InvertibleLinear`."""
     if all(m.W is None for m in maps):
         return "permutation"
@@ -106,7 +161,7 @@ def parametrisation(maps: Sequence[Affine], *, padded: bool) -> str:
     return "plu" if trained and all(m.regular for m in trained) and not padded else "dense"
 
 
-def install_maps(flow: StackedFlow, maps: Sequence[Affine], slots: Sequence[Tensor], sources: Sources) -> None:
+def _install_maps(flow: StackedFlow, maps: Sequence[Affine], slots: Sequence[Tensor], sources: Sources) -> None:
     """ActNorms and linear layers of all steps, from the places before a step to those of its coupling."""
     width, dim = flow.event_shape[0], len(maps[0].s)
     extra = width - dim
@@ -119,8 +174,8 @@ def install_maps(flow: StackedFlow, maps: Sequence[Affine], slots: Sequence[Tens
         return Entries.joined(placed, torch.stack)
 
     if flow.config["actnorm"]:
-        install(flow, "actnorm_log_scale", vectors([_entries(m.s, m.s_trained) for m in maps]), sources)
-        install(flow, "actnorm_bias", vectors([_entries(m.b, m.b_trained) for m in maps]), sources)
+        _install(flow, "actnorm_log_scale", vectors([_entries(m.s, m.s_trained) for m in maps]), sources)
+        _install(flow, "actnorm_bias", vectors([_entries(m.b, m.b_trained) for m in maps]), sources)
         state = flow.state_dict()
         flow.load_state_dict({**state, "actnorm_initialized": torch.ones_like(state["actnorm_initialized"])})
     if flow.config["linear"] == "permutation":
@@ -138,7 +193,7 @@ def install_maps(flow: StackedFlow, maps: Sequence[Affine], slots: Sequence[Tens
     for name, value in _linear_tensors(flow.config["linear"], torch.stack(matrices)).items():
         stacked = torch.stack(trained)
         # One row stands for a vector: with "plu" nothing is padded, so that all of a step is alike.
-        install(flow, f"linear_{name}", Entries(value, stacked if value.ndim == 3 else stacked[:, 0]), sources)
+        _install(flow, f"linear_{name}", Entries(value, stacked if value.ndim == 3 else stacked[:, 0]), sources)
 
 
 def _linear_tensors(linear: str, W: Tensor) -> dict[str, Tensor]:
@@ -183,8 +238,8 @@ def _install_conditioners(
             grow = (0, n_out - W.value.shape[-1], 0, n_in - W.value.shape[-2])
             weights.append(W.map(partial(F.pad, pad=grow)))
             biases.append(b.map(partial(F.pad, pad=grow[:2])))
-        install(flow, f"mlp_weights.{i}", Entries.joined(weights, torch.stack), sources)
-        install(flow, f"mlp_biases.{i}", Entries.joined(biases, torch.stack), sources)
+        _install(flow, f"mlp_weights.{i}", Entries.joined(weights, torch.stack), sources)
+        _install(flow, f"mlp_biases.{i}", Entries.joined(biases, torch.stack), sources)
 
 
 def _with_gates(network: Conditioner, width: int) -> Conditioner:
@@ -262,7 +317,7 @@ def _entries(value: Tensor, trained: bool) -> Entries:
     return Entries(value, torch.full_like(value, TRAINED if trained else FROZEN, dtype=torch.uint8))
 
 
-def install(module: nn.Module, name: str, entries: Entries, sources: Sources, used: Tensor | None = None) -> None:
+def _install(module: nn.Module, name: str, entries: Entries, sources: Sources, used: Tensor | None = None) -> None:
     """Give a parameter or buffer its value, and freeze the entries that must keep it, but for those that are never `used`.
 
     If some are trained, those are all the others. If none is, the parameter is frozen as a whole; a user may unfreeze it,

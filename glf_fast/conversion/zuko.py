@@ -14,7 +14,6 @@ from torch.distributions import Transform, constraints
 from glf_fast.conversion import mlp
 from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, MaskedLinear, masked_linear
-from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.dropout import Dropped, lost
 from glf_fast.conversion.gaps import inverted_layers
@@ -32,7 +31,7 @@ from glf_fast.conversion.layers import (
     Univariate,
     trained_together,
 )
-from glf_fast.conversion.library import Base, FusedLayer, Library, run_on_rows
+from glf_fast.conversion.library import Base, Chain, FusedLayer, Library, Part, Shape, put_transform, run_on_rows
 from glf_fast.conversion.log_scales import recognised
 from glf_fast.conversion.mlp import check_class
 from glf_fast.flow import Flow
