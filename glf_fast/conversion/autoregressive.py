@@ -62,7 +62,7 @@ class DeclaredAutoregressive:
     # Of a context c: a(c Wᵀ + b) is added to the first layer's output, and c Wᵀ + b to that of each block's first layer.
     context_layer: nn.Linear | None = None
     block_contexts: Sequence[nn.Linear] = ()
-    lost: float = 0.0  # p of dropout, which the fused network does not have
+    lost: frozenset[str] = frozenset()  # as in `Conditioner`
     blind: bool = False  # the network is given the context alone: the first layer's weights of x are no parameters
 
     def read(self) -> Autoregressive:

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.layers import Unfusable, trained_together
 
-__all__ = ["Norm", "batch_norm_step", "check_once", "without_norms"]
+__all__ = ["BATCH_NORM", "Norm", "batch_norm_step", "check_once", "without_norms"]
+
+
+BATCH_NORM = frozenset({"BatchNorm"})  # what a layer has lost whose running statistics are folded into others
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,12 @@ def dropouts_of(hidden: Sequence[Sequence[object]], steps: Iterable[object], tra
     return {"lost": lost(every)}
 
 
-def lost(steps: Iterable[object]) -> float:
-    """The largest p of dropouts that the fused network will not have, or 0; raises Unfusable where one of them is active."""
+def lost(steps: Iterable[object]) -> frozenset[str]:
+    """The dropouts that the fused network will not have, in words, by the largest p; raises Unfusable if one is active."""
     dropouts = [step for step in steps if isinstance(step, Dropped)]
     if active := [step.p for step in dropouts if step.active]:
         raise Unfusable(f"dropout (p = {active[0]:g}) is active; convert the flow in eval mode")
-    return max((step.p for step in dropouts), default=0.0)
+    return frozenset({f"Dropout (p = {max(step.p for step in dropouts):g})"} if dropouts else ())
 
 
 def functional_dropout(node: fx.Node, other: fx.Graph | None) -> Iterator[Dropped]:

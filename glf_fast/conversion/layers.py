@@ -72,14 +72,14 @@ class Permutation:
 class Diagonal:
     """y = x·e^log_scale + shift, both (D,): ActNorm, batch norm in evaluation mode, trained normal distributions.
 
-    `trained`: the library trains it (its requires_grad), so that the converted flow must train it, too. `statistics`: in
-    training mode the library takes those of each batch instead.
+    `trained`: the library trains it (its requires_grad), so that the converted flow must train it, too. `lost` as in
+    `Conditioner`.
     """
 
     log_scale: Tensor
     shift: Tensor
     trained: bool
-    statistics: bool = False
+    lost: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,7 @@ class Conditioner:
     one for t. `factors`, as biases[-1], positive: what the library multiplies u and t by, which stays beside the last layer,
     because in it an optimizer would take other steps; a sign does not matter to optimizers and is in the last layer.
     `dropout`: p, with which `CouplingFlow` drops hidden units in training mode, as the library does; `active`: whether the
-    library does so now. `lost`: the largest p of dropouts that the fused network does not have. `normalised`: batch norm
-    in eval mode is folded into the layers.
+    library does so now. `lost`: what else the library does in training mode alone, in words.
     """
 
     weights: list[Entries]
@@ -169,9 +168,8 @@ class Conditioner:
     activation: NamedActivation
     dropout: float = 0.0
     active: bool = False
-    lost: float = 0.0
+    lost: frozenset[str] = frozenset()
     blocks: int = 0
-    normalised: bool = False
 
     @property
     def network(self) -> str:

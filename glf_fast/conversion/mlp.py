@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from glf_fast.conversion.activations import activation_of_call, activation_of_module, one_activation
-from glf_fast.conversion.batch_norm import Norm, batch_norm_step, check_once, without_norms
+from glf_fast.conversion.batch_norm import BATCH_NORM, Norm, batch_norm_step, check_once, without_norms
 from glf_fast.conversion.dropout import Dropped, behind_activation, dropouts_of, functional_dropout, lost
 from glf_fast.conversion.layers import Conditioner, Entries, NamedActivation, Unfusable
 from glf_fast.conversion.library import overridden
@@ -101,9 +101,9 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
             bound = 1.0
         else:
             raise Unfusable(f"{type(network).__name__} is not linear → activation → … → linear")
-    mlp = replace(
-        _mlp(type(network).__name__, steps, network.training), normalised=any(isinstance(step, Norm) for step in read)
-    )
+    mlp = _mlp(type(network).__name__, steps, network.training)
+    if any(isinstance(step, Norm) for step in read):
+        mlp = replace(mlp, lost=mlp.lost | BATCH_NORM)
     if bound is not None:
         factor *= bound
     if not (math.isfinite(factor) and factor) or (bound is not None and bound <= 0):
@@ -210,13 +210,11 @@ def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
         name: list(map(_pair, getattr(net_u, name), getattr(net_t, name))) for name in ("weights", "biases")
     }
     factors = torch.stack([net_u.factors, net_t.factors])
-    normalised = net_u.normalised or net_t.normalised
-    dropouts = [Dropped(net.dropout, net.active) for net in (net_u, net_t) if net.dropout]
-    losses = [net_u.lost, net_t.lost]
-    if net_u.dropout != net_t.dropout or net_u.active != net_t.active:
+    losses = net_u.lost | net_t.lost
+    if (net_u.dropout, net_u.active) != (net_t.dropout, net_t.active):
         pairs |= {"dropout": 0.0, "active": False}
-        losses.append(lost(dropouts))
-    return replace(net_u, lost=max(losses), factors=factors, normalised=normalised, **pairs)
+        losses |= lost(Dropped(net.dropout, net.active) for net in (net_u, net_t) if net.dropout)
+    return replace(net_u, lost=losses, factors=factors, **pairs)
 
 
 def without_shift(net_u: Conditioner) -> Conditioner:

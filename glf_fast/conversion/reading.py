@@ -239,14 +239,13 @@ def check_modes(layers: Iterable[Layer], training: bool) -> None:
 
 def lost_in_training(layers: Iterable[Layer]) -> str:
     """Operations that the library's layers apply in training mode alone, and fused ones do not: "" if none."""
-    names = set()
+    lost: set[str] = set()
     for layer in layers:
-        if isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.lost:
-            names.add(f"Dropout (p = {layer.conditioner.lost:g})")
-        of_network = isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.normalised
-        if of_network or (isinstance(layer, Diagonal) and layer.statistics):
-            names.add("BatchNorm")
-    return ", ".join(sorted(names))
+        if isinstance(layer, Transform) and layer.is_mlp:
+            lost |= layer.conditioner.lost
+        elif isinstance(layer, Diagonal):
+            lost |= layer.lost
+    return ", ".join(sorted(lost))
 
 
 def parameters_of(*tensors: Tensor) -> set[int]:

@@ -194,7 +194,7 @@ def test_batch_norm_in_eval_mode_is_in_the_linear_layers(bias: bool, affine: boo
     network = normalised(bias, affine=affine).double()
     x = torch.randn(7, 3, dtype=torch.float64)
     read = read_mlp(network)
-    assert read.normalised and not read_mlp(sequential(nn.ReLU())).normalised
+    assert read.lost == {"BatchNorm"} and not read_mlp(sequential(nn.ReLU())).lost
     out = outputs(read, x)
     torch.testing.assert_close(out, network(x))
     parameters = list(network.parameters())
@@ -346,7 +346,7 @@ def test_activations_are_read_with_their_constants() -> None:
 def test_dropout_that_a_fused_network_has(network) -> None:
     for training in (True, False):
         read = read_mlp(network().train(training))
-        assert (read.dropout, read.active, read.lost) == (0.3, training, 0.0)
+        assert (read.dropout, read.active, read.lost) == (0.3, training, frozenset())
 
 
 @pytest.mark.parametrize(
@@ -360,25 +360,26 @@ def test_dropout_that_a_fused_network_has(network) -> None:
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.2), nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.3),
                                nn.Linear(3, 2)), 0.3),
         (lambda: sequential(nn.ReLU(), dropout=1.0), 1.0),
-        (lambda: Dropped(never=True), 0.0),
+        (lambda: Dropped(never=True), None),
     ],
 )  # fmt: skip
-def test_dropout_that_is_lost(network, p: float) -> None:
+def test_dropout_that_is_lost(network, p: float | None) -> None:
     read = read_mlp(network().eval())
-    assert (read.dropout, read.active, read.lost) == (0.0, False, p)
+    lost = frozenset() if p is None else {f"Dropout (p = {p:g})"}
+    assert (read.dropout, read.active, read.lost) == (0.0, False, lost)
     if p:
         with pytest.raises(Unfusable, match="is active; convert the flow in eval mode"):
             read_mlp(network())
     frozen = network()
     for module in frozen.modules():
         module.training = not isinstance(module, nn.Dropout)  # dropout in another mode than its network
-    assert read_mlp(frozen).lost == p
+    assert read_mlp(frozen).lost == lost
 
 
 def test_two_networks_with_dropout() -> None:
     a, b, c = (read_mlp(sequential(nn.ReLU(), dropout=p).eval()) for p in (0.3, 0.3, 0.2))
     assert separate(a, b).dropout == 0.3 and not separate(a, b).lost
-    assert separate(a, c).dropout == 0 and separate(a, c).lost == 0.3
+    assert separate(a, c).dropout == 0 and separate(a, c).lost == {"Dropout (p = 0.3)"}
     active = read_mlp(sequential(nn.ReLU(), dropout=0.3))
     assert separate(active, read_mlp(sequential(nn.ReLU(), dropout=0.3))).active
     for other in (a, c, read_mlp(sequential(nn.ReLU()))):
