@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import Chain, Part, Replacement, Shape
 from glf_fast.conversion.check import batch_size, proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, Transform, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
-from glf_fast.conversion.library import Chain, Library, Part, Replacement, Shape, Unpacked
+from glf_fast.conversion.library import Library, Unpacked
 from glf_fast.conversion.padding import only_permutes
 from glf_fast.conversion.reading import (
     Reading,

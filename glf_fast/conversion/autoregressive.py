@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.batch_norm import check_once
 from glf_fast.conversion.degrees import degrees
 from glf_fast.conversion.layers import (
     FIXED,
@@ -20,6 +19,7 @@ from glf_fast.conversion.layers import (
     NamedActivation,
     Unfusable,
     Univariate,
+    check_once,
 )
 from glf_fast.conversion.mlp import bias_entries, check_class
 from glf_fast.ops.checks import check_spline

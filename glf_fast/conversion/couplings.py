@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import ContextColumns, Part
 from glf_fast.conversion.images import Outputs
 from glf_fast.conversion.layers import EXP, Conditioner, Coupling, Unfusable, Univariate
-from glf_fast.conversion.library import ContextColumns, Part
 from glf_fast.conversion.mlp import scale_outputs, select_outputs, separate, widen_inputs
 from glf_fast.conversion.residual import read_network
 from glf_fast.ops.checks import check_spline

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import Chain, Part, put_in_list
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.layers import (
     Bijection,
@@ -28,7 +29,7 @@ from glf_fast.conversion.layers import (
     check_started,
     trained_together,
 )
-from glf_fast.conversion.library import Chain, FusedLayer, Library, Part, put_in_list
+from glf_fast.conversion.library import FusedLayer, Library
 from glf_fast.reference import log_normal
 
 __all__ = ["LIBRARIES"]

@@ -8,7 +8,7 @@ autograd take gradients of the converted flow back to the library's parameters, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ __all__ = [
     "Transform",
     "Unfusable",
     "Univariate",
+    "check_once",
     "check_started",
     "flow_options",
     "trained_together",
@@ -327,6 +328,13 @@ def check_started(started: bool) -> None:
     """Raise ConversionError for an ActNorm that has not seen a batch: any call, a comparison's too, would initialise it."""
     if not started:
         raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
+
+
+def check_once(name: str, layers: Iterable[Iterable[Tensor | None]]) -> None:
+    """Raise Unfusable where two layers have a parameter in common."""
+    parameters = [id(t) for layer in layers for t in layer if t is not None]
+    if len(set(parameters)) < len(parameters):
+        raise Unfusable(f"{name} uses a linear layer more than once: its copies would not stay equal in training")
 
 
 def trained_together(*parameters: Tensor) -> bool:

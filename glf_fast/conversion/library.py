@@ -7,103 +7,28 @@ The rest (accelerate, check, fuse, reading, …) asks the `Library` of a flow an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import Chain, Part, Shape
 from glf_fast.conversion.images import OnChannels
-from glf_fast.conversion.layers import ConversionError, Diagonal, Layer, Unfusable, trained_together
-from glf_fast.flow import Flow
+from glf_fast.conversion.layers import ConversionError, Diagonal, Kept, Layer, Unfusable, trained_together
+from glf_fast.flow import Flow, Squeeze
 
 __all__ = [
     "Base",
-    "Chain",
-    "ContextColumns",
     "FusedLayer",
     "Library",
-    "Part",
     "Reader",
-    "Replacement",
-    "Shape",
     "Unpacked",
     "check_shape",
-    "module_list",
     "overridden",
-    "put_in_list",
-    "put_transform",
-    "replaced",
     "run_on_rows",
 ]
-
-
-Shape = tuple[int, ...]
-# Layers start … stop − 1, and the module that takes their place.
-Replacement = tuple[int, int, nn.Module]
-
-
-@dataclass(frozen=True)
-class ContextColumns:
-    """The columns, or channels, of a context of that width that a layer is given, in its own order."""
-
-    columns: tuple[int, ...]
-    width: int
-
-    def index(self) -> slice | list[int]:
-        """The index of the columns in the context."""
-        return slice(None) if self.columns == tuple(range(self.width)) else list(self.columns)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One layer of a library's flow."""
-
-    name: str  # for messages
-    module: Any
-    shape: Shape  # of one sample that it is given, (D,) or (C, H, W)
-    conditions: tuple[int, ...] = ()  # their indices, where layers are given different ones (FrEIA)
-    # The columns of these in the flow's context; None for a layer on its own, whose context they are.
-    context: ContextColumns | None = None
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Layers that work one after the other; `put(replacements)` puts others in the places parts[start:stop]."""
-
-    parts: list[Part]
-    put: Callable[[Sequence[Replacement]], None]
-
-
-def put_transform(holder: nn.Module, name: str, chain: str, parts: list[Part], new: Sequence[Replacement]) -> None:
-    """Put replacements where holder.`name` is one transform, or has its transforms in a list called `chain`."""
-    modules, transform = [part.module for part in parts], getattr(holder, name)
-    if modules == [transform]:
-        setattr(holder, name, replaced(modules, new)[0])
-    else:
-        put_in_list(transform, chain, modules, new)
-
-
-def put_in_list(holder: nn.Module, name: str, modules: Sequence[nn.Module], new: Sequence[Replacement]) -> None:
-    """Put replacements where the list holder.`name` has these modules, in compositions, too."""
-    setattr(holder, name, module_list(replaced(modules, new), getattr(holder, name)))
-
-
-def module_list(modules: Iterable[nn.Module], instead_of: nn.Module) -> nn.ModuleList:
-    """A list in the mode of the one that it replaces; the modules keep their modes."""
-    new = nn.ModuleList(modules)
-    new.training = instead_of.training
-    return new
-
-
-def replaced(modules: Sequence[nn.Module], replacements: Sequence[Replacement]) -> list[nn.Module]:
-    """The modules, with the replacements in their places."""
-    result, position = [], 0
-    for start, stop, new in replacements:
-        result += [*modules[position:start], new]
-        position = stop
-    return [*result, *modules[position:]]
 
 
 @dataclass(frozen=True)
@@ -243,6 +168,9 @@ class Library:
     )
     on_vectors: Mapping[str, Reader] = field(default_factory=dict)
     on_images: Mapping[str, Reader] = field(default_factory=dict)
+    squeezes: Mapping[str, Callable[[Any], int]] = field(
+        default_factory=dict
+    )  # class that moves pixels to channels → factor
     compositions: Mapping[str, str] = field(default_factory=dict)  # class made of layers → the name of its list
     refused: Mapping[str, str] = field(default_factory=dict)  # class → why it cannot even be kept
     alone: frozenset[str] = frozenset()  # classes that are worth replacing where there is no coupling beside them
@@ -284,7 +212,7 @@ class Library:
         A class of that name that is no copy fails to be read, or in the proof of the conversion.
         """
         for base in kind.__mro__:
-            if any(base.__name__ in names for names in (self.on_vectors, self.on_images, self.compositions)):
+            if any(base.__name__ in n for n in (self.on_vectors, self.on_images, self.squeezes, self.compositions)):
                 return "" if overridden(kind, base) else base.__name__
         return ""
 
@@ -293,7 +221,11 @@ class Library:
         if isinstance(part.module, FusedLayer):
             raise Unfusable("fused before")
         images = len(part.shape) > 1
-        reader = (self.on_images if images else self.on_vectors).get(self.name_of(type(part.module)))
+        name = self.name_of(type(part.module))
+        if images and name in self.squeezes:
+            stays = f"{part.name} ({name}): moves pixels to channels, and stays"
+            return [Kept(Squeeze(self.squeezes[name](part.module)), stays)]
+        reader = (self.on_images if images else self.on_vectors).get(name)
         if reader is None:
             raise Unfusable(f"no kernel covers this kind of layer{' on images' if images else ''}")
         if len(part.shape) not in (1, 3):
@@ -314,6 +246,10 @@ class Library:
         """The parts, data → noise, with the shape of what each is given, by that of what the last one returns."""
         parts: list[Part] = []
         for name, module in reversed(named):
+            factor = self.squeezes.get(type(module).__name__)
+            if factor is not None and len(noise) == 3:
+                n, (C, H, W) = factor(module), noise
+                noise = C // n**2, H * n, W * n
             noise = self.shape_before(module, noise)
             parts.insert(0, Part(name, module, noise))
         return parts

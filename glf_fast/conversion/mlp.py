@@ -20,16 +20,26 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from glf_fast.conversion.activations import activation_of_call, activation_of_module, one_activation
-from glf_fast.conversion.batch_norm import BATCH_NORM, Norm, batch_norm_step, check_once, without_norms
-from glf_fast.conversion.dropout import Dropped, behind_activation, dropouts_of, functional_dropout, lost
-from glf_fast.conversion.layers import Conditioner, Entries, NamedActivation, Unfusable
+from glf_fast.conversion.layers import Conditioner, Entries, NamedActivation, Unfusable, check_once
 from glf_fast.conversion.library import overridden
 from glf_fast.conversion.reading import parameters_of
+from glf_fast.conversion.training_mode import (
+    BATCH_NORM,
+    Dropped,
+    Norm,
+    batch_norm_step,
+    behind_activation,
+    dropouts_of,
+    functional_dropout,
+    lost,
+    without_norms,
+)
 
 __all__ = [
     "KNOWN",
     "Step",
     "Times",
+    "alternating",
     "assemble",
     "bias_entries",
     "check_class",
@@ -113,14 +123,9 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
 
 def _mlp(name: str, steps: Sequence[Step], training: bool) -> Conditioner:
     """The MLP of these steps, of a network in that mode; raises Unfusable."""
-    linears = [step for step in steps if isinstance(step, tuple)]
-    activations = [step for step in steps if isinstance(step, NamedActivation)]
-    kinds = [type(step) for step in steps if not isinstance(step, Dropped)]
-    if kinds != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
-        raise Unfusable(f"{name} is not linear → activation → … → linear")
+    linears, activation = alternating(name, steps)
     if len(linears) > 9:
         raise Unfusable(f"{name} has {len(linears) - 1} hidden layers; zero to eight are covered")
-    activation = one_activation(name, activations)
     if any(len(a) != b.shape[1] for (a, _), (b, _) in itertools.pairwise(linears)):
         raise Unfusable(f"{name} has linear layers that do not follow each other")
     between: list[list[Step]] = [[]]  # steps before the first linear layer, and behind each of them
@@ -131,6 +136,15 @@ def _mlp(name: str, steps: Sequence[Step], training: bool) -> Conditioner:
             between[-1].append(step)
     hidden = [behind_activation(group) for group in between[1:-1]]
     return assemble(name, linears, activation, dropouts_of(hidden, steps, training))
+
+
+def alternating(name: str, steps: Sequence[Step]) -> tuple[list[Linear], NamedActivation]:
+    """The linear layers of a network, and the activation between them, with dropout left out; raises Unfusable."""
+    linears = [step for step in steps if isinstance(step, tuple)]
+    kinds = [type(step) for step in steps if not isinstance(step, Dropped)]
+    if kinds != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
+        raise Unfusable(f"{name} is not linear → activation → … → linear")
+    return linears, one_activation(name, [step for step in steps if isinstance(step, NamedActivation)])
 
 
 def assemble(

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
+from glf_fast.conversion.chains import Part
 from glf_fast.conversion.couplings import DeclaredCoupling
-from glf_fast.conversion.dropout import lost
 from glf_fast.conversion.layers import Layer, Scale, Unfusable, Univariate
-from glf_fast.conversion.library import Part
 from glf_fast.conversion.log_scales import recognised
 from glf_fast.conversion.mlp import check_class, is_class, network_steps
+from glf_fast.conversion.training_mode import lost
 from glf_fast.reference import Spline
 
-__all__ = ["affine_autoregressive", "spline_autoregressive", "spline_coupling"]
+__all__ = ["affine_autoregressive", "columns_of", "spline_autoregressive", "spline_coupling"]
 
 
 def spline_coupling(part: Part, transform: Any) -> list[Layer]:
@@ -121,3 +121,12 @@ def _read(part: Part, network: Any, columns: int, univariate: Univariate, **opti
         lost=lost(step for block in blocks for step in network_steps(block.dropout)),
         **options,
     ).read()
+
+
+def columns_of(transform: Any) -> int | None:
+    """Number of columns that a coupling or an autoregressive layer works on; None for other layers, and for those on images."""
+    convolutions = any(isinstance(module, nn.Conv2d) for module in transform.modules())
+    if (features := getattr(transform, "features", None)) is not None and hasattr(transform, "transform_net"):
+        return None if convolutions else int(features)
+    network = getattr(transform, "autoregressive_net", None)
+    return None if network is None else int(network.initial_layer.in_features)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion import mlp
+from glf_fast.conversion.chains import Chain, Part, Shape, module_list, replaced
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.layers import (
     EXP,
@@ -30,18 +31,7 @@ from glf_fast.conversion.layers import (
     check_started,
     trained_together,
 )
-from glf_fast.conversion.library import (
-    Base,
-    Chain,
-    FusedLayer,
-    Library,
-    Part,
-    Reader,
-    Shape,
-    Unpacked,
-    module_list,
-    replaced,
-)
+from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, Unpacked
 from glf_fast.conversion.mlp import (
     read_bounded_mlp,
     read_mlp,
@@ -50,8 +40,8 @@ from glf_fast.conversion.mlp import (
     separate,
     without_shift,
 )
-from glf_fast.conversion.nflows_layers import affine_autoregressive, spline_autoregressive, spline_coupling
-from glf_fast.flow import Split, Squeeze
+from glf_fast.conversion.nflows_layers import affine_autoregressive, columns_of, spline_autoregressive, spline_coupling
+from glf_fast.flow import Split
 
 __all__ = ["LIBRARY"]
 
@@ -262,17 +252,6 @@ def _chain(
     return Chain(parts, lambda new: put(module_list(reversed(replaced(modules, new)), layers)))
 
 
-def _squeeze(part: Part) -> list[Layer]:
-    return [Kept(Squeeze(), f"{part.name} (Squeeze): moves pixels to channels, and stays")]
-
-
-def _shape_before(module: Any, shape: Shape) -> Shape:
-    """Squeezes change it."""
-    if type(module).__name__ == "Squeeze" and len(shape) == 3:
-        return shape[0] // 4, 2 * shape[1], 2 * shape[2]
-    return shape
-
-
 def _base(flow: Any) -> Base:
     """A DiagGaussian on vectors or images, or on images a GlowBase without classes; of several levels, each of them."""
     if isinstance(flow.q0, nn.ModuleList):
@@ -352,15 +331,11 @@ def _columns_of(module: Any) -> int | None:
         return module.num_channels
     if kind == "LULinearPermute":
         return module.linear.features
-    if kind == "CoupledRationalQuadraticSpline":
-        return module.prqct.features
-    if network := getattr(getattr(module, "mprqat", module), "autoregressive_net", None):
-        return network.initial_layer.in_features
     if kind == "AffineCouplingBlock":
         with suppress(Unfusable):
             net = read_mlp(module.flows[1].param_map)
             return net.n_in + (net.n_out // 2 if module.flows[1].scale else net.n_out)
-    return None
+    return columns_of(getattr(module, "prqct", getattr(module, "mprqat", module)))
 
 
 _ON_BOTH: dict[str, Reader] = {
@@ -391,7 +366,8 @@ LIBRARY: Library = Library(
         "MaskedAffineAutoregressive": partial(affine_autoregressive, undo=True),
         "MaskedAffineFlow": _masked_affine_flow,
     },
-    on_images={**_ON_BOTH, "Invertible1x1Conv": _invertible_matrix, "Squeeze": _squeeze},
+    on_images={**_ON_BOTH, "Invertible1x1Conv": _invertible_matrix},
+    squeezes={"Squeeze": lambda module: 2},
     compositions={"Composite": "_flows", "GlowBlock": "flows"},
     refused={
         **dict.fromkeys(("Split", "Merge", "AffineCoupling"), "works on lists; use an AffineCouplingBlock"),
@@ -400,5 +376,4 @@ LIBRARY: Library = Library(
             ("Residual", "MetropolisHastings", "HamiltonianMonteCarlo"), "its log-determinant is a random estimate"
         ),
     },
-    shape_before=_shape_before,
 )

@@ -13,8 +13,9 @@ from torch.distributions import Independent, Normal, Transform, TransformedDistr
 
 from glf_fast.conversion.activations import named_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
+from glf_fast.conversion.chains import Chain, Part, Replacement, replaced
 from glf_fast.conversion.layers import Bijection, ConversionError, Layer, Permutation, Scale, Unfusable
-from glf_fast.conversion.library import Base, Chain, FusedLayer, Library, Part, Replacement, replaced, run_on_rows
+from glf_fast.conversion.library import Base, FusedLayer, Library, run_on_rows
 from glf_fast.conversion.mlp import check_class
 
 __all__ = ["LIBRARY"]

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import Part, Shape
 from glf_fast.conversion.images import Reshaped
 from glf_fast.conversion.layers import (
     Conditioner,
@@ -23,7 +24,7 @@ from glf_fast.conversion.layers import (
     Transform,
     Unfusable,
 )
-from glf_fast.conversion.library import Library, Part, Shape, check_shape
+from glf_fast.conversion.library import Library, check_shape
 from glf_fast.conversion.padding import fastest, only_permutes
 from glf_fast.flow import Squeeze
 

@@ -14,8 +14,8 @@ from torch.distributions import Transform, constraints
 from glf_fast.conversion import mlp
 from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, MaskedLinear, masked_linear
+from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
-from glf_fast.conversion.dropout import Dropped, lost
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import (
     EXP,
@@ -31,9 +31,10 @@ from glf_fast.conversion.layers import (
     Univariate,
     trained_together,
 )
-from glf_fast.conversion.library import Base, Chain, FusedLayer, Library, Part, Shape, put_transform, run_on_rows
+from glf_fast.conversion.library import Base, FusedLayer, Library, run_on_rows
 from glf_fast.conversion.log_scales import recognised
 from glf_fast.conversion.mlp import check_class
+from glf_fast.conversion.training_mode import lost
 from glf_fast.flow import Flow
 from glf_fast.reference import Spline
 
@@ -134,17 +135,13 @@ def _elementwise(part: Part) -> list[Layer]:
     transform, dim = part.module, part.shape[0]
     if not hasattr(transform, "hyper"):
         raise Unfusable("its transformation depends on nothing: it is as fast as it can be")
-    every = list(mlp.network_steps(transform.hyper))
-    steps = [step for step in every if not isinstance(step, Dropped)]
-    linears = [step for step in steps if isinstance(step, tuple)]
-    activation = one_activation("its network", [step for step in steps if isinstance(step, NamedActivation)])
-    if [type(step) for step in steps] != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
-        raise Unfusable("its network is not linear layers with one kind of activation between")
+    steps = list(mlp.network_steps(transform.hyper))
+    linears, activation = mlp.alternating("its network", steps)
     masked = [MaskedLinear(W, torch.ones_like(W, requires_grad=False), b) for W, b in linears]
     W, mask, b = masked[0]
     of_x = W.new_zeros(len(W), dim)
     masked[0] = MaskedLinear(torch.cat([of_x, W], 1), torch.cat([of_x, mask], 1), b)
-    return _declared(part, masked, activation, lost=lost(every), blind=True)
+    return _declared(part, masked, activation, lost=lost(steps), blind=True)
 
 
 def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], NamedActivation]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from library_flows import shake
 from torch import Tensor, nn
 
 from glf_fast import AutoregressiveFlow, CouplingFlow, Flow, accelerate
@@ -51,15 +52,6 @@ def dropping(flow: nn.Module, name: str) -> nn.Module:
             self, nn.functional.dropout(x, 0.5, self.training), *args, **options
         )
         module.__class__ = type("Dropping", (kind,), {"forward": forward})
-    return flow
-
-
-def shake(flow: nn.Module, std: float = 0.15) -> nn.Module:
-    """Random weights: fresh ones are too small, or zero, to tell a wrong formula. Fixed ones stay."""
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            if parameter.requires_grad:
-                parameter.add_(std * torch.randn_like(parameter))
     return flow
 
 

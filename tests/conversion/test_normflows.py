@@ -9,6 +9,7 @@ from functools import partial
 import normflows as nf
 import pytest
 import torch
+from library_flows import shake
 
 from glf_fast.conversion import ConversionError, convert
 from glf_fast.conversion.layers import FROZEN, TRAINED, Coupling, Dense, Diagonal, Kept, Permutation
@@ -110,10 +111,7 @@ def test_trained_checkpoint(library, tools):
 def test_training_takes_the_same_path():
     """Without linear layers the parameters are the library's, stacked: SGD makes the same steps."""
     layers = [layer for _ in range(2) for layer in (block(6), nf.flows.Permute(6, "swap"))]
-    flow = flow_of(*layers, dim=6, trainable=False).double()
-    with torch.no_grad():
-        for p in flow.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+    flow = shake(flow_of(*layers, dim=6, trainable=False).double(), 0.1)
     converted = convert(flow)
     x = torch.randn(200, 6).double().cumsum(1)
     for model in (flow, converted):

@@ -13,21 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import Chain, ContextColumns, Part, Replacement, Shape, module_list, replaced
 from glf_fast.conversion.freia.modules import FreiaLayer, KeptBlock, PassedOn, block_shape, own_context
 from glf_fast.conversion.freia.readers import ON_IMAGES, ON_VECTORS
 from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Dense
-from glf_fast.conversion.library import (
-    Base,
-    Chain,
-    ContextColumns,
-    Library,
-    Part,
-    Replacement,
-    Shape,
-    module_list,
-    replaced,
-)
+from glf_fast.conversion.library import Base, Library
 from glf_fast.flow import Flow
 from glf_fast.reference import log_normal
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.chains import ContextColumns, Part, Shape
 from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import Bijection, ConversionError, check_started
-from glf_fast.conversion.library import ContextColumns, FusedLayer, Part, Shape
+from glf_fast.conversion.library import FusedLayer
 from glf_fast.flow import Flow
 
 __all__ = ["FreiaLayer", "KeptBlock", "PassedOn", "block_shape", "own_context"]

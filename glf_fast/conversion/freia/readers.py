@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glf_fast.conversion.chains import Part
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.freia.modules import check_initialised, own_context
 from glf_fast.conversion.layers import Dense, Diagonal, Layer, Permutation, Scale, Unfusable, trained_together
-from glf_fast.conversion.library import Part, Reader
+from glf_fast.conversion.library import Reader
 from glf_fast.conversion.log_scales import fitted
 
 __all__ = ["ON_IMAGES", "ON_VECTORS"]
