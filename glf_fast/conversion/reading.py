@@ -34,6 +34,7 @@ __all__ = [
     "check_modes",
     "check_precision",
     "copied",
+    "first_line",
     "fused_context",
     "lost_in_training",
     "networks",
@@ -180,8 +181,13 @@ def reason_of(error: Exception) -> str:
     """Why something stays as it is, in one line."""
     if isinstance(error, Unfusable | ConversionError):
         return str(error)
+    return f"cannot be read: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """The class and the first line of an error of a library, whose messages may print whole tensors."""
     lines = str(error).splitlines() or [""]
-    return f"cannot be read: {type(error).__name__} {lines[0]}".strip()
+    return f"{type(error).__name__} {lines[0]}".strip()
 
 
 def copied(module: nn.Module) -> nn.Module:

@@ -126,7 +126,7 @@ def same_map(library: Library, flow: nn.Module, x: Tensor, context: Tensor | Non
     if reading.embedding is None:
         fused, sources = fuse(reading.layers, reading.event_shape, reading.context_shape)
     else:
-        fused, sources = _converted(type(flow).__name__, flow, reading)
+        fused, sources = _converted(type(flow).__name__, reading)
     fused.eval()
     near = {"rtol": library.tolerance, "atol": library.tolerance}
     x.requires_grad_()
