@@ -20,6 +20,7 @@ from glf_fast.conversion.layers import (
     Unfusable,
     Univariate,
     check_once,
+    numbers_of,
 )
 from glf_fast.conversion.mlp import bias_entries, check_class
 from glf_fast.ops.checks import check_spline
@@ -130,7 +131,7 @@ class DeclaredAutoregressive:
             raise Unfusable("its residual network is not one to five blocks of two layers of one width")
         if not residual and len(widths) > 8:
             raise Unfusable(f"its network has {len(widths)} hidden layers; zero to eight are covered")
-        wanted = self.univariate.columns if isinstance(self.univariate, Spline) else 2
+        wanted = numbers_of(self.univariate)
         if columns != wanted or outputs != dim * columns or inputs < dim:
             raise Unfusable(
                 f"its network maps {inputs} columns to {outputs} where {dim} or more to {dim * wanted} are meant"

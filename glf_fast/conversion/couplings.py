@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.chains import ContextColumns, Part
 from glf_fast.conversion.images import Outputs
-from glf_fast.conversion.layers import EXP, Conditioner, Coupling, Unfusable, Univariate
+from glf_fast.conversion.layers import EXP, Conditioner, Coupling, Unfusable, Univariate, numbers_of
 from glf_fast.conversion.mlp import scale_outputs, select_outputs, separate, widen_inputs
 from glf_fast.conversion.residual import read_network
 from glf_fast.ops.checks import check_spline
@@ -82,7 +82,7 @@ class DeclaredCoupling:
         )
         P, T = len(self.passive), len(self.transformed)
         inputs = P + len(self.context.columns) if isinstance(self.context, ContextColumns) else P
-        outputs = T * (self.univariate.columns if isinstance(self.univariate, Spline) else 2 - (self.layout == "t"))
+        outputs = T if self.layout == "t" else T * numbers_of(self.univariate)
         if net.n_out != outputs or (net.n_in < P if self.context == "argument" else net.n_in != inputs):
             raise Unfusable(f"its network maps {net.n_in} columns to {net.n_out} where {inputs} to {outputs} are meant")
         if net.blocks and (isinstance(self.context, ContextColumns) or net.gated != (net.n_in > P)):

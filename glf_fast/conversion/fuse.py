@@ -105,8 +105,7 @@ def _segments(run: Iterable[Transform | Piece]) -> list[_Segment]:
     segments: list[_Segment] = []
     permuted = only_permutes(piece for gap in gaps for piece in gap)
     for _, alike in groupby(transforms, _kind):
-        runs: list[Any] = list(alike)  # autoregressive layers of a kind have one size
-        for part in divided(runs, permuted) if isinstance(runs[0], Coupling) else [runs]:
+        for part in _divided(list(alike), permuted):
             before, gaps = gaps[: len(part)], gaps[len(part) :]
             if segments and segments[-1].transforms[-1].undo:
                 segments[-1].after, before[0] = before[0], []
@@ -114,6 +113,11 @@ def _segments(run: Iterable[Transform | Piece]) -> list[_Segment]:
     segments = segments or [_Segment([], [])]
     segments[-1].after = gaps[0]
     return segments
+
+
+def _divided(alike: list[Any], permuted: bool) -> list[list[Any]]:
+    """Transforms of one kind in runs that padding does not make slow; autoregressive ones of a kind have one size."""
+    return divided(alike, permuted) if isinstance(alike[0], Coupling) else [alike]
 
 
 def _odd_turned(layer: Any) -> Any:

@@ -42,6 +42,7 @@ __all__ = [
     "check_once",
     "check_started",
     "flow_options",
+    "numbers_of",
     "trained_together",
     "width",
 ]
@@ -112,6 +113,11 @@ class Scale(NamedTuple):
 
 EXP = Scale("exp")
 Univariate = Scale | Spline
+
+
+def numbers_of(univariate: Univariate) -> int:
+    """How many numbers it takes for each column: u and t, or the parameters of a spline."""
+    return univariate.columns if isinstance(univariate, Spline) else 2
 
 
 def flow_options(univariate: Univariate) -> dict[str, Any]:

@@ -38,9 +38,8 @@ class Base:
     shape: Shape
     layers: list[Layer] = field(default_factory=list)  # from it to N(0, I)
     noise: Callable[[Tensor], Tensor] = lambda z: z  # N(0, I) → noise of the base
-    between: tuple[
-        list[Layer], ...
-    ] = ()  # after each chain but the last: a `Split` that is not learned, and what is before it
+    # After each chain but the last: a `Split` that is not learned, and what is before it.
+    between: tuple[list[Layer], ...] = ()
 
     @classmethod
     def normal(cls, name: str, loc: Tensor, log_scale: Tensor, *parameters: Tensor) -> Base:
@@ -163,14 +162,12 @@ class Library:
     fused: Callable[[Flow | OnChannels, Sequence[Part]], nn.Module]  # a flow, in place of parts, as the library's layer
     # For `convert`: raises ConversionError where it cannot take the base, or the flow for another reason.
     base: Callable[[Any], Base] = _not_converted
-    generate: Callable[[Any, Tensor, Tensor | None], Tensor] = (
-        _not_converted  # (flow, noise of the base, context) → data
-    )
+    # For `convert`: (flow, noise of the base, context) → data.
+    generate: Callable[[Any, Tensor, Tensor | None], Tensor] = _not_converted
     on_vectors: Mapping[str, Reader] = field(default_factory=dict)
     on_images: Mapping[str, Reader] = field(default_factory=dict)
-    squeezes: Mapping[str, Callable[[Any], int]] = field(
-        default_factory=dict
-    )  # class that moves pixels to channels → factor
+    # Class that moves pixels to channels → the factor by which it makes images smaller.
+    squeezes: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
     compositions: Mapping[str, str] = field(default_factory=dict)  # class made of layers → the name of its list
     refused: Mapping[str, str] = field(default_factory=dict)  # class → why it cannot even be kept
     alone: frozenset[str] = frozenset()  # classes that are worth replacing where there is no coupling beside them

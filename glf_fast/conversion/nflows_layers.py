@@ -11,7 +11,7 @@ from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
 from glf_fast.conversion.chains import Part
 from glf_fast.conversion.couplings import DeclaredCoupling
-from glf_fast.conversion.layers import Layer, Scale, Unfusable, Univariate
+from glf_fast.conversion.layers import Layer, Scale, Unfusable, Univariate, numbers_of
 from glf_fast.conversion.log_scales import recognised
 from glf_fast.conversion.mlp import check_class, is_class, network_steps
 from glf_fast.conversion.training_mode import lost
@@ -66,7 +66,7 @@ def _spline(transform: Any, hidden: int) -> Spline:
 
 def affine_autoregressive(part: Part, *, undo: bool = False) -> list[Layer]:
     """A `MaskedAffineAutoregressiveTransform`; `undo` where the library calls its forward noise → data."""
-    return [_read(part, part.module.autoregressive_net, 2, _log_scale(part.module, part.shape[0]), undo=undo)]
+    return [_read(part, part.module.autoregressive_net, _log_scale(part.module, part.shape[0]), undo=undo)]
 
 
 def spline_autoregressive(part: Part, transform: Any) -> list[Layer]:
@@ -74,8 +74,7 @@ def spline_autoregressive(part: Part, transform: Any) -> list[Layer]:
     network, bound = transform.autoregressive_net, transform.tail_bound
     if transform.tails != "linear" or isinstance(bound, Tensor):
         raise Unfusable(f"tails {transform.tails!r} of bound {bound}: linear tails of one bound are covered")
-    kind = _spline(transform, getattr(network, "hidden_features", 1))
-    return [_read(part, network, kind.columns, kind)]
+    return [_read(part, network, _spline(transform, getattr(network, "hidden_features", 1)))]
 
 
 def _log_scale(transform: Any, dim: int) -> Scale:
@@ -87,7 +86,7 @@ def _log_scale(transform: Any, dim: int) -> Scale:
     return recognised(candidates, u, ell, "its scale is neither softplus(u) + ε nor σ(u + 2) + ε")
 
 
-def _read(part: Part, network: Any, columns: int, univariate: Univariate, **options: Any) -> Layer:
+def _read(part: Part, network: Any, univariate: Univariate, **options: Any) -> Layer:
     """The layer of this network, with so many numbers for each feature side by side."""
     check_class(network, "MADE")
     for block in network.blocks:
@@ -112,7 +111,7 @@ def _read(part: Part, network: Any, columns: int, univariate: Univariate, **opti
         linears += block.linear_layers if residual else [block.linear]
     return DeclaredAutoregressive(
         linears=[masked_linear(linear) for linear in (*linears, network.final_layer)],
-        outputs=torch.arange(part.shape[0] * columns).view(-1, columns),
+        outputs=torch.arange(part.shape[0] * numbers_of(univariate)).view(part.shape[0], -1),
         activation=one_activation("its network", activations),
         univariate=univariate,
         network="residual" if residual else "mlp",
