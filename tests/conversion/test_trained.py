@@ -97,14 +97,27 @@ def test_what_would_train_too_much_is_not_returned(monkeypatch: pytest.MonkeyPat
         convert(original)
 
 
-def test_fresh_flows_with_last_layers_of_zero_are_read_by_their_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where u = 0, every log-scale is 0: the comparison must look elsewhere, too."""
-    blocks = [nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4], init_zeros=True)) for _ in range(2)]
-    original = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), blocks)
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")
+@pytest.mark.parametrize(
+    ("shape", "scale_map", "misread"),
+    [
+        ((4,), "exp", (Scale("tanh", 1.0), True)),
+        ((4, 3, 3), "exp", (Scale("tanh", 1.0), True)),
+        ((4, 3, 3), "sigmoid", (Scale("glow", 1.9), False)),
+    ],
+)
+def test_fresh_flows_with_last_layers_of_zero_are_read_by_their_scale(
+    shape: tuple[int, ...], scale_map: str, misread: tuple[Scale, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where u = 0, tanh(u) is u: the comparison must look elsewhere, too."""
+    coupling = lambda: nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4], init_zeros=True))  # noqa: E731
+    blocks = [coupling() if len(shape) == 1 else nf.flows.GlowBlock(4, 6, scale_map=scale_map) for _ in range(2)]
+    original = nf.NormalizingFlow(nf.distributions.DiagGaussian(shape), blocks)
+    original.log_prob(torch.randn(9, *shape))  # starts ActNorms
     convert(original)
-    monkeypatch.setitem(reader._SCALE_MAPS, "exp", (Scale("tanh", 1.0), True))
+    monkeypatch.setitem(reader._SCALE_MAPS, scale_map, misread)
     assert not accelerate(copy.deepcopy(original))
-    with pytest.raises(ConversionError, match="log_prob differs"):
+    with pytest.raises(ConversionError, match="differs"):
         convert(original)
 
 
