@@ -69,7 +69,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
         if context is not None:
             example = context.detach().to("cpu", torch.float64 if context.is_floating_point() else context.dtype)
             reading = replace(reading, context_shape=tuple(context.shape[1:]), example=example)
-        return reading, *_converted(type(flow).__name__, original, reading)
+        return reading, *_converted(type(flow).__name__, reading)
 
     with on_processor():
         original = copied(flow).to("cpu", torch.float64)
@@ -88,7 +88,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
         return converted
 
 
-def _converted(name: str, original: nn.Module, reading: Reading) -> tuple[Flow, Sources]:
+def _converted(name: str, reading: Reading) -> tuple[Flow, Sources]:
     """The flow that was read, in float64."""
     transforms = [layer for layer in reading.layers if isinstance(layer, Transform)]
     if not transforms:

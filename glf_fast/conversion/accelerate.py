@@ -321,7 +321,7 @@ def _fused(library: Library, parts: Sequence[Part]) -> tuple[Flow | OnChannels, 
     library.prepare(copies)
     shape, device = parts[0].shape, like.device.type
     found = None
-    if len(shape) == 3 and library.any_size and shape[1] * shape[2] > 100:
+    if len(shape) == 3 and shape[1] * shape[2] > 100:
         with suppress(Unfusable, ConversionError):  # a few pixels say as much as many, where the networks take them
             found = proven(copies, partial(_build, library, parts, (shape[0], 4, 6), device))
     reading, fused, changed = found or proven(copies, partial(_build, library, parts, shape, device))

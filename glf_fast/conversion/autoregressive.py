@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.degrees import degrees
-from glf_fast.conversion.layers import FIXED, Autoregressive, Conditioner, NamedActivation, Unfusable
-from glf_fast.conversion.mlp import check_class, role_of
+from glf_fast.conversion.layers import (
+    FIXED,
+    Autoregressive,
+    Conditioner,
+    Entries,
+    NamedActivation,
+    Unfusable,
+    Univariate,
+    check_once,
+    numbers_of,
+)
+from glf_fast.conversion.mlp import bias_entries, check_class
 from glf_fast.ops.checks import check_spline
 from glf_fast.reference import Spline
 from glf_fast.reference.made import fan_in, masks
@@ -37,8 +48,7 @@ def masked_linear(module: nn.Module) -> MaskedLinear:
 class DeclaredAutoregressive:
     """x_d ↦ T(x_d; θ_d), whose parameters θ_d a masked network makes of the features before x_d, and of a context.
 
-    The order of the features is read from the masks. T is v·e^ℓ + t with ℓ = f(u), or a spline. A layer to `undo` is one
-    whose data → noise is the inverse of all that.
+    The order of the features is read from the masks. A layer to `undo` is one whose data → noise is the inverse of all that.
     """
 
     # In the order of `glf_fast.reference.made`, without those of a context alone. The inputs of the first one are x, then
@@ -46,22 +56,20 @@ class DeclaredAutoregressive:
     linears: Sequence[MaskedLinear]
     outputs: Tensor  # (D, n): the network's output that is each number of θ_d: u and t, or the parameters of a spline
     activation: NamedActivation
+    univariate: Univariate  # T
     network: str = "mlp"  # as in AutoregressiveFlow
-    log_scale: str = "exp"  # f, by the names of `glf_fast.reference.log_scale`
-    constant: float | None = None
-    spline: Spline | None = None
     undo: bool = False
     features: Tensor | None = None  # the first layer's inputs that are x₀, x₁, …
     # Of a context c: a(c Wᵀ + b) is added to the first layer's output, and c Wᵀ + b to that of each block's first layer.
     context_layer: nn.Linear | None = None
     block_contexts: Sequence[nn.Linear] = ()
-    lost: float = 0.0  # p of dropout, which the fused network does not have
+    lost: frozenset[str] = frozenset()  # as in `Conditioner`
     blind: bool = False  # the network is given the context alone: the first layer's weights of x are no parameters
 
     def read(self) -> Autoregressive:
         """The layer that it is; raises Unfusable."""
-        if self.spline is not None:
-            check_spline(self.spline)
+        if isinstance(self.univariate, Spline):
+            check_spline(self.univariate)
         linears, (dim, columns) = self.linears, self.outputs.shape
         self._check(dim, columns)
         features = torch.arange(dim) if self.features is None else self.features.cpu()
@@ -77,45 +85,39 @@ class DeclaredAutoregressive:
         inputs = [torch.cat([given, features[orders[0]]]), *orders[1:]]
         results = [*orders[1:], self.outputs.cpu()[orders[0]].flatten()]
 
-        weights, biases, roles, bias_roles = [], [], [], []
+        weights, biases = [], []
         for linear, rows, order in zip(linears, inputs, results, strict=True):
-            weights.append(linear.weight[order][:, rows].T)
-            roles.append(role_of(linear.weight, weights[-1]))
-            biases.append(weights[-1].new_zeros(len(order)) if linear.bias is None else linear.bias[order])
-            bias_roles.append(role_of(linear.bias, biases[-1]))
+            weight, bias = linear.weight[order], None if linear.bias is None else linear.bias[order]
+            weights.append(Entries.of(weight[:, rows].T))
+            biases.append(bias_entries(weight, bias))
         if self.blind:
-            roles[0][len(given) :] = FIXED
-        used = masks(weights, biases, torch.tensor(fan_in(ranks[1:], ranks[0])), dim)
+            weights[0].roles[len(given) :] = FIXED
+        counts = torch.tensor(fan_in(ranks[1:], ranks[0]))
+        used = masks([W.value for W in weights], [b.value for b in biases], counts, dim)
         for i, (linear, rows, order) in enumerate(zip(linears, inputs, results, strict=True)):
             frozen = used[i] & (linear.mask[order][:, rows].T == 0)  # the degrees allow them, the mask does not
-            weights[i] = weights[i].masked_fill(frozen, 0)
-            roles[i] = roles[i].masked_fill(frozen, FIXED)
+            weights[i] = weights[i].map(partial(torch.masked_fill, mask=frozen, value=0))
         C = len(given) if self.context_layer is None else self.context_layer.in_features
         for k in range(blocks if C and self.network == "residual" else 0):
             i, order = 1 + 2 * k, orders[2 + 2 * k]
-            W, role = weights[i].new_zeros(C, len(order)), roles[i].new_full((C, len(order)), FIXED)
+            of_context = Entries.fixed(weights[i].value.new_zeros(C, len(order)))
             if self.block_contexts:
                 context = self.block_contexts[k]
-                W, biases[i] = context.weight[order].T, biases[i] + context.bias[order]
-                role, of_bias = role_of(context.weight, W), role_of(context.bias, biases[i])
-                bias_roles[i] = torch.maximum(bias_roles[i], of_bias)  # a sum is trained if one of the two is
-            weights[i], roles[i] = torch.cat([W, weights[i]]), torch.cat([role, roles[i]])
+                of_context = Entries.of(context.weight[order].T)
+                biases[i] = Entries.of(biases[i].value + context.bias[order])  # trained if one of the two is
+            weights[i] = Entries.joined([of_context, weights[i]], torch.cat)
         if self.context_layer is not None:
-            W, b = self.context_layer.weight[orders[1]].T, self.context_layer.bias[orders[1]]
-            weights, biases = [*weights, W], [*biases, b]
-            roles = [*roles, role_of(self.context_layer.weight, W)]
-            bias_roles = [*bias_roles, role_of(self.context_layer.bias, b)]
-        factors = torch.ones_like(biases[len(linears) - 1], requires_grad=False)
+            weights.append(Entries.of(self.context_layer.weight[orders[1]].T))
+            biases.append(Entries.of(self.context_layer.bias[orders[1]]))
+        factors = torch.ones_like(biases[len(linears) - 1].value, requires_grad=False)
         return Autoregressive(
             orders[0],
-            Conditioner(weights, biases, roles, bias_roles, factors, self.activation, lost=self.lost, blocks=blocks),
+            Conditioner(weights, biases, factors, self.activation, lost=self.lost, blocks=blocks),
             tuple(map(tuple, ranks)),
-            self.log_scale,
-            self.constant,
+            self.univariate,
             C,
             self.context_layer is not None,
             self.undo,
-            self.spline,
             self.network,
         )
 
@@ -129,16 +131,12 @@ class DeclaredAutoregressive:
             raise Unfusable("its residual network is not one to five blocks of two layers of one width")
         if not residual and len(widths) > 8:
             raise Unfusable(f"its network has {len(widths)} hidden layers; zero to eight are covered")
-        wanted = 2 if self.spline is None else self.spline.columns
+        wanted = numbers_of(self.univariate)
         if columns != wanted or outputs != dim * columns or inputs < dim:
             raise Unfusable(
                 f"its network maps {inputs} columns to {outputs} where {dim} or more to {dim * wanted} are meant"
             )
-        parameters = [id(t) for weight, _, bias in linears for t in (weight, bias) if t is not None]
-        if len(set(parameters)) < len(parameters):
-            raise Unfusable(
-                "its network uses a linear layer more than once: its copies would not stay equal in training"
-            )
+        check_once("its network", [(weight, bias) for weight, _, bias in linears])
         for weight, mask, _ in linears:
             if mask.shape != weight.shape or not bool(((mask == 0) | (mask == 1)).all()):
                 raise Unfusable("its masks are not one 0 or 1 for each weight")

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Chain", "ContextColumns", "Part", "Replacement", "Shape", "module_list", "put_transform", "replaced"]
+__all__ = [
+    "Chain", "ContextColumns", "Part", "Replacement", "Shape", "module_list", "put_in_list", "put_transform", "replaced",
+]  # fmt: skip
 
 Shape = tuple[int, ...]
 # Layers start … stop − 1, and the module that takes their place.
@@ -49,11 +51,16 @@ class Chain:
 
 def put_transform(holder: nn.Module, name: str, chain: str, parts: list[Part], new: Sequence[Replacement]) -> None:
     """Put replacements where holder.`name` is one transform, or has its transforms in a list called `chain`."""
-    modules, transform = replaced([part.module for part in parts], new), getattr(holder, name)
-    if len(parts) == 1 and transform is parts[0].module:
-        setattr(holder, name, modules[0])
+    modules, transform = [part.module for part in parts], getattr(holder, name)
+    if modules == [transform]:
+        setattr(holder, name, replaced(modules, new)[0])
     else:
-        setattr(transform, chain, module_list(modules, getattr(transform, chain)))
+        put_in_list(transform, chain, modules, new)
+
+
+def put_in_list(holder: nn.Module, name: str, modules: Sequence[nn.Module], new: Sequence[Replacement]) -> None:
+    """Put replacements where the list holder.`name` has these modules, in compositions, too."""
+    setattr(holder, name, module_list(replaced(modules, new), getattr(holder, name)))
 
 
 def module_list(modules: Iterable[nn.Module], instead_of: nn.Module) -> nn.ModuleList:

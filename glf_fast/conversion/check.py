@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.layers import ConversionError
-from glf_fast.conversion.reading import Map, Reading, networks, parameters_of
+from glf_fast.conversion.reading import Map, Reading, first_line, networks, parameters_of
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Flow
 
@@ -220,8 +220,7 @@ def _evaluate_samples(
         return x, evaluate(x, context)
     except Exception:
         hint = "" if reading.context_shape else f"; if it needs a context, {_EXAMPLE}"
-        reason = f"{type(error).__name__} {error}".strip()
-        raise ConversionError(f"the library's own flow fails on random inputs: {reason}{hint}") from error
+        raise ConversionError(f"the library's own flow fails on random inputs: {first_line(error)}{hint}") from error
 
 
 def _compare_inverse(what: str, decode: Map, inverse: Map, z: Tensor, context: Tensor | None) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.chains import ContextColumns, Part
 from glf_fast.conversion.images import Outputs
-from glf_fast.conversion.layers import Conditioner, Coupling, Unfusable
+from glf_fast.conversion.layers import EXP, Conditioner, Coupling, Unfusable, Univariate, numbers_of
 from glf_fast.conversion.mlp import scale_outputs, select_outputs, separate, widen_inputs
 from glf_fast.conversion.residual import read_network
 from glf_fast.ops.checks import check_spline
@@ -25,7 +25,7 @@ _WIDE = 256
 
 @dataclass(frozen=True)
 class DeclaredCoupling:
-    """v → v·e^ℓ + t with ℓ = f(u), or as `add_first` and `undo` say (see `Coupling`); u and t are a network's outputs.
+    """v → v·e^f(u) + t, or as `add_first` and `undo` say (see `Coupling`), or a spline; u and t are a network's outputs.
 
     The network is given, besides p, the context as its second "argument", "none" of it, or some of its columns in one
     input, behind the passive ones.
@@ -37,14 +37,12 @@ class DeclaredCoupling:
     # Of one's outputs: "ut" [u | t], "tu" [t | u], "tutu" t₀, u₀, t₁, u₁, …, "t": t alone, no scale, or "spline": the
     # parameters of each column's spline side by side.
     layout: str
-    log_scale: str = "exp"  # f, by the names of `glf_fast.reference.log_scale`
-    constant: float | None = None
+    univariate: Univariate = EXP
     factor_u: float = 1.0  # the library multiplies u by it, and t by the next
     factor_t: float = 1.0
     add_first: bool = False
     undo: bool = False
     context: str | ContextColumns = "argument"
-    spline: Spline | None = None
     joined: bool = False  # the network takes one input, p with the context behind it
 
     def read(self, part: Part) -> Coupling:
@@ -53,25 +51,27 @@ class DeclaredCoupling:
         Splines and wide couplings on vectors, too, have the library's own network where no `Conditioner` is read: the rest of
         the layer takes most of the time. So do wide couplings whose dropout is active.
         """
-        if self.spline is not None:
-            check_spline(self.spline)
+        splines = isinstance(self.univariate, Spline)
+        if isinstance(self.univariate, Spline):
+            check_spline(self.univariate)
         images = len(part.shape) > 1
         if images and not (len(self.passive) and len(self.transformed)):
             raise Unfusable("its mask leaves no channel to condition on, or none to transform")
-        own = self.own_network() if images or self.spline is None or self.context == "argument" else None
+        own = self.own_network() if images or not splines or self.context == "argument" else None
         conditioner: Conditioner | Outputs | None
         try:
             conditioner = own if images else self._conditioner()
-            wide = self.spline is None and part.shape[0] >= _WIDE
+            wide = not splines and part.shape[0] >= _WIDE
             if own is not None and wide and isinstance(conditioner, Conditioner) and conditioner.active:
                 conditioner = own
         except Unfusable:
-            worth_it = own is not None and (self.spline is not None or part.shape[0] >= _WIDE)
+            worth_it = own is not None and (splines or part.shape[0] >= _WIDE)
             if not (worth_it and len(self.passive) and len(self.transformed)):
                 raise
             conditioner = own
-        options = (self.log_scale, self.constant, self.add_first, self.undo, self.spline)
-        return Coupling(self.passive, self.transformed, conditioner, *options, own_network=own)
+        return Coupling(
+            self.passive, self.transformed, conditioner, self.univariate, self.add_first, self.undo, own_network=own
+        )
 
     def _conditioner(self) -> Conditioner:
         """The network with outputs [u | t] or t."""
@@ -82,7 +82,7 @@ class DeclaredCoupling:
         )
         P, T = len(self.passive), len(self.transformed)
         inputs = P + len(self.context.columns) if isinstance(self.context, ContextColumns) else P
-        outputs = T if self.layout == "t" else 2 * T if self.spline is None else self.spline.columns * T
+        outputs = T if self.layout == "t" else T * numbers_of(self.univariate)
         if net.n_out != outputs or (net.n_in < P if self.context == "argument" else net.n_in != inputs):
             raise Unfusable(f"its network maps {net.n_in} columns to {net.n_out} where {inputs} to {outputs} are meant")
         if net.blocks and (isinstance(self.context, ContextColumns) or net.gated != (net.n_in > P)):

@@ -14,9 +14,9 @@ from glf_fast.conversion.images import on_channels
 from glf_fast.conversion.layers import Autoregressive, Coupling, Kept, Layer, Permutation, Piece, Transform, width
 from glf_fast.conversion.mlp import scale_outputs
 from glf_fast.conversion.padding import divided, only_permutes
-from glf_fast.conversion.stack import Sources, Step, stack, standalone
-from glf_fast.conversion.stack_autoregressive import stack_autoregressive
+from glf_fast.conversion.stack import Sources, Step, stack, stack_autoregressive, standalone
 from glf_fast.flow import Flow, Inverse, SequentialFlow
+from glf_fast.reference import Spline
 
 __all__ = ["fuse"]
 
@@ -122,9 +122,9 @@ def _divided(alike: list[Any], permuted: bool) -> list[list[Any]]:
 
 def _odd_turned(layer: Any) -> Any:
     """A coupling that is undone, with odd f, as one that is not: (v − t)·e^−f(u) has −u, −t and the other order."""
-    if not (isinstance(layer, Coupling) and layer.is_mlp and layer.undo and layer.log_scale in _ODD):
+    if not (isinstance(layer, Coupling) and layer.is_mlp and layer.undo):
         return layer
-    if layer.spline is not None:
+    if isinstance(layer.univariate, Spline) or layer.univariate.log_scale not in _ODD:
         return layer
     return replace(layer, conditioner=scale_outputs(layer.conditioner, -1.0), add_first=not layer.add_first, undo=False)
 
@@ -134,12 +134,12 @@ def _kind(transform: Transform) -> tuple[object, ...]:
     mlp = transform.conditioner
     if isinstance(transform, Autoregressive):
         return (
-            "autoregressive", transform.network, mlp.activation, tuple(transform.hidden), transform.log_scale,
-            transform.log_scale_constant, transform.context_layer, transform.undo, transform.spline,
+            "autoregressive", transform.network, mlp.activation, tuple(transform.hidden), transform.univariate,
+            transform.context_layer, transform.undo,
         )  # fmt: skip
     return (
-        transform.kind(), mlp.network, mlp.activation, mlp.dropout, len(mlp.hidden), transform.log_scale,
-        transform.log_scale_constant, transform.add_first, transform.undo, transform.spline,
+        transform.kind(), mlp.network, mlp.activation, mlp.dropout, len(mlp.hidden), transform.univariate,
+        transform.add_first, transform.undo,
     )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def _build(segment: _Segment, dim: int, context_dim: int, sources: Sources) -> l
 def _is_full(steps: Sequence[Step]) -> bool:
     """Whether the weights of one more step would make a flow's parameters slow to train."""
     return (len(steps) + 1) * max(
-        (W.numel() for step in steps for W in step.transform.conditioner.weights), default=0
+        (W.value.numel() for step in steps for W in step.transform.conditioner.weights), default=0
     ) > _STACKED
 
 

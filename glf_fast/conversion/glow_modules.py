@@ -8,14 +8,13 @@ stays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glf_fast.conversion.chains import Chain, Part, module_list, replaced
+from glf_fast.conversion.chains import Chain, Part, put_in_list
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.layers import (
     Bijection,
@@ -25,10 +24,12 @@ from glf_fast.conversion.layers import (
     Layer,
     Permutation,
     Piece,
+    Scale,
     Unfusable,
+    check_started,
     trained_together,
 )
-from glf_fast.conversion.library import Base, FusedLayer, Library
+from glf_fast.conversion.library import FusedLayer, Library
 from glf_fast.reference import log_normal
 
 __all__ = ["LIBRARIES"]
@@ -40,7 +41,7 @@ __all__ = ["LIBRARIES"]
 def _flow(part: Part) -> list[Layer]:
     """y = scale·(x + loc), y = W x, and (v + t)·σ(u + 2) with outputs [u | t], or v + t."""
     norm, conv, coupling = part.module.actnorm, part.module.invconv, part.module.coupling
-    _check_started(bool(norm.initialized))
+    check_started(bool(norm.initialized))
     scale, loc = norm.scale.flatten(), norm.loc.flatten()
     if not bool((scale > 0).all()):
         raise Unfusable("a scale of its ActNorm is not positive")
@@ -71,12 +72,6 @@ def _flow_step(part: Part) -> list[Layer]:
     ]
 
 
-def _check_started(started: bool) -> None:
-    """Raise ConversionError for an ActNorm that any call, a comparison's too, would initialise."""
-    if not started:
-        raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
-
-
 def _check_inited(norm: Any) -> None:
     """Raise ConversionError for a FlowStep's ActNorm unless it is `inited`: the next batch would overwrite its values.
 
@@ -87,7 +82,7 @@ def _check_inited(norm: Any) -> None:
             "an ActNorm's `inited` is False, as after loading a checkpoint: call set_actnorm_init() of its Glow, or set "
             "`inited` to True, before accelerate"
         )
-    _check_started(bool(norm.inited))
+    check_started(bool(norm.inited))
 
 
 def _convolution(module: nn.Module, weight: Tensor, *, regular: bool) -> Dense:
@@ -98,7 +93,7 @@ def _convolution(module: nn.Module, weight: Tensor, *, regular: bool) -> Dense:
 def _coupling(part: Part, network: nn.Module, layout: str) -> Layer:
     passive, transformed = torch.arange(part.shape[0], device=next(network.parameters()).device).chunk(2)
     declared = partial(DeclaredCoupling, passive, transformed, network, layout, context="none")
-    return (declared() if layout == "t" else declared("glow", 2.0, add_first=True)).read(part)
+    return (declared() if layout == "t" else declared(Scale("glow", 2.0), add_first=True)).read(part)
 
 
 def _permutation(step: Any) -> tuple[str, Any]:
@@ -183,7 +178,7 @@ def _blocks(glow: Any) -> list[Chain]:
             side = 2 ** (len(glow.blocks) - i)  # any that can be halved as often
             shape = (norm.loc.shape[1], side, side)
             parts = [Part(f"blocks.{i}.flows.{j}", step, shape) for j, step in enumerate(block.flows)]
-            chains.append(Chain(parts, partial(_put, block, "flows")))
+            chains.append(Chain(parts, partial(put_in_list, block, "flows", list(block.flows))))
     if not chains:
         raise ConversionError("none of its blocks has a step with an ActNorm; fused steps have none")
     return chains
@@ -205,12 +200,7 @@ def _layers(net: Any) -> list[Chain]:
             C, side = 4 * C, side // 2
         elif names[i] == "Split2d":
             C //= 2
-    return [Chain(parts, partial(_put, net, "layers"))]
-
-
-def _put(holder: Any, name: str, new: Sequence[tuple[int, int, nn.Module]]) -> None:
-    layers = getattr(holder, name)
-    setattr(holder, name, module_list(replaced(list(layers), new), layers))
+    return [Chain(parts, partial(put_in_list, net, "layers", list(net.layers)))]
 
 
 def _block_density(glow: Any, x: Tensor, context: Tensor | None) -> Tensor:
@@ -224,23 +214,14 @@ def _net_density(net: Any, x: Tensor, context: Tensor | None) -> Tensor:
     return log_normal(z) + logdet
 
 
-def _no_base(flow: Any) -> Base:
-    raise ConversionError("its noise has several shapes; glf_fast.accelerate replaces its steps in place")
-
-
-def _no_generate(flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
-    raise NotImplementedError
-
-
-_SHARED: dict[str, Any] = {"flows": (), "packages": (), "base": _no_base, "generate": _no_generate, "on_vectors": {}}
 LIBRARIES: tuple[Library, ...] = (
     Library(
         package="glow_of_blocks", hosts=("Glow",), marks=("blocks",), chains=_blocks, log_prob=_block_density,
-        kept=_KeptFlow, fused=lambda fused, parts: _FusedFlow(fused), on_images={"Flow": _flow}, **_SHARED,
+        kept=_KeptFlow, fused=lambda fused, parts: _FusedFlow(fused), on_images={"Flow": _flow},
     ),
     Library(
         package="glow_of_steps", hosts=("FlowNet",), marks=("layers", "output_shapes"), chains=_layers,
         log_prob=_net_density, kept=_KeptStep, fused=lambda fused, parts: _FusedStep(fused),
-        on_images={"FlowStep": _flow_step}, prepare=_prepare, **_SHARED,
+        on_images={"FlowStep": _flow_step}, prepare=_prepare,
     ),
 )  # fmt: skip

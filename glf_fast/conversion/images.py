@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import Affine, fold
-from glf_fast.conversion.layers import Bijection, Coupling, Permutation, Piece, width
+from glf_fast.conversion.layers import Bijection, Coupling, Permutation, Piece, flow_options, width
 from glf_fast.conversion.stack import Sources, standalone
 from glf_fast.flow import AffineCoupling, FixedLinear, SplineCoupling
 from glf_fast.flow.actnorm import find_far
 from glf_fast.flow.sequential import run_layers
+from glf_fast.reference import Spline
 
 __all__ = ["OnChannels", "Outputs", "Reshaped", "on_channels"]
 
@@ -45,15 +47,11 @@ def _coupling(layer: Coupling, flip: bool) -> AffineCoupling | SplineCoupling:
     """The coupling of the last channels given the first, or if `flip` of the first given the last."""
     P, T = len(layer.passive), len(layer.transformed)
     mask = [True] * T + [False] * P if flip else [False] * P + [True] * T
-    if layer.spline is not None:
-        return SplineCoupling(
-            P + T, layer.conditioner, spline=layer.spline, mask=mask, undo=layer.undo, pass_context=True
-        )
-    return AffineCoupling(
-        P + T, layer.conditioner, additive=layer.conditioner.layout == "t",
-        log_scale=layer.log_scale, log_scale_constant=layer.log_scale_constant, add_first=layer.add_first,
-        mask=mask, undo=layer.undo, pass_context=True,
-    )  # fmt: skip
+    options: dict[str, Any] = {"mask": mask, "undo": layer.undo, "pass_context": True}
+    if isinstance(layer.univariate, Spline):
+        return SplineCoupling(P + T, layer.conditioner, spline=layer.univariate, **options)
+    options |= {"additive": layer.conditioner.layout == "t", "add_first": layer.add_first}
+    return AffineCoupling(P + T, layer.conditioner, **flow_options(layer.univariate), **options)
 
 
 def _modules(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:

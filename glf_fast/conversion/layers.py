@@ -8,14 +8,17 @@ autograd take gradients of the converted flow back to the library's parameters, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from glf_fast.reference import COUPLINGS, Spline
 
 __all__ = [
+    "EXP",
     "FIXED",
     "FROZEN",
     "TRAINED",
@@ -26,13 +29,20 @@ __all__ = [
     "Coupling",
     "Dense",
     "Diagonal",
+    "Entries",
     "Kept",
     "Layer",
     "NamedActivation",
     "Permutation",
     "Piece",
+    "Scale",
     "Transform",
     "Unfusable",
+    "Univariate",
+    "check_once",
+    "check_started",
+    "flow_options",
+    "numbers_of",
     "trained_together",
     "width",
 ]
@@ -64,14 +74,14 @@ class Permutation:
 class Diagonal:
     """y = x·e^log_scale + shift, both (D,): ActNorm, batch norm in evaluation mode, trained normal distributions.
 
-    `trained`: the library trains it (its requires_grad), so that the converted flow must train it, too. `statistics`: in
-    training mode the library takes those of each batch instead.
+    `trained`: the library trains it (its requires_grad), so that the converted flow must train it, too. `lost` as in
+    `Conditioner`.
     """
 
     log_scale: Tensor
     shift: Tensor
     trained: bool
-    statistics: bool = False
+    lost: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,56 @@ class NamedActivation:
     constant: float | None = None
 
 
+class Scale(NamedTuple):
+    """v·e^ℓ + t with ℓ = f(u): f by its name in `glf_fast.reference.log_scale`, and its constant, if it has one."""
+
+    log_scale: str
+    constant: float | None = None
+
+
+EXP = Scale("exp")
+Univariate = Scale | Spline
+
+
+def numbers_of(univariate: Univariate) -> int:
+    """How many numbers it takes for each column: u and t, or the parameters of a spline."""
+    return univariate.columns if isinstance(univariate, Spline) else 2
+
+
+def flow_options(univariate: Univariate) -> dict[str, Any]:
+    """The arguments of `CouplingFlow` and `AutoregressiveFlow` for it."""
+    if isinstance(univariate, Spline):
+        return {"spline": univariate, "log_scale": EXP.log_scale}
+    return {"log_scale": univariate.log_scale, "log_scale_constant": univariate.constant}
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A parameter of a fused network, and the role of each entry, FIXED, FROZEN or TRAINED (uint8)."""
+
+    value: Tensor
+    roles: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor) -> Entries:
+        """A parameter of the library, or a function of parameters that it trains together."""
+        return cls(value, torch.full_like(value, TRAINED if value.requires_grad else FROZEN, dtype=torch.uint8))
+
+    @classmethod
+    def fixed(cls, value: Tensor) -> Entries:
+        """Numbers that are no parameters of the library."""
+        return cls(value, torch.full_like(value, FIXED, dtype=torch.uint8))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Entries], join: Callable[[list[Tensor]], Tensor]) -> Entries:
+        """All of them in one, by torch.cat or torch.stack."""
+        return cls(join([part.value for part in parts]), join([part.roles for part in parts]))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Entries:
+        """A `change` that puts entries elsewhere and adds zeros, which are FIXED, of the value and the roles."""
+        return Entries(change(self.value), change(self.roles))
+
+
 @dataclass(frozen=True)
 class Conditioner:
     """An MLP or a residual network: (u, t) of T columns each from P passive columns and C of context.
@@ -103,25 +163,20 @@ class Conditioner:
 
     weights[i] (nᵢ, nᵢ₊₁), biases[i] (nᵢ₊₁) with n₀ = P + C (context last) and n_last = 2T: columns [u | t]; or n_last = T:
     t alone, of an additive coupling; or weights[i] (2, nᵢ, nᵢ₊₁), biases[i] (2, nᵢ₊₁) with n_last = T: a network for u and
-    one for t. `roles[i]`, as weights[i], and `bias_roles[i]`, as biases[i], say what each entry is: FIXED, FROZEN or
-    TRAINED. `factors`, as biases[-1], positive: what the library multiplies u and t by, which stays beside the last layer,
+    one for t. `factors`, as biases[-1], positive: what the library multiplies u and t by, which stays beside the last layer,
     because in it an optimizer would take other steps; a sign does not matter to optimizers and is in the last layer.
     `dropout`: p, with which `CouplingFlow` drops hidden units in training mode, as the library does; `active`: whether the
-    library does so now. `lost`: the largest p of dropouts that the fused network does not have. `normalised`: batch norm
-    in eval mode is folded into the layers.
+    library does so now. `lost`: what else the library does in training mode alone, in words.
     """
 
-    weights: list[Tensor]
-    biases: list[Tensor]
-    roles: list[Tensor]
-    bias_roles: list[Tensor]
+    weights: list[Entries]
+    biases: list[Entries]
     factors: Tensor
     activation: NamedActivation
     dropout: float = 0.0
     active: bool = False
-    lost: float = 0.0
+    lost: frozenset[str] = frozenset()
     blocks: int = 0
-    normalised: bool = False
 
     @property
     def network(self) -> str:
@@ -136,22 +191,22 @@ class Conditioner:
     @property
     def hidden(self) -> list[int]:
         """As in CouplingFlow: widths of the hidden layers, or of the blocks."""
-        return [W.shape[-1] for W in (self.weights[:1] * self.blocks or self.weights[:-1])]
+        return [W.value.shape[-1] for W in (self.weights[:1] * self.blocks or self.weights[:-1])]
 
     @property
     def separate(self) -> bool:
         """Two networks."""
-        return self.weights[0].ndim == 3
+        return self.weights[0].value.ndim == 3
 
     @property
     def n_in(self) -> int:
         """n₀."""
-        return self.weights[0].shape[-2]
+        return self.weights[0].value.shape[-2]
 
     @property
     def n_out(self) -> int:
         """The columns that come out, of both networks if there are two."""
-        return self.weights[-1].shape[-1] * (2 if self.separate else 1)
+        return self.weights[-1].value.shape[-1] * (2 if self.separate else 1)
 
 
 @dataclass(frozen=True)
@@ -162,19 +217,17 @@ class Coupling:
     `passive` (P,) and `transformed` (T,) hold each of 0 … D−1 once; the output's columns keep the places of the
     input's. `conditioner`: a `Conditioner`, which is stacked with others, or the library's own network on images, `Outputs`.
     `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose formula cannot be
-    turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0. With `spline`, v is put through
-    splines of that kind, and the conditioner makes the parameters of each side by side. `own_network`: the library's own, which
-    may be faster than the conditioner; `gains`: the coupling gains with it, too, as the library multiplies by permutations.
+    turned around. An additive coupling has EXP, with ℓ = 0. If `univariate` is a `Spline`, v is put through such splines, and
+    the conditioner makes the parameters of each side by side. `own_network`: the library's own, which may be faster than the
+    conditioner; `gains`: the coupling gains with it, too, as the library multiplies by permutations.
     """
 
     passive: Tensor
     transformed: Tensor
     conditioner: Any
-    log_scale: str
-    log_scale_constant: float | None
-    add_first: bool
+    univariate: Univariate = EXP
+    add_first: bool = False
     undo: bool = False
-    spline: Spline | None = None
     own_network: Any = None
     gains: bool = False
 
@@ -189,7 +242,7 @@ class Coupling:
 
     def kind(self) -> str:
         """As in CouplingFlow: "affine", "separate", "additive" or "spline"."""
-        if self.spline is not None:
+        if isinstance(self.univariate, Spline):
             return "spline"
         if self.conditioner.separate:
             return "separate"
@@ -197,14 +250,14 @@ class Coupling:
 
     def columns(self) -> int:
         """Numbers that one network makes for each transformed column."""
-        return self.spline.columns if self.spline is not None else COUPLINGS[self.kind()].columns
+        return (self.univariate if isinstance(self.univariate, Spline) else COUPLINGS[self.kind()]).columns
 
 
 @dataclass(frozen=True)
 class Autoregressive:
     """x_d ↦ T(x_d; θ_d) of all features, whose parameters a masked network makes of the features before and of a context.
 
-    T is v·e^ℓ + t with ℓ = f(u), or a spline; `undo` as in `Coupling`. The network's layers, in `conditioner`, are those of
+    T is the `univariate` one; `undo` as in `Coupling`. The network's layers, in `conditioner`, are those of
     `glf_fast.reference.made`, the context's first: its features have the `order` (D,) of the data's columns, and its units are
     sorted by their `degrees`. Its roles are FIXED also where a mask forbids what the degrees allow.
     """
@@ -212,12 +265,10 @@ class Autoregressive:
     order: Tensor
     conditioner: Conditioner
     degrees: Degrees  # of the features, and of the units of each hidden layer
-    log_scale: str
-    log_scale_constant: float | None
+    univariate: Univariate
     context: int  # its columns, C, which all layers have that `AutoregressiveFlow` gives them to
     context_layer: bool  # the last one: the context has a hidden layer of its own
     undo: bool = False
-    spline: Spline | None = None
     network: str = "mlp"  # as in AutoregressiveFlow
 
     is_mlp = True  # as in `Coupling`: it has no network of the library
@@ -277,6 +328,19 @@ def width(layer: Piece | Transform) -> int:
         case Autoregressive():
             return len(layer.order)
     return len(layer.passive) + len(layer.transformed)
+
+
+def check_started(started: bool) -> None:
+    """Raise ConversionError for an ActNorm that has not seen a batch: any call, a comparison's too, would initialise it."""
+    if not started:
+        raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
+
+
+def check_once(name: str, layers: Iterable[Iterable[Tensor | None]]) -> None:
+    """Raise Unfusable where two layers have a parameter in common."""
+    parameters = [id(t) for layer in layers for t in layer if t is not None]
+    if len(set(parameters)) < len(parameters):
+        raise Unfusable(f"{name} uses a linear layer more than once: its copies would not stay equal in training")
 
 
 def trained_together(*parameters: Tensor) -> bool:

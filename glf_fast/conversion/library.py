@@ -9,15 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.chains import Chain, Part, Shape
 from glf_fast.conversion.images import OnChannels
-from glf_fast.conversion.layers import ConversionError, Diagonal, Layer, Unfusable, trained_together
-from glf_fast.flow import Flow
+from glf_fast.conversion.layers import ConversionError, Diagonal, Kept, Layer, Unfusable, trained_together
+from glf_fast.flow import Flow, Squeeze
 
 __all__ = [
     "Base",
@@ -26,7 +26,6 @@ __all__ = [
     "Reader",
     "Unpacked",
     "check_shape",
-    "declared_context",
     "overridden",
     "run_on_rows",
 ]
@@ -39,9 +38,8 @@ class Base:
     shape: Shape
     layers: list[Layer] = field(default_factory=list)  # from it to N(0, I)
     noise: Callable[[Tensor], Tensor] = lambda z: z  # N(0, I) → noise of the base
-    between: tuple[
-        list[Layer], ...
-    ] = ()  # after each chain but the last: a `Split` that is not learned, and what is before it
+    # After each chain but the last: a `Split` that is not learned, and what is before it.
+    between: tuple[list[Layer], ...] = ()
 
     @classmethod
     def normal(cls, name: str, loc: Tensor, log_scale: Tensor, *parameters: Tensor) -> Base:
@@ -64,13 +62,16 @@ def check_shape(what: str, shape: Shape) -> None:
         )
 
 
-def declared_context(parts: Sequence[Part]) -> Shape:
-    """The columns of the context that some network on vectors says that it was made for; () if none does."""
-    for module in (module for part in parts if len(part.shape) == 1 for module in part.module.modules()):
-        layer = getattr(module, "context_layer", None)  # of a MADE
-        features = layer.in_features if isinstance(layer, nn.Linear) else getattr(module, "context_features", None)
-        if isinstance(features, int):
-            return (features,)
+def _declared_context(parts: Sequence[Part]) -> Shape:
+    """The shape of the context that some network says that it was made for, as nflows' networks do; () if none does."""
+    for part in parts:
+        pixels = part.shape[1:]
+        for module in part.module.modules():
+            layer = getattr(module, "context_layer", None)  # of a MADE
+            features = layer.in_features if isinstance(layer, nn.Linear) else getattr(module, "context_features", None)
+            found = getattr(module, "context_channels", None) if pixels else features
+            if isinstance(found, int):
+                return (found, *pixels)
     return ()
 
 
@@ -141,32 +142,39 @@ def overridden(kind: type, base: type) -> list[str]:
 Reader = Callable[[Part], list[Layer]]
 
 
+def _not_converted(flow: Any, *arguments: Any) -> NoReturn:
+    raise ConversionError("glf_fast.accelerate replaces its layers in place; convert does not take it")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Library:
     """A library, as far as the conversion knows it. Classes of its layers are given by name."""
 
     package: str  # its name when it is imported; only its own flows import it, never this project
-    flows: tuple[str, ...]  # classes that `convert` takes
+    flows: tuple[str, ...] = ()  # classes that `convert` takes
     hosts: tuple[str, ...] = ()  # further classes in whose objects `accelerate` replaces layers
-    packages: tuple[str, ...]  # modules whose classes are flows and layers
+    packages: tuple[str, ...] = ()  # modules whose classes are flows and layers
     marks: tuple[str, ...]  # attributes that its flows have, by which copies of their classes are known
     # Where a flow has its layers, several if multi-scale: data → noise; raises ConversionError.
     chains: Callable[[Any], list[Chain]]
-    base: Callable[[Any], Base]  # raises ConversionError where `convert` cannot take it, or the flow for another reason
     log_prob: Callable[[Any, Tensor, Tensor | None], Tensor]  # (flow, x, context) → log p (B,)
-    generate: Callable[[Any, Tensor, Tensor | None], Tensor]  # (flow, noise of the base, context) → data
     kept: Callable[[Part], nn.Module]  # a part as a layer of this project, see `Kept`
     fused: Callable[[Flow | OnChannels, Sequence[Part]], nn.Module]  # a flow, in place of parts, as the library's layer
-    on_vectors: Mapping[str, Reader]
+    # For `convert`: raises ConversionError where it cannot take the base, or the flow for another reason.
+    base: Callable[[Any], Base] = _not_converted
+    # For `convert`: (flow, noise of the base, context) → data.
+    generate: Callable[[Any, Tensor, Tensor | None], Tensor] = _not_converted
+    on_vectors: Mapping[str, Reader] = field(default_factory=dict)
     on_images: Mapping[str, Reader] = field(default_factory=dict)
+    # Class that moves pixels to channels → the factor by which it makes images smaller.
+    squeezes: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
     compositions: Mapping[str, str] = field(default_factory=dict)  # class made of layers → the name of its list
     refused: Mapping[str, str] = field(default_factory=dict)  # class → why it cannot even be kept
     alone: frozenset[str] = frozenset()  # classes that are worth replacing where there is no coupling beside them
     own_hooks: frozenset[str] = frozenset()  # classes whose backward hooks are the library's own
-    any_size: bool = True  # the layers on images work on any number of pixels
     shape_before: Callable[[Any, Shape], Shape] = lambda module, shape: shape  # (layer, output's shape) → its input's
     embedding: Callable[[Any], nn.Module | None] = lambda flow: None  # the network that a context goes through first
-    context_shape: Callable[[Sequence[Part]], Shape] = declared_context  # of one context behind it, as the parts say
+    context_shape: Callable[[Sequence[Part]], Shape] = _declared_context  # of one context behind it, as the parts say
     # The parts of a flow of one chain with `context`, where they are given different conditions.
     in_one_context: Callable[[list[Part]], list[Part]] = lambda parts: parts
     # True if the library's inverse of parts, read into layers, is one to compare with.
@@ -201,7 +209,7 @@ class Library:
         A class of that name that is no copy fails to be read, or in the proof of the conversion.
         """
         for base in kind.__mro__:
-            if any(base.__name__ in names for names in (self.on_vectors, self.on_images, self.compositions)):
+            if any(base.__name__ in n for n in (self.on_vectors, self.on_images, self.squeezes, self.compositions)):
                 return "" if overridden(kind, base) else base.__name__
         return ""
 
@@ -210,7 +218,11 @@ class Library:
         if isinstance(part.module, FusedLayer):
             raise Unfusable("fused before")
         images = len(part.shape) > 1
-        reader = (self.on_images if images else self.on_vectors).get(self.name_of(type(part.module)))
+        name = self.name_of(type(part.module))
+        if images and name in self.squeezes:
+            stays = f"{part.name} ({name}): moves pixels to channels, and stays"
+            return [Kept(Squeeze(self.squeezes[name](part.module)), stays)]
+        reader = (self.on_images if images else self.on_vectors).get(name)
         if reader is None:
             raise Unfusable(f"no kernel covers this kind of layer{' on images' if images else ''}")
         if len(part.shape) not in (1, 3):
@@ -231,6 +243,10 @@ class Library:
         """The parts, data → noise, with the shape of what each is given, by that of what the last one returns."""
         parts: list[Part] = []
         for name, module in reversed(named):
+            factor = self.squeezes.get(type(module).__name__)
+            if factor is not None and len(noise) == 3:
+                n, (C, H, W) = factor(module), noise
+                noise = C // n**2, H * n, W * n
             noise = self.shape_before(module, noise)
             parts.insert(0, Part(name, module, noise))
         return parts

@@ -20,17 +20,28 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from glf_fast.conversion.activations import activation_of_call, activation_of_module, one_activation
-from glf_fast.conversion.batch_norm import Norm, batch_norm_step, check_once, without_norms
-from glf_fast.conversion.dropout import Dropped, behind_activation, dropouts_of, functional_dropout, lost
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable
+from glf_fast.conversion.layers import Conditioner, Entries, NamedActivation, Unfusable, check_once
 from glf_fast.conversion.library import overridden
 from glf_fast.conversion.reading import parameters_of
+from glf_fast.conversion.training_mode import (
+    BATCH_NORM,
+    Dropped,
+    Norm,
+    batch_norm_step,
+    behind_activation,
+    dropouts_of,
+    functional_dropout,
+    lost,
+    without_norms,
+)
 
 __all__ = [
     "KNOWN",
     "Step",
     "Times",
+    "alternating",
     "assemble",
+    "bias_entries",
     "check_class",
     "check_hooks",
     "is_class",
@@ -38,7 +49,6 @@ __all__ = [
     "network_steps",
     "read_bounded_mlp",
     "read_mlp",
-    "role_of",
     "scale_outputs",
     "select_inputs",
     "select_outputs",
@@ -101,9 +111,9 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
             bound = 1.0
         else:
             raise Unfusable(f"{type(network).__name__} is not linear → activation → … → linear")
-    mlp = replace(
-        _mlp(type(network).__name__, steps, network.training), normalised=any(isinstance(step, Norm) for step in read)
-    )
+    mlp = _mlp(type(network).__name__, steps, network.training)
+    if any(isinstance(step, Norm) for step in read):
+        mlp = replace(mlp, lost=mlp.lost | BATCH_NORM)
     if bound is not None:
         factor *= bound
     if not (math.isfinite(factor) and factor) or (bound is not None and bound <= 0):
@@ -113,14 +123,9 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
 
 def _mlp(name: str, steps: Sequence[Step], training: bool) -> Conditioner:
     """The MLP of these steps, of a network in that mode; raises Unfusable."""
-    linears = [step for step in steps if isinstance(step, tuple)]
-    activations = [step for step in steps if isinstance(step, NamedActivation)]
-    kinds = [type(step) for step in steps if not isinstance(step, Dropped)]
-    if kinds != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
-        raise Unfusable(f"{name} is not linear → activation → … → linear")
+    linears, activation = alternating(name, steps)
     if len(linears) > 9:
         raise Unfusable(f"{name} has {len(linears) - 1} hidden layers; zero to eight are covered")
-    activation = one_activation(name, activations)
     if any(len(a) != b.shape[1] for (a, _), (b, _) in itertools.pairwise(linears)):
         raise Unfusable(f"{name} has linear layers that do not follow each other")
     between: list[list[Step]] = [[]]  # steps before the first linear layer, and behind each of them
@@ -133,6 +138,15 @@ def _mlp(name: str, steps: Sequence[Step], training: bool) -> Conditioner:
     return assemble(name, linears, activation, dropouts_of(hidden, steps, training))
 
 
+def alternating(name: str, steps: Sequence[Step]) -> tuple[list[Linear], NamedActivation]:
+    """The linear layers of a network, and the activation between them, with dropout left out; raises Unfusable."""
+    linears = [step for step in steps if isinstance(step, tuple)]
+    kinds = [type(step) for step in steps if not isinstance(step, Dropped)]
+    if kinds != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
+        raise Unfusable(f"{name} is not linear → activation → … → linear")
+    return linears, one_activation(name, [step for step in steps if isinstance(step, NamedActivation)])
+
+
 def assemble(
     name: str, linears: Sequence[Linear], activation: NamedActivation, dropouts: Mapping[str, Any], blocks: int = 0
 ) -> Conditioner:
@@ -142,23 +156,14 @@ def assemble(
         dropouts: as `dropouts_of` gives them.
     """
     check_once(name, linears)
-    biases = [W.new_zeros(len(W)) if b is None else b for W, b in linears]
-    return Conditioner(
-        weights=[W.T for W, _ in linears],
-        biases=biases,
-        roles=[role_of(W, W.T) for W, _ in linears],
-        bias_roles=[role_of(b, W.new_zeros(len(W))) for W, b in linears],
-        factors=torch.ones_like(biases[-1], requires_grad=False),
-        activation=activation,
-        blocks=blocks,
-        **dropouts,
-    )
+    biases = [bias_entries(W, b) for W, b in linears]
+    factors = torch.ones_like(biases[-1].value, requires_grad=False)
+    return Conditioner([Entries.of(W.T) for W, _ in linears], biases, factors, activation, blocks=blocks, **dropouts)
 
 
-def role_of(parameter: Tensor | None, shape: Tensor) -> Tensor:
-    """The role of a parameter's entries, as a tensor of `shape`'s shape."""
-    role = FIXED if parameter is None else TRAINED if parameter.requires_grad else FROZEN
-    return torch.full_like(shape, role, dtype=torch.uint8)
+def bias_entries(weight: Tensor, bias: Tensor | None) -> Entries:
+    """The bias of a linear layer with that weight (out, in); zeros where it has none."""
+    return Entries.fixed(weight.new_zeros(len(weight))) if bias is None else Entries.of(bias)
 
 
 def select_inputs(mlp: Conditioner, columns: Tensor) -> Conditioner:
@@ -173,16 +178,15 @@ def widen_inputs(mlp: Conditioner, passive: int, columns: Sequence[int], width: 
     """
     if tuple(columns) == tuple(range(width)):
         return mlp
-    first = mlp.weights[0]
+    first = mlp.weights[0].value
     rows = torch.tensor([*range(passive), *(passive + c for c in columns)], device=first.device)
     shape = (*first.shape[:-2], passive + width, first.shape[-1])
     return _with_first(mlp, lambda first: first.new_zeros(shape).index_copy(-2, rows, first))
 
 
 def _with_first(mlp: Conditioner, change: Callable[[Tensor], Tensor]) -> Conditioner:
-    """The MLP with `change` of its first layer's weights and their roles."""
-    weights, roles = ([change(tensors[0]), *tensors[1:]] for tensors in (mlp.weights, mlp.roles))
-    return replace(mlp, weights=weights, roles=roles)
+    """The MLP with `change` of its first layer's weights, see `Entries.map`."""
+    return replace(mlp, weights=[mlp.weights[0].map(change), *mlp.weights[1:]])
 
 
 def select_outputs(mlp: Conditioner, columns: Tensor) -> Conditioner:
@@ -195,11 +199,9 @@ def scale_outputs(mlp: Conditioner, *factors: float) -> Conditioner:
     scales = torch.ones_like(mlp.factors)  # (2T), (T) or (2, T)
     for part, factor in zip(scales.view(len(factors), -1), factors, strict=True):
         part.fill_(factor)
-    signs = scales.sign()
-    weights, biases = (
-        [*tensors[:-1], tensors[-1] * sign]
-        for tensors, sign in ((mlp.weights, signs.unsqueeze(-2)), (mlp.biases, signs))
-    )
+    (*weights, W), (*biases, b) = mlp.weights, mlp.biases
+    weights.append(replace(W, value=W.value * scales.sign().unsqueeze(-2)))
+    biases.append(replace(b, value=b.value * scales.sign()))
     return replace(mlp, weights=weights, biases=biases, factors=mlp.factors * scales.abs())
 
 
@@ -215,18 +217,18 @@ def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
         raise Unfusable("its networks for scale and shift differ in depth or activation")
     if (net_u.n_in, net_u.n_out) != (net_t.n_in, net_t.n_out):
         raise Unfusable("its networks for scale and shift differ in their numbers of columns")
-    if parameters_of(*net_u.weights, *net_u.biases) & parameters_of(*net_t.weights, *net_t.biases):
+    used = [parameters_of(*(entries.value for entries in (*net.weights, *net.biases))) for net in (net_u, net_t)]
+    if used[0] & used[1]:
         raise Unfusable("its networks for scale and shift share parameters")
-    names = ("weights", "biases", "roles", "bias_roles")
-    pairs: dict[str, Any] = {name: list(map(_pair, getattr(net_u, name), getattr(net_t, name))) for name in names}
+    pairs: dict[str, Any] = {
+        name: list(map(_pair, getattr(net_u, name), getattr(net_t, name))) for name in ("weights", "biases")
+    }
     factors = torch.stack([net_u.factors, net_t.factors])
-    normalised = net_u.normalised or net_t.normalised
-    dropouts = [Dropped(net.dropout, net.active) for net in (net_u, net_t) if net.dropout]
-    losses = [net_u.lost, net_t.lost]
-    if net_u.dropout != net_t.dropout or net_u.active != net_t.active:
+    losses = net_u.lost | net_t.lost
+    if (net_u.dropout, net_u.active) != (net_t.dropout, net_t.active):
         pairs |= {"dropout": 0.0, "active": False}
-        losses.append(lost(dropouts))
-    return replace(net_u, lost=max(losses), factors=factors, normalised=normalised, **pairs)
+        losses |= lost(Dropped(net.dropout, net.active) for net in (net_u, net_t) if net.dropout)
+    return replace(net_u, lost=losses, factors=factors, **pairs)
 
 
 def without_shift(net_u: Conditioner) -> Conditioner:
@@ -235,22 +237,20 @@ def without_shift(net_u: Conditioner) -> Conditioner:
 
 
 def _with_last(mlp: Conditioner, change: Callable[[Tensor], Tensor]) -> Conditioner:
-    """The MLP with `change` of the tensors of its last layer: weights, biases, their roles, and factors."""
-    weights, biases, roles, bias_roles = (
-        [*tensors[:-1], change(tensors[-1])] for tensors in (mlp.weights, mlp.biases, mlp.roles, mlp.bias_roles)
-    )
-    factors = change(mlp.factors)
-    return replace(mlp, weights=weights, biases=biases, roles=roles, bias_roles=bias_roles, factors=factors)
+    """The MLP with `change` of the weights, the biases and the factors of its last layer, see `Entries.map`."""
+    weights, biases = ([*entries[:-1], entries[-1].map(change)] for entries in (mlp.weights, mlp.biases))
+    return replace(mlp, weights=weights, biases=biases, factors=change(mlp.factors))
 
 
-def _pair(a: Tensor, b: Tensor) -> Tensor:
-    """Both in one tensor, each filled up with zeros (FIXED) to the larger of their sizes."""
-    sizes = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
-    filled = []
-    for tensor in (a, b):
+def _pair(a: Entries, b: Entries) -> Entries:
+    """Both in one tensor, each filled up with zeros to the larger of their sizes."""
+    sizes = [max(sizes) for sizes in zip(a.value.shape, b.value.shape, strict=True)]
+
+    def filled(tensor: Tensor) -> Tensor:
         missing = [size - n for size, n in zip(sizes, tensor.shape, strict=True)]
-        filled.append(F.pad(tensor, [n for count in reversed(missing) for n in (0, count)]))
-    return torch.stack(filled)
+        return F.pad(tensor, [n for count in reversed(missing) for n in (0, count)])
+
+    return Entries.joined([a.map(filled), b.map(filled)], torch.stack)
 
 
 def _known(module: nn.Module) -> Callable[[Any], Iterator[Step]] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion import mlp
 from glf_fast.conversion.activations import named_activation
-from glf_fast.conversion.chains import Chain, Part, Replacement, Shape, module_list, put_transform, replaced
+from glf_fast.conversion.chains import Chain, Part, Shape, put_in_list, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import (
@@ -22,19 +22,22 @@ from glf_fast.conversion.layers import (
     Kept,
     Layer,
     Permutation,
+    Scale,
     Unfusable,
+    check_started,
     trained_together,
 )
-from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, check_shape, declared_context
-from glf_fast.conversion.made import affine_autoregressive, spline_autoregressive
-from glf_fast.flow import Split, Squeeze
-from glf_fast.reference import Spline, log_scale
+from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, check_shape
+from glf_fast.conversion.log_scales import recognised
+from glf_fast.conversion.nflows_layers import affine_autoregressive, columns_of, spline_autoregressive, spline_coupling
+from glf_fast.conversion.training_mode import BATCH_NORM
+from glf_fast.flow import Split
 
-__all__ = ["LIBRARY", "splines"]
+__all__ = ["LIBRARY"]
 
 
 def _mlp(module: Any) -> Iterator[mlp.Step]:
-    """Its forward compares shapes, which torch.fx cannot follow."""
+    """torch.fx can follow its forward, too, but takes thirty times as long."""
     if len(module._in_shape) != 1 or len(module._out_shape) != 1:
         raise Unfusable("an nflows MLP on something other than vectors")
     activation = named_activation(module._activation)
@@ -58,57 +61,17 @@ def _coupling(part: Part) -> list[Layer]:
         raise Unfusable("its passive columns are transformed, too")
     halves = transform.identity_features, transform.transform_features
     additive = LIBRARY.name_of(type(transform)) == "AdditiveCouplingTransform"
-    options = ("t",) if additive else ("tu", *_read_log_scale(transform))
+    options = ("t",) if additive else ("tu", _log_scale(transform))
     return [DeclaredCoupling(*halves, transform.transform_net, *options).read(part)]
 
 
-def _read_log_scale(transform: Any) -> tuple[str, float]:
-    """Name and constant of what the object makes of u: log(σ(u + 2) + ε), or log σ(u + 2)."""
-    n = transform.num_transform_features
+def _log_scale(transform: Any) -> Scale:
+    """What the object makes of u: log(σ(u + 2) + ε), or log σ(u + 2)."""
     u = torch.linspace(-40, 40, 161, dtype=torch.float64)
-    scale = transform._scale_and_shift(u[:, None].expand(-1, 2 * n))[0][:, 0]
-    for name, constant in (("nflows", 1e-3), ("nflows", scale[0].item()), ("glow", 2.0)):
-        if torch.allclose(scale, log_scale(u, name, constant).exp(), rtol=1e-12, atol=1e-16):
-            return name, constant
-    raise Unfusable("its scale is not σ(u + 2) + ε")
-
-
-def splines(part: Part, transform: Any) -> list[Layer]:
-    """A coupling of splines in nflows or normflows, and splines that its passive half may have, which depend on nothing."""
-    if not isinstance(transform.tails, str) or isinstance(transform.tail_bound, Tensor):
-        raise Unfusable(
-            f"tails {transform.tails!r} of bound {transform.tail_bound}: one name and one number are covered"
-        )
-    network = transform.transform_net
-    hidden = next(
-        (getattr(network, name) for name in ("hidden_features", "hidden_channels") if hasattr(network, name)), 1
-    )
-    kind = Spline(
-        transform.num_bins, -float(transform.tail_bound), float(transform.tail_bound), transform.tails, "nflows",
-        transform.min_bin_width, transform.min_bin_height, transform.min_derivative, hidden**-0.5,
-    )  # fmt: skip
-    halves = transform.identity_features, transform.transform_features
-    layers: list[Layer] = [DeclaredCoupling(*halves, network, "spline", spline=kind).read(part)]
-    if (own := transform.unconditional_transform) is not None:
-        if len(part.shape) > 1:
-            raise Unfusable("its passive channels are transformed, too")
-        given = DeclaredCoupling(*halves[::-1], OwnParameters(own), "spline", spline=kind._replace(scale=1.0))
-        layers.append(given.read(part))
-    return layers
-
-
-class OwnParameters(nn.Module):
-    """The parameters of splines that depend on nothing, as a network: (B, …) → (B, n·T)."""
-
-    def __init__(self, splines: nn.Module) -> None:
-        super().__init__()
-        self.splines: Any = splines
-
-    def forward(self, p: Tensor, context: Tensor | None = None) -> Tensor:
-        """The same for every row."""
-        own = self.splines
-        parts = own.unnormalized_widths, own.unnormalized_heights, own.unnormalized_derivatives
-        return torch.cat(parts, -1).flatten().expand(len(p), -1)
+    numbers = u[:, None].expand(-1, 2 * transform.num_transform_features)
+    scale = transform._scale_and_shift(numbers)[0][:, 0]
+    candidates = Scale("nflows", 1e-3), Scale("nflows", scale[0].item()), Scale("glow", 2.0)
+    return recognised(candidates, u, scale.log(), "its scale is not σ(u + 2) + ε")
 
 
 def _linear(part: Part) -> list[Layer]:
@@ -137,8 +100,7 @@ def _householder(part: Part) -> list[Layer]:
 
 def _actnorm(part: Part) -> list[Layer]:
     transform = part.module
-    if not transform.initialized:
-        raise ConversionError("ActNorm has not seen data yet: run one training batch through the flow first")
+    check_started(bool(transform.initialized))
     return [Diagonal(transform.log_scale, transform.shift, trained_together(*transform.parameters()))]
 
 
@@ -148,7 +110,7 @@ def _batch_norm(part: Part) -> list[Layer]:
         raise Unfusable("batch norm in training mode; in eval mode it is fused")
     log_scale = torch.log(transform.weight) - 0.5 * torch.log(transform.running_var + transform.eps)
     shift = transform.bias - transform.running_mean * torch.exp(log_scale)
-    return [Diagonal(log_scale, shift, trained_together(*transform.parameters()), statistics=True)]
+    return [Diagonal(log_scale, shift, trained_together(*transform.parameters()), lost=BATCH_NORM)]
 
 
 def _permutation(part: Part) -> list[Layer]:
@@ -163,10 +125,6 @@ def _pointwise_affine(part: Part) -> list[Layer]:
         raise Unfusable("its scale and shift are not one number each")
     dim = part.shape[0]
     return [Diagonal(scale.expand(dim).log(), shift.to(scale).expand(dim), False)]
-
-
-def _squeeze(part: Part) -> list[Layer]:
-    return [Kept(Squeeze(part.module.factor), f"{part.name} (SqueezeTransform): moves pixels to channels, and stays")]
 
 
 def _multiscale(part: Part) -> list[Layer]:
@@ -186,25 +144,11 @@ def _chains(flow: Any) -> list[Chain]:
 def _chain_alone(composition: Any) -> list[Chain]:
     """The transforms of a composition on vectors, whose number of columns one of them says."""
     named = list(LIBRARY.flattened(composition, "it"))
-    columns = next((n for _, module in named if (n := _columns_of(module)) is not None), None)
+    columns = next((n for _, module in named if (n := columns_of(module)) is not None), None)
     if columns is None:
         raise ConversionError("not in a flow whose layers can be replaced")
-    parts = LIBRARY.placed(named, (columns,))
-
-    def put(new: Sequence[Replacement]) -> None:
-        modules = replaced([part.module for part in parts], new)
-        composition._transforms = module_list(modules, composition._transforms)
-
-    return [Chain(parts, put)]
-
-
-def _columns_of(transform: Any) -> int | None:
-    """Number of columns that a coupling or an autoregressive layer works on; None for other layers, and for those on images."""
-    convolutions = any(isinstance(module, nn.Conv2d) for module in transform.modules())
-    if (features := getattr(transform, "features", None)) is not None and hasattr(transform, "transform_net"):
-        return None if convolutions else int(features)
-    network = getattr(transform, "autoregressive_net", None)
-    return None if network is None else int(network.initial_layer.in_features)
+    modules = [module for _, module in named]
+    return [Chain(LIBRARY.placed(named, (columns,)), partial(put_in_list, composition, "_transforms", modules))]
 
 
 def _is_multiscale(flow: nn.Module) -> bool:
@@ -248,13 +192,9 @@ def _before_all(transform: nn.Module, shape: Shape) -> Shape:
 
 
 def _shape_before(module: Any, shape: Shape) -> Shape:
-    """Squeezes, and what is multi-scale, change it."""
-    if type(module).__name__ == "MultiscaleCompositeTransform":
-        return _before_all(module._transforms[0], _scales(module)[0])
-    if type(module).__name__ == "SqueezeTransform" and len(shape) == 3:
-        C, H, W = shape
-        return C // module.factor**2, H * module.factor, W * module.factor
-    return shape
+    """Transforms that are multi-scale change it."""
+    multiscale = type(module).__name__ == "MultiscaleCompositeTransform"
+    return _before_all(module._transforms[0], _scales(module)[0]) if multiscale else shape
 
 
 def _base(flow: Any) -> Base:
@@ -293,14 +233,6 @@ def _generate(flow: Any, noise: Tensor, context: Tensor | None) -> Tensor:
     return flow._transform.inverse(noise.reshape(-1, *flow._distribution._shape), context=embedded)[0]
 
 
-def _context_shape(parts: Sequence[Part]) -> Shape:
-    """The channels that a `ConvResidualNet` declares, or the columns of a network on vectors."""
-    modules = [module for part in parts for module in part.module.modules()]
-    channels = (getattr(module, "context_channels", None) for module in modules)
-    found = next((n for n in channels if isinstance(n, int)), None)
-    return declared_context(parts) if found is None else (found, *parts[0].shape[1:])
-
-
 def _invertible(parts: Sequence[Part], layers: Sequence[Layer]) -> bool:
     """NaiveLinear calls torch.solve, which PyTorch has removed."""
     return not any(type(module).__name__ == "NaiveLinear" for part in parts for module in part.module.modules())
@@ -318,7 +250,7 @@ def _prepare(copied: nn.Module) -> None:
 _ON_BOTH: dict[str, Reader] = {
     "AffineCouplingTransform": _coupling,
     "AdditiveCouplingTransform": _coupling,
-    "PiecewiseRationalQuadraticCouplingTransform": lambda part: splines(part, part.module),
+    "PiecewiseRationalQuadraticCouplingTransform": lambda part: spline_coupling(part, part.module),
     "ActNorm": _actnorm,
     "Permutation": _permutation,
     "RandomPermutation": _permutation,
@@ -356,15 +288,14 @@ LIBRARY: Library = Library(
     on_images={
         **_ON_BOTH,
         "OneByOneConvolution": _one_by_one,
-        "SqueezeTransform": _squeeze,
         "MultiscaleCompositeTransform": _multiscale,
     },
+    squeezes={"SqueezeTransform": lambda module: module.factor},
     compositions={"CompositeTransform": "_transforms"},
     # 1.1 to 2.8 times as fast (12 and 48 channels, 64 to 8,192 pixels, one core); normflows' layer is as fast as the fused one.
     alone=frozenset({"OneByOneConvolution"}),
     shape_before=_shape_before,
     embedding=lambda flow: None if type(flow._embedding_net) is nn.Identity else flow._embedding_net,
-    context_shape=_context_shape,
     invertible=_invertible,
     prepare=_prepare,
 )

@@ -16,6 +16,7 @@ from glf_fast.conversion import mlp
 from glf_fast.conversion.chains import Chain, Part, Shape, module_list, replaced
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.layers import (
+    EXP,
     Bijection,
     Conditioner,
     ConversionError,
@@ -25,11 +26,12 @@ from glf_fast.conversion.layers import (
     Kept,
     Layer,
     Permutation,
+    Scale,
     Unfusable,
+    check_started,
     trained_together,
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library, Reader, Unpacked
-from glf_fast.conversion.made import affine_autoregressive, spline_autoregressive
 from glf_fast.conversion.mlp import (
     read_bounded_mlp,
     read_mlp,
@@ -38,8 +40,8 @@ from glf_fast.conversion.mlp import (
     separate,
     without_shift,
 )
-from glf_fast.conversion.nflows import splines
-from glf_fast.flow import Split, Squeeze
+from glf_fast.conversion.nflows_layers import affine_autoregressive, columns_of, spline_autoregressive, spline_coupling
+from glf_fast.flow import Split
 
 __all__ = ["LIBRARY"]
 
@@ -92,22 +94,22 @@ def _affine_coupling_block(part: Part) -> list[Layer]:
         raise Unfusable(f"split_mode {split.mode!r} does not split {what}")
     if split.mode.endswith("_inv"):
         passive, transformed = transformed, passive
-    check_initialised(coupling.param_map)
+    _check_started(coupling.param_map)
     declared = partial(DeclaredCoupling, passive, transformed, coupling.param_map, context="none")
     if not coupling.scale:
         return [declared("t", undo=True).read(part)]
     if coupling.scale_map not in _SCALE_MAPS:
         raise Unfusable(f"scale_map {coupling.scale_map!r} is not covered")
-    log_scale, constant, undo = _SCALE_MAPS[coupling.scale_map]
+    scale, undo = _SCALE_MAPS[coupling.scale_map]
     factor_t = 1.0 if undo else -1.0  # (v − t)·e^f(u) adds first
-    return [declared("tutu", log_scale, constant, factor_t=factor_t, add_first=not undo, undo=undo).read(part)]
+    return [declared("tutu", scale, factor_t=factor_t, add_first=not undo, undo=undo).read(part)]
 
 
-# scale_map → log-scale, its constant, and whether data → noise is (v − t)·e^−f(u) and not (v − t)·e^f(u).
-_SCALE_MAPS: dict[str, tuple[str, float | None, bool]] = {
-    "exp": ("exp", None, True),
-    "sigmoid": ("glow", 2.0, False),
-    "sigmoid_inv": ("glow", 2.0, True),
+# scale_map → log-scale, and whether data → noise is (v − t)·e^−f(u) and not (v − t)·e^f(u).
+_SCALE_MAPS = {
+    "exp": (EXP, True),
+    "sigmoid": (Scale("glow", 2.0), False),
+    "sigmoid_inv": (Scale("glow", 2.0), True),
 }
 
 
@@ -137,15 +139,14 @@ def _masked_affine_flow(part: Part) -> list[Layer]:
     if net_s is not None:
         net_t = without_shift(net_s) if net_t is None else separate(net_s, net_t)
     assert net_t is not None
-    log_scale = "exp" if bound is None else "tanh"
-    return [Coupling(passive, transformed, net_t, log_scale, bound, add_first=False, undo=True)]
+    return [Coupling(passive, transformed, net_t, EXP if bound is None else Scale("tanh", bound), undo=True)]
 
 
 def _affine_const_flow(part: Part) -> list[Layer]:
     module = part.module
     if tuple(module.s.shape) != (1, part.shape[0], *[1] * (len(part.shape) - 1)):
         raise Unfusable(f"its shape {tuple(module.s.shape[1:])} is not one number for each of {part.shape[0]} channels")
-    check_initialised(module)
+    _check_started(module)
     s, t = module.s.view(-1), module.t.view(-1)
     return [Diagonal(-s, -t * torch.exp(-s), trained_together(module.s, module.t))]
 
@@ -174,13 +175,9 @@ def _invertible_matrix(part: Part) -> list[Layer]:
     return [Dense(W, W.new_zeros(len(W)), trained_together(*module.parameters()), regular=module.use_lu)]
 
 
-def check_initialised(module: nn.Module) -> None:
-    """Raise ConversionError for an ActNorm, `module` or in it, that has not seen a batch.
-
-    Any call, a comparison's too, would initialise it with what happens to come first.
-    """
-    if any(not bool(getattr(part, "data_dep_init_done", True)) for part in module.modules()):
-        raise ConversionError("an ActNorm has not been initialised: send a batch of data through the flow first")
+def _check_started(module: nn.Module) -> None:
+    """Raise ConversionError for an ActNorm, `module` or in it, that has not seen a batch."""
+    check_started(all(bool(getattr(part, "data_dep_init_done", True)) for part in module.modules()))
 
 
 class NormalBase(Bijection):
@@ -253,17 +250,6 @@ def _chain(
     own = {module for layer in layers for module in (layer, getattr(layer, "layer", None))}
     modules = [part.module if part.module in own else Unpacked(part.module) for part in parts]
     return Chain(parts, lambda new: put(module_list(reversed(replaced(modules, new)), layers)))
-
-
-def _squeeze(part: Part) -> list[Layer]:
-    return [Kept(Squeeze(), f"{part.name} (Squeeze): moves pixels to channels, and stays")]
-
-
-def _shape_before(module: Any, shape: Shape) -> Shape:
-    """Squeezes change it."""
-    if type(module).__name__ == "Squeeze" and len(shape) == 3:
-        return shape[0] // 4, 2 * shape[1], 2 * shape[2]
-    return shape
 
 
 def _base(flow: Any) -> Base:
@@ -345,15 +331,11 @@ def _columns_of(module: Any) -> int | None:
         return module.num_channels
     if kind == "LULinearPermute":
         return module.linear.features
-    if kind == "CoupledRationalQuadraticSpline":
-        return module.prqct.features
-    if network := getattr(getattr(module, "mprqat", module), "autoregressive_net", None):
-        return network.initial_layer.in_features
     if kind == "AffineCouplingBlock":
         with suppress(Unfusable):
             net = read_mlp(module.flows[1].param_map)
             return net.n_in + (net.n_out // 2 if module.flows[1].scale else net.n_out)
-    return None
+    return columns_of(getattr(module, "prqct", getattr(module, "mprqat", module)))
 
 
 _ON_BOTH: dict[str, Reader] = {
@@ -377,14 +359,15 @@ LIBRARY: Library = Library(
     on_vectors={
         **_ON_BOTH,
         "InvertibleAffine": _invertible_matrix,
-        "CoupledRationalQuadraticSpline": lambda part: splines(part, part.module.prqct),
+        "CoupledRationalQuadraticSpline": lambda part: spline_coupling(part, part.module.prqct),
         "LULinearPermute": _lu_linear_permute,
         "AutoregressiveRationalQuadraticSpline": lambda part: spline_autoregressive(part, part.module.mprqat),
         "CircularAutoregressiveRationalQuadraticSpline": lambda part: spline_autoregressive(part, part.module.mprqat),
         "MaskedAffineAutoregressive": partial(affine_autoregressive, undo=True),
         "MaskedAffineFlow": _masked_affine_flow,
     },
-    on_images={**_ON_BOTH, "Invertible1x1Conv": _invertible_matrix, "Squeeze": _squeeze},
+    on_images={**_ON_BOTH, "Invertible1x1Conv": _invertible_matrix},
+    squeezes={"Squeeze": lambda module: 2},
     compositions={"Composite": "_flows", "GlowBlock": "flows"},
     refused={
         **dict.fromkeys(("Split", "Merge", "AffineCoupling"), "works on lists; use an AffineCouplingBlock"),
@@ -393,5 +376,4 @@ LIBRARY: Library = Library(
             ("Residual", "MetropolisHastings", "HamiltonianMonteCarlo"), "its log-determinant is a random estimate"
         ),
     },
-    shape_before=_shape_before,
 )

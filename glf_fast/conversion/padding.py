@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from glf_fast.conversion.layers import TRAINED, Coupling, Dense, Layer, Unfusable, width
+from glf_fast.reference import Spline
 
 __all__ = ["divided", "fastest", "hidden_widths", "only_permutes", "padded_dim"]
 
@@ -83,16 +84,15 @@ def fastest(coupling: Coupling, permuted: bool = False) -> Coupling:
     than multiply-adds do: nobody asks there.
     """
     mlp = coupling.conditioner
-    own = sum(int(((W != 0) | (roles == TRAINED)).sum()) for W, roles in zip(mlp.weights, mlp.roles, strict=True))
-    dim = width(coupling)
+    own = sum(int(((W.value != 0) | (W.roles == TRAINED)).sum()) for W in mlp.weights)
+    dim, splines = width(coupling), isinstance(coupling.univariate, Spline)
     fused = _cost([coupling], permuted)
-    units = (2 if mlp.separate else 1) * sum(W.shape[-1] for W in mlp.weights[:-1])
-    widest = max(mlp.weights, key=lambda W: W.shape[-2] * W.shape[-1]).shape[-2:]
-    if math.prod(widest) >= _WIDE and (coupling.spline is None or coupling.own_network is None):
+    units = (2 if mlp.separate else 1) * sum(W.value.shape[-1] for W in mlp.weights[:-1])
+    widest = max((W.value.shape[-2:] for W in mlp.weights), key=math.prod)
+    if math.prod(widest) >= _WIDE and (not splines or coupling.own_network is None):
         sizes = " × ".join(f"{n:,}" for n in widest)
         raise Unfusable(f"has layers of {sizes}, whose products take all time, fused or not")
-    profits = coupling.gains or coupling.spline is not None
-    if profits and coupling.own_network is not None and math.prod(widest) >= _WIDE_OWN:
+    if (coupling.gains or splines) and coupling.own_network is not None and math.prod(widest) >= _WIDE_OWN:
         return replace(coupling, conditioner=coupling.own_network)
     if coupling.gains and not permuted:
         # It saves passes, too. Ten AllInOneBlocks of 373 columns and 2 × 256 units took 1.5 times as long fused as by

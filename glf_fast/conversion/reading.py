@@ -34,6 +34,7 @@ __all__ = [
     "check_modes",
     "check_precision",
     "copied",
+    "first_line",
     "fused_context",
     "lost_in_training",
     "networks",
@@ -180,8 +181,13 @@ def reason_of(error: Exception) -> str:
     """Why something stays as it is, in one line."""
     if isinstance(error, Unfusable | ConversionError):
         return str(error)
+    return f"cannot be read: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """The class and the first line of an error of a library, whose messages may print whole tensors."""
     lines = str(error).splitlines() or [""]
-    return f"cannot be read: {type(error).__name__} {lines[0]}".strip()
+    return f"{type(error).__name__} {lines[0]}".strip()
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -240,14 +246,13 @@ def check_modes(layers: Iterable[Layer], training: bool) -> None:
 
 def lost_in_training(layers: Iterable[Layer]) -> str:
     """Operations that the library's layers apply in training mode alone, and fused ones do not: "" if none."""
-    names = set()
+    lost: set[str] = set()
     for layer in layers:
-        if isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.lost:
-            names.add(f"Dropout (p = {layer.conditioner.lost:g})")
-        of_network = isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.normalised
-        if of_network or (isinstance(layer, Diagonal) and layer.statistics):
-            names.add("BatchNorm")
-    return ", ".join(sorted(names))
+        if isinstance(layer, Transform) and layer.is_mlp:
+            lost |= layer.conditioner.lost
+        elif isinstance(layer, Diagonal):
+            lost |= layer.lost
+    return ", ".join(sorted(lost))
 
 
 def parameters_of(*tensors: Tensor) -> set[int]:
@@ -274,7 +279,5 @@ def _tensors(layer: object) -> Iterable[Tensor]:
         value = getattr(layer, field.name)
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, list):
-            yield from value
         elif isinstance(value, Conditioner):
-            yield from _tensors(value)
+            yield from (entries.value for entries in (*value.weights, *value.biases))

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from glf_fast.conversion.activations import named_activation, one_activation
-from glf_fast.conversion.dropout import dropouts_of
 from glf_fast.conversion.layers import Conditioner, Unfusable
 from glf_fast.conversion.mlp import (
     assemble,
@@ -17,6 +16,7 @@ from glf_fast.conversion.mlp import (
     network_steps,
     read_mlp,
 )
+from glf_fast.conversion.training_mode import dropouts_of
 
 __all__ = ["read_network"]
 

@@ -1,10 +1,11 @@
-"""Affine maps and couplings of one kind, stacked into the parameters of a CouplingFlow."""
+"""Affine maps and transforms of one kind, stacked into the parameters of a CouplingFlow or an AutoregressiveFlow."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glf_fast.conversion.gaps import Affine
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Coupling
+from glf_fast.conversion.layers import (
+    FIXED,
+    FROZEN,
+    TRAINED,
+    Autoregressive,
+    Conditioner,
+    Coupling,
+    Entries,
+    Scale,
+    flow_options,
+)
 from glf_fast.conversion.padded import Padded
 from glf_fast.conversion.padding import hidden_widths, padded_dim
-from glf_fast.flow import ActNorm, CouplingFlow, Flow, InvertibleLinear
+from glf_fast.flow import ActNorm, AutoregressiveFlow, CouplingFlow, Flow, InvertibleLinear
 from glf_fast.flow.stacked_flow import StackedFlow
+from glf_fast.reference import Spline
+from glf_fast.reference.made import fan_in, masks
 
-__all__ = ["Sources", "Step", "install", "install_maps", "parametrisation", "stack", "standalone"]
+__all__ = ["Sources", "Step", "stack", "stack_autoregressive", "standalone"]
 
 # A parameter of the new flow, its value as a function of the library's parameters, and which entries are trained.
 Sources = list[tuple[nn.Parameter, Tensor, Tensor]]
@@ -54,21 +67,64 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
 
     first = couplings[0]
     maps = [step.affine for step in steps]
-    linear = parametrisation(maps, padded=width > dim)
+    linear = _parametrisation(maps, padded=width > dim)
     actnorm = any(m.scales() for m in maps)
     with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
         flow = CouplingFlow(
             width, len(steps), hidden_widths(couplings), context_dim, coupling=first.kind(), network=first.conditioner.network,
             activation=first.conditioner.activation.name, activation_constant=first.conditioner.activation.constant,
-            dropout=first.conditioner.dropout, log_scale=first.log_scale,
-            log_scale_constant=first.log_scale_constant, add_first=first.add_first, spline=first.spline, linear=linear,
-            actnorm=actnorm,
+            dropout=first.conditioner.dropout, add_first=first.add_first, linear=linear, actnorm=actnorm,
+            **flow_options(first.univariate),
         ).double()  # fmt: skip
-    install_maps(flow, maps, slots, sources)
+    _install_maps(flow, maps, slots, sources)
     _install_conditioners(flow, couplings, (P, T), sources)
     if width > dim:
         return Padded(flow, dim, slots[-1]), torch.arange(dim)
     return flow, slots[-1].argsort()
+
+
+def stack_autoregressive(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Flow, Tensor]:
+    """One flow of all steps, whose layers differ in nothing but values, masks and whether they take the context; float64.
+
+    Returns the flow and `restore` (D,), as `stack` does. The order of a layer's features is a permutation, which goes into the
+    affine maps on both sides.
+    """
+    dim = len(steps[0].affine.s)
+    layers: list[Autoregressive] = [step.transform for step in steps]
+    first, network = layers[0], layers[0].conditioner
+    maps = [step.affine for step in steps]
+    with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
+        flow_of = partial(
+            AutoregressiveFlow, dim, len(steps), first.hidden, context_dim,
+            transform="spline" if isinstance(first.univariate, Spline) else "affine",
+            network=first.network, activation=network.activation.name,
+            activation_constant=network.activation.constant, context_layer=first.context_layer,
+            **flow_options(first.univariate),
+            linear=_parametrisation(maps, padded=False), actnorm=any(m.scales() for m in maps),
+        )  # fmt: skip
+        flow = flow_of()
+        seen = torch.tensor([fan_in(layer.degrees[1:], layer.degrees[0]) for layer in layers])
+        if not torch.equal(flow.seen(seen), seen):  # else the degrees are the usual ones
+            flow = flow_of(degrees=[layer.degrees for layer in layers])
+        flow.double()
+    _install_maps(flow, maps, [torch.arange(dim), *(layer.order for layer in layers)], sources)
+    used = [_used(flow, of_step) for of_step in seen]
+    for i, parameter in enumerate(flow.mlp_weights):
+        weights, biases = ([getattr(layer.conditioner, name)[i] for layer in layers] for name in ("weights", "biases"))
+        missing = [parameter.shape[1] - len(W.value) for W in weights]  # rows of the context
+        weights = [W.map(partial(F.pad, pad=(0, 0, rows, 0))) for W, rows in zip(weights, missing, strict=True)]
+        read = torch.stack([of_step[i] for of_step in used]) if i < len(used[0]) else None
+        _install(flow, f"mlp_weights.{i}", Entries.joined(weights, torch.stack), sources, read)
+        _install(flow, f"mlp_biases.{i}", Entries.joined(biases, torch.stack), sources)
+    return flow, layers[-1].order.argsort()
+
+
+def _used(flow: AutoregressiveFlow, seen: Tensor) -> list[Tensor]:
+    """The weights of each layer but the context's that a step reads whose units see so many (in, out)."""
+    weights, biases = ([tensor[0] for tensor in tensors] for tensors in (flow.mlp_weights, flow.mlp_biases))
+    if flow.config["context_layer"]:
+        weights, biases = weights[:-1], biases[:-1]
+    return masks(weights, biases, seen, flow.event_shape[0])
 
 
 def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
@@ -80,9 +136,9 @@ def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
             layers.append(_actnorm(affine, sources))
         if affine.W is not None:
             with torch.random.fork_rng(devices=[]):
-                layer = InvertibleLinear(dim, linear=parametrisation([affine], padded=False)).double()
+                layer = InvertibleLinear(dim, linear=_parametrisation([affine], padded=False)).double()
             for name, value in _linear_tensors(layer.linear, affine.W[None]).items():
-                install(layer, name, value[0], _roles(value[0], affine.W_trained), sources)
+                _install(layer, name, _entries(value[0], affine.W_trained), sources)
             layers.append(layer)
         elif affine.mixes():
             layers.append(InvertibleLinear(dim, linear="permutation", permutation=affine.order))
@@ -91,13 +147,13 @@ def standalone(maps: Iterable[Affine], sources: Sources) -> list[nn.Module]:
 
 def _actnorm(affine: Affine, sources: Sources) -> ActNorm:
     layer = ActNorm(len(affine.s)).double()
-    install(layer, "log_scale", affine.s, _roles(affine.s, affine.s_trained), sources)
-    install(layer, "bias", affine.b, _roles(affine.b, affine.b_trained), sources)
+    _install(layer, "log_scale", _entries(affine.s, affine.s_trained), sources)
+    _install(layer, "bias", _entries(affine.b, affine.b_trained), sources)
     layer.load_state_dict({**layer.state_dict(), "initialized": torch.tensor(True)})
     return layer
 
 
-def parametrisation(maps: Sequence[Affine], *, padded: bool) -> str:
+def _parametrisation(maps: Sequence[Affine], *, padded: bool) -> str:
     """The kind of linear layer that trains what the maps train, see `InvertibleLinear`."""
     if all(m.W is None for m in maps):
         return "permutation"
@@ -105,21 +161,21 @@ def parametrisation(maps: Sequence[Affine], *, padded: bool) -> str:
     return "plu" if trained and all(m.regular for m in trained) and not padded else "dense"
 
 
-def install_maps(flow: StackedFlow, maps: Sequence[Affine], slots: Sequence[Tensor], sources: Sources) -> None:
+def _install_maps(flow: StackedFlow, maps: Sequence[Affine], slots: Sequence[Tensor], sources: Sources) -> None:
     """ActNorms and linear layers of all steps, from the places before a step to those of its coupling."""
     width, dim = flow.event_shape[0], len(maps[0].s)
     extra = width - dim
 
-    def vectors(values: Sequence[Tensor]) -> Tensor:  # (K, D′), zero in the columns added
-        return torch.stack([F.pad(v, (0, extra))[place.to(v.device)] for v, place in zip(values, slots, strict=False)])
-
-    def roles(trained: Sequence[bool]) -> Tensor:  # FIXED in the columns added
-        return vectors([_roles(maps[0].s, flag) for flag in trained])
+    def vectors(own: Sequence[Entries]) -> Entries:  # (K, D′), zero in the columns added
+        placed = [
+            entries.map(lambda v, place=place: F.pad(v, (0, extra))[place])  # type: ignore[misc]
+            for entries, place in zip(own, slots, strict=False)
+        ]
+        return Entries.joined(placed, torch.stack)
 
     if flow.config["actnorm"]:
-        s, b = vectors([m.s for m in maps]), vectors([m.b for m in maps])
-        install(flow, "actnorm_log_scale", s, roles([m.s_trained for m in maps]), sources)
-        install(flow, "actnorm_bias", b, roles([m.b_trained for m in maps]), sources)
+        _install(flow, "actnorm_log_scale", vectors([_entries(m.s, m.s_trained) for m in maps]), sources)
+        _install(flow, "actnorm_bias", vectors([_entries(m.b, m.b_trained) for m in maps]), sources)
         state = flow.state_dict()
         flow.load_state_dict({**state, "actnorm_initialized": torch.ones_like(state["actnorm_initialized"])})
     if flow.config["linear"] == "permutation":
@@ -132,12 +188,12 @@ def install_maps(flow: StackedFlow, maps: Sequence[Affine], slots: Sequence[Tens
     for k, affine in enumerate(maps):
         W = torch.block_diag(affine.matrix(), torch.eye(extra, dtype=affine.s.dtype, device=affine.s.device))
         matrices.append(W[slots[k]][:, slots[k + 1]])
-        own = F.pad(_roles(torch.empty(dim, dim), affine.W_trained), (0, extra, 0, extra))
+        own = F.pad(_entries(torch.empty(dim, dim), affine.W_trained).roles, (0, extra, 0, extra))
         trained.append(own[slots[k]][:, slots[k + 1]])
     for name, value in _linear_tensors(flow.config["linear"], torch.stack(matrices)).items():
         stacked = torch.stack(trained)
         # One row stands for a vector: with "plu" nothing is padded, so that all of a step is alike.
-        install(flow, f"linear_{name}", value, stacked if value.ndim == 3 else stacked[:, 0], sources)
+        _install(flow, f"linear_{name}", Entries(value, stacked if value.ndim == 3 else stacked[:, 0]), sources)
 
 
 def _linear_tensors(linear: str, W: Tensor) -> dict[str, Tensor]:
@@ -170,22 +226,20 @@ def _install_conditioners(
         flow.multiply(f"mlp_biases.{last}", factors)
     for i, parameter in enumerate(flow.mlp_weights):
         n_in, n_out = parameter.shape[-2:]
-        weights, biases, roles, bias_roles = [], [], [], []
+        weights, biases = [], []
         for coupling, mlp in zip(couplings, networks, strict=True):
-            W, b, W_roles, b_roles = mlp.weights[i], mlp.biases[i], mlp.roles[i], mlp.bias_roles[i]
+            W, b = mlp.weights[i], mlp.biases[i]
             if i == 0:
                 passive = len(coupling.passive)
-                W, W_roles = (_insert_rows(t, passive, P - passive) for t in (W, W_roles))
+                W = W.map(partial(_insert_rows, position=passive, count=P - passive))
             if i == last:
-                b = _pad_outputs(b, coupling, T, _identity(coupling))
-                W, W_roles, b_roles = (_pad_outputs(t, coupling, T) for t in (W, W_roles, b_roles))
-            grow = (0, n_out - W.shape[-1], 0, n_in - W.shape[-2])
-            weights.append(F.pad(W, grow))
-            roles.append(F.pad(W_roles, grow))
-            biases.append(F.pad(b, grow[:2]))
-            bias_roles.append(F.pad(b_roles, grow[:2]))
-        install(flow, f"mlp_weights.{i}", torch.stack(weights), torch.stack(roles), sources)
-        install(flow, f"mlp_biases.{i}", torch.stack(biases), torch.stack(bias_roles), sources)
+                W = W.map(partial(_pad_outputs, coupling=coupling, T=T))
+                b = Entries(_pad_outputs(b.value, coupling, T, _identity(coupling)), _pad_outputs(b.roles, coupling, T))
+            grow = (0, n_out - W.value.shape[-1], 0, n_in - W.value.shape[-2])
+            weights.append(W.map(partial(F.pad, pad=grow)))
+            biases.append(b.map(partial(F.pad, pad=grow[:2])))
+        _install(flow, f"mlp_weights.{i}", Entries.joined(weights, torch.stack), sources)
+        _install(flow, f"mlp_biases.{i}", Entries.joined(biases, torch.stack), sources)
 
 
 def _with_gates(network: Conditioner, width: int) -> Conditioner:
@@ -196,18 +250,16 @@ def _with_gates(network: Conditioner, width: int) -> Conditioner:
     if network.gated or not network.blocks or not width:
         return network
 
-    def insert(tensors: list[Tensor], rows: tuple[int, ...], value: float) -> list[Tensor]:
-        first, *inner, last = tensors
-        gate = first.new_full((*rows, first.shape[-1]), value)
+    def insert(entries: list[Entries], gate: Tensor) -> list[Entries]:
+        first, *inner, last = entries
         pairs = zip(inner[::2], inner[1::2], strict=True)
-        return [first, *(tensor for pair in pairs for tensor in (*pair, gate)), last]
+        return [first, *(found for pair in pairs for found in (*pair, Entries.fixed(gate))), last]
 
+    bias = network.biases[0].value
     return replace(
         network,
-        weights=insert(network.weights, (width,), 0.0),
-        biases=insert(network.biases, (), 40.0),
-        roles=insert(network.roles, (width,), FIXED),
-        bias_roles=insert(network.bias_roles, (), FIXED),
+        weights=insert(network.weights, bias.new_zeros(width, len(bias))),
+        biases=insert(network.biases, torch.full_like(bias, 40.0, requires_grad=False)),
     )
 
 
@@ -222,7 +274,7 @@ def _pad_outputs(outputs: Tensor, coupling: Coupling, T: int, fill: Tensor | Non
     Affine couplings have all u before all t; the parameters of one spline lie side by side.
     """
     columns, own = coupling.columns(), len(coupling.transformed)
-    apart = coupling.spline is None  # (…, columns, T) and not (…, T, columns)
+    apart = not isinstance(coupling.univariate, Spline)  # (…, columns, T) and not (…, T, columns)
     shape = (columns, own) if apart else (own, columns)
     parts = outputs.unflatten(-1, shape)
     parts = parts if apart else parts.mT
@@ -235,45 +287,43 @@ def _pad_outputs(outputs: Tensor, coupling: Coupling, T: int, fill: Tensor | Non
 
 def _identity(coupling: Coupling) -> Tensor:
     """A network's outputs (columns,), or (2, 1) of two, that leave a column of zeros as it is, at no log-determinant."""
-    kind = coupling.kind()
-    if coupling.spline is not None:
+    kind, univariate = coupling.kind(), coupling.univariate
+    if isinstance(univariate, Spline):
         outputs = torch.zeros(coupling.columns(), dtype=torch.float64)
-        form = coupling.spline.prepared()
+        form = univariate.prepared()
         if not form.soft_clip:  # of equal bins, with slopes of 1
             outputs[2 * form.bins :] = math.log(math.expm1(1 / form.factor - form.min_derivative))
         return outputs
     if kind == "additive":
         return torch.zeros(1, dtype=torch.float64)
-    u = _u_of_zero(coupling.log_scale, coupling.log_scale_constant)
+    u = _u_of_zero(univariate)
     return torch.tensor([u, 0.0] if kind == "affine" else [[u], [0.0]], dtype=torch.float64)
 
 
-def _u_of_zero(log_scale: str, constant: float | None) -> float:
+def _u_of_zero(scale: Scale) -> float:
     """The u with f(u) = 0, at which a column of zeros adds nothing to the log-determinant."""
-    if log_scale == "glow":
+    name, constant = scale
+    if name == "glow":
         return 40.0  # log σ(42) = −6e-19
-    if log_scale == "nflows":
-        assert constant is not None
+    if name == "nflows" and constant is not None:
         return math.log((1 - constant) / constant) - 2
-    if log_scale == "softplus":
-        assert constant is not None
+    if name == "softplus" and constant is not None:
         return math.log(math.expm1(1 - constant))
     return 0.0
 
 
-def _roles(like: Tensor, trained: bool) -> Tensor:
-    """The roles of parameters of that shape."""
-    return torch.full_like(like, TRAINED if trained else FROZEN, dtype=torch.uint8)
+def _entries(value: Tensor, trained: bool) -> Entries:
+    """A parameter of which all entries have one role."""
+    return Entries(value, torch.full_like(value, TRAINED if trained else FROZEN, dtype=torch.uint8))
 
 
-def install(
-    module: nn.Module, name: str, value: Tensor, roles: Tensor, sources: Sources, used: Tensor | None = None
-) -> None:
+def _install(module: nn.Module, name: str, entries: Entries, sources: Sources, used: Tensor | None = None) -> None:
     """Give a parameter or buffer its value, and freeze the entries that must keep it, but for those that are never `used`.
 
     If some are trained, those are all the others. If none is, the parameter is frozen as a whole; a user may unfreeze it,
     all but the FIXED entries.
     """
+    value, roles = entries.value, entries.roles
     owner, _, leaf = name.rpartition(".")
     tensor = getattr(module.get_submodule(owner), leaf)
     if not isinstance(tensor, nn.Parameter):

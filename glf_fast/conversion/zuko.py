@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, MaskedLinear, masked_linear
 from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
-from glf_fast.conversion.dropout import Dropped, lost
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import (
+    EXP,
     Bijection,
     ConversionError,
     Dense,
@@ -26,13 +26,17 @@ from glf_fast.conversion.layers import (
     Layer,
     NamedActivation,
     Permutation,
+    Scale,
     Unfusable,
+    Univariate,
     trained_together,
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library, run_on_rows
+from glf_fast.conversion.log_scales import recognised
 from glf_fast.conversion.mlp import check_class
+from glf_fast.conversion.training_mode import lost
 from glf_fast.flow import Flow
-from glf_fast.reference import Spline, log_scale
+from glf_fast.reference import Spline
 
 __all__ = ["LIBRARY"]
 
@@ -101,37 +105,29 @@ def _context_columns(module: Any, dim: int) -> int:
     return 0
 
 
-class _Univariate(NamedTuple):
-    """A univariate transformation, in the words of `DeclaredCoupling`."""
-
-    layout: str
-    log_scale: str = "exp"
-    constant: float | None = None
-    spline: Spline | None = None
-
-
 def _coupling(part: Part) -> list[Layer]:
     transform = part.module
     halves = transform.mask.nonzero().squeeze(1), (~transform.mask).nonzero().squeeze(1)
-    kind = _univariate(transform)
-    joined = kind.spline is not None
-    return [DeclaredCoupling(*halves, transform.hyper, **kind._asdict(), joined=joined).read(part)]
+    layout, univariate = _univariate(transform)
+    joined = layout == "spline"
+    return [DeclaredCoupling(*halves, transform.hyper, layout, univariate, joined=joined).read(part)]
 
 
 def _autoregressive(part: Part) -> list[Layer]:
     """With fewer passes than features, and with adjacency matrices, several features have one degree."""
-    transform = part.module
-    kind = _univariate(transform)
-    if kind.layout == "t":
+    network, linears, activation = _masked_network(part.module.hyper)
+    return _declared(part, linears, activation, network=network)
+
+
+def _declared(part: Part, linears: list[MaskedLinear], activation: NamedActivation, **options: Any) -> list[Layer]:
+    """An autoregressive layer with this network, whose outputs for each feature lie side by side."""
+    layout, univariate = _univariate(part.module)
+    if layout == "t":
         raise Unfusable("its transformation AdditiveTransform is covered in couplings alone")
-    network, linears, activation = _masked_network(transform.hyper)
     outputs = torch.arange(len(linears[-1].weight)).view(part.shape[0], -1)
-    if kind.spline is None:  # the shift comes first
-        outputs = outputs.flip(1)
-    declared = DeclaredAutoregressive(
-        linears, outputs, activation, network, log_scale=kind.log_scale, constant=kind.constant, spline=kind.spline
-    )
-    return [declared.read()]
+    if layout == "tutu":
+        outputs = outputs.flip(1)  # u comes first there
+    return [DeclaredAutoregressive(linears, outputs, activation, univariate, **options).read()]
 
 
 def _elementwise(part: Part) -> list[Layer]:
@@ -139,33 +135,13 @@ def _elementwise(part: Part) -> list[Layer]:
     transform, dim = part.module, part.shape[0]
     if not hasattr(transform, "hyper"):
         raise Unfusable("its transformation depends on nothing: it is as fast as it can be")
-    kind = _univariate(transform)
-    if kind.layout == "t":
-        raise Unfusable("its transformation AdditiveTransform is covered in couplings alone")
-    every = list(mlp.network_steps(transform.hyper))
-    steps = [step for step in every if not isinstance(step, Dropped)]
-    linears = [step for step in steps if isinstance(step, tuple)]
-    activation = one_activation("its network", [step for step in steps if isinstance(step, NamedActivation)])
-    if [type(step) for step in steps] != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
-        raise Unfusable("its network is not linear layers with one kind of activation between")
+    steps = list(mlp.network_steps(transform.hyper))
+    linears, activation = mlp.alternating("its network", steps)
     masked = [MaskedLinear(W, torch.ones_like(W, requires_grad=False), b) for W, b in linears]
     W, mask, b = masked[0]
     of_x = W.new_zeros(len(W), dim)
     masked[0] = MaskedLinear(torch.cat([of_x, W], 1), torch.cat([of_x, mask], 1), b)
-    outputs = torch.arange(len(linears[-1][0])).view(dim, -1)
-    if kind.spline is None:  # the shift comes first
-        outputs = outputs.flip(1)
-    declared = DeclaredAutoregressive(
-        masked,
-        outputs,
-        activation,
-        log_scale=kind.log_scale,
-        constant=kind.constant,
-        spline=kind.spline,
-        lost=lost(every),
-        blind=True,
-    )
-    return [declared.read()]
+    return _declared(part, masked, activation, lost=lost(steps), blind=True)
 
 
 def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], NamedActivation]:
@@ -188,24 +164,23 @@ def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], NamedActivation]
     return network, [masked_linear(layer) for layer in linears], activation
 
 
-def _univariate(transform: Any) -> _Univariate:
-    """Reads the univariate transformation of this object; raises Unfusable."""
+def _univariate(transform: Any) -> tuple[str, Univariate]:
+    """The univariate transformation of this object, behind its layout as in `DeclaredCoupling`; raises Unfusable."""
     shapes = [tuple(shape) for shape in transform.shapes]
     kind = transform.univariate.func if isinstance(transform.univariate, partial) else transform.univariate
     name = kind.__name__ if isinstance(kind, type) else repr(kind)
     if name == "AdditiveTransform" and shapes == [()]:
-        return _Univariate("t")
+        return "t", EXP
     if name == "MonotonicRQSTransform" and len(shapes) == 3:
-        return _Univariate("spline", spline=_spline(transform, shapes))
+        return "spline", _spline(transform, shapes)
     if name != "MonotonicAffineTransform" or shapes != [(), ()]:
         raise Unfusable(f"its transformation {name} is neither affine nor a rational-quadratic spline")
     # ℓ → |ln slope| as a → ∞: the slope of this object, whose default differs from release to release.
     probe = torch.tensor([1e300, -40.0, -3.0, -0.1, 0.0, 0.2, 5.0, 30.0], dtype=torch.float64)
     log_scales = transform.univariate(torch.zeros_like(probe), probe).log_scale
     slope = float(f"{math.exp(-log_scales[0].item()):.12g}")  # the exponential of a logarithm is off in the last digits
-    if not torch.allclose(log_scales, log_scale(probe, "softclip", slope), rtol=1e-9, atol=1e-12):
-        raise Unfusable("its log-scale is not a / (1 + |a / ln slope|)")
-    return _Univariate("tutu", "softclip", slope)
+    reason = "its log-scale is not a / (1 + |a / ln slope|)"
+    return "tutu", recognised([Scale("softclip", slope)], probe, log_scales, reason)
 
 
 def _spline(transform: Any, shapes: list[tuple[int, ...]]) -> Spline:

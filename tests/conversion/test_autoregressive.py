@@ -13,6 +13,7 @@ import normflows as nf
 import pytest
 import torch
 import zuko
+from library_flows import losses
 from nflows import transforms as T
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
@@ -95,18 +96,6 @@ def library(tools, name: str):
     return tools.Library(
         nflows.LIBRARY, lambda f, x, c: f.log_prob(x, c), lambda f, z, c: f._transform.inverse(z, c)[0]
     )
-
-
-def losses(flow: nn.Module, optimizer: type, rate: float, x: Tensor, context: Tensor | None) -> Tensor:
-    steps = optimizer([p for p in flow.parameters() if p.requires_grad], rate)
-    found = []
-    for batch in x:
-        loss = -(flow.log_prob(batch) if context is None else flow.log_prob(batch, context)).mean()
-        steps.zero_grad()
-        loss.backward()
-        steps.step()
-        found.append(loss.detach())
-    return torch.stack(found)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import FrEIA.framework as ff
 import FrEIA.modules as fm
 import normflows as nf
 import pytest
 import torch
+from library_flows import log_prob
 from nflows import transforms as T
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
@@ -56,13 +56,6 @@ def of_normflows(dim: int) -> nf.NormalizingFlow:
 def of_nflows(dim: int) -> Flow:
     layers = [T.AffineCouplingTransform((torch.arange(dim) + k) % 2, Written) for k in range(2)]
     return Flow(T.CompositeTransform(layers), StandardNormal([dim]))
-
-
-def log_prob(flow: Any, x: Tensor) -> Tensor:
-    if not isinstance(flow, ff.SequenceINN):
-        return flow.log_prob(x)
-    z, logdet = flow(x)
-    return logdet - z.square().sum(1) / 2
 
 
 FLOWS = {"FrEIA": of_freia, "normflows": of_normflows, "nflows": of_nflows}

@@ -11,6 +11,7 @@ import FrEIA.modules as fm
 import nflows.distributions
 import pytest
 import torch
+from library_flows import shake
 from nflows import transforms as T
 from nflows.flows import Flow
 from nflows.nn.nets import ResidualNet
@@ -35,7 +36,7 @@ def freia(steps: int = 2, block: type = fm.GLOWCouplingBlock) -> nn.Module:
     net = ff.SequenceINN(D)
     for _ in range(steps):
         net.append(block, subnet_constructor=subnet)
-    return shaken(net)
+    return shake(net, 0.1)
 
 
 def of_nflows(
@@ -45,15 +46,7 @@ def of_nflows(
     couplings = [
         T.AffineCouplingTransform(torch.tensor([(-1) ** (i + k) for i in range(D)]), net) for k in range(steps)
     ]
-    return shaken(Flow(T.CompositeTransform(couplings), nflows.distributions.StandardNormal([D])))
-
-
-def shaken(flow: nn.Module) -> nn.Module:
-    """The flow with parameters that are not initial ones."""
-    with torch.no_grad():
-        for p in flow.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return flow
+    return shake(Flow(T.CompositeTransform(couplings), nflows.distributions.StandardNormal([D])), 0.1)
 
 
 def encoded(flow: nn.Module, x: Tensor) -> Tensor:
@@ -129,7 +122,7 @@ def test_couplings_of_different_probabilities_are_not_stacked() -> None:
     net = ff.SequenceINN(D)
     for p in (0.1, 0.1, 0.3):
         net.append(fm.GLOWCouplingBlock, subnet_constructor=lambda a, b, p=p: subnet(a, b, p))
-    net = shaken(net)
+    net = shake(net, 0.1)
     report = accelerate(net)
     fused = [module for module in net.modules() if isinstance(module, CouplingFlow)]
     assert [(f.config["dropout"], f.config["steps"]) for f in fused] == [(0.1, 4), (0.3, 2)] and not report.left

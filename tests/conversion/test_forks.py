@@ -15,6 +15,7 @@ import normflows as nf
 import pytest
 import torch
 import zuko
+from library_flows import log_prob, shake
 from nflows_couplings import Net
 from torch import Tensor, nn
 
@@ -25,19 +26,6 @@ DIM = 4
 
 def subnet(n_in: int, n_out: int) -> nn.Module:
     return nn.Sequential(nn.Linear(n_in, 6), nn.ReLU(), nn.Linear(6, n_out))
-
-
-def shaken(flow: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for p in flow.parameters():
-            if p.requires_grad:
-                p.add_(0.2 * torch.randn_like(p))
-    return flow
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 # -- FrEIA after release 0.2 -------------------------------------------------------------------------------------------
@@ -98,7 +86,7 @@ def test_hard_permutations_as_indices(shape: tuple[int, ...], options: dict[str,
     for _ in range(2):
         inn.append(AllInOneBlock, subnet_constructor=net, **options)
         inn.append(ActNorm)
-    shaken(inn)
+    shake(inn, 0.2)
     report = accelerate(fresh := copy.deepcopy(inn))
     assert (
         report and str(report).count("an ActNorm has not been initialised") == 2
@@ -117,7 +105,7 @@ def test_graphs_with_conditions_as_pairs() -> None:
     condition = ff.ConditionNode(3)
     for _ in range(2):
         nodes.append(ff.Node(nodes[-1], fm.GLOWCouplingBlock, {"subnet_constructor": subnet}, conditions=condition))
-    inn = shaken(GraphINN([*nodes, condition, ff.OutputNode(nodes[-1])]))
+    inn = shake(GraphINN([*nodes, condition, ff.OutputNode(nodes[-1])]), 0.2)
     x, c = torch.randn(5, DIM), torch.randn(5, 3)
     wanted = inn(x, c=[c])
     converted = convert(copy.deepcopy(inn))
@@ -188,13 +176,6 @@ class EmptyTransform(zuko.flows.GeneralCouplingTransform):
     pass
 
 
-def log_prob(flow: nn.Module, x: Tensor) -> Tensor:
-    if hasattr(flow, "module_list"):
-        z, jac = flow(x)
-        return jac - 0.5 * z.square().sum(1)
-    return flow.log_prob(x) if hasattr(flow, "log_prob") else flow().log_prob(x)
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -211,7 +192,7 @@ def log_prob(flow: nn.Module, x: Tensor) -> Tensor:
     ],
 )
 def test_copies_and_empty_subclasses_are_replaced(make: Any) -> None:
-    flow = shaken(make())
+    flow = shake(make(), 0.2)
     x = torch.randn(7, DIM)
     wanted = log_prob(flow, x)
     converted = convert(copy.deepcopy(flow)) if not hasattr(flow, "module_list") else None
@@ -240,7 +221,7 @@ def test_copies_and_empty_subclasses_are_replaced(make: Any) -> None:
     ],
 )
 def test_what_computes_something_else_stays(make: Any, reason: str) -> None:
-    flow = shaken(make())
+    flow = shake(make(), 0.2)
     x = torch.randn(7, DIM)
     wanted = flow.log_prob(x)
     report = accelerate(flow)
@@ -284,7 +265,7 @@ def spoiled(layer: nn.Module, name: str, value: Any) -> None:
 )
 def test_odd_attributes_are_a_reason_to_leave_a_layer(make: Any, layers: Any) -> None:
     """accelerate never raises, and a flow whose layer has become odd computes, or fails, as before."""
-    whole = shaken(make())
+    whole = shake(make(), 0.2)
     x = torch.randn(5, DIM)
     first = layers(whole)[0]
     places = [

@@ -159,7 +159,7 @@ def test_all_in_one_formula_is_asked_of_the_object(formula, monkeypatch, library
         monkeypatch.setattr(fm.AllInOneBlock, "_affine", newer)
     inn = tools.shake(sequence(5, (fm.AllInOneBlock, net(affine_clamping=1.7))), 0.5).double()
     coupling = next(layer for layer in read_flow(LIBRARY, inn).layers if isinstance(layer, Coupling))
-    assert coupling.log_scale == "tanh" and coupling.log_scale_constant == pytest.approx(1.7)
+    assert coupling.univariate == ("tanh", pytest.approx(1.7))
     tools.same_map(library, inn, torch.randn(16, 5).double(), None)
 
 

@@ -19,10 +19,12 @@ from glf_fast.conversion.layers import (
     Coupling,
     Dense,
     Diagonal,
+    Entries,
     Kept,
     Layer,
     NamedActivation,
     Permutation,
+    Scale,
 )
 from glf_fast.conversion.padded import Padded
 from glf_fast.flow import CouplingFlow, Flow, Inverse, SequentialFlow
@@ -81,15 +83,15 @@ class Maker:
         weights = [self.leaf(*stack, a, b, trained=trained) for a, b in shapes]
         biases = [self.leaf(*stack, b, trained=trained) for _, b in shapes]
         role = TRAINED if trained else FROZEN
-        masks = [torch.full_like(w, role, dtype=torch.uint8) for w in weights]
-        bias_masks = [torch.full_like(b, role, dtype=torch.uint8) for b in biases]
-        defaults = {"log_scale": "tanh", "log_scale_constant": None, "add_first": False, "activation": "tanh"}
-        options = {**defaults, **options}
-        factors = 0.5 + torch.rand_like(biases[-1], requires_grad=False)
-        conditioner = Conditioner(
-            weights, biases, masks, bias_masks, factors, NamedActivation(options.pop("activation")), blocks=blocks
+        weights, biases = (
+            [Entries(value, torch.full_like(value, role, dtype=torch.uint8)) for value in values]
+            for values in (weights, biases)
         )
-        return Coupling(order[:P], order[P:], conditioner, **options)
+        options = {"activation": "tanh", **options}
+        univariate = Scale(options.pop("log_scale", "tanh"), options.pop("log_scale_constant", None))
+        factors = 0.5 + torch.rand_like(biases[-1].value, requires_grad=False)
+        conditioner = Conditioner(weights, biases, factors, NamedActivation(options.pop("activation")), blocks=blocks)
+        return Coupling(order[:P], order[P:], conditioner, univariate, **options)
 
 
 def apply(layers: list[Layer], x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -108,14 +110,15 @@ def apply(layers: list[Layer], x: Tensor, context: Tensor | None = None) -> tupl
             c, p, v = layer.conditioner, x[:, layer.passive], x[:, layer.transformed]
             given = context if layer.context_dim() else None
             h = p if given is None else torch.cat([p, given], 1)
-            *weights, last = c.weights
-            weights, biases = [*weights, last * c.factors.unsqueeze(-2)], [*c.biases[:-1], c.biases[-1] * c.factors]
+            weights, biases = [W.value for W in c.weights], [b.value for b in c.biases]
+            weights[-1], biases[-1] = weights[-1] * c.factors.unsqueeze(-2), biases[-1] * c.factors
             raw = NETWORKS[c.network](h, weights, biases, given, c.activation.name, c.activation.constant, None)
             if raw.shape == v.shape:  # additive
                 v, ldj = v - raw if layer.undo else v + raw, 0.0
             else:
                 u, t = raw.chunk(2, 1)
-                options = {"log_scale": layer.log_scale, "log_scale_constant": layer.log_scale_constant}
+                log_scale, constant = layer.univariate
+                options = {"log_scale": log_scale, "log_scale_constant": constant}
                 v, ldj = affine_coupling(v, u, t, add_first=layer.add_first, inverse=layer.undo, **options)
             x = x.index_copy(1, layer.transformed, v)
         logdet = logdet + ldj
@@ -264,7 +267,7 @@ def test_glow_steps_become_one_coupling_flow_with_plu() -> None:
     layers: list[Layer] = []
     for _ in range(3):
         coupling = maker.coupling()
-        coupling = Coupling(torch.arange(3), torch.arange(3, 6), coupling.conditioner, "tanh", 2.0, False)
+        coupling = Coupling(torch.arange(3), torch.arange(3, 6), coupling.conditioner, Scale("tanh", 2.0))
         layers += [maker.diagonal(), maker.dense(shift=False), coupling]
     flow = check(maker, layers)
     assert isinstance(flow, CouplingFlow)

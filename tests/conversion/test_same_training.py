@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 import zuko
+from library_flows import log_prob, losses, shake
 from nflows.nn.nets import ResidualNet
 from nflows_couplings import Net
-from torch import Tensor, nn
+from torch import nn
 
 from glf_fast import CouplingFlow, accelerate
 
@@ -162,26 +163,6 @@ CASES: dict[str, tuple[Make, str]] = {
 }
 
 
-def log_prob(flow: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(flow, ff.SequenceINN):
-        z, jac = flow(x)
-        return jac - 0.5 * z.square().sum(1)
-    return flow().log_prob(x) if isinstance(flow, zuko.flows.Flow) else flow.log_prob(x)
-
-
-def losses(flow: nn.Module, optimizer: type, rate: float, x: Tensor) -> Tensor:
-    """The loss of twenty steps on other data each."""
-    steps = optimizer([p for p in flow.parameters() if p.requires_grad], rate)
-    found = []
-    for batch in x:
-        loss = -log_prob(flow, batch).mean()
-        steps.zero_grad()
-        loss.backward()
-        steps.step()
-        found.append(loss.detach())
-    return torch.stack(found)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_steps(name: str) -> None:
     make, other = CASES[name]
@@ -189,10 +170,7 @@ def test_the_same_steps(name: str) -> None:
     flow = make().double()
     x = 1.5 * torch.randn(20, 32, DIM, dtype=torch.float64) + 0.3
     log_prob(flow, x[0])  # starts ActNorms
-    with torch.no_grad():
-        for p in flow.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn_like(p))
+    shake(flow, 0.1)
     fast = copy.deepcopy(flow)
     report = accelerate(fast)
     assert report and sum(r.couplings for r in report.replaced) >= 2, report

@@ -12,6 +12,7 @@ import normflows as nf
 import pytest
 import torch
 import zuko
+from library_flows import log_prob, shake
 from torch import Tensor, nn
 from zuko.flows.coupling import GeneralCouplingTransform
 
@@ -97,23 +98,10 @@ FLOWS: dict[str, tuple[Callable[[], nn.Module], int, set[type]]] = {  # flow, co
 }  # fmt: skip
 
 
-def shaken(flow: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return flow
-
-
-def log_prob(flow: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
-    if isinstance(flow, zuko.flows.Flow):
-        return flow(context).log_prob(x)
-    return flow.log_prob(x) if context is None else flow.log_prob(x, context)
-
-
 @pytest.mark.parametrize("name", FLOWS)
 def test_converted_and_replaced_in_place(name: str) -> None:
     make, C, kinds = FLOWS[name]
-    flow = shaken(make()).double().eval()
+    flow = shake(make(), 0.1).double().eval()
     x, context = 2 * torch.randn(40, D).double(), torch.randn(40, C).double() if C else None
     want = log_prob(flow, x, context)
     converted = convert(flow)
@@ -134,7 +122,7 @@ def test_converted_and_replaced_in_place(name: str) -> None:
 def test_trains_as_the_original_does(name: str) -> None:
     """Adam's steps are of what is stored: parameters of widths and heights are divided by √hidden at use, not before."""
     make, C, _ = FLOWS[name]
-    flow = shaken(make()).double()
+    flow = shake(make(), 0.1).double()
     fused = copy.deepcopy(flow)
     assert accelerate(fused)
     losses: list[list[float]] = []
@@ -156,12 +144,12 @@ def test_trains_as_the_original_does(name: str) -> None:
 
 def test_the_kind_of_spline_comes_from_the_object() -> None:
     flow = nflows_flow(Net, steps=1, min_bin_width=2e-3, min_derivative=0.1, tail_bound=2.0)
-    (stacked,) = [m for m in convert(shaken(flow)).modules() if isinstance(m, CouplingFlow)]
+    (stacked,) = [m for m in convert(shake(flow, 0.1)).modules() if isinstance(m, CouplingFlow)]
     kind = stacked.config["spline"]
     assert (kind["low"], kind["high"], kind["min_width"], kind["min_derivative"]) == (-2.0, 2.0, 2e-3, 0.1)
     assert kind["bins"] == 4 and kind["scale"] == 1.0 and kind["parametrization"] == "nflows"
     with_width = nflows_flow(residual, steps=1)
-    (layer,) = [m for m in convert(shaken(with_width)).modules() if isinstance(m, SplineCoupling)] or [None]
+    (layer,) = [m for m in convert(shake(with_width, 0.1)).modules() if isinstance(m, SplineCoupling)] or [None]
     scale = layer.spline.scale if layer else None
     if layer is None:  # its network is in the kernels, too
         (stacked,) = [m for m in convert(with_width).modules() if isinstance(m, CouplingFlow)]
@@ -187,7 +175,7 @@ def test_splines_of_passive_channels_stay() -> None:
     )
     layers = [nt.AffineCouplingTransform(mask, Given), spline, nt.AffineCouplingTransform(mask, Given)]
     flow = nflows.flows.Flow(nt.CompositeTransform(layers), nflows.distributions.StandardNormal([4, 4, 4]))
-    flow = shaken(flow).double().eval()
+    flow = shake(flow, 0.1).double().eval()
     x = torch.randn(3, 4, 4, 4).double()
     want = flow.log_prob(x)
     torch.testing.assert_close(convert(flow).log_prob(x), want, rtol=1e-9, atol=1e-9)

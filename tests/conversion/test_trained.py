@@ -21,7 +21,7 @@ import glf_fast
 from glf_fast.conversion import ConversionError, convert, mlp
 from glf_fast.conversion import normflows as reader
 from glf_fast.conversion.accelerate import accelerate
-from glf_fast.conversion.layers import TRAINED
+from glf_fast.conversion.layers import TRAINED, Entries, Scale
 
 
 def flow(*layers: nn.Module, base: type = nflows.distributions.StandardNormal) -> Flow:
@@ -88,23 +88,36 @@ def test_what_would_train_too_much_is_not_returned(monkeypatch: pytest.MonkeyPat
     convert(original)
     true = mlp._pair
 
-    def all_trained(a: Tensor, b: Tensor) -> Tensor:
+    def all_trained(a: Entries, b: Entries) -> Entries:
         joined = true(a, b)
-        return torch.full_like(joined, TRAINED) if joined.dtype == torch.uint8 else joined
+        return Entries(joined.value, torch.full_like(joined.roles, TRAINED))
 
     monkeypatch.setattr(mlp, "_pair", all_trained)
     with pytest.raises(ConversionError, match=r"would train what is frozen in the original \(.*mlp_weights"):
         convert(original)
 
 
-def test_fresh_flows_with_last_layers_of_zero_are_read_by_their_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where u = 0, every log-scale is 0: the comparison must look elsewhere, too."""
-    blocks = [nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4], init_zeros=True)) for _ in range(2)]
-    original = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), blocks)
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")
+@pytest.mark.parametrize(
+    ("shape", "scale_map", "misread"),
+    [
+        ((4,), "exp", (Scale("tanh", 1.0), True)),
+        ((4, 3, 3), "exp", (Scale("tanh", 1.0), True)),
+        ((4, 3, 3), "sigmoid", (Scale("glow", 1.9), False)),
+    ],
+)
+def test_fresh_flows_with_last_layers_of_zero_are_read_by_their_scale(
+    shape: tuple[int, ...], scale_map: str, misread: tuple[Scale, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where u = 0, tanh(u) is u: the comparison must look elsewhere, too."""
+    coupling = lambda: nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4], init_zeros=True))  # noqa: E731
+    blocks = [coupling() if len(shape) == 1 else nf.flows.GlowBlock(4, 6, scale_map=scale_map) for _ in range(2)]
+    original = nf.NormalizingFlow(nf.distributions.DiagGaussian(shape), blocks)
+    original.log_prob(torch.randn(9, *shape))  # starts ActNorms
     convert(original)
-    monkeypatch.setitem(reader._SCALE_MAPS, "exp", ("tanh", 1.0, True))
+    monkeypatch.setitem(reader._SCALE_MAPS, scale_map, misread)
     assert not accelerate(copy.deepcopy(original))
-    with pytest.raises(ConversionError, match="log_prob differs"):
+    with pytest.raises(ConversionError, match="differs"):
         convert(original)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glf_fast.conversion.chains import ContextColumns, Part, Shape
 from glf_fast.conversion.images import OnChannels
-from glf_fast.conversion.layers import Bijection, ConversionError
+from glf_fast.conversion.layers import Bijection, ConversionError, check_started
 from glf_fast.conversion.library import FusedLayer
 from glf_fast.flow import Flow
 
@@ -40,13 +40,8 @@ class KeptBlock(Bijection):
 
 
 def check_initialised(block: nn.Module) -> None:
-    """Raise ConversionError for an ActNorm that has not seen a batch.
-
-    Any call, a comparison's too, would initialise it with what happens to come first.
-    """
-    # A buffer in releases after 0.2.
-    if getattr(block, "init_on_next_batch", False) or not bool(getattr(block, "is_initialized", True)):
-        raise ConversionError("an ActNorm has not been initialised: send a batch of data through the network first")
+    """Raise ConversionError for an ActNorm that has not seen a batch; releases after 0.2 have a buffer that says so."""
+    check_started(not getattr(block, "init_on_next_batch", False) and bool(getattr(block, "is_initialized", True)))
 
 
 def own_context(module: Any) -> ContextColumns:

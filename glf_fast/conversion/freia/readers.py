@@ -11,12 +11,14 @@ from torch import Tensor
 
 from glf_fast.conversion.chains import Part
 from glf_fast.conversion.couplings import DeclaredCoupling
-from glf_fast.conversion.freia.clamps import LogScale, recognised
 from glf_fast.conversion.freia.modules import check_initialised, own_context
-from glf_fast.conversion.layers import Dense, Diagonal, Layer, Permutation, Unfusable, trained_together
+from glf_fast.conversion.layers import Dense, Diagonal, Layer, Permutation, Scale, Unfusable, trained_together
 from glf_fast.conversion.library import Reader
+from glf_fast.conversion.log_scales import fitted
 
 __all__ = ["ON_IMAGES", "ON_VECTORS"]
+
+_Scaled = tuple[Scale, float]  # a log-scale, and the factor of u in it
 
 
 # -- couplings: two networks, or pairs of them, each on one half -------------------------------------------------------
@@ -35,7 +37,7 @@ def _nice(part: Part) -> list[Layer]:
     return _two_sided(part, part.module.F, part.module.G, None)
 
 
-def _two_sided(part: Part, on_second: Any, on_first: Any, scale: LogScale | None) -> list[Layer]:
+def _two_sided(part: Part, on_second: Any, on_first: Any, scale: _Scaled | None) -> list[Layer]:
     first, second = _halves(part.module)
     return [_coupling(part, second, first, on_second, scale), _coupling(part, first, second, on_first, scale)]
 
@@ -49,7 +51,7 @@ def _coupling(
     passive: Tensor,
     transformed: Tensor,
     network: Any,
-    scale: LogScale | None,
+    scale: _Scaled | None,
     factor_t: float = 1.0,
     *,
     gains: bool = False,
@@ -60,8 +62,7 @@ def _coupling(
     declared = partial(DeclaredCoupling, passive, transformed, network, context=context)
     if scale is None:
         return declared("t").read(part)
-    coupling = declared("ut", scale.name, scale.constant, scale.factor, factor_t)
-    return replace(coupling.read(part), gains=gains)
+    return replace(declared("ut", *scale, factor_t).read(part), gains=gains)
 
 
 def _halves(module: Any) -> tuple[Tensor, Tensor]:
@@ -109,12 +110,12 @@ def _all_in_one(part: Part) -> list[Layer]:
 # -- log-scales, asked of the live object, since they changed between releases -----------------------------------------
 
 
-def _log_scale(module: Any) -> LogScale:
+def _log_scale(module: Any) -> _Scaled:
     """The block's log-scale, a function of u."""
-    return recognised(lambda u: module.clamp * module.f_clamp(u))
+    return fitted(lambda u: module.clamp * module.f_clamp(u))
 
 
-def _probe_all_in_one(module: Any, n: int) -> tuple[LogScale, float]:
+def _probe_all_in_one(module: Any, n: int) -> tuple[_Scaled, float]:
     """Its log-scale, in which release 0.2 and later ones differ, and the factor of its shift."""
     device = module.global_scale.device
 
@@ -130,7 +131,7 @@ def _probe_all_in_one(module: Any, n: int) -> tuple[LogScale, float]:
     factor = round(float(shift[-1] / t[-1]), 12)
     if not torch.allclose(shift, factor * t, rtol=1e-9, atol=1e-12):
         raise Unfusable("its shift is not a multiple of the network's output")
-    return recognised(lambda u: affine(u.to(device), torch.zeros_like(u, device=device))[1].cpu()), factor
+    return fitted(lambda u: affine(u.to(device), torch.zeros_like(u, device=device))[1].cpu()), factor
 
 
 # -- affine layers -----------------------------------------------------------------------------------------------------

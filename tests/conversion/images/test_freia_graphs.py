@@ -6,6 +6,7 @@ import FrEIA.framework as ff
 import FrEIA.modules as fm
 import pytest
 import torch
+from library_flows import shake
 from torch import nn
 
 from glf_fast import AffineCoupling, accelerate, convert
@@ -45,11 +46,7 @@ def u_shaped(condition=None):
     conditions = [] if condition is None else [condition]
     steps = stage(node, conditions=condition)
     graph = ff.GraphINN([*inputs, *conditions, *nodes, *steps, ff.OutputNode(steps[-1]), *outputs])
-    with torch.no_grad():
-        for p in graph.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn_like(p))
-    return graph
+    return shake(graph, 0.1)
 
 
 def loss(graph, x, **options):

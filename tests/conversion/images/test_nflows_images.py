@@ -203,7 +203,7 @@ def test_trained_checkpoint(library, tools):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (multiscale, "ActNorm has not seen data"),
+        (multiscale, "ActNorm has not been initialised"),
         (
             lambda: Flow(
                 nt.CompositeTransform([nt.OneByOneConvolution(3), multiscale()._transform]),
@@ -211,7 +211,7 @@ def test_trained_checkpoint(library, tools):
             ),
             "MultiscaleCompositeTransform is converted alone.*accelerate",
         ),
-        (lambda: flow_of((4, 2, 3), nt.ActNorm(4), coupling(4)), "ActNorm has not seen data"),
+        (lambda: flow_of((4, 2, 3), nt.ActNorm(4), coupling(4)), "ActNorm has not been initialised"),
         (lambda: flow_of((4, 2, 3), nt.OneByOneConvolution(4)), "no coupling"),
         (
             lambda: Flow(coupling(4), nflows.distributions.ConditionalDiagonalNormal([4, 2, 3])),
