@@ -20,7 +20,7 @@ THREADS = [] if os.name == "nt" else ["-pthread"]
 # Nobody reads errno, and square roots that set it are not vectorised.
 FAST = ["-O3", "-g0", "-std=c++17", "-fno-math-errno"]
 CXX = [*FAST, *THREADS, "-Wall", "-Wextra", "-Wno-unused-parameter", TORCH_TARGET]
-# Turing, Ampere, Hopper, Blackwell; each serves later chips of its generation, and PTX of the first all that come after.
+# Turing, Ampere, Hopper, Blackwell; each serves later chips of its generation, and PTX of the last all that come after.
 ARCHITECTURES = ("75", "80", "90", "100")
 
 
@@ -40,7 +40,7 @@ def nvcc_flags(nvcc: Path) -> list[str]:
     if not known:
         raise LookupError(f"{nvcc} knows none of {ARCHITECTURES}")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
-    return ["-O3", "-std=c++17", "--threads=0", *targets, f"-gencode=arch=compute_{known[0]},code=compute_{known[0]}"]
+    return ["-O3", "-std=c++17", "--threads=0", *targets, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
 
 class Toolkit(NamedTuple):
@@ -144,7 +144,7 @@ def kernels() -> dict[str, Any]:
             extensions.append(
                 cpp_extension.CppExtension(
                     "glf_fast._cuda",
-                    sources("bindings_cuda.cpp", "cuda/*.cu"),
+                    sources("bindings_cuda*.cpp", "cuda/*.cu"),
                     include_dirs=["csrc", str(cuda.include)],
                     library_dirs=[str(cuda.library)],
                     libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bench import assemble, autoregressive, coupling, flows, linear, memory, splines, training
+from bench import accelerated, assemble, autoregressive, coupling, flows, linear, memory, splines, training
 from bench.cases import (
     COUPLING_MODES,
     COUPLINGS,
@@ -124,6 +124,14 @@ def _autoregressive() -> Iterator[Race]:
             yield race("flow", case, mode, providers, names, precision="high", label=f"{mode}, {PRECISIONS['high']}")
 
 
+def _projects() -> Iterator[Race]:
+    """Flows of other people's models as they are, and after `accelerate`; in calls, as they make them."""
+    for name in accelerated.PROJECTS:
+        for mode in accelerated.MODES:
+            case, providers = accelerated.ProjectCase(name), accelerated.PROVIDERS
+            yield race("projects", case, mode, providers, providers, precision="high")
+
+
 def _linear(counts: Sequence[int], dims: Sequence[int], names: Sequence[str] = DENSE) -> Iterator[Race]:
     for count in counts:
         for dim in dims:
@@ -203,6 +211,7 @@ GROUPS: dict[str, Callable[[], Iterator[Race]]] = {
     "coupling-compiled": partial(_couplings, tuple(coupling.PROVIDERS)),
     "splines": _splines,
     "autoregressive": _autoregressive,
+    "projects": _projects,
     "memory-more": partial(_memory, 32, 16),
     "depth": partial(_flows, DEPTH.values(), ("train",), OURS_AND_EAGER, suite="depth"),
     "bf16": partial(_flows, NAMED, FLOW_MODES, OURS_AND_EAGER, "medium"),
@@ -215,11 +224,13 @@ GROUPS: dict[str, Callable[[], Iterator[Race]]] = {
 
 # Group → seconds of the call, of 160: process start, imports and rulers count to the first.
 FIRST: dict[str, float] = {"named": 30, "batches": 18, "compiled": 57, "large": 30, "linear": 12, "coupling": 13}
-# Of 130. "cut" is what the first call has no time of; the goals' rows follow, once more for the spread.
+# Of 202 parts, for which the call has 140 s. "cut" is what the first call has no time of; the goals' rows follow, once
+# more for the spread.
 SECOND: dict[str, float] = {
     "cut": 20, "named": 22, "compiled-more": 35, "large": 15, "linear": 6, "coupling": 6, "grid": 10, "train_step": 16,
     "wide": 6, "step": 4, "layers": 6, "linear-more": 6, "coupling-compiled": 6, "splines": 9, "autoregressive": 6,
-    "memory-more": 3, "depth": 4, "bf16": 4, "float32": 4, "libraries": 8, "launches": 4, "compiled": 1, "batches": 1,
+    "projects": 12, "memory-more": 3, "depth": 4, "bf16": 4, "float32": 4, "libraries": 8, "launches": 4,
+    "compiled": 1, "batches": 1,
 }  # fmt: skip
 
 Shrink = Callable[[Iterable[Race]], Iterable[Race]]

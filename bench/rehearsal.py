@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from bench.accelerated import ProjectCase
 from bench.assemble import PluCase
 from bench.cases import AutoregressiveCase, CouplingCase, FlowCase, SplineCase
 from bench.linear import AppliedCase, LinearCase
@@ -117,6 +118,7 @@ SMALL: dict[type, Callable[[Any], Case]] = {
     AppliedCase: lambda case: replace(case, shape=(2, 4, 2, 2)[: len(case.shape)]),
     MemoryCase: lambda case: replace(case, steps=min(case.steps, 2), batch=4),
     PresetCase: lambda case: replace(case, batch=4),
+    ProjectCase: lambda case: replace(case, small=True),
 }
 
 

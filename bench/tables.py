@@ -244,6 +244,7 @@ HEADINGS = {
     "train_step": "Whole GLF steps: autoencoder, flow and optimizer of the presets",
     "glow": "A training step of Glow: L 2, width 64, grey images of 28 × 28, batch 32 (glow-K)",
     "fit": "Whole runs of training: 10 epochs over 10,000 rows, a tenth of them held out",
+    "projects": "Flows of public projects as they are, and after accelerate, in calls",
     "launches": "Launches of a pass: kernels, copies and fills",
     "neighbours": "Several processes at once: mean time of a pass, against a fair share of the cores",
     "memory": "Peak extra memory of a training pass: D 64, two hidden layers of 256, batch 4,096",

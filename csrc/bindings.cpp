@@ -15,7 +15,9 @@ using namespace glf::bindings;
 struct Arguments : Networks {
   const Tensor &matrix, &offset;
   const Maybe &unmatrix, &context;
-  bool inverse, density;
+  bool inverse, density, row_scales;
+  double dropout;
+  const Maybe& seed;
 
   template <class T>
   glf::Flow<T> flow(const Tensor& x) const {
@@ -31,14 +33,20 @@ struct Arguments : Networks {
     f.offset = read<T>(offset);
     f.inverse = inverse;
     f.density = density;
+    f.row_scales = row_scales;
+    STD_TORCH_CHECK(dropout >= 0 && dropout < 1 && (dropout == 0 || (seed && seed->numel() == 1)),
+                    "glf_fast: dropout is at least 0, below 1, and has one seed");
+    f.dropout = dropout;
+    if (dropout > 0) f.seed = static_cast<std::uint64_t>(*read_permutation(*seed));
     return f;
   }
 };
 
-// Flow `e` of an ensemble: its pointers moved to its first step.
+// Flow `e` of an ensemble: its pointers moved to its first step, and a seed of its own.
 template <class T>
 glf::Flow<T> member(glf::Flow<T> flow, int64_t e) {
   const int64_t step = e * flow.steps;
+  flow.seed += e;
   flow.matrix += step * flow.dim * flow.dim;
   if (flow.unmatrix) flow.unmatrix += step * flow.dim * flow.dim;
   flow.offset += step * flow.dim;
@@ -77,13 +85,15 @@ void for_members(const glf::Flow<T>& flow, int64_t members, int64_t rows, F f) {
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
                                                  Tensors biases, std::optional<Tensor> context, int64_t coupling,
-                                                 int64_t network, int64_t activation, int64_t log_scale, double constant,
-                                                 bool add_first,
+                                                 int64_t network, int64_t activation, double activation_constant,
+                                                 int64_t log_scale, double constant, bool add_first,
                                                  std::vector<double> spline, bool inverse, bool density, int64_t save,
-                                                 int64_t record, int64_t members) {
+                                                 int64_t record, int64_t members, bool row_scales, double dropout,
+                                                 std::optional<Tensor> seed) {
   const Maybe none;
-  const Arguments arguments{{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
-                            matrix, offset, none, context, inverse, density};
+  const Arguments arguments{{weights, biases, coupling, network, activation, activation_constant, log_scale, constant,
+                             add_first, spline},
+                            matrix, offset, none, context, inverse, density, row_scales, dropout, seed};
   const int64_t batch = x.size(0);
   const auto mode = static_cast<glf::Save>(save);
   Tensor out = alike(x), logdet = empty(x, {batch}), saved;
@@ -105,20 +115,23 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
   return {out, logdet, saved};
 }
 
-// ∂x, ∂context (empty without one) and, with `parameters`, ∂matrix, ∂offset, ∂weights …, ∂biases …
+// ∂x, ∂context (empty without one) and, with `parameters`, ∂matrix (empty unless `of_matrix`), ∂offset, ∂weights …, ∂biases …
 // Without ∂out it is that of the density: out is read.
 Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
                                std::optional<Tensor> context, int64_t coupling, int64_t network, int64_t activation,
-                               int64_t log_scale, double constant, bool add_first, std::vector<double> spline, bool inverse,
-                               int64_t save, bool parameters, int64_t members) {
-  const Arguments arguments{{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
-                            matrix, offset, unmatrix, context, inverse, !grad_out};
+                               double activation_constant, int64_t log_scale, double constant, bool add_first,
+                               std::vector<double> spline, bool inverse,
+                               int64_t save, bool parameters, int64_t members, bool of_matrix, bool row_scales,
+                               double dropout, std::optional<Tensor> seed) {
+  const Arguments arguments{{weights, biases, coupling, network, activation, activation_constant, log_scale, constant,
+                             add_first, spline},
+                            matrix, offset, unmatrix, context, inverse, !grad_out, row_scales, dropout, seed};
   const auto mode = static_cast<glf::Save>(save);
   STD_TORCH_CHECK(mode != glf::Save::nothing || unmatrix, "glf_fast: rebuilding inputs needs the inverse matrices");
   Tensors grads{alike(out), context ? alike(*context) : empty(out, {0})};
   if (parameters) {
-    grads.push_back(alike(matrix));
+    grads.push_back(of_matrix ? alike(matrix) : empty(out, {0}));
     grads.push_back(alike(offset));
     for (const Tensor& w : weights) grads.push_back(alike(w));
     for (const Tensor& b : biases) grads.push_back(alike(b));
@@ -139,7 +152,7 @@ Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logde
       const int64_t step = e * flow.steps, row = e * rows, at = row * flow.dim;
       glf::Gradients<T> target{};
       if (parameters) {
-        target.matrix = write<T>(grads[2]) + step * flow.dim * flow.dim;
+        if (of_matrix) target.matrix = write<T>(grads[2]) + step * flow.dim * flow.dim;
         target.offset = write<T>(grads[3]) + step * flow.dim;
         for (int i = 0; i < flow.layers; ++i) {
           target.weight[i] = write<T>(grads[4 + i]) + flow.weights_before(i, step, 0);
@@ -259,14 +272,17 @@ int64_t vector_bytes() { return glf::vector_bytes(); }
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
-      "int coupling, int network, int activation, int log_scale, float constant, bool add_first, float[] spline, "
-      "bool inverse, bool density, int save, int record, int members=1)"
+      "int coupling, int network, int activation, float activation_constant, int log_scale, float constant, bool add_first, "
+      "float[] spline, "
+      "bool inverse, bool density, int save, int record, int members=1, bool row_scales=False, "
+      "float dropout=0, Tensor? seed=None)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
-      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int network, int activation, "
-      "int log_scale, float constant, bool add_first, float[] spline, bool inverse, int save, bool parameters, "
-      "int members=1) -> Tensor[]");
+      "Tensor? unmatrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, int coupling, int network, "
+      "int activation, float activation_constant, int log_scale, float constant, bool add_first, float[] spline, "
+      "bool inverse, int save, bool parameters, int members=1, bool of_matrix=True, bool row_scales=False, "
+      "float dropout=0, Tensor? seed=None) -> Tensor[]");
   m.def(
       "cpu_affine_coupling(Tensor v, Tensor u, Tensor t, int log_scale, float constant, bool add_first, bool inverse)"
       " -> (Tensor, Tensor)");

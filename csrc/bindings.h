@@ -122,7 +122,7 @@ inline Tensor integers(const Tensor& like, const std::vector<int64_t>& shape) {
 inline const int64_t* read_permutation(const Tensor& t) {
   check_place(t);
   STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Long,
-                  "glf_fast: permutation must be contiguous int64");
+                  "glf_fast: permutation or seed must be contiguous int64");
   check_storage(t);
   return static_cast<const int64_t*>(t.const_data_ptr());
 }

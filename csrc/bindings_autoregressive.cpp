@@ -37,11 +37,12 @@ int64_t panels_of(int64_t batch) {
 
 std::tuple<Tensor, Tensor, Tensor> autoregressive_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights, Tensors biases,
                                                        Tensor fan_in, std::optional<Tensor> context, int64_t transform,
-                                                       int64_t network, int64_t activation, int64_t log_scale, double constant,
-                                                       std::vector<double> spline, bool context_layer, bool inverse,
+                                                       int64_t network, int64_t activation, double activation_constant,
+                                                       int64_t log_scale, double constant, std::vector<double> spline,
+                                                       bool context_layer, bool inverse,
                                                        bool density, int64_t save, int64_t units) {
-  const Arguments arguments{matrix, offset, {weights, biases, fan_in, transform, network, activation, log_scale, constant,
-                            context_layer, spline}, context, inverse, density};
+  const Arguments arguments{matrix, offset, {weights, biases, fan_in, transform, network, activation, activation_constant,
+                            log_scale, constant, context_layer, spline}, context, inverse, density};
   const int64_t batch = x.size(0);
   const auto mode = static_cast<glf::Save>(save);
   Tensor out = alike(x), logdet = empty(x, {batch}), saved;
@@ -63,10 +64,11 @@ std::tuple<Tensor, Tensor, Tensor> autoregressive_flow(Tensor x, Tensor matrix, 
 Tensors autoregressive_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                      Tensor offset, Tensors weights, Tensors biases, Tensor fan_in,
                                      std::optional<Tensor> context, int64_t transform, int64_t network, int64_t activation,
-                                     int64_t log_scale, double constant, std::vector<double> spline, bool context_layer,
+                                     double activation_constant, int64_t log_scale, double constant,
+                                     std::vector<double> spline, bool context_layer,
                                      bool inverse, int64_t save, bool parameters, bool of_context) {
-  const Arguments arguments{matrix, offset, {weights, biases, fan_in, transform, network, activation, log_scale, constant,
-                            context_layer, spline}, context, inverse, !grad_out};
+  const Arguments arguments{matrix, offset, {weights, biases, fan_in, transform, network, activation, activation_constant,
+                            log_scale, constant, context_layer, spline}, context, inverse, !grad_out};
   const auto mode = static_cast<glf::Save>(save);
   of_context = of_context && context;
   Tensors grads{alike(out), of_context ? alike(*context) : empty(out, {0})};
@@ -106,13 +108,13 @@ Tensors autoregressive_flow_backward(std::optional<Tensor> grad_out, Tensor grad
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
       "cpu_autoregressive_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor fan_in, "
-      "Tensor? context, int transform, int network, int activation, int log_scale, float constant, float[] spline, "
-      "bool context_layer, bool inverse, bool density, int save, int units) -> (Tensor, Tensor, Tensor)");
+      "Tensor? context, int transform, int network, int activation, float activation_constant, int log_scale, float constant, "
+      "float[] spline, bool context_layer, bool inverse, bool density, int save, int units) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_autoregressive_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "
       "Tensor offset, Tensor[] weights, Tensor[] biases, Tensor fan_in, Tensor? context, int transform, int network, "
-      "int activation, int log_scale, float constant, float[] spline, bool context_layer, bool inverse, int save, "
-      "bool parameters, bool of_context) -> Tensor[]");
+      "int activation, float activation_constant, int log_scale, float constant, float[] spline, bool context_layer, "
+      "bool inverse, int save, bool parameters, bool of_context) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {

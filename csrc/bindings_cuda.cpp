@@ -1,10 +1,7 @@
 // The linear layers' operations on CUDA tensors. Schemas are in glf_fast/ops/linear/schemas.py; torch chooses by device.
-#include "bindings.h"
+#include "bindings_cuda.h"
 
 #include "cuda/linear.h"
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include <tuple>
 
@@ -12,21 +9,6 @@ namespace {
 
 using namespace glf::bindings;
 namespace device = glf::device;
-
-// The current stream of a tensor's GPU, which is made the current one as long as this lives.
-class Launch {
- public:
-  explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
-  }
-  operator device::Stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
-
-void check(const char* error) { STD_TORCH_CHECK(!error, "glf_fast: a CUDA kernel was not launched: ", error); }
 
 int dim_of(const Tensor& A) {
   check_square(A);

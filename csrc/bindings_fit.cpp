@@ -153,12 +153,13 @@ struct __attribute__((visibility("hidden"))) Run {
 // Returns the number of steps, n, or −1 − n where the next one's loss or gradient is not finite, which is left out.
 int64_t fit(Tensor order, Tensor rates, Tensor x, Maybe context, Maybe row_weights, Maybe permutation, Maybe sign,
             Tensors linear, Tensors actnorm, Tensors weights, Tensors biases, Tensors means, Tensors squares,
-            Tensor losses, int64_t coupling, int64_t network, int64_t activation, int64_t log_scale, double constant,
-            bool add_first, std::vector<double> spline, int64_t number, double beta1, double beta2, double epsilon,
-            double weight_decay, std::optional<double> clip, int64_t records_limit, double seconds) {
+            Tensor losses, int64_t coupling, int64_t network, int64_t activation, double activation_constant, int64_t log_scale,
+            double constant, bool add_first, std::vector<double> spline, int64_t number, double beta1, double beta2,
+            double epsilon, double weight_decay, std::optional<double> clip, int64_t records_limit, double seconds) {
   const Run run{order, rates, x, context, row_weights, losses, number, adamw(beta1, beta2, epsilon, weight_decay, clip),
                 records_limit, seconds};
-  return run(Networks{weights, biases, coupling, network, activation, log_scale, constant, add_first, spline},
+  return run(Networks{weights, biases, coupling, network, activation, activation_constant, log_scale, constant, add_first,
+                      spline},
              {permutation, sign, linear, actnorm, means, squares});
 }
 
@@ -166,12 +167,14 @@ int64_t fit(Tensor order, Tensor rates, Tensor x, Maybe context, Maybe row_weigh
 int64_t autoregressive_fit(Tensor order, Tensor rates, Tensor x, Maybe context, Maybe row_weights, Maybe permutation,
                            Maybe sign, Tensors linear, Tensors actnorm, Tensors weights, Tensors biases, Tensors means,
                            Tensors squares, Tensor losses, Tensor fan_in, int64_t transform, int64_t network,
-                           int64_t activation, int64_t log_scale, double constant, bool context_layer,
-                           std::vector<double> spline, int64_t number, double beta1, double beta2, double epsilon,
-                           double weight_decay, std::optional<double> clip, int64_t records_limit, double seconds) {
+                           int64_t activation, double activation_constant, int64_t log_scale, double constant,
+                           bool context_layer, std::vector<double> spline, int64_t number, double beta1,
+                           double beta2, double epsilon, double weight_decay, std::optional<double> clip,
+                           int64_t records_limit, double seconds) {
   const Run run{order, rates, x, context, row_weights, losses, number, adamw(beta1, beta2, epsilon, weight_decay, clip),
                 records_limit, seconds};
-  return run(MaskedNetworks{weights, biases, fan_in, transform, network, activation, log_scale, constant, context_layer, spline},
+  return run(MaskedNetworks{weights, biases, fan_in, transform, network, activation, activation_constant, log_scale, constant,
+                            context_layer, spline},
              {permutation, sign, linear, actnorm, means, squares});
 }
 
@@ -187,11 +190,12 @@ int64_t autoregressive_fit(Tensor order, Tensor rates, Tensor x, Maybe context, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def("cpu_fit(" GLF_DATA
-        "int coupling, int network, int activation, int log_scale, float constant, bool add_first, float[] spline" GLF_OPTIMIZER
+        "int coupling, int network, int activation, float activation_constant, int log_scale, float constant, "
+        "bool add_first, float[] spline" GLF_OPTIMIZER
         ") -> int");
   m.def("cpu_autoregressive_fit(" GLF_DATA
-        "Tensor fan_in, int transform, int network, int activation, int log_scale, float constant, bool context_layer, "
-        "float[] spline" GLF_OPTIMIZER ") -> int");
+        "Tensor fan_in, int transform, int network, int activation, float activation_constant, int log_scale, "
+        "float constant, bool context_layer, float[] spline" GLF_OPTIMIZER ") -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glf_fast, CPU, m) {

@@ -20,7 +20,9 @@ glf::Spline<T> spline_of(const std::vector<double>& numbers) {
 
 struct __attribute__((visibility("hidden"))) Networks {  // as torch::stable::Tensor is
   const Tensors &weights, &biases;
-  int64_t coupling, network, activation, log_scale;
+  int64_t coupling, network, activation;
+  double activation_constant;
+  int64_t log_scale;
   double constant;
   bool add_first;
   const std::vector<double>& spline;
@@ -62,6 +64,7 @@ struct __attribute__((visibility("hidden"))) Networks {  // as torch::stable::Te
     STD_TORCH_CHECK(f.width[f.layers] == f.columns() * f.transformed(), "glf_fast: the network must end in ", f.columns(),
                     "·(D//2) columns; got ", f.width[f.layers]);
     f.activation = static_cast<glf::Activation>(activation);
+    f.activation_constant = static_cast<T>(activation_constant);
     f.log_scale = static_cast<glf::LogScale>(log_scale);
     f.constant = static_cast<T>(constant);
     f.add_first = add_first;
@@ -73,7 +76,9 @@ struct __attribute__((visibility("hidden"))) Networks {  // as torch::stable::Te
 struct __attribute__((visibility("hidden"))) MaskedNetworks {
   const Tensors &weights, &biases;
   const Tensor& seen;
-  int64_t transform, network, activation, log_scale;
+  int64_t transform, network, activation;
+  double activation_constant;
+  int64_t log_scale;
   double constant;
   bool context_layer;
   const std::vector<double>& spline;
@@ -93,9 +98,9 @@ struct __attribute__((visibility("hidden"))) MaskedNetworks {
     STD_TORCH_CHECK(!context_layer || f.context_dim > 0, "glf_fast: a context layer needs a context");
     f.context_layer = context_layer;
     f.layers = static_cast<int>(weights.size()) - context_layer;
-    STD_TORCH_CHECK(f.layers >= 2 && f.layers <= glf::max_layers && weights.size() == biases.size() &&
+    STD_TORCH_CHECK(f.layers >= 1 && f.layers <= glf::max_layers && weights.size() == biases.size() &&
                         (!f.residual() || f.layers % 2 == 0),
-                    "glf_fast: a network of 2 to ", glf::max_layers, " layers is needed; got ", f.layers);
+                    "glf_fast: a network of 1 to ", glf::max_layers, " layers is needed; got ", f.layers);
     if (kind == glf::Kind::spline) f.spline = spline_of<T>(spline);
     f.width[0] = f.dim;
     for (int i = 0; i < f.layers; ++i) f.width[i + 1] = weights[i].dim() == 3 ? weights[i].size(2) : 0;
@@ -114,6 +119,7 @@ struct __attribute__((visibility("hidden"))) MaskedNetworks {
                     "glf_fast: fan_in does not fit the network");
     f.seen = read_permutation(seen);
     f.activation = static_cast<glf::Activation>(activation);
+    f.activation_constant = static_cast<T>(activation_constant);
     f.log_scale = static_cast<glf::LogScale>(log_scale);
     f.constant = static_cast<T>(constant);
     STD_TORCH_CHECK(f.is_autoregressive(), "glf_fast: fan_in must be sorted within each layer, at most the layer before is wide, "

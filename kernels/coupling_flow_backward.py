@@ -1,9 +1,9 @@
 """The backward of the whole coupling flow: launches that walk the steps from the last to the first, then matrix products.
 
 The kernel carries ∂x in registers, recomputes the MLP of every step and writes its hidden layers and their gradients into
-a workspace, some steps beside one another; one batched matrix product per weight makes the weight gradients of these steps,
-and one launch (sums.py) those of biases and offsets. So they are deterministic and run at the library's full speed; atomics
-or per-program sums would do neither.
+a workspace, some steps beside one another. From them all gradients of parameters of these steps are made
+(weight_gradients.py), in one launch where the CUDA kernels are. So they are deterministic and run at full speed; atomics or
+per-program sums would do neither.
 
 One step forward is z = [p, v·e^ℓ + t] of [p, v] = x A + c with ℓ = f(u). Given ∂z and ∂logdet:
 
@@ -33,10 +33,10 @@ from glf_fast.kernels.launch_table import Launch, launch_for
 from glf_fast.kernels.math import log_scale, log_scale_slope
 from glf_fast.kernels.mlp import hidden_layers, mlp, mlp_backward, mlp_backward_of_memory
 from glf_fast.kernels.packing import pack
-from glf_fast.kernels.portions import bmm, multiprocessors, over_rows, portions
+from glf_fast.kernels.portions import bmm, multiprocessors, portions
 from glf_fast.kernels.spline_coupling import spline_coupling_backward
-from glf_fast.kernels.sums import column_sums
 from glf_fast.kernels.tiles import affine, keep_columns, load_bias, load_halves, load_map, store_halves, store_tile
+from glf_fast.kernels.weight_gradients import InBatches, InOneLaunch
 
 __all__ = ["flow_backward", "flow_backward_kernel"]
 
@@ -203,6 +203,7 @@ def flow_backward(
     parameters: bool,
     of_context: bool,
     how: Launch | None = None,
+    one_launch: bool = False,
 ) -> list[Tensor]:
     """∂x (B, D), ∂context (B, C) if `of_context`, else (0,), and with `parameters` those of matrix, offset, weights and
     biases, in this order.
@@ -210,8 +211,8 @@ def flow_backward(
     `state` is what `flow_forward` saved (K, B, D), or with `unmatrix` (K, D, D), the inverse of `matrix`, its output
     (B, D): inputs are then rebuilt by undoing the steps. With `density`, `grad_out` holds the output z itself: the gradient
     is −z·∂logdet, and log|det A|'s (K,) follows that of the offset. All else as in `flow_forward`.
-    For every portion of steps and rows (`portions`): one launch for all steps, one for sums over rows, and a batched matrix
-    product for the maps and for each weight.
+    For every portion of steps and rows (`portions`): one launch for all steps, and with `one_launch`, for which the operation
+    glf_fast::row_products must run here, another for the gradients of all parameters.
     """
     (batch, dim), steps = grad_out.shape, len(matrix)
     widths = [w.shape[2] for w in weights[:-1]]
@@ -233,8 +234,12 @@ def flow_backward(
     workspace = grad_out.new_empty(2 * group * slab * stride, dtype=dtype)
     maps = grad_out.new_empty((1 if given else 2) * group * slab * dim)
     rebuilt = grad_out.new_empty(0) if saved or group == steps else torch.empty_like(grad_out)
-    sums = column_sums(steps, slab, constants, density, grad_out) if parameters else None
-    products: list[Tensor] = []
+    gradients: InBatches | InOneLaunch | None = None
+    if parameters and one_launch:
+        precisions = (options.map_precision, options.mlp_precision)
+        gradients = InOneLaunch((matrix, *weights), constants, density, precisions)
+    elif parameters:
+        gradients = InBatches((matrix, *weights), constants, density, slab)
     starts = range(0, steps, group)
     for start in starts if options.inverse else reversed(starts):
         these = slice(start, min(start + group, steps))
@@ -264,27 +269,16 @@ def flow_backward(
                 rows_of_context = weights[0][these, dim - dim // 2 :].mT.to(dtype)
                 found = bmm(slopes[..., : widths[0]], rows_of_context).sum(0)
                 grad_context[here] = found if last else grad_context[here] + found
-            if sums is None:
+            if gradients is None:
                 continue
-            sums.add(slopes, map_grad, grad_logdet[here], start, accumulate=first > 0)
             inputs = [hidden[..., columns[-1] : columns[-1] + dim - dim // 2 + context_dim]]
             inputs += [hidden[..., at : at + n] for at, n in zip(columns, widths, strict=False)]
             slopes_of = [slopes[..., at : at + w.shape[2]] for at, w in zip(columns, weights, strict=True)]
             pairs = [(map_in, map_grad), *zip(inputs, slopes_of, strict=True)]
-            found_here = [over_rows(a, b, processors) for a, b in pairs]
-            if count == steps and rows == batch:
-                products = found_here
-                continue
-            products = products or [torch.empty_like(t) for t in (matrix, *weights)]
-            for total, found in zip(products, found_here, strict=True):
-                if first:
-                    total[these] += found
-                else:
-                    total[these] = found
-    if sums is None:
+            gradients.add(pairs, slopes, grad_logdet[here], start, accumulate=first > 0)
+    if gradients is None:
         return [grad_x, grad_context]
-    *bias_grads, offset_grad, logabsdet_grad = sums.totals()
-    if options.inverse:
-        offset_grad = -torch.bmm(offset_grad.unsqueeze(1), matrix.mT).squeeze(1)
-    found = [products[0], offset_grad, *([logabsdet_grad] if density else []), *products[1:], *bias_grads]
-    return [grad_x, grad_context, *found]
+    made = gradients.results()
+    of_offset = -torch.bmm(made.offset.unsqueeze(1), matrix.mT).squeeze(1) if options.inverse else made.offset
+    of_density = [made.logabsdet] if density else []
+    return [grad_x, grad_context, made.matrix, of_offset, *of_density, *made.weights, *made.biases]

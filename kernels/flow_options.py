@@ -24,7 +24,8 @@ class FlowOptions(NamedTuple):
 
     `constant` of the log-scale (ln m for softclip). Precisions of the operands of products, of the affine maps ("ieee",
     "tf32x3", "tf32") and of the MLPs (these and "bf16"); everything else is in the dtype of the state. `spline`, the constants
-    of the kernels' splines (spline.py), is empty for affine couplings; it is one of the `sizes`.
+    of the kernels' splines (spline.py), is empty for affine couplings; it is one of the `sizes`. `activation_constant` is 0
+    for an activation that has none.
     """
 
     activation: str
@@ -35,11 +36,12 @@ class FlowOptions(NamedTuple):
     map_precision: str
     mlp_precision: str
     spline: tuple[Any, ...] = ()
+    activation_constant: float = 0.0
 
     def constants(self) -> dict[str, Any]:
         """As compile-time constants of the kernels."""
         return {
-            "ACTIVATION": self.activation,
+            "ACTIVATION": (self.activation, self.activation_constant),
             "LOG_SCALE": self.log_scale,
             "CONSTANT": self.constant,
             "ADD_FIRST": self.add_first,

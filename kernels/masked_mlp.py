@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from glf_fast.kernels.autoregressive_packing import up
-from glf_fast.kernels.math import activate, slope_from_input, times_slope_from_output
+from glf_fast.kernels.math import activate, needs_input, slope_from_input, times_slope_from_output
 from glf_fast.kernels.tiles import dot
 
 
@@ -107,7 +107,7 @@ def keep_units(
     at = row[:, None] * ROW_STRIDE + column[None, :]
     h = activate(pre, ACTIVATION)
     tl.store(hidden + at, h.to(hidden.dtype.element_ty), mask=mask)
-    if KEEP and (ACTIVATION == "silu" or ACTIVATION == "gelu"):
+    if KEEP and needs_input(ACTIVATION):
         tl.store(slopes + at, slope_from_input(pre, ACTIVATION).to(slopes.dtype.element_ty), mask=mask)
     return h
 
@@ -173,7 +173,7 @@ def times_slopes(
 ):
     """∂pre = ∂h·a'(pre) [BM, J] of some units of the layer that starts at AT, written to `slopes`."""
     at = AT + row[:, None] * ROW_STRIDE + column[None, :]
-    if ACTIVATION == "silu" or ACTIVATION == "gelu":
+    if needs_input(ACTIVATION):
         grad *= tl.load(slopes + at, mask=mask, other=0.0).to(grad.dtype)
     else:
         grad = times_slope_from_output(grad, tl.load(hidden + at, mask=mask, other=0.0).to(grad.dtype), ACTIVATION)

@@ -1,7 +1,7 @@
 """Elementwise mathematics of the kernels: activations, log-scales and their derivatives.
 
-Written with `tl.exp`, `tl.log` and `tl.erf` alone: the interpreter has no libdevice. Every function takes float32 or float64
-and computes in it; names and constants are compile-time constants, so that each kernel holds the one formula it needs.
+Written with `tl.exp`, `tl.log`, `tl.sqrt` and `tl.erf` alone: the interpreter has no libdevice. Every function takes float32 or
+float64 and computes in it; names and constants are compile-time constants, so that each kernel holds the one formula it needs.
 NaN stays NaN throughout, as in PyTorch.
 """
 
@@ -54,31 +54,80 @@ def atan(x):
 
 
 @triton.jit
+def softplus(x):
+    """log(1 + e^x), or x above 20, as in PyTorch."""
+    return tl.where(x > 20.0, x, -log_sigmoid(-x))
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 − e^−x of x ≥ 0. Its digits near 0 come from the series, whose terms end below an ulp at ¼."""
+    TERMS: tl.constexpr = 12 if x.dtype == tl.float64 else 6
+    one = x * 0.0 + 1.0  # in x's precision: the interpreter would divide plain numbers in float32
+    series = one
+    for i in tl.static_range(TERMS - 1):
+        series = one - series * x * (one / (TERMS - i))
+    return tl.where(x < 0.25, x * series, 1.0 - tl.exp(-x))
+
+
+@triton.jit
+def mish_parts(x):
+    """n and q with tanh(softplus(x)) = n/q, in terms of t = e^−|x|, where nothing overflows or cancels; and t."""
+    t = tl.exp(-tl.abs(x))
+    n = 2.0 * t + tl.where(x > 0, 1.0, t * t)
+    return n, n + 2.0 * tl.where(x > 0, t * t, 1.0), t
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The activation of the hidden layers, as `glf_fast.reference.mlp.ACTIVATIONS`."""
-    if ACTIVATION == "relu":
+    """The activation of the hidden layers, as `glf_fast.reference.mlp.ACTIVATION_FUNCTIONS`: ACTIVATION is (name, constant)."""
+    NAME: tl.constexpr = ACTIVATION[0]
+    CONSTANT: tl.constexpr = ACTIVATION[1]
+    if NAME == "relu":
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "leaky_relu":
-        return tl.where(x > 0, x, 0.01 * x)
-    elif ACTIVATION == "silu":
+    elif NAME == "leaky_relu":
+        return tl.where(x > 0, x, CONSTANT * x)
+    elif NAME == "silu":
         return x / (1.0 + tl.exp(-x))
-    elif ACTIVATION == "gelu":
+    elif NAME == "gelu":
         return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
-    elif ACTIVATION == "tanh":
+    elif NAME == "tanh":
         return tanh(x)
-    else:
-        tl.static_assert(ACTIVATION == "elu")
-        return tl.where(x > 0, x, tl.exp(x) - 1.0)
+    elif NAME == "elu":
+        return tl.where(x > 0, x, CONSTANT * (tl.exp(x) - 1.0))
+    elif NAME == "hardswish":
+        y = tl.where(x < -3.0, 0.0, x + 3.0)
+        return x * (tl.where(y > 6.0, 6.0, y) / 6.0)
+    elif NAME == "softplus":
+        return softplus(x)
+    elif NAME == "mish":
+        n, q, _ = mish_parts(x)
+        return x * (n / q)
+    else:  # λ x, or λα (e^x − 1) below 0
+        tl.static_assert(NAME == "selu")
+        return tl.where(x > 0, 1.0507009873554805 * x, 1.7580993408473766 * (tl.exp(x) - 1.0))
+
+
+@triton.constexpr_function
+def needs_input(activation):
+    """Whether a'(x) is no function of a(x): the backward keeps it beside a(x)."""
+    return activation[0] in ("silu", "gelu", "hardswish", "mish")
 
 
 @triton.jit
 def slope_from_input(x, ACTIVATION: tl.constexpr):
-    """a'(x) of silu and gelu, where it is no function of the output: the backward keeps it beside the output."""
-    if ACTIVATION == "silu":
+    """a'(x) of the activations that need their input."""
+    NAME: tl.constexpr = ACTIVATION[0]
+    if NAME == "silu":
         s = sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
+    elif NAME == "hardswish":
+        return tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 1.0, x / 3.0 + 0.5))
+    elif NAME == "mish":
+        n, q, t = mish_parts(x)
+        return n / q + x * (4.0 * t * (1.0 + t) * tl.where(x > 0, t, 1.0) / (q * q))
     else:
-        tl.static_assert(ACTIVATION == "gelu")
+        tl.static_assert(NAME == "gelu")
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)) + x * density
 
@@ -86,15 +135,33 @@ def slope_from_input(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def times_slope_from_output(grad, h, ACTIVATION: tl.constexpr):
     """∂x = ∂h·a'(x) of the other activations, from h = a(x)."""
-    if ACTIVATION == "relu":
+    NAME: tl.constexpr = ACTIVATION[0]
+    CONSTANT: tl.constexpr = ACTIVATION[1]
+    if NAME == "relu":
         return tl.where(h <= 0, 0.0, grad)
-    elif ACTIVATION == "leaky_relu":
-        return tl.where(h > 0, grad, 0.01 * grad)
-    elif ACTIVATION == "tanh":
+    elif NAME == "leaky_relu":
+        return tl.where(h > 0, grad, CONSTANT * grad)
+    elif NAME == "tanh":
         return grad * (1.0 - h * h)
+    elif NAME == "elu":
+        return tl.where(h > 0, grad, grad * (h + CONSTANT))
+    elif NAME == "softplus":
+        return tl.where(h > 20.0, grad, grad * one_minus_exp(h))
     else:
-        tl.static_assert(ACTIVATION == "elu")
-        return tl.where(h > 0, grad, grad * (h + 1.0))
+        tl.static_assert(NAME == "selu")
+        return grad * tl.where(h > 0, 1.0507009873554805, h + 1.7580993408473766)
+
+
+@triton.jit
+def bayesflow(u):
+    """q = (e − 1)·e^arsinh u, √(1 + u²) and the scale softplus(arsinh u + ln(e − 1)) = log(1 + q), by Kahan's log1p."""
+    a = tl.abs(u)
+    small = tl.where(a > 1e9, 1.0, a)  # its square cannot overflow
+    root = tl.where(a > 1e9, a, tl.sqrt(1.0 + small * small))
+    q = 1.7182818284590452 * tl.where(u < 0, 1.0 / (a + root), a + root)
+    w = 1.0 + q
+    known = (w != 1.0) & (w - 1.0 < float("inf"))
+    return q, root, tl.where(known, tl.log(w) * (q / tl.where(known, w - 1.0, 1.0)), q)
 
 
 @triton.jit
@@ -116,6 +183,9 @@ def log_scale(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
         return 0.6931471805599453 + log_sigmoid(u)
     elif LOG_SCALE == "clamp":
         return tl.where(u < -5.0, -5.0, tl.where(u > 3.0, 3.0, u)) + (u - u)  # NaN where u is infinite, as in pyro
+    elif LOG_SCALE == "bayesflow":
+        _, _, scale = bayesflow(u)
+        return tl.log(scale)
     else:
         tl.static_assert(LOG_SCALE == "softplus")
         return tl.log(CONSTANT - log_sigmoid(-u))
@@ -141,6 +211,9 @@ def log_scale_slope(u, LOG_SCALE: tl.constexpr, CONSTANT: tl.constexpr):
         return 1.0 / (d * d)
     elif LOG_SCALE == "jet":
         return sigmoid(-u)
+    elif LOG_SCALE == "bayesflow":
+        q, root, scale = bayesflow(u)
+        return 1.0 / ((1.0 + 1.0 / q) * root * scale)
     else:
         tl.static_assert(LOG_SCALE == "softplus")
         return sigmoid(u) / (CONSTANT - log_sigmoid(-u))

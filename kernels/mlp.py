@@ -17,7 +17,7 @@ gradient the same columns of `slopes`: whoever reads a chunk finds all of it wri
 import triton
 import triton.language as tl
 
-from glf_fast.kernels.math import activate, slope_from_input, times_slope_from_output
+from glf_fast.kernels.math import activate, needs_input, slope_from_input, times_slope_from_output
 from glf_fast.kernels.tiles import divides, dot, keep_columns, load_bias, load_weight, product, store_tile
 
 
@@ -81,7 +81,7 @@ def keep_hidden(
     """a(pre) [BM, J], written to `hidden`; with SLOPES also a'(pre), where its gradient will be."""
     h = keep_columns(activate(pre, ACTIVATION), column, N)
     store_tile(hidden, h, row, live, ROW_STRIDE, column, PADDED)
-    if SLOPES and (ACTIVATION == "silu" or ACTIVATION == "gelu"):
+    if SLOPES and needs_input(ACTIVATION):
         store_tile(slopes, slope_from_input(pre, ACTIVATION), row, live, ROW_STRIDE, column, PADDED)
     return h
 
@@ -198,7 +198,7 @@ def times_slope(
     mask = live[:, None]
     if not divides(column.shape[0], PADDED):
         mask = mask & (column < PADDED)[None, :]
-    if ACTIVATION == "silu" or ACTIVATION == "gelu":
+    if needs_input(ACTIVATION):
         grad = grad * tl.load(slopes + at, mask=mask, other=0.0).to(grad.dtype)
     else:
         grad = times_slope_from_output(grad, tl.load(hidden + at, mask=mask, other=0.0).to(grad.dtype), ACTIVATION)

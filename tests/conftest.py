@@ -1,8 +1,11 @@
 """Fixtures for all tests: real data and weights, fetched once into the cache by the package's own fetchers."""
 
+import ctypes
 import fcntl
 import importlib.util
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +51,17 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         return path
 
     return made
+
+
+@pytest.fixture(scope="session")
+def host_kernels(once: Callable[[str, Callable[[Path], object]], Path]) -> ctypes.CDLL:
+    """The CUDA kernels compiled for the host, and launched by name (host_launches.py)."""
+    compiler = shutil.which("c++")
+    assert compiler, "a C++ compiler is needed"
+    root = Path(__file__).parents[1]
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
+    command = [compiler, *flags, f"-I{root / 'csrc'}", root / "tests" / "csrc" / "host_kernels.cpp", "-o"]
+    return ctypes.CDLL(str(once("host_kernels.so", lambda target: subprocess.run([*command, target], check=True))))
 
 
 @pytest.fixture(scope="session")

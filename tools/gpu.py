@@ -17,7 +17,8 @@ the second looks for them: on another machine they must be carried.
 
 Uses the Python that runs it (torch, Triton and pytest are there), and installs nothing for the first call. Training needs
 tyro, docstring-parser and typeguard, as wheels in wheels/ (the archive brings them), and data in build/gpu/data (gpu_train.py).
-Other libraries' flows are measured where their wheels lie there, too.
+Other libraries' flows, and those of public projects, are measured where wheels of nflows, normflows, FrEIA and zuko lie
+there, too.
 `--only` takes steps by name; what prepares a fresh machine comes before them. `--rehearse` makes both calls on a processor as
 far as that goes: it builds, interprets the tests' kernels, runs every group of the benchmark with small cases, and trains.
 $COMMIT names the commit where the repository did not come along. Afterwards:

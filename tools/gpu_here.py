@@ -40,7 +40,10 @@ VENV, TREE, AGAIN = HOME / "venv", HOME / "tree", HOME / "again"
 ARCHIVE = HOME / "carry.tar.xz"
 PYTHON = VENV / "bin" / "python"
 PACKAGES = VENV / "lib" / "python3.12" / "site-packages"
-WHEELS = ("tyro==1.0.17", "docstring-parser==0.18.0", "typeguard==4.6.1")
+WHEELS = (
+    "tyro==1.0.17", "docstring-parser==0.18.0", "typeguard==4.6.1",
+    "nflows==0.14", "normflows==1.7.3", "FrEIA==0.2", "zuko==1.6.0",  # whose flows run beside ours
+)  # fmt: skip
 TRAVELS = 64 << 20  # bytes that the archive and the repository may have together
 
 
@@ -84,7 +87,7 @@ def make_environment() -> None:
         call(*pip, "install", "--requirement", ROOT / "tools" / "gpu_here.txt")
         stamp.write_text(wanted)
     if len(list((HOME / "wheels").glob("*.whl"))) != len(WHEELS):
-        call(*pip, "download", "--no-deps", "--only-binary=:all:", "--dest", HOME / "wheels", *WHEELS)
+        call(*pip, "wheel", "--no-deps", "--wheel-dir", HOME / "wheels", *WHEELS)
 
 
 def copy_sources(target: Path) -> int:
@@ -127,7 +130,7 @@ def build_libraries() -> list[Path]:
 
 def link_for_stub(tree: Path) -> None:
     """Replace _cuda.abi3.so by the same code with the shared libcudart, whose place the stub takes."""
-    objects = sorted(TREE.glob("build/temp*/csrc/bindings_cuda.o")) + sorted(TREE.glob("build/temp*/csrc/cuda/*.o"))
+    objects = sorted(TREE.glob("build/temp*/csrc/bindings_cuda*.o")) + sorted(TREE.glob("build/temp*/csrc/cuda/*.o"))
     torch, cuda = PACKAGES / "torch" / "lib", PACKAGES / "nvidia" / "cu13" / "lib"
     libraries = ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-l:libcudart.so.13"]
     target = tree / "glf_fast" / "_cuda.abi3.so"

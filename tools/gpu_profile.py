@@ -1,10 +1,10 @@
 """Nsight Compute's view of the kernels, in numbers: `python tools/gpu_profile.py OUT`. Writes OUT/profile.json.
 
-The flow's forward and backward at 256 rows (glf-cifar), log|det| and inverse of 16,384 matrices of 32 × 32, the elementwise
-coupling of (4096, 24, 16, 16), channels-last, and the flow's forward and backward at 8,192 rows. Of each: duration,
-registers, shared memory, blocks, what is issued of what could be, occupancy, bytes of L2 and of memory, and the reasons for
-which warps wait, the most important first. OUT/profile.ncu-rep keeps all that ncu saw (`--set full`). Clocks are left as
-they are.
+The flow's forward and backward at 256 rows (glf-cifar), a small flow's (glf-mnist), log|det| and inverse of 16,384 matrices
+of 32 × 32, the elementwise coupling of (4096, 24, 16, 16), channels-last, and the flow's forward and backward at 8,192
+rows. Of each: duration, registers, shared memory, blocks, what is issued of what could be, occupancy, bytes of L2 and of
+memory, and the reasons for which warps wait, the most important first. OUT/profile.ncu-rep keeps all that ncu saw (`--set
+full`). Clocks are left as they are.
 
     python tools/gpu_profile.py OUT --rehearse     # makes the calls alone, on a processor in Triton's interpreter
 """
@@ -43,7 +43,7 @@ NUMBERS = {
     "smsp__cycles_active.avg": "cycles",
 }
 STALL, OF_ISSUE = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
-KERNELS = "regex:flow_kernel|flow_backward|slogdet_inverse|coupling_kernel|coupling_backward"
+KERNELS = "regex:flow_kernel|flow_backward|flow_gradient|slogdet_inverse|row_products|coupling_kernel|coupling_backward"
 
 
 def key_numbers(text: str) -> list[dict[str, Any]]:
@@ -90,20 +90,22 @@ def calls(device: str, small: bool) -> Iterator[Callable[[], object]]:
     from bench.cases import FLOWS, CouplingCase, FlowCase
     from bench.linear import LinearCase
 
-    case = FlowCase("small", 8, (16, 16), 2, 4) if small else FLOWS["glf-cifar"]
-    flow = case.flow(device)
+    rehearsed = FlowCase("small", 8, (16, 16), 2, 4)
 
-    def train(rows: int) -> Callable[[], object]:
-        x = 0.5 + 1.5 * torch.randn(rows, case.dim, device=device)
+    def train(name: str, rows: int) -> Callable[[], object]:
+        case = rehearsed if small else FLOWS[name]
+        flow = case.flow(device)
+        x = 0.5 + 1.5 * torch.randn(2 if small else rows, case.dim, device=device)
         return lambda: torch.autograd.grad(-flow.log_prob(x).mean(), list(flow.parameters())[:1])
 
-    yield train(2 if small else 256)
+    yield train("glf-cifar", 256)
+    yield train("glf-mnist", 256)
     clock = rehearsal if small else gpu_clock
     dense = LinearCase(2, 5) if small else LinearCase(16384, 32)
     yield linear.PROVIDERS["glf_fast"].job(dense, "forward", clock).run
     images = CouplingCase((2, 4, 4, 4) if small else (4096, 24, 16, 16), "channels-last")
     yield coupling.PROVIDERS["glf_fast"].job(images, "train", clock).run
-    yield train(4 if small else 8192)  # last: it has several launches, for as many as there is time
+    yield train("glf-cifar", 8192)  # last: it has several launches, for as many as there is time
 
 
 def work(rehearse: bool) -> None:

@@ -1,9 +1,10 @@
 """A few small calls of every kernel, for compute-sanitizer: `compute-sanitizer --tool memcheck python tools/gpu_sanitized.py`.
 
-Affine flows of registers (D 20) and of staged maps (D 96), with staged hidden layers, and spline flows: forward, inverse and
-both backwards. Autoregressive flows in both directions. PLU layers that end within a patch; dense matrices for a warp, for two
-rows a lane and for a block; the elementwise coupling. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation, and
-what lies beyond it is seen. Results are looked at only for being finite: tests/gpu has the values.
+Affine flows of D 20, by CUDA's kernels and by Triton's, and of staged maps (D 96), with staged hidden layers, and spline
+flows: forward, inverse and both backwards. Autoregressive flows in both directions. PLU layers that end within a patch;
+dense matrices for a warp, for two rows a lane and for a block; the elementwise coupling. With
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation, and what lies beyond it is seen. Results are looked at only
+for being finite: tests/gpu has the values.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ __all__ = ["main"]
 ROWS = 40  # two programs and a half
 
 
-def calls(device: str) -> Iterable[Iterable[Tensor]]:
-    """What each call returns."""
-    kinds = ((20, "affine", (48, 33, 48)), (96, "affine", (48, 33, 48)), (20, "spline", (33,)))
+def couplings(device: str, *kinds: tuple[int, str, tuple[int, ...]]) -> Iterable[Iterable[Tensor]]:
+    """What calls of coupling flows of these sizes return."""
     for (dim, coupling, hidden), reversible in itertools.product(kinds, (False, True)):
         torch.manual_seed(0)
         flow = CouplingFlow(dim, 2, hidden, coupling=coupling, reversible=reversible).to(device)
@@ -35,6 +35,14 @@ def calls(device: str) -> Iterable[Iterable[Tensor]]:
         yield torch.autograd.grad(z.sum() + logdet.sum(), [x])
         with torch.no_grad():
             yield flow.inverse(torch.randn(ROWS, dim, device=device))
+
+
+def calls(device: str) -> Iterable[Iterable[Tensor]]:
+    """What each call returns."""
+    small = (20, "affine", (48, 33, 48))
+    yield from couplings(device, small, (96, "affine", (48, 33, 48)), (20, "spline", (33,)))
+    with use_backend("triton"):
+        yield from couplings(device, small)
     for transform in ("affine", "spline"):
         torch.manual_seed(0)
         masked = AutoregressiveFlow(2, 1, (18,), 5, transform=transform, context_layer=True).to(device)

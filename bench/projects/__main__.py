@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,18 +23,15 @@ from torch import nn
 from bench.machine import about
 from bench.processor_clock import THREADS, call_times
 from bench.projects import PROJECTS, Project
+from bench.projects.passes import MODES, pair_of, passes
 from bench.projects.table import with_table
 from bench.results import Result, Results, read, stats, write
-from glf_fast import accelerate
-from glf_fast.conversion.accelerate import Report
 
 __all__ = ["MODES", "main", "measured"]
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "bench" / "results"
 DROP_IN = ROOT / "docs" / "drop-in.md"
-MODES = ("step", "fused step", "log_prob", "sample")
-TOLERANCE = 1e-3  # of log_prob in float32, of flows that are far from their data
 
 
 def measured(project: Project, seconds: float) -> Iterator[Result]:
@@ -44,61 +40,26 @@ def measured(project: Project, seconds: float) -> Iterator[Result]:
     Raises:
         RuntimeError: the flow is not replaced though it should be, or has another log_prob afterwards.
     """
-    original = project.made()
-    fast = copy.deepcopy(original)
-    start = time.perf_counter()
-    report = accelerate(fast)
-    took = time.perf_counter() - start
-    if not report:
-        if project.why:
-            return
-        raise RuntimeError(f"{project.name} is not replaced: {report}")
-    flows = {"original": original.eval(), "glf_fast": fast.eval()}
-    x, context = project.inputs(project.batch)
-    with torch.no_grad():
-        wanted, got = (project.log_prob(flow, x, context) for flow in flows.values())
-    size = max(
-        1.0, wanted.nan_to_num().abs().max().item()
-    )  # densities that the original does not have are none of ours, too
-    if not torch.allclose(got, wanted, rtol=TOLERANCE, atol=TOLERANCE * size, equal_nan=True):
-        raise RuntimeError(f"{project.name} has another log_prob: {(got - wanted).abs().max():.3g} off")
-    info = {"batch": project.batch, "seconds": took, "into": _into(report)}
+    pair = pair_of(project)
+    if pair is None:
+        return
+    info = {"batch": project.batch, "seconds": pair.seconds, "into": pair.into}
     for mode in MODES:
         if mode.endswith("step") and not project.training:
             continue  # fused in eval mode, it trains in another way
-        works = {name: _work(project, copy.deepcopy(flow), mode) for name, flow in flows.items()}
+        works = {name: _work(project, copy.deepcopy(flow), mode) for name, flow in pair.flows.items()}
         for name, calls in call_times(works, seconds).items():
             if isinstance(calls, Exception):
                 raise calls
             yield Result("projects", project.name, mode, name, stats(calls.seconds), dict(info))
 
 
-def _into(report: Report) -> dict[str, int]:
-    """The kinds of layers that a flow's have become, in all runs together."""
-    total: dict[str, int] = {}
-    for replaced in report.replaced:
-        for kind, number in replaced.into.items():
-            total[kind] = total.get(kind, 0) + number
-    return {**{kind: number for kind, number in total.items() if number}, "left": len(report.left)}
-
-
 def _work(project: Project, flow: nn.Module, mode: str) -> Callable[[], Any]:
-    x, context = project.inputs(project.batch)
+    """A pass: a step has new data each time."""
+    run = passes(project, flow, mode)
     if mode.endswith("step"):
-        parameters = [p for p in flow.train().parameters() if p.requires_grad]
-        return partial(_step, project, flow, torch.optim.Adam(parameters, 1e-6, fused=mode == "fused step"))
-    return torch.no_grad()(
-        partial(project.log_prob, flow, x, context)
-        if mode == "log_prob"
-        else partial(project.sample, flow, len(x), context)
-    )
-
-
-def _step(project: Project, flow: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """A step on new data."""
-    optimizer.zero_grad()
-    project.loss_of(flow, *project.inputs(project.batch)).backward()
-    optimizer.step()
+        return lambda: run(*project.inputs(project.batch))
+    return partial(run, *project.inputs(project.batch))
 
 
 def _results(names: Sequence[str], seconds: float) -> Results:

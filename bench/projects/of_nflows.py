@@ -245,6 +245,7 @@ PROJECTS = [
         _quantum,
         (3,),
         512,
+        how="leave it: kernels have first derivatives alone",
         loss="score",
     ),
     Project(
@@ -335,7 +336,7 @@ PROJECTS = [
         (8,),
         256,
         left="ResidualNet with batch norm is not covered",
-        why="no kernel has batch norm inside of a network",
+        why="no kernel has the batch norm of a residual network",
     ),
     Project(
         "lfi-gw",

@@ -60,6 +60,7 @@ class Project:
     noise: shape of a sample's noise, where it differs from `shape` (FrEIA).
     double: it is trained in float64.
     training: it is in training mode when it is accelerated; some layers are read in eval mode alone.
+    dropout: a fused flow drops other units in training mode than the original does with the same seed.
     other: classes of layers that may be fused with other parameters, so that an optimizer takes other steps.
     """
 
@@ -77,6 +78,7 @@ class Project:
     noise: Shape = ()
     double: bool = False
     training: bool = True
+    dropout: bool = False
     other: frozenset[str] = field(default_factory=frozenset)
 
     @property
@@ -108,7 +110,10 @@ class Project:
 
     def sample(self, flow: nn.Module, n: int, context: Tensor | None) -> Tensor:
         """n samples, of n contexts if there are any; noise comes from torch's generator."""
-        noise = torch.randn(n, *(self.noise or self.shape), dtype=self.dtype) if self.library == "FrEIA" else None
+        noise = None
+        if self.library == "FrEIA":
+            device = next(flow.parameters()).device
+            noise = torch.randn(n, *(self.noise or self.shape), dtype=self.dtype, device=device)
         return _CALLS[self.library][1](getattr(flow, "flow", flow), n, context, noise)
 
     def loss_of(self, flow: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:

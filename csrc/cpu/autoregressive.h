@@ -27,6 +27,7 @@ struct Autoregressive {
   const T* bias[max_layers + 1];   // (K, width[i + 1])
   const std::int64_t* seen;        // (K, hidden widths …, D)
   Activation activation;
+  T activation_constant;           // as in Flow
   LogScale log_scale;
   T constant;
   Spline<T> spline;

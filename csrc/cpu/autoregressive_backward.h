@@ -50,8 +50,8 @@ struct BackwardPanel : Panel<T> {
 template <class T>
 void multiply_by_slopes(const BackwardPanel<T>& panel, Span units, const T* kept, T* g) {
   constexpr idx W = panel_rows<T>;
-  activate_backward(panel.flow.activation, units.end - units.begin, panel.vectors * lanes<T>, kept + units.begin * W, W,
-                    g + units.begin * W, W);
+  activate_backward(panel.flow.activation, panel.flow.activation_constant, units.end - units.begin, panel.vectors * lanes<T>,
+                    kept + units.begin * W, W, g + units.begin * W, W);
 }
 
 // From ∂raw to ∂ of the hidden layers, as far as the stage's units go.

@@ -66,7 +66,8 @@ struct Panel {
 
   void activate_units(Span units, const T* from, T* to) const {
     constexpr idx W = panel_rows<T>;
-    activate(flow.activation, units.end - units.begin, vectors * lanes<T>, from + units.begin * W, to + units.begin * W, W);
+    activate(flow.activation, flow.activation_constant, units.end - units.begin, vectors * lanes<T>, from + units.begin * W,
+             to + units.begin * W, W);
   }
 };
 

@@ -9,8 +9,9 @@ namespace glf {
 using Int = std::ptrdiff_t;
 
 // What there is of each, by the names in glf_fast.reference. Python asks for a name's number (code_of).
-#define GLF_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(gelu) X(tanh) X(elu)
-#define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet) X(softplus) X(clamp)
+#define GLF_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(gelu) X(tanh) X(elu) X(selu) \
+  X(hardswish) X(softplus) X(mish)
+#define GLF_LOG_SCALES(X) X(tanh) X(exp) X(glow) X(nflows) X(atan) X(softclip) X(jet) X(softplus) X(clamp) X(bayesflow)
 #define GLF_COUPLINGS(X) X(affine) X(separate) X(additive) X(spline)
 #define GLF_NETWORKS(X) X(mlp) X(residual) X(skip)
 #define GLF_ENUMERATOR(name) name,
@@ -72,11 +73,15 @@ struct Flow {
   const T* weight[max_layers]; // (K, networks, inputs(i), outputs(i))
   const T* bias[max_layers];   // (K, networks, outputs(i))
   Activation activation;
+  T activation_constant;      // the slope of leaky_relu, α of elu
   LogScale log_scale;
   T constant;                  // the log-scale's; ln m for softclip
   Spline<T> spline;            // of that kind alone
   bool add_first, inverse;
   bool density;                // log N(out; 0, I) is added to the log-determinants
+  bool row_scales;             // of A only the scales of its rows are trained: see map_gradient in flow_tile.h
+  double dropout;              // p, of hidden units
+  std::uint64_t seed;          // of what is dropped: see dropout.h
 
   Int passive() const { return dim - dim / 2; }
   Int transformed() const { return dim / 2; }
@@ -95,7 +100,7 @@ struct Flow {
   Int biases_before(int i, Int k, int n) const { return (k * networks + n) * outputs(i); }
 };
 
-// Gradients of the parameters, shaped like them. All are written, none is read.
+// Gradients of the parameters, shaped like them. All are written, none is read. `matrix` is null where it is not wanted.
 template <class T>
 struct Gradients {
   T *matrix, *offset, *weight[max_layers], *bias[max_layers];

@@ -47,11 +47,9 @@ void step_backward(const BackwardTile<T>& tile, idx k, const T* grad_logdet, T* 
   const Record& at = tile.at;
   const GradientRecord& grad = tile.grad;
   const idx D = flow.dim;
-  const T* matrix = flow.matrix + k * D * D;
-  const auto affine_parameters = [&](idx left, idx right, T sign) {
+  const auto affine_parameters = [&](idx left, idx right, T sign) {  // when grad.out and grad.y are both there
     if (!tile.parameters) return;
-    outer_sum(tile.rows, D, D, tile.record + left, at.width, tile.gradient + right, grad.width,
-              tile.parameters->matrix + k * D * D, tile.accumulate);
+    if (tile.parameters->matrix) map_gradient(tile, k, left, right, grad.out);
     column_sum(tile.rows, D, sign, tile.gradient + grad.y, grad.width, tile.parameters->offset + k * D,
                tile.accumulate);
   };
@@ -59,12 +57,10 @@ void step_backward(const BackwardTile<T>& tile, idx k, const T* grad_logdet, T* 
     coupling_backward(tile, at.y, grad.out, grad.y, grad_logdet);
     network_backward(tile, k);
     add_input_gradient(tile, grad.out, grad.y, grad_context, first_step);
+    multiply_by_map<T>(tile, k, false, true, tile.gradient + grad.y, grad.width, tile.gradient + grad.out, grad.width);
     affine_parameters(at.x, grad.y, T(1));
-    multiply<T>(tile.rows, D, D, tile.gradient + grad.y, grad.width, matrix, true, tile.gradient + grad.out, grad.width,
-                nullptr, tile.panel);
   } else {
-    multiply<T>(tile.rows, D, D, tile.gradient + grad.out, grad.width, matrix, true, tile.gradient + grad.y, grad.width,
-                nullptr, tile.panel);
+    multiply_by_map<T>(tile, k, false, true, tile.gradient + grad.out, grad.width, tile.gradient + grad.y, grad.width);
     affine_parameters(at.y, grad.out, T(-1));
     coupling_backward(tile, at.x, grad.y, grad.out, grad_logdet);
     network_backward(tile, k);
@@ -79,16 +75,14 @@ void rebuild_record(const BackwardTile<T>& tile, idx k) {
   const Record& at = tile.at;
   const idx D = flow.dim, P = flow.passive(), ld = tile.grad.width;
   const Rows<T> state = tile.gradient_of(tile.grad.state);
-  const T* unmatrix = flow.unmatrix + k * D * D;
   if (!flow.inverse) {
     copy_rows<T>(tile.rows, P, state.data, ld, tile.record + at.y, at.width);
     run_network(tile, k, at.y);
     run_coupling<T>(tile, true, {state.data + P, ld}, tile.field(at.y + P), nullptr, false);
     add_offset<T>(tile, k, T(-1), tile.read(at.y), state);
-    multiply<T>(tile.rows, D, D, state.data, ld, unmatrix, false, tile.record + at.x, at.width, nullptr, tile.panel);
+    multiply_by_map<T>(tile, k, true, false, state.data, ld, tile.record + at.x, at.width);
   } else {
-    multiply<T>(tile.rows, D, D, state.data, ld, unmatrix, false, tile.record + at.y, at.width, flow.offset + k * D,
-                tile.panel);
+    multiply_by_map<T>(tile, k, true, false, state.data, ld, tile.record + at.y, at.width, flow.offset + k * D);
     copy_rows<T>(tile.rows, P, tile.record + at.y, at.width, tile.record + at.x, at.width);
     run_network(tile, k, at.x);
     run_coupling<T>(tile, false, tile.read(at.y + P), tile.field(at.x + P), nullptr, false);
@@ -116,7 +110,7 @@ void reduce(const F& flow, const G& total, const G* parts, int n, const Parallel
       const idx chunk = round_up((size + n) / (n + 1), 16);
       const idx begin = std::min(size, thread * chunk), end = std::min(size, begin + chunk);
       T* sum = tensor(total);
-      for (int i = 0; i < n; ++i) {
+      for (int i = 0; sum && i < n; ++i) {
         const T* part = tensor(parts[i]);
         for (idx j = begin; j < end; ++j) sum[j] += part[j];
       }
@@ -125,10 +119,10 @@ void reduce(const F& flow, const G& total, const G* parts, int n, const Parallel
 }
 
 template <class T>
-Gradients<T> carve(const Flow<T>& flow, T* memory) {
+Gradients<T> carve(const Flow<T>& flow, bool of_matrix, T* memory) {
   Gradients<T> g{};
   const auto take = [&memory](Int n) { return std::exchange(memory, memory + n); };
-  g.matrix = take(flow.steps * flow.dim * flow.dim);
+  g.matrix = of_matrix ? take(flow.steps * flow.dim * flow.dim) : nullptr;
   g.offset = take(flow.steps * flow.dim);
   for (int i = 0; i < flow.layers; ++i) {
     g.weight[i] = take(flow.weights_before(i, flow.steps, 0));
@@ -142,7 +136,10 @@ void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Sa
               Int record_width, const T* grad_out, const T* grad_logdet, T* grad_x, T* grad_context,
               const Gradients<T>* parameters, const Parallel& parallel) {
   if (batch == 0) {
-    if (parameters) each_gradient(flow, [&](auto tensor, idx size) { std::fill_n(tensor(*parameters), size, T(0)); });
+    if (parameters)
+      each_gradient(flow, [&](auto tensor, idx size) {
+        if (T* of = tensor(*parameters)) std::fill_n(of, size, T(0));
+      });
     return;
   }
   const Record at = Record::of(flow);
@@ -152,13 +149,15 @@ void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Sa
 
   // The first thread adds into the result itself, the others into their own copies.
   idx size = 0;
-  each_gradient(flow, [&](auto, idx n) { size += n; });
+  if (parameters) each_gradient(flow, [&](auto tensor, idx n) { size += tensor(*parameters) ? n : 0; });
   const int copies = parameters ? tiling.threads - 1 : 0;
   const PerThread<T> scratch(tiling.threads, {panel_size(flow), save == Save::records ? 0 : tiling.tile_rows * at.width,
                                               tiling.tile_rows * grad.width, copies ? size : 0});
   const std::unique_ptr<Gradients<T>[]> own(new Gradients<T>[copies + 1]);
-  for (int i = 0; i < copies; ++i) own[i] = carve(flow, scratch.get(i + 1, 3));
+  for (int i = 0; i < copies; ++i) own[i] = carve(flow, parameters->matrix, scratch.get(i + 1, 3));
 
+  const Parallel* team = tiling.wide ? &tiling.team : nullptr;
+  const AffineMaps<T> maps(flow, batch);
   in_parallel(parallel, tiling.threads, [&](int thread) {
     T *panel = scratch.get(thread, 0), *room = scratch.get(thread, 1), *gradient = scratch.get(thread, 2);
     const Gradients<T>* target = !parameters ? nullptr : thread == 0 ? parameters : &own[thread - 1];
@@ -175,7 +174,7 @@ void backward(const Flow<T>& flow, Int batch, const T* out, const T* context, Sa
         const idx k = flow.inverse ? i : K - 1 - i;
         // Saved records are full, so nothing below writes to them.
         T* record = save == Save::records ? const_cast<T*>(saved) + (k * batch + first) * record_width : room;
-        const BackwardTile<T> tile{{flow, at, rows, context + first * C, record, panel},
+        const BackwardTile<T> tile{{flow, maps, at, rows, context + first * C, record, panel, team, first},
                                    grad,
                                    gradient,
                                    target,

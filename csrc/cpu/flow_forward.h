@@ -49,8 +49,7 @@ void fill_record(const Tile<T>& tile, idx k, T* logdet, bool accumulate) {
   const Record& at = tile.at;
   const idx D = flow.dim, P = flow.passive();
   if (!flow.inverse) {
-    multiply(tile.rows, D, D, tile.record + at.x, at.width, flow.matrix + k * D * D, false, tile.record + at.y,
-             at.width, flow.offset + k * D, tile.panel);
+    multiply_by_map(tile, k, false, false, tile.record + at.x, at.width, tile.record + at.y, at.width, flow.offset + k * D);
     run_network(tile, k, at.y);
   } else {
     run_network(tile, k, at.x);
@@ -65,14 +64,13 @@ template <class T>
 void run_step(const Tile<T>& tile, idx k, Rows<T> out, T* logdet, bool accumulate) {
   const Flow<T>& flow = tile.flow;
   const Record& at = tile.at;
-  const idx D = flow.dim, P = flow.passive();
+  const idx P = flow.passive();
   fill_record(tile, k, logdet, accumulate);
   if (!flow.inverse) {
     copy_rows<T>(tile.rows, P, tile.record + at.y, at.width, out.data, out.ld);
     run_coupling(tile, false, tile.read(at.y + P), {out.data + P, out.ld}, logdet, accumulate);
   } else {
-    multiply<T>(tile.rows, D, D, tile.record + at.y, at.width, flow.matrix + k * D * D, false, out.data, out.ld,
-                nullptr, tile.panel);
+    multiply_by_map<T>(tile, k, false, false, tile.record + at.y, at.width, out.data, out.ld);
   }
 }
 
@@ -94,6 +92,8 @@ void forward(const Flow<T>& flow, Int batch, const T* x, const T* context, T* ou
   const Tiling tiling(flow, at, batch, parallel);
   const idx D = flow.dim, K = flow.steps;
   const PerThread<T> memory(tiling.threads, {panel_size(flow), save == Save::records ? 0 : tiling.tile_rows * at.width});
+  const Parallel* team = tiling.wide ? &tiling.team : nullptr;
+  const AffineMaps<T> maps(flow, batch);
   in_parallel(parallel, tiling.threads, [&](int thread) {
     T *panel = memory.get(thread, 0), *scratch = memory.get(thread, 1);
     tiling.each_tile(thread, batch, [&](idx first, idx rows, bool) {
@@ -102,7 +102,7 @@ void forward(const Flow<T>& flow, Int batch, const T* x, const T* context, T* ou
         const auto record = [&](idx step) {
           return save == Save::records ? saved + (step * batch + first) * record_width : scratch;
         };
-        const Tile<T> tile{flow, at, rows, context + first * flow.context_dim, record(k), panel};
+        const Tile<T> tile{flow, maps, at, rows, context + first * flow.context_dim, record(k), panel, team, first};
         if (i == 0) copy_rows(rows, D, x + first * D, D, tile.record + at.x, at.width);
         if (save == Save::inputs) copy_rows<T>(rows, D, tile.record + at.x, at.width, saved + (k * batch + first) * D, D);
         // A step's output is the next one's input.

@@ -119,6 +119,20 @@ struct Nothing {
   void operator()(T*, idx, idx, idx, idx) const {}
 };
 
+// Columns [begin, end) of C (M, N) = bias + A B for M ≤ MR and end − begin ≥ a vector. B (K, N) is read in place.
+template <class T>
+void multiply_few(idx M, idx begin, idx end, idx N, idx K, const T* a, idx a_m, const T* b, T* c, idx c_m, const T* bias) {
+  constexpr idx L = lanes<T>;
+  for (idx j = begin; j < end;) {
+    idx vectors = widest(M);
+    while (vectors > 1 && end - j < vectors * L) vectors /= 2;
+    // The last vector overlaps the one before it instead of reading past the row: it computes the same numbers.
+    const idx at = end - j < L ? end - L : j;
+    pick_block<T>(M, vectors)(K, a, a_m, 1, b + at, N, c + at, c_m, vectors * L, bias ? bias + at : nullptr, false);
+    j = at + vectors * L;
+  }
+}
+
 // C (M, N) = bias + A B with row-major B (K, N), or B = wᵀ with w (N, K) when `transposed`.
 // Panels of B are copied to L1 as they stream in, once per tile, which needs no shared packed copy; transposing
 // them takes 5 % of a training pass at 128 rows and D = 64, H = 256. Up to MR rows nothing would be reused, and B is read in place.
@@ -129,14 +143,7 @@ void multiply(idx M, idx N, idx K, const T* a, idx a_m, const T* b, bool transpo
   constexpr idx L = lanes<T>, W = NR * L;
   if (M == 0) return;
   if (M <= MR && !transposed && !accumulate && N >= L) {
-    for (idx j = 0; j < N;) {
-      idx vectors = widest(M);
-      while (vectors > 1 && N - j < vectors * L) vectors /= 2;
-      // The last vector overlaps the one before it instead of reading past the row: it computes the same numbers.
-      const idx at = N - j < L ? N - L : j;
-      pick_block<T>(M, vectors)(K, a, a_m, 1, b + at, N, c + at, c_m, vectors * L, bias ? bias + at : nullptr, false);
-      j = at + vectors * L;
-    }
+    multiply_few(M, 0, N, N, K, a, a_m, b, c, c_m, bias);
     after(c, 0, 0, M, N);
     return;
   }

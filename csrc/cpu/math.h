@@ -59,6 +59,18 @@ inline f32 at_most(f32 x, float bound) { return x > bound ? broadcast(bound) : x
 inline f32 at_least(f32 x, float bound) { return x < bound ? broadcast(bound) : x; }
 #endif
 
+inline f64 at_least(f64 x, double bound) { return x < bound ? broadcast(bound) : x; }
+
+// The larger of two; NaN in the second passes.
+#if GLF_VECTOR_BYTES == 64
+inline f32 larger(f32 x, f32 y) { return (f32)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y); }
+#elif GLF_VECTOR_BYTES == 32
+inline f32 larger(f32 x, f32 y) { return (f32)_mm256_max_ps((__m256)x, (__m256)y); }
+#else
+inline f32 larger(f32 x, f32 y) { return x > y ? x : y; }
+#endif
+inline f64 larger(f64 x, f64 y) { return x > y ? x : y; }
+
 // Takes the sign of `sign`.
 inline f32 copysign(f32 x, f32 sign) { return (f32)(((i32)x & 0x7fffffff) | ((i32)sign & (i32{} + INT32_MIN))); }
 
@@ -90,18 +102,15 @@ inline f64 exp(f64 x) {
   return by_lane(x, [](double s) { return std::exp(s); });
 }
 
-// exp for x ≤ 0, as a softmax has it; what would be less than 2⁻¹²⁶ is about that.
-inline f32 exp_of_negative(f32 x) {
-  const f32 y = at_least(x, -87.3f);
-  const float shift = 12582912.0f;
-  const f32 shifted = y * 1.44269504f + shift;
-  const f32 n = shifted - shift;
-  const f32 r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+// 2ⁿ·exp for −87 ≤ x ≤ 0, where it is a normal number, as a softmax has it, and 0 ≤ n < 32. NaN becomes anything.
+inline f32 exp_of_normal(f32 x, int n) {
+  const float shift = 12582912.0f + n;
+  const f32 shifted = x * 1.44269504f + shift;
+  const f32 whole = shifted - shift;
+  const f32 r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
   const f32 p = r * r * polynomial(r, 0.5f, 0.16666573f, 0.041666862f, 0.0083637405f, 0.0013901471f) + r + 1.0f;
-  const f32 scaled = (f32)((i32)p + ((i32)shifted << 23));  // p lies between √½ and √2: its exponent has room
-  return x == x ? scaled : x;
+  return (f32)((i32)p + ((i32)shifted << 23));  // p lies between √½ and √2: its exponent has room
 }
-inline f64 exp_of_negative(f64 x) { return exp(x); }
 
 // For x ≥ 2⁻¹²⁶; NaN passes.
 inline f32 log(f32 x) {

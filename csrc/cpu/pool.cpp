@@ -39,6 +39,9 @@ using Clock = std::chrono::steady_clock;
 constexpr std::chrono::microseconds patience{1000};
 // The caller, for helpers that are at work, before it sleeps and leaves its core to them.
 constexpr std::chrono::microseconds grace{20};
+// A long task. A helper that comes late still saves something of it, and the team is worth a try at once. GCC's OpenMP spins for
+// 5 ms on two cores: passes of 20 ms, one thread's, took 16 to 20 ms with late helpers, and 9 to 11 with the team (Zen 3).
+constexpr std::chrono::milliseconds long_task{2};
 // Calls go without helpers that were late: four calls of a wide flow.
 constexpr std::chrono::milliseconds longest_rest{250};
 
@@ -119,8 +122,8 @@ struct alignas(128) Helper {
 #endif
 };
 
-// When helpers come. If nobody came, or waiting for them cost half of what they save, the cores have other users, and calls go without
-// them for a while: as long as this call, three times as long when it happens again, up to 63 times, and at most `longest_rest`. That is
+// When helpers come. If nobody came, or waiting for them was costly, the cores have other users, and calls go without them for a
+// while: as long as this call, three times as long when it happens again, up to 63 times, and at most `longest_rest`. That is
 // forgotten slowly: a second process on two cores is in the way of every other call.
 struct Punctuality {
   int lateness = 0;
@@ -153,12 +156,12 @@ class Pool {
     else if (const auto now = Clock::now(); now < own_.rests_until)
       run_alone(team && team_allowed_ && now >= team_.rests_until);
     else
-      run_with_helpers();
+      run_with_helpers(team && team_allowed_ && now >= team_.rests_until);
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
-  void run_with_helpers() {
+  void run_with_helpers(bool may_ask_team) {
     const int offers = hire(std::min(tasks_, most_tasks) - 1);
     const auto begun = Clock::now();
     bool slept = false;
@@ -180,8 +183,9 @@ class Pool {
     const auto now = Clock::now();
     // Who had to be woken comes too late for a short call, whoever has the cores.
     const bool nobody = taken_back == offers && !slept;
-    const bool late = offers && (nobody || costly(now - done, offers, task_took));
-    own_.judge(late, now, now - begun);
+    const bool late = offers && (nobody || costly(now - done, offers, task_took)), is_long = task_took >= long_task;
+    own_.judge(late && (!is_long || now - done > offers * task_took), now, now - begun);
+    with_team_ = late && is_long && may_ask_team;
     if (late) watched_ = false;
   }
 

@@ -6,7 +6,9 @@
 namespace glf {
 
 // Whether a'(x) needs x itself; elsewhere a(x) is enough.
-inline bool keeps_argument(Activation a) { return a == Activation::silu || a == Activation::gelu; }
+inline bool keeps_argument(Activation a) {
+  return a == Activation::silu || a == Activation::gelu || a == Activation::hardswish || a == Activation::mish;
+}
 
 // Offsets of a residual network's block, whose widths are all the same.
 struct ResidualBlock {

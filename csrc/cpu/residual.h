@@ -1,7 +1,7 @@
 // A step's residual network, forward and backward: glf_fast.reference.residual.
 #pragma once
 
-#include "flow_tile.h"
+#include "dropout.h"
 
 namespace glf::GLF_ISA {
 
@@ -21,8 +21,8 @@ template <class T, class Finish = Nothing>
 void linear(const Tile<T>& tile, idx k, int i, idx from, idx to, const Finish& finish = {}) {
   const Flow<T>& flow = tile.flow;
   const idx ld = tile.at.width;
-  multiply(tile.rows, flow.outputs(i), flow.inputs(i), tile.record + from, ld, flow.weight[i] + flow.weights_before(i, k, 0),
-           false, tile.record + to, ld, flow.bias[i] + flow.biases_before(i, k, 0), tile.panel, finish);
+  multiply(tile, flow.outputs(i), flow.inputs(i), tile.record + from, ld, flow.weight[i] + flow.weights_before(i, k, 0), false,
+           tile.record + to, ld, flow.bias[i] + flow.biases_before(i, k, 0), finish);
 }
 
 // [u, t], or t, of the network's input, a field of the record whose last columns are the context.
@@ -37,7 +37,8 @@ void run_residual(const Tile<T>& tile, idx k, idx input) {
   const auto same = [&](idx field, idx row, idx col) { return tile.field(field)[row] + col; };
   const auto activated = [&](int j, idx row, idx col, idx rows, idx cols) {
     const ResidualBlock& b = at.block[j];
-    if (j < blocks) activate(flow.activation, rows, cols, same(b.h, row, col), same(b.h_value, row, col), ld);
+    if (j < blocks)
+      activate(flow.activation, flow.activation_constant, rows, cols, same(b.h, row, col), same(b.h_value, row, col), ld);
   };
 
   linear(tile, k, 0, input, at.block[0].h,
@@ -50,8 +51,10 @@ void run_residual(const Tile<T>& tile, idx k, idx input) {
         for (idx m = 0; m < rows; ++m)
           for (idx c = 0; c < cols; c += lanes<T>) store(s + m * ld + c, sigmoid<T>(load(s + m * ld + c)));
       });
+    const Dropout<T> dropout(tile, k, j);
     linear(tile, k, layer.first, b.h_value, b.argument, [&](T* q, idx row, idx col, idx rows, idx cols) {
-      activate(flow.activation, rows, cols, q, same(b.value, row, col), ld);
+      activate(flow.activation, flow.activation_constant, rows, cols, q, same(b.value, row, col), ld);
+      dropout.apply(row, col, rows, cols, same(b.value, row, col), ld);
     });
     linear(tile, k, layer.second, b.value, b.branch, [&](T* branch, idx row, idx col, idx rows, idx cols) {
       const T *h = same(b.h, row, col), *gate = gated ? same(b.gate, row, col) : nullptr;
@@ -70,8 +73,7 @@ template <class T>
 void linear_parameters(const BackwardTile<T>& tile, idx k, int i, idx from, idx g) {
   const Flow<T>& flow = tile.flow;
   if (!tile.parameters) return;
-  outer_sum(tile.rows, flow.inputs(i), flow.outputs(i), tile.record + from, tile.at.width, tile.gradient + g,
-            tile.grad.width, tile.parameters->weight[i] + flow.weights_before(i, k, 0), tile.accumulate);
+  outer_sum(tile, flow.inputs(i), flow.outputs(i), from, g, tile.parameters->weight[i] + flow.weights_before(i, k, 0));
   column_sum(tile.rows, flow.outputs(i), T(1), tile.gradient + g, tile.grad.width,
              tile.parameters->bias[i] + flow.biases_before(i, k, 0), tile.accumulate);
 }
@@ -81,9 +83,9 @@ template <class T, class Finish = Nothing>
 void linear_input(const BackwardTile<T>& tile, idx k, int i, idx g, idx to, const Finish& finish = {},
                   bool accumulate = false) {
   const Flow<T>& flow = tile.flow;
-  multiply<T>(tile.rows, flow.inputs(i), flow.outputs(i), tile.gradient + g, tile.grad.width,
-              flow.weight[i] + flow.weights_before(i, k, 0), true, tile.gradient + to, tile.grad.width, nullptr,
-              tile.panel, finish, accumulate);
+  multiply<T>(tile, flow.inputs(i), flow.outputs(i), tile.gradient + g, tile.grad.width,
+              flow.weight[i] + flow.weights_before(i, k, 0), true, tile.gradient + to, tile.grad.width, nullptr, finish,
+              accumulate);
 }
 
 // From ∂[u, t] to ∂[p, context], and the gradients of step k's network.
@@ -117,14 +119,15 @@ void residual_backward(const BackwardTile<T>& tile, idx k) {
       linear_input(tile, k, layer.gate, middle, grad.input + flow.passive(), Nothing{}, true);
     }
     linear_parameters(tile, k, layer.second, b.value, branch);
+    const Dropout<T> dropout(tile, k, j);
     linear_input(tile, k, layer.second, branch, middle, [&](T* g, idx row, idx col, idx rows, idx cols) {
-      activate_backward(flow.activation, rows, cols, tile.read(b.argument)[row] + col, ld, g, grad_ld);
+      dropout.backward(row, col, rows, cols, tile.read(b.argument)[row] + col, ld, g, grad_ld);
     });
     linear_parameters(tile, k, layer.first, b.h_value, middle);
     // Where h itself is in one place for all blocks, a'(h) comes from a(h).
     const idx kept = keeps_argument(flow.activation) ? b.h : b.h_value;
     linear_input(tile, k, layer.first, middle, end, [&](T* g, idx row, idx col, idx rows, idx cols) {
-      activate_backward(flow.activation, rows, cols, tile.read(kept)[row] + col, ld, g, grad_ld);
+      activate_backward(flow.activation, flow.activation_constant, rows, cols, tile.read(kept)[row] + col, ld, g, grad_ld);
       T* sum = tile.gradient_of(stream)[row] + col;
       for (idx m = 0; m < rows; ++m)
         for (idx e = m * grad_ld; e < m * grad_ld + cols; e += lanes<T>) store(sum + e, load(sum + e) + load(g + e));

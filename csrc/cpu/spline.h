@@ -16,12 +16,15 @@ using Parameters = vec<T>[(3 * most_bins + 1) / lanes<T> * lanes<T> + lanes<T>];
 template <class T>
 void gather(const T* const (&place)[lanes<T>], idx n, Parameters<T>& out) {
   constexpr idx L = lanes<T>;
-  for (idx j = 0; j < n; j += L) {
+  idx j = 0;
+  for (; j + 1 < n; j += L) {
     vec<T> square[L];
     for (idx i = 0; i < L; ++i) square[i] = load_part(place[i] + j, n - j);
     transpose<T>(square);
     for (idx i = 0; i < L; ++i) out[j + i] = square[i];
   }
+  if (j < n)  // one is left: of splines with 2ⁿ bins, and no tails
+    for (idx i = 0; i < L; ++i) out[j][i] = place[i][j];
 }
 
 // And back, for the first `count` lanes.
@@ -43,42 +46,80 @@ inline vec<T> lost(vec<T> a, vec<T> b, vec<T> s) {
   return (a - (s - added)) + (b - added);
 }
 
-// A sum with what rounding took from it. Sums of sides alone are off by 2⁻²⁴ of the box for each bin in float32, and it
-// shows: of 32 bins, y was on average twice as far off as nflows', whose knots end where the box does.
+// A number with what rounding took from it.
 template <class T>
-struct Sum {
+struct Exact {
   vec<T> value, rest;
+};
 
-  void add(vec<T> x) {
-    const vec<T> s = value + x;
-    rest += lost<T>(value, x, s);
-    value = s;
+// Sums of a box's parts. Those of float32 are off by 2⁻²⁴ of the box for each bin, and it shows: of 32 bins, y was on average
+// twice as far off as nflows', whose knots end where the box does. Whole numbers are summed without errors: parts are counted
+// in units, of which all of them together have fewer than 2³¹. What rounding a part takes, half a unit, is less than what rounding
+// takes from the largest parts, and matters where least widths are 0 and bins are narrow alone. To sum it, too, takes a tenth
+// of the time.
+template <class T>
+struct Sum;
+template <>
+struct Sum<float> {
+  using Part = i32;
+  i32 units;
+
+  static int doublings(int bins) { return __builtin_clz(bins) - 1; }  // a part of 1 has 2ⁿ units: 2ⁿ · bins < 2³¹
+  static f32 exp(f32 x, int doublings) { return exp_of_normal(x, doublings); }
+  static Part part(f32 x) { return __builtin_convertvector(x + 0.5f, i32); }
+  void add(Part part) { units += part; }
+  f32 value() const { return __builtin_convertvector(units, f32); }
+  Exact<float> exact() const {
+    const f32 most = value();
+    return {most, __builtin_convertvector(units - __builtin_convertvector(most, i32), f32)};
   }
+};
+template <>
+struct Sum<double> {
+  using Part = f64;
+  f64 units;
+
+  static int doublings(int) { return 0; }
+  static f64 exp(f64 x, int) { return glf::GLF_ISA::exp(x); }
+  static Part part(f64 x) { return x; }
+  void add(Part part) { units += part; }
+  f64 value() const { return units; }
+  Exact<double> exact() const { return {units, f64{}}; }
 };
 
 // Widths, or heights, of the bins, relative to the box: least + free · part/total, a softmax of their parameters.
 template <class T>
 struct Sides {
   vec<T> part[most_bins];
-  Sum<T> total;
+  typename Sum<T>::Part summed[most_bins];
+  Exact<T> total;
   T least, free;
 
-  Sides(const Spline<T>& op, const vec<T>* raw, T least) : total{}, least(least), free(1 - op.bins * least) {
-    vec<T> most = clipped(op, raw[0]);
-    for (idx j = 0; j < op.bins; ++j) {
-      part[j] = clipped(op, raw[j]);
-      most = part[j] > most ? part[j] : most;
+  Sides(const Spline<T>& op, const vec<T>* raw, T least) : least(least), free(1 - op.bins * least) {
+    const vec<T>* given = raw;
+    if (op.soft_clip) {
+      for (idx j = 0; j < op.bins; ++j) part[j] = raw[j] / (T(1) + abs(raw[j] * (2 * op.scale / op.clip)));
+      given = part;
     }
-    for (idx j = 0; j < op.bins; ++j) total.add(part[j] = exp_of_negative(part[j] - most));
-  }
-
-  static vec<T> clipped(const Spline<T>& op, vec<T> raw) {
-    const vec<T> a = raw * op.scale;
-    return op.soft_clip ? a / (T(1) + abs(a * (2 / op.clip))) : a;
+    vec<T> most = given[0];
+#pragma GCC unroll 4
+    for (idx j = 1; j < op.bins; ++j) most = larger(given[j], most);
+    const int doublings = Sum<T>::doublings(op.bins);
+    Sum<T> sum{};
+    vec<T> exponents{};
+#pragma GCC unroll 4
+    for (idx j = 0; j < op.bins; ++j) {
+      const vec<T> exponent = at_least(op.scale * (given[j] - most), T(-87));
+      part[j] = Sum<T>::exp(exponent, doublings);
+      sum.add(summed[j] = Sum<T>::part(part[j]));
+      exponents += exponent;
+    }
+    total = sum.exact();
+    total.value += exponents - exponents;  // NaN, which whole numbers do not have
   }
 
   // Where bin k begins, given the parts before it.
-  Sum<T> begin(vec<T> k, const Sum<T>& before) const {
+  Exact<T> begin(vec<T> k, const Exact<T>& before) const {
     const vec<T> share = before.value / total.value;
     const vec<T> share_rest = (fma(-share, total.value, before.value) + (before.rest - share * total.rest)) / total.value;
     const vec<T> sure = k * least, open = share * free;
@@ -86,17 +127,17 @@ struct Sides {
     return {value, lost<T>(sure, open, value) + (fma(share, broadcast(free), -open) + share_rest * free)};
   }
 
-  // ∂ of the parameters, from those of the place where bin k begins, and of its side.
-  void backward(const Spline<T>& op, const vec<T>* raw, vec<T> k, vec<T> g_place, vec<T> g_side, vec<T>* grad) const {
-    vec<T> mean{};
+  // ∂ of the parameters, from those of the place where bin k begins, and of its side; `before` are the parts before it, and
+  // `own` is its own part. Of a softmax's ∂ less their mean: differences are of parts, whose sums are exact, and not of gradients.
+  void backward(const Spline<T>& op, const vec<T>* raw, vec<T> k, const Exact<T>& before, vec<T> own, vec<T> g_place,
+                vec<T> g_side, vec<T>* grad) const {
+    const vec<T> after = (total.value - before.value) + (total.rest - before.rest) - own;
+    const vec<T> factor = (op.high - op.low) * free * op.scale / (total.value * total.value);
+    const vec<T> lower = factor * (g_place * after + (g_place - g_side) * own);
+    const vec<T> here = factor * (g_side * after + (g_side - g_place) * before.value);
+    const vec<T> higher = -factor * (before.value * g_place + own * g_side);
     for (idx j = 0; j < op.bins; ++j) {
-      grad[j] = T(j) < k ? g_place : T(j) == k ? g_side : vec<T>{};
-      mean += part[j] * grad[j];
-    }
-    mean /= total.value;
-    const vec<T> factor = (op.high - op.low) * free * op.scale / total.value;
-    for (idx j = 0; j < op.bins; ++j) {
-      grad[j] = factor * part[j] * (grad[j] - mean);
+      grad[j] = part[j] * (T(j) < k ? lower : T(j) == k ? here : higher);
       if (op.soft_clip) {
         const vec<T> bend = T(1) + abs(raw[j] * (2 * op.scale / op.clip));
         grad[j] /= bend * bend;
@@ -121,14 +162,14 @@ inline vec<T> slope_derivative(const Spline<T>& op, vec<T> c, vec<T> slope) {
 
 // `at` less the knot, exact but for the knot's own error.
 template <class T>
-inline vec<T> beyond(const Spline<T>& op, const Sum<T>& knot, vec<T> at) {
+inline vec<T> beyond(const Spline<T>& op, const Exact<T>& knot, vec<T> at) {
   const vec<T> low = broadcast(-op.low), from_low = at + low, size = broadcast(op.high - op.low);
   return fma(-size, knot.value, from_low) + (lost<T>(at, low, from_low) - size * knot.rest);
 }
 
 // The knot plus `more`.
 template <class T>
-inline vec<T> plus(const Spline<T>& op, const Sum<T>& knot, vec<T> more) {
+inline vec<T> plus(const Spline<T>& op, const Exact<T>& knot, vec<T> more) {
   const vec<T> low = broadcast(op.low), size = broadcast(op.high - op.low), place = fma(size, knot.value, low);
   return place + (fma(size, knot.value, low - place) + size * knot.rest + more);
 }
@@ -137,7 +178,9 @@ inline vec<T> plus(const Spline<T>& op, const Sum<T>& knot, vec<T> more) {
 template <class T>
 struct Bin {
   vec<T> k;                     // its number
-  Sum<T> across, up;            // its first knot, relative to the box
+  vec<T> width, height;         // parts of its sides
+  Exact<T> wide, tall;          // and those before it
+  Exact<T> across, up;          // its first knot, relative to the box
   vec<T> w, h;                  // its sides
   vec<T> c0, c1, d0, d1;        // parameters of the slopes at its ends, and these
   vec<T> s, xi, q, bend, D, E;  // h/w, (x − X)/w, ξ(1 − ξ), d0 + d1 − 2s, and y' = s² E/D²
@@ -152,22 +195,22 @@ struct Bin {
     const vec<T> relative = (at - op.low) * searched.total.value / (size * searched.free);
     const vec<T> step = searched.total.value * (searched.least / searched.free);
     Sum<T> x{}, y{}, X{}, Y{};  // parts of widths and heights before a bin
-    vec<T> width = widths.part[0], height = heights.part[0];
+    width = widths.part[0], height = heights.part[0];
     k = c0 = vec<T>{};
     if (!inner) c0 = c[0];
     c1 = c[inner ? 0 : 1];
     for (idx j = 1; j < K; ++j) {
-      x.add(widths.part[j - 1]), y.add(heights.part[j - 1]);
-      const mask<T> behind = relative >= T(j) * step + (inverse ? y : x).value;
+      x.add(widths.summed[j - 1]), y.add(heights.summed[j - 1]);
+      const mask<T> behind = relative >= T(j) * step + (inverse ? y : x).value();
       k = behind ? broadcast(T(j)) : k;
-      X.value = behind ? x.value : X.value, X.rest = behind ? x.rest : X.rest;
-      Y.value = behind ? y.value : Y.value, Y.rest = behind ? y.rest : Y.rest;
+      X.units = behind ? x.units : X.units, Y.units = behind ? y.units : Y.units;
       width = behind ? widths.part[j] : width, height = behind ? heights.part[j] : height;
       const idx first = inner ? j - 1 : j, second = op.tails == Tails::circular && j + 1 == K ? 0 : first + 1;
       c0 = behind ? c[first] : c0;
       c1 = behind ? (inner && j + 1 == K ? vec<T>{} : c[second]) : c1;
     }
-    across = widths.begin(k, X), up = heights.begin(k, Y);
+    wide = X.exact(), tall = Y.exact();
+    across = widths.begin(k, wide), up = heights.begin(k, tall);
     w = size * (widths.least + widths.free * (width / widths.total.value));
     h = size * (heights.least + heights.free * (height / heights.total.value));
     d0 = slope_of(op, c0), d1 = slope_of(op, c1);
@@ -248,8 +291,8 @@ vec<T> spline_lanes_backward(const Spline<T>& op, const Parameters<T>& raw, vec<
   vec<T> g0 = (gN + gD) * b.q + gE * left * left, g1 = gD * b.q + gE * b.xi * b.xi;
   g0 *= slope_derivative(op, b.c0, b.d0), g1 *= slope_derivative(op, b.c1, b.d1);
 
-  widths.backward(op, raw, b.k, g_X, g_w, grad);
-  heights.backward(op, raw + K, b.k, gy, g_h, grad + K);
+  widths.backward(op, raw, b.k, b.wide, b.width, g_X, g_w, grad);
+  heights.backward(op, raw + K, b.k, b.tall, b.height, gy, g_h, grad + K);
   const idx shift = op.tails == Tails::linear ? 1 : 0, slopes = op.columns() - 2 * K;
   const vec<T> next = op.tails == Tails::circular ? (b.k == T(K - 1) ? vec<T>{} : b.k + T(1)) : b.k + T(1);
   for (idx j = 0; j < slopes; ++j) {
@@ -259,20 +302,34 @@ vec<T> spline_lanes_backward(const Spline<T>& op, const Parameters<T>& raw, vec<
   return in ? (inverse ? g_v : -g_X) : g_out;
 }
 
-// Calls f(lanes in use, row of each, column of each) for all of rows × n elements, row by row; lanes not in use repeat the first.
+// Elements of (rows, n), row by row: those from column j of row m on, one in each lane. Lanes not in use repeat the last.
+struct Elements {
+  idx n, m, j, count;
+
+  // Calls f(lane, row, column).
+  template <idx L, class F>
+  void each(F f) const {
+    if (j + L <= n) {  // most often, and as a loop without branches
+      for (idx i = 0; i < L; ++i) f(i, m, j + i);
+      return;
+    }
+    idx row = m, column = j;
+    for (idx i = 0; i < L; ++i) {
+      f(i, row, column);
+      if (i + 1 < count && ++column == n) column = 0, ++row;
+    }
+  }
+};
+
+// Calls f(elements) for all of rows × n.
 template <class T, class F>
 void over_elements(idx rows, idx n, F f) {
   constexpr idx L = lanes<T>;
-  idx m = 0, j = 0;
-  for (idx done = 0; done < rows * n; done += L) {
-    const idx count = std::min(L, rows * n - done);
-    idx row[L], column[L];
-    std::fill_n(row, L, m), std::fill_n(column, L, j);
-    for (idx i = 0; i < count; ++i) {
-      row[i] = m, column[i] = j;
-      if (++j == n) j = 0, ++m;
-    }
-    f(count, row, column);
+  Elements some{n, 0, 0, L};
+  for (idx left = rows * n; left > 0; left -= L) {
+    some.count = std::min(L, left);
+    f(some);
+    for (some.j += L; some.j >= n; some.j -= n) ++some.m;
   }
 }
 
@@ -284,22 +341,16 @@ __attribute__((noinline)) void spline_rows(const Spline<T>& op, bool inverse, id
   constexpr idx L = lanes<T>;
   const idx columns = op.columns();
   if (logdet && !accumulate) std::fill_n(logdet, rows, T(0));
-  over_elements<T>(rows, n, [&](idx count, const idx* row, const idx* column) {
+  over_elements<T>(rows, n, [&](const Elements& some) {
     const T* place[L];
-    T at[L];
-    for (idx i = 0; i < L; ++i) {
-      place[i] = parameters[row[i]] + column[i] * columns;
-      at[i] = v[row[i]][column[i]];
-    }
+    T at[L], ell[L];
+    some.each<L>([&](idx i, idx m, idx j) { place[i] = parameters[m] + j * columns, at[i] = v[m][j]; });
     Parameters<T> raw;
     gather<T>(place, columns, raw);
     const Splined<T> found = spline_lanes<T>(op, raw, load(at), inverse);
-    T ell[L];
     store(at, found.out), store(ell, found.ell);
-    for (idx i = 0; i < count; ++i) {
-      out[row[i]][column[i]] = at[i];
-      if (logdet) logdet[row[i]] += ell[i];
-    }
+    some.each<L>([&](idx i, idx m, idx j) { out[m][j] = at[i]; });
+    if (logdet) some.each<L>([&](idx i, idx m, idx) { logdet[m] += i < some.count ? ell[i] : T(0); });
   });
 }
 
@@ -309,20 +360,19 @@ __attribute__((noinline)) void spline_rows_backward(const Spline<T>& op, bool in
                           Rows<const T> grad_out, const T* grad_logdet, Rows<T> grad_v, Rows<T> grad_parameters) {
   constexpr idx L = lanes<T>;
   const idx columns = op.columns();
-  over_elements<T>(rows, n, [&](idx count, const idx* row, const idx* column) {
+  over_elements<T>(rows, n, [&](const Elements& some) {
     const T* place[L];
     T* target[L];
     T at[L], g[L], ell[L];
-    for (idx i = 0; i < L; ++i) {
-      place[i] = parameters[row[i]] + column[i] * columns;
-      target[i] = grad_parameters[row[i]] + column[i] * columns;
-      at[i] = v[row[i]][column[i]], g[i] = grad_out[row[i]][column[i]], ell[i] = grad_logdet[row[i]];
-    }
+    some.each<L>([&](idx i, idx m, idx j) {
+      place[i] = parameters[m] + j * columns, target[i] = grad_parameters[m] + j * columns;
+      at[i] = v[m][j], g[i] = grad_out[m][j], ell[i] = grad_logdet[m];
+    });
     Parameters<T> raw, grad;
     gather<T>(place, columns, raw);
     store(g, spline_lanes_backward<T>(op, raw, load(at), inverse, load(g), load(ell), grad));
-    for (idx i = 0; i < count; ++i) grad_v[row[i]][column[i]] = g[i];
-    scatter<T>(grad, columns, target, count);
+    some.each<L>([&](idx i, idx m, idx j) { grad_v[m][j] = g[i]; });
+    scatter<T>(grad, columns, target, some.count);
   });
 }
 

@@ -83,21 +83,35 @@ class PerThread {
   idx total_, start_[4];
 };
 
+// Whether a layer's weights are too many for the L2 cache of a thread: from 2 MB, 724 × 724 in float32. See wide.h.
+template <class T>
+bool is_wide(const Flow<T>& flow) {
+  for (int i = 0; i < flow.layers; ++i)
+    if (flow.inputs(i) * flow.outputs(i) * idx(sizeof(T)) >= idx{2} << 20) return true;
+  return false;
+}
+
 struct Tiling {
-  int threads;
+  bool wide;
+  int threads;  // with tiles of their own
   idx thread_rows, tile_rows;
+  Parallel team;  // which computes a wide tile's products together
 
   template <class T>
-  Tiling(const Flow<T>& flow, const Record& record, idx batch, const Parallel& parallel) {
+  Tiling(const Flow<T>& flow, const Record& record, idx batch, const Parallel& parallel)
+      : wide(is_wide(flow)), team{1, parallel.run} {
     idx work = flow.dim * flow.dim;  // multiply-adds of a row
     for (int i = 0; i < flow.layers; ++i) work += flow.networks * flow.inputs(i) * flow.outputs(i);
     work *= flow.steps * batch;
     // A thread is woken for at least half a million multiply-adds: some 5 µs.
     threads = static_cast<int>(std::clamp<idx>(std::min<idx>(work >> 19, (batch + MR - 1) / MR), 1, parallel.threads));
+    // With few rows for each thread, copies of all gradients and their sum take as long as the products: 17 % of a pass at 64.
+    if (wide && batch < 512 * idx(threads)) team.threads = std::exchange(threads, 1);
     thread_rows = round_up((batch + threads - 1) / threads, MR);
     threads = static_cast<int>((batch + thread_rows - 1) / thread_rows);
-    // Long tiles use each packed panel often; half a megabyte of records still leaves room for the weights in L2.
-    const idx most = std::clamp<idx>((idx{1} << 19) / (record.width * idx(sizeof(T))) / MR * MR, MR, 128);
+    // Long tiles use each packed panel often; half a megabyte of records still leaves room for the weights in L2. Those of wide
+    // flows come from memory, once for each tile.
+    const idx most = wide ? 198 : std::clamp<idx>((idx{1} << 19) / (record.width * idx(sizeof(T))) / MR * MR, MR, 128);
     const idx tiles = (thread_rows + most - 1) / most;
     tile_rows = round_up((thread_rows + tiles - 1) / tiles, MR);
   }

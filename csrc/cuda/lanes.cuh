@@ -9,13 +9,15 @@
 #ifdef __CUDACC__
 #define GLF_DEVICE __device__ __forceinline__
 #define GLF_DEVICE_AND_HOST __host__ __device__ inline
-#define GLF_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define GLF_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
+#define GLF_ARGUMENT const __grid_constant__
 #else
 #include <cmath>
 #include <utility>
 #define GLF_DEVICE inline
 #define GLF_DEVICE_AND_HOST inline
-#define GLF_KERNEL(threads) void
+#define GLF_KERNEL(...) void
+#define GLF_ARGUMENT const
 #endif
 
 namespace glf::device {
@@ -54,6 +56,11 @@ template <class X>
 struct PerThread {
   X own;
 };
+// What each warp of such a block keeps: numbers of its lanes.
+template <class X>
+struct PerWarp {
+  X own;
+};
 
 struct Block {
   // f(i) for i < n, then a barrier.
@@ -75,6 +82,16 @@ struct Block {
   template <class X, class F>
   __device__ __forceinline__ void threads_unguarded(PerThread<X>& all, F f) const {
     f(int(threadIdx.x), all.own);
+  }
+  // f(warp, what it keeps).
+  template <class X, class F>
+  __device__ __forceinline__ void warps_unguarded(PerWarp<X>& all, F f) const {
+    f(int(threadIdx.x / 32), all.own);
+  }
+  template <class X, class F>
+  __device__ __forceinline__ void warps(PerWarp<X>& all, F f) const {
+    f(int(threadIdx.x / 32), all.own);
+    __syncthreads();
   }
   // The i < n at which size(i) is largest, of equals that with the smallest rank(i). Every warp finds it for itself.
   template <class F, class G>
@@ -225,6 +242,10 @@ template <class X>
 struct PerThread {
   X all[256];
 };
+template <class X>
+struct PerWarp {
+  X all[8];
+};
 
 struct Block {
   template <class F>
@@ -242,6 +263,14 @@ struct Block {
   template <class X, class F>
   void threads_unguarded(PerThread<X>& own, F f) const {
     threads(own, f);
+  }
+  template <class X, class F>
+  void warps_unguarded(PerWarp<X>& own, F f) const {
+    all_of(8, [&](int w) { f(w, own.all[w]); });
+  }
+  template <class X, class F>
+  void warps(PerWarp<X>& own, F f) const {
+    warps_unguarded(own, f);
   }
   template <class F, class G>
   int first_largest(int n, F size, G rank) const {

@@ -13,7 +13,15 @@ from glf_fast.conversion.check import proven
 from glf_fast.conversion.fuse import fuse
 from glf_fast.conversion.layers import ConversionError, Kept, Transform
 from glf_fast.conversion.libraries import library_of
-from glf_fast.conversion.reading import Reading, check_precision, copied, lost_in_training, on_processor, read_flow
+from glf_fast.conversion.reading import (
+    Reading,
+    check_modes,
+    check_precision,
+    copied,
+    lost_in_training,
+    on_processor,
+    read_flow,
+)
 from glf_fast.conversion.stack import Sources
 from glf_fast.flow import Embedded, Flow
 
@@ -43,7 +51,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
 
     Raises ConversionError, with the layer and the reason: for flows of other libraries, with another base than a (diagonal)
     normal, with no layer that can be fused, or with an ActNorm that has not seen a batch yet. Warns where the
-    original does something in training mode, such as dropout, that the result does not.
+    original does something in training mode, such as batch norm, that the result does not.
 
     Example:
         >>> fast = glf_fast.convert(zuko.flows.RealNVP(features=3, context=5, transforms=4))
@@ -67,6 +75,7 @@ def convert(flow: nn.Module, context: Tensor | None = None) -> Flow:
         original = copied(flow).to("cpu", torch.float64)
         modes = [(module, module.training) for module in original.modules()]
         reading, converted, _ = proven(original, build)
+        check_modes(reading.layers, flow.training)
         lost = lost_in_training(reading.layers)
         if lost:
             warnings.warn(

@@ -20,8 +20,10 @@ from glf_fast.conversion.images import OnChannels
 from glf_fast.conversion.layers import ConversionError, Coupling, Kept, Layer, Transform, Unfusable
 from glf_fast.conversion.libraries import NAMES, host_of, is_layer
 from glf_fast.conversion.library import Library, Unpacked
+from glf_fast.conversion.padding import only_permutes
 from glf_fast.conversion.reading import (
     Reading,
+    check_modes,
     check_precision,
     copied,
     for_device,
@@ -322,7 +324,8 @@ def _fused(library: Library, parts: Sequence[Part]) -> tuple[Flow | OnChannels, 
     if len(shape) == 3 and library.any_size and shape[1] * shape[2] > 100:
         with suppress(Unfusable, ConversionError):  # a few pixels say as much as many, where the networks take them
             found = proven(copies, partial(_build, library, parts, (shape[0], 4, 6), device))
-    _, fused, changed = found or proven(copies, partial(_build, library, parts, shape, device))
+    reading, fused, changed = found or proven(copies, partial(_build, library, parts, shape, device))
+    check_modes(reading.layers, modules[0].training)
     kinds = {type(parts[int(name.partition(".")[0])].module).__name__ for name in changed}
     fused = fused.to(like.device, like.dtype).train(modules[0].training)
     originals = dict(zip(copies.modules(), modules.modules(), strict=True))
@@ -341,7 +344,8 @@ def _build(
 ) -> tuple[Reading, Flow, Sources]:
     """Copies of parts, in float64, read and fused for that type of device."""
     parts = [replace(part, module=copy) for part, copy in zip(originals, copies.children(), strict=True)]
-    layers = [layer for part in parts for layer in for_device(library.read(part), device)]
+    read = [layer for part in parts for layer in library.read(part)]
+    layers = for_device(read, device, only_permutes(read))
     columns = fused_context(layers)
     context_shape: Shape = (columns,) if columns else ()
     if not columns and any(isinstance(layer, Coupling) and not layer.is_mlp for layer in layers):

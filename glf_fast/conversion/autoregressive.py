@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.degrees import degrees
-from glf_fast.conversion.layers import FIXED, Autoregressive, Conditioner, Unfusable
+from glf_fast.conversion.layers import FIXED, Autoregressive, Conditioner, NamedActivation, Unfusable
 from glf_fast.conversion.mlp import check_class, role_of
 from glf_fast.ops.checks import check_spline
 from glf_fast.reference import Spline
@@ -45,7 +45,7 @@ class DeclaredAutoregressive:
     # context, or as `features` says.
     linears: Sequence[MaskedLinear]
     outputs: Tensor  # (D, n): the network's output that is each number of θ_d: u and t, or the parameters of a spline
-    activation: str
+    activation: NamedActivation
     network: str = "mlp"  # as in AutoregressiveFlow
     log_scale: str = "exp"  # f, by the names of `glf_fast.reference.log_scale`
     constant: float | None = None
@@ -55,7 +55,7 @@ class DeclaredAutoregressive:
     # Of a context c: a(c Wᵀ + b) is added to the first layer's output, and c Wᵀ + b to that of each block's first layer.
     context_layer: nn.Linear | None = None
     block_contexts: Sequence[nn.Linear] = ()
-    dropout: float = 0.0
+    lost: float = 0.0  # p of dropout, which the fused network does not have
     blind: bool = False  # the network is given the context alone: the first layer's weights of x are no parameters
 
     def read(self) -> Autoregressive:
@@ -70,7 +70,8 @@ class DeclaredAutoregressive:
         seen = [linear.mask.cpu() != 0 for linear in linears]
         by_feature = seen[-1][self.outputs.cpu().flatten()].unflatten(0, (dim, columns)).any(1)
         blocks = 0 if self.network == "mlp" else (len(linears) - 2) // 2
-        own = degrees([seen[0][:, features], *seen[1:-1], by_feature], blocks)
+        masked = [*seen[:-1], by_feature]
+        own = degrees([masked[0][:, features], *masked[1:]], blocks)
         orders = [layer.argsort(stable=True) for layer in own]
         ranks = [layer[order].tolist() for layer, order in zip(own, orders, strict=True)]
         inputs = [torch.cat([given, features[orders[0]]]), *orders[1:]]
@@ -107,7 +108,7 @@ class DeclaredAutoregressive:
         factors = torch.ones_like(biases[len(linears) - 1], requires_grad=False)
         return Autoregressive(
             orders[0],
-            Conditioner(weights, biases, roles, bias_roles, factors, self.activation, self.dropout, blocks),
+            Conditioner(weights, biases, roles, bias_roles, factors, self.activation, lost=self.lost, blocks=blocks),
             tuple(map(tuple, ranks)),
             self.log_scale,
             self.constant,
@@ -126,8 +127,8 @@ class DeclaredAutoregressive:
             raise Unfusable("its network has linear layers that do not follow each other")
         if residual and (len(widths) not in (3, 5, 7, 9, 11) or len(set(widths)) > 1):
             raise Unfusable("its residual network is not one to five blocks of two layers of one width")
-        if not residual and not 1 <= len(widths) <= 4:
-            raise Unfusable(f"its network has {len(widths)} hidden layers; one to four are covered")
+        if not residual and len(widths) > 8:
+            raise Unfusable(f"its network has {len(widths)} hidden layers; zero to eight are covered")
         wanted = 2 if self.spline is None else self.spline.columns
         if columns != wanted or outputs != dim * columns or inputs < dim:
             raise Unfusable(

@@ -51,23 +51,27 @@ class DeclaredCoupling:
         """The layer that it is: with a `Conditioner` on vectors, with the library's own network on images; raises Unfusable.
 
         Splines and wide couplings on vectors, too, have the library's own network where no `Conditioner` is read: the rest of
-        the layer takes most of the time.
+        the layer takes most of the time. So do wide couplings whose dropout is active.
         """
         if self.spline is not None:
             check_spline(self.spline)
         images = len(part.shape) > 1
         if images and not (len(self.passive) and len(self.transformed)):
             raise Unfusable("its mask leaves no channel to condition on, or none to transform")
-        conditioner: Conditioner | Outputs
+        own = self.own_network() if images or self.spline is None or self.context == "argument" else None
+        conditioner: Conditioner | Outputs | None
         try:
-            conditioner = self.own_network() if images else self._conditioner()
+            conditioner = own if images else self._conditioner()
+            wide = self.spline is None and part.shape[0] >= _WIDE
+            if own is not None and wide and isinstance(conditioner, Conditioner) and conditioner.active:
+                conditioner = own
         except Unfusable:
-            worth_it = self.context == "argument" if self.spline is not None else part.shape[0] >= _WIDE
+            worth_it = own is not None and (self.spline is not None or part.shape[0] >= _WIDE)
             if not (worth_it and len(self.passive) and len(self.transformed)):
                 raise
-            conditioner = self.own_network()
+            conditioner = own
         options = (self.log_scale, self.constant, self.add_first, self.undo, self.spline)
-        return Coupling(self.passive, self.transformed, conditioner, *options)
+        return Coupling(self.passive, self.transformed, conditioner, *options, own_network=own)
 
     def _conditioner(self) -> Conditioner:
         """The network with outputs [u | t] or t."""

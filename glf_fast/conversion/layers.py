@@ -28,6 +28,7 @@ __all__ = [
     "Diagonal",
     "Kept",
     "Layer",
+    "NamedActivation",
     "Permutation",
     "Piece",
     "Transform",
@@ -86,6 +87,14 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class NamedActivation:
+    """An activation by its name in `glf_fast.reference.ACTIVATION_FUNCTIONS`, and its constant, if it has one."""
+
+    name: str
+    constant: float | None = None
+
+
+@dataclass(frozen=True)
 class Conditioner:
     """An MLP or a residual network: (u, t) of T columns each from P passive columns and C of context.
 
@@ -97,7 +106,9 @@ class Conditioner:
     one for t. `roles[i]`, as weights[i], and `bias_roles[i]`, as biases[i], say what each entry is: FIXED, FROZEN or
     TRAINED. `factors`, as biases[-1], positive: what the library multiplies u and t by, which stays beside the last layer,
     because in it an optimizer would take other steps; a sign does not matter to optimizers and is in the last layer.
-    `dropout`: the largest p of those that the network has in training mode, and the fused one has not.
+    `dropout`: p, with which `CouplingFlow` drops hidden units in training mode, as the library does; `active`: whether the
+    library does so now. `lost`: the largest p of dropouts that the fused network does not have. `normalised`: batch norm
+    in eval mode is folded into the layers.
     """
 
     weights: list[Tensor]
@@ -105,9 +116,12 @@ class Conditioner:
     roles: list[Tensor]
     bias_roles: list[Tensor]
     factors: Tensor
-    activation: str
+    activation: NamedActivation
     dropout: float = 0.0
+    active: bool = False
+    lost: float = 0.0
     blocks: int = 0
+    normalised: bool = False
 
     @property
     def network(self) -> str:
@@ -149,8 +163,8 @@ class Coupling:
     input's. `conditioner`: a `Conditioner`, which is stacked with others, or the library's own network on images, `Outputs`.
     `undo`: data → noise is the inverse of that map, as in libraries whose forward is noise → data and whose formula cannot be
     turned around. To an additive coupling log_scale means nothing; it is "exp" with ℓ = 0. With `spline`, v is put through
-    splines of that kind, and the conditioner makes the parameters of each side by side. `own_network`: the library's own, of an
-    MLP, where the coupling gains from it if it is too wide for the kernels.
+    splines of that kind, and the conditioner makes the parameters of each side by side. `own_network`: the library's own, which
+    may be faster than the conditioner; `gains`: the coupling gains with it, too, as the library multiplies by permutations.
     """
 
     passive: Tensor
@@ -162,6 +176,7 @@ class Coupling:
     undo: bool = False
     spline: Spline | None = None
     own_network: Any = None
+    gains: bool = False
 
     @property
     def is_mlp(self) -> bool:

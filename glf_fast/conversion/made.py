@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
 from glf_fast.conversion.chains import Part
+from glf_fast.conversion.dropout import lost
 from glf_fast.conversion.layers import Layer, Unfusable
-from glf_fast.conversion.mlp import activation_name, check_class, is_class, network_steps
+from glf_fast.conversion.mlp import check_class, is_class, network_steps
 from glf_fast.reference import Spline, log_scale
 
 __all__ = ["affine_autoregressive", "spline_autoregressive"]
@@ -66,23 +67,17 @@ def _read(part: Part, network: Any, columns: int, **options: Any) -> Layer:
         raise Unfusable("a masked network with batch norm is not covered")
     if residual and not own and hasattr(network, "context_layer"):
         raise Unfusable("the context gates the blocks of its masked network")
-    activations = [activation_name(module.activation) for module in (*([] if residual else [network]), *blocks)]
+    activations = [named_activation(module.activation) for module in (*([] if residual else [network]), *blocks)]
     linears = [network.initial_layer]
     for block in blocks:
         linears += block.linear_layers if residual else [block.linear]
     return DeclaredAutoregressive(
         linears=[masked_linear(linear) for linear in (*linears, network.final_layer)],
         outputs=torch.arange(part.shape[0] * columns).view(-1, columns),
-        activation=_one(activations),
+        activation=one_activation("its network", activations),
         network="residual" if residual else "mlp",
         context_layer=getattr(network, "context_layer", None),
         block_contexts=[block.context_layer for block in blocks if hasattr(block, "context_layer")],
-        dropout=max((p for block in blocks for p in network_steps(block.dropout) if isinstance(p, float)), default=0.0),
+        lost=lost(step for block in blocks for step in network_steps(block.dropout)),
         **options,
     ).read()
-
-
-def _one(activations: Sequence[str]) -> str:
-    if len(set(activations)) != 1:
-        raise Unfusable(f"its network has {len(set(activations))} kinds of activations; one is covered")
-    return activations[0]

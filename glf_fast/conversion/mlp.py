@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, Unfusable
+from glf_fast.conversion.activations import activation_of_call, activation_of_module, one_activation
+from glf_fast.conversion.batch_norm import Norm, batch_norm_step, check_once, without_norms
+from glf_fast.conversion.dropout import Dropped, behind_activation, dropouts_of, functional_dropout, lost
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable
 from glf_fast.conversion.library import overridden
 from glf_fast.conversion.reading import parameters_of
 
@@ -27,7 +30,6 @@ __all__ = [
     "KNOWN",
     "Step",
     "Times",
-    "activation_name",
     "assemble",
     "check_class",
     "check_hooks",
@@ -53,20 +55,13 @@ class Times:
     factor: float
 
 
-# A step of a network: a linear layer (weight (out, in), bias or None), an activation by name, an inactive dropout, p, or
-# `Times`.
+# A step of a network: a linear layer (weight (out, in), bias or None), an activation, `Dropped`, `Times` or `Norm`.
 Linear = tuple[Tensor, Tensor | None]
-Step = Linear | str | float | Times
+Step = Linear | NamedActivation | Dropped | Times | Norm
 
-_FUNCTIONS: dict[Callable[..., Any], str] = {
-    **{getattr(F, name): name for name in ("relu", "leaky_relu", "silu", "gelu", "tanh", "elu")},
-    torch.relu: "relu",
-    torch.tanh: "tanh",
-}
+TANH = NamedActivation("tanh")
 # Networks of libraries that torch.fx cannot follow: full name of the class → its steps. The libraries' files add to it.
 KNOWN: dict[str, Callable[[Any], Iterator[Step]]] = {}
-# The constants of the activations; other keywords (inplace) change nothing.
-_CONSTANTS = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none"}
 _METHODS = ("relu", "tanh")
 
 
@@ -91,21 +86,24 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
 
     Raises Unfusable, with the reason, as `read_mlp`.
     """
-    steps = list(network_steps(network))
+    read = list(network_steps(network))
+    steps = without_norms(type(network).__name__, read)
     last = max((i for i, step in enumerate(steps) if isinstance(step, tuple)), default=len(steps) - 1)
-    tail = [step for step in steps[last + 1 :] if not isinstance(step, float)]
-    steps = [step for i, step in enumerate(steps) if i <= last or isinstance(step, float)]
+    tail = [step for step in steps[last + 1 :] if not isinstance(step, Dropped)]
+    steps = [step for i, step in enumerate(steps) if i <= last or isinstance(step, Dropped)]
     factor, bound = 1.0, None
     for step in tail:
         if isinstance(step, Times) and bound is None:
             factor *= step.factor
         elif isinstance(step, Times) and bound is not None:
             bound *= step.factor
-        elif step == "tanh" and bound is None:
+        elif step == TANH and bound is None:
             bound = 1.0
         else:
             raise Unfusable(f"{type(network).__name__} is not linear → activation → … → linear")
-    mlp = _mlp(type(network).__name__, steps)
+    mlp = replace(
+        _mlp(type(network).__name__, steps, network.training), normalised=any(isinstance(step, Norm) for step in read)
+    )
     if bound is not None:
         factor *= bound
     if not (math.isfinite(factor) and factor) or (bound is not None and bound <= 0):
@@ -113,28 +111,37 @@ def read_bounded_mlp(network: nn.Module) -> tuple[Conditioner, float | None]:
     return (mlp if factor == 1 else scale_outputs(mlp, factor)), bound
 
 
-def _mlp(name: str, steps: Sequence[Step]) -> Conditioner:
-    """The MLP of these steps; raises Unfusable."""
-    dropouts = [step for step in steps if isinstance(step, float)]
+def _mlp(name: str, steps: Sequence[Step], training: bool) -> Conditioner:
+    """The MLP of these steps, of a network in that mode; raises Unfusable."""
     linears = [step for step in steps if isinstance(step, tuple)]
-    activations = [step for step in steps if isinstance(step, str)]
-    kinds = [type(step) for step in steps if not isinstance(step, float)]
-    if kinds != [tuple, *[str, tuple] * (len(linears) - 1)]:
+    activations = [step for step in steps if isinstance(step, NamedActivation)]
+    kinds = [type(step) for step in steps if not isinstance(step, Dropped)]
+    if kinds != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
         raise Unfusable(f"{name} is not linear → activation → … → linear")
-    if not 2 <= len(linears) <= 5:
-        raise Unfusable(f"{name} has {len(linears) - 1} hidden layers; one to four are covered")
-    if len(set(activations)) > 1:
-        raise Unfusable(f"{name} has different activations: {', '.join(sorted(set(activations)))}")
+    if len(linears) > 9:
+        raise Unfusable(f"{name} has {len(linears) - 1} hidden layers; zero to eight are covered")
+    activation = one_activation(name, activations)
     if any(len(a) != b.shape[1] for (a, _), (b, _) in itertools.pairwise(linears)):
         raise Unfusable(f"{name} has linear layers that do not follow each other")
-    return assemble(name, linears, activations[0], max(dropouts, default=0.0))
+    between: list[list[Step]] = [[]]  # steps before the first linear layer, and behind each of them
+    for step in steps:
+        if isinstance(step, tuple):
+            between.append([])
+        else:
+            between[-1].append(step)
+    hidden = [behind_activation(group) for group in between[1:-1]]
+    return assemble(name, linears, activation, dropouts_of(hidden, steps, training))
 
 
-def assemble(name: str, linears: Sequence[Linear], activation: str, dropout: float, blocks: int = 0) -> Conditioner:
-    """The conditioner of these linear layers; raises Unfusable where the network, of that name, uses one twice."""
-    parameters = [id(t) for linear in linears for t in linear if t is not None]
-    if len(set(parameters)) < len(parameters):
-        raise Unfusable(f"{name} uses a linear layer more than once: its copies would not stay equal in training")
+def assemble(
+    name: str, linears: Sequence[Linear], activation: NamedActivation, dropouts: Mapping[str, Any], blocks: int = 0
+) -> Conditioner:
+    """The conditioner of these linear layers; raises Unfusable where the network, of that name, uses one twice.
+
+    Args:
+        dropouts: as `dropouts_of` gives them.
+    """
+    check_once(name, linears)
     biases = [W.new_zeros(len(W)) if b is None else b for W, b in linears]
     return Conditioner(
         weights=[W.T for W, _ in linears],
@@ -143,8 +150,8 @@ def assemble(name: str, linears: Sequence[Linear], activation: str, dropout: flo
         bias_roles=[role_of(b, W.new_zeros(len(W))) for W, b in linears],
         factors=torch.ones_like(biases[-1], requires_grad=False),
         activation=activation,
-        dropout=dropout,
         blocks=blocks,
+        **dropouts,
     )
 
 
@@ -213,7 +220,13 @@ def separate(net_u: Conditioner, net_t: Conditioner) -> Conditioner:
     names = ("weights", "biases", "roles", "bias_roles")
     pairs: dict[str, Any] = {name: list(map(_pair, getattr(net_u, name), getattr(net_t, name))) for name in names}
     factors = torch.stack([net_u.factors, net_t.factors])
-    return replace(net_u, dropout=max(net_u.dropout, net_t.dropout), factors=factors, **pairs)
+    normalised = net_u.normalised or net_t.normalised
+    dropouts = [Dropped(net.dropout, net.active) for net in (net_u, net_t) if net.dropout]
+    losses = [net_u.lost, net_t.lost]
+    if net_u.dropout != net_t.dropout or net_u.active != net_t.active:
+        pairs |= {"dropout": 0.0, "active": False}
+        losses.append(lost(dropouts))
+    return replace(net_u, lost=max(losses), factors=factors, normalised=normalised, **pairs)
 
 
 def without_shift(net_u: Conditioner) -> Conditioner:
@@ -287,15 +300,18 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
     check_hooks(module)
     if type(module) is nn.Identity:
         return
-    activation = _activation(module)
+    activation = activation_of_module(module)
     if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
-        yield _dropout(module.p, module.training)
+        if module.p:
+            yield Dropped(float(module.p), module.training)
     elif activation is not None:
         yield activation
     elif name == "OptimizedModule":  # torch.compile's; its module takes seconds to import
         yield from network_steps(module._orig_mod)  # type: ignore[arg-type]
     elif type(module) is nn.Linear:
         yield from linear_step(module)
+    elif type(module) is nn.BatchNorm1d:
+        yield batch_norm_step(module)
     elif (steps := _known(module)) is not None:
         yield from steps(module)
     elif type(module).forward is nn.Sequential.forward:
@@ -308,36 +324,14 @@ def network_steps(module: nn.Module) -> Iterator[Step]:
         yield from _traced_steps(module)
 
 
-def _activation(module: nn.Module) -> str | None:
-    """The activation's name; None if the module is not one. Raises Unfusable for one with constants that are not covered."""
-    kind = type(module)
-    if kind is nn.LeakyReLU:
-        if module.negative_slope not in (0.0, 0.01):
-            raise Unfusable(f"LeakyReLU with slope {module.negative_slope:g}; 0 and 0.01 are covered")
-        return "leaky_relu" if module.negative_slope else "relu"
-    if kind is nn.GELU and module.approximate != "none":
-        raise Unfusable("GELU by tanh; the exact one is covered")
-    if kind is nn.ELU and module.alpha != 1:
-        raise Unfusable(f"ELU with alpha {module.alpha:g}; 1 is covered")
-    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu", nn.Tanh: "tanh", nn.ELU: "elu"}
-    return names.get(kind)
-
-
-def activation_name(activation: Any) -> str:
-    """The name of an activation, a module or a function; raises Unfusable."""
-    name = _activation(activation) if isinstance(activation, nn.Module) else _FUNCTIONS.get(activation)
-    if name is None:
-        raise Unfusable(f"the activation {getattr(activation, '__name__', activation)!r} is not covered")
-    return name
-
-
 def _traced_steps(module: nn.Module) -> Iterator[Step]:
     """The chain of layers between the inputs, one or concatenated, and the output, found by torch.fx."""
     name = type(module).__name__
     if "Residual" in name or "ResNet" in name:  # likely, and worth a reason of its own
         raise Unfusable(f"{name} is residual; MLPs and the ResidualNet of nflows are fused")
     graph = _traced(module)
-    if _operations(graph) != _operations(_in_other_mode(module)):
+    other = _in_other_mode(module)
+    if _operations(graph) != _operations(other):
         raise Unfusable(f"{name} does something else in {'eval' if module.training else 'training'} mode")
     modules = dict(module.named_modules())
     inputs = [node for node in graph.nodes if node.op == "placeholder" and not _is_absent(node)]
@@ -352,21 +346,23 @@ def _traced_steps(module: nn.Module) -> Iterator[Step]:
                 raise Unfusable(f"{name} has more than one output")
             return
         if node.op == "call_function" and node.target is F.dropout:
-            yield _functional_dropout(*node.args, **node.kwargs)  # type: ignore[arg-type]
+            yield from functional_dropout(node, other)
             continue
         if _keeps_rows(node, last):
             continue
         if (factor := _factor(node, last)) is not None:
             yield Times(factor)
             continue
-        constants = any(_CONSTANTS.get(key, value) != value for key, value in node.kwargs.items())
-        covered = node.op in ("call_module", "call_function") or (node.op == "call_method" and node.target in _METHODS)
-        if node.args != (last,) or constants or not covered:
+        if node.op == "call_function" and node.args[:1] == (last,):
+            yield activation_of_call(node.target, node.args[1:], node.kwargs)
+            continue
+        covered = node.op == "call_module" or (node.op == "call_method" and node.target in _METHODS)
+        if node.args != (last,) or node.kwargs or not covered:
             raise Unfusable(f"{name} is not a chain of linear layers and activations (at {node.name!r})")
         if node.op == "call_module":
             yield from network_steps(modules[str(node.target)])
         else:
-            yield activation_name(node.target) if node.op == "call_function" else str(node.target)
+            yield NamedActivation(str(node.target))
 
 
 class _Tracer(fx.Tracer):
@@ -451,17 +447,14 @@ def _in_other_mode(module: nn.Module) -> fx.Graph | None:
 
 
 def _operations(graph: fx.Graph | None) -> list[str] | None:
-    return None if graph is None else [f"{node.op} {node.target} {node.args[1:]}" for node in graph.nodes]
-
-
-def _functional_dropout(x: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> float:
-    return _dropout(p, training)
-
-
-def _dropout(p: float, training: bool) -> float:
-    if training and p:
-        raise Unfusable(f"dropout (p = {p:g}) is active; convert the flow in eval mode")
-    return float(p)
+    if graph is None:
+        return None
+    given = (
+        {k: v for k, v in node.kwargs.items() if (node.target, k) != (F.dropout, "training")} for node in graph.nodes
+    )
+    return [
+        f"{node.op} {node.target} {node.args[1:]} {kwargs}" for node, kwargs in zip(graph.nodes, given, strict=True)
+    ]
 
 
 def _concatenated(inputs: list[fx.Node]) -> fx.Node | None:

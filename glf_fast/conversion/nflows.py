@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion import mlp
+from glf_fast.conversion.activations import named_activation
 from glf_fast.conversion.chains import Chain, Part, Replacement, Shape, module_list, put_transform, replaced
 from glf_fast.conversion.couplings import DeclaredCoupling
 from glf_fast.conversion.gaps import inverted_layers
@@ -36,7 +37,7 @@ def _mlp(module: Any) -> Iterator[mlp.Step]:
     """Its forward compares shapes, which torch.fx cannot follow."""
     if len(module._in_shape) != 1 or len(module._out_shape) != 1:
         raise Unfusable("an nflows MLP on something other than vectors")
-    activation = mlp.activation_name(module._activation)
+    activation = named_activation(module._activation)
     for linear in (module._input_layer, *module._hidden_layers):
         yield from mlp.network_steps(linear)
         yield activation

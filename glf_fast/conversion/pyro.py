@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, Transform, TransformedDistribution, constraints
 
+from glf_fast.conversion.activations import named_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, masked_linear
 from glf_fast.conversion.chains import Chain, Part, Replacement, replaced
 from glf_fast.conversion.layers import Bijection, ConversionError, Layer, Permutation, Unfusable
 from glf_fast.conversion.library import Base, FusedLayer, Library, run_on_rows
-from glf_fast.conversion.mlp import activation_name, check_class
+from glf_fast.conversion.mlp import check_class
 
 __all__ = ["LIBRARY"]
 
@@ -158,7 +159,7 @@ def _affine_autoregressive(part: Part) -> list[Layer]:
         raise Unfusable("its network has skip connections")
     outputs = torch.arange(2 * network.input_dim).view(2, -1).T.flip(1)  # all means come first, then all log-scales
     linears = [masked_linear(layer) for layer in network.layers]
-    return [DeclaredAutoregressive(linears, outputs, activation_name(network.f), log_scale="clamp", undo=True).read()]
+    return [DeclaredAutoregressive(linears, outputs, named_activation(network.f), log_scale="clamp", undo=True).read()]
 
 
 def _plain(part: Part) -> list[Layer]:

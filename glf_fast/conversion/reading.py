@@ -25,12 +25,13 @@ from glf_fast.conversion.layers import (
     Unfusable,
 )
 from glf_fast.conversion.library import Library, check_shape
-from glf_fast.conversion.padding import fastest
+from glf_fast.conversion.padding import fastest, only_permutes
 from glf_fast.flow import Squeeze
 
 __all__ = [
     "Map",
     "Reading",
+    "check_modes",
     "check_precision",
     "copied",
     "fused_context",
@@ -135,30 +136,42 @@ def read_parts(
     """
     modules = [*(part.module for part in parts), *others]
     owners = Counter(p for module in modules for p in {id(p) for p in module.parameters() if p.requires_grad})
-    found: list[list[Layer]] = []
-    for part in parts:
+
+    def or_kept(part: Part, layers_of: Callable[[], list[Layer]]) -> list[Layer]:
         try:
-            if any(owners[id(p)] > 1 for p in part.module.parameters()):
-                raise Unfusable(
-                    "shares parameters with another layer, the base or the embedding net; stacking would untie them"
-                )
-            layers = for_device((read or library.read)(part), device)
-            uses = Counter(p for layer in layers for p in parameters_of(*_tensors(layer)))
-            if uses and max(uses.values()) > 1:
-                raise Unfusable("uses a network more than once; stacking would untie the uses")
+            return layers_of()
         except ConversionError:
             raise
         except Exception as error:  # attributes of another release or class than is known raise whatever they like
             module = part.module if read else library.keep(part)
-            layers = [Kept(module, f"{part.name} ({type(part.module).__name__}): {reason_of(error)}")]
-        found.append(layers)
-    return found
+            return [Kept(module, f"{part.name} ({type(part.module).__name__}): {reason_of(error)}")]
+
+    def own(part: Part) -> list[Layer]:
+        if any(owners[id(p)] > 1 for p in part.module.parameters()):
+            raise Unfusable(
+                "shares parameters with another layer, the base or the embedding net; stacking would untie them"
+            )
+        return (read or library.read)(part)
+
+    def fused(layers: list[Layer], permuted: bool) -> list[Layer]:
+        layers = for_device(layers, device, permuted)
+        uses = Counter(p for layer in layers for p in parameters_of(*_tensors(layer)))
+        if uses and max(uses.values()) > 1:
+            raise Unfusable("uses a network more than once; stacking would untie the uses")
+        return layers
+
+    found = [or_kept(part, partial(own, part)) for part in parts]
+    permuted = only_permutes(layer for layers in found for layer in layers)
+    return [or_kept(part, partial(fused, layers, permuted)) for part, layers in zip(parts, found, strict=True)]
 
 
-def for_device(layers: Iterable[Layer], device: str) -> list[Layer]:
-    """The layers as they run on that type of device; raises Unfusable for one that is slower there than the library's."""
+def for_device(layers: Iterable[Layer], device: str, permuted: bool) -> list[Layer]:
+    """The layers as they run on that type of device; raises Unfusable for one that is slower there than the library's.
+
+    `permuted`: as in `fastest`.
+    """
     return [
-        fastest(layer) if isinstance(layer, Coupling) and layer.is_mlp and device == "cpu" else layer
+        fastest(layer, permuted) if isinstance(layer, Coupling) and layer.is_mlp and device == "cpu" else layer
         for layer in layers
     ]
 
@@ -217,13 +230,22 @@ def networks(layers: Iterable[Layer], *, kept: bool = True) -> Iterable[nn.Modul
             yield layer.module
 
 
+def check_modes(layers: Iterable[Layer], training: bool) -> None:
+    """Raise ConversionError where a network's dropout is in another mode than its flow's, which the fused one will follow."""
+    for layer in layers:
+        network = layer.conditioner if isinstance(layer, Coupling) and layer.is_mlp else None
+        if network is not None and network.dropout and network.active != training:
+            raise ConversionError("a network with dropout is in another mode than its flow: give both one mode")
+
+
 def lost_in_training(layers: Iterable[Layer]) -> str:
     """Operations that the library's layers apply in training mode alone, and fused ones do not: "" if none."""
     names = set()
     for layer in layers:
-        if isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.dropout:
-            names.add(f"Dropout (p = {layer.conditioner.dropout:g})")
-        if isinstance(layer, Diagonal) and layer.statistics:
+        if isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.lost:
+            names.add(f"Dropout (p = {layer.conditioner.lost:g})")
+        of_network = isinstance(layer, Transform) and layer.is_mlp and layer.conditioner.normalised
+        if of_network or (isinstance(layer, Diagonal) and layer.statistics):
             names.add("BatchNorm")
     return ", ".join(sorted(names))
 

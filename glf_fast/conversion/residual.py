@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from glf_fast.conversion.activations import named_activation, one_activation
+from glf_fast.conversion.dropout import dropouts_of
 from glf_fast.conversion.layers import Conditioner, Unfusable
 from glf_fast.conversion.mlp import (
-    activation_name,
     assemble,
     check_class,
     check_hooks,
@@ -34,20 +35,20 @@ def _read_residual(network: Any) -> Conditioner:
         raise Unfusable(f"ResidualNet has {len(blocks)} blocks; one to five are covered")
     if getattr(network, "preprocessing", None) is not None:
         raise Unfusable("ResidualNet with preprocessing is not covered")
-    layers, activations, dropouts = [network.initial_layer], set(), []
+    layers, activations, dropouts = [network.initial_layer], [], []
     check_hooks(network)
     for block in blocks:
         check_class(block, "ResidualBlock")
     for block in blocks:
         if block.use_batch_norm:
             raise Unfusable("ResidualNet with batch norm is not covered")
-        activations.add(activation_name(block.activation))
-        dropouts += [step for step in network_steps(block.dropout) if isinstance(step, float)]
+        activations.append(named_activation(block.activation))
+        dropouts.append(list(network_steps(block.dropout)))
         layers += [*block.linear_layers, *([block.context_layer] if hasattr(block, "context_layer") else [])]
-    if len(activations) > 1:
-        raise Unfusable(f"ResidualNet has different activations: {', '.join(sorted(activations))}")
+    activation = one_activation("ResidualNet", activations)
     steps = [step for layer in (*layers, network.final_layer) for step in network_steps(layer)]
     linears = [step for step in steps if isinstance(step, tuple)]
     if len(linears) != len(steps) or len(steps) != len(layers) + 1:
         raise Unfusable("ResidualNet has layers that are not linear")
-    return assemble("ResidualNet", linears, activations.pop(), max(dropouts, default=0.0), len(blocks))
+    found = dropouts_of(dropouts, [step for block in dropouts for step in block], network.training)
+    return assemble("ResidualNet", linears, activation, found, len(blocks))

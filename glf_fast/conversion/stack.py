@@ -59,7 +59,8 @@ def stack(steps: Sequence[Step], context_dim: int, sources: Sources) -> tuple[Fl
     with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten: leave the user's generator alone
         flow = CouplingFlow(
             width, len(steps), hidden_widths(couplings), context_dim, coupling=first.kind(), network=first.conditioner.network,
-            activation=first.conditioner.activation, log_scale=first.log_scale,
+            activation=first.conditioner.activation.name, activation_constant=first.conditioner.activation.constant,
+            dropout=first.conditioner.dropout, log_scale=first.log_scale,
             log_scale_constant=first.log_scale_constant, add_first=first.add_first, spline=first.spline, linear=linear,
             actnorm=actnorm,
         ).double()  # fmt: skip

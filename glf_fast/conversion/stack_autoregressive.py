@@ -31,7 +31,8 @@ def stack_autoregressive(steps: Sequence[Step], context_dim: int, sources: Sourc
         flow_of = partial(
             AutoregressiveFlow, dim, len(steps), first.hidden, context_dim,
             transform="affine" if first.spline is None else "spline",
-            network=first.network, spline=first.spline, activation=network.activation, log_scale=first.log_scale,
+            network=first.network, spline=first.spline, activation=network.activation.name,
+            activation_constant=network.activation.constant, log_scale=first.log_scale,
             log_scale_constant=first.log_scale_constant, context_layer=first.context_layer,
             linear=parametrisation(maps, padded=False), actnorm=any(m.scales() for m in maps),
         )  # fmt: skip

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from glf_fast.conversion import mlp
+from glf_fast.conversion.activations import named_activation, one_activation
 from glf_fast.conversion.autoregressive import DeclaredAutoregressive, MaskedLinear, masked_linear
 from glf_fast.conversion.chains import Chain, Part, Shape, put_transform
 from glf_fast.conversion.couplings import DeclaredCoupling
+from glf_fast.conversion.dropout import Dropped, lost
 from glf_fast.conversion.gaps import inverted_layers
 from glf_fast.conversion.layers import (
     Bijection,
@@ -22,12 +24,13 @@ from glf_fast.conversion.layers import (
     Dense,
     Diagonal,
     Layer,
+    NamedActivation,
     Permutation,
     Unfusable,
     trained_together,
 )
 from glf_fast.conversion.library import Base, FusedLayer, Library, run_on_rows
-from glf_fast.conversion.mlp import activation_name, check_class
+from glf_fast.conversion.mlp import check_class
 from glf_fast.flow import Flow
 from glf_fast.reference import Spline, log_scale
 
@@ -139,10 +142,11 @@ def _elementwise(part: Part) -> list[Layer]:
     kind = _univariate(transform)
     if kind.layout == "t":
         raise Unfusable("its transformation AdditiveTransform is covered in couplings alone")
-    steps = [step for step in mlp.network_steps(transform.hyper) if not isinstance(step, float)]
+    every = list(mlp.network_steps(transform.hyper))
+    steps = [step for step in every if not isinstance(step, Dropped)]
     linears = [step for step in steps if isinstance(step, tuple)]
-    activations = [step for step in steps if isinstance(step, str)]
-    if [type(step) for step in steps] != [tuple, *[str, tuple] * (len(linears) - 1)] or len(set(activations)) != 1:
+    activation = one_activation("its network", [step for step in steps if isinstance(step, NamedActivation)])
+    if [type(step) for step in steps] != [tuple, *[NamedActivation, tuple] * (len(linears) - 1)]:
         raise Unfusable("its network is not linear layers with one kind of activation between")
     masked = [MaskedLinear(W, torch.ones_like(W, requires_grad=False), b) for W, b in linears]
     W, mask, b = masked[0]
@@ -154,16 +158,17 @@ def _elementwise(part: Part) -> list[Layer]:
     declared = DeclaredAutoregressive(
         masked,
         outputs,
-        activations[0],
+        activation,
         log_scale=kind.log_scale,
         constant=kind.constant,
         spline=kind.spline,
+        lost=lost(every),
         blind=True,
     )
     return [declared.read()]
 
 
-def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], str]:
+def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], NamedActivation]:
     """Kind, linear layers and activation of a MaskedMLP: Linear, activation, … Linear, or Linear, residual blocks, Linear."""
     check_class(mlp, "MaskedMLP")
     layers = list(mlp)
@@ -177,10 +182,10 @@ def _masked_network(mlp: Any) -> tuple[str, list[MaskedLinear], str]:
         network, between = "skip", [block[1] for block in blocks]
         layers = [layers[0], *(layer for block in blocks for layer in block), layers[-1]]
     linears = [layer for layer in layers if hasattr(layer, "mask")]
-    names = {activation_name(layer) for layer in between}
-    if len(names) != 1 or len(layers) != len(linears) + len(between):
+    activation = one_activation("its network", [named_activation(layer) for layer in between])
+    if len(layers) != len(linears) + len(between):
         raise Unfusable("its network is not linear layers with one kind of activation between")
-    return network, [masked_linear(layer) for layer in linears], names.pop()
+    return network, [masked_linear(layer) for layer in linears], activation
 
 
 def _univariate(transform: Any) -> _Univariate:

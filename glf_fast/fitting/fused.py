@@ -15,7 +15,7 @@ from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.ops.backends import CPP, usable
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 from glf_fast.ops.coupling_flow.cpp import OF_WIDE, RECORDS_LIMIT, WIDE
-from glf_fast.reference import prepared_constant
+from glf_fast.reference import constant_of_activation, prepared_constant
 
 __all__ = ["FusedSteps", "why_not"]
 
@@ -31,6 +31,8 @@ def why_not(flow: Flow, batch_size: int) -> str:
     options = flow.config
     if options.get("reversible") or options.get("coupling", options.get("transform")) not in COUPLING_CODES:
         return "a reversible flow, or a coupling that csrc has not"
+    if options.get("dropout"):
+        return "dropout"
     if not flow._started and batch_size < 2:
         return "ActNorms that a batch of one row cannot start"
     parameters = [t for part in _parameters(flow) for t in part]
@@ -60,6 +62,7 @@ def _networks(flow: StackedFlow) -> tuple[Any, list[Any]]:
     functions = [
         NETWORK_CODES[options["network"]],
         ACTIVATION_CODES[options["activation"]],
+        constant_of_activation(options["activation"], options.get("activation_constant")),
         LOG_SCALE_CODES[options["log_scale"]],
         prepared_constant(options["log_scale"], options["log_scale_constant"]),
     ]

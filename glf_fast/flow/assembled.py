@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glf_fast import ops
-from glf_fast.flow.linear import assemble
+from glf_fast.flow.linear import FixedInverse, assemble
 from glf_fast.ops.backends import ordinary
 
 __all__ = ["AssembledMaps"]
@@ -28,13 +28,15 @@ class AssembledMaps:
     """
 
     _members = 1  # also of what was pickled before there were several
+    _fixed: FixedInverse | None = None  # the same
 
     def __init__(self, members: int = 1) -> None:
         self._members = members
+        self._fixed = FixedInverse()
         self._cached: tuple[list[Tensor], Maps] | None = None  # copies of the tensors, and their maps
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_members": self._members, "_cached": None}
+        return {"_members": self._members, "_fixed": FixedInverse(), "_cached": None}
 
     def get(
         self,
@@ -63,7 +65,9 @@ class AssembledMaps:
             A, A_inv, c, logabsdet = cached[1]
             if A.dtype == dtype and (A_inv is not None or not need_inverse) and not (graded and A.is_inference()):
                 return A, A_inv, c, logabsdet
-        A, A_inv, c, logabsdets = assemble(linear, tensors, dtype, *actnorm, need_inverse=need_inverse)
+        A, A_inv, c, logabsdets = assemble(
+            linear, tensors, dtype, *actnorm, need_inverse=need_inverse, fixed=self._fixed
+        )
         one = self._members == 1
         maps = (A, A_inv, c, logabsdets.sum() if one else logabsdets.view(self._members, -1).sum(1))
         self._cached = ([t.clone() for t in given], maps) if cacheable else None

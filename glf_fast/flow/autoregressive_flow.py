@@ -18,8 +18,8 @@ from glf_fast.flow.spline_coupling import spline_of
 from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.flow.stacking import Stacked, stacked_maps
 from glf_fast.ops.backends import ordinary
-from glf_fast.ops.checks import check_alike, check_choice, check_floating, check_log_scale
-from glf_fast.reference import ACTIVATIONS, LOG_SCALES, MASKED_NETWORKS, TRANSFORMS, Spline, fan_in
+from glf_fast.ops.checks import check_activation, check_alike, check_choice, check_floating, check_log_scale
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES, MASKED_NETWORKS, TRANSFORMS, Spline, activation_of, fan_in
 
 __all__ = ["AutoregressiveFlow"]
 
@@ -40,7 +40,7 @@ class AutoregressiveFlow(StackedFlow):
     Args:
         dim: D, at least 1.
         steps: K.
-        hidden: widths of the hidden layers of each step's network: 1 to 4 of an "mlp"; of the others the width of each of 1 to
+        hidden: widths of the hidden layers of each step's network: 0 to 8 of an "mlp"; of the others the width of each of 1 to
             5 blocks, all equal.
         context_dim: columns of the context that conditions every step; 0 for none.
         transform: "affine", x·e^f(u) + t, or "spline", a rational-quadratic spline (arXiv:1906.04032), to which log-scales
@@ -48,7 +48,8 @@ class AutoregressiveFlow(StackedFlow):
         network: "mlp", or Linear, blocks of two masked layers, Linear: "residual" as in nflows, or "skip" as in zuko, see
             `glf_fast.reference.made`.
         spline: bins, box and the rest of those splines, a `glf_fast.Spline`, or the same as a mapping.
-        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh or elu.
+        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh, elu, selu, hardswish, softplus or mish.
+        activation_constant: the slope of leaky_relu below 0, or α of elu; None is PyTorch's default.
         log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`; sbi and nflows have
             "softplus".
         context_layer: the context has a hidden layer of its own, which is added to the first one, as in nflows; else it enters
@@ -79,6 +80,7 @@ class AutoregressiveFlow(StackedFlow):
         network: str = "mlp",
         spline: Spline | Mapping[str, Any] | None = None,
         activation: str = "tanh",
+        activation_constant: float | None = None,
         log_scale: str = "tanh",
         log_scale_constant: float | None = None,
         context_layer: bool = False,
@@ -88,7 +90,7 @@ class AutoregressiveFlow(StackedFlow):
     ) -> None:
         check_choice("transform", transform, TRANSFORMS)
         check_choice("network", network, MASKED_NETWORKS)
-        check_choice("activation", activation, ACTIVATIONS)
+        check_activation(activation, activation_constant)
         check_choice("linear", linear, LINEAR)
         check_log_scale(log_scale, log_scale_constant)
         if spline is not None and transform != "spline":
@@ -105,6 +107,7 @@ class AutoregressiveFlow(StackedFlow):
             "network": network,
             "spline": kind and kind._asdict(),
             "activation": activation,
+            "activation_constant": ACTIVATIONS[activation] if activation_constant is None else activation_constant,
             "log_scale": log_scale,
             "log_scale_constant": LOG_SCALES[log_scale] if log_scale_constant is None else log_scale_constant,
             "context_layer": context_layer,
@@ -115,8 +118,8 @@ class AutoregressiveFlow(StackedFlow):
         super().__init__(config, "permutation" if linear == "reverse" else linear)
         if dim < 1:
             raise ValueError(f"dim must be ≥ 1; got {dim}")
-        names = ("transform", "network", "activation", "log_scale", "log_scale_constant", "context_layer")
-        self._options = {name: config[name] for name in names} | {"spline": kind}
+        names = ("transform", "network", "activation", "activation_constant", "log_scale", "log_scale_constant")
+        self._options = {name: config[name] for name in (*names, "context_layer")} | {"spline": kind}
         widths = _widths(config)
         seen = [fan_in(hidden, features) for features, *hidden in _degrees(config, widths)]
         self._fan_in = {torch.device("cpu"): torch.tensor(seen, device="cpu")}  # by device
@@ -166,7 +169,9 @@ class AutoregressiveFlow(StackedFlow):
         weights, biases, context = list(weights), list(biases), context.to(biases[0].dtype)
         if self.config["context_layer"]:
             own = context @ weights.pop() + biases.pop()
-            biases[0] = biases[0] + ACTIVATIONS[self.config["activation"]](own)
+            biases[0] = biases[0] + activation_of(self.config["activation"], self.config.get("activation_constant"))(
+                own
+            )
         n_in = self.config["dim"]
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             if rows := weight.shape[1] - n_in:
@@ -272,10 +277,13 @@ def _widths(config: Mapping[str, Any]) -> tuple[int, ...]:
     Raises:
         ValueError: widths that a network of this kind cannot have.
     """
-    hidden, most = config["hidden"], 4 if config["network"] == "mlp" else 5
-    if not 1 <= len(hidden) <= most or min(hidden) < 1:
-        raise ValueError(f"hidden must be one to {most} widths ≥ 1; got {hidden}")
-    if config["network"] == "mlp":
+    hidden, mlp = config["hidden"], config["network"] == "mlp"
+    least, most = (0, 8) if mlp else (1, 5)
+    if not least <= len(hidden) <= most or any(width < 1 for width in hidden):
+        raise ValueError(f"hidden must be {least} to {most} widths ≥ 1; got {hidden}")
+    if config["context_layer"] and not hidden:
+        raise ValueError("context_layer=True is for a network with hidden layers; got hidden=()")
+    if mlp:
         return tuple(hidden)
     if len(set(hidden)) > 1:
         raise ValueError(f"the blocks of a residual network must have one width; got hidden={hidden}")

@@ -14,13 +14,15 @@ from glf_fast.flow.spline_coupling import spline_of
 from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.flow.stacking import Stacked, configuration, fill_step, new_step, stacked
 from glf_fast.ops.checks import (
+    check_activation,
     check_choice,
+    check_dropout,
     check_log_scale,
     check_network_of,
     check_spline_of,
 )
+from glf_fast.reference import ACTIVATIONS, LOG_SCALES, Plu, Spline
 from glf_fast.reference import COUPLINGS as KINDS
-from glf_fast.reference import LOG_SCALES, Plu, Spline
 
 __all__ = ["CouplingFlow"]
 
@@ -36,7 +38,7 @@ class CouplingFlow(StackedFlow):
     Args:
         dim: D, at least 2; odd is fine (the passive half is the larger one).
         steps: K.
-        hidden: widths of the one to four hidden layers of each step's MLP, or the width of each of one to five residual
+        hidden: widths of the zero to eight hidden layers of each step's MLP, or the width of each of one to five residual
             blocks, all equal.
         context_dim: columns of the context that conditions every coupling; 0 for none.
         coupling: "affine", v·e^f(u) + t with u and t from one MLP; "separate", the same with an MLP for each, as in RealNVP
@@ -44,7 +46,11 @@ class CouplingFlow(StackedFlow):
             v, as in Neural Spline Flows (arXiv:1906.04032). To the last two log-scale and `add_first` mean nothing.
         network: "mlp", or "residual", a `ResidualNet` with the context as a gate, for all couplings but "separate".
         spline: bins, box and the rest of those splines, a `glf_fast.Spline`, or the same as a mapping.
-        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh or elu.
+        activation: of the hidden layers: relu, leaky_relu, silu, gelu, tanh, elu, selu, hardswish, softplus or mish.
+        activation_constant: the slope of leaky_relu below 0, or α of elu; None is PyTorch's default.
+        dropout: probability with which hidden units are dropped in training mode: behind every activation of an MLP, and
+            behind the second one of a residual block. Each call draws its seed from torch's generator of the processor.
+            `fit` then takes the ordinary loop, and a GPU runs the networks layer by layer.
         log_scale, log_scale_constant: how the log-scale is bounded, see `glf_fast.reference.log_scale`.
         add_first: couplings add before they multiply, as Glow does.
         linear: "plu", "dense" or "permutation", see `InvertibleLinear`.
@@ -69,6 +75,8 @@ class CouplingFlow(StackedFlow):
         coupling: str = "affine",
         network: str = "mlp",
         activation: str = "relu",
+        activation_constant: float | None = None,
+        dropout: float = 0.0,
         log_scale: str = "tanh",
         log_scale_constant: float | None = None,
         add_first: bool = False,
@@ -79,6 +87,8 @@ class CouplingFlow(StackedFlow):
     ) -> None:
         check_choice("coupling", coupling, COUPLINGS)
         check_network_of(coupling, network)
+        check_activation(activation, activation_constant)
+        check_dropout(dropout)
         check_log_scale(log_scale, log_scale_constant)
         kind = None if coupling != "spline" and spline is None else spline_of(spline)
         check_spline_of(coupling, kind)
@@ -90,6 +100,8 @@ class CouplingFlow(StackedFlow):
             "coupling": coupling,
             "network": network,
             "activation": activation,
+            "activation_constant": ACTIVATIONS[activation] if activation_constant is None else activation_constant,
+            "dropout": float(dropout),
             "log_scale": log_scale,
             "log_scale_constant": LOG_SCALES[log_scale] if log_scale_constant is None else log_scale_constant,
             "add_first": add_first,
@@ -101,8 +113,8 @@ class CouplingFlow(StackedFlow):
         super().__init__(config, linear)
         if dim < 2:
             raise ValueError(f"dim must be at least 2, to have a passive and a transformed half; got {dim}")
-        names = ("coupling", "network", "activation", "log_scale", "log_scale_constant", "add_first", "reversible")
-        self._options = {name: self.config[name] for name in names} | {"spline": kind}
+        names = ("coupling", "network", "activation", "activation_constant", "log_scale", "log_scale_constant")
+        self._options = {name: self.config[name] for name in (*names, "add_first", "reversible")} | {"spline": kind}
         self._take([layer for _ in range(steps) for layer in new_step(self.config)])
 
     # -- the flow as a function ----------------------------------------------------------------------------------------
@@ -112,7 +124,8 @@ class CouplingFlow(StackedFlow):
         context = self._begin(x, context)
         weights, biases = self._mlp()
         A, _, c, logabsdet = self._affine(weights[0].dtype, need_inverse=False)
-        z, logdet = ops.coupling_flow(x, A, c, weights, biases, context, **self._options)
+        options = self._dropping() if self.training and self.config["dropout"] else self._options
+        z, logdet = ops.coupling_flow(x, A, c, weights, biases, context, row_scales=self._only_scales(), **options)
         return z, logdet + logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -122,21 +135,31 @@ class CouplingFlow(StackedFlow):
         weights, biases = self._mlp()
         _, A_inv, c, logabsdet = self._affine(weights[0].dtype, need_inverse=True)
         assert A_inv is not None
-        x, logdet = ops.coupling_flow_inverse(z, A_inv, c, weights, biases, context, **self._options)
+        options = self._dropping() if self.training and self.config["dropout"] else self._options
+        x, logdet = ops.coupling_flow_inverse(z, A_inv, c, weights, biases, context, **options)
         return x, logdet - logabsdet
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) = log N(z; 0, I) + logdet in nats, (B,)."""
         context = self._begin(x, context)
         weights, biases = self._mlp()
+        options = self._dropping() if self.training and self.config["dropout"] else self._options
         if self.config["linear"] == "plu" and torch.is_grad_enabled():
             linear, actnorm = self._map_tensors()
             plu = Plu(**linear, log_scale=actnorm[0], bias=actnorm[1])
             if any(t is not None and t.requires_grad for t in plu):
-                return ops.plu_flow_log_prob(x, plu, weights, biases, context, **self._options)
+                return ops.plu_flow_log_prob(x, plu, weights, biases, context, **options)
         A, _, c, logabsdet = self._affine(weights[0].dtype, need_inverse=False)
-        return ops.coupling_flow_log_prob(x, A, c, logabsdet, weights, biases, context, **self._options)
+        return ops.coupling_flow_log_prob(
+            x, A, c, logabsdet, weights, biases, context, row_scales=self._only_scales(), **options
+        )
 
+    def _dropping(self) -> dict[str, Any]:
+        """The operation's options for a call in training mode, with units of its own to drop."""
+        seed = torch.randint(2**63 - 1, (), device="cpu")
+        return {**self._options, "dropout": self.config["dropout"], "seed": seed}
+
+    # ActNorms start from what the steps make of all units.
     def _run_step(
         self, k: int, x: Tensor, A: Tensor, c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
         context: Tensor | None,
@@ -148,8 +171,10 @@ class CouplingFlow(StackedFlow):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.config.setdefault("dropout", 0.0)
         for name, value in (
             ("network", "mlp"),
+            ("activation_constant", ACTIVATIONS[self.config["activation"]]),
             ("spline", None),
         ):  # of a flow that was pickled before there were others
             self.config.setdefault(name, value)

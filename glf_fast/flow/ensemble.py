@@ -100,7 +100,11 @@ class FlowEnsemble(nn.Module):
         x, context = self._rows("x", x, context)
         self._begin(x, context)
         A, _, c, logabsdet, (weights, biases) = self._tensors(need_inverse=False)
-        z, logdet = ops.coupling_flow(x, A, c, weights, biases, context, members=self.members, **self._flows._options)
+        flows = self._flows
+        options = flows._dropping() if flows.training and flows.config["dropout"] else flows._options
+        z, logdet = ops.coupling_flow(
+            x, A, c, weights, biases, context, members=self.members, row_scales=flows._only_scales(), **options
+        )
         return self._each(z), self._each(logdet) + logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -108,9 +112,9 @@ class FlowEnsemble(nn.Module):
         z, context = self._rows("z", z, context)
         _, A_inv, c, logabsdet, (weights, biases) = self._tensors(need_inverse=True)
         assert A_inv is not None
-        x, logdet = ops.coupling_flow_inverse(
-            z, A_inv, c, weights, biases, context, members=self.members, **self._flows._options
-        )
+        flows = self._flows
+        options = flows._dropping() if flows.training and flows.config["dropout"] else flows._options
+        x, logdet = ops.coupling_flow_inverse(z, A_inv, c, weights, biases, context, members=self.members, **options)
         return self._each(x), self._each(logdet) - logabsdet
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -225,7 +225,7 @@ def _gains_from_channels_last(x: Tensor) -> bool:
 def _of_pixels(logabsdet: Tensor, pixels: int, batch: int, *, inverse: bool) -> Tensor:
     """± pixels · log|det A| for each sample."""
     factor = -pixels if inverse else pixels
-    return (logabsdet if factor == 1 else factor * logabsdet).expand(batch)
+    return (logabsdet.clone() if factor == 1 else factor * logabsdet).expand(batch)
 
 
 def _sum(logdets: list[Tensor], x: Tensor) -> Tensor:

@@ -95,6 +95,11 @@ class StackedFlow(Flow):
         linear, actnorm = self._map_tensors()
         return self._maps.get(self._linear, linear, actnorm, dtype, need_inverse=need_inverse, training=self.training)
 
+    def _only_scales(self) -> bool:
+        """Whether the linear layers are fixed: of their maps only the ActNorms' scales are trained then."""
+        weight = self._parameters.get("linear_weight")
+        return self._linear == "permutation" or (weight is not None and not weight.requires_grad)
+
     # -- parameters ----------------------------------------------------------------------------------------------------
 
     def _map_tensors(self) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | tuple[None, None]]:

@@ -39,10 +39,11 @@ def new_step(config: Mapping[str, Any]) -> list[nn.Module]:
 
     def network() -> MLP | ResidualNet:
         n_in, n_out = dim - dim // 2, (spline.columns if spline else kind.columns) * (dim // 2)
-        hidden, activation = config["hidden"], config["activation"]
+        hidden = config["hidden"]
+        chosen = {name: config[name] for name in ("activation", "activation_constant", "dropout")}
         if residual:
-            return ResidualNet(n_in, hidden, n_out, context_dim=context_dim, activation=activation)
-        return MLP(n_in + context_dim, hidden, n_out, activation=activation)
+            return ResidualNet(n_in, hidden, n_out, context_dim=context_dim, **chosen)
+        return MLP(n_in + context_dim, hidden, n_out, **chosen)
 
     conditioner = network() if kind.networks == 1 else SeparateNetworks(*(network() for _ in range(kind.networks)))
     pass_context = residual and context_dim > 0
@@ -157,6 +158,8 @@ def _configuration_of_step(step: Sequence[nn.Module], position: int, context_dim
         "context_dim": context_dim,
         "network": "mlp" if isinstance(networks[0], MLP) else "residual",
         "activation": networks[0].activation,
+        "activation_constant": networks[0].activation_constant,
+        "dropout": networks[0].dropout,
         **_formula(coupling, len(networks)),
         "linear": linear.linear,
         "actnorm": len(step) == 3,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import torch
 from bayesflow.networks import InferenceNetwork
 from bayesflow.utils import layer_kwargs, weighted_mean
 from bayesflow.utils.serialization import serializable, serialize
@@ -17,19 +18,30 @@ from glf_fast.ops.checks import check_integer
 
 __all__ = ["CouplingFlow"]
 
+# As bayesflow's CouplingFlow has it, where hardswish is called hard_silu.
+_LIKE_BAYESFLOW: dict[str, Any] = {
+    "log_scale": "bayesflow",
+    "activation": "hardswish",
+    "dropout": 0.05,
+    "linear": "permutation",
+}
+
 
 @serializable("glf_fast.integrations.bayesflow")
 class CouplingFlow(InferenceNetwork):
     """`glf_fast.CouplingFlow` as an inference network: `BasicWorkflow(inference_network=CouplingFlow(), …)`.
 
-    It is what bayesflow's own `CouplingFlow` is by default, in kind and size: affine couplings that transform both halves of
-    the parameters in turn, given the conditions, behind ActNorms. All of them run in one call.
+    It is what bayesflow's own `CouplingFlow` is by default, in kind and size: affine couplings with its scale that transform
+    both halves of the parameters in turn, given the conditions, behind ActNorms, and a random permutation before each pair. All
+    of them run in one call. Networks have its activation and its dropout. Other than there, each coupling of a pair has its
+    ActNorm, which starts from the first batch.
 
     Args:
         depth: number of pairs of couplings; the flow has twice as many steps.
         widths: of the hidden layers of each network.
         base_distribution: as bayesflow's networks have it.
-        options: further arguments of `glf_fast.CouplingFlow`, such as `coupling="spline"`, which are numbers and names.
+        options: further arguments of `glf_fast.CouplingFlow`, which are numbers and names, such as `coupling="spline"` or
+            `linear="plu"`, trained linear layers in place of the permutations.
         **kwargs: arguments of a Keras layer, such as `name`.
 
     Raises:
@@ -53,7 +65,7 @@ class CouplingFlow(InferenceNetwork):
         super().__init__(base_distribution=base_distribution, **kwargs)
         self.depth = depth
         self.widths = tuple(widths)
-        self.options = dict(options or {})
+        self.options = _LIKE_BAYESFLOW | dict(options or {})  # all of them, so that a saved network stays what it is
 
     def build(self, xz_shape: Sequence[int], conditions_shape: Sequence[int] | None = None) -> None:
         """Make the flow, for parameters (…, D) and conditions (…, C)."""
@@ -61,6 +73,8 @@ class CouplingFlow(InferenceNetwork):
             return
         context_dim = 0 if conditions_shape is None else conditions_shape[-1]
         flow = glf_fast.flow.CouplingFlow(xz_shape[-1], 2 * self.depth, self.widths, context_dim, **self.options)
+        if flow.config["linear"] == "permutation":
+            _swap_halves(flow)
         self.wrapper = TorchModuleWrapper(flow)  # through which Keras finds the parameters, and saves the state
         self.base_distribution.build(xz_shape)
 
@@ -127,3 +141,12 @@ class CouplingFlow(InferenceNetwork):
             )
         y, logdet = direction(x.flatten(0, -2), None if conditions is None else conditions.flatten(0, -2))
         return y.reshape(x.shape), logdet.reshape(batch)
+
+
+def _swap_halves(flow: glf_fast.flow.CouplingFlow) -> None:
+    """Make every second permutation one that swaps the halves, so that a pair of couplings transforms all columns.
+
+    Of an odd number all but one, and the next pair another one.
+    """
+    (dim,) = flow.event_shape
+    flow.get_buffer("linear_permutation")[1::2] = torch.arange(dim).roll(dim - dim // 2)

@@ -74,9 +74,10 @@ def coupling_flow(
     for name in ("mask", "distribution", "pre_transform"):
         if options.pop(name, None) is not None:
             raise ValueError(f"this flow has no {name}; leave it out of flow_config, or use nessai's own flows")
-    for name in ("batch_norm_between_layers", "batch_norm_within_layers", "dropout_probability"):
+    for name in ("batch_norm_between_layers", "batch_norm_within_layers"):
         if options.pop(name, None):
             raise ValueError(f"this flow has no {name}, but ActNorms; leave it out of flow_config")
+    options["dropout"] = options.pop("dropout_probability", 0.0)
     chosen = {"network": NETWORKS[net], "activation": ACTIVATIONS[activation], "linear": LINEAR[linear_transform]}
     if options.get("coupling") != "spline":
         chosen["log_scale"] = "nflows"

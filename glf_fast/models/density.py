@@ -39,7 +39,7 @@ class DensitySettings(Settings):
     RULES: ClassVar[Mapping[str, Rule]] = {
         "components": POSITIVE,
         "steps": POSITIVE,
-        "hidden": (lambda value: 1 <= len(value) <= 4 and min(value) > 0, "one to four positive widths"),
+        "hidden": (lambda value: len(value) <= 8 and all(n > 0 for n in value), "zero to eight positive widths"),
         "epochs": POSITIVE,
     }
 

@@ -30,7 +30,10 @@ class FlowSettings(Settings):
     steps: int = 8
     """Not for kind rnvp: number of steps."""
     activation: str = "relu"
-    """Not for kind rnvp: activation of the networks: relu, leaky_relu, silu, gelu, tanh or elu."""
+    """Not for kind rnvp: activation of the networks: relu, leaky_relu, silu, gelu, tanh, elu, selu, hardswish, softplus or
+    mish."""
+    activation_constant: float | None = None
+    """Not for kind rnvp: slope of leaky_relu, or alpha of elu; by default the usual constant of the activation."""
     coupling: Literal["affine", "separate", "additive", "spline"] = "affine"
     """Not for kind rnvp: what becomes of the transformed numbers v. affine: v·e^s + t, with one network for s and t; separate:
     the same with one for each; additive: v + t; spline: a rational-quadratic spline of each number. Kind autoregressive has
@@ -40,8 +43,8 @@ class FlowSettings(Settings):
     bound: float = 5.0
     """For coupling spline: the splines act on numbers between -bound and bound."""
     log_scale: str = "tanh"
-    """Not for kind rnvp: the function that gives the log-scales: tanh, exp, glow, nflows, atan, softclip, jet or
-    softplus."""
+    """Not for kind rnvp: the function that gives the log-scales: tanh, exp, glow, nflows, atan, softclip, jet,
+    softplus, clamp or bayesflow."""
     log_scale_constant: float | None = None
     """Not for kind rnvp: constant of the log-scale function; by default the usual constant of the function."""
     add_first: bool = False
@@ -59,7 +62,7 @@ class FlowSettings(Settings):
 
     CHOICE: ClassVar[str] = "kind"
     RULES: ClassVar[Mapping[str, Rule]] = {
-        "hidden": (lambda value: 1 <= len(value) <= 4 and min(value) > 0, "one to four positive widths"),
+        "hidden": (lambda value: len(value) <= 8 and all(n > 0 for n in value), "zero to eight positive widths"),
         "steps": _DEPTH,
         "bins": (lambda value: value in range(2, 33), "between 2 and 32"),
         "bound": POSITIVE,

@@ -297,7 +297,7 @@ def _cpp_ready() -> str:
 
 def _cuda_ready() -> str:
     how = ", compiled at their first use by CuPy" if CUPY else ""
-    return f"linear layers in float32 and float64 on NVIDIA GPUs{how}"
+    return f"linear layers in float32 and float64, small flows and gradients of weights in float32, on NVIDIA GPUs{how}"
 
 
 _cuda_missing, CUPY = _load_cuda()  # CUPY: the CUDA kernels are compiled by CuPy when they are needed

@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glf_fast.reference import COUPLINGS, LOG_SCALES, NETWORKS, PARAMETRIZATIONS, TAILS, Spline
+from glf_fast.reference import ACTIVATION_FUNCTIONS, COUPLINGS, LOG_SCALES, NETWORKS, PARAMETRIZATIONS, TAILS, Spline
 
 __all__ = [
+    "check_activation",
     "check_alike",
     "check_channels",
     "check_choice",
     "check_device",
+    "check_dropout",
     "check_fake",
     "check_floating",
     "check_hidden_layers",
     "check_integer",
     "check_log_scale",
     "check_network_of",
+    "check_seed",
     "check_shape",
     "check_spline",
     "check_spline_of",
@@ -45,6 +48,21 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be ≥ {least}; got {value}")
 
 
+def check_dropout(value: Any) -> None:
+    """Raise ValueError unless `value` is a probability with which hidden units are dropped."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
+        raise ValueError(f"dropout must be a number of at least 0, and below 1; got {value!r}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise TypeError or ValueError unless `seed` is one that dropout takes."""
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        got = f"a tensor of {seed.dtype}" if isinstance(seed, Tensor) else repr(seed)
+        raise TypeError(f"seed must be a tensor of int64 where dropout is above 0; got {got}")
+    if seed.numel() != 1:
+        raise ValueError(f"seed must have one element; got shape {tuple(seed.shape)}")
+
+
 def check_log_scale(name: str, constant: float | None) -> None:
     """Raise ValueError unless `name` is a log-scale function and `constant` one that it can have; None is its default."""
     check_choice("log_scale", name, LOG_SCALES)
@@ -55,6 +73,21 @@ def check_log_scale(name: str, constant: float | None) -> None:
     low, high = {"softclip": (0.0, 1.0), "glow": (-math.inf, math.inf)}.get(name, (0.0, math.inf))
     if not low < constant < high:
         raise ValueError(f"log_scale_constant of {name!r} must be between {low} and {high}; got {constant}")
+
+
+def check_activation(name: str, constant: Any) -> None:
+    """Raise ValueError unless `name` is an activation and `constant` one that it can have; None is its default."""
+    check_choice("activation", name, ACTIVATION_FUNCTIONS)
+    if constant is None:
+        return
+    f = ACTIVATION_FUNCTIONS[name]
+    if f.default is None:
+        raise ValueError(f"activation {name!r} has no constant; got activation_constant={constant}")
+    low, high = f.interval
+    if isinstance(constant, bool) or not isinstance(constant, numbers.Real) or not low < float(constant) < high:
+        raise ValueError(
+            f"activation_constant of {name!r} must be a number above {low:g} and below {high:g}; got {constant!r}"
+        )
 
 
 def check_network_of(coupling: str, network: str) -> None:

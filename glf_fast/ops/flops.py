@@ -62,8 +62,9 @@ if not CPP.missing:
     @register_flop_formula(operations.cpu_coupling_flow)
     def _(
         x: Shape, matrix: Shape, offset: Shape, weights: Sequence[Shape], biases: Sequence[Shape], context: Shape | None,
-        coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: Any,
-        inverse: bool, density: bool, save: int, record: int, members: int = 1, **_: Any,
+        coupling: int, network: int, activation: int, activation_constant: float,
+        log_scale: int, constant: float, add_first: bool, spline: Any,
+        inverse: bool, density: bool, save: int, record: int, members: int = 1, *_: Any, **__: Any,
     ) -> int:  # fmt: skip
         return _products(x[0], matrix, weights) // members
 
@@ -71,8 +72,9 @@ if not CPP.missing:
     def _(
         grad: Shape | None, grad_logdet: Shape, out: Shape, saved: Shape, matrix: Shape, unmatrix: Shape | None,
         offset: Shape, weights: Sequence[Shape], biases: Sequence[Shape], context: Shape | None, coupling: int, network: int,
-        activation: int, log_scale: int, constant: float, add_first: bool, spline: Any, inverse: bool, save: int,
-        parameters: bool, members: int = 1, **_: Any,
+        activation: int, activation_constant: float,
+        log_scale: int, constant: float, add_first: bool, spline: Any, inverse: bool, save: int,
+        parameters: bool, members: int = 1, *_: Any, **__: Any,
     ) -> int:  # fmt: skip
         return 2 * _products(grad_logdet[0], matrix, weights) // members
 

@@ -21,7 +21,7 @@ def autocast_on(device: str) -> str:
 
 
 def kernel_options(
-    x: Tensor, names: tuple[str, str, float, bool, bool], spline: list[float], autocast: str
+    x: Tensor, names: tuple[str, str, float, bool, bool], spline: list[float], autocast: str, activation_constant: float
 ) -> FlowOptions:
     """Names and precisions. Read here, not in Python that torch.compile traces: it cannot read the matmul precision.
 
@@ -33,8 +33,8 @@ def kernel_options(
 
     made = constants(spline) if spline else ()
     if x.dtype == torch.float64:
-        return FlowOptions(*names, "ieee", "ieee", made)
+        return FlowOptions(*names, "ieee", "ieee", made, activation_constant)
     setting = torch.get_float32_matmul_precision()
     maps = FULL_PRECISION if setting == "highest" else "tf32"
     mlps = {"": "bf16" if setting == "medium" else maps, "bf16": "bf16", "fp16": "tf32"}[autocast]
-    return FlowOptions(*names, maps, mlps, made)
+    return FlowOptions(*names, maps, mlps, made, activation_constant)

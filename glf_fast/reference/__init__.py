@@ -20,6 +20,7 @@ from glf_fast.reference.coupling_flow import (
     log_normal,
     plu_flow_log_prob,
 )
+from glf_fast.reference.dropout import Dropout
 from glf_fast.reference.glow_network import glow_network
 from glf_fast.reference.linear import (
     Plu,
@@ -31,32 +32,46 @@ from glf_fast.reference.linear import (
 )
 from glf_fast.reference.log_scale import LOG_SCALE_FUNCTIONS, LOG_SCALES, LogScale, log_scale, prepared_constant
 from glf_fast.reference.made import MASKED_NETWORKS, fan_in, made
-from glf_fast.reference.mlp import ACTIVATIONS, mlp
+from glf_fast.reference.mlp import (
+    ACTIVATION_FUNCTIONS,
+    ACTIVATIONS,
+    NEED_INPUT,
+    Activation,
+    activation_of,
+    constant_of_activation,
+    mlp,
+)
 from glf_fast.reference.networks import NETWORKS, Network
 from glf_fast.reference.residual import layers_of_block, residual
 from glf_fast.reference.spline import PARAMETRIZATIONS, TAILS, PreparedSpline, Spline, spline
 
 __all__ = [
     "ACTIVATIONS",
+    "ACTIVATION_FUNCTIONS",
     "COUPLINGS",
     "LOG_SCALES",
     "LOG_SCALE_FUNCTIONS",
     "MASKED_NETWORKS",
+    "NEED_INPUT",
     "NETWORKS",
     "PARAMETRIZATIONS",
     "TAILS",
     "TRANSFORMS",
+    "Activation",
     "Coupling",
+    "Dropout",
     "LogScale",
     "Network",
     "Plu",
     "PreparedSpline",
     "Spline",
+    "activation_of",
     "actnorm_log_prob",
     "affine_coupling",
     "autoregressive_flow",
     "autoregressive_flow_inverse",
     "autoregressive_flow_log_prob",
+    "constant_of_activation",
     "coupling_flow",
     "coupling_flow_inverse",
     "coupling_flow_log_prob",

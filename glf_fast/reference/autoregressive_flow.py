@@ -32,6 +32,7 @@ def autoregressive_flow(
     transform: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     spline: Spline | None = None,
@@ -48,7 +49,12 @@ def autoregressive_flow(
 
     Papamakarios et al., Masked Autoregressive Flow, arXiv:1705.07057.
     """
-    options = {"network": network, "activation": activation, "context_layer": context_layer}
+    options: dict[str, Any] = {
+        "network": network,
+        "activation": activation,
+        "activation_constant": activation_constant,
+        "context_layer": context_layer,
+    }
     elementwise = _elementwise(transform, log_scale, log_scale_constant, spline)
     logdet = x.new_zeros(len(x))
     for k in range(len(A)):
@@ -56,7 +62,7 @@ def autoregressive_flow(
         with torch.autocast(x.device.type, enabled=False):
             y = x @ A[k] + c[k]
         given = None if context is None else context.to(y.dtype)
-        raw = made(y, [w[k] for w in weights], [b[k] for b in biases], fan_in[k], given, **options)  # type: ignore[arg-type]
+        raw = made(y, [w[k] for w in weights], [b[k] for b in biases], fan_in[k], given, **options)
         x, ldj = elementwise(y, raw.unflatten(1, (y.shape[1], -1)), False)
         logdet = logdet + ldj
     return x, logdet
@@ -74,6 +80,7 @@ def autoregressive_flow_inverse(
     transform: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     spline: Spline | None = None,
@@ -86,7 +93,12 @@ def autoregressive_flow_inverse(
     D passes of the network here. Kernels need the arithmetic of one: y_d extends the hidden units that see it, once.
     Returns x (B, D) and −Σ_k Σ log T' (B,).
     """
-    options = {"network": network, "activation": activation, "context_layer": context_layer}
+    options: dict[str, Any] = {
+        "network": network,
+        "activation": activation,
+        "activation_constant": activation_constant,
+        "context_layer": context_layer,
+    }
     elementwise = _elementwise(transform, log_scale, log_scale_constant, spline)
     logdet = z.new_zeros(len(z))
     for k in reversed(range(len(A_inv))):
@@ -94,7 +106,7 @@ def autoregressive_flow_inverse(
         known = z.new_zeros(len(z), 0)
         for d in range(z.shape[1]):
             y = torch.cat([known, z.new_zeros(len(z), z.shape[1] - d)], 1)
-            raw = made(y, [w[k] for w in weights], [b[k] for b in biases], fan_in[k], given, **options)  # type: ignore[arg-type]
+            raw = made(y, [w[k] for w in weights], [b[k] for b in biases], fan_in[k], given, **options)
             y_d, ldj = elementwise(z[:, d : d + 1], raw.unflatten(1, (z.shape[1], -1))[:, d : d + 1], True)
             known = torch.cat([known, y_d], 1)
             logdet = logdet + ldj

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glf_fast.reference.coupling import COUPLINGS
+from glf_fast.reference.dropout import Dropout
 from glf_fast.reference.linear import Plu, plu_assemble
 from glf_fast.reference.networks import NETWORKS
 from glf_fast.reference.spline import Spline
@@ -28,10 +29,13 @@ def coupling_flow(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
     spline: Spline | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Data → noise. For k = 0 … K−1, with P = D − D//2 passive columns p and D//2 transformed columns v:
 
@@ -47,10 +51,13 @@ def coupling_flow(
     | "additive" | v + t                | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | D//2       | NICE (arXiv:1410.8516)    |
     | "spline"   | a spline of v        | (K, nᵢ, nᵢ₊₁)      | (K, nᵢ₊₁)    | n·(D//2)   | n = `spline.columns`      |
 
+    With `dropout` p > 0 hidden units are dropped with this probability, by `seed`: see `Dropout`.
+
     These are the shapes of `network` "mlp". Those of "residual", which is no network of "separate", are in `residual`.
 
     Returns z (B, D) and Σ_k Σ ℓ (B,), both float32 or better: the caller adds Σ_k log|det A_k|, which no sample changes.
     """
+    assert seed is not None or not dropout
     transform, conditioner = COUPLINGS[coupling].transform, NETWORKS[network]
     options: dict[str, Any] = {
         "log_scale": log_scale,
@@ -67,7 +74,10 @@ def coupling_flow(
         p, v = y[:, :passive], y[:, passive:]
         given = None if context is None else context.to(p.dtype)
         h = p if given is None else torch.cat([p, given], 1)
-        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation)
+        drop = Dropout(dropout, seed, k) if seed is not None and dropout else None
+        raw = conditioner(
+            h, [w[k] for w in weights], [b[k] for b in biases], given, activation, activation_constant, drop
+        )
         v, ldj = transform(v, raw, inverse=False, **options)
         x = torch.cat([p, v], 1)
         logdet = logdet + ldj
@@ -85,10 +95,13 @@ def coupling_flow_inverse(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
     spline: Spline | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: the steps of `coupling_flow` undone in reverse order, with `A_inv` (K, D, D) = A⁻¹.
 
@@ -96,6 +109,7 @@ def coupling_flow_inverse(
 
     Returns x (B, D) and −Σ_k Σ ℓ (B,).
     """
+    assert seed is not None or not dropout
     transform, conditioner = COUPLINGS[coupling].transform, NETWORKS[network]
     options: dict[str, Any] = {
         "log_scale": log_scale,
@@ -109,7 +123,10 @@ def coupling_flow_inverse(
         p, v = z[:, :passive], z[:, passive:]
         given = None if context is None else context.to(p.dtype)
         h = p if given is None else torch.cat([p, given], 1)
-        raw = conditioner(h, [w[k] for w in weights], [b[k] for b in biases], given, activation)
+        drop = Dropout(dropout, seed, k) if seed is not None and dropout else None
+        raw = conditioner(
+            h, [w[k] for w in weights], [b[k] for b in biases], given, activation, activation_constant, drop
+        )
         v, ldj = transform(v, raw, inverse=True, **options)
         with torch.autocast(z.device.type, enabled=False):
             z = (torch.cat([p, v], 1) - c[k]) @ A_inv[k]

@@ -33,6 +33,7 @@ LOG_SCALE_FUNCTIONS: dict[str, LogScale] = {
     "jet": LogScale(lambda u, _: math.log(2) + F.logsigmoid(u)),
     "softplus": LogScale(lambda u, s: torch.log(F.softplus(u) + s), 1e-3),
     "clamp": LogScale(lambda u, _: u + (u.clamp(-5, 3) - u).detach()),
+    "bayesflow": LogScale(lambda u, _: torch.log(F.softplus(torch.asinh(u) + math.log(math.e - 1)))),
 }
 # name → default of its constant (None: it has none).
 LOG_SCALES: dict[str, float | None] = {name: f.default for name, f in LOG_SCALE_FUNCTIONS.items()}
@@ -52,6 +53,7 @@ def log_scale(u: Tensor, name: str = "tanh", constant: float | None = None) -> T
     | `jet`      | log 2σ(u)                       | Jet (arXiv:2412.15129)                              |
     | `softplus` | log(softplus(u) + ε) [ε = 1e-3] | autoregressive transforms of nflows 0.14, sbi       |
     | `clamp`    | min(max(u, −5), 3), slope 1     | pyro, whose gradient passes the bounds              |
+    | `bayesflow`| log softplus(arsinh u + ln(e−1))| BayesFlow 2; 0 at 0, e^ℓ grows as ln u and falls as 1/u|
     """
     f = LOG_SCALE_FUNCTIONS[name]
     return f.function(u, prepared_constant(name, constant))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from glf_fast.reference.mlp import ACTIVATIONS
+from glf_fast.reference.mlp import activation_of
 
 __all__ = ["MASKED_NETWORKS", "fan_in", "made", "masks"]
 
@@ -24,6 +24,7 @@ def made(
     *,
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     context_layer: bool = False,
 ) -> Tensor:
     """MADE (Germain et al., arXiv:1502.03509): n numbers for each feature of x, which depend on features before it alone.
@@ -32,8 +33,8 @@ def made(
         "residual":  h ← [c, x] W₀ + b₀;     h ← h + (a([c, a(h)] W₁ + b₁) W₂ + b₂) for every block, as in nflows
         "skip":      h ← [c, x] W₀ + b₀;     h ← h + (a(h W₁ + b₁) W₂ + b₂) for every block, as in zuko
 
-    then h Wf + bf. Unit j of a layer sees the first `fan_in` units of the layer before (the first features, of x), and all of
-    the context c: the weights beyond are not used.
+    then h Wf + bf; an "mlp" without hidden layers is [c, x] W₀ + b₀. Unit j of a layer sees the first `fan_in` units of the
+    layer before (the first features, of x), and all of the context c: the weights beyond are not used.
 
     With `context_layer` the context has a hidden layer of its own instead of the columns in the first layer, and
     a(c Wc + bc) is added to x W₀ + b₀, as in nflows.
@@ -46,7 +47,7 @@ def made(
     Returns:
         (B, n·D): those of the first feature, of the second …
     """
-    act = ACTIVATIONS[activation]
+    act = activation_of(activation, activation_constant)
     added: Tensor | float = 0.0
     if context_layer:
         (*weights, W_c), (*biases, b_c) = weights, biases
@@ -62,6 +63,8 @@ def made(
 
     last = len(weights) - 1
     h = linear(0, x) + added
+    if not last:
+        return h
     if network == "mlp":
         h = act(h)
         for i in range(1, last):

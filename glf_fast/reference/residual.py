@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from glf_fast.reference.mlp import ACTIVATIONS
+from glf_fast.reference.dropout import Dropout
+from glf_fast.reference.mlp import activation_of
 
 __all__ = ["layers_of_block", "residual"]
 
@@ -18,6 +19,8 @@ def residual(
     biases: Sequence[Tensor],
     context: Tensor | None = None,
     activation: str = "relu",
+    activation_constant: float | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """h ← h W₀ + b₀; for every block h ← h + (a(a(h) W₁ + b₁) W₂ + b₂) ⊙ σ(context Wc + bc); then h Wf + bf.
 
@@ -26,14 +29,19 @@ def residual(
 
     `h` (B, P + C); `context` (B, C) or None. `weights`: W₀ (P + C, H), for each block W₁ (H, H), W₂ (H, H) and with a context
     Wc (C, H), then Wf (H, n); `biases` alike, (H) and (n). Returns (B, n).
+
+    `dropout` acts behind the second activation of each block, whose number is its layer.
     """
-    act = ACTIVATIONS[activation]
+    act = activation_of(activation, activation_constant)
     (W, *inner, W_last), (b, *inner_biases, b_last) = weights, biases
     h = h @ W + b
     size = layers_of_block(context)
-    for i in range(0, len(inner), size):
+    for block, i in enumerate(range(0, len(inner), size)):
         (W_1, W_2, *gate), (b_1, b_2, *gate_bias) = inner[i : i + size], inner_biases[i : i + size]
-        branch = act(act(h) @ W_1 + b_1) @ W_2 + b_2
+        hidden = act(act(h) @ W_1 + b_1)
+        if dropout is not None:
+            hidden = dropout(hidden, block)
+        branch = hidden @ W_2 + b_2
         h = h + (branch * torch.sigmoid(context @ gate[0] + gate_bias[0]) if context is not None and gate else branch)
     return h @ W_last + b_last
 

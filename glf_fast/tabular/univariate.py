@@ -19,7 +19,7 @@ class UnivariateFlow(Flow):
 
     Args:
         steps: K.
-        hidden: widths of the MLP's one to four hidden layers.
+        hidden: widths of the MLP's zero to eight hidden layers.
         context_dim: columns of the context; 0 for none.
         spline: bins and box of the splines.
 

@@ -1,6 +1,7 @@
 """The GPU benchmark without a GPU: its groups rehearsed on a processor, and what becomes of rows that fail."""
 
 import contextlib
+import importlib.util
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -11,12 +12,13 @@ import forked
 import pytest
 import torch
 
-from bench import flows, gpu, memory, on_gpu, rehearsal
+from bench import accelerated, flows, gpu, memory, on_gpu, rehearsal
 from bench.cases import COUPLING_MODES, FlowCase
 from bench.gpu_record import Record
 from bench.memory import MemoryCase
 from bench.on_gpu import FIRST, GROUPS, OURS_AND_EAGER, SECOND
 from bench.plots import draw
+from bench.projects import PROJECTS, Project
 from bench.race import GRAPHED, Calls, Clock, Job, Provider, Race, graphed
 from bench.report import kept_of
 from bench.results import Results, merge, read
@@ -145,6 +147,35 @@ def test_rows_are_measured_alike(group: str, tmp_path, monkeypatch, rehearse) ->
     assert expected[group] == rows.keys()
     figures = {path.stem for path in draw(found, tmp_path)}
     assert figures == {"linear": {"linear"}, "step": {"ratios"}}.get(group, set())
+
+
+def test_flows_of_projects_are_measured_before_and_after(tmp_path, monkeypatch, rehearse) -> None:
+    found = rehearse("projects")
+    assert not found.wrong
+    names = {case for _, case, _ in found.groups()}
+    assert len(names) == 3 and names < {*accelerated.PROJECTS} <= PROJECTS.keys()
+    for (suite, case, _), rows in found.groups().items():
+        assert suite == "projects" and {*rows} == {"original", "glf_fast"}
+        assert {*rows["glf_fast"].info["into"]} > {"left"} and rows["glf_fast"].info["batch"] == 8, case
+    assert {mode for _, _, mode in found.groups()} == {*accelerated.MODES}
+    assert "Flows of public projects" in "\n".join(page(found))
+
+
+def test_a_project_with_another_density_has_no_time(monkeypatch, rehearse) -> None:
+    right = Project.log_prob
+
+    def wrong(self: Project, flow: torch.nn.Module, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        return right(self, flow, x, context) * (2 if x.dtype == torch.float32 else 1)
+
+    monkeypatch.setattr(Project, "log_prob", wrong)
+    found = rehearse("projects", exits="have no time")
+    assert {r.mode for r in found.results} == {"sample"} and all("is off by" in line for line in found.wrong)
+
+
+def test_a_machine_without_a_library_measures_no_projects(monkeypatch, rehearse) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = rehearse("projects")
+    assert not found.results and all("normflows is not installed" in line for line in found.wrong)
 
 
 # -- graphs of whole calls -------------------------------------------------------------------------------------------------

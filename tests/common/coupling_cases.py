@@ -1,4 +1,4 @@
-"""What the elementwise coupling is tried with on a GPU: 28 cases instead of the 560 of all combinations."""
+"""Cases of the elementwise coupling on a GPU: 40 instead of the 400 of all combinations."""
 
 import itertools
 

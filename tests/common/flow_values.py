@@ -5,9 +5,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from glf_fast import Spline, ops, reference
+from glf_fast import Spline, ops, reference, use_backend
 
-__all__ = ["DIRECTIONS", "compare", "derivatives", "error", "run", "run_op", "tensors"]
+__all__ = ["DIRECTIONS", "check_bayesflows_scale", "compare", "derivatives", "error", "run", "run_op", "tensors"]
 
 DIRECTIONS = {"forward": "coupling_flow", "inverse": "coupling_flow_inverse"}
 
@@ -90,3 +90,30 @@ def compare(values: list[Tensor | None], direction: str, limit: float, reversibl
     for mine, truth in zip(got, want, strict=True):
         assert mine.dtype == values[0].dtype and mine.shape == truth.shape
         assert error(mine, truth) <= limit
+
+
+def check_bayesflows_scale() -> None:
+    """Scales, log-scales and slopes on the backend in use: no worse than PyTorch's own functions in float32."""
+    sizes = torch.logspace(-8, 6, 400)
+    u = torch.cat([-sizes.flip(0), torch.zeros(1), sizes])
+
+    def evaluate(u: Tensor, *, inverse: bool) -> list[Tensor]:
+        u = u.unsqueeze(1).requires_grad_()  # one number a row, whose logdet is ℓ
+        one, zero = torch.ones_like(u), torch.zeros_like(u)
+        w, logdet = ops.affine_coupling(one, u, zero, log_scale="bayesflow", inverse=inverse)
+        (slope,) = torch.autograd.grad(logdet.sum(), u)
+        return [w.detach().flatten(), logdet.detach(), slope.flatten()]
+
+    for inverse in (False, True):
+        mine = evaluate(u, inverse=inverse)
+        with use_backend("reference"):
+            plain, exact = (evaluate(a, inverse=inverse) for a in (u, u.double()))
+        for i, (got, theirs, truth) in enumerate(zip(mine, plain, exact, strict=True)):
+            size = truth.abs().clamp(min=1) if i == 1 else truth.abs()  # ℓ passes 0
+            errors = [((a.double() - truth).abs() / size).max().item() for a in (got, theirs)]
+            assert errors[0] <= max(errors[1], 5e-7), (inverse, i, errors)
+        far = torch.tensor([float("nan"), float("inf"), -float("inf")])
+        got, _, _ = evaluate(far, inverse=inverse)
+        with use_backend("reference"):
+            theirs, _, _ = evaluate(far, inverse=inverse)
+        torch.testing.assert_close(got, theirs, equal_nan=True)

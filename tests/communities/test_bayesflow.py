@@ -142,6 +142,31 @@ def test_sizes_that_do_not_fit_are_named(bayesflow: Any) -> None:
         CouplingFlow().build((10, 1), (10, 2))
 
 
+def test_the_scale_is_bayesflows(bayesflow: Any) -> None:
+    from bayesflow.networks.inference.coupling.transforms import AffineTransform
+
+    from glf_fast.integrations.bayesflow import CouplingFlow
+    from glf_fast.reference import log_scale
+
+    network = CouplingFlow(depth=1)
+    network.build((10, 4))
+    u = torch.linspace(-50, 50, 201)
+    wanted = AffineTransform().constrain_parameters({"scale": u})["scale"]
+    torch.testing.assert_close(log_scale(u, network.flow.config["log_scale"]).exp(), wanted)
+
+
+@pytest.mark.parametrize("dim", [2, 5, 8])
+def test_a_pair_of_couplings_transforms_every_column_once(bayesflow: Any, dim: int) -> None:
+    from glf_fast.integrations.bayesflow import CouplingFlow
+
+    network = CouplingFlow(depth=1)
+    network.build((10, dim))
+    with torch.no_grad():
+        network.flow.mlp_biases[-1][:, dim // 2 :] = 1  # the shifts
+    z = network(torch.zeros(3, dim))
+    assert z.sort(1).values.tolist() == [[0.0] * (dim % 2) + [1.0] * (dim - dim % 2)] * 3
+
+
 def test_example_of_the_documentation(bayesflow: Any) -> None:
     text = (Path(__file__).parents[2] / "docs" / "drop-in.md").read_text(encoding="utf-8")
     section = text.split("## BayesFlow")[1].split("\n## ")[0]

@@ -6,6 +6,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import normflows as nf
@@ -71,6 +72,8 @@ CASES: dict[str, tuple[Make, int, int, str]] = {
     ),
     "masks without degrees": (lambda d, c: pruned(of_nflows(**PLAIN)(d, c)), 6, 2, "a3"),
     "residual": (of_nflows(activation=F.relu), 6, 2, "a3"),
+    "residual, another slope": (of_nflows(activation=partial(F.leaky_relu, negative_slope=0.2)), 3, 0, "a3"),
+    "six layers, softplus": (of_nflows(num_blocks=5, activation=F.softplus, **PLAIN), 4, 1, "a3"),
     "residual, masks without degrees": (lambda d, c: pruned(of_nflows(num_blocks=1)(d, c)), 4, 0, "a3"),
     "inverse": (of_nflows(inverse=True, **PLAIN), 4, 2, "a3"),
     "splines": (of_nflows(tail_bound=3.0, **PLAIN, **SPLINES), 4, 2, "a3"),
@@ -133,8 +136,8 @@ def test_degrees_of_usual_masks_need_no_frozen_weights() -> None:
 REFUSED: dict[str, Make] = {
     "with batch norm is not covered": of_nflows(use_batch_norm=True),
     r"dropout \(p = 0.2\) is active; convert the flow in eval mode": of_nflows(dropout_probability=0.2, **PLAIN),
-    "the activation 'softplus' is not covered": of_nflows(activation=F.softplus),
-    "its network has 5 hidden layers": of_nflows(num_blocks=4, **PLAIN),
+    "the activation 'celu' is not covered": of_nflows(activation=F.celu),
+    "its network has 9 hidden layers; zero to eight": of_nflows(num_blocks=8, **PLAIN),
     "no activation behind the first layer": of_nflows(num_blocks=0),
     "linear tails of one bound are covered": of_normflows(
         lambda d: nf.flows.CircularAutoregressiveRationalQuadraticSpline(d, 2, 12, [1])

@@ -23,7 +23,7 @@ def nflows_flow(*layers: nn.Module, context: int = 0, embedding: nn.Module | Non
 
 
 def kept(context: int) -> nn.Module:
-    return T.MaskedAffineAutoregressiveTransform(4, 8, context_features=context, activation=nn.functional.softplus)
+    return T.MaskedAffineAutoregressiveTransform(4, 8, context_features=context, activation=nn.functional.celu)
 
 
 def same(flow: nn.Module, converted: nn.Module, context: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 
 import FrEIA.framework as ff
@@ -75,6 +76,18 @@ def sequence(dim, *blocks):
 
 PERMUTE = (fm.PermuteRandom, {})
 
+
+def subnet_of(activation, depth):
+    """A constructor of networks with so many hidden layers."""
+
+    def make(n_in, n_out):
+        widths = [n_in, *[9] * depth, n_out]
+        layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), activation)]
+        return nn.Sequential(*layers[:-1])
+
+    return make
+
+
 # name → blocks of one of two steps; what they become
 CASES = {
     "GLOW": ([(fm.GLOWCouplingBlock, net()), PERMUTE], "4"),
@@ -83,6 +96,10 @@ CASES = {
     "GLOW tanh callable": ([(fm.GLOWCouplingBlock, net(clamp_activation=torch.tanh, clamp=0.7))], "4"),
     "GLOW atan callable": ([(fm.GLOWCouplingBlock, net(clamp_activation=lambda u: 0.6 * torch.atan(u / 3)))], "4"),
     "GLOW linear callable": ([(fm.GLOWCouplingBlock, net(clamp_activation=lambda u: 0.2 * u))], "4"),
+    "LeakyReLU of another slope": ([(fm.GLOWCouplingBlock, net(subnet_constructor=subnet_of(nn.LeakyReLU(0.2), 2)))], "4"),
+    "Mish": ([(fm.AllInOneBlock, net(subnet_constructor=subnet_of(nn.Mish(), 2)))], "2"),
+    "no hidden layer": ([(fm.RNVPCouplingBlock, net(subnet_constructor=nn.Linear))], "4"),
+    "six hidden layers": ([(fm.AllInOneBlock, net(subnet_constructor=subnet_of(nn.Softplus(), 6)))], "2"),
     "uneven": ([(fm.GLOWCouplingBlock, net(split_len=1)), (fm.RNVPCouplingBlock, net(split_len=0.3))], "2 2 2 2"),
     "RNVP": ([(fm.RNVPCouplingBlock, net(clamp=1.5)), PERMUTE], "4"),
     "NICE": ([(fm.NICECouplingBlock, net()), (fm.PermuteRandom, {"seed": 3})], "4"),
@@ -290,7 +307,7 @@ def test_matrix_that_is_not_orthogonal_is_kept():
     [
         (fm.GLOWCouplingBlock, net(clamp_activation=lambda u: torch.sin(u)), "clamp_activation is none"),
         (fm.GLOWCouplingBlock, net(split_len=5), "leaves one half empty"),
-        (fm.RNVPCouplingBlock, {"subnet_constructor": nn.Linear}, "0 hidden layers"),
+        (fm.RNVPCouplingBlock, {"subnet_constructor": subnet_of(nn.ReLU(), 9)}, "9 hidden layers"),
         (fm.OrthogonalTransform, {}, "freeze it"),
         (fm.AllInOneBlock, net(gin_block=True), "gin_block=True"),
     ],

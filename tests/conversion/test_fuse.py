@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.conversion.fuse import fuse
-from glf_fast.conversion.layers import FROZEN, TRAINED, Conditioner, Coupling, Dense, Diagonal, Kept, Layer, Permutation
+from glf_fast.conversion.layers import (
+    FROZEN,
+    TRAINED,
+    Conditioner,
+    Coupling,
+    Dense,
+    Diagonal,
+    Kept,
+    Layer,
+    NamedActivation,
+    Permutation,
+)
 from glf_fast.conversion.padded import Padded
 from glf_fast.flow import CouplingFlow, Flow, Inverse, SequentialFlow
 from glf_fast.flow.coupling_flow import COUPLINGS
@@ -75,7 +86,9 @@ class Maker:
         defaults = {"log_scale": "tanh", "log_scale_constant": None, "add_first": False, "activation": "tanh"}
         options = {**defaults, **options}
         factors = 0.5 + torch.rand_like(biases[-1], requires_grad=False)
-        conditioner = Conditioner(weights, biases, masks, bias_masks, factors, options.pop("activation"), blocks=blocks)
+        conditioner = Conditioner(
+            weights, biases, masks, bias_masks, factors, NamedActivation(options.pop("activation")), blocks=blocks
+        )
         return Coupling(order[:P], order[P:], conditioner, **options)
 
 
@@ -97,7 +110,7 @@ def apply(layers: list[Layer], x: Tensor, context: Tensor | None = None) -> tupl
             h = p if given is None else torch.cat([p, given], 1)
             *weights, last = c.weights
             weights, biases = [*weights, last * c.factors.unsqueeze(-2)], [*c.biases[:-1], c.biases[-1] * c.factors]
-            raw = NETWORKS[c.network](h, weights, biases, given, c.activation)
+            raw = NETWORKS[c.network](h, weights, biases, given, c.activation.name, c.activation.constant, None)
             if raw.shape == v.shape:  # additive
                 v, ldj = v - raw if layer.undo else v + raw, 0.0
             else:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Unfusable
+from glf_fast.conversion.activations import named_activation, one_activation
+from glf_fast.conversion.layers import FIXED, FROZEN, TRAINED, Conditioner, NamedActivation, Unfusable
 from glf_fast.conversion.mlp import (
     read_bounded_mlp,
     read_mlp,
@@ -38,12 +42,35 @@ class Functional(nn.Module):
 class Dropped(nn.Module):
     """Dropout as a function."""
 
-    def __init__(self, p: float = 0.3) -> None:
+    def __init__(self, p: float = 0.3, *, always: bool = False, never: bool = False) -> None:
         super().__init__()
         self.a, self.b, self.p = nn.Linear(3, 5), nn.Linear(5, 6), p
+        self.always, self.never = always, never
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(F.dropout(torch.tanh(self.a(x)), self.p, self.training))
+        return self.b(F.dropout(torch.tanh(self.a(x)), self.p, self.always or (self.training and not self.never)))
+
+
+class ByMode(nn.Module):
+    """A hidden layer whose activation is given the mode."""
+
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.a, self.b, self.activation = nn.Linear(3, 4), nn.Linear(4, 2), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.activation(self.a(x), self.training))
+
+
+class Activated(nn.Module):
+    """An activation as a function with arguments."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.activation = nn.Linear(3, 5), nn.Linear(5, 6), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.activation(self.a(x)))
 
 
 class Checked(nn.Module):
@@ -84,16 +111,47 @@ class Skip(nn.Module):
         return self.c(torch.relu(self.b(torch.relu(self.a(x)))) + x)
 
 
-def sequential(*activations: nn.Module, widths: tuple[int, ...] = (3, 5, 4, 6)) -> nn.Sequential:
+def sequential(
+    *activations: nn.Module, widths: tuple[int, ...] = (3, 5, 4, 6), dropout: float = 0.0, before: bool = False
+) -> nn.Sequential:
+    """A chain with a dropout behind each activation, or `before` it."""
     layers: list[nn.Module] = []
     for i in range(len(widths) - 1):
-        layers += [nn.Linear(widths[i], widths[i + 1]), activations[i % len(activations)]]
-    return nn.Sequential(*layers[:-1])
+        between = [activations[i % len(activations)], *[nn.Dropout(dropout)] * bool(dropout)]
+        layers += [nn.Linear(widths[i], widths[i + 1]), *(reversed(between) if before else between)]
+    return nn.Sequential(*(layers[:-2] if dropout else layers[:-1]))
+
+
+def outputs(read: Conditioner, x: Tensor) -> Tensor:
+    return mlp(x, read.weights, read.biases, read.activation.name, read.activation.constant)
+
+
+def normalised(bias: bool = True, **options: bool) -> nn.Sequential:
+    """Batch norms behind the first two layers, which have seen a batch; in eval mode."""
+    network = nn.Sequential(
+        nn.Linear(3, 5, bias), nn.BatchNorm1d(5, **options), nn.Tanh(), nn.Linear(5, 4, bias), nn.Dropout(0.0),
+        nn.BatchNorm1d(4, **options), nn.Tanh(), nn.Linear(4, 6),
+    )  # fmt: skip
+    network(3 * torch.randn(20, 3) + 1)
+    for module in network:
+        if isinstance(module, nn.BatchNorm1d) and module.affine:
+            nn.init.uniform_(module.weight, -2, 2)
+            nn.init.normal_(module.bias)
+    return network.eval()
 
 
 NETWORKS = {
     **{kind.__name__: (lambda kind=kind: sequential(kind())) for kind in (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.ELU)},
     "leaky": lambda: sequential(nn.LeakyReLU()),
+    "leaky-0.2": lambda: sequential(nn.LeakyReLU(0.2)),
+    "elu-0.5": lambda: sequential(nn.ELU(0.5)),
+    "hardswish": lambda: sequential(nn.Hardswish()),
+    "softplus": lambda: sequential(nn.Softplus()),
+    "mish": lambda: sequential(nn.Mish()),
+    "functional-leaky": lambda: Activated(lambda h: F.leaky_relu(h, 0.2, True)),
+    "functional-elu": lambda: Activated(lambda h: F.elu(h, alpha=0.5)),
+    "functional-softplus": lambda: Activated(lambda h: F.softplus(h, beta=1, threshold=20)),
+    "functional-mish": lambda: Activated(lambda h: F.mish(F.dropout(h, 0.0))),
     "leaky-0": lambda: sequential(nn.LeakyReLU(0.0)),
     "one-activation-twice": lambda: sequential(*[nn.ReLU()] * 2),
     "nested": lambda: nn.Sequential(
@@ -101,6 +159,8 @@ NETWORKS = {
     ),
     "functional": Functional,
     "functional-dropout": lambda: Dropped().eval(),
+    "dropouts": lambda: sequential(nn.ReLU(), dropout=0.3).eval(),
+    "dropouts-before": lambda: sequential(nn.LeakyReLU(), dropout=0.3, before=True).eval(),
     "functional-dropout-of-nothing": lambda: Dropped(0.0),
     "compiled": lambda: torch.compile(Functional(), backend="eager"),
     "compiled-inside": lambda: nn.Sequential(
@@ -108,7 +168,9 @@ NETWORKS = {
     ),
     "checked": Checked,
     "checked-without-context": lambda: Checked(context=False),
-    "four-hidden": lambda: sequential(nn.ReLU(), widths=(3, 5, 4, 3, 2, 6)),
+    "no-hidden": lambda: nn.Linear(3, 6),
+    "no-hidden-in-a-module": lambda: nn.Sequential(nn.Linear(3, 6)),
+    "eight-hidden": lambda: sequential(nn.ReLU(), widths=(3, 5, 4, 3, 2, 6, 5, 4, 3, 6)),
 }
 
 
@@ -117,11 +179,38 @@ def test_networks_that_are_mlps(name: str) -> None:
     network = NETWORKS[name]().double()
     x = torch.randn(7, 3, dtype=torch.float64)
     read = read_mlp(network)
-    torch.testing.assert_close(mlp(x, read.weights, read.biases, read.activation), network(x))
+    torch.testing.assert_close(outputs(read, x), network(x))
     assert all((roles == TRAINED).all() for roles in read.roles)
     bias_free = {i for i, roles in enumerate(read.bias_roles) if (roles == FIXED).all()}
-    assert read.dropout == (0.3 if name == "functional-dropout" else 0.0)
+    assert read.dropout == (0.3 if name in ("functional-dropout", "dropouts", "dropouts-before") else 0.0)
+    assert not read.lost and not read.active
     assert bias_free == ({1} if name in ("functional", "compiled") else set())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_batch_norm_in_eval_mode_is_in_the_linear_layers(bias: bool, affine: bool) -> None:
+    network = normalised(bias, affine=affine).double()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    read = read_mlp(network)
+    assert read.normalised and not read_mlp(sequential(nn.ReLU())).normalised
+    out = outputs(read, x)
+    torch.testing.assert_close(out, network(x))
+    parameters = list(network.parameters())
+    wanted, got = (torch.autograd.grad(y.square().sum(), parameters) for y in (network(x), out))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_batch_norm_is_trained_with_its_linear_layer_or_frozen_with_it() -> None:
+    network = normalised().requires_grad_(False)
+    assert all((roles == FROZEN).all() for roles in (*read_mlp(network).roles, *read_mlp(network).bias_roles))
+    network[1].requires_grad_(True)
+    with pytest.raises(Unfusable, match="only some of its parameters are trained"):
+        read_mlp(network)
+    norm = nn.BatchNorm1d(3)
+    twice = nn.Sequential(nn.Linear(3, 3), norm, nn.ReLU(), nn.Linear(3, 3), norm, nn.ReLU(), nn.Linear(3, 2)).eval()
+    with pytest.raises(Unfusable, match="more than once"):
+        read_mlp(twice)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +228,7 @@ def test_a_bound_and_factors_behind_the_last_layer(network, bound: float | None)
     network = network().double()
     x = torch.randn(7, 3, dtype=torch.float64)
     read, found = read_bounded_mlp(network)
-    y = mlp(x, read.weights, read.biases, read.activation) * read.factors
+    y = outputs(read, x) * read.factors
     assert found == bound
     torch.testing.assert_close(y if bound is None else bound * torch.tanh(y / bound), network(x))
     parameters = list(network.parameters())
@@ -162,17 +251,56 @@ def test_bounds_that_are_not_covered(network, reason: str) -> None:
 @pytest.mark.parametrize(
     ("network", "reason"),
     [
-        (lambda: nn.Linear(3, 2), "0 hidden layers"),
-        (lambda: sequential(nn.ReLU(), widths=(3,) * 7), "5 hidden layers"),
+        (lambda: sequential(nn.ReLU(), widths=(3,) * 11), "9 hidden layers; zero to eight are covered"),
         (lambda: sequential(nn.ReLU(), nn.Tanh()), "different activations: relu, tanh"),
-        (lambda: sequential(nn.LeakyReLU(0.2)), "LeakyReLU with slope 0.2"),
+        (
+            lambda: sequential(nn.LeakyReLU(0.2), nn.LeakyReLU()),
+            r"different activations: leaky_relu \(0.01\), leaky_relu \(0.2\)",
+        ),
+        (
+            lambda: sequential(nn.LeakyReLU(-0.2)),
+            "leaky_relu with negative_slope -0.2; finite numbers above 0 are covered",
+        ),
+        (lambda: sequential(nn.ELU(0.0)), "elu with alpha 0.0; finite numbers above 0"),
+        (lambda: Activated(lambda h: F.elu(h, float("nan"))), "elu with alpha nan"),
+        (lambda: Activated(lambda h: F.gelu(h, approximate="tanh")), "GELU by tanh"),
+        (lambda: Activated(lambda h: F.leaky_relu(h, h.mean())), "is not a chain|with negative_slope"),
+        (lambda: Activated(F.celu), "the activation 'celu' is not covered"),
         (lambda: sequential(nn.GELU("tanh")), "GELU by tanh"),
-        (lambda: sequential(nn.Softplus()), "Softplus.* is neither"),
+        (lambda: sequential(nn.Softplus(2.0)), "Softplus with beta 2.0 and threshold 20"),
+        (lambda: Activated(lambda h: F.softplus(h, 1, 30)), "Softplus with beta 1 and threshold 30"),
+        (lambda: sequential(nn.CELU()), "CELU.* is neither"),
         (lambda: nn.Sequential(*sequential(nn.ReLU()), nn.Tanh()), "ends with tanh"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), "is not linear →"),
-        (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)), "BatchNorm1d"),
-        (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 2)), "dropout"),
-        (Dropped, r"dropout \(p = 0.3\) is active; convert the flow in eval mode"),
+        (lambda: normalised().train(), "batch norm takes the statistics of each batch; in eval mode"),
+        (lambda: normalised(track_running_stats=False), "takes the statistics of each batch"),
+        (
+            lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).eval(),
+            "no linear layer",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval(),
+            "no linear layer",
+        ),
+        (
+            # What is dropped before the norm is not 0 behind it.
+            lambda: nn.Sequential(
+                nn.Linear(3, 3), nn.Dropout(0.5), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)
+            ).eval(),
+            "no linear layer",
+        ),
+        (
+            lambda: ByMode(lambda h, training: F.leaky_relu(h, negative_slope=0.5 if training else 0.1)),
+            "something else in",
+        ),
+        (lambda: ByMode(lambda h, training: F.dropout(F.relu(h), p=0.5 if training else 0.1)), "something else in"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.ReLU(), nn.Linear(3, 2)), "LayerNorm"),
+        (
+            lambda: sequential(nn.Tanh(), dropout=0.5, before=True),
+            r"dropout \(p = 0.5\) is active; convert the flow in",
+        ),
+        (lambda: Dropped(always=True), r"dropout \(p = 0.3\) is active in every mode"),
+        (lambda: Dropped(always=True).eval(), r"dropout \(p = 0.3\) is active in every mode"),
         (Skip, "Skip is not a chain"),
         (lambda: sequential(*[nn.ReLU()], widths=(3, 3, 3)).append(nn.ReLU()), "is not linear →"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "has parametrizations"),
@@ -181,6 +309,79 @@ def test_bounds_that_are_not_covered(network, reason: str) -> None:
 def test_networks_that_are_not(network, reason: str) -> None:
     with pytest.raises(Unfusable, match=reason):
         read_mlp(network())
+
+
+def test_activations_are_read_with_their_constants() -> None:
+    """Modules and functions that compute the same are equal, so that their layers are stacked together."""
+    for equal in (
+        (nn.LeakyReLU(0.2), nn.LeakyReLU(0.2, inplace=True), partial(F.leaky_relu, negative_slope=0.2)),
+        (nn.LeakyReLU(), F.leaky_relu),
+        (nn.ReLU(), nn.LeakyReLU(0), F.relu, torch.relu),
+        (nn.ELU(), F.elu, partial(F.elu, alpha=1)),
+        (nn.Softplus(), F.softplus, partial(F.softplus, beta=1)),
+        (nn.Mish(), F.mish),
+    ):
+        assert len({named_activation(activation) for activation in equal}) == 1
+    assert named_activation(nn.LeakyReLU()) != named_activation(nn.LeakyReLU(0.2))
+    assert one_activation("it", []) == NamedActivation("relu")
+    for activation in (partial(torch.add, 1), nn.CELU(), torch.sin):
+        with pytest.raises(Unfusable, match="is not covered"):
+            named_activation(activation)
+    with pytest.raises(Unfusable, match="differ in depth or activation"):
+        separate(read_mlp(sequential(nn.LeakyReLU(0.2))), read_mlp(sequential(nn.LeakyReLU(0.1))))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Dropped,
+        lambda: sequential(nn.GELU(), dropout=0.3),
+        lambda: sequential(nn.ReLU(), dropout=0.3, before=True),
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.3),
+                              nn.Linear(3, 2)),
+    ],
+)  # fmt: skip
+def test_dropout_that_a_fused_network_has(network) -> None:
+    for training in (True, False):
+        read = read_mlp(network().train(training))
+        assert (read.dropout, read.active, read.lost) == (0.3, training, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("network", "p"),
+    [
+        (lambda: nn.Sequential(nn.Dropout(0.3), sequential(nn.ReLU(), dropout=0.3)), 0.3),
+        (lambda: nn.Sequential(sequential(nn.ReLU(), dropout=0.3), nn.Dropout(0.3)), 0.3),
+        (lambda: sequential(nn.Tanh(), dropout=0.3, before=True), 0.3),
+        (lambda: sequential(nn.ReLU(), nn.ReLU(), widths=(3, 5, 4, 3, 6)).insert(2, nn.Dropout(0.3)), 0.3),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2), nn.Dropout(0.3), nn.Tanh(), nn.Linear(3, 2)), 0.3),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.2), nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.3),
+                               nn.Linear(3, 2)), 0.3),
+        (lambda: sequential(nn.ReLU(), dropout=1.0), 1.0),
+        (lambda: Dropped(never=True), 0.0),
+    ],
+)  # fmt: skip
+def test_dropout_that_is_lost(network, p: float) -> None:
+    read = read_mlp(network().eval())
+    assert (read.dropout, read.active, read.lost) == (0.0, False, p)
+    if p:
+        with pytest.raises(Unfusable, match="is active; convert the flow in eval mode"):
+            read_mlp(network())
+    frozen = network()
+    for module in frozen.modules():
+        module.training = not isinstance(module, nn.Dropout)  # dropout in another mode than its network
+    assert read_mlp(frozen).lost == p
+
+
+def test_two_networks_with_dropout() -> None:
+    a, b, c = (read_mlp(sequential(nn.ReLU(), dropout=p).eval()) for p in (0.3, 0.3, 0.2))
+    assert separate(a, b).dropout == 0.3 and not separate(a, b).lost
+    assert separate(a, c).dropout == 0 and separate(a, c).lost == 0.3
+    active = read_mlp(sequential(nn.ReLU(), dropout=0.3))
+    assert separate(active, read_mlp(sequential(nn.ReLU(), dropout=0.3))).active
+    for other in (a, c, read_mlp(sequential(nn.ReLU()))):
+        with pytest.raises(Unfusable, match=r"dropout \(p = 0.3\) is active; convert the flow in eval mode"):
+            separate(active, other)
 
 
 def test_a_layer_used_twice_and_hooks_are_refused() -> None:
@@ -215,7 +416,7 @@ def test_selecting_and_joining() -> None:
     x = torch.randn(6, 5, dtype=torch.float64)
     t[0].requires_grad_(False)
     both = separate(read_mlp(u), read_mlp(t))
-    out = mlp(x, both.weights, both.biases, both.activation)
+    out = outputs(both, x)
     torch.testing.assert_close(out, torch.cat([u(x), t(x)], 1))
     trained = [(roles == TRAINED).sum() for roles in both.roles]
     assert trained == [5 * 4, 4 * 3 + 7 * 3]

@@ -9,7 +9,6 @@ from functools import partial
 import normflows as nf
 import pytest
 import torch
-from torch import nn
 
 from glf_fast.conversion import ConversionError, convert
 from glf_fast.conversion.layers import FROZEN, TRAINED, Coupling, Dense, Diagonal, Kept, Permutation
@@ -67,6 +66,9 @@ CASES = {
     "sigmoid_inv": (lambda d, k: [block(d, scale_map="sigmoid_inv"), nf.flows.Permute(d, "shuffle")], "3"),
     # Two activations in turn are six flows.
     "both halves": (lambda d, k: [block(d), block(d, split_mode="channel_inv", leaky=0.01)], "1 1 1 1 1 1"),
+    # Two slopes in turn, too.
+    "slopes": (lambda d, k: [block(d, leaky=0.2), block(d, split_mode="channel_inv", leaky=0.1)], "1 1 1 1 1 1"),
+    "one slope": (lambda d, k: [block(d, leaky=0.2), nf.flows.Permute(d, "swap")], "3"),
     "additive": (lambda d, k: [block(d, scale=False), block(d, False, split_mode="channel_inv")], "6"),
     "masked": (lambda d, k: [masked(d, k)], "3"),
     "any mask": (lambda d, k: [masked(d, k, mask=(torch.arange(d).roll(k) < 1 + k % (d - 1)).float())], "3"),
@@ -190,7 +192,7 @@ def test_refusals(make, message):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (lambda: nf.flows.AffineCouplingBlock(nn.Linear(3, 4)), "0 hidden layers"),
+        (lambda: nf.flows.AffineCouplingBlock(mlp(3, 4, hidden=(5,) * 9)), "9 hidden layers"),
         (lambda: nf.flows.AffineCouplingBlock(mlp(3, 6)), "3 columns to 6"),
         (lambda: block(5, split_mode="checkerboard"), "does not split 5 columns"),
         (lambda: nf.flows.AffineConstFlow((5,), shift=False), "only some of its parameters"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import normflows as nf
@@ -40,7 +41,7 @@ def steps(flow: nn.Module) -> list[int]:
         ([16] * 7 + [512], [7, 1]),
         ([512, 16, 16, 512], [1, 2, 1]),
         ([16, 24, 8, 16], [4]),
-        ([16] * 3 + [512] * 3, [3, 3]),
+        ([16] * 3 + [512] * 5, [3, 4, 1]),  # an optimizer is slower with parameters of more than 4 MB
     ],
 )
 def test_a_wide_network_does_not_widen_the_narrow_ones(widths: list[int], runs: list[int], scale_map: str) -> None:
@@ -51,6 +52,21 @@ def test_a_wide_network_does_not_widen_the_narrow_ones(widths: list[int], runs: 
         assert sum(p.numel() for p in converted.parameters()) == sum(p.numel() for p in flow.parameters())
     assert accelerate(flow)
     assert sorted(steps(flow)) == sorted(runs)
+
+
+def test_layers_whose_products_take_all_time_stay() -> None:
+    flow = blocks([16, 16, 1024])
+    report = accelerate(flow)
+    assert steps(flow) == [2]
+    assert "has layers of 1,024 × 1,024, whose products take all time, fused or not" in str(report)
+
+
+def test_couplings_of_splines_with_wide_layers_keep_their_networks() -> None:
+    layers = [nf.flows.CoupledRationalQuadraticSpline(6, 2, width, num_bins=4) for width in (512, 16)]
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(6, trainable=False), layers)
+    converted = convert(flow)
+    assert steps(converted) == [1]
+    assert {type(m).__name__ for m in converted.modules()} >= {"SplineCoupling", "ResidualNet"}
 
 
 def lopsided(dim: int, transformed: int, hidden: int = 64) -> T.AffineCouplingTransform:
@@ -80,3 +96,17 @@ def test_couplings_of_a_usual_size_are_fused_whatever_their_mask() -> None:
     masks = [1, 20, 39, 7]
     flow = Flow(T.CompositeTransform([lopsided(40, n) for n in masks]), StandardNormal([40]))
     assert sum(steps(convert(flow))) == len(masks)
+
+
+def test_permutations_of_many_columns_cost_next_to_nothing() -> None:
+    """They are gathers, where a trained matrix of as many columns costs more than the whole of a small coupling."""
+
+    def flow_of(between: Callable[[], nn.Module]) -> nf.NormalizingFlow:
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nf.flows.AffineCouplingBlock(nf.nets.MLP([256, 16, 512])), between()]
+        return nf.NormalizingFlow(nf.distributions.DiagGaussian(512, trainable=False), layers)
+
+    permuted, mixed = flow_of(lambda: nf.flows.Permute(512)), flow_of(lambda: nf.flows.LULinearPermute(512))
+    assert accelerate(permuted) and steps(permuted) == [2]
+    assert "multiply-adds for each sample; fused it would take" in str(accelerate(mixed)) and not steps(mixed)

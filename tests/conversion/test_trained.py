@@ -136,7 +136,8 @@ def test_a_network_shared_with_the_embedding_stays_one() -> None:
 
 
 def test_dropout_that_training_loses_is_said() -> None:
-    couplings = alternating(4, 2, partial(Net, dropout=0.3))
+    """One of two hidden layers has dropout."""
+    couplings = alternating(4, 2, partial(Net, hidden=(8, 8), dropout=0.3))
     original = Flow(T.CompositeTransform(couplings), nflows.distributions.StandardNormal([4]))
     with pytest.raises(ConversionError, match=r"dropout \(p = 0.3\) is active; convert the flow in eval mode"):
         convert(original)
@@ -155,7 +156,7 @@ def test_dropout_that_training_loses_is_said() -> None:
 
 def test_modes_of_kept_modules_stay() -> None:
     embedding = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).eval()
-    options = {"context_features": 3, "dropout_probability": 0.5, "activation": nn.functional.softplus}
+    options = {"context_features": 3, "dropout_probability": 0.5, "activation": nn.functional.celu}
     layer = T.MaskedAffineAutoregressiveTransform(4, 8, **options).eval()
     original = Flow(
         T.CompositeTransform([*alternating(4, 2, lambda a, b: Net(a + 3, b)), layer]),

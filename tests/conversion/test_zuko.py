@@ -71,6 +71,10 @@ CASES: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "RealNVP": (lambda d, c: RealNVP(d, c, transforms=4), "4"),
     "NICE-randmask": (lambda d, c: NICE(d, c, transforms=4, randmask=True, hidden_features=(9, 17)), "4"),
     "deep-elu": (lambda d, c: RealNVP(d, c, transforms=2, activation=nn.ELU, hidden_features=(5, 6, 7, 8)), "2"),
+    "elu of another α": (lambda d, c: RealNVP(d, c, transforms=2, activation=partial(nn.ELU, alpha=0.5)), "2"),
+    "hardswish": (lambda d, c: RealNVP(d, c, transforms=2, activation=nn.Hardswish), "2"),
+    "no hidden layer": (lambda d, c: RealNVP(d, c, transforms=2, hidden_features=()), "2"),
+    "six hidden layers": (lambda d, c: RealNVP(d, c, transforms=2, hidden_features=(9,) * 6), "2"),
     "masks": (lambda d, c: Flow(couplings(d, c, 5), standard(d)), "5"),
     "slope": (
         lambda d, c: Flow(couplings(d, c, univariate=partial(MonotonicAffineTransform, slope=1e-5)), standard(d)),
@@ -153,9 +157,9 @@ def test_what_stays_as_it_is_says_why(library, tools) -> None:
             lambda: BPF(3, transforms=2),
             "no coupling or autoregressive layer that can be fused.*transformation BoundedBernsteinTransform is neither",
         ),
-        (lambda: RealNVP(3, hidden_features=(4,) * 5), "5 hidden layers; one to four"),
-        (lambda: RealNVP(3, activation=nn.Softplus), "Softplus.* is neither a linear layer nor one of the activations"),
-        (lambda: RealNVP(3, activation=partial(nn.ELU, alpha=0.5)), "ELU with alpha 0.5"),
+        (lambda: RealNVP(3, hidden_features=(4,) * 9), "9 hidden layers; zero to eight"),
+        (lambda: RealNVP(3, activation=nn.CELU), "CELU.* is neither a linear layer nor one of the activations"),
+        (lambda: RealNVP(3, activation=partial(nn.ELU, alpha=-0.5)), "elu with alpha -0.5"),
         (
             lambda: Flow(
                 couplings(3, 0), UnconditionalDistribution(zuko.distributions.BoxUniform, -torch.ones(3), torch.ones(3))

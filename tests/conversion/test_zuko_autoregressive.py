@@ -53,6 +53,10 @@ CASES: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "two passes": (partial(MAF, transforms=2, passes=2), "a2"),
     "two passes of splines": (partial(NSF, transforms=2, passes=2, hidden_features=(9, 17)), "a2"),
     "three passes, random orders": (partial(MAF, passes=3, randperm=True, activation=nn.ELU), "a3"),
+    "no hidden layer": (partial(MAF, hidden_features=()), "a3"),
+    "no hidden layer, two passes of splines": (partial(NSF, transforms=2, passes=2, hidden_features=()), "a2"),
+    "six layers, mish": (partial(MAF, transforms=2, hidden_features=(6,) * 6, activation=nn.Mish), "a2"),
+    "another α": (partial(MAF, transforms=2, activation=partial(nn.ELU, 0.5)), "a2"),
     "graphs": (graphs, "a2"),
     "graphs of the context, too": (lambda d, c: graphs(d, c, c), "a2"),
     "slope, four layers": (
@@ -144,8 +148,8 @@ def test_what_stays_as_it_is_says_why() -> None:
         MAF(3, univariate=AdditiveTransform, shapes=[()])
     )
     assert "layers of several widths" in reason(MAF(3, residual=True, hidden_features=(8, 9)))
-    assert "the activation Softplus" in reason(MAF(3, activation=nn.Softplus))
-    assert "5 hidden layers; one to four" in reason(MAF(3, hidden_features=(4,) * 5))
+    assert "the activation CELU" in reason(MAF(3, activation=nn.CELU))
+    assert "9 hidden layers; zero to eight" in reason(MAF(3, hidden_features=(4,) * 9))
     assert "base distribution BoxUniform" in reason(NCSF(3))
     report = accelerate(NCSF(3))
     assert not report.replaced and "CircularRQSTransform" in report.left[0].reason

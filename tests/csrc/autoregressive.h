@@ -25,6 +25,7 @@ struct AutoregressiveCase {
     flow.network = network;
     flow.layers = static_cast<int>(hidden.size()) + 1;
     flow.activation = static_cast<glf::Activation>(option % glf::activations);
+    flow.activation_constant = T(0.3);
     flow.log_scale = option % 2 ? glf::LogScale::softplus : glf::LogScale::tanh;
     flow.constant = 2;
     flow.density = option % 2;

@@ -82,6 +82,7 @@ struct Case {
     flow.context_dim = s.context_dim;
     flow.layers = static_cast<int>(s.hidden.size()) + 1;  // of a residual network `hidden` has the width of each linear layer
     flow.activation = static_cast<glf::Activation>(option % glf::activations);
+    flow.activation_constant = T(0.3);
     flow.log_scale = static_cast<glf::LogScale>(option % glf::log_scales);
     // Every log-scale has its turn with the first kind, then every other kind.
     flow.kind = static_cast<glf::Kind>(std::max(option - glf::log_scales + 1, 0) % glf::kinds);
@@ -91,6 +92,7 @@ struct Case {
     flow.networks = glf::networks_of(flow.kind);
     flow.constant = flow.log_scale == glf::LogScale::softclip ? T(-6.9) : flow.log_scale == glf::LogScale::nflows ? T(1e-3) : T(2);
     flow.add_first = option % 2;
+    flow.row_scales = option % 3 == 0;
     // A cyclic shift with scales: its inverse is known.
     matrix.assign(K * D * D, 0);
     inverse.assign(K * D * D, 0);
@@ -243,6 +245,19 @@ void walk_images(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic,
             couple_images(generic, B, H, W, P, transformed, N, v_first, 1), tolerance);
 }
 
+// Flows whose products all threads compute together, with few rows or with their own; wide in double alone.
+template <class T>
+void walk_wide(const glf::Kernels<T>& kernels, const glf::Kernels<T>& generic, double tolerance) {
+  const Shape shapes[] = {{1, 5, 2, {600, 450}, 3}, {1, 20, 0, {600, 450}, 40}, {1, 4, 1, {512, 512, 512, 512}, 20, true}};
+  for (const Shape& shape : shapes)
+    for (const int option : {0, glf::log_scales + 1}) {
+      Case<T> c(shape, option);
+      c.direction(option > 0);
+      const Buffer<T> expected = c.run(generic, c.x, glf::Save::inputs, 1);
+      for (const int n : {1, 3}) check("wide", c.run(kernels, c.x, glf::Save::records, n), expected, tolerance);
+    }
+}
+
 template <class T>
 void walk(const glf::Kernels<T>& kernels, int bytes, const glf::Kernels<T>& generic, double tolerance) {
   const Shape shapes[] = {{2, 2, 0, {5}, 1},     {3, 3, 1, {4}, 2},      {2, 5, 2, {}, 7},       {2, 7, 3, {16, 9}, 13},
@@ -267,6 +282,7 @@ void walk(const glf::Kernels<T>& kernels, int bytes, const glf::Kernels<T>& gene
       x.resize(c.x.size());
       check("round trip", x, c.x, tolerance);
     }
+  walk_wide(kernels, generic, tolerance);
   walk_couplings(kernels, generic, tolerance);
   walk_images(kernels, generic, tolerance);
   walk_autoregressive(kernels, bytes, generic, tolerance);

@@ -1,6 +1,7 @@
 // The CUDA kernels on the host, behind the interface by which a driver launches them: a name, a grid, shared memory and
 // pointers to the arguments. A block after the other; its shared memory is new, filled with NaN, and of the size asked for.
 #include "cuda/kernels.cuh"
+#include "cuda/row_products.cuh"
 
 #include <cstdlib>
 #include <cstring>
@@ -57,6 +58,8 @@ const std::map<std::string, Kernel>& kernels() {
     std::map<std::string, Kernel> made;
     add<float>(made, "float>");
     add<double>(made, "double>");
+    made["glf::device::row_products_kernel"] = make<row_products_kernel>();
+    made["glf::device::add_parts_kernel"] = make<add_parts_kernel>();
     return made;
   }();
   return all;

@@ -23,14 +23,15 @@ REGISTERS = {
 SPILLED_BYTES = 16
 
 
-def test_the_device_code_is_right_on_the_host(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["device", "matrix_units"])
+def test_the_device_code_is_right_on_the_host(name: str, tmp_path: Path) -> None:
     """In either order of threads, which a barrier that is missing would tell apart."""
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"
-    program = str(tmp_path / "device")
+    program = str(tmp_path / name)
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    source = str(Path(__file__).with_name("device.cpp"))
+    source = str(Path(__file__).with_name(f"{name}.cpp"))
     subprocess.run([compiler, *flags, *sanitizers, source, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "all agree"), done.stdout + done.stderr
@@ -69,12 +70,30 @@ def test_the_library_links_and_wants_nothing_strange(tmp_path: Path) -> None:
     home = Path(subprocess.run(["readlink", "-f", NVCC], capture_output=True, text=True).stdout.strip()).parents[1]
     if not (home / "include" / "cuda_runtime.h").exists():  # nvcc found through a wrapper
         home = Path("/usr/local/cuda")
-    objects = [str(compiled(90, tmp_path / "linear.o")), str(tmp_path / "bindings_cuda.o")]
+    bindings = [path.stem for path in sorted((ROOT / "csrc").glob("bindings_cuda*.cpp"))]
+    objects = [str(compiled(90, tmp_path / "linear.o")), *(str(tmp_path / f"{name}.o") for name in bindings)]
+    for path in sorted({*(ROOT / "csrc" / "cuda").glob("*.cu")} - {ROOT / "csrc" / "cuda" / "linear.cu"}):
+        objects.append(str(tmp_path / f"{path.stem}.o"))
+        code = [
+            "-G",
+            "-gencode=arch=compute_90,code=compute_90",
+        ]  # unoptimized, and no machine code: for the linker it is the same
+        subprocess.run([NVCC, "-std=c++17", *code, "-Xcompiler", "-fPIC", "-c", path, "-o", objects[-1]], check=True)
     includes = [f"-I{path}" for path in (ROOT / "csrc", home / "include", *_torch_includes())]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-parameter",
+        "-Wno-unknown-pragmas",
+    ]
     target = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    source = str(ROOT / "csrc" / "bindings_cuda.cpp")
-    subprocess.run(["c++", *flags, *target, *includes, "-c", source, "-o", objects[-1]], check=True)
+    for name in bindings:
+        source, made = str(ROOT / "csrc" / f"{name}.cpp"), str(tmp_path / f"{name}.o")
+        subprocess.run(["c++", *flags, *target, *includes, "-c", source, "-o", made], check=True)
     library = str(tmp_path / "_cuda.so")
     torch_libraries = str(Path(torch.__file__).parent / "lib")
     link = [

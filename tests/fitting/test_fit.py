@@ -78,6 +78,10 @@ FUSED = {
     "masked-plu": masked(linear="plu", actnorm=True, context_dim=2),
     "masked-spline": masked(transform="spline", activation="silu"),
     "masked-residual": lambda: AutoregressiveFlow(4, 2, (8, 8), context_dim=2, network="residual", linear="dense"),
+    "slope": flow(4, 2, (8,) * 5, activation="leaky_relu", activation_constant=0.3),
+    "no hidden layers": flow(4, 2, (), context_dim=2),
+    "masked, mish": masked(activation="mish"),
+    "masked, no hidden layers": lambda: AutoregressiveFlow(4, 2, (), 2),
     "frozen": frozen,
     # Parameters of which two threads take a half each.
     "large": flow(40, 4, (256,)),

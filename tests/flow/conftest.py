@@ -99,6 +99,9 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "coupling-context": lambda: CouplingFlow(5, 2, (12, 9), context_dim=3),
     "coupling-context1": lambda: CouplingFlow(4, 2, (8,), context_dim=1),
     "coupling-deep": lambda: CouplingFlow(4, 2, (8, 12, 16, 8), add_first=True, log_scale="glow"),
+    "coupling-no-hidden": lambda: CouplingFlow(5, 2, (), context_dim=2),
+    "coupling-eight-hidden": lambda: CouplingFlow(4, 2, (6,) * 8, activation="mish"),
+    "coupling-separate-no-hidden": lambda: CouplingFlow(5, 2, (), coupling="separate"),
     "coupling-dense": lambda: CouplingFlow(5, 2, (8,), linear="dense"),
     "coupling-permutation": lambda: CouplingFlow(5, 3, (8,), linear="permutation"),
     "coupling-bare": lambda: CouplingFlow(5, 3, (8,), linear="permutation", actnorm=False),
@@ -116,6 +119,8 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "coupling-residual-context": lambda: CouplingFlow(5, 2, (8,), context_dim=2, network="residual"),
     "coupling-held": lambda: holding(CouplingFlow(5, 2, (8,)), "actnorm_bias", "linear_upper", "mlp_weights.1"),
     "autoregressive": lambda: AutoregressiveFlow(5, 3, (9, 8)),
+    "autoregressive-no-hidden": lambda: AutoregressiveFlow(4, 2, (), 2),
+    "autoregressive-constant": lambda: AutoregressiveFlow(3, 2, (6,) * 6, activation="elu", activation_constant=0.5),
     "autoregressive-context": lambda: AutoregressiveFlow(4, 2, (8,), 2, context_layer=True, log_scale="softplus"),
     "autoregressive-residual": lambda: AutoregressiveFlow(
         5, 2, (8,), 2, network="residual", linear="plu", actnorm=True
@@ -124,6 +129,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "autoregressive-inverse": lambda: Inverse(AutoregressiveFlow(4, 2, (8,), linear="permutation")),
     "inverse": lambda: Inverse(CouplingFlow(5, 2, (8,), context_dim=2)),
     "log-scale-constant": lambda: CouplingFlow(4, 2, (8,), log_scale_constant=0.7),
+    "activation-constant": lambda: CouplingFlow(4, 2, (8,), activation="leaky_relu", activation_constant=0.2),
     **{f"activation-{name}": (lambda name=name: CouplingFlow(4, 2, (8, 8), activation=name)) for name in ACTIVATIONS},
     "layers": lambda: CouplingFlow(5, 2, (8,), context_dim=2).to_layers(),
     "nested": lambda: SequentialFlow([CouplingFlow(4, 1, (8,)), InvertibleLinear(4), CouplingFlow(4, 1, (8,))], (4,)),

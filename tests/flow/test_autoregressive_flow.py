@@ -213,7 +213,7 @@ def test_a_flow_starts_as_the_identity_but_for_its_maps() -> None:
 
 WRONG: dict[str, dict[str, Any]] = {
     "dim must be ≥ 1": {"dim": 0},
-    "hidden must be one to 4 widths": {"hidden": ()},
+    "hidden must be 0 to 8 widths": {"hidden": (8, 0)},
     "hidden must be a sequence": {"hidden": 50},
     "must have one width": {"network": "residual", "hidden": (8, 9)},
     "transform must be one of": {"transform": "cubic"},

@@ -24,6 +24,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "splines": {"coupling": "spline", "spline": Spline(4)},
     "residual": {"network": "residual", "hidden": (6, 6), "add_first": True},
     "reversible": {"reversible": True, "activation": "silu"},
+    "no hidden layers": {"hidden": ()},
+    "six hidden layers": {"hidden": (4,) * 6, "activation": "elu", "activation_constant": 0.5},
 }
 
 

@@ -174,14 +174,15 @@ def test_values_on_knots_at_the_bound_and_outside(name: str, inverse: bool) -> N
 @both_ways
 def test_float32_is_as_exact_as_the_libraries_own(name: str, inverse: bool) -> None:
     own, fast, more = FUNCTIONS[name]
-    tensors = example(more, dtype=torch.float32, n=4000)
+    tensors = example(more, dtype=torch.float32, n=20_000)
     exact = results(partial(own, inverse=inverse), *(t.double() for t in tensors))
     theirs, ours = (results(partial(function, inverse=inverse), *tensors) for function in (own, fast))
     for a, b, right in zip(theirs, ours, exact, strict=True):
         assert a.dtype == b.dtype == torch.float32
-        a, b = ((found.double() - right).abs().flatten()[:50_000] for found in (a, b))
+        a, b = ((found.double() - right).abs().flatten()[:200_000] for found in (a, b))
         for share in (0.5, 0.9, 0.99):  # a few elements lose most digits, in both, at random
-            # Measured with 20,000: y 1.0 to 1.15, log-slopes 0.15 to 0.97, gradients 0.15 to 1.1, one of zuko's 1.4.
+            # y 0.3 to 0.6, log-slopes 0.2 to 0.7, gradients 0.2 to 1.1, but those of widths in inverses up to 1.35: a few
+            # elements decide, of which 4,000 splines have too few.
             assert b.quantile(share) <= 1.5 * a.quantile(share)
 
 

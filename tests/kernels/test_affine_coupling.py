@@ -7,7 +7,7 @@ from functools import partial
 import forked
 import pytest
 import torch
-from flow_values import derivatives
+from flow_values import check_bayesflows_scale, derivatives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -59,6 +59,11 @@ def test_every_formula(log_scale: str, add_first: bool, inverse: bool) -> None:
     g = torch.Generator().manual_seed(0)
     v, u, t = (2 * torch.randn(5, 37, generator=g) for _ in range(3))
     check(v, u, t, 2e-6, log_scale=log_scale, add_first=add_first, inverse=inverse)
+
+
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # of ±∞
+def test_bayesflows_scale_of_large_numbers() -> None:
+    check_bayesflows_scale()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -42,7 +42,11 @@ FLOWS = [
     ((0, 1, 2, 1, (3,)), {}, "relu", "tanh"),
     ((1, 1, 17, 0, (4,)), {"ties": True}, "gelu", "atan"),
     ((2, 1, 2, 17, (3,)), {"context_layer": True}, "tanh", "jet"),
-    ((2, 1, 3, 0, (4,)), {}, "tanh", "clamp"),
+    ((2, 1, 3, 0, (4,)), {}, "selu", "clamp"),
+    ((2, 1, 3, 1, (4, 3)), {"context_layer": True}, "mish", "tanh"),
+    ((3, 1, 2, 0, (5,)), {}, "hardswish", "glow"),
+    ((3, 1, 2, 1, (4,)), {"context_layer": True}, "softplus", "tanh"),
+    ((2, 1, 3, 0, (5,)), {}, "silu", "bayesflow"),
 ]
 
 
@@ -147,7 +151,7 @@ def test_opcheck() -> None:
     library, checks = torch.ops.glf_fast, ("test_schema", "test_faketensor")
     values, seen = tensors(1, 1, 1, 1, (1,))
     x, A, c, context, *layers = [t.detach().float() for t in values]
-    network = (layers[:2], layers[2:], seen, context, "relu", "tanh", 2.0, [], False, False, False, "")
+    network = (layers[:2], layers[2:], seen, context, "relu", 0.0, "tanh", 2.0, [], False, False, False, "")
     torch.library.opcheck(library.triton_autoregressive_flow.default, (x, A, c, *network, True), test_utils=checks)
     out, logdet, saved = library.triton_autoregressive_flow(x, A, c, *network, True)
     torch.library.opcheck(
@@ -175,7 +179,7 @@ def test_others_take_plain_pytorch(shape, made: dict[str, object], why: str) -> 
     half = len(layers) // 2
     options = {"transform": "affine", "network": "mlp", "spline": None} | made
     checked = _options(
-        options["transform"], options["network"], "relu", "tanh", None, options["spline"], False, False, False
+        options["transform"], options["network"], "relu", None, "tanh", None, options["spline"], False, False, False
     )
     assert why in triton.refuses(Call(x, context, A, c, None, seen, layers[:half], layers[half:], checked))
     with count_launches() as launches:

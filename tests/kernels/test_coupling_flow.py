@@ -42,6 +42,12 @@ def test_constants(log_scale: str, direction: str) -> None:
     compare(tensors(5, 1, 4, 0, (9,)), direction, 1e-12, log_scale=log_scale, log_scale_constant=0.3)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("activation", "constant"), [("leaky_relu", 0.2), ("elu", 0.5)])
+def test_constants_of_activations(activation: str, constant: float, direction: str) -> None:
+    compare(tensors(5, 1, 4, 0, (9,)), direction, 1e-12, activation=activation, activation_constant=constant)
+
+
 DEPTHS = [(40,), (17, 33), (70, 20), (5, 40, 18), (16, 17, 34, 3)]
 
 
@@ -118,7 +124,7 @@ def test_opcheck() -> None:
         given = tensors(3, 2, 5, 2, (7,), torch.float32, coupling="spline" if spline else "affine")
         x, A, c, context, *layers = [t.detach() for t in given]
         weights, biases = layers[:2], layers[2:]
-        code = ("relu", "tanh", 2.0, False, False, density, spline, "")
+        code = ("relu", 0.0, "tanh", 2.0, False, False, density, spline, "")
         for save in (False, True):
             arguments = (x, A, c, logabsdet, weights, biases, context, *code, save)
             torch.library.opcheck(library.triton_coupling_flow.default, arguments)

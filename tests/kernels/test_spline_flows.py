@@ -88,7 +88,7 @@ def test_others_go_layer_by_layer(rows: int, dim: int, hidden: tuple[int, ...], 
     spline = Spline(bins)
     x, A, c, _, *layers = tensors(rows, 1, dim, 0, hidden, torch.float32, coupling="spline", spline=spline)
     half = len(layers) // 2
-    options = _options("spline", "mlp", "relu", "tanh", None, False, spline, False, False, False, False)
+    options = _options("spline", "mlp", "relu", None, "tanh", None, False, spline, False, False, False, False)
     assert why in triton.refuses(Call(x, None, Maps(A, c, None), layers[:half], layers[half:], options))
     if rows < 10:
         with count_launches() as launches:

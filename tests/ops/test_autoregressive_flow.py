@@ -8,6 +8,7 @@ from autoregressive_flows import NAMES, flow_of, tensors
 from flow_values import error, run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from glf_fast import Spline, backends, ops, reference, use_backend
@@ -16,6 +17,16 @@ from glf_fast.reference import ACTIVATIONS, LOG_SCALES, MASKED_NETWORKS, TRANSFO
 from glf_fast.reference.made import masks
 
 needs_kernels = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=backends()["cpp"])
+
+
+def comparable(flow, values) -> Tensor:
+    """Rows whose values stay small, where an inverse does not explode, and whose gradients do not jump within 1e-5: second
+    derivatives of splines jump at knots, whose side float32 may not tell."""
+    x, *rest = values
+    away = 1e-5 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    below, above = (run_op(flow, [(x + by).detach().requires_grad_(), *rest]) for by in (-away, away))
+    jumps = (below[2] - above[2]).abs().amax(-1) > 0.02 * (1 + below[2].abs().amax(-1))
+    return (below[0].abs().amax(-1) < 1e4) & ~jumps
 
 
 @needs_kernels
@@ -33,14 +44,18 @@ def test_everything_matches_the_float64_reference(data) -> None:
     if options["network"] != "mlp":
         hidden = (draw(st.integers(1, 40)),) * draw(st.integers(1, 3))
     else:
-        hidden = tuple(draw(st.lists(st.integers(1, 40), min_size=1, max_size=4)))
+        hidden = tuple(draw(st.lists(st.integers(1, 40), min_size=0, max_size=8)))
     batch = draw(st.sampled_from([0, 1, 7, 8, 17, 33, 150]))
     exact, seen = tensors(batch, K, D, C, hidden, ties=draw(st.booleans()), **options)
     options["activation"] = draw(st.sampled_from(list(ACTIVATIONS)))
+    if ACTIVATIONS[options["activation"]] is not None:
+        options["activation_constant"] = draw(st.sampled_from([None, 0.2, 1.7]))
     options["log_scale"] = draw(st.sampled_from([name for name in LOG_SCALES if name != "exp"]))
     inverse, dtype = draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.float64]))
     if inverse:
         exact[1] = torch.linalg.inv(exact[1].detach()).requires_grad_()
+    keep = comparable(flow_of(getattr(reference, NAMES[inverse]), seen, **options), exact)
+    exact[0], exact[3] = (None if t is None else t.detach()[keep].requires_grad_() for t in (exact[0], exact[3]))
     given_ = [None if t is None else t.detach().to(dtype).requires_grad_() for t in exact]
     want = run_op(flow_of(getattr(reference, NAMES[inverse]), seen, **options), exact)
     plain = run_op(flow_of(getattr(reference, NAMES[inverse]), seen, **options), given_)
@@ -117,7 +132,7 @@ def test_opcheck() -> None:
     values, seen = tensors(32, 2, 5, 2, (7,))  # whole panels: what is saved of lanes without a row is not defined
     x, A, c, context, *layers = [t.detach().float() for t in values]
     weights, biases = layers[:2], layers[2:]
-    library, code = torch.ops.glf_fast, (0, 0, 0, 0, 2.0, [], False)
+    library, code = torch.ops.glf_fast, (0, 0, 0, 0.0, 0, 2.0, [], False)
     for save, units in ((0, 0), (1, 5)):
         given_ = (x, A, c, weights, biases, seen, context, *code, False, False, save, units)
         torch.library.opcheck(library.cpu_autoregressive_flow.default, given_)
@@ -133,7 +148,7 @@ ERRORS = {
     "x must have shape": lambda a: a.update(x=torch.randn(3, 4)),
     r"weights\[1\] must have shape": lambda a: a.update(weights=[a["weights"][0], a["weights"][1][:, :, 1:]]),
     r"biases\[0\] must have shape": lambda a: a.update(biases=[a["biases"][0][:1], a["biases"][1]]),
-    "two lists of two or more": lambda a: a.update(weights=a["weights"][1:], biases=a["biases"][1:]),
+    "two lists of one or more": lambda a: a.update(weights=[], biases=[]),
     "fan_in must have shape": lambda a: a.update(fan_in=a["fan_in"][:, 1:]),
     "fan_in must be int64": lambda a: a.update(fan_in=a["fan_in"].int()),
     "let no feature depend on itself": lambda a: a.update(fan_in=a["fan_in"].flip(1)),

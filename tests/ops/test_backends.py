@@ -11,7 +11,7 @@ from torch import Tensor
 from glf_fast import backends, ops, reference, use_backend
 from glf_fast.ops.backends import BACKENDS, Backend, kernels_for, ordinary, transformed
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
-from glf_fast.ops.coupling_flow import cpp, layered, plain, triton
+from glf_fast.ops.coupling_flow import cpp, cuda, layered, plain, triton
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.reference import ACTIVATIONS, COUPLINGS, LOG_SCALES, MASKED_NETWORKS, NETWORKS
 
@@ -21,7 +21,9 @@ has_cpp = pytest.mark.skipif(not backends()["cpp"].startswith("ready"), reason=b
 def call(D: int, hidden: tuple[int, ...], **changes) -> Call:
     x, A, c, context, *layers = (None if t is None else t.detach() for t in tensors(3, 1, D, 0, hidden))
     half = len(layers) // 2
-    options = CallOptions("affine", "mlp", "relu", "tanh", None, False, None, *[False] * 4, 2.0)._replace(**changes)
+    options = CallOptions("affine", "mlp", "relu", 0.0, "tanh", None, False, None, *[False] * 4, 2.0)._replace(
+        **changes
+    )
     return Call(x, context, Maps(A, c, None), layers[:half], layers[half:], options)
 
 
@@ -51,6 +53,8 @@ def test_kernels_say_why_they_refuse() -> None:
     for kernels in (cpp, triton, layered):
         assert "coupling" in kernels.refuses(call(4, (3,), coupling="none"))
         assert "network" in kernels.refuses(call(4, (3,), network="none"))
+    for constant, why in ((1.0, "float64"), (0.5, "a constant other than its default")):
+        assert why in cuda.refuses(call(4, (3,), activation="elu", activation_constant=constant))
     for D, hidden in ((257, (8,)), (6, (513,)), (6, ()), (6, (8,) * 5)):
         assert "more than 256 columns" in triton.refuses(call(D, hidden)) and layered.refuses(call(D, hidden)) == ""
 

@@ -8,7 +8,7 @@ from unittest import mock
 import forked
 import pytest
 import torch
-from flow_values import error, run, tensors
+from flow_values import DIRECTIONS, check_bayesflows_scale, compare, error, run, tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,7 +35,7 @@ def on_cpp() -> Iterator[None]:
 def test_what_a_kernel_leaves_unwritten_is_nan() -> None:
     """So that all other tests see it: tests/conftest.py asks for it."""
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
-    options = CallOptions("affine", "mlp", "relu", "tanh", None, False, None, *[False] * 4, 2.0)
+    options = CallOptions("affine", "mlp", "relu", 0.0, "tanh", None, False, None, *[False] * 4, 2.0)
     _, _, saved = cpp.forward(Call(x, context, Maps(A, c, None), layers[:2], layers[2:], options), True)
     assert saved.isnan().any()  # between the fields of a record
 
@@ -50,7 +50,7 @@ def test_everything_matches_the_float64_reference(data) -> None:
     if network == "residual":
         hidden = (draw(st.integers(1, 70)),) * draw(st.integers(1, 5))
     else:
-        hidden = tuple(draw(st.lists(st.integers(1, 70), min_size=0, max_size=4)))
+        hidden = tuple(draw(st.lists(st.integers(1, 70), min_size=0, max_size=8)))
     batch = draw(st.sampled_from([0, 1, 2, 5, 8, 9, 16, 33, 130, 300]))
     options = {
         "coupling": draw(st.sampled_from([name for name in COUPLINGS if network == "mlp" or name != "separate"])),
@@ -59,6 +59,8 @@ def test_everything_matches_the_float64_reference(data) -> None:
         "log_scale": draw(st.sampled_from(list(LOG_SCALES))),
         "add_first": draw(st.booleans()),
     }
+    if ACTIVATIONS[options["activation"]] is not None:
+        options["activation_constant"] = draw(st.sampled_from([None, 0.2, 1.7]))
     if LOG_SCALES[options["log_scale"]] is not None:
         options["log_scale_constant"] = draw(st.sampled_from([None, 0.05, 0.7]))
     inverse, reversible = draw(st.booleans()), draw(st.booleans())
@@ -112,7 +114,7 @@ def test_opcheck() -> None:
     x, A, c, context, *layers = [t.detach() for t in tensors(4, 2, 5, 2, (7,), torch.float32)]
     weights, biases = layers[:2], layers[2:]
     library = torch.ops.glf_fast
-    code = (0, 0, 0, 0, 2.0, False, [], False)
+    code = (0, 0, 0, 0.0, 0, 2.0, False, [], False)
     for save, record, members in ((0, 0, 1), (1, 5, 1), (1, 5, 2)):
         forward = (x, A, c, weights, biases, context, *code, False, save, record, members)
         torch.library.opcheck(library.cpu_coupling_flow.default, forward)
@@ -120,7 +122,24 @@ def test_opcheck() -> None:
         out, logdet, saved = library.cpu_coupling_flow(x, A, c, weights, biases, context, *code, False, 1, 5, members)
         torch.library.opcheck(
             library.cpu_coupling_flow_backward.default,
-            (out, logdet, out, saved, A, None, c, weights, biases, context, *code, 1, True, members),
+            (
+                out,
+                logdet,
+                out,
+                saved,
+                A,
+                None,
+                c,
+                weights,
+                biases,
+                context,
+                *code,
+                1,
+                True,
+                members,
+                members == 1,
+                True,
+            ),
         )
     formula = (0, 2.0, False, False)
     torch.library.opcheck(library.cpu_affine_coupling.default, (x, x, x, *formula))
@@ -128,6 +147,37 @@ def test_opcheck() -> None:
     options, parameters = Spline(bins=4).prepared().numbers(), torch.randn(4, 5, 11)
     torch.library.opcheck(library.cpu_spline.default, (x, parameters, options, False))
     torch.library.opcheck(library.cpu_spline_backward.default, (x, logdet, x, parameters, options, True))
+
+
+@pytest.mark.parametrize(
+    ("activation", "constant"),
+    [("leaky_relu", 0.2), ("elu", 0.5), ("hardswish", None), ("softplus", None), ("mish", None)],
+)
+def test_activations_have_the_digits_of_float32(activation: str, constant: float | None) -> None:
+    """Also where the function, or its slope, is small, and where e^|x| is no number."""
+    small = torch.logspace(-30, 1.9, 400)
+    x = torch.cat([small, -small, torch.linspace(-60, 120, 400), torch.tensor([19.9, 3.0, -3.0, 0.0, 1e5])])
+
+    def made(module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """a(x) and a'(x), of a step that adds a(x) to 0."""
+        rows = torch.stack([x, torch.zeros_like(x)], 1).to(dtype).requires_grad_()
+        one, zero = torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+        options = {"coupling": "additive", "activation": activation, "activation_constant": constant}
+        y = module.coupling_flow(
+            rows, torch.eye(2, dtype=dtype)[None], torch.zeros(1, 2, dtype=dtype), [one, one], [zero, zero], **options
+        )[0][:, 1]
+        return y.detach(), torch.autograd.grad(y.sum(), rows)[0][:, 0]
+
+    exact = made(reference, torch.float64)
+    for i, (mine, plain, truth) in enumerate(
+        zip(made(ops, torch.float32), made(reference, torch.float32), exact, strict=True)
+    ):
+        errors = [(found.double() - truth).abs() for found in (mine, plain)]
+        # The slope of elu, a(x) + α, has those of α.
+        floor = 1e-7 if activation == "elu" and i else 1e-37
+        assert (errors[0] <= 2 * errors[1] + 1e-6 * truth.abs() + floor).all(), x[(errors[0] / truth.abs()).argmax()]
+    for mine, truth in zip(made(ops, torch.float64), exact, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -145,6 +195,19 @@ def test_nan_and_inf_pass_through_as_in_plain_pytorch(activation: str, log_scale
         assert torch.equal(mine.isfinite().flatten(1).all(1) if mine.ndim > 1 else mine.isfinite(),
                            theirs.isfinite().flatten(1).all(1) if theirs.ndim > 1 else theirs.isfinite())  # fmt: skip
         assert mine.isfinite().sum() >= 19 * mine[0].numel()
+
+
+def test_bayesflows_scale_of_large_numbers() -> None:
+    check_bayesflows_scale()
+    # The kernels stop at a sixteenth of the largest number, where nothing overflows: 1 % of a scale of 88.
+    for u in (torch.tensor([[1e38], [3e38]]), torch.tensor([[1e308]], dtype=torch.float64)):
+        u.requires_grad_()
+        one, zero = torch.ones_like(u), torch.zeros_like(u)
+        w, logdet = ops.affine_coupling(one, u, zero, log_scale="bayesflow")
+        torch.testing.assert_close(
+            w, reference.affine_coupling(one, u, zero, log_scale="bayesflow")[0], rtol=0.05, atol=0
+        )
+        assert torch.autograd.grad(logdet.sum(), u)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -315,7 +378,7 @@ def test_layers_that_make_no_residual_network_are_refused() -> None:
 
 def test_the_operations_themselves_refuse_shapes_that_do_not_fit() -> None:
     x, A, c, _, *layers = (t if t is None else t.detach() for t in tensors(3, 2, 5, 0, (7,)))
-    code = (0, 0, 0, 0, 2.0, False, [], False, False, 0, 0)
+    code = (0, 0, 0, 0.0, 0, 2.0, False, [], False, False, 0, 0)
 
     def call(**changes: Tensor) -> None:
         given = {"x": x, "A": A, "c": c, "w": layers[1], "b": layers[2], **changes}
@@ -338,6 +401,73 @@ def test_the_output_may_be_changed_in_place() -> None:
         return torch.autograd.grad((z.mul_(2) + logdet[:, None]).sum(), x)[0]
 
     torch.testing.assert_close(gradient(ops.coupling_flow), gradient(reference.coupling_flow))
+
+
+# Up to 6 rows; those of a part of a tile, whose products two threads compute together; and rows for each thread.
+@pytest.mark.parametrize(("kind", "rows"), [*((kind, 75) for kind in KINDS), ("affine", 3), ("additive", 1100)])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_layers_that_no_thread_keeps_in_its_cache(kind: str, rows: int, direction: str) -> None:
+    hidden = (530, 530) if kind == "residual" else (530, 500)  # 2 MB in float64
+    values = tensors(rows, 1 + (rows == 75), 7, 2, hidden, **KINDS[kind])
+    torch.set_num_threads(2)
+    compare(values, direction, 1e-9, **KINDS[kind])
+    if rows > 1000:
+        return
+    op = getattr(ops, DIRECTIONS[direction])
+    of_two = run(op, values, **KINDS[kind])
+    torch.set_num_threads(1)
+    for a, b in zip(run(op, values, **KINDS[kind]), of_two, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize(("direction", "row_scales"), [("forward", False), ("forward", True), ("inverse", False)])
+def test_maps_that_permute_and_scale_are_gathered(direction: str, reversible: bool, row_scales: bool) -> None:
+    """The first is one; a cyclic shift with one number more is not, nor is a matrix with two numbers in a column."""
+    rows, K, D = 37, 3, 40
+    values = tensors(rows, K, D, 2, (9,))
+    A = torch.zeros(K, D, D, dtype=torch.float64)
+    order = torch.randperm(D, generator=torch.Generator().manual_seed(0))
+    A[:, torch.arange(D), order] = torch.linspace(-2, 2, D, dtype=torch.float64).add(0.3)
+    A[1, 20, 0 if order[20] else 1] = 0.5
+    A[2] = A[2].roll(1, 0)
+    values[1] = A.requires_grad_()
+    scales = torch.ones(K, D, 1, dtype=torch.float64, requires_grad=True)
+
+    def gradients(space, **options) -> tuple[Tensor, ...]:
+        def scaled(x, *others):
+            A = scales * values[1].detach() if row_scales else values[1]
+            A = A.mT if direction == "inverse" else A  # whose columns are scaled, as an inverse's are
+            return getattr(space, DIRECTIONS[direction])(x, A, *others, **options)
+
+        x, _, c, context, *layers = values
+        out, logdet = scaled(x, c, layers[:2], layers[2:], context)
+        inputs = [x, scales if row_scales else values[1], c, context, *layers]
+        return out, logdet, *torch.autograd.grad((out.square().sum() + (logdet * torch.arange(rows)).sum()), inputs)
+
+    got = gradients(ops, reversible=reversible, **({"row_scales": True} if row_scales else {}))
+    for mine, truth in zip(got, gradients(reference), strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-9)
+
+
+def test_fixed_matrices_have_no_gradients() -> None:
+    """Their products are left out, whatever they are; all other gradients stay as they are."""
+    x, A, c, context, *layers = tensors(20, 2, 6, 1, (8,))
+    weights, biases = layers[:2], layers[2:]
+    z, _ = ops.coupling_flow(x, A.detach(), c, weights, biases, context)
+    got = torch.autograd.grad(z.square().sum(), [x, c, context, *layers])
+    z, _ = reference.coupling_flow(x, A, c, weights, biases, context)
+    for mine, truth in zip(got, torch.autograd.grad(z.square().sum(), [x, c, context, *layers]), strict=True):
+        torch.testing.assert_close(mine, truth)
+
+    x, A, c, context, *layers = [t.detach() for t in (x, A, c, context, *layers)]
+    options = CallOptions("affine", "mlp", "relu", 0.0, "tanh", None, False, None, *[False] * 4, 2.0)
+    call = Call(x, context, Maps(A, c, None), layers[:2], layers[2:], options)
+    out, logdet, saved = cpp.forward(call, True)
+    all_, others = (cpp.backward(call, x, saved, None, out, logdet, True, True, of) for of in (True, False))
+    assert all_[2].shape == A.shape and others[2].numel() == 0
+    for mine, truth in zip(others[:2] + others[3:], all_[:2] + all_[3:], strict=True):
+        assert torch.equal(mine, truth)
 
 
 def test_wide_layers_are_kept_where_others_are_computed_again(monkeypatch) -> None:

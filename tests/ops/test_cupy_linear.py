@@ -1,51 +1,30 @@
 """CUDA through CuPy without a GPU: NVRTC compiles the kernels, and the launches run on the host, argument by argument."""
 
-import ctypes
 import importlib.metadata
 import importlib.util
-import shutil
-import subprocess
 from pathlib import Path
 
 import forked
 import linear_zoo
-import numpy as np
 import pytest
 import torch
+from host_launches import launcher
 
 from glf_fast import reference
 from glf_fast.ops.backends import _cupy_missing
 from glf_fast.ops.linear import cupy as cupy_linear
 
-ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64)
 
 
-@pytest.fixture(scope="module")
-def library(once) -> ctypes.CDLL:
-    compiler = shutil.which("c++")
-    assert compiler, "a C++ compiler is needed"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-    source = ROOT / "tests" / "csrc" / "host_kernels.cpp"
-    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o"]
-    return ctypes.CDLL(str(once("host_kernels.so", lambda target: subprocess.run([*command, target], check=True))))
-
-
 @pytest.fixture(params=[227 << 10, 4 << 10], ids=["227 KiB", "4 KiB"])
-def on_host(library, monkeypatch, request):
+def on_host(host_kernels, monkeypatch, request):
     """Launches are calls of the host's library; blocks have this much shared memory. Results are poisoned with NaN."""
 
-    def launch(name: str, _: torch.device, grid: int, block: int, shared: int, arguments: tuple) -> None:
-        assert block in (128, 256) and shared <= max(request.param, 48 << 10)  # what no kernel needs to ask for
-        values = [np.asarray(a, np.int64 if isinstance(a, int) else None).reshape(1) for a in arguments]
-        sizes = (ctypes.c_int * len(values))(*(v.itemsize for v in values))
-        pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
-        failure = library.launch(name.encode(), ctypes.c_longlong(grid), shared, len(values), sizes, pointers)
-        assert not failure, ("", f"there is no {name}", f"{name} takes arguments of other sizes than {[*sizes]}")[
-            failure
-        ]
+    def blocks(threads: int, shared: int) -> None:
+        assert threads in (128, 256) and shared <= max(request.param, 48 << 10)  # what no kernel needs to ask for
 
-    monkeypatch.setattr(cupy_linear, "launch", launch)
+    monkeypatch.setattr(cupy_linear, "launch", launcher(host_kernels, blocks))
     monkeypatch.setattr(cupy_linear, "most_shared", lambda device: request.param)
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -113,6 +113,30 @@ def test_affine_coupling_errors() -> None:
         glf_fast.CouplingFlow(4, log_scale="exp", log_scale_constant=2.0)
 
 
+@pytest.mark.parametrize("flow", [glf_fast.CouplingFlow, glf_fast.AutoregressiveFlow])
+def test_constants_of_activations_name_themselves(flow) -> None:
+    wrong = (
+        ("leaky_relu", 0.0),
+        ("elu", -1.0),
+        ("elu", float("nan")),
+        ("leaky_relu", float("inf")),
+        ("elu", "1"),
+        ("elu", True),
+    )
+    for name, constant in wrong:
+        with pytest.raises(
+            ValueError, match=f"activation_constant of '{name}' must be a number above 0 and below inf; got"
+        ):
+            flow(4, activation=name, activation_constant=constant)
+    with pytest.raises(ValueError, match="activation 'gelu' has no constant; got activation_constant=2"):
+        flow(4, activation="gelu", activation_constant=2.0)
+    with pytest.raises(ValueError, match=r"activation must be one of 'relu', 'leaky_relu'.*got 'celu'"):
+        flow(4, activation="celu")
+    x, layers = torch.zeros(3, 2), ([torch.zeros(1, 1, 2)], [torch.zeros(1, 2)])
+    with pytest.raises(ValueError, match="activation_constant of 'elu' must be"):
+        ops.coupling_flow(x, torch.eye(2)[None], torch.zeros(1, 2), *layers, activation="elu", activation_constant=0.0)
+
+
 @pytest.mark.parametrize("grad", [True, False], ids=["differentiable", "not"])
 @pytest.mark.parametrize(
     ("index", "replacement", "message"),

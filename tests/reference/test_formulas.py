@@ -27,6 +27,7 @@ FORMULAS = {
     "jet": lambda u: math.log(2 * sigmoid(u)),
     "softplus": lambda u, eps=1e-3: math.log(math.log(1 + math.exp(u)) + eps),
     "clamp": lambda u: min(max(u, -5.0), 3.0),
+    "bayesflow": lambda u: math.log(math.log1p(math.exp(math.asinh(u) + math.log(math.e - 1)))),
 }
 # Beyond these, whatever u is, no log-scale goes (None: unbounded on that side).
 BOUNDS = {
@@ -38,6 +39,7 @@ BOUNDS = {
     "jet": (None, math.log(2)),
     "softplus": (math.log(1e-3), None),
     "clamp": (-5.0, 3.0),
+    "bayesflow": (None, None),
 }
 
 

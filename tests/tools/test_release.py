@@ -112,6 +112,8 @@ def test_the_changelogs_constants_are_those_of_the_code() -> None:
     constants = ["none" if value is None else str(value) for value in LOG_SCALES.values()]
     assert rows["their constants, where a config gives none"] == ", ".join(constants)
     assert re.findall(r"`(\w+)`", rows["formulas of the activations, by name"]) == list(ACTIVATIONS)
+    found = rows["the constants of `leaky_relu` and `elu`, where a config gives none"]
+    assert found == ", ".join(str(value) for value in ACTIVATIONS.values() if value is not None)
     spline = Spline()
     assert rows["a spline, where a config gives nothing else"] == (
         f"{spline.bins} bins in the box −{-spline.low:g} … {spline.high:g}, tails `{spline.tails}`, "

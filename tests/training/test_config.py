@@ -147,7 +147,7 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
         ("--ema 1", "ema = 1.0 must be in [0, 1)"),
         ("--flow-optimizer.lr nan", "flow_optimizer.lr = nan must be finite"),
         ("--flow-optimizer.betas 0.9 1.5", "flow_optimizer.betas = [0.9, 1.5] must be in [0, 1)"),
-        ("--flow.hidden", "flow.hidden = [] must be one to four positive widths"),
+        ("--flow.hidden 8 0", "flow.hidden = [8, 0] must be zero to eight positive widths"),
         (
             "--flow.clamp 3",
             'flow.clamp = 3.0 has no effect with flow.kind = "coupling"; set it back to its default, 2.0',
@@ -178,7 +178,8 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, tmp_path: Path) -
         ("--flow.activation nonsense", "flow.activation must be one of 'relu', 'leaky_relu', "),
         ("--flow.log-scale 😀", "flow.log_scale must be one of 'tanh', 'exp', "),
         ("--flow.log-scale-constant -5", "flow.log_scale_constant of 'tanh' must be between 0.0 and inf; got -5.0"),
-        ("--flow.hidden 8 8 8 8 8", "flow.hidden = [8, 8, 8, 8, 8] must be one to four positive widths"),
+        ("--flow.hidden 8 8 8 8 8 8 8 8 8", " must be zero to eight positive widths"),
+        ("--flow.activation-constant 2", "flow.activation 'relu' has no constant; got activation_constant=2.0"),
         ("--flow.hidden 16,24", "; a list is written with spaces: --flow.hidden 16 24; "),
         ("--model.latent-dim 1", "model.latent_dim = 1 must be 2 or more"),
         ("--data.image-size 0", "data.image_size = 0 must be positive"),

@@ -52,16 +52,16 @@ def _coupling(
     scale: LogScale | None,
     factor_t: float = 1.0,
     *,
-    keep_network: bool = False,
+    gains: bool = False,
 ) -> Layer:
-    """A coupling with outputs [u | t]; an additive one without log-scale. `keep_network`: it gains with its own one, too."""
+    """A coupling with outputs [u | t]; an additive one without log-scale. `gains` as in `Coupling`."""
     given = part.context or own_context(part.module)
     context = "none" if len(part.shape) == 3 and not given.columns else given
     declared = partial(DeclaredCoupling, passive, transformed, network, context=context)
     if scale is None:
         return declared("t").read(part)
     coupling = declared("ut", scale.name, scale.constant, scale.factor, factor_t)
-    return replace(coupling.read(part), own_network=coupling.own_network() if keep_network else None)
+    return replace(coupling.read(part), gains=gains)
 
 
 def _halves(module: Any) -> tuple[Tensor, Tensor]:
@@ -100,9 +100,7 @@ def _all_in_one(part: Part) -> list[Layer]:
     trained = trained_together(module.global_scale, module.global_offset)
     return [
         *([_rotation(rotation.T)] if module.reverse_pre_permute else []),
-        _coupling(
-            part, columns[:n_passive], columns[n_passive:], module.subnet, scale, factor_t, keep_network=multiplied
-        ),
+        _coupling(part, columns[:n_passive], columns[n_passive:], module.subnet, scale, factor_t, gains=multiplied),
         Diagonal(factors.log(), module.global_offset.view(-1), trained),
         permutation,
     ]

@@ -13,6 +13,7 @@ from glf_fast.ops.autoregressive_flow import autograd, cpp, plain, triton
 from glf_fast.ops.autoregressive_flow.call import Call, CallOptions
 from glf_fast.ops.backends import kernels_for, ordinary
 from glf_fast.ops.checks import (
+    check_activation,
     check_alike,
     check_choice,
     check_device,
@@ -23,7 +24,7 @@ from glf_fast.ops.checks import (
     check_state,
     check_tensors,
 )
-from glf_fast.reference import ACTIVATIONS, MASKED_NETWORKS, TRANSFORMS, Spline, prepared_constant
+from glf_fast.reference import MASKED_NETWORKS, TRANSFORMS, Spline, constant_of_activation, prepared_constant
 
 __all__ = ["autoregressive_flow", "autoregressive_flow_inverse", "autoregressive_flow_log_prob"]
 
@@ -42,6 +43,7 @@ def autoregressive_flow(
     transform: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     spline: Spline | None = None,
@@ -63,7 +65,7 @@ def autoregressive_flow(
             itself or on one behind it. Weights beyond are never read, and their gradients are zero.
         context: (B, C) or None.
         transform: "affine" or "spline". network: "mlp", or Linear, blocks of two, Linear: "residual" or "skip", see
-            `glf_fast.reference.made`. activation: of the hidden layers.
+            `glf_fast.reference.made`. activation, activation_constant: of the hidden layers, as in `coupling_flow`.
         log_scale, log_scale_constant: f, see `glf_fast.reference.log_scale`. spline: its kind; None is `Spline()`.
 
     Returns:
@@ -75,8 +77,9 @@ def autoregressive_flow(
     Sources: Papamakarios et al., arXiv:1705.07057; Germain et al., arXiv:1502.03509.
     """
     options = _options(
-        transform, network, activation, log_scale, log_scale_constant, spline, context_layer, False, False
-    )
+        transform, network, activation, activation_constant, log_scale, log_scale_constant, spline, context_layer,
+        False, False,
+    )  # fmt: skip
     z, logdet = _run(Call(x, context, A, c, None, fan_in, weights, biases, options))
     return z, logdet
 
@@ -93,6 +96,7 @@ def autoregressive_flow_inverse(
     transform: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     spline: Spline | None = None,
@@ -106,8 +110,9 @@ def autoregressive_flow_inverse(
     Returns x (B, D) and −Σ log T' (B,).
     """
     options = _options(
-        transform, network, activation, log_scale, log_scale_constant, spline, context_layer, True, False
-    )
+        transform, network, activation, activation_constant, log_scale, log_scale_constant, spline, context_layer,
+        True, False,
+    )  # fmt: skip
     x, logdet = _run(Call(z, context, A_inv, c, None, fan_in, weights, biases, options))
     return x, logdet
 
@@ -125,6 +130,7 @@ def autoregressive_flow_log_prob(
     transform: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     spline: Spline | None = None,
@@ -135,8 +141,9 @@ def autoregressive_flow_log_prob(
     `logabsdet` is Σ_k log|det A_k|, a scalar tensor; all else as there.
     """
     options = _options(
-        transform, network, activation, log_scale, log_scale_constant, spline, context_layer, False, True
-    )
+        transform, network, activation, activation_constant, log_scale, log_scale_constant, spline, context_layer,
+        False, True,
+    )  # fmt: skip
     return _run(Call(x, context, A, c, logabsdet, fan_in, weights, biases, options))[0]
 
 
@@ -148,6 +155,7 @@ def _options(
     transform: str,
     network: str,
     activation: str,
+    activation_constant: float | None,
     log_scale: str,
     log_scale_constant: float | None,
     spline: Spline | None,
@@ -157,19 +165,26 @@ def _options(
 ) -> CallOptions:
     if spline is not None and type(spline) is not Spline:
         check_spline(spline)
-    given = (transform, network, activation, log_scale, log_scale_constant, spline, context_layer, inverse, density)
+    given = (
+        transform, network, activation, activation_constant, log_scale, log_scale_constant, spline, context_layer,
+        inverse, density,
+    )  # fmt: skip
     compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
     if not compiling and (known := _known.get(given)):
         return known
     check_choice("transform", transform, TRANSFORMS)
     check_choice("network", network, MASKED_NETWORKS)
-    check_choice("activation", activation, ACTIVATIONS)
+    check_activation(activation, activation_constant)
     check_log_scale(log_scale, log_scale_constant)
     if spline is not None:
         check_spline(spline)
         if transform != "spline":
             raise ValueError(f'spline is for transform="spline"; got {spline!r} with transform={transform!r}')
-    options = CallOptions(*given, prepared_constant(log_scale, log_scale_constant))
+    number = constant_of_activation(activation, activation_constant)
+    options = CallOptions(
+        transform, network, activation, number, log_scale, log_scale_constant, spline, context_layer, inverse, density,
+        prepared_constant(log_scale, log_scale_constant),
+    )  # fmt: skip
     if transform == "spline":
         options = options._replace(spline=spline or Spline())
     if not compiling:
@@ -255,8 +270,8 @@ def _checked(call: Call) -> Call:
 
     residual, own = options.network != "mlp", options.context_layer
     layers = len(weights) - own
-    if len(weights) != len(biases) or layers < 2 or (residual and layers % 2):
-        wanted = "two and two for each block" if residual else "two or more"
+    if len(weights) != len(biases) or layers < 1 or (residual and layers % 2):
+        wanted = "two and two for each block" if residual else "one or more"
         raise ValueError(
             f"weights and biases must be two lists of {wanted}{', and the context layer' * own}; got {len(weights)} and "
             f"{len(biases)}"

@@ -18,6 +18,7 @@ class CallOptions(NamedTuple):
     transform: str
     network: str
     activation: str
+    activation_constant: float  # 0 where it has none
     log_scale: str
     log_scale_constant: float | None
     spline: Spline | None  # of a transform "spline" alone
@@ -29,7 +30,7 @@ class CallOptions(NamedTuple):
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the reference's flows, whose direction is in their name."""
-        return dict(zip(self._fields[:7], self, strict=False))
+        return dict(zip(self._fields[:8], self, strict=False))
 
 
 class Call(NamedTuple):

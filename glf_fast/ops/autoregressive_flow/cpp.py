@@ -9,6 +9,7 @@ from glf_fast.ops.autoregressive_flow.call import Call, CallOptions
 from glf_fast.ops.backends import CPP
 from glf_fast.ops.checks import check_fake
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
+from glf_fast.reference import NEED_INPUT
 
 __all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses", "unchecked"]
 
@@ -24,8 +25,8 @@ operations = torch.ops.glf_fast
 def refuses(call: Call) -> str:
     """Why these kernels cannot take the call; "" where they can."""
     options = call.options
-    if not 2 <= len(call.weights) - options.context_layer <= MAX_LAYERS:
-        return f"a network of fewer than 2 or more than {MAX_LAYERS} layers"
+    if not 1 <= len(call.weights) - options.context_layer <= MAX_LAYERS:
+        return f"a network of more than {MAX_LAYERS} layers"
     if not (
         options.transform in COUPLING_CODES
         and options.network in NETWORK_CODES
@@ -92,7 +93,7 @@ def backward(
 def record_units(call: Call) -> int:
     """Numbers that RECORDS keeps of a row and step: as csrc/cpu/autoregressive.h lays them out, which checks it."""
     options, dim = call.options, call.x.shape[1]
-    argument = options.activation in ("silu", "gelu")  # is kept besides the value
+    argument = options.activation in NEED_INPUT  # which is kept besides the value
     widths = [bias.shape[1] for bias in call.biases]
     if options.context_layer:
         widths, own = widths[:-1], (1 + argument) * widths[-1]
@@ -108,12 +109,13 @@ def record_units(call: Call) -> int:
     return (3 if options.inverse else 2) * dim + own + both + raw
 
 
-def _numbers(options: CallOptions) -> tuple[int, int, int, int, float, list[float], bool, bool]:
-    """transform, network, activation, log_scale, constant, spline, context_layer, inverse, as the operations take them."""
+def _numbers(options: CallOptions) -> tuple[int, int, int, float, int, float, list[float], bool, bool]:
+    """transform, network, activation and its constant, log_scale and its constant, spline, context_layer, inverse."""
     return (
         COUPLING_CODES[options.transform],
         NETWORK_CODES[options.network],
         ACTIVATION_CODES[options.activation],
+        options.activation_constant,
         LOG_SCALE_CODES[options.log_scale],
         options.constant,
         [] if options.spline is None else options.spline.prepared().numbers(),
@@ -130,8 +132,9 @@ if not CPP.missing:
     @torch.library.register_fake("glf_fast::cpu_autoregressive_flow")
     def _(
         x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], fan_in: Tensor,
-        context: Tensor | None, transform: int, network: int, activation: int, log_scale: int, constant: float,
-        spline: list[float], context_layer: bool, inverse: bool, density: bool, save: int, units: int,
+        context: Tensor | None, transform: int, network: int, activation: int, activation_constant: float,
+        log_scale: int, constant: float, spline: list[float], context_layer: bool, inverse: bool, density: bool,
+        save: int, units: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_fake(x)
         rows = BYTES // x.itemsize
@@ -144,7 +147,8 @@ if not CPP.missing:
     def _(
         grad_out: Tensor | None, grad_logdet: Tensor, out: Tensor, saved: Tensor, matrix: Tensor, offset: Tensor,
         weights: list[Tensor], biases: list[Tensor], fan_in: Tensor, context: Tensor | None, transform: int, network: int,
-        activation: int, log_scale: int, constant: float, spline: list[float], context_layer: bool, inverse: bool, save: int,
+        activation: int, activation_constant: float, log_scale: int, constant: float, spline: list[float],
+        context_layer: bool, inverse: bool, save: int,
         parameters: bool, of_context: bool,
     ) -> list[Tensor]:  # fmt: skip
         grad_context = out.new_empty(0) if context is None or not of_context else torch.empty_like(context)

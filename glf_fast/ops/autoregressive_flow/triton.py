@@ -19,7 +19,8 @@ BACKENDS = (TRITON,)
 MAX_DIM, MAX_HIDDEN, MAX_LAYERS, MAX_SLOPES = 256, 512, 4, 16
 
 OPTIONS = (
-    "str activation, str log_scale, float constant, float[] spline, bool context_layer, bool inverse, bool density"
+    "str activation, float activation_constant, str log_scale, float constant, float[] spline, bool context_layer, "
+    "bool inverse, bool density"
 )
 torch.library.define(
     "glf_fast::triton_autoregressive_flow",
@@ -73,11 +74,12 @@ def backward(
     )  # fmt: skip
 
 
-def _values(options: CallOptions) -> tuple[str, str, float, list[float], bool, bool, bool, str]:
+def _values(options: CallOptions) -> tuple[str, float, str, float, list[float], bool, bool, bool, str]:
     """The values of OPTIONS, and that of autocast."""
     o = options
     spline = [] if o.spline is None else o.spline.prepared().numbers()
-    return o.activation, o.log_scale, o.constant, spline, o.context_layer, o.inverse, o.density, o.autocast
+    functions = o.activation, o.activation_constant, o.log_scale, o.constant
+    return *functions, spline, o.context_layer, o.inverse, o.density, o.autocast
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------
@@ -86,7 +88,8 @@ def _values(options: CallOptions) -> tuple[str, str, float, list[float], bool, b
 @torch.library.register_fake("glf_fast::triton_autoregressive_flow")
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], fan_in: Tensor,
-    context: Tensor | None, activation: str, log_scale: str, constant: float, spline: list[float], context_layer: bool,
+    context: Tensor | None, activation: str, activation_constant: float,
+    log_scale: str, constant: float, spline: list[float], context_layer: bool,
     inverse: bool, density: bool, autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_fake(x)
@@ -96,7 +99,8 @@ def _(
 @torch.library.register_fake("glf_fast::triton_autoregressive_flow_backward")
 def _(
     grad_out: Tensor, grad_logdet: Tensor, saved: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor],
-    biases: list[Tensor], fan_in: Tensor, context: Tensor | None, activation: str, log_scale: str, constant: float,
+    biases: list[Tensor], fan_in: Tensor, context: Tensor | None, activation: str, activation_constant: float,
+    log_scale: str, constant: float,
     spline: list[float], context_layer: bool, inverse: bool, density: bool, autocast: str, parameters: bool,
     of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -108,12 +112,15 @@ def _(
 @torch.library.impl("glf_fast::triton_autoregressive_flow", ("cpu", "cuda"))
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], fan_in: Tensor,
-    context: Tensor | None, activation: str, log_scale: str, constant: float, spline: list[float], context_layer: bool,
+    context: Tensor | None, activation: str, activation_constant: float,
+    log_scale: str, constant: float, spline: list[float], context_layer: bool,
     inverse: bool, density: bool, autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from glf_fast.kernels.autoregressive_flow import autoregressive_forward
 
-    options = kernel_options(x, (activation, log_scale, constant, False, inverse), spline, autocast)
+    options = kernel_options(
+        x, (activation, log_scale, constant, False, inverse), spline, autocast, activation_constant
+    )
     return autoregressive_forward(
         x, matrix, offset, weights, biases, fan_in, context, options, context_layer, density, save
     )
@@ -122,13 +129,16 @@ def _(
 @torch.library.impl("glf_fast::triton_autoregressive_flow_backward", ("cpu", "cuda"))
 def _(
     grad_out: Tensor, grad_logdet: Tensor, saved: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor],
-    biases: list[Tensor], fan_in: Tensor, context: Tensor | None, activation: str, log_scale: str, constant: float,
+    biases: list[Tensor], fan_in: Tensor, context: Tensor | None, activation: str, activation_constant: float,
+    log_scale: str, constant: float,
     spline: list[float], context_layer: bool, inverse: bool, density: bool, autocast: str, parameters: bool,
     of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
     from glf_fast.kernels.autoregressive_backward import autoregressive_backward
 
-    options = kernel_options(grad_out, (activation, log_scale, constant, False, inverse), spline, autocast)
+    options = kernel_options(
+        grad_out, (activation, log_scale, constant, False, inverse), spline, autocast, activation_constant
+    )
     with torch.autocast(grad_out.device.type, enabled=False):  # the precision of its products is decided here
         return autoregressive_backward(
             grad_out, grad_logdet, saved, matrix, offset, weights, biases, fan_in, context, options, context_layer, density,

@@ -10,26 +10,29 @@ from torch import Tensor
 
 from glf_fast.ops.backends import kernels_for
 from glf_fast.ops.checks import (
+    check_activation,
     check_alike,
     check_choice,
+    check_dropout,
     check_floating,
     check_integer,
     check_log_scale,
     check_network_of,
+    check_seed,
     check_shape,
     check_spline,
     check_spline_of,
     check_state,
     check_tensors,
 )
-from glf_fast.ops.coupling_flow import autograd, cpp, layered, plain, triton
+from glf_fast.ops.coupling_flow import autograd, cpp, cuda, layered, plain, triton
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.ops.linear import plu as plu_layers
-from glf_fast.reference import ACTIVATIONS, COUPLINGS, Plu, Spline, layers_of_block, prepared_constant
+from glf_fast.reference import COUPLINGS, Plu, Spline, constant_of_activation, layers_of_block, prepared_constant
 
 __all__ = ["coupling_flow", "coupling_flow_inverse", "coupling_flow_log_prob", "plu_flow_log_prob"]
 
-KERNELS = (triton, layered, cpp)  # in the order of preference
+KERNELS = (cuda, triton, layered, cpp)  # in the order of preference
 
 
 def coupling_flow(
@@ -43,12 +46,16 @@ def coupling_flow(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
     spline: Spline | None = None,
     reversible: bool = False,
     members: int = 1,
+    row_scales: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Data → noise through K steps of affine map and affine coupling.
 
@@ -66,11 +73,19 @@ def coupling_flow(
         network: "mlp", or "residual": the layers of `glf_fast.reference.residual`, weights (K, P + C, H), for each block
             (K, H, H), (K, H, H) and with a context (K, C, H), then (K, H, out), and biases alike; not of "separate".
         spline: its kind, see `glf_fast.reference.spline`; for that coupling alone, where None is `Spline()`.
-        activation: of the hidden layers. The other options are those of `affine_coupling`.
+        activation: of the hidden layers. activation_constant: the slope of "leaky_relu" below 0, or α of "elu"; None is
+            PyTorch's default. The other options are those of `affine_coupling`.
         reversible: keep nothing for the backward but the output, which rebuilds the steps' inputs by undoing the steps:
             memory independent of K. For the kernels; the reference keeps what autograd keeps.
         members: E flows of one shape in one call. x is then (E·B, D), context (E·B, C), and everything else (E·K, …): first all
             rows, or steps, of the first flow, then those of the second one, …
+        row_scales: of each A_k only the scales of its rows are trained, as of a fixed matrix behind an ActNorm. The gradient of
+            A is then right for changes of those scales, and in kernels for no others, which saves a product.
+        dropout: probability p with which every hidden unit is dropped, behind its activation; the others are divided by 1 − p.
+            Residual networks drop behind the second activation of each block. For training: a caller that evaluates passes 0.
+        seed: of what is dropped, int64, one element, on x's device or on the processor; needed where p > 0. One seed drops the
+            same units in all backends and precisions: those of `glf_fast.reference.Dropout`. Member e of `members` has the seed
+            plus e, and its steps and rows are counted from 0.
 
     Returns:
         z (B, D) and Σ ℓ (B,). The caller adds Σ_k log|det A_k|, one number for the whole batch.
@@ -79,10 +94,10 @@ def coupling_flow(
         ValueError, TypeError: shapes, names, dtypes or devices that do not fit; the message says which.
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, False, False,
-        members,
+        coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
+        False, reversible, False, False, members, row_scales, dropout,
     )  # fmt: skip
-    z, logdet = _run(Call(x, context, Maps(A, c, None), weights, biases, options))
+    z, logdet = _run(Call(x, context, Maps(A, c, None), weights, biases, options, _seed(seed) if dropout else None))
     return z, logdet
 
 
@@ -97,22 +112,25 @@ def coupling_flow_inverse(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
     spline: Spline | None = None,
     reversible: bool = False,
     members: int = 1,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Noise → data: undoes `coupling_flow`, given `A_inv` (K, D, D) = A⁻¹; all else as there.
 
     Returns x (B, D) and −Σ ℓ (B,).
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, True, reversible, False, False,
-        members,
+        coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
+        True, reversible, False, False, members, dropout=dropout,
     )  # fmt: skip
-    x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options))
+    x, logdet = _run(Call(z, context, Maps(A_inv, c, None), weights, biases, options, _seed(seed) if dropout else None))
     return x, logdet
 
 
@@ -128,20 +146,25 @@ def coupling_flow_log_prob(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
     spline: Spline | None = None,
     reversible: bool = False,
+    row_scales: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """log p(x) = log N(z; 0, I) + Σ ℓ + `logabsdet` in nats, (B,), with z and Σ ℓ of `coupling_flow`.
 
     `logabsdet` is Σ_k log|det A_k|, a scalar tensor; all else as in `coupling_flow`.
     """
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, False
-    )
-    return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options))[-1]
+        coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
+        False, reversible, True, False, row_scales=row_scales, dropout=dropout,
+    )  # fmt: skip
+    return _run(Call(x, context, Maps(A, c, logabsdet), weights, biases, options, _seed(seed) if dropout else None))[-1]
 
 
 def plu_flow_log_prob(
@@ -154,11 +177,14 @@ def plu_flow_log_prob(
     coupling: str = "affine",
     network: str = "mlp",
     activation: str = "relu",
+    activation_constant: float | None = None,
     log_scale: str = "tanh",
     log_scale_constant: float | None = None,
     add_first: bool = False,
     spline: Spline | None = None,
     reversible: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """`coupling_flow_log_prob` with the affine maps that `plu_assemble` makes of `plu`, its arguments for all K layers.
 
@@ -167,9 +193,10 @@ def plu_flow_log_prob(
     plu = Plu(*plu)
     plu_layers.check(plu)
     options = _options(
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, False, reversible, True, True
-    )
-    call = Call(x, context, plu, weights, biases, options)
+        coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
+        False, reversible, True, True, dropout=dropout,
+    )  # fmt: skip
+    call = Call(x, context, plu, weights, biases, options, _seed(seed) if dropout else None)
     try:
         call = _checked(call)
     except AttributeError:
@@ -191,6 +218,7 @@ def _options(
     coupling: str,
     network: str,
     activation: str,
+    activation_constant: float | None,
     log_scale: str,
     log_scale_constant: float | None,
     add_first: bool,
@@ -200,28 +228,44 @@ def _options(
     density: bool,
     plu: bool,
     members: int = 1,
+    row_scales: bool = False,
+    dropout: float = 0.0,
 ) -> CallOptions:
     if spline is not None and type(spline) is not Spline:
         check_spline(spline)
     given = (
-        coupling, network, activation, log_scale, log_scale_constant, add_first, spline, inverse, reversible, density, plu,
-        members,
+        coupling, network, activation, activation_constant, log_scale, log_scale_constant, add_first, spline,
+        inverse, reversible, density, plu, members, row_scales, dropout,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()  # to torch.compile the dictionary would be a reason to compile again
     if not compiling and (known := _known.get(given)):
         return known
     check_choice("coupling", coupling, COUPLINGS)
     check_network_of(coupling, network)
-    check_choice("activation", activation, ACTIVATIONS)
+    check_activation(activation, activation_constant)
     check_log_scale(log_scale, log_scale_constant)
     check_spline_of(coupling, spline)
     check_integer("members", members, 1)
-    options = CallOptions(*given[:-1], prepared_constant(log_scale, log_scale_constant), members=members)
+    if type(row_scales) is not bool:
+        raise TypeError(f"row_scales must be True or False; got {row_scales!r}")
+    check_dropout(dropout)
+    constant = prepared_constant(log_scale, log_scale_constant)
+    number = constant_of_activation(activation, activation_constant)
+    options = CallOptions(
+        coupling, network, activation, number, log_scale, log_scale_constant, add_first, spline, inverse, reversible,
+        density, plu, constant, members=members, row_scales=row_scales, dropout=float(dropout),
+    )  # fmt: skip
     if coupling == "spline":
         options = options._replace(spline=spline or Spline())
     if not compiling:
         _known[given] = options
     return options
+
+
+def _seed(seed: Tensor | None) -> Tensor | None:
+    """The seed of a call with dropout, once it is known to be one."""
+    check_seed(seed)
+    return seed
 
 
 def _run(call: Call) -> tuple[Tensor, ...]:
@@ -249,7 +293,7 @@ def _by(kernels: Any, call: Call) -> tuple[Tensor, ...]:
 
 def _check_tensors(call: Call) -> None:
     """Raise TypeError where an argument is no tensor."""
-    x, context, maps, weights, biases, options = call
+    x, context, maps, weights, biases, options, _ = call
     check_tensors(**{"z" if options.inverse else "x": x}, context=context)
     check_tensors(**{name: t for name, t in maps._asdict().items() if t is not None})
     check_tensors(
@@ -263,7 +307,7 @@ def _checked(call: Call) -> Call:
     PLU factors fit each other already. Tensors are compared in place, and functions called for errors alone: a call for each
     tensor takes longer than the kernels of a small flow.
     """
-    x, context, maps, weights, biases, options = call
+    x, context, maps, weights, biases, options, seed = call
     if isinstance(maps, Plu):
         like = maps.lower
         if maps.permutation.ndim != 2:
@@ -321,4 +365,8 @@ def _checked(call: Call) -> Call:
         if weight.dtype != dtype or bias.dtype != dtype or weight.device != device or bias.device != device:
             check_alike([("a weight", weight), ("a bias", bias)], x)
         n_in = width
+    if seed is not None and seed.device != device:
+        if seed.device.type != "cpu":
+            raise ValueError(f"seed must be on {device}, as the flow is, or on the processor; it is on {seed.device}")
+        call = call._replace(seed=seed.to(device))
     return call if x is call.x else call._replace(x=x)

@@ -35,10 +35,10 @@ class FlowKernels(Kernels, Protocol):
 
     def backward(
         self, call: Call, state: Tensor, saved: Tensor, unmatrix: Tensor | None, grad_out: Tensor | None,
-        grad_logdet: Tensor, parameters: bool, of_context: bool,
+        grad_logdet: Tensor, parameters: bool, of_context: bool, of_matrix: bool,
     ) -> list[Tensor]:  # fmt: skip
-        """∂x, ∂context (may be of any shape unless `of_context`) and, with `parameters`, ∂matrix, ∂offset, of a density
-        ∂logabsdet (K,), ∂weights …, ∂biases …
+        """∂x, ∂context (may be of any shape unless `of_context`) and, with `parameters`, ∂matrix (the same unless `of_matrix`),
+        ∂offset, of a density ∂logabsdet (K,), ∂weights …, ∂biases …
 
         Without `unmatrix` from what the forward kept; with it, `matrix` inverted, from the output `state`. A density's `state`
         is the output in either case, and its `grad_out` None.
@@ -58,11 +58,11 @@ def run(kernels: FlowKernels, call: Call) -> tuple[Tensor, ...]:
 
 def contiguous(call: Call) -> list[Tensor | None]:
     """The call's tensors, contiguous and, but for a permutation, of x's dtype: autocast makes computed offsets bfloat16."""
-    x, context, maps, weights, biases, _ = call
-    dtype = x.dtype
+    x, context, maps, weights, biases, _, seed = call
+    dtype, last = x.dtype, () if seed is None else (seed,)
     return [
         t if t is None or (t.dtype == dtype and t.is_contiguous()) else _converted(t, dtype)
-        for t in (x, context, *maps, *weights, *biases)
+        for t in (x, context, *maps, *weights, *biases, *last)
     ]
 
 
@@ -74,8 +74,11 @@ def call_of(options: CallOptions, tensors: Sequence[Any]) -> Call:
     """The call of tensors that come as `contiguous` lists them."""
     kind: type[Maps] | type[Plu] = Plu if options.plu else Maps
     start = 2 + len(kind._fields)
+    seed = None
+    if options.dropout:
+        *tensors, seed = tensors
     half = (start + len(tensors)) // 2
-    return Call(tensors[0], tensors[1], kind(*tensors[2:start]), tensors[start:half], tensors[half:], options)
+    return Call(tensors[0], tensors[1], kind(*tensors[2:start]), tensors[start:half], tensors[half:], options, seed)
 
 
 class _CouplingFlow(torch.autograd.Function):
@@ -118,7 +121,7 @@ class _CouplingFlow(torch.autograd.Function):
         grad_out, grad_logdet = (None, grads[0]) if options.density else (grads[0].contiguous(), grads[1])
         grad_x, grad_context, *found = ctx.kernels.backward(
             call, state, saved, unmatrix if options.reversible else None, grad_out, grad_logdet.contiguous(), parameters,
-            needs[1],
+            needs[1], isinstance(given, Plu) or needs[2],
         )  # fmt: skip
         grad_maps: list[Tensor | None] = [None] * len(given)
         if not parameters:
@@ -134,7 +137,10 @@ class _CouplingFlow(torch.autograd.Function):
             grad_maps = [grad_matrix, grad_offset, grad_logabsdets[0]]  # of the sum, and so of each term
         else:
             grad_maps[:2], found = found[:2], found[2:]
-        return None, None, grad_x, grad_context if needs[1] else None, *grad_maps, *found
+        if not isinstance(given, Plu) and not needs[2]:
+            grad_maps[0] = None
+        last = [None] * (call.seed is not None)
+        return None, None, grad_x, grad_context if needs[1] else None, *grad_maps, *found, *last
 
 
 def _inverse(matrix: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class CallOptions(NamedTuple):
     coupling: str
     network: str
     activation: str
+    activation_constant: float  # 0 where it has none
     log_scale: str
     log_scale_constant: float | None
     add_first: bool
@@ -31,11 +32,12 @@ class CallOptions(NamedTuple):
     constant: float  # the log-scale's, as kernels take it
     autocast: str = ""  # of the networks' products: "bf16" or "fp16" under torch.autocast
     members: int = 1  # flows in this call; the rows, and the steps, of each of them follow those of the one before
+    row_scales: bool = False  # of the matrices only the scales of their rows are trained
+    dropout: float = 0.0  # probability with which hidden units are dropped
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the reference's flows, whose direction is in their name."""
-        names = ("coupling", "network", "activation", "log_scale", "log_scale_constant", "add_first", "spline")
-        return {name: getattr(self, name) for name in names}
+        return dict(zip(self._fields[:8], self, strict=False)) | {"dropout": self.dropout}
 
     def affine(self) -> AffineOptions:
         """The options of a step's elementwise coupling."""
@@ -59,10 +61,11 @@ class Call(NamedTuple):
     weights: Sequence[Tensor]  # by linear layer of the networks: (K, nᵢ, nᵢ₊₁), or (K, 2, nᵢ, nᵢ₊₁) for "separate"
     biases: Sequence[Tensor]  # (K, nᵢ₊₁), or (K, 2, nᵢ₊₁)
     options: CallOptions
+    seed: Tensor | None = None  # int64, one element: of what is dropped
 
     def by_members(self, run: Callable[[Call], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Results of `run` for every member's own call, one after the other."""
-        x, context, maps, weights, biases, options = self
+        """Results of `run` for every member's own call, one after the other. Member e has the seed plus e."""
+        x, context, maps, weights, biases, options, seed = self
         n, one = options.members, options._replace(members=1)
         rows = (n, len(x) // n)
 
@@ -75,6 +78,8 @@ class Call(NamedTuple):
             map(Maps, *map(of_each, maps)),
             zip(*map(of_each, weights), strict=True),
             zip(*map(of_each, biases), strict=True),
+            [one] * n,
+            [None if seed is None else seed + e for e in range(n)],
             strict=True,
         )
-        return tuple(map(torch.cat, zip(*(run(Call(*call, one)) for call in calls), strict=True)))
+        return tuple(map(torch.cat, zip(*(run(Call(*call)) for call in calls), strict=True)))

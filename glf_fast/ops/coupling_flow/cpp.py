@@ -9,7 +9,7 @@ from glf_fast.ops.backends import CPP
 from glf_fast.ops.checks import check_fake
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
-from glf_fast.reference import COUPLINGS, layers_of_block
+from glf_fast.reference import COUPLINGS, NEED_INPUT, layers_of_block
 
 __all__ = ["BACKENDS", "MAX_LAYERS", "adapt", "backward", "forward", "refuses", "unchecked"]
 
@@ -48,7 +48,7 @@ def adapt(call: Call) -> Call:
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output, logdet, which is the density if options.density, and with `keep` what the backward starts from."""
-    x, context, (matrix, offset, logabsdet), weights, biases, options = call
+    x, context, (matrix, offset, logabsdet), weights, biases, options, seed = call
     save, record = NOTHING, 0
     if keep:
         save, record = RECORDS, record_width(call)
@@ -57,8 +57,9 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         if len(matrix) // options.members * len(x) * record * x.itemsize > limit:
             save, record = INPUTS, x.shape[1]
     out, logdet, saved = operations.cpu_coupling_flow.default(
-        x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record, options.members
-    )
+        x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record, options.members,
+        options.row_scales, options.dropout, seed,
+    )  # fmt: skip
     if logabsdet is not None:
         logdet = logdet + (logabsdet.sum() if logabsdet.ndim else logabsdet)
     return out, logdet, saved
@@ -87,14 +88,14 @@ def unchecked(call: Call) -> tuple[Tensor, ...] | None:
 
 def backward(
     call: Call, state: Tensor, saved: Tensor, unmatrix: Tensor | None, grad_out: Tensor | None, grad_logdet: Tensor,
-    parameters: bool, of_context: bool,
+    parameters: bool, of_context: bool, of_matrix: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that `FlowKernels.backward` lists; ∂context is made even if not `of_context`."""
-    x, context, (matrix, offset, _), weights, biases, options = call
+    x, context, (matrix, offset, _), weights, biases, options, seed = call
     save = NOTHING if unmatrix is not None else INPUTS if saved.shape[-1] == x.shape[1] else RECORDS
     found = operations.cpu_coupling_flow_backward.default(
         grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *_numbers(options), save,
-        parameters, options.members,
+        parameters, options.members, of_matrix, options.row_scales, options.dropout, seed,
     )  # fmt: skip
     if parameters and options.density:
         return [*found[:4], grad_logdet.sum().expand(len(matrix)).contiguous(), *found[4:]]
@@ -103,10 +104,10 @@ def backward(
 
 def record_width(call: Call) -> int:
     """Numbers that RECORDS keeps of a row and step: as csrc/cpu/record.h lays them out, which checks it."""
-    x, context, _, weights, _, options = call
+    x, context, _, weights, _, options, _ = call
     line = 64 // x.itemsize
     networks = COUPLINGS[options.coupling].networks
-    argument = options.activation in ("silu", "gelu")  # is kept besides the value
+    argument = options.activation in NEED_INPUT  # which is kept besides the value
     dim, context_dim = x.shape[1], 0 if context is None else context.shape[1]
     padded = [dim, dim, *([dim - dim // 2 + context_dim] if context_dim else []), networks * weights[-1].shape[-1]]
     if options.network == "residual":
@@ -120,12 +121,13 @@ def record_width(call: Call) -> int:
     return line * (lines | 1)
 
 
-def _numbers(options: CallOptions) -> tuple[int, int, int, int, float, bool, list[float], bool]:
-    """coupling, network, activation, log_scale, constant, add_first, spline, inverse, as the operations take them."""
+def _numbers(options: CallOptions) -> tuple[int, int, int, float, int, float, bool, list[float], bool]:
+    """coupling, network, activation and its constant, log_scale and its constant, add_first, spline, inverse."""
     return (
         COUPLING_CODES[options.coupling],
         NETWORK_CODES[options.network],
         ACTIVATION_CODES[options.activation],
+        options.activation_constant,
         LOG_SCALE_CODES[options.log_scale],
         options.constant,
         options.add_first,
@@ -141,8 +143,9 @@ if not CPP.missing:
     @torch.library.register_fake("glf_fast::cpu_coupling_flow")
     def _(
         x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-        coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
-        inverse: bool, density: bool, save: int, record: int, members: int = 1,
+        coupling: int, network: int, activation: int, activation_constant: float, log_scale: int, constant: float,
+        add_first: bool, spline: list[float], inverse: bool, density: bool, save: int, record: int, members: int = 1,
+        row_scales: bool = False, dropout: float = 0.0, seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_fake(x)
         saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix) // members, x.shape[0], record)
@@ -152,8 +155,13 @@ if not CPP.missing:
     def _(
         grad_out: Tensor | None, grad_logdet: Tensor, out: Tensor, saved: Tensor, matrix: Tensor,
         unmatrix: Tensor | None, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-        coupling: int, network: int, activation: int, log_scale: int, constant: float, add_first: bool, spline: list[float],
-        inverse: bool, save: int, parameters: bool, members: int = 1,
+        coupling: int, network: int, activation: int, activation_constant: float, log_scale: int, constant: float,
+        add_first: bool, spline: list[float], inverse: bool, save: int, parameters: bool, members: int = 1,
+        of_matrix: bool = True, row_scales: bool = False,
+        dropout: float = 0.0, seed: Tensor | None = None,
     ) -> list[Tensor]:  # fmt: skip
         grads = [torch.empty_like(out), out.new_empty(0) if context is None else torch.empty_like(context)]
-        return grads + [torch.empty_like(t) for t in (matrix, offset, *weights, *biases) if parameters]
+        if not parameters:
+            return grads
+        grads.append(torch.empty_like(matrix) if of_matrix else out.new_empty(0))
+        return grads + [torch.empty_like(t) for t in (offset, *weights, *biases)]

@@ -32,10 +32,12 @@ def run(call: Call) -> tuple[Tensor, ...]:
 
     At these widths the products are what takes time; the coupling saves the reference's eight passes over u, t and v.
     """
-    if call.options.spline is None:
+    # Networks side by side would be one, with masks of one; the reference's MLPs know how to run two.
+    if call.options.spline is None and not (call.options.dropout and call.options.coupling == "separate"):
         call = as_one_network(call)
-    x, context, (matrix, offset, logabsdet), weights, biases, options = call_of(call.options, contiguous(call))
+    x, context, (matrix, offset, logabsdet), weights, biases, options, seed = call_of(call.options, contiguous(call))
     passive = x.shape[1] - x.shape[1] // 2
+    activation = options.activation, options.activation_constant
     logdets = []
     steps = range(len(matrix))
     for k in reversed(steps) if options.inverse else steps:
@@ -44,7 +46,8 @@ def run(call: Call) -> tuple[Tensor, ...]:
             y = x if options.inverse else torch.addmm(offset[k], x, matrix[k])
         p, v = y[:, :passive], y[:, passive:]
         h = p if context is None else torch.cat([p, context.to(p.dtype)], 1)
-        raw = reference.mlp(h, [w[k] for w in weights], [b[k] for b in biases], options.activation)
+        dropout = None if seed is None else reference.Dropout(options.dropout, seed, k)
+        raw = reference.mlp(h, [w[k] for w in weights], [b[k] for b in biases], *activation, dropout)
         if options.spline is None:
             u, t = raw.chunk(2, 1)
             w, logdet = autograd.run(triton, AffineCall(v, u, t, options.affine()))

@@ -12,10 +12,10 @@ __all__ = ["run"]
 
 def run(call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone."""
-    x, context, maps, weights, biases, options = call
+    x, context, maps, weights, biases, options, seed = call
     if options.members > 1:
         return call.by_members(run)
-    keywords = options.keywords()
+    keywords = options.keywords() | {"seed": seed}
     if options.plu:
         return (reference.plu_flow_log_prob(x, maps, weights, biases, context, **keywords),)
     if options.density:

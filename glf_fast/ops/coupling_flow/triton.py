@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from glf_fast.ops import row_products
 from glf_fast.ops.backends import TRITON
 from glf_fast.ops.checks import check_fake
 from glf_fast.ops.coupling_flow import networks
@@ -26,7 +27,10 @@ MAX_DIM, MAX_HIDDEN, MAX_LAYERS = 256, 512, 4
 MAX_SPLINE_DIM, MAX_SPLINE_HIDDEN, MAX_SLOPES = 64, 256, 16
 ANY_ROWS_DIM, ANY_ROWS_HIDDEN, FEW_ROWS = 32, 64, 4096
 
-OPTIONS = "str activation, str log_scale, float constant, bool add_first, bool inverse, bool density, float[] spline"
+OPTIONS = (
+    "str activation, float activation_constant, str log_scale, float constant, bool add_first, bool inverse, bool density, "
+    "float[] spline"
+)
 torch.library.define(
     "glf_fast::triton_coupling_flow",
     "(Tensor x, Tensor matrix, Tensor offset, Tensor? logabsdet, Tensor[] weights, Tensor[] biases, Tensor? context, "
@@ -45,6 +49,8 @@ def refuses(call: Call) -> str:
     """Why these kernels cannot take the call; "" where they can. Wider flows go layer by layer."""
     if why := networks.refuses(call.options, (*networks.KINDS, "spline")):
         return why
+    if call.options.dropout:
+        return "dropout"
     hidden, dim = hidden_widths(call), call.x.shape[1]
     if call.options.spline is not None:
         return _refuses_splines(dim, hidden, len(call.x), call.options.spline)
@@ -75,7 +81,7 @@ def adapt(call: Call) -> Call:
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output, logdet, which is the density if options.density, and with `keep` the steps' inputs (K, B, D)."""
-    x, context, (matrix, offset, logabsdet), weights, biases, options = call
+    x, context, (matrix, offset, logabsdet), weights, biases, options, _ = call
     return operations.triton_coupling_flow.default(
         x, matrix, offset, logabsdet, weights, biases, context, *_values(options), keep
     )
@@ -83,21 +89,22 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(
     call: Call, state: Tensor, saved: Tensor, unmatrix: Tensor | None, grad_out: Tensor | None, grad_logdet: Tensor,
-    parameters: bool, of_context: bool,
+    parameters: bool, of_context: bool, of_matrix: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that `FlowKernels.backward` lists; ∂context is empty unless `of_context`."""
-    _, context, (matrix, offset, _), weights, biases, options = call
+    """The gradients that `FlowKernels.backward` lists; ∂context is empty unless `of_context`; ∂matrix is made in any case."""
+    _, context, (matrix, offset, _), weights, biases, options, _ = call
     return operations.triton_coupling_flow_backward.default(
         state if grad_out is None else grad_out, grad_logdet, saved if unmatrix is None else state, matrix, unmatrix,
         offset, weights, biases, context, *_values(options), parameters, of_context,
     )  # fmt: skip
 
 
-def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, list[float], str]:
+def _values(options: CallOptions) -> tuple[str, float, str, float, bool, bool, bool, list[float], str]:
     """The values of OPTIONS, and that of autocast."""
     o = options
     spline = [] if o.spline is None else o.spline.prepared().numbers()
-    return o.activation, o.log_scale, o.constant, o.add_first, o.inverse, o.density, spline, o.autocast
+    functions = o.activation, o.activation_constant, o.log_scale, o.constant
+    return *functions, o.add_first, o.inverse, o.density, spline, o.autocast
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------
@@ -106,7 +113,8 @@ def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, li
 @torch.library.register_fake("glf_fast::triton_coupling_flow")
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
-    context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
+    context: Tensor | None, activation: str, activation_constant: float,
+    log_scale: str, constant: float, add_first: bool, inverse: bool,
     density: bool, spline: list[float], autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_fake(x)
@@ -118,7 +126,8 @@ def _(
 def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
+    activation: str, activation_constant: float,
+    log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
     spline: list[float], autocast: str, parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
     grads = [
@@ -132,12 +141,15 @@ def _(
 @torch.library.impl("glf_fast::triton_coupling_flow", ("cpu", "cuda"))
 def _(
     x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
-    context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
+    context: Tensor | None, activation: str, activation_constant: float,
+    log_scale: str, constant: float, add_first: bool, inverse: bool,
     density: bool, spline: list[float], autocast: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow import flow_forward
 
-    options = kernel_options(x, (activation, log_scale, constant, add_first, inverse), spline, autocast)
+    options = kernel_options(
+        x, (activation, log_scale, constant, add_first, inverse), spline, autocast, activation_constant
+    )
     return flow_forward(x, matrix, offset, logabsdet, weights, biases, context, options, density, save)
 
 
@@ -145,12 +157,14 @@ def _(
 def _(
     grad_out: Tensor, grad_logdet: Tensor, state: Tensor, matrix: Tensor, unmatrix: Tensor | None, offset: Tensor,
     weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-    activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
+    activation: str, activation_constant: float,
+    log_scale: str, constant: float, add_first: bool, inverse: bool, density: bool,
     spline: list[float], autocast: str, parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
     from glf_fast.kernels.coupling_flow_backward import flow_backward
 
-    options = kernel_options(grad_out, (activation, log_scale, constant, add_first, inverse), spline, autocast)
+    names = (activation, log_scale, constant, add_first, inverse)
+    options = kernel_options(grad_out, names, spline, autocast, activation_constant)
     with torch.autocast(grad_out.device.type, enabled=False):  # the precision of its products is decided here
         return flow_backward(
             grad_out,
@@ -166,4 +180,5 @@ def _(
             density,
             parameters,
             of_context,
+            one_launch=row_products.ready(grad_out),
         )

@@ -93,7 +93,7 @@ def invertible_linear(
     y = channel_map(x, matrix, offset, inverse=inverse)
     pixels = x.shape[2:].numel()
     logdet = -logabsdet if inverse else logabsdet
-    return y, (logdet if pixels == 1 else pixels * logdet).expand(len(x))
+    return y, (logdet.clone() if pixels == 1 else pixels * logdet).expand(len(x))
 
 
 def channel_map(x: Tensor, matrix: Tensor, offset: Tensor, *, inverse: bool = False) -> Tensor:

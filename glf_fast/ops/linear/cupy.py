@@ -67,10 +67,10 @@ class _Stream:
 
 
 @cache
-def _kernel(name: str, device: int) -> Any:
+def _kernel(name: str, source: str, device: int) -> Any:
     import cupy
 
-    return cupy.RawModule(code=SOURCE, options=NVRTC_OPTIONS, name_expressions=(name,)).get_function(name)
+    return cupy.RawModule(code=source, options=NVRTC_OPTIONS, name_expressions=(name,)).get_function(name)
 
 
 @cache
@@ -80,7 +80,7 @@ def trouble(device: torch.device) -> str:
         import cupy
 
         with cupy.cuda.Device(device.index):
-            _kernel("glf::device::plu_assemble_kernel<float>", device.index)
+            _kernel("glf::device::plu_assemble_kernel<float>", SOURCE, device.index)
     except Exception as error:  # CuPy, its compiler, the driver: each has its own errors
         return f"CuPy does not compile it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return ""
@@ -94,12 +94,26 @@ def most_shared(device: torch.device) -> int:
     return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index))
 
 
-def launch(name: str, device: torch.device, grid: int, block: int, shared: int, arguments: tuple[Any, ...]) -> None:
-    """Put one kernel on the current stream of a GPU."""
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(
+    name: str,
+    device: torch.device,
+    grid: int,
+    block: int,
+    shared: int,
+    arguments: tuple[Any, ...],
+    source: str = SOURCE,
+) -> None:
+    """Put one kernel on the current stream of a GPU; `source` holds it."""
     import cupy
 
     with cupy.cuda.Device(device.index), cupy.cuda.Stream.from_external(_Stream(device)):
-        kernel = _kernel(name, device.index)
+        kernel = _kernel(name, source, device.index)
         if shared > 48 << 10:
             kernel.max_dynamic_shared_size_bytes = most_shared(device)  # whatever other threads ask for meanwhile
         kernel((grid,), (block,), arguments, shared_mem=shared)
@@ -109,11 +123,12 @@ def _run(name: str, like: Tensor, grid: int, block: int, shared: int, *arguments
     """Launch `name`<…, type of `like`>. Tensors and None become pointers; numbers have the kernel's types already."""
     if not grid:
         return
-    numbers = tuple(_pointer(a, like) if a is None or isinstance(a, Tensor) else a for a in arguments)
+    numbers = tuple(pointer(a, like) if a is None or isinstance(a, Tensor) else a for a in arguments)
     launch(f"glf::device::{name}{TYPES[like.dtype]}>", like.device, grid, block, shared, numbers)
 
 
-def _pointer(tensor: Tensor | None, like: Tensor) -> int:
+def pointer(tensor: Tensor | None, like: Tensor) -> int:
+    """The address of a tensor's data as kernels on the device of `like` take it, 0 for None."""
     if tensor is None:
         return 0
     if tensor.device != like.device:
@@ -212,7 +227,7 @@ def _layer(permutation: Tensor, lower: Tensor, *others: Tensor | None) -> np.nda
     """Layer<T> of the first layer, as kernels take it: by value."""
     if permutation.dtype != torch.int64:
         raise RuntimeError(f"glf_fast: permutation must be int64; got {permutation.dtype}")
-    return np.array([(_dim(lower), *(_pointer(t, lower) for t in (permutation, lower, *others)))], LAYER)
+    return np.array([(_dim(lower), *(pointer(t, lower) for t in (permutation, lower, *others)))], LAYER)
 
 
 def register(library: torch.library.Library, *, override: bool = False) -> None:

@@ -1,0 +1,118 @@
+// The kernels of small coupling flows on CUDA tensors: packing and passes, for glf_fast/ops/coupling_flow/small.py, which makes the
+// tensors and checks that they fit each other.
+#include "bindings_cuda.h"
+
+#include "cuda/flow.h"
+
+namespace {
+
+using namespace glf::bindings;
+namespace device = glf::device;
+
+// FlowShape.numbers() of small.py.
+device::FlowShape shape_of(const std::vector<int64_t>& n) {
+  STD_TORCH_CHECK(n.size() >= 8 && n.size() <= 7 + device::most_layers, "glf_fast: one to four hidden layers");
+  device::FlowShape s{};
+  s.steps = static_cast<int>(n[0]);
+  s.dim = static_cast<int>(n[1]);
+  s.context = static_cast<int>(n[2]);
+  s.half_tiles = static_cast<int>(n[3]);
+  s.hidden_tiles = static_cast<int>(n[4]);
+  s.map = static_cast<device::Precision>(n[5]);
+  s.mlp = static_cast<device::Precision>(n[6]);
+  s.layers = static_cast<int>(n.size()) - 7;
+  STD_TORCH_CHECK(s.steps > 0 && s.dim > 0 && s.dim <= 16 * s.half_tiles && s.context >= 0, "glf_fast: sizes that do not fit");
+  for (int l = 0; l < s.layers; ++l) {
+    s.hidden[l] = static_cast<int>(n[7 + l]);
+    STD_TORCH_CHECK(s.hidden[l] > 0 && s.hidden[l] <= 8 * s.hidden_tiles, "glf_fast: hidden layers that do not fit");
+  }
+  return s;
+}
+
+void check_numbers(const Tensor& t, int64_t numbers) {
+  STD_TORCH_CHECK(t.numel() >= numbers, "glf_fast: a kernel got a tensor that is too small");
+}
+
+void pack(std::vector<int64_t> numbers, Tensor matrix, Tensor offset, Maybe logabsdet, Tensors weights, Tensors biases,
+          Tensor packed, Maybe transposed) {
+  const device::FlowShape s = shape_of(numbers);
+  const int64_t steps = s.steps, dim = s.dim;
+  STD_TORCH_CHECK(static_cast<int>(weights.size()) == s.layers + 1 && weights.size() == biases.size(),
+                  "glf_fast: a weight and a bias for each layer");
+  check_numbers(matrix, steps * dim * dim);
+  check_numbers(offset, steps * dim);
+  device::FlowParameters given{};
+  given.matrix = read<float>(matrix);
+  given.offset = read<float>(offset);
+  given.logabsdet = read<float>(logabsdet);
+  given.logs = logabsdet ? static_cast<int>(logabsdet->numel()) : 0;
+  int64_t inner = dim - dim / 2 + s.context;
+  for (int l = 0; l <= s.layers; ++l) {
+    const int64_t columns = l < s.layers ? s.hidden[l] : dim / 2 * 2;
+    check_numbers(weights[l], steps * inner * columns);
+    check_numbers(biases[l], steps * columns);
+    given.weights[l] = read<float>(weights[l]);
+    given.biases[l] = read<float>(biases[l]);
+    inner = columns;
+  }
+  check_numbers(packed, steps * device::forward_bytes(s) / 4);
+  if (transposed) check_numbers(*transposed, steps * device::transposed_bytes(s) / 4);
+  check(device::flow_pack(Launch(matrix), s, given, write<float>(packed), transposed ? write<float>(*transposed) : nullptr));
+}
+
+// The tensors are those of small.TENSORS; `like` has the rows, and the device.
+void run(std::vector<int64_t> numbers, int64_t activation, int64_t log_scale, double constant, bool add_first, bool inverse,
+         bool density, int64_t ways, int64_t stride, Tensor like, std::vector<Maybe> tensors) {
+  STD_TORCH_CHECK(tensors.size() == 16, "glf_fast: sixteen tensors");
+  for (const Maybe& t : tensors) {
+    if (!t) continue;
+    check_place(*t);
+    check_storage(*t);
+    STD_TORCH_CHECK(t->is_contiguous() && t->get_device_index() == like.get_device_index(),
+                    "glf_fast: a kernel got a tensor that is not contiguous, or of another device");
+  }
+  const auto floats = [&](int i) { return tensors[i] ? write<float>(*tensors[i]) : nullptr; };
+  device::FlowCall f{};
+  f.shape = shape_of(numbers);
+  f.activation = static_cast<device::Activation>(activation);
+  f.log_scale = static_cast<device::LogScale>(log_scale);
+  f.constant = static_cast<float>(constant);
+  f.add_first = add_first;
+  f.density = density;
+  f.rows = like.size(0);
+  f.packed = reinterpret_cast<const unsigned char*>(floats(0));
+  f.transposed = reinterpret_cast<const unsigned char*>(floats(1));
+  f.x = floats(2);
+  f.context = floats(3);
+  f.out = floats(4);
+  f.logdet = floats(5);
+  f.stride = static_cast<int>(stride);
+  f.map_in = floats(6);
+  f.map_grad = floats(7);
+  f.hidden = floats(8);
+  f.derivatives = floats(9);
+  f.slopes = floats(10);
+  f.record = reinterpret_cast<device::Quad*>(floats(11));
+  f.grad_out = floats(12);
+  f.grad_logdet = floats(13);
+  f.grad_x = floats(14);
+  f.grad_context = floats(15);
+  const Launch launch(like);
+  check(ways ? device::flow_gradient(launch, f, static_cast<int>(ways)) : device::flow_forward(launch, f, inverse));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
+  m.def(
+      "cuda_flow_pack(int[] shape, Tensor matrix, Tensor offset, Tensor? logabsdet, Tensor[] weights, Tensor[] biases, "
+      "Tensor packed, Tensor? transposed) -> ()");
+  m.def(
+      "cuda_flow_run(int[] shape, int activation, int log_scale, float constant, bool add_first, bool inverse, bool density, "
+      "int ways, int stride, Tensor like, Tensor?[] tensors) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(glf_fast, CUDA, m) {
+  m.impl("cuda_flow_pack", TORCH_BOX(&pack));
+  m.impl("cuda_flow_run", TORCH_BOX(&run));
+}

@@ -1,0 +1,73 @@
+// The kernels of small coupling flows on the host, launched by name as in host_kernels.cpp; the warps of a block are threads.
+#include "cuda/flow_kernels.cuh"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace {
+
+using namespace glf::device;
+
+template <class Run>
+int blocks(long long grid, int shared, Run run) {
+  for (long long block = 0; block < grid; ++block) {
+    // Exactly as long as asked for: the address sanitizer sees what lies beyond.
+    auto* memory = static_cast<unsigned char*>(std::aligned_alloc(16, (shared + 16) / 16 * 16));
+    std::memset(memory, 0xff, shared);
+    host_block = {block, memory};
+    run();
+    std::free(memory);
+  }
+  return 0;
+}
+
+template <int half, int map, int mlp>
+int launch_flow(const std::string& kernel, long long grid, int shared, void** arguments) {
+  const FlowCall& f = *static_cast<FlowCall*>(arguments[0]);
+  if (kernel == "forward") return blocks(grid, shared, [&] { flow_forward_kernel<half, 8, map, mlp, false>(f); });
+  if (kernel == "inverse") return blocks(grid, shared, [&] { flow_forward_kernel<half, 8, map, mlp, true>(f); });
+  return blocks(grid, shared, [&] { flow_gradient_kernel<half, 8, map, mlp>(f, *static_cast<int*>(arguments[1])); });
+}
+
+template <int half>
+int launch_half(int map, int mlp, const std::string& kernel, long long grid, int shared, void** arguments) {
+  if (map == 0 && mlp == 0) return launch_flow<half, 0, 0>(kernel, grid, shared, arguments);
+  if (map == 1 && mlp == 1) return launch_flow<half, 1, 1>(kernel, grid, shared, arguments);
+  if (map == 0 && mlp == 2) return launch_flow<half, 0, 2>(kernel, grid, shared, arguments);
+  return 1;
+}
+
+std::vector<int> sizes_of(const std::string& kernel) {
+  if (kernel == "pack") return {sizeof(FlowShape), sizeof(FlowParameters), sizeof(void*), sizeof(void*)};
+  if (kernel == "gradient") return {sizeof(FlowCall), sizeof(int)};
+  return {sizeof(FlowCall)};
+}
+
+}  // namespace
+
+// 0, or 1 for an unknown kernel, 2 for arguments of other sizes. Names: glf::device::flow_…_kernel<numbers>.
+extern "C" int launch(const char* name, long long grid, int shared, int count, const int* sizes, void** arguments) {
+  const std::string whole = name;
+  const auto is = [&](const char* start) { return whole.rfind(std::string("glf::device::") + start, 0) == 0; };
+  const std::string kernel = is("flow_pack_kernel") ? "pack" : is("flow_gradient_kernel") ? "gradient" : whole.find("true") != std::string::npos ? "inverse" : "forward";
+  if (std::vector<int>(sizes, sizes + count) != sizes_of(kernel)) return 2;
+  if (kernel == "pack")
+    return blocks(grid, shared, [&] {
+      flow_pack_kernel(*static_cast<FlowShape*>(arguments[0]), *static_cast<FlowParameters*>(arguments[1]),
+                       *static_cast<Quad**>(arguments[2]), *static_cast<Quad**>(arguments[3]));
+    });
+  int half, hidden, map, mlp;
+  if (std::sscanf(whole.c_str() + whole.find('<'), "<%d, %d, %d, %d", &half, &hidden, &map, &mlp) != 4 || hidden != 8) return 1;
+  return half == 1 ? launch_half<1>(map, mlp, kernel, grid, shared, arguments)
+                   : launch_half<2>(map, mlp, kernel, grid, shared, arguments);
+}
+
+extern "C" void unit_bytes(const FlowShape* shape, int* forward, int* transposed) {
+  *forward = forward_bytes(*shape);
+  *transposed = transposed_bytes(*shape);
+}
+extern "C" void set_truncating(bool how) { truncating = how; }
+extern "C" void set_backwards(bool how) { backwards = how; }
