@@ -222,28 +222,23 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 # Cases whose graph is that of another case, but for numbers (widths, depths, the side of a mask, an order of pixels), or a part
-# of it: activations and log-scales are constants in that of "coupling", the layers of "glowflow-…" and "glow-step" are in
-# others, and the scales of "multiscale-nested" in "multiscale-embedded", which goes the same way, with a context.
-SAME_GRAPH = [
-    *(
-        "coupling-odd",
-        "coupling-dim2",
-        "coupling-context1",
-        "coupling-deep",
-        "coupling-residual",
-        "linear-dim1",
-        "rnvp-odd",
-    ),
+# of it: "glow-step" is in "glow-steps-large", and the scales of "multiscale-nested" are those of "multiscale-embedded", which
+# goes the same way, with a context.
+SAME_GRAPH = {
+    *("coupling-odd", "coupling-dim2", "coupling-context1", "coupling-deep", "coupling-residual", "linear-dim1"),
     *("affine-coupling-flip", "mask-vectors-flip", "mask-image-flip", "checkerboard-flip", "squeeze-pixels"),
-    *("glow-step", "multiscale-nested"),
-]
+    *("rnvp-odd", "glow-step", "multiscale-nested"),
+}
 
 
-def has_own_graph(name: str) -> bool:
-    return name not in SAME_GRAPH and not name.startswith(("activation-", "log-scale-", "glowflow-"))
-
-
-@pytest.fixture(params=filter(has_own_graph, FLOWS))
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.long if name in SAME_GRAPH else [])
+        for name in FLOWS
+        if not name.startswith(("activation-", "log-scale-", "glowflow-"))
+    ]
+)
 def structure(request: pytest.FixtureRequest) -> Case:
-    """Cases with graphs of their own."""
+    """Cases with graphs of their own: the name of an activation or a log-scale is a constant in that of "coupling", and the
+    layers of "glowflow-…" are compiled by themselves."""
     return Case(request.param)
