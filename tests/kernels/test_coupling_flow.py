@@ -10,9 +10,9 @@ import pytest
 import torch
 import triton
 from flow_values import DIRECTIONS, compare, derivatives, error, run, tensors
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import pairs
+from random_examples import random_examples
 from torch import Tensor
 
 import glf_fast
@@ -77,12 +77,8 @@ def test_maps_too_wide_for_registers(direction: str, reversible: bool) -> None:
     compare(tensors(19, 2, 71, 0, (8,)), direction, 1e-12, reversible)
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.long)])
-def test_shapes_strides_and_dtypes(examples: int) -> None:
-    settings(max_examples=examples, deadline=None, derandomize=True)(given(data=st.data())(compare_any))()
-
-
-def compare_any(data: st.DataObject) -> None:
+@random_examples(8, 100)
+def test_shapes_strides_and_dtypes(data) -> None:
     draw = data.draw
     K, D, C = draw(st.integers(1, 3)), draw(st.integers(2, 35)), draw(st.sampled_from([0, 0, 1, 3, 16]))
     hidden = tuple(draw(st.lists(st.integers(1, 40), min_size=1, max_size=4)))
