@@ -11,6 +11,7 @@ from types import ModuleType
 
 import forked
 import pytest
+import quick_command_lines  # noqa: F401 - for its effect
 
 from glf_fast import train
 from glf_fast.training import report
