@@ -1,4 +1,4 @@
-"""Imported for its effect, by processes from which others are forked: tyro has read the sources of the settings for all of them."""
+"""Imported for its effect, by processes from which others are forked: for all of them tyro has read the settings' sources."""
 
 import quick_command_lines  # noqa: F401
 
