@@ -55,9 +55,11 @@ def check_equal(module: nn.Module) -> None:
 
 def start_together(folder: Path) -> None:
     """Train the flows in a folder in two processes, each on one half of every batch, and save what becomes of them."""
-    cases: Cases = torch.load(folder / "cases.pt", weights_only=False)
+    cases: Cases
+    runs: dict[str, list[str]]
+    cases, runs = torch.load(folder / "cases.pt", weights_only=False)
     init_process_group("gloo")
-    together(cases, folder)
+    together(cases, runs, folder)
     sharded(cases)
     one_alone()
     # A wrapper that outlives its group, or a process that leaves before the other, may wait for ever.
@@ -66,12 +68,13 @@ def start_together(folder: Path) -> None:
     destroy_process_group()
 
 
-def together(cases: Cases, folder: Path) -> None:
-    """The calls of both processes inside of DistributedDataParallel."""
+def together(cases: Cases, runs: dict[str, list[str]], folder: Path) -> None:
+    """The calls of both processes inside of DistributedDataParallel, in the runs of each flow."""
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, (flow, batches) in cases.items():
         mine = torch.stack([x.chunk(2)[get_rank()] for x in batches])
-        for run, (loop, low, options) in RUNS.items():
+        for run in runs[name]:
+            loop, low, options = RUNS[run]
             wrap = lambda module, options=options: DistributedDataParallel(module, **options)  # noqa: E731
             found[name, run] = trained(flow, mine, LOOPS[loop], low, wrap)
         whole = copy.deepcopy(flow)

@@ -28,8 +28,9 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _WARM, _FRESH = forkserver.ForkServer(), forkserver.ForkServer()
 # The commands, and what they import only when they train, read digits or draw.
 _WARM.set_forkserver_preload(
-    ["glf_fast.train", "glf_fast.sample", "glf_fast.evaluate", "glf_fast.data.__main__", "glf_fast.metrics.__main__",
-     "torch._dynamo", "sklearn.datasets", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"]
+    ["warm_commands", "glf_fast.train", "glf_fast.sample", "glf_fast.evaluate", "glf_fast.data.__main__",
+     "glf_fast.metrics.__main__", "torch._dynamo", "sklearn.datasets", "matplotlib.backends.backend_agg",
+     "matplotlib.backends.backend_svg"]
 )  # fmt: skip
 _FRESH.set_forkserver_preload(["torch"])
 

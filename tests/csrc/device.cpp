@@ -224,10 +224,11 @@ void plu(int D, bool actnorm) {
 int main() {
   for (const bool order : {false, true}) {
     backwards = order;
-    for (const int D : {1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 97, 192}) {
+    for (const int D : {1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 97}) {
       dense<float>(D);
       dense<double>(D);
     }
+    (order ? dense<float> : dense<double>)(192);  // half of all the time: either type in one order
     for (const int D : {1, 2, 3, 8, 16, 17, 32, 33, 40, 67})
       for (const bool actnorm : {false, true}) plu(D, actnorm);
   }

@@ -1,6 +1,7 @@
 // Sums over rows (csrc/cuda/row_products.cuh) on the host, against sums in double: any widths, distances and alignments, in
 // every precision, with every number that must not be read a NaN, and buffers exactly as long as what may be.
-// "threads": with a thread for each warp, for ThreadSanitizer. "errors": how much full precision loses in matrix units.
+// "shapes": those. "threads": with a thread for each warp, for ThreadSanitizer. "errors": how much full precision loses in
+// matrix units.
 #include "cuda/row_products.cuh"
 #include "threads.h"
 
@@ -233,8 +234,10 @@ int main(int count, char** arguments) {
       layers(1, 200, 1, 70);
       layers(1, 150, 2, 70);
     }
-  } else {
+  } else if (what == "shapes") {
     all_shapes();
+  } else {
+    return 2;
   }
   std::puts("all agree");
 }

@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,8 @@ def test_the_device_code_is_right_on_the_host(name: str, tmp_path: Path) -> None
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"
     program = str(tmp_path / name)
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
+    # Compilation takes longer than the program: little optimization. Warnings that need more are those of host_kernels.cpp.
+    flags = ["-std=c++17", "-Og", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     source = str(Path(__file__).with_name(f"{name}.cpp"))
     subprocess.run([compiler, *flags, *sanitizers, source, "-o", program], check=True)
@@ -74,12 +74,10 @@ def test_the_library_links_and_wants_nothing_strange(tmp_path: Path) -> None:
     objects = [str(compiled(90, tmp_path / "linear.o")), *(str(tmp_path / f"{name}.o") for name in bindings)]
     for path in sorted({*(ROOT / "csrc" / "cuda").glob("*.cu")} - {ROOT / "csrc" / "cuda" / "linear.cu"}):
         objects.append(str(tmp_path / f"{path.stem}.o"))
-        code = [
-            "-G",
-            "-gencode=arch=compute_90,code=compute_90",
-        ]  # unoptimized, and no machine code: for the linker it is the same
+        # Unoptimized, and no machine code: for the linker it is the same.
+        code = ["-G", "-gencode=arch=compute_90,code=compute_90"]
         subprocess.run([NVCC, "-std=c++17", *code, "-Xcompiler", "-fPIC", "-c", path, "-o", objects[-1]], check=True)
-    includes = [f"-I{path}" for path in (ROOT / "csrc", home / "include", *_torch_includes())]
+    includes = [f"-I{path}" for path in (ROOT / "csrc", home / "include", Path(torch.__file__).parent / "include")]
     flags = [
         "-std=c++17",
         "-O1",
@@ -114,9 +112,3 @@ def test_the_library_links_and_wants_nothing_strange(tmp_path: Path) -> None:
     ]
     assert not strange
     assert any(name.startswith("aoti_torch_get_current_cuda_stream") for name in wanted)
-
-
-def _torch_includes() -> list[str]:
-    code = "from torch.utils.cpp_extension import include_paths; print('\\n'.join(include_paths()))"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.split()

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 # Some packages install a module `tests` of their own.
 sys.modules["tests"] = ModuleType("tests")
 sys.modules["tests"].__path__ = [str(HERE.parent)]
-sys.path[0] = str(HERE.parent.parent)
+sys.path[:1] = [str(HERE.parent.parent), str(HERE.parent / "common")]
 
 from tests.faults import library  # noqa: E402
 from tests.faults.verdicts import Outcome, Table  # noqa: E402

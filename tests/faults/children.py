@@ -25,6 +25,7 @@ from glf_fast.errors import run_command
 _LATE = (
     *(f"glf_fast.{name}" for name in ("train", "sample", "evaluate", "info", "data.__main__", "metrics.__main__")),
     *(
+        "warm_commands",
         "matplotlib.backends.backend_svg",
         "matplotlib.font_manager",
         "torch.utils.tensorboard",

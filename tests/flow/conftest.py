@@ -221,7 +221,23 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
 
-@pytest.fixture(params=[name for name in FLOWS if not name.startswith(("activation-", "log-scale-", "glowflow-"))])
+# Cases whose graph is that of another case, but for numbers (widths, depths, the side of a mask, an order of pixels), or a part
+# of it: "glow-step" is in "glow-steps-large", and the scales of "multiscale-nested" are those of "multiscale-embedded", which
+# goes the same way, with a context.
+SAME_GRAPH = {
+    *("coupling-odd", "coupling-dim2", "coupling-context1", "coupling-deep", "coupling-residual", "linear-dim1"),
+    *("affine-coupling-flip", "mask-vectors-flip", "mask-image-flip", "checkerboard-flip", "squeeze-pixels"),
+    *("rnvp-odd", "glow-step", "multiscale-nested"),
+}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.long if name in SAME_GRAPH else [])
+        for name in FLOWS
+        if not name.startswith(("activation-", "log-scale-", "glowflow-"))
+    ]
+)
 def structure(request: pytest.FixtureRequest) -> Case:
     """Cases with graphs of their own: the name of an activation or a log-scale is a constant in that of "coupling", and the
     layers of "glowflow-…" are compiled by themselves."""

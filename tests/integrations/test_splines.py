@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from nflows.transforms.base import InputOutsideDomain
 from nflows.transforms.splines import rational_quadratic as of_nflows
 from normflows.utils import splines as of_normflows
+from random_examples import random_examples
 from torch import Tensor
 from zuko.transforms import MonotonicRQSTransform
 
@@ -48,8 +48,8 @@ def close(theirs: list[Tensor], ours: list[Tensor], size: float = 1.0) -> None:
         torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
+@random_examples(
+    30, 300,
     case=st.sampled_from([
         ("nflows", BOX, 1), ("nflows", LINE, "linear"), ("normflows", BOX, 1), ("normflows", LINE, "linear"),
         ("normflows", LINE, "circular"), ("normflows", LINE, "list"),
@@ -84,8 +84,8 @@ def test_functions_are_the_libraries_own_in_float64(
     close(theirs, ours, size)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
+@random_examples(
+    20, 200,
     shapes=st.sampled_from([((5,), (5,)), ((4, 5, 3), (5, 3)), ((3,), (5, 3)), ((5, 1), (5, 3)), ((), (3,)), ((0, 3), (0, 3))]),
     bins=st.sampled_from([2, 3, 8, 32]),
     bound=st.sampled_from([1, 5.0, np.pi]),

@@ -10,9 +10,9 @@ import pytest
 import torch
 import triton
 from flow_values import DIRECTIONS, compare, derivatives, error, run, tensors
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pairs import pairs
+from random_examples import random_examples
 from torch import Tensor
 
 import glf_fast
@@ -32,8 +32,10 @@ def test_every_activation(activation: str, direction: str, reversible: bool) -> 
 @pytest.mark.parametrize("add_first", [False, True])
 @pytest.mark.parametrize("log_scale", LOG_SCALES)
 def test_every_log_scale_in_both_orders(log_scale: str, add_first: bool, direction: str) -> None:
-    compare(tensors(5, 1, 5, 0, (9,)), direction, 1e-12, log_scale=log_scale, add_first=add_first)
-    compare(tensors(5, 1, 5, 0, (9,)), direction, 1e-11, True, log_scale=log_scale, add_first=add_first)
+    """Inputs are rebuilt or saved in turns, so that each of the three meets both."""
+    reversible = ([*LOG_SCALES].index(log_scale) + add_first + [*DIRECTIONS].index(direction)) % 2 == 1
+    limit = 1e-11 if reversible else 1e-12
+    compare(tensors(5, 1, 5, 0, (9,)), direction, limit, reversible, log_scale=log_scale, add_first=add_first)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -75,8 +77,7 @@ def test_maps_too_wide_for_registers(direction: str, reversible: bool) -> None:
     compare(tensors(19, 2, 71, 0, (8,)), direction, 1e-12, reversible)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
+@random_examples(8, 100)
 def test_shapes_strides_and_dtypes(data) -> None:
     draw = data.draw
     K, D, C = draw(st.integers(1, 3)), draw(st.integers(2, 35)), draw(st.sampled_from([0, 0, 1, 3, 16]))
@@ -223,15 +224,14 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
         assert error(a, b) < 1e-12
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.filterwarnings("ignore:.*_prims_common.check:FutureWarning")  # raised inside inductor
-def test_compiled_without_graph_breaks_for_any_batch(compiler: str) -> None:
+def test_compiled_without_graph_breaks_for_any_batch() -> None:
     torch.compiler.reset()
     torch.use_deterministic_algorithms(False)  # inductor would refuse to fill memory
     torch.manual_seed(0)
     flow = CouplingFlow(5, 2, (9,), context_dim=1)
     flow(torch.randn(20, 5), torch.randn(20, 1))
-    compiled = torch.compile(flow, fullgraph=True, dynamic=True, backend=compiler)
+    compiled = torch.compile(flow, fullgraph=True, dynamic=True)
     for batch in (4, 7):
         x, context = torch.randn(batch, 5, requires_grad=True), torch.randn(batch, 1)
         results = []

@@ -6,8 +6,8 @@ import pytest
 import torch
 from autoregressive_flows import NAMES, flow_of, tensors
 from flow_values import error, run_op
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_examples import random_examples
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -30,8 +30,7 @@ def comparable(flow, values) -> Tensor:
 
 
 @needs_kernels
-@settings(max_examples=120, deadline=None, derandomize=True)
-@given(data=st.data())
+@random_examples(40, 400)
 def test_everything_matches_the_float64_reference(data) -> None:
     draw = data.draw
     K, D = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 10, 17]))

@@ -9,8 +9,9 @@ import forked
 import pytest
 import torch
 from flow_values import DIRECTIONS, check_bayesflows_scale, compare, error, run, tensors
-from hypothesis import assume, given, settings
+from hypothesis import assume
 from hypothesis import strategies as st
+from random_examples import random_examples
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -40,8 +41,7 @@ def test_what_a_kernel_leaves_unwritten_is_nan() -> None:
     assert saved.isnan().any()  # between the fields of a record
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(data=st.data())
+@random_examples(50, 500)
 def test_everything_matches_the_float64_reference(data) -> None:
     draw = data.draw
     K, D = draw(st.integers(1, 3)), draw(st.integers(2, 35))

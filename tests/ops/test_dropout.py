@@ -6,8 +6,8 @@ from unittest import mock
 import pytest
 import torch
 from flow_values import DIRECTIONS, compare, derivatives, error, run, tensors
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_examples import random_examples
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -30,8 +30,7 @@ def same_threads_afterwards() -> Iterator[None]:
 
 
 @needs_cpp
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(data=st.data())
+@random_examples(30, 300)
 def test_kernels_are_the_float64_reference(data) -> None:
     draw = data.draw
     options = {**draw(st.sampled_from(list(KINDS.values()))), "activation": draw(st.sampled_from(list(ACTIVATIONS)))}

@@ -203,7 +203,16 @@ def test_many_gradients_at_once(linear: str) -> None:
             assert (a is None) == (b is None) and (a is None or error(a[1], b) < 1e-5)
 
 
-@pytest.mark.parametrize("linear", ["plu", "permutation"])
+@pytest.mark.parametrize(
+    ("backend", "linear"),
+    [
+        ("cpp", "plu"),
+        ("triton", "permutation"),
+        pytest.param("cpp", "permutation", marks=pytest.mark.long),
+        pytest.param("triton", "plu", marks=pytest.mark.long),
+    ],
+    indirect=["backend"],
+)
 @pytest.mark.filterwarnings("ignore:.*_prims_common.check:FutureWarning")  # raised inside inductor
 def test_compiled_without_graph_breaks(linear: str, backend: str) -> None:
     torch.compiler.reset()

@@ -11,8 +11,10 @@ from types import ModuleType
 
 import forked
 import pytest
+import quick_command_lines  # noqa: F401 - for its effect
 
 from glf_fast import train
+from glf_fast.training import report
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 
@@ -26,6 +28,18 @@ def cache(once: Once) -> Path:
 @pytest.fixture(autouse=True)
 def use_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLF_FAST_CACHE", str(cache))
+
+
+@pytest.fixture
+def curves() -> None:
+    """Asked for by tests whose reports need their curves."""
+
+
+@pytest.fixture(autouse=True)
+def few_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests' reports have no curves, which are half of a short run's time. Those of session-wide runs have them."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(report, "_curves", lambda records, words: "")
 
 
 @pytest.fixture

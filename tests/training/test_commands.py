@@ -89,6 +89,7 @@ def test_a_finished_run_says_so_and_tells_its_scores_again(
     assert before == {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_finished_run_goes_on_when_given_more_epochs(run: Path, call: Call) -> None:
     call(train, "--preset", "smoke", "--out", run, "--epochs", "6")
     assert lines(run)[-1]["epoch"] == 6.0

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from glf_fast import evaluate, sample, train
 from glf_fast.models import RAE, density
-from glf_fast.training import checkpoint, report, runs
+from glf_fast.training import checkpoint, runs
 from glf_fast.training.run import Run
 from glf_fast.training.trainer import Trainer
 
@@ -71,7 +71,6 @@ def test_every_kind_trains_resumes_bit_for_bit_and_samples(
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     call(train, *arguments(kind, whole))
-    monkeypatch.setattr(report, "_curves", lambda records, words: "")  # once is enough, of a quarter of a run's time
     command, step = arguments(kind, broken), Trainer.step
 
     def crash(self: Trainer, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -119,12 +118,12 @@ def test_collapsed_codes_do_not_end_a_run(kind: str, tmp_path: Path, call: Call)
     assert score["value"] > 0
 
 
+@pytest.mark.usefixtures("curves")
 def test_ctrl_c_while_a_flow_is_fitted_ends_the_run_and_the_fit_is_done_again(
     tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     call(train, *arguments("flow", whole))
-    monkeypatch.setattr(report, "_curves", lambda records, words: "")
     fit = density.fit
 
     def interrupted(*args: object, **options: object) -> object:

@@ -23,6 +23,7 @@ from glf_fast.training.trainer import Trainer
 Call = Callable[..., None]
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_run_and_what_can_be_done_with_it(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     call(train, "--preset", "glow-digits", "--epochs", "2", "--model.steps", "1", "--out", run)

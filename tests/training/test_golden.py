@@ -26,6 +26,7 @@ def old_run(tmp_path: Path) -> Path:
     return Path(shutil.copytree(GOLDEN / "run-0.1.0", tmp_path / "old"))
 
 
+@pytest.mark.usefixtures("curves")
 def test_an_old_run_goes_on_where_it_was_left(old_run: Path, call: Call) -> None:
     wanted = json.loads((GOLDEN / "run-0.1.0.json").read_text())
     with use_backend("reference"):

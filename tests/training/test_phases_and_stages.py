@@ -217,6 +217,7 @@ def test_an_indexed_stage_moves_what_belongs_to_the_batch() -> None:
         Trainer(config("glann", model=dataclasses.replace(model, items=7)), DIGITS, CPU)
 
 
+@pytest.mark.usefixtures("curves")
 def test_samples_are_drawn_when_the_density_is_there(tmp_path: Path, call: Call) -> None:
     folder = tmp_path / "r"
     call(train, *arguments("staged", folder, "--model.density", "closed", "--pictures-every", "1", "--ema", "0"))
@@ -252,6 +253,7 @@ def test_groups_and_tables_do_not_collide(monkeypatch: pytest.MonkeyPatch) -> No
         default("staged")
 
 
+@pytest.mark.usefixtures("curves")
 def test_epochs_that_are_over_cannot_be_taken_back(tmp_path: Path, call: Call) -> None:
     call(train, *arguments("adversarial", tmp_path / "r"))
     before = (tmp_path / "r" / "config.toml").read_text()
@@ -310,6 +312,7 @@ def test_optimizer_settings_for_all_groups_and_for_one(tmp_path: Path) -> None:
     assert [given["autoencoder"].lr, given["density"].lr] == [0.001, 0.2]
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_model_of_rows_trains_on_a_table(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(3.0, 0.5, (300, 2)).astype(np.float32))
     table = ["--config", "/dev/null", "--data.source", str(tmp_path / "rows.npy"), "--batch-size", "32"]

@@ -135,6 +135,7 @@ def test_a_model_of_sequences_refuses_images(tmp_path: Path, call: Call) -> None
         call(train, *arguments("gvae", tmp_path / "r", "--data.source", "digits"))
 
 
+@pytest.mark.usefixtures("curves")
 def test_own_sentences_without_an_objective(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "s.grammar").write_text("S -> 'a' S | 'b' S | 'c'\n")
     (tmp_path / "s.txt").write_text("".join(f"{n:05b}c\n".replace("0", "a").replace("1", "b") for n in range(32)))
