@@ -57,13 +57,14 @@ inline void words_of_units(std::uint64_t key, std::uint32_t first, std::uint32_t
   std::memcpy(to + drawn / 2, &high, sizeof high);
 }
 
-// Those of the counters (unit, row + i, layer, step) for `rows` rows, which the number of counters divides: word w at w·apart.
+// Those of the counters (unit, row + i, layer, step), i < `rows`, in a row of `places`, which the number of counters divides: word w
+// at w·apart. Behind the last row it is repeated, as load_panel does.
 inline void words_of_rows(std::uint64_t key, std::uint32_t unit, std::uint32_t row, std::uint32_t layer, std::uint32_t step, idx rows,
-                          idx apart, std::uint32_t* to) {
+                          idx places, idx apart, std::uint32_t* to) {
   const words zero{};
-  for (idx m = 0; m < rows; m += counters) {
+  for (idx m = 0; m < places; m += counters) {
     words lane{};
-    for (idx i = 0; i < counters; ++i) lane[i] = row + static_cast<std::uint32_t>(m + i);
+    for (idx i = 0; i < counters; ++i) lane[i] = row + static_cast<std::uint32_t>(std::min(m + i, rows - 1));
     words x[4] = {zero + unit, lane, zero + layer, zero + step};
     philox(key, x);
     for (int w = 0; w < 4; ++w)
@@ -75,11 +76,12 @@ inline void words_of_rows(std::uint64_t key, std::uint32_t unit, std::uint32_t r
 template <class T>
 class Dropout {
  public:
-  Dropout(const Tile<T>& tile, idx step, int layer, int network = 0) : Dropout(tile.flow, tile.first, step, layer, network) {}
+  Dropout(const Tile<T>& tile, idx step, int layer, int network = 0) : Dropout(tile.flow, tile.first, tile.rows, step, layer, network) {}
 
-  // Of rows from the batch's `first` on.
-  Dropout(const Flow<T>& flow, idx first, idx step, int layer, int network)
+  // Of so many rows from the batch's `first` on.
+  Dropout(const Flow<T>& flow, idx first, idx rows, idx step, int layer, int network)
       : flow_(flow),
+        rows_(rows),
         row_(static_cast<std::uint32_t>(first)),
         layer_(static_cast<std::uint32_t>(layer + (network << 16))),
         step_(static_cast<std::uint32_t>(step)) {
@@ -161,7 +163,8 @@ class Dropout {
     for (idx u = 0; u < units; ++u) {
       const idx cols = vectors * lanes<T>;
       if (u % 4 == 0)
-        words_of_rows(flow_.seed, static_cast<std::uint32_t>(u / 4), row_, layer_, step_, round_up(cols, counters), W, numbers);
+        words_of_rows(flow_.seed, static_cast<std::uint32_t>(u / 4), row_, layer_, step_, rows_,
+                      round_up(cols, counters), W, numbers);
       for (idx m = 0; m < cols; ++m) factors[m] = numbers[u % 4 * W + m] >= least_ ? scale_ : T(0);
       f(u * W, factors);
     }
@@ -186,6 +189,7 @@ class Dropout {
   }
 
   const Flow<T>& flow_;
+  idx rows_;
   std::uint32_t row_, layer_, step_, least_ = 0;  // numbers from `least_` on keep a unit
   T scale_ = 1;
 };

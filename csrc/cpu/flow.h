@@ -79,7 +79,7 @@ struct Flow {
   Spline<T> spline;            // of that kind alone
   bool add_first, inverse;
   bool density;                // log N(out; 0, I) is added to the log-determinants
-  bool row_scales;             // of A only the scales of its rows are trained: see map_gradient in flow_tile.h
+  bool row_scales;             // of A only the scales of its rows are trained: see map_gradient_of_sums in flow_tile.h
   double dropout;              // p, of hidden units
   std::uint64_t seed;          // of what is dropped: see dropout.h
 

@@ -1,9 +1,11 @@
-// Coupling flows of small networks, with rows in the lanes of vectors: no lane is empty, however few columns a layer has. In
-// rows of columns a coupling of 3 columns has 5 of 8 lanes to spare.
+// Coupling flows with rows in the lanes of vectors: no lane is empty, however few columns a layer has. With columns in the lanes a
+// coupling of 3 columns leaves 5 of 8 lanes empty.
 #pragma once
 
 #include "flow_forward.h"
 #include "panel.h"
+
+#include <thread>
 
 namespace glf::GLF_ISA {
 
@@ -54,10 +56,10 @@ struct FlowPanel {
   const Flow<T>& flow;
   const AffineMaps<T>& maps;
   const Record& at;  // of a panel
-  int vectors;       // with rows in them
+  idx first, rows;   // the first of its rows in the batch, and how many it has
   const T* context;  // (C, W)
   T* record;
-  idx first;         // of its rows, in the batch
+  int vectors = static_cast<int>((rows + lanes<T> - 1) / lanes<T>);  // with rows in them
 
   T* field(idx unit) const { return record + unit * panel_rows<T>; }
   idx elements() const { return vectors * lanes<T>; }
@@ -77,15 +79,8 @@ struct FlowPanel {
   void activate_units(idx units, const T* from, T* to) const {
     activate(flow.activation, flow.activation_constant, units, elements(), from, to, panel_rows<T>);
   }
-  Dropout<T> dropout(idx k, int layer, int n = 0) const { return {flow, first, k, layer, n}; }
+  Dropout<T> dropout(idx k, int layer, int n = 0) const { return {flow, first, rows, k, layer, n}; }
 };
-
-// Calls f(element) for the first of each vector's elements in `units` units.
-template <class T, class F>
-void each_vector(int vectors, idx units, F f) {
-  for (idx u = 0; u < units * panel_rows<T>; u += panel_rows<T>)
-    for (idx e = u; e < u + vectors * lanes<T>; e += lanes<T>) f(e);
-}
 
 template <class T>
 void copy_units(idx units, const T* from, T* to) {
@@ -239,23 +234,28 @@ idx work_of(const Flow<T>& flow) {
   return work * flow.steps;
 }
 
-// Whether a pass over so many rows goes by panels: it is faster wherever the L2 cache holds a layer's weights, which are read once for
-// every panel, and never slower (H 16 to 384, D 2 to 64, 16 to 512 rows, Zen 3: training 1.1 to 2.4 times as fast). The records of
-// panels then fit where rows of columns would have theirs.
+// Whether a pass over so many rows goes by panels, which nothing but shapes and the processor decides: a backward reads what its
+// forward has kept. On one thread panels train 1.1 to 2.4 times as fast as rows (H 16 to 384, D 2 to 64, 16 to 512 rows, Zen 3), but
+// * each panel reads all weights, so the L2 cache must hold a layer's;
+// * each panel has the context beside its record: at C = 2,000 a pass takes 1.5 times as long as by rows, from 512 on as long;
+// * few rows are few panels: with 16 threads 32 rows take twice as long as by rows, and 128 rows less long;
+// * a record has room for so many rows, and panels have lanes without one.
 template <class T>
 bool by_panels(const Flow<T>& flow, idx batch) {
   constexpr idx W = panel_rows<T>, most = (idx{640} << 10) / sizeof(T);
-  if (flow.dim * flow.dim > most) return false;
+  static const idx processors = std::max(1u, std::thread::hardware_concurrency());
+  if (flow.dim * flow.dim > most || flow.context_dim > 512) return false;
   for (int i = 0; i < flow.layers; ++i)
     if (flow.inputs(i) * flow.outputs(i) > most) return false;
-  return round_up(batch, W) * Record::of(flow, true).width <= batch * Record::of(flow).width;
+  const idx rows = round_up(batch, W), by_rows = std::min({processors, work_of(flow) * batch >> 19, (batch + MR - 1) / MR});
+  return by_rows <= 2 * rows / W && rows * Record::of_panel(flow).width <= batch * Record::of(flow).width;
 }
 
 template <class T>
 void forward_by_panels(const Flow<T>& flow, Int batch, const T* x, const T* context, T* out, T* logdet, Save save, T* saved,
                        Int record_width, const Parallel& parallel) {
   constexpr idx W = panel_rows<T>;
-  const Record at = Record::of(flow, true);
+  const Record at = Record::of_panel(flow);
   const AffineMaps<T> maps(flow, batch);
   const idx D = flow.dim, C = flow.context_dim, K = flow.steps, size = at.width * W;
   const PanelTiling tiling(work_of(flow), batch, size + (D + C) * W, parallel, T{});
@@ -277,8 +277,7 @@ void forward_by_panels(const Flow<T>& flow, Int batch, const T* x, const T* cont
           const idx row = (first + p) * W;
           T *state = states + p * D * W, *sums = logdets + p * W;
           T* record = save == Save::records ? saved + k * batch * record_width + (first + p) * size : scratch;
-          const int vectors = static_cast<int>((rows(p) + lanes<T> - 1) / lanes<T>);
-          const FlowPanel<T> panel{flow, maps, at, vectors, contexts + p * C * W, record, row};
+          const FlowPanel<T> panel{flow, maps, at, row, rows(p), contexts + p * C * W, record};
           copy_units(D, state, panel.field(at.x));
           if (save == Save::inputs) store_panel(rows(p), D, state, saved + (k * batch + row) * D);
           run_step(panel, k, state, sums);

@@ -240,7 +240,7 @@ void backward_by_panels(const Flow<T>& flow, Int batch, const T* out, const T* c
                         Int record_width, const T* grad_out, const T* grad_logdet, T* grad_x, T* grad_context,
                         const Gradients<T>* parameters, const Parallel& parallel) {
   constexpr idx W = panel_rows<T>;
-  const Record at = Record::of(flow, true);
+  const Record at = Record::of_panel(flow);
   const FlowPanelGradients grad = FlowPanelGradients::of(flow);
   const AffineMaps<T> maps(flow, batch);
   const idx D = flow.dim, C = flow.context_dim, K = flow.steps, record = at.width * W, size = grad.width * W;
@@ -284,8 +284,9 @@ void backward_by_panels(const Flow<T>& flow, Int batch, const T* out, const T* c
         T* records = save == Save::records ? const_cast<T*>(saved) + k * batch * record_width + first * record : scratch;
         for (idx p = 0; p < panels; ++p) {
           const BackwardFlowPanel<T> panel{
-              {flow, maps, at, static_cast<int>(vectors[p]), contexts + p * C * W, records + p * record, (first + p) * W}, grad, gradients + p * size, end};
-          T* unused = panel.gradient_of(grad.input);  // where log-determinants that nobody wants are summed
+              {flow, maps, at, (first + p) * W, rows(p), contexts + p * C * W, records + p * record}, grad, gradients + p * size, end};
+          // Log-determinants that nobody wants are summed where ∂ of the networks' input will be written.
+          T* unused = panel.gradient_of(grad.input);
           std::fill_n(unused, W, T(0));
           if (save == Save::inputs) {
             load_panel(rows(p), D, saved + (k * batch + (first + p) * W) * D, panel.field(at.x));

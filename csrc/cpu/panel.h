@@ -15,6 +15,13 @@ struct Span {
   idx begin, end;
 };
 
+// Calls f(element) for the first of each vector's elements in `units` units.
+template <class T, class F>
+void each_vector(int vectors, idx units, F f) {
+  for (idx u = 0; u < units * panel_rows<T>; u += panel_rows<T>)
+    for (idx e = u; e < u + vectors * lanes<T>; e += lanes<T>) f(e);
+}
+
 // x (rows, n) ↔ units (n, W). Lanes without a row repeat the last one, so that what they compute is as finite as a row.
 template <class T>
 void load_panel(idx rows, idx n, const T* x, T* units) {

@@ -21,7 +21,7 @@ struct ResidualBlock {
 };
 
 // Offsets into a row's record. Every field starts on a cache line and can be read, from any element on, to a whole
-// vector of any instruction set. Of a panel, whose rows lie in the lanes, offsets are in units, without gaps.
+// vector of any instruction set.
 struct Record {
   Int x;                  // the step's input
   Int y;                  // after the affine map (forward), or before it with c subtracted (inverse)
@@ -34,8 +34,24 @@ struct Record {
   Int width;
 
   template <class T>
-  static Record of(const Flow<T>& flow, bool of_panel = false) {
-    const Int line = of_panel ? 1 : 64 / sizeof(T), gap = of_panel ? 0 : line;
+  static Record of(const Flow<T>& flow) {
+    constexpr Int line = 64 / sizeof(T);
+    Record r = laid_out(flow, line, line);
+    // An odd number of cache lines: rows of a tile spread over all sets of the L1 cache.
+    if (r.width / line % 2 == 0) r.width += line;
+    return r;
+  }
+
+  // That of a panel, whose rows lie in the lanes: offsets in units, without gaps.
+  template <class T>
+  static Record of_panel(const Flow<T>& flow) {
+    return laid_out(flow, 1, 0);
+  }
+
+ private:
+  // Fields are multiples of `line`, and `gap` is behind those that are read to a whole vector from any element on.
+  template <class T>
+  static Record laid_out(const Flow<T>& flow, Int line, Int gap) {
     Int end = 0;
     const auto field = [&end, line](Int n, Int slack) {
       const Int start = end;
@@ -68,8 +84,7 @@ struct Record {
       r.argument[i] = argument ? field(flow.networks * r.hidden[i], 0) : r.value[i];
     }
     r.raw = field(flow.networks * flow.outputs(flow.layers - 1), gap);
-    // An odd number of cache lines: rows of a tile spread over all sets of the L1 cache.
-    r.width = of_panel || end / line % 2 ? end : end + line;
+    r.width = end;
     return r;
   }
 };

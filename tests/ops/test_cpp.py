@@ -38,7 +38,7 @@ def test_what_a_kernel_leaves_unwritten_is_nan() -> None:
     x, A, c, context, *layers = [t.detach() for t in tensors(3, 2, 5, 2, (7,), torch.float32)]
     options = CallOptions("affine", "mlp", "relu", 0.0, "tanh", None, False, None, *[False] * 4, 2.0)
     _, _, saved = cpp.forward(Call(x, context, Maps(A, c, None), layers[:2], layers[2:], options), True)
-    assert saved.isnan().any()  # between the fields of a record
+    assert saved.isnan().any()  # between the fields of a record, or behind the panels'
 
 
 @random_examples(50, 500)
@@ -418,6 +418,14 @@ def test_layers_that_no_thread_keeps_in_its_cache(kind: str, rows: int, directio
     torch.set_num_threads(1)
     for a, b in zip(run(op, values, **KINDS[kind]), of_two, strict=True):
         assert torch.equal(a, b)
+
+
+# Layers that are too large for panels and small enough for one thread: tiles of rows, several for each thread.
+@pytest.mark.parametrize("kind", ["affine", "spline", "residual"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_several_tiles_of_rows(kind: str, direction: str) -> None:
+    torch.set_num_threads(2)
+    compare(tensors(300, 1, 34, 2, (300, 300), **KINDS[kind]), direction, 1e-9, **KINDS[kind])
 
 
 @pytest.mark.parametrize("reversible", [False, True])

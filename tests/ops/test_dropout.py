@@ -89,6 +89,27 @@ def test_threads_and_tiles_change_no_bit_of_a_row() -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("reversible", [False, True])
+def test_lanes_without_a_row_overflow_only_where_the_last_row_does(reversible: bool) -> None:
+    """They repeat that row, and must drop what it drops: u is 8 for each of 16 units that is kept, and e^89 has no float32."""
+    x, A, c = torch.randn(9, 2), torch.eye(2)[None], torch.zeros(1, 2)
+    weights = [torch.zeros(1, 1, 16), torch.tensor([4.0, 0.1]).expand(1, 16, 2).contiguous()]
+    biases = [torch.ones(1, 16), torch.zeros(1, 2)]
+    finite = 0
+    for seed in range(60):
+        values = [x, A, c, None, *weights, *biases]
+        values = [None if t is None else t.clone().requires_grad_() for t in values]
+        options = {"log_scale": "exp", "dropout": 0.5, "seed": torch.tensor(seed)}
+        wanted = run(reference.coupling_flow, values, **options)
+        if all(t.isfinite().all() for t in wanted):
+            finite += 1
+            with use_backend("cpp"):
+                found = run(ops.coupling_flow, values, **options, reversible=reversible)
+            assert all(t.isfinite().all() for t in found), seed
+    assert 10 < finite < 60
+
+
+@needs_cpp
 @pytest.mark.parametrize("threads", [1, 2])
 def test_wide_layers(threads: int) -> None:
     """Those whose products all threads compute together: more than 2 MB of weights."""
@@ -97,6 +118,14 @@ def test_wide_layers(threads: int) -> None:
         values = tensors(batch, 1, 6, 0, (520, 520))
         with use_backend("cpp"):
             compare(values, "forward", 1e-9, dropout=0.2, seed=SEED, activation="tanh")
+
+
+@needs_cpp
+def test_several_tiles_of_rows() -> None:
+    """Layers of more than 640 KB, which panels would not keep in the L2 cache, and of less than 2 MB."""
+    torch.set_num_threads(2)
+    with use_backend("cpp"):
+        compare(tensors(300, 1, 6, 2, (300, 300)), "forward", 1e-9, dropout=0.2, seed=SEED, activation="tanh")
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
