@@ -237,18 +237,22 @@ idx work_of(const Flow<T>& flow) {
 // Whether a pass over so many rows goes by panels, which nothing but shapes and the processor decides: a backward reads what its
 // forward has kept. On one thread panels train 1.1 to 2.4 times as fast as rows (H 16 to 384, D 2 to 64, 16 to 512 rows, Zen 3), but
 // * each panel reads all weights, so the L2 cache must hold a layer's;
+// * a tile must have several panels, over which gradients of weights are summed before they go to memory: with 373 columns and two
+//   layers of 256 units a tile had one, and a training step took 1.7 times as long as by rows;
 // * each panel has the context beside its record: at C = 2,000 a pass takes 1.5 times as long as by rows, from 512 on as long;
 // * few rows are few panels: with 16 threads 32 rows take twice as long as by rows, and 128 rows less long;
 // * a record has room for so many rows, and panels have lanes without one.
 template <class T>
 bool by_panels(const Flow<T>& flow, idx batch) {
-  constexpr idx W = panel_rows<T>, most = (idx{640} << 10) / sizeof(T);
+  constexpr idx W = panel_rows<T>, most = (idx{640} << 10) / sizeof(T), most_units = 1280;
   static const idx processors = std::max(1u, std::thread::hardware_concurrency());
   if (flow.dim * flow.dim > most || flow.context_dim > 512) return false;
   for (int i = 0; i < flow.layers; ++i)
     if (flow.inputs(i) * flow.outputs(i) > most) return false;
+  const idx units = Record::of_panel(flow).width;
+  if (units > most_units) return false;
   const idx rows = round_up(batch, W), by_rows = std::min({processors, work_of(flow) * batch >> 19, (batch + MR - 1) / MR});
-  return by_rows <= 2 * rows / W && rows * Record::of_panel(flow).width <= batch * Record::of(flow).width;
+  return by_rows <= 2 * rows / W && rows * units <= batch * Record::of(flow).width;
 }
 
 template <class T>

@@ -47,6 +47,8 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
     run_driver(compiler, SANITIZERS, tmp_path)
 
 
+@pytest.mark.long  # five minutes: everything is compiled again, and emulated
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not all(map(shutil.which, ARM)), reason="needs the packages g++-aarch64-linux-gnu and qemu-user")
 def test_kernels_run_as_neon(tmp_path: Path) -> None:
     run_driver(ARM[0], ["-static"], tmp_path, ARM[1:])
