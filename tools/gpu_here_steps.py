@@ -78,7 +78,7 @@ def of_other_libraries(rows: Path) -> bool:
     zuko indexes by masks, and normflows inverts matrices; what the stub GPU says of them is nonsense.
     """
     names = "|".join(map(re.escape, (*LIBRARIES, "original")))
-    wrong = [line for line in json.loads(rows.read_text())["wrong"] if ": not measured: " not in line]
+    wrong = [line for line in json.loads(rows.read_text(encoding="utf-8"))["wrong"] if ": not measured: " not in line]
     return bool(wrong) and all(re.search(rf", ({names})(, graphed)?: ", line) for line in wrong)
 
 
