@@ -69,7 +69,7 @@ def pair_of(project: Project, sizes: Sizes = TRUE_SIZE) -> Pair | None:
 
 
 def passes(project: Project, flow: nn.Module, mode: str) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """What is timed of a flow in a mode, which is one of `MODES`: a function of a batch and its contexts.
+    """The pass that is timed in a mode, which is one of `MODES`: a function of a batch and its contexts.
 
     It returns the loss of the step, log p, or the samples. Steps are so short that the flow stays what it was.
     """

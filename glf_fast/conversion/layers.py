@@ -116,7 +116,7 @@ Univariate = Scale | Spline
 
 
 def numbers_of(univariate: Univariate) -> int:
-    """How many numbers it takes for each column: u and t, or the parameters of a spline."""
+    """The number of inputs for each column: u and t, or the parameters of a spline."""
     return univariate.columns if isinstance(univariate, Spline) else 2
 
 

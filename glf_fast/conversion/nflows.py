@@ -66,7 +66,7 @@ def _coupling(part: Part) -> list[Layer]:
 
 
 def _log_scale(transform: Any) -> Scale:
-    """What the object makes of u: log(σ(u + 2) + ε), or log σ(u + 2)."""
+    """The log-scale that the object makes of u: log(σ(u + 2) + ε), or log σ(u + 2)."""
     u = torch.linspace(-40, 40, 161, dtype=torch.float64)
     numbers = u[:, None].expand(-1, 2 * transform.num_transform_features)
     scale = transform._scale_and_shift(numbers)[0][:, 0]

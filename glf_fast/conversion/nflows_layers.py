@@ -78,7 +78,7 @@ def spline_autoregressive(part: Part, transform: Any) -> list[Layer]:
 
 
 def _log_scale(transform: Any, dim: int) -> Scale:
-    """What the object makes of u, log(softplus(u) + ε) or log(σ(u + 2) + ε): releases differ."""
+    """The log-scale that the object makes of u, log(softplus(u) + ε) or log(σ(u + 2) + ε): releases differ."""
     u = torch.linspace(-40, 40, 161, dtype=torch.float64)
     numbers = torch.stack([u, torch.zeros_like(u)], 1).repeat(1, dim)
     ell = transform._elementwise_forward(u.new_zeros(len(u), dim), numbers)[1] / dim

@@ -95,7 +95,7 @@ def test_a_layer_read_as_another_is_not_returned(monkeypatch) -> None:
 def test_flows_that_overflow_everywhere_cannot_be_compared(
     monkeypatch: pytest.MonkeyPatch, validate: bool, message: str
 ) -> None:
-    """With the distributions' own checks, as other libraries switch them on when they are imported, and without."""
+    """Both with the distributions' own checks, as other libraries switch them on when they are imported, and without."""
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", validate)
     flow = zuko.flows.RealNVP(4)
     with torch.no_grad():
