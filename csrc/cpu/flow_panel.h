@@ -9,44 +9,15 @@
 
 namespace glf::GLF_ISA {
 
-// to (M units) = bias + addend + w from (K units): element (m, k) of w is w[m·w_m + k·w_k]. `addend` may be `to`.
-template <class T, int M, int V>
-__attribute__((noinline)) void units_cell(idx K, const T* w, idx w_m, idx w_k, const T* from, const T* bias, const T* addend,
-                                          T* to) {
-  constexpr idx W = panel_rows<T>, L = lanes<T>;
-  vec<T> acc[M][V];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    const vec<T> start = bias ? broadcast(bias[m]) : vec<T>{};
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[m][v] = addend ? start + load(addend + m * W + v * L) : start;
-  }
-  microkernel<T, M, V>(K, w, w_m, w_k, from, W, acc);
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) store(to + m * W + v * L, acc[m][v]);
-}
-
-template <class T>
-using UnitsCell = void (*)(idx, const T*, idx, idx, const T*, const T*, const T*, T*);
-
-template <class T, int V, int... M>
-inline UnitsCell<T> pick_units_cell(idx rows, std::integer_sequence<int, M...>) {
-  static constexpr UnitsCell<T> table[] = {units_cell<T, M + 1, V>...};
-  return table[rows - 1];
-}
-
-// The same for any M.
+// to (M units) = bias + addend + w from (K units), with w as in `cell`.
 template <class T>
 void multiply_units(int vectors, idx M, idx K, const T* w, idx w_m, idx w_k, const T* from, const T* bias, const T* addend,
                     T* to) {
   constexpr idx W = panel_rows<T>;
   for (idx m = 0, rows; m < M; m += rows) {
     rows = even_rows(M - m);
-    const UnitsCell<T> run = vectors == 1 ? pick_units_cell<T, 1>(rows, std::make_integer_sequence<int, MR>{})
-                                          : pick_units_cell<T, NV>(rows, std::make_integer_sequence<int, MR>{});
-    run(K, w + m * w_m, w_m, w_k, from, bias ? bias + m : nullptr, addend ? addend + m * W : nullptr, to + m * W);
+    pick_cell<T>(rows, vectors)(0, nullptr, K, from, w + m * w_m, w_m, w_k, bias ? bias + m : nullptr,
+                                addend ? addend + m * W : nullptr, to + m * W);
   }
 }
 

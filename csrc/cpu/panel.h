@@ -22,6 +22,44 @@ void each_vector(int vectors, idx units, F f) {
     for (idx e = u; e < u + vectors * lanes<T>; e += lanes<T>) f(e);
 }
 
+// out (M units) = bias + addend + w [context, in], of C and `depth` units: element (m, k) of w is w[m·w_m + k·w_k]. bias and addend
+// may be null, and addend may be out.
+template <class T, int M, int V>
+__attribute__((noinline)) void cell(idx C, const T* context, idx depth, const T* in, const T* w, idx w_m, idx w_k, const T* bias,
+                                    const T* addend, T* out) {
+  constexpr idx W = panel_rows<T>, L = lanes<T>;
+  vec<T> acc[M][V];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    const vec<T> start = bias ? broadcast(bias[m]) : vec<T>{};
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[m][v] = addend ? start + load(addend + m * W + v * L) : start;
+  }
+  // One loop for both: with two of them the accumulators went to memory and back between.
+  for (int part = C ? 0 : 1; part < 2; ++part)
+    microkernel<T, M, V>(part ? depth : C, w + part * C * w_k, w_m, w_k, part ? in : context, W, acc);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(out + m * W + v * L, acc[m][v]);
+}
+
+template <class T>
+using Cell = void (*)(idx, const T*, idx, const T*, const T*, idx, idx, const T*, const T*, T*);
+
+template <class T, int V, int... M>
+inline Cell<T> pick_cell(idx rows, std::integer_sequence<int, M...>) {
+  static constexpr Cell<T> table[] = {cell<T, M + 1, V>...};
+  return table[rows - 1];
+}
+
+// The cell of so many units, up to MR, in a panel with so many vectors of rows.
+template <class T>
+inline Cell<T> pick_cell(idx units, int vectors) {
+  constexpr auto all = std::make_integer_sequence<int, MR>{};
+  return vectors == 1 ? pick_cell<T, 1>(units, all) : pick_cell<T, NV>(units, all);
+}
+
 // x (rows, n) ↔ units (n, W). Lanes without a row repeat the last one, so that what they compute is as finite as a row.
 template <class T>
 void load_panel(idx rows, idx n, const T* x, T* units) {
