@@ -2,8 +2,10 @@
 // Checks that keep memory safe, and unwrapping; the Python side (glf_fast/ops) explains to users what does not fit.
 #include "bindings_flow.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <tuple>
 
@@ -83,13 +85,14 @@ void for_members(const glf::Flow<T>& flow, int64_t members, int64_t rows, F f) {
   all.run(all.threads, [](void* task, int) { (*static_cast<decltype(some)*>(task))(); }, &some);
 }
 
-std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
-                                                 Tensors biases, std::optional<Tensor> context, int64_t coupling,
-                                                 int64_t network, int64_t activation, double activation_constant,
-                                                 int64_t log_scale, double constant, bool add_first,
-                                                 std::vector<double> spline, bool inverse, bool density, int64_t save,
-                                                 int64_t record, int64_t members, bool row_scales, double dropout,
-                                                 std::optional<Tensor> seed) {
+// out, logdet and what is saved. The sum of `logabsdet`, of any shape, is added to every logdet.
+std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, std::optional<Tensor> logabsdet,
+                                                 Tensors weights, Tensors biases, std::optional<Tensor> context,
+                                                 int64_t coupling, int64_t network, int64_t activation,
+                                                 double activation_constant, int64_t log_scale, double constant,
+                                                 bool add_first, std::vector<double> spline, bool inverse, bool density,
+                                                 int64_t save, int64_t record, int64_t members, bool row_scales,
+                                                 double dropout, std::optional<Tensor> seed) {
   const Maybe none;
   const Arguments arguments{{weights, biases, coupling, network, activation, activation_constant, log_scale, constant,
                              add_first, spline},
@@ -111,11 +114,16 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor
                                 write<T>(out) + e * rows * columns, write<T>(logdet) + e * rows, mode,
                                 write<T>(saved) + e * kept, record, threads);
     });
+    if (!logabsdet) return;
+    const T* terms = read<T>(*logabsdet);
+    const T sum = static_cast<T>(std::accumulate(terms, terms + logabsdet->numel(), 0.0));
+    for (T *l = write<T>(logdet), *end = l + batch; l < end; ++l) *l += sum;
   });
   return {out, logdet, saved};
 }
 
-// ∂x, ∂context (empty without one) and, with `parameters`, ∂matrix (empty unless `of_matrix`), ∂offset, ∂weights …, ∂biases …
+// ∂x, ∂context (empty without one) and, with `parameters`, ∂matrix (empty unless `of_matrix`), ∂offset, of a density
+// ∂log|det| (K,), ∂weights …, ∂biases …
 // Without ∂out it is that of the density: out is read.
 Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix,
                                std::optional<Tensor> unmatrix, Tensor offset, Tensors weights, Tensors biases,
@@ -133,6 +141,7 @@ Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logde
   if (parameters) {
     grads.push_back(of_matrix ? alike(matrix) : empty(out, {0}));
     grads.push_back(alike(offset));
+    if (!grad_out) grads.push_back(empty(out, {matrix.size(0)}));
     for (const Tensor& w : weights) grads.push_back(alike(w));
     for (const Tensor& b : biases) grads.push_back(alike(b));
   }
@@ -148,15 +157,20 @@ Tensors coupling_flow_backward(std::optional<Tensor> grad_out, Tensor grad_logde
     const int64_t record = mode == glf::Save::nothing ? 0 : saved.size(2), rows = batch / members;
     const T *from = read<T>(out), *given = read<T>(context), *keeps = read<T>(saved), *g_logdet = read<T>(grad_logdet);
     const T* g_out = grad_out ? read<T>(*grad_out) : nullptr;
+    const int first = grad_out ? 4 : 5;  // of the gradients of weights; g_out is null of no rows, too
     for_members(flow, members, rows, [&](int64_t e, const glf::Parallel& threads) {
       const int64_t step = e * flow.steps, row = e * rows, at = row * flow.dim;
       glf::Gradients<T> target{};
       if (parameters) {
         if (of_matrix) target.matrix = write<T>(grads[2]) + step * flow.dim * flow.dim;
         target.offset = write<T>(grads[3]) + step * flow.dim;
+        if (!grad_out) {
+          const double sum = std::accumulate(g_logdet + row, g_logdet + row + rows, 0.0);
+          std::fill_n(write<T>(grads[4]) + step, flow.steps, static_cast<T>(sum));
+        }
         for (int i = 0; i < flow.layers; ++i) {
-          target.weight[i] = write<T>(grads[4 + i]) + flow.weights_before(i, step, 0);
-          target.bias[i] = write<T>(grads[4 + flow.layers + i]) + flow.biases_before(i, step, 0);
+          target.weight[i] = write<T>(grads[first + i]) + flow.weights_before(i, step, 0);
+          target.bias[i] = write<T>(grads[first + flow.layers + i]) + flow.biases_before(i, step, 0);
         }
       }
       glf::kernels<T>().backward(member(flow, e), rows, from + at, given ? given + row * flow.context_dim : given, mode,
@@ -271,7 +285,8 @@ int64_t vector_bytes() { return glf::vector_bytes(); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
-      "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
+      "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor? logabsdet, Tensor[] weights, Tensor[] biases, "
+      "Tensor? context, "
       "int coupling, int network, int activation, float activation_constant, int log_scale, float constant, bool add_first, "
       "float[] spline, "
       "bool inverse, bool density, int save, int record, int members=1, bool row_scales=False, "

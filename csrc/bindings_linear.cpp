@@ -15,7 +15,9 @@ glf::Plu<T> layers(const Tensor& permutation, const Tensor& lower, const Tensor&
                   "glf_fast: lower and upper must be (K, D, D)");
   const int64_t count = lower.size(0), dim = lower.size(1);
   for (const Tensor* vector : {&permutation, &log_diag, &sign, log_scale ? &*log_scale : &sign, bias ? &*bias : &sign})
-    STD_TORCH_CHECK(vector->numel() == count * dim, "glf_fast: vectors must be (K, D)");
+    STD_TORCH_CHECK(vector->dim() == 2 && vector->size(0) == count && vector->size(1) == dim,
+                    "glf_fast: vectors must be (K, D)");
+  STD_TORCH_CHECK(!log_scale == !bias, "glf_fast: log_scale and bias belong together");
   const int64_t* indices = read_permutation(permutation);
   std::vector<int64_t> layer_of(dim, -1);  // in which an index was seen last
   for (int64_t i = 0; i < count * dim; ++i) {

@@ -45,13 +45,14 @@ def walk(backend: str, linear: str = "plu") -> list[tuple[str, str]]:
 # the cache of maps, flow/assembled.py, and are assembled in flow/linear.py; dense layers are inverted by an operation, which
 # has two files more.
 @pytest.mark.parametrize(("linear", "way"), [("plu", 7), ("permutation", 8), ("dense", 10)])
-@pytest.mark.parametrize(("backend", "functions"), [("cpp", 36), ("reference", 40)])
+@pytest.mark.parametrize(("backend", "functions"), [("cpp", 36), ("reference", 43)])
 def test_the_walk_is_short(backend: str, functions: int, linear: str, way: int) -> None:
     """The reference's own files are the formulas of the flow, and not counted as files of the way to them."""
     entered = walk(backend, linear)
     files = {file for file, _ in entered if not file.startswith("reference/")}
-    assert len(entered) <= (30 if (backend, linear) == ("cpp", "plu") else functions), entered
-    assert len(files) <= way, files
+    shortest = (backend, linear) == ("cpp", "plu")
+    assert len(entered) <= (20 if shortest else functions), entered
+    assert len(files) <= (6 if shortest else way), files
 
 
 @pytest.mark.parametrize("linear", ["plu", "dense", "permutation"])
@@ -74,4 +75,5 @@ def test_every_argument_is_checked_once(backend: str, linear: str) -> None:
         mock.patch.object(plu, "check", wraps=plu.check) as factors,
     ):
         flow.log_prob(x)
-    assert call.call_count == 1 and factors.call_count == (linear == "plu")
+    once = backend != "cpp"  # whose operations refuse what the checks refuse
+    assert call.call_count == once and factors.call_count == (once and linear == "plu")

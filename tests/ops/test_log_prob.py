@@ -244,8 +244,17 @@ def test_what_does_not_fit_is_refused() -> None:
     values = values_of_plu(3, 4, 0)
     with pytest.raises(ValueError, match=r"x must have shape \(batch, dim\) = \(any, 4\)"):
         of_plu(ops.plu_flow_log_prob)(*values[:7], values[7][:, :3], *values[8:])
-    with pytest.raises(ValueError, match="upper must have shape"):
-        of_plu(ops.plu_flow_log_prob)(values[0], values[1], values[2][:, :3], *values[3:])
+    for i, name in enumerate(Plu._fields):
+        factor = values[i]
+        for wrong in (factor[:, :3], factor.flatten(), factor[None], factor[:0], factor[:1]):
+            with pytest.raises(ValueError, match="must have shape"):
+                of_plu(ops.plu_flow_log_prob)(*values[:i], wrong, *values[i + 1 :])
+        if i < 5:
+            with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor"):
+                of_plu(ops.plu_flow_log_prob)(*values[:i], None, *values[i + 1 :])
+        else:
+            with pytest.raises(ValueError, match="give both or neither"):
+                of_plu(ops.plu_flow_log_prob)(*values[:i], None, *values[i + 1 :])
     x, A, c, context, logabsdet, *layers = values_of_maps(3, 4, 0)
     with pytest.raises(ValueError, match="logabsdet must have shape"):
         of_maps(ops.coupling_flow_log_prob)(x, A, c, context, logabsdet.expand(3), *layers)

@@ -194,9 +194,8 @@ def _options(
 
 def _run(call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone."""
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
     try:
-        if not recorded and kernels_for(call.x, call, cpp) and (found := cpp.unchecked(call)):
+        if found := _unchecked(call):
             return found
         call = _checked(call)
     except AttributeError:
@@ -208,6 +207,26 @@ def _run(call: Call) -> tuple[Tensor, ...]:
     if call.x.device.type == "cpu" and ordinary():  # as the kernels do; a GPU would wait for it
         _check_autoregressive(call)
     return plain.run(call)
+
+
+def _unchecked(call: Call) -> tuple[Tensor, ...] | None:
+    """The results by the processor's kernels, of arguments that nobody has checked; None where these need it, or a conversion.
+
+    The operation refuses whatever the checks refuse, as that of a coupling flow does.
+    """
+    x, context, *tensors, weights, biases, options = call
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or kernels_for(x, call, cpp) is None:
+        return None
+    logabsdet = call.logabsdet
+    if x.dtype != call.offset.dtype or (logabsdet is not None and logabsdet.ndim):
+        return None
+    if not x.is_contiguous() or (context is not None and not context.is_contiguous()):
+        x, context = x.contiguous(), None if context is None else context.contiguous()
+    try:
+        found = autograd.take(cpp, options, [x, context, *tensors, *weights, *biases])
+    except (RuntimeError, IndexError):  # IndexError: too few dimensions, or layers
+        return None
+    return found if found[-1].device == x.device else None  # an argument has no data
 
 
 def _check_autoregressive(call: Call) -> None:

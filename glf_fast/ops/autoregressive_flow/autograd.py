@@ -16,7 +16,7 @@ from glf_fast.ops.autoregressive_flow.call import Call, CallOptions
 from glf_fast.ops.backends import Kernels
 from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 
-__all__ = ["AutoregressiveKernels", "run"]
+__all__ = ["AutoregressiveKernels", "run", "take"]
 
 
 class AutoregressiveKernels(Kernels, Protocol):
@@ -41,7 +41,11 @@ class AutoregressiveKernels(Kernels, Protocol):
 def run(kernels: AutoregressiveKernels, call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone, by kernels that take this call."""
     call = kernels.adapt(call)
-    tensors, options = _contiguous(call), call.options
+    return take(kernels, call.options, _contiguous(call))
+
+
+def take(kernels: AutoregressiveKernels, options: CallOptions, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The same of tensors that come as `_contiguous` lists them."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         found = _AutoregressiveFlow.apply(kernels, options, *tensors)
         return (found,) if options.density else found

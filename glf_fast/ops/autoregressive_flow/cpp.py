@@ -11,7 +11,7 @@ from glf_fast.ops.checks import check_fake
 from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES, NETWORK_CODES
 from glf_fast.reference import NEED_INPUT
 
-__all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses", "unchecked"]
+__all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses"]
 
 BACKENDS = (CPP,)
 MAX_LAYERS = 17  # of a network, without the context's own
@@ -54,25 +54,6 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         x, matrix, offset, weights, biases, fan_in, context, *_numbers(options), options.density, save, units
     )
     return out, logdet if logabsdet is None else logdet + logabsdet, saved
-
-
-def unchecked(call: Call) -> tuple[Tensor, ...] | None:
-    """The flow without gradients, of maps and networks that nobody has checked; None where these need it, or a conversion.
-
-    The operation refuses whatever the check of a call refuses, as that of a coupling flow does.
-    """
-    x, context, matrix, _, logabsdet, *_ = call
-    if x.dtype != matrix.dtype or (logabsdet is not None and logabsdet.ndim):
-        return None
-    if not x.is_contiguous() or (context is not None and not context.is_contiguous()):
-        call = call._replace(x=x.contiguous(), context=None if context is None else context.contiguous())
-    try:
-        out, logdet, _ = forward(call, False)
-    except RuntimeError:
-        return None
-    if out.device != x.device:  # an argument had no data
-        return None
-    return (logdet,) if call.options.density else (out, logdet)
 
 
 def backward(

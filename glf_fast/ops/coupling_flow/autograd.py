@@ -19,7 +19,7 @@ from glf_fast.ops.linear import plu as plu_layers
 from glf_fast.ops.linear import slogdet_inverse
 from glf_fast.reference import Plu
 
-__all__ = ["FlowKernels", "call_of", "contiguous", "run"]
+__all__ = ["FlowKernels", "call_of", "contiguous", "run", "take"]
 
 operations = torch.ops.glf_fast
 
@@ -48,7 +48,11 @@ class FlowKernels(Kernels, Protocol):
 def run(kernels: FlowKernels, call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone, by kernels that take this call."""
     call = kernels.adapt(call)
-    tensors, options = contiguous(call), call.options
+    return take(kernels, call.options, contiguous(call))
+
+
+def take(kernels: FlowKernels, options: CallOptions, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The same of tensors that come as `contiguous` lists them."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         found = _CouplingFlow.apply(kernels, options, *tensors)
         return (found,) if options.density else found

@@ -11,7 +11,7 @@ from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.reference import COUPLINGS, NEED_INPUT, layers_of_block
 
-__all__ = ["BACKENDS", "MAX_LAYERS", "adapt", "backward", "forward", "refuses", "unchecked"]
+__all__ = ["BACKENDS", "MAX_LAYERS", "adapt", "backward", "forward", "refuses"]
 
 BACKENDS = (CPP,)
 MAX_LAYERS = 17  # of a network: a residual one of five blocks with gates
@@ -56,34 +56,10 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         limit = RECORDS_LIMIT * OF_WIDE if wide else RECORDS_LIMIT
         if len(matrix) // options.members * len(x) * record * x.itemsize > limit:
             save, record = INPUTS, x.shape[1]
-    out, logdet, saved = operations.cpu_coupling_flow.default(
-        x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record, options.members,
-        options.row_scales, options.dropout, seed,
+    return operations.cpu_coupling_flow.default(
+        x, matrix, offset, logabsdet, weights, biases, context, *_numbers(options), options.density, save, record,
+        options.members, options.row_scales, options.dropout, seed,
     )  # fmt: skip
-    if logabsdet is not None:
-        logdet = logdet + (logabsdet.sum() if logabsdet.ndim else logabsdet)
-    return out, logdet, saved
-
-
-def unchecked(call: Call) -> tuple[Tensor, ...] | None:
-    """The flow without gradients, of maps and networks that nobody has checked; None where these need it, or a conversion.
-
-    The operation refuses whatever the check of a call refuses. The check says why, but takes 7 µs, a tenth of what a flow of a
-    single row takes (D = 64, K = 5).
-    """
-    x, context, (matrix, _, logabsdet), *_ = call
-    if x.dtype != matrix.dtype or (logabsdet is not None and logabsdet.ndim):
-        return None
-    # An expanded context is common, and a refusal takes 40 µs.
-    if not x.is_contiguous() or (context is not None and not context.is_contiguous()):
-        call = call._replace(x=x.contiguous(), context=None if context is None else context.contiguous())
-    try:
-        out, logdet, _ = forward(call, False)
-    except RuntimeError:
-        return None
-    if out.device != x.device:  # an argument had no data
-        return None
-    return (logdet,) if call.options.density else (out, logdet)
 
 
 def backward(
@@ -93,13 +69,10 @@ def backward(
     """The gradients that `FlowKernels.backward` lists; ∂context is made even if not `of_context`."""
     x, context, (matrix, offset, _), weights, biases, options, seed = call
     save = NOTHING if unmatrix is not None else INPUTS if saved.shape[-1] == x.shape[1] else RECORDS
-    found = operations.cpu_coupling_flow_backward.default(
+    return operations.cpu_coupling_flow_backward.default(
         grad_out, grad_logdet, state, saved, matrix, unmatrix, offset, weights, biases, context, *_numbers(options), save,
         parameters, options.members, of_matrix, options.row_scales, options.dropout, seed,
     )  # fmt: skip
-    if parameters and options.density:
-        return [*found[:4], grad_logdet.sum().expand(len(matrix)).contiguous(), *found[4:]]
-    return found
 
 
 def record_width(call: Call) -> int:
@@ -142,10 +115,10 @@ if not CPP.missing:
 
     @torch.library.register_fake("glf_fast::cpu_coupling_flow")
     def _(
-        x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
-        coupling: int, network: int, activation: int, activation_constant: float, log_scale: int, constant: float,
-        add_first: bool, spline: list[float], inverse: bool, density: bool, save: int, record: int, members: int = 1,
-        row_scales: bool = False, dropout: float = 0.0, seed: Tensor | None = None,
+        x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
+        context: Tensor | None, coupling: int, network: int, activation: int, activation_constant: float, log_scale: int,
+        constant: float, add_first: bool, spline: list[float], inverse: bool, density: bool, save: int, record: int,
+        members: int = 1, row_scales: bool = False, dropout: float = 0.0, seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_fake(x)
         saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix) // members, x.shape[0], record)
@@ -164,4 +137,7 @@ if not CPP.missing:
         if not parameters:
             return grads
         grads.append(torch.empty_like(matrix) if of_matrix else out.new_empty(0))
-        return grads + [torch.empty_like(t) for t in (offset, *weights, *biases)]
+        grads.append(torch.empty_like(offset))
+        if grad_out is None:
+            grads.append(out.new_empty(len(matrix)))
+        return grads + [torch.empty_like(t) for t in (*weights, *biases)]

@@ -29,9 +29,9 @@ def check(plu: Plu) -> None:
     permutation, lower, upper, *given = plu
     try:
         device = lower.device
-        alike = all(t is None or t.device == device for t in plu)
+        alike = all(t.device == device for t in plu[:5]) and all(t is None or t.device == device for t in plu[5:])
     except AttributeError:
-        check_tensors(**{name: t for name, t in plu._asdict().items() if t is not None})
+        check_tensors(**{name: t for name, t in plu._asdict().items() if t is not None or name in Plu._fields[:5]})
         raise
     if not alike:
         check_device(zip(Plu._fields, plu, strict=True), device)
