@@ -53,8 +53,11 @@ class WAEGAN(ExPostModel):
         E, G   E d(G(E(x)), x) − λ·E log C(E(x))
 
     The default λ is that of the released code for MNIST: 10, with 0.05·‖G(E(x)) − x‖² for d. Its C has the four layers of 512
-    units of the default here, with ReLUs. It also adds log p(z) to the logit of C, which then learns the density of codes
-    alone.
+    units of the default here, with ReLUs.
+
+    As in that code, log p(z) of the prior is added to the network's output, logit C(z) = h(z) + log p(z), of which the best h
+    is −log q(z), the density of codes: gradients of the first term alone pull codes that are far away back to the prior. Its
+    constant is left to the bias of h.
 
     Args:
         shape: (C, H, W) of the images, H and W multiples of 4.
@@ -93,12 +96,17 @@ class WAEGAN(ExPostModel):
         with torch.no_grad():
             codes = self.encode(x)
         z = prior(codes, self.settings.latent_dim, generator)
-        real, fake = self.code_discriminator(z), self.code_discriminator(codes)
+        real, fake = (self.code_discriminator(c) + _log_prior(c) for c in (z, codes))
         return {"code_loss": discrimination(real, fake), "code_accuracy": accuracy(real, fake)}
 
     def losses(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Scalars of a batch x (B, C, H, W) in [0, 1]: the loss of encoder and decoder, and its two terms."""
         codes = self.encode(x)
         error = reconstruction_loss(self.settings.reconstruction, self.decode(codes), x)
-        penalty = softplus(-frozen(self.code_discriminator, codes)).mean()
+        penalty = softplus(-frozen(self.code_discriminator, codes) - _log_prior(codes)).mean()
         return {"loss": error + self.settings.code_weight * penalty, "reconstruction": error, "code_penalty": penalty}
+
+
+def _log_prior(z: Tensor) -> Tensor:
+    """log p(z) of z (B, D) under N(0, I) without its mean over z ~ N(0, I): (D − ‖z‖²)/2, (B, 1)."""
+    return 0.5 * (1 - z.square()).sum(1, keepdim=True)

@@ -131,12 +131,17 @@ def wgan_gp(m: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 def wae_gan(m: Any, x: Tensor) -> dict[str, Tensor]:
-    z = m.encoder(x)
+    class Discriminator(nn.Module):  # of the density of codes alone: log p(z) is in the logit, but for its mean
+        def forward(self, z: Tensor) -> Tensor:
+            normal = torch.distributions.Normal(z.new_zeros(()), z.new_ones(()))
+            return m.code_discriminator(z) + (normal.log_prob(z) + normal.entropy()).sum(1, keepdim=True)
+
+    z, discriminator = m.encoder(x), Discriminator()
     error, drawn = (m.decoder(z) - x).square().sum() / 32, noise(seeded())
-    penalty = -probability(m.code_discriminator, z).log().mean()
+    penalty = -probability(discriminator, z).log().mean()
     return {
-        "code_loss": bayes(m.code_discriminator, drawn, z),
-        "code_accuracy": correct(m.code_discriminator, drawn, z),
+        "code_loss": bayes(discriminator, drawn, z),
+        "code_accuracy": correct(discriminator, drawn, z),
         "loss": error + 7 * penalty,
         "reconstruction": error,
         "code_penalty": penalty,
