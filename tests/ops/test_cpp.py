@@ -119,7 +119,9 @@ def test_opcheck() -> None:
         forward = (x, A, c, logabsdet, weights, biases, context, *code, False, save, record, members)
         torch.library.opcheck(library.cpu_coupling_flow.default, forward)
     for members in (1, 2):
-        out, logdet, saved = library.cpu_coupling_flow(x, A, c, None, weights, biases, context, *code, False, 1, 5, members)
+        out, logdet, saved = library.cpu_coupling_flow(
+            x, A, c, None, weights, biases, context, *code, False, 1, 5, members
+        )
         torch.library.opcheck(
             library.cpu_coupling_flow_backward.default,
             (
@@ -383,7 +385,9 @@ def test_the_operations_themselves_refuse_shapes_that_do_not_fit() -> None:
     def call(**changes: Tensor) -> None:
         given = {"x": x, "A": A, "c": c, "w": layers[1], "b": layers[2], **changes}
         weights, biases = [layers[0], given["w"]], [given["b"], layers[3]]
-        torch.ops.glf_fast.cpu_coupling_flow.default(given["x"], given["A"], given["c"], None, weights, biases, None, *code)
+        torch.ops.glf_fast.cpu_coupling_flow.default(
+            given["x"], given["A"], given["c"], None, weights, biases, None, *code
+        )
 
     call()
     for name, bad in (("x", x[:, :4]), ("c", c[:, :3]), ("b", layers[2][:, :3]), ("w", layers[1][..., :2])):
