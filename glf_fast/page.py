@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from glf_fast.files import atomic_write
 
-__all__ = ["BLUE", "GREY", "ORANGE", "no_maths", "style", "svg", "write"]
+# Imported where something is drawn: that takes half a second, and most commands draw nothing, or at their end.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["BLUE", "GREY", "ORANGE", "figure", "no_maths", "style", "svg", "write"]
 
 BLUE, ORANGE, GREY = "#4f6fe8", "#e0803a", "#8a8d98"
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -52,8 +53,17 @@ def write(path: Path, title: str, subtitle: str, body: str) -> None:
 @contextmanager
 def style() -> Iterator[None]:
     """Inside the block, figures are drawn for such pages."""
+    import matplotlib
+
     with matplotlib.rc_context(_STYLE):
         yield
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def svg(figure: Figure) -> str:

@@ -7,10 +7,9 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from glf_fast import page
 from glf_fast.fitting import FitResult
@@ -18,6 +17,9 @@ from glf_fast.tabular import calibration
 from glf_fast.tabular.density import TableDensity
 from glf_fast.tabular.evaluation import Evaluation
 from glf_fast.tabular.preparation import Prepared
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["write"]
 
@@ -94,7 +96,7 @@ def _calibration(transforms: np.ndarray, names: Sequence[str], order: np.ndarray
     shown = [0, *(1 + np.sort(order[:PANELS]))]
     across = min(5, len(shown))
     down = -(-len(shown) // across)
-    figure = Figure(figsize=(2 * across, 1.7 * down), layout="constrained")
+    figure = page.figure(2 * across, 1.7 * down)
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
     for axis, index in zip(axes, shown, strict=False):
         u = transforms[:, index]
@@ -118,7 +120,7 @@ def _pairs(density: TableDensity, prepared: Prepared, chosen: Sequence[int], see
     values, given = values[:POINTS], None if given is None else given[:POINTS]
     samples = density.sample(len(values), given, seed=seed + 1, noisy=True)
     d, size = len(chosen), 3 if len(values) > 500 else 8
-    figure = Figure(figsize=(10, 10) if d > 2 else (7, 7 if d > 1 else 3.5), layout="constrained")
+    figure = page.figure(*((10, 10) if d > 2 else (7, 7 if d > 1 else 3.5)))
     axes = figure.subplots(d, d, squeeze=False)
     both = np.concatenate([values, samples])
     limits = [np.quantile(both[np.isfinite(both[:, i]), i], [0.002, 0.998]) for i in chosen]
@@ -154,7 +156,7 @@ def _pairs(density: TableDensity, prepared: Prepared, chosen: Sequence[int], see
 
 
 def _losses(evaluation: Evaluation, result: FitResult) -> str:
-    figure = Figure(figsize=(10, 2.9), layout="constrained")
+    figure = page.figure(10, 2.9)
     axis = figure.subplots()
     curves = {
         "training batches": (np.array(result.training_loss) - evaluation.shift["train"], page.GREY),

@@ -10,8 +10,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from glf_fast import models, page
 from glf_fast.distributed import by_main
 from glf_fast.models import Words
@@ -193,7 +191,7 @@ def _curves(records: Sequence[dict[str, Any]], words: Words) -> str:
     count = len(terms) + bool(scored)
     rows = -(-count // _COLUMNS)
     with page.style():
-        figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")
+        figure = page.figure(10, 2.9 * rows)
         axes = figure.subplots(rows, -(-count // rows), squeeze=False).flatten()
         for axis in axes[count:]:
             axis.set_visible(False)

@@ -6,8 +6,6 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from glf_fast import metrics, page
 
 __all__ = ["section"]
@@ -50,7 +48,7 @@ def _curve(number: Mapping[str, Any]) -> str:
     if "curve" not in number:
         return ""
     with page.style():
-        figure = Figure(figsize=(4, 3.2), layout="constrained")
+        figure = page.figure(4, 3.2)
         axis = figure.subplots()
         axis.plot(*zip(*number["curve"], strict=True), color=page.BLUE, linewidth=1.3)
         axis.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
