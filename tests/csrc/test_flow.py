@@ -29,20 +29,23 @@ REGISTERS = {"forward": 232, "gradient": 255, "pack": 64}
 
 @pytest.mark.long  # compiling takes half a minute
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_the_kernels_are_clean_under_sanitizers(sanitizers: str, tmp_path: Path) -> None:
-    """In either order of lanes. The warps of a block are threads: a slot that is filled before all have read it is a race."""
+@pytest.mark.parametrize("program", ["flow", "cluster_flow"])
+def test_the_kernels_are_clean_under_sanitizers(program: str, sanitizers: str, tmp_path: Path) -> None:
+    """In either order of lanes. The warps of a block, and of a cluster, are threads: a slot that is filled before all have read it
+    is a race, and so is a tile that another block writes too early.
+    """
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"
-    program = str(tmp_path / "flow")
+    target = tmp_path / program
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
     sources = [
         f"-I{ROOT / 'csrc'}",
         f"-fsanitize={sanitizers}",
         "-fno-sanitize-recover=all",
-        str(Path(__file__).with_name("flow.cpp")),
+        str(Path(__file__).with_name(f"{program}.cpp")),
     ]
-    subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True)
+    subprocess.run([compiler, *flags, *sources, "-o", target], check=True)
+    done = subprocess.run([target], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "all agree"), done.stdout + done.stderr
 
 
