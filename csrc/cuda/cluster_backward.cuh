@@ -105,7 +105,7 @@ GLF_DEVICE void all_steps_back(Team& team, Lane<float> (&grad_logdet)[2]) {
     }
     if (n + 1 < s.steps) load(k - 1);
     team.begin_sending();
-    team.template by_columns<mlp>(
+    team.template by_columns<mlp, 1>(
         sections.section(1), [](Rows<1>& sum, const float*, int) { clear(sum); },
         [&](auto& rows, int block, const float*) { team.load_tiles(rows, team.slice, block * (depth_of(mlp) / 8), width); },
         [&](Rows<1>& sum, const float*, int tile) { team.send(sum, rank * sums + tile); });

@@ -14,27 +14,44 @@
 
 namespace glf::device {
 
-// Where the units of a forward, an inverse, a backward, or of a forward and then a backward lie.
+// Where the units of a forward, an inverse, a backward, or of a forward and then a backward lie: asked for one after the other, so
+// that nothing is divided.
 struct ClusterOrder {
-  const Quad *packed, *transposed;
-  const UnitPlace *forward, *back;  // the units of a step, in shared memory
-  long long forward_quads, back_quads;
-  int forward_units, back_units, steps, passed;  // `passed`: units of the forward
-  bool inverse;
+  const UnitPlace *places, *back_places;  // the units of a step, in shared memory
+  const Quad *step, *back_step;           // the steps that come next
+  long long step_quads, back_quads;       // from a step to the one after it
+  int units, back_units, left;            // of a step; `left` units of the forward are to come
+  int unit = 0, bytes_of_unit = 0;
 
-  GLF_DEVICE const unsigned char* from(int n) const {
-    if (n < passed) {
-      const int step = n / forward_units;
-      return reinterpret_cast<const unsigned char*>(packed + (inverse ? steps - 1 - step : step) * forward_quads +
-                                                    forward[n - step * forward_units].quad);
+  GLF_DEVICE const unsigned char* from(int) {
+    if (left == 0 && back_places) {  // turns back
+      places = back_places;
+      step = back_step;
+      step_quads = back_quads;
+      units = back_units;
+      unit = 0;
+      back_places = nullptr;
     }
-    const int step = (n - passed) / back_units;
-    return reinterpret_cast<const unsigned char*>(transposed + (steps - 1 - step) * back_quads + back[n - passed - step * back_units].quad);
+    --left;
+    const UnitPlace place = places[unit];
+    const unsigned char* found = reinterpret_cast<const unsigned char*>(step + place.quad);
+    bytes_of_unit = static_cast<int>(place.bytes);
+    if (++unit == units) {
+      unit = 0;
+      step += step_quads;
+    }
+    return found;
   }
-  GLF_DEVICE int bytes(int n) const {
-    return static_cast<int>(n < passed ? forward[n % forward_units].bytes : back[(n - passed) % back_units].bytes);
-  }
+  GLF_DEVICE int bytes(int) const { return bytes_of_unit; }
 };
+
+// Calls f with a number of lines that a warp multiplies at a time as a constant.
+template <class F>
+GLF_DEVICE void with_turns(int turns, F f) {
+  if (turns == 4) return f(Constant<4>{});
+  if (turns == 2) return f(Constant<2>{});
+  return f(Constant<1>{});
+}
 
 // Calls f with the tiles of a slice as a constant.
 template <class F>
@@ -90,8 +107,10 @@ struct ClusterTeam {
     on_lanes([&](int lane) {
       auto& c = const_cast<Rows<1>&>(tile).c[0];
       const Quad quad{bits_of(of_lane(c[0], lane)), bits_of(of_lane(c[1], lane)), bits_of(of_lane(c[2], lane)), bits_of(of_lane(c[3], lane))};
-#pragma unroll 4
-      for (int r = 0; r < blocks; ++r) write_to(r, exchange + to * 32 + lane, quad);
+#pragma unroll 1
+      for (int first = 0; first < blocks; first += cluster_group)
+#pragma unroll
+        for (int r = 0; r < cluster_group; ++r) write_to(first + r, exchange + to * 32 + lane, quad);
     });
   }
   GLF_DEVICE void sent() {
@@ -101,17 +120,19 @@ struct ClusterTeam {
   GLF_DEVICE void taken() { barrier.arrive(); }
   // sum += the parts that all blocks sent, in their order; `stride` tiles are one block's.
   GLF_DEVICE void add_parts(Rows<1>& sum, int tile, int stride) const {
-#pragma unroll 4
-    for (int r = 0; r < blocks; ++r) {
-      Rows<1> part;
-      load_record(part, exchange + (r * stride + tile) * 32);
-      each_pair(sum, part, [](float& x, float& y) { x += y; });
-    }
+#pragma unroll 1
+    for (int first = 0; first < blocks; first += cluster_group)
+#pragma unroll
+      for (int r = 0; r < cluster_group; ++r) {
+        Rows<1> part;
+        load_record(part, exchange + ((first + r) * stride + tile) * 32);
+        each_pair(sum, part, [](float& x, float& y) { x += y; });
+      }
   }
 
   // -- products ------------------------------------------------------------------------------------------------------------
   // Of what each block could store, a tile is stored by one warp of the cluster.
-  GLF_DEVICE bool stores(int tile) const { return tile % blocks == rank && tile % cluster_warps == warp; }
+  GLF_DEVICE bool stores(int tile) const { return (tile & (blocks - 1)) == rank && tile % cluster_warps == warp; }
 
   // Tiles from `first` on, zero from `count` on.
   template <int N>
@@ -128,41 +149,51 @@ struct ClusterTeam {
     }
   }
 
-  // One tile of columns a line: `begin(sum, vector, line)`, then for each block of it a product with the rows that
-  // `operand(rows, block, vector)` loads, then `end(sum, vector, line)`.
-  template <Precision p, class Begin, class Operand, class End>
+  // One tile of columns a line, of which a warp takes `turns` at a time: `begin(sum, vector, line)` for each, then for each block of
+  // the lines a product with the rows that `operand(rows, block, vector)` loads, then `end(sum, vector, line)`.
+  template <Precision p, int turns, class Begin, class Operand, class End>
   GLF_DEVICE void by_columns(const Section& section, Begin begin, Operand operand, End end) {
     const int parts = section.parts(), most = section.lines_of_unit();
 #pragma unroll 1
     for (int first = 0; first < section.lines; first += most) {
       const int lines = section.lines - first < most ? section.lines - first : most;
-      Rows<1> even, odd;  // two chains of products
+      Rows<1> even[turns], odd[turns];  // two chains of products each
 #pragma unroll 1
       for (int part = 0; part < parts; ++part) {
-        const Quad* vector = reinterpret_cast<const Quad*>(weights.next());
+        const Quad* unit = reinterpret_cast<const Quad*>(weights.next());
+        const float* vector = reinterpret_cast<const float*>(unit);
         const int from = part * part_blocks, left = section.length - from;
         const int count = parts > 1 && left > part_blocks ? part_blocks : left;
 #pragma unroll 1
-        for (int line = warp; line < lines; line += cluster_warps) {  // one, of more parts than one
-          if (part == 0) {
-            begin(even, reinterpret_cast<const float*>(vector), first + line);
-            clear(odd);
-          }
-          const Quad* weight = vector + section.vector + line * count * block_quads;
-          const auto add = [&](Rows<1>& sum, int j) {
+        for (int line = warp; line < lines; line += turns * cluster_warps) {  // once, if there are several parts
+          // A turn for which there is no line repeats the first one's.
+          const auto line_of = [&](int i) { return line + i * cluster_warps < lines ? line + i * cluster_warps : line; };
+          if (part == 0)
+#pragma unroll
+            for (int i = 0; i < turns; ++i) {
+              begin(even[i], vector, first + line_of(i));
+              clear(odd[i]);
+            }
+          const auto add = [&](Rows<1>(&sums)[turns], int j) {
             Rows<depth_of(p) / 8> rows;
-            operand(rows, from + j, reinterpret_cast<const float*>(vector));
-            product<p>(sum, rows, weight + j * block_quads);
+            operand(rows, from + j, vector);
+#pragma unroll
+            for (int i = 0; i < turns; ++i)
+              product<p>(sums[i], rows, unit + section.vector + (line_of(i) * count + j) * block_quads);
           };
-#pragma unroll 2
+#pragma unroll 1
           for (int j = 0; j + 1 < count; j += 2) {
             add(even, j);
             add(odd, j + 1);
           }
           if (count % 2) add(even, count - 1);
           if (part + 1 < parts) continue;
-          each_pair(even, odd, [](float& x, float& y) { x += y; });
-          end(even, reinterpret_cast<const float*>(vector), first + line);
+#pragma unroll
+          for (int i = 0; i < turns; ++i) {
+            if (line + i * cluster_warps >= lines) continue;
+            each_pair(even[i], odd[i], [](float& x, float& y) { x += y; });
+            end(even[i], vector, first + line_of(i));
+          }
         }
         weights.release();
       }
@@ -186,7 +217,10 @@ struct ClusterTeam {
         for (int line = warp; line < lines; line += cluster_warps) {
           constexpr int depth = depth_of(mlp) / 8;
           Rows<depth> rows;
-          load_tiles(rows, tiles, (first + line) * depth, count);
+          if (depth == 1 || !(count % depth))
+            load_record(rows, tiles + (first + line) * depth * 32);
+          else
+            load_tiles(rows, tiles, (first + line) * depth, count);
           product<mlp>(sum, rows, vector + section.vector + line * N * block_quads);
         }
         weights.release();
@@ -198,7 +232,10 @@ struct ClusterTeam {
   // The sum of the warps' sums of a tile, in their order.
   GLF_DEVICE void sum_of_warps(Rows<1>& sum, const Section& section, int tile) const {
     load_record(sum, partial + tile * 32);
-    for (int w = 1; w < (section.lines < cluster_warps ? section.lines : cluster_warps); ++w) {
+    const int warps = section.lines < cluster_warps ? section.lines : cluster_warps;
+#pragma unroll
+    for (int w = 1; w < cluster_warps; ++w) {
+      if (w >= warps) break;
       Rows<1> part;
       load_record(part, partial + (w * section.length + tile) * 32);
       each_pair(sum, part, [](float& x, float& y) { x += y; });
@@ -234,7 +271,7 @@ struct ClusterTeam {
   GLF_DEVICE float map_rows(const Section& section, const Quad* from, Quad* to) {
     const int tiles = 2 * f.shape.half_tiles;
     float logs = 0;
-    by_columns<map>(
+    by_columns<map, 1>(
         section,
         [&](Rows<1>& sum, const float* offset, int tile) {
           if (offset_is == Offset::added)
@@ -244,7 +281,7 @@ struct ClusterTeam {
         },
         [&](auto& rows, int block, const float* offset) {
           constexpr int depth = depth_of(map) / 8;
-          load_tiles(rows, from, block * depth, tiles);
+          load_record(rows, from + block * depth * 32);  // there are whole blocks of them
           if (offset_is == Offset::subtracted) each_number(rows, [&](float& x, int, int column) {
             const int at = 8 * block * depth + column;
             if (at < 8 * tiles) x -= offset[at];
@@ -278,7 +315,8 @@ struct ClusterTeam {
       if (keep) store_layer<mlp>(h, f.hidden, to, f.stride, live, left);
     };
     const Section first = sections.section(1);
-    by_columns<mlp>(
+    with_turns(first.turns(), [&](auto turns) {
+      by_columns<mlp, decltype(turns)::value>(
         first, [&](Rows<1>& sum, const float* bias, int tile) { fill(sum, bias + 8 * tile); },
         [&](auto& given, int block, const float*) {
           const int of_p = divided_up(halves, depth);
@@ -290,9 +328,10 @@ struct ClusterTeam {
         [&](Rows<1>& sum, const float*, int line) {
           Rows<1> h;
           const int number = first.sliced ? rank * width + line : line;
-          activated(h, sum, 0, number, number / width == rank);
+          activated(h, sum, 0, number, number >= rank * width && number < (rank + 1) * width);
           store_record(h, (first.sliced ? slice : hidden) + line * 32);
         });
+    });
     synchronize_block();
     const Quad* from = hidden;
 #pragma unroll 1
@@ -317,7 +356,7 @@ struct ClusterTeam {
       }
     }
     begin_sending();
-    by_columns<mlp>(
+    by_columns<mlp, 1>(
         sections.section(sections.last()), [&](Rows<1>& sum, const float* bias, int tile) { fill(sum, bias + 8 * tile); },
         [&](auto& given, int block, const float*) { load_tiles(given, slice, block * depth, width); },
         [&](Rows<1>& sum, const float*, int tile) { send(sum, rank * 2 * halves + tile); });

@@ -69,9 +69,11 @@ GLF_DEVICE void on_cluster(const FlowCall& f, int ways, bool inverse, Run run) {
         place_of(Sections{s, !first}, inverse, rank, first ? i : i - forward_units);
   });
   const int passed = ways == back ? 0 : s.steps * forward_units, units = passed + (ways & back ? s.steps * back_units : 0);
-  const ClusterOrder order{reinterpret_cast<const Quad*>(f.packed), reinterpret_cast<const Quad*>(f.transposed), places,
-                           places + most_cluster_units, forward.step(), transposed.step(), forward_units, back_units, s.steps,
-                           passed, inverse};
+  const UnitPlace* back_places = places + most_cluster_units;
+  const long long step = forward.step(), back_step = transposed.step(), others = s.steps - 1;
+  const ClusterOrder order{places, back_places, reinterpret_cast<const Quad*>(f.packed) + (inverse ? others * step : 0),
+                           reinterpret_cast<const Quad*>(f.transposed) + (ways & back ? others * back_step : 0), inverse ? -step : step, -back_step,
+                           forward_units, back_units, passed};
   prepared_warps(
       cluster_warps, [&] { Stream<ClusterOrder>::prepare(shared, at.slots, cluster_warps); },
       ClusterWarp<Team, Run>{f, order, units, at, shared, run});

@@ -19,14 +19,16 @@
 
 namespace glf::device {
 
-inline constexpr int cluster_warps = 8;       // of a block
+inline constexpr int cluster_warps = 8;  // of a block
+inline constexpr int cluster_group = 4;  // a cluster has 4, 8 or 16 blocks
 inline constexpr int most_cluster_units = 64;  // of a step, in either direction
-inline constexpr int unit_blocks = 64, unit_lines = 32, part_blocks = 8;  // of a unit; of a line in a unit of parts
+inline constexpr int unit_blocks = 64, part_blocks = 8;  // of a unit; of a line in a unit of parts
 
 GLF_DEVICE_AND_HOST constexpr int divided_up(int a, int b) { return (a + b - 1) / b; }
 
-// Tiles of 8 columns of the parts of a medium flow.
-GLF_DEVICE_AND_HOST int slice_tiles(const FlowShape& s) { return s.hidden_tiles / s.blocks; }
+// Tiles of 8 columns of the parts of a medium flow. Sizes are known when a kernel runs, where a division takes as long as a product
+// of matrices: shifts and comparisons take the place of those that a step would need.
+GLF_DEVICE_AND_HOST int slice_tiles(const FlowShape& s) { return s.hidden_tiles >> (s.blocks == 16 ? 4 : s.blocks == 8 ? 3 : 2); }
 GLF_DEVICE_AND_HOST int context_tiles(const FlowShape& s) { return divided_up(s.context, 8); }
 
 // A unit of a section: where it begins in it, how long it is, and which part of the section it has. In quads, lines and blocks.
@@ -39,10 +41,9 @@ struct Section {
   bool by_rows, sliced;  // a line is a block's depth of rows
 
   GLF_DEVICE_AND_HOST constexpr int parts() const { return divided_up(length, part_blocks); }
-  GLF_DEVICE_AND_HOST constexpr int lines_of_unit() const {
-    const int turns = parts() > 1 ? 1 : unit_blocks / (cluster_warps * length), most = unit_lines / cluster_warps;
-    return cluster_warps * (turns < most ? turns : most);
-  }
+  // Lines that each warp has of a unit: as many as keep it within `unit_blocks`, but at most four.
+  GLF_DEVICE_AND_HOST constexpr int turns() const { return length <= 2 ? 4 : length <= 4 ? 2 : 1; }
+  GLF_DEVICE_AND_HOST constexpr int lines_of_unit() const { return cluster_warps * turns(); }
   GLF_DEVICE_AND_HOST constexpr int units() const { return divided_up(lines, lines_of_unit()) * parts(); }
   GLF_DEVICE_AND_HOST constexpr int quads() const {
     return units() * vector + lines * length * block_quads;
@@ -62,7 +63,9 @@ struct Sections {
   bool transposed;
 
   GLF_DEVICE_AND_HOST int last() const { return s.layers + 1; }
-  GLF_DEVICE_AND_HOST int blocks_of(Precision p, int tiles) const { return divided_up(8 * tiles, depth_of(p)); }
+  GLF_DEVICE_AND_HOST int blocks_of(Precision p, int tiles) const {
+    return p == Precision::bf16 ? (tiles + 3) / 4 : p == Precision::tf32 ? (tiles + 1) / 2 : tiles;
+  }
 
   GLF_DEVICE_AND_HOST Section section(int number) const {
     const int state = 2 * s.half_tiles, slice = slice_tiles(s), all = s.hidden_tiles;

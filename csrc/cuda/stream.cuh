@@ -151,7 +151,8 @@ inline constexpr int barrier_bytes = 16 * most_slots;  // in front of the slots,
 // What a block needs of shared memory.
 GLF_DEVICE_AND_HOST constexpr int stream_bytes(int slots, int slot_bytes) { return barrier_bytes + slots * slot_bytes; }
 
-// A warp's view of the ring. `Order` says where unit n lies in global memory and how long it is: from(n), bytes(n).
+// A warp's view of the ring. `Order` says where unit n lies in global memory and how long it is: from(n), then bytes(n), both asked
+// once for each n, in their order.
 template <class Order>
 struct Stream {
   Order order;
@@ -185,7 +186,8 @@ struct Stream {
   }
 
   GLF_DEVICE void fetch(int unit, int into) {
-    copy(memory + into * slot_bytes, order.from(unit), order.bytes(unit), full + into);
+    const unsigned char* from = order.from(unit);
+    copy(memory + into * slot_bytes, from, order.bytes(unit), full + into);
   }
 
   // The next unit, when it has come. Warp 0 first asks for the one that follows those on their way, in the slot that was read
