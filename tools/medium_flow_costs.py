@@ -3,10 +3,11 @@
     python tools/medium_flow_costs.py
 
 compiles tests/csrc/cluster_path.cu for sm_90 by nvcc. A step is a number of phases with a barrier behind each. A warp executes
-the loops of a phase as often as a flow's sizes say, and shares its scheduler with one other warp. The least time of a step is the
-longest of what schedulers, matrix units, the port from L2 and the L2 cache need for it. In the most, nothing overlaps: every
-phase is waited for, with its chain of products, and so is every exchange and every byte. Figures are those of tools/flow_costs.py,
-for an H100 at 1.755 GHz, assumed, not measured.
+the loops of a phase as often as a flow's sizes say, and shares its scheduler with one other warp. What is around the loops is
+counted whole, though no warp executes all of it. The least time of a step is the longest of what schedulers, matrix units, the
+port from L2 and the L2 cache need for it. In the most, nothing overlaps: every phase is waited for, with its chain of products,
+and so is every exchange and every byte. Figures are those of tools/flow_costs.py, for an H100 at 1.755 GHz, assumed, not
+measured.
 """
 
 from __future__ import annotations

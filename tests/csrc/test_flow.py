@@ -1,4 +1,4 @@
-"""The kernels of small and medium flows: on the host under sanitizers, compiled for three generations, their instructions counted."""
+"""The kernels of small and medium flows: on the host under sanitizers, compiled for GPUs, their instructions counted."""
 
 import re
 import shutil
@@ -29,8 +29,8 @@ INSTRUCTIONS = {
 }
 # Registers a thread, at most: 198, 250 and 48 on sm_90, and up to 222 in a forward on sm_100. 255 are all that there are.
 REGISTERS = {"forward": 232, "gradient": 255, "pack": 64}
-# Instructions of a warp in a step of glf-cifar by clusters: a forward that keeps what the backward needs, a backward; then their
-# matrix instructions.
+# Instructions of a warp in a step of glf-cifar by clusters: a forward that keeps what the backward needs, and a backward. Then
+# their matrix instructions.
 CLUSTER_INSTRUCTIONS = {
     "float32": ((3880, 2950), (132, 96)),
     "tf32": ((3010, 2570), (44, 36)),
@@ -42,8 +42,9 @@ CLUSTER_INSTRUCTIONS = {
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 @pytest.mark.parametrize("program", ["flow", "cluster_flow"])
 def test_the_kernels_are_clean_under_sanitizers(program: str, sanitizers: str, tmp_path: Path) -> None:
-    """In either order of lanes. The warps of a block, and of a cluster, are threads: a slot that is filled before all have read it
-    is a race, and so is a tile that another block writes too early.
+    """In either order of lanes. The warps of a block, and of a cluster, are threads.
+
+    A slot that is filled before all have read it is a race, and so is a tile that another block writes too early.
     """
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"

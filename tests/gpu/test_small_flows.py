@@ -1,4 +1,4 @@
-"""On a GPU: small and medium coupling flows by the CUDA kernels, which come before Triton's; and by Triton's, which take them, too."""
+"""On a GPU: small and medium coupling flows by the CUDA kernels, which come before Triton's; the small ones by those, too."""
 
 import pytest
 import torch

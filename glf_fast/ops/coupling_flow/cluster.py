@@ -1,4 +1,4 @@
-"""Sizes of medium coupling flows, of which a cluster of blocks shares sixteen rows: csrc/cuda/cluster_sections.cuh has them, too."""
+"""Sizes of medium coupling flows, of which a cluster of blocks shares sixteen rows (csrc/cuda/cluster_sections.cuh)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLICES = (2, 4, 8)  # tiles of 8 columns of a hidden layer that a block can own
 WARPS, UNIT_BLOCKS, PART_BLOCKS = 8, 64, 8
 PLACES_BYTES = 2 * 64 * 8  # of the units of a step, in both directions
 
-# Where clusters are chosen and Triton's kernels are not: the most rows of a pass without gradients, and of one with them, by the
+# Where clusters are chosen and Triton's kernels are not: most rows of a pass without gradients, and of one with them, by the
 # widest hidden layer and by precision (float32, tf32, bf16). Up to there the longest predicted time is shorter than Triton's
 # (tools/medium_flow_costs.py; nothing was measured). 256 rows are as many clusters of eight blocks as an H100 holds.
 MOST_ROWS = {

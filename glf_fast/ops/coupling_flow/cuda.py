@@ -1,7 +1,7 @@
 """Small and medium coupling flows on a GPU by the CUDA kernels of csrc/cuda.
 
-Of a small flow a warp takes 16 rows through all steps (flow_kernels.cuh). From sm_90 on, of a medium one a cluster of blocks does
-(cluster_kernels.cuh).
+Of a small flow a warp takes 16 rows through all steps (flow_kernels.cuh). Of a medium one a cluster of blocks does, from sm_90
+on (cluster_kernels.cuh).
 """
 
 from __future__ import annotations

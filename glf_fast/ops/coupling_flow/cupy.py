@@ -1,7 +1,7 @@
 """The CUDA kernels of small and medium coupling flows without nvcc: NVRTC compiles csrc/cuda at first use, through CuPy.
 
-The same device code, launched as csrc/cuda/flow.cu and cluster_flow.cu do it. A kernel is compiled for a small flow's padded sizes,
-or for a size of clusters, and for a precision.
+The same device code, launched as csrc/cuda/flow.cu and cluster_flow.cu do it. A kernel is compiled for a precision, and for a
+small flow's padded sizes or a size of clusters.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Small and medium coupling flows on a GPU: sizes, buffers and passes of the kernels in csrc/cuda.
 
 Of a small flow a warp takes 16 rows through all steps (flow_kernels.cuh), of a medium one a cluster of blocks does
-(cluster_kernels.cuh, and `cluster` for their sizes). The kernels come from the compiled library, or from CuPy where there is none.
+(cluster_kernels.cuh; `cluster` has their sizes). The kernels come from the compiled library, or from CuPy where there is none.
 """
 
 from __future__ import annotations
