@@ -106,7 +106,8 @@ struct ClusterTeam {
   GLF_DEVICE void send(const Rows<1>& tile, int to) {
     on_lanes([&](int lane) {
       auto& c = const_cast<Rows<1>&>(tile).c[0];
-      const Quad quad{bits_of(of_lane(c[0], lane)), bits_of(of_lane(c[1], lane)), bits_of(of_lane(c[2], lane)), bits_of(of_lane(c[3], lane))};
+      const Quad quad{bits_of(of_lane(c[0], lane)), bits_of(of_lane(c[1], lane)), bits_of(of_lane(c[2], lane)),
+                      bits_of(of_lane(c[3], lane))};
 #pragma unroll 1
       for (int first = 0; first < blocks; first += cluster_group)
 #pragma unroll
@@ -317,20 +318,20 @@ struct ClusterTeam {
     const Section first = sections.section(1);
     with_turns(first.turns(), [&](auto turns) {
       by_columns<mlp, decltype(turns)::value>(
-        first, [&](Rows<1>& sum, const float* bias, int tile) { fill(sum, bias + 8 * tile); },
-        [&](auto& given, int block, const float*) {
-          const int of_p = divided_up(halves, depth);
-          if (block < of_p)
-            load_tiles(given, rows, block * depth, halves);
-          else
-            load_tiles(given, spare, (block - of_p) * depth, context);
-        },
-        [&](Rows<1>& sum, const float*, int line) {
-          Rows<1> h;
-          const int number = first.sliced ? rank * width + line : line;
-          activated(h, sum, 0, number, number >= rank * width && number < (rank + 1) * width);
-          store_record(h, (first.sliced ? slice : hidden) + line * 32);
-        });
+          first, [&](Rows<1>& sum, const float* bias, int tile) { fill(sum, bias + 8 * tile); },
+          [&](auto& given, int block, const float*) {
+            const int of_p = divided_up(halves, depth);
+            if (block < of_p)
+              load_tiles(given, rows, block * depth, halves);
+            else
+              load_tiles(given, spare, (block - of_p) * depth, context);
+          },
+          [&](Rows<1>& sum, const float*, int line) {
+            Rows<1> h;
+            const int number = first.sliced ? rank * width + line : line;
+            activated(h, sum, 0, number, number >= rank * width && number < (rank + 1) * width);
+            store_record(h, (first.sliced ? slice : hidden) + line * 32);
+          });
     });
     synchronize_block();
     const Quad* from = hidden;

@@ -72,7 +72,8 @@ GLF_DEVICE void on_cluster(const FlowCall& f, int ways, bool inverse, Run run) {
   const UnitPlace* back_places = places + most_cluster_units;
   const long long step = forward.step(), back_step = transposed.step(), others = s.steps - 1;
   const ClusterOrder order{places, back_places, reinterpret_cast<const Quad*>(f.packed) + (inverse ? others * step : 0),
-                           reinterpret_cast<const Quad*>(f.transposed) + (ways & back ? others * back_step : 0), inverse ? -step : step, -back_step,
+                           reinterpret_cast<const Quad*>(f.transposed) + (ways & back ? others * back_step : 0),
+                           inverse ? -step : step, -back_step,
                            forward_units, back_units, passed};
   prepared_warps(
       cluster_warps, [&] { Stream<ClusterOrder>::prepare(shared, at.slots, cluster_warps); },
