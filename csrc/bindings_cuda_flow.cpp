@@ -1,7 +1,8 @@
-// The kernels of small coupling flows on CUDA tensors: packing and passes, for glf_fast/ops/coupling_flow/small.py, which makes the
-// tensors and checks that they fit each other.
+// The kernels of small and medium coupling flows on CUDA tensors: packing and passes, for glf_fast/ops/coupling_flow/small.py, which
+// makes the tensors and checks that they fit each other.
 #include "bindings_cuda.h"
 
+#include "cuda/cluster_sections.cuh"
 #include "cuda/flow.h"
 
 namespace {
@@ -11,7 +12,7 @@ namespace device = glf::device;
 
 // FlowShape.numbers() of small.py.
 device::FlowShape shape_of(const std::vector<int64_t>& n) {
-  STD_TORCH_CHECK(n.size() >= 8 && n.size() <= 7 + device::most_layers, "glf_fast: one to four hidden layers");
+  STD_TORCH_CHECK(n.size() >= 9 && n.size() <= 8 + device::most_layers, "glf_fast: one to four hidden layers");
   device::FlowShape s{};
   s.steps = static_cast<int>(n[0]);
   s.dim = static_cast<int>(n[1]);
@@ -20,10 +21,16 @@ device::FlowShape shape_of(const std::vector<int64_t>& n) {
   s.hidden_tiles = static_cast<int>(n[4]);
   s.map = static_cast<device::Precision>(n[5]);
   s.mlp = static_cast<device::Precision>(n[6]);
-  s.layers = static_cast<int>(n.size()) - 7;
+  s.blocks = static_cast<int>(n[7]);
+  s.layers = static_cast<int>(n.size()) - 8;
   STD_TORCH_CHECK(s.steps > 0 && s.dim > 0 && s.dim <= 16 * s.half_tiles && s.context >= 0, "glf_fast: sizes that do not fit");
+  const int width = s.blocks > 0 ? s.hidden_tiles / s.blocks : 0;
+  STD_TORCH_CHECK(s.blocks == 1 || ((s.blocks == 8 || s.blocks == 16) && s.half_tiles <= device::cluster_warps &&
+                                    s.context <= 8 * device::cluster_warps && width * s.blocks == s.hidden_tiles &&
+                                    (width == 2 || width == 4 || width == 8)),
+                  "glf_fast: a cluster that does not fit");
   for (int l = 0; l < s.layers; ++l) {
-    s.hidden[l] = static_cast<int>(n[7 + l]);
+    s.hidden[l] = static_cast<int>(n[8 + l]);
     STD_TORCH_CHECK(s.hidden[l] > 0 && s.hidden[l] <= 8 * s.hidden_tiles, "glf_fast: hidden layers that do not fit");
   }
   return s;
@@ -55,9 +62,11 @@ void pack(std::vector<int64_t> numbers, Tensor matrix, Tensor offset, Maybe loga
     given.biases[l] = read<float>(biases[l]);
     inner = columns;
   }
-  check_numbers(packed, steps * device::forward_bytes(s) / 4);
-  if (transposed) check_numbers(*transposed, steps * device::transposed_bytes(s) / 4);
-  check(device::flow_pack(Launch(matrix), s, given, write<float>(packed), transposed ? write<float>(*transposed) : nullptr));
+  const bool clusters = s.blocks > 1;
+  check_numbers(packed, steps * (clusters ? device::cluster_bytes(s, false) : device::forward_bytes(s)) / 4);
+  if (transposed) check_numbers(*transposed, steps * (clusters ? device::cluster_bytes(s, true) : device::transposed_bytes(s)) / 4);
+  const auto launch = clusters ? device::cluster_pack : device::flow_pack;
+  check(launch(Launch(matrix), s, given, write<float>(packed), transposed ? write<float>(*transposed) : nullptr));
 }
 
 // The tensors are those of small.TENSORS; `like` has the rows, and the device.
@@ -98,7 +107,9 @@ void run(std::vector<int64_t> numbers, int64_t activation, int64_t log_scale, do
   f.grad_x = floats(14);
   f.grad_context = floats(15);
   const Launch launch(like);
-  check(ways ? device::flow_gradient(launch, f, static_cast<int>(ways)) : device::flow_forward(launch, f, inverse));
+  const bool clusters = f.shape.blocks > 1;
+  check(ways ? (clusters ? device::cluster_gradient : device::flow_gradient)(launch, f, static_cast<int>(ways))
+             : (clusters ? device::cluster_forward : device::flow_forward)(launch, f, inverse));
 }
 
 }  // namespace

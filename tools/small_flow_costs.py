@@ -73,17 +73,17 @@ class Code(NamedTuple):
         return list(found.values())
 
 
-def compiled(precision: str, architecture: int, folder: Path) -> tuple[Code, Code]:
-    """The forward and the gradient kernel of flow_path.cu."""
+def compiled(precision: str, architecture: int, folder: Path, source: str = "flow_path") -> tuple[Code, Code]:
+    """The forward and the gradient kernel of tests/csrc/flow_path.cu, or of cluster_path.cu."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     map_, mlp = PRECISIONS[precision]
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    cubin = folder / f"path-{precision}-{architecture}.cubin"
+    cubin = folder / f"{source}-{precision}-{architecture}.cubin"
     options = ["-std=c++17", "-O3", code, f"-I{ROOT / 'csrc'}", f"-DMAP={map_}", f"-DMLP={mlp}", "-cubin"]
-    subprocess.run([nvcc, *options, ROOT / "tests" / "csrc" / "flow_path.cu", "-o", cubin], check=True)
+    subprocess.run([nvcc, *options, ROOT / "tests" / "csrc" / f"{source}.cu", "-o", cubin], check=True)
     kernels = {code.name: code for code in disassembled(cubin)}
     forward, gradient = (
-        next(c for name, c in kernels.items() if f"flow_{way}_kernel" in name) for way in ("forward", "gradient")
+        next(c for name, c in kernels.items() if f"_{way}_kernel" in name) for way in ("forward", "gradient")
     )
     return forward, gradient
 

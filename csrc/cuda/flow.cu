@@ -32,7 +32,7 @@ const char* launch_rows(Kernel kernel, void* stream, FlowCall call, int slot_byt
   const long long spread = (warps + gpu.processors - 1) / gpu.processors;
   call.warps = static_cast<int>(spread < most_warps ? spread : most_warps);
   const int room = (gpu.most - barrier_bytes) / slot_bytes;
-  call.slots = room < most_slots ? room : most_slots;
+  call.slots = room < step_slots ? room : step_slots;
   if (call.slots < 2) return "the weights of two steps do not fit into shared memory";
   // As much as there is, whatever this call needs: another thread may be between its own attribute and its launch.
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, gpu.most);

@@ -1,4 +1,4 @@
-// The interface of the kernels of small coupling flows: device pointers and a stream, no torch. Every launch returns at once; each
+// The interface of the kernels of small and medium coupling flows: device pointers and a stream, no torch. Every launch returns at once; each
 // function returns null, or CUDA's words for what went wrong.
 #pragma once
 
@@ -12,5 +12,10 @@ const char* flow_pack(void* stream, const FlowShape& shape, const FlowParameters
 const char* flow_forward(void* stream, const FlowCall& call, bool inverse);
 // A forward that keeps what the backward needs, a backward, or both in one launch: see Ways.
 const char* flow_gradient(void* stream, const FlowCall& call, int ways);
+
+// The same by clusters of shape.blocks blocks, for GPUs from sm_90 on. Steps are of cluster_bytes (cluster_sections.cuh).
+const char* cluster_pack(void* stream, const FlowShape& shape, const FlowParameters& given, void* packed, void* transposed);
+const char* cluster_forward(void* stream, const FlowCall& call, bool inverse);
+const char* cluster_gradient(void* stream, const FlowCall& call, int ways);
 
 }  // namespace glf::device

@@ -8,10 +8,10 @@
 
 namespace glf::device {
 
-// ∂u and ∂t, in the place of u and t; ∂v, in the place of ∂w in `gradient`.
+// ∂u and ∂t, in the place of u and t; ∂v, in the place of ∂w in `gradient`: of the tiles from column `first` on.
 template <int N, LogScale kind>
 GLF_DEVICE void couple_back(Rows<N>& gradient, Rows<N>& ut, Rows<N / 2>& v, Lane<float> (&grad_logdet)[2], Constant<kind>,
-                            const FlowCall& f) {
+                            const FlowCall& f, int first = 0) {
   on_lanes([&](int lane) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i)
@@ -20,7 +20,7 @@ GLF_DEVICE void couple_back(Rows<N>& gradient, Rows<N>& ut, Rows<N / 2>& v, Lane
         float &u = of_lane(ut.c[i][e], lane), &t = of_lane(ut.c[N / 2 + i][e], lane);
         float& g = of_lane(gradient.c[N / 2 + i][e], lane);
         const float given = of_lane(v.c[i][e], lane), of_logdet = of_lane(grad_logdet[e / 2], lane);
-        const float there = 8 * i + lane % 4 * 2 + e % 2 < f.shape.transformed() ? 1.0f : 0.0f;
+        const float there = first + 8 * i + lane % 4 * 2 + e % 2 < f.shape.transformed() ? 1.0f : 0.0f;
         const float scaled = g * exponential(there * log_scale<kind>(u, f.constant));
         const float of_ell = scaled * (f.add_first ? given + t : given) + of_logdet;
         u = there * (of_ell * log_scale_slope<kind>(u, f.constant));
@@ -65,8 +65,8 @@ GLF_DEVICE void all_steps_back(typename Kind::State& gradient, Lane<float> (&gra
   const void* kept_in = needs_argument(f.activation) ? f.derivatives : f.hidden;
   typename Kind::Half v;
   typename Kind::State ut;
-  load_record(v, record_of<Kind>(f, s.steps - 1, range));
-  load_record(ut, record_of<Kind>(f, s.steps - 1, range) + half_tiles * 32);
+  load_record(v, record_of(f, half_tiles, s.steps - 1, range));
+  load_record(ut, record_of(f, half_tiles, s.steps - 1, range) + half_tiles * 32);
 #pragma unroll 1
   for (int n = 0; n < s.steps; ++n) {
     const int k = s.steps - 1 - n;
@@ -98,8 +98,8 @@ GLF_DEVICE void all_steps_back(typename Kind::State& gradient, Lane<float> (&gra
       store_layer<Kind::mlp>(of_hidden, f.slopes, layer, f.stride, range.live, padded);
     }
     if (n + 1 < s.steps) {  // what the next step begins with
-      load_record(v, record_of<Kind>(f, k - 1, range));
-      load_record(ut, record_of<Kind>(f, k - 1, range) + half_tiles * 32);
+      load_record(v, record_of(f, half_tiles, k - 1, range));
+      load_record(ut, record_of(f, half_tiles, k - 1, range) + half_tiles * 32);
     }
     typename Kind::Half of_p = half_of(gradient, 0);
     product<Kind::mlp>(of_p, of_hidden, quads + at.at_first_back());

@@ -9,6 +9,8 @@ namespace glf::device {
 inline constexpr int most_layers = 4;   // hidden ones
 inline constexpr int most_warps = 8;    // of a block: 16 rows each
 inline constexpr int rows_of_warp = 16;
+inline constexpr int pack_threads = 256;
+inline constexpr int step_slots = 3;  // of a ring of whole steps, at most
 
 // The sizes of a flow, and the classes of tiles of 8 columns to which they are padded: `half_tiles` for p, and for v,
 // `hidden_tiles` for each hidden layer.
@@ -17,6 +19,7 @@ struct FlowShape {
   int hidden[most_layers];
   int half_tiles, hidden_tiles;
   Precision map, mlp;
+  int blocks = 1;  // of a cluster that shares rows (cluster_sections.cuh); 1: warps have rows of their own
 
   GLF_DEVICE_AND_HOST int passive() const { return dim - dim / 2; }
   GLF_DEVICE_AND_HOST int transformed() const { return dim / 2; }
@@ -68,6 +71,9 @@ GLF_DEVICE_AND_HOST int transposed_bytes(const FlowShape& s) {
   const Layout at = layout_of(s);
   return 16 * (at.at_context_back(s.layers) + packed_quads(s.mlp, 8 * s.hidden_tiles, (s.context + 7) / 8));
 }
+
+// A forward that keeps what the backward needs, a backward, or both.
+enum Ways : int { forth = 1, back = 2 };
 
 // The parameters, each of all steps one behind the other.
 struct FlowParameters {

@@ -138,11 +138,10 @@ GLF_DEVICE void load_record(Rows<N>& rows, const Quad* record) {
   });
 }
 
-// The record of a warp's rows at a step: v, u, t.
-template <class Kind>
-GLF_DEVICE Quad* record_of(const FlowCall& f, int k, const RowRange& range) {
+// The record of sixteen rows at a step: v, u, t.
+GLF_DEVICE Quad* record_of(const FlowCall& f, int half_tiles, int k, const RowRange& range) {
   const long long warps = (f.rows + rows_of_warp - 1) / rows_of_warp, warp = range.first / rows_of_warp;
-  return f.record + (k * warps + warp) * (3 * Kind::half_tiles * 32);
+  return f.record + (k * warps + warp) * (3 * half_tiles * 32);
 }
 
 // -- a step ------------------------------------------------------------------------------------------------------------
@@ -199,9 +198,11 @@ GLF_DEVICE void network(typename Kind::State& ut, typename Kind::Half& p, const 
   product<Kind::mlp>(ut, h, quads + at.at_out());
 }
 
-// ℓ and the coupling: v becomes w, or with `inverse` w becomes v. Adds this lane's ℓ of its two rows to `total`.
+// ℓ and the coupling: v becomes w, or with `inverse` w becomes v. Adds this lane's ℓ of its two rows to `total`. The tiles of v, u
+// and t are those from column `first` on.
 template <bool inverse, int N, LogScale kind>
-GLF_DEVICE void couple(Rows<N>& state, Rows<N>& ut, Lane<float> (&total)[2], Constant<kind>, const FlowCall& f) {
+GLF_DEVICE void couple(Rows<N>& state, Rows<N>& ut, Lane<float> (&total)[2], Constant<kind>, const FlowCall& f,
+                       int first = 0) {
   on_lanes([&](int lane) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i)
@@ -210,7 +211,7 @@ GLF_DEVICE void couple(Rows<N>& state, Rows<N>& ut, Lane<float> (&total)[2], Con
         const float u = of_lane(ut.c[i][e], lane), t = of_lane(ut.c[N / 2 + i][e], lane);
         float& v = of_lane(state.c[N / 2 + i][e], lane);
         // A factor, not a condition: a condition becomes a branch for each number, and they wait for one another.
-        const float there = 8 * i + lane % 4 * 2 + e % 2 < f.shape.transformed() ? 1.0f : 0.0f;
+        const float there = first + 8 * i + lane % 4 * 2 + e % 2 < f.shape.transformed() ? 1.0f : 0.0f;
         const float ell = (inverse ? -there : there) * log_scale<kind>(u, f.constant);
         const float scale = exponential(ell);
         v = inverse ? (f.add_first ? v * scale - t : (v - t) * scale) : (f.add_first ? (v + t) * scale : v * scale + t);
@@ -259,8 +260,8 @@ GLF_DEVICE float all_steps(typename Kind::State& state, Lane<float> (&total)[2],
       const int raw = workspace_column(f.shape, f.shape.layers), passive = f.shape.passive();
       store_numbers<Kind::mlp>(p, f.hidden, workspace_at(f, k, range, raw), f.stride, range.live, passive);
       copy_context<Kind::mlp>(f, range, workspace_at(f, k, range, raw + passive));
-      store_record(half_of(state, 1), record_of<Kind>(f, k, range));
-      store_record(ut, record_of<Kind>(f, k, range) + Kind::half_tiles * 32);
+      store_record(half_of(state, 1), record_of(f, Kind::half_tiles, k, range));
+      store_record(ut, record_of(f, Kind::half_tiles, k, range) + Kind::half_tiles * 32);
     }
     with_log_scale(f.log_scale, [&](auto kind) { couple<inverse>(state, ut, total, kind, f); });
     logs += reinterpret_cast<const float*>(quads + at.at_log())[0];
@@ -279,21 +280,23 @@ GLF_DEVICE float all_steps(typename Kind::State& state, Lane<float> (&total)[2],
   return logs;
 }
 
-// logdet of the warp's rows, and with f.density log N(state; 0, I) too.
+// log N(state; 0, I), but for its constant.
 template <int N>
-GLF_DEVICE void store_logdet(Rows<N>& state, Lane<float> (&total)[2], float logs, const FlowCall& f, const RowRange& range) {
-  if (f.density) {
-    on_lanes([&](int lane) {
+GLF_DEVICE void add_normal(Rows<N>& state, Lane<float> (&total)[2]) {
+  on_lanes([&](int lane) {
 #pragma unroll
-      for (int i = 0; i < N; ++i)
+    for (int i = 0; i < N; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float z = of_lane(state.c[i][e], lane);
-          of_lane(total[e / 2], lane) -= 0.5f * z * z;
-        }
-    });
-    logs -= f.shape.dim * 0.91893853f;  // D/2 log 2π
-  }
+      for (int e = 0; e < 4; ++e) {
+        const float z = of_lane(state.c[i][e], lane);
+        of_lane(total[e / 2], lane) -= 0.5f * z * z;
+      }
+  });
+}
+
+// logdet of the warp's rows; with f.density `total` has log N(z; 0, I) in it, but for its constant.
+GLF_DEVICE void store_logdet(Lane<float> (&total)[2], float logs, const FlowCall& f, const RowRange& range) {
+  if (f.density) logs -= f.shape.dim * 0.91893853f;  // D/2 log 2π
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Lane<float> sum = total[half];

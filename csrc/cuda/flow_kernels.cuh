@@ -13,7 +13,6 @@ namespace glf::device {
 #define GLF_ARGUMENT const
 #endif
 
-inline constexpr int pack_threads = 256;
 inline constexpr int flow_threads = 32 * most_warps;  // at most: a block has as many warps as the call says, and one may fill a multiprocessor
 
 // A thread packs 16 bytes of one step: of the forward's parameters, then of the backward's where `transposed` is not null.
@@ -60,7 +59,8 @@ GLF_DEVICE void flow_forward(const FlowCall& f) {
         Lane<float> total[2] = {Lane<float>(0.0f), Lane<float>(0.0f)};
         const float logs = all_steps<Kind, inverse, false>(state, total, f, range, weights);
         store_halves(state, f.out + range.first * f.shape.dim, range.live, f.shape.dim);
-        store_logdet(state, total, logs, f, range);
+        if (f.density) add_normal(state, total);
+        store_logdet(total, logs, f, range);
       });
 }
 
@@ -82,9 +82,6 @@ struct GradientOrder {
   GLF_DEVICE int bytes(int n) const { return n < passed ? forward : back; }
 };
 
-// A forward that keeps what the backward needs, a backward, or both.
-enum Ways : int { forth = 1, back = 2 };
-
 template <int half_tiles, int hidden_tiles, int map, int mlp>
 GLF_DEVICE void flow_gradient(const FlowCall& f, int ways) {
   using Kind = FlowKind<half_tiles, hidden_tiles, Precision(map), Precision(mlp)>;
@@ -105,7 +102,8 @@ GLF_DEVICE void flow_gradient(const FlowCall& f, int ways) {
           Lane<float> total[2] = {Lane<float>(0.0f), Lane<float>(0.0f)};
           const float logs = all_steps<Kind, false, true>(state, total, f, range, weights);
           store_halves(state, f.out + range.first * dim, range.live, dim);
-          store_logdet(state, total, logs, f, range);
+          if (f.density) add_normal(state, total);
+          store_logdet(total, logs, f, range);
         } else {
           load_halves(state, (f.grad_out ? f.grad_out : f.out) + range.first * dim, range.live, dim);
         }

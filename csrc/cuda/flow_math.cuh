@@ -9,8 +9,10 @@ namespace glf::device {
 enum class Activation : int { relu, leaky_relu, silu, gelu, tanh, elu, selu, hardswish, softplus, mish };
 enum class LogScale : int { tanh, exp, glow, nflows, atan, softclip, jet, softplus, clamp, bayesflow };
 
-template <auto value>
-struct Constant {};
+template <auto value_>
+struct Constant {
+  static constexpr auto value = value_;
+};
 
 // Calls f with the kind as a compile-time constant: a loop over a warp's numbers, which lie in registers, has no branch in it.
 template <class F>

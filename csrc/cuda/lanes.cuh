@@ -212,10 +212,13 @@ GLF_DEVICE T& of_lane(T& x, int) {
 
 #else
 
-// The block that is at work.
+struct HostCluster;  // cluster.cuh
+
+// The block that is at work, and the cluster to which it belongs, if any.
 struct HostBlock {
   long long index;
   unsigned char* shared;
+  HostCluster* cluster = nullptr;
 };
 inline thread_local HostBlock host_block;
 

@@ -1,6 +1,6 @@
 // Weights on their way into shared memory while a block's warps multiply those that came before.
 //
-// Units of bytes, one for each step of a flow, pass through a ring of slots. Warp 0 asks for them; every warp waits for the one
+// Units of bytes, such as one for each step of a flow, pass through a ring of slots. Warp 0 asks for them; every warp waits for the one
 // that it needs, and says when it has read it. Two barriers a slot, in shared memory, know how often it was filled and how often
 // it was read by all: nowhere do the warps of a block wait for each other as a whole.
 //
@@ -145,13 +145,14 @@ void prepared_warps(int warps, P prepare, F f) {
 
 #endif
 
-inline constexpr int most_slots = 3;
-inline constexpr int barrier_bytes = 64;  // in front of the slots, which are aligned to 16 bytes
+inline constexpr int most_slots = 4;
+inline constexpr int barrier_bytes = 16 * most_slots;  // in front of the slots, which are aligned to 16 bytes
 
 // What a block needs of shared memory.
 GLF_DEVICE_AND_HOST constexpr int stream_bytes(int slots, int slot_bytes) { return barrier_bytes + slots * slot_bytes; }
 
-// A warp's view of the ring. `Order` says where unit n lies in global memory and how long it is: from(n), bytes(n).
+// A warp's view of the ring. `Order` says where unit n lies in global memory and how long it is: from(n), then bytes(n), both asked
+// once for each n, in their order.
 template <class Order>
 struct Stream {
   Order order;
@@ -185,7 +186,8 @@ struct Stream {
   }
 
   GLF_DEVICE void fetch(int unit, int into) {
-    copy(memory + into * slot_bytes, order.from(unit), order.bytes(unit), full + into);
+    const unsigned char* from = order.from(unit);
+    copy(memory + into * slot_bytes, from, order.bytes(unit), full + into);
   }
 
   // The next unit, when it has come. Warp 0 first asks for the one that follows those on their way, in the slot that was read

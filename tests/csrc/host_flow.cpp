@@ -1,4 +1,6 @@
-// The kernels of small coupling flows on the host, launched by name as in host_kernels.cpp; the warps of a block are threads.
+// The kernels of small and medium coupling flows on the host, launched by name as in host_kernels.cpp; the warps of a block, and of a
+// cluster, are threads.
+#include "clusters.h"
 #include "cuda/flow_kernels.cuh"
 
 #include <cstdio>
@@ -40,6 +42,21 @@ int launch_half(int map, int mlp, const std::string& kernel, long long grid, int
   return 1;
 }
 
+template <int map, int mlp>
+int launch_cluster(const std::string& kernel, long long grid, int size, int shared, void** arguments) {
+  const FlowCall& f = *static_cast<FlowCall*>(arguments[0]);
+  if (f.shape.blocks != size || ClusterMemory(f.shape, f.slots).bytes() != shared) return 1;
+  launch_clusters(grid, size, shared, [&] {
+    if (kernel == "forward")
+      cluster_forward_kernel<map, mlp, 0, false>(f);
+    else if (kernel == "inverse")
+      cluster_forward_kernel<map, mlp, 0, true>(f);
+    else
+      cluster_gradient_kernel<map, mlp, 0>(f, *static_cast<int*>(arguments[1]));
+  });
+  return 0;
+}
+
 std::vector<int> sizes_of(const std::string& kernel) {
   if (kernel == "pack") return {sizeof(FlowShape), sizeof(FlowParameters), sizeof(void*), sizeof(void*)};
   if (kernel == "gradient") return {sizeof(FlowCall), sizeof(int)};
@@ -48,17 +65,27 @@ std::vector<int> sizes_of(const std::string& kernel) {
 
 }  // namespace
 
-// 0, or 1 for an unknown kernel, 2 for arguments of other sizes. Names: glf::device::flow_…_kernel<numbers>.
+// 0, or 1 for an unknown kernel, 2 for arguments of other sizes. Names: glf::device::flow_…_kernel<numbers>, and cluster_….
 extern "C" int launch(const char* name, long long grid, int shared, int count, const int* sizes, void** arguments) {
   const std::string whole = name;
-  const auto is = [&](const char* start) { return whole.rfind(std::string("glf::device::") + start, 0) == 0; };
-  const std::string kernel = is("flow_pack_kernel") ? "pack" : is("flow_gradient_kernel") ? "gradient" : whole.find("true") != std::string::npos ? "inverse" : "forward";
+  const auto has = [&](const char* part) { return whole.find(part) != std::string::npos; };
+  const std::string kernel = has("_pack_kernel") ? "pack" : has("_gradient_kernel") ? "gradient" : has("true") ? "inverse" : "forward";
+  const bool clusters = has("::cluster_");
   if (std::vector<int>(sizes, sizes + count) != sizes_of(kernel)) return 2;
   if (kernel == "pack")
     return blocks(grid, shared, [&] {
-      flow_pack_kernel(*static_cast<FlowShape*>(arguments[0]), *static_cast<FlowParameters*>(arguments[1]),
-                       *static_cast<Quad**>(arguments[2]), *static_cast<Quad**>(arguments[3]));
+      (clusters ? cluster_pack_kernel : flow_pack_kernel)(
+          *static_cast<FlowShape*>(arguments[0]), *static_cast<FlowParameters*>(arguments[1]), *static_cast<Quad**>(arguments[2]),
+          *static_cast<Quad**>(arguments[3]));
     });
+  if (clusters) {
+    int map, mlp, size;
+    if (std::sscanf(whole.c_str() + whole.find('<'), "<%d, %d, %d", &map, &mlp, &size) != 3) return 1;
+    if (map == 0 && mlp == 0) return launch_cluster<0, 0>(kernel, grid, size, shared, arguments);
+    if (map == 1 && mlp == 1) return launch_cluster<1, 1>(kernel, grid, size, shared, arguments);
+    if (map == 0 && mlp == 2) return launch_cluster<0, 2>(kernel, grid, size, shared, arguments);
+    return 1;
+  }
   int half, hidden, map, mlp;
   if (std::sscanf(whole.c_str() + whole.find('<'), "<%d, %d, %d, %d", &half, &hidden, &map, &mlp) != 4 || hidden != 8) return 1;
   return half == 1 ? launch_half<1>(map, mlp, kernel, grid, shared, arguments)
@@ -66,8 +93,9 @@ extern "C" int launch(const char* name, long long grid, int shared, int count, c
 }
 
 extern "C" void unit_bytes(const FlowShape* shape, int* forward, int* transposed) {
-  *forward = forward_bytes(*shape);
-  *transposed = transposed_bytes(*shape);
+  const bool clusters = shape->blocks > 1;
+  *forward = clusters ? static_cast<int>(cluster_bytes(*shape, false)) : forward_bytes(*shape);
+  *transposed = clusters ? static_cast<int>(cluster_bytes(*shape, true)) : transposed_bytes(*shape);
 }
 extern "C" void set_truncating(bool how) { truncating = how; }
 extern "C" void set_backwards(bool how) { backwards = how; }

@@ -1,18 +1,22 @@
-"""The kernels of small flows: on the host under sanitizers, compiled for three generations, their instructions counted."""
+"""The kernels of small and medium flows: on the host under sanitizers, compiled for GPUs, their instructions counted."""
 
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import medium_flow_costs
 import pytest
 import torch
 from small_flow_costs import PRECISIONS, compiled, disassembled, microseconds, steps, tritons
 
+from glf_fast.ops.coupling_flow import cluster
 from glf_fast.ops.coupling_flow.cuda import MAX_ROWS
+from glf_fast.ops.coupling_flow.small import FlowShape
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "flow.cu"
+CLUSTERS = ROOT / "csrc" / "cuda" / "cluster_flow.cu"
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
 needs_nvcc = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs CUDA's compiler, nvcc")
 
@@ -25,24 +29,35 @@ INSTRUCTIONS = {
 }
 # Registers a thread, at most: 198, 250 and 48 on sm_90, and up to 222 in a forward on sm_100. 255 are all that there are.
 REGISTERS = {"forward": 232, "gradient": 255, "pack": 64}
+# Instructions of a warp in a step of glf-cifar by clusters: a forward that keeps what the backward needs, and a backward. Then
+# their matrix instructions.
+CLUSTER_INSTRUCTIONS = {
+    "float32": ((3880, 2950), (132, 96)),
+    "tf32": ((3010, 2570), (44, 36)),
+    "bf16": ((2920, 2590), (42, 42)),
+}
 
 
 @pytest.mark.long  # compiling takes half a minute
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_the_kernels_are_clean_under_sanitizers(sanitizers: str, tmp_path: Path) -> None:
-    """In either order of lanes. The warps of a block are threads: a slot that is filled before all have read it is a race."""
+@pytest.mark.parametrize("program", ["flow", "cluster_flow"])
+def test_the_kernels_are_clean_under_sanitizers(program: str, sanitizers: str, tmp_path: Path) -> None:
+    """In either order of lanes. The warps of a block, and of a cluster, are threads.
+
+    A slot that is filled before all have read it is a race, and so is a tile that another block writes too early.
+    """
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"
-    program = str(tmp_path / "flow")
+    target = tmp_path / program
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
     sources = [
         f"-I{ROOT / 'csrc'}",
         f"-fsanitize={sanitizers}",
         "-fno-sanitize-recover=all",
-        str(Path(__file__).with_name("flow.cpp")),
+        str(Path(__file__).with_name(f"{program}.cpp")),
     ]
-    subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True)
+    subprocess.run([compiler, *flags, *sources, "-o", target], check=True)
+    done = subprocess.run([target], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "all agree"), done.stdout + done.stderr
 
 
@@ -71,18 +86,53 @@ def test_a_step_takes_few_instructions_and_no_barrier(precision: str, tmp_path: 
 
 
 @needs_nvcc
+@pytest.mark.long  # half a minute each
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_clusters_are_chosen_where_they_are_predicted_to_be_faster(precision: str, tmp_path: Path) -> None:
+    codes = compiled(precision, 90, tmp_path, "cluster_path")
+    most, products = CLUSTER_INSTRUCTIONS[precision]
+    maps, mlp = PRECISIONS[precision]
+    shape = FlowShape(8, 64, 0, (256, 256), maps, mlp, blocks=8)
+    loops = medium_flow_costs.loops_of(codes[1])
+    for i, transposed in enumerate((False, True)):
+        step = medium_flow_costs.step(shape, loops[i], transposed, precision)
+        assert step.instructions <= most[i] and step.products == products[i], step
+    for dim in (32, 64, 128):
+        for width in cluster.MOST_ROWS:
+            s = shape._replace(dim=dim, hidden=(width, width))
+            for gradients, name in enumerate(("log_prob", "gradients")):
+                if rows := cluster.most_rows(s, bool(gradients)):
+                    longest = medium_flow_costs.microseconds(s, rows, precision, codes)[name][1]
+                    assert longest < medium_flow_costs.tritons(s, rows, precision)[name], (dim, width, name, rows)
+
+
+@needs_nvcc
+@pytest.mark.long  # two minutes each
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_clusters_keep_their_rows_in_registers(architecture: int, tmp_path: Path) -> None:
+    target, kernels = resources(CLUSTERS, architecture, tmp_path)
+    assert len(kernels) == 1 + 3 * 3
+    for name, stack, spilled, registers in kernels:
+        assert int(registers) <= 255 and int(stack) == int(spilled) == 0, (name, registers, stack, spilled)
+    for kernel in disassembled(target):
+        assert kernel.count("LDL", "STL") == 0, kernel.name
+        if "pack" not in kernel.name:
+            assert kernel.count("UBLKCP") and kernel.count("UCGABAR_ARV") and kernel.count("HMMA"), kernel.name
+
+
+def test_clusters_fit_into_shared_memory() -> None:
+    """With two units of weights at least: the largest flow, and the largest one of sixteen blocks."""
+    for dim, context, hidden, blocks in ((128, 64, 512, 8), (64, 32, 512, 16)):
+        s = FlowShape(1, dim, context, (hidden,) * 4, 0, 0, blocks=blocks)
+        assert cluster.shared_bytes(s, 2) <= 227 << 10
+
+
+@needs_nvcc
 @pytest.mark.long  # a minute each
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_all_kernels_keep_their_rows_in_registers(architecture: int, tmp_path: Path) -> None:
     """And the bindings find the functions that launch them."""
-    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    target = tmp_path / "flow.o"
-    command = [NVCC, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v", code, "-c", SOURCE, "-o", target]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "warning" not in done.stderr, done.stderr
-    entry = r"Compiling entry function '\w*flow_(\w+?)_kernel\w*'"
-    pattern = entry + r".*?(\d+) bytes stack.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    kernels = re.findall(pattern, done.stderr, flags=re.S)
+    target, kernels = resources(SOURCE, architecture, tmp_path)
     assert len(kernels) == 1 + 2 * 3 * 3
     for name, stack, spilled, registers in kernels:
         assert int(registers) <= REGISTERS[name], (name, registers)
@@ -96,7 +146,21 @@ def test_all_kernels_keep_their_rows_in_registers(architecture: int, tmp_path: P
             assert kernel.count("HMMA") == products(kernel.name), kernel.name
     bindings = compiled_bindings("-c", "-o", tmp_path / "bindings.o")
     wanted, defined = symbols(bindings, "--undefined-only"), symbols(target, "--defined-only")
-    assert len(wanted & defined) == 3 and not any("3glf6device" in name for name in wanted - defined)
+    of_clusters = {name for name in wanted if re.search(r"3glf6device\d+cluster_(pack|forward|gradient)E", name)}
+    assert len(wanted & defined) == len(of_clusters) == 3
+    assert not any("3glf6device" in name for name in wanted - defined - of_clusters)
+
+
+def resources(source: Path, architecture: int, folder: Path) -> tuple[Path, list[tuple[str, ...]]]:
+    """The object file, and the kernels in it: name, bytes of stack and of spills, registers."""
+    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    target = folder / f"{source.stem}.o"
+    command = [NVCC, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v", code, "-c", source, "-o", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "warning" not in done.stderr, done.stderr
+    entry = r"Compiling entry function '\w*(?:flow|cluster)_(\w+?)_kernel\w*'"
+    pattern = entry + r".*?(\d+) bytes stack.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    return target, re.findall(pattern, done.stderr, flags=re.S)
 
 
 def products(name: str) -> int:
@@ -136,4 +200,5 @@ def compiled_bindings(*how: str | Path) -> Path:
 def test_gpus_before_tf32_compile_to_nothing_that_is_launched(tmp_path: Path) -> None:
     """setup.py compiles for sm_75, too, whose calls `refuses` leaves to others."""
     code = "-gencode=arch=compute_75,code=sm_75"
-    subprocess.run([NVCC, "-std=c++17", "-O3", code, "-cubin", SOURCE, "-o", tmp_path / "flow.cubin"], check=True)
+    for source in (SOURCE, CLUSTERS):
+        subprocess.run([NVCC, "-std=c++17", "-O3", code, "-cubin", source, "-o", tmp_path / "flow.cubin"], check=True)

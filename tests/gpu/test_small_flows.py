@@ -1,4 +1,4 @@
-"""On a GPU: small coupling flows by the CUDA kernels, which come before Triton's; and by Triton's, which take the same ones."""
+"""On a GPU: small and medium coupling flows by the CUDA kernels, which come before Triton's; the small ones by those, too."""
 
 import pytest
 import torch
@@ -35,6 +35,61 @@ def test_both_backends_of_small_flows(size: str, precision: str, backend: str, d
     assert bool(tritons) == (backend == "triton")
     for name, a, b in zip(names(values), found, exact, strict=True):
         assert error(a, b) < PRECISIONS[precision][2], name
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no clusters of blocks"
+)
+@pytest.mark.parametrize("blocks", [8, 16])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("rows", "dim", "hidden", "context"),
+    [
+        (256, 64, (256, 256), 0),
+        (1, 64, (256, 256), 5),
+        (70, 33, (17, 300, 65), 64),
+        (17, 40, (70,), 0),
+        (40, 2, (512, 9, 65, 129), 3),
+    ],
+)
+def test_medium_flows_by_clusters(rows, dim, hidden, context, precision: str, blocks: int, device, poisoned) -> None:
+    """In two launches, twice, and in one: all the same, bit for bit, and near float64's. Then back by the inverse."""
+    if blocks > 8 and small.CUPY:
+        pytest.skip("CuPy launches clusters of eight blocks")
+    values = tensors(device, rows, 3, dim, context, hidden)
+    x, A, c, given, *layers = [None if t is None else t.float() for t in values]
+    half, tolerance = len(hidden) + 1, PRECISIONS[precision][2]
+    s = FlowShape(3, dim, context, hidden, *PRECISIONS[precision][:2], blocks=blocks)
+    options = small.Options("gelu", "tanh", 2.0, False, False, True)
+    grad_logdet, grad_context = (
+        torch.linspace(-1, 1, rows, device=device),
+        None if given is None else torch.empty_like(given),
+    )
+    call = (s, options, x, A, c, None, layers[:half], layers[half:], given)
+    out, density, kept, made = small.density_gradient(*call, grad_logdet, grad_context)
+    found = [t.clone() for t in (density, made.x, *_flat(small.parameter_gradients(s, kept, made)))]
+    for _ in range(2):
+        again, density, buffer = small.forward_and_keep(*call)
+        kept = small.kept_parts(s, "gelu", rows, buffer)
+        made = small.backward(s, options, kept, again, None, grad_logdet, grad_context)
+        for a, b in zip(found, (density, made.x, *_flat(small.parameter_gradients(s, kept, made))), strict=True):
+            assert torch.equal(a, b)
+    leaves = [None if t is None else t.double().requires_grad_() for t in values]
+    zero = torch.zeros((), device=device, dtype=torch.float64)
+    exact = reference.coupling_flow_log_prob(
+        *leaves[:3], zero, leaves[4 : 4 + half], leaves[4 + half :], leaves[3], activation="gelu"
+    )
+    asked = [leaves[0], leaves[1], leaves[2], *leaves[4:]]
+    for a, b in zip(found, [exact.detach(), *torch.autograd.grad((exact * grad_logdet).sum(), asked)], strict=True):
+        assert error(a, b) < 4 * tolerance
+    inverse = options._replace(inverse=True, density=False)
+    back, _ = small.forward(s, inverse, out, torch.linalg.inv(A).contiguous(), *call[4:])
+    assert error(back, x.double()) < 10 * tolerance
+
+
+def _flat(gradients) -> list[torch.Tensor]:
+    matrix, offset, weights, biases = gradients
+    return [matrix, offset, *weights, *biases]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

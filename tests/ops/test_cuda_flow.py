@@ -1,4 +1,4 @@
-"""Small coupling flows by CUDA kernels, without a GPU: the device code on the host, a warp's lanes one after the other."""
+"""Small and medium coupling flows by CUDA kernels, without a GPU: on the host, a warp's lanes one after the other."""
 
 import ctypes
 import importlib
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glf_fast import ops, reference
-from glf_fast.ops.coupling_flow import cuda, cupy, small
+from glf_fast.ops.coupling_flow import cluster, cuda, cupy, small
 from glf_fast.ops.coupling_flow.small import BF16, FLOAT32, TF32, FlowShape
 from glf_fast.ops.linear import cupy as cupy_linear
 from glf_fast.reference import ACTIVATIONS, LOG_SCALES
@@ -53,6 +53,7 @@ def on_host(library, monkeypatch, request):
     monkeypatch.setattr(cupy_linear, "most_shared", lambda device: 227 << 10)
     monkeypatch.setattr(cupy_linear, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(small, "CUPY", True)
+    monkeypatch.setattr(cluster, "most_rows", lambda s, gradients: 1000)  # whether or not they are faster
     h100(monkeypatch)
     ordinary = coupling_flow.kernels_for
 
@@ -83,6 +84,18 @@ def no_worse(values, tolerance: float, op: str = "coupling_flow", **options) -> 
     found = run(getattr(ops, op), values, torch.float32, **options)
     errors = {name: error(a, b) for name, a, b in zip(names(values), found, exact, strict=True)}
     assert max(errors.values()) < tolerance, errors
+
+
+MEDIUM = [(64, (96, 70), 0), (41, (70,), 9), (33, (17, 65, 30), 3), (2, (200, 1, 66, 129), 0), (128, (512, 20), 64)]
+
+
+@pytest.mark.parametrize("size", MEDIUM)
+def test_values_and_gradients_of_medium_flows(on_host, size) -> None:
+    """By clusters of eight blocks with eight warps, two of them for 17 rows."""
+    dim, hidden, context = size
+    no_worse(tensors("cpu", 17, 2, dim, context, hidden), 4e-6)
+    assert [threads for threads, _ in on_host] == [256] * 3
+    assert all(shared <= 227 << 10 for _, shared in on_host)
 
 
 @pytest.mark.parametrize("size", [(20, (64, 64), 0), (7, (50, 33), 16), (31, (40, 64, 17), 3), (2, (5,), 1)])
@@ -143,15 +156,16 @@ def test_the_density_of_plu_layers(on_host) -> None:
 
 @pytest.mark.parametrize("activation", ["tanh", "gelu"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("highest", 2e-6), ("high", 3e-3), ("medium", 3e-2)])
-def test_both_ways_in_one_launch(on_host, precision: str, tolerance: float, activation: str) -> None:
+@pytest.mark.parametrize("hidden", [(64, 33), (70, 33)], ids=["small", "medium"])
+def test_both_ways_in_one_launch(on_host, hidden, precision: str, tolerance: float, activation: str) -> None:
     """The same, bit for bit, as in two."""
     torch.set_float32_matmul_precision(precision)
-    values = tensors("cpu", 70, 2, 20, 3, (64, 33))
+    values = tensors("cpu", 70, 2, 20, 3, hidden)
     x, A, c, context, *layers = [t.float() for t in values]
     map_precision, mlp_precision = {"highest": (FLOAT32,) * 2, "high": (TF32,) * 2, "medium": (FLOAT32, BF16)}[
         precision
     ]
-    s = FlowShape(2, 20, 3, (64, 33), map_precision, mlp_precision)
+    s = FlowShape(2, 20, 3, hidden, map_precision, mlp_precision, 1 if hidden[0] == 64 else 8)
     options = small.Options(activation, "tanh", 2.0, False, False, True)
     grad_logdet, grad_context = torch.linspace(-1, 1, 70), torch.empty_like(context)
     call = (s, options, x, A, c, None, layers[:3], layers[3:], context)
@@ -174,9 +188,10 @@ def test_both_ways_in_one_launch(on_host, precision: str, tolerance: float, acti
     assert error(density, log_prob.detach()) < tolerance and max(errors) < tolerance, errors
 
 
-def test_float32_where_matrix_units_truncate(on_host, library) -> None:
+@pytest.mark.parametrize(("dim", "hidden"), [(20, (64, 64)), (64, (256, 256))], ids=["small", "medium"])
+def test_float32_where_matrix_units_truncate(on_host, library, dim: int, hidden) -> None:
     """Sums of small terms are apart from those of large ones, so that few truncations meet a large sum."""
-    values = tensors("cpu", 40, 3, 20, 0, (64, 64))
+    values = tensors("cpu", 16, 3, dim, 0, hidden)
     exact = run(reference.coupling_flow, values, torch.float64)
     errors = []
     for truncating in (False, True):
@@ -201,6 +216,48 @@ def test_every_batch(on_host, batch: int, direction: str) -> None:
         )
     assert all(error(a, b) < 3e-6 for a, b in zip(found, exact, strict=True))
     assert not batch or all(threads <= 256 and shared <= 227 << 10 for threads, shared in on_host)
+
+
+@pytest.mark.parametrize(("activation", "log_scale"), [("silu", "glow"), ("mish", "exp"), ("elu", "bayesflow")])
+def test_options_of_medium_flows(on_host, activation: str, log_scale: str) -> None:
+    """With and without a' beside the layers. There and back, too."""
+    values = tensors("cpu", 17, 2, 36, 2, (33, 18))
+    options = {"activation": activation, "log_scale": log_scale, "add_first": activation != "mish"}
+    no_worse(values, 1e-5, **options)
+    with torch.no_grad():
+        x, A, c, context, *layers = [t.float() for t in values]
+        z, logdet = ops.coupling_flow(x, A, c, layers[:3], layers[3:], context, **options)
+        back, negative = ops.coupling_flow_inverse(
+            z, torch.linalg.inv(A), c, layers[:3], layers[3:], context, **options
+        )
+    assert error(back, x.double()) < 2e-5 and error(negative, -logdet.double()) < 2e-5
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_any_medium_sizes(library, data) -> None:
+    """Clusters of eight and of sixteen blocks, forward and inverse, in every precision."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cupy_linear, "launch", launcher(library, lambda *_: None))
+        patch.setattr(cupy_linear, "most_shared", lambda device: 227 << 10)
+        patch.setattr(small, "CUPY", True)
+        steps, context, rows, blocks = (data.draw(st.integers(*ends)) for ends in ((1, 3), (0, 64), (1, 33), (1, 2)))
+        dim = data.draw(st.integers(2, 128 // blocks))
+        hidden = tuple(data.draw(st.lists(st.integers(1, 512), min_size=1, max_size=4)))
+        tolerance, *precisions = data.draw(
+            st.sampled_from([(2e-5, FLOAT32, FLOAT32), (1e-2, TF32, TF32), (5e-2, FLOAT32, BF16)])
+        )
+        inverse = data.draw(st.booleans())
+        x, A, c, given_context, *layers = tensors("cpu", rows, steps, dim, context, hidden)
+        half = len(layers) // 2
+        run_reference = reference.coupling_flow_inverse if inverse else reference.coupling_flow
+        exact, logdet = run_reference(x, A, c, layers[:half], layers[half:], given_context)
+        s = FlowShape(steps, dim, context, hidden, *precisions, blocks=8 * blocks)
+        options = small.Options("relu", "tanh", 2.0, False, inverse, False)
+        floats = [None if t is None else t.float() for t in (x, A, c, None, given_context)]
+        layers = [t.float() for t in layers]
+        found = small.forward(s, options, *floats[:3], None, layers[:half], layers[half:], floats[4])
+    assert error(found[0], exact) < tolerance and error(found[1], logdet) < tolerance
 
 
 @settings(max_examples=15, deadline=None)
@@ -230,6 +287,9 @@ def test_the_bytes_of_a_step(library) -> None:
         FlowShape(3, 20, 5, (50, 33), FLOAT32, FLOAT32),
         FlowShape(1, 2, 0, (1,), TF32, TF32),
         FlowShape(2, 32, 33, (64, 64, 7, 1), FLOAT32, BF16),
+        FlowShape(2, 40, 0, (128, 65), FLOAT32, BF16, blocks=8),
+        FlowShape(3, 128, 64, (512, 1, 300), FLOAT32, FLOAT32, blocks=8),
+        FlowShape(1, 33, 9, (100,), TF32, TF32, blocks=16),
     ):
         sizes = ctypes.c_int(), ctypes.c_int()
         library.unit_bytes(cupy._shape(case).ctypes.data_as(ctypes.c_void_p), *map(ctypes.byref, sizes))
@@ -271,7 +331,11 @@ def test_what_is_left_to_others(monkeypatch) -> None:
         and not refused("a gradient", grad=True)
         and not refused("inverse", op="coupling_flow_inverse")
     )
-    assert "columns" in refused("wide", dim=33) and "hidden" in refused("broad", hidden=(65,))
+    assert "columns" in refused("wide", dim=129) and "hidden" in refused("broad", hidden=(513,))
+    medium = {"dim": 64, "hidden": (256, 256)}
+    assert not refused("medium", **medium) and not refused("medium, a gradient", grad=True, rows=768, **medium)
+    assert "rows" in refused("many of a medium one", rows=257, **medium)
+    assert "rows" in refused("a single layer", hidden=(65,)) and "rows" in refused("narrow layers", dim=33)
     assert "context" in refused("context", context=65) and "float64" in refused("double", dtype=torch.float64)
     assert "inverse" in refused("gradient of an inverse", op="coupling_flow_inverse", grad=True)
     assert "inverse" in refused("rebuilt", reversible=True, grad=True) and not refused("not rebuilt", reversible=True)
@@ -282,6 +346,8 @@ def test_what_is_left_to_others(monkeypatch) -> None:
     assert "shared memory" in refused("deep", **deep)
     monkeypatch.setattr(cuda, "_matmul_precision", lambda: "high")
     assert not refused("deep in tf32", **deep)
+    h100(monkeypatch, major=8)
+    assert "clusters" in refused("before clusters", **medium)
     h100(monkeypatch, major=7)
     assert "shared memory" in refused("an old GPU")
 
@@ -297,12 +363,19 @@ def test_a_bad_row_stays_bad_and_alone(on_host, bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [cupy.KERNELS[:2], pytest.param(cupy.KERNELS, marks=pytest.mark.long)], ids=["two", "all"]
+    ("source", "names"),
+    [
+        (cupy.SOURCE, cupy.KERNELS[:2]),
+        pytest.param(cupy.SOURCE, cupy.KERNELS, marks=pytest.mark.long),
+        (cupy.CLUSTER_SOURCE, cupy.CLUSTER_KERNELS[:2]),
+        pytest.param(cupy.CLUSTER_SOURCE, cupy.CLUSTER_KERNELS, marks=pytest.mark.long),
+    ],
+    ids=["two", "all", "two of clusters", "all of clusters"],
 )
-def test_nvrtc_compiles_the_kernels(names: tuple[str, ...]) -> None:
+def test_nvrtc_compiles_the_kernels(source: str, names: tuple[str, ...]) -> None:
     """As CuPy does it on a GPU, but for its driver: to machine code of an H100."""
     nvrtc = pytest.importorskip("cupy", reason="needs CuPy, which has no wheel for this machine").cuda.nvrtc
-    program = nvrtc.createProgram(cupy.SOURCE, "flow.cu", (), ())
+    program = nvrtc.createProgram(source, "flow.cu", (), ())
     for name in names:
         nvrtc.addNameExpression(program, name)
     try:

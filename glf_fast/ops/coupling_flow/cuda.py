@@ -1,7 +1,12 @@
-"""Small coupling flows on a GPU by the CUDA kernels of csrc/cuda/flow_kernels.cuh: a warp takes 16 rows through all steps."""
+"""Small and medium coupling flows on a GPU by the CUDA kernels of csrc/cuda.
+
+Of a small flow a warp takes 16 rows through all steps (flow_kernels.cuh). Of a medium one a cluster of blocks does, from sm_90
+on (cluster_kernels.cuh).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -9,7 +14,7 @@ from torch import Tensor
 
 from glf_fast.ops.backends import CUDA
 from glf_fast.ops.checks import check_fake
-from glf_fast.ops.coupling_flow import networks, small
+from glf_fast.ops.coupling_flow import cluster, networks, small
 from glf_fast.ops.coupling_flow.call import Call, CallOptions
 from glf_fast.ops.coupling_flow.networks import as_one_network, hidden_widths
 from glf_fast.ops.coupling_flow.small import BF16, FLOAT32, TF32, FlowShape, Options
@@ -24,6 +29,7 @@ MAX_DIM, MAX_HIDDEN, MAX_CONTEXT = 32, 64, 64
 # Up to here the rows fill the multiprocessors of an H100 once, with 8 warps each. Beyond, both kinds are bound by the matrix
 # units, and Triton's need less workspace.
 MAX_ROWS = 16_384
+MAX_CLUSTER_DIM, MAX_CLUSTER_HIDDEN = 128, 512  # of medium flows
 MAX_WORKSPACE = 48 << 20  # bytes that a forward may keep for its backward: the L2 cache of an H100
 
 OPTIONS = (
@@ -57,34 +63,47 @@ def refuses(call: Call) -> str:
     hidden, dim = hidden_widths(call), x.shape[1]
     if x.dtype != torch.float32:
         return "float64"
-    if not 2 <= dim <= MAX_DIM or not 1 <= len(hidden) <= small.MOST_LAYERS or max(hidden) > MAX_HIDDEN:
-        return f"other than 2 to {MAX_DIM} columns, or other than 1 to {small.MOST_LAYERS} hidden layers of up to {MAX_HIDDEN}"
+    if not 2 <= dim <= MAX_CLUSTER_DIM or not 1 <= len(hidden) <= small.MOST_LAYERS or max(hidden) > MAX_CLUSTER_HIDDEN:
+        return (
+            f"other than 2 to {MAX_CLUSTER_DIM} columns, or other than 1 to {small.MOST_LAYERS} hidden layers of up to "
+            f"{MAX_CLUSTER_HIDDEN}"
+        )
     if context is not None and context.shape[1] > MAX_CONTEXT:
         return f"more than {MAX_CONTEXT} columns of context"
-    if x.shape[0] > MAX_ROWS:
-        return f"more than {MAX_ROWS} rows"
     s = _shape(call, *_precisions(_asked(x)))
-    if torch.is_grad_enabled() and any(
+    medium = s.blocks > 1
+    gradients = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, context, *call.maps, *weights, *biases)
-    ):
+    )
+    if x.shape[0] > (most := cluster.most_rows(s, gradients) if medium else MAX_ROWS):
+        return f"more than {most} rows"
+    if gradients:
         if options.inverse or options.reversible:
             return "gradients of an inverse, or ones that rebuild the steps' inputs"
         if 4 * sum(small.kept_numbers(s, options.activation, x.shape[0])) > MAX_WORKSPACE:
             return f"gradients that need more than {MAX_WORKSPACE >> 20} MiB of workspace"
-    if 2 * max(small.unit_bytes(s)) + 64 > _shared_bytes(x.device.index or 0):
-        return "the weights of two steps do not fit into the shared memory of this GPU"
+    shared = _shared_bytes(x.device.index or 0, medium)
+    if medium and not shared:
+        return "a GPU without clusters of blocks"
+    if (cluster.shared_bytes(s, 2) if medium else 2 * max(small.unit_bytes(s)) + 64) > shared:
+        of = "units" if medium else "steps"
+        return f"the weights of two {of} do not fit into the shared memory of this GPU"
     return ""
 
 
-def _shared_bytes(index: int) -> int:
-    """Bytes of shared memory that a block may ask for; 0 on GPUs whose matrix units know neither tf32 nor bfloat16."""
-    return _shared_bytes_once(index)
+def _shared_bytes(index: int, clusters: bool) -> int:
+    """Bytes of shared memory that a block may ask for.
+
+    0 on GPUs whose matrix units know neither tf32 nor bfloat16, or if asked so on those without clusters.
+    """
+    return _shared_bytes_once(index, clusters)
 
 
 @cache
-def _shared_bytes_once(index: int) -> int:
+def _shared_bytes_once(index: int, clusters: bool) -> int:
     gpu = torch.cuda.get_device_properties(index)
-    return int(gpu.shared_memory_per_block_optin) if gpu.major >= 8 else 0  # type: ignore[attr-defined]
+    oldest = 9 if clusters else 8
+    return int(gpu.shared_memory_per_block_optin) if gpu.major >= oldest else 0  # type: ignore[attr-defined]
 
 
 def _matmul_precision() -> str:
@@ -101,8 +120,15 @@ for _function in (_shared_bytes, _matmul_precision):
 def _shape(call: Call, map_precision: int, mlp_precision: int) -> FlowShape:
     """Sizes of the call's flow, as one network."""
     context = 0 if call.context is None else call.context.shape[1]
-    steps = call.weights[0].shape[0]
-    return FlowShape(steps, call.x.shape[1], context, tuple(hidden_widths(call)), map_precision, mlp_precision)
+    steps, (rows, dim), hidden = call.weights[0].shape[0], call.x.shape, tuple(hidden_widths(call))
+    return FlowShape(steps, dim, context, hidden, map_precision, mlp_precision, _blocks(dim, hidden, rows))
+
+
+def _blocks(dim: int, hidden: Sequence[int], rows: int) -> int:
+    """The blocks of a cluster that shares rows; 1 for a small flow."""
+    if dim <= MAX_DIM and max(hidden) <= MAX_HIDDEN:
+        return 1
+    return 8
 
 
 def adapt(call: Call) -> Call:
@@ -156,11 +182,11 @@ def _values(options: CallOptions) -> tuple[str, str, float, bool, bool, bool, in
 
 
 def _shape_of(
-    matrix: Tensor, weights: list[Tensor], context: Tensor | None, map_precision: int, mlp_precision: int
+    x: Tensor, matrix: Tensor, weights: list[Tensor], context: Tensor | None, map_precision: int, mlp_precision: int
 ) -> FlowShape:
-    columns = 0 if context is None else context.shape[1]
+    columns, (rows, dim) = 0 if context is None else context.shape[1], x.shape
     hidden = tuple(w.shape[2] for w in weights[:-1])
-    return FlowShape(len(matrix), matrix.shape[1], columns, hidden, map_precision, mlp_precision)
+    return FlowShape(len(matrix), dim, columns, hidden, map_precision, mlp_precision, _blocks(dim, hidden, rows))
 
 
 # -- the operations: what torch.compile sees ---------------------------------------------------------------------------
@@ -173,7 +199,7 @@ def _(
     density: bool, map_precision: int, mlp_precision: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_fake(x)
-    s = _shape_of(matrix, weights, context, map_precision, mlp_precision)
+    s = _shape_of(x, matrix, weights, context, map_precision, mlp_precision)
     saved = x.new_empty(sum(small.kept_numbers(s, activation, x.shape[0])) if keep else 0)
     return torch.empty_like(x), x.new_empty(x.shape[0]), saved
 
@@ -200,7 +226,7 @@ def _(
     context: Tensor | None, activation: str, log_scale: str, constant: float, add_first: bool, inverse: bool,
     density: bool, map_precision: int, mlp_precision: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    s = _shape_of(matrix, weights, context, map_precision, mlp_precision)
+    s = _shape_of(x, matrix, weights, context, map_precision, mlp_precision)
     options = Options(activation, log_scale, constant, add_first, inverse, density)
     if keep:
         return small.forward_and_keep(s, options, x, matrix, offset, logabsdet, weights, biases, context)
@@ -214,7 +240,7 @@ def _(
     constant: float, add_first: bool, inverse: bool, density: bool, map_precision: int, mlp_precision: int,
     parameters: bool, of_context: bool,
 ) -> list[Tensor]:  # fmt: skip
-    s = _shape_of(matrix, weights, context, map_precision, mlp_precision)
+    s = _shape_of(out, matrix, weights, context, map_precision, mlp_precision)
     options = Options(activation, log_scale, constant, add_first, inverse, density)
     grad_context = torch.empty_like(context) if of_context and context is not None else None
     kept = small.kept_parts(s, activation, len(out), saved)

@@ -1,6 +1,7 @@
-"""Small coupling flows on a GPU: sizes, buffers and passes of the kernels in csrc/cuda/flow_kernels.cuh.
+"""Small and medium coupling flows on a GPU: sizes, buffers and passes of the kernels in csrc/cuda.
 
-A warp takes 16 rows through all steps. The kernels come from the compiled library, or from CuPy where there is none.
+Of a small flow a warp takes 16 rows through all steps (flow_kernels.cuh), of a medium one a cluster of blocks does
+(cluster_kernels.cuh; `cluster` has their sizes). The kernels come from the compiled library, or from CuPy where there is none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from glf_fast.ops.backends import CUPY
+from glf_fast.ops.coupling_flow import cluster
+from glf_fast.ops.coupling_flow.cluster import DEPTHS
 from glf_fast.reference import NEED_INPUT
 
 __all__ = [
@@ -37,7 +40,6 @@ __all__ = [
 
 # csrc/cuda/flow_call.cuh and row_tiles.cuh have these, too.
 MOST_LAYERS, WARP_ROWS = 4, 16
-DEPTHS = (8, 16, 32)  # rows of a weight in a block of 512 bytes, by precision
 FLOAT32, TF32, BF16 = range(3)  # precisions: float32 by three tf32 products, tf32, bfloat16
 PLAIN, FORTH, BACK = (
     0,
@@ -69,16 +71,17 @@ class FlowShape(NamedTuple):
     hidden: tuple[int, ...]
     map: int
     mlp: int
+    blocks: int = 1  # of a cluster that shares sixteen rows; 1: a warp has them for itself
 
     @property
     def half_tiles(self) -> int:
         """Tiles of 8 columns to which each half of a row is padded."""
-        return 1 if self.dim <= 16 else 2
+        return -(-(self.dim - self.dim // 2) // 8)
 
     @property
     def hidden_tiles(self) -> int:
         """Tiles of 8 columns to which hidden layers are padded."""
-        return 8
+        return 8 if self.blocks == 1 else cluster.hidden_tiles(self.blocks, max(self.hidden))
 
     @property
     def columns(self) -> list[int]:
@@ -103,6 +106,7 @@ class FlowShape(NamedTuple):
             self.hidden_tiles,
             self.map,
             self.mlp,
+            self.blocks,
             *self.hidden,
         ]
 
@@ -142,6 +146,8 @@ def _up(n: int) -> int:
 
 def unit_bytes(s: FlowShape) -> tuple[int, int]:
     """Bytes of a packed step: the forward's, and the transposed one of the backward (`Layout`, csrc/cuda/flow_call.cuh)."""
+    if s.blocks > 1:
+        return cluster.step_bytes(s)
 
     def quads(precision: int, rows: int, tiles: int) -> int:
         return -(-rows // DEPTHS[precision]) * tiles * 32
