@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from glf_fast.fitting.dataset import Rows, checked_rows, checked_weights
+from glf_fast.fitting.small_step import small_step
 from glf_fast.fitting.steps import loss_of, one_step
 from glf_fast.flow import AutoregressiveFlow, CouplingFlow, Flow
 from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.ops.backends import chosen
+from glf_fast.ops.coupling_flow.training_step import Progress, SmallFlowStep
 
 __all__ = ["DeviceStep", "GraphedStep", "GraphedSteps", "why_not"]
 
@@ -121,10 +123,24 @@ class DeviceStep:
             group["lr"], group["capturable"] = before
 
 
+class _Same:
+    """An object that equals itself alone."""
+
+    def __init__(self, what: object) -> None:
+        self.what = what
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.what is other.what
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class CapturedStep:
     """A `DeviceStep` that is captured as a graph after its first run, and replayed.
 
-    Where parameters or the optimizer's state have moved, or a setting has changed, both are done again.
+    Of small flows, the kernels of `small_step` take the place of autograd and optimizer from the second run on, which goes
+    through Python, too, and the third one is captured. Where parameters or the optimizer's state have moved, or a setting has
+    changed, all is done again.
 
     Attributes:
         failed: why it could not be captured, so that each run goes through Python; "" where it could, or was not tried yet.
@@ -135,37 +151,71 @@ class CapturedStep:
         self.step = step
         self.failed = ""
         self.rate: float | Tensor = math.nan
+        self._several = len(step.order) > 1
+        self._small: SmallFlowStep | None = None
+        self._compiled = False  # the kernels of `_small`, by its first run
         self._graph: torch.cuda.CUDAGraph | None = None
         self._known: list[Any] = []  # what the graph holds
 
-    def run(self) -> None:
-        """Make the next step."""
-        if self._known != self._facts():
-            # What is made once must not be in the graph: ActNorms' start, the optimizer's state, kernels that are compiled.
-            self._graph = None
-            self.step.run()
-            self._known = self._facts()
-            return
-        if self._graph is None and not self.failed:
-            self._capture()
+    def prepare(self) -> None:
+        """Say that parameters may have changed since the last step. Of a single step, each run takes them as they are."""
+        if self._small is not None and self._several:
+            self._small.prepare()
+
+    def run(self, steps: int = 1) -> None:
+        """Make the next steps."""
+        while steps:
+            if self._known != self._facts():
+                # What is made once must not be in the graph: ActNorms' start, the optimizer's state, kernels that are compiled.
+                self._graph = None
+                self.step.run()
+                self._choose()
+                self._known = self._facts()
+                made = 1
+            else:
+                if self._graph is None and not self.failed and (self._small is None or self._compiled):
+                    self._capture()
+                made = self._replay(steps)
+            steps -= made
+        torch.autograd.graph.increment_version(self._trained())
+
+    def _replay(self, steps: int) -> int:
+        """Make so many steps where they are captured, else one; returns how many."""
         if self._graph is None:
-            self.step.run()
-        else:
+            self._run()
+            return 1
+        for _ in range(steps):
             self._graph.replay()
-            torch.autograd.graph.increment_version(self._trained())
+        return steps
+
+    def _choose(self) -> None:
+        step = self.step
+        progress = Progress(step.order, step.rates, step.losses, step.made if self._several else None)
+        self._small = small_step(step.flow, step.optimizer, step.rows, step.clip, progress)
+        self._compiled = False
+        self.prepare()
+
+    def _run(self) -> None:
+        if self._small is None:
+            self.step.run()
+            return
+        if not self._several:
+            self._small.prepare()
+        self._small.run()
+        self._compiled = True
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self.step.optimizer.param_groups[0]["params"] if p.requires_grad]
 
     def _facts(self) -> list[Any]:
-        """Addresses and settings that a graph holds."""
+        """Addresses and settings that a graph holds; of the optimizer's state its dictionary, which a new state replaces."""
         optimizer, trained = self.step.optimizer, self._trained()
-        of_state = [t for p in trained for t in optimizer.state.get(p, {}).values()]
         settings = [v for name, v in optimizer.param_groups[0].items() if name not in ("params", "lr", "initial_lr")]
         device = trained[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         precision = torch.get_float32_matmul_precision()
-        return [*(t.data_ptr() for t in (*trained, *of_state)), *settings, autocast, precision, chosen()]
+        addresses = [p.data_ptr() for p in trained]
+        return [_Same(optimizer.state), *addresses, *settings, autocast, precision, chosen()]
 
     def _capture(self) -> None:
         try:
@@ -173,7 +223,7 @@ class CapturedStep:
             # A capture that fails leaves its own stream behind as the current one.
             own = torch.cuda.stream(torch.cuda.current_stream(self.step.order.device))
             with own, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.step.run()
+                self._run()
         except RuntimeError as error:
             self.failed = str(error).strip().partition("\n")[0]
             warnings.warn(
@@ -206,8 +256,8 @@ class GraphedSteps:
         step.order[:n].copy_(order[:n])
         step.rates[:n].copy_(torch.tensor(rates[:n], dtype=step.rates.dtype))
         step.made.zero_()
-        for _ in range(n):
-            self._step.run()
+        self._step.prepare()
+        self._step.run(n)
         found, made = step.losses[:n].tolist(), int(step.made)
         # The first call compiles, and the second one captures: neither says how long a step takes.
         by_time = n * SECONDS / max(time.monotonic() - start, 1e-6)
@@ -220,10 +270,10 @@ class GraphedStep:
     """A training step of a flow that is one CUDA graph: rows, loss, gradients, clipping and AdamW.
 
     A call makes one step by maximum likelihood, on the mean of −log p(x | context) over the rows that it is given. The first
-    call of each batch size is an ordinary step, the second one captures, and all others replay. Parameters and the state of the
-    optimizer are changed in place: `state_dict`, checkpoints and learning-rate schedulers work as ever, and settings of the
-    optimizer are read at each call. A step whose loss or gradient is not finite changes nothing. `fit` makes whole runs of such
-    steps.
+    calls of each batch size are ordinary steps, the second or third one captures, and all others replay. Parameters and the
+    state of the optimizer are changed in place: `state_dict`, checkpoints and learning-rate schedulers work as ever, and
+    settings of the optimizer are read at each call. A step whose loss or gradient is not finite changes nothing. `fit` makes
+    whole runs of such steps.
 
     On a processor, and wherever `why_not` is not empty, each call is an ordinary step with the same result.
 

@@ -1,5 +1,6 @@
 // The kernels of small coupling flows on the host, launched by name as in host_kernels.cpp; the warps of a block are threads.
 #include "cuda/flow_kernels.cuh"
+#include "cuda/flow_update.cuh"
 
 #include <cstdio>
 #include <cstdlib>
@@ -43,6 +44,8 @@ int launch_half(int map, int mlp, const std::string& kernel, long long grid, int
 std::vector<int> sizes_of(const std::string& kernel) {
   if (kernel == "pack") return {sizeof(FlowShape), sizeof(FlowParameters), sizeof(void*), sizeof(void*)};
   if (kernel == "gradient") return {sizeof(FlowCall), sizeof(int)};
+  if (kernel == "batch") return {sizeof(FlowBatch)};
+  if (kernel == "gradients" || kernel == "update") return {sizeof(FlowUpdate)};
   return {sizeof(FlowCall)};
 }
 
@@ -52,13 +55,21 @@ std::vector<int> sizes_of(const std::string& kernel) {
 extern "C" int launch(const char* name, long long grid, int shared, int count, const int* sizes, void** arguments) {
   const std::string whole = name;
   const auto is = [&](const char* start) { return whole.rfind(std::string("glf::device::") + start, 0) == 0; };
-  const std::string kernel = is("flow_pack_kernel") ? "pack" : is("flow_gradient_kernel") ? "gradient" : whole.find("true") != std::string::npos ? "inverse" : "forward";
+  std::string kernel = whole.find("true") != std::string::npos ? "inverse" : "forward";
+  for (const char* one : {"pack", "gradient", "batch", "gradients", "update"})
+    if (is(("flow_" + std::string(one) + "_kernel").c_str())) kernel = one;
   if (std::vector<int>(sizes, sizes + count) != sizes_of(kernel)) return 2;
   if (kernel == "pack")
     return blocks(grid, shared, [&] {
       flow_pack_kernel(*static_cast<FlowShape*>(arguments[0]), *static_cast<FlowParameters*>(arguments[1]),
                        *static_cast<Quad**>(arguments[2]), *static_cast<Quad**>(arguments[3]));
     });
+  if (kernel == "batch") return blocks(grid, shared, [&] { flow_batch_kernel(*static_cast<FlowBatch*>(arguments[0])); });
+  if (kernel == "gradients" || kernel == "update") {
+    const FlowUpdate& u = *static_cast<FlowUpdate*>(arguments[0]);
+    if (kernel == "update") return blocks(grid, shared, [&] { flow_update_kernel(u); });
+    return grid == gradient_blocks(u) ? blocks(grid, shared, [&] { flow_gradients_kernel(u); }) : 1;
+  }
   int half, hidden, map, mlp;
   if (std::sscanf(whole.c_str() + whole.find('<'), "<%d, %d, %d, %d", &half, &hidden, &map, &mlp) != 4 || hidden != 8) return 1;
   return half == 1 ? launch_half<1>(map, mlp, kernel, grid, shared, arguments)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glf_fast import AutoregressiveFlow, CouplingFlow, Flow, GraphedStep, fit, use_backend
+from glf_fast import AutoregressiveFlow, CouplingFlow, Flow, GraphedStep, backends, fit, use_backend
 from glf_fast.fitting.graphed import GraphedSteps
 from glf_fast.fitting.run import Run
 from glf_fast.fitting.steps import Steps
@@ -70,6 +70,8 @@ def test_replays_are_the_steps_of_a_loop(name: str, clip: float | None, device) 
             for optimizer in optimizers:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert not step.why_not
+    fused = name == "small" and torch.cuda.get_device_capability() >= (8, 0) and backends()["cuda"].startswith("ready")
+    assert all((captured._small is not None) == fused for captured in step._by_batch.values())
     assert_close(*flows)
     for a, b in zip(*(optimizer.state_dict()["state"].values() for optimizer in optimizers), strict=True):
         assert a["step"] == b["step"] == 17
@@ -112,6 +114,19 @@ def test_fit_replays_and_is_what_it_is_without_graphs(name: str, device, monkeyp
     assert results[0].steps == results[1].steps == 80
     assert results[0].training_loss == pytest.approx(results[1].training_loss, rel=1e-3, abs=1e-3)
     assert_close(*flows)
+
+
+def test_parameters_that_are_changed_in_between_are_seen(device) -> None:
+    """Also those that are changed behind autograd's back: each step packs them again."""
+    flow, x, context, _ = made("small", device)
+    optimizer = torch.optim.AdamW(flow.parameters(), 1e-3, fused=True)
+    step, rows = GraphedStep(flow, optimizer, x, context), torch.arange(100, device=device)
+    for _ in range(5):
+        step(rows)
+    for p in flow.parameters():
+        p.data.mul_(0.9)
+    want = -flow.log_prob(x[rows], context[rows]).mean().detach()
+    torch.testing.assert_close(step(rows), want, rtol=1e-4, atol=1e-4)
 
 
 def test_fit_says_why_it_does_not_capture(device, capfd) -> None:
