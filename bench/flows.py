@@ -18,9 +18,10 @@ from bench.elsewhere import Elsewhere
 from bench.libraries import LIBRARIES, Density, Library, flowjax
 from bench.race import Clock, Job, Provider
 
-__all__ = ["ALONE", "COMPILED", "FLOWJAX", "PROVIDERS", "Flow", "flow_job", "library_flow"]
+__all__ = ["ALONE", "COMPILED", "FLOWJAX", "GRAPHED_STEP", "PROVIDERS", "Flow", "flow_job", "library_flow"]
 
 COMPILED = ("compile", "reduce-overhead")
+GRAPHED_STEP = "glf_fast, GraphedStep"
 # Whose kernels are timed alone, too: a compiled flow's are those of reduce-overhead, whose own graphs nobody else can replay.
 ALONE = ("glf_fast", "eager", "compile")
 
@@ -159,6 +160,26 @@ def _why_not_flowjax(case: FlowCase, mode: str, device: str) -> str:
     return flowjax.why_not() or ("" if device == "cpu" else "jax is compared on a processor")
 
 
+def _graphed_step_job(case: FlowCase, mode: str, clock: Clock) -> Job:
+    """Our flow's training steps by `GraphedStep`, which gathers the rows of a batch, too."""
+    device = clock.DEVICE
+    torch.manual_seed(0)
+    flow = Flow(_ours(case, device), device, "auto")
+    flow.module.train()
+    optimizer = torch.optim.AdamW(flow.module.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
+    step = glf_fast.GraphedStep(flow.module, optimizer, *case.inputs(device))  # type: ignore[arg-type]
+    rows = torch.arange(case.batch, device=device)
+
+    def check(out: Tensor) -> str:
+        return why_wrong(flow.results(mode, out), exact_flow(case, "train", device))
+
+    return Job(step, check, (rows,), {"parameters": flow.parameters()}, in_graph=not step.why_not)
+
+
+def _why_no_graphed_step(case: FlowCase, mode: str, device: str) -> str:
+    return "" if mode == "step" else "GraphedStep makes whole training steps"
+
+
 FLOWJAX = Provider("flowjax", _flowjax_job, _why_not_flowjax)
 MAKERS: dict[str, Callable[[FlowCase, str], Density]] = {
     "glf_fast": _ours,
@@ -169,5 +190,6 @@ MAKERS: dict[str, Callable[[FlowCase, str], Density]] = {
 PROVIDERS: dict[str, Provider] = {
     **{name: Provider(name, partial(flow_job, name, make)) for name, make in MAKERS.items()},
     **{library.name: _library(library) for library in LIBRARIES.values()},
+    GRAPHED_STEP: Provider(GRAPHED_STEP, _graphed_step_job, _why_no_graphed_step),
     "flowjax": FLOWJAX,
 }

@@ -29,7 +29,18 @@ from bench.linear import BACKENDS, LinearCase
 from bench.race import GRAPHED, Case, Clock, Job, Provider, Race, graph_clock, graphed
 from bench.results import Results
 
-__all__ = ["BATCHES", "FIRST", "FLOW_MODES", "GROUPS", "NAMED", "OURS_AND_EAGER", "PRECISIONS", "SECOND", "races"]
+__all__ = [
+    "BATCHES",
+    "FIRST",
+    "FLOW_MODES",
+    "GROUPS",
+    "NAMED",
+    "OURS_AND_EAGER",
+    "PRECISIONS",
+    "SECOND",
+    "WITH_GRAPHS",
+    "races",
+]
 
 SECONDS = 0.12  # of each provider's calls
 PRECISIONS = {"highest": "float32", "high": "tf32", "medium": "bf16"}
@@ -204,7 +215,7 @@ GROUPS: dict[str, Callable[[], Iterator[Race]]] = {
     "grid": partial(_flows, GRID.values(), ("train",), OURS_AND_EAGER, suite="grid"),
     "wide": _wide,
     "layers": _layers,
-    "step": partial(_flows, NAMED, ("step",), WITH_GRAPHS),
+    "step": partial(_flows, NAMED, ("step",), (flows.GRAPHED_STEP, *WITH_GRAPHS)),
     "linear-more": partial(
         _linear, (16384, 1024, 32, 8), (32, 64, 8, 16, 4, 128, 192), (*DENSE[:1], *BACKENDS, "CuPy")
     ),

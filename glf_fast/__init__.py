@@ -1,7 +1,7 @@
 """glf_fast: fast affine-coupling normalizing flows, and Generative Latent Flow on top of them.
 
-Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert`, `accelerate`, `fit` and
-`integrations` are loaded when first asked for.
+Importing needs torch alone and touches no GPU, compiler or network. `GLF`, `convert`, `accelerate`, `fit`,
+`GraphedStep` and `integrations` are loaded when first asked for.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from glf_fast import integrations
     from glf_fast.conversion import ConversionError, convert
     from glf_fast.conversion.accelerate import accelerate
-    from glf_fast.fitting import FitResult, fit
+    from glf_fast.fitting import FitResult, GraphedStep, fit
     from glf_fast.models.glf import GLF
 
 __version__ = _version("glf_fast")
@@ -58,6 +58,7 @@ __all__ = [
     "FlowEnsemble",
     "FlowTransform",
     "GlowFlow",
+    "GraphedStep",
     "Inverse",
     "InvertibleLinear",
     "ResidualNet",
@@ -82,6 +83,7 @@ _LAZY = {
     "ConversionError": "glf_fast.conversion",
     "FitResult": "glf_fast.fitting",
     "GLF": "glf_fast.models.glf",
+    "GraphedStep": "glf_fast.fitting",
     "accelerate": "glf_fast.conversion.accelerate",
     "convert": "glf_fast.conversion",
     "fit": "glf_fast.fitting",

@@ -53,15 +53,26 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
     return made
 
 
-@pytest.fixture(scope="session")
-def host_kernels(once: Callable[[str, Callable[[Path], object]], Path]) -> ctypes.CDLL:
-    """The CUDA kernels compiled for the host, and launched by name (host_launches.py)."""
+def for_the_host(name: str, once: Callable[[str, Callable[[Path], object]], Path]) -> ctypes.CDLL:
+    """A library of tests/csrc."""
     compiler = shutil.which("c++")
     assert compiler, "a C++ compiler is needed"
     root = Path(__file__).parents[1]
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-    command = [compiler, *flags, f"-I{root / 'csrc'}", root / "tests" / "csrc" / "host_kernels.cpp", "-o"]
-    return ctypes.CDLL(str(once("host_kernels.so", lambda target: subprocess.run([*command, target], check=True))))
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-pthread"]
+    command = [compiler, *flags, f"-I{root / 'csrc'}", root / "tests" / "csrc" / f"{name}.cpp", "-o"]
+    return ctypes.CDLL(str(once(f"{name}.so", lambda target: subprocess.run([*command, target], check=True))))
+
+
+@pytest.fixture(scope="session")
+def host_kernels(once: Callable[[str, Callable[[Path], object]], Path]) -> ctypes.CDLL:
+    """The CUDA kernels of linear layers and sums over rows compiled for the host, launched by name (host_launches.py)."""
+    return for_the_host("host_kernels", once)
+
+
+@pytest.fixture(scope="session")
+def host_flow(once: Callable[[str, Callable[[Path], object]], Path]) -> ctypes.CDLL:
+    """Those of small flows."""
+    return for_the_host("host_flow", once)
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,7 @@ GLF_DEVICE void with_log_scale(LogScale kind, F f) {
 #ifdef __CUDACC__
 GLF_DEVICE float arc_tangent(float x) { return atanf(x); }
 GLF_DEVICE float square_root(float x) { return sqrtf(x); }
+GLF_DEVICE double square_root(double x) { return sqrt(x); }
 // To two units in the last place; 0 where y is 2¹²⁶ or more, in which every quotient here ends.
 GLF_DEVICE float quotient(float x, float y) { return __fdividef(x, y); }
 // The larger one, NaN if either is.
@@ -73,6 +74,7 @@ GLF_DEVICE float larger(float x, float y) {
 #else
 inline float arc_tangent(float x) { return std::atan(x); }
 inline float square_root(float x) { return std::sqrt(x); }
+inline double square_root(double x) { return std::sqrt(x); }
 inline float quotient(float x, float y) { return x / y; }
 inline float larger(float x, float y) { return x > y || x != x ? x : y; }
 #endif

@@ -53,19 +53,6 @@ GLF_KERNEL(block_threads)
 }
 
 template <class T>
-GLF_DEVICE Layer<T> layer(const Layer<T>& first, long long k) {
-  const long long vector = k * first.D, matrix = vector * first.D;
-  return {first.D,
-          first.permutation + vector,
-          first.lower + matrix,
-          first.upper + matrix,
-          first.log_diag + vector,
-          first.sign + vector,
-          first.log_scale ? first.log_scale + vector : nullptr,
-          first.bias ? first.bias + vector : nullptr};
-}
-
-template <class T>
 GLF_KERNEL(block_threads)
     plu_assemble_kernel(Layer<T> first, T* A, T* A_inv, T* c, T* logabsdet) {
   const int slices = slices_of(first.D);

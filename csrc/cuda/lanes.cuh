@@ -50,6 +50,7 @@ GLF_DEVICE float natural_log(float x) { return logf(x); }
 GLF_DEVICE double natural_log(double x) { return log(x); }
 GLF_DEVICE float exponential(float x) { return expf(x); }
 GLF_DEVICE double exponential(double x) { return exp(x); }
+GLF_DEVICE double power(double x, double y) { return pow(x, y); }
 
 // What each thread of a block of 256 keeps for itself, in its registers.
 template <class X>
@@ -233,6 +234,7 @@ inline float natural_log(float x) { return std::log(x); }
 inline double natural_log(double x) { return std::log(x); }
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
+inline double power(double x, double y) { return std::pow(x, y); }
 
 // f(i) for i < n, which on a GPU run at once: none may need what another does. Tests go through them backwards, too.
 inline bool backwards = false;

@@ -18,6 +18,20 @@ struct Layer {
   GLF_DEVICE T scale(int i) const { return log_scale ? exponential(log_scale[i]) : T(1); }
 };
 
+// The k-th of layers one behind the other.
+template <class T>
+GLF_DEVICE Layer<T> layer(const Layer<T>& first, long long k) {
+  const long long vector = k * first.D, matrix = vector * first.D;
+  return {first.D,
+          first.permutation + vector,
+          first.lower + matrix,
+          first.upper + matrix,
+          first.log_diag + vector,
+          first.sign + vector,
+          first.log_scale ? first.log_scale + vector : nullptr,
+          first.bias ? first.bias + vector : nullptr};
+}
+
 template <class T>
 struct LayerGradients {
   T *lower, *upper, *log_diag, *log_scale, *bias;

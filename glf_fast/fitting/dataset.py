@@ -14,7 +14,7 @@ from glf_fast.flow.base import any_parameter
 from glf_fast.flow.stacked_flow import StackedFlow
 from glf_fast.ops.checks import check_floating, check_tensors
 
-__all__ = ["Dataset", "Rows", "dataset"]
+__all__ = ["Dataset", "Rows", "checked_rows", "checked_weights", "dataset"]
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ def dataset(
     Raises:
         ValueError, TypeError: what does not fit the flow, is not finite, or is empty.
     """
-    x, context = _checked(flow, x, context, "")
+    x, context = checked_rows(flow, x, context, "")
     if weights is not None:
-        weights = _checked_weights(weights, len(x))
+        weights = checked_weights(weights, len(x))
     if isinstance(validation, tuple | list):
         if len(validation) != 2:
             raise ValueError(f"validation rows must be a pair (x, context or None); got {len(validation)} items")
-        held_out = Rows(*_checked(flow, *validation, "validation "), weights=None)
+        held_out = Rows(*checked_rows(flow, *validation, "validation "), weights=None)
         train, kept = torch.arange(len(x)), torch.arange(len(held_out.x))
     elif not isinstance(validation, int | float):
         raise TypeError(
@@ -115,7 +115,7 @@ def dataset(
     return Dataset(rows, train, held_out, kept)
 
 
-def _checked(flow: Flow, x: Tensor, context: Tensor | None, of: str) -> tuple[Tensor, Tensor | None]:
+def checked_rows(flow: Flow, x: Tensor, context: Tensor | None, of: str) -> tuple[Tensor, Tensor | None]:
     """x and context without gradients, finite and of the flow's shapes."""
     like = any_parameter(flow)
     wanted = [(f"{of}x", x, flow.event_shape)]
@@ -140,14 +140,15 @@ def _checked(flow: Flow, x: Tensor, context: Tensor | None, of: str) -> tuple[Te
         if tensor is not x and isinstance(flow, Embedded):
             continue  # a network may know what to do with NaN
         if not (finite := tensor.detach().isfinite().flatten(1).all(1)).all():
-            row = int((~finite).nonzero()[0])
+            row = int((~finite).int().argmax())
             raise ValueError(
                 f"{name} has NaN or infinity in {int((~finite).sum())} of {len(x)} rows, first in row {row}"
             )
     return x.detach(), None if context is None else context.detach()
 
 
-def _checked_weights(weights: Tensor, rows: int) -> Tensor:
+def checked_weights(weights: Tensor, rows: int) -> Tensor:
+    """Weights of so many rows without gradients, finite and not negative."""
     check_tensors(weights=weights)
     check_floating("weights", weights)
     if weights.shape != (rows,):

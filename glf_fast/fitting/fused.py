@@ -17,7 +17,7 @@ from glf_fast.ops.codes import ACTIVATION_CODES, COUPLING_CODES, LOG_SCALE_CODES
 from glf_fast.ops.coupling_flow.cpp import OF_WIDE, RECORDS_LIMIT, WIDE
 from glf_fast.reference import constant_of_activation, prepared_constant
 
-__all__ = ["FusedSteps", "why_not"]
+__all__ = ["FusedSteps", "parameters_of", "why_not"]
 
 SECONDS = 0.2  # of a call, after which Ctrl-C, callbacks and the display have their turn
 operations = torch.ops.glf_fast
@@ -35,7 +35,7 @@ def why_not(flow: Flow, batch_size: int) -> str:
         return "dropout"
     if not flow._started and batch_size < 2:
         return "ActNorms that a batch of one row cannot start"
-    parameters = [t for part in _parameters(flow) for t in part]
+    parameters = [t for part in parameters_of(flow) for t in part]
     if len({*map(id, parameters)} & {*map(id, flow.parameters())}) < len(parameters):
         return "parameters that are computed from others, or shared"
     if not all(_plain(p) for p in parameters):
@@ -48,7 +48,7 @@ def _plain(p: Tensor) -> bool:
     return type(p) is nn.Parameter and p.device.type == "cpu" and p.is_contiguous() and not hooked
 
 
-def _parameters(flow: StackedFlow) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+def parameters_of(flow: StackedFlow) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Parameters of linear layers, of ActNorms, weights and biases, as the operations take them."""
     linear, actnorm = flow._map_tensors()
     factors = [t for name, t in linear.items() if name not in ("sign", "permutation")]
@@ -102,7 +102,7 @@ class FusedSteps:
         if not flow._started:
             with torch.no_grad():
                 flow.log_prob(*rows.pick(order[0], rows.x)[:2])
-        parts = _parameters(flow)
+        parts = parameters_of(flow)
         parameters = [t for part in parts for t in part]
         buffers: dict[str, Tensor | None] = flow._buffers
         group = self.optimizer.param_groups[0]

@@ -47,8 +47,9 @@ def fit(
     """Train a flow by maximum likelihood: AdamW on the mean of −log p(x | context) over random batches.
 
     A run is that of a plain PyTorch loop with torch.optim.AdamW. A `CouplingFlow` or `AutoregressiveFlow` on a processor takes
-    many steps in one call of C++, without Python, autograd or the GIL; any other flow, on any device, takes them one by one,
-    with the same results up to rounding. Each epoch goes through the rows in a new order, in batches of one size; rows that do
+    many steps in one call of C++, without Python, autograd or the GIL; on a GPU, with the rows on the same GPU, its steps are
+    replays of one CUDA graph (`GraphedStep`). Any other flow takes steps one by one, with the same results up to rounding, and
+    on a GPU a line of progress says why. Each epoch goes through the rows in a new order, in batches of one size; rows that do
     not fill a batch are left out of that epoch. ActNorms start from the first batch. The flow is left in evaluation mode.
 
     With validation the flow is left as it was after the epoch of the lowest validation loss, else as the last step made it.
@@ -114,6 +115,8 @@ def fit(
         sizes = (total * batch_size, result.steps * batch_size, per_epoch * batch_size)
         shown = Progress(*sizes, "rows") if progress else None
         with shown or contextlib.nullcontext(), stop_on_signals(signal.SIGINT) as stop:
+            if shown and run.note:
+                shown.say(run.note)
             while not (result.stopped or run.ends(epochs, patience)):
                 run.advance(rates(result.steps))
                 if run.at_epoch_end and callback is not None and callback(result) is True:

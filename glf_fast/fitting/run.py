@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from glf_fast import seeds
+from glf_fast.fitting import fused, graphed
 from glf_fast.fitting.dataset import Dataset
-from glf_fast.fitting.fused import FusedSteps, why_not
 from glf_fast.fitting.progress_file import ProgressFile
 from glf_fast.fitting.steps import Steps, adamw
 from glf_fast.flow import Flow
@@ -51,6 +51,9 @@ class Run:
     Args:
         clip: longest gradient, over all parameters; infinity for any.
         file: the file to go on from, and to write to.
+
+    Attributes:
+        note: what the user should know of how steps are made, or "".
     """
 
     def __init__(
@@ -60,12 +63,21 @@ class Run:
         self.flow, self.data, self.batch_size, self.seed, self.file = flow, data, batch_size, seed, file
         self.result = FitResult()
         self._optimizer = adamw(flow, lr, weight_decay)
-        fused = isinstance(flow, StackedFlow) and not why_not(flow, batch_size)
-        self._steps = (FusedSteps if fused else Steps)(flow, self._optimizer, data.rows, clip)  # type: ignore[arg-type]
         self._device: torch.device = self._optimizer.param_groups[0]["params"][0].device
+        self.note = ""
+        self._steps = self._kind_of_steps()(flow, self._optimizer, data.rows, clip)  # type: ignore[arg-type]
         self._losses: list[float] = []  # of the epoch's steps so far
         self._order = torch.empty(0, dtype=torch.int64)  # its batches
         self._best: dict[str, Any] | None = None  # the flow's state after the best epoch
+
+    def _kind_of_steps(self) -> type[fused.FusedSteps | graphed.GraphedSteps | Steps]:
+        if isinstance(self.flow, StackedFlow) and not fused.why_not(self.flow, self.batch_size):
+            return fused.FusedSteps
+        if self._device.type != "cuda":
+            return Steps
+        if why := graphed.why_not(self.flow, self._optimizer, self.data.rows):
+            self.note = f"each step goes through Python, because it cannot be captured as a CUDA graph: {why}"
+        return Steps if why else graphed.GraphedSteps
 
     def __enter__(self) -> Run:
         on_gpu = [self._device] if self._device.type == "cuda" else []

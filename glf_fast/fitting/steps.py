@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glf_fast.fitting.dataset import Rows
 from glf_fast.flow import Flow
 
-__all__ = ["Steps", "adamw"]
+__all__ = ["Steps", "adamw", "loss_of", "one_step"]
 
 
 def adamw(flow: Flow, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -23,6 +23,36 @@ def adamw(flow: Flow, lr: float, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(trained, lr, weight_decay=weight_decay, fused=fused)
 
 
+def loss_of(flow: Flow, x: Tensor, context: Tensor | None, weights: Tensor | None) -> Tensor:
+    """The mean of −log p(x | context) over rows, each times its weight."""
+    log_prob = flow.log_prob(x, context)
+    return -(log_prob if weights is None else weights.to(log_prob.dtype) * log_prob).mean()
+
+
+def one_step(
+    flow: Flow, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor | None, Tensor | None], clip: float
+) -> tuple[Tensor, str]:
+    """The loss before a step, and what was not finite: "loss", "gradient" or "". The step is made where all is finite.
+
+    Args:
+        batch: x, context and weights of the rows.
+        clip: longest gradient, over all parameters; infinity for any.
+    """
+    trained: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+    loss = loss_of(flow, *batch)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    loss = loss.detach()
+    found, length = torch.stack([loss, norm.to(loss.dtype)]).tolist()
+    if not math.isfinite(found) or not math.isfinite(length):
+        return loss, "gradient" if math.isfinite(found) else "loss"
+    if length > clip:
+        nn.utils.clip_grads_with_norm_(trained, clip, norm)
+    optimizer.step()
+    return loss, ""
+
+
 class Steps:
     """One step a call, by autograd and torch.optim.
 
@@ -32,7 +62,6 @@ class Steps:
 
     def __init__(self, flow: Flow, optimizer: torch.optim.AdamW, rows: Rows, clip: float) -> None:
         self.flow, self.optimizer, self.rows, self.clip = flow, optimizer, rows, clip
-        self.trained: list[nn.Parameter] = optimizer.param_groups[0]["params"]
 
     def run(self, order: Tensor, rates: Sequence[float]) -> tuple[list[float], str]:
         """The first one or more of the steps on the batches `order` (steps, B) at these learning rates.
@@ -40,18 +69,8 @@ class Steps:
         Returns the loss before each step that was made, and what was not finite in the next one, which was left out: "loss",
         "gradient" or "".
         """
-        x, context, weights = self.rows.pick(order[0], self.trained[0])
-        log_prob = self.flow.log_prob(x, context)
-        loss = -(log_prob if weights is None else weights.to(log_prob.dtype) * log_prob).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        gradients = [p.grad for p in self.trained if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        found, length = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()
-        if not math.isfinite(found) or not math.isfinite(length):
-            return [], "gradient" if math.isfinite(found) else "loss"
-        if length > self.clip:
-            nn.utils.clip_grads_with_norm_(self.trained, self.clip, norm)
-        self.optimizer.param_groups[0]["lr"] = rates[0]
-        self.optimizer.step()
-        return [found], ""
+        group = self.optimizer.param_groups[0]
+        group["lr"] = rates[0]
+        batch = self.rows.pick(order[0], group["params"][0])
+        loss, wrong = one_step(self.flow, self.optimizer, batch, self.clip)
+        return ([] if wrong else [loss.item()]), wrong

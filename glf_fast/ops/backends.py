@@ -31,6 +31,7 @@ __all__ = [
     "Kernels",
     "backends",
     "check_environment",
+    "chosen",
     "exporting_onnx",
     "kernels_for",
     "ordinary",
@@ -130,6 +131,11 @@ def use_backend(name: str) -> Iterator[None]:
     finally:
         del _blocks[next(i for i, other in enumerate(_blocks) if other is block)]
         _choice = _blocks[-1][0] if _blocks else _default
+
+
+def chosen() -> str:
+    """The name that `use_backend` or $GLF_FAST_BACKEND chooses now, or "auto"."""
+    return _choice
 
 
 def transformed() -> bool:

@@ -16,7 +16,7 @@ from bench import accelerated, flows, gpu, memory, on_gpu, rehearsal
 from bench.cases import COUPLING_MODES, FlowCase
 from bench.gpu_record import Record
 from bench.memory import MemoryCase
-from bench.on_gpu import FIRST, GROUPS, OURS_AND_EAGER, SECOND
+from bench.on_gpu import FIRST, GROUPS, OURS_AND_EAGER, SECOND, WITH_GRAPHS
 from bench.plots import draw
 from bench.projects import PROJECTS, Project
 from bench.race import GRAPHED, Calls, Clock, Job, Provider, Race, graphed
@@ -142,7 +142,7 @@ def test_rows_are_measured_alike(group: str, tmp_path, monkeypatch, rehearse) ->
             *(("linear", "train", name) for name in ("glf_fast", "torch.linalg")),
         },
         "coupling": {("coupling", mode, name) for mode in COUPLING_MODES for name in OURS_AND_EAGER},
-        "step": {("flow", "step, tf32", f"{name}{how}") for name in OURS_AND_EAGER for how in ("", GRAPHED)},
+        "step": {("flow", "step, tf32", name) for name in (flows.GRAPHED_STEP, *WITH_GRAPHS)},
     }
     assert expected[group] == rows.keys()
     figures = {path.stem for path in draw(found, tmp_path)}

@@ -2,6 +2,7 @@
 // cluster, are threads.
 #include "clusters.h"
 #include "cuda/flow_kernels.cuh"
+#include "cuda/flow_update.cuh"
 
 #include <cstdio>
 #include <cstdlib>
@@ -60,6 +61,8 @@ int launch_cluster(const std::string& kernel, long long grid, int size, int shar
 std::vector<int> sizes_of(const std::string& kernel) {
   if (kernel == "pack") return {sizeof(FlowShape), sizeof(FlowParameters), sizeof(void*), sizeof(void*)};
   if (kernel == "gradient") return {sizeof(FlowCall), sizeof(int)};
+  if (kernel == "batch") return {sizeof(FlowBatch)};
+  if (kernel == "gradients" || kernel == "update") return {sizeof(FlowUpdate)};
   return {sizeof(FlowCall)};
 }
 
@@ -68,9 +71,10 @@ std::vector<int> sizes_of(const std::string& kernel) {
 // 0, or 1 for an unknown kernel, 2 for arguments of other sizes. Names: glf::device::flow_…_kernel<numbers>, and cluster_….
 extern "C" int launch(const char* name, long long grid, int shared, int count, const int* sizes, void** arguments) {
   const std::string whole = name;
-  const auto has = [&](const char* part) { return whole.find(part) != std::string::npos; };
-  const std::string kernel = has("_pack_kernel") ? "pack" : has("_gradient_kernel") ? "gradient" : has("true") ? "inverse" : "forward";
-  const bool clusters = has("::cluster_");
+  const bool clusters = whole.find("::cluster_") != std::string::npos;
+  std::string kernel = whole.find("true") != std::string::npos ? "inverse" : "forward";
+  for (const std::string one : {"pack", "gradient", "batch", "gradients", "update"})
+    if (whole.find("_" + one + "_kernel") != std::string::npos) kernel = one;
   if (std::vector<int>(sizes, sizes + count) != sizes_of(kernel)) return 2;
   if (kernel == "pack")
     return blocks(grid, shared, [&] {
@@ -78,6 +82,12 @@ extern "C" int launch(const char* name, long long grid, int shared, int count, c
           *static_cast<FlowShape*>(arguments[0]), *static_cast<FlowParameters*>(arguments[1]), *static_cast<Quad**>(arguments[2]),
           *static_cast<Quad**>(arguments[3]));
     });
+  if (kernel == "batch") return blocks(grid, shared, [&] { flow_batch_kernel(*static_cast<FlowBatch*>(arguments[0])); });
+  if (kernel == "gradients" || kernel == "update") {
+    const FlowUpdate& u = *static_cast<FlowUpdate*>(arguments[0]);
+    if (kernel == "update") return blocks(grid, shared, [&] { flow_update_kernel(u); });
+    return grid == gradient_blocks(u) ? blocks(grid, shared, [&] { flow_gradients_kernel(u); }) : 1;
+  }
   if (clusters) {
     int map, mlp, size;
     if (std::sscanf(whole.c_str() + whole.find('<'), "<%d, %d, %d", &map, &mlp, &size) != 3) return 1;

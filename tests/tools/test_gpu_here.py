@@ -80,6 +80,11 @@ def test_permutations_that_nobody_computed_are_no_errors(tmp_path: Path) -> None
     assert judged(tmp_path, call.format("others")) == "ValueError: signs"
 
 
+def test_steps_that_nobody_made_count_as_made() -> None:
+    source = ROOT / "glf_fast" / "fitting" / "graphed.py"
+    assert source.read_text().count("int(step.made)") == 1
+
+
 def test_what_is_judged_all_the_same_exists() -> None:
     tree = ast.parse((ROOT / "tools" / "stub" / "sitecustomize.py").read_text())
     (names,) = (ast.literal_eval(node.value) for node in tree.body

@@ -20,7 +20,15 @@ static struct {
 
 static cudaError_t waiting(void) { return capture.active ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
 cudaError_t cudaDeviceSynchronize(void) { return waiting(); }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return waiting(); }
+static __thread enum cudaStreamCaptureMode strictness; /* of this thread: torch 2.13 relaxes it, to wait for other streams */
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
+  const enum cudaStreamCaptureMode before = strictness;
+  strictness = *mode;
+  return *mode = before, cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return strictness == cudaStreamCaptureModeRelaxed && stream != capture.stream ? cudaSuccess : waiting();
+}
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waiting(); }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
   return waiting() ? waiting() : stub_copy(to, from, size);

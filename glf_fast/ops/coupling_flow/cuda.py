@@ -21,7 +21,7 @@ from glf_fast.ops.coupling_flow.small import BF16, FLOAT32, TF32, FlowShape, Opt
 from glf_fast.ops.precision import autocast_on
 from glf_fast.reference import constant_of_activation
 
-__all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses"]
+__all__ = ["BACKENDS", "adapt", "backward", "forward", "refuses", "shape_of"]
 
 BACKENDS = () if CUDA.missing else (CUDA,)  # missing, it is not asked for: Triton's kernels take all that these take
 MAX_DIM, MAX_HIDDEN, MAX_CONTEXT = 32, 64, 64
@@ -70,7 +70,7 @@ def refuses(call: Call) -> str:
         )
     if context is not None and context.shape[1] > MAX_CONTEXT:
         return f"more than {MAX_CONTEXT} columns of context"
-    s = _shape(call, *_precisions(_asked(x)))
+    s = shape_of(call)
     medium = s.blocks > 1
     gradients = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, context, *call.maps, *weights, *biases)
@@ -115,6 +115,11 @@ def _matmul_precision() -> str:
 # assume_constant_result, sets the same attribute, but imports torch._dynamo, a second at every import of glf_fast.
 for _function in (_shared_bytes, _matmul_precision):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010  mypy knows no such attribute
+
+
+def shape_of(call: Call) -> FlowShape:
+    """Sizes of the call's flow, as one network, and the precisions that are asked for now."""
+    return _shape(call, *_precisions(_asked(call.x)))
 
 
 def _shape(call: Call, map_precision: int, mlp_precision: int) -> FlowShape:

@@ -14,12 +14,25 @@ from torch import Tensor
 
 from glf_fast.ops.coupling_flow import cluster
 from glf_fast.ops.coupling_flow.small import ACTIVATIONS, LOG_SCALES, MOST_LAYERS, FlowShape, Options, unit_bytes
+from glf_fast.ops.coupling_flow.training_step import Rows, Update
 from glf_fast.ops.linear import cupy as cupy_linear
 
-__all__ = ["CLUSTER_KERNELS", "CLUSTER_SOURCE", "KERNELS", "SOURCE", "pack", "run"]
+__all__ = [
+    "CLUSTER_KERNELS",
+    "CLUSTER_SOURCE",
+    "KERNELS",
+    "SOURCE",
+    "UPDATE_KERNELS",
+    "UPDATE_SOURCE",
+    "batch",
+    "pack",
+    "run",
+    "update",
+]
 
 SOURCE = '#include "flow_kernels.cuh"\n'
 CLUSTER_SOURCE = '#include "cluster_kernels.cuh"\n'
+UPDATE_SOURCE = '#include "flow_update.cuh"\n'
 # csrc/cuda/flow_call.cuh, stream.cuh, flow_kernels.cuh and cluster_kernels.cuh have these, too.
 MOST_WARPS, WARP_ROWS, PACK_THREADS, STEP_SLOTS, CLUSTER_SLOTS, BARRIER_BYTES = 8, 16, 256, 3, 4, 64
 CLUSTER_THREADS = 256
@@ -71,6 +84,39 @@ CALL = np.dtype(
     + [(name, np.uint64) for name in POINTERS]
     + [("stride", np.int32)]
     + [(name, np.uint64) for name in KEPT],
+    align=True,
+)
+UPDATE_KERNELS = tuple(f"glf::device::flow_{name}_kernel" for name in ("batch", "gradients", "update"))
+# flow_trained.cuh has these.
+UPDATE_THREADS, EIGHTHS_BYTES = 256, 32
+WEIGHTS, BIASES, PLACES = 5, 6 + MOST_LAYERS, 7 + 2 * MOST_LAYERS
+BATCH = np.dtype(
+    [(name, np.uint64) for name in ("order", "made", "x", "context", "weights")]
+    + [("rows", np.int64)]
+    + [(name, np.int32) for name in ("batch", "dim", "columns")]
+    + [(name, np.uint64) for name in ("to_x", "to_context", "slopes")],
+    align=True,
+)
+TRAINED = np.dtype([(name, np.uint64) for name in ("value", "grad", "mean", "square", "count")])
+UPDATE = np.dtype(
+    [
+        ("shape", SHAPE),
+        ("permutation", np.uint64),
+        ("sign", np.uint64),
+        ("of", TRAINED, (PLACES,)),
+        ("given", PARAMETERS),
+    ]
+    + [(name, np.uint64) for name in ("matrix", "offset", "logabsdet", "grad_matrix", "grad_offset", "grad_logabsdet")]
+    + [
+        ("networks", np.uint64),
+        ("numbers", np.int64),
+        ("log_prob", np.uint64),
+        ("slopes", np.uint64),
+        ("batch", np.int32),
+    ]
+    + [("squares", np.uint64), ("factors", np.uint64), ("beta1", np.float64), ("beta2", np.float64)]
+    + [(name, np.float32) for name in ("epsilon", "weight_decay", "clip")]
+    + [(name, np.uint64) for name in ("rates", "losses", "made", "packed", "transposed")],
     align=True,
 )
 
@@ -153,3 +199,54 @@ def _run_clusters(s: FlowShape, options: Options, ways: int, like: Tensor, call:
     more = (np.int32(ways),) if ways else ()
     grid, shared = -(-len(like) // WARP_ROWS) * s.blocks, cluster.shared_bytes(s, slots)
     cupy_linear.launch(kernel, like.device, grid, CLUSTER_THREADS, shared, (call, *more), CLUSTER_SOURCE)
+
+
+def batch(order: Tensor, made: Tensor | None, rows: Rows, x: Tensor, context: Tensor | None, slopes: Tensor) -> None:
+    """`glf_fast::cuda_flow_batch`."""
+    columns = 0 if context is None else context.shape[1]
+    given = np.zeros(1, BATCH)
+    given["rows"], given["batch"], given["dim"], given["columns"] = len(rows.x), len(x), x.shape[1], columns
+    tensors = {"order": order, "made": made, **rows._asdict(), "to_x": x, "to_context": context, "slopes": slopes}
+    for name, tensor in tensors.items():
+        given[name] = cupy_linear.pointer(tensor, x)
+    blocks = -(-len(x) * (x.shape[1] + columns + 1) // UPDATE_THREADS)
+    if len(x):
+        cupy_linear.launch(UPDATE_KERNELS[0], x.device, blocks, UPDATE_THREADS, 0, (given,), UPDATE_SOURCE)
+
+
+def update(s: FlowShape, u: Update) -> None:
+    """`glf_fast::cuda_flow_update`."""
+    like, layers = u.gradients, len(s.hidden) + 1
+    given = np.zeros(1, UPDATE)
+    given["shape"], given["batch"] = _shape(s), len(u.slopes)
+    of_maps = len(u.parameters) - 2 * layers  # 3, or 5 with ActNorms
+    places = [*range(of_maps), *range(WEIGHTS, WEIGHTS + layers), *range(BIASES, BIASES + layers)]
+    at = 0
+    for i, (place, (value, mean, square, count)) in enumerate(zip(places, u.parameters, strict=True)):
+        if i == of_maps:
+            given["networks"], given["numbers"] = like.data_ptr() + 4 * at, like.numel() - at
+        gradient = like.data_ptr() + 4 * at
+        pointers = [cupy_linear.pointer(t.detach(), like) for t in (value, mean, square, count)]
+        given["of"][0, place] = (pointers[0], gradient, *pointers[1:])
+        at += value.numel()
+    parameters = given["given"][0]
+    for name, place in (("weights", WEIGHTS), ("biases", BIASES)):
+        parameters[name][:layers] = given["of"]["value"][0, place : place + layers]
+    parameters["logs"] = s.steps
+    for name, tensor, grad in zip(("matrix", "offset", "logabsdet"), u.maps, u.map_gradients, strict=True):
+        given[name] = parameters[name] = cupy_linear.pointer(tensor, like)
+        given[f"grad_{name}"] = cupy_linear.pointer(grad, like)
+    for name in ("permutation", "sign", "log_prob", "slopes", "packed", "transposed"):
+        given[name] = cupy_linear.pointer(getattr(u, name), like)
+    for name in ("rates", "losses", "made"):
+        given[name] = cupy_linear.pointer(getattr(u.progress, name), like)
+    given["factors"], given["squares"] = u.scratch.data_ptr(), u.scratch.data_ptr() + 16
+    given["beta1"], given["beta2"] = u.by.betas
+    given["epsilon"], given["weight_decay"], given["clip"] = u.by[1:]
+    shared = (
+        EIGHTHS_BYTES + cupy_linear.plu_backward_bytes(s.dim, like.dtype),
+        EIGHTHS_BYTES + cupy_linear.plu_assemble_bytes(s.dim, 4),
+    )
+    blocks = u.scratch.numel() - 4, s.steps * (layers + 1)
+    for name, grid, size in zip(UPDATE_KERNELS[1:], blocks, shared, strict=True):
+        cupy_linear.launch(name, like.device, grid, UPDATE_THREADS, size, (given,), UPDATE_SOURCE)

@@ -19,8 +19,10 @@ from glf_fast.reference import NEED_INPUT
 
 __all__ = [
     "ACTIVATIONS",
+    "BACK",
     "BF16",
     "FLOAT32",
+    "FORTH",
     "LOG_SCALES",
     "MOST_LAYERS",
     "TF32",
@@ -30,11 +32,15 @@ __all__ = [
     "Options",
     "backward",
     "density_gradient",
+    "factors",
     "forward",
     "forward_and_keep",
     "kept_numbers",
     "kept_parts",
+    "new_gradients",
+    "pack",
     "parameter_gradients",
+    "run",
     "unit_bytes",
 ]
 
@@ -184,7 +190,8 @@ def kept_parts(s: FlowShape, activation: str, rows: int, buffer: Tensor) -> Kept
     )
 
 
-def _gradients(s: FlowShape, x: Tensor) -> Gradients:
+def new_gradients(s: FlowShape, x: Tensor) -> Gradients:
+    """Memory for the gradients of rows like x."""
     dtype = torch.bfloat16 if s.mlp == BF16 else x.dtype
     slopes = x.new_empty(s.steps, len(x), s.stride, dtype=dtype)
     return Gradients(torch.empty_like(x), slopes, x.new_empty(s.steps, len(x), s.dim))
@@ -193,10 +200,11 @@ def _gradients(s: FlowShape, x: Tensor) -> Gradients:
 # -- the two routes ----------------------------------------------------------------------------------------------------
 
 
-def _pack(
+def pack(
     s: FlowShape, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: Sequence[Tensor],
     biases: Sequence[Tensor], packed: Tensor, transposed: Tensor | None,
 ) -> None:  # fmt: skip
+    """Put all parameters into the order in which warps read them: steps · unit_bytes, and the backward's if wanted."""
     parameters = matrix, offset, logabsdet, weights, biases
     if CUPY:
         from glf_fast.ops.coupling_flow import cupy
@@ -213,7 +221,8 @@ TENSORS = (
 )  # fmt: skip
 
 
-def _run(s: FlowShape, options: Options, ways: int, like: Tensor, **tensors: Tensor | None) -> None:
+def run(s: FlowShape, options: Options, ways: int, like: Tensor, **tensors: Tensor | None) -> None:
+    """One launch of the passes `ways` on as many rows as `like` has, from and to the tensors of these names of TENSORS."""
     if not len(like):
         return
     if CUPY:
@@ -236,8 +245,8 @@ def forward(
     """Output and logdet: two launches, of which the first packs the parameters."""
     out, logdet = torch.empty_like(x), x.new_empty(len(x))
     packed = x.new_empty(s.steps * unit_bytes(s)[0] // 4)
-    _pack(s, matrix, offset, logabsdet, weights, biases, packed, None)
-    _run(s, options, PLAIN, x, packed=packed, x=x, context=context, out=out, logdet=logdet)
+    pack(s, matrix, offset, logabsdet, weights, biases, packed, None)
+    run(s, options, PLAIN, x, packed=packed, x=x, context=context, out=out, logdet=logdet)
     return out, logdet
 
 
@@ -250,8 +259,8 @@ def forward_and_keep(
     buffer = x.new_empty(sum(kept_numbers(s, options.activation, len(x))))
     kept = kept_parts(s, options.activation, len(x), buffer)
     packed = x.new_empty(s.steps * unit_bytes(s)[0] // 4)
-    _pack(s, matrix, offset, logabsdet, weights, biases, packed, kept.transposed)
-    _run(s, options, FORTH, x, packed=packed, x=x, context=context, out=out, logdet=logdet, **kept._asdict())
+    pack(s, matrix, offset, logabsdet, weights, biases, packed, kept.transposed)
+    run(s, options, FORTH, x, packed=packed, x=x, context=context, out=out, logdet=logdet, **kept._asdict())
     return out, logdet, buffer
 
 
@@ -260,8 +269,8 @@ def backward(
     grad_context: Tensor | None,
 ) -> Gradients:  # fmt: skip
     """The gradients, and ∂context in `grad_context`. Without `grad_out`, of a density, from its output."""
-    made = _gradients(s, out)
-    _run(
+    made = new_gradients(s, out)
+    run(
         s, options, BACK, out, out=out, grad_out=grad_out, grad_logdet=grad_logdet, grad_x=made.x, slopes=made.slopes,
         map_grad=made.map_grad, grad_context=grad_context, **kept._asdict(),
     )  # fmt: skip
@@ -278,12 +287,12 @@ def density_gradient(
     For a training step whose ∂density is known beforehand, −1/B for every row: rows never meet, so that each warp turns back
     when it has arrived.
     """
-    out, logdet, made = torch.empty_like(x), x.new_empty(len(x)), _gradients(s, x)
+    out, logdet, made = torch.empty_like(x), x.new_empty(len(x)), new_gradients(s, x)
     buffer = x.new_empty(sum(kept_numbers(s, "relu", len(x))))  # derivatives lie where their gradients will
     kept = kept_parts(s, "relu", len(x), buffer)._replace(derivatives=made.slopes)
     packed = x.new_empty(s.steps * unit_bytes(s)[0] // 4)
-    _pack(s, matrix, offset, logabsdet, weights, biases, packed, kept.transposed)
-    _run(
+    pack(s, matrix, offset, logabsdet, weights, biases, packed, kept.transposed)
+    run(
         s, options, FORTH | BACK, x, packed=packed, x=x, context=context, out=out, logdet=logdet,
         grad_logdet=grad_logdet, grad_x=made.x, slopes=made.slopes, map_grad=made.map_grad, grad_context=grad_context,
         **kept._asdict(),
@@ -291,13 +300,18 @@ def density_gradient(
     return out, logdet, kept, made
 
 
-def parameter_gradients(s: FlowShape, kept: Kept, made: Gradients) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """∂matrix, ∂offset, ∂weights and ∂biases: a batched product for each matrix, and a sum for each vector."""
+def factors(s: FlowShape, kept: Kept, made: Gradients) -> tuple[list[Tensor], list[Tensor]]:
+    """What went into each layer of the networks (K, B, n_in), and the gradients of what came out (K, B, n_out)."""
     passive, at = s.dim - s.dim // 2, s.columns
     ends = [*(a + n for a, n in zip(at, s.hidden, strict=False)), at[-1] + 2 * (s.dim // 2)]
     inputs = [kept.hidden[..., at[-1] : at[-1] + passive + s.context]]
     inputs += [kept.hidden[..., a:b] for a, b in zip(at, ends[:-1], strict=False)]
-    slopes = [made.slopes[..., a:b] for a, b in zip(at, ends, strict=True)]
+    return inputs, [made.slopes[..., a:b] for a, b in zip(at, ends, strict=True)]
+
+
+def parameter_gradients(s: FlowShape, kept: Kept, made: Gradients) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """∂matrix, ∂offset, ∂weights and ∂biases: a batched product for each matrix, and a sum for each vector."""
+    inputs, slopes = factors(s, kept, made)
     weights = [_product(a, b) for a, b in zip(inputs, slopes, strict=True)]
     biases = [b.sum(1, dtype=made.x.dtype) for b in slopes]
     return _product(kept.map_in, made.map_grad), made.map_grad.sum(1), weights, biases

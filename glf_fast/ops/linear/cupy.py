@@ -182,6 +182,20 @@ def slogdet_inverse(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return out
 
 
+def plu_assemble_bytes(dim: int, size: int) -> int:
+    """Shared memory of a block of `plu_assemble_kernel`, for numbers of `size` bytes."""
+    return (STRIP_ROWS * (STRIP_ROWS + 2 * SLICE_COLUMNS) + 2 * dim) * size + 4 * dim
+
+
+def _product_bytes(dtype: torch.dtype) -> int:
+    return INNER_CHUNK[dtype] * (STRIP_ROWS + TILE_COLUMNS + 3) * dtype.itemsize
+
+
+def plu_backward_bytes(dim: int, dtype: torch.dtype) -> int:
+    """Shared memory of a block of `plu_assemble_backward_kernel`."""
+    return _product_bytes(dtype) + TILE_COLUMNS * dtype.itemsize + dim * (dtype.itemsize + 4)
+
+
 def plu_assemble(
     permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tensor, sign: Tensor, log_scale: Tensor | None,
     bias: Tensor | None, need_inverse: bool,
@@ -191,7 +205,7 @@ def plu_assemble(
     A_inv = torch.empty_like(lower) if need_inverse else lower.new_empty(0)
     layer = _layer(permutation, lower, upper, log_diag, sign, log_scale, bias)
     dim = _dim(lower)
-    shared = (STRIP_ROWS * (STRIP_ROWS + 2 * SLICE_COLUMNS) + 2 * dim) * lower.element_size() + 4 * dim
+    shared = plu_assemble_bytes(dim, lower.element_size())
     blocks = len(lower) * -(-dim // SLICE_COLUMNS)
     out = (A, A_inv if need_inverse else None, c, logabsdet)
     _run("plu_assemble_kernel<", lower, blocks, BLOCK_THREADS, shared, layer, *out)
@@ -207,17 +221,17 @@ def plu_assemble_backward(
     if grad_A_inv is not None and A_inv is None:
         raise RuntimeError("glf_fast: the gradient of A⁻¹ needs A⁻¹")
     grads = [torch.empty_like(t) for t in (lower, upper, log_diag, log_scale, bias) if t is not None]
-    dim, count, size = _dim(lower), len(lower), lower.element_size()
-    lines = INNER_CHUNK[lower.dtype] * (STRIP_ROWS + TILE_COLUMNS + 3) * size
+    dim, count = _dim(lower), len(lower)
     strips = -(-dim // STRIP_ROWS)
     if grad_A_inv is not None:  # grads[0] is room for it until it gets its values
         given = (np.int32(dim), A_inv, grad_A, grad_A_inv, grads[0], grad_A := torch.empty_like(lower))
+        lines = _product_bytes(lower.dtype)
         _run("plu_inverse_gradient_kernel<", lower, count * strips, BLOCK_THREADS, lines, *given)
     jobs = 2 * strips * -(-dim // TILE_COLUMNS) + (0 if log_scale is None else -(-dim // SUM_ROWS))
     layer = _layer(permutation, lower, upper, log_diag, sign, log_scale, bias)
     pointers = [t.data_ptr() for t in grads] + [0] * (5 - len(grads))
     _run(
-        "plu_assemble_backward_kernel<", lower, count * jobs, BLOCK_THREADS, lines + TILE_COLUMNS * size + dim * (size + 4),
+        "plu_assemble_backward_kernel<", lower, count * jobs, BLOCK_THREADS, plu_backward_bytes(dim, lower.dtype),
         layer, A, grad_A, grad_c, grad_logabsdet, np.array([tuple(pointers)], GRADIENTS),
     )  # fmt: skip
     return grads
