@@ -165,7 +165,7 @@ def test_steps_are_those_of_adamw(size: str, backwards, launches) -> None:
         "flow_batch_kernel", "flow_gradient_kernel", "row_products_kernel", "flow_gradients_kernel", "flow_update_kernel",
     ]  # fmt: skip
     assert progress.losses.tolist() == pytest.approx(losses, rel=1e-5)
-    assert int(progress.made) == STEPS and all(t.count == STEPS for t in trained)
+    assert int(progress.made) == STEPS and all(t.steps == STEPS for t in trained)
     assert worst(trained, exact) < 2e-5
     # The next step's maps and packed parameters are those of the new values, the latter bit for bit.
     u, layers = step._update, len(flow.mlp_weights)
