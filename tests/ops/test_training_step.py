@@ -11,6 +11,10 @@ from host_launches import launcher
 from torch import Tensor, nn
 
 from glf_fast import CouplingFlow, reference, use_backend
+from glf_fast.fitting import dataset as fitting_rows
+from glf_fast.fitting.graphed import CapturedStep, DeviceStep
+from glf_fast.fitting.small_step import small_step
+from glf_fast.fitting.steps import Steps, adamw
 from glf_fast.ops.coupling_flow import cupy as cupy_flow
 from glf_fast.ops.coupling_flow import small, training_step
 from glf_fast.ops.coupling_flow.small import BF16, FLOAT32, TF32, FlowShape, Options
@@ -165,7 +169,7 @@ def test_steps_are_those_of_adamw(size: str, backwards, launches) -> None:
         "flow_batch_kernel", "flow_gradient_kernel", "row_products_kernel", "flow_gradients_kernel", "flow_update_kernel",
     ]  # fmt: skip
     assert progress.losses.tolist() == pytest.approx(losses, rel=1e-5)
-    assert int(progress.made) == STEPS and all(t.count == STEPS for t in trained)
+    assert int(progress.made) == STEPS and all(t.steps == STEPS for t in trained)
     assert worst(trained, exact) < 2e-5
     # The next step's maps and packed parameters are those of the new values, the latter bit for bit.
     u, layers = step._update, len(flow.mlp_weights)
@@ -250,6 +254,81 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_repeated(what: str) ->
         step.run()
         assert all(a.view(torch.int32).equal(b.view(torch.int32)) for a, b in zip(held, before, strict=True))
     assert int(progress.made) == 2 and bool(progress.losses[2].isfinite()) == (what == "gradient")
+
+
+@pytest.fixture
+def chosen_here(monkeypatch) -> None:
+    """These kernels are chosen on a processor, too."""
+    monkeypatch.setattr(training_step, "kernels_for", lambda x, call, *kernels: kernels[0])
+    monkeypatch.setattr(training_step.row_products, "ready", lambda x: True)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:glf_fast. steps go through Python:RuntimeWarning"
+)  # there is no graph on a processor
+@pytest.mark.parametrize("several", [STEPS, 1])
+def test_the_steps_of_fit_are_these(several: int, chosen_here, launches) -> None:
+    flow = made("context")
+    want, rows = copy.deepcopy(flow), fitting_rows.Rows(*rows_of(flow, weighted=True))
+    optimizers = [adamw(f, RATE, DECAY) for f in (flow, want)]
+    ordinary = Steps(want, optimizers[1], rows, 0.3)
+    losses = [ordinary.run(ORDER[k:], RATES[k:])[0][0] for k in range(STEPS)]
+    captured = CapturedStep(DeviceStep(flow, optimizers[0], rows, 0.3, several, ORDER.shape[1]))
+    captured.step.rates = captured.step.rates.float()  # as they are on a GPU
+    found = []
+    for k, index in enumerate(ORDER):
+        captured.step.order[k % several] = index
+        captured.step.rates[k % several] = RATES[k]
+        if k == 2:  # between two calls of fit, and at any time between two single steps
+            for f in (flow, want):
+                for p in f.parameters():
+                    p.data.mul_(1)
+            captured.prepare()
+        captured.run()
+        found.append(captured.step.losses[k % several].item())
+    assert launches.count("flow_update_kernel") == STEPS - 1  # the first step makes the optimizer's state
+    assert found == pytest.approx(losses, rel=1e-4)
+    for (name, p), q in zip(flow.named_parameters(), want.parameters(), strict=True):
+        assert error(p.detach(), q.detach().double()) < 1e-3, name
+    assert {float(state["step"]) for state in optimizers[0].state.values()} == {STEPS}
+
+
+def frozen() -> CouplingFlow:
+    flow = made("context")
+    flow.mlp_biases[0].requires_grad_(False)
+    return flow
+
+
+def held() -> CouplingFlow:
+    flow = made("context")
+    flow.hold("mlp_weights.0", torch.rand_like(flow.mlp_weights[0]) < 0.5)
+    return flow
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "options", "taken"),
+    [
+        (lambda: made("context"), torch.optim.AdamW, {}, True),
+        (lambda: made("context"), torch.optim.Adam, {}, True),
+        (lambda: made("context"), torch.optim.Adam, {"weight_decay": 0.1}, False),
+        (lambda: made("context"), torch.optim.AdamW, {"amsgrad": True}, False),
+        (lambda: made("context"), torch.optim.AdamW, {"maximize": True}, False),
+        (lambda: made("context", coupling="separate"), torch.optim.AdamW, {}, False),
+        (lambda: made("context", linear="dense"), torch.optim.AdamW, {}, False),
+        (lambda: made("context").double(), torch.optim.AdamW, {}, False),
+        (frozen, torch.optim.AdamW, {}, False),
+        (held, torch.optim.AdamW, {}, False),
+    ],
+)
+def test_other_trainings_are_left_to_others(make, kind, options, taken: bool, chosen_here) -> None:
+    flow = make()
+    rows = fitting_rows.Rows(*(None if t is None else t.to(flow.mlp_weights[0].dtype) for t in rows_of(flow, True)))
+    optimizer = kind(flow.parameters(), RATE, fused=True, **options)
+    step = DeviceStep(flow, optimizer, rows, 0.3, 2, 37)
+    step.order[0] = ORDER[0]
+    step.run()
+    progress = Progress(step.order, step.rates, step.losses, step.made)
+    assert (small_step(flow, optimizer, rows, 0.3, progress) is not None) == taken
 
 
 def test_nvrtc_compiles_the_kernels() -> None:

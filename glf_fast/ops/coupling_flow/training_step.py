@@ -33,7 +33,7 @@ class Trained(NamedTuple):
     value: Tensor
     mean: Tensor
     square: Tensor
-    count: Tensor  # (), float32: steps that were made
+    steps: Tensor  # (), float32: how many were made
 
 
 class AdamW(NamedTuple):
@@ -189,7 +189,8 @@ class SmallFlowStep:
             for to, found in zip(u.maps, (matrix, offset, logabsdet), strict=True):
                 to.copy_(found)
         weights, biases = ([t.detach() for t in layers] for layers in (self._weights, self._biases))
-        small.pack(self._shape, *u.maps, weights, biases, self._packed, self._kept.transposed)
+        matrix, offset, logabsdet = u.maps
+        small.pack(self._shape, matrix, offset, logabsdet, weights, biases, self._packed, self._kept.transposed)
 
     @torch.no_grad()
     def run(self) -> None:
