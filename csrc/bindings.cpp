@@ -86,13 +86,13 @@ void for_members(const glf::Flow<T>& flow, int64_t members, int64_t rows, F f) {
 }
 
 // out, logdet and what is saved. The sum of `logabsdet`, of any shape, is added to every logdet.
-std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, std::optional<Tensor> logabsdet,
-                                                 Tensors weights, Tensors biases, std::optional<Tensor> context,
-                                                 int64_t coupling, int64_t network, int64_t activation,
-                                                 double activation_constant, int64_t log_scale, double constant,
-                                                 bool add_first, std::vector<double> spline, bool inverse, bool density,
-                                                 int64_t save, int64_t record, int64_t members, bool row_scales,
-                                                 double dropout, std::optional<Tensor> seed) {
+std::tuple<Tensor, Tensor, Tensor> coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensors weights,
+                                                 Tensors biases, std::optional<Tensor> context, int64_t coupling,
+                                                 int64_t network, int64_t activation, double activation_constant,
+                                                 int64_t log_scale, double constant, bool add_first,
+                                                 std::vector<double> spline, bool inverse, bool density, int64_t save,
+                                                 int64_t record, int64_t members, bool row_scales, double dropout,
+                                                 std::optional<Tensor> seed, std::optional<Tensor> logabsdet) {
   const Maybe none;
   const Arguments arguments{{weights, biases, coupling, network, activation, activation_constant, log_scale, constant,
                              add_first, spline},
@@ -285,12 +285,11 @@ int64_t vector_bytes() { return glf::vector_bytes(); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glf_fast, m) {
   m.def(
-      "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor? logabsdet, Tensor[] weights, Tensor[] biases, "
-      "Tensor? context, "
+      "cpu_coupling_flow(Tensor x, Tensor matrix, Tensor offset, Tensor[] weights, Tensor[] biases, Tensor? context, "
       "int coupling, int network, int activation, float activation_constant, int log_scale, float constant, bool add_first, "
       "float[] spline, "
       "bool inverse, bool density, int save, int record, int members=1, bool row_scales=False, "
-      "float dropout=0, Tensor? seed=None)"
+      "float dropout=0, Tensor? seed=None, Tensor? logabsdet=None)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_coupling_flow_backward(Tensor? grad_out, Tensor grad_logdet, Tensor out, Tensor saved, Tensor matrix, "

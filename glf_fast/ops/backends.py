@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -35,7 +35,9 @@ __all__ = [
     "exporting_onnx",
     "kernels_for",
     "ordinary",
+    "recorded",
     "transformed",
+    "untraced",
     "usable",
     "use_backend",
 ]
@@ -161,6 +163,18 @@ def ordinary(*, transforms: bool = False) -> bool:
         or torch._C._len_torch_dispatch_stack()  # fake tensors
         or torch.jit.is_tracing()
     )
+
+
+def recorded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records what is made of these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def untraced(x: Tensor) -> bool:
+    """Whether x is a tensor of torch's own class, which no compiler, and no mode of fake tensors, replaces now."""
+    kind = type(x)
+    own = kind is Tensor or kind is torch.nn.Parameter
+    return own and not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 def kernels_for(x: Tensor, call: Any, *candidates: Kernels) -> Any:

@@ -61,8 +61,8 @@ if not CPP.missing:
 
     @register_flop_formula(operations.cpu_coupling_flow)
     def _(
-        x: Shape, matrix: Shape, offset: Shape, logabsdet: Shape | None, weights: Sequence[Shape], biases: Sequence[Shape],
-        context: Shape | None, coupling: int, network: int, activation: int, activation_constant: float,
+        x: Shape, matrix: Shape, offset: Shape, weights: Sequence[Shape], biases: Sequence[Shape], context: Shape | None,
+        coupling: int, network: int, activation: int, activation_constant: float,
         log_scale: int, constant: float, add_first: bool, spline: Any,
         inverse: bool, density: bool, save: int, record: int, members: int = 1, *_: Any, **__: Any,
     ) -> int:  # fmt: skip

@@ -116,12 +116,10 @@ def test_opcheck() -> None:
     library = torch.ops.glf_fast
     code, logabsdet = (0, 0, 0, 0.0, 0, 2.0, False, [], False), torch.randn(2)
     for save, record, members in ((0, 0, 1), (1, 5, 1), (1, 5, 2)):
-        forward = (x, A, c, logabsdet, weights, biases, context, *code, False, save, record, members)
+        forward = (x, A, c, weights, biases, context, *code, False, save, record, members, False, 0.0, None, logabsdet)
         torch.library.opcheck(library.cpu_coupling_flow.default, forward)
     for members in (1, 2):
-        out, logdet, saved = library.cpu_coupling_flow(
-            x, A, c, None, weights, biases, context, *code, False, 1, 5, members
-        )
+        out, logdet, saved = library.cpu_coupling_flow(x, A, c, weights, biases, context, *code, False, 1, 5, members)
         torch.library.opcheck(
             library.cpu_coupling_flow_backward.default,
             (
@@ -385,9 +383,7 @@ def test_the_operations_themselves_refuse_shapes_that_do_not_fit() -> None:
     def call(**changes: Tensor) -> None:
         given = {"x": x, "A": A, "c": c, "w": layers[1], "b": layers[2], **changes}
         weights, biases = [layers[0], given["w"]], [given["b"], layers[3]]
-        torch.ops.glf_fast.cpu_coupling_flow.default(
-            given["x"], given["A"], given["c"], None, weights, biases, None, *code
-        )
+        torch.ops.glf_fast.cpu_coupling_flow.default(given["x"], given["A"], given["c"], weights, biases, None, *code)
 
     call()
     for name, bad in (("x", x[:, :4]), ("c", c[:, :3]), ("b", layers[2][:, :3]), ("w", layers[1][..., :2])):

@@ -233,7 +233,7 @@ def test_compiled_flows_read_the_seed_of_each_call() -> None:
         code = (0, 0, 0, 0.0, 0, 2.0, False, [], False)
         torch.library.opcheck(
             library.cpu_coupling_flow.default,
-            (x, A, c, None, layers[:2], layers[2:], None, *code, False, 1, 5, 1, False, 0.4, SEED),
+            (x, A, c, layers[:2], layers[2:], None, *code, False, 1, 5, 1, False, 0.4, SEED),
         )
 
 

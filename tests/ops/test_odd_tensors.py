@@ -9,6 +9,7 @@ import torch
 from flow_values import tensors
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glf_fast import (
     MLP,
@@ -28,6 +29,7 @@ from glf_fast import (
 )
 from glf_fast.flow import Embedded
 from glf_fast.flow.base import any_parameter
+from glf_fast.reference import Plu
 
 
 def arguments() -> list[Tensor]:
@@ -262,3 +264,46 @@ def test_flows_are_traced_without_gradients(name: str) -> None:
         x = torch.randn(5, 4)
         for got, wanted in zip(traced(x), layer(x), strict=True):
             torch.testing.assert_close(got, wanted)
+
+
+class Subclass(Tensor):
+    """A tensor of somebody's own class."""
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_nothing_is_taken_without_a_check_that_the_kernels_do_not_make(graded: bool) -> None:
+    """Of subclasses and of fake tensors C++ sees no data, and so nothing that it could refuse."""
+    x, A, c, _, *layers = tensors(3, 2, 5, 0, (7,))
+    weights, biases = layers[:2], layers[2:]
+    with torch.set_grad_enabled(graded):
+        flow = CouplingFlow(5, 2, (7,), actnorm=False)
+        with pytest.raises(ValueError, match="on meta"):
+            ops.coupling_flow(x.as_subclass(Subclass), A, c, [w.to("meta") for w in weights], biases)
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="x must have shape"):
+            flow.log_prob(torch.empty(4, 7))
+        for wrong in ((weights + biases, []), (weights + biases[:1], biases[1:]), ([], weights + biases)):
+            with pytest.raises(ValueError, match="two lists of one length"):
+                ops.coupling_flow(x, A, c, *wrong)
+        whole = ops.coupling_flow_log_prob(x, A, c, torch.tensor(2), weights, biases)
+        assert torch.equal(whole, ops.coupling_flow_log_prob(x, A, c, torch.tensor(2.0), weights, biases))
+        with pytest.raises(TypeError, match=r"logabsdet must be a torch\.Tensor"):
+            ops.coupling_flow_log_prob(x, A, c, np.float64(2), weights, biases)
+        for bad in (1.5, None):
+            with pytest.raises(TypeError, match=r"matrix must be a torch\.Tensor"):
+                ops.coupling_flow(x, bad, c, weights, biases)
+        with pytest.raises(ValueError, match=r"weights\[0\] must have shape"):
+            ops.coupling_flow(x, A, c, weights, biases, torch.eye(3, dtype=torch.float64).to_sparse())
+        transposed = [w.mT.contiguous().mT for w in weights]
+        assert torch.equal(
+            ops.coupling_flow(x, A, c, transposed, biases)[0], ops.coupling_flow(x, A, c, weights, biases)[0]
+        )
+
+
+def test_factors_that_nobody_trains_are_assembled_apart() -> None:
+    flow, x = CouplingFlow(5, 2, (7,)), torch.randn(6, 5)
+    want = flow.log_prob(x).detach()
+    linear, (log_scale, bias) = flow._map_tensors()
+    plu = Plu(**{name: t.detach() for name, t in linear.items()}, log_scale=log_scale.detach(), bias=bias.detach())
+    weights, biases = ([t.detach() for t in found] for found in flow._mlp())
+    assert torch.is_grad_enabled()
+    torch.testing.assert_close(ops.plu_flow_log_prob(x, plu, weights, biases, **flow._options), want)

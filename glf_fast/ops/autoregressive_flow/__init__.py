@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glf_fast.ops.autoregressive_flow import autograd, cpp, plain, triton
 from glf_fast.ops.autoregressive_flow.call import Call, CallOptions
-from glf_fast.ops.backends import kernels_for, ordinary
+from glf_fast.ops.backends import kernels_for, ordinary, recorded, untraced
 from glf_fast.ops.checks import (
     check_activation,
     check_alike,
@@ -214,17 +214,20 @@ def _unchecked(call: Call) -> tuple[Tensor, ...] | None:
 
     The operation refuses whatever the checks refuse, as that of a coupling flow does.
     """
-    x, context, *tensors, weights, biases, options = call
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or kernels_for(x, call, cpp) is None:
+    x, *tensors, weights, biases, options = call
+    if x.device.type != "cpu" or not untraced(x) or len(weights) != len(biases) or kernels_for(x, call, cpp) is None:
         return None
-    logabsdet = call.logabsdet
-    if x.dtype != call.offset.dtype or (logabsdet is not None and logabsdet.ndim):
+    if x.dtype != call.offset.dtype:
         return None
-    if not x.is_contiguous() or (context is not None and not context.is_contiguous()):
-        x, context = x.contiguous(), None if context is None else context.contiguous()
+    if (total := call.logabsdet) is not None and (total.ndim or total.dtype != x.dtype):
+        return None
+    tensors = [x, *tensors, *weights, *biases]
     try:
-        found = autograd.take(cpp, options, [x, context, *tensors, *weights, *biases])
-    except (RuntimeError, IndexError):  # IndexError: too few dimensions, or layers
+        for i, tensor in enumerate(tensors):
+            if tensor is not None and not tensor.is_contiguous():
+                tensors[i] = tensor.contiguous()
+        found = autograd.take(cpp, options, tensors, recorded(tensors))
+    except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     return found if found[-1].device == x.device else None  # an argument has no data
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glf_fast.ops.autoregressive_flow import plain
 from glf_fast.ops.autoregressive_flow.call import Call, CallOptions
-from glf_fast.ops.backends import Kernels
+from glf_fast.ops.backends import Kernels, recorded
 from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
 
 __all__ = ["AutoregressiveKernels", "run", "take"]
@@ -41,12 +41,15 @@ class AutoregressiveKernels(Kernels, Protocol):
 def run(kernels: AutoregressiveKernels, call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone, by kernels that take this call."""
     call = kernels.adapt(call)
-    return take(kernels, call.options, _contiguous(call))
+    tensors = _contiguous(call)
+    return take(kernels, call.options, tensors, recorded(tensors))
 
 
-def take(kernels: AutoregressiveKernels, options: CallOptions, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The same of tensors that come as `_contiguous` lists them."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+def take(
+    kernels: AutoregressiveKernels, options: CallOptions, tensors: Sequence[Tensor | None], record: bool
+) -> tuple[Tensor, ...]:
+    """The same of tensors that come as `_contiguous` lists them; `record` says whether they are `recorded`."""
+    if record:
         found = _AutoregressiveFlow.apply(kernels, options, *tensors)
         return (found,) if options.density else found
     out, logdet, _ = kernels.forward(_call_of(options, tensors), False)

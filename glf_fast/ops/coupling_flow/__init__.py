@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glf_fast.ops.backends import kernels_for
+from glf_fast.ops.backends import kernels_for, recorded, untraced
 from glf_fast.ops.checks import (
     check_activation,
     check_alike,
@@ -205,7 +205,8 @@ def plu_flow_log_prob(
         _check_tensors(call)
         raise
     kernels = kernels_for(call.x, call, *KERNELS)
-    whole = kernels is None or (kernels is not layered and torch.is_grad_enabled())
+    record = recorded((call.x, context, *plu, *weights, *biases))
+    whole = kernels is None or (kernels is not layered and record)
     if not whole or (kernels and not kernels_for(plu.lower, plu, plu_layers)):  # then the layers are assembled apart
         A, _, c, logabsdets = plu_layers.run(plu, need_inverse=False)
         call = call._replace(maps=Maps(A, c, logabsdets.sum()), options=options._replace(plu=False))
@@ -292,20 +293,25 @@ def _unchecked(call: Call) -> tuple[Tensor, ...] | None:
     row and of 70 in one without gradients (Zen 3).
     """
     x, context, maps, weights, biases, options, seed = call
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or kernels_for(x, call, cpp) is None:
+    if x.device.type != "cpu" or not untraced(x) or len(weights) != len(biases) or kernels_for(x, call, cpp) is None:
         return None
     if isinstance(maps, Plu):
-        if x.dtype != maps.lower.dtype or maps.sign.requires_grad or not torch.is_grad_enabled():
+        if x.dtype != maps.lower.dtype or maps.sign.requires_grad:
             return None
-    # An offset that autocast has made is bfloat16. A refusal takes 40 µs.
-    elif x.dtype != maps.offset.dtype or (maps.logabsdet is not None and maps.logabsdet.ndim):
-        return None
-    if not x.is_contiguous() or (context is not None and not context.is_contiguous()):  # an expanded one is common
-        x, context = x.contiguous(), None if context is None else context.contiguous()
-    last = () if seed is None else (seed,)
+    else:
+        total = maps.logabsdet
+        # An offset that autocast has made is bfloat16. A refusal takes 40 µs.
+        if x.dtype != maps.offset.dtype or (total is not None and (total.ndim or total.dtype != x.dtype)):
+            return None
+    tensors = [x, context, *maps, *weights, *biases] if seed is None else [x, context, *maps, *weights, *biases, seed]
     try:
-        found = autograd.take(cpp, options, [x, context, *maps, *weights, *biases, *last])
-    except (RuntimeError, IndexError):  # IndexError: too few dimensions, or layers
+        for i, tensor in enumerate(tensors):
+            if tensor is not None and not tensor.is_contiguous():
+                tensors[i] = tensor.contiguous()
+        if not (record := recorded(tensors)) and options.plu:
+            return None
+        found = autograd.take(cpp, options, tensors, record)
+    except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     return found if found[-1].device == x.device else None  # an argument has no data
 
@@ -347,8 +353,11 @@ def _checked(call: Call) -> Call:
             check_shape("A_inv" if options.inverse else "A", like, (steps, dim, dim), "(steps, dim, dim)")
         if maps.offset.shape != (steps, dim):
             check_shape("c", maps.offset, (steps, dim), "(steps, dim)")
-        if options.density and maps.logabsdet is not None and maps.logabsdet.shape != ():
-            check_shape("logabsdet", maps.logabsdet, (), "()")
+        if options.density and maps.logabsdet is not None:
+            if maps.logabsdet.shape != ():
+                check_shape("logabsdet", maps.logabsdet, (), "()")
+            if not maps.logabsdet.is_floating_point():  # a whole number
+                call = call._replace(maps=maps._replace(logabsdet=maps.logabsdet.to(like.dtype)))
     if not steps:
         raise ValueError("A holds no step; a flow has one or more")
     name = "z" if options.inverse else "x"

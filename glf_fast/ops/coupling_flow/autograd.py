@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from glf_fast.ops.backends import Kernels
+from glf_fast.ops.backends import Kernels, recorded
 from glf_fast.ops.coupling_flow import plain
 from glf_fast.ops.coupling_flow.call import Call, CallOptions, Maps
 from glf_fast.ops.differentiate import differentiate, plain_gradients_wanted
@@ -48,12 +48,15 @@ class FlowKernels(Kernels, Protocol):
 def run(kernels: FlowKernels, call: Call) -> tuple[Tensor, ...]:
     """Output and logdet, or the density alone, by kernels that take this call."""
     call = kernels.adapt(call)
-    return take(kernels, call.options, contiguous(call))
+    tensors = contiguous(call)
+    return take(kernels, call.options, tensors, recorded(tensors))
 
 
-def take(kernels: FlowKernels, options: CallOptions, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The same of tensors that come as `contiguous` lists them."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+def take(
+    kernels: FlowKernels, options: CallOptions, tensors: Sequence[Tensor | None], record: bool
+) -> tuple[Tensor, ...]:
+    """The same of tensors that come as `contiguous` lists them; `record` says whether they are `recorded`."""
+    if record:
         found = _CouplingFlow.apply(kernels, options, *tensors)
         return (found,) if options.density else found
     out, logdet, _ = kernels.forward(call_of(options, tensors), False)

@@ -57,8 +57,8 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         if len(matrix) // options.members * len(x) * record * x.itemsize > limit:
             save, record = INPUTS, x.shape[1]
     return operations.cpu_coupling_flow.default(
-        x, matrix, offset, logabsdet, weights, biases, context, *_numbers(options), options.density, save, record,
-        options.members, options.row_scales, options.dropout, seed,
+        x, matrix, offset, weights, biases, context, *_numbers(options), options.density, save, record, options.members,
+        options.row_scales, options.dropout, seed, logabsdet,
     )  # fmt: skip
 
 
@@ -115,10 +115,10 @@ if not CPP.missing:
 
     @torch.library.register_fake("glf_fast::cpu_coupling_flow")
     def _(
-        x: Tensor, matrix: Tensor, offset: Tensor, logabsdet: Tensor | None, weights: list[Tensor], biases: list[Tensor],
-        context: Tensor | None, coupling: int, network: int, activation: int, activation_constant: float, log_scale: int,
-        constant: float, add_first: bool, spline: list[float], inverse: bool, density: bool, save: int, record: int,
-        members: int = 1, row_scales: bool = False, dropout: float = 0.0, seed: Tensor | None = None,
+        x: Tensor, matrix: Tensor, offset: Tensor, weights: list[Tensor], biases: list[Tensor], context: Tensor | None,
+        coupling: int, network: int, activation: int, activation_constant: float, log_scale: int, constant: float,
+        add_first: bool, spline: list[float], inverse: bool, density: bool, save: int, record: int, members: int = 1,
+        row_scales: bool = False, dropout: float = 0.0, seed: Tensor | None = None, logabsdet: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_fake(x)
         saved = x.new_empty(0) if save == 0 else x.new_empty(len(matrix) // members, x.shape[0], record)
