@@ -32,11 +32,8 @@ def test_outputs_are_those_of_one_whole_run(path: Path) -> None:
     assert all(len(line) <= 128 for cell in cells for line in cell.source.splitlines())
 
 
-# sbi's own training takes half a minute.
-MARKED = [pytest.param(path, marks=[pytest.mark.long] * (path.stem == "accelerated_sbi")) for path in NOTEBOOKS]
-
-
-@pytest.mark.parametrize("path", MARKED, ids=[path.stem for path in NOTEBOOKS])
+@pytest.mark.long  # a minute and a half together; .ci/run asks for them by name
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
