@@ -108,6 +108,7 @@ def test_clusters_are_chosen_where_they_are_predicted_to_be_faster(precision: st
 
 @needs_nvcc
 @pytest.mark.long  # two minutes each
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("architecture", [90, 100])
 def test_clusters_keep_their_rows_in_registers(architecture: int, tmp_path: Path) -> None:
     target, kernels = resources(CLUSTERS, architecture, tmp_path)
