@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from glf_fast.files import atomic_write
 
-# Imported where something is drawn: that takes half a second, and most commands draw nothing, or at their end.
+# Imported where something is drawn: that takes a while, and most commands draw nothing, or at their end.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 

@@ -71,7 +71,7 @@ def host_kernels(once: Callable[[str, Callable[[Path], object]], Path]) -> ctype
 
 @pytest.fixture(scope="session")
 def host_flow(once: Callable[[str, Callable[[Path], object]], Path]) -> ctypes.CDLL:
-    """Those of small flows."""
+    """The kernels of small flows."""
     return for_the_host("host_flow", once)
 
 

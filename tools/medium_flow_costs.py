@@ -1,4 +1,4 @@
-"""What the kernels of medium flows take, from their machine code: instructions of a step, and predicted microseconds.
+"""Costs of the kernels of medium flows, from their machine code: instructions of a step, and predicted microseconds.
 
     python tools/medium_flow_costs.py
 
@@ -68,7 +68,7 @@ def loops_of(code: Code) -> list[Loops]:
 
 
 class Step(NamedTuple):
-    """What a block of a cluster does in a step."""
+    """The work of a block of a cluster in a step."""
 
     instructions: float  # of a warp
     products: float  # of them, the matrix unit's

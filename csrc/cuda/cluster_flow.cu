@@ -1,14 +1,11 @@
 // Launches of medium coupling flows by clusters of blocks. Precision and direction choose the kernel; sizes are known when it runs.
 #include "cluster_kernels.cuh"
 #include "flow.h"
-
-#include <cuda_runtime.h>
+#include "outcome.h"
 
 namespace glf::device {
 
 namespace {
-
-const char* words(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // A cluster for sixteen rows, and as many slots for weights as there is room.
 template <class... Parameters, class... More>
@@ -54,7 +51,7 @@ const char* cluster_pack(void* stream, const FlowShape& shape, const FlowParamet
   const unsigned blocks = shape.steps * divided_up(quads, pack_threads);
   cluster_pack_kernel<<<blocks, pack_threads, 0, static_cast<cudaStream_t>(stream)>>>(
       shape, given, static_cast<Quad*>(packed), static_cast<Quad*>(transposed));
-  return words(cudaGetLastError());
+  return outcome();
 }
 
 const char* cluster_forward(void* stream, const FlowCall& call, bool inverse) {

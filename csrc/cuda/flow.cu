@@ -1,17 +1,11 @@
 // Launches of small coupling flows. Sizes, precision and direction choose the kernel.
 #include "flow.h"
 #include "flow_kernels.cuh"
-
-#include <cuda_runtime.h>
+#include "outcome.h"
 
 namespace glf::device {
 
 namespace {
-
-const char* outcome() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 // The current GPU: multiprocessors, and bytes of shared memory that a block may ask for.
 struct Gpu {

@@ -1,19 +1,9 @@
 // Launches of the kernels of a small flow's training step that are neither passes nor sums over rows.
 #include "flow_update.cuh"
 #include "flow_update.h"
-
-#include <cuda_runtime.h>
+#include "outcome.h"
 
 namespace glf::device {
-
-namespace {
-
-const char* outcome() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-}  // namespace
 
 const char* flow_batch(void* stream, const FlowBatch& b) {
   const long long entries = static_cast<long long>(b.batch) * (b.dim + b.columns + 1);

@@ -1,17 +1,11 @@
 // Launches. The grid's first dimension is the batch, up to 2³¹ − 1; D decides the scheme.
 #include "kernels.cuh"
 #include "linear.h"
-
-#include <cuda_runtime.h>
+#include "outcome.h"
 
 namespace glf::device {
 
 namespace {
-
-const char* outcome() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 template <class T>
 size_t workspace_bytes(int D) {

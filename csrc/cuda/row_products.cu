@@ -1,19 +1,9 @@
 // Launches: a block for each tile of each product, in every step and part.
+#include "outcome.h"
 #include "row_products.cuh"
 #include "row_products.h"
 
-#include <cuda_runtime.h>
-
 namespace glf::device {
-
-namespace {
-
-const char* outcome() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-}  // namespace
 
 const char* row_products(void* stream, const RowProducts& all) {
   const long long blocks = static_cast<long long>(all.steps) * all.parts * blocks_of(all);

@@ -122,7 +122,7 @@ def test_clusters_keep_their_rows_in_registers(architecture: int, tmp_path: Path
 
 
 def test_clusters_fit_into_shared_memory() -> None:
-    """With two units of weights at least: the largest flow, and the largest one of sixteen blocks."""
+    """Two units of weights fit at least: of the largest flow, and of the largest one of sixteen blocks."""
     for dim, context, hidden, blocks in ((128, 64, 512, 8), (64, 32, 512, 16)):
         s = FlowShape(1, dim, context, (hidden,) * 4, 0, 0, blocks=blocks)
         assert cluster.shared_bytes(s, 2) <= 227 << 10

@@ -48,7 +48,7 @@ def assert_close(a: Flow, b: Flow) -> None:
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("name", FLOWS)
 def test_replays_are_the_steps_of_a_loop(name: str, clip: float | None, device) -> None:
-    """With a scheduler, batches of two sizes, and a state that is loaded in between."""
+    """A scheduler, batches of two sizes, and a state that is loaded in between."""
     flow, x, context, weights = made(name, device)
     flows = [flow, copy.deepcopy(flow)]
     optimizers = [torch.optim.AdamW(flow.parameters(), 1e-3, weight_decay=0.1, fused=True) for flow in flows]

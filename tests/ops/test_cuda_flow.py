@@ -12,6 +12,7 @@ from flow_values import tensors as made_tensors
 from host_launches import launcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nvrtc import check_that_nvrtc_compiles
 
 from glf_fast import ops, reference
 from glf_fast.ops.coupling_flow import cluster, cuda, cupy, small
@@ -214,7 +215,7 @@ def test_every_batch(on_host, batch: int, direction: str) -> None:
 
 @pytest.mark.parametrize(("activation", "log_scale"), [("silu", "glow"), ("mish", "exp"), ("elu", "bayesflow")])
 def test_options_of_medium_flows(on_host, activation: str, log_scale: str) -> None:
-    """With and without a' beside the layers. There and back, too."""
+    """Options with and without a' beside the layers, there and back."""
     values = tensors("cpu", 17, 2, 36, 2, (33, 18))
     options = {"activation": activation, "log_scale": log_scale, "add_first": activation != "mish"}
     no_worse(values, 1e-5, **options)
@@ -367,16 +368,4 @@ def test_a_bad_row_stays_bad_and_alone(on_host, bad: float) -> None:
     ids=["two", "all", "two of clusters", "all of clusters"],
 )
 def test_nvrtc_compiles_the_kernels(source: str, names: tuple[str, ...]) -> None:
-    """As CuPy does it on a GPU, but for its driver: to machine code of an H100."""
-    nvrtc = pytest.importorskip("cupy", reason="needs CuPy, which has no wheel for this machine").cuda.nvrtc
-    program = nvrtc.createProgram(source, "flow.cu", (), ())
-    for name in names:
-        nvrtc.addNameExpression(program, name)
-    try:
-        nvrtc.compileProgram(program, ("--gpu-architecture=sm_90", "-Werror=all-warnings", *cupy_linear.NVRTC_OPTIONS))
-    finally:
-        log = nvrtc.getProgramLog(program)
-    assert not log.strip(), log
-    lowered = {nvrtc.getLoweredName(program, name) for name in names}
-    cubin = nvrtc.getCUBIN(program)
-    assert len(lowered) == len(names) and all(name.encode() in cubin for name in lowered)
+    check_that_nvrtc_compiles(source, names)

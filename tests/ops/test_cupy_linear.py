@@ -10,6 +10,7 @@ import linear_zoo
 import pytest
 import torch
 from host_launches import launcher
+from nvrtc import check_that_nvrtc_compiles
 
 from glf_fast import reference
 from glf_fast.ops.backends import _cupy_missing
@@ -251,20 +252,8 @@ TEMPLATES = [*{name.split("<")[0]: name for name in reversed(cupy_linear.KERNELS
     ids=["one of each template", "all"],
 )
 def test_nvrtc_compiles_the_kernels(names: Sequence[str]) -> None:
-    """As CuPy does it on a GPU, but for its driver: to machine code of an H100."""
     assert len(TEMPLATES) == 6 and len(cupy_linear.KERNELS) == 2 * 4 + (7 + 5) + 3 + 3
-    nvrtc = pytest.importorskip("cupy", reason="needs CuPy, which has no wheel for this machine").cuda.nvrtc
-    program = nvrtc.createProgram(cupy_linear.SOURCE, "linear.cu", (), ())
-    for name in names:
-        nvrtc.addNameExpression(program, name)
-    try:
-        nvrtc.compileProgram(program, ("--gpu-architecture=sm_90", "-Werror=all-warnings", *cupy_linear.NVRTC_OPTIONS))
-    finally:
-        log = nvrtc.getProgramLog(program)
-    assert not log.strip(), log
-    lowered = {nvrtc.getLoweredName(program, name) for name in names}
-    cubin = nvrtc.getCUBIN(program)
-    assert len(lowered) == len(names) and all(name.encode() in cubin for name in lowered)
+    check_that_nvrtc_compiles(cupy_linear.SOURCE, names)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,9 +7,9 @@ import forked
 import pytest
 import torch
 from host_launches import launcher
+from nvrtc import check_that_nvrtc_compiles
 from torch import Tensor
 
-from glf_fast.ops.linear.cupy import NVRTC_OPTIONS
 from glf_fast.ops.row_products import cupy as cupy_products
 
 FLOAT, TF32, BF16 = range(3)
@@ -139,18 +139,7 @@ def test_sizes_are_those_of_the_headers() -> None:
 
 
 def test_nvrtc_compiles_the_kernels() -> None:
-    """As CuPy does it on a GPU, but for its driver: to machine code of an H100."""
-    nvrtc = pytest.importorskip("cupy", reason="needs CuPy, which has no wheel for this machine").cuda.nvrtc
-    program = nvrtc.createProgram(cupy_products.SOURCE, "row_products.cu", (), ())
-    for name in cupy_products.KERNELS:
-        nvrtc.addNameExpression(program, name)
-    try:
-        nvrtc.compileProgram(program, ("--gpu-architecture=sm_90", "-Werror=all-warnings", *NVRTC_OPTIONS))
-    finally:
-        log = nvrtc.getProgramLog(program)
-    assert not log.strip(), log
-    cubin = nvrtc.getCUBIN(program)
-    assert all(nvrtc.getLoweredName(program, name).encode() in cubin for name in cupy_products.KERNELS)
+    check_that_nvrtc_compiles(cupy_products.SOURCE, cupy_products.KERNELS)
 
 
 def test_blocks_of_the_flows_that_are_shipped() -> None:

@@ -272,7 +272,7 @@ class Subclass(Tensor):
 
 @pytest.mark.parametrize("graded", [False, True])
 def test_nothing_is_taken_without_a_check_that_the_kernels_do_not_make(graded: bool) -> None:
-    """Of subclasses and of fake tensors C++ sees no data, and so nothing that it could refuse."""
+    """C++ sees no data of subclasses and of fake tensors, and so nothing that it could refuse."""
     x, A, c, _, *layers = tensors(3, 2, 5, 0, (7,))
     weights, biases = layers[:2], layers[2:]
     with torch.set_grad_enabled(graded):

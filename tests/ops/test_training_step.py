@@ -8,6 +8,7 @@ import pytest
 import torch
 from exact_flows import error
 from host_launches import launcher
+from nvrtc import check_that_nvrtc_compiles
 from torch import Tensor, nn
 
 from glf_fast import CouplingFlow, reference, use_backend
@@ -332,15 +333,4 @@ def test_other_trainings_are_left_to_others(make, kind, options, taken: bool, ch
 
 
 def test_nvrtc_compiles_the_kernels() -> None:
-    """As CuPy does it on a GPU, but for its driver."""
-    nvrtc = pytest.importorskip("cupy", reason="needs CuPy, which has no wheel for this machine").cuda.nvrtc
-    program = nvrtc.createProgram(cupy_flow.UPDATE_SOURCE, "flow_update.cu", (), ())
-    for name in cupy_flow.UPDATE_KERNELS:
-        nvrtc.addNameExpression(program, name)
-    try:
-        nvrtc.compileProgram(program, ("--gpu-architecture=sm_90", "-Werror=all-warnings", *cupy_linear.NVRTC_OPTIONS))
-    finally:
-        log = nvrtc.getProgramLog(program)
-    assert not log.strip(), log
-    cubin = nvrtc.getCUBIN(program)
-    assert all(nvrtc.getLoweredName(program, name).encode() in cubin for name in cupy_flow.UPDATE_KERNELS)
+    check_that_nvrtc_compiles(cupy_flow.UPDATE_SOURCE, cupy_flow.UPDATE_KERNELS)

@@ -301,7 +301,7 @@ def density_gradient(
 
 
 def factors(s: FlowShape, kept: Kept, made: Gradients) -> tuple[list[Tensor], list[Tensor]]:
-    """What went into each layer of the networks (K, B, n_in), and the gradients of what came out (K, B, n_out)."""
+    """Inputs of each layer of the networks (K, B, n_in), and gradients of its outputs (K, B, n_out)."""
     passive, at = s.dim - s.dim // 2, s.columns
     ends = [*(a + n for a, n in zip(at, s.hidden, strict=False)), at[-1] + 2 * (s.dim // 2)]
     inputs = [kept.hidden[..., at[-1] : at[-1] + passive + s.context]]

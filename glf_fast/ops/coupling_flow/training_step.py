@@ -66,7 +66,7 @@ class Progress(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What the gradients and the update take, beside sizes: see `glf_fast::cuda_flow_update`."""
+    """Arguments of the gradients and the update, beside sizes: see `glf_fast::cuda_flow_update`."""
 
     permutation: Tensor
     sign: Tensor
